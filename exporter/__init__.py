@@ -1,0 +1,3 @@
+"""Checkpoint or ONNX graph in, artefact out."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""ONNX → ONNX passes on onnx_ir: find decoder layers, inject, route, lower, fuse."""

@@ -1,0 +1,1 @@
+"""PyTorch side: the reference model, depth scaling and router calibration."""

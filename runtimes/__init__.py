@@ -1,0 +1,1 @@
+"""Run artefacts: runners behind one protocol, generation, parity."""
