@@ -1,0 +1,403 @@
+"""What a Llama checkpoint's config.json says, validated and reduced to what the exporter needs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from exporter.errors import CheckpointError
+
+# How the model types of the DLO authors' code route (their `llama_dlo_exattn` keeps attention dense).
+ROUTING_KINDS: dict[str, Literal["mlp", "layer"] | None] = {
+    "llama": None,
+    "llama_dlo": "layer",
+    "llama_dlo_exattn": "mlp",
+}
+ROPE_KINDS = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding over the whole head.
+
+    Attributes:
+        kind: How the frequencies are scaled for contexts longer than trained on.
+        theta: Base of the geometric sequence of wavelengths.
+        factor: Divisor of the frequencies (linear: of all, llama3: of the low ones).
+        low_freq_factor: llama3 only: wavelengths above original_max_position / low_freq_factor are fully scaled.
+        high_freq_factor: llama3 only: wavelengths below original_max_position / high_freq_factor are left alone.
+        original_max_position: llama3 only: context length before scaling, in tokens.
+    """
+
+    kind: Literal["default", "linear", "llama3"]
+    theta: float
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position: int = 0
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """Radians per token of each rotated pair, float32 [head_dim / 2], as transformers computes them.
+
+        Source: RoFormer (arXiv 2104.09864) §3.2; the llama3 rule is the one published with Llama 3.1.
+        """
+        # Rounded to float32 after each step, like the PyTorch reference: a last-bit difference grows with the position.
+        # NumPy's float32 power is off by one bit where PyTorch's is not, hence the detour over float64.
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        wavelengths = np.power(self.theta, exponents.astype(np.float64)).astype(np.float32)
+        frequencies = np.float32(1.0) / wavelengths
+        if self.kind == "linear":
+            return frequencies / np.float32(self.factor)
+        if self.kind == "llama3":
+            return self._llama3_frequencies(frequencies)
+        return frequencies
+
+    def _llama3_frequencies(self, frequencies: np.ndarray) -> np.ndarray:
+        wavelengths = np.float32(2 * math.pi) / frequencies
+        longest_kept = np.float32(self.original_max_position / self.high_freq_factor)
+        shortest_scaled = np.float32(self.original_max_position / self.low_freq_factor)
+        scaled = frequencies / np.float32(self.factor)
+        # Between the two, blend from kept to scaled by the number of turns within the original context.
+        turns = np.float32(self.original_max_position) / wavelengths
+        span = np.float32(self.high_freq_factor - self.low_freq_factor)
+        kept_share = (turns - np.float32(self.low_freq_factor)) / span
+        blended = (np.float32(1.0) - kept_share) * scaled + kept_share * frequencies
+        return np.where(
+            wavelengths > shortest_scaled, scaled, np.where(wavelengths < longest_kept, frequencies, blended)
+        )
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Which layers decide per token whether to run, and by what rule.
+
+    A token is active in a routed layer iff sigmoid(router · layer input) > 0.5; an active token's MLP branch is
+    multiplied by 0.5·scale_factor + (score - 0.5)·scale_gap (DLO, arXiv 2407.11030).
+
+    Attributes:
+        kind: "mlp" skips the MLP branch, "layer" skips attention too.
+        layers: Indices of the routed layers, ascending.
+        rescale: Whether the branch is multiplied at all.
+        scale_factor: 2.0 where rescale is False: the multiplier is then 1.
+        scale_gap: 0.0 where rescale is False.
+    """
+
+    kind: Literal["mlp", "layer"]
+    layers: tuple[int, ...]
+    rescale: bool
+    scale_factor: float
+    scale_gap: float
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """A supported Llama configuration.
+
+    Attributes:
+        dtype: What config.json says the weights are ("float32", "bfloat16", …), None where it does not say.
+        routing: None for a plain (or merely deepened) Llama.
+        raw: config.json as read.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_id: tuple[int, ...]
+    pad_token_id: int | None
+    dtype: str | None
+    routing: RoutingConfig | None
+    raw: dict[str, Any]
+
+    @classmethod
+    def from_json(cls, path: Path | str) -> LlamaConfig:
+        """Reads a config.json.
+
+        Raises:
+            CheckpointError: The file is missing or not a JSON object, or names anything unsupported.
+        """
+        path = Path(path)
+        return cls.from_dict(read_json_object(path), origin=str(path))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], origin: str = "config.json") -> LlamaConfig:
+        """Validates the values of a config.json. Keys left out mean what transformers' LlamaConfig takes them to.
+
+        Args:
+            values: The JSON object, as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes it.
+            origin: Where the values come from, for messages.
+
+        Raises:
+            CheckpointError: Lists every missing, malformed and unsupported field.
+        """
+        fields = _Fields(values)
+        model_type = values.get("model_type")
+        if not isinstance(model_type, str) or model_type not in ROUTING_KINDS:
+            raise CheckpointError(
+                f"{origin}: model_type is {model_type!r}, expected one of {', '.join(ROUTING_KINDS)}",
+                hint="only Llama and the DLO authors' Llama variants can be exported",
+            )
+        _reject_unsupported(fields)
+        hidden_size = fields.integer("hidden_size")
+        num_layers = fields.integer("num_hidden_layers")
+        num_heads = fields.integer("num_attention_heads")
+        num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
+        if num_heads % num_kv_heads:
+            fields.problem("num_attention_heads", f"is {num_heads}, expected a multiple of num_key_value_heads")
+        max_position_embeddings = fields.integer("max_position_embeddings", default=2048)
+        config = cls(
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=_head_dim(fields, hidden_size, num_heads),
+            rms_norm_eps=fields.positive_number("rms_norm_eps", default=1e-6),
+            rope=_rope(fields, max_position_embeddings),
+            attention_bias=fields.flag("attention_bias", default=False),
+            mlp_bias=fields.flag("mlp_bias", default=False),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
+            max_position_embeddings=max_position_embeddings,
+            bos_token_id=fields.token("bos_token_id", default=1),
+            eos_token_id=fields.tokens("eos_token_id", default=2),
+            pad_token_id=fields.token("pad_token_id", default=None),
+            dtype=_dtype(values),
+            routing=_routing(fields, ROUTING_KINDS[model_type], num_layers),
+            raw=dict(values),
+        )
+        fields.raise_problems(origin)
+        return config
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor the checkpoint must hold, by its Hugging Face name, routers included.
+
+        Linear weights are [out, in]. A tied head has no tensor of its own.
+        """
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = {
+            "q_proj": (queries, hidden),
+            "k_proj": (keys, hidden),
+            "v_proj": (keys, hidden),
+            "o_proj": (hidden, queries),
+        }
+        mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}"
+            shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+            for block, linears, biased in (
+                ("self_attn", attention, self.attention_bias),
+                ("mlp", mlp, self.mlp_bias),
+            ):
+                for role, shape in linears.items():
+                    shapes[f"{prefix}.{block}.{role}.weight"] = shape
+                    if biased:
+                        shapes[f"{prefix}.{block}.{role}.bias"] = shape[:1]
+            shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        shapes["model.norm.weight"] = (hidden,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        for layer in self.routing.layers if self.routing else ():
+            shapes[f"model.routers.{layer}.weight"] = (1, hidden)
+        return shapes
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file whose top level is an object.
+
+    Raises:
+        CheckpointError: The file is missing, unreadable or something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as err:
+        raise CheckpointError(f"{path}: cannot be read ({err})", hint="is the folder a complete checkpoint?") from err
+    except (json.JSONDecodeError, RecursionError) as err:
+        raise CheckpointError(f"{path}: not valid JSON ({err})", hint="was the download cut short?") from err
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(values).__name__}, expected an object")
+    return values
+
+
+class _Fields:
+    """Typed reads of a JSON object that note problems instead of raising at the first."""
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "", problems: list[str] | None = None) -> None:
+        self.values = values
+        self.prefix = prefix
+        self.problems: list[str] = [] if problems is None else problems
+
+    def nested(self, name: str, values: Mapping[str, Any]) -> _Fields:
+        return _Fields(values, f"{self.prefix}{name}.", self.problems)
+
+    def problem(self, name: str, text: str) -> None:
+        self.problems.append(f"{self.prefix}{name} {text}")
+
+    def raise_problems(self, origin: str) -> None:
+        if self.problems:
+            raise CheckpointError(
+                f"{origin}: not a configuration this version can export\n  " + "\n  ".join(self.problems),
+                hint="see the list of supported checkpoints in docs/checkpoints.md",
+            )
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        return self._checked(name, default, lambda v: _is_int(v) and v > 0, "a positive integer", stand_in=1)
+
+    def positive_number(self, name: str, default: float | None = None) -> float:
+        value = self._checked(name, default, lambda v: _is_number(v) and v > 0, "a positive number", stand_in=1.0)
+        return float(value)
+
+    def number(self, name: str) -> float:
+        return float(self._checked(name, None, _is_number, "a finite number", stand_in=1.0))
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        return self._checked(name, default, lambda v: isinstance(v, bool), "true or false", stand_in=False)
+
+    def token(self, name: str, default: int | None) -> int | None:
+        value = self.values.get(name, default)
+        # -1 is how Meta's original conversion scripts write "no padding token".
+        if value is None or value == -1:
+            return None
+        if not _is_int(value) or value < 0:
+            self.problem(name, f"is {value!r}, expected a token id")
+            return None
+        return int(value)
+
+    def tokens(self, name: str, default: int) -> tuple[int, ...]:
+        value = self.values.get(name, default)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(_is_int(item) and item >= 0 for item in ids):
+            self.problem(name, f"is {value!r}, expected a token id or a list of them")
+            return ()
+        return tuple(ids)
+
+    def _checked(self, name: str, default: Any, valid: Callable[[Any], bool], expected: str, stand_in: Any) -> Any:
+        # A null means "not given", as in transformers. The stand-in only lets the remaining fields be checked.
+        value = self.values.get(name)
+        if value is None:
+            if default is not None:
+                return default
+            self.problem(name, f"is missing, expected {expected}")
+            return stand_in
+        if not valid(value):
+            self.problem(name, f"is {value!r}, expected {expected}")
+            return stand_in
+        return value
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _reject_unsupported(fields: _Fields) -> None:
+    values = fields.values
+    if values.get("hidden_act", "silu") not in ("silu", "swish"):
+        fields.problem("hidden_act", f"is {values['hidden_act']!r}, expected 'silu'")
+    if values.get("quantization_config") is not None:
+        fields.problem("quantization_config", "is set, expected unquantised weights")
+    # transformers writes sliding_window: null, and a use_sliding_window: false that overrules the number.
+    if values.get("sliding_window") is not None and values.get("use_sliding_window") is not False:
+        fields.problem("sliding_window", f"is {values['sliding_window']!r}, expected full attention")
+
+
+def _head_dim(fields: _Fields, hidden_size: int, num_heads: int) -> int:
+    if fields.values.get("head_dim") is None and hidden_size % num_heads:
+        fields.problem("hidden_size", f"is {hidden_size}, expected a multiple of num_attention_heads ({num_heads})")
+    head_dim = fields.integer("head_dim", default=max(hidden_size // num_heads, 1))
+    if head_dim % 2:
+        fields.problem("head_dim", f"is {head_dim}, expected an even number (rotary embedding turns pairs)")
+    return head_dim
+
+
+def _rope(fields: _Fields, max_position_embeddings: int) -> RopeConfig:
+    values = fields.values
+    # Precedence as in transformers 5: an old-style rope_scaling, if any, over rope_parameters.
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    parameters = values.get(name) or {}
+    if not isinstance(parameters, dict):
+        fields.problem(name, f"is {parameters!r}, expected an object")
+        parameters = {}
+    rope = fields.nested(name, parameters)
+    theta = (
+        rope.positive_number("rope_theta")
+        if parameters.get("rope_theta") is not None
+        else fields.positive_number("rope_theta", default=10_000.0)
+    )
+    for source in (rope, fields):
+        share = source.values.get("partial_rotary_factor")
+        if share is not None and share != 1:
+            source.problem("partial_rotary_factor", f"is {share!r}, expected 1 (the whole head is rotated)")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return RopeConfig("default", theta)
+    if kind == "linear":
+        return RopeConfig("linear", theta, factor=rope.positive_number("factor"))
+    if kind == "llama3":
+        low, high = rope.positive_number("low_freq_factor"), rope.positive_number("high_freq_factor")
+        if low >= high:
+            rope.problem("high_freq_factor", f"is {high}, expected more than low_freq_factor ({low})")
+        key = "original_max_position_embeddings"
+        # transformers lets a top-level value overrule the nested one.
+        holder = fields if values.get(key) is not None else rope
+        return RopeConfig(
+            "llama3",
+            theta,
+            factor=rope.positive_number("factor"),
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_max_position=holder.integer(key, default=max_position_embeddings),
+        )
+    rope.problem("rope_type", f"is {kind!r}, expected one of {', '.join(ROPE_KINDS)}")
+    return RopeConfig("default", theta)
+
+
+def _routing(fields: _Fields, kind: Literal["mlp", "layer"] | None, num_layers: int) -> RoutingConfig | None:
+    is_dlo = fields.values.get("is_dlo")
+    if kind is None:
+        if is_dlo is True or (isinstance(is_dlo, list) and any(is_dlo)):
+            fields.problem("is_dlo", "marks routed layers, but model_type 'llama' does not say what they skip")
+        return None
+    # The authors write a single bool for "every layer" or "no layer".
+    per_layer = [is_dlo] * num_layers if isinstance(is_dlo, bool) else is_dlo
+    if not isinstance(per_layer, list) or not all(isinstance(item, bool) for item in per_layer):
+        fields.problem("is_dlo", f"is {is_dlo!r}, expected true, false or a list of them")
+        return None
+    if len(per_layer) != num_layers:
+        fields.problem("is_dlo", f"has {len(per_layer)} entries, expected num_hidden_layers ({num_layers})")
+        return None
+    layers = tuple(index for index, routed in enumerate(per_layer) if routed)
+    if not layers:
+        return None
+    # No defaults here: the authors' code has four contradicting sets of them, and a wrong one changes every output.
+    if not fields.flag("rescale_hidden_states"):
+        return RoutingConfig(kind, layers, rescale=False, scale_factor=2.0, scale_gap=0.0)
+    return RoutingConfig(
+        kind, layers, rescale=True, scale_factor=fields.number("scale_factor"), scale_gap=fields.number("scale_gap")
+    )
+
+
+def _dtype(values: Mapping[str, Any]) -> str | None:
+    dtype = values.get("dtype") or values.get("torch_dtype")
+    return dtype.removeprefix("torch.") if isinstance(dtype, str) else None
