@@ -140,7 +140,7 @@ class LlamaConfig:
         """Validates the values of a config.json. Keys left out mean what transformers' LlamaConfig takes them to.
 
         Args:
-            values: The JSON object, as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes it.
+            values: The JSON object, with transformers 4's `rope_theta` and `rope_scaling` or 5's `rope_parameters`.
             origin: Where the values come from, for messages.
 
         Raises:
