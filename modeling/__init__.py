@@ -1,1 +1,5 @@
-"""PyTorch side: the reference model, depth scaling and router calibration."""
+"""The model itself: depth scaling, adapters, and in PyTorch the routed reference model and router calibration.
+
+Importing this package imports neither torch nor transformers. `adapter` and `expansion` need NumPy alone;
+`import modeling.llama_dlo` registers the routed model with transformers' Auto classes.
+"""
