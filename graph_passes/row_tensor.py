@@ -1,0 +1,49 @@
+"""Tensors that are computed a block of rows at a time, so that writing one never needs all of it in memory."""
+
+from __future__ import annotations
+
+import abc
+from typing import BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+CHUNK_BYTES = 64 * 2**20
+
+
+class RowTensor(ir.LazyTensor, abc.ABC):
+    """A dense tensor defined by the function that computes rows `start:stop` of it.
+
+    Args:
+        name: Initializer name.
+        dtype: Element type of the stored tensor.
+        shape: Its dimensions; the first one counts the rows.
+    """
+
+    def __init__(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
+        super().__init__(lambda: ir.Tensor(self.numpy(), dtype=dtype), dtype, ir.Shape(shape), name=name)
+
+    @abc.abstractmethod
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start:stop`, C-contiguous, in the stored element type."""
+
+    def numpy(self) -> np.ndarray:
+        """The whole tensor. Prefer `tofile` or `rows` for large ones."""
+        return self.rows(0, self._row_count)
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Writes the tensor in chunks of at most `CHUNK_BYTES`."""
+        step = max(1, CHUNK_BYTES * self._row_count // max(1, self.nbytes))
+        for start in range(0, self._row_count, step):
+            file.write(memoryview(self.rows(start, min(start + step, self._row_count))).cast("B"))
+
+    @property
+    def _row_count(self) -> int:
+        return int(self.shape[0])
+
+
+def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> np.ndarray:
+    """Rows `start:stop` of any tensor, without computing the others where the tensor allows it."""
+    if isinstance(tensor, RowTensor):
+        return tensor.rows(start, stop)
+    return np.asarray(tensor.numpy()[start:stop])
