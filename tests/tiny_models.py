@@ -64,13 +64,25 @@ def save_tiny_llama(
 
     Args:
         folder: Created if need be.
+        hidden: Size of the residual stream.
+        intermediate: Inner size of the MLPs.
+        layers: Number of decoder layers.
+        heads: Query heads.
+        kv_heads: Key and value heads.
         head_dim: None for hidden / heads.
+        vocab: Number of tokens.
+        tie: Whether the head is the embedding matrix.
         rope: A key of ROPES.
+        attention_bias: Biases on q, k, v and o.
+        mlp_bias: Biases on gate, up and down.
         dtype: "float32", "float16" or "bfloat16".
         shards: More than 1 writes that many files and their index.
         routed: One flag per layer; not None writes the form of the DLO authors' code (old rope keys included), with
             routers that let about half of the tokens through.
         model_type: Of a routed checkpoint: "llama_dlo_exattn" (mlp routing) or "llama_dlo" (layer routing).
+        rescale: Of a routed checkpoint: rescale_hidden_states.
+        scale_factor: Of a routed checkpoint.
+        scale_gap: Of a routed checkpoint.
         legacy_keys: Write rope_theta, rope_scaling and torch_dtype as transformers 4 did.
         tokenizer: Add a byte-level tokenizer with a chat template (needs vocab >= BYTE_VOCABULARY).
         seed: Of all weights.
