@@ -31,7 +31,7 @@ class GraphBuilder:
         value.shape = ir.Shape(shape)
         self.graph.outputs.append(value)
 
-    def constant(self, name: str, value: np.ndarray | float | int) -> ir.Value:
+    def constant(self, name: str, value: np.ndarray | np.generic | float) -> ir.Value:
         """A small initializer; the one of that name where it exists already."""
         existing = self.graph.initializers.get(name)
         return existing if existing is not None else self.weight(ir.tensor(np.asarray(value), name=name))

@@ -56,7 +56,7 @@ class _DecoderGraph:
         input_ids = builder.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
         attention_mask = builder.input("attention_mask", ir.DataType.INT64, ["batch", "total_sequence"])
         position_ids = builder.input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
-        cache_shape = ["batch", config.num_kv_heads, "past_sequence", config.head_dim]
+        cache_shape: list[int | str] = ["batch", config.num_kv_heads, "past_sequence", config.head_dim]
         past = [
             [builder.input(f"past_key_values.{i}.{kind}", self.dtype, cache_shape) for kind in ("key", "value")]
             for i in range(config.num_layers)
@@ -78,7 +78,7 @@ class _DecoderGraph:
             builder.output(value, self.dtype, ["batch", config.num_kv_heads, "total_sequence", config.head_dim])
 
     def _rotary_tables(self, position_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """cos and sin of every token's angles, [batch, sequence, head_dim / 2], once per step, angles in fp32.
+        """Cos and sin of every token's angles, [batch, sequence, head_dim / 2], once per step, angles in fp32.
 
         Computed rather than looked up: no table bounds the context length, and none is stored.
         """

@@ -35,11 +35,12 @@ class RowTensor(ir.LazyTensor, abc.ABC):
         """Writes the tensor in chunks of at most `CHUNK_BYTES`."""
         step = max(1, CHUNK_BYTES * self._row_count // max(1, self.nbytes))
         for start in range(0, self._row_count, step):
-            file.write(memoryview(self.rows(start, min(start + step, self._row_count))).cast("B"))
+            chunk = self.rows(start, min(start + step, self._row_count))
+            file.write(chunk.view(np.uint8).data)  # as bytes: bfloat16 has no buffer format of its own
 
     @property
     def _row_count(self) -> int:
-        return int(self.shape[0])
+        return self.shape.numpy()[0]
 
 
 def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> np.ndarray:
