@@ -1,0 +1,160 @@
+"""Which values depend on which, and which are constant: the questions every structural search asks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+# Ops whose output is their first input, up to the element type: the value "passes through" them.
+PASS_THROUGH_OPS = frozenset({"Cast", "Identity"})
+# Ops that read only the shape of their input.
+SHAPE_OPS = frozenset({"Shape", "Size"})
+
+
+def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
+    """Whether a node is one of the given ops of a domain (False for None, the producer of graph inputs)."""
+    return node is not None and node.domain == domain and node.op_type in op_types
+
+
+def node_order(graph: ir.Graph) -> dict[ir.Node, int]:
+    """Position of every node of the main graph; a valid ONNX graph lists its nodes topologically."""
+    return {node: index for index, node in enumerate(graph)}
+
+
+def consumed_values(node: ir.Node) -> Iterator[ir.Value]:
+    """Values a node reads: its inputs and what its subgraphs capture from outside."""
+    for value in node.inputs:
+        if value is not None:
+            yield value
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from _captured_values(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            for subgraph in attribute.as_graphs():
+                yield from _captured_values(subgraph)
+
+
+def _captured_values(subgraph: ir.Graph) -> Iterator[ir.Value]:
+    inner = set(subgraph.inputs) | set(subgraph.initializers.values())
+    for node in subgraph:
+        for value in consumed_values(node):
+            if value not in inner:
+                yield value
+        inner.update(node.outputs)
+    yield from (value for value in subgraph.outputs if value not in inner)
+
+
+def pass_through_values(value: ir.Value) -> dict[ir.Value, None]:
+    """The value and every value that is the same up to Cast and Identity, nearest first."""
+    found: dict[ir.Value, None] = {value: None}
+    waiting = [value]
+    while waiting:
+        for node in waiting.pop().consumers():
+            if is_op(node, *PASS_THROUGH_OPS) and node.outputs[0] not in found:
+                found[node.outputs[0]] = None
+                waiting.append(node.outputs[0])
+    return found
+
+
+def nodes_between(
+    order: Mapping[ir.Node, int],
+    sources: Collection[ir.Value],
+    targets: Iterable[ir.Value],
+    excluded: Collection[ir.Node] = (),
+) -> tuple[ir.Node, ...]:
+    """Nodes on any path from a source to a target, by data or by shape, in topological order.
+
+    Args:
+        order: Position of every node, from `node_order`.
+        sources: Where paths begin; the search does not look behind them.
+        targets: Where paths end.
+        excluded: Nodes that paths may not use.
+
+    Returns:
+        The nodes, empty when no target depends on a source.
+    """
+    producers = [source.producer() for source in sources]
+    start = min((order.get(node, -1) if node is not None else -1 for node in producers), default=-1)
+    ancestors: set[ir.Node] = set()
+    waiting = [target.producer() for target in targets if target not in sources]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in ancestors or node in excluded or order.get(node, -1) <= start:
+            continue
+        ancestors.add(node)
+        waiting.extend(value.producer() for value in consumed_values(node) if value not in sources)
+    reached = set(sources)
+    between: list[ir.Node] = []
+    for node in sorted(ancestors, key=order.__getitem__):
+        if any(value in reached for value in consumed_values(node)):
+            between.append(node)
+            reached.update(node.outputs)
+    return tuple(between)
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor behind a value that is an initializer, a Constant node, or either behind Identity nodes."""
+    while value is not None:
+        tensor = ir.convenience.get_const_tensor(value)
+        if tensor is not None:
+            return None if value.is_graph_input() else tensor
+        node = value.producer()
+        value = node.inputs[0] if node is not None and is_op(node, "Identity") else None
+    return None
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether a value is computed from initializers and Constant nodes only (through Identity, Cast, Transpose)."""
+    while value is not None:
+        if constant_tensor(value) is not None:
+            return True
+        node = value.producer()
+        value = node.inputs[0] if node is not None and is_op(node, "Cast", "Transpose") else None
+    return False
+
+
+def constant_scalar(value: ir.Value | None) -> float | None:
+    """The number a constant of one element holds, else None."""
+    tensor = constant_tensor(value)
+    if tensor is None or tensor.size != 1:
+        return None
+    return float(np.asarray(tensor.numpy()).reshape(()).astype(np.float64))
+
+
+def constant_integers(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The integers a small constant holds (axes, shapes), else None."""
+    tensor = constant_tensor(value)
+    if tensor is None or tensor.size > 16 or tensor.dtype not in {ir.DataType.INT64, ir.DataType.INT32}:
+        return None
+    return tuple(int(number) for number in np.asarray(tensor.numpy()).reshape(-1))
+
+
+def rank(value: ir.Value) -> int | None:
+    """Number of dimensions of a value, None when the graph does not say."""
+    tensor = constant_tensor(value)
+    if tensor is not None:
+        return len(tensor.shape)
+    return None if value.shape is None else len(value.shape)
+
+
+# Ops whose output has the element type of an input, and which input that is.
+_TYPED_BY_INPUT = {
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "MatMul", "Gemm", "Gather", "GatherND", "Identity", "Reshape"), 0),
+    **dict.fromkeys(("ScatterND", "RMSNormalization", "Swish", "Sigmoid", "Unsqueeze", "Squeeze", "Transpose"), 0),
+    "Where": 1,
+}
+
+
+def element_type(value: ir.Value) -> ir.DataType | None:
+    """Element type of a value, read from its producers where the graph does not annotate it; None if unknown."""
+    current: ir.Value | None = value
+    while current is not None and current.dtype is None:
+        node = current.producer()
+        if node is not None and is_op(node, "Cast"):
+            return ir.DataType(node.attributes["to"].as_int())
+        if node is None or node.domain or node.op_type not in _TYPED_BY_INPUT:
+            return None
+        current = node.inputs[_TYPED_BY_INPUT[node.op_type]]
+    return None if current is None else current.dtype

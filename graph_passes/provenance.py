@@ -1,0 +1,102 @@
+"""Nodes that say which pass made them, and what they mean, in their metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+PASS_KEY = "dlo.pass"
+ROLE_KEY = "dlo.role"
+LAYER_KEY = "dlo.layer"
+
+Role = Literal["router_scores", "router_active"]
+Attribute = int | float | str | Sequence[int]
+Dims = Iterable[int | str | ir.SymbolicDim | None]
+
+
+def made_by(graph: ir.Graph, pass_name: str) -> Iterator[ir.Node]:
+    """Nodes of the main graph that a pass made."""
+    return (node for node in graph if node.metadata_props.get(PASS_KEY) == pass_name)
+
+
+def role_values(graph: ir.Graph, role: Role) -> dict[int, ir.Value]:
+    """Output of the node that plays a router's role, by layer."""
+    return {
+        int(node.metadata_props[LAYER_KEY]): node.outputs[0]
+        for node in graph
+        if node.metadata_props.get(ROLE_KEY) == role
+    }
+
+
+class TaggedNodes:
+    """New nodes of one decoder layer, in order, each tagged with the pass that makes it.
+
+    Args:
+        made_by: Name of the pass class.
+        layer: Index of the decoder layer.
+    """
+
+    def __init__(self, made_by: str, layer: int) -> None:
+        self.layer = layer
+        self.nodes: list[ir.Node] = []
+        self._tags = {PASS_KEY: made_by, LAYER_KEY: str(layer)}
+
+    def add(
+        self,
+        op_type: str,
+        *inputs: ir.Value,
+        name: str,
+        dtype: ir.DataType | None,
+        shape: Dims | None,
+        role: Role | None = None,
+        **attributes: Attribute,
+    ) -> ir.Value:
+        """Append a standard ONNX node of one output, both of the same name.
+
+        Args:
+            op_type: Its op.
+            *inputs: Its inputs.
+            name: Name of the node and of its output.
+            dtype: Element type of the output, None where unknown.
+            shape: Dimensions of the output, None where unknown.
+            role: What later passes look the node up by.
+            **attributes: Its attributes.
+
+        Returns:
+            The output.
+        """
+        tags = self._tags if role is None else {**self._tags, ROLE_KEY: role}
+        node = ir.node(op_type, inputs, attributes, name=name, metadata_props=dict(tags))
+        output = node.outputs[0]
+        output.name = name
+        if dtype is not None:
+            output.dtype = dtype
+        if shape is not None:
+            output.shape = ir.Shape(shape)
+        self.nodes.append(node)
+        return output
+
+
+def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The initializer of this name, made on first use.
+
+    Raises:
+        ValueError: An initializer of this name holds something else.
+    """
+    existing = graph.initializers.get(name)
+    if existing is not None:
+        tensor = existing.const_value
+        if tensor is None or not np.array_equal(tensor.numpy(), array):
+            raise ValueError(f"initializer '{name}' exists and holds something else than {array!r}")
+        return existing
+    value = ir.Value(
+        name=name,
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        shape=ir.Shape(array.shape),
+        const_value=ir.tensor(array, name=name),
+    )
+    graph.register_initializer(value)
+    return value

@@ -1,0 +1,126 @@
+"""Follow the residual stream of a decoder: x → x + branch(x) → …, by data flow alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+import onnx_ir as ir
+
+from graph_passes.data_flow import (
+    SHAPE_OPS,
+    constant_tensor,
+    is_op,
+    nodes_between,
+    pass_through_values,
+)
+from graph_passes.errors import DecoderLayersNotFound, place
+
+# Ops of com.microsoft that add to the stream and normalise it in one node: a branch cannot be cut out of them.
+_FUSED_ADD_AND_NORM = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ResidualBlock:
+    """One step of the stream: `stream_out = stream_in + branch`.
+
+    Attributes:
+        stream_in: Residual stream before the block, [batch, sequence, hidden].
+        nodes: Everything between `stream_in` and the addition, in topological order, the addition excluded. Nodes that
+            only share constants, masks or rotary tables with the block are not part of it.
+        branch: The value added (of a compacted block, the rows added: [active tokens, hidden]).
+        add: The node that adds: Add, or ScatterND with reduction "add".
+        stream_out: Residual stream after the block.
+    """
+
+    stream_in: ir.Value
+    nodes: tuple[ir.Node, ...]
+    branch: ir.Value
+    add: ir.Node
+    stream_out: ir.Value
+
+    @property
+    def stream_operand(self) -> ir.Value:
+        """The input of `add` that carries the stream: `stream_in`, possibly behind Cast or Identity."""
+        operands = (value for value in self.add.inputs if value is not None and value is not self.branch)
+        return next(operands)
+
+
+def embedding_values(graph: ir.Graph) -> tuple[ir.Value, ...]:
+    """Outputs of the nodes that look up rows of a constant table by an integer graph input (input_ids)."""
+    return tuple(
+        node.outputs[0]
+        for node in graph
+        if is_op(node, "Gather") and _is_table(node.inputs[0]) and _is_integer_input(node.inputs[1])
+    )
+
+
+def _is_table(value: ir.Value | None) -> bool:
+    tensor = constant_tensor(value)
+    return tensor is not None and len(tensor.shape) == 2
+
+
+def _is_integer_input(value: ir.Value | None) -> bool:
+    while value is not None:
+        if value.is_graph_input():
+            return value.dtype in {ir.DataType.INT64, ir.DataType.INT32}
+        producer = value.producer()
+        value = producer.inputs[0] if producer is not None and is_op(producer, "Cast", "Identity") else None
+    return False
+
+
+def residual_blocks(order: Mapping[ir.Node, int], root: ir.Value) -> tuple[ResidualBlock, ...]:
+    """Every block of the stream that starts at `root`, in order.
+
+    Raises:
+        DecoderLayersNotFound: Where the stream forks, or adds and normalises in one fused node.
+    """
+    # What hangs off the embedding by its shape alone (lengths, masks) serves all layers and belongs to none.
+    shared = {node for value in pass_through_values(root) for node in value.consumers() if is_op(node, *SHAPE_OPS)}
+    blocks: list[ResidualBlock] = []
+    stream = root
+    while (block := _next_block(order, stream, shared)) is not None:
+        blocks.append(block)
+        stream = block.stream_out
+    return tuple(blocks)
+
+
+def _next_block(order: Mapping[ir.Node, int], stream: ir.Value, excluded: Collection[ir.Node]) -> ResidualBlock | None:
+    aliases = pass_through_values(stream)
+    found: list[ResidualBlock] = []
+    for alias in aliases:
+        for node, index in alias.uses():
+            if node not in order:
+                raise DecoderLayersNotFound(
+                    f"find_decoder_layers: value '{stream.name}' of the residual stream is read inside a subgraph, "
+                    f"by {place(node)}; expected only nodes of the main graph to read it."
+                )
+            branch = _added_branch(node, index)
+            if branch is None or branch in aliases:
+                continue
+            nodes = nodes_between(order, (stream,), (branch, alias), excluded)
+            if branch.producer() in nodes:
+                found.append(ResidualBlock(stream, nodes, branch, node, node.outputs[0]))
+    if len(found) > 1:
+        adds = ", ".join(place(block.add) for block in found)
+        raise DecoderLayersNotFound(
+            f"find_decoder_layers: the residual stream forks at '{stream.name}': {adds} each add to it; "
+            "expected one addition per block (attention, then MLP)."
+        )
+    return found[0] if found else None
+
+
+def _added_branch(node: ir.Node, stream_index: int) -> ir.Value | None:
+    """What a consumer of the stream adds to it, or None when it is not a residual addition."""
+    if is_op(node, "Add"):
+        return node.inputs[1 - stream_index]
+    if is_op(node, "ScatterND") and stream_index == 0:
+        reduction = node.attributes.get("reduction")
+        return node.inputs[2] if reduction is not None and reduction.as_string() == "add" else None
+    if is_op(node, *_FUSED_ADD_AND_NORM, domain="com.microsoft") and stream_index < 2:
+        raise DecoderLayersNotFound(
+            f"find_decoder_layers: {place(node)} adds to the residual stream and normalises it in one node; "
+            "expected the addition as a node of its own.",
+            hint="run SplitSkipNormPass first, or export the graph without skip-norm fusion",
+        )
+    return None
