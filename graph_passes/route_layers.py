@@ -29,7 +29,7 @@ class RouteLayersPass(ir.passes.InPlacePass):
 
     After::
 
-        logits = Squeeze(MatMul(x, w), -1)     # w [hidden, 1]; fp32 whatever the graph's dtype: x and nothing else is cast
+        logits = Squeeze(MatMul(x, w), -1)     # w [hidden, 1]; fp32 whatever the dtype: only x is cast
         scores = Sigmoid(logits)
         active = Greater(scores, 0.5)
         scale  = Add(Mul(scores, gap), a)      # a = 0.5·scale_factor − 0.5·gap; left out where scale ≡ 1
