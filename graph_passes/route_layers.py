@@ -13,6 +13,7 @@ import onnx_ir as ir
 from graph_passes.data_flow import element_type
 from graph_passes.decoder_layers import DecoderLayer, find_decoder_layers
 from graph_passes.errors import GraphPassError
+from graph_passes.inject_layers import InjectLayersPass
 from graph_passes.provenance import LAYER_KEY, ROLE_KEY, Dims, TaggedNodes, shared_constant
 
 _RULE_KEY = "dlo.scale"
@@ -51,7 +52,7 @@ class RouteLayersPass(ir.passes.InPlacePass):
     scale_factor: float = 2.0
     scale_gap: float = 0.0
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = ()
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (InjectLayersPass,)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Route every layer of `routers`.
