@@ -145,7 +145,7 @@ def _scale_rows(graph: ir.Graph, masked: MaskedMlp, new: TaggedNodes, index: ir.
     old = masked.scaling.inputs[position]
     masked.scaling.replace_input_with(position, column)
     if old is not None and not old.uses() and (producer := old.producer()) is not None:
-        graph.remove(producer, safe=True)
+        _remove_unused(graph, producer)
 
 
 def _run_on_rows(nodes: Sequence[ir.Node], stream: ir.Value, rows: ir.Value, leading: tuple[int | str, ...]) -> None:
@@ -159,9 +159,14 @@ def _run_on_rows(nodes: Sequence[ir.Node], stream: ir.Value, rows: ir.Value, lea
 
 
 def _remove_unused(graph: ir.Graph, node: ir.Node) -> None:
-    """Remove a node and whatever only served it: the Where, the Unsqueeze of its condition."""
-    sources = [value.producer() for value in node.inputs if value is not None]
+    """Remove a node and whatever only served it: the Where, the Unsqueeze of its condition, the zero."""
+    operands = [value for value in node.inputs if value is not None]
     graph.remove(node, safe=True)
-    for source in sources:
-        if source is not None and not any(output.uses() or output.is_graph_output() for output in source.outputs):
+    for value in operands:
+        source = value.producer()
+        if value.uses() or value.is_graph_output() or value.name is None:
+            continue
+        if value.is_initializer() and not value.is_graph_input():
+            graph.initializers.pop(value.name, None)
+        elif source is not None and not any(output.uses() for output in source.outputs):
             _remove_unused(graph, source)
