@@ -1,0 +1,93 @@
+"""Configurations of routed Llama models, in Hugging Face form and with the DLO authors' keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaConfig
+
+
+class RoutingConfigError(ValueError):
+    """A configuration's routing keys contradict each other or leave something open."""
+
+
+class LlamaDloConfig(LlamaConfig):
+    """A Llama whose routed layers skip their MLP token by token (DLO, arXiv 2407.11030).
+
+    A token is active in routed layer l iff ``sigmoid(router_l · x) > 0.5``, x being the layer's input; an active
+    token's MLP branch is multiplied by ``0.5·scale_factor + (score - 0.5)·scale_gap`` if `rescale_hidden_states`.
+
+    Args:
+        is_dlo: Per layer, whether it is routed; one bool for all of them. None (as a plain Llama has): no layer.
+        rescale_hidden_states: See above.
+        scale_factor: See above. No default: the authors' code has four that disagree.
+        scale_gap: See above.
+        dlo_capacity: Share of tokens that training keeps active; inference ignores it.
+        dlo_loss_type: How training labels tokens, for example ``cos-global``.
+        dlo_loss_coefficient: Weight of the skip loss in training.
+        gate_init_method: How training initialised the routers.
+        injected_layers: The layers that were added to a trained model, as dicts of position, source and init.
+    """
+
+    model_type = "llama_dlo_exattn"
+
+    is_dlo: list[bool] | bool | None = None
+    rescale_hidden_states: bool = False
+    scale_factor: float | int | None = None
+    scale_gap: float | int | None = None
+    dlo_capacity: float | int | list[float] | None = None
+    dlo_loss_type: str | None = None
+    dlo_loss_coefficient: float | int | None = None
+    gate_init_method: str = "zero"
+    injected_layers: list[dict[str, Any]] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Expands `is_dlo` to a list and checks the routing keys.
+
+        Raises:
+            RoutingConfigError: `is_dlo` has another length than the model, or the scale is not given.
+        """
+        super().__post_init__(**kwargs)
+        # Training switches the cache off and its checkpoints keep the switch; inference needs it on.
+        self.use_cache = True
+        if not isinstance(self.is_dlo, list):
+            self.is_dlo = [bool(self.is_dlo)] * self.num_hidden_layers
+        self._check_routing()
+
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """Indices of the routed layers."""
+        assert isinstance(self.is_dlo, list)
+        return tuple(layer for layer, routed in enumerate(self.is_dlo) if routed)
+
+    @property
+    def branch_scale(self) -> tuple[float, float]:
+        """(a, b) such that an active token's MLP branch is multiplied by a + b·score; (1, 0) without rescaling."""
+        if not self.rescale_hidden_states or self.scale_factor is None or self.scale_gap is None:
+            return 1.0, 0.0
+        return 0.5 * self.scale_factor - 0.5 * self.scale_gap, float(self.scale_gap)
+
+    def _check_routing(self) -> None:
+        assert isinstance(self.is_dlo, list)
+        problems = []
+        if len(self.is_dlo) != self.num_hidden_layers:
+            problems.append(
+                f"is_dlo has {len(self.is_dlo)} entries, expected num_hidden_layers ({self.num_hidden_layers})"
+            )
+        if self.rescale_hidden_states:
+            problems += [
+                f"{key} is missing, expected a number because rescale_hidden_states is true"
+                for key in ("scale_factor", "scale_gap")
+                if getattr(self, key) is None
+            ]
+        if problems:
+            raise RoutingConfigError(
+                f"{self.model_type} configuration: {'; '.join(problems)}"
+                "\n\nhint: take the values the model was trained with"
+            )
+
+
+class LlamaDloLayerConfig(LlamaDloConfig):
+    """A Llama whose routed layers skip attention too. Its configuration can be read; the model is not supported yet."""
+
+    model_type = "llama_dlo"

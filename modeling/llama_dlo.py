@@ -1,0 +1,323 @@
+"""The routed Llama in PyTorch: the reference every export is compared with.
+
+Importing this module registers the model with transformers' Auto classes, so that
+``AutoModelForCausalLM.from_pretrained`` opens routed checkpoints, ours and the DLO authors', without remote code::
+
+    import modeling.llama_dlo
+    model = AutoModelForCausalLM.from_pretrained("routed-model")
+
+Attention, MLP, norms and rotary embedding are transformers' own; what is added is one router per routed layer
+(``model.routers.{layer}.weight`` [1, hidden]) and the choice, per token, whether the MLP runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, initialization
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils.generic import can_return_tuple
+
+from modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
+from modeling.routing import TokenRouter, add_active_branch, add_masked_branch, is_active
+
+
+class UntrainedRoutersWarning(UserWarning):
+    """Routers that are all zeros skip every token's MLP."""
+
+
+class LayerRoutingNotSupportedError(ValueError):
+    """The checkpoint routes whole layers, attention included."""
+
+
+@dataclass
+class LlamaDloModelOutput(BaseModelOutputWithPast):
+    """A base model's output, and the routers' scores: by layer, float32 [batch, sequence]."""
+
+    router_scores: dict[int, torch.Tensor] | None = None
+
+
+@dataclass
+class LlamaDloCausalLMOutput(CausalLMOutputWithPast):
+    """A causal model's output, and the routers' scores: by layer, float32 [batch, sequence]."""
+
+    router_scores: dict[int, torch.Tensor] | None = None
+
+
+class RoutedDecoderLayer(LlamaDecoderLayer):
+    """A decoder layer whose MLP may be skipped per token; without a router, a Llama's."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        router: TokenRouter | None = None,
+        branch_scale: tuple[float, float] = (1.0, 0.0),
+        force_active: torch.Tensor | None = None,
+        masked: bool = False,
+        **attention_kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs the layer.
+
+        Args:
+            hidden_states: The residual stream, [batch, sequence, hidden].
+            router: Decides from the residual stream as it comes in, before norm and attention.
+            branch_scale: (a, b): the MLP branch is multiplied by a + b·score.
+            force_active: bool [batch, sequence], decisions to use in place of the router's. Scores stay the router's.
+            masked: Compute every token's MLP and discard those of skipped tokens.
+            attention_kwargs: Whatever transformers' attention takes.
+
+        Returns:
+            The residual stream after the layer, and the scores (float32 [batch, sequence]) if it is routed.
+        """
+        scores = None if router is None else router(hidden_states)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_kwargs)
+        hidden_states = hidden_states + attended
+        if scores is None:
+            return hidden_states + self._mlp_branch(hidden_states), None
+        active = is_active(scores) if force_active is None else force_active
+        offset, slope = branch_scale
+        scale = None if (offset, slope) == (1.0, 0.0) else offset + slope * scores
+        add_branch = add_masked_branch if masked else add_active_branch
+        return add_branch(hidden_states, self._mlp_branch, active, scale), scores
+
+    def _mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        branch: torch.Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
+        return branch
+
+
+class LlamaDloPreTrainedModel(LlamaPreTrainedModel):
+    """What the routed models share with each other."""
+
+    config: LlamaDloConfig
+    config_class = LlamaDloConfig
+    _no_split_modules = ["RoutedDecoderLayer"]  # noqa: RUF012 (transformers' own declaration)
+    _keep_in_fp32_modules_strict = ["routers"]  # noqa: RUF012
+    _can_compile_fullgraph = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TokenRouter):
+            initialization.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
+
+
+class LlamaDloModel(LlamaDloPreTrainedModel):
+    """The decoder without its head.
+
+    Attributes:
+        masked: Compute every token's MLP and discard those of skipped tokens, instead of really skipping. It is how the
+            routing is defined, and never saved.
+    """
+
+    def __init__(self, config: LlamaDloConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(RoutedDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        # Keyed by layer: the numbers of layers without a router are missing from the tensors' names.
+        self.routers = nn.ModuleDict({str(layer): TokenRouter(config.hidden_size) for layer in config.routed_layers})
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.masked = False
+        self.post_init()
+
+    def router(self, layer: int) -> TokenRouter | None:
+        """The router of a layer, None where it is not routed."""
+        if str(layer) not in self.routers:
+            return None
+        router = self.routers[str(layer)]
+        assert isinstance(router, TokenRouter)
+        return router
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        force_active: Mapping[int, torch.Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> LlamaDloModelOutput:
+        """Runs the decoder; arguments as transformers' Llama takes them.
+
+        Args:
+            input_ids: int64 [batch, sequence]; or `inputs_embeds`.
+            attention_mask: int64 [batch, past + sequence], 0 at padding; left padding works.
+            position_ids: int64 [batch, sequence].
+            past_key_values: The cache of the tokens before. Every token writes it, skipped or not.
+            inputs_embeds: [batch, sequence, hidden].
+            use_cache: Return a cache.
+            force_active: Per layer, bool [batch, sequence]: decisions to use in place of the routers'.
+            output_hidden_states: Return the residual stream before every layer, and the normalised one at the end.
+            kwargs: Passed on to attention.
+
+        Raises:
+            ValueError: Both or neither of `input_ids` and `inputs_embeds`; `force_active` for a layer without router.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("LlamaDloModel: expected exactly one of input_ids and inputs_embeds")
+        forced = dict(force_active or {})
+        if unknown := sorted(forced.keys() - set(self.config.routed_layers)):
+            raise ValueError(
+                f"LlamaDloModel: force_active names layers {unknown}, which are not routed"
+                f"\n\nhint: the routed layers are {list(self.config.routed_layers)}"
+            )
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+
+        router_scores: dict[int, torch.Tensor] = {}
+        streams = []
+        for index, layer in enumerate(self.layers):
+            streams.append(hidden_states)
+            hidden_states, scores = layer(
+                hidden_states,
+                router=self.router(index),
+                branch_scale=self.config.branch_scale,
+                force_active=forced.get(index),
+                masked=self.masked,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            if scores is not None:
+                router_scores[index] = scores
+        hidden_states = self.norm(hidden_states)
+        return LlamaDloModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*streams, hidden_states) if output_hidden_states else None,
+            router_scores=router_scores,
+        )
+
+
+class LlamaDloForCausalLM(LlamaDloPreTrainedModel, GenerationMixin):
+    """The routed Llama with its language head. The authors' name for it is LlamaDLOExAttnForCausalLM."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LlamaDloConfig) -> None:
+        super().__init__(config)
+        self.model = LlamaDloModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Opens a checkpoint as transformers does, and warns of routers that skip everything."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        warn_of_untrained_routers(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @property
+    def masked(self) -> bool:
+        """Whether skipped tokens' MLPs are computed and discarded, see `LlamaDloModel`."""
+        return bool(self.model.masked)
+
+    @masked.setter
+    def masked(self, masked: bool) -> None:
+        self.model.masked = masked
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> LlamaDloCausalLMOutput:
+        """Runs the model.
+
+        Args:
+            input_ids: int64 [batch, sequence].
+            labels: int64 [batch, sequence], -100 where a token does not count: also return the language loss.
+            logits_to_keep: Compute logits for so many last tokens only; 0 for all.
+            kwargs: See `LlamaDloModel.forward`.
+
+        Returns:
+            Logits [batch, sequence, vocabulary], the cache, and `router_scores` by layer.
+        """
+        loss_kwargs = {key: kwargs.pop(key) for key in ("num_items_in_batch",) if key in kwargs}
+        outputs = self.model(input_ids=input_ids, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+        return LlamaDloCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            router_scores=outputs.router_scores,
+        )
+
+
+class LlamaDloLayerForCausalLM(LlamaDloPreTrainedModel):
+    """The authors' LlamaDLOForCausalLM, which skips whole layers: it says so instead of computing something else."""
+
+    config: LlamaDloLayerConfig
+    config_class = LlamaDloLayerConfig
+
+    def __init__(self, config: LlamaDloLayerConfig) -> None:
+        raise LayerRoutingNotSupportedError(
+            f"model_type {config.model_type}: layer routing is not supported yet, only MLP routing "
+            f"({LlamaDloConfig.model_type}) is\n\nhint: train or calibrate the model with MLP routing"
+        )
+
+
+def identity_mlps(model: LlamaDloForCausalLM) -> Iterator[int]:
+    """Layers whose MLP adds exactly nothing, as an untrained zero_out layer's: skipping them loses nothing."""
+    for index, layer in enumerate(model.model.layers):
+        down_proj = layer.mlp.down_proj
+        if not down_proj.weight.any() and (down_proj.bias is None or not down_proj.bias.any()):
+            yield index
+
+
+def warn_of_untrained_routers(model: LlamaDloForCausalLM) -> None:
+    """Warns of layers that skip every token because their router is all zeros, except where that is harmless."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
+    zero = {layer for layer in model.config.routed_layers if not model.model.router(layer).weight.any()}
+    if zero and (untrained := sorted(zero - set(identity_mlps(model)))):
+        warnings.warn(
+            f"the routers of layers {untrained} are all zeros: every score is exactly 0.5, so their MLPs are skipped "
+            "for every token\n\nhint: fit them with `dlo calibrate`, train them, or set is_dlo to false there",
+            UntrainedRoutersWarning,
+            stacklevel=3,
+        )
+
+
+AutoConfig.register(LlamaDloConfig.model_type, LlamaDloConfig, exist_ok=True)
+AutoConfig.register(LlamaDloLayerConfig.model_type, LlamaDloLayerConfig, exist_ok=True)
+AutoModelForCausalLM.register(LlamaDloConfig, LlamaDloForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(LlamaDloLayerConfig, LlamaDloLayerForCausalLM, exist_ok=True)
