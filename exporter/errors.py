@@ -35,7 +35,7 @@ class EngineBuildError(DloError):
     exit_code = 3
 
 
-class EnvironmentFault(DloError):
+class MachineError(DloError):
     """The machine lacks something: a backend, a package, disk space."""
 
     exit_code = 4

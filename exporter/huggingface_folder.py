@@ -46,7 +46,7 @@ def open_folder(folder: Path) -> Checkpoint:
         tensors,
         stored_dtype=max(sizes, key=lambda name: sizes[name], default="float32"),
         files=files,
-        save_tokenizer=lambda target: _copy_companions(folder, target),
+        save_tokenizer=lambda target: copy_companions(folder, target),
     )
 
 
@@ -153,7 +153,12 @@ def _open_shards(folder: Path) -> tuple[list[MappedFile], dict[str, MappedTensor
     return files, tensors
 
 
-def _copy_companions(folder: Path, target: Path) -> None:
+def copy_companions(folder: Path, target: Path) -> None:
+    """Copies the tokenizer's files, as far as there are any, into an existing folder.
+
+    Raises:
+        CheckpointError: One of them is not a regular file of the folder.
+    """
     for name in COMPANIONS:
         if (folder / name).exists() or (folder / name).is_symlink():
             shutil.copyfile(file_inside(folder, name), target / name)

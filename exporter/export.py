@@ -1,0 +1,200 @@
+"""`dlo-export`: from a model to an artefact folder, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from exporter.artifact import MODEL_NAME, WEIGHTS_NAME, describe, save_description
+from exporter.errors import InputError, MachineError
+from exporter.genai_config import genai_config
+from exporter.json_file import save_json
+from exporter.pipeline import Lowering, build_model
+from exporter.progress import Reporter
+from exporter.source import ExportSource, open_source
+from exporter.weight_file import save_weights, weight_bytes
+from modeling.whole_folder import whole_folder
+
+DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+DtypeChoice = Literal["auto", "fp32", "fp16", "bf16"]
+LoweringChoice = Literal["auto", "masked", "compact"]
+
+
+class ParityFailedError(Exception):
+    """The artefact does not compute what the PyTorch reference computes.
+
+    Args:
+        kept: Where the artefact was put for inspection.
+        summary: The parity report in words.
+    """
+
+    exit_code = 1
+
+    def __init__(self, kept: Path, summary: str) -> None:
+        super().__init__(f"{summary}\n\nhint: the artefact was kept in {kept} for inspection")
+        self.kept = kept
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportRequest:
+    """Arguments of `dlo-export`.
+
+    Attributes:
+        model: Checkpoint folder, `.gguf`, `.onnx`, or hub id in the local cache.
+        output: Folder to make.
+        adapter: DloAdapter folder.
+        dtype: Of weights, KV cache and logits.
+        lowering: What routed layers become.
+        parity: Compare with PyTorch before the artefact appears.
+        weights: False leaves `model.onnx.data` out: a graph to look at.
+        force: Replace an existing output.
+    """
+
+    model: str
+    output: Path
+    adapter: Path | None = None
+    dtype: DtypeChoice = "auto"
+    lowering: LoweringChoice = "auto"
+    parity: bool = True
+    weights: bool = True
+    force: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportResult:
+    """What was made.
+
+    Attributes:
+        folder: The artefact.
+        description: Its dlo_artifact.json.
+        bytes: Of all its files.
+        parity_summary: The parity report in words; None where parity was not asked for.
+    """
+
+    folder: Path
+    description: dict[str, Any]
+    bytes: int
+    parity_summary: str | None
+
+
+def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
+    """Exports a model.
+
+    Args:
+        request: What to export and how.
+        reporter: Told about stages and bytes.
+
+    Raises:
+        InputError: The model, the adapter or the combination of options is not exportable.
+        MachineError: The disk is full.
+        ParityFailedError: The artefact is not equal to its reference.
+    """
+    source = open_source(request.model, request.adapter)
+    try:
+        dtype = _resolve_dtype(request.dtype, source)
+        lowering, reason = resolve_lowering(request.lowering, source)
+        with whole_folder(request.output, overwrite=request.force) as folder:
+            return _export_into(folder, request, source, dtype, lowering, reason, reporter)
+    except OSError as err:
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(
+                f"{request.output}: the disk is full", hint="free some space; nothing was left behind"
+            ) from err
+        raise
+    finally:
+        source.close()
+
+
+def resolve_lowering(choice: LoweringChoice, source: ExportSource) -> tuple[Lowering, str]:
+    """The lowering for ONNX Runtime's CPU provider, and why.
+
+    Raises:
+        InputError: A lowering is asked for and nothing is routed.
+    """
+    if source.routing is None:
+        if choice != "auto":
+            raise InputError(
+                f"{source.base.path}: has no routers, so --lowering {choice} has nothing to lower",
+                hint="leave --lowering out, or give an adapter with routers (`dlo calibrate`)",
+            )
+        return "none", "nothing is routed"
+    if choice == "auto":
+        return "compact", "compaction skips work in prefill, batches and decode alike on ONNX Runtime's CPU kernels"
+    return choice, "asked for"
+
+
+def _resolve_dtype(choice: DtypeChoice, source: ExportSource) -> str:
+    if source.kind == "onnx":
+        if choice not in ("auto", "fp32"):
+            raise InputError(
+                f"{source.base.path}: --dtype {choice} asks for a cast, but a graph keeps its own dtype",
+                hint="export the checkpoint instead, or leave --dtype out",
+            )
+        return "fp32"
+    return "fp32" if choice == "auto" else choice
+
+
+def _export_into(
+    folder: Path,
+    request: ExportRequest,
+    source: ExportSource,
+    dtype: str,
+    lowering: Lowering,
+    reason: str,
+    reporter: Reporter,
+) -> ExportResult:
+    with reporter.stage("graph"):
+        model = build_model(source, lowering, DTYPES[dtype])
+    if request.weights:
+        _check_disk(folder, weight_bytes(model))
+    with reporter.bytes("weights") as progress:
+        save_weights(model, folder / WEIGHTS_NAME, write=request.weights, progress=progress)
+    ir.save(model, folder / MODEL_NAME)
+    with reporter.stage("description"):
+        source.base.save_companions(folder, source.config_values())
+        if source.base.config is not None:
+            save_json(folder / "genai_config.json", genai_config(source.base.config, source.num_layers))
+        description = describe(source, model, dtype=dtype, lowering=lowering, reason=reason)
+    summary = _run_parity(folder, request, source, description, reporter)
+    save_description(description, folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return ExportResult(request.output, description, size, summary)
+
+
+def _run_parity(
+    folder: Path, request: ExportRequest, source: ExportSource, description: dict[str, Any], reporter: Reporter
+) -> str | None:
+    if not request.parity or not request.weights:
+        reason = "--no-parity" if not request.parity else "--no-weights"
+        description["parity"] = {"verdict": "NOT RUN", "reason": reason}
+        return None
+    # Parity needs PyTorch; an export without it does not, and starts in a fraction of the time.
+    from exporter.parity_check import check_parity  # noqa: PLC0415
+
+    with reporter.stage("parity"):
+        report = check_parity(source, folder, description)
+    description["parity"] = {"verdict": report.verdict, **({"reason": report.reason} if report.reason else {})}
+    save_json(folder / "parity.json", report.to_json())
+    summary = report.summary()
+    if report.verdict == "FAIL":
+        save_description(description, folder)
+        failed = request.output.with_name(f"{request.output.name}.failed")
+        if failed.exists():
+            shutil.rmtree(failed)
+        folder.rename(failed)
+        raise ParityFailedError(failed, summary)
+    return summary
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise MachineError(
+            f"{folder.parent}: has {free / 2**20:.0f} MB free, the weights need {needed / 2**20:.0f} MB",
+            hint="free some space, or give another folder with -o",
+        )

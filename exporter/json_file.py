@@ -1,0 +1,30 @@
+"""JSON objects in files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import InputError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: The file is missing, is not UTF-8 JSON, or holds something else than an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise InputError(f"{path}: cannot be read as JSON ({err})") from err
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds a JSON {type(values).__name__}, expected an object")
+    return values
+
+
+def save_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON object, indented, with a final newline."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
