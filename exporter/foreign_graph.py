@@ -37,7 +37,7 @@ class ForeignGraph:
 
     def model(self) -> ir.Model:
         """The graph, its external weights mapped, not read: a new one with every call."""
-        return _load(self.path)
+        return load_graph(self.path)
 
     @functools.cached_property
     def _layers(self) -> tuple[DecoderLayer, ...]:
@@ -45,7 +45,7 @@ class ForeignGraph:
 
     @functools.cached_property
     def _model(self) -> ir.Model:
-        return _load(self.path)
+        return load_graph(self.path)
 
     @property
     def num_layers(self) -> int:
@@ -153,7 +153,12 @@ def open_foreign_graph(path: Path) -> ForeignGraph:
     return graph
 
 
-def _load(path: Path) -> ir.Model:
+def load_graph(path: Path) -> ir.Model:
+    """Reads a graph; external weights are mapped when they are asked for.
+
+    Raises:
+        InputError: It is no ONNX model.
+    """
     try:
         return ir.load(path)
     except Exception as err:  # protobuf, serde and OS errors have no common base; each means "not a readable model"

@@ -1,0 +1,58 @@
+"""`dlo inspect`: what a graph consists of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from exporter.inspection import Inspection
+
+NAME = "inspect"
+
+
+def main(
+    path: Annotated[Path, typer.Argument(help="Artefact folder, or any .onnx file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show layers, bytes per part and operators of an artefact or any ONNX graph."""
+    from exporter.inspection import inspect_model  # noqa: PLC0415 - keeps `dlo --help` quick
+
+    inspection = inspect_model(path)
+    if as_json:
+        typer.echo(json.dumps(inspection.to_json(), indent=2))
+    else:
+        _print_tables(inspection)
+
+
+def _print_tables(inspection: Inspection) -> None:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    console = Console()
+    description = inspection.description
+    if description is not None:
+        console.print(
+            f"{inspection.path.parent}: {description['source']['kind']} {description['source']['name']}, "
+            f"{description['dtype']}, lowering {description['lowering']} ({description['lowering_reason']}), "
+            f"parity {description['parity']['verdict']}"
+        )
+    if inspection.layers_problem:
+        console.print(f"no decoder layers: {inspection.layers_problem}")
+    else:
+        table = Table("layer", "injected", "routed", "identity", "MB")
+        for row in inspection.layers:
+            marks = [{True: "yes", False: "", None: "?"}[row[kind]] for kind in ("injected", "routed", "identity")]
+            table.add_row(str(row["index"]), *marks, f"{row['bytes'] / 2**20:.2f}")
+        console.print(table)
+    parts = Table("part", "MB")
+    for part, size in inspection.bytes.items():
+        parts.add_row(part, f"{size / 2**20:.2f}")
+    console.print(parts)
+    ops = Table("operator", "count")
+    for name, count in inspection.ops.items():
+        ops.add_row(name, str(count))
+    console.print(ops)
