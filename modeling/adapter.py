@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from modeling.adapter_checks import CONFIG_FIELDS, config_problems, tensor_problems
-from modeling.lazy_tensors import LazyTensor, SafetensorsTensor, save_safetensors
+from modeling.lazy_tensors import LazyTensor, Progress, SafetensorsTensor, save_safetensors
 from modeling.whole_folder import whole_folder
 
 FORMAT_VERSION = 1
@@ -141,13 +141,16 @@ def load_adapter(folder: str | Path) -> DloAdapter:
     return _adapter_from_config(_read_config(folder / CONFIG_NAME), _open_tensors(folder / TENSORS_NAME), folder)
 
 
-def save_adapter(adapter: DloAdapter, folder: str | Path, *, overwrite: bool = False) -> None:
+def save_adapter(
+    adapter: DloAdapter, folder: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> None:
     """Writes an adapter, whole or not at all.
 
     Args:
         adapter: Checked as `load_adapter` would.
         folder: The folder to make.
         overwrite: Replace a folder that holds something.
+        progress: Called with the bytes written and their total.
 
     Raises:
         AdapterError: The adapter is inconsistent.
@@ -165,7 +168,7 @@ def save_adapter(adapter: DloAdapter, folder: str | Path, *, overwrite: bool = F
     }
     _adapter_from_config(config, adapter.tensors, Path(folder))
     with whole_folder(Path(folder), overwrite=overwrite) as staging:
-        save_safetensors(adapter.tensors, staging / TENSORS_NAME)
+        save_safetensors(adapter.tensors, staging / TENSORS_NAME, progress=progress)
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

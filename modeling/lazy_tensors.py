@@ -1,4 +1,4 @@
-"""Tensors that are read when they are needed, and their streaming into safetensors files."""
+"""Tensors that are read when they are needed, and their streaming into a safetensors file."""
 
 from __future__ import annotations
 
@@ -118,45 +118,6 @@ def save_safetensors(tensors: Mapping[str, LazyTensor], path: Path, *, progress:
         os.fsync(file.fileno())
 
 
-def save_model_tensors(
-    tensors: Mapping[str, LazyTensor],
-    folder: Path,
-    *,
-    max_shard_bytes: int = 5 << 30,
-    progress: Progress | None = None,
-) -> tuple[Path, ...]:
-    """Writes a checkpoint's tensors: ``model.safetensors``, or shards of at most a size and their index.
-
-    Args:
-        tensors: Names and tensors, in the order they are to be written.
-        folder: An existing folder.
-        max_shard_bytes: Size of a shard; a single larger tensor makes a shard of its own.
-        progress: Called with the bytes written and their total over all shards.
-
-    Returns:
-        The safetensors files written.
-    """
-    shards = _shards(tensors, max_shard_bytes)
-    total = sum(tensor_nbytes(tensor) for tensor in tensors.values())
-    paths, weight_map, done = [], {}, 0
-    for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        before = done
-
-        def shard_progress(bytes_done: int, bytes_total: int, before: int = before) -> None:
-            if progress is not None:
-                progress(before + bytes_done, total)
-
-        save_safetensors(shard, folder / name, progress=shard_progress)
-        done += sum(tensor_nbytes(tensor) for tensor in shard.values())
-        weight_map.update(dict.fromkeys(shard, name))
-        paths.append(folder / name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return tuple(paths)
-
-
 def _header(tensors: Mapping[str, LazyTensor]) -> bytes:
     """The length-prefixed JSON header of a safetensors file, padded so that the data starts 8-byte aligned."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -181,17 +142,3 @@ def _chunks(values: np.ndarray) -> Iterator[memoryview]:
     flat = values.reshape(-1).view(np.uint8)
     for start in range(0, flat.nbytes, _CHUNK_BYTES):
         yield flat[start : start + _CHUNK_BYTES].data
-
-
-def _shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> list[dict[str, LazyTensor]]:
-    """Cuts the tensors, in order, into groups of at most so many bytes."""
-    shards: list[dict[str, LazyTensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        nbytes = tensor_nbytes(tensor)
-        if shards[-1] and size + nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += nbytes
-    return shards

@@ -186,6 +186,7 @@ def test_check_fits_lists_every_difference_when_the_model_is_another() -> None:
     assert "model.layers.2.mlp.up_proj.weight: found [16, 8], the model needs [32, 8]" in str(caught.value)
 
 
-def test_adapter_imports_neither_torch_nor_transformers() -> None:
-    code = "import sys, modeling.adapter; assert not {'torch', 'transformers'} & set(sys.modules)"
+def test_adapter_and_expansion_import_neither_torch_nor_transformers() -> None:
+    modules = "modeling.adapter, modeling.expansion, modeling.checkpoint_folder"
+    code = f"import sys, {modules}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,69 @@
+"""The PyTorch model of any checkpoint's tensors: GGUF, safetensors, or a base model under an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
+from modeling.lazy_tensors import LazyTensor
+from modeling.llama_dlo import LlamaDloForCausalLM, LlamaDloLayerForCausalLM, warn_of_untrained_routers
+
+
+class ModelTensorsError(ValueError):
+    """The tensors are not those that the configuration describes."""
+
+
+def llama_dlo_from_tensors(
+    config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, dtype: torch.dtype = torch.float32
+) -> LlamaDloForCausalLM:
+    """Builds the model in evaluation mode; a plain Llama becomes one without routers.
+
+    Args:
+        config: Of config.json.
+        tensors: Under Hugging Face names; read, cast and released one after the other.
+        dtype: Of all parameters but the routers, which stay float32.
+
+    Raises:
+        ModelTensorsError: Tensors are missing or unexpected.
+        RoutingConfigError: The routing keys contradict each other.
+        LayerRoutingNotSupportedError: The model routes whole layers.
+    """
+    values = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
+    if config.get("model_type") == LlamaDloLayerConfig.model_type:
+        LlamaDloLayerForCausalLM(LlamaDloLayerConfig(**values))  # says that it is not supported
+    model_config = LlamaDloConfig(**values, dtype=dtype)
+    with torch.device("meta"):
+        model = LlamaDloForCausalLM(model_config)
+    expected = {name for name, _ in model.named_parameters()}
+    if problems := _name_problems(expected, tensors.keys()):
+        raise ModelTensorsError(f"PyTorch model: {'; '.join(problems)}\n\nhint: config.json belongs to another model")
+    for name in sorted(expected):
+        tensor = tensors[name]
+        values_dtype = torch.float32 if name.startswith("model.routers.") else dtype
+        model.load_state_dict({name: _to_torch(tensor.numpy(), values_dtype)}, strict=False, assign=True)
+        tensor.release()
+    model.tie_weights()
+    # Its frequencies are computed, not stored, and were left on the meta device.
+    model.model.rotary_emb = LlamaRotaryEmbedding(config=model_config)
+    warn_of_untrained_routers(model)
+    model.eval()
+    return model
+
+
+def _to_torch(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor with memory of its own; NumPy's bfloat16 is foreign to torch, its bits are not."""
+    own = np.array(array, copy=True)
+    if own.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(own.view(np.uint16)).view(torch.bfloat16).to(dtype)
+    return torch.from_numpy(own).to(dtype)
+
+
+def _name_problems(expected: set[str], found: Any) -> list[str]:
+    problems = [f"{name} is missing" for name in sorted(expected - set(found))]
+    return problems + [f"{name} is unexpected" for name in sorted(set(found) - expected)]
