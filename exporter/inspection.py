@@ -18,6 +18,8 @@ from graph_passes.decoder_layers import DecoderLayer, find_decoder_layers
 from graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from graph_passes.provenance import LAYER_KEY, role_values
 
+_LAST_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
