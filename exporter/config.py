@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from exporter.errors import CheckpointError
+from exporter.json_fields import JsonFields
+from exporter.json_file import read_json
 
 # How the model types of the DLO authors' code route (their `llama_dlo_exattn` keeps attention dense).
 ROUTING_KINDS: dict[str, Literal["mlp", "layer"] | None] = {
@@ -133,7 +134,7 @@ class LlamaConfig:
             CheckpointError: The file is missing or not a JSON object, or names anything unsupported.
         """
         path = Path(path)
-        return cls.from_dict(read_json_object(path), origin=str(path))
+        return cls.from_dict(read_json(path, CheckpointError), origin=str(path))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], origin: str = "config.json") -> LlamaConfig:
@@ -146,7 +147,7 @@ class LlamaConfig:
         Raises:
             CheckpointError: Lists every missing, malformed and unsupported field.
         """
-        fields = _Fields(values)
+        fields = JsonFields(values)
         model_type = values.get("model_type")
         if not isinstance(model_type, str) or model_type not in ROUTING_KINDS:
             raise CheckpointError(
@@ -158,7 +159,7 @@ class LlamaConfig:
         num_layers = fields.integer("num_hidden_layers")
         num_heads = fields.integer("num_attention_heads")
         num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
-        if num_heads % num_kv_heads:
+        if fields.are_valid("num_attention_heads", "num_key_value_heads") and num_heads % num_kv_heads:
             fields.problem("num_attention_heads", f"is {num_heads}, expected a multiple of num_key_value_heads")
         max_position_embeddings = fields.integer("max_position_embeddings", default=2048)
         config = cls(
@@ -182,7 +183,11 @@ class LlamaConfig:
             routing=_routing(fields, ROUTING_KINDS[model_type], num_layers),
             raw=dict(values),
         )
-        fields.raise_problems(origin)
+        if fields.problems:
+            raise CheckpointError(
+                f"{origin}: not a configuration this version can export\n  " + "\n  ".join(fields.problems),
+                hint="docs/checkpoints.md lists what can be exported",
+            )
         return config
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -220,98 +225,7 @@ class LlamaConfig:
         return shapes
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON file whose top level is an object.
-
-    Raises:
-        CheckpointError: The file is missing, unreadable or something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as err:
-        raise CheckpointError(f"{path}: cannot be read ({err})", hint="is the folder a complete checkpoint?") from err
-    except (json.JSONDecodeError, RecursionError) as err:
-        raise CheckpointError(f"{path}: not valid JSON ({err})", hint="was the download cut short?") from err
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(values).__name__}, expected an object")
-    return values
-
-
-class _Fields:
-    """Typed reads of a JSON object that note problems instead of raising at the first."""
-
-    def __init__(self, values: Mapping[str, Any], prefix: str = "", problems: list[str] | None = None) -> None:
-        self.values = values
-        self.prefix = prefix
-        self.problems: list[str] = [] if problems is None else problems
-
-    def nested(self, name: str, values: Mapping[str, Any]) -> _Fields:
-        return _Fields(values, f"{self.prefix}{name}.", self.problems)
-
-    def problem(self, name: str, text: str) -> None:
-        self.problems.append(f"{self.prefix}{name} {text}")
-
-    def raise_problems(self, origin: str) -> None:
-        if self.problems:
-            raise CheckpointError(
-                f"{origin}: not a configuration this version can export\n  " + "\n  ".join(self.problems),
-                hint="see the list of supported checkpoints in docs/checkpoints.md",
-            )
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        return self._checked(name, default, lambda v: _is_int(v) and v > 0, "a positive integer", stand_in=1)
-
-    def positive_number(self, name: str, default: float | None = None) -> float:
-        value = self._checked(name, default, lambda v: _is_number(v) and v > 0, "a positive number", stand_in=1.0)
-        return float(value)
-
-    def number(self, name: str) -> float:
-        return float(self._checked(name, None, _is_number, "a finite number", stand_in=1.0))
-
-    def flag(self, name: str, default: bool | None = None) -> bool:
-        return self._checked(name, default, lambda v: isinstance(v, bool), "true or false", stand_in=False)
-
-    def token(self, name: str, default: int | None) -> int | None:
-        value = self.values.get(name, default)
-        # -1 is how Meta's original conversion scripts write "no padding token".
-        if value is None or value == -1:
-            return None
-        if not _is_int(value) or value < 0:
-            self.problem(name, f"is {value!r}, expected a token id")
-            return None
-        return int(value)
-
-    def tokens(self, name: str, default: int) -> tuple[int, ...]:
-        value = self.values.get(name, default)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(_is_int(item) and item >= 0 for item in ids):
-            self.problem(name, f"is {value!r}, expected a token id or a list of them")
-            return ()
-        return tuple(ids)
-
-    def _checked(self, name: str, default: Any, valid: Callable[[Any], bool], expected: str, stand_in: Any) -> Any:
-        # A null means "not given", as in transformers. The stand-in only lets the remaining fields be checked.
-        value = self.values.get(name)
-        if value is None:
-            if default is not None:
-                return default
-            self.problem(name, f"is missing, expected {expected}")
-            return stand_in
-        if not valid(value):
-            self.problem(name, f"is {value!r}, expected {expected}")
-            return stand_in
-        return value
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _reject_unsupported(fields: _Fields) -> None:
+def _reject_unsupported(fields: JsonFields) -> None:
     values = fields.values
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
         fields.problem("hidden_act", f"is {values['hidden_act']!r}, expected 'silu'")
@@ -322,16 +236,20 @@ def _reject_unsupported(fields: _Fields) -> None:
         fields.problem("sliding_window", f"is {values['sliding_window']!r}, expected full attention")
 
 
-def _head_dim(fields: _Fields, hidden_size: int, num_heads: int) -> int:
-    if fields.values.get("head_dim") is None and hidden_size % num_heads:
+def _head_dim(fields: JsonFields, hidden_size: int, num_heads: int) -> int:
+    given = fields.values.get("head_dim") is not None
+    if not given and not fields.are_valid("hidden_size", "num_attention_heads"):
+        return 1
+    if not given and hidden_size % num_heads:
         fields.problem("hidden_size", f"is {hidden_size}, expected a multiple of num_attention_heads ({num_heads})")
-    head_dim = fields.integer("head_dim", default=max(hidden_size // num_heads, 1))
-    if head_dim % 2:
+        return 1
+    head_dim = fields.integer("head_dim", default=hidden_size // num_heads)
+    if fields.are_valid("head_dim") and head_dim % 2:
         fields.problem("head_dim", f"is {head_dim}, expected an even number (rotary embedding turns pairs)")
     return head_dim
 
 
-def _rope(fields: _Fields, max_position_embeddings: int) -> RopeConfig:
+def _rope(fields: JsonFields, max_position_embeddings: int) -> RopeConfig:
     values = fields.values
     # Precedence as in transformers 5: an old-style rope_scaling, if any, over rope_parameters.
     name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
@@ -340,6 +258,8 @@ def _rope(fields: _Fields, max_position_embeddings: int) -> RopeConfig:
         fields.problem(name, f"is {parameters!r}, expected an object")
         parameters = {}
     rope = fields.nested(name, parameters)
+    if any(isinstance(value, dict) for value in parameters.values()):
+        fields.problem(name, "differs by layer type, expected one set for all layers")
     theta = (
         rope.positive_number("rope_theta")
         if parameters.get("rope_theta") is not None
@@ -356,7 +276,7 @@ def _rope(fields: _Fields, max_position_embeddings: int) -> RopeConfig:
         return RopeConfig("linear", theta, factor=rope.positive_number("factor"))
     if kind == "llama3":
         low, high = rope.positive_number("low_freq_factor"), rope.positive_number("high_freq_factor")
-        if low >= high:
+        if rope.are_valid("low_freq_factor", "high_freq_factor") and low >= high:
             rope.problem("high_freq_factor", f"is {high}, expected more than low_freq_factor ({low})")
         key = "original_max_position_embeddings"
         # transformers lets a top-level value overrule the nested one.
@@ -373,7 +293,7 @@ def _rope(fields: _Fields, max_position_embeddings: int) -> RopeConfig:
     return RopeConfig("default", theta)
 
 
-def _routing(fields: _Fields, kind: Literal["mlp", "layer"] | None, num_layers: int) -> RoutingConfig | None:
+def _routing(fields: JsonFields, kind: Literal["mlp", "layer"] | None, num_layers: int) -> RoutingConfig | None:
     is_dlo = fields.values.get("is_dlo")
     if kind is None:
         if is_dlo is True or (isinstance(is_dlo, list) and any(is_dlo)):
@@ -384,7 +304,7 @@ def _routing(fields: _Fields, kind: Literal["mlp", "layer"] | None, num_layers: 
     if not isinstance(per_layer, list) or not all(isinstance(item, bool) for item in per_layer):
         fields.problem("is_dlo", f"is {is_dlo!r}, expected true, false or a list of them")
         return None
-    if len(per_layer) != num_layers:
+    if fields.are_valid("num_hidden_layers") and len(per_layer) != num_layers:
         fields.problem("is_dlo", f"has {len(per_layer)} entries, expected num_hidden_layers ({num_layers})")
         return None
     layers = tuple(index for index, routed in enumerate(per_layer) if routed)

@@ -115,9 +115,9 @@ def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor]
     values["sliding_window"] = metadata.get("llama.attention.sliding_window")
     values["rope_scaling"] = _rope_scaling(metadata)
     rotated = metadata.get("llama.rope.dimension_count")
-    head_dim = values.get("head_dim") or _quotient(values.get("hidden_size"), values.get("num_attention_heads"))
-    if rotated is not None and head_dim is not None and rotated != head_dim:
-        values["partial_rotary_factor"] = rotated / head_dim
+    head_dim = values.get("head_dim", _quotient(values.get("hidden_size"), values.get("num_attention_heads")))
+    if rotated is not None and rotated != head_dim:
+        values["partial_rotary_factor"] = f"{rotated} of {head_dim}"
     return {name: value for name, value in values.items() if value is not None or name.endswith("token_id")}
 
 
@@ -141,6 +141,8 @@ def _llama3_scaling(factors: GgufTensor, config: LlamaConfig, path: Path) -> dic
     All published models differ in the factor alone, which is the largest divisor. Any others are refused: config.json
     and the reference have no place for a table.
     """
+    if config.rope.kind != "default" or factors.shape != (config.head_dim // 2,):
+        raise CheckpointError(f"{path}: {ROPE_FACTORS} {list(factors.shape)} does not fit rope.{config.rope.kind}")
     rule = RopeConfig(
         "llama3",
         config.rope.theta,
@@ -151,7 +153,7 @@ def _llama3_scaling(factors: GgufTensor, config: LlamaConfig, path: Path) -> dic
     )
     plain = replace(rule, kind="default").inverse_frequencies(config.head_dim)
     divisors = plain / rule.inverse_frequencies(config.head_dim)
-    if config.rope.kind != "default" or factors.shape != divisors.shape or not np.allclose(factors.numpy(), divisors):
+    if not np.allclose(factors.numpy(), divisors):
         raise CheckpointError(
             f"{path}: the frequency divisors in {ROPE_FACTORS} do not follow the rule of Llama 3.1",
             hint="export the original Hugging Face checkpoint, whose config.json holds the rule",

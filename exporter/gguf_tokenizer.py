@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from exporter.errors import CheckpointError
-from exporter.llama_checkpoint import save_json
+from exporter.json_file import save_json
 
 PREFIX = "tokenizer.ggml."
 # Kinds of token in tokenizer.ggml.token_type.
@@ -27,7 +27,7 @@ LLAMA3_WORDS = (
 )
 SPLITTERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    # transformers 5.23 ignores this name when it converts GGUF, which joins other spaces before digits than training did.
+    # transformers 5.23 ignores this name when it converts GGUF, and joins spaces before digits that training did not.
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
@@ -58,7 +58,7 @@ class GgufTokenizer:
         self._origin = origin
         if self._get("model") != "gpt2":
             raise self._error(f"{PREFIX}model is {self._get('model')!r}, expected 'gpt2' (byte-level BPE)")
-        if self._get("pre") not in SPLITTERS:
+        if self._get("pre") not in list(SPLITTERS):
             raise self._error(f"{PREFIX}pre is {self._get('pre')!r}, expected one of {', '.join(SPLITTERS)}")
         self._tokens = self._strings("tokens")
         self._special = {role: self._special_token(name) for role, name in ROLES.items()}

@@ -6,8 +6,9 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
-from exporter.config import LlamaConfig, read_json_object
+from exporter.config import LlamaConfig
 from exporter.errors import CheckpointError, InputError
+from exporter.json_file import read_json
 from exporter.llama_checkpoint import Checkpoint
 from exporter.mapped_file import MappedFile, MappedTensor
 from exporter.safetensors_file import tensors_of_safetensors
@@ -122,7 +123,7 @@ def _open_weights(folder: Path) -> tuple[list[MappedFile], dict[str, MappedTenso
 
 def _open_shards(folder: Path) -> tuple[list[MappedFile], dict[str, MappedTensor]]:
     index_file = file_inside(folder, INDEX_FILE)
-    file_of = read_json_object(index_file).get("weight_map")
+    file_of = read_json(index_file, CheckpointError).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
         raise CheckpointError(f"{index_file}: weight_map is not an object of tensor names and file names")
     problems: list[str] = []

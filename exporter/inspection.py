@@ -89,11 +89,10 @@ def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: dict[str, Any]
 def _is_identity(layer: DecoderLayer) -> bool | None:
     """Whether both branches end in a zero matrix; None where the projections cannot be told or read."""
     try:
-        ends = [
-            layer.projections[f"{role}.weight"].weight.const_value for role in ("self_attn.o_proj", "mlp.down_proj")
-        ]
-    except (GraphPassError, KeyError):
+        weights = {projection.tensor: projection.weight for projection in layer.projections.values()}
+    except GraphPassError:
         return None
+    ends = [weights[name].const_value for name in _LAST_PROJECTIONS]
     return all(tensor is not None and not np.any(tensor.numpy()) for tensor in ends)
 
 

@@ -10,18 +10,22 @@ from typing import Any
 from exporter.errors import InputError
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
     """Reads a JSON object.
+
+    Args:
+        path: The file.
+        error: What to raise.
 
     Raises:
         InputError: The file is missing, is not UTF-8 JSON, or holds something else than an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise InputError(f"{path}: cannot be read as JSON ({err})") from err
+    except (OSError, ValueError, RecursionError) as err:
+        raise error(f"{path}: cannot be read as JSON ({err})", hint="is it complete?") from err
     if not isinstance(values, dict):
-        raise InputError(f"{path}: holds a JSON {type(values).__name__}, expected an object")
+        raise error(f"{path}: holds a JSON {type(values).__name__}, expected an object")
     return values
 
 

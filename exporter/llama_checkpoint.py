@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +12,7 @@ import numpy as np
 
 from exporter.config import LlamaConfig
 from exporter.errors import CheckpointError
+from exporter.json_file import save_json
 from exporter.mapped_file import MappedFile
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
@@ -139,11 +139,6 @@ class Checkpoint:
         save_json(folder / "config.json", values)
         save_json(folder / "generation_config.json", _generation_config(self.config))
         self._save_tokenizer(folder)
-
-
-def save_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file in the layout Hugging Face libraries use."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _generation_config(config: LlamaConfig) -> dict[str, Any]:

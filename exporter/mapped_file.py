@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,7 +29,7 @@ class MappedFile:
         self.path = path
         try:
             with path.open("rb") as stream:
-                self.nbytes = path.stat().st_size
+                self.nbytes = os.fstat(stream.fileno()).st_size
                 if self.nbytes == 0:
                     raise CheckpointError(f"{path}: the file is empty", hint="was the download cut short?")
                 self._mapping: mmap.mmap | None = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

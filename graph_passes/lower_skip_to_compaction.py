@@ -38,8 +38,9 @@ class LowerSkipToCompactionPass(ir.passes.InPlacePass):
         kept = Mul(Unsqueeze(GatherND(scale, idx), -1), d)
         y    = ScatterND(h, idx, kept, reduction="add")      # indices are unique: one addition per element
 
-    Rows are [1, n, hidden] instead where a node of the branch counts its axes from the front. Scope: every routed
-    decoder layer of the main graph. Source: DESIGN "compact"; ONNX ScatterND-16.
+    Rows are [1, n, hidden] instead where a node of the branch counts its axes from the front. ONNX Runtime's CPU kernel
+    of ScatterND adds in float32 and float64 only, so a 16-bit graph lowered this way needs another runtime. Scope:
+    every routed decoder layer of the main graph. Source: ONNX ScatterND-16.
     """
 
     runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (RouteLayersPass,)

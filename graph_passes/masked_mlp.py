@@ -107,12 +107,12 @@ def _foreign_read(masked: MaskedMlp) -> str | None:
 
 
 def _foreign_use(masked: MaskedMlp) -> str | None:
-    allowed = {*masked.nodes, masked.select}
+    block = masked.layer.mlp
+    inner = {*masked.nodes, masked.select}
     for node in (*masked.nodes, masked.select):
         for value in node.outputs:
-            users = [user for user in value.consumers() if user not in allowed]
-            if users == [masked.layer.mlp.add] and value in (masked.layer.mlp.branch, masked.layer.mlp.stream_operand):
-                continue
+            added = value is block.branch or value is block.stream_operand
+            users = [user for user in value.consumers() if user not in inner and not (added and user is block.add)]
             if users or value.is_graph_output():
                 user = place(users[0]) if users else "the graph's outputs"
                 return f"{_at(masked.layer, node)} of the MLP branch is used elsewhere, by {user}"
