@@ -1,0 +1,72 @@
+"""What each pass makes of a one-layer Llama, as text to be read.
+
+After a deliberate change of a pass, write the golden files anew and read the difference before committing it:
+
+    python -m tests.graph_passes.golden_graphs
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from graph_passes.expose_routing import ExposeRoutingPass
+from graph_passes.fuse_sibling_matmuls import FuseSiblingMatMulsPass
+from graph_passes.inject_layers import InjectLayersPass, LayerInjection
+from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
+from graph_passes.route_layers import RouteLayersPass
+
+FOLDER = Path(__file__).parent / "golden"
+SOURCE = FOLDER / "one_layer_llama.onnxtxt"
+ROUTERS = {0: np.array([0.8, -0.4, 0.3, 0.9], np.float32)}
+
+_ROUTE = RouteLayersPass(ROUTERS, rescale=True, scale_factor=2.0, scale_gap=0.5)
+# Each golden is what its last pass makes of the graph the passes before it leave.
+GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
+    "inject_layers": (InjectLayersPass((LayerInjection(position=1, source=0, init="zero_out"),)),),
+    "route_layers": (_ROUTE,),
+    "lower_skip_to_compaction": (_ROUTE, LowerSkipToCompactionPass()),
+    "expose_routing": (_ROUTE, LowerSkipToCompactionPass(), ExposeRoutingPass(force=True)),
+    "fuse_sibling_matmuls": (FuseSiblingMatMulsPass(),),
+}
+
+
+def source_text() -> str:
+    """The one-layer Llama every golden starts from."""
+    return SOURCE.read_text(encoding="utf-8")
+
+
+def golden_graph(name: str) -> ir.Model:
+    """The graph of a golden."""
+    model = ir.from_onnx_text(source_text())
+    for pass_ in GOLDENS[name]:
+        pass_(model)
+    return model
+
+
+def golden_text(model: ir.Model) -> str:
+    """Interface, weights by shape, small constants by value, nodes: what a reader needs, without node names."""
+    graph = model.graph
+    proto = ir.to_proto(model).graph
+    lines = [f"in   {_typed(value)}" for value in graph.inputs]
+    lines += [f"out  {_typed(value)}" for value in graph.outputs]
+    for name, value in graph.initializers.items():
+        contents = value.const_value.numpy()
+        shown = f" = {contents.tolist()}" if contents.size <= 1 else ""
+        lines.append(f"init {value.dtype.name} {list(contents.shape)} {name}{shown}")
+    for node in proto.node:
+        node.ClearField("name")
+        lines.append(onnx.printer.to_text(node).strip().replace('"', ""))
+    return "\n".join(lines) + "\n"
+
+
+def _typed(value: ir.Value) -> str:
+    return f"{value.dtype.name} {value.shape} {value.name}"
+
+
+if __name__ == "__main__":
+    for golden in GOLDENS:
+        (FOLDER / f"{golden}.txt").write_text(golden_text(golden_graph(golden)), encoding="utf-8")
