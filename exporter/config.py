@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from exporter.errors import CheckpointError
 from exporter.json_fields import JsonFields
 from exporter.json_file import read_json
+from exporter.rope import RopeConfig, rope_of_fields
+
+__all__ = ["LlamaConfig", "RopeConfig", "RoutingConfig"]
 
 # How the model types of the DLO authors' code route (their `llama_dlo_exattn` keeps attention dense).
 ROUTING_KINDS: dict[str, Literal["mlp", "layer"] | None] = {
@@ -20,58 +20,6 @@ ROUTING_KINDS: dict[str, Literal["mlp", "layer"] | None] = {
     "llama_dlo": "layer",
     "llama_dlo_exattn": "mlp",
 }
-ROPE_KINDS = ("default", "linear", "llama3")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding over the whole head.
-
-    Attributes:
-        kind: How the frequencies are scaled for contexts longer than trained on.
-        theta: Base of the geometric sequence of wavelengths.
-        factor: Divisor of the frequencies (linear: of all, llama3: of the low ones).
-        low_freq_factor: llama3 only: wavelengths above original_max_position / low_freq_factor are fully scaled.
-        high_freq_factor: llama3 only: wavelengths below original_max_position / high_freq_factor are left alone.
-        original_max_position: llama3 only: context length before scaling, in tokens.
-    """
-
-    kind: Literal["default", "linear", "llama3"]
-    theta: float
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position: int = 0
-
-    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians per token of each rotated pair, float32 [head_dim / 2], as transformers computes them.
-
-        Source: RoFormer (arXiv 2104.09864) §3.2; the llama3 rule is the one published with Llama 3.1.
-        """
-        # Rounded to float32 after each step, like the PyTorch reference: a last-bit difference grows with the position.
-        # NumPy's float32 power is off by one bit where PyTorch's is not, hence the detour over float64.
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        wavelengths = np.power(self.theta, exponents.astype(np.float64)).astype(np.float32)
-        frequencies = np.float32(1.0) / wavelengths
-        if self.kind == "linear":
-            return frequencies / np.float32(self.factor)
-        if self.kind == "llama3":
-            return self._llama3_frequencies(frequencies)
-        return frequencies
-
-    def _llama3_frequencies(self, frequencies: np.ndarray) -> np.ndarray:
-        wavelengths = np.float32(2 * math.pi) / frequencies
-        longest_kept = np.float32(self.original_max_position / self.high_freq_factor)
-        shortest_scaled = np.float32(self.original_max_position / self.low_freq_factor)
-        scaled = frequencies / np.float32(self.factor)
-        # Between the two, blend from kept to scaled by the number of turns within the original context.
-        turns = np.float32(self.original_max_position) / wavelengths
-        span = np.float32(self.high_freq_factor - self.low_freq_factor)
-        kept_share = (turns - np.float32(self.low_freq_factor)) / span
-        blended = (np.float32(1.0) - kept_share) * scaled + kept_share * frequencies
-        return np.where(
-            wavelengths > shortest_scaled, scaled, np.where(wavelengths < longest_kept, frequencies, blended)
-        )
 
 
 @dataclass(frozen=True)
@@ -171,7 +119,7 @@ class LlamaConfig:
             num_kv_heads=num_kv_heads,
             head_dim=_head_dim(fields, hidden_size, num_heads),
             rms_norm_eps=fields.positive_number("rms_norm_eps", default=1e-6),
-            rope=_rope(fields, max_position_embeddings),
+            rope=rope_of_fields(fields, max_position_embeddings),
             attention_bias=fields.flag("attention_bias", default=False),
             mlp_bias=fields.flag("mlp_bias", default=False),
             tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
@@ -247,50 +195,6 @@ def _head_dim(fields: JsonFields, hidden_size: int, num_heads: int) -> int:
     if fields.are_valid("head_dim") and head_dim % 2:
         fields.problem("head_dim", f"is {head_dim}, expected an even number (rotary embedding turns pairs)")
     return head_dim
-
-
-def _rope(fields: JsonFields, max_position_embeddings: int) -> RopeConfig:
-    values = fields.values
-    # Precedence as in transformers 5: an old-style rope_scaling, if any, over rope_parameters.
-    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    parameters = values.get(name) or {}
-    if not isinstance(parameters, dict):
-        fields.problem(name, f"is {parameters!r}, expected an object")
-        parameters = {}
-    rope = fields.nested(name, parameters)
-    if any(isinstance(value, dict) for value in parameters.values()):
-        fields.problem(name, "differs by layer type, expected one set for all layers")
-    theta = (
-        rope.positive_number("rope_theta")
-        if parameters.get("rope_theta") is not None
-        else fields.positive_number("rope_theta", default=10_000.0)
-    )
-    for source in (rope, fields):
-        share = source.values.get("partial_rotary_factor")
-        if share is not None and share != 1:
-            source.problem("partial_rotary_factor", f"is {share!r}, expected 1 (the whole head is rotated)")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return RopeConfig("default", theta)
-    if kind == "linear":
-        return RopeConfig("linear", theta, factor=rope.positive_number("factor"))
-    if kind == "llama3":
-        low, high = rope.positive_number("low_freq_factor"), rope.positive_number("high_freq_factor")
-        if rope.are_valid("low_freq_factor", "high_freq_factor") and low >= high:
-            rope.problem("high_freq_factor", f"is {high}, expected more than low_freq_factor ({low})")
-        key = "original_max_position_embeddings"
-        # transformers lets a top-level value overrule the nested one.
-        holder = fields if values.get(key) is not None else rope
-        return RopeConfig(
-            "llama3",
-            theta,
-            factor=rope.positive_number("factor"),
-            low_freq_factor=low,
-            high_freq_factor=high,
-            original_max_position=holder.integer(key, default=max_position_embeddings),
-        )
-    rope.problem("rope_type", f"is {kind!r}, expected one of {', '.join(ROPE_KINDS)}")
-    return RopeConfig("default", theta)
 
 
 def _routing(fields: JsonFields, kind: Literal["mlp", "layer"] | None, num_layers: int) -> RoutingConfig | None:
