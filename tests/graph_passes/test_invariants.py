@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graph_passes.errors import GraphPassError
+from graph_passes.expose_routing import ExposeRoutingPass
+from graph_passes.inject_layers import InjectLayersPass, LayerInjection
+from graph_passes.invariants import STAGES, GraphInvariantError, check_order, check_stage
+from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
+from graph_passes.route_layers import RouteLayersPass
+from tests.graph_passes import golden_graphs
+
+ROUTE = RouteLayersPass(golden_graphs.ROUTERS)
+LOWER = LowerSkipToCompactionPass()
+INJECT = InjectLayersPass((LayerInjection(1, 0, "copy"),))
+
+
+def _plain() -> ir.Model:
+    return ir.from_onnx_text(golden_graphs.source_text())
+
+
+@pytest.mark.parametrize(
+    ("golden", "stages"),
+    [
+        ("inject_layers", ("injected", "routed", "lowered")),
+        ("route_layers", ("routed",)),
+        ("lower_skip_to_compaction", ("lowered",)),
+        ("fuse_sibling_matmuls", ("injected", "routed", "lowered")),
+    ],
+)
+def test_graph_is_legal_only_at_its_stages_when_a_pass_made_it(golden: str, stages: tuple[str, ...]) -> None:
+    for stage in STAGES:
+        if stage in stages:
+            check_stage(golden_graphs.golden_graph(golden), stage)
+        else:
+            with pytest.raises(GraphInvariantError, match=f"after stage '{stage}'"):
+                check_stage(golden_graphs.golden_graph(golden), stage)
+
+
+def test_all_violations_are_reported_when_a_graph_breaks_many() -> None:
+    model = _plain()
+    graph = model.graph
+    graph.inputs.append(ir.Value(name="unread", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1])))
+    graph.register_initializer(
+        ir.Value(name="unread_weight", const_value=ir.tensor(np.zeros(2, np.float32), name="unread_weight"))
+    )
+    graph.outputs.pop()
+    last = graph[len(graph) - 1]
+    graph.remove(last)
+    graph.insert_before(graph[0], last)
+    last.domain = "dlo"
+    with pytest.raises(GraphInvariantError) as error:
+        check_stage(model, "plain")
+    for violation in (
+        "graph input 'unread' has no consumer",
+        "initializer 'unread_weight' has no consumer",
+        "reads 'model.norm' before it is computed",
+        "is of domain 'dlo'",
+        "expected 'present.0.value'",
+        "please report it",
+    ):
+        assert violation in str(error.value)
+
+
+def test_foreign_graph_is_blamed_on_its_source_when_it_is_broken_from_the_start() -> None:
+    model = _plain()
+    model.producer_name = "pytorch"
+    model.graph[0].domain = "com.microsoft"
+    with pytest.raises(GraphPassError, match="the source graph cannot be used") as error:
+        check_stage(model, "plain")
+    assert "domain" not in str(error.value), "a foreign graph may use its own domains"
+
+
+def test_names_and_branches_are_checked_when_graph_is_legal_otherwise() -> None:
+    model = _plain()
+    values = {node.outputs[0].name: node.outputs[0] for node in model.graph}
+    values["model.rotary_emb.sin"].name = "model.rotary_emb.cos"
+    with pytest.raises(GraphInvariantError, match=r"name 'model\.rotary_emb\.cos' is given to 2 values"):
+        check_stage(model, "plain")
+
+
+def test_order_is_accepted_when_passes_follow_what_they_run_after() -> None:
+    check_order([INJECT, ROUTE, LOWER, ExposeRoutingPass()])
+    check_order([ROUTE])
+
+
+def test_order_violations_are_all_reported_when_list_is_reversed() -> None:
+    with pytest.raises(GraphPassError) as error:
+        check_order([LOWER, ROUTE, INJECT])
+    assert "LowerSkipToCompactionPass stands at 0, before RouteLayersPass at 1" in str(error.value)
+    assert "RouteLayersPass stands at 1, before InjectLayersPass at 2" in str(error.value)
