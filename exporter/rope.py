@@ -39,7 +39,7 @@ class RopeConfig:
         Source: RoFormer (arXiv 2104.09864) §3.2; the llama3 rule is the one published with Llama 3.1.
         """
         # Rounded to float32 after each step, like the PyTorch reference: a last-bit difference grows with the position.
-        # NumPy's float32 power is off by one bit where PyTorch's is not, hence the detour over float64.
+        # NumPy's float32 power is often off by one bit, PyTorch's hardly ever, hence the detour over float64.
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         periods = np.power(self.theta, exponents.astype(np.float64)).astype(np.float32)
         frequencies = np.float32(1.0) / periods
@@ -58,7 +58,7 @@ class RopeConfig:
         turns = np.float32(self.original_max_position) / wavelengths
         span = np.float32(self.high_freq_factor - self.low_freq_factor)
         kept_share = (turns - np.float32(self.low_freq_factor)) / span
-        blended = (np.float32(1.0) - kept_share) * scaled + kept_share * frequencies
+        blended = (np.float32(1.0) - kept_share) * frequencies / np.float32(self.factor) + kept_share * frequencies
         return np.where(
             wavelengths > shortest_scaled, scaled, np.where(wavelengths < longest_kept, frequencies, blended)
         )
