@@ -42,8 +42,8 @@ _ALWAYS: tuple[Check, ...] = (
     graph_checks.incomplete_cache,
 )
 _STANDARD = frozenset({""})
-# Fusions may run at any point after the source graph is there.
-_FUSIONS = frozenset({"FuseSiblingMatMulsPass"})
+# Fusions, and what undoes those of other exporters, may run at any point after the source graph is there.
+_FUSIONS = frozenset({"FuseSiblingMatMulsPass", "SplitSkipNormsPass"})
 _INJECTED = _FUSIONS | {"InjectLayersPass"}
 _ROUTED = _INJECTED | {"RouteLayersPass"}
 

@@ -121,6 +121,6 @@ def _added_branch(node: ir.Node, stream_index: int) -> ir.Value | None:
         raise DecoderLayersNotFound(
             f"find_decoder_layers: {place(node)} adds to the residual stream and normalises it in one node; "
             "expected the addition as a node of its own.",
-            hint="run SplitSkipNormPass first, or export the graph without skip-norm fusion",
+            hint="run SplitSkipNormsPass first, or export the graph without skip-norm fusion",
         )
     return None
