@@ -62,12 +62,12 @@ def incomplete_cache(graph: ir.Graph) -> Iterator[str]:
         yield str(error)
         return
     for prefix, interface in (("past_key_values", graph.inputs), ("present", graph.outputs)):
-        expected = [f"{prefix}.{index}.{part}" for index in range(depth) for part in ("key", "value")]
-        found = [value.name for value in interface if _CACHE.fullmatch(value.name or "")]
-        if found != expected:
-            missing = [name for name in expected if name not in found]
-            unexpected = [name for name in found if name not in expected]
-            yield f"{prefix} values: missing {missing}, unexpected {unexpected}, or out of order: {found}"
+        for part in ("key", "value"):
+            expected = [f"{prefix}.{index}.{part}" for index in range(depth)]
+            matches = [_CACHE.fullmatch(value.name or "") for value in interface]
+            found = [match[0] for match in matches if match is not None and match[3] == part]
+            if found != expected:
+                yield f"found {found} as the graph's {prefix} {part}s, expected {expected} in this order"
 
 
 def unmasked_routing(graph: ir.Graph) -> Iterator[str]:

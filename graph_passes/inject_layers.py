@@ -252,7 +252,12 @@ class _Deepening:
 
 
 def _put_in_order(interface: MutableSequence[ir.Value], values: list[ir.Value]) -> None:
+    """Order an interface's KV values, given as key, value, key, value, …; in its own convention if that is other."""
     members = set(values)
-    first = min(index for index, value in enumerate(interface) if value in members)
+    present = [index for index, value in enumerate(interface) if value in members]
+    keys, contents = values[::2], values[1::2]
+    # onnxruntime-genai lists all keys before all values.
+    if interface[present[1]] in set(keys):
+        values = keys + contents
     rest = [value for value in interface if value not in members]
-    interface[:] = [*rest[:first], *values, *rest[first:]]
+    interface[:] = [*rest[: present[0]], *values, *rest[present[0] :]]

@@ -23,7 +23,7 @@ class SplitSkipNormsPass(ir.passes.InPlacePass):
 
     After::
 
-        s = Add(x, branch)                          # and Add(s, bias) where there is a bias
+        s = Add(x, branch)                          # branch = Add(branch, bias) first where there is a bias
         n = RMSNormalization <axis=-1> (s, weight)  # SimplifiedLayerNormalization before opset 23
 
     Optional: a graph without such nodes is left alone. Scope: main graph. Graphs of onnxruntime-genai's builder and of
@@ -41,14 +41,14 @@ class SplitSkipNormsPass(ir.passes.InPlacePass):
 
 
 def _split(graph: ir.Graph, node: ir.Node) -> None:
-    stream, branch, weight, *bias = node.inputs
-    total = _new_node("Add", [stream, branch], f"{node.name}/add", node.outputs[0])
-    nodes = [total]
-    if bias and bias[0] is not None:
-        nodes.append(_new_node("Add", [total.outputs[0], bias[0]], f"{node.name}/add_bias", node.outputs[0]))
+    stream, branch, weight, *rest = node.inputs
+    nodes: list[ir.Node] = []
+    if rest and rest[0] is not None:
+        nodes.append(_new_node("Add", [branch, rest[0]], f"{node.name}/add_bias", node.outputs[0]))
+        branch = nodes[-1].outputs[0]
+    nodes.append(_new_node("Add", [stream, branch], f"{node.name}/add", node.outputs[0]))
     op_type = "RMSNormalization" if graph.opset_imports.get("", 0) >= 23 else "SimplifiedLayerNormalization"
-    # The fused op's epsilon has a default of its own.
-    attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-5), "stash_type": 1}
+    attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-12), "stash_type": 1}
     norm = _new_node(op_type, [nodes[-1].outputs[0], weight], f"{node.name}/norm", node.outputs[0], attributes)
     graph.insert_before(node, [*nodes, norm])
     for old, new in (

@@ -16,7 +16,8 @@ tiny (int64[B,S] ids, float[B,P,2] "past_key_values.0.key", float[B,P,2] "past_k
   "present.0.value" = Concat <axis = 1> ("past_key_values.0.value", x)
   seen = ReduceMean ("present.0.key", one)
   attended = ReduceMean ("present.0.value", one)
-  mixed = Mul (seen, attended)
+  both = Mul (seen, attended)
+  mixed = Mul (x, both)
   h = Add (x, mixed)
   {mlp}
   {add}

@@ -54,7 +54,7 @@ NEAR_MISSES = {
         tiny_decoder().replace("past_key_values.0", "old").replace("present.0", "new"),
         "none of the 2 residual blocks reads past_key_values",
     ),
-    "parallel": (tiny_decoder(add="both = Add (mixed, d)\n  y = Add (x, both)"), "the residual stream forks at 'x'"),
+    "parallel": (tiny_decoder(add="sum = Add (mixed, d)\n  y = Add (x, sum)"), "the residual stream forks at 'x'"),
     "fork": (tiny_decoder(add="y = Add (h, d)\n  z = Add (h, n)"), "the residual stream forks at 'h'"),
     "no_residual": (tiny_decoder(add="y = Identity (d)"), "ends after attention"),
     "numbering": (

@@ -135,3 +135,13 @@ def test_injection_refuses_when_layer_holds_a_subgraph() -> None:
     model = ir.from_onnx_text(text.replace("float visible = {0}", "float visible = {0}, bool yes = {1}"))
     with pytest.raises(GraphPassError, match=r"If node .* of layer 0 holds a subgraph"):
         InjectLayersPass((LayerInjection(1, 0, "copy"),))(model)
+
+
+def test_injection_keeps_keys_before_values_when_the_interface_lists_them_so() -> None:
+    model = _model(2)
+    for interface, first in ((model.graph.inputs, 3), (model.graph.outputs, 1)):
+        interface[first:] = sorted(interface[first:], key=lambda value: value.name.endswith("value"))
+    _inject(model, [(1, 0)])
+    parts = [f"{index}.{part}" for part in ("key", "value") for index in range(3)]
+    assert [value.name for value in model.graph.inputs][3:] == [f"past_key_values.{part}" for part in parts]
+    assert [value.name for value in model.graph.outputs][1:] == [f"present.{part}" for part in parts]

@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from graph_passes import graph_checks
 from graph_passes.errors import GraphPassError
 from graph_passes.expose_routing import ExposeRoutingPass
 from graph_passes.inject_layers import InjectLayersPass, LayerInjection
@@ -91,3 +92,18 @@ def test_order_violations_are_all_reported_when_list_is_reversed() -> None:
         check_order([LOWER, ROUTE, INJECT])
     assert "LowerSkipToCompactionPass stands at 0, before RouteLayersPass at 1" in str(error.value)
     assert "RouteLayersPass stands at 1, before InjectLayersPass at 2" in str(error.value)
+
+
+def test_branch_outputs_must_be_computed_inside_their_branch() -> None:
+    model = _plain()
+    graph = model.graph
+    logits = graph.outputs[0]
+    source = logits.producer()
+    assert source is not None
+    forwarding = ir.Graph([], [source.inputs[0]], nodes=[], name="then")
+    computing = ir.node("Identity", [source.inputs[0]], name="inner")
+    computing.outputs[0].name = "inner"
+    other = ir.Graph([], [computing.outputs[0]], nodes=[computing], name="else")
+    graph.append(ir.node("If", [graph.inputs[0]], {"then_branch": forwarding, "else_branch": other}, name="choice"))
+    found = list(graph_checks.foreign_branch_outputs(graph))
+    assert found == ["output 'model.norm' of subgraph 'then' is not computed inside it"]

@@ -29,11 +29,11 @@ def _routed_logits(rescale: bool, factor: float, gap: float, router: np.ndarray 
 @pytest.mark.parametrize(
     ("rescale", "factor", "gap", "ops"),
     [
-        (False, 1.5, 0.7, {"Where": 1, "Greater": 1, "Add": 2, "Mul": 1}),
-        (True, 2.0, 0.0, {"Where": 1, "Add": 2, "Mul": 1}),
-        (True, 1.5, 0.0, {"Where": 1, "Add": 2, "Mul": 2}),
-        (True, 1.0, 1.0, {"Where": 1, "Add": 2, "Mul": 3}),
-        (True, 1.5, 0.7, {"Where": 1, "Add": 3, "Mul": 3}),
+        (False, 1.5, 0.7, {"Where": 1, "Greater": 1, "Add": 2, "Mul": 2}),
+        (True, 2.0, 0.0, {"Where": 1, "Add": 2, "Mul": 2}),
+        (True, 1.5, 0.0, {"Where": 1, "Add": 2, "Mul": 3}),
+        (True, 1.0, 1.0, {"Where": 1, "Add": 2, "Mul": 4}),
+        (True, 1.5, 0.7, {"Where": 1, "Add": 3, "Mul": 4}),
     ],
 )
 def test_routing_masks_and_scales_the_branch_when_rule_is(
