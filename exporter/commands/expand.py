@@ -1,0 +1,83 @@
+"""`dlo expand`: deepen a checkpoint."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+NAME = "expand"
+
+
+class Method(StrEnum):
+    """Choices of --method."""
+
+    TLI = "tli"
+    INTERLEAVE = "interleave"
+    LLAMA_PRO = "llama-pro"
+    DUS = "dus"
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, .gguf file, or hub id in the local cache.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint (or adapter) folder to make.")],
+    method: Annotated[Method, typer.Option(help="Where the new layers go.")] = Method.TLI,
+    every: Annotated[int | None, typer.Option(help="tli: one new layer after every so many.")] = None,
+    offset: Annotated[int | None, typer.Option(help="tli: layers left alone at the start.")] = None,
+    source: Annotated[str | None, typer.Option(help="tli: prev, next, mean or slerp.")] = None,
+    target_layers: Annotated[int | None, typer.Option(help="interleave: depth of the result.")] = None,
+    groups: Annotated[int | None, typer.Option(help="llama-pro: groups the layers are cut into.")] = None,
+    per_group: Annotated[int | None, typer.Option(help="llama-pro: new layers per group.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="dus: layers dropped on each side of the seam.")] = None,
+    init: Annotated[str | None, typer.Option(help="tli, interleave: zero_out, copy, linear, slerp or random.")] = None,
+    routers: Annotated[bool, typer.Option("--routers", help="Add an all-zero router to every layer.")] = False,
+    as_adapter: Annotated[bool, typer.Option("--adapter", help="Write an adapter, not a checkpoint.")] = False,
+    seed: Annotated[int, typer.Option(help="Of random inits.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
+) -> None:
+    """Deepen a checkpoint with new layers (TLI, DLO's interleave, LLaMA-Pro, depth up-scaling)."""
+    from exporter.checkpoint import open_checkpoint  # noqa: PLC0415 - keeps `dlo --help` quick
+    from exporter.progress import Reporter  # noqa: PLC0415
+    from modeling.adapter import save_adapter  # noqa: PLC0415
+    from modeling.checkpoint_folder import save_checkpoint  # noqa: PLC0415
+    from modeling.expansion import expanded_config, expanded_tensors, expansion_adapter  # noqa: PLC0415
+    from modeling.placements import placements  # noqa: PLC0415
+
+    given: dict[str, Any] = {
+        "every": every,
+        "offset": offset,
+        "source": source,
+        "target_layers": target_layers,
+        "groups": groups,
+        "per_group": per_group,
+        "overlap": overlap,
+        "init": init,
+    }
+    reporter = Reporter(verbose=verbose)
+    with open_checkpoint(model) as checkpoint:
+        raw = checkpoint.config.raw
+        plan = placements(
+            method.value,
+            checkpoint.config.num_layers,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        options = {"zero_routers": routers, "seed": seed, "initializer_range": raw.get("initializer_range", 0.02)}
+        if as_adapter:
+            adapter = expansion_adapter(checkpoint.tensors, plan, base_sha256=checkpoint.sha256(), **options)
+            with reporter.stage("adapter"):
+                save_adapter(adapter, output, overwrite=force)
+        else:
+            with reporter.bytes("checkpoint") as progress:
+                save_checkpoint(
+                    expanded_tensors(checkpoint.tensors, plan, **options),
+                    output,
+                    save_companions=checkpoint.save_companions,
+                    config_changes=expanded_config(raw, plan, zero_routers=routers),
+                    overwrite=force,
+                    progress=progress,
+                )
+    positions = ", ".join(str(layer.position) for layer in plan.injected_layers)
+    typer.echo(f"{output}: {plan.num_base_layers} → {plan.num_layers} layers, new at {positions}")
