@@ -96,6 +96,8 @@ class RouteLayersPass(ir.passes.InPlacePass):
             layer = layers[index]
             if weight.size != layer.hidden_size:
                 problems.append(f"router {index} has {weight.size} weights, expected {layer.hidden_size}")
+            if not np.isfinite(weight).all():
+                problems.append(f"router {index} holds NaN or infinity, expected finite weights")
             if element_type(layer.input) is None or element_type(layer.mlp.stream_operand) is None:
                 problems.append(f"layer {index}: the element type of '{layer.input.name}' is unknown")
             if index in routed and not (np.array_equal(routed[index][0], weight) and routed[index][1] == self._rule):

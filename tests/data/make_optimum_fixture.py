@@ -6,8 +6,9 @@ Runs in an environment of its own, because optimum-onnx needs an older transform
     optimum-env/bin/pip install -r tests/data/make_optimum_fixture.requirements.txt
     optimum-env/bin/python tests/data/make_optimum_fixture.py
 
-Writes model.onnx, config.json, model.safetensors (the same weights, for a reference), and expected.npz: what transformers
-computes from it (`input_ids`, `attention_mask` with left padding, `position_ids`, `logits` of the whole sequence).
+Writes model.onnx, config.json, model.safetensors (the same weights, for a reference), and expected.npz: what
+transformers computes from it (`input_ids`, `attention_mask` with left padding, `position_ids`, `logits` of the whole
+sequence).
 """
 
 from __future__ import annotations

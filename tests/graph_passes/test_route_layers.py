@@ -87,9 +87,10 @@ def test_routing_computes_in_float32_when_graph_is_float16() -> None:
 
 def test_routing_reports_all_problems_when_routers_do_not_fit() -> None:
     with pytest.raises(GraphPassError) as error:
-        RouteLayersPass({0: np.zeros(3), 5: np.zeros(2)})(ir.from_onnx_text(tiny_decoder(opset=12)))
+        RouteLayersPass({0: np.array([0, np.nan, 0]), 5: np.zeros(2)})(ir.from_onnx_text(tiny_decoder(opset=12)))
     message = str(error.value)
     assert "router 0 has 3 weights, expected 2" in message
+    assert "router 0 holds NaN or infinity" in message
     assert "layer 5 does not exist, expected 0 to 0" in message
     assert "opset 12, expected 13 or newer" in message
     assert "hint: " in message
