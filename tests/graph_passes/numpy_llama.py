@@ -12,7 +12,7 @@ Weights = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Routers and the scale rule of the DLO authors' code: active iff score > 0.5, scale 0.5·factor + (score − 0.5)·gap."""
+    """Routers, and the rule of the DLO authors' code: active iff score > 0.5, scale 0.5·factor + (score − 0.5)·gap."""
 
     routers: Mapping[int, np.ndarray]
     rescale: bool = False
