@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -34,6 +34,29 @@ def llama_dlo_from_tensors(
         RoutingConfigError: The routing keys contradict each other.
         LayerRoutingNotSupportedError: The model routes whole layers.
     """
+    model = empty_llama_dlo(config, tensors.keys(), dtype=dtype)
+    for name in sorted({name for name, _ in model.named_parameters()}):
+        parameter_dtype = torch.float32 if name.startswith("model.routers.") else dtype
+        values = {name: released_parameter(tensors[name], parameter_dtype)}
+        model.load_state_dict(values, strict=False, assign=True)
+    model.tie_weights()
+    warn_of_untrained_routers(model)
+    return model
+
+
+def empty_llama_dlo(
+    config: Mapping[str, Any], names: Iterable[str], *, dtype: torch.dtype = torch.float32
+) -> LlamaDloForCausalLM:
+    """Builds the model in evaluation mode without values: its parameters are on the meta device.
+
+    Args:
+        config: Of config.json.
+        names: Of the tensors that are to become its parameters.
+        dtype: Of all parameters but the routers.
+
+    Raises:
+        ValueError: As `llama_dlo_from_tensors`.
+    """
     values = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
     if config.get("model_type") == LlamaDloLayerConfig.model_type:
         LlamaDloLayerForCausalLM(LlamaDloLayerConfig(**values))  # says that it is not supported
@@ -41,19 +64,19 @@ def llama_dlo_from_tensors(
     with torch.device("meta"):
         model = LlamaDloForCausalLM(model_config)
     expected = {name for name, _ in model.named_parameters()}
-    if problems := _name_problems(expected, tensors.keys()):
+    if problems := _name_problems(expected, set(names)):
         raise ModelTensorsError(f"PyTorch model: {'; '.join(problems)}\n\nhint: config.json belongs to another model")
-    for name in sorted(expected):
-        tensor = tensors[name]
-        values_dtype = torch.float32 if name.startswith("model.routers.") else dtype
-        model.load_state_dict({name: _to_torch(tensor.numpy(), values_dtype)}, strict=False, assign=True)
-        tensor.release()
-    model.tie_weights()
     # Its frequencies are computed, not stored, and were left on the meta device.
     model.model.rotary_emb = LlamaRotaryEmbedding(config=model_config)
-    warn_of_untrained_routers(model)
     model.eval()
     return model
+
+
+def released_parameter(tensor: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Reads a tensor into memory of its own, and gives back what reading took."""
+    values = _to_torch(tensor.numpy(), dtype)
+    tensor.release()
+    return values
 
 
 def _to_torch(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -64,6 +87,6 @@ def _to_torch(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(own).to(dtype)
 
 
-def _name_problems(expected: set[str], found: Any) -> list[str]:
-    problems = [f"{name} is missing" for name in sorted(expected - set(found))]
-    return problems + [f"{name} is unexpected" for name in sorted(set(found) - expected)]
+def _name_problems(expected: set[str], found: set[str]) -> list[str]:
+    problems = [f"{name} is missing" for name in sorted(expected - found)]
+    return problems + [f"{name} is unexpected" for name in sorted(found - expected)]

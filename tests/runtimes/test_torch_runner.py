@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from modeling.lazy_tensors import ArrayTensor
+from runtimes.errors import ModelLoadError, StepError
+from runtimes.memory import available_memory
+from runtimes.torch_reference import float32_bytes, open_reference, streamed_llama_dlo
+from runtimes.torch_runner import TorchRunner
+from tests.runtimes.feeding import feed, joined_logits, joined_scores, reference_samples
+from tests.runtimes.graphs import DATA
+from tests.tiny_models import save_tiny_llama
+
+AUTHORS = DATA / "reference_mlp_routed"
+ROUTED = (0, 1, 3)
+
+
+def _tensors(folder: Path) -> dict[str, ArrayTensor]:
+    return {name: ArrayTensor(array) for name, array in load_file(folder / "model.safetensors").items()}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def _runner(kind: str) -> TorchRunner:
+    if kind in ("masked", "gathered"):
+        return TorchRunner.from_folder(AUTHORS, masked=kind == "masked")
+    return open_reference(_config(AUTHORS), _tensors(AUTHORS), stream=kind == "streamed")
+
+
+@pytest.mark.parametrize("kind", ["masked", "gathered", "resident", "streamed"])
+def test_runner_matches_the_authors_when_fed_their_samples(kind: str, expected: np.lib.npyio.NpzFile) -> None:
+    samples = reference_samples(expected)
+    with _runner(kind) as runner:
+        assert (runner.num_layers, runner.routed_layers) == (4, ROUTED)
+        for cached in (0, 3):
+            results, _ = feed(runner, samples, cached)
+            logits, scores = joined_logits(results), joined_scores(results)
+            for row, sample in enumerate(samples):
+                length = sample.shape[1]
+                np.testing.assert_allclose(logits[row, -length:], expected[f"logits_{row}"][0], atol=1e-4, rtol=0)
+                active = np.stack([scores[layer][row, -length:] > 0.5 for layer in ROUTED])
+                np.testing.assert_array_equal(active, expected[f"active_{row}"][:, 0])
+
+
+def test_runner_matches_transformers_when_the_model_is_dense(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "model", tie=True, rope="llama3", attention_bias=True)
+    ids = np.random.default_rng(0).integers(0, 97, (1, 12))
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        wanted = model(torch.from_numpy(ids)).logits.numpy()
+    tensors = _tensors(folder)
+    for runner in (
+        TorchRunner.from_folder(folder),
+        open_reference(_config(folder), tensors, stream=False),
+        open_reference(_config(folder), tensors, stream=True),
+    ):
+        with runner:
+            assert runner.routed_layers == ()
+            np.testing.assert_allclose(joined_logits(feed(runner, [ids], 4)[0]), wanted, atol=1e-5, rtol=0)
+
+
+def test_streamed_model_holds_no_weights_when_it_does_not_run() -> None:
+    model = streamed_llama_dlo(_config(AUTHORS), _tensors(AUTHORS))
+    model(torch.zeros((1, 3), dtype=torch.int64))
+    held = {name for name, parameter in model.named_parameters() if not parameter.is_meta}
+    assert held == {"model.norm.weight", *(f"model.routers.{layer}.weight" for layer in ROUTED)}
+
+
+def test_reference_streams_when_it_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, tensors = _config(AUTHORS), _tensors(AUTHORS)
+    assert open_reference(config, tensors).name == "PyTorch"
+    monkeypatch.setattr("runtimes.torch_reference.available_memory", lambda: float32_bytes(tensors))
+    assert open_reference(config, tensors).name == "PyTorch, layer by layer"
+
+
+def test_available_memory_obeys_the_containers_limit_when_there_is_one(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 4000 kB\nMemAvailable: 3000 kB\n")
+    assert available_memory(meminfo, tmp_path) == 3000 * 1024
+    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.stat").write_text("anon 400000\nfile 600000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(meminfo, tmp_path) == 3000 * 1024
+    (tmp_path / "memory.max").write_text("2000000\n")
+    assert available_memory(meminfo, tmp_path) == 2000000 - 400000
+    assert available_memory(tmp_path / "none", tmp_path) == 2000000 - 400000
+
+
+def test_runner_obeys_decisions_when_they_are_forced(expected: np.lib.npyio.NpzFile) -> None:
+    samples = reference_samples(expected)[:1]
+    others = {layer: ~expected["active_0"][i] for i, layer in enumerate(ROUTED)}
+    with _runner("masked") as masked, _runner("gathered") as gathered:
+        wanted = joined_logits(feed(masked, samples, 2, force=others)[0])
+        got = joined_logits(feed(gathered, samples, 2, force=others)[0])
+    np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=0)
+    assert np.abs(wanted - expected["logits_0"]).max() > 1e-2
+
+
+def test_runner_returns_every_layers_stream_when_hidden_states_are_asked_for(expected: np.lib.npyio.NpzFile) -> None:
+    with _runner("masked") as runner:
+        (result,), _ = feed(runner, reference_samples(expected)[:1], hidden_states=True)
+        (without,), _ = feed(runner, reference_samples(expected)[:1])
+    assert sorted(result.hidden_states) == [0, 1, 2, 3]
+    assert result.hidden_states[3].shape == (1, 17, 48)
+    assert without.hidden_states == {}
+    tensors = load_file(AUTHORS / "model.safetensors")
+    stream = result.hidden_states[3]
+    normed = stream / np.sqrt((stream**2).mean(-1, keepdims=True) + 1e-5) * tensors["model.norm.weight"]
+    np.testing.assert_allclose(normed @ tensors["lm_head.weight"].T, result.logits, atol=1e-4, rtol=0)
+
+
+def test_runner_computes_one_row_of_logits_when_last_logits_are_asked_for(expected: np.lib.npyio.NpzFile) -> None:
+    with _runner("gathered") as runner:
+        (result,), _ = feed(runner, reference_samples(expected)[:1], last_logits=True)
+    np.testing.assert_allclose(result.logits[:, 0], expected["logits_0"][:, -1], atol=1e-4, rtol=0)
+
+
+def test_runner_raises_when_there_is_no_checkpoint_or_it_was_closed(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"config\.json"):
+        TorchRunner.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text((AUTHORS / "config.json").read_text())
+    with pytest.raises(ModelLoadError, match="transformers"):
+        TorchRunner.from_folder(tmp_path)
+    ones = np.ones((1, 1), np.int64)
+    with _runner("resident") as runner, pytest.raises(StepError, match="before reset"):
+        runner.step(ones, ones, ones)
+    with pytest.raises(StepError, match="closed"):
+        runner.step(ones, ones, ones)
