@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -37,6 +38,8 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs `dlo`, ending with DESIGN's exit codes."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # A terminated command cleans up after itself as an interrupted one does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(app(given, standalone_mode=False) or 0)
     except click.exceptions.Abort:

@@ -20,6 +20,7 @@ from exporter.json_file import save_json
 from graph_passes.data_flow import constant_tensor, is_op
 from graph_passes.decoder_layers import DecoderLayer, find_decoder_layers
 from graph_passes.projections import Layout
+from graph_passes.split_skip_norms import SplitSkipNormsPass
 from modeling.lazy_tensors import LazyTensor
 
 
@@ -36,8 +37,13 @@ class ForeignGraph:
     config: LlamaConfig | None
 
     def model(self) -> ir.Model:
-        """The graph, its external weights mapped, not read: a new one with every call."""
-        return load_graph(self.path)
+        """The graph, its external weights mapped, not read: a new one with every call.
+
+        Additions that the exporter fused with the norm behind them stand apart again: layers are found between them.
+        """
+        model = load_graph(self.path)
+        SplitSkipNormsPass()(model)
+        return model
 
     @functools.cached_property
     def _layers(self) -> tuple[DecoderLayer, ...]:
@@ -45,7 +51,7 @@ class ForeignGraph:
 
     @functools.cached_property
     def _model(self) -> ir.Model:
-        return load_graph(self.path)
+        return self.model()
 
     @property
     def num_layers(self) -> int:

@@ -17,6 +17,7 @@ from graph_passes.data_flow import consumed_values
 from graph_passes.decoder_layers import DecoderLayer, find_decoder_layers
 from graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from graph_passes.provenance import LAYER_KEY, role_values
+from graph_passes.split_skip_norms import SplitSkipNormsPass
 
 _LAST_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
@@ -56,10 +57,12 @@ def inspect_model(path: Path) -> Inspection:
     if not graph_path.is_file():
         raise InputError(f"{path}: no {MODEL_NAME} in it" if path.is_dir() else f"{path}: no such file")
     model = load_graph(graph_path)
-    description = load_description(graph_path.parent) if (graph_path.parent / FILE_NAME).is_file() else None
     ops = collections.Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes()
     )
+    # Only to find the layers: additions that were fused with a norm stand apart again.
+    SplitSkipNormsPass()(model)
+    description = load_description(graph_path.parent) if (graph_path.parent / FILE_NAME).is_file() else None
     try:
         layers, problem = find_decoder_layers(model.graph), None
     except DecoderLayersNotFound as err:

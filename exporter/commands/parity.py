@@ -1,0 +1,37 @@
+"""`dlo parity`: compare an artefact with the PyTorch model it was made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NAME = "parity"
+
+
+def main(
+    artefact: Annotated[Path, typer.Argument(help="Folder that dlo-export wrote.")],
+    model: Annotated[str, typer.Argument(help="What it was made from: checkpoint folder, .gguf, .onnx, hub id.")],
+    adapter: Annotated[Path | None, typer.Option(help="The adapter it was made with.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
+) -> None:
+    """Compare an artefact with PyTorch: decisions, logits, greedy tokens. Exit code 1 if it fails."""
+    from exporter.artifact import load_description  # noqa: PLC0415 - keeps `dlo --help` quick
+    from exporter.exit_codes import PARITY_FAILED  # noqa: PLC0415
+    from exporter.parity_check import check_parity  # noqa: PLC0415
+    from exporter.progress import Reporter  # noqa: PLC0415
+    from exporter.source import open_source  # noqa: PLC0415
+
+    description = load_description(artefact)
+    source = open_source(model, adapter)
+    try:
+        with Reporter(verbose=verbose).stage("parity"):
+            report = check_parity(source, artefact, description)
+    finally:
+        source.close()
+    typer.echo(json.dumps(report.to_json(), indent=2) if as_json else report.summary())
+    if report.verdict == "FAIL":
+        raise typer.Exit(PARITY_FAILED)

@@ -1,0 +1,110 @@
+"""The parity ladder of an artefact: PyTorch oracle, masked graph, lowered graph."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter.artifact import MODEL_NAME, WEIGHTS_NAME
+from exporter.errors import InputError
+from exporter.foreign_graph import load_graph
+from exporter.pipeline import build_model
+from exporter.source import ExportSource
+from exporter.weight_file import save_weights
+from graph_passes.expose_hidden_states import ExposeHiddenStatesPass
+from graph_passes.expose_routing import ExposeRoutingPass
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.parity import Candidate, compare
+from runtimes.parity_cases import PROMPT_TOKENS, parity_cases
+from runtimes.parity_report import TOLERANCES, ParityReport
+
+_SEED = 0
+
+
+def check_parity(source: ExportSource, folder: Path, description: dict[str, Any]) -> ParityReport:
+    """Compares an artefact with the PyTorch model of its source.
+
+    Every rung runs from the artefact's own weights. Where a rung fails, the comparison is repeated with the residual
+    streams exposed, so that the report names the first layer that diverges.
+
+    Args:
+        source: What the artefact was made from.
+        folder: The artefact.
+        description: Its dlo_artifact.json.
+
+    Raises:
+        InputError: The artefact was made from another source, or by another version.
+    """
+    if description["dtype"] == "bf16":
+        return ParityReport.not_run("ONNX Runtime's CPU provider does not implement bfloat16")
+    tensors = source.tensors()
+    if source.base.config is None or not tensors:
+        return ParityReport.not_run("no config.json lies beside the graph, so there is no PyTorch model of it")
+    # Imported here: torch takes seconds, and an export without parity does not need it.
+    from modeling.from_tensors import llama_dlo_from_tensors  # noqa: PLC0415
+    from runtimes.torch_runner import TorchRunner  # noqa: PLC0415
+
+    model = llama_dlo_from_tensors({**source.base.config.raw, **source.config_values()}, tensors)
+    released = load_graph(folder / MODEL_NAME)
+    rungs = {description["lowering"]: released}
+    if description["lowering"] == "compact":
+        rungs = {"masked": _masked_graph(source, folder, released), **rungs}
+    cases = parity_cases(source.base.config.vocab_size, routed=source.routing is not None, seed=_SEED)
+    prompt = np.random.default_rng(_SEED).integers(0, source.base.config.vocab_size, (1, PROMPT_TOKENS))
+    tolerance = TOLERANCES[description["dtype"]]
+    with TorchRunner(model, masked=True) as reference:
+        candidates = [_candidate(name, graph, folder) for name, graph in rungs.items()]
+        report = compare(reference, candidates, cases, tolerance, greedy_prompt=prompt)
+        if report.verdict == "FAIL":
+            candidates = [_candidate(name, graph, folder, streams=True) for name, graph in rungs.items()]
+            report.results = compare(reference, candidates, cases, tolerance).results
+    return report
+
+
+def _candidate(name: str, graph: ir.Model, folder: Path, *, streams: bool = False) -> Candidate:
+    def opened(*, force: bool) -> OnnxRuntimeRunner:
+        # Serialising and reading back is the deepest copy there is; weights stay outside, in the artefact.
+        model = ir.from_proto(ir.to_proto(graph))
+        if any(node.metadata_props.get("dlo.role") == "router_scores" for node in model.graph):
+            ExposeRoutingPass(force=force)(model)
+        if streams:
+            ExposeHiddenStatesPass()(model)
+        return OnnxRuntimeRunner(ir.to_proto(model).SerializeToString(), weights_folder=folder, name=name)
+
+    label = {"none": "dense"}.get(name, name)
+    return Candidate(
+        label if not streams else f"{label}*",
+        functools.partial(opened, force=True),
+        functools.partial(opened, force=False),
+    )
+
+
+def _masked_graph(source: ExportSource, folder: Path, released: ir.Model) -> ir.Model:
+    """The source's graph before its lowering, on the artefact's weights."""
+    model = build_model(source, "masked", _dtype(released))
+    save_weights(model, folder / WEIGHTS_NAME, write=False)
+    if _places(model) != _places(released):
+        raise InputError(
+            f"{folder / MODEL_NAME}: its weights are not laid out as an export of this source lays them out",
+            hint="give the model (and adapter) the artefact was made from, and the version that made it",
+        )
+    return model
+
+
+def _places(model: ir.Model) -> dict[str, tuple[int | None, int | None]]:
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    return {
+        name: (tensor.offset, tensor.length)
+        for name, tensor in tensors.items()
+        if isinstance(tensor, ir.ExternalTensor)
+    }
+
+
+def _dtype(model: ir.Model) -> ir.DataType:
+    logits = next(value for value in model.graph.outputs if value.name == "logits")
+    assert logits.dtype is not None
+    return logits.dtype
