@@ -4,8 +4,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from tests.runtimes.graphs import DATA, Builds, routed_builds
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny models spend their time in waking threads."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from runtimes.generation import Generation, GenerationError, generate
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.sampling import Sampler, Sampling, SamplingError, kept_tokens
+from tests.runtimes.graphs import DATA, Builds
+
+PROMPTS = [[5, 17, 90, 3], [44, 8], [101, 102, 103, 7, 9, 12, 1]]
+
+
+def _transformers_greedy(prompt: list[int], tokens: int) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(DATA / "reference_mlp_routed")
+    output = model.generate(
+        torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return list(output[0, len(prompt) :].tolist())
+
+
+def test_greedy_tokens_equal_transformers_when_prompts_are_left_padded(builds: Builds) -> None:
+    with OnnxRuntimeRunner(builds.released, threads=1) as runner:
+        generation = generate(runner, PROMPTS, max_new_tokens=10)
+    assert generation.sequences == [_transformers_greedy(prompt, 10) for prompt in PROMPTS]
+    assert generation.stats.active_rate == {}
+
+
+def test_sequence_stops_and_leaves_others_unchanged_when_it_meets_an_end_token(builds: Builds) -> None:
+    with OnnxRuntimeRunner(builds.released, threads=1) as runner:
+        whole = generate(runner, PROMPTS, max_new_tokens=10).sequences
+        end = next(token for token in whole[0][2:] if token not in whole[1])
+        generation = Generation(runner, PROMPTS, max_new_tokens=10, end_tokens={end})
+        steps = list(generation)
+    for full, cut in zip(whole, generation.sequences, strict=True):
+        length = full.index(end) + 1 if end in full else 10
+        assert cut == full[:length]
+    assert len(generation.sequences[0]) < 10 == len(generation.sequences[1])
+    assert [step[0] for step in steps] == generation.sequences[0] + [None] * (10 - len(generation.sequences[0]))
+
+
+def test_generation_stops_early_when_every_sequence_has_ended(builds: Builds) -> None:
+    with OnnxRuntimeRunner(builds.released, threads=1) as runner:
+        first = generate(runner, PROMPTS[:1], max_new_tokens=1).sequences[0][0]
+        generation = generate(runner, PROMPTS[:1], max_new_tokens=10, end_tokens=[first])
+    assert generation.sequences == [[first]]
+    assert generation.stats.tokens_per_second == 0
+
+
+def test_stats_count_tokens_and_active_rate_when_scores_are_exposed(builds: Builds) -> None:
+    with OnnxRuntimeRunner(builds.scored, weights_folder=builds.folder, threads=1) as runner:
+        generation = generate(runner, PROMPTS, max_new_tokens=4)
+        alone = generate(runner, PROMPTS[1:2], max_new_tokens=4)
+        # The same tokens in one pass, without padding: a prompt, and all new tokens but the last, which is not fed.
+        fed = np.array([PROMPTS[1] + alone.sequences[0][:-1]])
+        runner.reset(1)
+        scores = runner.step(fed, np.ones_like(fed), np.arange(fed.size)[np.newaxis]).router_scores
+    assert (generation.stats.prompt_tokens, generation.stats.new_tokens) == (13, 12)
+    assert generation.stats.prefill_seconds > 0 < generation.stats.decode_seconds
+    assert sorted(generation.stats.active_rate) == [0, 1, 3]
+    assert alone.stats.active_rate == pytest.approx({layer: (s > 0.5).mean() for layer, s in scores.items()})
+
+
+def test_sampled_tokens_repeat_when_the_seed_does(builds: Builds) -> None:
+    def sampled(seed: int) -> list[list[int]]:
+        sampling = Sampling(temperature=1.5, top_k=50, top_p=0.95, seed=seed)
+        with OnnxRuntimeRunner(builds.released, threads=1) as runner:
+            return generate(runner, PROMPTS, max_new_tokens=8, sampling=sampling).sequences
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+def test_kept_tokens_shrink_when_top_k_and_top_p_are_given() -> None:
+    logits = np.log(np.array([0.1, 0.5, 0.05, 0.35], np.float32))
+    tokens, probabilities = kept_tokens(logits, Sampling(temperature=1.0))
+    assert tokens.tolist() == [1, 3, 0, 2]
+    np.testing.assert_allclose(probabilities, [0.5, 0.35, 0.1, 0.05], rtol=1e-5)
+    assert kept_tokens(logits, Sampling(temperature=1.0, top_p=0.51))[0].tolist() == [1, 3]
+    assert kept_tokens(logits, Sampling(temperature=1.0, top_p=0.49))[0].tolist() == [1]
+    tokens, probabilities = kept_tokens(logits, Sampling(temperature=1.0, top_k=3, top_p=0.9))
+    assert tokens.tolist() == [1, 3, 0]
+    np.testing.assert_allclose(probabilities.sum(), 1)
+    flatter = kept_tokens(logits, Sampling(temperature=2.0))[1]
+    np.testing.assert_allclose(flatter[0] / flatter[1], np.sqrt(0.5 / 0.35), rtol=1e-5)
+
+
+def test_sampler_draws_by_probability_when_the_temperature_is_above_zero() -> None:
+    logits = np.log(np.array([[0.7, 0.2, 0.1]], np.float32))
+    sampler = Sampler(Sampling(temperature=1.0), 1)
+    drawn = np.bincount([int(sampler(logits)[0]) for _ in range(2000)], minlength=3) / 2000
+    np.testing.assert_allclose(drawn, [0.7, 0.2, 0.1], atol=0.05)
+    tiny = Sampler(Sampling(temperature=1e-30), 1)
+    assert tiny(logits * 1000).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_sampling_raises_when_a_value_is_out_of_range(values: dict[str, float]) -> None:
+    with pytest.raises(SamplingError, match=next(iter(values))):
+        Sampling(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("prompts", "tokens"), [([], 1), ([[1], []], 1), ([[1]], 0)])
+def test_generation_raises_when_there_is_nothing_to_do(builds: Builds, prompts: list[list[int]], tokens: int) -> None:
+    with OnnxRuntimeRunner(builds.released, threads=1) as runner, pytest.raises(GenerationError, match="hint"):
+        Generation(runner, prompts, max_new_tokens=tokens)
