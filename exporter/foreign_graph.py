@@ -68,7 +68,17 @@ class ForeignGraph:
                 assert tensor is not None, "a projection's weight is constant"
                 name = f"model.layers.{layer.index}.{projection.tensor}"
                 named[name] = GraphWeight(name, tensor, projection.layout)
-        return named | _outer_weights(self._layers[0], self._layers[-1])
+        named |= _outer_weights(self._layers[0], self._layers[-1])
+        head = named.get("lm_head.weight")
+        # Some exporters store a tied matrix twice.
+        if self.config is not None and self.config.tie_word_embeddings and head is not None:
+            if not np.array_equal(head.numpy(), named["model.embed_tokens.weight"].numpy()):
+                raise CheckpointError(
+                    f"{self.path}: head and embedding differ, but config.json says tie_word_embeddings",
+                    hint="put the config.json of the exported model beside the graph",
+                )
+            del named["lm_head.weight"]
+        return named
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of `tensors`."""

@@ -45,10 +45,8 @@ def check_parity(source: ExportSource, folder: Path, description: dict[str, Any]
     if source.base.config is None or not tensors:
         return ParityReport.not_run("no config.json lies beside the graph, so there is no PyTorch model of it")
     # Imported here: torch takes seconds, and an export without parity does not need it.
-    from modeling.from_tensors import llama_dlo_from_tensors  # noqa: PLC0415
-    from runtimes.torch_runner import TorchRunner  # noqa: PLC0415
+    from runtimes.torch_reference import open_reference  # noqa: PLC0415
 
-    model = llama_dlo_from_tensors({**source.base.config.raw, **source.config_values()}, tensors)
     released = load_graph(folder / MODEL_NAME)
     rungs = {description["lowering"]: released}
     if description["lowering"] == "compact":
@@ -56,12 +54,12 @@ def check_parity(source: ExportSource, folder: Path, description: dict[str, Any]
     cases = parity_cases(source.base.config.vocab_size, routed=source.routing is not None, seed=_SEED)
     prompt = np.random.default_rng(_SEED).integers(0, source.base.config.vocab_size, (1, PROMPT_TOKENS))
     tolerance = TOLERANCES[description["dtype"]]
-    with TorchRunner(model, masked=True) as reference:
+    with open_reference({**source.base.config.raw, **source.config_values()}, tensors) as reference:
         candidates = [_candidate(name, graph, folder) for name, graph in rungs.items()]
         report = compare(reference, candidates, cases, tolerance, greedy_prompt=prompt)
         if report.verdict == "FAIL":
             candidates = [_candidate(name, graph, folder, streams=True) for name, graph in rungs.items()]
-            report.results = compare(reference, candidates, cases, tolerance).results
+            report.results = compare(reference, candidates, cases, tolerance, hidden_states=True).results
     return report
 
 
