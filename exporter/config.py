@@ -21,6 +21,9 @@ ROUTING_KINDS: dict[str, Literal["mlp", "layer"] | None] = {
     "llama_dlo_exattn": "mlp",
 }
 
+# Everything below is listed per layer: a damaged count must not fill the memory.
+MAX_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class RoutingConfig:
@@ -104,7 +107,7 @@ class LlamaConfig:
             )
         _reject_unsupported(fields)
         hidden_size = fields.integer("hidden_size")
-        num_layers = fields.integer("num_hidden_layers")
+        num_layers = fields.integer("num_hidden_layers", largest=MAX_LAYERS)
         num_heads = fields.integer("num_attention_heads")
         num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
         if fields.are_valid("num_attention_heads", "num_key_value_heads") and num_heads % num_kv_heads:

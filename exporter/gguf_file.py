@@ -204,6 +204,8 @@ def _read_entry(cursor: _Cursor) -> _Entry:
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"{name} has {dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}")
     shape = tuple(reversed([cursor.scalar("Q") for _ in range(dimensions)]))
+    if 0 in shape:
+        raise ValueError(f"{name} is empty: {list(shape)}")
     return _Entry(name, shape, type_number=cursor.scalar("I"), offset=cursor.scalar("Q"))
 
 

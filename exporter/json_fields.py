@@ -44,9 +44,10 @@ class JsonFields:
         """Whether no problem with these fields was noted, so that their values mean something."""
         return self._invalid.isdisjoint(names)
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A positive integer."""
-        return self._checked(name, default, lambda v: _is_int(v) and v > 0, "a positive integer", 1)
+    def integer(self, name: str, default: int | None = None, largest: int = MAX_INTEGER) -> int:
+        """An integer from 1 to `largest`."""
+        expected = "a positive integer" if largest == MAX_INTEGER else f"an integer from 1 to {largest}"
+        return self._checked(name, default, lambda v: _is_int(v) and 0 < v <= largest, expected, 1)
 
     def positive_number(self, name: str, default: float | None = None) -> float:
         """A number above zero."""

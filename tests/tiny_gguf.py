@@ -1,0 +1,134 @@
+"""Writes tiny GGUF files from tiny Hugging Face checkpoints, the way llama.cpp's converter lays them out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, quant_shape_to_byte_shape, quants
+from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import ByteLevel
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+# The gguf package reads these formats but cannot write them: their blocks are filled with random bytes.
+UNWRITABLE = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+
+def save_tiny_gguf(
+    folder: Path,
+    path: Path,
+    quantisation: str = "F32",
+    *,
+    metadata: dict[str, Any] | None = None,
+    tokenizer: str | None = None,
+    extra: dict[str, np.ndarray] | None = None,
+) -> Path:
+    """Writes a checkpoint of save_tiny_llama as GGUF.
+
+    Args:
+        folder: The checkpoint; a single file.
+        path: The GGUF file.
+        quantisation: Of the matrices; vectors are float32.
+        metadata: Float and integer values that are added or replaced; None leaves a key out.
+        tokenizer: `tokenizer.ggml.pre` of a tokenizer of bytes with few merges; None writes no tokenizer.
+        extra: float32 tensors that are added.
+
+    Returns:
+        The file.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    writer = GGUFWriter(path, "llama")
+    values = {
+        "llama.block_count": config["num_hidden_layers"],
+        "llama.context_length": config["max_position_embeddings"],
+        "llama.embedding_length": config["hidden_size"],
+        "llama.feed_forward_length": config["intermediate_size"],
+        "llama.attention.head_count": config["num_attention_heads"],
+        "llama.attention.head_count_kv": config["num_key_value_heads"],
+        "llama.attention.key_length": config["head_dim"],
+        "llama.attention.value_length": config["head_dim"],
+        "llama.rope.dimension_count": config["head_dim"],
+        "llama.rope.freq_base": config["rope_parameters"]["rope_theta"],
+        "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "llama.vocab_size": config["vocab_size"],
+    } | (metadata or {})
+    for key, value in values.items():
+        if isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif value is not None:
+            writer.add_uint32(key, value)
+    if tokenizer is not None:
+        _add_tokenizer(writer, tokenizer, config["vocab_size"])
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        array = tensor.float().numpy()
+        role = name.split(".")[-2]
+        if role in heads:
+            array = _neighbours_rotated(array, heads[role])
+        _add_tensor(writer, _gguf_name(name), array, quantisation)
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _gguf_name(name: str) -> str:
+    stem, suffix = name.rsplit(".", 1)
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", stem)
+    return f"blk.{match[1]}.{NAMES[match[2]]}.{suffix}" if match else f"{NAMES[stem]}.{suffix}"
+
+
+def _neighbours_rotated(array: np.ndarray, heads: int) -> np.ndarray:
+    # llama.cpp rotates rows 2i and 2i + 1 of a head together, transformers rows i and i + head_dim / 2.
+    halves = array.reshape(heads, 2, -1, *array.shape[1:])
+    return np.ascontiguousarray(np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(array.shape))
+
+
+def _add_tensor(writer: GGUFWriter, name: str, array: np.ndarray, quantisation: str) -> None:
+    if array.ndim == 1 or quantisation == "F32":
+        writer.add_tensor(name, np.ascontiguousarray(array))
+        return
+    kind = GGMLQuantizationType[quantisation]
+    if quantisation in UNWRITABLE:
+        shape = quant_shape_to_byte_shape(array.shape, kind)
+        # Bytes below 60 make small finite float16 scales wherever the block format has them.
+        stored = np.random.default_rng(len(name)).integers(0, 60, shape, dtype=np.uint8)
+    else:
+        stored = quants.quantize(array, kind)
+    writer.add_tensor(name, stored, raw_dtype=None if stored.dtype == np.float16 else kind)
+
+
+def _add_tokenizer(writer: GGUFWriter, pre: str, vocab: int) -> None:
+    tokens = ["<|bos|>", "<|eos|>", "<think>", *sorted(ByteLevel.alphabet())]
+    merges = ["t h", "Ġ th", "Ġth e", "Ġ Ġ", "ĠĠ ĠĠ", "1 2", "12 3"]
+    tokens += [merge.replace(" ", "") for merge in merges] + ["hello"]
+    tokens += [f"<|unused{index}|>" for index in range(vocab - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_merges(merges)
+    writer.add_token_types([3, 3, 4] + [1] * (len(tokens) - 3))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template("{% for m in messages %}{{ bos_token + m['content'] + eos_token }}{% endfor %}")
