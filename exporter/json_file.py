@@ -30,5 +30,5 @@ def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
 
 
 def save_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON object, indented, with a final newline."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes a JSON object, indented, in ASCII (a checkpoint may hold text that UTF-8 cannot), with a final newline."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
