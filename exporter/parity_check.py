@@ -10,13 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter.artifact import MODEL_NAME, WEIGHTS_NAME
+from exporter.artifact_runner import exposed_model
 from exporter.errors import InputError
 from exporter.foreign_graph import load_graph
 from exporter.pipeline import build_model
 from exporter.source import ExportSource
 from exporter.weight_file import save_weights
-from graph_passes.expose_hidden_states import ExposeHiddenStatesPass
-from graph_passes.expose_routing import ExposeRoutingPass
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.parity import Candidate, compare
 from runtimes.parity_cases import PROMPT_TOKENS, parity_cases
@@ -64,21 +63,13 @@ def check_parity(source: ExportSource, folder: Path, description: dict[str, Any]
 
 
 def _candidate(name: str, graph: ir.Model, folder: Path, *, streams: bool = False) -> Candidate:
-    def opened(*, force: bool) -> OnnxRuntimeRunner:
-        # Serialising and reading back is the deepest copy there is; weights stay outside, in the artefact.
-        model = ir.from_proto(ir.to_proto(graph))
-        if any(node.metadata_props.get("dlo.role") == "router_scores" for node in model.graph):
-            ExposeRoutingPass(force=force)(model)
-        if streams:
-            ExposeHiddenStatesPass()(model)
-        return OnnxRuntimeRunner(ir.to_proto(model).SerializeToString(), weights_folder=folder, name=name)
+    label = "dense" if name == "none" else name
 
-    label = {"none": "dense"}.get(name, name)
-    return Candidate(
-        label if not streams else f"{label}*",
-        functools.partial(opened, force=True),
-        functools.partial(opened, force=False),
-    )
+    def opened(*, force: bool) -> OnnxRuntimeRunner:
+        model = exposed_model(graph, force=force, streams=streams)
+        return OnnxRuntimeRunner(model, weights_folder=folder, name=label)
+
+    return Candidate(label, functools.partial(opened, force=True), functools.partial(opened, force=False))
 
 
 def _masked_graph(source: ExportSource, folder: Path, released: ir.Model) -> ir.Model:

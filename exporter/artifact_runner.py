@@ -1,0 +1,63 @@
+"""An artefact as a runner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from exporter.artifact import MODEL_NAME, load_description
+from exporter.foreign_graph import load_graph
+from graph_passes.expose_hidden_states import ExposeHiddenStatesPass
+from graph_passes.expose_routing import ExposeRoutingPass
+from graph_passes.provenance import role_values
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+
+
+def open_artifact(
+    folder: Path,
+    *,
+    scores: bool = True,
+    name: str | None = None,
+    threads: int | None = None,
+    allow_spinning: bool = True,
+) -> OnnxRuntimeRunner:
+    """Opens an artefact in ONNX Runtime.
+
+    Args:
+        folder: The artefact.
+        scores: Give out the routers' scores too, in memory: the released graph does not. False for timing it as it is.
+        name: For reports; the folder's name by default.
+        threads: Of one operator.
+        allow_spinning: See `OnnxRuntimeRunner`.
+
+    Raises:
+        InputError: The folder is no artefact.
+        runtimes.errors.RuntimeInputError: ONNX Runtime refuses the graph.
+    """
+    description = load_description(folder)
+    exposed = scores and description["routing"] is not None
+    return OnnxRuntimeRunner(
+        exposed_model(load_graph(folder / MODEL_NAME)) if exposed else folder / MODEL_NAME,
+        weights_folder=folder if exposed else None,
+        name=name or folder.name,
+        threads=threads,
+        allow_spinning=allow_spinning,
+    )
+
+
+def exposed_model(released: ir.Model, *, force: bool = False, streams: bool = False) -> bytes:
+    """A serialised copy of a released graph that shows what is inside; never released itself.
+
+    Args:
+        released: Left as it is.
+        force: Take the routers' decisions from inputs.
+        streams: Give out the residual stream behind every layer.
+    """
+    # Serialising and reading back is the deepest copy there is; weights are external and stay where they are.
+    model = ir.from_proto(ir.to_proto(released))
+    if role_values(model.graph, "router_scores"):
+        ExposeRoutingPass(force=force)(model)
+    if streams:
+        ExposeHiddenStatesPass()(model)
+    return bytes(ir.to_proto(model).SerializeToString())

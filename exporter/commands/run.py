@@ -1,0 +1,67 @@
+"""`dlo run`: generate text with an artefact."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from runtimes.generation import GenerationStats
+
+NAME = "run"
+
+
+def main(
+    artefact: Annotated[Path, typer.Argument(help="Folder that dlo-export wrote.")],
+    prompt: Annotated[str, typer.Argument(help="What to continue, or to answer where there is a chat template.")],
+    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among so many tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among this share of probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, chat template or not.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; its own choice by default.")] = None,
+) -> None:
+    """Generate text: tokens stream to stdout, speed and active rate go to stderr."""
+    from exporter.artifact import load_description  # noqa: PLC0415 - keeps `dlo --help` quick
+    from exporter.artifact_runner import open_artifact  # noqa: PLC0415
+    from exporter.config import LlamaConfig  # noqa: PLC0415
+    from runtimes.generation import Generation  # noqa: PLC0415
+    from runtimes.sampling import Sampling  # noqa: PLC0415
+    from runtimes.tokenizer import Tokenizer  # noqa: PLC0415
+
+    description = load_description(artefact)
+    config = LlamaConfig.from_json(artefact / "config.json")
+    tokenizer = Tokenizer(artefact)
+    chat = tokenizer.has_chat_template and not raw
+    ids = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    with open_artifact(artefact, threads=threads) as runner:
+        generation = Generation(
+            runner,
+            [ids],
+            max_new_tokens=max_new_tokens,
+            end_tokens=config.eos_token_id,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+        )
+        text = tokenizer.stream()
+        for (token,) in generation:
+            if token is not None:
+                sys.stdout.write(text.add(token))
+                sys.stdout.flush()
+        sys.stdout.write(text.finish() + "\n")
+    _report(generation.stats, [layer["injected"] for layer in description["layers"]])
+
+
+def _report(stats: GenerationStats, injected: list[bool]) -> None:
+    lines = [
+        f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new ones at "
+        f"{stats.tokens_per_second:.1f} tokens/s"
+    ]
+    for kind, wanted in (("original", False), ("injected", True)):
+        rates = [rate for layer, rate in stats.active_rate.items() if injected[layer] is wanted]
+        if rates:
+            lines.append(f"active in {len(rates)} routed {kind} layers: {sum(rates) / len(rates):.1%}")
+    typer.echo("\n".join(lines), err=True)
