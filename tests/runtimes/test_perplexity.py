@@ -1,0 +1,32 @@
+import numpy as np
+import pytest
+
+from runtimes.perplexity import PerplexityError, measure_perplexity
+from runtimes.runner import StepResult
+
+
+class UniformRunner:
+    """Predicts every one of four tokens alike, in exact arithmetic; every second token is active."""
+
+    name, num_layers, routed_layers = "uniform", 1, (0,)
+
+    def reset(self, batch):
+        self.batch = batch
+
+    def step(self, input_ids, attention_mask, position_ids, **_):
+        assert input_ids.shape == attention_mask.shape == position_ids.shape
+        scores = (position_ids % 2).astype(np.float32)
+        return StepResult(np.zeros((*input_ids.shape, 4), np.float32), {0: scores}, {})
+
+
+def test_perplexity_is_the_number_of_choices_when_all_are_as_likely():
+    measured = measure_perplexity(UniformRunner(), np.zeros((3, 8), np.int64))
+    assert measured.perplexity == pytest.approx(4.0)
+    assert measured.predicted_tokens == 3 * 7
+    assert measured.active_rate == {0: 0.5}
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 1), (8,)])
+def test_perplexity_is_refused_when_nothing_can_be_predicted(shape):
+    with pytest.raises(PerplexityError):
+        measure_perplexity(UniformRunner(), np.zeros(shape, np.int64))
