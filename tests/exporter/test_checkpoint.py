@@ -416,12 +416,12 @@ def test_companions_load_in_transformers_when_saved(tmp_path: Path) -> None:
 
 
 def test_config_keeps_unknown_keys_and_drops_switches_when_saved(folder: Path, tmp_path: Path) -> None:
-    rewrite_json(folder / "config.json", use_cache=False, auto_map={"AutoConfig": "evil.Config"}, note="kept, even \ud800")
+    rewrite_json(folder / "config.json", use_cache=False, auto_map={"AutoConfig": "evil.Config"}, note="odd \ud800")
     open_checkpoint(folder).save_companions(tmp_path, {"num_hidden_layers": 5})
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["use_cache"] is True
     assert "auto_map" not in saved
-    assert saved["note"] == "kept, even \ud800"
+    assert saved["note"] == "odd \ud800"
     assert saved["num_hidden_layers"] == 5
 
 
