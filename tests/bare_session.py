@@ -1,0 +1,51 @@
+"""An artefact through a bare onnxruntime session, by the documented interface alone: no code of the project."""
+
+import numpy as np
+import onnxruntime as ort
+
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class BareSession:
+    """The graph and its KV cache."""
+
+    def __init__(self, path):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 2
+        options.log_severity_level = 3
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.past = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
+        self.outputs = [value.name for value in self.session.get_outputs()]
+
+    def reset(self, batch):
+        self.state = {
+            value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), TYPES[value.type]) for value in self.past
+        }
+
+    def step(self, ids, mask, positions):
+        feeds = {
+            "input_ids": np.asarray(ids, np.int64),
+            "attention_mask": np.asarray(mask, np.int64),
+            "position_ids": np.asarray(positions, np.int64),
+        }
+        outputs = dict(zip(self.outputs, self.session.run(None, feeds | self.state), strict=True))
+        self.state = {name: outputs[name.replace("past_key_values", "present")] for name in self.state}
+        return outputs
+
+    def logits_of(self, ids, mask, positions, cuts):
+        """Logits of all columns, fed in the pieces that `cuts` ends."""
+        self.reset(ids.shape[0])
+        pieces = []
+        for start, stop in zip([0, *cuts[:-1]], cuts, strict=True):
+            pieces.append(self.step(ids[:, start:stop], mask[:, :stop], positions[:, start:stop])["logits"])
+        return np.concatenate(pieces, axis=1)
+
+
+def left_padded(samples):
+    """One batch of token ids [1, n] of unequal length: ids, mask, positions."""
+    length = max(sample.shape[1] for sample in samples)
+    ids, mask, positions = (np.zeros((len(samples), length), np.int64) for _ in range(3))
+    for row, sample in enumerate(samples):
+        n = sample.shape[1]
+        ids[row, -n:], mask[row, -n:], positions[row, -n:] = sample[0], 1, np.arange(n)
+    return ids, mask, positions
