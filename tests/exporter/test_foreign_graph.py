@@ -1,0 +1,98 @@
+"""Someone else's graph with an adapter: `dlo-export model.onnx --adapter DIR`."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from exporter.errors import InputError
+from exporter.export import ExportRequest, export_model
+from exporter.foreign_graph import open_foreign_graph
+from exporter.progress import Reporter
+from graph_passes.errors import DecoderLayersNotFound
+from modeling.adapter import DloAdapter, save_adapter
+from modeling.expansion import expansion_adapter
+from modeling.lazy_tensors import ArrayTensor
+from modeling.placements import placements
+
+GRAPH = Path(__file__).parents[1] / "data" / "optimum_llama" / "model.onnx"
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """TLI after every layer of the fixture, and routers that let about half of the tokens through."""
+    graph = open_foreign_graph(GRAPH)
+    plan = placements("tli", graph.num_layers, every=1)
+    injection = expansion_adapter(graph.tensors, plan)
+    rng = np.random.default_rng(0)
+    hidden = graph.tensors["model.norm.weight"].shape[0]
+    routers = {
+        f"model.routers.{i}.weight": ArrayTensor(rng.standard_normal((1, hidden)).astype(np.float32))
+        for i in range(plan.num_layers)
+    }
+    routed = dataclasses.replace(
+        injection,
+        is_dlo=(True,) * plan.num_layers,
+        rescale_hidden_states=True,
+        scale_gap=0.05,
+        tensors={**injection.tensors, **routers},
+    )
+    save_adapter(routed, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("lowering", ["masked", "compact"])
+def test_export_of_optimums_graph_equals_pytorch_when_injected_and_routed(adapter, tmp_path, lowering):
+    request = ExportRequest(str(GRAPH), tmp_path / "out", adapter=adapter, lowering=lowering)
+    result = export_model(request, Reporter())
+    assert result.description["parity"]["verdict"] == "PASS", result.parity_summary
+    layers = result.description["layers"]
+    assert [layer["injected"] for layer in layers] == [False, True] * (len(layers) // 2)
+    assert [layer["identity"] for layer in layers] == [layer["injected"] for layer in layers]
+    assert all(layer["routed"] for layer in layers)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == len(layers)
+
+
+def test_weights_of_optimums_graph_are_those_of_its_checkpoint():
+    graph = open_foreign_graph(GRAPH)
+    assert graph.config is not None
+    assert graph.tensor_shapes() == graph.config.tensor_shapes()
+
+
+def test_parity_says_why_it_cannot_run_when_there_is_no_config(adapter, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(GRAPH, alone)
+    result = export_model(ExportRequest(str(alone / "model.onnx"), tmp_path / "out", adapter=adapter), Reporter())
+    assert result.description["parity"]["verdict"] == "NOT RUN"
+    assert "config.json" in result.description["parity"]["reason"]
+
+
+def test_graph_is_refused_when_external_weights_are_missing_or_short(tmp_path):
+    model = ir.load(GRAPH)
+    ir.save(model, tmp_path / "model.onnx", external_data="weights")
+    (tmp_path / "weights").write_bytes((tmp_path / "weights").read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"weights: has \d+ bytes"):
+        open_foreign_graph(tmp_path / "model.onnx")
+    (tmp_path / "weights").unlink()
+    with pytest.raises(InputError, match="weights: missing"):
+        open_foreign_graph(tmp_path / "model.onnx")
+
+
+def test_graph_is_refused_when_it_is_no_model(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"no protobuf at all")
+    with pytest.raises((InputError, DecoderLayersNotFound)):
+        open_foreign_graph(tmp_path / "model.onnx")
+
+
+def test_adapter_is_refused_when_it_is_for_another_model(tmp_path):
+    hidden = 8
+    tensors = {"model.routers.0.weight": ArrayTensor(np.zeros((1, hidden), np.float32))}
+    save_adapter(DloAdapter("mlp", (True,), injected_layers=(), tensors=tensors), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="does not fit the model"):
+        export_model(ExportRequest(str(GRAPH), tmp_path / "out", adapter=tmp_path / "adapter"), Reporter())
