@@ -1,0 +1,178 @@
+"""The commands as a user runs them: exit codes, messages, nothing half-written."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from exporter.exit_codes import BAD_INPUT, INTERRUPTED, MACHINE, OUR_BUG, exit_code
+from tests.tiny_models import save_tiny_llama
+
+REFERENCE = Path(__file__).parents[1] / "data" / "reference_mlp_routed"
+
+
+def dlo(*arguments, **options):
+    code = "from exporter.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, **options
+    )
+
+
+def check_refused(result, folder, *words):
+    """Bad input: code 2, every word named, no traceback, nothing left in the folder but what was there."""
+    assert result.returncode == BAD_INPUT, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert "hint:" in result.stderr
+    assert not [path.name for path in folder.iterdir() if "out" in path.name], "a partial artefact was left"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_tiny_llama(tmp_path / "model")
+
+
+def test_export_writes_a_self_describing_artefact_when_the_model_is_routed(tmp_path):
+    result = dlo("export", REFERENCE, "-o", tmp_path / "out", "--json", "--no-parity")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "", "not a terminal: no progress"
+    description = json.loads(result.stdout)
+    assert description == json.loads((tmp_path / "out" / "dlo_artifact.json").read_text())
+    assert [layer["routed"] for layer in description["layers"]] == [True, True, False, True]
+    assert description["lowering"] == "compact"
+    assert description["parity"] == {"verdict": "NOT RUN", "reason": "--no-parity"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"model.onnx", "model.onnx.data", "config.json"}
+
+
+def test_export_passes_parity_when_nothing_is_said_about_it(tmp_path):
+    result = dlo("export", REFERENCE, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "parity PASS" in result.stdout
+    report = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert report["verdict"] == "PASS"
+
+
+def test_export_refuses_an_existing_folder_unless_forced(checkpoint, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("mine")
+    result = dlo("export", checkpoint, "-o", tmp_path / "kept", "--no-parity")
+    check_refused(result, tmp_path, "kept")
+    assert (tmp_path / "kept" / "file").read_text() == "mine"
+    assert dlo("export", checkpoint, "-o", tmp_path / "kept", "--no-parity", "--force").returncode == 0
+    assert not (tmp_path / "kept" / "file").exists()
+
+
+def test_export_leaves_weights_out_when_asked_to(checkpoint, tmp_path):
+    assert dlo("export", checkpoint, "-o", tmp_path / "out", "--no-weights").returncode == 0
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    assert not (tmp_path / "out" / "model.onnx.data").exists()
+
+
+def test_export_names_the_file_when_safetensors_are_truncated(checkpoint, tmp_path):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    check_refused(dlo("export", checkpoint, "-o", tmp_path / "out"), tmp_path, "model.safetensors")
+
+
+def test_export_names_the_file_when_the_header_is_corrupt(checkpoint, tmp_path):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(b"\x10" + b"\0" * 7 + b"{this is no JSON" + file.read_bytes())
+    check_refused(dlo("export", checkpoint, "-o", tmp_path / "out"), tmp_path, "model.safetensors")
+
+
+def test_export_names_tensors_when_shapes_are_wrong(checkpoint, tmp_path):
+    values = json.loads((checkpoint / "config.json").read_text())
+    values["intermediate_size"] += 8
+    (checkpoint / "config.json").write_text(json.dumps(values))
+    check_refused(dlo("export", checkpoint, "-o", tmp_path / "out"), tmp_path, "model.layers.0.mlp.gate_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model_type", "mistral"), ("hidden_act", "gelu"), ("rope_scaling", {"rope_type": "yarn"})]
+)
+def test_export_names_the_field_when_the_configuration_is_unsupported(tmp_path, key, value):
+    checkpoint = save_tiny_llama(tmp_path / "model", legacy_keys=True)
+    values = json.loads((checkpoint / "config.json").read_text())
+    values[key] = value
+    (checkpoint / "config.json").write_text(json.dumps(values))
+    check_refused(dlo("export", checkpoint, "-o", tmp_path / "out"), tmp_path, key, "config.json")
+
+
+def test_export_says_why_when_layers_are_routed_whole(tmp_path):
+    layer_routed = REFERENCE.parent / "reference_layer_routed"
+    check_refused(dlo("export", layer_routed, "-o", tmp_path / "out"), tmp_path, "layer routing")
+
+
+def test_export_refuses_a_lowering_when_nothing_is_routed(checkpoint, tmp_path):
+    result = dlo("export", checkpoint, "-o", tmp_path / "out", "--lowering", "compact")
+    check_refused(result, tmp_path, "no routers")
+
+
+def test_export_refuses_a_graph_when_no_adapter_is_given(tmp_path):
+    graph = Path(__file__).parents[1] / "data" / "optimum_llama" / "model.onnx"
+    check_refused(dlo("export", graph, "-o", tmp_path / "out"), tmp_path, "--adapter")
+
+
+def test_export_says_so_when_there_is_no_such_model(tmp_path):
+    result = dlo("export", tmp_path / "nowhere", "-o", tmp_path / "out")
+    assert result.returncode == BAD_INPUT
+    assert "nowhere" in result.stderr
+
+
+def test_usage_errors_end_with_bad_input():
+    assert dlo("export").returncode == BAD_INPUT
+    assert dlo("export", "x", "--dtype", "int3").returncode == BAD_INPUT
+    assert dlo("no-such-command").returncode == BAD_INPUT
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_export_leaves_nothing_behind_when_interrupted(checkpoint, tmp_path, signal_number):
+    # Parity is interrupted: importing PyTorch takes long enough to be hit by a signal.
+    code = "from exporter.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "export", str(checkpoint), "-o", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*/model.onnx")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal_number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_export_says_so_when_the_disk_is_full(checkpoint, tmp_path):
+    """A file system of 64 kB, where one can be mounted."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        result = dlo("export", checkpoint, "-o", mount / "out", "--no-parity")
+        assert result.returncode == MACHINE, result.stderr
+        assert "hint:" in result.stderr
+        assert list(mount.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_exit_codes_tell_bugs_from_the_machines_and_the_users_faults():
+    assert exit_code(KeyError("x")) == OUR_BUG
+    assert exit_code(ValueError("of somebody else's library")) == OUR_BUG
+    assert exit_code(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == MACHINE
+    assert exit_code(ModuleNotFoundError(name="torch")) == MACHINE
+    assert exit_code(ModuleNotFoundError(name="graph_passes.gone")) == OUR_BUG
