@@ -19,6 +19,7 @@ from exporter.progress import Reporter
 from exporter.source import ExportSource, open_source
 from exporter.weight_file import save_weights, weight_bytes
 from modeling.whole_folder import whole_folder
+from runtimes.parity_report import ParityReport
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 DtypeChoice = Literal["auto", "fp32", "fp16", "bf16"]
@@ -29,14 +30,15 @@ class ParityFailedError(Exception):
     """The artefact does not compute what the PyTorch reference computes.
 
     Args:
+        report: What differed.
         kept: Where the artefact was put for inspection.
-        summary: The parity report in words.
     """
 
     exit_code = 1
 
-    def __init__(self, kept: Path, summary: str) -> None:
-        super().__init__(f"{summary}\n\nhint: the artefact was kept in {kept} for inspection")
+    def __init__(self, report: ParityReport, kept: Path) -> None:
+        super().__init__(f"{report.summary()}\n\nhint: the artefact was kept in {kept} for inspection")
+        self.report = report
         self.kept = kept
 
 
@@ -180,15 +182,14 @@ def _run_parity(
         report = check_parity(source, folder, description)
     description["parity"] = {"verdict": report.verdict, **({"reason": report.reason} if report.reason else {})}
     save_json(folder / "parity.json", report.to_json())
-    summary = report.summary()
     if report.verdict == "FAIL":
         save_description(description, folder)
         failed = request.output.with_name(f"{request.output.name}.failed")
         if failed.exists():
             shutil.rmtree(failed)
         folder.rename(failed)
-        raise ParityFailedError(failed, summary)
-    return summary
+        raise ParityFailedError(report, failed)
+    return report.summary()
 
 
 def _check_disk(folder: Path, needed: int) -> None:
