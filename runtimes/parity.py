@@ -2,171 +2,178 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import numpy as np
 
-from runtimes.parity_cases import Case, Feed
-from runtimes.parity_report import CaseResult, Flip, ParityReport, Tolerance, largest_difference
-from runtimes.runner import Runner, StepResult
+from runtimes.generation import generate
+from runtimes.parity_cases import Case, step_feeds
+from runtimes.parity_report import CaseResult, GreedyDifference, GreedyResult, ParityReport
+from runtimes.parity_statistics import LogitStatistics, first_diverging_layer, flips, logit_statistics
+from runtimes.parity_tolerances import TOLERANCES, Tolerance
+from runtimes.parity_trace import Trace, compare_streams, trace_case, trace_reference
+from runtimes.runner import Runner
 
 OpenRunner = Callable[[], AbstractContextManager[Runner]]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Something to compare with the reference, opened when its turn comes.
+    """Something to compare with the reference; its builds are opened one at a time, when their turn comes.
 
     Attributes:
         name: For the report.
-        open_forced: A runner that takes the decisions of routed layers from outside (the plain one where none is).
-        open_free: One whose routers decide.
+        open_free: The graph as released: its routers decide, and need not show.
+        open_forced: A build that takes decisions and shows scores; None where nothing is routed.
+        open_streams: The forced build (the free one where nothing is routed) with residual streams exposed, to name the
+            first diverging layer; opened only where logits differ.
     """
 
     name: str
-    open_forced: OpenRunner
     open_free: OpenRunner
+    open_forced: OpenRunner | None = None
+    open_streams: OpenRunner | None = None
 
 
 def compare(
     reference: Runner,
     candidates: Sequence[Candidate],
     cases: Sequence[Case],
-    tolerance: Tolerance,
     *,
-    greedy_prompt: np.ndarray | None = None,
-    greedy_tokens: int = 16,
-    hidden_states: bool = False,
+    dtype: str,
+    greedy_prompts: Sequence[Sequence[int]] = (),
+    greedy_tokens: int = 32,
 ) -> ParityReport:
     """Runs every case on the reference and on every candidate.
 
     Candidates are fed the reference's decisions, so that one near-tie that falls the other way does not hide what else
-    differs; what their own routers would have decided is compared apart, with the margin.
+    differs; what their own routers would have decided is compared apart, with the margin. The released graph, whose
+    routers nobody sees, must then agree wherever no decision flipped.
 
     Args:
-        reference: What is right.
+        reference: What is right; open.
         candidates: What to compare with it.
         cases: What to feed.
-        tolerance: Of the candidates' dtype.
-        greedy_prompt: int64 [1, tokens]; None leaves the greedy comparison out.
-        greedy_tokens: How many tokens to generate.
-        hidden_states: Compare residual streams too and name the first layer whose is off; candidates must expose them.
+        dtype: Of the candidates, a key of TOLERANCES.
+        greedy_prompts: Left-padded into one batch; none leave the greedy comparison out.
+        greedy_tokens: How many tokens to generate per prompt.
+
+    Raises:
+        RuntimeInputError: A candidate is another kind of model, or cannot be opened.
     """
-    expected = [_run_reference(reference, case, hidden_states) for case in cases]
-    expected_tokens = greedy(reference, greedy_prompt, greedy_tokens) if greedy_prompt is not None else []
-    report = ParityReport(tolerance)
-    for candidate in candidates:
-        with candidate.open_forced() as runner:
-            for case, steps in zip(cases, expected, strict=True):
-                report.results.append(_compare(candidate.name, runner, case, steps, tolerance, hidden_states))
-        if greedy_prompt is not None:
-            with candidate.open_free() as runner:
-                report.greedy[candidate.name] = (expected_tokens, greedy(runner, greedy_prompt, greedy_tokens))
-    return report
-
-
-def greedy(runner: Runner, prompt: np.ndarray, tokens: int) -> list[int]:
-    """The most likely continuation, token by token, routers deciding.
-
-    Args:
-        runner: Any.
-        prompt: int64 [1, tokens].
-        tokens: How many to generate; an end-of-sequence token does not stop it.
-    """
-    runner.reset(1)
-    generated: list[int] = []
-    ids, length = prompt, prompt.shape[1]
-    for _ in range(tokens):
-        positions = np.arange(length - ids.shape[1], length)[np.newaxis]
-        result = runner.step(ids, np.ones((1, length), np.int64), positions)
-        generated.append(int(result.logits[0, -1].argmax()))
-        ids, length = np.array([[generated[-1]]], np.int64), length + 1
-    return generated
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """A pass of the reference: its result and the decisions it was made with."""
-
-    result: StepResult
-    decisions: dict[int, np.ndarray]
-
-
-def _run_reference(reference: Runner, case: Case, hidden_states: bool) -> list[_Expected]:
-    reference.reset(case.batch)
-    steps = []
-    for feed in case.feeds:
-        forced = case.forced(feed, reference.routed_layers)
-        result = reference.step(
-            feed.input_ids,
-            feed.attention_mask,
-            feed.position_ids,
-            force_active=forced,
-            hidden_states=hidden_states,
-        )
-        own = {layer: scores > 0.5 for layer, scores in result.router_scores.items()}
-        steps.append(_Expected(result, own if forced is None else forced))
-    return steps
-
-
-def _compare(
-    name: str,
-    runner: Runner,
-    case: Case,
-    expected: Sequence[_Expected],
-    tolerance: Tolerance,
-    hidden_states: bool,
-) -> CaseResult:
-    runner.reset(case.batch)
-    compared = decisions = 0
-    differences, references = [0.0], [0.0]
-    flips: list[Flip] = []
-    diverging: int | None = None
-    for feed, step in zip(case.feeds, expected, strict=True):
-        got = runner.step(
-            feed.input_ids,
-            feed.attention_mask,
-            feed.position_ids,
-            force_active=step.decisions or None,
-            hidden_states=hidden_states,
-        )
-        real = feed.real
-        wanted, found = step.result.logits[real], got.logits[real]
-        compared += wanted.size
-        differences.append(largest_difference(wanted, found))
-        references.append(float(np.abs(wanted).max(initial=0.0)))
-        for layer, scores in step.result.router_scores.items():
-            decisions += int(real.sum())
-            flips += _flips(layer, scores, got.router_scores[layer], real)
-        if diverging is None:
-            diverging = _first_diverging_layer(step.result, got, feed, tolerance)
-    return CaseResult(
-        case.name,
-        name,
-        compared,
-        float(np.max(differences)),  # NaN wins
-        max(references),
-        decisions,
-        tuple(flips),
-        diverging,
+    tolerance = TOLERANCES[dtype]
+    traces = [trace_reference(reference, case) for case in cases]
+    comparisons = [_Comparison(reference, candidate, tolerance, cases, traces) for candidate in candidates]
+    for comparison in comparisons:
+        comparison.run(greedy_prompts, greedy_tokens)
+    return ParityReport(
+        reference.name,
+        dtype,
+        tolerance,
+        tuple(result for comparison in comparisons for result in comparison.results),
+        tuple(comparison.greedy for comparison in comparisons if comparison.greedy is not None),
     )
 
 
-def _flips(layer: int, wanted: np.ndarray, found: np.ndarray, real: np.ndarray) -> list[Flip]:
-    rows, positions = np.nonzero(((wanted > 0.5) != (found > 0.5)) & real)
-    return [
-        Flip(layer, int(row), int(position), float(wanted[row, position]), float(found[row, position]))
-        for row, position in zip(rows, positions, strict=True)
-    ]
+class _Comparison:
+    """One candidate's turn."""
 
+    def __init__(
+        self,
+        reference: Runner,
+        candidate: Candidate,
+        tolerance: Tolerance,
+        cases: Sequence[Case],
+        traces: Sequence[Trace],
+    ) -> None:
+        self._reference = reference
+        self._candidate = candidate
+        self._tolerance = tolerance
+        self._cases = list(cases)
+        self._traces = list(traces)
+        self._free_logits: dict[str, LogitStatistics] = {}
+        self._tokens: list[list[int]] = []
+        self.results: list[CaseResult] = []
+        self.greedy: GreedyResult | None = None
 
-def _first_diverging_layer(wanted: StepResult, found: StepResult, feed: Feed, tolerance: Tolerance) -> int | None:
-    for layer in sorted(wanted.hidden_states.keys() & found.hidden_states.keys()):
-        stream = wanted.hidden_states[layer][feed.real]
-        difference = largest_difference(stream, found.hidden_states[layer][feed.real])
-        # Residual streams have a few huge dimensions; an error in the tolerance's proportion of them is still noise.
-        if not difference <= tolerance.logits * max(1.0, float(np.abs(stream).max(initial=0.0)) / 10):
-            return layer
-    return None
+    def run(self, greedy_prompts: Sequence[Sequence[int]], greedy_tokens: int) -> None:
+        """Opens one build after the other."""
+        with self._candidate.open_free() as runner:
+            if greedy_prompts:
+                self._generate(runner, greedy_prompts, greedy_tokens)
+            if self._candidate.open_forced is None:
+                self._compare_cases(runner)
+            else:
+                self._compare_free(runner)
+        if self._candidate.open_forced is not None:
+            with self._candidate.open_forced() as runner:
+                self._compare_cases(runner)
+        compared = [i for i, result in enumerate(self.results) if result.logits.compared]
+        differing = [i for i in compared if not self.results[i].logits.within(self._tolerance)]
+        if differing and self._candidate.open_streams is not None:
+            with self._candidate.open_streams() as runner:
+                for index in differing:
+                    self._compare_streams(runner, index)
+
+    def _generate(self, runner: Runner, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+        """Generates greedily, and makes what was fed meanwhile a case for the reference."""
+        self._tokens = generate(runner, prompts, max_new_tokens=tokens).sequences
+        fed = [np.array([*prompt, *new[:-1]]) for prompt, new in zip(prompts, self._tokens, strict=True)]
+        self._cases.append(Case("greedy tokens, refed", step_feeds(fed)))
+        self._traces.append(trace_reference(self._reference, self._cases[-1]))
+
+    def _compare_free(self, runner: Runner) -> None:
+        for case, wanted in zip(self._cases, self._traces, strict=True):
+            if case.forcing is None:
+                found = trace_case(runner, case, None)
+                self._free_logits[case.name] = logit_statistics(wanted.logits, found.logits, case.real)
+
+    def _compare_cases(self, runner: Runner) -> None:
+        for case, wanted in zip(self._cases, self._traces, strict=True):
+            found = trace_case(runner, case, wanted.decisions)
+            self.results.append(
+                CaseResult(
+                    case=case.name,
+                    candidate=self._candidate.name,
+                    logits=logit_statistics(wanted.logits, found.logits, case.real),
+                    free_logits=self._free_logits.get(case.name),
+                    decisions=len(wanted.scores) * int(case.real.sum()),
+                    flips=tuple(flips(wanted.scores, found.scores, case.real)),
+                )
+            )
+        if self._tokens:
+            self.greedy = self._compare_greedy(wanted, found)  # of the last case
+
+    def _compare_greedy(self, wanted: Trace, found: Trace) -> GreedyResult:
+        tokens = np.array(self._tokens)  # all of one length, because no end token stops them
+        first = wanted.logits.shape[1] - tokens.shape[1]
+        differences = []
+        for row, sequence in enumerate(tokens):
+            differing = np.flatnonzero(wanted.logits[row, first:].argmax(-1) != sequence)
+            if not differing.size:
+                continue
+            index = int(differing[0])
+            logits = wanted.logits[row, first + index]
+            earlier = [flip for flip in self.results[-1].flips if flip.row == row and flip.position <= first + index]
+            differences.append(
+                GreedyDifference(
+                    row=row,
+                    index=index,
+                    gap=float(logits.max() - logits[sequence[index]]),
+                    error=float(np.abs(found.logits[row, first + index] - logits).max()),
+                    flips=len(earlier),
+                )
+            )
+        return GreedyResult(
+            self._candidate.name, tuple(tuple(sequence) for sequence in tokens.tolist()), tuple(differences)
+        )
+
+    def _compare_streams(self, runner: Runner, index: int) -> None:
+        errors = compare_streams(self._reference, runner, self._cases[index], self._traces[index])
+        self.results[index] = dataclasses.replace(
+            self.results[index],
+            stream_errors=errors,
+            first_diverging_layer=first_diverging_layer(errors, self._tolerance),
+        )

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from modeling.from_tensors import llama_dlo_from_tensors
+from modeling.lazy_tensors import ArrayTensor
+from runtimes.errors import RuntimeInputError
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.parity import Candidate, compare
+from runtimes.parity_cases import Case, Feed, parity_cases
+from runtimes.parity_report import GreedyDifference, GreedyResult, ParityError, ParityReport
+from runtimes.parity_tolerances import TOLERANCES
+from runtimes.runner import Int64Array, StepResult
+from runtimes.torch_runner import TorchRunner
+from tests.runtimes.graphs import DATA, Builds, routed_builds
+
+VOCAB = 131
+PROMPTS = [[5, 17, 90, 3], [44, 8]]
+CASES = parity_cases(VOCAB, routed=True)
+NATURAL = [case.name for case in CASES if case.forcing is None]
+
+
+def _model(config: dict[str, Any] | None = None, edit: Callable[[dict[str, np.ndarray]], None] | None = None) -> Any:
+    values = json.loads((DATA / "reference_mlp_routed" / "config.json").read_text()) | (config or {})
+    tensors = load_file(DATA / "reference_mlp_routed" / "model.safetensors")
+    if edit is not None:
+        edit(tensors)
+    return llama_dlo_from_tensors(values, {name: ArrayTensor(array) for name, array in tensors.items()})
+
+
+def _torch_candidate(model: Any) -> Candidate:
+    def opened() -> TorchRunner:
+        return TorchRunner(model)
+
+    return Candidate("torch", opened, opened, opened)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[TorchRunner]:
+    with TorchRunner(_model(), masked=True) as runner:
+        yield runner
+
+
+def _compare(reference: TorchRunner, candidate: Candidate, cases: tuple[Case, ...] = CASES) -> ParityReport:
+    return compare(reference, [candidate], cases, dtype="fp32", greedy_prompts=PROMPTS, greedy_tokens=8)
+
+
+def _onnx_candidate(name: str, builds: Builds) -> Candidate:
+    return Candidate(
+        name,
+        lambda: OnnxRuntimeRunner(builds.released, threads=1),
+        lambda: OnnxRuntimeRunner(builds.forced, weights_folder=builds.folder, threads=1),
+    )
+
+
+def test_parity_passes_when_masked_and_compact_graphs_are_right(
+    reference: TorchRunner, builds: Builds, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    masked = routed_builds(DATA / "reference_mlp_routed", tmp_path_factory.mktemp("masked"), "masked")
+    report = compare(
+        reference,
+        [_onnx_candidate("masked", masked), _onnx_candidate("compact", builds)],
+        CASES,
+        dtype="fp32",
+        greedy_prompts=PROMPTS,
+    )
+    assert report, report.summary()
+    report.raise_if_failed(allow_ambiguous=False)
+    assert [(case.candidate, case.case) for case in report.cases] == [
+        (name, case) for name in ("masked", "compact") for case in [*(c.name for c in CASES), "greedy tokens, refed"]
+    ]
+    assert all(case.logits.compared and case.decisions and not case.flips for case in report.cases)
+    assert {case.case for case in report.cases if case.free_logits} == {*NATURAL, "greedy tokens, refed"}
+    assert [run.identical for run in report.greedy] == [64, 64]
+    document = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert document["verdict"] == "PASS"
+    assert len(document["cases"]) == 16
+    assert report.summary().startswith("parity PASS")
+
+
+def test_parity_passes_when_nothing_is_routed() -> None:
+    dense = _model({"is_dlo": False}, lambda tensors: [tensors.pop(name) for name in [*tensors] if "routers" in name])
+    with TorchRunner(dense) as reference:
+        report = compare(
+            reference,
+            [Candidate("dense", lambda: TorchRunner(dense))],
+            parity_cases(VOCAB, routed=False),
+            dtype="fp32",
+            greedy_prompts=PROMPTS,
+        )
+    assert report, report.summary()
+    assert len(report.cases) == 5
+    assert not any(case.decisions for case in report.cases)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_parity_names_the_first_diverging_layer_when_a_weight_is_wrong(reference: TorchRunner, layer: int) -> None:
+    def transpose_gate(tensors: dict[str, np.ndarray]) -> None:
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        tensors[name] = np.ascontiguousarray(tensors[name].T)
+
+    report = _compare(reference, _torch_candidate(_model(edit=transpose_gate)))
+    assert report.verdict == "FAIL"
+    assert {case.first_diverging_layer for case in report.cases} == {layer}
+    assert f"first diverging layer {layer}" in report.summary()
+    assert report.greedy[0].judge().verdict != "PASS"
+
+
+def test_parity_blames_norm_or_head_when_all_layers_agree(reference: TorchRunner) -> None:
+    def scale_norm(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.norm.weight"][3] *= 1.001
+
+    report = _compare(reference, _torch_candidate(_model(edit=scale_norm)))
+    assert report.verdict == "FAIL"
+    assert "final norm or the head" in report.summary()
+
+
+def test_parity_fails_when_the_norms_epsilon_is_wrong(reference: TorchRunner) -> None:
+    report = _compare(reference, _torch_candidate(_model({"rms_norm_eps": 1e-6})))
+    assert report.verdict == "FAIL"
+
+
+class _PaddingBlind(OnnxRuntimeRunner):
+    """Attends to padding."""
+
+    def step(
+        self, input_ids: Int64Array, attention_mask: Int64Array, position_ids: Int64Array, **options: Any
+    ) -> StepResult:
+        return super().step(input_ids, np.ones_like(attention_mask), position_ids, **options)
+
+
+def test_parity_fails_in_padded_cases_only_when_the_mask_is_ignored(reference: TorchRunner, builds: Builds) -> None:
+    candidate = Candidate(
+        "blind",
+        lambda: _PaddingBlind(builds.released, threads=1),
+        lambda: _PaddingBlind(builds.forced, weights_folder=builds.folder, threads=1),
+    )
+    report = _compare(reference, candidate)
+    passed = [case.case for case in report.cases if case.judge(TOLERANCES["fp32"]).verdict == "PASS"]
+    assert passed == ["prefill", "chunk and decode with a cache"]
+
+
+def test_parity_fails_when_decisions_differ_by_more_than_rounding(reference: TorchRunner) -> None:
+    def negate_router(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.routers.1.weight"] *= -1
+
+    report = _compare(reference, _torch_candidate(_model(edit=negate_router)))
+    assert report.verdict == "FAIL"
+    # Scores also scale the branch, a little: logits differ too, but the forced cases stay comparable.
+    flips = [flip for case in report.cases for flip in case.flips]
+    assert {flip.layer for flip in flips} == {1}
+    assert max(flip.margin for flip in flips) > 0.01
+
+
+def _nudged_router(score_logit: float) -> Callable[[dict[str, np.ndarray]], None]:
+    """Moves router 0 so that the prefill's last token has a given logit; layer 0 sees embeddings, which are known."""
+
+    def nudge(tensors: dict[str, np.ndarray]) -> None:
+        x = tensors["model.embed_tokens.weight"][CASES[0].feeds[0].input_ids[0, -1]].astype(np.float64)
+        weight = tensors["model.routers.0.weight"].astype(np.float64)
+        weight += (score_logit - weight @ x) * x / (x @ x)
+        tensors["model.routers.0.weight"] = weight.astype(np.float32)
+
+    return nudge
+
+
+def test_parity_is_ambiguous_when_only_a_near_tie_flipped() -> None:
+    with TorchRunner(_model(edit=_nudged_router(1e-5)), masked=True) as reference:
+        report = _compare(reference, _torch_candidate(_model(edit=_nudged_router(-1e-5))))
+    assert report.verdict == "AMBIGUOUS", report.summary()
+    assert not report
+    flipped = next(case for case in report.cases if case.case == "prefill")
+    assert [(flip.layer, flip.row, flip.position) for flip in flipped.flips] == [(0, 0, 31)]
+    assert flipped.flips[0].margin < 1e-5
+    assert "near-ties flipped: layer 0 token 31" in report.summary()
+    report.raise_if_failed()
+    with pytest.raises(ParityError):
+        report.raise_if_failed(allow_ambiguous=False)
+
+
+def test_parity_fails_when_the_released_graph_is_another_than_the_forced_one(reference: TorchRunner) -> None:
+    other = _torch_candidate(_model(edit=lambda tensors: tensors["model.norm.weight"].__imul__(-1)))
+    good = _torch_candidate(_model())
+    report = _compare(reference, dataclasses.replace(good, open_free=other.open_free))
+    assert report.verdict == "FAIL"
+    failed = [case.case for case in report.cases if case.judge(TOLERANCES["fp32"]).verdict == "FAIL"]
+    assert failed == [*NATURAL, "greedy tokens, refed"]
+    assert report.greedy[0].judge().verdict == "FAIL"
+
+
+def test_parity_fails_and_stays_json_when_logits_are_not_finite(reference: TorchRunner) -> None:
+    model = _model()
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("inf")
+    report = _compare(reference, _torch_candidate(model))
+    assert report.verdict == "FAIL"
+    document = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert document["cases"][0]["logits"]["largest"] is None
+
+
+def test_parity_fails_when_nothing_is_compared(reference: TorchRunner) -> None:
+    candidate = _torch_candidate(_model())
+    nothing = compare(reference, [candidate], [], dtype="fp32")
+    assert nothing.verdict == "FAIL"
+    assert "nothing was compared" in nothing.summary()
+    ids = np.zeros((1, 3), np.int64)
+    padding = compare(reference, [candidate], [Case("padding", (Feed(ids, ids, ids),))], dtype="fp32")
+    assert padding.verdict == "FAIL"
+    assert "nothing was compared" in padding.summary()
+
+
+def test_report_says_why_when_parity_was_not_run() -> None:
+    report = ParityReport.not_run("there is no PyTorch model")
+    assert (report.verdict, bool(report)) == ("NOT RUN", False)
+    assert report.to_json() == {"verdict": "NOT RUN", "reason": "there is no PyTorch model"}
+    with pytest.raises(ParityError, match="there is no PyTorch model"):
+        report.raise_if_failed()
+
+
+def test_parity_raises_when_the_vocabularies_differ(reference: TorchRunner) -> None:
+    def widen(tensors: dict[str, np.ndarray]) -> None:
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            tensors[name] = np.concatenate([tensors[name], tensors[name][:1]])
+
+    with pytest.raises(RuntimeInputError, match=r"\[1, 32, 132\].*\[1, 32, 131\]"):
+        _compare(reference, _torch_candidate(_model({"vocab_size": 132}, widen)))
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdict"),
+    [
+        (GreedyDifference(0, 2, gap=1e-6, error=1e-6, flips=0), "AMBIGUOUS"),
+        (GreedyDifference(0, 2, gap=1.0, error=1e-6, flips=1), "AMBIGUOUS"),
+        (GreedyDifference(0, 2, gap=1.0, error=1e-6, flips=0), "FAIL"),
+    ],
+)
+def test_greedy_difference_is_ambiguous_when_rounding_or_a_flip_explains_it(
+    difference: GreedyDifference, verdict: str
+) -> None:
+    result = GreedyResult("onnx", ((1, 2, 3), (4, 5, 6)), (difference,))
+    assert (result.identical, result.total) == (5, 6)
+    assert result.judge().verdict == verdict
+
+
+def test_cases_are_deterministic_and_reach_padding_cache_and_decisions() -> None:
+    again = parity_cases(VOCAB, routed=True)
+    for one, two in zip(CASES, again, strict=True):
+        for feed, same in zip(one.feeds, two.feeds, strict=True):
+            np.testing.assert_array_equal(feed.input_ids, same.input_ids)
+    by_name = {case.name: case for case in CASES}
+    assert [feed.input_ids.shape[1] for feed in by_name["chunk and decode with a cache"].feeds] == [24, 4, 1, 1, 1, 1]
+    padded = by_name["left-padded batch with a cache"]
+    assert padded.real.sum(1).tolist() == [32, 16, 10]
+    assert padded.feeds[0].position_ids[1, -1] == 11
+    mixed = by_name["mixed decisions"].forced([0, 3])
+    assert mixed is not None
+    assert 0.3 < np.mean([decision.mean() for step in mixed for decision in step.values()]) < 0.7
+    assert by_name["prefill"].forced([0, 3]) is None
+
+
+def test_cases_are_made_of_a_text_when_its_tokens_are_given() -> None:
+    cases = parity_cases(VOCAB, routed=False, token_ids=range(100))
+    np.testing.assert_array_equal(cases[0].feeds[0].input_ids, [range(32)])
+    with pytest.raises(RuntimeInputError, match="at least 58"):
+        parity_cases(VOCAB, routed=False, token_ids=range(20))
