@@ -141,5 +141,9 @@ def _problems(interface: DecoderInterface, inputs: dict[str, _Argument], outputs
     for name in ("input_ids", "attention_mask", "position_ids"):
         if name in inputs and inputs[name].type != "tensor(int64)":
             yield f"input {name} is {inputs[name].type}, expected tensor(int64)"
+    for name, (shape, _) in interface.cache_inputs.items():
+        if len(shape) == 4 and not (isinstance(shape[1], int) and isinstance(shape[3], int)):
+            yield f"input {name} has shape {list(shape)}, expected numbers for kv_heads and head_dim"
+            break  # the others will be alike
     if types := sorted({inputs[name].type for name, (_, kind) in interface.cache_inputs.items() if kind is None}):
         yield f"the cache is of {types}, expected one of {sorted(_ELEMENT_TYPES)}"

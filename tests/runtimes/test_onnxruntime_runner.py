@@ -114,6 +114,13 @@ def test_runner_reports_everything_when_the_interface_is_wrong(tmp_path: Path) -
         assert part in str(error.value)
 
 
+def test_runner_says_so_when_the_caches_head_size_is_not_in_the_graph(tmp_path: Path) -> None:
+    model = onnx.load(_running_sum(tmp_path))
+    model.graph.input[1].type.tensor_type.shape.dim[3].dim_param = "head_dim"
+    with pytest.raises(ModelInterfaceError, match=r"past_key_values.0.key has shape.*kv_heads and head_dim"):
+        OnnxRuntimeRunner(model.SerializeToString())
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not a model"])
 def test_runner_raises_load_error_when_the_file_is_missing_or_damaged(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "model.onnx"
