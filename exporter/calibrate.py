@@ -1,0 +1,174 @@
+"""`dlo calibrate`: routers for a model, fitted to text, and what they cost on other text."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+import runtimes  # noqa: F401 - before torch: sets how its threads wait
+from exporter.errors import InputError
+from exporter.progress import Reporter
+from exporter.source import ExportSource, open_source
+from modeling.adapter import DloAdapter, save_adapter
+from modeling.calibration import CalibratedRouters, CalibrationSettings, calibrate_routers
+from modeling.calibration_text import CalibrationText, calibration_text, read_documents
+from modeling.checkpoint_folder import save_checkpoint
+from modeling.expansion import routed_config
+from modeling.from_tensors import llama_dlo_from_tensors
+from modeling.lazy_tensors import ArrayTensor, LazyTensor
+from modeling.routing_evaluation import Evaluation, evaluate, with_routers
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationRequest:
+    """Arguments of `dlo calibrate`.
+
+    Attributes:
+        model: Checkpoint folder, `.gguf` file, or hub id in the local cache.
+        output: Folder to make.
+        adapter: Adapter on the model; the output is then an adapter too.
+        as_adapter: Write the routers alone, as an adapter on the model.
+        settings: Of the fit.
+        text: File or folder of .txt; Python's own documentation where None.
+        tokens: To fit on.
+        evaluation_tokens: To measure on, from other documents.
+        seed: Of the choice of documents to fit on.
+        force: Replace an existing output.
+    """
+
+    model: str
+    output: Path
+    adapter: Path | None
+    as_adapter: bool
+    settings: CalibrationSettings
+    text: Path | None
+    tokens: int
+    evaluation_tokens: int
+    seed: int
+    force: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationResult:
+    """What was fitted and measured.
+
+    Attributes:
+        fitted: The routers.
+        injected: Positions of injected layers.
+        dense: Without routers, on the held-out text.
+        routed: With them, on the same.
+    """
+
+    fitted: CalibratedRouters
+    injected: tuple[int, ...]
+    dense: Evaluation
+    routed: Evaluation
+
+    def active_rate(self, *, injected: bool) -> float | None:
+        """Mean over original or injected layers, a layer without router counting as always active."""
+        layers = [i for i in range(self.fitted.num_layers) if (i in self.injected) is injected]
+        rates = [self.routed.active_rates.get(layer, 1.0) for layer in layers]
+        return sum(rates) / len(rates) if rates else None
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "perplexity": {"dense": self.dense.perplexity, "routed": self.routed.perplexity},
+            "evaluation_tokens": self.routed.tokens,
+            "active_rate": {
+                "original": self.active_rate(injected=False),
+                "injected": self.active_rate(injected=True),
+                "layers": self.routed.active_rates,
+            },
+            "label_rates": self.fitted.label_rates,
+            "agreement": self.fitted.agreement,
+            "injected_layers": list(self.injected),
+            "identity_layers": list(self.fitted.identity_layers),
+        }
+
+
+def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationResult:
+    """Fits routers and writes the routed model.
+
+    Raises:
+        ValueError: Of our packages: the model, the text or the settings are not usable.
+    """
+    source = open_source(request.model, request.adapter)
+    try:
+        if source.kind == "onnx":
+            raise InputError(
+                f"{request.model}: is a graph, routers are fitted to a checkpoint",
+                hint="calibrate the checkpoint with --as-adapter, then export the graph with that adapter",
+            )
+        text = source_text(source, request)
+        assert source.base.config is not None, "a checkpoint has a configuration"
+        with reporter.stage("model"):
+            tensors = {n: t for n, t in source.tensors().items() if not n.startswith("model.routers.")}
+            config = {**source.base.config.raw, **source.config_values(), "is_dlo": False}
+            model = llama_dlo_from_tensors(config | {"rescale_hidden_states": False}, tensors)
+        with reporter.count("routers") as progress:
+            fitted = calibrate_routers(model, text.calibration, request.settings, progress=progress)
+        with reporter.stage("evaluation"):
+            dense = evaluate(model, text.evaluation)
+            routed = evaluate(with_routers(model, fitted.routers), text.evaluation)
+        with reporter.bytes("writing") as written:
+            _save(source, fitted, tensors, request, written)
+        return CalibrationResult(fitted, tuple(layer.position for layer in source.injected_layers), dense, routed)
+    finally:
+        source.close()
+
+
+def source_text(source: ExportSource, request: CalibrationRequest) -> CalibrationText:
+    """Tokens to fit on and to measure on, by the model's own tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        source.base.save_companions(Path(folder))
+        file = Path(folder) / "tokenizer.json"
+        if not file.is_file():
+            raise InputError(
+                f"{source.base.path}: has no tokenizer.json", hint="save the tokenizer beside it with transformers"
+            )
+        tokenizer = Tokenizer.from_file(str(file))
+    return calibration_text(
+        read_documents(request.text),
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        calibration_tokens=request.tokens,
+        evaluation_tokens=request.evaluation_tokens,
+        seed=request.seed,
+    )
+
+
+def _save(
+    source: ExportSource,
+    fitted: CalibratedRouters,
+    tensors: dict[str, LazyTensor],
+    request: CalibrationRequest,
+    progress: Callable[[int, int], None],
+) -> None:
+    routers: dict[str, LazyTensor] = {
+        f"model.routers.{layer}.weight": ArrayTensor(np.asarray(router, np.float32).reshape(1, -1))
+        for layer, router in fitted.routers.items()
+    }
+    is_dlo = tuple(layer in fitted.routers for layer in range(fitted.num_layers))
+    if source.adapter is not None or request.as_adapter:
+        injected = source.adapter.injected_layers if source.adapter is not None else ()
+        prefixes = tuple(f"model.layers.{layer.position}." for layer in injected)
+        kept = {name: tensor for name, tensor in tensors.items() if prefixes and name.startswith(prefixes)}
+        adapter = DloAdapter(
+            "mlp", is_dlo, injected_layers=injected, base_sha256=source.base.sha256(), tensors=kept | routers
+        )
+        save_adapter(adapter, request.output, overwrite=request.force)
+        return
+    save_checkpoint(
+        tensors | routers,
+        request.output,
+        save_companions=source.base.save_companions,
+        config_changes=routed_config(is_dlo),
+        overwrite=request.force,
+        progress=progress,
+    )

@@ -1,0 +1,129 @@
+"""`dlo bench`: prefill and decode of several artefacts, compared in one run."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+NAME = "bench"
+SEQUENCE = 512
+
+
+def main(
+    artefacts: Annotated[list[Path], typer.Argument(help="Folders that dlo-export wrote; ratios are to the first.")],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the prefill.")] = 128,
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Steps of one token behind it.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternating blocks of each artefact.")] = 7,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    perplexity_tokens: Annotated[
+        int, typer.Option("--perplexity", min=0, help="Measure perplexity on so many held-out tokens too; 0: do not.")
+    ] = 0,
+    text: Annotated[
+        Path | None, typer.Option(help="File or folder of .txt; Python's own documentation by default.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; its own choice by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of the table.")] = False,
+) -> None:
+    """Time prefill and decode of artefacts in alternating blocks, with their active rates on real text."""
+    from exporter.artifact import load_description  # noqa: PLC0415 - keeps `dlo --help` quick
+    from exporter.artifact_runner import open_artifact  # noqa: PLC0415
+    from exporter.progress import Reporter  # noqa: PLC0415
+    from runtimes.bench import Subject, Workload, compare_speed, ratio  # noqa: PLC0415
+    from runtimes.perplexity import measure_perplexity  # noqa: PLC0415
+
+    reporter = Reporter()
+    descriptions = [load_description(folder) for folder in artefacts]
+    workload = Workload(batch, prompt_tokens, decode_tokens, rounds)
+    needed = max(perplexity_tokens, batch * (prompt_tokens + decode_tokens))
+    sequences = [held_out_sequences(folder, text, -(-needed // SEQUENCE) * SEQUENCE) for folder in artefacts]
+    with ExitStack() as stack, reporter.stage("timing"):
+        subjects = [
+            Subject(
+                # As released: what its routers decide is measured apart, below.
+                stack.enter_context(open_artifact(folder, scores=False, threads=threads, allow_spinning=False)),
+                ids.reshape(-1).tolist(),
+            )
+            for folder, ids in zip(artefacts, sequences, strict=True)
+        ]
+        timings = compare_speed(subjects, workload)
+    rows: list[dict[str, Any]] = []
+    for folder, description, ids, timing in zip(artefacts, descriptions, sequences, timings, strict=True):
+        row: dict[str, Any] = {"artefact": str(folder), **timing.summary()}
+        row["prefill_ratio"] = ratio(timing.prefill, timings[0].prefill)
+        row["decode_ratio"] = ratio(timing.decode, timings[0].decode)
+        windows = ids[: max(1, perplexity_tokens // SEQUENCE)]
+        with open_artifact(folder, threads=threads) as runner, reporter.stage("perplexity"):
+            measured = measure_perplexity(runner, windows)
+        row["perplexity"] = measured.perplexity if perplexity_tokens else None
+        row["active_rate"] = active_rates(measured.active_rate, description)
+        rows.append(row)
+    if as_json:
+        typer.echo(json.dumps({"workload": vars(workload), "artefacts": rows}))
+    else:
+        _print_table(rows, workload)
+
+
+def held_out_sequences(folder: Path, text: Path | None, tokens: int) -> Any:
+    """Tokens of documents that calibration leaves out, int64 [sequences, 512]."""
+    from tokenizers import Tokenizer  # noqa: PLC0415
+
+    from exporter.errors import InputError  # noqa: PLC0415
+    from modeling.calibration_text import calibration_text, read_documents  # noqa: PLC0415
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(f"{folder}: has no tokenizer.json", hint="copy the checkpoint's into it")
+    tokenizer = Tokenizer.from_file(str(file))
+    drawn = calibration_text(
+        read_documents(text),
+        lambda document: tokenizer.encode(document, add_special_tokens=False).ids,
+        # Evaluation documents are drawn first, so what calibration would get does not matter here.
+        calibration_tokens=SEQUENCE,
+        evaluation_tokens=max(tokens, SEQUENCE),
+        sequence_length=SEQUENCE,
+    )
+    return drawn.evaluation.numpy()
+
+
+def active_rates(rates: dict[int, float], description: dict[str, Any]) -> dict[str, float | None]:
+    """Mean over original and over injected layers, a layer without router counting as always active."""
+    kinds: dict[str, list[float]] = {"original": [], "injected": []}
+    for layer in description["layers"]:
+        kinds["injected" if layer["injected"] else "original"].append(rates.get(layer["index"], 1.0))
+    return {kind: sum(values) / len(values) if values else None for kind, values in kinds.items()}
+
+
+def _print_table(rows: list[dict[str, Any]], workload: Any) -> None:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(
+        "artefact",
+        f"prefill of {workload.prompt_tokens}, ms",
+        "ratio",
+        "decode, ms/token",
+        "ratio",
+        "active, original",
+        "active, injected",
+        "perplexity",
+    )
+    for row in rows:
+        rates = [row["active_rate"][kind] for kind in ("original", "injected")]
+        table.add_row(
+            row["artefact"],
+            *(
+                cell
+                for phase in ("prefill", "decode")
+                for cell in (
+                    f"{row[f'{phase}_seconds']['median'] * 1e3:.1f}",
+                    "{median:.2f} ({p10:.2f} to {p90:.2f})".format(**row[f"{phase}_ratio"]),
+                )
+            ),
+            *("" if rate is None else f"{rate:.1%}" for rate in rates),
+            "" if row["perplexity"] is None else f"{row['perplexity']:.2f}",
+        )
+    Console(width=None if Console().is_terminal else 140).print(table)
