@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,22 @@ def load_description(folder: Path) -> dict[str, Any]:
             hint="export the model again, or use the dlo-export that wrote it",
         )
     return description
+
+
+def mean_active_rates(description: dict[str, Any], rates: Mapping[int, float]) -> dict[str, float | None]:
+    """Share of tokens whose MLP runs, averaged over the original and over the injected layers.
+
+    Args:
+        description: Of the artefact.
+        rates: By routed layer; a layer without router is always active.
+
+    Returns:
+        By "original" and "injected"; None where there are no such layers.
+    """
+    kinds: dict[str, list[float]] = {"original": [], "injected": []}
+    for layer in description["layers"]:
+        kinds["injected" if layer["injected"] else "original"].append(rates.get(layer["index"], 1.0))
+    return {kind: sum(values) / len(values) if values else None for kind, values in kinds.items()}
 
 
 def _routing(source: ExportSource) -> dict[str, Any] | None:

@@ -42,14 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(app(given, standalone_mode=False) or 0)
-    except click.exceptions.Abort:
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        report_error("interrupted")
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        report_error("interrupted")
-        sys.exit(INTERRUPTED)
     except Exception as error:
         code = exit_code(error)
         if code == OUR_BUG and ("-v" in given or "--verbose" in given):

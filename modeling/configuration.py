@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 
 class RoutingConfigError(ValueError):
@@ -91,3 +91,8 @@ class LlamaDloLayerConfig(LlamaDloConfig):
     """A Llama whose routed layers skip attention too. Its configuration can be read; the model is not supported yet."""
 
     model_type = "llama_dlo"
+
+
+# Here rather than beside the models: a tokenizer needs to know the configuration's type, and no PyTorch.
+AutoConfig.register(LlamaDloConfig.model_type, LlamaDloConfig, exist_ok=True)
+AutoConfig.register(LlamaDloLayerConfig.model_type, LlamaDloLayerConfig, exist_ok=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, initialization
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -295,7 +295,7 @@ class LlamaDloLayerForCausalLM(LlamaDloPreTrainedModel):
         )
 
 
-def identity_mlps(model: LlamaDloForCausalLM) -> Iterator[int]:
+def identity_mlps(model: PreTrainedModel) -> Iterator[int]:
     """Layers whose MLP adds exactly nothing, as an untrained zero_out layer's: skipping them loses nothing."""
     for index, layer in enumerate(model.model.layers):
         down_proj = layer.mlp.down_proj
@@ -317,7 +317,5 @@ def warn_of_untrained_routers(model: LlamaDloForCausalLM) -> None:
         )
 
 
-AutoConfig.register(LlamaDloConfig.model_type, LlamaDloConfig, exist_ok=True)
-AutoConfig.register(LlamaDloLayerConfig.model_type, LlamaDloLayerConfig, exist_ok=True)
 AutoModelForCausalLM.register(LlamaDloConfig, LlamaDloForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(LlamaDloLayerConfig, LlamaDloLayerForCausalLM, exist_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+import modeling.configuration  # noqa: F401 - makes the configuration of routed models known to AutoTokenizer
 from runtimes.errors import RuntimeInputError
 
 _REPLACEMENT = "\ufffd"  # what decoders make of bytes that are not, or not yet, a character

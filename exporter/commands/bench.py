@@ -29,7 +29,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of the table.")] = False,
 ) -> None:
     """Time prefill and decode of artefacts in alternating blocks, with their active rates on real text."""
-    from exporter.artifact import load_description  # noqa: PLC0415 - keeps `dlo --help` quick
+    from exporter.artifact import load_description, mean_active_rates  # noqa: PLC0415 - keeps `dlo --help` quick
     from exporter.artifact_runner import open_artifact  # noqa: PLC0415
     from exporter.progress import Reporter  # noqa: PLC0415
     from runtimes.bench import Subject, Workload, compare_speed, ratio  # noqa: PLC0415
@@ -59,7 +59,7 @@ def main(
         with open_artifact(folder, threads=threads) as runner, reporter.stage("perplexity"):
             measured = measure_perplexity(runner, windows)
         row["perplexity"] = measured.perplexity if perplexity_tokens else None
-        row["active_rate"] = active_rates(measured.active_rate, description)
+        row["active_rate"] = mean_active_rates(description, measured.active_rate)
         rows.append(row)
     if as_json:
         typer.echo(json.dumps({"workload": vars(workload), "artefacts": rows}))
@@ -89,41 +89,33 @@ def held_out_sequences(folder: Path, text: Path | None, tokens: int) -> Any:
     return drawn.evaluation.numpy()
 
 
-def active_rates(rates: dict[int, float], description: dict[str, Any]) -> dict[str, float | None]:
-    """Mean over original and over injected layers, a layer without router counting as always active."""
-    kinds: dict[str, list[float]] = {"original": [], "injected": []}
-    for layer in description["layers"]:
-        kinds["injected" if layer["injected"] else "original"].append(rates.get(layer["index"], 1.0))
-    return {kind: sum(values) / len(values) if values else None for kind, values in kinds.items()}
-
-
 def _print_table(rows: list[dict[str, Any]], workload: Any) -> None:
     from rich.console import Console  # noqa: PLC0415
+    from rich.markup import escape  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(
         "artefact",
         f"prefill of {workload.prompt_tokens}, ms",
-        "ratio",
         "decode, ms/token",
-        "ratio",
         "active, original",
         "active, injected",
         "perplexity",
+        caption="medians; in brackets the ratio to the first, median (p10 to p90) over alternating blocks",
     )
     for row in rows:
+        times = [
+            f"{row[f'{phase}_seconds']['median'] * 1e3:.1f}  "
+            + "[{median:.2f} ({p10:.2f} to {p90:.2f})]".format(**row[f"{phase}_ratio"])
+            for phase in ("prefill", "decode")
+        ]
         rates = [row["active_rate"][kind] for kind in ("original", "injected")]
         table.add_row(
-            row["artefact"],
-            *(
-                cell
-                for phase in ("prefill", "decode")
-                for cell in (
-                    f"{row[f'{phase}_seconds']['median'] * 1e3:.1f}",
-                    "{median:.2f} ({p10:.2f} to {p90:.2f})".format(**row[f"{phase}_ratio"]),
-                )
-            ),
+            Path(row["artefact"]).name,
+            *(escape(time) for time in times),
             *("" if rate is None else f"{rate:.1%}" for rate in rates),
             "" if row["perplexity"] is None else f"{row['perplexity']:.2f}",
         )
-    Console(width=None if Console().is_terminal else 140).print(table)
+    console = Console()
+    # A file or a pipe has no width; a narrow terminal breaks cells.
+    console.print(table, width=None if console.is_terminal else 140)

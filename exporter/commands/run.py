@@ -26,7 +26,7 @@ def main(
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; its own choice by default.")] = None,
 ) -> None:
     """Generate text: tokens stream to stdout, speed and active rate go to stderr."""
-    from exporter.artifact import load_description  # noqa: PLC0415 - keeps `dlo --help` quick
+    from exporter.artifact import load_description, mean_active_rates  # noqa: PLC0415 - keeps `dlo --help` quick
     from exporter.artifact_runner import open_artifact  # noqa: PLC0415
     from exporter.config import LlamaConfig  # noqa: PLC0415
     from runtimes.generation import Generation  # noqa: PLC0415
@@ -52,16 +52,14 @@ def main(
                 sys.stdout.write(text.add(token))
                 sys.stdout.flush()
         sys.stdout.write(text.finish() + "\n")
-    _report(generation.stats, [layer["injected"] for layer in description["layers"]])
+    _report(generation.stats, mean_active_rates(description, generation.stats.active_rate))
 
 
-def _report(stats: GenerationStats, injected: list[bool]) -> None:
+def _report(stats: GenerationStats, active_rates: dict[str, float | None]) -> None:
     lines = [
         f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new ones at "
         f"{stats.tokens_per_second:.1f} tokens/s"
     ]
-    for kind, wanted in (("original", False), ("injected", True)):
-        rates = [rate for layer, rate in stats.active_rate.items() if injected[layer] is wanted]
-        if rates:
-            lines.append(f"active in {len(rates)} routed {kind} layers: {sum(rates) / len(rates):.1%}")
+    if stats.active_rate:
+        lines += [f"active, {kind} layers: {rate:.1%}" for kind, rate in active_rates.items() if rate is not None]
     typer.echo("\n".join(lines), err=True)
