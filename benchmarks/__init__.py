@@ -1,0 +1,1 @@
+"""Measurements behind docs/results.md. Run from the repository: ``python -m benchmarks.<name>``."""

@@ -1,0 +1,99 @@
+"""Export of SmolLM2-135M: `dlo-export --no-parity` against `mobius build --ep cpu`, wall time and peak memory.
+
+Both commands start from the same fp32 Hugging Face folder and write an fp32 graph with external weights, each run
+into a folder of its own. Runs alternate. Peak memory is what the kernel counted for the finished process (ru_maxrss
+of wait4).
+
+    python -m benchmarks.export_speed
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import Samples, print_report, versions
+from benchmarks.peers import peer_environment
+from benchmarks.smollm2 import smollm2_folder
+from benchmarks.workspace import WORKSPACE
+
+BAR = 0.5
+
+
+def run_once(command: list[str], log: Path) -> tuple[float, float]:
+    """Runs a command; returns seconds and peak resident megabytes.
+
+    Raises:
+        RuntimeError: It failed, with what it wrote.
+    """
+    with log.open("wb") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{command}: ended with {process.returncode}\n{log.read_text(errors='replace')[-2000:]}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=7)
+    runs = parser.parse_args().runs
+    model, mobius = str(smollm2_folder()), str(peer_environment("mobius") / "mobius")
+    ours = str(Path(sys.executable).parent / "dlo-export")
+    commands: dict[str, Callable[[str], list[str]]] = {
+        "dlo-export --no-parity": lambda output: [ours, model, "-o", output, "--no-parity"],
+        "mobius build --ep cpu": lambda output: [mobius, "build", "--config", model, "--ep", "cpu", output],
+    }
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for run in range(runs + 1):
+        for name in commands if run % 2 else reversed(commands):
+            with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder:
+                cost = run_once(commands[name](f"{folder}/out"), Path(folder) / "log")
+            if run:  # the first run of each reads files into the page cache
+                measured[name].append(cost)
+
+    seconds, megabytes = (
+        {name: Samples(np.array([cost[part] for cost in costs])) for name, costs in measured.items()} for part in (0, 1)
+    )
+    first, second = commands
+    ratios = {"wall": seconds[first] / seconds[second], "peak memory": megabytes[first] / megabytes[second]}
+    rows = [
+        ["wall, s", *(seconds[name] for name in commands), ratios["wall"], f"≤ {BAR}"],
+        ["peak memory, MB", *(megabytes[name] for name in commands), ratios["peak memory"], f"≤ {BAR}"],
+    ]
+    print_report(
+        "Export of SmolLM2-135M, fp32",
+        ["", *commands, "ratio", "bar"],
+        rows,
+        {
+            "dtype": "float32",
+            "runs": runs,
+            "warm_up": 1,
+            "seconds": {name: samples.summary() for name, samples in seconds.items()},
+            "peak_megabytes": {name: samples.summary() for name, samples in megabytes.items()},
+            "ratios": {name: samples.summary() for name, samples in ratios.items()},
+            "versions": {**versions("dlo-export", "onnx-ir", "numpy"), **peer_versions()},
+        },
+    )
+
+
+def peer_versions() -> dict[str, str]:
+    """Of mobius and what it stands on, as pinned."""
+    lines = (Path(__file__).parent / "requirements-mobius.txt").read_text().split()
+    pins = dict(line.split("==") for line in lines)
+    return {f"mobius: {name}": pins[name] for name in ("mobius-onnx", "torch", "transformers")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Kernel times from ONNX Runtime's own profile."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from benchmarks.onnxruntime_worker import DecoderStep
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def mlp_matmul_seconds(graph: Path, tokens: np.ndarray, sequence: int, threads: int, runs: int = 10) -> float:
+    """Time that one step spends in the MatMuls of all MLPs, the median of several runs.
+
+    Args:
+        graph: Ours: MatMuls are named after their projection.
+        tokens: int64 [1, past + sequence].
+        sequence: Tokens of the step.
+        threads: Of the session.
+        runs: Of the step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.enable_profiling = True
+        options.profile_file_prefix = f"{folder}/profile"
+        step = DecoderStep(graph, tokens, sequence, threads, options=options)
+        for _ in range(runs):
+            step()
+        events = json.loads(Path(step.session.end_profiling()).read_text())
+    starts = sorted(event["ts"] for event in events if event["name"] == "model_run")[-runs:]
+    spent = np.zeros(runs)
+    for event in events:
+        name = event["name"].removesuffix("_kernel_time")
+        if name != event["name"] and name.endswith(_PROJECTIONS) and event["ts"] >= starts[0]:
+            spent[np.searchsorted(starts, event["ts"], side="right") - 1] += event["dur"]
+    return float(np.median(spent)) / 1e6

@@ -1,0 +1,123 @@
+"""Runs the same step of a decoder graph again and again: prefill, or decode behind a cache it has filled itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from benchmarks.workers import serve
+
+
+class DecoderStep:
+    """One step with everything bound: feeds, cache, and outputs that ONNX Runtime allocates.
+
+    Args:
+        graph: A .onnx with the graph interface optimum and onnxruntime-genai use, beside its genai_config.json.
+        tokens: int64 [1, past + sequence]; the first `past` fill the cache with a step of their own.
+        sequence: Tokens of the step.
+        threads: Of the session.
+        shared_cache: Bind each layer's past and present to one buffer, as onnxruntime-genai does where the graph's
+            GroupQueryAttention appends in place.
+        spinning: Let idle threads spin, as ONNX Runtime does unless told otherwise.
+        options: Session options to start from.
+    """
+
+    def __init__(
+        self,
+        graph: Path,
+        tokens: np.ndarray,
+        sequence: int,
+        threads: int,
+        *,
+        shared_cache: bool = False,
+        spinning: bool = True,
+        options: ort.SessionOptions | None = None,
+    ) -> None:
+        self.graph = graph
+        options = options or ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.cache_names = [name for name in self.inputs if name.startswith("past_key_values.")]
+        past = tokens.shape[1] - sequence
+        self.cache = self._empty_cache(tokens.shape[1] if shared_cache else 0)
+        self.shared_cache = shared_cache
+        if past:
+            filled = self._bind(tokens[:, :past], 0)
+            self.session.run_with_iobinding(filled)
+            if not shared_cache:
+                outputs = dict(zip(self._output_names(), filled.get_outputs(), strict=True))
+                self.cache = {name: outputs[_present(name)] for name in self.cache_names}
+        self.step = self._bind(tokens[:, past:], past)
+
+    def __call__(self) -> None:
+        """Runs the step; the cache it starts from stays as it is."""
+        self.session.run_with_iobinding(self.step)
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Of the last run, by name."""
+        values = zip(self._output_names(), self.step.get_outputs(), strict=True)
+        return {name: value.numpy() for name, value in values}
+
+    def _output_names(self) -> list[str]:
+        return [value.name for value in self.session.get_outputs()]
+
+    def _empty_cache(self, length: int) -> dict[str, ort.OrtValue]:
+        # onnxruntime-genai's own graphs name all dimensions of the cache; the file beside them has the numbers.
+        decoder = json.loads((self.graph.parent / "genai_config.json").read_text())["model"]["decoder"]
+        shape = (1, decoder["num_key_value_heads"], length, decoder["head_size"])
+        return {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in self.cache_names}
+
+    def _bind(self, tokens: np.ndarray, past: int) -> ort.IOBinding:
+        total = past + tokens.shape[1]
+        feeds = {
+            "input_ids": tokens,
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(past, total, dtype=np.int64)[np.newaxis],
+        }
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            if name in self.inputs:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name in self.cache_names:
+            binding.bind_ortvalue_input(name, self.cache[name])
+        for name in self._output_names():
+            if self.shared_cache and name.startswith("present."):
+                binding.bind_ortvalue_output(name, self.cache[name.replace("present.", "past_key_values.", 1)])
+            else:
+                binding.bind_output(name)
+        return binding
+
+
+def _present(name: str) -> str:
+    return name.replace("past_key_values.", "present.", 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("graph", type=Path)
+    parser.add_argument("tokens", type=Path, help="int64 [1, past + sequence], .npy")
+    parser.add_argument("--sequence", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--shared-cache", action="store_true")
+    parser.add_argument("--no-spinning", dest="spinning", action="store_false")
+    given = parser.parse_args()
+    step = DecoderStep(
+        given.graph,
+        np.load(given.tokens),
+        given.sequence,
+        given.threads,
+        shared_cache=given.shared_cache,
+        spinning=given.spinning,
+    )
+    step()
+    serve(step, {"next_token": int(step.outputs()["logits"][0, -1].argmax())})
+
+
+if __name__ == "__main__":
+    main()

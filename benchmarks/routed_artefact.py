@@ -1,0 +1,61 @@
+"""One artefact, several routings: variants of its graph with other routers, which share all other weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from benchmarks.onnxruntime_worker import DecoderStep
+from exporter.artifact import MODEL_NAME
+from exporter.export import ExportRequest, LoweringChoice, export_model
+from exporter.progress import Reporter
+from graph_passes.expose_routing import ExposeRoutingPass
+from modeling.llama_dlo import LlamaDloForCausalLM
+
+
+def export(model: Path, output: Path, adapter: Path | None = None, lowering: LoweringChoice = "auto") -> Path:
+    """Does what `dlo-export MODEL -o OUTPUT --adapter ADAPTER --no-parity` does; returns the graph."""
+    request = ExportRequest(str(model), output, adapter=adapter, lowering=lowering, parity=False, force=True)
+    export_model(request, Reporter())
+    return output / MODEL_NAME
+
+
+def with_routers_of(model: LlamaDloForCausalLM, graph: Path, name: str) -> Path:
+    """Writes a variant beside an artefact's graph whose routers are a PyTorch model's.
+
+    Args:
+        model: Its routers are taken.
+        graph: An artefact's model.onnx, routed on the same layers.
+        name: Of the variant.
+    """
+    variant = ir.load(graph)
+    for layer, router in model.model.routers.items():
+        weight = router.weight.detach().numpy()
+        initializer = variant.graph.initializers[f"model.routers.{layer}.weight"]
+        column = weight.reshape([int(size) for size in initializer.shape or ()])
+        initializer.const_value = ir.tensor(np.ascontiguousarray(column), name=initializer.name)
+    path = graph.with_name(f"{name}.onnx")
+    ir.save(variant, path)
+    return path
+
+
+def active_rate(graph: Path, tokens: np.ndarray, sequence: int) -> float:
+    """Share of (token, routed layer) pairs whose MLP runs, of a step's tokens, as the graph itself decides.
+
+    Args:
+        graph: Routed.
+        tokens: int64 [1, past + sequence].
+        sequence: Tokens of the step.
+    """
+    exposed = ir.load(graph)
+    ExposeRoutingPass()(exposed)
+    path = graph.with_name(f"{graph.stem}-exposed.onnx")
+    ir.save(exposed, path)
+    step = DecoderStep(path, tokens, sequence, threads=ort.SessionOptions().intra_op_num_threads)
+    step()
+    scores = [value for name, value in step.outputs().items() if name.startswith("router_scores.")]
+    path.unlink()
+    return float(np.mean([score > 0.5 for score in scores]))

@@ -1,0 +1,106 @@
+"""One process per candidate: each has its own thread pool, allocator and memory, as a user's program would.
+
+Sessions sharing a process disturb each other: the idle one's threads spin. A worker announces itself with one line,
+then reads numbers of runs from stdin and answers each with the runs' durations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from benchmarks.measure import Samples, alternate, joined
+from benchmarks.workspace import REPOSITORY
+
+
+class WorkerFailedError(RuntimeError):
+    """A worker ended before it answered; what it said stands on stderr."""
+
+
+class Worker:
+    """A candidate in a process of its own.
+
+    Args:
+        module: What runs there, for example ``benchmarks.onnxruntime_worker``; it calls `serve`.
+        arguments: Of its command line.
+        python: Interpreter to use.
+    """
+
+    def __init__(self, module: str, *arguments: str | Path, python: str | Path = sys.executable) -> None:
+        command = [str(python), "-m", module, *map(str, arguments)]
+        self._process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.facts: dict[str, Any] = self._answer()
+
+    def __call__(self, runs: int) -> Sequence[float]:
+        """Runs the candidate; returns the duration of each run in milliseconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{runs}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # At the end of its input the worker leaves by itself.
+        self._process.communicate(timeout=60)
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise WorkerFailedError(f"{self._process.args}: ended with status {self._process.wait()}")
+        return json.loads(line)
+
+
+def alternate_workers(
+    start: Mapping[str, Callable[[], Worker]], *, launches: int, blocks: int, runs: int, warm_up: int
+) -> dict[str, Samples]:
+    """Measures candidates that run in workers, in alternating blocks, over several launches of all of them.
+
+    Where a process's weights lie in physical memory moves a bandwidth-bound step by up to ten percent for as long as
+    the process lives; only new processes average that out.
+
+    Args:
+        start: Starts each candidate's worker.
+        launches: How often all workers are started anew; every second time in reverse order.
+        blocks: Blocks per candidate and launch, see `alternate`.
+        runs: Runs in a block.
+        warm_up: Runs of each worker before its first block.
+    """
+    parts = []
+    for launch in range(launches):
+        names = list(start) if launch % 2 == 0 else list(reversed(start))
+        with contextlib.ExitStack() as stack:
+            workers = {name: stack.enter_context(start[name]()) for name in names}
+            ordered = {name: workers[name] for name in start}
+            parts.append(alternate(ordered, blocks=blocks, runs=runs, warm_up=warm_up))
+    return joined(parts)
+
+
+def serve(run: Callable[[], object], facts: dict[str, Any]) -> None:
+    """The worker's side: answers until stdin ends.
+
+    Args:
+        run: The candidate.
+        facts: What the parent may want to know, announced first.
+    """
+    print(json.dumps(facts), flush=True)
+    for line in sys.stdin:
+        durations = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            run()
+            durations.append((time.perf_counter() - start) * 1e3)
+        print(json.dumps(durations), flush=True)
