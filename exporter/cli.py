@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -38,22 +39,36 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs `dlo`, ending with DESIGN's exit codes."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
     # A terminated command cleans up after itself as an interrupted one does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    sys.exit(_run(given, received))
+
+
+def _run(given: list[str], received: list[int]) -> int:
     try:
-        sys.exit(app(given, standalone_mode=False) or 0)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        report_error("interrupted")
-        sys.exit(INTERRUPTED)
+        code = app(given, standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
-    except Exception as error:
-        code = exit_code(error)
-        if code == OUR_BUG and ("-v" in given or "--verbose" in given):
-            raise
-        report_error(error)
-        sys.exit(code)
+        return error.exit_code
+    except BaseException as error:
+        # Libraries turn a KeyboardInterrupt into errors of their own, so what counts is that a signal came.
+        if not received:
+            code = exit_code(error)
+            if code == OUR_BUG and {"-v", "--verbose"} & set(given):
+                raise
+            report_error(error)
+            return code
+    if received:
+        report_error("interrupted")
+        return INTERRUPTED
+    return int(code)
 
 
 def export_main() -> NoReturn:
