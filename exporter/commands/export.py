@@ -61,6 +61,8 @@ def main(
         force=force,
     )
     result = export_model(request, reporter)
+    if result.description["parity"]["verdict"] == "AMBIGUOUS":
+        typer.echo("warning: parity is ambiguous: near-ties of routers fell the other way, see parity.json", err=True)
     if as_json:
         typer.echo(json.dumps(result.description, indent=2))
         return
