@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from modeling.llama_dlo import identity_mlps
+
 _SEQUENCES_AT_ONCE = 8
 
 
@@ -56,6 +58,7 @@ class LayerStream:
 
     def __init__(self, model: PreTrainedModel, sequences: torch.Tensor) -> None:
         self._decoder = model.model
+        self._identities = set(identity_mlps(model))
         self.hidden_states: torch.Tensor = self._decoder.embed_tokens(sequences)
         self._position_ids = torch.arange(sequences.shape[1]).unsqueeze(0)
         self._position_embeddings = self._decoder.rotary_emb(self.hidden_states[:1], position_ids=self._position_ids)
@@ -63,11 +66,12 @@ class LayerStream:
     def run_layer(self, index: int) -> LayerOutput:
         """Computes a layer for all sequences, the MLP for every token. The stream stays where it is."""
         layer = self._decoder.layers[index]
-        attended, branch = torch.empty_like(self.hidden_states), torch.empty_like(self.hidden_states)
+        attended, branch = torch.empty_like(self.hidden_states), torch.zeros_like(self.hidden_states)
         for start in range(0, len(self.hidden_states), _SEQUENCES_AT_ONCE):
             batch = slice(start, start + _SEQUENCES_AT_ONCE)
             attended[batch] = self._attend(layer, self.hidden_states[batch])
-            branch[batch] = layer.mlp(layer.post_attention_layernorm(attended[batch]))
+            if index not in self._identities:
+                branch[batch] = layer.mlp(layer.post_attention_layernorm(attended[batch]))
         return LayerOutput(attended, branch)
 
     def advance(self, output: LayerOutput, active: torch.Tensor | None = None) -> None:

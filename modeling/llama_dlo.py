@@ -299,7 +299,9 @@ def identity_mlps(model: PreTrainedModel) -> Iterator[int]:
     """Layers whose MLP adds exactly nothing, as an untrained zero_out layer's: skipping them loses nothing."""
     for index, layer in enumerate(model.model.layers):
         down_proj = layer.mlp.down_proj
-        if not down_proj.weight.any() and (down_proj.bias is None or not down_proj.bias.any()):
+        # The first row settles it for all but the zero matrices.
+        zero = not down_proj.weight[0].any() and not down_proj.weight.any()
+        if zero and (down_proj.bias is None or not down_proj.bias.any()):
             yield index
 
 

@@ -20,7 +20,7 @@ Decide = Callable[[int, torch.Size], Mapping[int, torch.Tensor]]
 """Decisions in place of the routers': of the number of a batch and its shape [batch, sequence], bools by layer."""
 
 _SEQUENCES_AT_ONCE = 4
-_LOGITS_AT_ONCE = 1 << 26
+_LOGITS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
