@@ -50,26 +50,24 @@ def joined(parts: Sequence[Mapping[str, Samples]]) -> dict[str, Samples]:
     return {name: Samples(np.concatenate([part[name].values for part in parts])) for name in parts[0]}
 
 
-def alternate(candidates: Mapping[str, Block], *, blocks: int, runs: int, warm_up: int) -> dict[str, Samples]:
+def alternate(candidates: Mapping[str, Block], *, blocks: int, runs: int, settle: int) -> dict[str, Samples]:
     """Measures candidates in alternating blocks.
 
     Args:
         candidates: What to measure.
         blocks: Blocks of each candidate. Every second round goes through the candidates backwards, so that none always
             follows the same other one.
-        runs: Runs in a block.
-        warm_up: Runs of each candidate before the first block.
+        runs: Runs in a block that count.
+        settle: Runs at the start of each block that do not: a process that has waited finds its threads on one core,
+            and the first tens of milliseconds are slow by half.
 
     Returns:
         Of each candidate, as many samples as there are blocks.
     """
-    for block in candidates.values():
-        if warm_up:
-            block(warm_up)
     values: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(blocks):
         for name in candidates if round_ % 2 == 0 else reversed(candidates):
-            values[name].append(float(np.median(candidates[name](runs))))
+            values[name].append(float(np.median(candidates[name](settle + runs)[settle:])))
     return {name: Samples(np.array(numbers)) for name, numbers in values.items()}
 
 

@@ -5,13 +5,13 @@ routed one that skips every MLP, at the measured active rate. Decode is one toke
 is 128 tokens. Routers are part of the graph and decide by themselves; their weights were fitted so that they decide as
 a pattern wants (benchmarks/routing.py):
 
-* decode: that share of the layers runs its MLP;
-* prefill, tokens: in every layer, that share of the tokens, chosen at random;
-* prefill, layers: that share of the layers, for all tokens.
+* layers: that share of the layers runs its MLP, for all tokens (in decode there is one);
+* tokens: in every layer, that share of the tokens, chosen at random.
 
 What the second pattern loses is mostly not overhead: a MatMul on half of the rows takes more than half of the time,
-because all of its weights come from memory all the same. The table says which part of the loss that is: MatMul kernels'
-own time, from ONNX Runtime's profile.
+because all of its weights come from memory all the same. The last column is the efficiency that remains when nothing
+but these MatMuls is slower than ideal, from their kernel times in ONNX Runtime's profile: what routing and compaction
+could reach if they cost nothing.
 
 Dense, all-skipped and routed artefact run in processes of their own, alternating, started anew several times; see
 benchmarks/workers.py.
@@ -75,15 +75,25 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How long to measure: launches of the processes, blocks per launch, runs per block of decode and of prefill."""
+    """How long to measure.
+
+    Attributes:
+        launches: Of the processes.
+        blocks: Per launch.
+        runs: Per block, by phase.
+        settle: Runs at the start of a block that do not count, by phase.
+    """
 
     launches: int
     blocks: int
-    decode_runs: int
-    prefill_runs: int
+    runs: dict[str, int]
+    settle: dict[str, int]
 
 
-EFFORTS = {"smollm2": Effort(5, 5, 20, 5), "h2048": Effort(3, 5, 8, 2)}
+EFFORTS = {
+    "smollm2": Effort(4, 4, runs={"decode": 20, "prefill": 5}, settle={"decode": 15, "prefill": 3}),
+    "h2048": Effort(3, 4, runs={"decode": 8, "prefill": 3}, settle={"decode": 6, "prefill": 1}),
+}
 
 
 def make_cases(model_folder: Path, folder: Path) -> tuple[Path, list[Case]]:
@@ -97,16 +107,17 @@ def make_cases(model_folder: Path, folder: Path) -> tuple[Path, list[Case]]:
     np.save(files["prefill"], tokens[:, :PROMPT])
     dense = export(model_folder, folder / "dense")
     routed = export(model_folder, folder / "routed", save_routers(model, folder / "adapter"))
+    patterns = {"layers": layers_active, "tokens": tokens_active}
+    wanted = [("decode", "layers", rate) for rate in RATES] + [("prefill", "tokens", rate) for rate in RATES]
     cases = []
-    for pattern, wanted_of in (("layers", layers_active), ("tokens", tokens_active)):
-        for rate in RATES:
-            wanted = wanted_of(rate, layers, PROMPT + 1)
-            fit_routers(model, tokens, wanted)
-            graph = with_routers_of(model, routed, f"{pattern}-{rate:.2f}")
-            phases = [("prefill", PROMPT), ("decode", 1)] if pattern == "layers" else [("prefill", PROMPT)]
-            for phase, sequence in phases:
-                decided = active_rate(graph, np.load(files[phase]), sequence)
-                cases.append(Case(phase, pattern, graph, files[phase], sequence, decided))
+    for phase, pattern, rate in [*wanted, ("prefill", "layers", 0.5)]:
+        graph = routed.with_name(f"{pattern}-{rate:.2f}.onnx")
+        if not graph.exists():
+            fit_routers(model, tokens, patterns[pattern](rate, layers, PROMPT + 1))
+            with_routers_of(model, routed, graph.stem)
+        sequence = 1 if phase == "decode" else PROMPT
+        decided = active_rate(graph, np.load(files[phase]), sequence)
+        cases.append(Case(phase, pattern, graph, files[phase], sequence, decided))
     return dense, cases
 
 
@@ -120,23 +131,32 @@ def rows_of(cases: list[Case], dense: Path, effort: Effort, threads: int) -> Ite
         start: dict[str, Callable[[], Worker]] = {
             name: functools.partial(_worker, graph, case, threads) for name, graph in graphs.items()
         }
-        runs = effort.decode_runs if case.phase == "decode" else effort.prefill_runs
-        times = alternate_workers(start, launches=effort.launches, blocks=effort.blocks, runs=runs, warm_up=3)
+        times = alternate_workers(
+            start,
+            launches=effort.launches,
+            blocks=effort.blocks,
+            runs=effort.runs[case.phase],
+            settle=effort.settle[case.phase],
+        )
         dense_time, none, routed = times["dense"], times["none"], times.get("routed", times["none"])
-        ideal = Samples(none.values + case.rate * (dense_time.values - none.values))
         row: dict[str, Any] = {"case": case, "dense": dense_time, "routed": routed, "speedup": dense_time / routed}
         if 0 < case.rate < 1:
-            gained, possible = dense_time.values / routed.values - 1, dense_time.values / ideal.values - 1
-            row["efficiency"] = Samples(gained / possible)
-            row["matmul_share"] = _matmul_share(case, dense, threads, float(np.median(routed.values - ideal.values)))
+            ideal = Samples(none.values + case.rate * (dense_time.values - none.values))
+            row["efficiency"] = _efficiency(dense_time, routed, ideal)
+            slower_matmuls = Samples(ideal.values + _lost_in_matmul(case, dense, threads))
+            row["matmul_bound"] = _efficiency(dense_time, slower_matmuls, ideal).median
         yield row
 
 
-def _matmul_share(case: Case, dense: Path, threads: int, lost_milliseconds: float) -> float:
-    """Of the time lost against the ideal line, the part that MatMuls take because they have fewer rows."""
+def _efficiency(dense: Samples, routed: Samples, ideal: Samples) -> Samples:
+    return Samples((dense.values / routed.values - 1) / (dense.values / ideal.values - 1))
+
+
+def _lost_in_matmul(case: Case, dense: Path, threads: int) -> float:
+    """Milliseconds that the MLPs' MatMuls take beyond their share of rows."""
     tokens = np.load(case.tokens)
     all_rows, some_rows = (mlp_matmul_seconds(graph, tokens, case.sequence, threads) for graph in (dense, case.graph))
-    return (some_rows - case.rate * all_rows) * 1e3 / lost_milliseconds
+    return (some_rows - case.rate * all_rows) * 1e3
 
 
 def _worker(graph: Path, case: Case, threads: int) -> Worker:
@@ -155,14 +175,14 @@ def main() -> None:
         rows = list(rows_of(cases, dense, EFFORTS[given.model], given.threads))
     print_report(
         f"Skip efficiency, {TITLES[given.model]}, fp32, {given.threads} threads",
-        ["phase", "active", "dense, ms", "routed, ms", "speed-up", "efficiency", "bar", "loss in MatMul"],
+        ["phase", "active", "dense, ms", "routed, ms", "speed-up", "efficiency", "bar", "MatMul's bound"],
         [_cells(row, BARS[given.model]) for row in rows],
         {
             "dtype": "float32",
             "batch": 1,
             "prompt": PROMPT,
             "effort": dataclasses.asdict(EFFORTS[given.model]),
-            "warm_up": 3,
+            "warm_up": EFFORTS[given.model].settle,
             "rows": [_record(row) for row in rows],
             "versions": versions("dlo-export", "onnxruntime", "numpy"),
         },
@@ -180,7 +200,7 @@ def _cells(row: dict[str, Any], bar: float) -> list[Any]:
         row["speedup"],
         efficiency,
         f"≥ {bar}" if efficiency and abs(case.rate - 0.5) < 0.01 else "",
-        f"{row['matmul_share']:.0%}" if "matmul_share" in row else "",
+        f"{row['matmul_bound']:.2f}" if "matmul_bound" in row else "",
     ]
 
 

@@ -16,8 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from benchmarks.foreign_load import ForeignLoad, wait_for_quiet
 from benchmarks.measure import Samples, alternate, joined
 from benchmarks.workspace import REPOSITORY
+
+DISTURBED = 0.05  # of all CPUs' time
+PATIENCE = 60  # seconds to wait for a quiet machine before each launch
+MOST_REPEATS = 20
 
 
 class WorkerFailedError(RuntimeError):
@@ -65,27 +70,37 @@ class Worker:
 
 
 def alternate_workers(
-    start: Mapping[str, Callable[[], Worker]], *, launches: int, blocks: int, runs: int, warm_up: int
+    start: Mapping[str, Callable[[], Worker]], *, launches: int, blocks: int, runs: int, settle: int
 ) -> dict[str, Samples]:
     """Measures candidates that run in workers, in alternating blocks, over several launches of all of them.
 
     Where a process's weights lie in physical memory moves a bandwidth-bound step by up to ten percent for as long as
-    the process lives; only new processes average that out.
+    the process lives; only new processes average that out. A launch that other programs disturbed is repeated, but not
+    forever: stderr tells of those that count although they were disturbed.
 
     Args:
         start: Starts each candidate's worker.
         launches: How often all workers are started anew; every second time in reverse order.
         blocks: Blocks per candidate and launch, see `alternate`.
-        runs: Runs in a block.
-        warm_up: Runs of each worker before its first block.
+        runs: Runs in a block that count.
+        settle: Runs at the start of each block that do not.
     """
-    parts = []
-    for launch in range(launches):
-        names = list(start) if launch % 2 == 0 else list(reversed(start))
+    parts: list[dict[str, Samples]] = []
+    repeats = MOST_REPEATS
+    while len(parts) < launches:
+        wait_for_quiet(DISTURBED, PATIENCE)
+        load = ForeignLoad()
+        names = list(start) if len(parts) % 2 == 0 else list(reversed(start))
         with contextlib.ExitStack() as stack:
             workers = {name: stack.enter_context(start[name]()) for name in names}
             ordered = {name: workers[name] for name in start}
-            parts.append(alternate(ordered, blocks=blocks, runs=runs, warm_up=warm_up))
+            part = alternate(ordered, blocks=blocks, runs=runs, settle=settle)
+        if (share := load.share()) > DISTURBED:
+            if repeats:
+                repeats -= 1
+                continue
+            print(f"other programs took {share:.0%} of the CPUs during a launch that counts", file=sys.stderr)
+        parts.append(part)
     return joined(parts)
 
 
