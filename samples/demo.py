@@ -56,7 +56,6 @@ def main() -> None:
     dlo("run", OUTPUT / "36-routed", "What does a decoder layer of a language model do?", "-n", "64")
 
     print("\n5. What to compare it with: the original, the original routed, the deepened model without routers.")
-    print("   On untrained layers routers see what they would see without them: the original's are the same ones.")
     routers = OUTPUT / "original-routers"
     # Its perplexity is measured below, with everybody else's.
     dlo("calibrate", base, "-o", routers, "--target", "0.9", "--as-adapter", "--evaluation-tokens", "512", "--force")
