@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from modeling.llama_dlo import identity_mlps
+from modeling.llama_dlo import adds_nothing
 
 _SEQUENCES_AT_ONCE = 8
 
@@ -58,7 +58,6 @@ class LayerStream:
 
     def __init__(self, model: PreTrainedModel, sequences: torch.Tensor) -> None:
         self._decoder = model.model
-        self._identities = set(identity_mlps(model))
         self.hidden_states: torch.Tensor = self._decoder.embed_tokens(sequences)
         self._position_ids = torch.arange(sequences.shape[1]).unsqueeze(0)
         self._position_embeddings = self._decoder.rotary_emb(self.hidden_states[:1], position_ids=self._position_ids)
@@ -66,11 +65,14 @@ class LayerStream:
     def run_layer(self, index: int) -> LayerOutput:
         """Computes a layer for all sequences, the MLP for every token. The stream stays where it is."""
         layer = self._decoder.layers[index]
-        attended, branch = torch.empty_like(self.hidden_states), torch.zeros_like(self.hidden_states)
+        attended, branch = self.hidden_states.clone(), torch.zeros_like(self.hidden_states)
+        # What zero_out layers add need not be computed.
+        attends, adds = not adds_nothing(layer.self_attn.o_proj), not adds_nothing(layer.mlp.down_proj)
         for start in range(0, len(self.hidden_states), _SEQUENCES_AT_ONCE):
             batch = slice(start, start + _SEQUENCES_AT_ONCE)
-            attended[batch] = self._attend(layer, self.hidden_states[batch])
-            if index not in self._identities:
+            if attends:
+                attended[batch] += self._attention(layer, self.hidden_states[batch])
+            if adds:
                 branch[batch] = layer.mlp(layer.post_attention_layernorm(attended[batch]))
         return LayerOutput(attended, branch)
 
@@ -82,7 +84,7 @@ class LayerStream:
             added = output.branch.masked_fill_(~active.reshape(*output.branch.shape[:2], 1), 0)
             self.hidden_states = output.attended.add_(added)
 
-    def _attend(self, layer: LlamaDecoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _attention(self, layer: LlamaDecoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
         mask = create_causal_mask(
             config=self._decoder.config,
             inputs_embeds=hidden_states,
@@ -97,4 +99,4 @@ class LayerStream:
             position_ids=self._position_ids,
             position_embeddings=self._position_embeddings,
         )
-        return hidden_states + branch
+        return branch

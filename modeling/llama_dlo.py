@@ -298,11 +298,15 @@ class LlamaDloLayerForCausalLM(LlamaDloPreTrainedModel):
 def identity_mlps(model: PreTrainedModel) -> Iterator[int]:
     """Layers whose MLP adds exactly nothing, as an untrained zero_out layer's: skipping them loses nothing."""
     for index, layer in enumerate(model.model.layers):
-        down_proj = layer.mlp.down_proj
-        # The first row settles it for all but the zero matrices.
-        zero = not down_proj.weight[0].any() and not down_proj.weight.any()
-        if zero and (down_proj.bias is None or not down_proj.bias.any()):
+        if adds_nothing(layer.mlp.down_proj):
             yield index
+
+
+def adds_nothing(projection: nn.Linear) -> bool:
+    """Whether a branch's last projection is all zeros, bias included."""
+    # The first row settles it for all but the zero matrices.
+    zero = not projection.weight[0].any() and not projection.weight.any()
+    return zero and (projection.bias is None or not projection.bias.any())
 
 
 def warn_of_untrained_routers(model: LlamaDloForCausalLM) -> None:
