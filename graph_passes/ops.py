@@ -1,0 +1,159 @@
+"""The operators of domain `dlo`: the one place that says their names, operands and attributes.
+
+They are TensorRT plugins (folder plugins/); lowerings write them, the plugins' implementations are tested against what
+stands here. For runtimes without plugins each has a body in standard operators.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import onnx.defs
+import onnx_ir as ir
+
+DOMAIN = "dlo"
+VERSION = 1
+_FUNCTION_OPSET = 23
+_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An input or output of an operator.
+
+    Attributes:
+        name: As in the schema.
+        dtype: "T" is the operator's one type parameter: float32, float16 or bfloat16.
+        dims: Names of its axes; equal names are equal sizes.
+        doc: What it holds.
+    """
+
+    name: str
+    dtype: Literal["T", "float32"]
+    dims: tuple[str, ...]
+    doc: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PluginOp:
+    """An operator of domain `dlo`.
+
+    Attributes:
+        name: Its op_type, and the name of the plugin's creator.
+        inputs: In order; none is optional.
+        outputs: In order.
+        doc: What it computes.
+        body: The same in ONNX text, operators of the default domain.
+    """
+
+    name: str
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    doc: str
+    body: str
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Of every node: by them TensorRT's parser finds the plugin's creator. Plugins have no other field."""
+        return {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+
+
+_TOKENS = ("batch", "sequence")
+_SCALE = Operand("scale", "float32", _TOKENS, "Factor of the token's MLP branch; a token is skipped iff it is 0.")
+
+SKIP_GATE_UP = PluginOp(
+    "SkipGateUp",
+    (
+        Operand("hidden_states", "T", (*_TOKENS, "hidden"), "The stream after attention, normalised."),
+        _SCALE,
+        Operand("gate_weight", "T", ("hidden", "intermediate"), "Of gate_proj, as MatMul reads it."),
+        Operand("up_weight", "T", ("hidden", "intermediate"), "Of up_proj, as MatMul reads it."),
+    ),
+    (Operand("gated", "T", (*_TOKENS, "intermediate"), "What down_proj reads; a skipped token's row is unspecified."),),
+    "silu(x·gate) * (x·up) for the tokens that are not skipped, accumulated in float32 and rounded once.",
+    body="""
+        gate = MatMul (hidden_states, gate_weight)
+        gate_sigmoid = Sigmoid (gate)
+        silu = Mul (gate, gate_sigmoid)
+        up = MatMul (hidden_states, up_weight)
+        product = Mul (silu, up)
+        zero = Constant <value_float = 0.0> ()
+        skipped = Equal (scale, zero)
+        last = Constant <value_ints = [-1]> ()
+        skipped_column = Unsqueeze (skipped, last)
+        zero_like = CastLike (zero, product)
+        gated = Where (skipped_column, zero_like, product)
+    """,
+)
+
+SKIP_DOWN = PluginOp(
+    "SkipDown",
+    (
+        Operand("gated", "T", (*_TOKENS, "intermediate"), "Output of SkipGateUp; a skipped token's row is not read."),
+        _SCALE,
+        Operand("down_weight", "T", ("intermediate", "hidden"), "Of down_proj, as MatMul reads it."),
+        Operand("residual", "T", (*_TOKENS, "hidden"), "The stream after attention."),
+    ),
+    (Operand("output", "T", (*_TOKENS, "hidden"), "The stream behind the layer."),),
+    "residual + scale · (gated·down), computed in float32 and rounded once; a skipped token's residual, bit for bit.",
+    body="""
+        branch = MatMul (gated, down_weight)
+        branch_float = Cast <to = 1> (branch)
+        last = Constant <value_ints = [-1]> ()
+        scale_column = Unsqueeze (scale, last)
+        scaled = Mul (scale_column, branch_float)
+        residual_float = Cast <to = 1> (residual)
+        sum = Add (residual_float, scaled)
+        rounded = CastLike (sum, residual)
+        zero = Constant <value_float = 0.0> ()
+        skipped = Equal (scale_column, zero)
+        output = Where (skipped, residual, rounded)
+    """,
+)
+
+PLUGIN_OPS: dict[str, PluginOp] = {op.name: op for op in (SKIP_GATE_UP, SKIP_DOWN)}
+
+
+def register_schemas() -> None:
+    """Makes the operators known to onnx's checker (`check_custom_domain=True`); repeating it is harmless."""
+    for op in PLUGIN_OPS.values():
+        if not onnx.defs.has(op.name, DOMAIN):
+            onnx.defs.register_schema(_schema(op))
+
+
+def reference_function(op: PluginOp) -> ir.Function:
+    """A model-local function that computes the operator in standard operators: with it any runtime runs the graph.
+
+    Rows of skipped tokens, which the operator leaves unspecified, are zeros.
+    """
+    inputs, outputs = (", ".join(operand.name for operand in operands) for operands in (op.inputs, op.outputs))
+    attributes = ", ".join(f'{name}: string = "{value}"' for name, value in op.attributes.items())
+    text = (
+        f'<ir_version: 11, opset_import: ["" : {_FUNCTION_OPSET}, "{DOMAIN}" : {VERSION}]>\n'
+        "holder () => () {}\n"
+        f'<domain: "{DOMAIN}", opset_import: ["" : {_FUNCTION_OPSET}]>\n'
+        f"{op.name} <{attributes}> ({inputs}) => ({outputs}) {{{op.body}}}"
+    )
+    (function,) = ir.from_onnx_text(text).functions.values()
+    return function
+
+
+def _schema(op: PluginOp) -> onnx.defs.OpSchema:
+    def formal(operand: Operand) -> onnx.defs.OpSchema.FormalParameter:
+        type_ = "T" if operand.dtype == "T" else "tensor(float)"
+        return onnx.defs.OpSchema.FormalParameter(operand.name, type_, operand.doc)
+
+    return onnx.defs.OpSchema(
+        op.name,
+        DOMAIN,
+        VERSION,
+        doc=op.doc,
+        inputs=[formal(operand) for operand in op.inputs],
+        outputs=[formal(operand) for operand in op.outputs],
+        type_constraints=[("T", list(_FLOATS), "Type of weights and streams.")],
+        attributes=[
+            onnx.defs.OpSchema.Attribute(name, onnx.defs.OpSchema.AttrType.STRING, "For TensorRT's parser.")
+            for name in op.attributes
+        ],
+    )
