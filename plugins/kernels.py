@@ -1,0 +1,44 @@
+"""The kernels by operator, and a launch on tensors for tests and benchmarks."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from graph_passes.ops import PLUGIN_OPS
+from plugins.skip_down.kernel import skip_down_kernel
+from plugins.skip_gate_up.kernel import skip_gate_up_kernel
+from plugins.tiles import TILES, TileName, tile_for
+
+KERNELS: Final[dict[str, Any]] = {"SkipGateUp": skip_gate_up_kernel, "SkipDown": skip_down_kernel}
+INTEGERS: Final = 3
+"""Between inputs and outputs: tokens, then rows and columns of the weight."""
+
+
+def launch(
+    op_name: str, *operands: Any, dtype: str, tile_name: TileName | None = None, interpreted: bool = False
+) -> None:
+    """Launches a kernel on tensors that Triton takes (data_ptr, dtype, shape), inputs then output, all contiguous.
+
+    Args:
+        op_name: "SkipGateUp" or "SkipDown".
+        *operands: The schema's inputs and outputs.
+        dtype: T as the schema names it.
+        tile_name: The tile to use; by default the one the number of tokens asks for.
+        interpreted: Triton's interpreter runs the kernel (TRITON_INTERPRET=1 was set before triton was imported).
+    """
+    inputs = operands[: len(PLUGIN_OPS[op_name].inputs)]
+    batch, sequence = operands[1].shape
+    depth, columns = operands[2].shape
+    tokens = batch * sequence
+    tile = TILES[op_name][tile_name or tile_for(tokens)]
+    KERNELS[op_name][tile.grid(tokens, columns)](
+        *inputs,
+        tokens,
+        depth,
+        columns,
+        *operands[len(inputs) :],
+        **tile.constants(dtype),
+        UPCAST=interpreted,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

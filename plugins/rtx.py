@@ -1,0 +1,76 @@
+"""Gives TensorRT-RTX the `dlo` plugins, for the engine builder and for runners.
+
+Call either function after `import tensorrt_rtx` and before an ONNX parser or a runtime meets a plugin node.
+`register_twins` is enough to build an engine; to run one, the C++ library must be loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from graph_passes.ops import DOMAIN, PLUGIN_OPS, VERSION
+from plugins.errors import PluginError
+from plugins.rtx_shim import provide_unversioned_library
+
+_twins: list[Any] = []
+
+
+def register_twins() -> None:
+    """Registers the Python twins of all `dlo` plugins; what is registered already stays.
+
+    Raises:
+        PluginError: The platform has no way to parse plugin nodes, or TensorRT-RTX refused a creator.
+        ModuleNotFoundError: tensorrt_rtx is not installed.
+    """
+    import tensorrt_rtx as trt  # noqa: PLC0415 - heavy
+
+    from plugins.rtx_twins import PluginTwinCreator  # noqa: PLC0415 - its classes derive from tensorrt_rtx's
+
+    provide_unversioned_library()
+    registry = trt.get_plugin_registry()
+    for name in missing_creators():
+        creator = PluginTwinCreator(PLUGIN_OPS[name])
+        if not registry.register_creator(creator, DOMAIN):
+            raise PluginError(
+                f"TensorRT-RTX {trt.__version__} refused the creator of dlo::{name}",
+                hint="its log says why; please report it with the version above",
+            )
+        _twins.append(creator)
+
+
+def load_library(path: Path | str) -> None:
+    """Loads `libdlo_plugins.so`, which takes the place of the twins.
+
+    Raises:
+        PluginError: The file is missing, cannot be loaded, or does not bring every `dlo` plugin.
+        ModuleNotFoundError: tensorrt_rtx is not installed.
+    """
+    import tensorrt_rtx as trt  # noqa: PLC0415 - heavy
+
+    path = Path(path)
+    build = "build it: make -C plugins/library TensorRT_ROOT=<your TensorRT>"
+    if not path.is_file():
+        raise PluginError(f"plugin library {path}: no such file; expected libdlo_plugins.so", hint=build)
+    provide_unversioned_library()
+    registry = trt.get_plugin_registry()
+    while _twins:
+        registry.deregister_creator(_twins.pop())
+    handle = registry.load_library(str(path.resolve()))
+    if handle is None:
+        raise PluginError(
+            f"plugin library {path}: TensorRT-RTX {trt.__version__} could not load it; its log says why",
+            hint=build,
+        )
+    if missing := missing_creators():
+        raise PluginError(
+            f"plugin library {path}: it brings no {', '.join(missing)}; expected {', '.join(PLUGIN_OPS)}", hint=build
+        )
+
+
+def missing_creators() -> tuple[str, ...]:
+    """Names of the `dlo` plugins that TensorRT-RTX's registry does not hold."""
+    import tensorrt_rtx as trt  # noqa: PLC0415 - heavy
+
+    registry = trt.get_plugin_registry()
+    return tuple(name for name in PLUGIN_OPS if registry.get_creator(name, str(VERSION), DOMAIN) is None)
