@@ -71,7 +71,7 @@ class _DecoderGraph:
         for i in range(config.num_layers):
             hidden_states, key, value = self._decoder_layer(i, hidden_states, past[i])
             present += [key, value]
-        logits = self._head(self._norm(hidden_states, "model.norm"), embeddings, input_ids)
+        logits = self._head(self._norm(hidden_states, "model.norm"), embeddings)
 
         builder.output(logits, self.dtype, ["batch", "sequence", config.vocab_size])
         for value in present:
@@ -166,7 +166,7 @@ class _DecoderGraph:
         silu = builder.op("Mul", [gate, builder.op("Sigmoid", [gate], f"{name}.gate_sigmoid")], f"{name}.gate_silu")
         return self._linear(builder.op("Mul", [silu, up], f"{name}.gated"), f"{name}.down_proj", bias=bias)
 
-    def _head(self, normed: ir.Value, embeddings: ir.Value, input_ids: ir.Value) -> ir.Value:
+    def _head(self, normed: ir.Value, embeddings: ir.Value) -> ir.Value:
         builder, config = self.builder, self.config
         if not config.tie_word_embeddings:
             return self._linear(normed, "lm_head", bias=False, output="logits")
@@ -177,7 +177,7 @@ class _DecoderGraph:
         shape = builder.op(
             "Concat",
             [
-                builder.op("Shape", [input_ids], "head.batch_and_sequence", dtype=ir.DataType.INT64),
+                builder.op("Shape", [normed], "head.batch_and_sequence", start=0, end=2, dtype=ir.DataType.INT64),
                 builder.constant("vocab_size", np.array([config.vocab_size])),
             ],
             "head.shape",

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from graph_passes.data_flow import consumed_values, is_op
+from graph_passes.data_flow import consumed_values, is_op, node_order, nodes_between, subgraphs_of
 from graph_passes.decoder_layers import find_decoder_layers
 from graph_passes.errors import DecoderLayersNotFound, place
 from graph_passes.masked_mlp import MaskedMlp, Mismatch, match_masked_mlp
-from graph_passes.provenance import role_values
+from graph_passes.ops import DOMAIN, SKIP_DOWN, SKIP_GATE_UP
+from graph_passes.provenance import LAYER_KEY, role_values
 
 _CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.(key|value)")
 
@@ -26,17 +27,26 @@ def unused_inputs(graph: ir.Graph) -> Iterator[str]:
 
 def broken_values(graph: ir.Graph) -> Iterator[str]:
     """Values that come from nowhere or too late, names given twice, initializers without contents or readers."""
-    known = {*graph.inputs, *graph.initializers.values()}
-    names = collections.Counter(value.name for value in known)
+    yield from _broken_scope(graph, frozenset(), frozenset())
+
+
+def _broken_scope(graph: ir.Graph, outer: frozenset[ir.Value], outer_names: frozenset[str]) -> Iterator[str]:
+    """The same of a graph that sees outer values, and of its subgraphs (branches of one If do not see each other)."""
+    known = {*outer, *graph.inputs, *graph.initializers.values()}
+    own = {*graph.inputs, *graph.initializers.values(), *(output for node in graph for output in node.outputs)}
+    names = collections.Counter(value.name for value in own if value.name)
     for node in graph:
-        for value in consumed_values(node):
-            if value not in known:
-                yield f"{place(node)} reads '{value.name}' before it is computed"
+        consumed = frozenset(consumed_values(node))
+        for value in consumed - known:
+            yield f"{place(node)} reads '{value.name}' before it is computed"
+        for subgraph in subgraphs_of(node):
+            # What the subgraph misses has just been reported, as a read of the node.
+            yield from _broken_scope(subgraph, consumed | known, outer_names | names.keys())
         known.update(node.outputs)
-        names.update(output.name for output in node.outputs if output.name)
     for value in graph.outputs:
         if value not in known:
-            yield f"graph output '{value.name}' is not computed"
+            yield f"output '{value.name}' of graph '{graph.name}' is not computed"
+    names.update(names.keys() & outer_names)
     yield from (f"name '{name}' is given to {count} values" for name, count in names.items() if count > 1)
     for name, value in graph.initializers.items():
         if value.const_value is None:
@@ -79,11 +89,49 @@ def unmasked_routing(graph: ir.Graph) -> Iterator[str]:
             yield match.reason
 
 
-def uncompacted_routing(graph: ir.Graph) -> Iterator[str]:
-    """Layers that have a router but still run their MLP for all tokens."""
+def unlowered_routing(graph: ir.Graph) -> Iterator[str]:
+    """Layers that have a router but still run their MLP for all tokens of every step."""
     routed = role_values(graph, "router_scores")
     for layer in find_decoder_layers(graph):
+        if layer.mlp.conditional is not None:
+            continue
         if isinstance(match_masked_mlp(layer), MaskedMlp):
             yield f"layer {layer.index} is still masked"
         elif layer.index in routed and not is_op(layer.mlp.add, "ScatterND"):
             yield f"layer {layer.index} has a router but {place(layer.mlp.add)} adds its MLP branch for all tokens"
+
+
+def eager_branches(graph: ir.Graph) -> Iterator[str]:
+    """MLP blocks in a conditional that would cost time or memory when they are skipped.
+
+    Nodes between the stream and the conditional run always; weights inside a branch cost several times their memory.
+    """
+    order = node_order(graph)
+    for layer in find_decoder_layers(graph):
+        conditional, stream = layer.mlp.conditional, layer.mlp.stream_in
+        if conditional is None:
+            continue
+        captured = [value for value in consumed_values(conditional) if value is not stream]
+        for node in nodes_between(order, (stream,), captured):
+            yield f"layer {layer.index}: {place(node)} of the MLP is computed outside {place(conditional)}"
+        for branch in subgraphs_of(conditional):
+            for name in branch.initializers:
+                yield f"layer {layer.index}: initializer '{name}' stands inside {place(conditional)}"
+
+
+def unselected_routing(graph: ir.Graph) -> Iterator[str]:
+    """Layers that have a router but no TopK that selects their active tokens."""
+    yield from _routed_without(graph, "TopK", "selects active tokens")
+
+
+def unplugged_routing(graph: ir.Graph) -> Iterator[str]:
+    """Layers that have a router but no plugin that runs their MLP."""
+    yield from _routed_without(graph, SKIP_GATE_UP.name, "computes gate and up", DOMAIN)
+    yield from _routed_without(graph, SKIP_DOWN.name, "computes down", DOMAIN)
+
+
+def _routed_without(graph: ir.Graph, op_type: str, purpose: str, domain: str = "") -> Iterator[str]:
+    found = {node.metadata_props.get(LAYER_KEY) for node in graph if is_op(node, op_type, domain=domain)}
+    for layer in sorted(role_values(graph, "router_scores")):
+        if str(layer) not in found:
+            yield f"layer {layer} has a router but no {op_type} {purpose} for it"

@@ -9,10 +9,12 @@ from typing import Literal
 import onnx_ir as ir
 
 from graph_passes import graph_checks
+from graph_passes.data_dependent_shapes import data_dependent_shapes
 from graph_passes.errors import GraphPassError, place
+from graph_passes.ops import DOMAIN
 from graph_passes.provenance import PASS_KEY
 
-Stage = Literal["plain", "injected", "routed", "lowered"]
+Stage = Literal["plain", "injected", "routed", "lowered", "selected", "plugged"]
 Check = Callable[[ir.Graph], Iterator[str]]
 
 
@@ -35,16 +37,20 @@ class StageSpec:
     checks: tuple[Check, ...]
 
 
-_ALWAYS: tuple[Check, ...] = (
+_VALUES: tuple[Check, ...] = (
     graph_checks.unused_inputs,
     graph_checks.broken_values,
     graph_checks.foreign_branch_outputs,
-    graph_checks.incomplete_cache,
 )
+_ALWAYS: tuple[Check, ...] = (*_VALUES, graph_checks.incomplete_cache)
 _STANDARD = frozenset({""})
 # Fusions, and what undoes those of other exporters, may run at any point after the source graph is there.
 _FUSIONS = frozenset({"FuseSiblingMatMulsPass", "SplitSkipNormsPass"})
-_INJECTED = _FUSIONS | {"InjectLayersPass"}
+# TensorRT's interface and precision, after routing.
+_TENSORRT = frozenset(
+    {"UseStaticCachePass", "GrowCacheOutsideAttentionPass", "ComputeNormsInFloat32Pass", "KeepLastLogitsPass"}
+)
+_INJECTED = _FUSIONS | _TENSORRT | {"InjectLayersPass"}
 _ROUTED = _INJECTED | {"RouteLayersPass"}
 
 STAGES: dict[Stage, StageSpec] = {
@@ -53,9 +59,19 @@ STAGES: dict[Stage, StageSpec] = {
     "injected": StageSpec(_STANDARD, _INJECTED, _ALWAYS),
     # The oracle: every routed layer in masked form.
     "routed": StageSpec(_STANDARD, _ROUTED, (*_ALWAYS, graph_checks.unmasked_routing)),
-    # Ready for the target: no masked layer left.
+    # Ready for the target: no masked layer left, run on active rows or in conditionals.
     "lowered": StageSpec(
-        _STANDARD, _ROUTED | {"LowerSkipToCompactionPass"}, (*_ALWAYS, graph_checks.uncompacted_routing)
+        _STANDARD,
+        _ROUTED | {"LowerSkipToCompactionPass", "LowerSkipToIfPass"},
+        (*_ALWAYS, graph_checks.unlowered_routing, graph_checks.eager_branches),
+    ),
+    # The same for TensorRT, active rows chosen by TopK.
+    "selected": StageSpec(_STANDARD, _ROUTED | {"LowerSkipToTopKPass"}, (*_VALUES, graph_checks.unselected_routing)),
+    # The same in TensorRT plugins: no shape may depend on data, or a CUDA graph cannot capture the step.
+    "plugged": StageSpec(
+        _STANDARD | {DOMAIN},
+        _ROUTED | {"LowerSkipToPluginPass"},
+        (*_VALUES, graph_checks.unplugged_routing, data_dependent_shapes),
     ),
 }
 

@@ -36,13 +36,17 @@ class TaggedNodes:
 
     Args:
         made_by: Name of the pass class.
-        layer: Index of the decoder layer.
+        layer: Index of the decoder layer; None for what serves all of them.
+
+    Attributes:
+        nodes: Those added so far.
+        tags: Metadata of every node.
     """
 
-    def __init__(self, made_by: str, layer: int) -> None:
+    def __init__(self, made_by: str, layer: int | None) -> None:
         self.layer = layer
         self.nodes: list[ir.Node] = []
-        self._tags = {PASS_KEY: made_by, LAYER_KEY: str(layer)}
+        self.tags = {PASS_KEY: made_by, **({} if layer is None else {LAYER_KEY: str(layer)})}
 
     def add(
         self,
@@ -52,9 +56,10 @@ class TaggedNodes:
         dtype: ir.DataType | None,
         shape: Dims | None,
         role: Role | None = None,
+        domain: str = "",
         **attributes: Attribute,
     ) -> ir.Value:
-        """Append a standard ONNX node of one output, both of the same name.
+        """Append a node of one output, both of the same name.
 
         Args:
             op_type: Its op.
@@ -63,13 +68,14 @@ class TaggedNodes:
             dtype: Element type of the output, None where unknown.
             shape: Dimensions of the output, None where unknown.
             role: What later passes look the node up by.
+            domain: Of the op.
             **attributes: Its attributes.
 
         Returns:
             The output.
         """
-        tags = self._tags if role is None else {**self._tags, ROLE_KEY: role}
-        node = ir.node(op_type, inputs, attributes, name=name, metadata_props=dict(tags))
+        tags = self.tags if role is None else {**self.tags, ROLE_KEY: role}
+        node = ir.node(op_type, inputs, attributes, domain=domain, name=name, metadata_props=dict(tags))
         output = node.outputs[0]
         output.name = name
         if dtype is not None:

@@ -1,0 +1,58 @@
+"""Append to the KV cache with Concat, in front of an attention without a cache of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from graph_passes.attention_cache import CachedAttention, attend, cached_attentions, heads_first, remove_unused
+from graph_passes.data_flow import element_type
+from graph_passes.inject_layers import InjectLayersPass
+from graph_passes.provenance import TaggedNodes, made_by
+from graph_passes.route_layers import RouteLayersPass
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowCacheOutsideAttentionPass(ir.passes.InPlacePass):
+    """Take past and present out of Attention, whose cache operands TensorRT does not build; the interface stays.
+
+    Before::
+
+        y, pk, pv = Attention(q, k, v, bias, past_key, past_value)
+
+    After::
+
+        pk = Concat(past_key, heads(k), axis=2)             # and pv
+        y  = tokens(Attention(heads(q), pk, pv, bias))
+
+    Scope: main graph. Source: ONNX Attention-23.
+    """
+
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (InjectLayersPass, RouteLayersPass)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite every attention.
+
+        Raises:
+            GraphPassError: There is none with a growing cache, or one cannot be rewritten; with all reasons.
+        """
+        graph = model.graph
+        if any(made_by(graph, type(self).__name__)):
+            return ir.passes.PassResult(model, modified=False)
+        for attention in cached_attentions(graph, type(self).__name__):
+            _rewrite(graph, attention)
+        remove_unused(graph)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _rewrite(graph: ir.Graph, attention: CachedAttention) -> None:
+    new = TaggedNodes(GrowCacheOutsideAttentionPass.__name__, attention.layer)
+    present = []
+    for index, part in ((1, "key"), (2, "value")):
+        past, name = attention.operand(index + 3), f"{attention.name}.{part}"
+        update = heads_first(graph, new, attention.operand(index), attention.kv_heads, attention.head_dim, name)
+        shape, dtype = attention.node.outputs[index].shape, element_type(past)
+        present.append(new.add("Concat", past, update, name=f"{name}_cache", dtype=dtype, shape=shape, axis=2))
+    attend(graph, new, attention, (present[0], present[1]), attention.operand(3))
