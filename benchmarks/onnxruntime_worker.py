@@ -13,7 +13,7 @@ from benchmarks.workers import serve
 
 
 class DecoderStep:
-    """One step with everything bound: feeds, cache, and outputs that ONNX Runtime allocates.
+    """One step with everything bound: feeds, cache, and buffers for the new cache, as `OnnxRuntimeRunner` binds them.
 
     Args:
         graph: A .onnx with the graph interface optimum and onnxruntime-genai use, beside its genai_config.json.
@@ -87,10 +87,14 @@ class DecoderStep:
         for name in self.cache_names:
             binding.bind_ortvalue_input(name, self.cache[name])
         for name in self._output_names():
-            if self.shared_cache and name.startswith("present."):
-                binding.bind_ortvalue_output(name, self.cache[name.replace("present.", "past_key_values.", 1)])
-            else:
+            if not name.startswith("present."):
                 binding.bind_output(name)
+                continue
+            cache = self.cache[name.replace("present.", "past_key_values.", 1)]
+            if not self.shared_cache:
+                batch, heads, _, head_dim = cache.shape()
+                cache = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, total, head_dim), np.float32))
+            binding.bind_ortvalue_output(name, cache)
         return binding
 
 
