@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,16 +73,16 @@ class DecoderInterface:
         """
         inputs = {argument.name: argument for argument in session.get_inputs()}
         outputs = {argument.name for argument in session.get_outputs()}
-        forced = _layers(inputs, r"force_active\.(\d+)")
+        forced = layers_named(inputs, r"force_active\.(\d+)")
         past = {key: argument for key, argument in inputs.items() if key.startswith("past")}
         interface = cls(
             token_inputs=tuple(key for key in _TOKEN_INPUTS if key in inputs),
             cache_inputs={key: (tuple(a.shape), _ELEMENT_TYPES.get(a.type)) for key, a in past.items()},
-            present_of={key: _present(key) for key in past},
-            num_layers=len(_layers(past, r"past_key_values\.(\d+)\.key")),
-            scored_layers=_layers(outputs, r"router_scores\.(\d+)"),
+            present_of={key: present_name(key) for key in past},
+            num_layers=len(layers_named(past, r"past_key_values\.(\d+)\.key")),
+            scored_layers=layers_named(outputs, r"router_scores\.(\d+)"),
             forced_layers=forced,
-            hidden_layers=_layers(outputs, r"hidden\.(\d+)"),
+            hidden_layers=layers_named(outputs, r"hidden\.(\d+)"),
         )
         if problems := [*_problems(interface, inputs, outputs)]:
             raise ModelInterfaceError(
@@ -113,13 +113,15 @@ class DecoderInterface:
             yield from (f"hidden.{layer}" for layer in self.hidden_layers)
 
 
-def _present(past: str) -> str:
+def present_name(past: str) -> str:
+    """The output that continues a state input."""
     if past.startswith("past_key_values."):
         return past.replace("past_key_values.", "present.", 1)
     return past.replace("past_", "present_", 1)
 
 
-def _layers(names: Any, pattern: str) -> tuple[int, ...]:
+def layers_named(names: Iterable[str], pattern: str) -> tuple[int, ...]:
+    """Layers whose number a pattern's group finds in names, ascending."""
     return tuple(sorted(int(match[1]) for name in names if (match := re.fullmatch(pattern, name))))
 
 

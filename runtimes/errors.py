@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class RuntimeInputError(ValueError):
     """Base of this package's errors.
@@ -25,3 +27,9 @@ class ModelInterfaceError(RuntimeInputError):
 
 class StepError(RuntimeInputError):
     """A step's arguments do not fit the model or what was fed before."""
+
+
+class BackendUnavailableError(RuntimeInputError):
+    """The machine lacks what an engine needs: a GPU, its driver, a package, or the version it was built with."""
+
+    exit_code: ClassVar[int] = 4

@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from runtimes.decoder_interface import DecoderInterface
 from runtimes.errors import ModelLoadError, StepError
-from runtimes.runner import Decisions, FloatArray, Int64Array, StepResult, check_step
+from runtimes.runner import Decisions, FloatArray, Int64Array, StepResult, check_forcing, check_step
 
 CPU = "CPUExecutionProvider"
 
@@ -57,7 +57,7 @@ class OnnxRuntimeRunner:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(Path(weights_folder).absolute())
             )
-        self._session: ort.InferenceSession | None = _open_session(model, self._name, options, providers)
+        self._session: ort.InferenceSession | None = open_session(model, self._name, options, providers)
         self._interface = DecoderInterface.from_session(self._session, self._name)
         self._batch: int | None = None
         self._past = 0
@@ -98,7 +98,7 @@ class OnnxRuntimeRunner:
     ) -> StepResult:
         """See `Runner`."""
         check_step(self, self._batch, self._past, input_ids, attention_mask, position_ids, force_active)
-        self._check_forcing(force_active)
+        check_forcing(self._name, self._interface.forced_layers, force_active)
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         arrays: dict[str, np.ndarray] = {
             name: np.ascontiguousarray(array, np.int64)
@@ -113,10 +113,10 @@ class OnnxRuntimeRunner:
         if last_logits and logits.shape[1] > 1:
             logits = logits[:, -1:].copy()  # a copy of one row, so that the rest can be freed
         return StepResult(
-            _float32(logits),
-            {layer: _float32(outputs[f"router_scores.{layer}"].numpy()) for layer in self._interface.scored_layers},
+            float32(logits),
+            {layer: float32(outputs[f"router_scores.{layer}"].numpy()) for layer in self._interface.scored_layers},
             {
-                layer: _float32(outputs[f"hidden.{layer}"].numpy())
+                layer: float32(outputs[f"hidden.{layer}"].numpy())
                 for layer in (self._interface.hidden_layers if hidden_states else ())
             },
         )
@@ -150,24 +150,15 @@ class OnnxRuntimeRunner:
         self._cache = dict(zip(present, values[len(observed) :], strict=True))
         return dict(zip(observed, values, strict=False))
 
-    def _check_forcing(self, force_active: Decisions | None) -> None:
-        forced = self._interface.forced_layers
-        if force_active is None and forced:
-            raise StepError(
-                f"{self._name}: takes its decisions from force_active.{{layer}} inputs and got none, expected layers "
-                f"{list(forced)}",
-                hint="give force_active to every step, or run a graph whose routers decide",
-            )
-        if force_active and not forced:
-            raise StepError(
-                f"{self._name}: has no force_active.{{layer}} inputs, so decisions cannot be given to it",
-                hint="run a parity build of the graph",
-            )
 
-
-def _open_session(
+def open_session(
     model: str | Path | bytes, name: str, options: ort.SessionOptions, providers: Sequence[str]
 ) -> ort.InferenceSession:
+    """A session on exactly the given providers.
+
+    Raises:
+        ModelLoadError: The model is missing, damaged or cannot run here, or a provider is not available.
+    """
     if missing := [provider for provider in providers if provider not in ort.get_available_providers()]:
         raise ModelLoadError(
             f"{name}: execution providers {missing} are not available, this ONNX Runtime has "
@@ -191,5 +182,6 @@ def _open_session(
     return session
 
 
-def _float32(array: np.ndarray) -> FloatArray:
+def float32(array: np.ndarray) -> FloatArray:
+    """The same numbers in float32; the array itself where they are."""
     return array if array.dtype == np.float32 else array.astype(np.float32)

@@ -135,3 +135,27 @@ def check_step(
         problems.append(f"force_active is for layers {sorted(force_active)}, expected {list(runner.routed_layers)}")
     if problems:
         raise StepError(f"{runner.name}: {'; '.join(problems)}")
+
+
+def check_forcing(name: str, forced_layers: tuple[int, ...], force_active: Decisions | None) -> None:
+    """Checks that decisions come if, and only if, a graph takes them.
+
+    Args:
+        name: Of the runner, for messages.
+        forced_layers: With a `force_active.{l}` input.
+        force_active: As `Runner.step`.
+
+    Raises:
+        StepError: They do not.
+    """
+    if force_active is None and forced_layers:
+        raise StepError(
+            f"{name}: takes its decisions from force_active.{{layer}} inputs and got none, expected layers "
+            f"{list(forced_layers)}",
+            hint="give force_active to every step, or run a graph whose routers decide",
+        )
+    if force_active and not forced_layers:
+        raise StepError(
+            f"{name}: has no force_active.{{layer}} inputs, so decisions cannot be given to it",
+            hint="run a parity build of the graph",
+        )

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
+from runtimes.generation import generate
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.parity import Candidate, compare
+from runtimes.parity_cases import Case, step_feeds
+from runtimes.static_cache_runner import StaticCacheRunner
+from tests.runtimes.feeding import feed, joined_logits
+from tests.runtimes.static_cache_graphs import LAYERS, MAX_CACHE, VOCAB, decoder, rename_dimension
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
+
+
+def _cases() -> list[Case]:
+    ragged = [np.array(prompt) for prompt in PROMPTS]
+    return [
+        Case("prefill", step_feeds(ragged)),
+        Case("chunk and decode", step_feeds(ragged, 3, 1, 1)),
+        Case("mixed decisions", step_feeds(ragged, 2, 1), "mixed"),
+        Case("nothing active", step_feeds(ragged, 1), "none"),
+    ]
+
+
+def test_static_cache_agrees_with_a_growing_one_when_parity_compares_them() -> None:
+    with OnnxRuntimeRunner(decoder("growing", force=False), name="growing", threads=1) as reference:
+        # Its own routers decide in the reference, which trace_reference then forces on the candidate.
+        report = compare(
+            reference,
+            [
+                Candidate(
+                    "static",
+                    lambda: StaticCacheRunner(decoder("static", scores=False), threads=1),
+                    lambda: StaticCacheRunner(decoder("static", force=True), threads=1),
+                )
+            ],
+            [case for case in _cases() if case.forcing is None],
+            dtype="fp32",
+            greedy_prompts=PROMPTS,
+            greedy_tokens=8,
+        )
+    report.raise_if_failed(allow_ambiguous=False)
+    assert sum(case.decisions for case in report.cases) > 50
+    assert max(case.logits.largest_absolute for case in report.cases) < 5e-4
+
+
+def test_static_cache_obeys_decisions_when_they_are_forced() -> None:
+    with (
+        OnnxRuntimeRunner(decoder("growing", force=True), threads=1) as growing,
+        StaticCacheRunner(decoder("static", force=True), threads=1) as static,
+    ):
+        assert static.routed_layers == growing.routed_layers == (0, 1)
+        report = compare(growing, [Candidate("static", lambda: static)], _cases()[2:], dtype="fp32")
+    report.raise_if_failed(allow_ambiguous=False)
+
+
+def test_hidden_states_come_back_in_place_when_asked_for() -> None:
+    samples = [np.array([prompt]) for prompt in PROMPTS]
+    with (
+        OnnxRuntimeRunner(decoder("growing"), threads=1) as growing,
+        StaticCacheRunner(decoder("static"), threads=1) as static,
+    ):
+        (wanted, found), mask = [feed(runner, samples, hidden_states=True)[0][0] for runner in (growing, static)], None
+        assert feed(static, samples)[0][0].hidden_states == {}
+    mask = np.array([[0] * (8 - len(p)) + [1] * len(p) for p in PROMPTS], bool)
+    for layer in range(LAYERS):
+        np.testing.assert_allclose(found.hidden_states[layer][mask], wanted.hidden_states[layer][mask], atol=1e-5)
+        assert not found.hidden_states[layer][~mask].any()
+        assert not found.router_scores[layer][~mask].any()
+
+
+def test_last_logits_are_the_same_when_the_graph_keeps_no_others() -> None:
+    samples = [np.array([prompt]) for prompt in PROMPTS]
+    with (
+        StaticCacheRunner(decoder("static"), threads=1) as full,
+        StaticCacheRunner(decoder("static", last_logits=True), threads=1) as last,
+    ):
+        for cached in (0, 2):
+            wanted, found = (joined_logits(feed(r, samples, cached, last_logits=True)[0]) for r in (full, last))
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+        tokens = [generate(runner, PROMPTS, max_new_tokens=6).sequences for runner in (full, last)]
+        assert tokens[0] == tokens[1]
+        with pytest.raises(StepError, match=r"those of all 8 tokens were asked for[\s\S]*--trt-last-logits"):
+            feed(last, samples)
+
+
+def test_generation_goes_on_when_a_sequence_has_ended() -> None:
+    with OnnxRuntimeRunner(decoder("growing"), threads=1) as growing:
+        free = generate(growing, PROMPTS, max_new_tokens=8).sequences
+        ends = {free[0][2]}
+        wanted = generate(growing, PROMPTS, max_new_tokens=8, end_tokens=ends).sequences
+    with StaticCacheRunner(decoder("static"), threads=1) as static:
+        assert generate(static, PROMPTS, max_new_tokens=8, end_tokens=ends).sequences == wanted
+
+
+def test_runner_stays_usable_when_a_step_did_not_fit() -> None:
+    with StaticCacheRunner(decoder("static"), threads=1, max_batch=2, max_sequence=20) as runner:
+        with pytest.raises(StepError, match="--trt-max-batch 3"):
+            runner.reset(3)
+        prompt = [np.arange(20)[np.newaxis] % VOCAB]
+        (first,), _ = feed(runner, prompt)
+        ids, mask = np.array([[1] * 5]), np.ones((1, 25), np.int64)
+        with pytest.raises(StepError, match=rf"expected at most {MAX_CACHE} together[\s\S]*--trt-max-cache 25"):
+            runner.step(ids, mask, np.arange(20, 25)[np.newaxis])
+        runner.step(ids[:, :4], mask[:, :24], np.arange(20, 24)[np.newaxis])
+        (again,), _ = feed(runner, prompt)
+        np.testing.assert_array_equal(first.logits, again.logits)
+
+
+def test_step_is_refused_when_decisions_are_missing_or_unwanted() -> None:
+    one = np.array([[1]])
+    with StaticCacheRunner(decoder("static", force=True), threads=1) as forced:
+        with pytest.raises(StepError, match="step before reset"):
+            forced.step(one, one, one)
+        forced.reset(1)
+        with pytest.raises(StepError, match="got none"):
+            forced.step(one, one, one)
+    with pytest.raises(StepError, match="after the runner was closed"):
+        forced.step(one, one, one, force_active=dict.fromkeys(range(LAYERS), one > 0))
+    with StaticCacheRunner(decoder("static"), threads=1) as free:
+        free.reset(1)
+        with pytest.raises(StepError, match="cannot be given to it"):
+            free.step(one, one, one, force_active=dict.fromkeys(range(LAYERS), one > 0))
+
+
+def test_model_is_refused_when_it_has_no_static_cache() -> None:
+    with pytest.raises(ModelInterfaceError, match=r"attention_mask.*are unknown") as info:
+        StaticCacheRunner(decoder("growing"), threads=1)
+    assert "['kv_lengths', 'write_indices'] are missing" in str(info.value)
+    assert "the cache's lengths are" in str(info.value)
+    with pytest.raises(ModelInterfaceError, match="expected one number for all layers"):
+        StaticCacheRunner(rename_dimension(decoder("static"), "past_key_values.1.key", 2, 12), threads=1)
+    with pytest.raises(ModelLoadError, match="no such file"):
+        StaticCacheRunner("nowhere.onnx")
