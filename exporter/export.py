@@ -23,7 +23,7 @@ from runtimes.parity_report import ParityReport
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 DtypeChoice = Literal["auto", "fp32", "fp16", "bf16"]
-LoweringChoice = Literal["auto", "masked", "compact"]
+LoweringChoice = Literal["auto", "masked", "compact", "if"]
 
 
 class ParityFailedError(Exception):

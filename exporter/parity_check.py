@@ -51,7 +51,7 @@ def check_parity(source: ExportSource, folder: Path, description: dict[str, Any]
 
     released = load_graph(folder / MODEL_NAME)
     rungs = {description["lowering"]: released}
-    if description["lowering"] == "compact":
+    if description["lowering"] not in ("none", "masked"):
         rungs = {"masked": _masked_graph(source, folder, released), **rungs}
     vocab_size, routed = source.base.config.vocab_size, source.routing is not None
     rng = np.random.default_rng(_SEED)

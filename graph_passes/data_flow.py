@@ -28,12 +28,17 @@ def consumed_values(node: ir.Node) -> Iterator[ir.Value]:
     for value in node.inputs:
         if value is not None:
             yield value
+    for subgraph in subgraphs_of(node):
+        yield from _captured_values(subgraph)
+
+
+def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
+    """Graphs a node holds as attributes: branches of an If, the body of a Loop."""
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
-            yield from _captured_values(attribute.as_graph())
+            yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
-            for subgraph in attribute.as_graphs():
-                yield from _captured_values(subgraph)
+            yield from attribute.as_graphs()
 
 
 def _captured_values(subgraph: ir.Graph) -> Iterator[ir.Value]:

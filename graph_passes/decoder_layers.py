@@ -66,7 +66,7 @@ class DecoderLayer:
 
     @property
     def nodes(self) -> tuple[ir.Node, ...]:
-        """All nodes of the layer in topological order, both additions included."""
+        """All nodes of the layer in topological order, both additions included, be they inside a conditional."""
         return (*self.attention.nodes, self.attention.add, *self.mlp.nodes, self.mlp.add)
 
     @functools.cached_property
@@ -91,7 +91,12 @@ def find_decoder_layers(graph: ir.Graph) -> tuple[DecoderLayer, ...]:
     order = node_order(graph)
     blocks = _stream_blocks(graph, order)
     token_dims, hidden_size = _stream_dims(blocks[0].stream_in)
-    owner = {node: number for number, block in enumerate(blocks) for node in (*block.nodes, block.add)}
+    owner = {
+        node: number
+        for number, block in enumerate(blocks)
+        for node in (*block.nodes, block.add, block.conditional)
+        if node is not None
+    }
     past = _past_owners(graph.inputs, owner)
     present, tails = _present_owners(graph.outputs, owner, order)
     attention_blocks = {number for number, _ in (*past.values(), *present.values())}

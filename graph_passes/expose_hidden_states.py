@@ -10,6 +10,7 @@ import onnx_ir as ir
 from graph_passes.data_flow import element_type
 from graph_passes.decoder_layers import find_decoder_layers
 from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
+from graph_passes.lower_skip_to_if import LowerSkipToIfPass
 from graph_passes.provenance import TaggedNodes
 
 
@@ -31,7 +32,7 @@ class ExposeHiddenStatesPass(ir.passes.InPlacePass):
     Scope: decoder layers of the main graph. Only for debugging builds, never released.
     """
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (LowerSkipToCompactionPass,)
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (LowerSkipToCompactionPass, LowerSkipToIfPass)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Expose every layer that is not exposed yet."""

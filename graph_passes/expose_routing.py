@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from graph_passes.errors import GraphPassError
 from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
+from graph_passes.lower_skip_to_if import LowerSkipToIfPass
 from graph_passes.provenance import role_values
 from graph_passes.route_layers import RouteLayersPass
 
@@ -32,7 +33,7 @@ class ExposeRoutingPass(ir.passes.InPlacePass):
         router_scores.3 = Sigmoid(logits)
         idx             = NonZero(force_active.3)
 
-    Scope: routed layers of the main graph, masked or lowered.
+    Scope: routed layers of the main graph, masked or lowered; reads of the decision in subgraphs are replaced too.
 
     Attributes:
         force: Replace every use of each router's decision by an input.
@@ -40,7 +41,11 @@ class ExposeRoutingPass(ir.passes.InPlacePass):
 
     force: bool = False
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (RouteLayersPass, LowerSkipToCompactionPass)
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (
+        RouteLayersPass,
+        LowerSkipToCompactionPass,
+        LowerSkipToIfPass,
+    )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Expose the routing of every routed layer.

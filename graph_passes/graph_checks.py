@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from graph_passes.data_flow import consumed_values, is_op, node_order, nodes_between, subgraphs_of
+from graph_passes.data_flow import consumed_values, is_op, subgraphs_of
 from graph_passes.decoder_layers import find_decoder_layers
 from graph_passes.errors import DecoderLayersNotFound, place
 from graph_passes.masked_mlp import MaskedMlp, Mismatch, match_masked_mlp
@@ -106,14 +106,13 @@ def eager_branches(graph: ir.Graph) -> Iterator[str]:
 
     Nodes between the stream and the conditional run always; weights inside a branch cost several times their memory.
     """
-    order = node_order(graph)
     for layer in find_decoder_layers(graph):
-        conditional, stream = layer.mlp.conditional, layer.mlp.stream_in
+        conditional = layer.mlp.conditional
         if conditional is None:
             continue
-        captured = [value for value in consumed_values(conditional) if value is not stream]
-        for node in nodes_between(order, (stream,), captured):
-            yield f"layer {layer.index}: {place(node)} of the MLP is computed outside {place(conditional)}"
+        for node in layer.mlp.nodes:
+            if node.graph is graph:
+                yield f"layer {layer.index}: {place(node)} of the MLP is computed outside {place(conditional)}"
         for branch in subgraphs_of(conditional):
             for name in branch.initializers:
                 yield f"layer {layer.index}: initializer '{name}' stands inside {place(conditional)}"

@@ -54,6 +54,10 @@ def match_masked_mlp(layer: DecoderLayer) -> MaskedMlp | Mismatch:
         The parts, or the reason why not. The branch must read nothing but h, constants and the scale, and none of its
         values may be used elsewhere: else running it on some tokens only would change the graph's meaning.
     """
+    if layer.mlp.conditional is not None:
+        return Mismatch(
+            f"layer {layer.index}: {place(layer.mlp.conditional)} skips its MLP branch already", masked=True
+        )
     select = layer.mlp.branch.producer()
     if select is None or not is_op(select, "Where"):
         return Mismatch(f"layer {layer.index}: {place(layer.mlp.add)} adds the MLP branch unmasked", masked=False)

@@ -11,8 +11,10 @@ from graph_passes.data_flow import (
     SHAPE_OPS,
     constant_tensor,
     is_op,
+    node_order,
     nodes_between,
     pass_through_values,
+    subgraphs_of,
 )
 from graph_passes.errors import DecoderLayersNotFound, place
 
@@ -31,6 +33,8 @@ class ResidualBlock:
         branch: The value added (of a compacted block, the rows added: [active tokens, hidden]).
         add: The node that adds: Add, or ScatterND with reduction "add".
         stream_out: Residual stream after the block.
+        conditional: The If node whose then_branch holds `nodes` and `add`, and whose output `stream_out` is; None
+            where the block stands in the main graph.
     """
 
     stream_in: ir.Value
@@ -38,6 +42,7 @@ class ResidualBlock:
     branch: ir.Value
     add: ir.Node
     stream_out: ir.Value
+    conditional: ir.Node | None = None
 
     @property
     def stream_operand(self) -> ir.Value:
@@ -77,30 +82,46 @@ def residual_blocks(order: Mapping[ir.Node, int], root: ir.Value) -> tuple[Resid
     """
     # What hangs off the embedding by its shape alone (lengths, masks) serves all layers and belongs to none.
     shared = {node for value in pass_through_values(root) for node in value.consumers() if is_op(node, *SHAPE_OPS)}
+    branches = {branch: node for node in order if is_op(node, "If") for branch in subgraphs_of(node)}
     blocks: list[ResidualBlock] = []
     stream = root
-    while (block := _next_block(order, stream, shared)) is not None:
+    while (block := _next_block(order, branches, stream, shared)) is not None:
         blocks.append(block)
         stream = block.stream_out
     return tuple(blocks)
 
 
-def _next_block(order: Mapping[ir.Node, int], stream: ir.Value, excluded: Collection[ir.Node]) -> ResidualBlock | None:
+def _next_block(
+    order: Mapping[ir.Node, int],
+    branches: Mapping[ir.Graph, ir.Node],
+    stream: ir.Value,
+    excluded: Collection[ir.Node],
+) -> ResidualBlock | None:
     aliases = pass_through_values(stream)
     found: list[ResidualBlock] = []
+    inner_readers: dict[ir.Node, ir.Node | None] = {}
     for alias in aliases:
         for node, index in alias.uses():
+            scope, conditional = order, None  # where the paths of a branch may run
             if node not in order:
-                raise DecoderLayersNotFound(
-                    f"find_decoder_layers: value '{stream.name}' of the residual stream is read inside a subgraph, "
-                    f"by {place(node)}; expected only nodes of the main graph to read it."
-                )
+                assert isinstance(node.graph, ir.Graph), "a node that reads a value of a graph stands in one"
+                inner = ((inner, len(order) + number) for inner, number in node_order(node.graph).items())
+                scope, conditional = {**order, **dict(inner)}, branches.get(node.graph)
+                inner_readers[node] = conditional
             branch = _added_branch(node, index)
             if branch is None or branch in aliases:
                 continue
-            nodes = nodes_between(order, (stream,), (branch, alias), excluded)
+            nodes = nodes_between(scope, (stream,), (branch, alias), excluded)
             if branch.producer() in nodes:
-                found.append(ResidualBlock(stream, nodes, branch, node, node.outputs[0]))
+                output = node.outputs[0] if conditional is None else conditional.outputs[0]
+                found.append(ResidualBlock(stream, nodes, branch, node, output, conditional))
+    for node, conditional in inner_readers.items():
+        if conditional is None or not any(_adds_or_passes(conditional, block, aliases) for block in found):
+            raise DecoderLayersNotFound(
+                f"find_decoder_layers: value '{stream.name}' of the residual stream is read inside a subgraph, "
+                f"by {place(node)}; expected only nodes of the main graph to read it, or an If that adds a branch to "
+                "it in its then_branch and passes it on in its else_branch."
+            )
     if len(found) > 1:
         adds = ", ".join(place(block.add) for block in found)
         raise DecoderLayersNotFound(
@@ -108,6 +129,17 @@ def _next_block(order: Mapping[ir.Node, int], stream: ir.Value, excluded: Collec
             "expected one addition per block (attention, then MLP)."
         )
     return found[0] if found else None
+
+
+def _adds_or_passes(conditional: ir.Node, block: ResidualBlock, aliases: Collection[ir.Value]) -> bool:
+    """Whether an If is the one around a block: what it adds to the stream when it runs, it leaves out otherwise."""
+    then_branch, else_branch = (conditional.attributes[name].as_graph() for name in ("then_branch", "else_branch"))
+    return (
+        block.conditional is conditional
+        and list(then_branch.outputs) == [block.add.outputs[0]]
+        and len(else_branch.outputs) == 1
+        and else_branch.outputs[0] in aliases
+    )
 
 
 def _added_branch(node: ir.Node, stream_index: int) -> ir.Value | None:

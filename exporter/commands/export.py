@@ -27,6 +27,7 @@ class LoweringOption(StrEnum):
     AUTO = "auto"
     MASKED = "masked"
     COMPACT = "compact"
+    IF = "if"
 
 
 def main(

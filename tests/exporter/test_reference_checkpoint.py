@@ -18,7 +18,7 @@ ROUTED_LAYERS = (0, 1, 3)
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=["masked", "compact"])
+@pytest.fixture(scope="module", params=["masked", "compact", "if"])
 def artefact(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("artefact") / request.param
     export_model(ExportRequest(str(REFERENCE), folder, lowering=request.param, parity=False), Reporter())

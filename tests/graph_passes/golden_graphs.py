@@ -17,6 +17,7 @@ from graph_passes.expose_routing import ExposeRoutingPass
 from graph_passes.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from graph_passes.inject_layers import InjectLayersPass, LayerInjection
 from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
+from graph_passes.lower_skip_to_if import LowerSkipToIfPass
 from graph_passes.route_layers import RouteLayersPass
 
 FOLDER = Path(__file__).parent / "golden"
@@ -29,6 +30,7 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "inject_layers": (InjectLayersPass((LayerInjection(position=1, source=0, init="zero_out"),)),),
     "route_layers": (_ROUTE,),
     "lower_skip_to_compaction": (_ROUTE, LowerSkipToCompactionPass()),
+    "lower_skip_to_if": (_ROUTE, LowerSkipToIfPass()),
     "expose_routing": (_ROUTE, LowerSkipToCompactionPass(), ExposeRoutingPass(force=True)),
     "fuse_sibling_matmuls": (FuseSiblingMatMulsPass(),),
 }
@@ -58,9 +60,16 @@ def golden_text(model: ir.Model) -> str:
         shown = f" = {contents.tolist()}" if contents.size <= 1 else ""
         lines.append(f"init {value.dtype.name} {list(contents.shape)} {name}{shown}")
     for node in proto.node:
-        node.ClearField("name")
+        _clear_names(node)
         lines.append(onnx.printer.to_text(node).strip().replace('"', ""))
     return "\n".join(lines) + "\n"
+
+
+def _clear_names(node: onnx.NodeProto) -> None:
+    node.ClearField("name")
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            _clear_names(inner)
 
 
 def _typed(value: ir.Value) -> str:

@@ -25,10 +25,11 @@ def _plain() -> ir.Model:
 @pytest.mark.parametrize(
     ("golden", "stages"),
     [
-        ("inject_layers", ("injected", "routed", "lowered")),
+        ("inject_layers", ("injected", "routed", "lowered", "selected", "plugged")),
         ("route_layers", ("routed",)),
         ("lower_skip_to_compaction", ("lowered",)),
-        ("fuse_sibling_matmuls", ("injected", "routed", "lowered")),
+        ("lower_skip_to_if", ("lowered",)),
+        ("fuse_sibling_matmuls", ("injected", "routed", "lowered", "selected", "plugged")),
     ],
 )
 def test_graph_is_legal_only_at_its_stages_when_a_pass_made_it(golden: str, stages: tuple[str, ...]) -> None:
