@@ -45,7 +45,7 @@ def adapter(tmp_path):
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("lowering", ["masked", "compact"])
+@pytest.mark.parametrize("lowering", ["masked", "compact", "if"])
 def test_export_of_optimums_graph_equals_pytorch_when_injected_and_routed(adapter, tmp_path, lowering):
     request = ExportRequest(str(GRAPH), tmp_path / "out", adapter=adapter, lowering=lowering)
     result = export_model(request, Reporter())
