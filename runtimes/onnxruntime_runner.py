@@ -1,4 +1,4 @@
-"""Runs a decoder graph in ONNX Runtime; the KV cache stays in ONNX Runtime's own memory."""
+"""Runs a decoder graph in ONNX Runtime; the KV cache stays where ONNX Runtime writes it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from runtimes.decoder_interface import DecoderInterface
 from runtimes.errors import ModelLoadError, StepError
+from runtimes.growing_cache import GrowingCache
 from runtimes.runner import Decisions, FloatArray, Int64Array, StepResult, check_forcing, check_step
 
 CPU = "CPUExecutionProvider"
@@ -20,7 +21,7 @@ CPU = "CPUExecutionProvider"
 class OnnxRuntimeRunner:
     """A `Runner` of any graph with DESIGN's interface: ours, optimum's, onnxruntime-genai's of standard operators.
 
-    What a step outputs as `present` is bound as the next step's `past` without leaving ONNX Runtime.
+    What a step outputs as `present` is bound as the next step's `past` where it lies.
 
     Args:
         model: A .onnx file, or a serialized model.
@@ -61,7 +62,7 @@ class OnnxRuntimeRunner:
         self._interface = DecoderInterface.from_session(self._session, self._name)
         self._batch: int | None = None
         self._past = 0
-        self._cache: dict[str, ort.OrtValue] = {}
+        self._cache: GrowingCache | None = None
 
     @property
     def name(self) -> str:
@@ -81,10 +82,7 @@ class OnnxRuntimeRunner:
     def reset(self, batch: int) -> None:
         """See `Runner`."""
         self._batch, self._past = batch, 0
-        self._cache = {
-            name: ort.OrtValue.ortvalue_from_shape_and_type(shape, element_type)
-            for name, (shape, element_type) in self._interface.empty_cache(batch).items()
-        }
+        self._cache = GrowingCache(self._interface.empty_cache(batch), self._interface.present_of)
 
     def step(
         self,
@@ -107,7 +105,7 @@ class OnnxRuntimeRunner:
         }
         for layer, decisions in (force_active or {}).items():
             arrays[f"force_active.{layer}"] = np.ascontiguousarray(decisions, np.bool_)
-        outputs = self._run(arrays, [*self._interface.observed(hidden_states)])
+        outputs = self._run(arrays, [*self._interface.observed(hidden_states)], input_ids.shape[1])
         self._past += input_ids.shape[1]
         logits = outputs["logits"].numpy()
         if last_logits and logits.shape[1] > 1:
@@ -127,28 +125,25 @@ class OnnxRuntimeRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._cache = {}
+        self._cache = None
         self._session = None
 
-    def _run(self, arrays: Mapping[str, np.ndarray], observed: Sequence[str]) -> dict[str, ort.OrtValue]:
-        """Runs the session, moves its present to the cache, and returns the observed outputs."""
-        if self._session is None:
+    def _run(self, arrays: Mapping[str, np.ndarray], observed: Sequence[str], sequence: int) -> dict[str, ort.OrtValue]:
+        """Runs the session, advances the cache, and returns the observed outputs."""
+        if self._session is None or self._cache is None:
             raise StepError(f"{self._name}: step after the runner was closed")
         binding = self._session.io_binding()
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
-        for name, value in self._cache.items():
-            binding.bind_ortvalue_input(name, value)
-        present = self._interface.present_of
-        for name in (*observed, *present.values()):
+        for name in observed:
             binding.bind_output(name, "cpu")
+        self._cache.bind(binding, sequence)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
             raise StepError(f"{self._name}: ONNX Runtime failed: {err}") from err
-        values = binding.get_outputs()
-        self._cache = dict(zip(present, values[len(observed) :], strict=True))
-        return dict(zip(observed, values, strict=False))
+        self._cache.advance()
+        return dict(zip(observed, binding.get_outputs(), strict=False))
 
 
 def open_session(
