@@ -104,6 +104,11 @@ class InjectLayersPass(ir.passes.InPlacePass):
             problems.append(f"layers {', '.join(present)} were injected before")
         if any(made_by(graph, "RouteLayersPass")):
             problems.append("the graph is routed already")
+        problems += [
+            f"layer {layer.index}: {place(layer.mlp.conditional)} skips its MLP branch"
+            for layer in layers
+            if layer.mlp.conditional is not None
+        ]
         if layers[-1].output.is_graph_output():
             problems.append(f"the last hidden state '{layers[-1].output.name}' is an output of the graph")
         depth = len(layers) + len(self.layers)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graph_passes.data_flow import element_type
 from graph_passes.decoder_layers import DecoderLayer, find_decoder_layers
-from graph_passes.errors import GraphPassError
+from graph_passes.errors import GraphPassError, place
 from graph_passes.inject_layers import InjectLayersPass
 from graph_passes.provenance import LAYER_KEY, ROLE_KEY, Dims, TaggedNodes, shared_constant
 
@@ -100,6 +100,8 @@ class RouteLayersPass(ir.passes.InPlacePass):
                 problems.append(f"router {index} holds NaN or infinity, expected finite weights")
             if element_type(layer.input) is None or element_type(layer.mlp.stream_operand) is None:
                 problems.append(f"layer {index}: the element type of '{layer.input.name}' is unknown")
+            if layer.mlp.conditional is not None and index not in routed:
+                problems.append(f"layer {index}: {place(layer.mlp.conditional)} skips its MLP branch already")
             if index in routed and not (np.array_equal(routed[index][0], weight) and routed[index][1] == self._rule):
                 problems.append(f"layer {index} is routed already, with another router or scale")
         if problems:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import onnx
 import onnx_ir as ir
 import pytest
 
-from graph_passes.data_dependent_shapes import data_dependent_shapes
+from graph_passes.data_dependent_shapes import _SIZE_OPERANDS, data_dependent_shapes
 from tests.graph_passes import golden_graphs
 
 # x is data of shape [B, S]; `data` a number computed from it, `length` one computed from its shape.
@@ -67,6 +68,20 @@ def test_op_is_listed_only_when_its_size_is_computed_from_data(name: str) -> Non
     assert violation.endswith("which its output's shape follows from, is computed from tensor data")
     assert not _found(SIZED[name].format(number="length", vector="tail"))
     assert not _found(SIZED[name].format(number="unit", vector="one"))
+
+
+def test_size_operands_are_what_onnx_calls_sizes() -> None:
+    names = {
+        onnx.defs.get_schema(op_type, 24).inputs[position].name
+        for op_type, positions in _SIZE_OPERANDS.items()
+        if op_type != "Upsample"  # deprecated: no schema of opset 24
+        for position in positions
+    }
+    assert names == {
+        *("K", "axes", "axis", "block_shape", "depth", "delta", "dft_length", "ends", "frame_length", "frame_step"),
+        *("image_shape", "input", "limit", "num_mel_bins", "output_shape", "pads", "position", "repeats", "roi"),
+        *("scales", "shape", "size", "sizes", "split", "start", "starts", "steps"),
+    }
 
 
 def test_size_is_data_when_it_mixes_shape_and_graph_input() -> None:

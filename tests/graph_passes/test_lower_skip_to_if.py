@@ -334,6 +334,16 @@ def test_routed_stage_is_refused_when_layer_is_lowered() -> None:
     assert "layer 0: If node 'model.layers.0.mlp.if' skips its MLP branch already" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "pass_", [RouteLayersPass({0: ROUTER}), InjectLayersPass((LayerInjection(1, 0, "copy"),))], ids=["route", "inject"]
+)
+def test_earlier_passes_are_refused_when_somebody_elses_mask_is_lowered(pass_: ir.passes.PassBase) -> None:
+    model = ir.from_onnx_text(masked_decoder())
+    LowerSkipToIfPass()(model)
+    with pytest.raises(GraphPassError, match=r"layer 0: If node 'model\.layers\.0\.mlp\.if' skips its MLP branch"):
+        pass_(model)
+
+
 def test_stream_is_lost_when_a_conditional_does_not_pass_it_on() -> None:
     model = _lowered_llama()
     (conditional,) = _conditionals(model.graph)
