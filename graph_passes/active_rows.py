@@ -30,10 +30,10 @@ def masked_layers(graph: ir.Graph, asking: str, *, oldest_opset: int, check: Che
     Raises:
         GraphPassError: Nothing is routed, or a masked layer cannot be lowered; with all reasons.
     """
+    if any(made_by(graph, asking)):
+        return []
     matches = [match_masked_mlp(layer) for layer in find_decoder_layers(graph)]
     masked = [match for match in matches if isinstance(match, MaskedMlp)]
-    if not masked and any(made_by(graph, asking)):
-        return []
     problems = [match.reason for match in matches if not isinstance(match, MaskedMlp) and match.masked]
     if graph.opset_imports.get("", 0) < oldest_opset:
         problems.append(f"the graph uses opset {graph.opset_imports.get('')}, expected {oldest_opset} or newer")

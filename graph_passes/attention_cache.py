@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.data_flow import element_type, is_op
+from graph_passes.data_flow import is_op
 from graph_passes.errors import GraphPassError, place
 from graph_passes.provenance import TaggedNodes, shared_constant
 
@@ -27,6 +27,7 @@ class CachedAttention:
         query_heads: Of the query.
         kv_heads: Of key and value.
         head_dim: Of all three.
+        dtype: Of all three, and of the mask.
     """
 
     node: ir.Node
@@ -34,6 +35,7 @@ class CachedAttention:
     query_heads: int
     kv_heads: int
     head_dim: int
+    dtype: ir.DataType
 
     def operand(self, index: int) -> ir.Value:
         """Query, key, value, mask, past key or past value, by number."""
@@ -79,11 +81,12 @@ def cached_attentions(graph: ir.Graph, asking: str) -> list[CachedAttention]:
                 query_heads=node.attributes["q_num_heads"].as_int(),
                 kv_heads=node.attributes["kv_num_heads"].as_int(),
                 head_dim=_head_dim(node.inputs[4]),
+                dtype=_dtype(node.inputs[4]),
             )
         )
     if "input_ids" not in inputs:
         problems.append("the graph has no input 'input_ids'")
-    if not found and not problems:
+    if not found and not any(is_op(node, "Attention") for node in graph):
         problems.append("the graph has no Attention node; its attention is decomposed, or another exporter's own")
     if problems:
         raise GraphPassError(
@@ -122,7 +125,15 @@ def _lacks_cache(node: ir.Node) -> bool:
 def _is_cache_input(key: ir.Value | None) -> bool:
     if key is None or not key.is_graph_input() or _PAST.fullmatch(key.name or "") is None or key.shape is None:
         return False
+    if key.dtype is None:
+        return False
     return isinstance(key.shape[1], int) and isinstance(key.shape[3], int)
+
+
+def _dtype(key: ir.Value | None) -> ir.DataType:
+    assert key is not None, "checked by _problem"
+    assert key.dtype is not None, "checked by _problem"
+    return key.dtype
 
 
 def _head_dim(key: ir.Value | None) -> int:
@@ -131,9 +142,10 @@ def _head_dim(key: ir.Value | None) -> int:
     return int(key.shape[3])  # type: ignore[arg-type]  # checked by _problem
 
 
-def heads_first(graph: ir.Graph, nodes: TaggedNodes, value: ir.Value, heads: int, dims: int, name: str) -> ir.Value:
-    """[batch, sequence, heads·dims] as [batch, heads, sequence, dims]."""
-    dtype = element_type(value)
+def heads_first(graph: ir.Graph, nodes: TaggedNodes, attention: CachedAttention, index: int, part: str) -> ir.Value:
+    """Query, key or value [batch, sequence, heads·dims], by its number, as [batch, heads, sequence, dims]."""
+    value, dims, dtype, name = attention.operand(index), attention.head_dim, attention.dtype, f"{attention.name}.{part}"
+    heads = attention.query_heads if index == 0 else attention.kv_heads
     shape = shared_constant(graph, f"model.heads_shape_{heads}x{dims}", np.array([0, 0, heads, dims], np.int64))
     apart = nodes.add(
         "Reshape", value, shape, name=f"{name}_heads", dtype=dtype, shape=("batch", "sequence", heads, dims)
@@ -148,9 +160,9 @@ def heads_first(graph: ir.Graph, nodes: TaggedNodes, value: ir.Value, heads: int
     )
 
 
-def tokens_first(graph: ir.Graph, nodes: TaggedNodes, value: ir.Value, width: int, name: str) -> ir.Value:
-    """[batch, heads, sequence, dims] as [batch, sequence, width = heads·dims]."""
-    dtype = element_type(value)
+def _tokens_first(graph: ir.Graph, nodes: TaggedNodes, attention: CachedAttention, value: ir.Value) -> ir.Value:
+    """What attention computes, [batch, heads, sequence, dims], as [batch, sequence, heads·dims]."""
+    width, dtype, name = attention.query_heads * attention.head_dim, attention.dtype, f"{attention.name}.attended"
     apart = nodes.add("Transpose", value, name=f"{name}_tokens_first", dtype=dtype, shape=None, perm=(0, 2, 1, 3))
     shape = shared_constant(graph, f"model.tokens_shape_{width}", np.array([0, 0, width], np.int64))
     return nodes.add("Reshape", apart, shape, name=name, dtype=dtype, shape=("batch", "sequence", width))
@@ -168,8 +180,8 @@ def attend(
         present: [batch, kv_heads, total, head_dim] each.
         mask: Additive, [batch, 1, sequence, total].
     """
-    node, head_dim = attention.node, attention.head_dim
-    query = heads_first(graph, nodes, attention.operand(0), attention.query_heads, head_dim, f"{attention.name}.query")
+    node = attention.node
+    query = heads_first(graph, nodes, attention, 0, "query")
     scale: dict[str, Any] = {"scale": node.attributes["scale"].as_float()} if "scale" in node.attributes else {}
     attended = nodes.add(
         "Attention",
@@ -177,13 +189,14 @@ def attend(
         *present,
         mask,
         name=f"{attention.name}.attention_heads",
-        dtype=element_type(query),
-        shape=("batch", attention.query_heads, "sequence", head_dim),
+        dtype=attention.dtype,
+        shape=("batch", attention.query_heads, "sequence", attention.head_dim),
         **scale,
     )
     old, name = node.outputs[0], node.outputs[0].name or f"{attention.name}.attention"
     names = [value.name for value in attention.present]
-    output = tokens_first(graph, nodes, attended, attention.query_heads * head_dim, f"{name}.out")
+    output = _tokens_first(graph, nodes, attention, attended)
+    output.shape = old.shape
     graph.insert_before(node, nodes.nodes)
     for before, after in zip((old, *attention.present), (output, *present), strict=True):
         before.replace_all_uses_with(after, replace_graph_outputs=True)

@@ -61,11 +61,13 @@ def _rewrite(graph: ir.Graph, norm: ir.Node) -> None:
         cast = _cast(value, ir.DataType.FLOAT, f"{name}.{part}_float")
         graph.insert_before(norm, cast)
         norm.replace_input_with(index, cast.outputs[0])
-    back = _cast(output, dtype, f"{name}.cast")
+    back = _cast(output, dtype, f"{name}.rounded")
     graph.insert_after(norm, back)
     output.replace_all_uses_with(back.outputs[0], replace_graph_outputs=True)
     back.replace_input_with(0, output)
     output.type = ir.TensorType(ir.DataType.FLOAT)
+    # Whoever looks for the norm's value finds the rounded one.
+    output.name, back.outputs[0].name = f"{name}.float", output.name
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:

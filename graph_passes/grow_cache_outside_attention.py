@@ -8,7 +8,6 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graph_passes.attention_cache import CachedAttention, attend, cached_attentions, heads_first, remove_unused
-from graph_passes.data_flow import element_type
 from graph_passes.inject_layers import InjectLayersPass
 from graph_passes.provenance import TaggedNodes, made_by
 from graph_passes.route_layers import RouteLayersPass
@@ -51,8 +50,11 @@ def _rewrite(graph: ir.Graph, attention: CachedAttention) -> None:
     new = TaggedNodes(GrowCacheOutsideAttentionPass.__name__, attention.layer)
     present = []
     for index, part in ((1, "key"), (2, "value")):
-        past, name = attention.operand(index + 3), f"{attention.name}.{part}"
-        update = heads_first(graph, new, attention.operand(index), attention.kv_heads, attention.head_dim, name)
-        shape, dtype = attention.node.outputs[index].shape, element_type(past)
-        present.append(new.add("Concat", past, update, name=f"{name}_cache", dtype=dtype, shape=shape, axis=2))
+        past, name, shape = (
+            attention.operand(index + 3),
+            f"{attention.name}.{part}_cache",
+            attention.node.outputs[index].shape,
+        )
+        update = heads_first(graph, new, attention, index, part)
+        present.append(new.add("Concat", past, update, name=name, dtype=attention.dtype, shape=shape, axis=2))
     attend(graph, new, attention, (present[0], present[1]), attention.operand(3))

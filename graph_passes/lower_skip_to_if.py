@@ -47,8 +47,8 @@ class LowerSkipToIfPass(ir.passes.InPlacePass):
     initializers cost several times their memory at load); no node that depends on h and serves the MLP stays outside
     (TensorRT runs lazily only what hangs on the conditional's inputs); each branch produces its output itself (so no
     pass may eliminate Identity nodes afterwards), of equal rank and type and under a name of its own. The router and
-    its scale, attention and the KV cache stay outside. The condition goes through fp32 because neither runtime reduces
-    bool.
+    its scale, attention, the KV cache and what prepares constants (runtimes fold it) stay outside. The condition goes
+    through fp32 because TensorRT reduces numbers only, and ONNX reduces bool from opset 20 on only.
 
     Scope: every routed decoder layer of the main graph. Source: ONNX If-1, ReduceMax-1; TensorRT IIfConditional.
     """
@@ -97,7 +97,8 @@ def _lower(graph: ir.Graph, masked: MaskedMlp, order: Mapping[ir.Node, int]) -> 
     result = conditional.outputs[0]
     result.type, result.shape = added.type, ir.Shape(shape)
     output.replace_all_uses_with(result, replace_graph_outputs=True)
-    result.name, output.name = output.name, f"{output.name}.masked"  # no two values may share a name, not for a moment
+    name = output.name or f"model.layers.{index}"
+    result.name, output.name = name, f"{name}.masked"  # no two values may share a name, not for a moment
     graph.remove(block.add, safe=True)
 
 

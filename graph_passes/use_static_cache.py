@@ -15,7 +15,6 @@ from graph_passes.attention_cache import (
     heads_first,
     remove_unused,
 )
-from graph_passes.data_flow import element_type
 from graph_passes.errors import GraphPassError
 from graph_passes.inject_layers import InjectLayersPass
 from graph_passes.provenance import TaggedNodes, made_by, shared_constant
@@ -81,8 +80,7 @@ class UseStaticCachePass(ir.passes.InPlacePass):
     def _mask(self, graph: ir.Graph, first: CachedAttention, write_indices: ir.Value, kv_lengths: ir.Value) -> ir.Value:
         """The additive mask of all layers, [batch, 1, sequence, max_cache], put in front of the first."""
         new, int64, boolean = TaggedNodes(type(self).__name__, None), ir.DataType.INT64, ir.DataType.BOOL
-        dtype = element_type(first.operand(0))
-        assert dtype is not None, "a query whose cache has a type has one"
+        dtype = first.dtype
 
         def constant(name: str, array: np.ndarray) -> ir.Value:
             return shared_constant(graph, f"{_MASK}.{name}", array)
@@ -117,12 +115,10 @@ class UseStaticCachePass(ir.passes.InPlacePass):
         shape = ("batch", attention.kv_heads, self.max_cache, attention.head_dim)
         present = []
         for index, part in ((1, "key"), (2, "value")):
-            past, name = attention.operand(index + 3), f"{attention.name}.{part}"
+            past, name, dtype = attention.operand(index + 3), f"{attention.name}.{part}_cache", attention.dtype
             past.shape = ir.Shape(shape)
-            update = heads_first(graph, new, attention.operand(index), attention.kv_heads, attention.head_dim, name)
-            dtype = element_type(past)
-            scattered = f"{name}_cache"
+            update = heads_first(graph, new, attention, index, part)
             present.append(
-                new.add("TensorScatter", past, update, write_indices, name=scattered, dtype=dtype, shape=shape, axis=2)
+                new.add("TensorScatter", past, update, write_indices, name=name, dtype=dtype, shape=shape, axis=2)
             )
         attend(graph, new, attention, (present[0], present[1]), mask)

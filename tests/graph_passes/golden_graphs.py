@@ -15,10 +15,15 @@ import onnx_ir as ir
 
 from graph_passes.expose_routing import ExposeRoutingPass
 from graph_passes.fuse_sibling_matmuls import FuseSiblingMatMulsPass
+from graph_passes.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
 from graph_passes.inject_layers import InjectLayersPass, LayerInjection
+from graph_passes.keep_last_logits import KeepLastLogitsPass
 from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
 from graph_passes.lower_skip_to_if import LowerSkipToIfPass
+from graph_passes.lower_skip_to_plugin import LowerSkipToPluginPass
+from graph_passes.lower_skip_to_topk import LowerSkipToTopKPass
 from graph_passes.route_layers import RouteLayersPass
+from graph_passes.use_static_cache import UseStaticCachePass
 
 FOLDER = Path(__file__).parent / "golden"
 SOURCE = FOLDER / "one_layer_llama.onnxtxt"
@@ -33,6 +38,11 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "lower_skip_to_if": (_ROUTE, LowerSkipToIfPass()),
     "expose_routing": (_ROUTE, LowerSkipToCompactionPass(), ExposeRoutingPass(force=True)),
     "fuse_sibling_matmuls": (FuseSiblingMatMulsPass(),),
+    "use_static_cache": (UseStaticCachePass(8),),
+    "grow_cache_outside_attention": (GrowCacheOutsideAttentionPass(),),
+    "keep_last_logits": (UseStaticCachePass(8), KeepLastLogitsPass()),
+    "lower_skip_to_topk": (_ROUTE, LowerSkipToTopKPass(16)),
+    "lower_skip_to_plugin": (_ROUTE, LowerSkipToPluginPass()),
 }
 
 
