@@ -1,5 +1,6 @@
 """Which tokens a row tile works on: the device-side selection both kernels share."""
 
+# ruff: noqa: N803 - compile-time integers are upper case in Triton's own kernels
 from __future__ import annotations
 
 import triton
@@ -7,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def active_rows(scale, tokens, first_rank, ROWS: tl.constexpr, SCAN: tl.constexpr):  # noqa: N803 - Triton's habit
+def active_rows(scale, tokens, first_rank, ROWS: tl.constexpr, SCAN: tl.constexpr):
     """Token indices of the active tokens ranked `first_rank` to `first_rank + ROWS - 1`.
 
     Every program scans the whole scale vector by itself: at 4 bytes a token that is cheaper than a second launch, and

@@ -22,14 +22,13 @@ from typing import Final
 from graph_passes.ops import PLUGIN_OPS
 from plugins.contract import T_DTYPES, WIDTH_MULTIPLE, operand_dtypes
 from plugins.errors import PluginError
-from plugins.tiles import TILES, TileName
+from plugins.tiles import TileName, tile_of
 
 TARGETS: Final = (80, 86, 89, 90, 100, 120)
 """Compute capabilities, tens and units: A100, consumer Ampere, Ada, Hopper, Blackwell (data centre, consumer)."""
 
 _POINTEE: Final = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _POINTER_ALIGNMENT: Final = 16  # TensorRT aligns tensors to 256 bytes
-_SCRATCH = re.compile(r",\s*\.param \.u64 \.ptr \.global \.align 1 (?P<name>\w+)(?=\s*\))")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +96,7 @@ def ptx_of(variant: Variant) -> tuple[str, str, int, int]:
         Entry name, PTX without Triton's scratch parameters, threads per program, bytes of shared memory.
     """
     import triton  # noqa: PLC0415 - heavy
+    from triton import knobs  # noqa: PLC0415
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
 
     from plugins.kernels import INTEGERS, KERNELS  # noqa: PLC0415 - imports triton
@@ -107,11 +107,11 @@ def ptx_of(variant: Variant) -> tuple[str, str, int, int]:
             hint="unset TRITON_INTERPRET for this command",
         )
     op, kernel = PLUGIN_OPS[variant.op_name], KERNELS[variant.op_name]
-    tile = TILES[variant.op_name][variant.tile]
+    tile = tile_of(variant.op_name, variant.tile, variant.dtype)
     pointers = [f"*{_POINTEE[dtype]}" for dtype in operand_dtypes(op, variant.dtype)]
     inputs = len(op.inputs)
     types = [*pointers[:inputs], *["i32"] * INTEGERS, *pointers[inputs:]]
-    constants = {**tile.constants(variant.dtype), "UPCAST": False}
+    constants = {**tile.constants(), "UPCAST": False}
     # tokens, the first integer, is any number; the two widths let weights be loaded as vectors
     divisors = {index: _POINTER_ALIGNMENT for index, type_ in enumerate(types) if type_.startswith("*")}
     divisors |= dict.fromkeys(range(inputs + 1, inputs + INTEGERS), WIDTH_MULTIPLE)
@@ -122,11 +122,13 @@ def ptx_of(variant: Variant) -> tuple[str, str, int, int]:
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(index,): [["tt.divisibility", divisor]] for index, divisor in divisors.items()},
     )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", variant.target, 32),
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
-    )
+    with knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True  # most of a cubin, and names folders of this machine
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", variant.target, 32),
+            options={"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},
+        )
     metadata = compiled.metadata
     ptx = without_scratch_parameters(compiled.asm["ptx"], len(types))
     return metadata.name, ptx, metadata.num_warps * 32, metadata.shared
@@ -143,25 +145,22 @@ def without_scratch_parameters(ptx: str, parameters: int) -> str:
         parameters: How many it has of its own.
 
     Raises:
-        PluginError: A parameter behind the kernel's own is used, or their count is not what it should be.
+        PluginError: A parameter behind the kernel's own is used, or it has fewer than its own.
     """
-    body = ptx[ptx.index("{") :]
-    while match := _SCRATCH.search(ptx, 0, ptx.index("{")):
-        if ptx.count(".param", ptx.index(".entry"), ptx.index("{")) == parameters:
-            break
-        if re.search(rf"\b{match['name']}\b", body):
+    start, end = ptx.index("(", ptx.index(".entry")), ptx.index(")\n", ptx.index(".entry"))
+    declared = ptx[start + 1 : end].split(",")
+    if len(declared) < parameters:
+        raise PluginError(
+            f"compiled kernel: it has {len(declared)} parameters; expected at least {parameters}",
+            hint="please report this with Triton's version",
+        )
+    for scratch in (declaration.split()[-1] for declaration in declared[parameters:]):
+        if re.search(rf"\b{scratch}\b", ptx[end:]):
             raise PluginError(
-                f"compiled kernel: it reads its scratch parameter {match['name']}; expected it not to need scratch memory",
+                f"compiled kernel: it reads its scratch parameter {scratch}; expected no use of scratch memory",
                 hint="a kernel of this folder must not use tensor descriptors, global scratch or profiling",
             )
-        ptx = ptx[: match.start()] + ptx[match.end() :]
-    found = ptx.count(".param", ptx.index(".entry"), ptx.index("{"))
-    if found != parameters:
-        raise PluginError(
-            f"compiled kernel: it has {found} parameters; expected {parameters}",
-            hint="this Triton passes other hidden parameters: use the version in pyproject.toml",
-        )
-    return ptx
+    return ptx[: start + 1] + ",".join(declared[:parameters]) + "\n" + ptx[end:]
 
 
 def compile_kernel(variant: Variant) -> CompiledKernel:
@@ -172,7 +171,7 @@ def compile_kernel(variant: Variant) -> CompiledKernel:
         source.write_text(ptx)
         architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
         assert architecture is not None, "PTX names its target"
-        command = [_ptxas(variant.target), "-v", f"--gpu-name={architecture[1]}", str(source), "-o", str(image)]
+        command = [*_ptxas(variant.target), f"--gpu-name={architecture[1]}", str(source), "-o", str(image)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise PluginError(
@@ -239,11 +238,12 @@ def write_kernels(kernels: Iterable[CompiledKernel], folder: Path) -> None:
         (folder / f"{kernel.variant.name}.cubin").write_bytes(kernel.cubin)
 
 
-def _ptxas(target: int) -> str:
+def _ptxas(target: int) -> list[str]:
+    """Triton's choice of its two ptxas (the one named blackwell is the newer, used from Hopper on) and its flags."""
     from triton import knobs  # noqa: PLC0415 - heavy
 
-    blackwell = getattr(knobs.nvidia, "ptxas_blackwell", None)  # a second one, for the newest instructions
-    return (blackwell if target >= 100 and blackwell is not None else knobs.nvidia.ptxas).path
+    tool = knobs.nvidia.ptxas if target < 90 else knobs.nvidia.ptxas_blackwell
+    return [tool.path, "-v", "--regAllocOptLevel=2"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

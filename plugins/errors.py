@@ -11,5 +11,5 @@ class PluginError(ValueError):
         hint: What to do about it, one line.
     """
 
-    def __init__(self, message: str, *, hint: str) -> None:
-        super().__init__(f"{message}\n\nhint: {hint}")
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message if hint is None else f"{message}\n\nhint: {hint}")

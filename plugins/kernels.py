@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 from graph_passes.ops import PLUGIN_OPS
+from plugins.contract import weight_input
 from plugins.skip_down.kernel import skip_down_kernel
 from plugins.skip_gate_up.kernel import skip_gate_up_kernel
-from plugins.tiles import TILES, TileName, tile_for
+from plugins.tiles import TileName, tile_for, tile_of
 
 KERNELS: Final[dict[str, Any]] = {"SkipGateUp": skip_gate_up_kernel, "SkipDown": skip_down_kernel}
 INTEGERS: Final = 3
@@ -26,18 +27,19 @@ def launch(
         tile_name: The tile to use; by default the one the number of tokens asks for.
         interpreted: Triton's interpreter runs the kernel (TRITON_INTERPRET=1 was set before triton was imported).
     """
-    inputs = operands[: len(PLUGIN_OPS[op_name].inputs)]
-    batch, sequence = operands[1].shape
-    depth, columns = operands[2].shape
+    op = PLUGIN_OPS[op_name]
+    inputs = operands[: len(op.inputs)]
+    batch, sequence, _ = operands[0].shape
+    depth, columns = operands[weight_input(op)].shape
     tokens = batch * sequence
-    tile = TILES[op_name][tile_name or tile_for(tokens)]
+    tile = tile_of(op_name, tile_name or tile_for(tokens), dtype)
     KERNELS[op_name][tile.grid(tokens, columns)](
         *inputs,
         tokens,
         depth,
         columns,
         *operands[len(inputs) :],
-        **tile.constants(dtype),
+        **tile.constants(),
         UPCAST=interpreted,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -72,5 +72,9 @@ def missing_creators() -> tuple[str, ...]:
     """Names of the `dlo` plugins that TensorRT-RTX's registry does not hold."""
     import tensorrt_rtx as trt  # noqa: PLC0415 - heavy
 
-    registry = trt.get_plugin_registry()
-    return tuple(name for name in PLUGIN_OPS if registry.get_creator(name, str(VERSION), DOMAIN) is None)
+    # get_creator logs an error for each one it lacks; the list does not
+    held = {
+        (creator.name, creator.plugin_version, creator.plugin_namespace)
+        for creator in trt.get_plugin_registry().all_creators
+    }
+    return tuple(name for name in PLUGIN_OPS if (name, str(VERSION), DOMAIN) not in held)

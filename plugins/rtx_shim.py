@@ -1,10 +1,10 @@
 """Makes `libtensorrt_rtx.so` resolve to the library the tensorrt_rtx wheel has already loaded.
 
-When TensorRT-RTX's ONNX parser meets a plugin node it dlopens "libtensorrt_rtx.so", a name its wheel does not ship (only
-"libtensorrt_rtx.so.1"), and the process dies by SIGABRT (tensorrt-rtx 1.7.1.116). The dynamic loader answers a dlopen
-by any loaded object's soname, so a shared object with that soname and one dependency, the wheel's real library, is
-enough. It holds no code: it is written here byte by byte, which needs no compiler, no write access to the wheel and no
-LD_LIBRARY_PATH before the process starts.
+When TensorRT-RTX's ONNX parser meets a plugin node it dlopens "libtensorrt_rtx.so", a name its wheel does not ship
+(only "libtensorrt_rtx.so.1"), and the process dies by SIGABRT (tensorrt-rtx 1.7.1.116). The dynamic loader answers a
+dlopen by any loaded object's soname, so a shared object with that soname and one dependency, the wheel's real library,
+is enough. It holds no code: it is written here byte by byte, which needs no compiler, no write access to the wheel and
+no LD_LIBRARY_PATH before the process starts.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import struct
 import sys
 import tempfile
 from pathlib import Path
+from typing import Final
 
 from plugins.errors import PluginError
 
-UNVERSIONED: str = "libtensorrt_rtx.so"
-VERSIONED: str = "libtensorrt_rtx.so.1"
+UNVERSIONED: Final = "libtensorrt_rtx.so"
+VERSIONED: Final = "libtensorrt_rtx.so.1"
+_RTLD_NOLOAD: Final = 4  # Linux's value; ctypes does not name it
 _MACHINES = {"x86_64": 62, "aarch64": 183}
 _PAGE = 0x10000  # the largest page size of the two machines, so that one layout serves both
 _HEADER_BYTES, _PROGRAM_HEADER_BYTES, _SYMBOL_BYTES = 64, 56, 24
@@ -65,9 +67,6 @@ def _is_loaded(name: str) -> bool:
     except OSError:
         return False
     return True
-
-
-_RTLD_NOLOAD = 4
 
 
 def _stub(machine: str, soname: str, needed: str) -> bytes:

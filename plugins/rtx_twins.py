@@ -37,7 +37,7 @@ class PluginTwin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt
         self.plugin_version = op.attributes["plugin_version"]
         self._combinations = [[DATA_TYPES[dtype] for dtype in operand_dtypes(op, t_dtype)] for t_dtype in T_DTYPES]
 
-    def get_capability_interface(self, type: Any) -> PluginTwin:  # noqa: A002 - TensorRT's name
+    def get_capability_interface(self, type: Any) -> PluginTwin:
         """One object has all three capabilities."""
         return self
 
@@ -58,7 +58,13 @@ class PluginTwin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt
         )
 
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], expr_builder: Any) -> list[Any]:
-        """The outputs' dimension expressions, taken from the inputs' axes of the same names."""
+        """The outputs' dimension expressions, taken from the inputs' axes of the same names.
+
+        Runs while the model is parsed, where TensorRT-RTX turns an exception into a parser error; refused later, in
+        `configure_plugin`, it corrupts its heap (1.7.1.116). So sizes that are constants are judged here.
+        """
+        shapes = [[size.get_constant_value() if size.is_constant() else -1 for size in shape] for shape in inputs]
+        self._refuse_bad_sizes(shapes)
         outputs = []
         for axes in output_axes(self.op):
             expressions = trt.DimsExprs(len(axes))
@@ -74,9 +80,8 @@ class PluginTwin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt
         return row_major and any(combination[: pos + 1] == dtypes for combination in self._combinations)
 
     def configure_plugin(self, inp: Sequence[Any], out: Sequence[Any]) -> None:
-        """Refuses sizes the kernels do not serve, all problems at once."""
-        if problems := size_problems(self.op, [tuple(entry.desc.dims) for entry in inp]):
-            raise PluginError("\n".join(problems), hint="use another lowering for this model: compact or if")
+        """Refuses sizes the kernels do not serve that were not known while parsing."""
+        self._refuse_bad_sizes([tuple(entry.desc.dims) for entry in inp])
 
     def get_workspace_size(self, inp: Sequence[Any], out: Sequence[Any]) -> int:
         """None: nothing is allocated between launches, which CUDA-graph capture relies on."""
@@ -106,6 +111,10 @@ class PluginTwin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt
             f"dlo::{self.op.name} was asked to run, but its Python twin only describes it",
             hint="load libdlo_plugins.so before the engine: plugins.rtx.load_library(path)",
         )
+
+    def _refuse_bad_sizes(self, shapes: Sequence[Sequence[int]]) -> None:
+        if problems := size_problems(self.op, shapes):
+            raise PluginError("\n".join(problems), hint="use another lowering for this model: compact or if")
 
     def _accepted(self) -> str:
         inputs = len(self.op.inputs)

@@ -22,7 +22,7 @@ class Tile:
     Attributes:
         rows: Tokens; 16 is the least a tensor core instruction takes.
         columns: Columns of the output.
-        depth: 16-bit elements of the summed axis per step; float32 takes half as many, the same bytes.
+        depth: Elements of the summed axis per step.
         scan: Tokens read at a time while looking for active ones.
         warps: Of 32 threads each.
         stages: Steps of weights in flight.
@@ -35,10 +35,9 @@ class Tile:
     warps: int
     stages: int
 
-    def constants(self, dtype: str) -> dict[str, int]:
-        """The kernel's compile-time integers for operands of `dtype`."""
-        depth = self.depth // 2 if dtype == "float32" else self.depth
-        return {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": depth, "SCAN": self.scan}
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time integers."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "SCAN": self.scan}
 
     def grid(self, tokens: int, columns: int) -> tuple[int, int]:
         """Programs along tokens and along the output's columns; both depend on shapes alone."""
@@ -48,7 +47,7 @@ class Tile:
 # Decode is bound by reading weights once: narrow tiles, so that a small model still has programs for every SM.
 # SkipDown's output is narrower than SkipGateUp's, hence its tile too (16 columns of 2 bytes are one 32-byte sector).
 # Prefill reads a weight tile once per 64 active tokens instead of once per 16.
-TILES: Final[dict[str, dict[TileName, Tile]]] = {
+_TILES: Final[dict[str, dict[TileName, Tile]]] = {
     "SkipGateUp": {
         "decode": Tile(rows=16, columns=32, depth=128, scan=64, warps=4, stages=3),
         "prefill": Tile(rows=64, columns=64, depth=64, scan=64, warps=4, stages=3),
@@ -58,6 +57,18 @@ TILES: Final[dict[str, dict[TileName, Tile]]] = {
         "prefill": Tile(rows=64, columns=64, depth=64, scan=64, warps=4, stages=3),
     },
 }
+
+
+def tile_of(op_name: str, tile_name: TileName, dtype: str) -> Tile:
+    """The tile of a kernel for operands of `dtype`.
+
+    float32 takes half the depth, the same bytes, and at most 32 rows and columns: it multiplies outside the tensor
+    cores, where larger tiles spill registers.
+    """
+    tile = _TILES[op_name][tile_name]
+    if dtype == "float32":
+        return dataclasses.replace(tile, rows=min(tile.rows, 32), columns=min(tile.columns, 32), depth=tile.depth // 2)
+    return tile
 
 
 def tile_for(tokens: int) -> TileName:

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def skip_down(gated: np.ndarray, scale: np.ndarray, down_weight: np.ndarray, residual: np.ndarray) -> np.ndarray:
-    """residual + scale · (gated·down) for the tokens whose scale is not 0; the residual, bit for bit, elsewhere.
+    """Adds scale · (gated·down) to the residual of tokens whose scale is not 0; other rows come back bit for bit.
 
     Args:
         gated: T [batch, sequence, intermediate]; rows of skipped tokens are not read. T one of float32, float16,

@@ -1,5 +1,6 @@
 """The Triton kernel of `dlo::SkipGateUp`: one launch, no workspace, nothing read by the host."""
 
+# ruff: noqa: N803 - compile-time integers are upper case in Triton's own kernels
 from __future__ import annotations
 
 import triton
@@ -9,7 +10,7 @@ from plugins.active_rows import active_rows
 
 
 @triton.jit
-def skip_gate_up_kernel(
+def skip_gate_up_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size and tile constant
     hidden_states,
     scale,
     gate_weight,
@@ -18,11 +19,11 @@ def skip_gate_up_kernel(
     hidden,
     intermediate,
     gated,
-    ROWS: tl.constexpr,  # noqa: N803 - Triton's habit
-    COLUMNS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    SCAN: tl.constexpr,  # noqa: N803
-    UPCAST: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SCAN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Program (m, n): columns n·COLUMNS… of the active tokens ranked m·ROWS….
 

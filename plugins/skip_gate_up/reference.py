@@ -8,7 +8,7 @@ import numpy as np
 def skip_gate_up(
     hidden_states: np.ndarray, scale: np.ndarray, gate_weight: np.ndarray, up_weight: np.ndarray
 ) -> np.ndarray:
-    """silu(x·gate) * (x·up) for the tokens whose scale is not 0; zeros elsewhere.
+    """Computes silu(x·gate) * (x·up) for the tokens whose scale is not 0; zeros elsewhere.
 
     Args:
         hidden_states: T [batch, sequence, hidden], T one of float32, float16, bfloat16 (ml_dtypes).
@@ -29,6 +29,6 @@ def skip_gate_up(
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
-    """x · sigmoid(x) of float32, without overflow: exp sees negative arguments only."""
+    """Returns x · sigmoid(x) of float32, without overflow: exp sees negative arguments only."""
     decay = np.exp(-np.abs(x))
     return x * np.where(x >= 0, np.float32(1), decay) / (1 + decay)

@@ -1,0 +1,84 @@
+"""The Triton kernels compiled ahead of time for every target, without a GPU."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from plugins.compile import TARGETS, Variant, compile_all, ptx_of, resource_table, variants, without_scratch_parameters
+from plugins.errors import PluginError
+
+MOST_SHARED_BYTES = 99 * 1024  # per block on sm_86, sm_89 and sm_120, the least of the targets
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return compile_all(variants())
+
+
+def test_every_variant_compiles_without_spills_when_no_gpu_is_there(kernels):
+    assert [kernel.variant for kernel in kernels] == variants()
+    assert {kernel.variant.target for kernel in kernels} == {80, 86, 89, 90, 100, 120} == set(TARGETS)
+    spilling = [
+        f"{k.variant.name}: {k.spill_bytes} bytes spilled, {k.stack_bytes} of stack"
+        for k in kernels
+        if k.spill_bytes or k.stack_bytes
+    ]
+    assert not spilling, f"{spilling}\n{resource_table(kernels)}"
+
+
+def test_shared_memory_fits_every_target_when_compiled(kernels):
+    assert not [k.variant.name for k in kernels if k.shared_bytes > MOST_SHARED_BYTES]
+
+
+def test_portable_ptx_needs_no_opt_in_shared_memory_when_a_quick_deploy_plugin_launches_it(kernels):
+    assert not [k.variant.name for k in kernels if k.variant.target == 80 and k.shared_bytes > 48 * 1024]
+
+
+def test_weights_go_to_tensor_cores_sixteen_bytes_at_a_time_when_16_bit(kernels):
+    """Without the promise that widths are multiples of 8 the compiler would load weights element by element."""
+    for kernel in kernels:
+        if kernel.variant.dtype != "float32":
+            assert re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", kernel.ptx), kernel.variant.name
+            assert "cp.async.cg.shared.global" in kernel.ptx, kernel.variant.name
+
+
+def test_kernel_takes_schema_operands_and_three_integers_when_compiled(kernels):
+    for kernel in kernels:
+        head = kernel.ptx[kernel.ptx.index(".entry") : kernel.ptx.index("{")]
+        assert re.findall(r"\.param \.(u64|u32)", head) == ["u64"] * 4 + ["u32"] * 3 + ["u64"], kernel.variant.name
+
+
+def test_code_names_no_folder_when_compiled(kernels):
+    assert not [k.variant.name for k in kernels if b".py" in k.cubin or ".py" in k.ptx]
+
+
+def test_a_used_scratch_parameter_is_refused_when_stripping():
+    ptx = (
+        ".visible .entry k(\n\t.param .u64 .ptr .global .align 1 k_param_0,\n"
+        "\t.param .u64 .ptr .global .align 1 k_param_1\n)\n.reqntid 32\n{{\n\tld.param.b64 %rd1, [{}];\n}}"
+    )
+    stripped = without_scratch_parameters(ptx.format("k_param_0"), 1)
+    assert "k_param_1" not in stripped
+    assert "k_param_0\n)" in stripped
+    with pytest.raises(PluginError, match="reads its scratch parameter k_param_1"):
+        without_scratch_parameters(ptx.format("k_param_1"), 1)
+    with pytest.raises(PluginError, match="has 2 parameters; expected at least 3"):
+        without_scratch_parameters(ptx.format("k_param_0"), 3)
+
+
+def test_interpreter_setting_is_refused_when_compiling(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(PluginError, match="TRITON_INTERPRET"):
+        ptx_of(Variant("SkipDown", "float16", "decode", 89))
+
+
+def test_command_prints_the_table_and_writes_the_files_when_one_target_is_asked(tmp_path):
+    command = [sys.executable, "-m", "plugins.compile", "--op", "SkipDown", "--dtype", "float16", "--target", "89"]
+    result = subprocess.run([*command, "--output", tmp_path], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "| SkipDown | float16 | decode | sm_89 | 128 |" in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"SkipDown_float16_{tile}_sm89.{kind}" for tile in ("decode", "prefill") for kind in ("cubin", "ptx")
+    ]
