@@ -1,0 +1,1 @@
+"""`libdlo_plugins.so`: the plugins in C++ with their kernels embedded."""

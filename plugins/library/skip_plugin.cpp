@@ -1,0 +1,220 @@
+#include "skip_plugin.h"
+
+#include "dlo_ops.h"
+#include "log.h"
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <new>
+
+namespace dlo {
+
+using namespace nvinfer1;
+
+namespace {
+
+constexpr int32_t kFailed = -1;
+
+bool isTypeOfT(DataType type) noexcept {
+    return std::find(std::begin(kTypesOfT), std::end(kTypesOfT), type) != std::end(kTypesOfT);
+}
+
+// The T of an operator given its inputs: that of the first input that is T. Every operator begins with one.
+DataType typeOfT(DataType const* inputTypes) noexcept { return inputTypes[0]; }
+
+// What is wrong with the inputs' shapes; empty when they fit the schema. An axis below 0 is not known yet.
+template <typename SizeOf>
+std::string sizeProblems(Op const& op, int32_t nbInputs, SizeOf&& sizeOf) {
+    std::string const subject = std::string("dlo::") + op.name;
+    if (nbInputs != op.nbInputs) {
+        return subject + " got " + std::to_string(nbInputs) + " inputs; the schema has " + std::to_string(op.nbInputs);
+    }
+    std::string problems;
+    auto const report = [&](std::string const& text) { problems += (problems.empty() ? "" : "\n") + subject + text; };
+    for (int32_t input = 0; input < op.nbInputs; ++input) {
+        Operand const& operand = op.operands[input];
+        std::string const name = std::string(" input '") + operand.name + "'";
+        if (sizeOf(input, -1) != operand.rank) {
+            report(name + " has rank " + std::to_string(sizeOf(input, -1)) + "; expected "
+                + std::to_string(operand.rank));
+            continue;
+        }
+        for (int32_t axis = 0; axis < operand.rank; ++axis) {
+            int64_t const size = sizeOf(input, axis);
+            std::string const axisName = operand.dims[axis];
+            if (size < 0) {
+                continue;
+            }
+            if ((axisName == "hidden" || axisName == "intermediate") && size % kWidthMultiple != 0) {
+                report(name + " has " + axisName + " " + std::to_string(size) + "; expected a multiple of "
+                    + std::to_string(kWidthMultiple));
+            }
+            // against the first operand that has an axis of this name and a known size
+            for (int32_t other = 0; other < input; ++other) {
+                for (int32_t otherAxis = 0; otherAxis < op.operands[other].rank; ++otherAxis) {
+                    bool const same = axisName == op.operands[other].dims[otherAxis];
+                    int64_t const expected = same ? sizeOf(other, otherAxis) : -1;
+                    if (expected >= 0 && expected != size) {
+                        report(name + " has " + axisName + " " + std::to_string(size) + "; expected "
+                            + std::to_string(expected));
+                    }
+                }
+            }
+        }
+    }
+    return problems;
+}
+
+int32_t refuse(std::string const& problems) noexcept {
+    logError(problems + "\n\nhint: use another lowering for this model: compact or if");
+    return kFailed;
+}
+
+uint32_t ceilDivide(int64_t size, uint32_t step) noexcept { return static_cast<uint32_t>((size + step - 1) / step); }
+
+}  // namespace
+
+IPluginCapability* SkipPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
+    switch (type) {
+    case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
+    case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
+    case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+    }
+    return nullptr;
+}
+
+IPluginV3* SkipPlugin::clone() noexcept { return new (std::nothrow) SkipPlugin(*this); }
+
+char const* SkipPlugin::getPluginName() const noexcept { return mOp.name; }
+
+char const* SkipPlugin::getPluginVersion() const noexcept { return kVersion; }
+
+char const* SkipPlugin::getPluginNamespace() const noexcept { return kNamespace; }
+
+int32_t SkipPlugin::configurePlugin(
+    DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t) noexcept {
+    auto const sizeOf = [&](int32_t input, int32_t axis) -> int64_t {
+        return axis < 0 ? in[input].desc.dims.nbDims : in[input].desc.dims.d[axis];
+    };
+    std::string const problems = sizeProblems(mOp, nbInputs, sizeOf);
+    return problems.empty() ? 0 : refuse(problems);
+}
+
+int32_t SkipPlugin::getOutputDataTypes(
+    DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t nbInputs) const noexcept {
+    bool fits = nbInputs == mOp.nbInputs && nbOutputs == mOp.nbOutputs && isTypeOfT(typeOfT(inputTypes));
+    for (int32_t i = 0; fits && i < nbInputs; ++i) {
+        fits = inputTypes[i] == (mOp.operands[i].isT ? typeOfT(inputTypes) : DataType::kFLOAT);
+    }
+    if (!fits) {
+        return refuse(std::string("dlo::") + mOp.name
+            + ": operand types; expected fp32 for scale, and one of fp32, fp16, bf16 for all others");
+    }
+    for (int32_t i = 0; i < nbOutputs; ++i) {
+        outputTypes[i] = mOp.operands[nbInputs + i].isT ? typeOfT(inputTypes) : DataType::kFLOAT;
+    }
+    return 0;
+}
+
+int32_t SkipPlugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const*, int32_t,
+    DimsExprs* outputs, int32_t, IExprBuilder&) noexcept {
+    // While a model is parsed a refusal becomes a parser error; later TensorRT-RTX does not survive one.
+    auto const sizeOf = [&](int32_t input, int32_t axis) -> int64_t {
+        if (axis < 0) {
+            return inputs[input].nbDims;
+        }
+        IDimensionExpr const* const size = inputs[input].d[axis];
+        return size->isConstant() ? size->getConstantValue() : -1;
+    };
+    std::string const problems = sizeProblems(mOp, nbInputs, sizeOf);
+    if (!problems.empty()) {
+        return refuse(problems);
+    }
+    outputs[0].nbDims = mOp.operands[mOp.nbInputs].rank;
+    for (int32_t axis = 0; axis < outputs[0].nbDims; ++axis) {
+        AxisSource const source = mOp.outputAxes[axis];
+        outputs[0].d[axis] = inputs[source.input].d[source.axis];
+    }
+    return 0;
+}
+
+bool SkipPlugin::supportsFormatCombination(
+    int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t, int32_t) noexcept {
+    PluginTensorDesc const& desc = inOut[pos].desc;
+    bool const typed = mOp.operands[pos].isT ? isTypeOfT(desc.type) && desc.type == inOut[0].desc.type
+                                             : desc.type == DataType::kFLOAT;
+    return typed && desc.format == TensorFormat::kLINEAR;
+}
+
+int32_t SkipPlugin::getNbOutputs() const noexcept { return mOp.nbOutputs; }
+
+std::string SkipPlugin::loadKernels(DataType type) noexcept {
+    for (TileName const tile : {TileName::kDECODE, TileName::kPREFILL}) {
+        std::string problem = loadKernel(mOp.name, type, tile, mKernels[static_cast<int32_t>(tile)]);
+        if (!problem.empty()) {
+            return problem;
+        }
+    }
+    return {};
+}
+
+int32_t SkipPlugin::onShapeChange(
+    PluginTensorDesc const* in, int32_t, PluginTensorDesc const*, int32_t) noexcept {
+    if (mPhase == TensorRTPhase::kBUILD) {
+        return 0;  // an engine may be built without a driver; one that times kernels loads them in enqueue
+    }
+    std::string const problem = loadKernels(in[0].type);
+    if (!problem.empty()) {
+        logError(problem);
+        return kFailed;
+    }
+    return 0;
+}
+
+// One launch and nothing else once the kernels are loaded, which onShapeChange has done before any capture.
+int32_t SkipPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,
+    void* const* outputs, void*, cudaStream_t stream) noexcept {
+    Dims const& rows = inputDesc[0].dims;
+    Dims const& weight = inputDesc[mOp.weightInput].dims;
+    int64_t const tokenCount = rows.d[0] * rows.d[1];
+    if (tokenCount == 0) {
+        return 0;
+    }
+    TileName const tile = tokenCount <= kDecodeTokens ? TileName::kDECODE : TileName::kPREFILL;
+    LoadedKernel& loaded = mKernels[static_cast<int32_t>(tile)];
+    if (loaded.function == nullptr) {
+        std::string const problem = loadKernels(inputDesc[0].type);
+        if (!problem.empty()) {
+            logError(problem);
+            return kFailed;
+        }
+    }
+    int32_t integers[] = {
+        static_cast<int32_t>(tokenCount), static_cast<int32_t>(weight.d[0]), static_cast<int32_t>(weight.d[1])};
+    void* parameters[kMaxOperands + std::size(integers)];
+    int32_t count = 0;
+    for (int32_t i = 0; i < mOp.nbInputs; ++i) {
+        parameters[count++] = const_cast<void**>(reinterpret_cast<void const* const*>(&inputs[i]));
+    }
+    for (int32_t& integer : integers) {
+        parameters[count++] = &integer;
+    }
+    parameters[count++] = const_cast<void**>(&outputs[0]);
+    std::string const problem = launchKernel(loaded, ceilDivide(tokenCount, loaded.kernel->rows),
+        ceilDivide(weight.d[1], loaded.kernel->columns), parameters, stream);
+    if (!problem.empty()) {
+        logError(problem);
+        return kFailed;
+    }
+    return 0;
+}
+
+IPluginV3* SkipPlugin::attachToContext(IPluginResourceContext*) noexcept { return clone(); }
+
+PluginFieldCollection const* SkipPlugin::getFieldsToSerialize() noexcept {
+    static PluginFieldCollection const none{0, nullptr};
+    return &none;
+}
+
+}  // namespace dlo
