@@ -60,6 +60,14 @@ class Reporter:
             yield lambda done, total: progress.update(task, completed=done, total=total)
         self._done(name, start)
 
-    def _done(self, name: str, start: float) -> None:
+    def detail(self, text: str) -> None:
+        """A line for those who asked for details."""
         if self._verbose:
-            self.console.print(f"{name}: {time.perf_counter() - start:.2f} s", highlight=False)
+            self.console.print(text, highlight=False, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A line everyone gets."""
+        self.console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def _done(self, name: str, start: float) -> None:
+        self.detail(f"{name}: {time.perf_counter() - start:.2f} s")

@@ -1,0 +1,109 @@
+"""Engines built before, in a folder of the user's, found by what decides their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from exporter.engine_record import EngineRecord
+from exporter.errors import InputError
+from exporter.json_file import read_json, save_json
+from modeling.whole_folder import whole_folder
+
+VARIABLE = "DLO_EXPORT_CACHE"
+_SIZE_VARIABLE = "DLO_EXPORT_CACHE_GB"
+_DEFAULT_GB = 50.0
+_ENGINE, _RECORD = "model.engine", "engine.json"
+
+
+def cache_folder() -> Path | None:
+    """The folder DLO_EXPORT_CACHE names, else the user's cache folder; None where the variable is empty: no cache."""
+    given = os.environ.get(VARIABLE)
+    if given is not None:
+        return Path(given) if given else None
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "dlo-export"
+
+
+class EngineCache:
+    """The cache in one folder, which is made when something is stored.
+
+    Args:
+        folder: Of the cache.
+        tell: Called with what the user should know: a damaged entry, a cache that cannot be written.
+    """
+
+    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
+        self.folder, self._tell = folder / "engines", tell
+
+    def fetch(self, key: str, output: Path) -> EngineRecord | None:
+        """Copies an engine to its place, verified.
+
+        A damaged entry is named, removed, and counts as missing.
+
+        Args:
+            key: Of a `Fingerprint`.
+            output: Where the engine goes.
+
+        Returns:
+            Its record as stored; None where the cache does not hold it.
+        """
+        entry = self.folder / key
+        if not entry.is_dir():
+            return None
+        partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+        try:
+            record = EngineRecord.from_json(read_json(entry / _RECORD))
+            found = _copy(entry / _ENGINE, partial)
+            if found != record.sha256:
+                raise InputError(f"{entry / _ENGINE}: its sha256 is {found}, expected {record.sha256}")
+            partial.rename(output)
+        except (InputError, FileNotFoundError, KeyError, TypeError) as err:
+            self._tell(f"engine cache: removed a damaged entry, building again: {err}")
+            shutil.rmtree(entry)
+            return None
+        finally:
+            partial.unlink(missing_ok=True)
+        os.utime(entry)  # the oldest in use go first
+        return record
+
+    def store(self, record: EngineRecord) -> None:
+        """Keeps a copy of a built engine; a cache that cannot hold it is named and left as it is."""
+        entry = self.folder / record.cache_key
+        try:
+            with whole_folder(entry, overwrite=True) as folder:
+                _copy(record.file, folder / _ENGINE)
+                save_json(folder / _RECORD, record.to_json())
+            self._prune(keep=entry)
+        except OSError as err:
+            self._tell(f"engine cache: {entry} was not kept: {err.strerror}")
+
+    def timings(self, backend: str, version: str, target: str) -> Path:
+        """File of the timing cache: timings hold for one version on one GPU."""
+        return self.folder.parent / "timings" / f"{backend}-{version}-{target}.cache"
+
+    def _prune(self, keep: Path) -> None:
+        """Removes the entries unused for longest until the rest fits the limit."""
+        limit = float(os.environ.get(_SIZE_VARIABLE, _DEFAULT_GB)) * 2**30
+        entries = sorted(self.folder.glob("[0-9a-f]" * 64), key=lambda entry: entry.stat().st_mtime)
+        sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for entry in entries}
+        total = sum(sizes.values())
+        for entry in entries:
+            if total <= limit:
+                return
+            if entry != keep:
+                shutil.rmtree(entry)
+                total -= sizes[entry]
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copies a file; returns the sha256 of what was copied."""
+    digest = hashlib.sha256()
+    with source.open("rb") as read, target.open("wb") as write:
+        while part := read.read(2**24):
+            digest.update(part)
+            write.write(part)
+    return digest.hexdigest()

@@ -1,0 +1,128 @@
+"""Writes the TensorRT graphs of an artefact and has their engines built."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from exporter.artifact import interface
+from exporter.engine_record import EngineRecord
+from exporter.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
+from exporter.errors import MachineError
+from exporter.progress import Reporter
+from exporter.tensorrt import build_engines
+from exporter.tensorrt_request import PlannedEngine, TensorRtPlan
+from exporter.weight_file import save_weights, weight_bytes, weight_places
+from graph_passes.provenance import role_values
+
+FOLDER = "engines"
+WEIGHTS = "model.onnx.data"
+# Why some nodes of a 16-bit graph compute in float32.
+FLOAT32_NODES = {
+    "routers": "the decision is defined in fp32: a 16-bit logit near 0 decides otherwise",
+    "norms": "the mean of squares overflows fp16 from 256 on, and bf16 has eight bits for it",
+    "rotary angles": "a position times a frequency needs more than 16 bits",
+}
+# An engine holds the weights once, and for some forms its own copies of a part of them.
+_ENGINE_BYTES_PER_WEIGHT_BYTE = 2
+
+
+def export_tensorrt(plan: TensorRtPlan, folder: Path, reporter: Reporter) -> list[dict[str, Any]]:
+    """Writes graphs and weights, builds the engines, and describes both.
+
+    Args:
+        plan: What to build.
+        folder: Of the artefact; `engines/` is made in it.
+        reporter: Told of bytes and of the builds' progress.
+
+    Returns:
+        `engines` of dlo_artifact.json.
+
+    Raises:
+        EngineBuildError: A build failed.
+        MachineError: Disk or memory do not suffice.
+    """
+    target = folder / FOLDER
+    target.mkdir()
+    first = plan.engines[0].model
+    _check_disk(target, weight_bytes(first), len(plan.engines))
+    with reporter.bytes("TensorRT weights") as progress:
+        save_weights(first, target / WEIGHTS, progress=progress)
+    for engine in plan.engines[1:]:
+        # Lowerings add small constants only, and those stay in the graph: one file serves all graphs.
+        save_weights(engine.model, target / WEIGHTS, write=False)
+        assert weight_places(engine.model) == weight_places(first), "graphs of one source lay their weights out alike"
+    for engine in plan.engines:
+        ir.save(engine.model, target / f"{engine.name}.onnx")
+    records = build_engines([_request(plan, engine, target) for engine in plan.engines], reporter)
+    return [_entry(plan, engine, record, folder) for engine, record in zip(plan.engines, records, strict=True)]
+
+
+def _request(plan: TensorRtPlan, engine: PlannedEngine, target: Path) -> EngineRequest:
+    return EngineRequest(
+        graph=target / f"{engine.name}.onnx",
+        output=target / f"{engine.name}.engine",
+        backend=plan.backend,
+        targets=plan.request.targets,
+        profiles=optimization_profiles(engine),
+        lowering=engine.options.lowering,
+        dtype=plan.dtype,
+        plugin_library=plan.request.plugin_library if engine.options.lowering == "plugin" else None,
+        timeout_s=plan.request.timeout_s,
+        routed_layers=tuple(sorted(role_values(engine.model.graph, "router_scores"))),
+        expected_dtypes=intended_dtypes(engine.model),
+    )
+
+
+def optimization_profiles(engine: PlannedEngine) -> tuple[OptimizationProfile, ...]:
+    """Shapes of prefill and decode, tuned for one whole prompt and for one token of one sequence."""
+    options, names = engine.options, ("prefill", "decode") if engine.phase == "both" else (engine.phase,)
+    batch, step, cache = (1, 1, options.max_batch), options.max_sequence, options.max_cache
+    profiles = []
+    for name in names:
+        sequence = (1, 1, 1) if name == "decode" else (1, step, step)
+        # Only a growing cache has these two: what was there before the step, and after it.
+        past = (0, cache // 2, cache - 1) if name == "decode" else (0, 0, cache - 1)
+        total = (1, past[1] + sequence[1], cache)
+        sizes = {"batch": batch, "sequence": sequence, "past_sequence": past, "total_sequence": total}
+        shapes = {value.name or "": _shapes(value, sizes) for value in engine.model.graph.inputs}
+        profiles.append(OptimizationProfile(name, shapes))
+    return tuple(profiles)
+
+
+def _shapes(
+    value: ir.Value, sizes: Mapping[str, tuple[int, int, int]]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    assert value.shape is not None, "an input's shape is declared"
+    dims = [(dim, dim, dim) if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape]
+    least, optimal, largest = (tuple(dim[kind] for dim in dims) for kind in range(3))
+    return least, optimal, largest
+
+
+def _entry(plan: TensorRtPlan, engine: PlannedEngine, record: EngineRecord, folder: Path) -> dict[str, Any]:
+    graph = engine.model.graph
+    return {
+        **record.to_json(folder),
+        "phase": engine.phase,
+        "backend_reason": plan.backend_reason,
+        "lowering_reason": engine.reason,
+        **dataclasses.asdict(engine.options),
+        "float32_nodes": FLOAT32_NODES if plan.dtype != "fp32" else {},
+        "interface": {"inputs": interface(graph.inputs), "outputs": interface(graph.outputs)},
+        "parity": {"verdict": "NOT RUN", "reason": "an engine runs on a GPU only: benchmarks/gpu_check.py compares it"},
+    }
+
+
+def _check_disk(folder: Path, weights: int, engines: int) -> None:
+    free, needed = shutil.disk_usage(folder).free, weights * (1 + engines * _ENGINE_BYTES_PER_WEIGHT_BYTE)
+    if needed > free:
+        raise MachineError(
+            f"{folder.parent.parent}: has {free / 2**20:.0f} MB free, TensorRT's graphs and engines may need "
+            f"{needed / 2**20:.0f} MB",
+            hint="free some space, or give another folder with -o",
+        )

@@ -1,0 +1,174 @@
+"""What must hold of a network after parsing: TensorRT's importer drops and reinterprets some things without a word.
+
+Known cases (TensorRT-RTX 1.7): `nonpad_kv_seqlen` of Attention is dropped, so is any input nothing reads; `is_causal`
+becomes an upper-left mask, where ONNX Runtime's is bottom-right.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from exporter.engine_record import LayerCensus
+from exporter.engine_request import EngineRequest
+from exporter.tensorrt_census import missing_mechanisms, take_census
+from exporter.tensorrt_nodes import decoder_layer, input_tensors, network_layers, node_name, output_tensors
+
+CHECKS = ("inputs are used", "attentions are masked", "dtypes are as intended", "routed layers skip")
+
+# TensorRT's names to onnx_ir's, in lower case.
+_DTYPES = {
+    "FLOAT": "float",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BOOL": "bool",
+    "INT8": "int8",
+    "UINT8": "uint8",
+}
+
+
+def check_network(trt: Any, network: Any, request: EngineRequest) -> tuple[LayerCensus, list[str]]:
+    """Runs every check.
+
+    Args:
+        trt: The backend's module.
+        network: As parsed.
+        request: What it is to be.
+
+    Returns:
+        The census of its layers, and what is wrong, one sentence each.
+    """
+    census = take_census(trt, network, request.lowering, request.routed_layers)
+    return census, [
+        *unused_inputs(trt, network),
+        *unmasked_attentions(trt, network),
+        *wrong_dtypes(trt, network, request.expected_dtypes),
+        *missing_mechanisms(census, request.lowering),
+        *eager_work(trt, network, request),
+    ]
+
+
+def unused_inputs(trt: Any, network: Any) -> Iterator[str]:
+    """Network inputs that no network output depends on."""
+    makers: dict[str, Any] = {}
+    conditions: dict[str, list[Any]] = defaultdict(list)
+    for layer in network_layers(trt, network):
+        makers |= {tensor.name: layer for tensor in output_tensors(layer)}
+        if layer.type == trt.LayerType.CONDITION:
+            conditions[layer.conditional.name] += input_tensors(layer)
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    useful: set[str] = set()
+    waiting = outputs
+    while waiting:
+        tensor = waiting.pop()
+        if tensor.name in useful:
+            continue
+        useful.add(tensor.name)
+        layer = makers.get(tensor.name)
+        if layer is None:
+            continue
+        waiting += input_tensors(layer)
+        if layer.type == trt.LayerType.CONDITIONAL_OUTPUT:
+            waiting += conditions[layer.conditional.name]
+    for index in range(network.num_inputs):
+        if (name := network.get_input(index).name) not in useful:
+            yield f"no output depends on input '{name}': TensorRT's importer dropped what reads it, or nothing does"
+
+
+def unmasked_attentions(trt: Any, network: Any) -> Iterator[str]:
+    """Attentions without a mask, or with the causal one TensorRT makes up."""
+    for layer in network_layers(trt, network):
+        if layer.type != trt.LayerType.ATTENTION_INPUT:
+            continue
+        attention = layer.attention
+        if attention.mask is None:
+            yield f"attention '{attention.name}' has no mask: every token would see all of the cache"
+        if attention.causal:
+            yield f"attention '{attention.name}' is causal, counted from the cache's first slot: give it one full mask"
+
+
+def wrong_dtypes(trt: Any, network: Any, expected: Mapping[str, str]) -> Iterator[str]:
+    """Values whose element type is not the intended one, or that are gone.
+
+    Args:
+        trt: The backend's module.
+        network: As parsed.
+        expected: Element type by name, as in an `EngineRequest`.
+    """
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    for layer in network_layers(trt, network):
+        tensors += output_tensors(layer)
+    found = {tensor.name: _DTYPES.get(tensor.dtype.name, tensor.dtype.name) for tensor in tensors}
+    interface = {network.get_input(index).name for index in range(network.num_inputs)}
+    interface |= {network.get_output(index).name for index in range(network.num_outputs)}
+    for name, dtype in expected.items():
+        if name not in found:
+            yield f"'{name}' is not in the network, expected it in {dtype}"
+        elif found[name] != dtype:
+            yield f"'{name}' is {found[name]}, expected {dtype}"
+    if expected:
+        yield from (f"'{name}' is an input or output nobody asked for" for name in sorted(interface - expected.keys()))
+
+
+def eager_work(trt: Any, network: Any, request: EngineRequest) -> Iterator[str]:
+    """Matrix multiplications of a routed layer's MLP that run for skipped tokens too.
+
+    In a lowered layer each of them follows the layer's TopK (compact) or a conditional's input (if), since TensorRT
+    runs lazily only what does; the plugin lowering has none.
+    """
+    starts = {"compact": "TOPK", "if": "CONDITIONAL_INPUT", "plugin": None}
+    if request.lowering not in starts:
+        return
+    readers: dict[str, list[tuple[int | None, Any]]] = defaultdict(list)
+    multiplications: dict[str, tuple[int | None, str]] = {}
+    waiting: list[tuple[int | None, Any]] = []
+    for layer in network_layers(trt, network):
+        name = node_name(trt, layer)
+        index = decoder_layer(name)
+        for tensor in input_tensors(layer):
+            readers[tensor.name].append((index, layer))
+        if index in request.routed_layers and layer.type.name == starts[request.lowering]:
+            waiting.append((index, layer))
+        if index in request.routed_layers and layer.type.name == "MATRIX_MULTIPLY" and _is_mlp(name):
+            multiplications[layer.name] = (index, name)
+    lazy: set[str] = set()
+    seen: set[tuple[int | None, str]] = set()
+    while waiting:
+        index, layer = waiting.pop()
+        if (index, layer.name) in seen or layer.type.name == "CONDITIONAL_OUTPUT":
+            continue
+        seen.add((index, layer.name))
+        if layer.name in multiplications:
+            lazy.add(layer.name)
+        for tensor in output_tensors(layer):
+            # Casts and the like that the importer adds carry no decoder layer.
+            waiting += [(index, reader) for other, reader in readers[tensor.name] if other in (index, None)]
+    for layer_name, (index, name) in multiplications.items():
+        if layer_name not in lazy:
+            yield f"'{name}' of routed decoder layer {index} does not follow what makes it skip: it runs for all tokens"
+
+
+def make_attentions_decomposable(trt: Any, network: Any, dtype: str) -> int:
+    """Allows the builder to take attentions apart where its fused kernels refuse them; returns how many.
+
+    They do beside conditionals ("not supported by a dedicated kernel" from three layers on), and in fp32.
+
+    Args:
+        trt: The backend's module.
+        network: As parsed.
+        dtype: Of the stream: "fp16", "bf16" or "fp32".
+    """
+    layers = list(network_layers(trt, network))
+    if dtype != "fp32" and not any(layer.type == trt.LayerType.CONDITION for layer in layers):
+        return 0
+    attentions = [layer.attention for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+    for attention in attentions:
+        attention.decomposable = True
+    return len(attentions)
+
+
+def _is_mlp(name: str) -> bool:
+    return ".mlp." in name

@@ -1,0 +1,186 @@
+"""What `--trt` and its options ask for, and what of it can be had: decided before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from exporter.engine_request import BackendName
+from exporter.errors import InputError
+from exporter.pipeline import TensorRtLowering, TensorRtOptions, build_tensorrt_model, check_tensorrt_options
+from exporter.source import ExportSource
+from exporter.tensorrt_backend import BackendChoice, check_backend, resolve_backend
+from graph_passes.errors import GraphPassError
+
+Phase = Literal["both", "prefill", "decode"]
+DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_SIXTEEN_BIT = {"float16": "fp16", "bfloat16": "bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRtRequest:
+    """The `--trt` options.
+
+    Attributes:
+        backend: "tensorrt", "rtx", or "auto": TensorRT where it and a GPU are there.
+        targets: GPUs to build for; none for every GPU of the backend (rtx) or this machine's (tensorrt).
+        max_batch: Sequences per step at most.
+        max_sequence: Tokens per sequence and step at most.
+        max_cache: Tokens per sequence in the KV cache at most.
+        cache: "static" or "growing".
+        last_logits: Logits of each sequence's last token only.
+        split: Two engines, prefill and decode, instead of one with two profiles.
+        plugin_library: libdlo_plugins.so, for graphs lowered to plugins.
+        timeout_s: Seconds per engine after which a build is killed; None never.
+    """
+
+    backend: BackendChoice = "auto"
+    targets: tuple[str, ...] = ()
+    max_batch: int = 4
+    max_sequence: int = 512
+    max_cache: int = 2048
+    cache: Literal["static", "growing"] = "static"
+    last_logits: bool = False
+    split: bool = False
+    plugin_library: Path | None = None
+    timeout_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlannedEngine:
+    """One engine to be.
+
+    Attributes:
+        phase: What it runs.
+        options: Of its graph.
+        reason: Why that lowering.
+        model: The graph, its weights still lazy.
+    """
+
+    phase: Phase
+    options: TensorRtOptions
+    reason: str
+    model: ir.Model
+
+    @property
+    def name(self) -> str:
+        """Stem of its files."""
+        return "model" if self.phase == "both" else self.phase
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TensorRtPlan:
+    """What will be built.
+
+    Attributes:
+        request: What was asked for.
+        backend: Who builds.
+        backend_reason: Why.
+        dtype: "fp16", "bf16" or "fp32", of weights, KV cache and logits.
+        engines: One, or prefill and decode.
+    """
+
+    request: TensorRtRequest
+    backend: BackendName
+    backend_reason: str
+    dtype: str
+    engines: tuple[PlannedEngine, ...]
+
+
+def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str, dtype: str) -> TensorRtPlan:
+    """Decides everything and builds the graphs, so that what cannot be built is refused before anything starts.
+
+    Args:
+        source: What to export.
+        request: The `--trt` options.
+        lowering: --lowering: "auto" or one of `TensorRtLowering` but "none".
+        dtype: --dtype: "auto", "fp32", "fp16" or "bf16".
+
+    Raises:
+        InputError: The source or the options cannot be had.
+        graph_passes.errors.GraphPassError: A layer is not what the lowering needs.
+        MachineError: The backend is not here.
+    """
+    options = TensorRtOptions(
+        "none", request.cache, request.max_batch, request.max_sequence, request.max_cache, request.last_logits
+    )
+    check_tensorrt_options(source, options)
+    if request.plugin_library is not None and not request.plugin_library.is_file():
+        raise InputError(
+            f"--trt-plugin-library: {request.plugin_library} does not exist",
+            hint="build it as docs/tensorrt.md says, or leave the option out",
+        )
+    backend, reason = resolve_backend(request.backend)
+    check_backend(backend, request.targets)
+    resolved = _dtype(source, dtype)
+    phases: tuple[Phase, ...] = ("prefill", "decode") if request.split else ("both",)
+    engines = tuple(_planned(source, request, phase, lowering, options, backend, resolved) for phase in phases)
+    return TensorRtPlan(request, backend, reason, resolved, engines)
+
+
+def graph_options(entry: dict[str, Any]) -> TensorRtOptions:
+    """The options of the graph behind an entry of `engines` in dlo_artifact.json."""
+    names = [field.name for field in dataclasses.fields(TensorRtOptions)]
+    return TensorRtOptions(**{name: entry[name] for name in names})
+
+
+def _dtype(source: ExportSource, choice: str) -> str:
+    if choice != "auto":
+        return choice
+    stored = getattr(source.base, "stored_dtype", "")
+    # bfloat16 cannot overflow where the checkpoint's own type did not.
+    return _SIXTEEN_BIT.get(stored, "bf16")
+
+
+def _planned(
+    source: ExportSource,
+    request: TensorRtRequest,
+    phase: Phase,
+    lowering: str,
+    options: TensorRtOptions,
+    backend: BackendName,
+    dtype: str,
+) -> PlannedEngine:
+    if phase == "decode":
+        options = dataclasses.replace(options, max_sequence=1)
+    if source.routing is None:
+        if lowering != "auto":
+            raise InputError(
+                f"{source.base.path}: has no routers, so --lowering {lowering} has nothing to lower",
+                hint="leave --lowering out, or give an adapter with routers (`dlo calibrate`)",
+            )
+        return PlannedEngine(phase, options, "nothing is routed", build_tensorrt_model(source, options, DTYPES[dtype]))
+    candidates = _preferred(request, phase, options, backend) if lowering == "auto" else [(lowering, "asked for")]
+    refused = ""
+    for name, reason in candidates[:-1]:
+        chosen = _with(options, name)
+        try:
+            model = build_tensorrt_model(source, chosen, DTYPES[dtype])
+        except GraphPassError as error:
+            refused = f"; {name} is not possible: {str(error).splitlines()[0]}"
+        else:
+            return PlannedEngine(phase, chosen, reason, model)
+    name, reason = candidates[-1]
+    chosen = _with(options, name)
+    return PlannedEngine(phase, chosen, reason + refused, build_tensorrt_model(source, chosen, DTYPES[dtype]))
+
+
+def _with(options: TensorRtOptions, lowering: str) -> TensorRtOptions:
+    chosen: TensorRtLowering = lowering  # type: ignore[assignment]  # the command line offers no others
+    return dataclasses.replace(options, lowering=chosen)
+
+
+def _preferred(
+    request: TensorRtRequest, phase: Phase, options: TensorRtOptions, backend: BackendName
+) -> list[tuple[str, str]]:
+    """Lowerings that `auto` tries, best first, each with its reason. None of the reasons is a measured speed yet."""
+    compact = ("compact", "native operators, skips token by token in prefill, batches and decode alike")
+    plugin_at_hand = backend == "tensorrt" or request.plugin_library is not None
+    if plugin_at_hand and phase != "prefill":
+        return [("plugin", "no shape depends on data, so a CUDA graph captures decode"), compact]
+    if phase == "decode" and options.max_batch == 1:
+        return [("if", "decode of one sequence: a skipped layer runs nothing, in native operators")]
+    return [compact]

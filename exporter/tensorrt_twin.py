@@ -1,0 +1,53 @@
+"""The fp32 twin of a TensorRT graph: what an engine is built from, in a form that ONNX Runtime runs on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from exporter.errors import InputError
+from exporter.pipeline import TensorRtOptions, build_tensorrt_model
+from exporter.source import ExportSource
+from graph_passes.fuse_sibling_matmuls import FuseSiblingMatMulsPass
+from graph_passes.ops import PLUGIN_OPS, reference_function
+
+# Slots of the twin's static cache: more than parity feeds, and no more, since every step attends over all of them.
+_MOST_SLOTS = 128
+
+
+def tensorrt_twin(source: ExportSource, options: TensorRtOptions, released: ir.Model) -> ir.Model:
+    """Builds a TensorRT graph in fp32 on the weights of the artefact's own graph.
+
+    It differs from the graph the engine is built from in its dtype, in the number of its cache's slots, in that it
+    gives the logits of all tokens, and in that plugins have their bodies in standard operators.
+
+    Args:
+        source: What the artefact was made from.
+        options: Of the engine's graph.
+        released: The artefact's fp32 model.onnx.
+
+    Raises:
+        InputError: The weights are not those of this source.
+    """
+    options = dataclasses.replace(options, last_logits=False, max_cache=min(options.max_cache, _MOST_SLOTS))
+    options = dataclasses.replace(options, max_sequence=min(options.max_sequence, options.max_cache))
+    model = build_tensorrt_model(source, options, ir.DataType.FLOAT)
+    FuseSiblingMatMulsPass()(model)  # as in model.onnx, so that the weights are the same
+    stored = {
+        name: value.const_value
+        for name, value in released.graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    for name, value in model.graph.initializers.items():
+        if name in stored:
+            value.const_value = stored.pop(name)
+    if stored:
+        raise InputError(
+            f"model.onnx holds weights that a TensorRT graph of this source has not: {', '.join(sorted(stored)[:5])}",
+            hint="give the model (and adapter) the artefact was made from, and the version that made it",
+        )
+    for name in {node.op_type for node in model.graph.all_nodes()} & PLUGIN_OPS.keys():
+        function = reference_function(PLUGIN_OPS[name])
+        model.functions[function.identifier()] = function
+    return model
