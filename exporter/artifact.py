@@ -57,7 +57,7 @@ def describe(source: ExportSource, model: ir.Model, *, dtype: str, lowering: Low
             }
             for i in range(source.num_layers)
         ],
-        "interface": {"inputs": _interface(model.graph.inputs), "outputs": _interface(model.graph.outputs)},
+        "interface": {"inputs": interface(model.graph.inputs), "outputs": interface(model.graph.outputs)},
         "engines": [],
         "parity": {"verdict": "NOT RUN", "reason": "not run yet"},
     }
@@ -115,7 +115,8 @@ def _routing(source: ExportSource) -> dict[str, Any] | None:
     }
 
 
-def _interface(values: Iterable[ir.Value]) -> list[dict[str, Any]]:
+def interface(values: Iterable[ir.Value]) -> list[dict[str, Any]]:
+    """Name, element type and shape of a graph's inputs or outputs."""
     return [
         {
             "name": value.name,

@@ -17,13 +17,13 @@ from exporter.json_file import save_json
 from exporter.pipeline import Lowering, build_model
 from exporter.progress import Reporter
 from exporter.source import ExportSource, open_source
+from exporter.tensorrt_request import DTYPES, TensorRtPlan, TensorRtRequest, plan_tensorrt
 from exporter.weight_file import save_weights, weight_bytes
 from modeling.whole_folder import whole_folder
 from runtimes.parity_report import ParityReport
 
-DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 DtypeChoice = Literal["auto", "fp32", "fp16", "bf16"]
-LoweringChoice = Literal["auto", "masked", "compact", "if"]
+LoweringChoice = Literal["auto", "masked", "compact", "if", "plugin"]
 
 
 class ParityFailedError(Exception):
@@ -50,11 +50,12 @@ class ExportRequest:
         model: Checkpoint folder, `.gguf`, `.onnx`, or hub id in the local cache.
         output: Folder to make.
         adapter: DloAdapter folder.
-        dtype: Of weights, KV cache and logits.
-        lowering: What routed layers become.
+        dtype: Of weights, KV cache and logits: of the engines where there are any (model.onnx is fp32 then).
+        lowering: What routed layers become, in model.onnx and in engines; "plugin" in engines only.
         parity: Compare with PyTorch before the artefact appears.
         weights: False leaves `model.onnx.data` out: a graph to look at.
         force: Replace an existing output.
+        trt: Build TensorRT engines too; None builds none.
     """
 
     model: str
@@ -65,6 +66,7 @@ class ExportRequest:
     parity: bool = True
     weights: bool = True
     force: bool = False
+    trt: TensorRtRequest | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +100,13 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
     """
     source = open_source(request.model, request.adapter)
     try:
-        dtype = _resolve_dtype(request.dtype, source)
-        lowering, reason = resolve_lowering(request.lowering, source)
+        plan = _plan_engines(request, source)
+        # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
+        dtype = _resolve_dtype(request.dtype, source) if plan is None else "fp32"
+        choice = "auto" if plan is not None and request.lowering == "plugin" else request.lowering
+        lowering, reason = resolve_lowering(choice, source)
         with whole_folder(request.output, overwrite=request.force) as folder:
-            return _export_into(folder, request, source, dtype, lowering, reason, reporter)
+            return _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(
@@ -125,6 +130,11 @@ def resolve_lowering(choice: LoweringChoice, source: ExportSource) -> tuple[Lowe
                 hint="leave --lowering out, or give an adapter with routers (`dlo calibrate`)",
             )
         return "none", "nothing is routed"
+    if choice == "plugin":
+        raise InputError(
+            "--lowering plugin: ONNX Runtime has no such operators",
+            hint="plugins are TensorRT's: add --trt, or choose compact",
+        )
     if choice == "auto":
         return "compact", "compaction skips work in prefill, batches and decode alike on ONNX Runtime's CPU kernels"
     return choice, "asked for"
@@ -146,10 +156,11 @@ def _export_into(
     request: ExportRequest,
     source: ExportSource,
     dtype: str,
-    lowering: Lowering,
-    reason: str,
+    lowering_and_reason: tuple[Lowering, str],
+    plan: TensorRtPlan | None,
     reporter: Reporter,
 ) -> ExportResult:
+    lowering, reason = lowering_and_reason
     with reporter.stage("graph"):
         model = build_model(source, lowering, DTYPES[dtype])
     if request.weights:
@@ -162,14 +173,33 @@ def _export_into(
         if source.base.config is not None:
             save_json(folder / "genai_config.json", genai_config(source.base.config, source.num_layers))
         description = describe(source, model, dtype=dtype, lowering=lowering, reason=reason)
-    summary = _run_parity(folder, request, source, description, reporter)
+    summary = _run_parity(folder, request, source, description, plan, reporter)
+    if plan is not None:
+        # Imported here: only these exports need what builds engines.
+        from exporter.tensorrt_export import export_tensorrt  # noqa: PLC0415
+
+        description["engines"] = export_tensorrt(plan, folder, reporter)
     save_description(description, folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return ExportResult(request.output, description, size, summary)
 
 
+def _plan_engines(request: ExportRequest, source: ExportSource) -> TensorRtPlan | None:
+    """What engines to build, every reason against it raised before anything is written."""
+    if request.trt is None:
+        return None
+    if not request.weights:
+        raise InputError("--no-weights and --trt: an engine holds the weights", hint="leave one of the two out")
+    return plan_tensorrt(source, request.trt, request.lowering, request.dtype)
+
+
 def _run_parity(
-    folder: Path, request: ExportRequest, source: ExportSource, description: dict[str, Any], reporter: Reporter
+    folder: Path,
+    request: ExportRequest,
+    source: ExportSource,
+    description: dict[str, Any],
+    plan: TensorRtPlan | None,
+    reporter: Reporter,
 ) -> str | None:
     if not request.parity or not request.weights:
         reason = "--no-parity" if not request.parity else "--no-weights"
@@ -179,7 +209,8 @@ def _run_parity(
     from exporter.parity_check import check_parity  # noqa: PLC0415
 
     with reporter.stage("parity"):
-        report = check_parity(source, folder, description)
+        graphs = [engine.options for engine in plan.engines] if plan is not None else []
+        report = check_parity(source, folder, description, graphs)
     description["parity"] = {"verdict": report.verdict, **({"reason": report.reason} if report.reason else {})}
     save_json(folder / "parity.json", report.to_json())
     if report.verdict == "FAIL":

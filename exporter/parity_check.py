@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,27 @@ from exporter.artifact import MODEL_NAME, WEIGHTS_NAME
 from exporter.artifact_runner import exposed_model
 from exporter.errors import InputError
 from exporter.foreign_graph import load_graph
-from exporter.pipeline import build_model
+from exporter.pipeline import TensorRtOptions, build_model
 from exporter.source import ExportSource
-from exporter.weight_file import save_weights
+from exporter.tensorrt_twin import tensorrt_twin
+from exporter.weight_file import save_weights, weight_places
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.parity import Candidate, compare
 from runtimes.parity_cases import parity_cases
 from runtimes.parity_report import ParityReport
+from runtimes.static_cache_runner import StaticCacheRunner
 
 _SEED = 0
 _GREEDY_PROMPTS = (24, 15)  # tokens: of unequal length, so that one is padded
 
 
-def check_parity(source: ExportSource, folder: Path, description: dict[str, Any]) -> ParityReport:
-    """Compares an artefact with the PyTorch model of its source.
+def check_parity(
+    source: ExportSource,
+    folder: Path,
+    description: dict[str, Any],
+    tensorrt: Iterable[TensorRtOptions] = (),
+) -> ParityReport:
+    """Compares an artefact, and the fp32 twins of its TensorRT graphs, with the PyTorch model of its source.
 
     Every rung runs from the artefact's own weights. Where logits differ, the case is repeated with the residual streams
     exposed, so that the report names the first layer that diverges.
@@ -35,6 +43,7 @@ def check_parity(source: ExportSource, folder: Path, description: dict[str, Any]
         source: What the artefact was made from.
         folder: The artefact.
         description: Its dlo_artifact.json.
+        tensorrt: Options of its TensorRT graphs.
 
     Raises:
         InputError: The artefact was made from another source, or by another version.
@@ -53,15 +62,19 @@ def check_parity(source: ExportSource, folder: Path, description: dict[str, Any]
     rungs = {description["lowering"]: released}
     if description["lowering"] not in ("none", "masked"):
         rungs = {"masked": _masked_graph(source, folder, released), **rungs}
+    candidates = [
+        _candidate(name, graph, folder, routed=source.routing is not None, released=graph is released)
+        for name, graph in rungs.items()
+    ]
+    for options in dict.fromkeys(tensorrt):
+        twin = tensorrt_twin(source, options, released)
+        candidates.append(_twin_candidate(twin, options, folder, routed=source.routing is not None))
     vocab_size, routed = source.base.config.vocab_size, source.routing is not None
     rng = np.random.default_rng(_SEED)
     with open_reference({**source.base.config.raw, **source.config_values()}, tensors) as reference:
         return compare(
             reference,
-            [
-                _candidate(name, graph, folder, routed=routed, released=graph is released)
-                for name, graph in rungs.items()
-            ],
+            candidates,
             parity_cases(vocab_size, routed=routed, seed=_SEED),
             dtype=description["dtype"],
             greedy_prompts=[rng.integers(0, vocab_size, tokens).tolist() for tokens in _GREEDY_PROMPTS],
@@ -88,25 +101,32 @@ def _candidate(name: str, graph: ir.Model, folder: Path, *, routed: bool, releas
     )
 
 
+def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, routed: bool) -> Candidate:
+    label = f"trt {options.lowering}" + (", growing" if options.cache == "growing" else "")
+
+    def opened(*, force: bool) -> OnnxRuntimeRunner | StaticCacheRunner:
+        runner = StaticCacheRunner if options.cache == "static" else OnnxRuntimeRunner
+        # Only parity builds show their routers.
+        model = exposed_model(twin, force=force) if force else bytes(ir.to_proto(twin).SerializeToString())
+        return runner(model, weights_folder=folder, name=label, allow_spinning=False)
+
+    return Candidate(
+        label,
+        functools.partial(opened, force=False),
+        functools.partial(opened, force=True) if routed else None,
+    )
+
+
 def _masked_graph(source: ExportSource, folder: Path, released: ir.Model) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
     model = build_model(source, "masked", _dtype(released))
     save_weights(model, folder / WEIGHTS_NAME, write=False)
-    if _places(model) != _places(released):
+    if weight_places(model) != weight_places(released):
         raise InputError(
             f"{folder / MODEL_NAME}: its weights are not laid out as an export of this source lays them out",
             hint="give the model (and adapter) the artefact was made from, and the version that made it",
         )
     return model
-
-
-def _places(model: ir.Model) -> dict[str, tuple[int | None, int | None]]:
-    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
-    return {
-        name: (tensor.offset, tensor.length)
-        for name, tensor in tensors.items()
-        if isinstance(tensor, ir.ExternalTensor)
-    }
 
 
 def _dtype(model: ir.Model) -> ir.DataType:

@@ -79,8 +79,8 @@ class Backend:
     def is_noise(self, line: str) -> bool:
         """Whether a log line says nothing about the build.
 
-        RTX writes after real errors that there is no CUDA driver (cudaError 35, "driver version is insufficient"), which
-        it does not need to build ahead of time. And the importer reminds of every int64 input that it is one.
+        After real errors RTX writes that there is no CUDA driver (cudaError 35, "driver version is insufficient"), and
+        needs none to build ahead of time. The importer reminds of every int64 input that it is one.
         """
         return (self.name == "rtx" and "cudaError 35" in line) or "has Int64 binding" in line
 

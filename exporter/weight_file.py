@@ -64,6 +64,16 @@ def weight_bytes(model: ir.Model) -> int:
     return _layout(model.graph)[1]
 
 
+def weight_places(model: ir.Model) -> dict[str, tuple[int | None, int | None]]:
+    """Offset and length of every weight that lies in an external data file."""
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    return {
+        name: (tensor.offset, tensor.length)
+        for name, tensor in tensors.items()
+        if isinstance(tensor, ir.ExternalTensor)
+    }
+
+
 def _layout(graph: ir.Graph) -> tuple[list[_Placed], int]:
     placed: list[_Placed] = []
     end = 0

@@ -28,6 +28,22 @@ class LoweringOption(StrEnum):
     MASKED = "masked"
     COMPACT = "compact"
     IF = "if"
+    PLUGIN = "plugin"
+
+
+class BackendOption(StrEnum):
+    """Choices of --trt-backend."""
+
+    AUTO = "auto"
+    TENSORRT = "tensorrt"
+    RTX = "rtx"
+
+
+class CacheOption(StrEnum):
+    """Choices of --trt-cache."""
+
+    STATIC = "static"
+    GROWING = "growing"
 
 
 def main(
@@ -40,6 +56,27 @@ def main(
     lowering: Annotated[
         LoweringOption, typer.Option(help="What routed layers become; auto chooses by what was measured.")
     ] = LoweringOption.AUTO,
+    trt: Annotated[bool, typer.Option("--trt", help="Build TensorRT engines too.")] = False,
+    trt_backend: Annotated[
+        BackendOption, typer.Option(help="rtx builds without a GPU; auto is tensorrt where it and a GPU are there.")
+    ] = BackendOption.AUTO,
+    trt_target: Annotated[
+        str, typer.Option(help="GPUs, such as sm89,sm120; every GPU of the backend unless given.")
+    ] = "",
+    trt_max_batch: Annotated[int, typer.Option(help="Sequences per step at most.")] = 4,
+    trt_max_sequence: Annotated[int, typer.Option(help="Tokens per sequence and step at most.")] = 512,
+    trt_max_cache: Annotated[
+        int, typer.Option(help="Tokens per sequence in the KV cache at most; decode costs grow with it.")
+    ] = 2048,
+    trt_cache: Annotated[
+        CacheOption, typer.Option(help="Updated in place, or one output per step.")
+    ] = CacheOption.STATIC,
+    trt_last_logits: Annotated[
+        bool, typer.Option("--trt-last-logits", help="Logits of each sequence's last token only.")
+    ] = False,
+    trt_split: Annotated[bool, typer.Option("--trt-split", help="Two engines, prefill and decode.")] = False,
+    trt_plugin_library: Annotated[Path | None, typer.Option(help="libdlo_plugins.so, for --lowering plugin.")] = None,
+    trt_timeout: Annotated[float | None, typer.Option(help="Seconds per engine before a build is killed.")] = None,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Do not compare with PyTorch.")] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Leave model.onnx.data out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
@@ -47,9 +84,25 @@ def main(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
     """Export a Llama, plain, deepened or routed, to an ONNX artefact that is proven equal to PyTorch."""
+    from exporter.errors import InputError  # noqa: PLC0415
     from exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick
     from exporter.progress import Reporter  # noqa: PLC0415
+    from exporter.tensorrt_request import TensorRtRequest  # noqa: PLC0415
 
+    tensorrt = TensorRtRequest(
+        backend=trt_backend.value,
+        targets=tuple(target.strip() for target in trt_target.split(",") if target.strip()),
+        max_batch=trt_max_batch,
+        max_sequence=trt_max_sequence,
+        max_cache=trt_max_cache,
+        cache=trt_cache.value,
+        last_logits=trt_last_logits,
+        split=trt_split,
+        plugin_library=trt_plugin_library,
+        timeout_s=trt_timeout,
+    )
+    if not trt and tensorrt != TensorRtRequest():
+        raise InputError("--trt-… options ask for an engine, but --trt is not given", hint="add --trt")
     reporter = Reporter(verbose=verbose)
     request = ExportRequest(
         model=model,
@@ -60,6 +113,7 @@ def main(
         parity=not no_parity,
         weights=not no_weights,
         force=force,
+        trt=tensorrt if trt else None,
     )
     result = export_model(request, reporter)
     if result.description["parity"]["verdict"] == "AMBIGUOUS":
@@ -69,6 +123,15 @@ def main(
         return
     if result.parity_summary:
         typer.echo(result.parity_summary)
+    for engine in result.description["engines"]:
+        typer.echo(
+            f"{engine['file']}: {engine['backend']} {engine['version']}, {', '.join(engine['targets']) or 'portable'}, "
+            f"{engine['dtype']}, lowering {engine['lowering']} ({engine['lowering_reason']}), "
+            f"{engine['bytes'] / 2**20:.0f} MB in {engine['seconds']:.0f} s"
+        )
+    if len(result.description["engines"]) > 1:
+        extra = min(engine["bytes"] for engine in result.description["engines"])
+        typer.echo(f"--trt-split: both engines hold the weights, so the second one costs {extra / 2**20:.0f} MB")
     layers = result.description["layers"]
     counts = {kind: sum(layer[kind] for layer in layers) for kind in ("injected", "routed", "identity")}
     typer.echo(

@@ -24,12 +24,13 @@ def main(
     from exporter.parity_check import check_parity  # noqa: PLC0415
     from exporter.progress import Reporter  # noqa: PLC0415
     from exporter.source import open_source  # noqa: PLC0415
+    from exporter.tensorrt_request import graph_options  # noqa: PLC0415
 
     description = load_description(artefact)
     source = open_source(model, adapter)
     try:
         with Reporter(verbose=verbose).stage("parity"):
-            report = check_parity(source, artefact, description)
+            report = check_parity(source, artefact, description, map(graph_options, description["engines"]))
     finally:
         source.close()
     typer.echo(json.dumps(report.to_json(), indent=2) if as_json else report.summary())
