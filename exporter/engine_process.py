@@ -150,7 +150,7 @@ class BuildProcess:
         if kind == "stage_started":
             self.stage, self.doing = event["name"], ""
         elif kind == "stage_finished":
-            self.stages.append(StageCost(event["name"], event["seconds"], event["peak_bytes"]))
+            self.stages.append(StageCost(event["name"], round(event["seconds"], 3), event["peak_bytes"]))
         elif kind == "doing":
             self.doing = event["text"]
         elif kind == "progress":

@@ -119,7 +119,7 @@ class EngineRecord:
             "targets": list(self.targets),
             "profiles": [profile.to_json() for profile in self.profiles],
             "seconds": round(self.seconds, 3),
-            "stages": [dataclasses.asdict(stage) | {"seconds": round(stage.seconds, 3)} for stage in self.stages],
+            "stages": [dataclasses.asdict(stage) for stage in self.stages],
             "census": self.census.to_json(),
             "checks": list(self.checks),
             "weights_sha256": dict(self.weights_sha256),

@@ -156,6 +156,7 @@ class Tiny:
         return self.op("Reshape", [merged, shape], f"model.layers.{layer}")
 
     def model(self, with_mask=True):
+        self.__post_init__()  # from the beginning, however often
         x = self.op("Gather", [self.weight("embeddings", [VOCAB, HIDDEN]), "input_ids"], "embedded", axis=0)
         for layer in range(self.layers):
             active = None if self.lowering == "none" else self.router(x, layer)
