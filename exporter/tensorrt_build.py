@@ -75,7 +75,7 @@ def build(request: EngineRequest, workplace: Workplace, pipe: EventPipe) -> dict
                 f"{request.graph.name}: {backend.title} parsed it into something else than was meant:\n  {listed}",
                 hint="this is a bug of dlo-export, or the graph is not one of its own; please report it",
             )
-        decomposed = make_attentions_decomposable(trt, network, request.dtype)
+        decomposed = make_attentions_decomposable(trt, network)
     with pipe.stage("build"):
         config = builder.create_builder_config()
         monitor = PhaseProgress(lambda phase, done: pipe.send("progress", phase=phase, fraction=done)).monitor(trt)

@@ -151,19 +151,17 @@ def eager_work(trt: Any, network: Any, request: EngineRequest) -> Iterator[str]:
             yield f"'{name}' of routed decoder layer {index} does not follow what makes it skip: it runs for all tokens"
 
 
-def make_attentions_decomposable(trt: Any, network: Any, dtype: str) -> int:
-    """Allows the builder to take attentions apart where its fused kernels refuse them; returns how many.
+def make_attentions_decomposable(trt: Any, network: Any) -> int:
+    """Allows the builder to take attentions apart where it has no fused kernel for them; returns how many.
 
-    They do beside conditionals ("not supported by a dedicated kernel" from three layers on), and in fp32.
+    It has none for small or odd head sizes, in fp32, and beside conditionals ("not supported by a dedicated kernel").
+    Elsewhere it fuses them all the same. Source: IAttention::setDecomposable.
 
     Args:
         trt: The backend's module.
         network: As parsed.
-        dtype: Of the stream: "fp16", "bf16" or "fp32".
     """
-    layers = list(network_layers(trt, network))
-    if dtype != "fp32" and not any(layer.type == trt.LayerType.CONDITION for layer in layers):
-        return 0
+    layers = network_layers(trt, network)
     attentions = [layer.attention for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
     for attention in attentions:
         attention.decomposable = True

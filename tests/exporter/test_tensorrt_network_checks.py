@@ -181,15 +181,10 @@ def test_eager_work_names_the_nodes_when_mlp_runs_beside_the_mechanism(parse, tm
     assert "'model.layers.1.mlp.forgotten' of routed decoder layer 1" in problem
 
 
-def test_make_attentions_decomposable_leaves_fused_kernels_when_nothing_forbids_them(parse):
-    network = parse(Tiny("compact").model())
-    assert make_attentions_decomposable(trt, network, "bf16") == 0
-
-
-@pytest.mark.parametrize(("lowering", "dtype"), [("if", "bf16"), ("compact", "fp32")])
-def test_make_attentions_decomposable_marks_all_when_fused_kernels_refuse(parse, lowering, dtype):
+@pytest.mark.parametrize(("lowering", "dtype"), [("if", "bf16"), ("compact", "fp32"), ("compact", "bf16")])
+def test_make_attentions_decomposable_marks_all_of_them(parse, lowering, dtype):
     network = parse(Tiny(lowering, layers=3, dtype=dtype).model())
-    assert make_attentions_decomposable(trt, network, dtype) == 3
+    assert make_attentions_decomposable(trt, network) == 3
     marked = 0
     for index in range(network.num_layers):
         layer = network.get_layer(index)

@@ -165,7 +165,8 @@ def test_last_logits_refuse_with_the_reason_when_cache_grows() -> None:
 
 def test_norms_compute_in_float32_when_stream_is_sixteen_bit() -> None:
     text = """<ir_version: 11, opset_import: ["" : 23]>
-      tiny (float16[B,2] x) => (float16[B,2] y) <float16[2] scale = {15360, 16384}> { y = RMSNormalization (x, scale) }"""
+      tiny (float16[B,2] x) => (float16[B,2] y) <float16[2] scale = {15360, 16384}>
+      { y = RMSNormalization (x, scale) }"""
     feeds = {"x": np.array([[3000, 4000], [1, 2]], np.float16)}  # its squares are no float16
     before, after = {"Cast": 0, "RMSNormalization": 1}, {"Cast": 3, "RMSNormalization": 1}
     model = check_pass(text, ComputeNormsInFloat32Pass(), before, after, feeds, tolerance=2e-3)
