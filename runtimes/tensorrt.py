@@ -33,7 +33,7 @@ class TensorRtRunner:
     Args:
         engines: Of one model: one engine, or prefill and decode apart.
         name: For reports; the first engine's file name by default.
-        plugin_library: libdlo_plugins.so, where the engines were built with it.
+        plugin_library: libdlo_plugins.so, where the engines were built with it; the artefact's by default.
         capture: Capture decode steps.
         layer_seconds: Gets every layer's durations by name, one per step; steps are slower and never captured.
 

@@ -47,12 +47,12 @@ class Backend:
         self._logger = _logger(self.module, self.errors)
         self._runtime = self.module.Runtime(self._logger)
 
-    def load_plugins(self, file: EngineFile, library: Path | None) -> None:
+    def load_plugins(self, file: EngineFile, library: Path | None = None) -> None:
         """Loads the plugin library, for an engine that was built with it.
 
         Args:
             file: The engine.
-            library: libdlo_plugins.so of this backend.
+            library: libdlo_plugins.so of this backend; the artefact's by default.
 
         Raises:
             ModelLoadError: It is missing, another one than the engine was built with, or cannot be loaded; or the
@@ -66,6 +66,7 @@ class Backend:
             )
         if file.plugins != "library":
             return
+        library = library or file.plugin_library
         if library is None:
             raise ModelLoadError(
                 f"{file.path.name}: was built with a plugin library, and none was given",

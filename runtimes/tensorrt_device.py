@@ -156,6 +156,6 @@ def _cuda_runtime() -> Any:
         from cuda.bindings import runtime  # noqa: PLC0415 - only who runs an engine needs it
     except ImportError as err:
         raise BackendUnavailableError(
-            f"TensorRT: cuda-python cannot be imported: {err}", hint="pip install 'dlo-export[tensorrt]'"
+            f"TensorRT: cuda-python cannot be imported: {err}", hint="pip install 'cuda-python>=13'"
         ) from err
     return runtime

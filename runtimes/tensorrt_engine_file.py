@@ -48,6 +48,7 @@ class EngineFile:
         max_sequence: Tokens of one step.
         interface: Inputs and outputs.
         plugins: What described the plugins to the builder: "none", "library", "twins" or "quick-deploy".
+        plugin_library: libdlo_plugins.so of the artefact; None where it has none.
         plugin_library_sha256: Of the library the engine was built with; None where it needs none.
     """
 
@@ -63,6 +64,7 @@ class EngineFile:
     max_sequence: int
     interface: StaticCacheInterface
     plugins: str = "none"
+    plugin_library: Path | None = None
     plugin_library_sha256: str | None = None
 
     @property
@@ -146,7 +148,7 @@ def engine_file(folder: Path, record: Mapping[str, Any]) -> EngineFile:
     Raises:
         ModelInterfaceError: It is no decoder with a static cache.
     """
-    interface = record["interface"]
+    interface, plugin_library = record["interface"], record.get("plugin_library")
     return EngineFile(
         path=folder / record["file"],
         graph=folder / record["graph"],
@@ -162,6 +164,7 @@ def engine_file(folder: Path, record: Mapping[str, Any]) -> EngineFile:
             _specs(interface.get("inputs", [])), _specs(interface.get("outputs", [])), record["file"]
         ),
         plugins=record["plugins"],
+        plugin_library=folder / plugin_library if plugin_library else None,
         plugin_library_sha256=record.get("plugin_library_sha256"),
     )
 

@@ -1,0 +1,139 @@
+"""Everything about engines that needs a GPU, in one command and one report.
+
+    python -m benchmarks.gpu_check ARTEFACT [ARTEFACT …]
+
+For every artefact (a folder that `dlo-export MODEL --trt` wrote; one per lowering, and a dense one to compare with):
+
+* its engines are checked against their description, loaded and run;
+* parity against ONNX Runtime on the artefact's model.onnx: decisions, logits under the same decisions, greedy tokens;
+* layer by layer, the time of every routed MLP with all tokens active and with none: a skipped one must take no time;
+* latency of prefill and decode against the share of skipped (token, layer) pairs.
+
+Prints what it found, a table of latencies, and one JSON line. Exit codes: 0 everything holds; 1 something does not;
+2 bad arguments; 3 an engine could not be built; 4 no GPU, driver or TensorRT. Engines that take decisions are built on
+the spot, which takes as long as the export did.
+
+Nobody has run this on a GPU yet. Without one it runs up to its first CUDA call and ends with 4; its parts are tested
+with ONNX Runtime in the engines' place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.gpu_engines import engine_subject, forced_engines
+from benchmarks.gpu_report import Findings, examine, print_findings
+from exporter.artifact import load_description
+from exporter.errors import DloError, InputError
+from exporter.exit_codes import exit_code, report_error
+from exporter.progress import Reporter
+from exporter.tensorrt import EngineRecord, explain_engine
+from runtimes.bench import Workload
+from runtimes.errors import RuntimeInputError
+from runtimes.tensorrt_device import Device
+from runtimes.tensorrt_engine_file import EngineFile, load_engine_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefact:
+    """One to check.
+
+    Attributes:
+        name: For the report.
+        folder: Where it is.
+        engines: Its engines.
+    """
+
+    name: str
+    folder: Path
+    engines: tuple[EngineFile, ...]
+
+
+def read_artefacts(folders: Sequence[Path], plugin_library: Path | None = None) -> list[Artefact]:
+    """Reads artefacts and compares their engines with their descriptions; no GPU needed.
+
+    Args:
+        folders: Of the artefacts.
+        plugin_library: libdlo_plugins.so, for those of the plugin lowering.
+
+    Raises:
+        InputError: An engine is stale or damaged, or two artefacts have the same name; with everything that is wrong.
+        RuntimeInputError: A folder has no engines this version runs.
+    """
+    artefacts, problems = [], []
+    for folder in map(Path.resolve, folders):
+        engines = load_engine_files(folder)
+        if plugin_library is not None:
+            engines = tuple(dataclasses.replace(engine, plugin_library=plugin_library) for engine in engines)
+        artefacts.append(Artefact(folder.name, folder, engines))
+        for entry in load_description(folder)["engines"]:
+            reasons = explain_engine(EngineRecord.from_json(entry, folder), plugin_library)
+            problems += [f"{folder.name}: {reason}" for reason in reasons]
+    names = [artefact.name for artefact in artefacts]
+    problems += [
+        f"{name}: is the name of {names.count(name)} artefacts" for name in set(names) if names.count(name) > 1
+    ]
+    if problems:
+        raise InputError(
+            "gpu_check: " + "; ".join(problems), hint="export again with --trt, into folders of other names"
+        )
+    return artefacts
+
+
+def check(artefacts: Sequence[Artefact], workload: Workload) -> list[Findings]:
+    """Checks artefacts one after the other. Needs a GPU.
+
+    Raises:
+        BackendUnavailableError: There is none.
+    """
+    device = Device()
+    target = device.target
+    device.close()
+    reporter = Reporter(verbose=True)
+    findings = []
+    for artefact in artefacts:
+        with tempfile.TemporaryDirectory() as work:
+            routed = any(engine.lowering != "none" for engine in artefact.engines)
+            forced = forced_engines(artefact.engines, Path(work), target, reporter) if routed else None
+            findings.append(examine(engine_subject(artefact.name, artefact.folder, artefact.engines, forced), workload))
+    return findings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artefacts", type=Path, nargs="+", help="folders with engines")
+    parser.add_argument("--plugin-library", type=Path, help="libdlo_plugins.so, for engines of the plugin lowering")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--decode-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7, help="blocks per skip rate")
+    given = parser.parse_args(arguments)
+    try:
+        workload = Workload(given.batch, given.prompt_tokens, given.decode_tokens, given.rounds)
+        artefacts = read_artefacts(given.artefacts, given.plugin_library)
+        for artefact in artefacts:
+            for engine in artefact.engines:
+                print(
+                    f"{artefact.name}: {engine.path.name}, {engine.lowering}, {engine.dtype}, {engine.module} "
+                    f"{engine.version}, {', '.join(engine.targets) or 'portable'}: as described",
+                    file=sys.stderr,
+                )
+        findings = check(artefacts, workload)
+    except (DloError, RuntimeInputError) as err:
+        report_error(err)
+        return exit_code(err)
+    settings = {
+        "workload": dataclasses.asdict(workload),
+        "backends": sorted({e.module for a in artefacts for e in a.engines}),
+    }
+    print_findings("Latency of TensorRT engines against skip rate", findings, settings)
+    return 0 if all(found.verdict == "PASS" for found in findings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
