@@ -12,6 +12,8 @@ from exporter.engine_record import EngineRecord
 from exporter.errors import InputError
 from exporter.tensorrt_backend import BACKENDS
 
+_OLDEST_PORTABLE = 80  # TensorRT-RTX builds for older GPUs only when they are named
+
 
 def check_engine(folder: Path) -> list[str]:
     """What is wrong with an artefact's engines, one sentence each; empty when they can be used.
@@ -92,11 +94,10 @@ def _version(record: EngineRecord) -> Iterator[str]:
 def _target(record: EngineRecord, target: str | None) -> Iterator[str]:
     if target is None or target in record.targets:
         return
-    known = BACKENDS[record.backend].targets
     if record.targets:
         yield f"{record.file.name}: was built for {', '.join(record.targets)}, the GPU is {target}"
-    elif known is not None and target not in known:
-        yield f"{record.file.name}: is portable among {', '.join(known)}, the GPU is {target}"
+    elif int(target.removeprefix("sm")) < _OLDEST_PORTABLE:
+        yield f"{record.file.name}: is portable from sm{_OLDEST_PORTABLE} on, the GPU is {target}"
 
 
 def _plugins(record: EngineRecord, library: Path | None) -> Iterator[str]:

@@ -60,7 +60,7 @@ class EngineRecord:
         graph: The .onnx it was built from.
         backend: "rtx" or "tensorrt".
         version: Of the backend; engines run only in the version that built them.
-        targets: GPUs it is for; empty: every GPU the backend knows.
+        targets: GPUs it is for; empty: every GPU from sm80 on.
         profiles: In the engine's order.
         lowering: What routed layers became.
         dtype: Of weights, KV cache and logits.

@@ -49,7 +49,7 @@ class EngineRequest:
         graph: The .onnx file, its external weights beside it.
         output: The engine file to write; it appears whole or not at all.
         backend: Who builds it.
-        targets: GPUs it is for, such as "sm89"; empty: every GPU of the backend (rtx), or this machine's (tensorrt).
+        targets: GPUs it is for, such as "sm89"; empty: every GPU from sm80 on (rtx), or this machine's (tensorrt).
         profiles: In the engine's order; may be empty where all shapes are numbers.
         lowering: What routed layers became: "none", "masked", "compact", "if" or "plugin".
         dtype: "fp16", "bf16" or "fp32", of weights, KV cache and logits; kept in the record.

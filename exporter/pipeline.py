@@ -19,6 +19,7 @@ from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
 from graph_passes.lower_skip_to_if import LowerSkipToIfPass
 from graph_passes.lower_skip_to_plugin import LowerSkipToPluginPass
 from graph_passes.lower_skip_to_topk import LowerSkipToTopKPass
+from graph_passes.reduce_router_products import ReduceRouterProductsPass
 from graph_passes.route_layers import RouteLayersPass
 from graph_passes.use_static_cache import UseStaticCachePass
 
@@ -96,6 +97,8 @@ def tensorrt_steps(source: ExportSource, options: TensorRtOptions) -> list[Step]
         *([Step(_inject_layers(source), "injected")] if _injects(source) else []),
         # The masked form, its routers in fp32.
         *([Step(_route_layers(source), "routed")] if source.routing is not None else []),
+        # A float32 MatMul may run in TF32, and not at all on Turing.
+        *([Step(ReduceRouterProductsPass(), stage)] if source.routing is not None else []),
         # TensorRT builds no attention with a cache of its own, and updates a static one in place.
         Step(UseStaticCachePass(options.max_cache) if static else GrowCacheOutsideAttentionPass(), stage),
         # The mean of squares overflows fp16 and is too coarse in bf16.

@@ -78,6 +78,7 @@ def build(request: EngineRequest, workplace: Workplace, pipe: EventPipe) -> dict
         decomposed = make_attentions_decomposable(trt, network)
     with pipe.stage("build"):
         config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32: routers decide by it
         monitor = PhaseProgress(lambda phase, done: pipe.send("progress", phase=phase, fraction=done)).monitor(trt)
         config.progress_monitor = monitor
         _set_targets(trt, config, request)

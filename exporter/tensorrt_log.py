@@ -18,6 +18,8 @@ _PARSING = re.compile(r"Parsing node: (?P<name>\S*) \[(?P<op>[^\]]+)\]")
 _HINTS = (
     ("K exceeds the maximum value", "a TopK selects 3840 at most: lower --trt-max-batch or --trt-max-sequence"),
     ("dedicated kernel", "an attention was not marked decomposable; please report it with the graph"),
+    ("FP32 GEMM is not supported", "Turing (sm75) cannot build what multiplies fp32 matrices: leave sm75 out"),
+    ("HW-specific datatypes: b16", "Turing (sm75) has no bf16: use --dtype fp16, or leave sm75 out"),
     ("Plugin not found", "give the plugin library, or use --lowering compact or --lowering if, which need none"),
     ("same input types", "a strongly typed network casts nothing by itself: the graph needs a Cast there"),
     ("no optimization profile", "the graph has free axes: give at least one optimization profile"),

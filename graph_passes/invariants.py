@@ -48,7 +48,13 @@ _STANDARD = frozenset({""})
 _FUSIONS = frozenset({"FuseSiblingMatMulsPass", "SplitSkipNormsPass"})
 # TensorRT's interface and precision, after routing.
 _TENSORRT = frozenset(
-    {"UseStaticCachePass", "GrowCacheOutsideAttentionPass", "ComputeNormsInFloat32Pass", "KeepLastLogitsPass"}
+    {
+        "ReduceRouterProductsPass",
+        "UseStaticCachePass",
+        "GrowCacheOutsideAttentionPass",
+        "ComputeNormsInFloat32Pass",
+        "KeepLastLogitsPass",
+    }
 )
 _INJECTED = _FUSIONS | _TENSORRT | {"InjectLayersPass"}
 _ROUTED = _INJECTED | {"RouteLayersPass"}

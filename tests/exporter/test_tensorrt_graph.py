@@ -123,7 +123,7 @@ def test_compaction_is_cut_into_chunks_when_more_tokens_than_one_topk_selects(so
 def test_routers_and_norms_compute_in_float32_when_the_graph_is_sixteen_bit(source, lowering, dtype):
     model = build_tensorrt_model(source, TensorRtOptions(lowering, **OPTIONS), dtype)
     for node in model.graph.all_nodes():
-        if node.op_type == "RMSNormalization" or (node.name or "").endswith(".logits_column"):
+        if node.op_type == "RMSNormalization" or (node.name or "").endswith(".products"):
             assert [value.dtype for value in node.inputs] == [ir.DataType.FLOAT] * 2, node.name
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.dtype == (dtype if "." in value.name or value.name == "logits" else ir.DataType.INT64)

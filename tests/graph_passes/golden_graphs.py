@@ -22,6 +22,7 @@ from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
 from graph_passes.lower_skip_to_if import LowerSkipToIfPass
 from graph_passes.lower_skip_to_plugin import LowerSkipToPluginPass
 from graph_passes.lower_skip_to_topk import LowerSkipToTopKPass
+from graph_passes.reduce_router_products import ReduceRouterProductsPass
 from graph_passes.route_layers import RouteLayersPass
 from graph_passes.use_static_cache import UseStaticCachePass
 
@@ -41,6 +42,7 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "use_static_cache": (UseStaticCachePass(8),),
     "grow_cache_outside_attention": (GrowCacheOutsideAttentionPass(),),
     "keep_last_logits": (UseStaticCachePass(8), KeepLastLogitsPass()),
+    "reduce_router_products": (_ROUTE, ReduceRouterProductsPass()),
     "lower_skip_to_topk": (_ROUTE, LowerSkipToTopKPass(16)),
     "lower_skip_to_plugin": (_ROUTE, LowerSkipToPluginPass()),
 }

@@ -50,7 +50,9 @@ def test_golden_graph_computes_what_the_plain_one_does_when_it_changes_no_decisi
         np.testing.assert_allclose(outputs[output], array, rtol=0, atol=1e-6, err_msg=output)
 
 
-@pytest.mark.parametrize("name", ["lower_skip_to_compaction", "lower_skip_to_if", "lower_skip_to_topk"])
+@pytest.mark.parametrize(
+    "name", ["lower_skip_to_compaction", "lower_skip_to_if", "lower_skip_to_topk", "reduce_router_products"]
+)
 def test_lowered_llama_equals_the_masked_one_when_some_tokens_are_active(name: str) -> None:
     masked, lowered = golden_graphs.golden_graph("route_layers"), golden_graphs.golden_graph(name)
     feeds = _feeds([value.name for value in masked.graph.inputs], sequence=6)
