@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from graph_passes.ops import DOMAIN, PLUGIN_OPS, VERSION
+from graph_passes.ops import DOMAIN, PLUGIN_OPS
+from plugins import registration
 from plugins.errors import PluginError
 from plugins.rtx_shim import provide_unversioned_library
 
@@ -48,33 +49,15 @@ def load_library(path: Path | str) -> None:
     """
     import tensorrt_rtx as trt  # noqa: PLC0415 - heavy
 
-    path = Path(path)
-    build = "build it: make -C plugins/library TensorRT_ROOT=<your TensorRT>"
-    if not path.is_file():
-        raise PluginError(f"plugin library {path}: no such file; expected libdlo_plugins.so", hint=build)
+    registration.require_file(Path(path))
     provide_unversioned_library()
-    registry = trt.get_plugin_registry()
     while _twins:
-        registry.deregister_creator(_twins.pop())
-    handle = registry.load_library(str(path.resolve()))
-    if handle is None:
-        raise PluginError(
-            f"plugin library {path}: TensorRT-RTX {trt.__version__} could not load it; its log says why",
-            hint=build,
-        )
-    if missing := missing_creators():
-        raise PluginError(
-            f"plugin library {path}: it brings no {', '.join(missing)}; expected {', '.join(PLUGIN_OPS)}", hint=build
-        )
+        trt.get_plugin_registry().deregister_creator(_twins.pop())
+    registration.load_into_registry(trt, Path(path))
 
 
 def missing_creators() -> tuple[str, ...]:
     """Names of the `dlo` plugins that TensorRT-RTX's registry does not hold."""
     import tensorrt_rtx as trt  # noqa: PLC0415 - heavy
 
-    # get_creator logs an error for each one it lacks; the list does not
-    held = {
-        (creator.name, creator.plugin_version, creator.plugin_namespace)
-        for creator in trt.get_plugin_registry().all_creators
-    }
-    return tuple(name for name in PLUGIN_OPS if (name, str(VERSION), DOMAIN) not in held)
+    return registration.missing_creators(trt)

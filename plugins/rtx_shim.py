@@ -56,7 +56,7 @@ def provide_unversioned_library() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="dlo-rtx-") as folder:
         stub = Path(folder) / UNVERSIONED
-        stub.write_bytes(_stub(machine, UNVERSIONED, VERSIONED))
+        stub.write_bytes(stub_library(machine, UNVERSIONED, VERSIONED))
         _loaded = ctypes.CDLL(str(stub), mode=ctypes.RTLD_GLOBAL)  # stays mapped when the file is gone
 
 
@@ -69,8 +69,14 @@ def _is_loaded(name: str) -> bool:
     return True
 
 
-def _stub(machine: str, soname: str, needed: str) -> bytes:
-    """A shared object with a soname, one DT_NEEDED entry, and no symbols (ELF-64, System V ABI chapters 4 and 5)."""
+def stub_library(machine: str, soname: str, needed: str) -> bytes:
+    """A shared object with a soname, one dependency, and no symbols (ELF-64, System V ABI chapters 4 and 5).
+
+    Args:
+        machine: As platform.machine() names it, "x86_64" or "aarch64".
+        soname: What a dlopen may ask for.
+        needed: Soname of a loaded library, found by a dlsym in this one.
+    """
     strings = b"\0" + soname.encode() + b"\0" + needed.encode() + b"\0"
     strings += bytes(-len(strings) % 8)
     symbols_at = _HEADER_BYTES + 2 * _PROGRAM_HEADER_BYTES

@@ -68,7 +68,8 @@ def _op(op: PluginOp) -> str:
     )
     (axes,) = output_axes(op)  # Op holds one output's; every operator has one
     sources = ", ".join(f"{{{index}, {axis}}}" for index, axis in axes)
-    return f'    {{"{op.name}", {len(op.inputs)}, {len(op.outputs)}, {weight_input(op)}, {{{operands}}}, {{{sources}}}}},\n'
+    counts = f"{len(op.inputs)}, {len(op.outputs)}, {weight_input(op)}"
+    return f'    {{"{op.name}", {counts}, {{{operands}}}, {{{sources}}}}},\n'
 
 
 def _kernel(symbol: str, kernel: CompiledKernel, is_ptx: str) -> str:
