@@ -54,15 +54,17 @@ class Artefact:
     engines: tuple[EngineFile, ...]
 
 
-def read_artefacts(folders: Sequence[Path], plugin_library: Path | None = None) -> list[Artefact]:
+def read_artefacts(folders: Sequence[Path], workload: Workload, plugin_library: Path | None = None) -> list[Artefact]:
     """Reads artefacts and compares their engines with their descriptions; no GPU needed.
 
     Args:
         folders: Of the artefacts.
+        workload: What they are to run.
         plugin_library: libdlo_plugins.so, for those of the plugin lowering.
 
     Raises:
-        InputError: An engine is stale or damaged, or two artefacts have the same name; with everything that is wrong.
+        InputError: An engine is stale, damaged or too small for the workload, or two artefacts have the same name; with
+            everything that is wrong.
         RuntimeInputError: A folder has no engines this version runs.
     """
     artefacts, problems = [], []
@@ -74,15 +76,39 @@ def read_artefacts(folders: Sequence[Path], plugin_library: Path | None = None) 
         for entry in load_description(folder)["engines"]:
             reasons = explain_engine(EngineRecord.from_json(entry, folder), plugin_library)
             problems += [f"{folder.name}: {reason}" for reason in reasons]
+        problems += [f"{folder.name}: {reason}" for reason in _too_small(engines, workload)]
     names = [artefact.name for artefact in artefacts]
     problems += [
         f"{name}: is the name of {names.count(name)} artefacts" for name in set(names) if names.count(name) > 1
     ]
     if problems:
         raise InputError(
-            "gpu_check: " + "; ".join(problems), hint="export again with --trt, into folders of other names"
+            "gpu_check: " + "; ".join(problems),
+            hint="export again with --trt, or give --plugin-library, or a smaller workload",
         )
     return artefacts
+
+
+def _too_small(engines: Sequence[EngineFile], workload: Workload) -> list[str]:
+    """What of a workload the engines of one artefact do not take."""
+    wanted = {
+        "--batch": (workload.batch, max(engine.max_batch for engine in engines), "--trt-max-batch"),
+        "--prompt-tokens": (
+            workload.prompt_tokens,
+            max(engine.max_sequence for engine in engines),
+            "--trt-max-sequence",
+        ),
+        "--prompt-tokens and --decode-tokens": (
+            workload.prompt_tokens + workload.decode_tokens,
+            engines[0].interface.max_cache,
+            "--trt-max-cache",
+        ),
+    }
+    return [
+        f"{name} {size}: it was exported with {option} {most}"
+        for name, (size, most, option) in wanted.items()
+        if size > most
+    ]
 
 
 def check(artefacts: Sequence[Artefact], workload: Workload) -> list[Findings]:
@@ -115,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         workload = Workload(given.batch, given.prompt_tokens, given.decode_tokens, given.rounds)
-        artefacts = read_artefacts(given.artefacts, given.plugin_library)
+        artefacts = read_artefacts(given.artefacts, workload, given.plugin_library)
         for artefact in artefacts:
             for engine in artefact.engines:
                 print(

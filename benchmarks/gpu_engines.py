@@ -53,7 +53,7 @@ def engine_subject(
     assert isinstance(vocab_size, int), "the interface was checked"
     most = max(engine.max_sequence for engine in engines)
     limits = StaticCacheLimits(interface.max_cache, max(engine.max_batch for engine in engines), most)
-    prompt_tokens = min(PROMPT_TOKENS, most, interface.max_cache - WARM_UP - REPEATS)
+    prompt_tokens = max(1, min(PROMPT_TOKENS, most, interface.max_cache - WARM_UP - REPEATS))
     return Subject(
         name,
         " and ".join(dict.fromkeys(engine.lowering for engine in engines)),

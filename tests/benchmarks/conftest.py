@@ -1,13 +1,23 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from exporter import engine_cache
 from exporter.export import ExportRequest, export_model
 from exporter.progress import Reporter
 from exporter.tensorrt_request import TensorRtRequest
 from tests.tiny_models import save_tiny_llama
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave the user's cache alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(engine_cache.VARIABLE, str(tmp_path_factory.mktemp("engine_cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -226,7 +226,7 @@ def test_engines_that_take_decisions_are_built_when_released_ones_hide_theirs(ar
 
 def test_command_ends_with_4_at_its_first_gpu_call_when_there_is_no_gpu(artefact: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_check", str(artefact)],
+        [sys.executable, "-m", "benchmarks.gpu_check", str(artefact), "--prompt-tokens", "32"],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
@@ -245,6 +245,9 @@ def test_artefacts_are_refused_when_names_repeat_or_files_changed(artefact: Path
     with (changed / "engines/model.onnx.data").open("r+b") as weights:
         weights.write(b"changed")
     with pytest.raises(InputError) as info:
-        read_artefacts([artefact, changed])
+        read_artefacts([artefact, changed], bench.Workload(8, 65, 64))
     assert "compact: is the name of 2 artefacts" in str(info.value)
     assert "the weights model.onnx.data changed since" in str(info.value)
+    assert "--batch 8: it was exported with --trt-max-batch 4" in str(info.value)
+    assert "--prompt-tokens 65: it was exported with --trt-max-sequence 64" in str(info.value)
+    assert "--prompt-tokens and --decode-tokens 129: it was exported with --trt-max-cache 128" in str(info.value)

@@ -18,7 +18,7 @@ from runtimes import tensorrt_backend, tensorrt_device, tensorrt_execution
 from runtimes.errors import BackendUnavailableError, ModelLoadError
 from runtimes.tensorrt import TensorRtRunner
 from runtimes.tensorrt_backend import Backend
-from runtimes.tensorrt_engine_file import EngineFile, load_engine_files
+from runtimes.tensorrt_engine_file import EngineFile, file_sha256, load_engine_files
 from runtimes.tensorrt_execution import reason_not_to_capture
 from tests.runtimes.engine_records import interface, record, save_artefact
 
@@ -84,9 +84,12 @@ def test_plugin_library_is_refused_when_it_is_not_the_one_built_with(engine: Eng
         backend.load_plugins(needing, None)
     with pytest.raises(ModelLoadError, match="no such file"):
         backend.load_plugins(needing, library)
-    library.write_bytes(b"another one")
+    library.write_bytes(b"no library")
     with pytest.raises(ModelLoadError, match="was built with 000000000000…"):
         backend.load_plugins(needing, library)
+    needing = dataclasses.replace(needing, plugin_library=library, plugin_library_sha256=file_sha256(library))
+    with pytest.raises(ModelLoadError, match=r"tensorrt_rtx cannot load it: .*Unable to load library"):
+        backend.load_plugins(needing)
 
 
 def test_engines_are_refused_when_they_are_not_of_one_model(engine: EngineFile, tmp_path: Path) -> None:
