@@ -87,10 +87,8 @@ class Tiny:
     def router(self, x, layer):
         prefix = f"model.routers.{layer}"
         x = x if self.dtype == "fp32" else self.op("Cast", [x], f"{prefix}.input", to=T.FLOAT)
-        column = self.op(
-            "MatMul", [x, self.weight(f"{prefix}.weight", [HIDDEN, 1], T.FLOAT)], f"{prefix}.logits_column"
-        )
-        logits = self.op("Squeeze", [column, self.constant("last", [-1])], f"{prefix}.logits")
+        products = self.op("Mul", [x, self.weight(f"{prefix}.weight", [HIDDEN], T.FLOAT)], f"{prefix}.products")
+        logits = self.op("ReduceSum", [products, self.constant("last", [-1])], f"{prefix}.logits", keepdims=0)
         scores = self.op("Sigmoid", [logits], f"{prefix}.scores")
         return self.op("Greater", [scores, self.constant("half", 0.5, T.FLOAT)], f"{prefix}.active")
 

@@ -32,7 +32,8 @@ def move_weights(graph):
     [
         ("none", "bf16", ("sm89",)),
         ("compact", "fp16", ("sm89", "sm120")),
-        ("compact", "fp32", ("sm75",)),
+        ("compact", "fp32", ("sm86",)),
+        ("compact", "fp16", ("sm75",)),
         ("if", "bf16", ()),
         ("plugin", "fp16", ("sm80", "sm121")),
     ],
@@ -116,7 +117,10 @@ def mistyped(nodes, model):
     [
         (unsupported, r"node 'model.layers.0.mlp.silu' \(Unique\) of decoder layer 0: unsupported node"),
         (unknown_plugin, r"node 'model.layers.0.mlp.silu' \(SkipEverything\) of decoder layer 0: .*Plugin not found"),
-        (mistyped, r"node 'model.layers.0.mlp.up' \(MatMul\) of decoder layer 0: .*`A` is of type BFloat16 and `B` is of"),
+        (
+            mistyped,
+            r"node 'model.layers.0.mlp.up' \(MatMul\) of decoder layer 0: .*`A` is of type BFloat16 and `B`",
+        ),
     ],
     ids=["unsupported-op", "unknown-plugin", "dtype-mismatch"],
 )

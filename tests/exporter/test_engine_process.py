@@ -1,0 +1,215 @@
+"""Builds that end badly: every end is named, and nothing is left behind. The builds and their deaths are real."""
+
+import dataclasses
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from exporter.engine_oom_kills import count_oom_kills
+from exporter.engine_process import BuildProcess
+from exporter.engine_scheduling import Planned, run_builds
+from exporter.errors import EngineBuildError, MachineError
+from exporter.progress import Reporter
+from exporter.tensorrt import build_engine
+from tests.exporter.engine_graphs import Tiny, request
+
+ROOT = Path(__file__).parents[2]
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+@pytest.fixture
+def asked(tmp_path):
+    (tmp_path / "engines").mkdir()
+    return request(tmp_path, Tiny("compact", layers=1))
+
+
+def run(asked, at, act):
+    """Builds, and calls `act` with the worker's process id when it reaches a stage."""
+    started = []
+
+    def listen(event):
+        if event["event"] == "started":
+            started.append(event["process_id"])
+        if event["event"] == "stage_started" and event["name"] == at:
+            act(started[0])
+
+    try:
+        return run_builds([Planned(asked, None, 0, listen)])
+    finally:
+        assert not is_alive(started[0])
+
+
+def is_alive(process_id):
+    try:
+        state = Path(f"/proc/{process_id}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV])
+@pytest.mark.parametrize(("stage", "doing"), [("parse", "parsing"), ("build", "building")])
+def test_build_names_stage_and_signal_when_builder_crashes(tmp_path, asked, number, stage, doing):
+    with pytest.raises(
+        EngineBuildError, match=rf"TensorRT-RTX build crashed with {number.name} while {doing}"
+    ) as caught:
+        run(asked, stage, lambda worker: os.kill(worker, number))
+    assert caught.value.exit_code == 3
+    assert "hint: the fault is in TensorRT" in str(caught.value)
+    assert files(tmp_path) == ["model.onnx"]
+
+
+def test_build_names_the_node_when_parser_aborts(tmp_path, monkeypatch):
+    """It really does: a plugin's creator is registered, and the library the parser then loads is not provided."""
+    (tmp_path / "customize").mkdir()
+    (tmp_path / "customize" / "sitecustomize.py").write_text(REGISTER_CREATORS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "customize"))
+    asked = request(tmp_path, Tiny("plugin", layers=1), lowering="none")
+    asked.output.parent.mkdir()
+    with pytest.raises(EngineBuildError, match="crashed with SIGABRT while parsing") as caught:
+        run(asked, "parse", lambda worker: None)
+    assert "at: parsing node 'model.layers.0.mlp.skip_gate_up' (SkipGateUp)" in str(caught.value)
+    assert "terminate called without an active exception" in str(caught.value)
+
+
+REGISTER_CREATORS = f"""
+import sys
+if "-m" in sys.orig_argv:
+    sys.path.insert(0, {str(ROOT)!r})
+    import tensorrt_rtx as trt
+    from graph_passes.ops import DOMAIN, PLUGIN_OPS
+    from plugins.rtx_twins import PluginTwinCreator
+    creators = [PluginTwinCreator(op) for op in PLUGIN_OPS.values()]
+    for creator in creators:
+        trt.get_plugin_registry().register_creator(creator, DOMAIN)
+"""
+
+
+def test_build_says_who_when_worker_is_killed(tmp_path, asked):
+    with pytest.raises(EngineBuildError, match="was killed by SIGKILL: someone sent it; memory had not run out"):
+        run(asked, "build", lambda worker: os.kill(worker, signal.SIGKILL))
+    assert files(tmp_path) == ["model.onnx"]
+
+
+def test_build_is_killed_when_timeout_passes(tmp_path, asked):
+    asked = dataclasses.replace(asked, timeout_s=1.5)
+    with pytest.raises(EngineBuildError, match=r"was killed after its timeout of 1.5 s while building") as caught:
+        run(asked, "build", lambda worker: os.kill(worker, signal.SIGSTOP))
+    assert caught.value.exit_code == 3
+    assert files(tmp_path) == ["model.onnx"]
+
+
+def test_build_leaves_nothing_when_command_is_interrupted(tmp_path, asked):
+    def interrupt(worker):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(asked, "build", interrupt)
+    assert files(tmp_path) == ["model.onnx"]
+
+
+def test_build_fails_when_file_grows_beyond_the_limit(tmp_path, asked):
+    limit = (10_000, 10_000)  # bytes, less than any engine
+    with pytest.raises(MachineError, match=r"model\.engine: cannot be written: File too large") as caught:
+        run(asked, "build", lambda worker: resource.prlimit(worker, resource.RLIMIT_FSIZE, limit))
+    assert caught.value.exit_code == 4
+    assert files(tmp_path) == ["model.onnx"]
+
+
+def test_build_fails_when_disk_is_full(tmp_path, asked):
+    """/dev/full answers every write as a full disk does."""
+    partial = asked.output.with_name(f".{asked.output.name}.{os.getpid()}.partial")
+    with pytest.raises(MachineError, match=r"model\.engine: cannot be written: the disk is full") as caught:
+        run(asked, "build", lambda worker: partial.symlink_to("/dev/full"))
+    assert caught.value.exit_code == 4
+    assert files(tmp_path) == ["model.onnx"]
+    assert Path("/dev/full").exists()
+
+
+def test_build_fails_when_address_space_runs_out(tmp_path, asked):
+    def limit(worker):
+        used = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(worker, resource.RLIMIT_AS, (used + 2**22, used + 2**22))
+
+    with pytest.raises((EngineBuildError, MachineError), match=r"\n\nhint: "):
+        run(asked, "build", limit)
+    assert files(tmp_path) == ["model.onnx"]
+
+
+@pytest.mark.parametrize("stage", ["build", "write"])
+def test_worker_ends_when_its_parent_dies(tmp_path, asked, stage):
+    """The parent is killed at once, so that nothing of its own can clean up."""
+    script = f"""
+        import os, signal, sys
+        from pathlib import Path
+        from exporter.engine_request import EngineRequest
+        from exporter.engine_scheduling import Planned, run_builds
+        def listen(event):
+            if event["event"] == "started":
+                print(event["process_id"], flush=True)
+            if event["event"] == "stage_started" and event["name"] == {stage!r}:
+                os.kill(os.getpid(), signal.SIGKILL)
+        run_builds([Planned(EngineRequest.from_json(sys.stdin.readline()), None, 0, listen)])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    result = subprocess.run(
+        command, input=asked.to_json() + "\n", cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    worker = int(result.stdout)
+    while is_alive(worker):
+        time.sleep(0.02)
+    # In the write stage the engine may have been complete already: it is whole, or not there.
+    left = files(tmp_path)
+    assert left in (["model.onnx"], ["engines/model.engine", "model.onnx"])
+    assert stage == "write" or left == ["model.onnx"]
+
+
+def test_worker_dies_at_once_when_its_parent_is_gone_before_it_starts(asked):
+    result = subprocess.run(
+        [sys.executable, "-m", "exporter.tensorrt_worker", "1", "1"], cwd=ROOT, capture_output=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stdout == b""
+
+
+def test_log_keeps_real_lines_when_noise_lies_between(asked):
+    build = BuildProcess(asked, None, lambda event: None)
+    for line in (
+        "ERROR: [a.cpp::b::1] Error Code 1: Cuda Runtime (In b at /_src/a.cpp:1 (cudaError 35: CUDA driver version))",
+        "ERROR: first",
+        "WARNING: ModelImporter.cpp:1071: Make sure input input_ids has Int64 binding.",
+        "ERROR: [a.cpp::b::1] Error Code 1: Cuda Runtime (In b at /_src/a.cpp:1 (cudaError 2: out of memory))",
+    ):
+        build._keep(line)
+    assert [line[:12] for line in build.log] == ["ERROR: first", "ERROR: [a.cp"]
+    build.kill()
+
+
+def test_build_engine_leaves_no_descriptor_open_when_builds_fail(tmp_path, asked):
+    before = len(os.listdir("/proc/self/fd"))
+    broken = dataclasses.replace(asked, profiles=())
+    for _ in range(2):
+        with pytest.raises(EngineBuildError, match="no optimization profile"):
+            build_engine(broken, Reporter())
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_count_oom_kills_adds_machine_and_control_group_when_both_count(tmp_path):
+    vmstat, cgroup = tmp_path / "vmstat", tmp_path / "cgroup"
+    assert count_oom_kills(vmstat, cgroup) == 0
+    vmstat.write_text("nr_free_pages 7\noom_kill 2\n")
+    assert count_oom_kills(vmstat, cgroup) == 2
+    cgroup.mkdir()
+    (cgroup / "memory.events").write_text("oom 9\noom_kill 3\noom_group_kill 1\n")
+    assert count_oom_kills(vmstat, cgroup) == 5
