@@ -97,7 +97,8 @@ def builder_errors(log: Sequence[str]) -> list[str]:
     sentences = []
     for line in log:
         names = _DECODER_NODE.findall(line)
-        sentences.append(f"{line}{_layer(names[0]) if names else ''}")
+        index = decoder_layer(names[0]) if names else None
+        sentences.append(line if index is None else f"{line} (decoder layer {index})")
     return sentences
 
 

@@ -142,7 +142,9 @@ def test_build_engine_names_node_and_layer_when_builder_refuses(tmp_path):
     topk = next(node for node in model.graph.node if node.op_type == "TopK")
     model.graph.initializer.append(onnx.helper.make_tensor("too_many", onnx.TensorProto.INT64, [1], [5000]))
     topk.input[1] = "too_many"
-    with pytest.raises(EngineBuildError, match=r"model.routers.0.topk.* exceeds .*3840.* of decoder layer 0") as caught:
+    with pytest.raises(
+        EngineBuildError, match=r"model.routers.0.topk.* exceeds .*3840.* \(decoder layer 0\)"
+    ) as caught:
         build_engine(request(tmp_path, tiny, model), Reporter())
     assert "hint: a TopK selects 3840 at most" in str(caught.value)
     assert files(tmp_path) == ["model.onnx"]

@@ -1,0 +1,81 @@
+"""Polygraphy's commands on graphs in TensorRT's form, with TensorRT-RTX and no enterprise TensorRT.
+
+What does not work there (polygraphy 0.53): `inspect model --display-as trt` imports `tensorrt` whatever the variable
+says, and inspecting an engine needs a GPU.
+"""
+
+import os
+import subprocess
+import sysconfig
+import textwrap
+from pathlib import Path
+
+import onnx
+import pytest
+
+from tests.exporter.engine_graphs import Tiny, profiles
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1", "PYTHONPATH": str(ROOT)}
+
+
+def polygraphy(*arguments):
+    command = [str(Path(sysconfig.get_path("scripts")) / "polygraphy"), *map(str, arguments)]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def shape_arguments(model):
+    """Of both profiles."""
+    given = []
+    for profile in profiles(model):
+        for position, option in enumerate(("min", "opt", "max")):
+            shapes = [f"{name}:[{','.join(map(str, sizes[position]))}]" for name, sizes in profile.shapes.items()]
+            given += [f"--trt-{option}-shapes", *shapes]
+    return given
+
+
+@pytest.fixture
+def graph(tmp_path):
+    def save(lowering):
+        model = Tiny(lowering, layers=3).model()
+        onnx.save(model, tmp_path / "model.onnx")
+        return tmp_path / "model.onnx", model
+
+    return save
+
+
+def test_polygraphy_inspect_shows_nodes_when_graph_has_plugins(graph):
+    path, _ = graph("plugin")
+    shown = polygraphy("inspect", "model", path, "--show", "layers")
+    assert shown.count("[Op: SkipGateUp]") == shown.count("[Op: SkipDown]") == 3
+    assert "write_indices [dtype=int64, shape=('batch',)]" in shown
+
+
+@pytest.mark.parametrize("lowering", ["compact", "if"])
+def test_polygraphy_convert_builds_engine_when_graph_has_no_plugins(graph, tmp_path, lowering):
+    path, model = graph(lowering)
+    engine = tmp_path / "model.engine"
+    options = ("--decomposable-attentions", "--compute-capabilities", "8.9", "12.0", *shape_arguments(model))
+    shown = polygraphy("convert", path, "-o", engine, *options)
+    assert "Setting 2 target compute capabilities" in shown
+    assert engine.stat().st_size > 10**6
+
+
+def test_polygraphy_convert_builds_engine_when_a_script_registers_the_twins(graph, tmp_path):
+    path, model = graph("plugin")
+    script, engine = tmp_path / "network.py", tmp_path / "model.engine"
+    script.write_text(
+        textwrap.dedent(f"""
+            import plugins.rtx
+            from polygraphy.backend.trt import network_from_onnx_path
+
+            def load_network():
+                plugins.rtx.register_twins()
+                return network_from_onnx_path({str(path)!r})
+        """)
+    )
+    options = ("--model-type", "trt-network-script", "--compute-capabilities", "8.9", *shape_arguments(model))
+    polygraphy("convert", script, "-o", engine, *options)
+    assert engine.stat().st_size > 10**6
