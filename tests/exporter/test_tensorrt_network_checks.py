@@ -71,7 +71,7 @@ def test_check_network_finds_nothing_when_network_is_sound(parse, tmp_path, lowe
         "if": {"CONDITION": 1, "CONDITIONAL_INPUT": 1, "CONDITIONAL_OUTPUT": 1},
         "plugin": {"PLUGIN_V3": 2},
     }
-    assert census.skipping == ({} if lowering == "none" else {layer: expected[lowering] for layer in range(2)})
+    assert census.skipping == ({} if lowering == "none" else dict.fromkeys(range(2), expected[lowering]))
 
 
 ATTENTION_INPUTS = [
