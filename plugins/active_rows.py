@@ -1,5 +1,7 @@
 """Which tokens a row tile works on: the device-side selection both kernels share."""
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Triton gives a kernel's arguments their types; mypy sees none of it.
 # ruff: noqa: N803 - compile-time integers are upper case in Triton's own kernels
 from __future__ import annotations
 

@@ -41,7 +41,8 @@ def size_problems(op: PluginOp, shapes: Sequence[Sequence[int]]) -> list[str]:
     """
     if len(shapes) != len(op.inputs):
         return [f"dlo::{op.name} got {len(shapes)} inputs; the schema has {len(op.inputs)}"]
-    problems, sizes = [], {}
+    problems: list[str] = []
+    sizes: dict[str, int] = {}
     for operand, shape in zip(op.inputs, shapes, strict=True):
         if len(shape) != len(operand.dims):
             expected = ", ".join(operand.dims)

@@ -9,6 +9,7 @@ The PTX is for compute capability 8.0: the driver compiles it for any later GPU,
 without Hopper's and Blackwell's own matrix instructions. Needs a driver for PTX 8.8 (CUDA 12.9) or newer.
 """
 
+# mypy: disable-error-code="untyped-decorator"
 # No `from __future__ import annotations`: tensorrt.plugin needs the annotations themselves, not their text.
 import enum
 from collections.abc import Sequence

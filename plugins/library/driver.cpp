@@ -71,7 +71,8 @@ void check(CUresult result, char const* call, std::string const& subject) {
     if (result != CUDA_SUCCESS) {
         char const* text = nullptr;
         Driver::get().cuGetErrorString(result, &text);
-        throw CudaError(subject + ": " + call + " says " + (text != nullptr ? text : "error " + std::to_string(result)));
+        std::string const reason = text != nullptr ? text : "error " + std::to_string(result);
+        throw CudaError(subject + ": " + call + " says " + reason);
     }
 }
 

@@ -31,4 +31,5 @@ def skip_gate_up(
 def _silu(x: np.ndarray) -> np.ndarray:
     """Returns x · sigmoid(x) of float32, without overflow: exp sees negative arguments only."""
     decay = np.exp(-np.abs(x))
-    return x * np.where(x >= 0, np.float32(1), decay) / (1 + decay)
+    silu: np.ndarray = x * np.where(x >= 0, np.float32(1), decay) / (1 + decay)
+    return silu

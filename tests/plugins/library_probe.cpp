@@ -23,9 +23,11 @@ struct Finder final : ILoggerFinder {
 };
 
 void printKernels() {
-    int32_t const capabilities[][2] = {{7, 5}, {8, 0}, {8, 6}, {8, 7}, {8, 9}, {9, 0}, {10, 0}, {10, 3}, {12, 0}, {12, 1}};
+    int32_t const capabilities[][2]
+        = {{7, 5}, {8, 0}, {8, 6}, {8, 7}, {8, 9}, {9, 0}, {10, 0}, {10, 3}, {12, 0}, {12, 1}};
     for (auto const& [major, minor] : capabilities) {
-        dlo::Kernel const* const kernel = dlo::findKernel("SkipDown", DataType::kBF16, dlo::TileName::kDECODE, major, minor);
+        dlo::Kernel const* const kernel
+            = dlo::findKernel("SkipDown", DataType::kBF16, dlo::TileName::kDECODE, major, minor);
         std::printf("kernel %d.%d: ", major, minor);
         if (kernel == nullptr) {
             std::printf("none\n");
@@ -41,7 +43,8 @@ void printKernels() {
 
 void run(IPluginCreatorV3One& creator, TensorRTPhase phase) {
     IPluginV3* const plugin = creator.createPlugin("layer", nullptr, phase);
-    auto* const runtime = static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+    auto* const runtime
+        = static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
     PluginTensorDesc in[4] = {};
     PluginTensorDesc out[1] = {};
     in[0] = {Dims{3, {1, 1, 64}}, DataType::kBF16, TensorFormat::kLINEAR, 1.F};
@@ -73,7 +76,8 @@ int main(int, char** arguments) {
     static Finder finder;
     reinterpret_cast<SetLoggerFinder>(dlsym(library, "setLoggerFinder"))(&finder);
     int32_t count = 0;
-    IPluginCreatorInterface* const* const creators = reinterpret_cast<GetCreators>(dlsym(library, "getCreators"))(count);
+    IPluginCreatorInterface* const* const creators
+        = reinterpret_cast<GetCreators>(dlsym(library, "getCreators"))(count);
     for (int32_t i = 0; i < count; ++i) {
         auto& creator = *static_cast<IPluginCreatorV3One*>(creators[i]);
         std::printf("creator: %s %s %s fields %d\n", creator.getPluginNamespace(), creator.getPluginName(),

@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from plugins.compile import TARGETS, Variant, compile_all, ptx_of, resource_table, variants, without_scratch_parameters
 from plugins.errors import PluginError
 
+PLUGINS = Path(__file__).parents[2] / "plugins"
 MOST_SHARED_BYTES = 99 * 1024  # per block on sm_86, sm_89 and sm_120, the least of the targets
 
 
@@ -26,6 +28,13 @@ def test_every_variant_compiles_without_spills_when_no_gpu_is_there(kernels):
         if k.spill_bytes or k.stack_bytes
     ]
     assert not spilling, f"{spilling}\n{resource_table(kernels)}"
+
+
+@pytest.mark.parametrize("op_name", ["SkipGateUp", "SkipDown"])
+def test_readme_shows_the_compilers_report_when_it_is_made_again(kernels, op_name):
+    folder = {"SkipGateUp": "skip_gate_up", "SkipDown": "skip_down"}[op_name]
+    bfloat16 = [k for k in kernels if (k.variant.op_name, k.variant.dtype) == (op_name, "bfloat16")]
+    assert resource_table(bfloat16) in (PLUGINS / folder / "README.md").read_text()
 
 
 def test_shared_memory_fits_every_target_when_compiled(kernels):

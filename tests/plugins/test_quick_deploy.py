@@ -15,14 +15,13 @@ from graph_passes.ops import PLUGIN_OPS
 from plugins.compile import Variant, ptx_of
 from plugins.contract import T_DTYPES, operand_dtypes
 
+if importlib.util.find_spec("tensorrt_bindings") is None or shutil.which("cc") is None:
+    missing = "tensorrt-cu13-bindings or a C compiler is not installed"
+    pytest.skip(f"quick-deploy plugins: {missing}", allow_module_level=True)
+
 ROOT = Path(__file__).parents[2]
 BATCH, SEQUENCE, HIDDEN, INTERMEDIATE = 3, 40, 64, 96
 DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_bindings") is None or shutil.which("cc") is None,
-    reason="quick-deploy plugins: tensorrt-cu13-bindings or a C compiler is not installed",
-)
 
 
 @pytest.fixture(scope="module")
