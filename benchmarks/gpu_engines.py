@@ -18,7 +18,7 @@ from typing import Any
 import onnx_ir as ir
 
 from benchmarks.gpu_layer_times import REPEATS, WARM_UP, repeat_step
-from benchmarks.gpu_skip_proof import medians
+from benchmarks.gpu_skip_proof import medians, mlp_share
 from benchmarks.gpu_subject import LayerSeconds, Phase, RoutedReference, Subject
 from exporter.artifact import MODEL_NAME
 from exporter.artifact_runner import exposed_model
@@ -65,6 +65,7 @@ def engine_subject(
         open_forced=None if forced is None else functools.partial(TensorRtRunner, forced, name=name),
         layer_seconds=None if forced is None else functools.partial(_layer_seconds, forced, vocab_size, prompt_tokens),
         last_logits=interface.last_logits,
+        mlp_share=0.0 if forced is None else mlp_share(ir.load(first.graph), forced[0].interface.routed_layers),
     )
 
 

@@ -73,7 +73,9 @@ def examine(subject: Subject, workload: bench.Workload) -> Findings:
         with subject.open_reference() as reference:
             routed = reference.routed_layers
         proofs = [
-            skip_proof(phase, subject.layer_seconds(phase, 1), subject.layer_seconds(phase, 0), routed)
+            skip_proof(
+                phase, subject.layer_seconds(phase, 1), subject.layer_seconds(phase, 0), routed, subject.mlp_share
+            )
             for phase in ("decode", "prefill")
         ]
     return Findings(subject.name, parity, left_out, tuple(proofs), tuple(measure_latency(subject, workload)))

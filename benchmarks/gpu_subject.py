@@ -33,6 +33,7 @@ class Subject:
         layer_seconds: Times every layer of the forced engines: called with the phase and the share of active tokens
             (1 or 0), returns one step's medians. None where nothing is routed.
         last_logits: Whether the engines keep the last token's logits only.
+        mlp_share: Of the routed MLPs, in the weights a decode step reads.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Subject:
     open_forced: OpenRunner | None = None
     layer_seconds: Callable[[Phase, float], LayerSeconds] | None = None
     last_logits: bool = False
+    mlp_share: float = 0.0
 
 
 class RoutedReference:

@@ -21,7 +21,7 @@ from benchmarks.gpu_engines import forced_engines
 from benchmarks.gpu_latency import Latency, latency_table
 from benchmarks.gpu_layer_times import repeat_step
 from benchmarks.gpu_report import check_parity, examine, print_findings
-from benchmarks.gpu_skip_proof import medians, skip_proof
+from benchmarks.gpu_skip_proof import medians, mlp_share, skip_proof
 from benchmarks.gpu_subject import LayerSeconds, RoutedReference, Subject
 from exporter.artifact_runner import exposed_model
 from exporter.errors import InputError
@@ -164,7 +164,7 @@ def _names(layer: int, seconds: float) -> dict[str, float]:
 def test_skipping_is_proven_when_skipped_layers_take_no_time() -> None:
     rest = {"model.layers.1.self_attn.o_proj": 1e-3, "model.layers.0.mlp.x + model.layers.1.mlp.x": 1e-4}
     active = {**_names(1, 4e-4), **_names(11, 6e-4), **rest}
-    proof = skip_proof("decode", active, {**_names(1, 5e-6), **rest}, (1, 11))
+    proof = skip_proof("decode", active, {**_names(1, 5e-6), **rest}, (1, 11), 0.5)
     assert (proof.verdict, bool(proof)) == ("PASS", True)
     assert [layer.skipped for layer in proof.layers] == pytest.approx([5e-6, 0])
     assert proof.unattributed == pytest.approx(1.1e-3 / 2.1e-3)
@@ -173,22 +173,33 @@ def test_skipping_is_proven_when_skipped_layers_take_no_time() -> None:
 
 def test_skipping_fails_when_a_skipped_layer_takes_time() -> None:
     active = {**_names(0, 4e-4), **_names(1, 4e-4)}
-    proof = skip_proof("decode", active, {**_names(0, 1e-6), **_names(1, 2e-4)}, (0, 1))
+    proof = skip_proof("decode", active, {**_names(0, 1e-6), **_names(1, 2e-4)}, (0, 1), 0.5)
     assert (proof.verdict, bool(proof)) == ("FAIL", False)
     assert "worst layer 1: 200.0 µs skipped" in proof.reason
 
 
-@pytest.mark.parametrize(
-    ("active", "reason"),
-    [
-        ({"fused_everything": 1e-3}, "no runtime layer is named after the MLPs of layers [0]"),
-        (_names(0, 8e-6), "the MLPs of layers [0] take too little time"),
-    ],
-)
-def test_skipping_is_not_judged_when_too_little_shows(active: dict[str, float], reason: str) -> None:
-    proof = skip_proof("decode", active, {}, (0,))
+@pytest.mark.parametrize(("skipped", "verdict"), [(4.4e-4, "PASS"), (7e-4, "FAIL")])
+def test_whole_step_is_judged_when_the_runtime_hides_layers(skipped: float, verdict: str) -> None:
+    proof = skip_proof("decode", {"__myl_0": 9e-4, "__myl_1": 1e-4}, {"__myl_0": skipped}, (0, 3), 0.7)
+    assert proof.verdict == verdict
+    assert "no layer of the runtime is named after the MLPs of layers [0, 3]" in proof.reason
+    assert "the MLPs are 70% of the weights" in proof.reason
+
+
+def test_skipping_is_not_judged_when_layers_take_no_longer_than_launches() -> None:
+    proof = skip_proof("decode", _names(0, 8e-6), {}, (0,), 0.5)
     assert (proof.verdict, bool(proof)) == ("NOT RUN", False)
-    assert reason in proof.reason
+    assert "the MLPs of layers [0] take too little time" in proof.reason
+    assert skip_proof("decode", {"__myl_0": 7e-6}, {}, (0,), 0.5).verdict == "NOT RUN"
+
+
+def test_mlp_share_counts_what_a_decode_step_reads(graph: Path) -> None:
+    config = json.loads((MODEL / "config.json").read_text())
+    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    heads = config["num_key_value_heads"] / config["num_attention_heads"]
+    mlp, attention = 3 * hidden * inner, hidden * hidden * (2 + 2 * heads)
+    total = layers * (mlp + attention) + hidden * VOCAB
+    assert mlp_share(ir.load(graph), ROUTED) == pytest.approx(len(ROUTED) * mlp / total, rel=0.03)  # norms, constants
 
 
 def _timing(prefill: float, decode: float) -> bench.Timing:
