@@ -6,9 +6,12 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from exporter.engine_request import BackendName, OptimizationProfile
+
+# What describes a graph's plugins to the builder.
+PluginSource = Literal["none", "library", "twins", "quick-deploy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,8 @@ class EngineRecord:
         profiles: In the engine's order.
         lowering: What routed layers became.
         dtype: Of weights, KV cache and logits.
-        plugins: "none", or what described the plugins to the builder: "library", "twins" or "quick-deploy".
+        plugins: What described the plugins to the builder. An engine built with the library or with twins needs the
+            library to run; with quick-deploy plugins it carries their kernels.
         plugin_library_sha256: Of the library, where one was loaded.
         stages: In order.
         peak_bytes: Largest resident memory of the building process.
@@ -87,7 +91,7 @@ class EngineRecord:
     profiles: tuple[OptimizationProfile, ...]
     lowering: str
     dtype: str
-    plugins: str
+    plugins: PluginSource
     plugin_library_sha256: str | None
     stages: tuple[StageCost, ...]
     peak_bytes: int

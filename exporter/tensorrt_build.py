@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from exporter.engine_events import EventPipe
+from exporter.engine_record import PluginSource
 from exporter.engine_request import EngineRequest
 from exporter.errors import EngineBuildError
 from exporter.tensorrt_backend import BACKENDS, Backend
@@ -102,26 +103,27 @@ def build(request: EngineRequest, workplace: Workplace, pipe: EventPipe) -> dict
 
 
 def _network_flags(trt: Any) -> int:
-    """TensorRT 11 and RTX have strongly typed networks only; TensorRT 10 wants to be told."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return 0 if flag is None else 1 << int(flag)
+    """Those of these that the backend knows: RTX has strongly typed networks only, TensorRT 11 need not be told."""
+    wanted = ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS")
+    flags = (getattr(trt.NetworkDefinitionCreationFlag, name, None) for name in wanted)
+    return sum(1 << int(flag) for flag in flags if flag is not None)
 
 
-def _provide_plugins(request: EngineRequest) -> str:
+def _provide_plugins(request: EngineRequest) -> PluginSource:
     """Registers what describes the graph's plugins to the builder; says what that is."""
     if request.lowering != "plugin":
         return "none"
-    if request.backend == "rtx":
-        from plugins import rtx  # noqa: PLC0415 - needs the backend
+    from plugins import enterprise, rtx  # noqa: PLC0415 - few builds need them
 
-        if request.plugin_library is None:
-            rtx.register_twins()
-            return "twins"
-        rtx.load_library(request.plugin_library)
+    if request.plugin_library is not None:
+        load_library = rtx.load_library if request.backend == "rtx" else enterprise.load_library
+        load_library(request.plugin_library)
         return "library"
-    raise EngineBuildError(
-        "TensorRT: the plugin lowering has no way in yet", hint="use --lowering compact, or --trt-backend rtx"
-    )
+    if request.backend == "rtx":
+        rtx.register_twins()
+        return "twins"
+    enterprise.register_quick_deploy()
+    return "quick-deploy"
 
 
 def _parse(request: EngineRequest, backend: Backend, parser: Any, log: BuildLog) -> None:

@@ -49,6 +49,17 @@ def export_tensorrt(plan: TensorRtPlan, folder: Path, reporter: Reporter) -> lis
     """
     target = folder / FOLDER
     target.mkdir()
+    save_graphs(plan, target, reporter)
+    records = build_engines([engine_request(plan, engine, target) for engine in plan.engines], reporter)
+    return [_entry(plan, engine, record, folder) for engine, record in zip(plan.engines, records, strict=True)]
+
+
+def save_graphs(plan: TensorRtPlan, target: Path, reporter: Reporter) -> None:
+    """Writes the graphs of a plan and the one file that holds their weights.
+
+    Raises:
+        MachineError: The disk has no room for them and the engines.
+    """
     first = plan.engines[0].model
     _check_disk(target, weight_bytes(first), len(plan.engines))
     with reporter.bytes("TensorRT weights") as progress:
@@ -59,11 +70,10 @@ def export_tensorrt(plan: TensorRtPlan, folder: Path, reporter: Reporter) -> lis
         assert weight_places(engine.model) == weight_places(first), "graphs of one source lay their weights out alike"
     for engine in plan.engines:
         ir.save(engine.model, target / f"{engine.name}.onnx")
-    records = build_engines([_request(plan, engine, target) for engine in plan.engines], reporter)
-    return [_entry(plan, engine, record, folder) for engine, record in zip(plan.engines, records, strict=True)]
 
 
-def _request(plan: TensorRtPlan, engine: PlannedEngine, target: Path) -> EngineRequest:
+def engine_request(plan: TensorRtPlan, engine: PlannedEngine, target: Path) -> EngineRequest:
+    """What builds an engine from its saved graph, beside it."""
     return EngineRequest(
         graph=target / f"{engine.name}.onnx",
         output=target / f"{engine.name}.engine",
