@@ -130,7 +130,7 @@ def _problems(folder: Path, index: int, record: Any) -> Iterator[str]:
     if record["backend"] not in BACKENDS:
         yield f"{where}: backend is {record['backend']!r}, expected one of {sorted(BACKENDS)}"
     if record["cache"] != "static":
-        yield f"{where}: cache is {record['cache']!r}; this runner runs engines with a static one"
+        yield f"{where}: cache is {record['cache']!r}, expected 'static' (--trt-cache static)"
     files = {"file": record["file"], "graph": record["graph"]}
     for name, given in files.items():
         path = folder / given

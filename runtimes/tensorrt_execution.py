@@ -17,7 +17,7 @@ from runtimes.errors import StepError
 from runtimes.tensorrt_backend import Backend
 from runtimes.tensorrt_device import CudaError, Device
 from runtimes.tensorrt_engine_file import EngineFile
-from runtimes.tensorrt_shapes import ProfileChoice, plan_buffers, profiles_of, step_shape
+from runtimes.tensorrt_shapes import ProfileChoice, choose_profile, plan_buffers, profiles_of, step_shape
 
 _DTYPES: dict[str, Any] = {
     "float": np.float32,
@@ -143,7 +143,7 @@ class Execution:
 
     def _context(self, choice: ProfileChoice) -> Any:
         context = self._backend.context(
-            self._engines[choice.engine], eager_kernels=self._capture and choice.least[1] == 1
+            self._engines[choice.engine], eager_kernels=self._capture and choice.largest[1] == 1
         )
         if not context.set_optimization_profile_async(choice.index, self._device.stream):
             raise StepError(f"TensorRT refuses profile {choice.profile.name}{self._backend.explanation()}")
@@ -206,8 +206,10 @@ def reason_not_to_capture(files: Sequence[EngineFile], capture: bool, profiled: 
         return "not captured: switched off"
     if profiled:
         return "not captured: layers are timed one by one"
-    reasons = {file.lowering: NOT_CAPTURABLE[file.lowering] for file in files if file.lowering in NOT_CAPTURABLE}
-    return f"not captured: lowering {', '.join(f'{k}: {v}' for k, v in reasons.items())}" if reasons else None
+    # Of split engines, only the one that decodes matters.
+    lowering = files[choose_profile(profiles_of(files), 1, 1, files[0].path.name).engine].lowering
+    reason = NOT_CAPTURABLE.get(lowering)
+    return f"not captured: lowering {lowering}, {reason}" if reason else None
 
 
 def _profiler(module: Any, layer_seconds: dict[str, list[float]]) -> Any:

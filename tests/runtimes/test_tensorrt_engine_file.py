@@ -33,7 +33,7 @@ def test_engines_are_refused_with_all_problems_when_records_are_wrong(tmp_path: 
         load_engine_files(folder)
     for expected in (
         "engines[0]: backend is 'onnx', expected one of ['rtx', 'tensorrt']",
-        "engines[0]: cache is 'growing'",
+        "engines[0]: cache is 'growing', expected 'static'",
         "engines[1]: file ../model.engine is outside of the artefact",
         "engines[2]: graph engines/other.onnx does not exist",
         "engines[2]: engines/model.engine was changed: its sha256 is",

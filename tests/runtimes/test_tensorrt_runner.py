@@ -111,6 +111,11 @@ def test_decode_is_captured_when_the_lowering_has_fixed_shapes_and_no_branches(e
     assert "which branch" in str(reason("if"))
     assert "switched off" in str(reason("plugin", capture=False))
     assert "timed" in str(reason("plugin", profiled=True))
+    prefill, decode = (
+        dataclasses.replace(engine, lowering=lowering, profiles=(profile,))
+        for lowering, profile in zip(("compact", "plugin"), engine.profiles, strict=True)
+    )
+    assert reason_not_to_capture([prefill, decode], capture=True, profiled=False) is None
 
 
 @pytest.mark.parametrize(
