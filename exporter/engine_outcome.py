@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import signal
 from typing import Any
 
@@ -11,6 +13,8 @@ from exporter.tensorrt_backend import BACKENDS
 
 _KINDS: dict[str, type[DloError]] = {error.__name__: error for error in (EngineBuildError, MachineError, InputError)}
 _LINES_SHOWN = 5
+_HINT = "\n\nhint: "
+_PLUGIN_EXCEPTION = re.compile(r"\[ERROR\] Exception caught in \w+\(\): (?:\w+: )?(?P<reason>.*)")
 
 
 def outcome(build: BuildProcess) -> dict[str, Any]:
@@ -35,7 +39,7 @@ def outcome(build: BuildProcess) -> dict[str, Any]:
         kind, message = build.failure["kind"], build.failure["message"]
         if kind not in _KINDS:
             raise RuntimeError(f"{build.request.graph.name}: the building process failed:\n{message}")
-        raise _KINDS[kind](message)
+        raise _KINDS[kind](_with_plugin_reasons(message, list(build.log)))
     if status == -signal.SIGKILL and build.may_be_out_of_memory:
         peak = max((stage.peak_bytes for stage in build.stages), default=0)
         raise _ended(
@@ -54,6 +58,16 @@ def outcome(build: BuildProcess) -> dict[str, Any]:
         how,
         "the fault is in TensorRT; report it there with the graph, or use another lowering or version",
     )
+
+
+def _with_plugin_reasons(message: str, log: list[str]) -> str:
+    """A message with what Python plugins raised, which TensorRT prints and passes on as a number."""
+    text, _, hint = message.partition(_HINT)
+    for line, following in itertools.pairwise([*log, ""]):
+        if match := _PLUGIN_EXCEPTION.match(line):
+            text += f"\n  {match['reason']}"
+            hint = following.removeprefix(_HINT.lstrip()) if following.startswith(_HINT.lstrip()) else hint
+    return f"{text}{_HINT}{hint}" if hint else text
 
 
 def _ended(build: BuildProcess, kind: type[DloError], how: str, hint: str) -> DloError:

@@ -36,7 +36,7 @@ def show_builds(reporter: Reporter) -> Iterator[Callable[[EngineRequest], Callab
                     gigabytes = event["peak_bytes"] / 2**30
                     cost = f"{event['seconds']:.2f} s, {gigabytes:.2f} GB at most"
                     reporter.detail(f"engine {request.output.name}: {event['name']}: {cost}")
-                elif kind == "log" and event["severity"] != "INFO":
+                elif kind == "log":
                     reporter.detail(f"engine {request.output.name}: {event['severity']}: {event['text']}")
 
             return listen

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from typing import Any, Literal
 
 from exporter.engine_gpu import Gpu, find_gpu
@@ -155,6 +156,11 @@ def check_backend(name: BackendName, targets: tuple[str, ...]) -> Backend:
 
 
 def _check_machine(backend: Backend, gpu: Gpu) -> None:
+    if sys.platform != "linux":
+        raise MachineError(
+            f"{backend.title}: engines are built on Linux, this is {sys.platform}",
+            hint="build on Linux, in WSL say; engines of TensorRT-RTX run on Windows too",
+        )
     if not backend.is_installed():
         raise MachineError(
             f"{backend.title}: the Python package {backend.module} is not installed", hint=backend.install_hint

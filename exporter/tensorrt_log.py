@@ -110,7 +110,7 @@ def hint_for(errors: Sequence[str]) -> str:
                 return hint
     if any("unsupported node" in error for error in errors):
         return "TensorRT does not have this op, or not in this form: use another lowering, or replace it in the graph"
-    return "run again with -v for the whole log"
+    return "run again with -v for TensorRT's whole log"
 
 
 def _layer(name: str) -> str:

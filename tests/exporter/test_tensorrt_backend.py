@@ -123,7 +123,7 @@ def test_decoder_layer_reads_whole_numbers_when_names_carry_one():
 
 
 def test_hint_for_takes_the_first_known_error():
-    assert hint_for(["something new"]) == "run again with -v for the whole log"
+    assert hint_for(["something new"]) == "run again with -v for TensorRT's whole log"
     assert "3840" in hint_for(["something new", "K exceeds the maximum value allowed (3840)", "Plugin not found"])
 
 

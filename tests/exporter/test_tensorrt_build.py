@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 
 import onnx
 import onnx_ir as ir
 import pytest
+from rich.console import Console
 
 from exporter.engine_record import EngineRecord
 from exporter.errors import EngineBuildError, InputError
@@ -200,6 +202,31 @@ def test_build_engine_fails_when_target_is_unknown(tmp_path):
     asked = request(tmp_path, Tiny("none", layers=1), targets=("sm90", "sm89"))
     with pytest.raises(InputError, match="cannot build for sm90: it builds for sm75, sm80, sm86, sm89, sm120, sm121"):
         build_engine(asked, Reporter())
+
+
+def test_build_engine_says_what_a_plugin_refused_when_its_sizes_do_not_fit(tmp_path):
+    tiny = Tiny("plugin", layers=1)
+    model = tiny.model()
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith(("gate.weight", "up.weight", "down.weight")):
+            axis = 0 if "down" in tensor.name else 1
+            values = onnx.numpy_helper.to_array(tensor).take(range(90), axis)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    with pytest.raises(EngineBuildError, match="intermediate 90; expected a multiple of 8") as caught:
+        build_engine(request(tmp_path, tiny, model), Reporter())
+    text = str(caught.value)
+    assert "node 'model.layers.0.mlp.skip_gate_up' (SkipGateUp) of decoder layer 0" in text
+    assert text.endswith("hint: use another lowering for this model: compact or if")
+
+
+def test_build_engine_shows_a_bar_and_stages_when_on_a_terminal(tmp_path):
+    reporter = Reporter(verbose=True)
+    reporter.console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    build_engine(request(tmp_path, Tiny("compact", layers=1)), reporter)
+    shown = reporter.console.file.getvalue()
+    assert "━" in shown
+    for stage in ("import", "parse", "checks", "build", "write"):
+        assert f"engine model.engine: {stage}: " in shown
 
 
 def test_build_engines_builds_side_by_side_when_several_are_asked_for(tmp_path):
