@@ -8,6 +8,7 @@ from typing import Any
 from graph_passes.ops import DOMAIN, PLUGIN_OPS, VERSION
 from plugins.errors import PluginError
 
+_loaded: dict[str, Path] = {}
 _BUILD = "build it: make -C plugins/library TensorRT_ROOT=<your TensorRT>"
 
 
@@ -34,14 +35,25 @@ def require_file(path: Path) -> None:
 def load_into_registry(trt: Any, path: Path) -> None:
     """Loads `libdlo_plugins.so` into the registry of `trt`.
 
+    Loading the same file again is harmless.
+
     Args:
         trt: The module tensorrt or tensorrt_rtx.
         path: The library.
 
     Raises:
-        PluginError: It cannot be loaded, or does not bring every `dlo` plugin.
+        PluginError: It cannot be loaded, does not bring every `dlo` plugin, or the process has them from elsewhere.
     """
-    handle = trt.get_plugin_registry().load_library(str(path.resolve()))
+    path = path.resolve()
+    if _loaded.get(trt.__name__) == path:
+        return
+    if present := [name for name in PLUGIN_OPS if name not in missing_creators(trt)]:
+        source = _loaded.get(trt.__name__, "somewhere else")
+        raise PluginError(
+            f"plugin library {path}: {', '.join(present)} came from {source} already; expected nothing registered",
+            hint="a process holds one implementation of a plugin: use a fresh process for this one",
+        )
+    handle = trt.get_plugin_registry().load_library(str(path))
     if handle is None:
         raise PluginError(
             f"plugin library {path}: {trt.__name__} {trt.__version__} could not load it; its log says why", hint=_BUILD
@@ -50,3 +62,4 @@ def load_into_registry(trt: Any, path: Path) -> None:
         raise PluginError(
             f"plugin library {path}: it brings no {', '.join(missing)}; expected {', '.join(PLUGIN_OPS)}", hint=_BUILD
         )
+    _loaded[trt.__name__] = path

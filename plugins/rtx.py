@@ -1,7 +1,7 @@
 """Gives TensorRT-RTX the `dlo` plugins, for the engine builder and for runners.
 
 Call either function after `import tensorrt_rtx` and before an ONNX parser or a runtime meets a plugin node.
-`register_twins` is enough to build an engine; to run one, the C++ library must be loaded.
+`register_twins` is enough to build an engine and learn whether it builds; for one that is to run, load the library.
 """
 
 from __future__ import annotations

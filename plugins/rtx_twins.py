@@ -1,9 +1,8 @@
 """Python twins of the plugins for TensorRT-RTX: they describe and never compute.
 
 TensorRT-RTX builds ahead of time and runs a plugin's dtype, shape and format functions while it does; with these twins
-it does so without a compiled library. The engine names its plugins by operator, version and namespace and they have no
-fields, so the engine runs with the C++ library (TensorRT interfaces IPluginV3OneCore, OneBuild, OneRuntime and
-IPluginCreatorV3One).
+it does so without a compiled library (TensorRT interfaces IPluginV3OneCore, OneBuild, OneRuntime and
+IPluginCreatorV3One). To run, an engine needs kernels: build it with the C++ library.
 """
 
 from __future__ import annotations

@@ -57,6 +57,15 @@ def test_plugin_graph_builds_into_an_rtx_engine_when_the_library_is_loaded(libra
     assert answer["engine"] > 3 * 64 * 96 * (4 if t_dtype == "float32" else 2)
 
 
+def test_another_library_is_refused_when_one_is_loaded(library, tmp_path):
+    other = shutil.copy(library, tmp_path / "other.so")
+    code = "import tensorrt_rtx, sys; from plugins import rtx; [rtx.load_library(path) for path in sys.argv[1:]]"
+    command = [sys.executable, "-c", code, str(library), str(other)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode
+    assert f"plugin library {other}: SkipGateUp, SkipDown came from {library} already" in result.stderr
+
+
 def test_library_refuses_with_sizes_when_a_width_is_no_multiple_of_eight(library):
     answer = build(library, "bfloat16", hidden=60, intermediate=100)
     assert answer["parsed"] is False
