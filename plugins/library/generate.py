@@ -99,22 +99,26 @@ def _quoted(name: str) -> str:
     return f'"{name}"'
 
 
+def _targets(text: str) -> tuple[int, ...]:
+    served = {str(target): target for target in TARGETS}
+    found = text.split(",")
+    if unknown := sorted(set(found) - set(served)):
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(unknown)}: not served; expected some of {', '.join(served)} (later GPUs run the embedded PTX)"
+        )
+    return tuple(served[target] for target in found)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m plugins.library.generate", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the generated sources")
-    parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities, comma-separated")
+    parser.add_argument("--targets", type=_targets, default=TARGETS, help="compute capabilities, comma-separated")
     options = parser.parse_args(arguments)
-    wanted = sorted({PORTABLE_TARGET, *map(int, options.targets.split(","))})
+    wanted = sorted({PORTABLE_TARGET, *options.targets})
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        if unknown := sorted(set(wanted) - set(TARGETS)):
-            raise PluginError(
-                f"--targets: {', '.join(map(str, unknown))} is not served; expected some of "
-                f"{', '.join(map(str, TARGETS))}",
-                hint="later GPUs run the embedded PTX",
-            )
         kernels = compile_all(variants(wanted))
     except PluginError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -45,6 +45,20 @@ def test_portable_ptx_needs_no_opt_in_shared_memory_when_a_quick_deploy_plugin_l
     assert not [k.variant.name for k in kernels if k.variant.target == 80 and k.shared_bytes > 48 * 1024]
 
 
+def test_portable_ptx_assembles_for_later_gpus_when_no_cubin_fits(kernels, tmp_path):
+    """As the driver does for capabilities without a cubin: 10.3 and 12.1 stand for them."""
+    from triton import knobs  # noqa: PLC0415 - heavy
+
+    for kernel in kernels:
+        if (kernel.variant.target, kernel.variant.dtype) == (80, "bfloat16"):
+            source = tmp_path / "kernel.ptx"
+            source.write_text(kernel.ptx)
+            for later in ("sm_103", "sm_121"):
+                command = [knobs.nvidia.ptxas_blackwell.path, "-v", f"--gpu-name={later}", str(source)]
+                result = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True, check=True)
+                assert "0 bytes spill stores, 0 bytes spill loads" in result.stderr, kernel.variant.name
+
+
 def test_weights_go_to_tensor_cores_sixteen_bytes_at_a_time_when_16_bit(kernels):
     """Without the promise that widths are multiples of 8 the compiler would load weights element by element."""
     for kernel in kernels:
