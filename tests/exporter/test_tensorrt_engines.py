@@ -1,0 +1,62 @@
+"""Engines of graphs as the exporter makes them: every lowering passes every check and skips in every routed layer."""
+
+from pathlib import Path
+
+import pytest
+
+from exporter.progress import Reporter
+from exporter.source import open_source
+from exporter.tensorrt import build_engines, explain_engine
+from exporter.tensorrt_export import engine_request, save_graphs
+from exporter.tensorrt_request import TensorRtRequest, plan_tensorrt
+
+REFERENCE = Path(__file__).parents[1] / "data" / "reference_mlp_routed"
+SIZES = {"max_batch": 2, "max_sequence": 16, "max_cache": 32}
+
+
+@pytest.fixture(scope="module")
+def source():
+    source = open_source(str(REFERENCE), None)
+    yield source
+    source.close()
+
+
+@pytest.mark.parametrize(
+    ("lowering", "dtype", "options", "mechanism"),
+    [
+        ("compact", "bf16", {"targets": ("sm89", "sm120")}, {"TOPK", "GATHER", "SCATTER"}),
+        ("compact", "fp16", {"cache": "growing"}, {"TOPK", "GATHER", "SCATTER"}),
+        ("if", "fp16", {"split": True}, {"CONDITION", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT"}),
+        ("plugin", "bf16", {"last_logits": True}, {"PLUGIN_V3"}),
+        ("plugin", "fp32", {}, {"PLUGIN_V3"}),
+    ],
+    ids=["compact-bf16", "compact-fp16-growing", "if-fp16-split", "plugin-bf16-last-logits", "plugin-fp32"],
+)
+def test_build_engines_skips_in_every_routed_layer(source, tmp_path, lowering, dtype, options, mechanism):
+    plan = plan_tensorrt(source, TensorRtRequest(backend="rtx", **SIZES, **options), lowering, dtype)
+    save_graphs(plan, tmp_path, Reporter())
+    records = build_engines([engine_request(plan, engine, tmp_path) for engine in plan.engines], Reporter())
+    assert len(records) == len(plan.engines)
+    for record in records:
+        assert source.routing is not None
+        assert {layer: set(found) for layer, found in record.census.skipping.items()} == dict.fromkeys(
+            source.routing.layers, mechanism
+        )
+        assert record.weights_sha256.keys() == {"model.onnx.data"}
+        assert record.targets == options.get("targets", ())
+        reasons = explain_engine(record)
+        assert reasons == [] if lowering != "plugin" else "no plugin library is given" in reasons[0]
+
+
+def test_build_engines_copies_from_cache_when_the_same_model_is_exported_again(source, tmp_path, monkeypatch):
+    """The graph's bytes, and so the key, are the same each time."""
+    monkeypatch.setenv("DLO_EXPORT_CACHE", str(tmp_path / "cache"))
+    records = []
+    for name in ("once", "again"):
+        (tmp_path / name).mkdir()
+        plan = plan_tensorrt(source, TensorRtRequest(backend="rtx", **SIZES), "compact", "bf16")
+        save_graphs(plan, tmp_path / name, Reporter())
+        requests = [engine_request(plan, engine, tmp_path / name) for engine in plan.engines]
+        records += build_engines(requests, Reporter())
+    assert [record.from_cache for record in records] == [False, True]
+    assert records[0].sha256 == records[1].sha256
