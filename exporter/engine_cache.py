@@ -61,9 +61,9 @@ class EngineCache:
             if found != record.sha256:
                 raise InputError(f"{entry / _ENGINE}: its sha256 is {found}, expected {record.sha256}")
             partial.rename(output)
-        except (InputError, FileNotFoundError, KeyError, TypeError) as err:
+        except (FileNotFoundError, KeyError, TypeError, ValueError) as err:
             self._tell(f"engine cache: removed a damaged entry, building again: {err}")
-            shutil.rmtree(entry)
+            shutil.rmtree(entry, ignore_errors=True)  # another command may be removing it as well
             return None
         finally:
             partial.unlink(missing_ok=True)

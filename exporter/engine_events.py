@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-STAGES = ("import", "parse", "checks", "build", "write")
 
 
 class EventPipe:
@@ -21,18 +20,14 @@ class EventPipe:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self._descriptor, self._lock = descriptor, threading.Lock()
 
     def send(self, event: str, **values: Any) -> None:
-        """Sends one event.
-
-        Each is one write, because TensorRT calls from several threads; a line longer than a pipe's atomic write is cut
-        into text events by no one, so long texts are cut here.
-        """
-        line = json.dumps({"event": event, **values})
-        view = memoryview(line.encode() + b"\n")
-        while view:
-            view = view[os.write(self._descriptor, view) :]
+        """Sends one event; TensorRT's logger and progress monitor call from several threads."""
+        view = memoryview(json.dumps({"event": event, **values}).encode() + b"\n")
+        with self._lock:
+            while view:
+                view = view[os.write(self._descriptor, view) :]
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

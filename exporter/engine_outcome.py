@@ -49,8 +49,8 @@ def outcome(build: BuildProcess) -> dict[str, Any]:
             "build fewer engines at once, close other programs, or build on a larger machine",
         )
     if status in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
-        sender = "someone sent it; memory had not run out"
-        raise _ended(build, EngineBuildError, f"was killed by {signal.Signals(-status).name}: {sender}", "run it again")
+        how = f"was killed by somebody's {signal.Signals(-status).name}, memory not having run out,"
+        raise _ended(build, EngineBuildError, how, "run it again")
     how = f"crashed with {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
     raise _ended(
         build,

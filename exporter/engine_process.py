@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -23,8 +22,6 @@ from exporter.tensorrt_backend import BACKENDS
 _LINES_KEPT = 200
 _READ_AT_ONCE = 2**16
 _ROOT = Path(__file__).resolve().parents[1]
-# glibc and the C++ runtime say why they abort on stderr; TensorRT's own lines come as events.
-_LEADING_TIME = re.compile(r"^\[\d\d/\d\d/\d{4}-\d\d:\d\d:\d\d\] ")
 
 
 class BuildProcess:
@@ -115,7 +112,7 @@ class BuildProcess:
         else:
             *lines, self._rest = (self._rest + data).split(b"\n")
             for line in lines:
-                self._keep(_LEADING_TIME.sub("", line.decode(errors="replace").rstrip()))
+                self._keep(line.decode(errors="replace").rstrip())
         return True
 
     @property

@@ -38,6 +38,9 @@ def main() -> NoReturn:
     workplace = Workplace(Path(values["partial"]), None if timing_cache is None else Path(timing_cache))
     try:
         pipe.send("result", **build(request, workplace, pipe))
+    except SystemExit:  # terminated while it wrote, which it has cleaned up after
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
     except BaseException as error:  # the parent is told of whatever it is, and decides
         pipe.send("failure", **_failure(error, request))
     sys.stdout.flush()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -96,7 +97,9 @@ if "-m" in sys.orig_argv:
 
 
 def test_build_says_who_when_worker_is_killed(tmp_path, asked):
-    with pytest.raises(EngineBuildError, match="was killed by SIGKILL: someone sent it; memory had not run out"):
+    with pytest.raises(
+        EngineBuildError, match="was killed by somebody's SIGKILL, memory not having run out, while building"
+    ):
         run(asked, "build", lambda worker: os.kill(worker, signal.SIGKILL))
     assert files(tmp_path) == ["model.onnx"]
 
@@ -128,9 +131,8 @@ def test_build_fails_when_file_grows_beyond_the_limit(tmp_path, asked):
 
 def test_build_fails_when_disk_is_full(tmp_path, asked):
     """/dev/full answers every write as a full disk does."""
-    partial = asked.output.with_name(f".{asked.output.name}.{os.getpid()}.partial")
     with pytest.raises(MachineError, match=r"model\.engine: cannot be written: the disk is full") as caught:
-        run(asked, "build", lambda worker: partial.symlink_to("/dev/full"))
+        run(asked, "build", lambda worker: partial_of(asked).symlink_to("/dev/full"))
     assert caught.value.exit_code == 4
     assert files(tmp_path) == ["model.onnx"]
     assert Path("/dev/full").exists()
@@ -146,33 +148,51 @@ def test_build_fails_when_address_space_runs_out(tmp_path, asked):
     assert files(tmp_path) == ["model.onnx"]
 
 
+def partial_of(asked):
+    return asked.output.with_name(f".{asked.output.name}.{os.getpid()}.partial")
+
+
+def test_build_removes_what_it_wrote_when_it_is_terminated(tmp_path, asked):
+    """It waits in the middle of writing, because a pipe without a reader is in the file's place."""
+
+    def terminate(worker):
+        threading.Timer(0.3, os.kill, (worker, signal.SIGTERM)).start()
+
+    os.mkfifo(partial_of(asked))
+    with pytest.raises(EngineBuildError, match=r"was killed by somebody's SIGTERM, .* while writing the engine"):
+        run(asked, "write", terminate)
+    assert files(tmp_path) == ["model.onnx"]
+
+
 @pytest.mark.parametrize("stage", ["build", "write"])
-def test_worker_ends_when_its_parent_dies(tmp_path, asked, stage):
-    """The parent is killed at once, so that nothing of its own can clean up."""
+def test_worker_ends_and_leaves_nothing_when_its_parent_dies(tmp_path, asked, stage):
+    """The parent is killed at once, so that nothing of its own can clean up; the worker waits as above."""
     script = f"""
         import os, signal, sys
-        from pathlib import Path
         from exporter.engine_request import EngineRequest
         from exporter.engine_scheduling import Planned, run_builds
+        request = EngineRequest.from_json(sys.stdin.readline())
         def listen(event):
             if event["event"] == "started":
                 print(event["process_id"], flush=True)
+            if event["event"] == "stage_started" and event["name"] == "checks":
+                os.mkfifo(request.output.with_name(f".{{request.output.name}}.{{os.getpid()}}.partial"))
             if event["event"] == "stage_started" and event["name"] == {stage!r}:
+                time.sleep(0.3 if {stage!r} == "write" else 0)
                 os.kill(os.getpid(), signal.SIGKILL)
-        run_builds([Planned(EngineRequest.from_json(sys.stdin.readline()), None, 0, listen)])
+        run_builds([Planned(request, None, 0, listen)])
     """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
+    command = [sys.executable, "-c", "import time\n" + textwrap.dedent(script)]
     result = subprocess.run(
         command, input=asked.to_json() + "\n", cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
     )
     assert result.returncode == -signal.SIGKILL, result.stderr
-    worker = int(result.stdout)
-    while is_alive(worker):
+    while is_alive(int(result.stdout)):
         time.sleep(0.02)
-    # In the write stage the engine may have been complete already: it is whole, or not there.
     left = files(tmp_path)
-    assert left in (["model.onnx"], ["engines/model.engine", "model.onnx"])
-    assert stage == "write" or left == ["model.onnx"]
+    if stage == "build":
+        left = [name for name in left if not name.endswith(".partial")]  # the pipe, which the test made
+    assert left == ["model.onnx"]
 
 
 def test_worker_dies_at_once_when_its_parent_is_gone_before_it_starts(asked):
