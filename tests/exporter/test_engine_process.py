@@ -97,9 +97,7 @@ if "-m" in sys.orig_argv:
 
 
 def test_build_says_who_when_worker_is_killed(tmp_path, asked):
-    with pytest.raises(
-        EngineBuildError, match="was killed by somebody's SIGKILL, memory not having run out, while building"
-    ):
+    with pytest.raises(EngineBuildError, match=r"killed by somebody's SIGKILL, .* while building"):
         run(asked, "build", lambda worker: os.kill(worker, signal.SIGKILL))
     assert files(tmp_path) == ["model.onnx"]
 
