@@ -9,7 +9,7 @@ from exporter.errors import DloError
 
 DONE, PARITY_FAILED, BAD_INPUT, BUILD_FAILED, MACHINE, OUR_BUG, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 
-_OUR_PACKAGES = {"exporter", "graph_passes", "modeling", "runtimes"}
+_OUR_PACKAGES = {"exporter", "graph_passes", "modeling", "plugins", "runtimes"}
 # What the `torch` extra installs; every command that needs it says so by failing to import it.
 _EXTRA_PACKAGES = {"torch", "transformers", "jinja2", "accelerate"}
 

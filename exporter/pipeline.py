@@ -153,7 +153,7 @@ def check_tensorrt_options(source: ExportSource, options: TensorRtOptions) -> No
     for name in ("max_batch", "max_sequence", "max_cache"):
         if getattr(options, name) < 1:
             problems.append(f"--trt-{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
-    if options.cache == "static" and options.max_sequence > options.max_cache:
+    if options.max_sequence > options.max_cache:
         problems.append(
             f"--trt-max-sequence {options.max_sequence} does not fit --trt-max-cache {options.max_cache}: "
             "a step's tokens go into the cache"

@@ -42,6 +42,9 @@ def tensorrt_twin(source: ExportSource, options: TensorRtOptions, released: ir.M
     for name, value in model.graph.initializers.items():
         if name in stored:
             value.const_value = stored.pop(name)
+    # Routers are written in another form there, and small: the twin holds its own.
+    for layer in source.routing.layers if source.routing is not None else ():
+        stored.pop(f"model.routers.{layer}.weight", None)
     if stored:
         raise InputError(
             f"model.onnx holds weights that a TensorRT graph of this source has not: {', '.join(sorted(stored)[:5])}",

@@ -3,22 +3,16 @@
 tests/data/smollm2_routers is what `dlo calibrate SmolLM2-135M-Instruct.Q4_1.gguf -o DIR --as-adapter` writes.
 """
 
-import dataclasses
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from exporter.artifact_runner import open_artifact
-from exporter.checkpoint import open_checkpoint
 from exporter.export import ExportRequest, export_model
 from exporter.progress import Reporter
 from exporter.source import open_source
-from modeling.adapter import load_adapter, save_adapter
 from modeling.calibration_text import read_documents
-from modeling.expansion import expansion_adapter
-from modeling.placements import placements
 from runtimes.tokenizer import Tokenizer
 from runtimes.torch_reference import open_reference
 from tests.bare_session import left_padded
@@ -26,34 +20,16 @@ from tests.bare_session import left_padded
 pytestmark = pytest.mark.smollm2
 
 TOLERANCE = 5e-4
-ROUTERS = Path(__file__).parents[1] / "data" / "smollm2_routers"
 LENGTHS = (64, 41, 23)
 DECODED = 4
 
 
-@pytest.fixture(scope="module")
-def adapter(smollm2_gguf, tmp_path_factory):
-    """TLI every five layers; routers on the original layers that calibration routed."""
-    routed = load_adapter(ROUTERS)
-    with open_checkpoint(smollm2_gguf) as checkpoint:
-        assert routed.base_sha256 == checkpoint.sha256(), "fit the routers again"
-        plan = placements("tli", checkpoint.config.num_layers, every=5, init="zero_out")
-        injection = expansion_adapter(checkpoint.tensors, plan)
-        routers = {
-            f"model.routers.{plan.original_positions[layer]}.weight": routed.tensors[f"model.routers.{layer}.weight"]
-            for layer in routed.routed_layers
-        }
-        positions = {plan.original_positions[layer] for layer in routed.routed_layers}
-        folder = tmp_path_factory.mktemp("adapter") / "tli"
-        is_dlo = tuple(layer in positions for layer in range(plan.num_layers))
-        save_adapter(dataclasses.replace(injection, is_dlo=is_dlo, tensors={**injection.tensors, **routers}), folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=["masked", "compact"])
-def artefact(request, smollm2_gguf, adapter, tmp_path_factory):
+def artefact(request, smollm2_gguf, smollm2_tli_adapter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("routed") / request.param
-    request_ = ExportRequest(str(smollm2_gguf), folder, adapter=adapter, lowering=request.param, parity=False)
+    request_ = ExportRequest(
+        str(smollm2_gguf), folder, adapter=smollm2_tli_adapter, lowering=request.param, parity=False
+    )
     export_model(request_, Reporter())
     return folder
 
@@ -71,8 +47,8 @@ def steps(artefact):
 
 
 @pytest.fixture(scope="module")
-def expected(smollm2_gguf, adapter, steps):
-    source = open_source(smollm2_gguf, adapter)
+def expected(smollm2_gguf, smollm2_tli_adapter, steps):
+    source = open_source(smollm2_gguf, smollm2_tli_adapter)
     config = {**source.base.config.raw, **source.config_values()}
     with open_reference(config, source.tensors()) as reference:
         reference.reset(len(LENGTHS))

@@ -28,8 +28,9 @@ def random_case(rng, number):
     dtype = ("float32", "float16", "bfloat16")[number % 3]
     mask = MASKS[number // 3 % 4]
     tile = ("decode", "prefill")[number // 12 % 2]
-    # every fifth case has more tokens than one scan reads and more active rows than one tile holds
-    batch, sequence = (3, 27) if number % 5 == 4 else (int(rng.integers(1, 5)), int(rng.integers(1, 9)))
+    # every tenth case has more tokens than one scan reads and more active rows than one tile holds
+    long = (3, 27) if tile == "decode" else (3, 91)
+    batch, sequence = long if number % 10 == 4 else (int(rng.integers(1, 5)), int(rng.integers(1, 9)))
     hidden, intermediate = (int(size) for size in rng.integers(1, 150, 2))
     active = np.zeros(batch * sequence, bool)
     if mask == "full":

@@ -1,0 +1,151 @@
+"""`dlo-export --trt` as a user runs it: engines built by TensorRT-RTX, or a reason before anything starts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from exporter.exit_codes import BAD_INPUT, BUILD_FAILED, DONE
+from tests.exporter.test_cli import check_refused, dlo
+from tests.tiny_models import save_tiny_llama
+
+DATA = Path(__file__).parents[1] / "data"
+REFERENCE = DATA / "reference_mlp_routed"
+ROUTED_LAYERS = ["0", "1", "3"]
+MECHANISM = {"compact": "TOPK", "if": "CONDITION", "plugin": "PLUGIN_V3"}
+
+
+@pytest.fixture(autouse=True)
+def engine_cache(tmp_path_factory, monkeypatch):
+    """No engine of another run."""
+    monkeypatch.setenv("DLO_EXPORT_CACHE", str(tmp_path_factory.mktemp("engines")))
+
+
+def description_of(folder):
+    return json.loads((folder / "dlo_artifact.json").read_text())
+
+
+@pytest.mark.parametrize("lowering", MECHANISM)
+def test_export_builds_an_engine_that_skips_in_every_routed_layer(tmp_path, lowering):
+    out = tmp_path / "out"
+    options = ["--trt", "--trt-target", "sm89,sm120", "--lowering", lowering, "--trt-max-cache", "64"]
+    result = dlo("export", REFERENCE, "-o", out, *options, "--trt-max-sequence", "32")
+    assert result.returncode == DONE, result.stderr
+    assert f"trt {lowering}" in result.stdout, "parity compares the graph's twin"
+    (engine,) = description_of(out)["engines"]
+    assert (out / engine["file"]).stat().st_size == engine["bytes"]
+    assert (engine["backend"], engine["targets"], engine["lowering"]) == ("rtx", ["sm89", "sm120"], lowering)
+    assert engine["dtype"] == "bf16"
+    assert {layer: MECHANISM[lowering] in types for layer, types in engine["census"]["skipping"].items()} == (
+        dict.fromkeys(ROUTED_LAYERS, True)
+    )
+    assert [profile["name"] for profile in engine["profiles"]] == ["prefill", "decode"]
+    assert engine["parity"]["verdict"] == "NOT RUN"
+    names = [value["name"] for value in engine["interface"]["inputs"]]
+    assert names[:4] == ["input_ids", "position_ids", "write_indices", "kv_lengths"]
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    assert model.graph.input[3].type.tensor_type.elem_type == onnx.TensorProto.FLOAT, "model.onnx stays fp32"
+    assert not list(out.glob("**/*.partial"))
+
+
+def test_export_builds_two_engines_on_one_weight_file_when_split(tmp_path):
+    out = tmp_path / "out"
+    options = ["--trt", "--trt-split", "--trt-last-logits", "--trt-max-batch", "1", "--no-parity"]
+    result = dlo("export", REFERENCE, "-o", out, *options)
+    assert result.returncode == DONE, result.stderr
+    assert "so the second one costs" in result.stdout
+    engines = description_of(out)["engines"]
+    assert [(e["phase"], e["lowering"], [p["name"] for p in e["profiles"]]) for e in engines] == [
+        ("prefill", "compact", ["prefill"]),
+        ("decode", "if", ["decode"]),
+    ]
+    assert sorted(path.name for path in (out / "engines").iterdir()) == [
+        "decode.engine",
+        "decode.onnx",
+        "model.onnx.data",
+        "prefill.engine",
+        "prefill.onnx",
+    ]
+    (logits,) = [value for value in engines[0]["interface"]["outputs"] if value["name"] == "logits"]
+    assert logits["shape"][1] == 1
+
+
+@pytest.mark.parametrize("lowering", ["auto", "plugin"])
+def test_export_builds_an_engine_with_a_growing_cache_when_asked(tmp_path, lowering):
+    options = ["--trt", "--trt-cache", "growing", "--dtype", "fp16", "--lowering", lowering, "--no-parity"]
+    sizes = ["--trt-max-cache", "64", "--trt-max-sequence", "32"]
+    result = dlo("export", REFERENCE, "-o", tmp_path / "out", *options, *sizes)
+    assert result.returncode == DONE, result.stderr
+    (engine,) = description_of(tmp_path / "out")["engines"]
+    assert (engine["cache"], engine["dtype"]) == ("growing", "fp16")
+    assert engine["profiles"][1]["shapes"]["past_key_values.0.key"][2][2] == 63
+
+
+def test_export_builds_a_dense_engine_when_nothing_is_routed(tmp_path):
+    checkpoint = save_tiny_llama(tmp_path / "model", dtype="float16")
+    result = dlo("export", checkpoint, "-o", tmp_path / "out", "--trt", "--no-parity")
+    assert result.returncode == DONE, result.stderr
+    (engine,) = description_of(tmp_path / "out")["engines"]
+    assert (engine["lowering"], engine["dtype"]) == ("none", "fp16"), "auto keeps the checkpoint's 16-bit type"
+
+
+def test_second_export_takes_the_engine_from_the_cache_and_says_so(tmp_path):
+    for folder, cached in (("first", False), ("second", True)):
+        assert dlo("export", REFERENCE, "-o", tmp_path / folder, "--trt", "--no-parity").returncode == DONE
+        (engine,) = description_of(tmp_path / folder)["engines"]
+        assert engine["from_cache"] == cached
+
+
+REFUSED = {
+    "layer_routing": (DATA / "reference_layer_routed", ["--trt"], "layer routing"),
+    "no_routers": (None, ["--trt", "--lowering", "plugin"], "no routers"),
+    "plugin_without_trt": (REFERENCE, ["--lowering", "plugin"], "--trt"),
+    "options_without_trt": (REFERENCE, ["--trt-target", "sm89"], "--trt is not given"),
+    "no_weights": (REFERENCE, ["--trt", "--no-weights"], "--no-weights"),
+    "zero_batch": (REFERENCE, ["--trt", "--trt-max-batch", "0"], "--trt-max-batch is 0"),
+    "cache_too_small": (REFERENCE, ["--trt", "--trt-max-cache", "16"], "does not fit --trt-max-cache 16"),
+    "last_logits_growing": (REFERENCE, ["--trt", "--trt-cache", "growing", "--trt-last-logits"], "--trt-cache static"),
+    "unknown_target": (REFERENCE, ["--trt", "--trt-target", "sm42"], "sm42"),
+    "no_library": (REFERENCE, ["--trt", "--trt-plugin-library", "nowhere.so"], "nowhere.so"),
+}
+
+
+@pytest.mark.parametrize(("model", "options", "reason"), REFUSED.values(), ids=REFUSED)
+def test_export_refuses_before_anything_is_built_when(tmp_path, model, options, reason):
+    model = model or save_tiny_llama(tmp_path / "model")
+    check_refused(dlo("export", model, "-o", tmp_path / "out", *options), tmp_path, reason)
+
+
+def test_export_refuses_someone_elses_graph_when_engines_are_asked_for(tmp_path):
+    graph, adapter = DATA / "optimum_llama" / "model.onnx", DATA / "optimum_llama" / "adapter"
+    result = dlo("export", graph, "--adapter", adapter, "-o", tmp_path / "out", "--trt")
+    assert result.returncode == BAD_INPUT, result.stderr
+
+
+def test_export_explains_what_plugins_cannot_compute_when_the_mlp_has_biases(tmp_path):
+    model = save_tiny_llama(tmp_path / "model", mlp_bias=True, routed=[True] * 3)
+    result = dlo("export", model, "-o", tmp_path / "out", "--trt", "--lowering", "plugin")
+    check_refused(result, tmp_path, "without biases")
+    result = dlo("export", model, "-o", tmp_path / "out", "--trt", "--lowering", "compact", "--no-parity")
+    assert result.returncode == DONE, result.stderr
+
+
+def test_export_leaves_nothing_behind_when_a_build_takes_too_long(tmp_path):
+    result = dlo("export", REFERENCE, "-o", tmp_path / "out", "--trt", "--trt-timeout", "0.05", "--no-parity")
+    assert result.returncode == BUILD_FAILED, result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plain_export_loads_no_tensorrt():
+    code = (
+        "import sys; from exporter.export import ExportRequest, export_model; from exporter.progress import Reporter;"
+        "from pathlib import Path; import tempfile;"
+        f"export_model(ExportRequest({str(REFERENCE)!r}, Path(tempfile.mkdtemp()) / 'out', parity=False), Reporter());"
+        "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'tensorrt_rtx', 'tensorrt', 'triton')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

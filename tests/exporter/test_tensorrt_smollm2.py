@@ -1,0 +1,30 @@
+"""The demo's model, 36 layers, as TensorRT-RTX engines: every lowering, both 16-bit types, two GPUs."""
+
+import pytest
+
+from exporter.progress import Reporter
+from exporter.source import open_source
+from exporter.tensorrt_export import export_tensorrt
+from exporter.tensorrt_request import TensorRtRequest, plan_tensorrt
+
+pytestmark = pytest.mark.smollm2
+
+MECHANISM = {"compact": {"TOPK"}, "if": {"CONDITION"}, "plugin": {"PLUGIN_V3"}}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("lowering", MECHANISM)
+def test_engine_is_built_with_the_skip_mechanism_in_every_routed_layer(
+    smollm2_gguf, smollm2_tli_adapter, tmp_path, monkeypatch, lowering, dtype
+):
+    monkeypatch.setenv("DLO_EXPORT_CACHE", "")
+    source = open_source(str(smollm2_gguf), smollm2_tli_adapter)
+    request = TensorRtRequest(backend="rtx", targets=("sm89", "sm120"))
+    (engine,) = export_tensorrt(plan_tensorrt(source, request, lowering, dtype), tmp_path, Reporter())
+    routed = {str(layer) for layer in source.routing.layers}
+    source.close()
+    assert len(routed) > 20
+    skipping = engine["census"]["skipping"]
+    assert {layer for layer, types in skipping.items() if MECHANISM[lowering] <= set(types)} == routed
+    assert engine["census"]["total"]["KV_CACHE_UPDATE"] == 2 * 36
+    assert (tmp_path / engine["file"]).stat().st_size > 200 * 2**20
