@@ -46,15 +46,15 @@ class Tile:
 
 # Decode is bound by reading weights once: narrow tiles, so that a small model still has programs for every SM.
 # SkipDown's output is narrower than SkipGateUp's, hence its tile too (16 columns of 2 bytes are one 32-byte sector).
-# Prefill reads a weight tile once per 64 active tokens instead of once per 16.
+# Prefill reads a weight tile once per 64 active tokens instead of once per 16, and scans a prompt in few steps.
 _TILES: Final[dict[str, dict[TileName, Tile]]] = {
     "SkipGateUp": {
         "decode": Tile(rows=16, columns=32, depth=128, scan=64, warps=4, stages=3),
-        "prefill": Tile(rows=64, columns=64, depth=64, scan=64, warps=4, stages=3),
+        "prefill": Tile(rows=64, columns=64, depth=64, scan=256, warps=4, stages=3),
     },
     "SkipDown": {
         "decode": Tile(rows=16, columns=16, depth=256, scan=64, warps=4, stages=3),
-        "prefill": Tile(rows=64, columns=64, depth=64, scan=64, warps=4, stages=3),
+        "prefill": Tile(rows=64, columns=64, depth=64, scan=256, warps=4, stages=3),
     },
 }
 
