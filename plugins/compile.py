@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import itertools
 import multiprocessing
 import os
 import re
@@ -17,40 +16,12 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final
 
 from graph_passes.ops import PLUGIN_OPS
-from plugins.contract import T_DTYPES, WIDTH_MULTIPLE, operand_dtypes
+from plugins.contract import T_DTYPES
 from plugins.errors import PluginError
-from plugins.tiles import TileName, tile_of
-
-TARGETS: Final = (80, 86, 89, 90, 100, 120)
-"""Compute capabilities, tens and units: A100, consumer Ampere, Ada, Hopper, Blackwell (data centre, consumer)."""
-
-_POINTEE: Final = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_POINTER_ALIGNMENT: Final = 16  # TensorRT aligns tensors to 256 bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One compilation of one kernel.
-
-    Attributes:
-        op_name: The operator.
-        dtype: T, as the schema names it.
-        tile: Name of the tile.
-        target: Compute capability, such as 89.
-    """
-
-    op_name: str
-    dtype: str
-    tile: TileName
-    target: int
-
-    @property
-    def name(self) -> str:
-        """Stem of the variant's files."""
-        return f"{self.op_name}_{self.dtype}_{self.tile}_sm{self.target}"
+from plugins.ptx import ptx_of
+from plugins.variants import TARGETS, Variant, variants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,89 +49,6 @@ class CompiledKernel:
     registers: int
     stack_bytes: int
     spill_bytes: int
-
-
-def variants(
-    targets: Iterable[int] = TARGETS,
-    dtypes: Iterable[str] = T_DTYPES,
-    tiles: Iterable[TileName] = ("decode", "prefill"),
-) -> list[Variant]:
-    """Every combination of operator, dtype, tile and target."""
-    return [Variant(*choice) for choice in itertools.product(PLUGIN_OPS, dtypes, tiles, targets)]
-
-
-def ptx_of(variant: Variant) -> tuple[str, str, int, int]:
-    """Compiles a kernel with Triton.
-
-    Returns:
-        Entry name, PTX without Triton's scratch parameters, threads per program, bytes of shared memory.
-    """
-    import triton  # noqa: PLC0415 - heavy
-    from triton import knobs  # noqa: PLC0415
-    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
-
-    from plugins.kernels import INTEGERS, KERNELS  # noqa: PLC0415 - imports triton
-
-    if "TRITON_INTERPRET" in os.environ:
-        raise PluginError(
-            "compiling plugins: TRITON_INTERPRET is set, so Triton interprets and cannot compile",
-            hint="unset TRITON_INTERPRET for this command",
-        )
-    op, kernel = PLUGIN_OPS[variant.op_name], KERNELS[variant.op_name]
-    tile = tile_of(variant.op_name, variant.tile, variant.dtype)
-    pointers = [f"*{_POINTEE[dtype]}" for dtype in operand_dtypes(op, variant.dtype)]
-    inputs = len(op.inputs)
-    types = [*pointers[:inputs], *["i32"] * INTEGERS, *pointers[inputs:]]
-    constants = {**tile.constants(), "UPCAST": False}
-    # tokens, the first integer, is any number; the two widths let weights be loaded as vectors
-    divisors = {index: _POINTER_ALIGNMENT for index, type_ in enumerate(types) if type_.startswith("*")}
-    divisors |= dict.fromkeys(range(inputs + 1, inputs + INTEGERS), WIDTH_MULTIPLE)
-    names = kernel.arg_names
-    source = triton.compiler.ASTSource(
-        fn=kernel,
-        signature={**dict(zip(names, types, strict=False)), **dict.fromkeys(constants, "constexpr")},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(index,): [["tt.divisibility", divisor]] for index, divisor in divisors.items()},
-    )
-    with knobs.compilation.scope():
-        knobs.compilation.disable_line_info = True  # most of a cubin, and names folders of this machine
-        compiled = triton.compile(
-            source,
-            target=GPUTarget("cuda", variant.target, 32),
-            options={"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},
-        )
-    metadata = compiled.metadata
-    ptx = without_scratch_parameters(compiled.asm["ptx"], len(types))
-    return metadata.name, ptx, metadata.num_warps * 32, metadata.shared
-
-
-def without_scratch_parameters(ptx: str, parameters: int) -> str:
-    """PTX whose kernel takes its own parameters alone.
-
-    Triton appends pointers to scratch memory that these kernels never touch. TensorRT's quick-deploy plugins pass
-    inputs, integers and outputs and nothing behind them, so a kernel with more parameters would read past their end.
-
-    Args:
-        ptx: Of one kernel.
-        parameters: How many it has of its own.
-
-    Raises:
-        PluginError: A parameter behind the kernel's own is used, or it has fewer than its own.
-    """
-    start, end = ptx.index("(", ptx.index(".entry")), ptx.index(")\n", ptx.index(".entry"))
-    declared = ptx[start + 1 : end].split(",")
-    if len(declared) < parameters:
-        raise PluginError(
-            f"compiled kernel: it has {len(declared)} parameters; expected at least {parameters}",
-            hint="please report this with Triton's version",
-        )
-    for scratch in (declaration.split()[-1] for declaration in declared[parameters:]):
-        if re.search(rf"\b{scratch}\b", ptx[end:]):
-            raise PluginError(
-                f"compiled kernel: it reads its scratch parameter {scratch}; expected no use of scratch memory",
-                hint="a kernel of this folder must not use tensor descriptors, global scratch or profiling",
-            )
-    return ptx[: start + 1] + ",".join(declared[:parameters]) + "\n" + ptx[end:]
 
 
 def compile_kernel(variant: Variant) -> CompiledKernel:

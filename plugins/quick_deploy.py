@@ -19,10 +19,11 @@ import tensorrt as trt
 import tensorrt.plugin as trtp
 
 from graph_passes.ops import DOMAIN, PLUGIN_OPS
-from plugins.compile import Variant, ptx_of
 from plugins.contract import T_DTYPES, size_problems, weight_input
 from plugins.errors import PluginError
+from plugins.ptx import ptx_of
 from plugins.tiles import TileName, tile_of
+from plugins.variants import Variant
 
 PTX_TARGET = 80
 Implementation = tuple[bytes, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Final
 
 from graph_passes.ops import DOMAIN, PLUGIN_OPS, VERSION, PluginOp
-from plugins.compile import TARGETS, CompiledKernel, compile_all, variants
+from plugins.compile import CompiledKernel, compile_all
 from plugins.contract import T_DTYPES, WIDTH_MULTIPLE, output_axes, weight_input
 from plugins.errors import PluginError
 from plugins.tiles import DECODE_TOKENS, tile_of
+from plugins.variants import TARGETS, variants
 
 PORTABLE_TARGET: Final = 80
 """Its PTX is embedded too: the driver compiles it for GPUs that no cubin here fits."""

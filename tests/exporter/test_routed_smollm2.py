@@ -1,4 +1,4 @@
-"""SmolLM2-135M deepened, with routers fitted to text: masked and compact graphs against the PyTorch model.
+"""SmolLM2-135M deepened, with routers fitted to text: ONNX Runtime's and TensorRT's graphs against the PyTorch model.
 
 tests/data/smollm2_routers is what `dlo calibrate SmolLM2-135M-Instruct.Q4_1.gguf -o DIR --as-adapter` writes.
 """
@@ -8,11 +8,15 @@ import itertools
 import numpy as np
 import pytest
 
-from exporter.artifact_runner import open_artifact
+from exporter.artifact_runner import exposed_model, open_artifact
 from exporter.export import ExportRequest, export_model
+from exporter.foreign_graph import load_graph
+from exporter.pipeline import TensorRtOptions
 from exporter.progress import Reporter
 from exporter.source import open_source
+from exporter.tensorrt_twin import tensorrt_twin
 from modeling.calibration_text import read_documents
+from runtimes.static_cache_runner import StaticCacheRunner
 from runtimes.tokenizer import Tokenizer
 from runtimes.torch_reference import open_reference
 from tests.bare_session import left_padded
@@ -21,7 +25,7 @@ pytestmark = pytest.mark.smollm2
 
 TOLERANCE = 5e-4
 LENGTHS = (64, 41, 23)
-DECODED = 4
+DECODED = 8
 
 
 @pytest.fixture(scope="module", params=["masked", "compact"])
@@ -57,16 +61,31 @@ def expected(smollm2_gguf, smollm2_tli_adapter, steps):
     return results
 
 
-def test_logits_and_decisions_equal_pytorch_when_routers_decide(artefact, steps, expected):
+def check_equal(runner, steps, expected):
     active = total = 0
-    with open_artifact(artefact) as runner:
-        runner.reset(len(LENGTHS))
-        for (ids, mask, positions), wanted in zip(steps, expected, strict=True):
-            got = runner.step(ids, mask, positions)
-            real = mask[:, -ids.shape[1] :].astype(bool)
-            for layer, scores in wanted.router_scores.items():
-                decided = got.router_scores[layer] > 0.5
-                np.testing.assert_array_equal(decided[real], (scores > 0.5)[real], err_msg=f"layer {layer}")
-                active, total = active + int(decided[real].sum()), total + int(real.sum())
-            np.testing.assert_allclose(got.logits[real], wanted.logits[real], rtol=0, atol=TOLERANCE)
+    runner.reset(len(LENGTHS))
+    for (ids, mask, positions), wanted in zip(steps, expected, strict=True):
+        got = runner.step(ids, mask, positions)
+        real = mask[:, -ids.shape[1] :].astype(bool)
+        for layer, scores in wanted.router_scores.items():
+            decided = got.router_scores[layer] > 0.5
+            np.testing.assert_array_equal(decided[real], (scores > 0.5)[real], err_msg=f"layer {layer}")
+            active, total = active + int(decided[real].sum()), total + int(real.sum())
+        np.testing.assert_allclose(got.logits[real], wanted.logits[real], rtol=0, atol=TOLERANCE)
     assert 0.5 < active / total < 0.95, "the comparison must see tokens that run and tokens that skip"
+
+
+def test_logits_and_decisions_equal_pytorch_when_routers_decide(artefact, steps, expected):
+    with open_artifact(artefact) as runner:
+        check_equal(runner, steps, expected)
+
+
+@pytest.mark.parametrize("lowering", ["compact", "if", "plugin"])
+def test_tensorrt_graph_equals_pytorch_when_batch_is_ragged(
+    artefact, smollm2_gguf, smollm2_tli_adapter, steps, expected, lowering
+):
+    source = open_source(smollm2_gguf, smollm2_tli_adapter)
+    twin = tensorrt_twin(source, TensorRtOptions(lowering), load_graph(artefact / "model.onnx"))
+    source.close()
+    with StaticCacheRunner(exposed_model(twin), weights_folder=artefact, name=lowering) as runner:
+        check_equal(runner, steps, expected)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from plugins.compile import TARGETS, Variant, compile_all, ptx_of, resource_table, variants, without_scratch_parameters
+from plugins.compile import compile_all, resource_table
 from plugins.errors import PluginError
+from plugins.ptx import ptx_of, without_scratch_parameters
+from plugins.variants import TARGETS, Variant, variants
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 MOST_SHARED_BYTES = 99 * 1024  # per block on sm_86, sm_89 and sm_120, the least of the targets

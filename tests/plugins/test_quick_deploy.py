@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from graph_passes.ops import PLUGIN_OPS
-from plugins.compile import Variant, ptx_of
 from plugins.contract import T_DTYPES, operand_dtypes
+from plugins.ptx import ptx_of
+from plugins.variants import Variant
 
 if importlib.util.find_spec("tensorrt_bindings") is None or shutil.which("cc") is None:
     missing = "tensorrt-cu13-bindings or a C compiler is not installed"
