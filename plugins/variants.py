@@ -1,0 +1,46 @@
+"""What the kernels are compiled for: operators, types, tiles and GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Final
+
+from graph_passes.ops import PLUGIN_OPS
+from plugins.contract import T_DTYPES
+from plugins.tiles import TileName
+
+TARGETS: Final = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities, tens and units: A100, consumer Ampere, Ada, Hopper, Blackwell (data centre, consumer)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One compilation of one kernel.
+
+    Attributes:
+        op_name: The operator.
+        dtype: T, as the schema names it.
+        tile: Name of the tile.
+        target: Compute capability, such as 89.
+    """
+
+    op_name: str
+    dtype: str
+    tile: TileName
+    target: int
+
+    @property
+    def name(self) -> str:
+        """Stem of the variant's files."""
+        return f"{self.op_name}_{self.dtype}_{self.tile}_sm{self.target}"
+
+
+def variants(
+    targets: Iterable[int] = TARGETS,
+    dtypes: Iterable[str] = T_DTYPES,
+    tiles: Iterable[TileName] = ("decode", "prefill"),
+) -> list[Variant]:
+    """Every combination of operator, dtype, tile and target."""
+    return [Variant(*choice) for choice in itertools.product(PLUGIN_OPS, dtypes, tiles, targets)]
