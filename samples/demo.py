@@ -1,4 +1,4 @@
-"""The main job on a real model: deepen, calibrate, export, prove, generate, compare.
+"""The main job on a real model: deepen, calibrate, export, prove, build an engine, generate, compare.
 
 Every step is a command that is printed before it runs; run from the repository by ``make demo``. Results go to
 demo-output/.
@@ -49,8 +49,10 @@ def main() -> None:
     print("   Untrained injected layers add nothing: their routers skip everything, and they are counted apart.")
     dlo("calibrate", expanded, "-o", routed, "--target", "0.9", "--force")
 
-    print("\n3. Export. Parity compares PyTorch, the masked graph and the compact graph before the artefact appears.")
-    dlo("export", routed, "-o", OUTPUT / "36-routed", "--force")
+    print("\n3. Export. Parity compares PyTorch, the masked graph, the compact graph and TensorRT's graph before the")
+    print("   artefact appears. The engine's routed MLPs are plugins that skip on the GPU; building it needs no GPU.")
+    engine = ("--trt", "--trt-backend", "rtx", "--trt-target", "sm89,sm120", "--lowering", "plugin")
+    dlo("export", routed, "-o", OUTPUT / "36-routed", *engine, "--force")
 
     print("\n4. Generate.")
     dlo("run", OUTPUT / "36-routed", "What does a decoder layer of a language model do?", "-n", "64")
