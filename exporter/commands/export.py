@@ -129,6 +129,8 @@ def main(
             f"{engine['dtype']}, lowering {engine['lowering']} ({engine['lowering_reason']}), "
             f"{engine['bytes'] / 2**20:.0f} MB in {engine['seconds']:.0f} s"
         )
+        if engine["plugins"] == "twins":
+            typer.echo("  its plugins are described, not contained: to run it, build again with --trt-plugin-library")
     if len(result.description["engines"]) > 1:
         extra = min(engine["bytes"] for engine in result.description["engines"])
         typer.echo(f"--trt-split: both engines hold the weights, so the second one costs {extra / 2**20:.0f} MB")
