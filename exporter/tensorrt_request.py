@@ -14,6 +14,8 @@ from exporter.pipeline import TensorRtLowering, TensorRtOptions, build_tensorrt_
 from exporter.source import ExportSource
 from exporter.tensorrt_backend import BackendChoice, check_backend, resolve_backend
 from graph_passes.errors import GraphPassError
+from graph_passes.ops import DOMAIN, PLUGIN_OPS
+from plugins.contract import size_problems
 
 Phase = Literal["both", "prefill", "decode"]
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -158,14 +160,34 @@ def _planned(
     for name, reason in candidates[:-1]:
         chosen = _with(options, name)
         try:
-            model = build_tensorrt_model(source, chosen, DTYPES[dtype])
-        except GraphPassError as error:
+            model = _built(source, chosen, dtype)
+        except (GraphPassError, InputError) as error:
             refused = f"; {name} is not possible: {str(error).splitlines()[0]}"
         else:
             return PlannedEngine(phase, chosen, reason, model)
     name, reason = candidates[-1]
     chosen = _with(options, name)
-    return PlannedEngine(phase, chosen, reason + refused, build_tensorrt_model(source, chosen, DTYPES[dtype]))
+    return PlannedEngine(phase, chosen, reason + refused, _built(source, chosen, dtype))
+
+
+def _built(source: ExportSource, options: TensorRtOptions, dtype: str) -> ir.Model:
+    model = build_tensorrt_model(source, options, DTYPES[dtype])
+    problems = [
+        f"{node.name}: {problem}" for node in model.graph if node.domain == DOMAIN for problem in _size_problems(node)
+    ]
+    if problems:
+        raise InputError("; ".join(problems), hint="choose --lowering compact or if")
+    return model
+
+
+def _size_problems(node: ir.Node) -> list[str]:
+    """What the plugins' kernels do not take of a node's sizes; the weights say them all."""
+    op = PLUGIN_OPS[node.op_type]
+    shapes = []
+    for value, operand in zip(node.inputs, op.inputs, strict=True):
+        tensor = None if value is None else value.const_value
+        shapes.append([-1] * len(operand.dims) if tensor is None else list(tensor.shape.numpy()))
+    return size_problems(op, shapes)
 
 
 def _with(options: TensorRtOptions, lowering: str) -> TensorRtOptions:

@@ -43,7 +43,7 @@ def masked_layers(graph: ir.Graph, asking: str, *, oldest_opset: int, check: Che
     if problems:
         raise GraphPassError(
             f"{asking}: " + "; ".join(problems) + ".",
-            hint="run RouteLayersPass first, or keep the masked form (--lowering masked)",
+            hint="route the layers first, or choose another --lowering: masked is always possible",
         )
     return masked
 

@@ -14,6 +14,9 @@ import onnx_ir as ir
 
 DOMAIN = "dlo"
 VERSION = 1
+# hidden and intermediate must be multiples of this: 8 sixteen-bit elements are the 16 bytes of one vector load, and a
+# kernel that serves every model may assume nothing narrower without loading weights element by element.
+WIDTH_MULTIPLE = 8
 _FUNCTION_OPSET = 23
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 

@@ -8,11 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from graph_passes.ops import PluginOp
-
-WIDTH_MULTIPLE: Final = 8
-"""hidden and intermediate must be multiples of this: 8 sixteen-bit elements are the 16 bytes of one vector load, and a
-cubin that serves every model may assume nothing narrower without loading weights element by element."""
+from graph_passes.ops import WIDTH_MULTIPLE, PluginOp
 
 T_DTYPES: Final = ("float32", "float16", "bfloat16")
 """What an operand of dtype "T" may be: one of these, the same for all operands of the node."""

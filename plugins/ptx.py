@@ -6,8 +6,8 @@ import os
 import re
 from typing import Final
 
-from graph_passes.ops import PLUGIN_OPS
-from plugins.contract import WIDTH_MULTIPLE, operand_dtypes
+from graph_passes.ops import PLUGIN_OPS, WIDTH_MULTIPLE
+from plugins.contract import operand_dtypes
 from plugins.errors import PluginError
 from plugins.tiles import tile_of
 from plugins.variants import Variant

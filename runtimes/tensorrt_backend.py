@@ -16,6 +16,9 @@ _INSTALL = {
 # Follows real errors where there is no GPU, and says nothing about them.
 _NOISE = "catchCudaError"
 
+# Plugin libraries in the process-wide registries, by the backend's module.
+_LOADED: set[tuple[str, Path]] = set()
+
 
 class Backend:
     """The backend an engine was built with.
@@ -80,11 +83,16 @@ class Backend:
                 f"{str(file.plugin_library_sha256)[:12]}…",
                 hint="give that library, or export again with this one",
             )
+        # A process's registry takes a library once; a second engine built with it finds its creators there.
+        place = (self.module.__name__, library.resolve())
+        if place in _LOADED:
+            return
         if self._runtime.get_plugin_registry().load_library(str(library)) is None:
             raise ModelLoadError(
                 f"{library}: {self.module.__name__} cannot load it{self.explanation()}",
                 hint="build it for this backend: see docs/tensorrt.md",
             )
+        _LOADED.add(place)
 
     def check_target(self, file: EngineFile, target: str) -> None:
         """Checks that an engine was built for a GPU.

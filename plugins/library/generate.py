@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from graph_passes.ops import DOMAIN, PLUGIN_OPS, VERSION, PluginOp
+from graph_passes.ops import DOMAIN, PLUGIN_OPS, VERSION, WIDTH_MULTIPLE, PluginOp
 from plugins.compile import CompiledKernel, compile_all
-from plugins.contract import T_DTYPES, WIDTH_MULTIPLE, output_axes, weight_input
+from plugins.contract import T_DTYPES, output_axes, weight_input
 from plugins.errors import PluginError
 from plugins.tiles import DECODE_TOKENS, tile_of
 from plugins.variants import TARGETS, variants

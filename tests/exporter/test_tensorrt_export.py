@@ -133,6 +133,12 @@ def test_export_explains_what_plugins_cannot_compute_when_the_mlp_has_biases(tmp
     assert result.returncode == DONE, result.stderr
 
 
+def test_export_names_the_size_when_plugins_do_not_take_it(tmp_path):
+    model = save_tiny_llama(tmp_path / "model", intermediate=52, routed=[True] * 3)
+    result = dlo("export", model, "-o", tmp_path / "out", "--trt", "--lowering", "plugin")
+    check_refused(result, tmp_path, "intermediate 52; expected a multiple of 8")
+
+
 def test_export_leaves_nothing_behind_when_a_build_takes_too_long(tmp_path):
     result = dlo("export", REFERENCE, "-o", tmp_path / "out", "--trt", "--trt-timeout", "0.05", "--no-parity")
     assert result.returncode == BUILD_FAILED, result.stderr
