@@ -57,6 +57,9 @@ def _run(given: list[str], received: list[int]) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except SystemExit as error:
+        # Rich ends so when whoever reads the output has gone (`dlo inspect … | head`).
+        return error.code if isinstance(error.code, int) else OUR_BUG
     except BaseException as error:
         # Libraries turn a KeyboardInterrupt into errors of their own, so what counts is that a signal came.
         if not received:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter.artifact import FILE_NAME, MODEL_NAME, load_description
+from exporter.engine_check import check_engine
 from exporter.errors import InputError
 from exporter.foreign_graph import load_graph
 from graph_passes.data_flow import consumed_values
@@ -33,6 +34,7 @@ class Inspection:
         layers: Per decoder layer: index, injected, routed, identity (None where the graph alone does not tell), bytes.
         layers_problem: Why no layers were found; None where they were.
         description: dlo_artifact.json, where there is one.
+        engine_problems: Why engines are stale, damaged, or not for this machine; None where there are no engines.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class Inspection:
     layers: list[dict[str, Any]]
     layers_problem: str | None
     description: dict[str, Any] | None
+    engine_problems: list[str] | None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -74,6 +77,7 @@ def inspect_model(path: Path) -> Inspection:
         [_layer_row(model.graph, layer, description) for layer in layers],
         problem,
         description,
+        check_engine(graph_path.parent) if description is not None and description["engines"] else None,
     )
 
 

@@ -17,6 +17,7 @@ from graph_passes.data_flow import (
     subgraphs_of,
 )
 from graph_passes.errors import DecoderLayersNotFound, place
+from graph_passes.ops import DOMAIN, SKIP_DOWN
 
 # Ops of com.microsoft that add to the stream and normalise it in one node: a branch cannot be cut out of them.
 _FUSED_ADD_AND_NORM = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
@@ -149,6 +150,8 @@ def _added_branch(node: ir.Node, stream_index: int) -> ir.Value | None:
     if is_op(node, "ScatterND") and stream_index == 0:
         reduction = node.attributes.get("reduction")
         return node.inputs[2] if reduction is not None and reduction.as_string() == "add" else None
+    if is_op(node, SKIP_DOWN.name, domain=DOMAIN):
+        return node.inputs[0] if SKIP_DOWN.inputs[stream_index].name == "residual" else None
     if is_op(node, *_FUSED_ADD_AND_NORM, domain="com.microsoft") and stream_index < 2:
         raise DecoderLayersNotFound(
             f"find_decoder_layers: {place(node)} adds to the residual stream and normalises it in one node; "

@@ -1,4 +1,4 @@
-"""The GPU, through cuda-python's bindings of the CUDA runtime: memory, one stream, captured graphs.
+"""The GPU, through cuda-bindings, which is the CUDA runtime in Python: memory, one stream, captured graphs.
 
 What follows `Device.__init__` needs a GPU and has not been run on one yet.
 """
@@ -21,7 +21,7 @@ class Device:
     """The current CUDA device, with a stream of its own and the memory allocated from it.
 
     Raises:
-        BackendUnavailableError: cuda-python, the driver or the GPU is missing.
+        BackendUnavailableError: cuda-bindings, the driver or the GPU is missing.
     """
 
     def __init__(self) -> None:
@@ -156,6 +156,6 @@ def _cuda_runtime() -> Any:
         from cuda.bindings import runtime  # noqa: PLC0415 - only who runs an engine needs it
     except ImportError as err:
         raise BackendUnavailableError(
-            f"TensorRT: cuda-python cannot be imported: {err}", hint="pip install 'cuda-python>=13'"
+            f"TensorRT: cuda-bindings cannot be imported: {err}", hint="pip install 'cuda-bindings>=13'"
         ) from err
     return runtime

@@ -51,4 +51,4 @@ def test_readme_commands_work_when_run_in_order(workplace):
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
         assert result.stdout.strip(), command
         ran += 1
-    assert ran == 7
+    assert ran == 8

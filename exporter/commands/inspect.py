@@ -48,6 +48,13 @@ def _print_tables(inspection: Inspection) -> None:
             marks = [{True: "yes", False: "", None: "?"}[row[kind]] for kind in ("injected", "routed", "identity")]
             table.add_row(str(row["index"]), *marks, f"{row['bytes'] / 2**20:.2f}")
         console.print(table)
+    for engine in description["engines"] if description is not None else ():
+        console.print(
+            f"{engine['file']}: {engine['backend']} {engine['version']}, {', '.join(engine['targets']) or 'portable'}, "
+            f"{engine['dtype']}, lowering {engine['lowering']}, {engine['bytes'] / 2**20:.0f} MB"
+        )
+    for problem in inspection.engine_problems or ():
+        console.print(f"not usable: {problem}")
     parts = Table("part", "MB")
     for part, size in inspection.bytes.items():
         parts.add_row(part, f"{size / 2**20:.2f}")

@@ -127,6 +127,13 @@ def test_export_says_so_when_there_is_no_such_model(tmp_path):
     assert "nowhere" in result.stderr
 
 
+def test_inspect_is_quiet_when_its_reader_has_gone():
+    code = "from exporter.cli import main; main()"
+    command = f"{sys.executable} -c '{code}' inspect {REFERENCE.parent / 'optimum_llama' / 'model.onnx'} | true"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+
+
 def test_usage_errors_end_with_bad_input():
     assert dlo("export").returncode == BAD_INPUT
     assert dlo("export", "x", "--dtype", "int3").returncode == BAD_INPUT
