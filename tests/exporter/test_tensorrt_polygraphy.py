@@ -13,9 +13,14 @@ from pathlib import Path
 import onnx
 import pytest
 
+from exporter.progress import Reporter
+from exporter.source import open_source
+from exporter.tensorrt_export import optimization_profiles, save_graphs
+from exporter.tensorrt_request import TensorRtRequest, plan_tensorrt
 from tests.exporter.engine_graphs import Tiny, profiles
 
 ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "tests" / "data" / "reference_mlp_routed"
 ENVIRONMENT = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -26,10 +31,10 @@ def polygraphy(*arguments):
     return result.stdout
 
 
-def shape_arguments(model):
-    """Of both profiles."""
+def shape_arguments(wanted):
+    """Of all profiles."""
     given = []
-    for profile in profiles(model):
+    for profile in wanted:
         for position, option in enumerate(("min", "opt", "max")):
             shapes = [f"{name}:[{','.join(map(str, sizes[position]))}]" for name, sizes in profile.shapes.items()]
             given += [f"--trt-{option}-shapes", *shapes]
@@ -57,9 +62,22 @@ def test_polygraphy_inspect_shows_nodes_when_graph_has_plugins(graph):
 def test_polygraphy_convert_builds_engine_when_graph_has_no_plugins(graph, tmp_path, lowering):
     path, model = graph(lowering)
     engine = tmp_path / "model.engine"
-    options = ("--decomposable-attentions", "--compute-capabilities", "8.9", "12.0", *shape_arguments(model))
+    options = ("--decomposable-attentions", "--compute-capabilities", "8.9", "12.0", *shape_arguments(profiles(model)))
     shown = polygraphy("convert", path, "-o", engine, *options)
     assert "Setting 2 target compute capabilities" in shown
+    assert engine.stat().st_size > 10**6
+
+
+def test_polygraphy_inspects_and_converts_the_graph_an_export_writes(tmp_path):
+    source = open_source(str(REFERENCE), None)
+    plan = plan_tensorrt(source, TensorRtRequest(backend="rtx", max_sequence=32, max_cache=64), "compact", "bf16")
+    save_graphs(plan, tmp_path, Reporter())
+    (planned,) = plan.engines
+    given = shape_arguments(optimization_profiles(planned))
+    source.close()
+    assert polygraphy("inspect", "model", tmp_path / "model.onnx", "--show", "layers").count("[Op: TopK]") == 3
+    engine = tmp_path / "model.engine"
+    polygraphy("convert", tmp_path / "model.onnx", "-o", engine, "--decomposable-attentions", *given)
     assert engine.stat().st_size > 10**6
 
 
@@ -76,6 +94,6 @@ def test_polygraphy_convert_builds_engine_when_a_script_registers_the_twins(grap
                 return network_from_onnx_path({str(path)!r})
         """)
     )
-    options = ("--model-type", "trt-network-script", "--compute-capabilities", "8.9", *shape_arguments(model))
+    options = ("--model-type", "trt-network-script", "--compute-capabilities", "8.9", *shape_arguments(profiles(model)))
     polygraphy("convert", script, "-o", engine, *options)
     assert engine.stat().st_size > 10**6
