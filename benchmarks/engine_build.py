@@ -23,12 +23,12 @@ from benchmarks.measure import Samples, print_report, versions
 from benchmarks.smollm2 import smollm2_gguf
 from benchmarks.workspace import WORKSPACE
 from exporter.checkpoint import open_checkpoint
-from exporter.engine_record import EngineRecord
 from exporter.progress import Reporter
 from exporter.source import open_source
-from exporter.tensorrt import build_engine
-from exporter.tensorrt_export import engine_request, save_graphs
-from exporter.tensorrt_request import TensorRtPlan, TensorRtRequest, plan_tensorrt
+from exporter.tensorrt.engine_record import EngineRecord
+from exporter.tensorrt.engines import build_engine
+from exporter.tensorrt.export import engine_request, save_graphs
+from exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
 from modeling.adapter import save_adapter
 from modeling.expansion import expansion_adapter
 from modeling.lazy_tensors import ArrayTensor

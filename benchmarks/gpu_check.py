@@ -32,7 +32,8 @@ from exporter.artifact import load_description
 from exporter.errors import DloError, InputError
 from exporter.exit_codes import exit_code, report_error
 from exporter.progress import Reporter
-from exporter.tensorrt import EngineRecord, explain_engine
+from exporter.tensorrt.engine_check import explain_engine
+from exporter.tensorrt.engine_record import EngineRecord
 from runtimes.bench import Workload
 from runtimes.errors import RuntimeInputError
 from runtimes.tensorrt_device import Device

@@ -25,7 +25,8 @@ from exporter.artifact_runner import exposed_model
 from exporter.errors import InputError
 from exporter.foreign_graph import load_graph
 from exporter.progress import Reporter
-from exporter.tensorrt import EngineRequest, OptimizationProfile, build_engines, intended_dtypes
+from exporter.tensorrt.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
+from exporter.tensorrt.engines import build_engines
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.runner import Runner
 from runtimes.static_cache import StaticCacheLimits

@@ -17,7 +17,7 @@ from exporter.json_file import save_json
 from exporter.pipeline import Lowering, build_model
 from exporter.progress import Reporter
 from exporter.source import ExportSource, open_source
-from exporter.tensorrt_request import DTYPES, TensorRtPlan, TensorRtRequest, plan_tensorrt
+from exporter.tensorrt.plan import DTYPES, TensorRtPlan, TensorRtRequest, plan_tensorrt
 from exporter.weight_file import save_weights, weight_bytes
 from modeling.whole_folder import whole_folder
 from runtimes.parity_report import ParityReport
@@ -176,7 +176,7 @@ def _export_into(
     summary = _run_parity(folder, request, source, description, plan, reporter)
     if plan is not None:
         # Imported here: only these exports need what builds engines.
-        from exporter.tensorrt_export import export_tensorrt  # noqa: PLC0415
+        from exporter.tensorrt.export import export_tensorrt  # noqa: PLC0415
 
         description["engines"] = export_tensorrt(plan, folder, reporter)
     save_description(description, folder)

@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter.artifact import FILE_NAME, MODEL_NAME, load_description
-from exporter.engine_check import check_engine
 from exporter.errors import InputError
 from exporter.foreign_graph import load_graph
+from exporter.tensorrt.engine_check import check_engine
 from graph_passes.data_flow import consumed_values
 from graph_passes.decoder_layers import DecoderLayer, find_decoder_layers
 from graph_passes.errors import DecoderLayersNotFound, GraphPassError

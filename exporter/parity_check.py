@@ -16,7 +16,7 @@ from exporter.errors import InputError
 from exporter.foreign_graph import load_graph
 from exporter.pipeline import TensorRtOptions, build_model
 from exporter.source import ExportSource
-from exporter.tensorrt_twin import tensorrt_twin
+from exporter.tensorrt.twin import tensorrt_twin
 from exporter.weight_file import save_weights, weight_places
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.parity import Candidate, compare

@@ -87,7 +87,7 @@ def main(
     from exporter.errors import InputError  # noqa: PLC0415
     from exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick
     from exporter.progress import Reporter  # noqa: PLC0415
-    from exporter.tensorrt_request import TensorRtRequest  # noqa: PLC0415
+    from exporter.tensorrt.plan import TensorRtRequest  # noqa: PLC0415
 
     tensorrt = TensorRtRequest(
         backend=trt_backend.value,

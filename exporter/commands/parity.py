@@ -24,7 +24,7 @@ def main(
     from exporter.parity_check import check_parity  # noqa: PLC0415
     from exporter.progress import Reporter  # noqa: PLC0415
     from exporter.source import open_source  # noqa: PLC0415
-    from exporter.tensorrt_request import graph_options  # noqa: PLC0415
+    from exporter.tensorrt.plan import graph_options  # noqa: PLC0415
 
     description = load_description(artefact)
     source = open_source(model, adapter)

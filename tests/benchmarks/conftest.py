@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from exporter import engine_cache
 from exporter.export import ExportRequest, export_model
 from exporter.progress import Reporter
-from exporter.tensorrt_request import TensorRtRequest
+from exporter.tensorrt import engine_cache
+from exporter.tensorrt.plan import TensorRtRequest
 from tests.tiny_models import save_tiny_llama
 
 

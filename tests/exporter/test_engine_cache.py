@@ -12,12 +12,13 @@ import onnx_ir as ir
 import pytest
 from rich.console import Console
 
-from exporter.engine_cache import VARIABLE, EngineCache, cache_folder
-from exporter.engine_fingerprint import fingerprint
-from exporter.engine_request import EngineRequest
 from exporter.errors import InputError
 from exporter.progress import Reporter
-from exporter.tensorrt import build_engine, check_engine, explain_engine
+from exporter.tensorrt.engine_cache import VARIABLE, EngineCache, cache_folder
+from exporter.tensorrt.engine_check import check_engine, explain_engine
+from exporter.tensorrt.engine_fingerprint import fingerprint
+from exporter.tensorrt.engine_request import EngineRequest
+from exporter.tensorrt.engines import build_engine
 from exporter.weight_file import save_weights
 from tests.exporter.engine_graphs import Tiny, request
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from exporter.engine_oom_kills import count_oom_kills
-from exporter.engine_process import BuildProcess
-from exporter.engine_scheduling import Planned, run_builds
 from exporter.errors import EngineBuildError, MachineError
 from exporter.progress import Reporter
-from exporter.tensorrt import build_engine
+from exporter.tensorrt.engine_oom_kills import count_oom_kills
+from exporter.tensorrt.engine_process import BuildProcess
+from exporter.tensorrt.engine_scheduling import Planned, run_builds
+from exporter.tensorrt.engines import build_engine
 from tests.exporter.engine_graphs import Tiny, request
 
 ROOT = Path(__file__).parents[2]
@@ -167,8 +167,8 @@ def test_worker_ends_and_leaves_nothing_when_its_parent_dies(tmp_path, asked, st
     """The parent is killed at once, so that nothing of its own can clean up; the worker waits as above."""
     script = f"""
         import os, signal, sys
-        from exporter.engine_request import EngineRequest
-        from exporter.engine_scheduling import Planned, run_builds
+        from exporter.tensorrt.engine_request import EngineRequest
+        from exporter.tensorrt.engine_scheduling import Planned, run_builds
         request = EngineRequest.from_json(sys.stdin.readline())
         def listen(event):
             if event["event"] == "started":
@@ -195,7 +195,7 @@ def test_worker_ends_and_leaves_nothing_when_its_parent_dies(tmp_path, asked, st
 
 def test_worker_dies_at_once_when_its_parent_is_gone_before_it_starts(asked):
     result = subprocess.run(
-        [sys.executable, "-m", "exporter.tensorrt_worker", "1", "1"], cwd=ROOT, capture_output=True, check=False
+        [sys.executable, "-m", "exporter.tensorrt.worker", "1", "1"], cwd=ROOT, capture_output=True, check=False
     )
     assert result.returncode == 1
     assert result.stdout == b""

@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from exporter.engine_scheduling import Planned, expected_memory, run_builds
 from exporter.errors import EngineBuildError
+from exporter.tensorrt.engine_scheduling import Planned, expected_memory, run_builds
 from tests.exporter.engine_graphs import Tiny, request
 
 

@@ -14,7 +14,7 @@ from exporter.foreign_graph import load_graph
 from exporter.pipeline import TensorRtOptions
 from exporter.progress import Reporter
 from exporter.source import open_source
-from exporter.tensorrt_twin import tensorrt_twin
+from exporter.tensorrt.twin import tensorrt_twin
 from modeling.calibration_text import read_documents
 from runtimes.static_cache_runner import StaticCacheRunner
 from runtimes.tokenizer import Tokenizer

@@ -10,10 +10,10 @@ import onnx_ir as ir
 import pytest
 from rich.console import Console
 
-from exporter.engine_record import EngineRecord
 from exporter.errors import EngineBuildError, InputError
 from exporter.progress import Reporter
-from exporter.tensorrt import build_engine, build_engines
+from exporter.tensorrt.engine_record import EngineRecord
+from exporter.tensorrt.engines import build_engine, build_engines
 from exporter.weight_file import save_weights
 from tests.exporter.engine_graphs import Tiny, profiles, request
 

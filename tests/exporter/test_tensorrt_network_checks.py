@@ -6,9 +6,9 @@ import tensorrt_rtx as trt
 from onnx import TensorProto as T
 from onnx import helper
 
-from exporter.engine_request import EngineRequest
-from exporter.tensorrt_census import missing_mechanisms, take_census
-from exporter.tensorrt_network_checks import (
+from exporter.tensorrt.census import missing_mechanisms, take_census
+from exporter.tensorrt.engine_request import EngineRequest
+from exporter.tensorrt.network_checks import (
     check_network,
     eager_work,
     make_attentions_decomposable,

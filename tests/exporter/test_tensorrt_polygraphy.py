@@ -15,8 +15,8 @@ import pytest
 
 from exporter.progress import Reporter
 from exporter.source import open_source
-from exporter.tensorrt_export import optimization_profiles, save_graphs
-from exporter.tensorrt_request import TensorRtRequest, plan_tensorrt
+from exporter.tensorrt.export import optimization_profiles, save_graphs
+from exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
 from tests.exporter.engine_graphs import Tiny, profiles
 
 ROOT = Path(__file__).parents[2]

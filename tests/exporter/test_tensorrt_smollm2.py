@@ -4,8 +4,8 @@ import pytest
 
 from exporter.progress import Reporter
 from exporter.source import open_source
-from exporter.tensorrt_export import export_tensorrt
-from exporter.tensorrt_request import TensorRtRequest, plan_tensorrt
+from exporter.tensorrt.export import export_tensorrt
+from exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
 
 pytestmark = pytest.mark.smollm2
 

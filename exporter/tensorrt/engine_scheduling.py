@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from exporter.engine_outcome import outcome
-from exporter.engine_process import BuildProcess
-from exporter.engine_request import EngineRequest
+from exporter.tensorrt.engine_outcome import outcome
+from exporter.tensorrt.engine_process import BuildProcess
+from exporter.tensorrt.engine_request import EngineRequest
 from runtimes.memory import available_memory
 
 # Measured with TensorRT-RTX 1.7: importing and building a tiny graph, and what each byte of weights adds.

@@ -12,10 +12,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from exporter import __version__
-from exporter.engine_gpu import find_gpu
-from exporter.engine_request import EngineRequest
 from exporter.errors import EngineBuildError, InputError
-from exporter.tensorrt_backend import BACKENDS
+from exporter.tensorrt.backend import BACKENDS
+from exporter.tensorrt.engine_gpu import find_gpu
+from exporter.tensorrt.engine_request import EngineRequest
 
 # Counted up whenever the builder makes another engine of the same request.
 _BUILDER = 1

@@ -10,10 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from exporter.engine_record import LayerCensus
-from exporter.engine_request import EngineRequest
-from exporter.tensorrt_census import missing_mechanisms, take_census
-from exporter.tensorrt_nodes import decoder_layer, input_tensors, network_layers, node_name, output_tensors
+from exporter.tensorrt.census import missing_mechanisms, take_census
+from exporter.tensorrt.engine_record import LayerCensus
+from exporter.tensorrt.engine_request import EngineRequest
+from exporter.tensorrt.nodes import decoder_layer, input_tensors, network_layers, node_name, output_tensors
 
 CHECKS = ("inputs are used", "attentions are masked", "dtypes are as intended", "routed layers skip")
 

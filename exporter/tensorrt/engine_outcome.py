@@ -7,9 +7,9 @@ import re
 import signal
 from typing import Any
 
-from exporter.engine_process import BuildProcess
 from exporter.errors import DloError, EngineBuildError, InputError, MachineError
-from exporter.tensorrt_backend import BACKENDS
+from exporter.tensorrt.backend import BACKENDS
+from exporter.tensorrt.engine_process import BuildProcess
 
 _KINDS: dict[str, type[DloError]] = {error.__name__: error for error in (EngineBuildError, MachineError, InputError)}
 _LINES_SHOWN = 5

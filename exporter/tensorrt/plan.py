@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from exporter.engine_request import BackendName
 from exporter.errors import InputError
 from exporter.pipeline import TensorRtLowering, TensorRtOptions, build_tensorrt_model, check_tensorrt_options
 from exporter.source import ExportSource
-from exporter.tensorrt_backend import BackendChoice, check_backend, resolve_backend
+from exporter.tensorrt.backend import BackendChoice, check_backend, resolve_backend
+from exporter.tensorrt.engine_request import BackendName
 from graph_passes.errors import GraphPassError
 from graph_passes.ops import DOMAIN, PLUGIN_OPS
 from plugins.contract import size_problems

@@ -11,12 +11,12 @@ from typing import Any
 import onnx_ir as ir
 
 from exporter.artifact import interface
-from exporter.engine_record import EngineRecord
-from exporter.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
 from exporter.errors import MachineError
 from exporter.progress import Reporter
-from exporter.tensorrt import build_engines
-from exporter.tensorrt_request import PlannedEngine, TensorRtPlan
+from exporter.tensorrt.engine_record import EngineRecord
+from exporter.tensorrt.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
+from exporter.tensorrt.engines import build_engines
+from exporter.tensorrt.plan import PlannedEngine, TensorRtPlan
 from exporter.weight_file import save_weights, weight_bytes, weight_places
 from graph_passes.provenance import role_values
 

@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from exporter.engine_record import EngineRecord
 from exporter.errors import InputError
 from exporter.json_file import read_json, save_json
+from exporter.tensorrt.engine_record import EngineRecord
 from modeling.whole_folder import whole_folder
 
 VARIABLE = "DLO_EXPORT_CACHE"

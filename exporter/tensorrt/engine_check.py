@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from exporter.artifact import load_description
-from exporter.engine_fingerprint import data_files, sha256_of
-from exporter.engine_gpu import find_gpu
-from exporter.engine_record import EngineRecord
 from exporter.errors import InputError
-from exporter.tensorrt_backend import BACKENDS
+from exporter.tensorrt.backend import BACKENDS
+from exporter.tensorrt.engine_fingerprint import data_files, sha256_of
+from exporter.tensorrt.engine_gpu import find_gpu
+from exporter.tensorrt.engine_record import EngineRecord
 
 _OLDEST_PORTABLE = 80  # TensorRT-RTX builds for older GPUs only when they are named
 

@@ -1,6 +1,6 @@
 """The process that builds one engine: TensorRT can abort, hang or be killed without taking the command with it.
 
-Run as `python -m exporter.tensorrt_worker EVENTS PARENT`, EVENTS being the descriptor of a pipe for `EventPipe`, PARENT
+Run as `python -m exporter.tensorrt.worker EVENTS PARENT`, EVENTS being the descriptor of a pipe for `EventPipe`, PARENT
 the parent's process id; the request is one line of JSON on stdin. What TensorRT's libraries print goes to stdout and
 stderr.
 """
@@ -17,10 +17,10 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from exporter.engine_events import EventPipe
-from exporter.engine_request import EngineRequest
 from exporter.errors import DloError, EngineBuildError, MachineError
-from exporter.tensorrt_build import Workplace, build
+from exporter.tensorrt.build import Workplace, build
+from exporter.tensorrt.engine_events import EventPipe
+from exporter.tensorrt.engine_request import EngineRequest
 
 _PR_SET_PDEATHSIG = 1
 # Disk full, quota, file larger than the file system or the process's limit allows, no right to write.

@@ -12,14 +12,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from exporter.engine_events import EventPipe
-from exporter.engine_record import PluginSource
-from exporter.engine_request import EngineRequest
 from exporter.errors import EngineBuildError
-from exporter.tensorrt_backend import BACKENDS, Backend
-from exporter.tensorrt_log import BuildLog, builder_errors, hint_for, parser_errors
-from exporter.tensorrt_network_checks import CHECKS, check_network, make_attentions_decomposable
-from exporter.tensorrt_progress import PhaseProgress
+from exporter.tensorrt.backend import BACKENDS, Backend
+from exporter.tensorrt.engine_events import EventPipe
+from exporter.tensorrt.engine_record import PluginSource
+from exporter.tensorrt.engine_request import EngineRequest
+from exporter.tensorrt.log import BuildLog, builder_errors, hint_for, parser_errors
+from exporter.tensorrt.network_checks import CHECKS, check_network, make_attentions_decomposable
+from exporter.tensorrt.phase_progress import PhaseProgress
 
 _WRITTEN_AT_ONCE = 64 * 2**20  # bytes
 

@@ -1,6 +1,6 @@
 """TensorRT engines from ONNX graphs: one process per build, several side by side, none built twice.
 
-What a build goes through is in `exporter.tensorrt_build`; this is what commands call.
+What a build goes through is in `exporter.tensorrt.build`; this is what commands call.
 """
 
 from __future__ import annotations
@@ -11,32 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exporter.engine_cache import EngineCache, cache_folder
-from exporter.engine_check import check_engine, explain_engine
-from exporter.engine_fingerprint import Fingerprint, fingerprint
-from exporter.engine_gpu import find_gpu
-from exporter.engine_process import BuildProcess
-from exporter.engine_progress import show_builds
-from exporter.engine_record import EngineRecord, LayerCensus, StageCost
-from exporter.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
-from exporter.engine_scheduling import Planned, expected_memory, run_builds
 from exporter.errors import MachineError
 from exporter.progress import Reporter
-from exporter.tensorrt_backend import BACKENDS, check_backend, resolve_backend
-
-__all__ = [
-    "EngineRecord",
-    "EngineRequest",
-    "LayerCensus",
-    "OptimizationProfile",
-    "StageCost",
-    "build_engine",
-    "build_engines",
-    "check_engine",
-    "explain_engine",
-    "intended_dtypes",
-    "resolve_backend",
-]
+from exporter.tensorrt.backend import BACKENDS, check_backend
+from exporter.tensorrt.engine_cache import EngineCache, cache_folder
+from exporter.tensorrt.engine_fingerprint import Fingerprint, fingerprint
+from exporter.tensorrt.engine_gpu import find_gpu
+from exporter.tensorrt.engine_process import BuildProcess
+from exporter.tensorrt.engine_progress import show_builds
+from exporter.tensorrt.engine_record import EngineRecord, LayerCensus
+from exporter.tensorrt.engine_request import EngineRequest
+from exporter.tensorrt.engine_scheduling import Planned, expected_memory, run_builds
 
 
 def build_engine(request: EngineRequest, reporter: Reporter) -> EngineRecord:
