@@ -41,23 +41,6 @@ class CheckpointWeight(RowTensor):
         return block
 
 
-class FlatWeight(RowTensor):
-    """A checkpoint tensor of one row, [1, n], stored as its n elements (routers).
-
-    Args:
-        source: Shape [1, n].
-        dtype: Element type in the graph.
-    """
-
-    def __init__(self, source: CheckpointTensor, dtype: ir.DataType) -> None:
-        super().__init__(source.name, dtype, (int(np.prod(source.shape)),))
-        self._source = source
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Elements `start:stop`."""
-        return np.array(self._source.numpy().reshape(-1)[start:stop], dtype=self.dtype.numpy())
-
-
 def _transposed_columns(source: np.ndarray, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
     block = np.empty((stop - start, source.shape[0]), dtype)
     for row in range(0, source.shape[0], TRANSPOSE_BLOCK):

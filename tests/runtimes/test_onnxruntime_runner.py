@@ -194,3 +194,19 @@ def _running_sum(folder: Path) -> Path:
     path = folder / "sum.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     return path
+
+
+def test_cache_outgrows_its_buffers_when_a_sequence_is_long(builds: Builds) -> None:
+    ids = np.random.default_rng(0).integers(0, 97, (2, 420))
+    positions = np.tile(np.arange(420), (2, 1))
+    logits = {}
+    # The first step leaves room for 256 + 2 tokens; the last buffers are made behind 300.
+    for cuts in ((420,), (4, 5, 300, 301, 302, 420)):
+        with OnnxRuntimeRunner(builds.released, threads=1) as runner:
+            runner.reset(2)
+            starts = (0, *cuts[:-1])
+            steps = [
+                runner.step(ids[:, a:b], _ones(2, b), positions[:, a:b]) for a, b in zip(starts, cuts, strict=True)
+            ]
+            logits[len(cuts)] = joined_logits(steps)
+    np.testing.assert_allclose(logits[6], logits[1], atol=1e-4, rtol=0)
