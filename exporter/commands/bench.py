@@ -117,5 +117,6 @@ def _print_table(rows: list[dict[str, Any]], workload: Any) -> None:
             "" if row["perplexity"] is None else f"{row['perplexity']:.2f}",
         )
     console = Console()
-    # A file or a pipe has no width; a narrow terminal breaks cells.
-    console.print(table, width=None if console.is_terminal else 140)
+    if not console.is_terminal:
+        console = Console(width=140)  # a file or a pipe has no width of its own
+    console.print(table)
