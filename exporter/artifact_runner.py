@@ -12,6 +12,7 @@ from graph_passes.expose_hidden_states import ExposeHiddenStatesPass
 from graph_passes.expose_routing import ExposeRoutingPass
 from graph_passes.provenance import role_values
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.runner import Runner
 
 
 def open_artifact(
@@ -44,6 +45,22 @@ def open_artifact(
         threads=threads,
         allow_spinning=allow_spinning,
     )
+
+
+def open_engines(folder: Path, plugin_library: Path | None = None) -> Runner:
+    """Opens an artefact's TensorRT engines.
+
+    Args:
+        folder: The artefact.
+        plugin_library: libdlo_plugins.so, where the engines were built with it.
+
+    Raises:
+        runtimes.errors.RuntimeInputError: There are none, or they cannot run here.
+    """
+    # Imported here: only this needs CUDA's bindings.
+    from runtimes.tensorrt import TensorRtRunner  # noqa: PLC0415
+
+    return TensorRtRunner.of_artefact(folder, plugin_library=plugin_library)
 
 
 def exposed_model(released: ir.Model, *, force: bool = False, streams: bool = False) -> bytes:

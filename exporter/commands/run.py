@@ -24,10 +24,16 @@ def main(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, chat template or not.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; its own choice by default.")] = None,
+    trt: Annotated[
+        bool, typer.Option("--trt", help="Run the TensorRT engine; it does not tell its active rate.")
+    ] = False,
+    trt_plugin_library: Annotated[
+        Path | None, typer.Option(help="libdlo_plugins.so the engine was built with.")
+    ] = None,
 ) -> None:
     """Generate text: tokens stream to stdout, speed and active rate go to stderr."""
     from exporter.artifact import load_description, mean_active_rates  # noqa: PLC0415 - keeps `dlo --help` quick
-    from exporter.artifact_runner import open_artifact  # noqa: PLC0415
+    from exporter.artifact_runner import open_artifact, open_engines  # noqa: PLC0415
     from exporter.config import LlamaConfig  # noqa: PLC0415
     from runtimes.generation import Generation  # noqa: PLC0415
     from runtimes.sampling import Sampling  # noqa: PLC0415
@@ -38,7 +44,8 @@ def main(
     tokenizer = Tokenizer(artefact)
     chat = tokenizer.has_chat_template and not raw
     ids = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
-    with open_artifact(artefact, threads=threads) as runner:
+    opened = open_engines(artefact, trt_plugin_library) if trt else open_artifact(artefact, threads=threads)
+    with opened as runner:
         generation = Generation(
             runner,
             [ids],

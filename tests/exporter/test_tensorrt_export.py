@@ -8,9 +8,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from exporter.exit_codes import BAD_INPUT, BUILD_FAILED, DONE
+from exporter.exit_codes import BAD_INPUT, BUILD_FAILED, DONE, MACHINE
+from exporter.tensorrt.engine_gpu import find_gpu
 from tests.exporter.test_cli import check_refused, dlo
-from tests.tiny_models import save_tiny_llama
+from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 DATA = Path(__file__).parents[1] / "data"
 REFERENCE = DATA / "reference_mlp_routed"
@@ -123,6 +124,17 @@ def test_export_refuses_someone_elses_graph_when_engines_are_asked_for(tmp_path)
     graph, adapter = DATA / "optimum_llama" / "model.onnx", DATA / "optimum_llama" / "adapter"
     result = dlo("export", graph, "--adapter", adapter, "-o", tmp_path / "out", "--trt")
     assert result.returncode == BAD_INPUT, result.stderr
+
+
+def test_run_says_what_is_missing_when_there_is_no_gpu(tmp_path):
+    model = save_tiny_llama(tmp_path / "model", tokenizer=True, vocab=BYTE_VOCABULARY, routed=[True] * 3)
+    assert dlo("export", model, "-o", tmp_path / "art", "--trt", "--no-parity").returncode == DONE
+    if find_gpu().target is not None:
+        pytest.skip("this machine has a GPU")
+    result = dlo("run", tmp_path / "art", "hello", "--trt")
+    assert result.returncode == MACHINE, result.stderr
+    assert "GPU" in result.stderr
+    assert "hint:" in result.stderr
 
 
 def test_export_explains_what_plugins_cannot_compute_when_the_mlp_has_biases(tmp_path):
