@@ -178,7 +178,10 @@ def _export_into(
         # Imported here: only these exports need what builds engines.
         from exporter.tensorrt.export import export_tensorrt  # noqa: PLC0415
 
-        description["engines"] = export_tensorrt(plan, folder, reporter)
+        peak = _float16_peak(folder, request, source, plan, reporter)
+        description["engines"] = [
+            {**engine, "float16_stream_peak": peak} for engine in export_tensorrt(plan, folder, reporter)
+        ]
     save_description(description, folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return ExportResult(request.output, description, size, summary)
@@ -221,6 +224,21 @@ def _run_parity(
         folder.rename(failed)
         raise ParityFailedError(report, failed)
     return report.summary()
+
+
+def _float16_peak(
+    folder: Path, request: ExportRequest, source: ExportSource, plan: TensorRtPlan, reporter: Reporter
+) -> float | None:
+    """Largest magnitude in the stream an engine is to hold in fp16; None where it is not, or nothing may be run."""
+    if plan.dtype != "fp16" or not request.parity or source.base.config is None:
+        return None
+    from exporter.tensorrt.float16_range import LARGEST, float16_stream_peak, near_overflow  # noqa: PLC0415
+
+    with reporter.stage("range of the residual stream"):
+        peak = float16_stream_peak(folder, source.base.config)
+    if near_overflow(peak):
+        reporter.warn(f"the residual stream reaches {peak:.0f}, fp16 ends at {LARGEST:.0f}: bf16 is safer")
+    return peak
 
 
 def _check_disk(folder: Path, needed: int) -> None:

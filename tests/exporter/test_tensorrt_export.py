@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from exporter.exit_codes import BAD_INPUT, BUILD_FAILED, DONE, MACHINE
 from exporter.tensorrt.engine_gpu import find_gpu
@@ -137,6 +138,23 @@ def test_run_says_what_is_missing_when_there_is_no_gpu(tmp_path):
     assert "hint:" in result.stderr
 
 
+@pytest.mark.parametrize(("factor", "expected"), [(1, "recorded"), (2e4, "warned"), (1e6, "refused")])
+def test_export_measures_the_stream_when_engines_are_in_fp16(tmp_path, factor, expected):
+    model = save_tiny_llama(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    # Norms undo the factor at once, so nothing but the stream grows.
+    tensors["model.embed_tokens.weight"] *= factor / float(tensors["model.embed_tokens.weight"].abs().max()) * 2
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    result = dlo("export", model, "-o", tmp_path / "out", "--trt", "--dtype", "fp16")
+    if expected == "refused":
+        check_refused(result, tmp_path, "--dtype fp16", "bf16")
+        return
+    assert result.returncode == DONE, result.stderr
+    assert ("bf16 is safer" in result.stderr) == (expected == "warned")
+    (engine,) = description_of(tmp_path / "out")["engines"]
+    assert factor < engine["float16_stream_peak"] < 65504
+
+
 def test_export_explains_what_plugins_cannot_compute_when_the_mlp_has_biases(tmp_path):
     model = save_tiny_llama(tmp_path / "model", mlp_bias=True, routed=[True] * 3)
     result = dlo("export", model, "-o", tmp_path / "out", "--trt", "--lowering", "plugin")
@@ -158,11 +176,11 @@ def test_export_leaves_nothing_behind_when_a_build_takes_too_long(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plain_export_loads_no_tensorrt():
+def test_plain_export_loads_no_tensorrt(tmp_path):
     code = (
         "import sys; from exporter.export import ExportRequest, export_model; from exporter.progress import Reporter;"
-        "from pathlib import Path; import tempfile;"
-        f"export_model(ExportRequest({str(REFERENCE)!r}, Path(tempfile.mkdtemp()) / 'out', parity=False), Reporter());"
+        "from pathlib import Path;"
+        f"export_model(ExportRequest({str(REFERENCE)!r}, Path({str(tmp_path)!r}) / 'out', parity=False), Reporter());"
         "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'tensorrt_rtx', 'tensorrt', 'triton')))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
