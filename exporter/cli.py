@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _run(given: list[str], received: list[int]) -> int:
     try:
-        code = app(given, standalone_mode=False) or 0
+        code = app(given, prog_name="dlo", standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
