@@ -26,7 +26,8 @@ class LowerSkipToTopKPass(ir.passes.InPlacePass):
     """Gather the active tokens' rows, run norm and MLP on them, put the sums back: in operators TensorRT builds.
 
     TensorRT-RTX has no NonZero, and its TopK selects 3840 at most: the tokens of a step are cut into chunks of that
-    size, each chosen from by a TopK of its own, whose K is the number of active tokens in the chunk.
+    size, each chosen from by a TopK of its own, whose K is the number of active tokens in the chunk. K must be positive
+    (ITopKLayer::setInput), so where no token is active TopK chooses one all the same, and a Slice drops it.
 
     Before::
 
@@ -39,7 +40,8 @@ class LowerSkipToTopKPass(ir.passes.InPlacePass):
         flat  = Reshape(h, [-1, hidden])                     # [batch·sequence, hidden]
         flags = Cast(Reshape(active, [-1]))                  # 1 or 0 per token
         n     = ReduceSum(flags)
-        _, i  = TopK(flags, n)                               # int64 [n]
+        _, i1 = TopK(flags, Max(n, 1))
+        i     = Slice(i1, 0, n)                              # int64 [n]
         rows  = Gather(flat, i)                              # [n, hidden]
         d     = MLP(RMSNormalization(rows))                  # the same nodes, on rows
         kept  = Mul(Unsqueeze(Gather(Reshape(scale, [-1]), i), -1), d)
@@ -160,27 +162,32 @@ class _Lowering:
         return self._add("Concat", *parts, name="active_tokens", dtype=ir.DataType.INT64, axis=0)
 
     def _chosen(self, flags: ir.Value, suffix: str) -> ir.Value:
-        """Indices of the ones among flags."""
-        count = self._add("ReduceSum", flags, name=f"count{suffix}", dtype=ir.DataType.FLOAT, keepdims=1)
-        count = self._add("Cast", count, name=f"k{suffix}", dtype=ir.DataType.INT64, to=int(ir.DataType.INT64))
-        count.shape = ir.Shape((1,))
-        router, layer = self.router, self.layer.index
+        """Indices of the ones among flags, int64."""
+        float32, int64, router = ir.DataType.FLOAT, ir.DataType.INT64, self.router
+        total = self._add("ReduceSum", flags, name=f"total{suffix}", dtype=float32, keepdims=1)
+        one = shared_constant(self.graph, "model.routers.one", np.array([1], np.float32))
+        positive = self._add("Max", total, one, name=f"positive{suffix}", dtype=float32)
+        count, k = (
+            self._add("Cast", value, name=f"{name}{suffix}", dtype=int64, to=int(int64))
+            for value, name in ((total, "count"), (positive, "k"))
+        )
+        for value in (total, positive, count, k):
+            value.shape = ir.Shape((1,))
         top = ir.node(
             "TopK",
-            [flags, count],
+            [flags, k],
             {"axis": 0, "largest": 1, "sorted": 0},
             num_outputs=2,
             name=f"{router}.topk{suffix}",
             metadata_props=dict(self.gather.tags),
         )
-        for output, kind, dtype in zip(
-            top.outputs, ("flags", "index"), (ir.DataType.FLOAT, ir.DataType.INT64), strict=True
-        ):
+        for output, kind, dtype in zip(top.outputs, ("flags", "index"), (float32, int64), strict=True):
             output.name = f"{router}.topk_{kind}{suffix}"
             output.type = ir.TensorType(dtype)
-            output.shape = ir.Shape((f"active_tokens_{layer}{suffix}",))
+            output.shape = ir.Shape((f"{self.count}{suffix}_or_one",))
         self.gather.nodes.append(top)
-        return top.outputs[1]
+        first = self._constant("chunk_0", [0])
+        return self._add("Slice", top.outputs[1], first, count, name=f"chosen{suffix}", dtype=int64)
 
     def _scale_of(self, scale: ir.Value, index: ir.Value) -> ir.Value:
         dtype = element_type(scale)

@@ -46,11 +46,24 @@ def test_topk_equals_the_mask_when_active_tokens_are(active: np.ndarray, max_tok
     after = {
         "Where": 0,
         "TopK": chunks,
-        "Slice": chunks if chunks > 1 else 0,
+        "Slice": chunks + (chunks > 1) * chunks,
         "ScatterND": 1,
         "Add": 2 + (chunks > 1) * chunks,
     }
     check_pass(masked_decoder(), LowerSkipToTopKPass(max_tokens), {"Where": 1, "Add": 2}, after, _feeds(active))
+
+
+@pytest.mark.parametrize("active", [MIXED, ALL, NONE], ids=["mixed", "all", "none"])
+def test_topk_is_never_asked_for_nothing(active: np.ndarray) -> None:
+    """TensorRT's TopK takes a positive K only."""
+    model = ir.from_onnx_text(masked_decoder())
+    LowerSkipToTopKPass(6)(model)
+    (top,) = [node for node in model.graph if node.op_type == "TopK"]
+    count = next(value for node in model.graph for value in node.outputs if value.name == "model.routers.0.count")
+    model.graph.outputs.extend([top.inputs[1], count])
+    outputs = run_model(model, _feeds(active))
+    assert outputs["model.routers.0.k"] == max(active.sum(), 1)
+    assert outputs["model.routers.0.count"] == active.sum()
 
 
 @pytest.mark.parametrize("active", [MIXED, NONE], ids=["mixed", "none"])
