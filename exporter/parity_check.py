@@ -104,16 +104,18 @@ def _candidate(name: str, graph: ir.Model, folder: Path, *, routed: bool, releas
 def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, routed: bool) -> Candidate:
     label = f"trt {options.lowering}" + (", growing" if options.cache == "growing" else "")
 
-    def opened(*, force: bool) -> OnnxRuntimeRunner | StaticCacheRunner:
+    def opened(*, force: bool, streams: bool = False) -> OnnxRuntimeRunner | StaticCacheRunner:
         runner = StaticCacheRunner if options.cache == "static" else OnnxRuntimeRunner
         # Only parity builds show their routers.
-        model = exposed_model(twin, force=force) if force else bytes(ir.to_proto(twin).SerializeToString())
+        shown = force or streams
+        model = exposed_model(twin, force=force, streams=streams) if shown else ir.to_proto(twin).SerializeToString()
         return runner(model, weights_folder=folder, name=label, allow_spinning=False)
 
     return Candidate(
         label,
         functools.partial(opened, force=False),
         functools.partial(opened, force=True) if routed else None,
+        functools.partial(opened, force=routed, streams=True),
     )
 
 

@@ -37,12 +37,12 @@ class StageSpec:
     checks: tuple[Check, ...]
 
 
-_VALUES: tuple[Check, ...] = (
+_ALWAYS: tuple[Check, ...] = (
     graph_checks.unused_inputs,
     graph_checks.broken_values,
     graph_checks.foreign_branch_outputs,
+    graph_checks.incomplete_cache,
 )
-_ALWAYS: tuple[Check, ...] = (*_VALUES, graph_checks.incomplete_cache)
 _STANDARD = frozenset({""})
 # Fusions, and what undoes those of other exporters, may run at any point after the source graph is there.
 _FUSIONS = frozenset({"FuseSiblingMatMulsPass", "SplitSkipNormsPass"})
@@ -72,12 +72,12 @@ STAGES: dict[Stage, StageSpec] = {
         (*_ALWAYS, graph_checks.unlowered_routing, graph_checks.eager_branches),
     ),
     # The same for TensorRT, active rows chosen by TopK.
-    "selected": StageSpec(_STANDARD, _ROUTED | {"LowerSkipToTopKPass"}, (*_VALUES, graph_checks.unselected_routing)),
+    "selected": StageSpec(_STANDARD, _ROUTED | {"LowerSkipToTopKPass"}, (*_ALWAYS, graph_checks.unselected_routing)),
     # The same in TensorRT plugins: no shape may depend on data, or a CUDA graph cannot capture the step.
     "plugged": StageSpec(
         _STANDARD | {DOMAIN},
         _ROUTED | {"LowerSkipToPluginPass"},
-        (*_VALUES, graph_checks.unplugged_routing, data_dependent_shapes),
+        (*_ALWAYS, graph_checks.unplugged_routing, data_dependent_shapes),
     ),
 }
 

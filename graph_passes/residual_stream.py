@@ -32,7 +32,8 @@ class ResidualBlock:
         nodes: Everything between `stream_in` and the addition, in topological order, the addition excluded. Nodes that
             only share constants, masks or rotary tables with the block are not part of it.
         branch: The value added (of a compacted block, the rows added: [active tokens, hidden]).
-        add: The node that adds: Add, or ScatterND with reduction "add".
+        add: The node that adds: Add, ScatterND with reduction "add", a plugin; or, where rows of the flattened stream
+            are replaced by sums, the Reshape that ends it.
         stream_out: Residual stream after the block.
         conditional: The If node whose then_branch holds `nodes` and `add`, and whose output `stream_out` is; None
             where the block stands in the main graph.
@@ -109,13 +110,13 @@ def _next_block(
                 inner = ((inner, len(order) + number) for inner, number in node_order(node.graph).items())
                 scope, conditional = {**order, **dict(inner)}, branches.get(node.graph)
                 inner_readers[node] = conditional
-            branch = _added_branch(node, index)
+            add, branch = _replaced_rows(node) or (node, _added_branch(node, index))
             if branch is None or branch in aliases:
                 continue
             nodes = nodes_between(scope, (stream,), (branch, alias), excluded)
             if branch.producer() in nodes:
-                output = node.outputs[0] if conditional is None else conditional.outputs[0]
-                found.append(ResidualBlock(stream, nodes, branch, node, output, conditional))
+                output = add.outputs[0] if conditional is None else conditional.outputs[0]
+                found.append(ResidualBlock(stream, nodes, branch, add, output, conditional))
     for node, conditional in inner_readers.items():
         if conditional is None or not any(_adds_or_passes(conditional, block, aliases) for block in found):
             raise DecoderLayersNotFound(
@@ -141,6 +142,30 @@ def _adds_or_passes(conditional: ir.Node, block: ResidualBlock, aliases: Collect
         and len(else_branch.outputs) == 1
         and else_branch.outputs[0] in aliases
     )
+
+
+def _replaced_rows(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+    """Where rows of the flattened stream are replaced by their sums with a branch: the last node, and the branch.
+
+    The form LowerSkipToTopKPass writes: Reshape(ScatterND(flat, places, Add(Gather(flat, …), branch)), …).
+    """
+    if not is_op(node, "Reshape"):
+        return None
+    flat = node.outputs[0]
+    for scatter in flat.consumers():
+        if not is_op(scatter, "ScatterND") or scatter.inputs[0] is not flat or "reduction" in scatter.attributes:
+            continue
+        total = None if scatter.inputs[2] is None else scatter.inputs[2].producer()
+        if total is None or not is_op(total, "Add"):
+            continue
+        for rows, branch in (total.inputs, tuple(reversed(total.inputs))):
+            gather = None if rows is None else rows.producer()
+            back = scatter.outputs[0].consumers()
+            if gather is None or not is_op(gather, "Gather") or gather.inputs[0] is not flat or branch is None:
+                continue
+            if len(back) == 1 and is_op(back[0], "Reshape"):
+                return back[0], branch
+    return None
 
 
 def _added_branch(node: ir.Node, stream_index: int) -> ir.Value | None:

@@ -5,7 +5,9 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.compute_norms_in_float32 import ComputeNormsInFloat32Pass
+from graph_passes.decoder_layers import find_decoder_layers
 from graph_passes.errors import GraphPassError
+from graph_passes.expose_hidden_states import ExposeHiddenStatesPass
 from graph_passes.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
 from graph_passes.keep_last_logits import KeepLastLogitsPass
 from graph_passes.lower_skip_to_plugin import LowerSkipToPluginPass
@@ -71,6 +73,21 @@ def test_topk_gathers_the_scale_when_branch_is_scaled_per_token(active: np.ndarr
     text = masked_decoder(select=SCALED, inputs=", float[B,S] scale")
     feeds = _feeds(active, scale=np.arange(6, dtype=np.float32).reshape(2, 3))
     check_pass(text, LowerSkipToTopKPass(6), {"Where": 1}, {"Where": 0, "Gather": 3}, feeds)
+
+
+@pytest.mark.parametrize("pass_", [LowerSkipToTopKPass(6), LowerSkipToPluginPass()], ids=lambda p: type(p).__name__)
+def test_layers_are_found_in_lowered_graphs(pass_: ir.passes.InPlacePass) -> None:
+    model = ir.from_onnx_text(golden_graphs.source_text())
+    golden_graphs.GOLDENS["route_layers"][0](model)
+    (before,) = find_decoder_layers(model.graph)
+    name = before.output.name
+    pass_(model)
+    (after,) = find_decoder_layers(model.graph)
+    assert after.mlp.stream_in is before.mlp.stream_in
+    assert after.output.name == name
+    assert after.mlp.branch is not before.mlp.branch
+    ExposeHiddenStatesPass()(model)
+    assert model.graph.outputs[-1].name == "hidden.0"
 
 
 def test_topk_refuses_with_the_reason_when_nothing_is_routed() -> None:
