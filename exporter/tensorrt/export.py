@@ -65,9 +65,10 @@ def save_graphs(plan: TensorRtPlan, target: Path, reporter: Reporter) -> None:
     with reporter.bytes("TensorRT weights") as progress:
         save_weights(first, target / WEIGHTS, progress=progress)
     for engine in plan.engines[1:]:
-        # Lowerings add small constants only, and those stay in the graph: one file serves all graphs.
+        # One file serves all graphs: prefill, which is first, holds what decode does; chunks may add a constant behind.
         save_weights(engine.model, target / WEIGHTS, write=False)
-        assert weight_places(engine.model) == weight_places(first), "graphs of one source lay their weights out alike"
+        shared = weight_places(engine.model).items() <= weight_places(first).items()
+        assert shared, "graphs of one source lay their weights out alike"
     for engine in plan.engines:
         ir.save(engine.model, target / f"{engine.name}.onnx")
 

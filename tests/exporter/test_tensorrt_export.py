@@ -75,6 +75,18 @@ def test_export_builds_two_engines_on_one_weight_file_when_split(tmp_path):
     assert logits["shape"][1] == 1
 
 
+def test_split_engines_share_a_weight_file_when_only_prefill_needs_chunks(tmp_path):
+    options = ["--trt", "--trt-split", "--trt-max-sequence", "2048", "--trt-max-batch", "2", "--no-parity"]
+    result = dlo("export", REFERENCE, "-o", tmp_path / "out", *options)
+    assert result.returncode == DONE, result.stderr
+    prefill, decode = (
+        onnx.load(tmp_path / "out" / engine["graph"]) for engine in description_of(tmp_path / "out")["engines"]
+    )
+    assert [sum(node.op_type == "TopK" for node in graph.graph.node) for graph in (prefill, decode)] == [6, 3]
+    weights = {tensor.name: tensor.raw_data for tensor in prefill.graph.initializer}
+    assert {tensor.name: tensor.raw_data for tensor in decode.graph.initializer}.items() <= weights.items()
+
+
 @pytest.mark.parametrize("lowering", ["auto", "plugin"])
 def test_export_builds_an_engine_with_a_growing_cache_when_asked(tmp_path, lowering):
     options = ["--trt", "--trt-cache", "growing", "--dtype", "fp16", "--lowering", lowering, "--no-parity"]
