@@ -11,6 +11,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from exporter.artifact import MODEL_NAME, WEIGHTS_NAME, describe, save_description
+from exporter.disk_space import check_disk_space
 from exporter.errors import InputError, MachineError
 from exporter.genai_config import genai_config
 from exporter.json_file import save_json
@@ -164,7 +165,7 @@ def _export_into(
     with reporter.stage("graph"):
         model = build_model(source, lowering, DTYPES[dtype])
     if request.weights:
-        _check_disk(folder, weight_bytes(model))
+        check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
     with reporter.bytes("weights") as progress:
         save_weights(model, folder / WEIGHTS_NAME, write=request.weights, progress=progress)
     ir.save(model, folder / MODEL_NAME)
@@ -239,12 +240,3 @@ def _float16_peak(
     if near_overflow(peak):
         reporter.warn(f"the residual stream reaches {peak:.0f}, fp16 ends at {LARGEST:.0f}: bf16 is safer")
     return peak
-
-
-def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise MachineError(
-            f"{folder.parent}: has {free / 2**20:.0f} MB free, the weights need {needed / 2**20:.0f} MB",
-            hint="free some space, or give another folder with -o",
-        )

@@ -22,6 +22,7 @@ from graph_passes.decoder_layers import DecoderLayer, find_decoder_layers
 from graph_passes.projections import Layout
 from graph_passes.split_skip_norms import SplitSkipNormsPass
 from modeling.lazy_tensors import LazyTensor
+from runtimes.file_digest import file_sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +89,7 @@ class ForeignGraph:
         """SHA-256 over the graph file and its external data files, in the order of their names."""
         digest = hashlib.sha256()
         for file in (self.path, *sorted(_data_files(self._model, self.path))):
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(bytes.fromhex(file_sha256(file)))
         return digest.hexdigest()
 
     def save_companions(self, folder: Path, config_overrides: Mapping[str, Any] | None = None) -> None:

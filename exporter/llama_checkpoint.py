@@ -14,6 +14,7 @@ from exporter.config import LlamaConfig
 from exporter.errors import CheckpointError
 from exporter.json_file import save_json
 from exporter.mapped_file import MappedFile
+from runtimes.file_digest import file_sha256
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 MAX_LISTED_PROBLEMS = 50
@@ -115,7 +116,7 @@ class Checkpoint:
         SHA instructions, a quarter of that elsewhere. Safe to call from a thread beside an export.
         """
         if self._sha256 is None:
-            digests = [_file_sha256(file.path) for file in self._files]
+            digests = [file_sha256(file.path) for file in self._files]
             listing = "".join(
                 f"{digest}  {file.path.name}\n" for digest, file in zip(digests, self._files, strict=True)
             )
@@ -145,12 +146,6 @@ def _generation_config(config: LlamaConfig) -> dict[str, Any]:
     eos = config.eos_token_id[0] if len(config.eos_token_id) == 1 else list(config.eos_token_id)
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
     return {"_from_model_config": True, **{key: value for key, value in tokens.items() if value not in (None, [])}}
-
-
-def _file_sha256(path: Path) -> str:
-    # Read, not mapped: the pages then never count as this process's memory.
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, CheckpointTensor]) -> None:

@@ -88,10 +88,7 @@ def onnxruntime_steps(source: ExportSource, lowering: Lowering) -> list[Step]:
 def tensorrt_steps(source: ExportSource, options: TensorRtOptions) -> list[Step]:
     """What turns the plain graph into the one TensorRT builds, in order, each step with its reason."""
     static = options.cache == "static"
-    lowering = _tensorrt_lowering(options)
     stage: Stage = "routed" if source.routing is not None else "injected"
-    lowered_stages: dict[str, Stage] = {"compact": "selected", "if": "lowered", "plugin": "plugged"}
-    last_stage = lowered_stages.get(options.lowering, stage)
     return [
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), "injected")] if _injects(source) else []),
@@ -106,20 +103,20 @@ def tensorrt_steps(source: ExportSource, options: TensorRtOptions) -> list[Step]
         # The head is the largest matrix: one row per sequence instead of one per prompt token.
         *([Step(KeepLastLogitsPass(), stage)] if options.last_logits else []),
         # The one lowering.
-        *([Step(lowering, last_stage)] if lowering is not None else []),
+        *_tensorrt_lowering(options),
     ]
 
 
-def _tensorrt_lowering(options: TensorRtOptions) -> ir.passes.InPlacePass | None:
+def _tensorrt_lowering(options: TensorRtOptions) -> list[Step]:
     match options.lowering:
         case "compact":
-            return LowerSkipToTopKPass(options.max_batch * options.max_sequence)
+            return [Step(LowerSkipToTopKPass(options.max_batch * options.max_sequence), "selected")]
         case "if":
-            return LowerSkipToIfPass()
+            return [Step(LowerSkipToIfPass(), "lowered")]
         case "plugin":
-            return LowerSkipToPluginPass()
+            return [Step(LowerSkipToPluginPass(), "plugged")]
         case _:
-            return None
+            return []
 
 
 def build_tensorrt_model(source: ExportSource, options: TensorRtOptions, dtype: ir.DataType) -> ir.Model:

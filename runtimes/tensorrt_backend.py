@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import BackendUnavailableError, ModelLoadError
-from runtimes.tensorrt_engine_file import EngineFile, file_sha256
+from runtimes.file_digest import file_sha256
+from runtimes.tensorrt_engine_file import EngineFile
 
 _INSTALL = {
     "tensorrt": "pip install tensorrt=={version} (needs the vendor's package index)",

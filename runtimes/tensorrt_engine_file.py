@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtimes.errors import ModelLoadError
+from runtimes.file_digest import file_sha256
 from runtimes.static_cache_interface import StaticCacheInterface, TensorSpec
 
 DESCRIPTION = "dlo_artifact.json"
@@ -178,9 +178,3 @@ def _profile(profile: dict[str, Any]) -> ProfileShapes:
 
 def _specs(values: Sequence[dict[str, Any]]) -> list[TensorSpec]:
     return [TensorSpec(value["name"], value["dtype"], tuple(value["shape"])) for value in values]
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

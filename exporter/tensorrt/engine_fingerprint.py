@@ -16,6 +16,7 @@ from exporter.errors import EngineBuildError, InputError
 from exporter.tensorrt.backend import BACKENDS
 from exporter.tensorrt.engine_gpu import find_gpu
 from exporter.tensorrt.engine_request import EngineRequest
+from runtimes.file_digest import file_sha256
 
 # Counted up whenever the builder makes another engine of the same request.
 _BUILDER = 1
@@ -112,5 +113,4 @@ def sha256_of(file: Path) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _sha256(file: Path, size: int, modified: int, inode: int) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_sha256(file)

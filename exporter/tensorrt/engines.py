@@ -6,12 +6,11 @@ What a build goes through is in `exporter.tensorrt.build`; this is what commands
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import MachineError
+from exporter.disk_space import check_disk_space
 from exporter.progress import Reporter
 from exporter.tensorrt.backend import BACKENDS, check_backend
 from exporter.tensorrt.engine_cache import EngineCache, cache_folder
@@ -67,7 +66,8 @@ def build_engines(
             if stored is not None:
                 records[position] = _from_cache(stored, request)
                 continue
-            _check_disk(request, found)
+            target = request.output.parent
+            check_disk_space(target, found.weight_bytes, target, "the engine, which holds the weights, needs at least")
             timings = _timing_cache(request, cache)
             memory = expected_memory(found.weight_bytes)
             missing[position] = Planned(request, timings, memory, listener(request))
@@ -117,14 +117,3 @@ def _timing_cache(request: EngineRequest, cache: EngineCache | None) -> Path | N
     if cache is None or not backend.keeps_timings:
         return None
     return cache.timings(backend.name, backend.version(), str(find_gpu().target))
-
-
-def _check_disk(request: EngineRequest, found: Fingerprint) -> None:
-    """An engine holds the weights at least."""
-    free = shutil.disk_usage(request.output.parent).free
-    if found.weight_bytes > free:
-        raise MachineError(
-            f"{request.output.parent}: has {free / 2**20:.0f} MB free, the engine needs "
-            f"{found.weight_bytes / 2**20:.0f} MB at least",
-            hint="free some space, or give another folder with -o",
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from exporter.artifact import interface
-from exporter.errors import MachineError
+from exporter.disk_space import check_disk_space
 from exporter.progress import Reporter
 from exporter.tensorrt.engine_record import EngineRecord
 from exporter.tensorrt.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
@@ -61,7 +60,8 @@ def save_graphs(plan: TensorRtPlan, target: Path, reporter: Reporter) -> None:
         MachineError: The disk has no room for them and the engines.
     """
     first = plan.engines[0].model
-    _check_disk(target, weight_bytes(first), len(plan.engines))
+    needed = weight_bytes(first) * (1 + len(plan.engines) * _ENGINE_BYTES_PER_WEIGHT_BYTE)
+    check_disk_space(target, needed, target.parent.parent, "TensorRT's graphs and engines may need")
     with reporter.bytes("TensorRT weights") as progress:
         save_weights(first, target / WEIGHTS, progress=progress)
     for engine in plan.engines[1:]:
@@ -127,13 +127,3 @@ def _entry(plan: TensorRtPlan, engine: PlannedEngine, record: EngineRecord, fold
         "interface": {"inputs": interface(graph.inputs), "outputs": interface(graph.outputs)},
         "parity": {"verdict": "NOT RUN", "reason": "an engine runs on a GPU only: benchmarks/gpu_check.py compares it"},
     }
-
-
-def _check_disk(folder: Path, weights: int, engines: int) -> None:
-    free, needed = shutil.disk_usage(folder).free, weights * (1 + engines * _ENGINE_BYTES_PER_WEIGHT_BYTE)
-    if needed > free:
-        raise MachineError(
-            f"{folder.parent.parent}: has {free / 2**20:.0f} MB free, TensorRT's graphs and engines may need "
-            f"{needed / 2**20:.0f} MB",
-            hint="free some space, or give another folder with -o",
-        )

@@ -16,9 +16,10 @@ from cuda.bindings import runtime as cuda_runtime
 
 from runtimes import tensorrt_backend, tensorrt_device, tensorrt_execution
 from runtimes.errors import BackendUnavailableError, ModelLoadError
+from runtimes.file_digest import file_sha256
 from runtimes.tensorrt import TensorRtRunner
 from runtimes.tensorrt_backend import Backend
-from runtimes.tensorrt_engine_file import EngineFile, file_sha256, load_engine_files
+from runtimes.tensorrt_engine_file import EngineFile, load_engine_files
 from runtimes.tensorrt_execution import reason_not_to_capture
 from tests.runtimes.engine_records import interface, record, save_artefact
 
