@@ -17,6 +17,7 @@ from exporter.config import LlamaConfig
 from exporter.errors import CheckpointError, InputError
 from exporter.huggingface_folder import copy_companions
 from exporter.json_file import save_json
+from exporter.weight_file import external_tensors
 from graph_passes.data_flow import constant_tensor, is_op
 from graph_passes.decoder_layers import DecoderLayer, find_decoder_layers
 from graph_passes.projections import Layout
@@ -183,20 +184,15 @@ def load_graph(path: Path) -> ir.Model:
         ) from err
 
 
-def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    values = (value.const_value for value in model.graph.initializers.values())
-    return [tensor for tensor in values if isinstance(tensor, ir.ExternalTensor)]
-
-
 def _data_files(model: ir.Model, path: Path) -> set[Path]:
-    return {path.parent / tensor.location for tensor in _external_tensors(model)}
+    return {path.parent / tensor.location for tensor in external_tensors(model.graph).values()}
 
 
 def _check_data_files(model: ir.Model, path: Path) -> None:
     root = path.parent.resolve()
     problems = []
     needed: dict[Path, int] = {}
-    for tensor in _external_tensors(model):
+    for tensor in external_tensors(model.graph).values():
         file = path.parent / tensor.location
         needed[file] = max(needed.get(file, 0), (tensor.offset or 0) + tensor.nbytes)
     for file, size in sorted(needed.items()):

@@ -66,12 +66,13 @@ def weight_bytes(model: ir.Model) -> int:
 
 def weight_places(model: ir.Model) -> dict[str, tuple[int | None, int | None]]:
     """Offset and length of every weight that lies in an external data file."""
-    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
-    return {
-        name: (tensor.offset, tensor.length)
-        for name, tensor in tensors.items()
-        if isinstance(tensor, ir.ExternalTensor)
-    }
+    return {name: (tensor.offset, tensor.length) for name, tensor in external_tensors(model.graph).items()}
+
+
+def external_tensors(graph: ir.Graph) -> dict[str, ir.ExternalTensor]:
+    """A graph's initializers that lie in external data files, by name."""
+    tensors = {name: value.const_value for name, value in graph.initializers.items()}
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, ir.ExternalTensor)}
 
 
 def _layout(graph: ir.Graph) -> tuple[list[_Placed], int]:

@@ -16,6 +16,7 @@ from exporter.errors import EngineBuildError, InputError
 from exporter.tensorrt.backend import BACKENDS
 from exporter.tensorrt.engine_gpu import find_gpu
 from exporter.tensorrt.engine_request import EngineRequest
+from exporter.weight_file import external_tensors
 from runtimes.file_digest import file_sha256
 
 # Counted up whenever the builder makes another engine of the same request.
@@ -89,11 +90,8 @@ def data_files(graph: Path) -> list[Path]:
         model = ir.load(graph)
     except Exception as err:  # whatever the protobuf parser finds wrong
         raise InputError(f"{graph}: is not an ONNX graph: {err}") from err
-    locations: dict[str, None] = {}
-    for part in (model.graph, *model.graph.subgraphs()):
-        for value in part.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                locations[str(value.const_value.location)] = None
+    parts = (model.graph, *model.graph.subgraphs())
+    locations = dict.fromkeys(str(tensor.location) for part in parts for tensor in external_tensors(part).values())
     files = []
     for location in locations:
         file = (graph.parent / location).resolve()

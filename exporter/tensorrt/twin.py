@@ -9,6 +9,7 @@ import onnx_ir as ir
 from exporter.errors import InputError
 from exporter.pipeline import TensorRtOptions, build_tensorrt_model
 from exporter.source import ExportSource
+from exporter.weight_file import external_tensors
 from graph_passes.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from graph_passes.ops import PLUGIN_OPS, reference_function
 
@@ -34,11 +35,7 @@ def tensorrt_twin(source: ExportSource, options: TensorRtOptions, released: ir.M
     options = dataclasses.replace(options, max_sequence=min(options.max_sequence, options.max_cache))
     model = build_tensorrt_model(source, options, ir.DataType.FLOAT)
     FuseSiblingMatMulsPass()(model)  # as in model.onnx, so that the weights are the same
-    stored = {
-        name: value.const_value
-        for name, value in released.graph.initializers.items()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
+    stored = external_tensors(released.graph)
     for name, value in model.graph.initializers.items():
         if name in stored:
             value.const_value = stored.pop(name)
