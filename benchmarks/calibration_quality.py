@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import runtimes  # noqa: F401 - before torch: sets how its threads wait
+import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
 
 # isort: split
 import numpy as np
@@ -28,11 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.measure import print_report, versions
 from benchmarks.smollm2 import smollm2_folder
-from modeling.calibration import CalibrationSettings, calibrate_routers
-from modeling.calibration_text import calibration_text, read_documents
-from modeling.layer_stream import LayerStream
-from modeling.routing_evaluation import Evaluation, evaluate, with_routers
-from modeling.skip_labels import LABELS
+from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate, with_routers
+from dlo_export.modeling.calibration.layer_stream import LayerStream
+from dlo_export.modeling.calibration.router_calibration import CalibrationSettings, calibrate_routers
+from dlo_export.modeling.calibration.skip_labels import LABELS
+from dlo_export.modeling.calibration.text import calibration_text, read_documents
 
 
 def by_similarity(model: PreTrainedModel, sequences: torch.Tensor) -> list[int]:

@@ -22,17 +22,17 @@ import numpy as np
 from benchmarks.measure import Samples, print_report, versions
 from benchmarks.smollm2 import smollm2_gguf
 from benchmarks.workspace import WORKSPACE
-from exporter.checkpoint import open_checkpoint
-from exporter.progress import Reporter
-from exporter.source import open_source
-from exporter.tensorrt.engine_record import EngineRecord
-from exporter.tensorrt.engines import build_engine
-from exporter.tensorrt.export import engine_request, save_graphs
-from exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
-from modeling.adapter import save_adapter
-from modeling.expansion import expansion_adapter
-from modeling.lazy_tensors import ArrayTensor
-from modeling.placements import placements
+from dlo_export.checkpoints.adapter.adapter import save_adapter
+from dlo_export.checkpoints.depth.expansion import expansion_adapter
+from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.tensorrt.engine_record import EngineRecord
+from dlo_export.exporter.tensorrt.engines import build_engine
+from dlo_export.exporter.tensorrt.export import engine_request, save_graphs
+from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
 
 BARS = {"seconds": 2.0, "peak_bytes": 1.5, "bytes": 1.15}
 LOWERINGS = ("compact", "if", "plugin")

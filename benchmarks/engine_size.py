@@ -18,11 +18,11 @@ from typing import Any
 from benchmarks.measure import print_report, versions
 from benchmarks.random_llama import H2048, random_llama_folder
 from benchmarks.workspace import WORKSPACE
-from exporter.progress import Reporter
-from exporter.source import open_source
-from exporter.tensorrt.engines import build_engine
-from exporter.tensorrt.export import engine_request, save_graphs
-from exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.tensorrt.engines import build_engine
+from dlo_export.exporter.tensorrt.export import engine_request, save_graphs
+from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
 
 LAYERS = 6
 SIZES = ((576, 768), (576, 1536), (576, 6144), (1152, 6144))  # hidden, intermediate

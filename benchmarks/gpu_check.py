@@ -28,16 +28,16 @@ from pathlib import Path
 
 from benchmarks.gpu_engines import engine_subject, forced_engines
 from benchmarks.gpu_report import Findings, examine, print_findings
-from exporter.artifact import load_description
-from exporter.errors import DloError, InputError
-from exporter.exit_codes import exit_code, report_error
-from exporter.progress import Reporter
-from exporter.tensorrt.engine_check import explain_engine
-from exporter.tensorrt.engine_record import EngineRecord
-from runtimes.bench import Workload
-from runtimes.errors import RuntimeInputError
-from runtimes.tensorrt_device import Device
-from runtimes.tensorrt_engine_file import EngineFile, load_engine_files
+from dlo_export.checkpoints.errors import DloError, InputError
+from dlo_export.exporter.artifact import load_description
+from dlo_export.exporter.exit_codes import exit_code, report_error
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.tensorrt.engine_check import explain_engine
+from dlo_export.exporter.tensorrt.engine_record import EngineRecord
+from dlo_export.runtimes.bench import Workload
+from dlo_export.runtimes.errors import RuntimeInputError
+from dlo_export.runtimes.tensorrt.device import Device
+from dlo_export.runtimes.tensorrt.engine_file import EngineFile, load_engine_files
 
 
 @dataclasses.dataclass(frozen=True)

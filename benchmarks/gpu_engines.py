@@ -20,19 +20,19 @@ import onnx_ir as ir
 from benchmarks.gpu_layer_times import REPEATS, WARM_UP, repeat_step
 from benchmarks.gpu_skip_proof import medians, mlp_share
 from benchmarks.gpu_subject import LayerSeconds, Phase, RoutedReference, Subject
-from exporter.artifact import MODEL_NAME
-from exporter.artifact_runner import exposed_model
-from exporter.errors import InputError
-from exporter.foreign_graph import load_graph
-from exporter.progress import Reporter
-from exporter.tensorrt.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
-from exporter.tensorrt.engines import build_engines
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.runner import Runner
-from runtimes.static_cache import StaticCacheLimits
-from runtimes.static_cache_interface import StaticCacheInterface, TensorSpec
-from runtimes.tensorrt import TensorRtRunner
-from runtimes.tensorrt_engine_file import EngineFile, ProfileShapes
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.artifact import MODEL_NAME
+from dlo_export.exporter.artifact_runner import exposed_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
+from dlo_export.exporter.tensorrt.engines import build_engines
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from dlo_export.runtimes.runner import Runner
+from dlo_export.runtimes.static_cache.batches import StaticCacheLimits
+from dlo_export.runtimes.static_cache.interface import StaticCacheInterface, TensorSpec
+from dlo_export.runtimes.tensorrt.engine_file import EngineFile, ProfileShapes
+from dlo_export.runtimes.tensorrt.runner import TensorRtRunner
 
 PROMPT_TOKENS = 128
 

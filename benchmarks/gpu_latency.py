@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu_subject import Subject
-from runtimes import bench
-from runtimes.runner import Runner
+from dlo_export.runtimes import bench
+from dlo_export.runtimes.runner import Runner
 
 SKIP_RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.gpu_subject import Phase
-from runtimes.runner import Runner
+from dlo_export.runtimes.runner import Runner
 
 WARM_UP, REPEATS = 5, 20
 

@@ -12,10 +12,10 @@ from benchmarks.gpu_latency import Latency, latency_table, measure_latency
 from benchmarks.gpu_skip_proof import SkipProof, skip_proof
 from benchmarks.gpu_subject import Subject
 from benchmarks.measure import print_report, versions
-from runtimes import bench
-from runtimes.parity import Candidate, compare
-from runtimes.parity_cases import Case, parity_cases
-from runtimes.parity_report import ParityReport
+from dlo_export.runtimes import bench
+from dlo_export.runtimes.parity.cases import Case, parity_cases
+from dlo_export.runtimes.parity.compare import Candidate, compare
+from dlo_export.runtimes.parity.report import ParityReport
 
 GREEDY_PROMPTS, GREEDY_TOKENS = (24, 15), 32
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
-from runtimes.parity import OpenRunner
-from runtimes.runner import Decisions, Int64Array, Runner, StepResult
-from runtimes.static_cache import StaticCacheLimits
+from dlo_export.runtimes.parity.compare import OpenRunner
+from dlo_export.runtimes.runner import Decisions, Int64Array, Runner, StepResult
+from dlo_export.runtimes.static_cache.batches import StaticCacheLimits
 
 Phase = str
 """``prefill`` or ``decode``."""
@@ -24,7 +24,7 @@ class Subject:
     Attributes:
         name: For the report.
         lowering: What routed layers became; "none" where nothing is routed.
-        dtype: Of the engines, a key of runtimes.parity_tolerances.TOLERANCES.
+        dtype: Of the engines, a key of dlo_export.runtimes.parity.tolerances.TOLERANCES.
         vocab_size: To draw tokens from.
         limits: What the engines take.
         open_reference: What is right: scores and forced decisions, float32.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.bench import spread
+from dlo_export.runtimes.bench import spread
 
 Block = Callable[[int], Sequence[float]]
 """Runs a candidate so many times in a row; returns each run's duration or another cost."""

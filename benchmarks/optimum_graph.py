@@ -26,15 +26,15 @@ from benchmarks.routed_artefact import export
 from benchmarks.routing import fit_routers, routable_model, router_tensors, tokens_active
 from benchmarks.smollm2 import distinct_tokens, legacy_smollm2_folder, smollm2_folder
 from benchmarks.workspace import WORKSPACE
-from exporter.artifact_runner import open_artifact
-from exporter.checkpoint import open_checkpoint
-from modeling.adapter import save_adapter
-from modeling.expansion import expanded_config, expanded_tensors, expansion_adapter
-from modeling.llama_dlo import LlamaDloForCausalLM
-from modeling.placements import placements
-from runtimes.parity_cases import Case, step_feeds
-from runtimes.runner import Runner
-from runtimes.torch_runner import TorchRunner
+from dlo_export.checkpoints.adapter.adapter import save_adapter
+from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter
+from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.exporter.artifact_runner import open_artifact
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.runtimes.parity.cases import Case, step_feeds
+from dlo_export.runtimes.runner import Runner
+from dlo_export.runtimes.torch.runner import TorchRunner
 
 BAR = 5e-4
 TOKENS, SHORTER = 48, 31

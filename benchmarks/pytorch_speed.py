@@ -22,10 +22,10 @@ from benchmarks.routed_artefact import export
 from benchmarks.routing import fit_routers, layers_active, routable_model, save_routers
 from benchmarks.smollm2 import distinct_tokens, smollm2_folder
 from benchmarks.workspace import WORKSPACE
-from exporter.checkpoint import open_checkpoint
-from runtimes.bench import Subject, Workload, compare_speed
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.torch_runner import TorchRunner
+from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.runtimes.bench import Subject, Workload, compare_speed
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from dlo_export.runtimes.torch.runner import TorchRunner
 
 BAR = 1.5
 WORKLOAD = Workload(batch=1, prompt_tokens=128, decode_tokens=32, rounds=15, warm_up=2)

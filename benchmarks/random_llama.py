@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.workspace import WORKSPACE
-from exporter.config import LlamaConfig
-from modeling.checkpoint_folder import save_model_tensors
+from dlo_export.checkpoints.checkpoint_folder import save_model_tensors
+from dlo_export.checkpoints.config import LlamaConfig
 
 # Eight layers of the size of a 1B model, where MLPs are most of the work.
 H2048 = {

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling.adapter import DloAdapter, save_adapter
-from modeling.from_tensors import llama_dlo_from_tensors
-from modeling.lazy_tensors import ArrayTensor, LazyTensor
-from modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
+from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 
 MARGIN = 4.0  # logits of ±4: scores of 0.982 and 0.018, far from the threshold
 

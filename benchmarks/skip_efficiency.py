@@ -44,7 +44,7 @@ from benchmarks.routing import fit_routers, layers_active, routable_model, save_
 from benchmarks.smollm2 import distinct_tokens, smollm2_folder
 from benchmarks.workers import Worker, alternate_workers
 from benchmarks.workspace import WORKSPACE
-from exporter.checkpoint import open_checkpoint
+from dlo_export.checkpoints.opening import open_checkpoint
 
 PROMPT = 128
 RATES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -1,3 +1,1 @@
-"""Checkpoint or ONNX graph in, artefact out."""
-
-__version__ = "0.1.0"
+"""The commands: checkpoint or ONNX graph in, artefact out."""

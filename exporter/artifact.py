@@ -10,11 +10,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from exporter import __version__
-from exporter.errors import InputError
-from exporter.json_file import read_json, save_json
-from exporter.pipeline import Lowering
-from exporter.source import ExportSource
+from dlo_export import __version__
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.json_file import read_json, save_json
+from dlo_export.exporter.pipeline import Lowering
+from dlo_export.exporter.sources.source import ExportSource
 
 FORMAT_VERSION = 1
 FILE_NAME = "dlo_artifact.json"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from exporter.artifact import MODEL_NAME, load_description
-from exporter.foreign_graph import load_graph
-from graph_passes.expose_hidden_states import ExposeHiddenStatesPass
-from graph_passes.expose_routing import ExposeRoutingPass
-from graph_passes.provenance import role_values
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.runner import Runner
+from dlo_export.exporter.artifact import MODEL_NAME, load_description
+from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
+from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.spec.provenance import role_values
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from dlo_export.runtimes.runner import Runner
 
 
 def open_artifact(
@@ -34,7 +34,7 @@ def open_artifact(
 
     Raises:
         InputError: The folder is no artefact.
-        runtimes.errors.RuntimeInputError: ONNX Runtime refuses the graph.
+        dlo_export.runtimes.errors.RuntimeInputError: ONNX Runtime refuses the graph.
     """
     description = load_description(folder)
     exposed = scores and description["routing"] is not None
@@ -55,10 +55,10 @@ def open_engines(folder: Path, plugin_library: Path | None = None) -> Runner:
         plugin_library: libdlo_plugins.so, where the engines were built with it.
 
     Raises:
-        runtimes.errors.RuntimeInputError: There are none, or they cannot run here.
+        dlo_export.runtimes.errors.RuntimeInputError: There are none, or they cannot run here.
     """
     # Imported here: only this needs CUDA's bindings.
-    from runtimes.tensorrt import TensorRtRunner  # noqa: PLC0415
+    from dlo_export.runtimes.tensorrt.runner import TensorRtRunner  # noqa: PLC0415
 
     return TensorRtRunner.of_artefact(folder, plugin_library=plugin_library)
 

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-import runtimes  # noqa: F401 - before torch: sets how its threads wait
-from exporter.errors import InputError
-from exporter.progress import Reporter
-from exporter.source import ExportSource, open_source
-from modeling.adapter import DloAdapter, save_adapter
-from modeling.calibration import CalibratedRouters, CalibrationSettings, calibrate_routers
-from modeling.calibration_text import CalibrationText, calibration_text, read_documents
-from modeling.checkpoint_folder import save_checkpoint
-from modeling.expansion import routed_config
-from modeling.from_tensors import llama_dlo_from_tensors
-from modeling.lazy_tensors import ArrayTensor, LazyTensor
-from modeling.routing_evaluation import Evaluation, evaluate, with_routers
+import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
+from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
+from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
+from dlo_export.checkpoints.depth.expansion import routed_config
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate, with_routers
+from dlo_export.modeling.calibration.router_calibration import CalibratedRouters, CalibrationSettings, calibrate_routers
+from dlo_export.modeling.calibration.text import CalibrationText, calibration_text, read_documents
+from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import NoReturn
 import click
 import typer
 
-from exporter import __version__
-from exporter.commands import bench, calibrate, expand, export, inspect, parity, run
-from exporter.exit_codes import INTERRUPTED, OUR_BUG, exit_code, report_error
+from dlo_export import __version__
+from dlo_export.exporter.commands import bench, calibrate, expand, export, inspect, parity, run
+from dlo_export.exporter.exit_codes import INTERRUPTED, OUR_BUG, exit_code, report_error
 
 app = typer.Typer(
     name="dlo",

@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import sys
 
-from exporter.errors import DloError
+from dlo_export.checkpoints.errors import DloError
 
 DONE, PARITY_FAILED, BAD_INPUT, BUILD_FAILED, MACHINE, OUR_BUG, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 
-_OUR_PACKAGES = {"exporter", "graph_passes", "modeling", "plugins", "runtimes"}
 # What the `torch` extra installs; every command that needs it says so by failing to import it.
 _EXTRA_PACKAGES = {"torch", "transformers", "jinja2", "accelerate"}
 
@@ -17,13 +16,13 @@ _EXTRA_PACKAGES = {"torch", "transformers", "jinja2", "accelerate"}
 def exit_code(error: BaseException) -> int:
     """The code for an exception that reached the top.
 
-    Errors of our own classes are the user's to mend; a ValueError of one of our packages means bad input. Anything else
+    Errors of our own classes are the user's to mend; a ValueError of our own means bad input. Anything else
     that is not the machine's fault is a bug of ours.
     """
     declared = getattr(error, "exit_code", None)
     if isinstance(declared, int):
         return declared
-    if isinstance(error, ValueError) and type(error).__module__.split(".")[0] in _OUR_PACKAGES:
+    if isinstance(error, ValueError) and type(error).__module__.split(".")[0] == "dlo_export":
         return BAD_INPUT
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRA_PACKAGES:
         return MACHINE

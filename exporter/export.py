@@ -10,18 +10,18 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from exporter.artifact import MODEL_NAME, WEIGHTS_NAME, describe, save_description
-from exporter.disk_space import check_disk_space
-from exporter.errors import InputError, MachineError
-from exporter.genai_config import genai_config
-from exporter.json_file import save_json
-from exporter.pipeline import Lowering, build_model
-from exporter.progress import Reporter
-from exporter.source import ExportSource, open_source
-from exporter.tensorrt.plan import DTYPES, TensorRtPlan, TensorRtRequest, plan_tensorrt
-from exporter.weight_file import save_weights, weight_bytes
-from modeling.whole_folder import whole_folder
-from runtimes.parity_report import ParityReport
+from dlo_export.checkpoints.errors import InputError, MachineError
+from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.checkpoints.files.json_file import save_json
+from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.exporter.artifact import MODEL_NAME, WEIGHTS_NAME, describe, save_description
+from dlo_export.exporter.genai_config import genai_config
+from dlo_export.exporter.pipeline import Lowering, build_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.exporter.tensorrt.plan import DTYPES, TensorRtPlan, TensorRtRequest, plan_tensorrt
+from dlo_export.exporter.weight_file import save_weights, weight_bytes
+from dlo_export.runtimes.parity.report import ParityReport
 
 DtypeChoice = Literal["auto", "fp32", "fp16", "bf16"]
 LoweringChoice = Literal["auto", "masked", "compact", "if", "plugin"]
@@ -177,7 +177,7 @@ def _export_into(
     summary = _run_parity(folder, request, source, description, plan, reporter)
     if plan is not None:
         # Imported here: only these exports need what builds engines.
-        from exporter.tensorrt.export import export_tensorrt  # noqa: PLC0415
+        from dlo_export.exporter.tensorrt.export import export_tensorrt  # noqa: PLC0415
 
         peak = _float16_peak(folder, request, source, plan, reporter)
         description["engines"] = [
@@ -210,7 +210,7 @@ def _run_parity(
         description["parity"] = {"verdict": "NOT RUN", "reason": reason}
         return None
     # Parity needs PyTorch; an export without it does not, and starts in a fraction of the time.
-    from exporter.parity_check import check_parity  # noqa: PLC0415
+    from dlo_export.exporter.parity_check import check_parity  # noqa: PLC0415
 
     with reporter.stage("parity"):
         graphs = [engine.options for engine in plan.engines] if plan is not None else []
@@ -233,7 +233,7 @@ def _float16_peak(
     """Largest magnitude in the stream an engine is to hold in fp16; None where it is not, or nothing may be run."""
     if plan.dtype != "fp16" or not request.parity or source.base.config is None:
         return None
-    from exporter.tensorrt.float16_range import LARGEST, float16_stream_peak, near_overflow  # noqa: PLC0415
+    from dlo_export.exporter.tensorrt.float16_range import LARGEST, float16_stream_peak, near_overflow  # noqa: PLC0415
 
     with reporter.stage("range of the residual stream"):
         peak = float16_stream_peak(folder, source.base.config)

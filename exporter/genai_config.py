@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporter.config import LlamaConfig
+from dlo_export.checkpoints.config import LlamaConfig
 
 
 def genai_config(config: LlamaConfig, num_layers: int) -> dict[str, Any]:

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from exporter.artifact import FILE_NAME, MODEL_NAME, load_description
-from exporter.errors import InputError
-from exporter.foreign_graph import load_graph
-from exporter.tensorrt.engine_check import check_engine
-from graph_passes.data_flow import consumed_values
-from graph_passes.decoder_layers import DecoderLayer, find_decoder_layers
-from graph_passes.errors import DecoderLayersNotFound, GraphPassError
-from graph_passes.provenance import LAYER_KEY, role_values
-from graph_passes.split_skip_norms import SplitSkipNormsPass
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.artifact import FILE_NAME, MODEL_NAME, load_description
+from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.tensorrt.engine_check import check_engine
+from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
+from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
+from dlo_export.graph_passes.find.data_flow import consumed_values
+from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, role_values
 
 _LAST_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 

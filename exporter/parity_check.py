@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from exporter.artifact import MODEL_NAME, WEIGHTS_NAME
-from exporter.artifact_runner import exposed_model
-from exporter.errors import InputError
-from exporter.foreign_graph import load_graph
-from exporter.pipeline import TensorRtOptions, build_model
-from exporter.source import ExportSource
-from exporter.tensorrt.twin import tensorrt_twin
-from exporter.weight_file import save_weights, weight_places
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.parity import Candidate, compare
-from runtimes.parity_cases import parity_cases
-from runtimes.parity_report import ParityReport
-from runtimes.static_cache_runner import StaticCacheRunner
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.artifact import MODEL_NAME, WEIGHTS_NAME
+from dlo_export.exporter.artifact_runner import exposed_model
+from dlo_export.exporter.pipeline import TensorRtOptions, build_model
+from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.exporter.tensorrt.twin import tensorrt_twin
+from dlo_export.exporter.weight_file import save_weights, weight_places
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
+from dlo_export.runtimes.parity.cases import parity_cases
+from dlo_export.runtimes.parity.compare import Candidate, compare
+from dlo_export.runtimes.parity.report import ParityReport
 
 _SEED = 0
 _GREEDY_PROMPTS = (24, 15)  # tokens: of unequal length, so that one is padded
@@ -56,7 +56,7 @@ def check_parity(
     if source.base.config is None or not tensors:
         return ParityReport.not_run("no config.json lies beside the graph, so there is no PyTorch model of it")
     # Imported here: torch takes seconds, and an export without parity does not need it.
-    from runtimes.torch_reference import open_reference  # noqa: PLC0415
+    from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
 
     released = load_graph(folder / MODEL_NAME)
     rungs = {description["lowering"]: released}

@@ -7,21 +7,21 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from exporter.errors import InputError
-from exporter.source import ExportSource
-from graph_passes.compute_norms_in_float32 import ComputeNormsInFloat32Pass
-from graph_passes.fuse_sibling_matmuls import FuseSiblingMatMulsPass
-from graph_passes.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
-from graph_passes.inject_layers import InjectLayersPass, LayerInjection
-from graph_passes.invariants import Stage, check_order, check_stage
-from graph_passes.keep_last_logits import KeepLastLogitsPass
-from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
-from graph_passes.lower_skip_to_if import LowerSkipToIfPass
-from graph_passes.lower_skip_to_plugin import LowerSkipToPluginPass
-from graph_passes.lower_skip_to_topk import LowerSkipToTopKPass
-from graph_passes.reduce_router_products import ReduceRouterProductsPass
-from graph_passes.route_layers import RouteLayersPass
-from graph_passes.use_static_cache import UseStaticCachePass
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
+from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
+from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
+from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
+from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
+from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
+from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
+from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
+from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
+from dlo_export.graph_passes.lowerings.lower_skip_to_topk import LowerSkipToTopKPass
+from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.invariants import Stage, check_order, check_stage
 
 # "none" where nothing is routed.
 Lowering = Literal["none", "masked", "compact", "if"]
@@ -132,7 +132,7 @@ def build_tensorrt_model(source: ExportSource, options: TensorRtOptions, dtype: 
 
     Raises:
         InputError: The source or the options cannot be had, with all reasons.
-        graph_passes.errors.GraphPassError: A layer is not what the lowering needs.
+        dlo_export.graph_passes.errors.GraphPassError: A layer is not what the lowering needs.
     """
     check_tensorrt_options(source, options)
     return _run_steps(source.plain_model(dtype), tensorrt_steps(source, options))
@@ -173,8 +173,8 @@ def build_model(source: ExportSource, lowering: Lowering, dtype: ir.DataType = i
         The finished graph, its weights still lazy.
 
     Raises:
-        graph_passes.errors.GraphPassError: The graph (a foreign one) is not what a pass needs.
-        graph_passes.invariants.GraphInvariantError: A stage broke its promise: a bug.
+        dlo_export.graph_passes.errors.GraphPassError: The graph (a foreign one) is not what a pass needs.
+        dlo_export.graph_passes.spec.invariants.GraphInvariantError: A stage broke its promise: a bug.
     """
     return _run_steps(source.plain_model(dtype), onnxruntime_steps(source, lowering))
 

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.errors import InputError
 
-class GraphPassError(ir.passes.PreconditionError, ValueError):
+
+class GraphPassError(InputError, ir.passes.PreconditionError):
     """A graph does not have the form a pass needs, or a request does not fit the graph.
 
-    Both a `PreconditionError`, so that onnx_ir's own pass runner passes it on unwrapped, and a `ValueError`, so that a
-    command line may map it to "bad input".
-
-    Args:
-        message: Who, what was found (node, value, layer), what was expected.
-        hint: What to do about it, one line.
+    A `PreconditionError` too, so that onnx_ir's own pass runner passes it on unwrapped.
     """
-
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message if hint is None else f"{message}\n\nhint: {hint}")
 
 
 class DecoderLayersNotFound(GraphPassError):  # noqa: N818 - says what happened, as FileNotFoundError's family does

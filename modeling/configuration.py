@@ -6,8 +6,10 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig
 
+from dlo_export.checkpoints.errors import InputError
 
-class RoutingConfigError(ValueError):
+
+class RoutingConfigError(InputError):
     """A configuration's routing keys contradict each other or leave something open."""
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
-from modeling.lazy_tensors import LazyTensor
-from modeling.llama_dlo import LlamaDloForCausalLM, LlamaDloLayerForCausalLM, warn_of_untrained_routers
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, LlamaDloLayerForCausalLM, warn_of_untrained_routers
 
 
-class ModelTensorsError(ValueError):
+class ModelTensorsError(InputError):
     """The tensors are not those that the configuration describes."""
 
 

@@ -3,7 +3,7 @@
 Importing this module registers the model with transformers' Auto classes, so that
 ``AutoModelForCausalLM.from_pretrained`` opens routed checkpoints, ours and the DLO authors', without remote code::
 
-    import modeling.llama_dlo
+    import dlo_export.modeling.llama_dlo
     model = AutoModelForCausalLM.from_pretrained("routed-model")
 
 Attention, MLP, norms and rotary embedding are transformers' own; what is added is one router per routed layer
@@ -31,15 +31,16 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
-from modeling.routing import TokenRouter, add_active_branch, add_masked_branch, is_active
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
+from dlo_export.modeling.routing import TokenRouter, add_active_branch, add_masked_branch, is_active
 
 
 class UntrainedRoutersWarning(UserWarning):
     """Routers that are all zeros skip every token's MLP."""
 
 
-class LayerRoutingNotSupportedError(ValueError):
+class LayerRoutingNotSupportedError(InputError):
     """The checkpoint routes whole layers, attention included."""
 
 

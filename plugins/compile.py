@@ -1,6 +1,7 @@
 """Compiles the Triton kernels to PTX and cubin for named GPUs, on a machine that needs none.
 
-`python -m plugins.compile` prints what the compiler reports for every variant; `--output DIR` also writes the files.
+`python -m dlo_export.plugins.compile` prints what the compiler reports for every variant; `--output DIR`
+also writes the files.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from graph_passes.ops import PLUGIN_OPS
-from plugins.contract import T_DTYPES
-from plugins.errors import PluginError
-from plugins.ptx import ptx_of
-from plugins.variants import TARGETS, Variant, variants
+from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
+from dlo_export.plugins.contract import T_DTYPES
+from dlo_export.plugins.errors import PluginError
+from dlo_export.plugins.ptx import ptx_of
+from dlo_export.plugins.variants import TARGETS, Variant, variants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _ptxas(target: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m plugins.compile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dlo_export.plugins.compile", description=__doc__)
     parser.add_argument("--output", type=Path, help="folder for PTX and cubins")
     parser.add_argument("--op", action="append", choices=list(PLUGIN_OPS), help="default: all")
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="default: all")

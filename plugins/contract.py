@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from graph_passes.ops import WIDTH_MULTIPLE, PluginOp
+from dlo_export.graph_passes.spec.ops import WIDTH_MULTIPLE, PluginOp
 
 T_DTYPES: Final = ("float32", "float16", "bfloat16")
 """What an operand of dtype "T" may be: one of these, the same for all operands of the node."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plugins import registration
+from dlo_export.plugins import registration
 
 
 def register_quick_deploy() -> None:
@@ -19,7 +19,7 @@ def register_quick_deploy() -> None:
     Raises:
         ModuleNotFoundError: tensorrt or triton is not installed.
     """
-    import plugins.quick_deploy  # noqa: F401, PLC0415 - its decorators register
+    import dlo_export.plugins.quick_deploy  # noqa: F401, PLC0415 - its decorators register
 
 
 def load_library(path: Path | str) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from graph_passes.ops import PLUGIN_OPS
-from plugins.contract import weight_input
-from plugins.skip_down.kernel import skip_down_kernel
-from plugins.skip_gate_up.kernel import skip_gate_up_kernel
-from plugins.tiles import TileName, tile_for, tile_of
+from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
+from dlo_export.plugins.contract import weight_input
+from dlo_export.plugins.skip_down.kernel import skip_down_kernel
+from dlo_export.plugins.skip_gate_up.kernel import skip_gate_up_kernel
+from dlo_export.plugins.tiles import TileName, tile_for, tile_of
 
 KERNELS: Final[dict[str, Any]] = {"SkipGateUp": skip_gate_up_kernel, "SkipDown": skip_down_kernel}
 INTEGERS: Final = 3

@@ -6,11 +6,11 @@ import os
 import re
 from typing import Final
 
-from graph_passes.ops import PLUGIN_OPS, WIDTH_MULTIPLE
-from plugins.contract import operand_dtypes
-from plugins.errors import PluginError
-from plugins.tiles import tile_of
-from plugins.variants import Variant
+from dlo_export.graph_passes.spec.ops import PLUGIN_OPS, WIDTH_MULTIPLE
+from dlo_export.plugins.contract import operand_dtypes
+from dlo_export.plugins.errors import PluginError
+from dlo_export.plugins.tiles import tile_of
+from dlo_export.plugins.variants import Variant
 
 _POINTEE: Final = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _POINTER_ALIGNMENT: Final = 16  # TensorRT aligns tensors to 256 bytes
@@ -26,7 +26,7 @@ def ptx_of(variant: Variant) -> tuple[str, str, int, int]:
     from triton import knobs  # noqa: PLC0415
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
 
-    from plugins.kernels import INTEGERS, KERNELS  # noqa: PLC0415 - imports triton
+    from dlo_export.plugins.kernels import INTEGERS, KERNELS  # noqa: PLC0415 - imports triton
 
     if "TRITON_INTERPRET" in os.environ:
         raise PluginError(

@@ -18,12 +18,12 @@ from typing import Any
 import tensorrt as trt
 import tensorrt.plugin as trtp
 
-from graph_passes.ops import DOMAIN, PLUGIN_OPS
-from plugins.contract import T_DTYPES, size_problems, weight_input
-from plugins.errors import PluginError
-from plugins.ptx import ptx_of
-from plugins.tiles import TileName, tile_of
-from plugins.variants import Variant
+from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
+from dlo_export.plugins.contract import T_DTYPES, size_problems, weight_input
+from dlo_export.plugins.errors import PluginError
+from dlo_export.plugins.ptx import ptx_of
+from dlo_export.plugins.tiles import TileName, tile_of
+from dlo_export.plugins.variants import Variant
 
 PTX_TARGET = 80
 Implementation = tuple[bytes, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]

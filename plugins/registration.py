@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from graph_passes.ops import DOMAIN, PLUGIN_OPS, VERSION
-from plugins.errors import PluginError
+from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION
+from dlo_export.plugins.errors import PluginError
 
 _loaded: dict[str, Path] = {}
 _BUILD = "build it: make -C plugins/library TensorRT_ROOT=<your TensorRT>"

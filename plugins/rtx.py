@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from graph_passes.ops import DOMAIN, PLUGIN_OPS
-from plugins import registration
-from plugins.errors import PluginError
-from plugins.rtx_shim import provide_unversioned_library
+from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
+from dlo_export.plugins import registration
+from dlo_export.plugins.errors import PluginError
+from dlo_export.plugins.rtx_shim import provide_unversioned_library
 
 _twins: list[Any] = []
 
@@ -26,7 +26,7 @@ def register_twins() -> None:
     """
     import tensorrt_rtx as trt  # noqa: PLC0415 - heavy
 
-    from plugins.rtx_twins import PluginTwinCreator  # noqa: PLC0415 - its classes derive from tensorrt_rtx's
+    from dlo_export.plugins.rtx_twins import PluginTwinCreator  # noqa: PLC0415 - its classes derive from tensorrt_rtx's
 
     provide_unversioned_library()
     registry = trt.get_plugin_registry()

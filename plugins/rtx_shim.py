@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from plugins.errors import PluginError
+from dlo_export.plugins.errors import PluginError
 
 UNVERSIONED: Final = "libtensorrt_rtx.so"
 VERSIONED: Final = "libtensorrt_rtx.so.1"

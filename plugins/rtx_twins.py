@@ -12,9 +12,9 @@ from typing import Any
 
 import tensorrt_rtx as trt
 
-from graph_passes.ops import PluginOp
-from plugins.contract import T_DTYPES, operand_dtypes, output_axes, size_problems
-from plugins.errors import PluginError
+from dlo_export.graph_passes.spec.ops import PluginOp
+from dlo_export.plugins.contract import T_DTYPES, operand_dtypes, output_axes, size_problems
+from dlo_export.plugins.errors import PluginError
 
 DATA_TYPES = {"float32": trt.DataType.FLOAT, "float16": trt.DataType.HALF, "bfloat16": trt.DataType.BF16}
 
@@ -108,7 +108,7 @@ class PluginTwin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt
         """Refuses: the kernels are in the C++ library."""
         raise PluginError(
             f"dlo::{self.op.name} was asked to run, but its Python twin only describes it",
-            hint="load libdlo_plugins.so before the engine: plugins.rtx.load_library(path)",
+            hint="load libdlo_plugins.so before the engine: dlo_export.plugins.rtx.load_library(path)",
         )
 
     def _refuse_bad_sizes(self, shapes: Sequence[Sequence[int]]) -> None:

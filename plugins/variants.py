@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Iterable
 from typing import Final
 
-from graph_passes.ops import PLUGIN_OPS
-from plugins.contract import T_DTYPES
-from plugins.tiles import TileName
+from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
+from dlo_export.plugins.contract import T_DTYPES
+from dlo_export.plugins.tiles import TileName
 
 TARGETS: Final = (80, 86, 89, 90, 100, 120)
 """Compute capabilities, tens and units: A100, consumer Ampere, Ada, Hopper, Blackwell (data centre, consumer)."""

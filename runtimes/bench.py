@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.errors import RuntimeInputError
-from runtimes.runner import BoolArray, Int64Array, Runner
+from dlo_export.runtimes.errors import RuntimeInputError
+from dlo_export.runtimes.runner import BoolArray, Int64Array, Runner
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from dlo_export.checkpoints.errors import InputError
 
-class RuntimeInputError(ValueError):
-    """Base of this package's errors.
 
-    Args:
-        message: Who, what was found, what was expected.
-        hint: What to do about it, one line.
-    """
-
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message if hint is None else f"{message}\n\nhint: {hint}")
+class RuntimeInputError(InputError):
+    """Base of this package's errors."""
 
 
 class ModelLoadError(RuntimeInputError):

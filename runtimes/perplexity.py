@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from runtimes.errors import RuntimeInputError
-from runtimes.runner import Int64Array, Runner
+from dlo_export.runtimes.errors import RuntimeInputError
+from dlo_export.runtimes.runner import Int64Array, Runner
 
 
 class PerplexityError(RuntimeInputError):

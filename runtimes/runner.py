@@ -10,7 +10,7 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.errors import StepError
+from dlo_export.runtimes.errors import StepError
 
 Int64Array = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from graph_passes.ops import PLUGIN_OPS, reference_function
+from dlo_export.graph_passes.spec.ops import PLUGIN_OPS, reference_function
 
 
 def runnable(model):

@@ -29,11 +29,11 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of the table.")] = False,
 ) -> None:
     """Time prefill and decode of artefacts in alternating blocks, with their active rates on real text."""
-    from exporter.artifact import load_description, mean_active_rates  # noqa: PLC0415 - keeps `dlo --help` quick
-    from exporter.artifact_runner import open_artifact  # noqa: PLC0415
-    from exporter.progress import Reporter  # noqa: PLC0415
-    from runtimes.bench import Subject, Workload, compare_speed, ratio  # noqa: PLC0415
-    from runtimes.perplexity import measure_perplexity  # noqa: PLC0415
+    from dlo_export.exporter.artifact import load_description, mean_active_rates  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.artifact_runner import open_artifact  # noqa: PLC0415
+    from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
+    from dlo_export.runtimes.bench import Subject, Workload, compare_speed, ratio  # noqa: PLC0415
+    from dlo_export.runtimes.perplexity import measure_perplexity  # noqa: PLC0415
 
     reporter = Reporter()
     descriptions = [load_description(folder) for folder in artefacts]
@@ -71,8 +71,8 @@ def held_out_sequences(folder: Path, text: Path | None, tokens: int) -> Any:
     """Tokens of documents that calibration leaves out, int64 [sequences, 512]."""
     from tokenizers import Tokenizer  # noqa: PLC0415
 
-    from exporter.errors import InputError  # noqa: PLC0415
-    from modeling.calibration_text import calibration_text, read_documents  # noqa: PLC0415
+    from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
+    from dlo_export.modeling.calibration.text import calibration_text, read_documents  # noqa: PLC0415
 
     file = folder / "tokenizer.json"
     if not file.is_file():

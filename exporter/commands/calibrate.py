@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from exporter.calibrate import CalibrationResult
+    from dlo_export.exporter.calibrate import CalibrationResult
 
 NAME = "calibrate"
 
@@ -45,9 +45,9 @@ def main(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
 ) -> None:
     """Fit routers by similarity, the model frozen, and report what they skip and cost on held-out text."""
-    from exporter.calibrate import CalibrationRequest, calibrate  # noqa: PLC0415 - keeps `dlo --help` quick
-    from exporter.progress import Reporter  # noqa: PLC0415
-    from modeling.calibration import CalibrationSettings  # noqa: PLC0415
+    from dlo_export.exporter.calibrate import CalibrationRequest, calibrate  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
+    from dlo_export.modeling.calibration.router_calibration import CalibrationSettings  # noqa: PLC0415
 
     try:
         chosen = tuple(int(layer) for layer in layers.split(",")) if layers is not None else None

@@ -39,12 +39,12 @@ def main(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
 ) -> None:
     """Deepen a checkpoint with new layers (TLI, DLO's interleave, LLaMA-Pro, depth up-scaling)."""
-    from exporter.checkpoint import open_checkpoint  # noqa: PLC0415 - keeps `dlo --help` quick
-    from exporter.progress import Reporter  # noqa: PLC0415
-    from modeling.adapter import save_adapter  # noqa: PLC0415
-    from modeling.checkpoint_folder import save_checkpoint  # noqa: PLC0415
-    from modeling.expansion import expanded_config, expanded_tensors, expansion_adapter  # noqa: PLC0415
-    from modeling.placements import placements  # noqa: PLC0415
+    from dlo_export.checkpoints.adapter.adapter import save_adapter  # noqa: PLC0415
+    from dlo_export.checkpoints.checkpoint_folder import save_checkpoint  # noqa: PLC0415
+    from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter  # noqa: PLC0415
+    from dlo_export.checkpoints.depth.placements import placements  # noqa: PLC0415
+    from dlo_export.checkpoints.opening import open_checkpoint  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
 
     given: dict[str, Any] = {
         "every": every,

@@ -84,10 +84,10 @@ def main(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
     """Export a Llama, plain, deepened or routed, to an ONNX artefact that is proven equal to PyTorch."""
-    from exporter.errors import InputError  # noqa: PLC0415
-    from exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick
-    from exporter.progress import Reporter  # noqa: PLC0415
-    from exporter.tensorrt.plan import TensorRtRequest  # noqa: PLC0415
+    from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
+    from dlo_export.exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
+    from dlo_export.exporter.tensorrt.plan import TensorRtRequest  # noqa: PLC0415
 
     tensorrt = TensorRtRequest(
         backend=trt_backend.value,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from exporter.inspection import Inspection
+    from dlo_export.exporter.inspection import Inspection
 
 NAME = "inspect"
 
@@ -19,7 +19,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show layers, bytes per part and operators of an artefact or any ONNX graph."""
-    from exporter.inspection import inspect_model  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.inspection import inspect_model  # noqa: PLC0415 - keeps `dlo --help` quick
 
     inspection = inspect_model(path)
     if as_json:

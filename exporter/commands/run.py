@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from runtimes.generation import GenerationStats
+    from dlo_export.runtimes.generation.generate import GenerationStats
 
 NAME = "run"
 
@@ -32,12 +32,12 @@ def main(
     ] = None,
 ) -> None:
     """Generate text: tokens stream to stdout, speed and active rate go to stderr."""
-    from exporter.artifact import load_description, mean_active_rates  # noqa: PLC0415 - keeps `dlo --help` quick
-    from exporter.artifact_runner import open_artifact, open_engines  # noqa: PLC0415
-    from exporter.config import LlamaConfig  # noqa: PLC0415
-    from runtimes.generation import Generation  # noqa: PLC0415
-    from runtimes.sampling import Sampling  # noqa: PLC0415
-    from runtimes.tokenizer import Tokenizer  # noqa: PLC0415
+    from dlo_export.checkpoints.config import LlamaConfig  # noqa: PLC0415
+    from dlo_export.exporter.artifact import load_description, mean_active_rates  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.artifact_runner import open_artifact, open_engines  # noqa: PLC0415
+    from dlo_export.runtimes.generation.generate import Generation  # noqa: PLC0415
+    from dlo_export.runtimes.generation.sampling import Sampling  # noqa: PLC0415
+    from dlo_export.runtimes.generation.tokenizer import Tokenizer  # noqa: PLC0415
 
     description = load_description(artefact)
     config = LlamaConfig.from_json(artefact / "config.json")

@@ -12,9 +12,9 @@ import importlib.util
 import sys
 from typing import Any, Literal
 
-from exporter.errors import InputError, MachineError
-from exporter.tensorrt.engine_gpu import Gpu, find_gpu
-from exporter.tensorrt.engine_request import BackendName
+from dlo_export.checkpoints.errors import InputError, MachineError
+from dlo_export.exporter.tensorrt.engine_gpu import Gpu, find_gpu
+from dlo_export.exporter.tensorrt.engine_request import BackendName
 
 BackendChoice = Literal["auto", "tensorrt", "rtx"]
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from exporter.errors import EngineBuildError
-from exporter.tensorrt.backend import BACKENDS, Backend
-from exporter.tensorrt.engine_events import EventPipe
-from exporter.tensorrt.engine_record import PluginSource
-from exporter.tensorrt.engine_request import EngineRequest
-from exporter.tensorrt.log import BuildLog, builder_errors, hint_for, parser_errors
-from exporter.tensorrt.network_checks import CHECKS, check_network, make_attentions_decomposable
-from exporter.tensorrt.phase_progress import PhaseProgress
+from dlo_export.checkpoints.errors import EngineBuildError
+from dlo_export.exporter.tensorrt.backend import BACKENDS, Backend
+from dlo_export.exporter.tensorrt.engine_events import EventPipe
+from dlo_export.exporter.tensorrt.engine_record import PluginSource
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.exporter.tensorrt.log import BuildLog, builder_errors, hint_for, parser_errors
+from dlo_export.exporter.tensorrt.network_checks import CHECKS, check_network, make_attentions_decomposable
+from dlo_export.exporter.tensorrt.phase_progress import PhaseProgress
 
 _WRITTEN_AT_ONCE = 64 * 2**20  # bytes
 
@@ -113,7 +113,7 @@ def _provide_plugins(request: EngineRequest) -> PluginSource:
     """Registers what describes the graph's plugins to the builder; says what that is."""
     if request.lowering != "plugin":
         return "none"
-    from plugins import enterprise, rtx  # noqa: PLC0415 - few builds need them
+    from dlo_export.plugins import enterprise, rtx  # noqa: PLC0415 - few builds need them
 
     if request.plugin_library is not None:
         load_library = rtx.load_library if request.backend == "rtx" else enterprise.load_library

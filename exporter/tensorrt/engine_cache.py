@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from exporter.errors import InputError
-from exporter.json_file import read_json, save_json
-from exporter.tensorrt.engine_record import EngineRecord
-from modeling.whole_folder import whole_folder
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.json_file import read_json, save_json
+from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.exporter.tensorrt.engine_record import EngineRecord
 
 VARIABLE = "DLO_EXPORT_CACHE"
 _SIZE_VARIABLE = "DLO_EXPORT_CACHE_GB"

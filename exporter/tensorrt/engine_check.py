@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from exporter.artifact import load_description
-from exporter.errors import InputError
-from exporter.tensorrt.backend import BACKENDS
-from exporter.tensorrt.engine_fingerprint import data_files, sha256_of
-from exporter.tensorrt.engine_gpu import find_gpu
-from exporter.tensorrt.engine_record import EngineRecord
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.artifact import load_description
+from dlo_export.exporter.tensorrt.backend import BACKENDS
+from dlo_export.exporter.tensorrt.engine_fingerprint import data_files, sha256_of
+from dlo_export.exporter.tensorrt.engine_gpu import find_gpu
+from dlo_export.exporter.tensorrt.engine_record import EngineRecord
 
 _OLDEST_PORTABLE = 80  # TensorRT-RTX builds for older GPUs only when they are named
 

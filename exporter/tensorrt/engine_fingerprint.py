@@ -11,13 +11,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from exporter import __version__
-from exporter.errors import EngineBuildError, InputError
-from exporter.tensorrt.backend import BACKENDS
-from exporter.tensorrt.engine_gpu import find_gpu
-from exporter.tensorrt.engine_request import EngineRequest
-from exporter.weight_file import external_tensors
-from runtimes.file_digest import file_sha256
+from dlo_export import __version__
+from dlo_export.checkpoints.errors import EngineBuildError, InputError
+from dlo_export.checkpoints.files.file_digest import file_sha256
+from dlo_export.exporter.tensorrt.backend import BACKENDS
+from dlo_export.exporter.tensorrt.engine_gpu import find_gpu
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.exporter.weight_file import external_tensors
 
 # Counted up whenever the builder makes another engine of the same request.
 _BUILDER = 1

@@ -7,9 +7,9 @@ import re
 import signal
 from typing import Any
 
-from exporter.errors import DloError, EngineBuildError, InputError, MachineError
-from exporter.tensorrt.backend import BACKENDS
-from exporter.tensorrt.engine_process import BuildProcess
+from dlo_export.checkpoints.errors import DloError, EngineBuildError, InputError, MachineError
+from dlo_export.exporter.tensorrt.backend import BACKENDS
+from dlo_export.exporter.tensorrt.engine_process import BuildProcess
 
 _KINDS: dict[str, type[DloError]] = {error.__name__: error for error in (EngineBuildError, MachineError, InputError)}
 _LINES_SHOWN = 5

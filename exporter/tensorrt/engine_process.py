@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from exporter.tensorrt.backend import BACKENDS
-from exporter.tensorrt.engine_events import EventReader
-from exporter.tensorrt.engine_oom_kills import count_oom_kills
-from exporter.tensorrt.engine_record import StageCost
-from exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.exporter.tensorrt.backend import BACKENDS
+from dlo_export.exporter.tensorrt.engine_events import EventReader
+from dlo_export.exporter.tensorrt.engine_oom_kills import count_oom_kills
+from dlo_export.exporter.tensorrt.engine_record import StageCost
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 
 _LINES_KEPT = 200
 _READ_AT_ONCE = 2**16
@@ -62,7 +62,7 @@ class BuildProcess:
         try:
             self._child = subprocess.Popen(
                 # -P: a folder named `exporter` in the working directory is not ours.
-                [sys.executable, "-P", "-m", "exporter.tensorrt.worker", str(events_end), str(os.getpid())],
+                [sys.executable, "-P", "-m", "dlo_export.exporter.tensorrt.worker", str(events_end), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=output_end,
                 stderr=output_end,

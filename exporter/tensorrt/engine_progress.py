@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from exporter.progress import Reporter
-from exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from exporter.tensorrt.engine_request import BackendName, OptimizationProfile
+from dlo_export.exporter.tensorrt.engine_request import BackendName, OptimizationProfile
 
 # What describes a graph's plugins to the builder.
 PluginSource = Literal["none", "library", "twins", "quick-deploy"]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from graph_passes.provenance import role_values
+from dlo_export.graph_passes.spec.provenance import role_values
 
 BackendName = Literal["rtx", "tensorrt"]
 Shape = tuple[int, ...]

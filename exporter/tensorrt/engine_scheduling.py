@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from exporter.tensorrt.engine_outcome import outcome
-from exporter.tensorrt.engine_process import BuildProcess
-from exporter.tensorrt.engine_request import EngineRequest
-from runtimes.memory import available_memory
+from dlo_export.exporter.tensorrt.engine_outcome import outcome
+from dlo_export.exporter.tensorrt.engine_process import BuildProcess
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.runtimes.memory import available_memory
 
 # Measured with TensorRT-RTX 1.7: importing and building a tiny graph, and what each byte of weights adds.
 BASE_BYTES = 1 * 2**30

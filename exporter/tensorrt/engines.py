@@ -1,6 +1,6 @@
 """TensorRT engines from ONNX graphs: one process per build, several side by side, none built twice.
 
-What a build goes through is in `exporter.tensorrt.build`; this is what commands call.
+What a build goes through is in `dlo_export.exporter.tensorrt.build`; this is what commands call.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exporter.disk_space import check_disk_space
-from exporter.progress import Reporter
-from exporter.tensorrt.backend import BACKENDS, check_backend
-from exporter.tensorrt.engine_cache import EngineCache, cache_folder
-from exporter.tensorrt.engine_fingerprint import Fingerprint, fingerprint
-from exporter.tensorrt.engine_gpu import find_gpu
-from exporter.tensorrt.engine_process import BuildProcess
-from exporter.tensorrt.engine_progress import show_builds
-from exporter.tensorrt.engine_record import EngineRecord, LayerCensus
-from exporter.tensorrt.engine_request import EngineRequest
-from exporter.tensorrt.engine_scheduling import Planned, expected_memory, run_builds
+from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.tensorrt.backend import BACKENDS, check_backend
+from dlo_export.exporter.tensorrt.engine_cache import EngineCache, cache_folder
+from dlo_export.exporter.tensorrt.engine_fingerprint import Fingerprint, fingerprint
+from dlo_export.exporter.tensorrt.engine_gpu import find_gpu
+from dlo_export.exporter.tensorrt.engine_process import BuildProcess
+from dlo_export.exporter.tensorrt.engine_progress import show_builds
+from dlo_export.exporter.tensorrt.engine_record import EngineRecord, LayerCensus
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.exporter.tensorrt.engine_scheduling import Planned, expected_memory, run_builds
 
 
 def build_engine(request: EngineRequest, reporter: Reporter) -> EngineRecord:

@@ -9,15 +9,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from exporter.artifact import interface
-from exporter.disk_space import check_disk_space
-from exporter.progress import Reporter
-from exporter.tensorrt.engine_record import EngineRecord
-from exporter.tensorrt.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
-from exporter.tensorrt.engines import build_engines
-from exporter.tensorrt.plan import PlannedEngine, TensorRtPlan
-from exporter.weight_file import save_weights, weight_bytes, weight_places
-from graph_passes.provenance import role_values
+from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.exporter.artifact import interface
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.tensorrt.engine_record import EngineRecord
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
+from dlo_export.exporter.tensorrt.engines import build_engines
+from dlo_export.exporter.tensorrt.plan import PlannedEngine, TensorRtPlan
+from dlo_export.exporter.weight_file import save_weights, weight_bytes, weight_places
+from dlo_export.graph_passes.spec.provenance import role_values
 
 FOLDER = "engines"
 WEIGHTS = "model.onnx.data"

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.artifact import MODEL_NAME
-from exporter.artifact_runner import exposed_model
-from exporter.config import LlamaConfig
-from exporter.errors import InputError
-from exporter.foreign_graph import load_graph
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.artifact import MODEL_NAME
+from dlo_export.exporter.artifact_runner import exposed_model
+from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 
 LARGEST = 65504.0  # of float16
 # A stream that comes this near on a few tokens may get over it on others.

@@ -10,10 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from exporter.tensorrt.census import missing_mechanisms, take_census
-from exporter.tensorrt.engine_record import LayerCensus
-from exporter.tensorrt.engine_request import EngineRequest
-from exporter.tensorrt.nodes import decoder_layer, input_tensors, network_layers, node_name, output_tensors
+from dlo_export.exporter.tensorrt.census import missing_mechanisms, take_census
+from dlo_export.exporter.tensorrt.engine_record import LayerCensus
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.exporter.tensorrt.nodes import decoder_layer, input_tensors, network_layers, node_name, output_tensors
 
 CHECKS = ("inputs are used", "attentions are masked", "dtypes are as intended", "routed layers skip")
 

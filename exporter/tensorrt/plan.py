@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from exporter.errors import InputError
-from exporter.pipeline import TensorRtLowering, TensorRtOptions, build_tensorrt_model, check_tensorrt_options
-from exporter.source import ExportSource
-from exporter.tensorrt.backend import BackendChoice, check_backend, resolve_backend
-from exporter.tensorrt.engine_request import BackendName
-from graph_passes.errors import GraphPassError
-from graph_passes.ops import DOMAIN, PLUGIN_OPS
-from plugins.contract import size_problems
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.pipeline import TensorRtLowering, TensorRtOptions, build_tensorrt_model, check_tensorrt_options
+from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.exporter.tensorrt.backend import BackendChoice, check_backend, resolve_backend
+from dlo_export.exporter.tensorrt.engine_request import BackendName
+from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
+from dlo_export.plugins.contract import size_problems
 
 Phase = Literal["both", "prefill", "decode"]
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -103,7 +103,7 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
 
     Raises:
         InputError: The source or the options cannot be had.
-        graph_passes.errors.GraphPassError: A layer is not what the lowering needs.
+        dlo_export.graph_passes.errors.GraphPassError: A layer is not what the lowering needs.
         MachineError: The backend is not here.
     """
     options = TensorRtOptions(

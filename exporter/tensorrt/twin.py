@@ -6,12 +6,12 @@ import dataclasses
 
 import onnx_ir as ir
 
-from exporter.errors import InputError
-from exporter.pipeline import TensorRtOptions, build_tensorrt_model
-from exporter.source import ExportSource
-from exporter.weight_file import external_tensors
-from graph_passes.fuse_sibling_matmuls import FuseSiblingMatMulsPass
-from graph_passes.ops import PLUGIN_OPS, reference_function
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model
+from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.exporter.weight_file import external_tensors
+from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
+from dlo_export.graph_passes.spec.ops import PLUGIN_OPS, reference_function
 
 # Slots of the twin's static cache: more than parity feeds, and no more, since every step attends over all of them.
 _MOST_SLOTS = 128

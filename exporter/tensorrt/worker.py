@@ -1,8 +1,8 @@
 """The process that builds one engine: TensorRT can abort, hang or be killed without taking the command with it.
 
-Run as `python -m exporter.tensorrt.worker EVENTS PARENT`, EVENTS being the descriptor of a pipe for `EventPipe`, PARENT
-the parent's process id; the request is one line of JSON on stdin. What TensorRT's libraries print goes to stdout and
-stderr.
+Run as `python -m dlo_export.exporter.tensorrt.worker EVENTS PARENT`, EVENTS being the descriptor of a pipe for
+`EventPipe`, PARENT the parent's process id; the request is one line of JSON on stdin. What TensorRT's libraries print
+goes to stdout and stderr.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from exporter.errors import DloError, EngineBuildError, MachineError
-from exporter.tensorrt.build import Workplace, build
-from exporter.tensorrt.engine_events import EventPipe
-from exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.checkpoints.errors import DloError, EngineBuildError, MachineError
+from dlo_export.exporter.tensorrt.build import Workplace, build
+from dlo_export.exporter.tensorrt.engine_events import EventPipe
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 
 _PR_SET_PDEATHSIG = 1
 # Disk full, quota, file larger than the file system or the process's limit allows, no right to write.
@@ -63,6 +63,8 @@ def die_with_parent(parent: int) -> None:
 
 
 def _failure(error: BaseException, request: EngineRequest) -> dict[str, Any]:
+    if type(error).__module__.startswith("dlo_export.plugins."):
+        return _failure(EngineBuildError(str(error)), request)
     if isinstance(error, DloError):
         return {"kind": type(error).__name__, "message": str(error)}
     if isinstance(error, MemoryError):
@@ -72,8 +74,6 @@ def _failure(error: BaseException, request: EngineRequest) -> dict[str, Any]:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         where = f"{request.output}: cannot be written: {reason}"
         return _failure(MachineError(where, hint="free some space, or give another folder with -o"), request)
-    if type(error).__module__.split(".")[0] == "plugins":
-        return _failure(EngineBuildError(str(error)), request)
     return {"kind": "bug", "message": "".join(traceback.format_exception(error))}
 
 

@@ -1,6 +1,7 @@
 """Writes what the C++ library is generated from: operators from the schemas, kernels from the Triton sources.
 
-`python -m plugins.library.generate --output DIR` is run by CMake; nothing it writes is kept in the repository.
+`python -m dlo_export.plugins.library.generate --output DIR` is run by CMake; nothing it writes is kept in the
+repository.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from graph_passes.ops import DOMAIN, PLUGIN_OPS, VERSION, WIDTH_MULTIPLE, PluginOp
-from plugins.compile import CompiledKernel, compile_all
-from plugins.contract import T_DTYPES, output_axes, weight_input
-from plugins.errors import PluginError
-from plugins.tiles import DECODE_TOKENS, tile_of
-from plugins.variants import TARGETS, variants
+from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION, WIDTH_MULTIPLE, PluginOp
+from dlo_export.plugins.compile import CompiledKernel, compile_all
+from dlo_export.plugins.contract import T_DTYPES, output_axes, weight_input
+from dlo_export.plugins.errors import PluginError
+from dlo_export.plugins.tiles import DECODE_TOKENS, tile_of
+from dlo_export.plugins.variants import TARGETS, variants
 
 PORTABLE_TARGET: Final = 80
 """Its PTX is embedded too: the driver compiles it for GPUs that no cubin here fits."""
@@ -112,7 +113,7 @@ def _targets(text: str) -> tuple[int, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m plugins.library.generate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dlo_export.plugins.library.generate", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the generated sources")
     parser.add_argument("--targets", type=_targets, default=TARGETS, help="compute capabilities, comma-separated")
     options = parser.parse_args(arguments)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plugins.active_rows import active_rows
+from dlo_export.plugins.active_rows import active_rows
 
 
 @triton.jit

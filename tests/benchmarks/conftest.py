@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from exporter.export import ExportRequest, export_model
-from exporter.progress import Reporter
-from exporter.tensorrt import engine_cache
-from exporter.tensorrt.plan import TensorRtRequest
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.tensorrt import engine_cache
+from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from tests.tiny_models import save_tiny_llama
 
 

@@ -23,18 +23,18 @@ from benchmarks.gpu_layer_times import repeat_step
 from benchmarks.gpu_report import check_parity, examine, print_findings
 from benchmarks.gpu_skip_proof import medians, mlp_share, skip_proof
 from benchmarks.gpu_subject import LayerSeconds, RoutedReference, Subject
-from exporter.artifact_runner import exposed_model
-from exporter.errors import InputError
-from exporter.pipeline import TensorRtOptions, build_tensorrt_model
-from exporter.progress import Reporter
-from exporter.source import open_source
-from exporter.weight_file import save_weights
-from runtimes import bench
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.runner import Runner
-from runtimes.static_cache import StaticCacheLimits
-from runtimes.static_cache_runner import StaticCacheRunner
-from runtimes.tensorrt_engine_file import load_engine_files
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.artifact_runner import exposed_model
+from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.weight_file import save_weights
+from dlo_export.runtimes import bench
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
+from dlo_export.runtimes.runner import Runner
+from dlo_export.runtimes.static_cache.batches import StaticCacheLimits
+from dlo_export.runtimes.tensorrt.engine_file import load_engine_files
 from tests.runtimes.graphs import DATA, Builds, routed_builds
 
 REPOSITORY = Path(__file__).parents[2]

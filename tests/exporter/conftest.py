@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from exporter.checkpoint import open_checkpoint
-from modeling.adapter import load_adapter, save_adapter
-from modeling.expansion import expansion_adapter
-from modeling.placements import placements
+from dlo_export.checkpoints.adapter.adapter import load_adapter, save_adapter
+from dlo_export.checkpoints.depth.expansion import expansion_adapter
+from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.opening import open_checkpoint
 
 ROUTERS = Path(__file__).parents[1] / "data" / "smollm2_routers"
 

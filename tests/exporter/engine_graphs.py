@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto as T
 from onnx import helper
 
-from exporter.tensorrt.engine_request import EngineRequest, OptimizationProfile
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest, OptimizationProfile
 
 HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE, MAX_CACHE, VOCAB = 64, 4, 16, 96, 16, 40
 DTYPES = {"fp32": T.FLOAT, "fp16": T.FLOAT16, "bf16": T.BFLOAT16}

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from exporter.exit_codes import BAD_INPUT, INTERRUPTED, MACHINE, OUR_BUG, exit_code
+from dlo_export.exporter.exit_codes import BAD_INPUT, INTERRUPTED, MACHINE, OUR_BUG, exit_code
 from tests.tiny_models import save_tiny_llama
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference_mlp_routed"
 
 
 def dlo(*arguments, **options):
-    code = "from exporter.cli import main; main()"
+    code = "from dlo_export.exporter.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, **options
     )
@@ -128,7 +128,7 @@ def test_export_says_so_when_there_is_no_such_model(tmp_path):
 
 
 def test_inspect_is_quiet_when_its_reader_has_gone():
-    code = "from exporter.cli import main; main()"
+    code = "from dlo_export.exporter.cli import main; main()"
     command = f"{sys.executable} -c '{code}' inspect {REFERENCE.parent / 'optimum_llama' / 'model.onnx'} | true"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert result.stderr == ""
@@ -143,7 +143,7 @@ def test_usage_errors_end_with_bad_input():
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_export_leaves_nothing_behind_when_interrupted(checkpoint, tmp_path, signal_number):
     # Parity is interrupted: importing PyTorch takes long enough to be hit by a signal.
-    code = "from exporter.cli import main; main()"
+    code = "from dlo_export.exporter.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "export", str(checkpoint), "-o", str(tmp_path / "out")],
         stdout=subprocess.PIPE,
@@ -182,4 +182,4 @@ def test_exit_codes_tell_bugs_from_the_machines_and_the_users_faults():
     assert exit_code(ValueError("of somebody else's library")) == OUR_BUG
     assert exit_code(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == MACHINE
     assert exit_code(ModuleNotFoundError(name="torch")) == MACHINE
-    assert exit_code(ModuleNotFoundError(name="graph_passes.gone")) == OUR_BUG
+    assert exit_code(ModuleNotFoundError(name="dlo_export.graph_passes.gone")) == OUR_BUG

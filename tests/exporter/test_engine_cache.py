@@ -12,14 +12,14 @@ import onnx_ir as ir
 import pytest
 from rich.console import Console
 
-from exporter.errors import InputError
-from exporter.progress import Reporter
-from exporter.tensorrt.engine_cache import VARIABLE, EngineCache, cache_folder
-from exporter.tensorrt.engine_check import check_engine, explain_engine
-from exporter.tensorrt.engine_fingerprint import fingerprint
-from exporter.tensorrt.engine_request import EngineRequest
-from exporter.tensorrt.engines import build_engine
-from exporter.weight_file import save_weights
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.tensorrt.engine_cache import VARIABLE, EngineCache, cache_folder
+from dlo_export.exporter.tensorrt.engine_check import check_engine, explain_engine
+from dlo_export.exporter.tensorrt.engine_fingerprint import fingerprint
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.exporter.tensorrt.engines import build_engine
+from dlo_export.exporter.weight_file import save_weights
 from tests.exporter.engine_graphs import Tiny, request
 
 

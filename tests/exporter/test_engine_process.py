@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from exporter.errors import EngineBuildError, MachineError
-from exporter.progress import Reporter
-from exporter.tensorrt.engine_oom_kills import count_oom_kills
-from exporter.tensorrt.engine_process import BuildProcess
-from exporter.tensorrt.engine_scheduling import Planned, run_builds
-from exporter.tensorrt.engines import build_engine
+from dlo_export.checkpoints.errors import EngineBuildError, MachineError
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.tensorrt.engine_oom_kills import count_oom_kills
+from dlo_export.exporter.tensorrt.engine_process import BuildProcess
+from dlo_export.exporter.tensorrt.engine_scheduling import Planned, run_builds
+from dlo_export.exporter.tensorrt.engines import build_engine
 from tests.exporter.engine_graphs import Tiny, request
 
 ROOT = Path(__file__).parents[2]
@@ -88,8 +88,8 @@ import sys
 if "-m" in sys.orig_argv:
     sys.path.insert(0, {str(ROOT)!r})
     import tensorrt_rtx as trt
-    from graph_passes.ops import DOMAIN, PLUGIN_OPS
-    from plugins.rtx_twins import PluginTwinCreator
+    from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
+    from dlo_export.plugins.rtx_twins import PluginTwinCreator
     creators = [PluginTwinCreator(op) for op in PLUGIN_OPS.values()]
     for creator in creators:
         trt.get_plugin_registry().register_creator(creator, DOMAIN)
@@ -167,8 +167,8 @@ def test_worker_ends_and_leaves_nothing_when_its_parent_dies(tmp_path, asked, st
     """The parent is killed at once, so that nothing of its own can clean up; the worker waits as above."""
     script = f"""
         import os, signal, sys
-        from exporter.tensorrt.engine_request import EngineRequest
-        from exporter.tensorrt.engine_scheduling import Planned, run_builds
+        from dlo_export.exporter.tensorrt.engine_request import EngineRequest
+        from dlo_export.exporter.tensorrt.engine_scheduling import Planned, run_builds
         request = EngineRequest.from_json(sys.stdin.readline())
         def listen(event):
             if event["event"] == "started":
@@ -195,7 +195,10 @@ def test_worker_ends_and_leaves_nothing_when_its_parent_dies(tmp_path, asked, st
 
 def test_worker_dies_at_once_when_its_parent_is_gone_before_it_starts(asked):
     result = subprocess.run(
-        [sys.executable, "-m", "exporter.tensorrt.worker", "1", "1"], cwd=ROOT, capture_output=True, check=False
+        [sys.executable, "-m", "dlo_export.exporter.tensorrt.worker", "1", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
     )
     assert result.returncode == 1
     assert result.stdout == b""

@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from exporter.errors import EngineBuildError
-from exporter.tensorrt.engine_scheduling import Planned, expected_memory, run_builds
+from dlo_export.checkpoints.errors import EngineBuildError
+from dlo_export.exporter.tensorrt.engine_scheduling import Planned, expected_memory, run_builds
 from tests.exporter.engine_graphs import Tiny, request
 
 

@@ -9,15 +9,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporter.errors import InputError
-from exporter.export import ExportRequest, export_model
-from exporter.foreign_graph import open_foreign_graph
-from exporter.progress import Reporter
-from graph_passes.errors import DecoderLayersNotFound
-from modeling.adapter import DloAdapter, save_adapter
-from modeling.expansion import expansion_adapter
-from modeling.lazy_tensors import ArrayTensor
-from modeling.placements import placements
+from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
+from dlo_export.checkpoints.depth.expansion import expansion_adapter
+from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
+from dlo_export.graph_passes.errors import DecoderLayersNotFound
 
 GRAPH = Path(__file__).parents[1] / "data" / "optimum_llama" / "model.onnx"
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import modeling.llama_dlo  # noqa: F401 - registers the routed models with AutoModelForCausalLM
-from exporter.export import ExportRequest, export_model
-from exporter.progress import Reporter
+import dlo_export.modeling.llama_dlo  # noqa: F401 - registers the routed models with AutoModelForCausalLM
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 PROMPT_LENGTH, LENGTH = 7, 27

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from exporter.checkpoint import open_checkpoint
-from exporter.llama import plain_graph
+from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.exporter.plain_graph.llama import plain_graph
 from tests.graph_passes.harness import run_model
 from tests.tiny_models import save_tiny_llama
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from exporter.checkpoint import open_checkpoint
-from exporter.export import ExportRequest, export_model
-from exporter.progress import Reporter
-from modeling.adapter import save_adapter
-from modeling.expansion import expansion_adapter
-from modeling.placements import placements
+from dlo_export.checkpoints.adapter.adapter import save_adapter
+from dlo_export.checkpoints.depth.expansion import expansion_adapter
+from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
 from tests.bare_session import BareSession, left_padded
 
 pytestmark = pytest.mark.smollm2

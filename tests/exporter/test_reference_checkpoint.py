@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.artifact_runner import open_artifact
-from exporter.export import ExportRequest, export_model
-from exporter.progress import Reporter
+from dlo_export.exporter.artifact_runner import open_artifact
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
 from tests.bare_session import BareSession, left_padded
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference_mlp_routed"

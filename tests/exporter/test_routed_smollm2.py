@@ -8,17 +8,17 @@ import itertools
 import numpy as np
 import pytest
 
-from exporter.artifact_runner import exposed_model, open_artifact
-from exporter.export import ExportRequest, export_model
-from exporter.foreign_graph import load_graph
-from exporter.pipeline import TensorRtOptions
-from exporter.progress import Reporter
-from exporter.source import open_source
-from exporter.tensorrt.twin import tensorrt_twin
-from modeling.calibration_text import read_documents
-from runtimes.static_cache_runner import StaticCacheRunner
-from runtimes.tokenizer import Tokenizer
-from runtimes.torch_reference import open_reference
+from dlo_export.exporter.artifact_runner import exposed_model, open_artifact
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.pipeline import TensorRtOptions
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.tensorrt.twin import tensorrt_twin
+from dlo_export.modeling.calibration.text import read_documents
+from dlo_export.runtimes.generation.tokenizer import Tokenizer
+from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
+from dlo_export.runtimes.torch.reference import open_reference
 from tests.bare_session import left_padded
 
 pytestmark = pytest.mark.smollm2

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from exporter.errors import InputError, MachineError
-from exporter.tensorrt.backend import BACKENDS, check_backend, resolve_backend
-from exporter.tensorrt.engine_gpu import find_gpu
-from exporter.tensorrt.log import builder_errors, hint_for, without_source
-from exporter.tensorrt.nodes import decoder_layer
-from exporter.tensorrt.phase_progress import PhaseProgress
+from dlo_export.checkpoints.errors import InputError, MachineError
+from dlo_export.exporter.tensorrt.backend import BACKENDS, check_backend, resolve_backend
+from dlo_export.exporter.tensorrt.engine_gpu import find_gpu
+from dlo_export.exporter.tensorrt.log import builder_errors, hint_for, without_source
+from dlo_export.exporter.tensorrt.nodes import decoder_layer
+from dlo_export.exporter.tensorrt.phase_progress import PhaseProgress
 
 ROOT = Path(__file__).parents[2]
 no_gpu = pytest.mark.skipif(find_gpu().target is not None, reason="this machine has a GPU")
@@ -40,8 +40,8 @@ def test_resolve_backend_fails_when_rtx_is_missing(tmp_path, choice):
         tmp_path,
         f"""
         import sys
-        from exporter.errors import MachineError
-        from exporter.tensorrt.backend import resolve_backend
+        from dlo_export.checkpoints.errors import MachineError
+        from dlo_export.exporter.tensorrt.backend import resolve_backend
         try:
             resolve_backend({choice!r})
         except MachineError as error:
@@ -128,7 +128,7 @@ def test_hint_for_takes_the_first_known_error():
 
 
 def test_phase_progress_never_falls_when_phases_nest_and_repeat(monkeypatch):
-    monkeypatch.setattr("exporter.tensorrt.phase_progress._SECONDS_BETWEEN", 0)
+    monkeypatch.setattr("dlo_export.exporter.tensorrt.phase_progress._SECONDS_BETWEEN", 0)
     told = []
     progress = PhaseProgress(lambda name, fraction: told.append((name, fraction)))
     progress.start("build", None, 4)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from exporter.progress import Reporter
-from exporter.source import open_source
-from exporter.tensorrt.engine_check import explain_engine
-from exporter.tensorrt.engines import build_engines
-from exporter.tensorrt.export import engine_request, save_graphs
-from exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.tensorrt.engine_check import explain_engine
+from dlo_export.exporter.tensorrt.engines import build_engines
+from dlo_export.exporter.tensorrt.export import engine_request, save_graphs
+from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference_mlp_routed"
 SIZES = {"max_batch": 2, "max_sequence": 16, "max_cache": 32}

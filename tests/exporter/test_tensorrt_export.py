@@ -9,8 +9,8 @@ import onnx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from exporter.exit_codes import BAD_INPUT, BUILD_FAILED, DONE, MACHINE
-from exporter.tensorrt.engine_gpu import find_gpu
+from dlo_export.exporter.exit_codes import BAD_INPUT, BUILD_FAILED, DONE, MACHINE
+from dlo_export.exporter.tensorrt.engine_gpu import find_gpu
 from tests.exporter.test_cli import check_refused, dlo
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
@@ -190,7 +190,8 @@ def test_export_leaves_nothing_behind_when_a_build_takes_too_long(tmp_path):
 
 def test_plain_export_loads_no_tensorrt(tmp_path):
     code = (
-        "import sys; from exporter.export import ExportRequest, export_model; from exporter.progress import Reporter;"
+        "import sys; from dlo_export.exporter.export import ExportRequest, export_model;"
+        "from dlo_export.exporter.progress import Reporter;"
         "from pathlib import Path;"
         f"export_model(ExportRequest({str(REFERENCE)!r}, Path({str(tmp_path)!r}) / 'out', parity=False), Reporter());"
         "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'tensorrt_rtx', 'tensorrt', 'triton')))"

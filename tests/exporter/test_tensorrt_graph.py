@@ -7,9 +7,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from exporter.pipeline import TensorRtOptions, build_model, build_tensorrt_model
-from exporter.source import open_source
-from graph_passes.expose_routing import ExposeRoutingPass
+from dlo_export.exporter.pipeline import TensorRtOptions, build_model, build_tensorrt_model
+from dlo_export.exporter.sources.source import open_source
+from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from tests.bare_session import left_padded
 from tests.static_session import StaticSession, runnable
 
@@ -106,7 +106,7 @@ def test_growing_cache_keeps_onnxruntimes_interface_and_results(source, sequence
 
 
 def test_compaction_is_cut_into_chunks_when_more_tokens_than_one_topk_selects(source, expected, sequences, monkeypatch):
-    monkeypatch.setattr("graph_passes.lower_skip_to_topk.MOST_SELECTED", 8)
+    monkeypatch.setattr("dlo_export.graph_passes.lowerings.lower_skip_to_topk.MOST_SELECTED", 8)
     model = build_tensorrt_model(source, TensorRtOptions("compact", **OPTIONS), ir.DataType.FLOAT)
     assert sum(node.op_type == "TopK" for node in model.graph) == 3 * 4  # routed layers, chunks
     session = StaticSession(model, len(LENGTHS))

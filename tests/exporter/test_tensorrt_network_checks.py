@@ -6,9 +6,9 @@ import tensorrt_rtx as trt
 from onnx import TensorProto as T
 from onnx import helper
 
-from exporter.tensorrt.census import missing_mechanisms, take_census
-from exporter.tensorrt.engine_request import EngineRequest
-from exporter.tensorrt.network_checks import (
+from dlo_export.exporter.tensorrt.census import missing_mechanisms, take_census
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.exporter.tensorrt.network_checks import (
     check_network,
     eager_work,
     make_attentions_decomposable,
@@ -16,7 +16,7 @@ from exporter.tensorrt.network_checks import (
     unused_inputs,
     wrong_dtypes,
 )
-from plugins import rtx
+from dlo_export.plugins import rtx
 from tests.exporter.engine_graphs import Tiny
 
 LOGGER = trt.Logger(trt.Logger.INTERNAL_ERROR)

@@ -13,10 +13,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from exporter.progress import Reporter
-from exporter.source import open_source
-from exporter.tensorrt.export import optimization_profiles, save_graphs
-from exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.tensorrt.export import optimization_profiles, save_graphs
+from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
 from tests.exporter.engine_graphs import Tiny, profiles
 
 ROOT = Path(__file__).parents[2]
@@ -86,11 +86,11 @@ def test_polygraphy_convert_builds_engine_when_a_script_registers_the_twins(grap
     script, engine = tmp_path / "network.py", tmp_path / "model.engine"
     script.write_text(
         textwrap.dedent(f"""
-            import plugins.rtx
+            import dlo_export.plugins.rtx
             from polygraphy.backend.trt import network_from_onnx_path
 
             def load_network():
-                plugins.rtx.register_twins()
+                dlo_export.plugins.rtx.register_twins()
                 return network_from_onnx_path({str(path)!r})
         """)
     )

@@ -2,10 +2,10 @@
 
 import pytest
 
-from exporter.progress import Reporter
-from exporter.source import open_source
-from exporter.tensorrt.export import export_tensorrt
-from exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.tensorrt.export import export_tensorrt
+from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
 
 pytestmark = pytest.mark.smollm2
 

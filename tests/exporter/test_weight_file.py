@@ -2,10 +2,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporter.checkpoint import open_checkpoint
-from exporter.llama import plain_graph
-from exporter.weight_file import ALIGNMENT, save_weights, weight_bytes
-from graph_passes import row_tensor
+from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.exporter.plain_graph.llama import plain_graph
+from dlo_export.exporter.weight_file import ALIGNMENT, save_weights, weight_bytes
+from dlo_export.graph_passes import row_tensor
 from tests.tiny_models import save_tiny_llama
 
 

@@ -13,18 +13,18 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from graph_passes.expose_routing import ExposeRoutingPass
-from graph_passes.fuse_sibling_matmuls import FuseSiblingMatMulsPass
-from graph_passes.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
-from graph_passes.inject_layers import InjectLayersPass, LayerInjection
-from graph_passes.keep_last_logits import KeepLastLogitsPass
-from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
-from graph_passes.lower_skip_to_if import LowerSkipToIfPass
-from graph_passes.lower_skip_to_plugin import LowerSkipToPluginPass
-from graph_passes.lower_skip_to_topk import LowerSkipToTopKPass
-from graph_passes.reduce_router_products import ReduceRouterProductsPass
-from graph_passes.route_layers import RouteLayersPass
-from graph_passes.use_static_cache import UseStaticCachePass
+from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
+from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
+from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
+from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
+from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
+from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
+from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
+from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
+from dlo_export.graph_passes.lowerings.lower_skip_to_topk import LowerSkipToTopKPass
+from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 
 FOLDER = Path(__file__).parent / "golden"
 SOURCE = FOLDER / "one_layer_llama.onnxtxt"

@@ -4,7 +4,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from graph_passes.data_dependent_shapes import _SIZE_OPERANDS, data_dependent_shapes
+from dlo_export.graph_passes.spec.data_dependent_shapes import _SIZE_OPERANDS, data_dependent_shapes
 from tests.graph_passes import golden_graphs
 
 # x is data of shape [B, S]; `data` a number computed from it, `length` one computed from its shape.

@@ -3,8 +3,8 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from graph_passes.decoder_layers import DecoderLayer, find_decoder_layers
-from graph_passes.errors import DecoderLayersNotFound, GraphPassError
+from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
+from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from tests.graph_passes import golden_graphs
 from tests.graph_passes.graphs import MLP, tiny_decoder
 

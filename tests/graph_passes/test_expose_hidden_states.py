@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from graph_passes.expose_hidden_states import ExposeHiddenStatesPass
+from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from tests.graph_passes.graphs import tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import check_pass
 

@@ -5,11 +5,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from graph_passes.errors import GraphPassError
-from graph_passes.expose_routing import ExposeRoutingPass
-from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
-from graph_passes.provenance import role_values
-from graph_passes.route_layers import RouteLayersPass
+from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
+from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.provenance import role_values
 from tests.graph_passes.graphs import tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import check_idempotence, run_model
 

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graph_passes.fuse_sibling_matmuls import FuseSiblingMatMulsPass
+from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from tests.graph_passes.harness import check_pass
 
 TEXT = """<ir_version: 11, opset_import: ["" : 23]>

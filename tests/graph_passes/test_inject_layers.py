@@ -6,11 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graph_passes.decoder_layers import find_decoder_layers
-from graph_passes.errors import GraphPassError
-from graph_passes.inject_layers import InjectLayersPass, LayerInjection
-from graph_passes.layer_init import LAYER_INITS, init_tensor
-from graph_passes.route_layers import RouteLayersPass
+from dlo_export.checkpoints.depth.layer_init import LAYER_INITS, init_tensor
+from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
+from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from tests.graph_passes import golden_graphs
 from tests.graph_passes.harness import as_text, check_idempotence
 

@@ -4,13 +4,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graph_passes import graph_checks
-from graph_passes.errors import GraphPassError
-from graph_passes.expose_routing import ExposeRoutingPass
-from graph_passes.inject_layers import InjectLayersPass, LayerInjection
-from graph_passes.invariants import STAGES, GraphInvariantError, check_order, check_stage
-from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
-from graph_passes.route_layers import RouteLayersPass
+from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
+from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
+from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec import graph_checks
+from dlo_export.graph_passes.spec.invariants import STAGES, GraphInvariantError, check_order, check_stage
 from tests.graph_passes import golden_graphs
 
 ROUTE = RouteLayersPass(golden_graphs.ROUTERS)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from graph_passes.layer_names import renumber_layers, renumbered, unique_names
+from dlo_export.graph_passes.depth.layer_names import renumber_layers, renumbered, unique_names
 from tests.graph_passes.graphs import tiny_decoder
 
 NUMBERS = {1: 2, 2: 3, 11: 14}

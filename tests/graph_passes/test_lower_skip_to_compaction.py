@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graph_passes.errors import GraphPassError
-from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
+from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from tests.graph_passes.graphs import MLP, masked_decoder, tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import Arrays, check_pass
 

@@ -10,19 +10,19 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from graph_passes import graph_checks
-from graph_passes.data_flow import subgraphs_of
-from graph_passes.decoder_layers import find_decoder_layers
-from graph_passes.errors import DecoderLayersNotFound, GraphPassError
-from graph_passes.expose_hidden_states import ExposeHiddenStatesPass
-from graph_passes.expose_routing import ExposeRoutingPass
-from graph_passes.fuse_sibling_matmuls import FuseSiblingMatMulsPass
-from graph_passes.inject_layers import InjectLayersPass, LayerInjection
-from graph_passes.invariants import GraphInvariantError, check_order, check_stage
-from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
-from graph_passes.lower_skip_to_if import LowerSkipToIfPass
-from graph_passes.provenance import role_values
-from graph_passes.route_layers import RouteLayersPass
+from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
+from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
+from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
+from dlo_export.graph_passes.find.data_flow import subgraphs_of
+from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
+from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
+from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
+from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec import graph_checks
+from dlo_export.graph_passes.spec.invariants import GraphInvariantError, check_order, check_stage
+from dlo_export.graph_passes.spec.provenance import role_values
 from tests.graph_passes import golden_graphs
 from tests.graph_passes.graphs import MLP, masked_decoder, tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import Arrays, check_idempotence, check_pass, make_session, run_model

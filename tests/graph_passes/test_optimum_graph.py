@@ -11,13 +11,13 @@ import onnxruntime as ort
 import pytest
 from safetensors.numpy import load_file
 
-from graph_passes.decoder_layers import find_decoder_layers
-from graph_passes.expose_routing import ExposeRoutingPass
-from graph_passes.inject_layers import InjectLayersPass, LayerInjection
-from graph_passes.invariants import check_stage
-from graph_passes.layer_init import init_tensor
-from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
-from graph_passes.route_layers import RouteLayersPass
+from dlo_export.checkpoints.depth.layer_init import init_tensor
+from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
+from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
+from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.invariants import check_stage
 from tests.graph_passes.harness import make_session
 from tests.graph_passes.numpy_llama import NumpyLlama, Routing
 

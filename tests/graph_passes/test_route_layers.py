@@ -4,9 +4,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graph_passes.errors import GraphPassError
-from graph_passes.provenance import PASS_KEY, role_values
-from graph_passes.route_layers import RouteLayersPass
+from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.provenance import PASS_KEY, role_values
 from tests.graph_passes.graphs import tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import Arrays, check_pass, run_model
 

@@ -10,10 +10,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from graph_passes.decoder_layers import find_decoder_layers
-from graph_passes.expose_routing import ExposeRoutingPass
-from graph_passes.lower_skip_to_compaction import LowerSkipToCompactionPass
-from graph_passes.route_layers import RouteLayersPass
+from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
+from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from tests.graph_passes.harness import make_session
 
 MODEL = Path(__file__).parent.parent / "data" / "optimum_llama" / "model.onnx"

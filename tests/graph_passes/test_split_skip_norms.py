@@ -3,8 +3,8 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from graph_passes.decoder_layers import find_decoder_layers
-from graph_passes.split_skip_norms import SplitSkipNormsPass
+from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
+from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from tests.graph_passes.graphs import MLP, tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import check_idempotence, check_pass
 

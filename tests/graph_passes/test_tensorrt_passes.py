@@ -4,16 +4,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graph_passes.compute_norms_in_float32 import ComputeNormsInFloat32Pass
-from graph_passes.decoder_layers import find_decoder_layers
-from graph_passes.errors import GraphPassError
-from graph_passes.expose_hidden_states import ExposeHiddenStatesPass
-from graph_passes.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
-from graph_passes.keep_last_logits import KeepLastLogitsPass
-from graph_passes.lower_skip_to_plugin import LowerSkipToPluginPass
-from graph_passes.lower_skip_to_topk import LowerSkipToTopKPass
-from graph_passes.ops import PLUGIN_OPS, reference_function, register_schemas
-from graph_passes.use_static_cache import UseStaticCachePass
+from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
+from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
+from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
+from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
+from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
+from dlo_export.graph_passes.lowerings.lower_skip_to_topk import LowerSkipToTopKPass
+from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
+from dlo_export.graph_passes.spec.ops import PLUGIN_OPS, reference_function, register_schemas
 from tests.graph_passes import golden_graphs
 from tests.graph_passes.graphs import MLP, masked_decoder, tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import Arrays, check_idempotence, check_pass, run_model

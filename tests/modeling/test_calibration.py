@@ -10,12 +10,18 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
-from modeling.calibration import CalibrationError, CalibrationSettings, calibrate_routers
-from modeling.calibration_text import CalibrationTextError, Document, calibration_text, read_documents
-from modeling.layer_stream import LayerStream
-from modeling.router_fit import fit_router
-from modeling.routing_evaluation import evaluate, with_routers
-from modeling.skip_labels import is_massive, label_rates, label_weights, lowest, protected_similarity
+from dlo_export.modeling.calibration.evaluation import evaluate, with_routers
+from dlo_export.modeling.calibration.layer_stream import LayerStream
+from dlo_export.modeling.calibration.router_calibration import CalibrationError, CalibrationSettings, calibrate_routers
+from dlo_export.modeling.calibration.router_fit import fit_router
+from dlo_export.modeling.calibration.skip_labels import (
+    is_massive,
+    label_rates,
+    label_weights,
+    lowest,
+    protected_similarity,
+)
+from dlo_export.modeling.calibration.text import CalibrationTextError, Document, calibration_text, read_documents
 from tests.tiny_models import save_tiny_llama
 
 LAYERS, LENGTH = 6, 32

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-import modeling.llama_dlo
-from modeling.configuration import LlamaDloConfig, RoutingConfigError
-from modeling.llama_dlo import LayerRoutingNotSupportedError, LlamaDloForCausalLM, UntrainedRoutersWarning
+import dlo_export.modeling.llama_dlo
+from dlo_export.modeling.configuration import LlamaDloConfig, RoutingConfigError
+from dlo_export.modeling.llama_dlo import LayerRoutingNotSupportedError, LlamaDloForCausalLM, UntrainedRoutersWarning
 
 DATA = Path(__file__).parents[1] / "data"
 REFERENCE = DATA / "reference_mlp_routed"
@@ -239,5 +239,5 @@ def test_model_raises_when_an_unrouted_layer_is_forced() -> None:
 
 
 def test_importing_the_module_is_what_registers_the_model() -> None:
-    assert modeling.llama_dlo.LlamaDloForCausalLM is LlamaDloForCausalLM
+    assert dlo_export.modeling.llama_dlo.LlamaDloForCausalLM is LlamaDloForCausalLM
     assert AutoModelForCausalLM._model_mapping[LlamaDloConfig] is LlamaDloForCausalLM

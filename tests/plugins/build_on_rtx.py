@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 import tensorrt_rtx as trt
 
-from graph_passes.ops import PLUGIN_OPS
-from plugins import rtx
-from plugins.errors import PluginError
+from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
+from dlo_export.plugins import rtx
+from dlo_export.plugins.errors import PluginError
 
 TYPES = {
     "float32": (onnx.TensorProto.FLOAT, np.float32),

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
-from plugins.kernels import launch
-from plugins.skip_down.reference import skip_down
-from plugins.skip_gate_up.reference import skip_gate_up
+from dlo_export.plugins.kernels import launch
+from dlo_export.plugins.skip_down.reference import skip_down
+from dlo_export.plugins.skip_gate_up.reference import skip_gate_up
 
 NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -20,9 +20,9 @@ from pathlib import Path
 import onnx
 import tensorrt_rtx  # noqa: F401 - its libraries must be in the process
 
-from graph_passes.ops import PLUGIN_OPS
-from plugins import enterprise
-from plugins.rtx_shim import provide_unversioned_library, stub_library
+from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
+from dlo_export.plugins import enterprise
+from dlo_export.plugins.rtx_shim import provide_unversioned_library, stub_library
 
 SONAMES = {
     "libnvinfer.so.11": "libtensorrt_rtx.so.1",

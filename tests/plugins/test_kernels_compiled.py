@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from plugins.compile import compile_all, resource_table
-from plugins.errors import PluginError
-from plugins.ptx import ptx_of, without_scratch_parameters
-from plugins.variants import TARGETS, Variant, variants
+from dlo_export.plugins.compile import compile_all, resource_table
+from dlo_export.plugins.errors import PluginError
+from dlo_export.plugins.ptx import ptx_of, without_scratch_parameters
+from dlo_export.plugins.variants import TARGETS, Variant, variants
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 MOST_SHARED_BYTES = 99 * 1024  # per block on sm_86, sm_89 and sm_120, the least of the targets
@@ -100,7 +100,17 @@ def test_interpreter_setting_is_refused_when_compiling(monkeypatch):
 
 
 def test_command_prints_the_table_and_writes_the_files_when_one_target_is_asked(tmp_path):
-    command = [sys.executable, "-m", "plugins.compile", "--op", "SkipDown", "--dtype", "float16", "--target", "89"]
+    command = [
+        sys.executable,
+        "-m",
+        "dlo_export.plugins.compile",
+        "--op",
+        "SkipDown",
+        "--dtype",
+        "float16",
+        "--target",
+        "89",
+    ]
     result = subprocess.run([*command, "--output", tmp_path], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "| SkipDown | float16 | decode | sm_89 | 128 |" in result.stdout

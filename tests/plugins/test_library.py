@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from graph_passes.ops import DOMAIN, PLUGIN_OPS, VERSION
-from plugins.contract import T_DTYPES
+from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION
+from dlo_export.plugins.contract import T_DTYPES
 from tests.plugins.test_rtx_plugins import build
 
 ROOT = Path(__file__).parents[2]

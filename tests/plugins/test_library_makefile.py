@@ -16,7 +16,15 @@ def test_make_says_so_in_one_line_when_no_headers_are_given():
 
 
 def test_a_target_that_is_not_served_is_refused_when_generating(tmp_path):
-    command = [sys.executable, "-m", "plugins.library.generate", "--output", str(tmp_path), "--targets", "89,75"]
+    command = [
+        sys.executable,
+        "-m",
+        "dlo_export.plugins.library.generate",
+        "--output",
+        str(tmp_path),
+        "--targets",
+        "89,75",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=SOURCES.parents[1])
     assert result.returncode == 2
     assert "75: not served; expected some of 80, 86, 89, 90, 100, 120" in result.stderr

@@ -14,14 +14,14 @@ import onnxruntime
 import pytest
 import tensorrt_rtx as trt
 
-from graph_passes.ops import DOMAIN, PLUGIN_OPS, VERSION, reference_function
-from plugins.contract import T_DTYPES, operand_dtypes, output_axes, size_problems, weight_input
-from plugins.errors import PluginError
-from plugins.kernels import INTEGERS, KERNELS
-from plugins.library.generate import ops_header
-from plugins.rtx_twins import DATA_TYPES, PluginTwin, PluginTwinCreator
-from plugins.skip_down.reference import skip_down
-from plugins.skip_gate_up.reference import skip_gate_up
+from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION, reference_function
+from dlo_export.plugins.contract import T_DTYPES, operand_dtypes, output_axes, size_problems, weight_input
+from dlo_export.plugins.errors import PluginError
+from dlo_export.plugins.kernels import INTEGERS, KERNELS
+from dlo_export.plugins.library.generate import ops_header
+from dlo_export.plugins.rtx_twins import DATA_TYPES, PluginTwin, PluginTwinCreator
+from dlo_export.plugins.skip_down.reference import skip_down
+from dlo_export.plugins.skip_gate_up.reference import skip_gate_up
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 REFERENCES = {"SkipGateUp": skip_gate_up, "SkipDown": skip_down}

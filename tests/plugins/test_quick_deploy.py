@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from graph_passes.ops import PLUGIN_OPS
-from plugins.contract import T_DTYPES, operand_dtypes
-from plugins.ptx import ptx_of
-from plugins.variants import Variant
+from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
+from dlo_export.plugins.contract import T_DTYPES, operand_dtypes
+from dlo_export.plugins.ptx import ptx_of
+from dlo_export.plugins.variants import Variant
 
 if importlib.util.find_spec("tensorrt_bindings") is None or shutil.which("cc") is None:
     missing = "tensorrt-cu13-bindings or a C compiler is not installed"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from plugins.contract import T_DTYPES
+from dlo_export.plugins.contract import T_DTYPES
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +55,7 @@ def test_library_is_refused_when_it_is_none(tmp_path):
 
 
 def test_shim_is_refused_when_tensorrt_rtx_is_not_imported():
-    code = "from plugins.rtx_shim import provide_unversioned_library as f; f()"
+    code = "from dlo_export.plugins.rtx_shim import provide_unversioned_library as f; f()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode
     assert "libtensorrt_rtx.so.1 is not loaded in this process" in result.stderr
@@ -63,9 +63,9 @@ def test_shim_is_refused_when_tensorrt_rtx_is_not_imported():
 
 
 def test_twin_says_what_to_load_when_it_is_asked_to_run():
-    from graph_passes.ops import PLUGIN_OPS  # noqa: PLC0415 - beside tensorrt_rtx, which the other tests keep away
-    from plugins.errors import PluginError  # noqa: PLC0415
-    from plugins.rtx_twins import PluginTwin  # noqa: PLC0415
+    from dlo_export.graph_passes.spec.ops import PLUGIN_OPS  # noqa: PLC0415 - beside tensorrt_rtx, which the other tests keep away
+    from dlo_export.plugins.errors import PluginError  # noqa: PLC0415
+    from dlo_export.plugins.rtx_twins import PluginTwin  # noqa: PLC0415
 
     with pytest.raises(PluginError, match=r"dlo::SkipDown was asked to run(.|\n)*load_library"):
         PluginTwin(PLUGIN_OPS["SkipDown"]).enqueue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtimes.runner import BoolArray, Int64Array, Runner, StepResult
+from dlo_export.runtimes.runner import BoolArray, Int64Array, Runner, StepResult
 
 
 def reference_samples(folder_data: np.lib.npyio.NpzFile) -> list[Int64Array]:

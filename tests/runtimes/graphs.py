@@ -7,10 +7,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from exporter.pipeline import Lowering, build_model
-from exporter.source import ExportSource, open_source
-from exporter.weight_file import save_weights
-from graph_passes.expose_routing import ExposeRoutingPass
+from dlo_export.exporter.pipeline import Lowering, build_model
+from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.exporter.weight_file import save_weights
+from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 
 DATA = Path(__file__).parent.parent / "data"
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtimes.bench import Subject, Workload, compare_speed, ratio, spread
-from runtimes.errors import RuntimeInputError
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from dlo_export.runtimes.bench import Subject, Workload, compare_speed, ratio, spread
+from dlo_export.runtimes.errors import RuntimeInputError
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from tests.runtimes.graphs import Builds
 
 TOKENS = list(range(100))

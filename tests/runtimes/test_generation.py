@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from runtimes.generation import Generation, GenerationError, generate
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.sampling import Sampler, Sampling, SamplingError, kept_tokens
+from dlo_export.runtimes.generation.generate import Generation, GenerationError, generate
+from dlo_export.runtimes.generation.sampling import Sampler, Sampling, SamplingError, kept_tokens
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from tests.runtimes.graphs import DATA, Builds
 
 PROMPTS = [[5, 17, 90, 3], [44, 8], [101, 102, 103, 7, 9, 12, 1]]

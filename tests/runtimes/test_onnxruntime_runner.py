@@ -9,8 +9,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from tests.runtimes.feeding import feed, joined_logits, joined_scores, reference_samples
 from tests.runtimes.graphs import DATA, Builds
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from modeling.from_tensors import llama_dlo_from_tensors
-from modeling.lazy_tensors import ArrayTensor
-from runtimes.errors import RuntimeInputError
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.parity import Candidate, compare
-from runtimes.parity_cases import Case, Feed, parity_cases
-from runtimes.parity_report import GreedyDifference, GreedyResult, ParityError, ParityReport
-from runtimes.parity_tolerances import TOLERANCES
-from runtimes.runner import Int64Array, StepResult
-from runtimes.torch_runner import TorchRunner
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
+from dlo_export.runtimes.errors import RuntimeInputError
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from dlo_export.runtimes.parity.cases import Case, Feed, parity_cases
+from dlo_export.runtimes.parity.compare import Candidate, compare
+from dlo_export.runtimes.parity.report import GreedyDifference, GreedyResult, ParityError, ParityReport
+from dlo_export.runtimes.parity.tolerances import TOLERANCES
+from dlo_export.runtimes.runner import Int64Array, StepResult
+from dlo_export.runtimes.torch.runner import TorchRunner
 from tests.runtimes.graphs import DATA, Builds, routed_builds
 
 VOCAB = 131

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from runtimes.perplexity import PerplexityError, measure_perplexity
-from runtimes.runner import StepResult
+from dlo_export.runtimes.perplexity import PerplexityError, measure_perplexity
+from dlo_export.runtimes.runner import StepResult
 
 
 class UniformRunner:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtimes.errors import StepError
-from runtimes.static_cache import StaticCache, StaticCacheLimits
+from dlo_export.runtimes.errors import StepError
+from dlo_export.runtimes.static_cache.batches import StaticCache, StaticCacheLimits
 
 
 def _cache(batch: int, **limits: int) -> StaticCache:

@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
-from runtimes.generation import generate
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.parity import Candidate, compare
-from runtimes.parity_cases import Case, step_feeds
-from runtimes.static_cache_runner import StaticCacheRunner
+from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
+from dlo_export.runtimes.generation.generate import generate
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
+from dlo_export.runtimes.parity.cases import Case, step_feeds
+from dlo_export.runtimes.parity.compare import Candidate, compare
 from tests.runtimes.feeding import feed, joined_logits
 from tests.runtimes.static_cache_graphs import LAYERS, MAX_CACHE, VOCAB, decoder, rename_dimension
 

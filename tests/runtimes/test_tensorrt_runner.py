@@ -14,13 +14,15 @@ import pytest
 import tensorrt_rtx
 from cuda.bindings import runtime as cuda_runtime
 
-from runtimes import tensorrt_backend, tensorrt_device, tensorrt_execution
-from runtimes.errors import BackendUnavailableError, ModelLoadError
-from runtimes.file_digest import file_sha256
-from runtimes.tensorrt import TensorRtRunner
-from runtimes.tensorrt_backend import Backend
-from runtimes.tensorrt_engine_file import EngineFile, load_engine_files
-from runtimes.tensorrt_execution import reason_not_to_capture
+from dlo_export.checkpoints.files.file_digest import file_sha256
+from dlo_export.runtimes.errors import BackendUnavailableError, ModelLoadError
+from dlo_export.runtimes.tensorrt import backend as tensorrt_backend
+from dlo_export.runtimes.tensorrt import device as tensorrt_device
+from dlo_export.runtimes.tensorrt import execution as tensorrt_execution
+from dlo_export.runtimes.tensorrt.backend import Backend
+from dlo_export.runtimes.tensorrt.engine_file import EngineFile, load_engine_files
+from dlo_export.runtimes.tensorrt.execution import reason_not_to_capture
+from dlo_export.runtimes.tensorrt.runner import TensorRtRunner
 from tests.runtimes.engine_records import interface, record, save_artefact
 
 NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -35,9 +37,11 @@ def engine(tmp_path: Path) -> EngineFile:
 def test_runner_says_what_is_missing_when_there_is_no_gpu(tmp_path: Path) -> None:
     """In a process of its own, that a GPU of this machine can be hidden from."""
     folder = save_artefact(tmp_path, record())
-    code = f"from runtimes.tensorrt import TensorRtRunner; TensorRtRunner.of_artefact({str(folder)!r})"
+    code = (
+        f"from dlo_export.runtimes.tensorrt.runner import TensorRtRunner; TensorRtRunner.of_artefact({str(folder)!r})"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=NO_GPU, check=False)
-    last = result.stderr[result.stderr.index("runtimes.errors.BackendUnavailableError") :]
+    last = result.stderr[result.stderr.index("dlo_export.runtimes.errors.BackendUnavailableError") :]
     assert "TensorRT: no GPU can be used: cudaGetDeviceCount failed with cudaError" in last
     assert "hint: run it on a machine with an NVIDIA GPU" in last
     assert BackendUnavailableError.exit_code == 4

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers
 
-from runtimes.tokenizer import Tokenizer, TokenizerError
+from dlo_export.runtimes.generation.tokenizer import Tokenizer, TokenizerError
 from tests.tiny_models import BYTE_VOCABULARY, save_byte_tokenizer
 
 TEXT = "naïve 🦙 déjà-vu, 深度学习!"

@@ -10,11 +10,11 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from modeling.lazy_tensors import ArrayTensor
-from runtimes.errors import ModelLoadError, StepError
-from runtimes.memory import available_memory
-from runtimes.torch_reference import float32_bytes, open_reference, streamed_llama_dlo
-from runtimes.torch_runner import TorchRunner
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from dlo_export.runtimes.errors import ModelLoadError, StepError
+from dlo_export.runtimes.memory import available_memory
+from dlo_export.runtimes.torch.reference import float32_bytes, open_reference, streamed_llama_dlo
+from dlo_export.runtimes.torch.runner import TorchRunner
 from tests.runtimes.feeding import feed, joined_logits, joined_scores, reference_samples
 from tests.runtimes.graphs import DATA
 from tests.tiny_models import save_tiny_llama
@@ -80,7 +80,7 @@ def test_streamed_model_holds_no_weights_when_it_does_not_run() -> None:
 def test_reference_streams_when_it_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config, tensors = _config(AUTHORS), _tensors(AUTHORS)
     assert open_reference(config, tensors).name == "PyTorch"
-    monkeypatch.setattr("runtimes.torch_reference.available_memory", lambda: float32_bytes(tensors))
+    monkeypatch.setattr("dlo_export.runtimes.torch.reference.available_memory", lambda: float32_bytes(tensors))
     assert open_reference(config, tensors).name == "PyTorch, layer by layer"
 
 

@@ -1,0 +1,147 @@
+"""What is wrong with an adapter: its configuration, its tensors, and whether the two agree."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dlo_export.checkpoints.depth.layer_init import LayerInitError, canonical_init
+from dlo_export.checkpoints.lazy_tensors import LazyTensor
+
+LAYER_WEIGHTS: tuple[str, ...] = (
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+)
+"""Every tensor a decoder layer has; projections may have biases besides."""
+LAYER_BIASES: tuple[str, ...] = tuple(role.replace(".weight", ".bias") for role in LAYER_WEIGHTS[:7])
+
+CONFIG_FIELDS: dict[str, tuple[type, ...]] = {
+    "format_version": (int,),
+    "base_sha256": (str, type(None)),
+    "routing": (str,),
+    "is_dlo": (list,),
+    "rescale_hidden_states": (bool,),
+    "scale_factor": (int, float),
+    "scale_gap": (int, float),
+    "injected_layers": (list,),
+}
+_OPTIONAL_FIELDS = {"base_sha256"}
+_ROUTER_NAME = re.compile(r"model\.routers\.\d+\.weight")
+_PROJECTION_AXES = {
+    "q_proj": ("query", "hidden"),
+    "k_proj": ("key-value", "hidden"),
+    "v_proj": ("key-value", "hidden"),
+    "o_proj": ("hidden", "query"),
+    "gate_proj": ("intermediate", "hidden"),
+    "up_proj": ("intermediate", "hidden"),
+    "down_proj": ("hidden", "intermediate"),
+}
+
+
+def config_problems(config: Mapping[str, Any]) -> list[str]:
+    """Fields of an ``adapter_config.json`` that are missing, unknown, or of the wrong type or value."""
+    problems = [f"{key} is missing" for key in CONFIG_FIELDS if key not in config and key not in _OPTIONAL_FIELDS]
+    problems += [f"{key} is not a field of an adapter" for key in config if key not in CONFIG_FIELDS]
+    for key, types in CONFIG_FIELDS.items():
+        value = config.get(key)
+        # bool is an int to Python, but not to whoever wrote the file.
+        if key in config and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            problems.append(f"{key} is {value!r}, expected {' or '.join(t.__name__ for t in types)}")
+    if problems:
+        return problems
+
+    if config["routing"] not in ("mlp", "layer"):
+        problems.append(f'routing is {config["routing"]!r}, expected "mlp" or "layer"')
+    if not config["is_dlo"] or not all(isinstance(routed, bool) for routed in config["is_dlo"]):
+        problems.append(f"is_dlo is {config['is_dlo']!r}, expected true or false for every layer")
+    problems += [
+        f"{key} is {config[key]!r}, expected a finite number"
+        for key in ("scale_factor", "scale_gap")
+        if not math.isfinite(config[key])
+    ]
+    sha256 = config.get("base_sha256")
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+        problems.append(f"base_sha256 is {sha256!r}, expected 64 hexadecimal digits")
+    return problems + _injected_layer_problems(config["injected_layers"], len(config["is_dlo"]))
+
+
+def tensor_problems(
+    tensors: Mapping[str, LazyTensor], routed_layers: Sequence[int], injected_positions: Sequence[int]
+) -> list[str]:
+    """Tensors that are missing or unexpected, shapes that contradict each other, routers that are not finite."""
+    routers = {f"model.routers.{layer}.weight" for layer in routed_layers}
+    required = routers | {f"model.layers.{layer}.{role}" for layer in injected_positions for role in LAYER_WEIGHTS}
+    allowed = required | {f"model.layers.{layer}.{role}" for layer in injected_positions for role in LAYER_BIASES}
+    problems = [f"{name} is missing" for name in sorted(required - tensors.keys())]
+    problems += [
+        f"{name} is unexpected: that layer is not {'routed' if _ROUTER_NAME.fullmatch(name) else 'injected'}"
+        for name in sorted(tensors.keys() - allowed)
+    ]
+    known = {name: tensor for name, tensor in tensors.items() if name in allowed}
+    problems += _shape_problems({name: tensor.shape for name, tensor in known.items()})
+    problems += [
+        f"{name} holds values that are not finite"
+        for name in sorted(routers & known.keys())
+        if not np.isfinite(known[name].numpy().astype(np.float32)).all()
+    ]
+    return problems
+
+
+def _injected_layer_problems(entries: Sequence[Any], num_layers: int) -> list[str]:
+    problems, positions = [], []
+    limits = {"position": num_layers, "source": num_layers - len(entries)}
+    for index, entry in enumerate(entries):
+        place = f"injected_layers[{index}]"
+        if not isinstance(entry, dict) or set(entry) != {"position", "source", "init"}:
+            problems.append(f"{place} is {entry!r}, expected an object with position, source and init")
+            continue
+        problems += [
+            f"{place}.{key} is {entry[key]!r}, expected an integer from 0 to {limit - 1}"
+            for key, limit in limits.items()
+            if type(entry[key]) is not int or not 0 <= entry[key] < limit
+        ]
+        positions.append(entry["position"])
+        try:
+            canonical_init(entry["init"])
+        except (LayerInitError, TypeError) as err:
+            problems.append(f"{place}.init: {str(err).splitlines()[0]}")
+    if not problems and positions != sorted(set(positions)):
+        problems.append(f"injected_layers are at {positions}, expected rising positions")
+    return problems
+
+
+def _shape_problems(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Shapes that contradict each other: every tensor is measured against the first of its kind."""
+    sizes: dict[str, tuple[int, str]] = {}
+    problems = []
+    for name, shape in shapes.items():
+        axes = _axes(name)
+        if len(shape) != len(axes) or (axes[0] == "1" and shape[0] != 1):
+            problems.append(f"{name} has shape {list(shape)}, expected [{', '.join(axes)}]")
+            continue
+        for axis, size in zip(axes, shape, strict=True):
+            first_size, first_name = sizes.setdefault(axis, (size, name))
+            if size != first_size:
+                problems.append(f"{name} has {axis} size {size}, but {first_name} has {first_size}")
+    return problems
+
+
+def _axes(name: str) -> tuple[str, ...]:
+    """Names of a tensor's axes, in checkpoint orientation."""
+    if _ROUTER_NAME.fullmatch(name):
+        return ("1", "hidden")
+    *_, module, parameter = name.split(".")
+    if module not in _PROJECTION_AXES:
+        return ("hidden",)
+    return _PROJECTION_AXES[module] if parameter == "weight" else _PROJECTION_AXES[module][:1]

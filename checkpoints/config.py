@@ -1,0 +1,230 @@
+"""What a Llama checkpoint's config.json says, validated and reduced to what the exporter needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dlo_export.checkpoints.errors import CheckpointError
+from dlo_export.checkpoints.files.json_fields import JsonFields
+from dlo_export.checkpoints.files.json_file import read_json
+from dlo_export.checkpoints.rope import RopeConfig, rope_of_fields
+
+__all__ = ["LlamaConfig", "RopeConfig", "RoutingConfig"]
+
+# How the model types of the DLO authors' code route (their `llama_dlo_exattn` keeps attention dense).
+ROUTING_KINDS: dict[str, Literal["mlp", "layer"] | None] = {
+    "llama": None,
+    "llama_dlo": "layer",
+    "llama_dlo_exattn": "mlp",
+}
+
+# Everything below is listed per layer: a damaged count must not fill the memory.
+MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Which layers decide per token whether to run, and by what rule.
+
+    A token is active in a routed layer iff sigmoid(router · layer input) > 0.5; an active token's MLP branch is
+    multiplied by 0.5·scale_factor + (score - 0.5)·scale_gap (DLO, arXiv 2407.11030).
+
+    Attributes:
+        kind: "mlp" skips the MLP branch, "layer" skips attention too.
+        layers: Indices of the routed layers, ascending.
+        rescale: Whether the branch is multiplied at all.
+        scale_factor: 2.0 where rescale is False: the multiplier is then 1.
+        scale_gap: 0.0 where rescale is False.
+    """
+
+    kind: Literal["mlp", "layer"]
+    layers: tuple[int, ...]
+    rescale: bool
+    scale_factor: float
+    scale_gap: float
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """A supported Llama configuration.
+
+    Attributes:
+        dtype: What config.json says the weights are ("float32", "bfloat16", …), None where it does not say.
+        routing: None for a plain (or merely deepened) Llama.
+        raw: config.json as read.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_id: tuple[int, ...]
+    pad_token_id: int | None
+    dtype: str | None
+    routing: RoutingConfig | None
+    raw: dict[str, Any]
+
+    @classmethod
+    def from_json(cls, path: Path | str) -> LlamaConfig:
+        """Reads a config.json.
+
+        Raises:
+            CheckpointError: The file is missing or not a JSON object, or names anything unsupported.
+        """
+        path = Path(path)
+        return cls.from_dict(read_json(path, CheckpointError), origin=str(path))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], origin: str = "config.json") -> LlamaConfig:
+        """Validates the values of a config.json. Keys left out mean what transformers' LlamaConfig takes them to.
+
+        Args:
+            values: The JSON object, with transformers 4's `rope_theta` and `rope_scaling` or 5's `rope_parameters`.
+            origin: Where the values come from, for messages.
+
+        Raises:
+            CheckpointError: Lists every missing, malformed and unsupported field.
+        """
+        fields = JsonFields(values)
+        model_type = values.get("model_type")
+        if not isinstance(model_type, str) or model_type not in ROUTING_KINDS:
+            raise CheckpointError(
+                f"{origin}: model_type is {model_type!r}, expected one of {', '.join(ROUTING_KINDS)}",
+                hint="only Llama and the DLO authors' Llama variants can be exported",
+            )
+        _reject_unsupported(fields)
+        hidden_size = fields.integer("hidden_size")
+        num_layers = fields.integer("num_hidden_layers", largest=MAX_LAYERS)
+        num_heads = fields.integer("num_attention_heads")
+        num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
+        if fields.are_valid("num_attention_heads", "num_key_value_heads") and num_heads % num_kv_heads:
+            fields.problem("num_attention_heads", f"is {num_heads}, expected a multiple of num_key_value_heads")
+        max_position_embeddings = fields.integer("max_position_embeddings", default=2048)
+        config = cls(
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=_head_dim(fields, hidden_size, num_heads),
+            rms_norm_eps=fields.positive_number("rms_norm_eps", default=1e-6),
+            rope=rope_of_fields(fields, max_position_embeddings),
+            attention_bias=fields.flag("attention_bias", default=False),
+            mlp_bias=fields.flag("mlp_bias", default=False),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
+            max_position_embeddings=max_position_embeddings,
+            bos_token_id=fields.token("bos_token_id", default=1),
+            eos_token_id=fields.tokens("eos_token_id", default=2),
+            pad_token_id=fields.token("pad_token_id", default=None),
+            dtype=_dtype(values),
+            routing=_routing(fields, ROUTING_KINDS[model_type], num_layers),
+            raw=dict(values),
+        )
+        if fields.problems:
+            raise CheckpointError(
+                f"{origin}: not a configuration this version can export\n  " + "\n  ".join(fields.problems),
+                hint="docs/checkpoints.md lists what can be exported",
+            )
+        return config
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor the checkpoint must hold, by its Hugging Face name, routers included.
+
+        Linear weights are [out, in]. A tied head has no tensor of its own.
+        """
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = {
+            "q_proj": (queries, hidden),
+            "k_proj": (keys, hidden),
+            "v_proj": (keys, hidden),
+            "o_proj": (hidden, queries),
+        }
+        mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}"
+            shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+            for block, linears, biased in (
+                ("self_attn", attention, self.attention_bias),
+                ("mlp", mlp, self.mlp_bias),
+            ):
+                for role, shape in linears.items():
+                    shapes[f"{prefix}.{block}.{role}.weight"] = shape
+                    if biased:
+                        shapes[f"{prefix}.{block}.{role}.bias"] = shape[:1]
+            shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        shapes["model.norm.weight"] = (hidden,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        for layer in self.routing.layers if self.routing else ():
+            shapes[f"model.routers.{layer}.weight"] = (1, hidden)
+        return shapes
+
+
+def _reject_unsupported(fields: JsonFields) -> None:
+    values = fields.values
+    if values.get("hidden_act", "silu") not in ("silu", "swish"):
+        fields.problem("hidden_act", f"is {values['hidden_act']!r}, expected 'silu'")
+    if values.get("quantization_config") is not None:
+        fields.problem("quantization_config", "is set, expected unquantised weights")
+    # transformers writes sliding_window: null, and a use_sliding_window: false that overrules the number.
+    if values.get("sliding_window") is not None and values.get("use_sliding_window") is not False:
+        fields.problem("sliding_window", f"is {values['sliding_window']!r}, expected full attention")
+
+
+def _head_dim(fields: JsonFields, hidden_size: int, num_heads: int) -> int:
+    given = fields.values.get("head_dim") is not None
+    if not given and not fields.are_valid("hidden_size", "num_attention_heads"):
+        return 1
+    if not given and hidden_size % num_heads:
+        fields.problem("hidden_size", f"is {hidden_size}, expected a multiple of num_attention_heads ({num_heads})")
+        return 1
+    head_dim = fields.integer("head_dim", default=hidden_size // num_heads)
+    if fields.are_valid("head_dim") and head_dim % 2:
+        fields.problem("head_dim", f"is {head_dim}, expected an even number (rotary embedding turns pairs)")
+    return head_dim
+
+
+def _routing(fields: JsonFields, kind: Literal["mlp", "layer"] | None, num_layers: int) -> RoutingConfig | None:
+    is_dlo = fields.values.get("is_dlo")
+    if kind is None:
+        if is_dlo is True or (isinstance(is_dlo, list) and any(is_dlo)):
+            fields.problem("is_dlo", "marks routed layers, but model_type 'llama' does not say what they skip")
+        return None
+    # The authors write a single bool for "every layer" or "no layer".
+    per_layer = [is_dlo] * num_layers if isinstance(is_dlo, bool) else is_dlo
+    if not isinstance(per_layer, list) or not all(isinstance(item, bool) for item in per_layer):
+        fields.problem("is_dlo", f"is {is_dlo!r}, expected true, false or a list of them")
+        return None
+    if fields.are_valid("num_hidden_layers") and len(per_layer) != num_layers:
+        fields.problem("is_dlo", f"has {len(per_layer)} entries, expected num_hidden_layers ({num_layers})")
+        return None
+    layers = tuple(index for index, routed in enumerate(per_layer) if routed)
+    if not layers:
+        return None
+    # No defaults here: the authors' code has four contradicting sets of them, and a wrong one changes every output.
+    if not fields.flag("rescale_hidden_states"):
+        return RoutingConfig(kind, layers, rescale=False, scale_factor=2.0, scale_gap=0.0)
+    return RoutingConfig(
+        kind, layers, rescale=True, scale_factor=fields.number("scale_factor"), scale_gap=fields.number("scale_gap")
+    )
+
+
+def _dtype(values: Mapping[str, Any]) -> str | None:
+    dtype = values.get("dtype") or values.get("torch_dtype")
+    return dtype.removeprefix("torch.") if isinstance(dtype, str) else None

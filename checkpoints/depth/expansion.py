@@ -1,0 +1,264 @@
+"""Deepens a model: its tensors and configuration after a plan's layers were injected.
+
+Nothing here reads a whole model: the deepened tensors are computed one at a time, when they are read, from a
+checkpoint's lazy ones. `dlo_export.checkpoints.checkpoint_folder` streams them to disk. Needs NumPy only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer
+from dlo_export.checkpoints.depth.layer_init import init_tensor
+from dlo_export.checkpoints.depth.placements import METHODS, PRESETS, ExpansionError, ExpansionPlan, placements
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
+
+__all__ = [
+    "METHODS",
+    "PRESETS",
+    "ExpansionError",
+    "ExpansionPlan",
+    "InjectedTensor",
+    "expanded_config",
+    "expanded_tensors",
+    "expansion_adapter",
+    "placements",
+]
+
+# Anchored: "model.layers.1." must not match "model.layers.11.".
+_LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_ROUTER_TENSOR = re.compile(r"model\.routers\.(\d+)\.weight")
+_PER_LAYER_LISTS = ("dlo_capacity", "layer_types")
+
+
+@dataclass(frozen=True)
+class InjectedTensor:
+    """A tensor of an injected layer, computed from the originals' when it is read.
+
+    Attributes:
+        layer: The injected layer.
+        role: The tensor's name inside its layer.
+        source: The same tensor of the layer it derives from.
+        previous: The same tensor of the layer before that, None for the first layer.
+        seed: Of random inits; the layer's position is added to it.
+        initializer_range: Of random inits.
+    """
+
+    layer: InjectedLayer
+    role: str
+    source: LazyTensor
+    previous: LazyTensor | None
+    seed: int
+    initializer_range: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The source's."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The source's."""
+        return self.source.dtype
+
+    def numpy(self) -> np.ndarray:
+        """Computes the values, in memory of their own."""
+        return init_tensor(
+            self.layer.init,
+            self.role,
+            self.source.numpy(),
+            None if self.previous is None else self.previous.numpy(),
+            seed=(self.seed, self.layer.position),
+            initializer_range=self.initializer_range,
+        )
+
+    def release(self) -> None:
+        """Releases the tensors it was computed from."""
+        self.source.release()
+        if self.previous is not None:
+            self.previous.release()
+
+
+def expanded_tensors(
+    tensors: Mapping[str, LazyTensor],
+    plan: ExpansionPlan,
+    *,
+    zero_routers: bool = False,
+    seed: int = 0,
+    initializer_range: float = 0.02,
+) -> dict[str, LazyTensor]:
+    """The deepened model's tensors by name, in the order of its layers; nothing is read yet.
+
+    Args:
+        tensors: The base model's, under Hugging Face names.
+        plan: Made for a model of as many layers.
+        zero_routers: Add an all-zero float32 router [1, hidden] to every layer that has none.
+        seed: Of random inits.
+        initializer_range: Of random inits, the key of that name in config.json.
+
+    Raises:
+        ExpansionError: The tensors are not those of a model of `plan.num_base_layers` layers.
+    """
+    layers, routers, others = _sorted_by_place(tensors)
+    if sorted(layers) != list(range(plan.num_base_layers)):
+        raise ExpansionError(
+            f"expansion: found tensors of layers {sorted(layers)}, expected 0 to {plan.num_base_layers - 1}"
+            "\n\nhint: the plan was made for another model, or the checkpoint is incomplete"
+        )
+    injected = {layer.position: layer for layer in plan.injected_layers}
+    originals = iter(range(plan.num_base_layers))
+    result: dict[str, LazyTensor] = {}
+    for position in range(plan.num_layers):
+        layer = injected.get(position)
+        roles: Mapping[str, LazyTensor]
+        if layer is None:
+            roles = layers[next(originals)]
+        else:
+            before: Mapping[str, LazyTensor] = layers.get(layer.source - 1, {})
+            roles = {
+                role: InjectedTensor(layer, role, source, before.get(role), seed, initializer_range)
+                for role, source in layers[layer.source].items()
+            }
+        result |= {f"model.layers.{position}.{role}": tensor for role, tensor in roles.items()}
+    placed = {plan.original_positions[layer]: tensor for layer, tensor in routers.items()}
+    if zero_routers:
+        hidden = layers[0]["input_layernorm.weight"].shape[0]
+        zero = ArrayTensor(np.zeros((1, hidden), np.float32))
+        placed = {position: placed.get(position, zero) for position in range(plan.num_layers)}
+    result |= {f"model.routers.{position}.weight": placed[position] for position in sorted(placed)}
+    return others | result
+
+
+def expanded_config(config: Mapping[str, Any], plan: ExpansionPlan, *, zero_routers: bool = False) -> dict[str, Any]:
+    """The keys of config.json that the deepened model changes.
+
+    A model without routers stays a ``llama``; one with routers gets the DLO authors' keys. Per-layer lists follow
+    their layers; `injected_layers` of a model that was deepened before is carried over, sources counted in the model
+    that was there first.
+
+    Args:
+        config: The base model's config.json.
+        plan: The new layers.
+        zero_routers: Whether every layer gets a router, see `expanded_tensors`.
+
+    Raises:
+        ExpansionError: A per-layer list has another length than the model.
+    """
+    changes: dict[str, Any] = {
+        "num_hidden_layers": plan.num_layers,
+        "injected_layers": [dataclasses.asdict(layer) for layer in _all_injected_layers(config, plan)],
+    }
+    for key in _PER_LAYER_LISTS:
+        if isinstance(config.get(key), list):
+            changes[key] = _placed(config[key], plan, key)
+    routed = config.get("is_dlo")
+    if isinstance(routed, bool):
+        routed = [routed] * plan.num_base_layers
+    if routed is not None:
+        # A new layer's router would be untrained: it has none unless it was asked for.
+        changes["is_dlo"] = _placed(routed, plan, "is_dlo", injected=False)
+    if zero_routers:
+        changes |= {
+            "model_type": config["model_type"] if "dlo" in str(config.get("model_type")) else "llama_dlo_exattn",
+            "is_dlo": [True] * plan.num_layers,
+        }
+        if not routed or not any(routed):
+            changes |= routed_config(changes["is_dlo"])
+    return changes
+
+
+def routed_config(is_dlo: Sequence[bool]) -> dict[str, Any]:
+    """The keys of config.json that make a model an MLP-routed one whose active branches are taken as they are."""
+    return {
+        "model_type": "llama_dlo_exattn",
+        "architectures": ["LlamaDloForCausalLM"],
+        "is_dlo": list(is_dlo),
+        # With these values c = 1 by either reading, as it must where the base model was not trained with a scale.
+        "rescale_hidden_states": False,
+        "scale_factor": 2.0,
+        "scale_gap": 0.0,
+    }
+
+
+def expansion_adapter(
+    tensors: Mapping[str, LazyTensor],
+    plan: ExpansionPlan,
+    *,
+    zero_routers: bool = False,
+    seed: int = 0,
+    initializer_range: float = 0.02,
+    base_sha256: str | None = None,
+) -> DloAdapter:
+    """The deepening as an adapter on the base model: injected layers, and routers if asked for.
+
+    Arguments are those of `expanded_tensors`; `base_sha256` identifies the base model's weights.
+
+    Raises:
+        ExpansionError: The base model is routed, or not the one the plan was made for.
+    """
+    if any(_ROUTER_TENSOR.fullmatch(name) for name in tensors):
+        raise ExpansionError(
+            "expansion: the model has routers, an adapter goes on a plain one"
+            "\n\nhint: write a checkpoint, or take the checkpoint the model was made from"
+        )
+    names = [f"model.routers.{layer}.weight" for layer in range(plan.num_layers)] if zero_routers else []
+    prefixes = tuple(f"model.layers.{layer.position}." for layer in plan.injected_layers)
+    deepened = expanded_tensors(
+        tensors, plan, zero_routers=zero_routers, seed=seed, initializer_range=initializer_range
+    )
+    return DloAdapter(
+        routing="mlp",
+        is_dlo=(zero_routers,) * plan.num_layers,
+        injected_layers=plan.injected_layers,
+        base_sha256=base_sha256,
+        tensors={name: tensor for name, tensor in deepened.items() if name.startswith(prefixes) or name in names},
+    )
+
+
+def _sorted_by_place(
+    tensors: Mapping[str, LazyTensor],
+) -> tuple[dict[int, dict[str, LazyTensor]], dict[int, LazyTensor], dict[str, LazyTensor]]:
+    """Tensors of layers by index and role, routers by index, and all others by name."""
+    layers: dict[int, dict[str, LazyTensor]] = {}
+    routers: dict[int, LazyTensor] = {}
+    others: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        if match := _LAYER_TENSOR.fullmatch(name):
+            layers.setdefault(int(match[1]), {})[match[2]] = tensor
+        elif match := _ROUTER_TENSOR.fullmatch(name):
+            routers[int(match[1])] = tensor
+        else:
+            others[name] = tensor
+    return layers, routers, others
+
+
+def _placed(values: Sequence[Any], plan: ExpansionPlan, key: str, **injected: Any) -> list[Any]:
+    """A per-layer list, as one of the deepened model; new layers take their source's value, or `injected` if given."""
+    if len(values) != plan.num_base_layers:
+        raise ExpansionError(
+            f"expansion: config.json has {len(values)} entries in {key}, expected {plan.num_base_layers}"
+            "\n\nhint: the list has one entry per layer"
+        )
+    result: list[Any] = [None] * plan.num_layers
+    for value, position in zip(values, plan.original_positions, strict=True):
+        result[position] = value
+    for layer in plan.injected_layers:
+        result[layer.position] = injected.get("injected", values[layer.source])
+    return result
+
+
+def _all_injected_layers(config: Mapping[str, Any], plan: ExpansionPlan) -> list[InjectedLayer]:
+    """Layers injected now and before, all counted in the deepened model and the one that was there first."""
+    earlier = {entry["position"]: InjectedLayer(**entry) for entry in config.get("injected_layers") or ()}
+    first_index: dict[int, int] = {}
+    for layer in range(plan.num_base_layers):
+        first_index[layer] = earlier[layer].source if layer in earlier else layer - sum(p < layer for p in earlier)
+    moved = [dataclasses.replace(e, position=plan.original_positions[e.position]) for e in earlier.values()]
+    added = [dataclasses.replace(layer, source=first_index[layer.source]) for layer in plan.injected_layers]
+    return sorted(moved + added, key=lambda layer: layer.position)

@@ -1,0 +1,78 @@
+"""Element types and the words every format and runtime has for them: the one table.
+
+`name` is the word of NumPy, PyTorch and config.json, `option` the command line's, `onnx` ONNX's in lower case (ONNX
+Runtime writes "tensor(float)"), `safetensors` that format's (GGUF's unquantised types have the same), `tensorrt` the
+member's of `trt.DataType`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ElementType:
+    """One element type.
+
+    Attributes:
+        name: "float32".
+        option: "fp32" for the types that `--dtype` offers, else None.
+        onnx: "float".
+        safetensors: "F32".
+        tensorrt: "FLOAT", None where TensorRT has none.
+        numpy: Of arrays; bfloat16 and the 8-bit floats are ml_dtypes'.
+    """
+
+    name: str
+    option: str | None
+    onnx: str
+    safetensors: str
+    tensorrt: str | None
+    numpy: np.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return self.numpy.itemsize
+
+    @property
+    def is_sixteen_bit_float(self) -> bool:
+        """Whether it is float16 or bfloat16."""
+        return self in (FLOAT16, BFLOAT16)
+
+
+FLOAT32 = ElementType("float32", "fp32", "float", "F32", "FLOAT", np.dtype(np.float32))
+FLOAT16 = ElementType("float16", "fp16", "float16", "F16", "HALF", np.dtype(np.float16))
+BFLOAT16 = ElementType("bfloat16", "bf16", "bfloat16", "BF16", "BF16", np.dtype(ml_dtypes.bfloat16))
+INT64 = ElementType("int64", None, "int64", "I64", "INT64", np.dtype(np.int64))
+INT32 = ElementType("int32", None, "int32", "I32", "INT32", np.dtype(np.int32))
+BOOL = ElementType("bool", None, "bool", "BOOL", "BOOL", np.dtype(np.bool_))
+
+FLOATS = (FLOAT32, FLOAT16, BFLOAT16)
+"""What weights, caches and logits may be."""
+
+ELEMENT_TYPES: tuple[ElementType, ...] = (
+    *FLOATS,
+    INT64,
+    INT32,
+    BOOL,
+    ElementType("float64", None, "double", "F64", None, np.dtype(np.float64)),
+    ElementType("float8_e4m3fn", None, "float8e4m3fn", "F8_E4M3", "FP8", np.dtype(ml_dtypes.float8_e4m3fn)),
+    ElementType("float8_e5m2", None, "float8e5m2", "F8_E5M2", None, np.dtype(ml_dtypes.float8_e5m2)),
+    ElementType("int16", None, "int16", "I16", None, np.dtype(np.int16)),
+    ElementType("int8", None, "int8", "I8", "INT8", np.dtype(np.int8)),
+    ElementType("uint64", None, "uint64", "U64", None, np.dtype(np.uint64)),
+    ElementType("uint32", None, "uint32", "U32", None, np.dtype(np.uint32)),
+    ElementType("uint16", None, "uint16", "U16", None, np.dtype(np.uint16)),
+    ElementType("uint8", None, "uint8", "U8", "UINT8", np.dtype(np.uint8)),
+)
+
+BY_NAME = {kind.name: kind for kind in ELEMENT_TYPES}
+BY_OPTION = {kind.option: kind for kind in ELEMENT_TYPES if kind.option is not None}
+BY_ONNX = {kind.onnx: kind for kind in ELEMENT_TYPES}
+BY_SAFETENSORS = {kind.safetensors: kind for kind in ELEMENT_TYPES}
+BY_TENSORRT = {kind.tensorrt: kind for kind in ELEMENT_TYPES if kind.tensorrt is not None}
+BY_NUMPY = {kind.numpy: kind for kind in ELEMENT_TYPES}

@@ -1,0 +1,48 @@
+"""JSON objects in files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dlo_export.checkpoints.errors import InputError
+
+_FLAT_LIST = re.compile(r"\[\n[^\[\]{}]*\n\s*\]")
+_LINE_BREAK = re.compile(r"\n\s*")
+
+
+def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+        path: The file.
+        error: What to raise.
+
+    Raises:
+        InputError: The file is missing, is not UTF-8 JSON, or holds something else than an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as err:
+        raise error(f"{path}: cannot be read as JSON ({err})", hint="is it complete?") from err
+    if not isinstance(values, dict):
+        raise error(f"{path}: holds a JSON {type(values).__name__}, expected an object")
+    return values
+
+
+def json_text(values: Mapping[str, Any]) -> str:
+    """A JSON object to be read by people: indented, but lists of numbers and names on one line.
+
+    In ASCII, because a checkpoint may hold text that UTF-8 cannot.
+    """
+    indented = json.dumps(values, indent=2)
+    # A line break in it is never part of a string: JSON escapes those.
+    return _FLAT_LIST.sub(lambda match: _LINE_BREAK.sub(" ", match[0]).replace("[ ", "[").replace(" ]", "]"), indented)
+
+
+def save_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON object as `json_text`, with a final newline."""
+    path.write_text(json_text(values) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What checkpoints are stored in: safetensors, Hugging Face folders, GGUF."""

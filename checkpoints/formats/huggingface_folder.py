@@ -1,0 +1,165 @@
+"""Checkpoints in Hugging Face form: a folder of config.json, safetensors and tokenizer files."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.checkpoints.files.json_file import read_json
+from dlo_export.checkpoints.files.mapped_file import MappedFile, MappedTensor
+from dlo_export.checkpoints.formats.safetensors_file import tensors_of_safetensors
+from dlo_export.checkpoints.llama_checkpoint import Checkpoint
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# What an artefact takes over besides config.json; each only if it is there.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """Opens a folder that holds config.json and `model.safetensors`, or shards and their index.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, outside the folder, or not of a supported model.
+    """
+    config = LlamaConfig.from_json(_config_file(folder))
+    files, tensors = _open_weights(folder)
+    sizes: dict[str, int] = defaultdict(int)
+    for tensor in tensors.values():
+        sizes[tensor.dtype.name] += tensor.nbytes
+    return Checkpoint(
+        folder,
+        config,
+        tensors,
+        stored_dtype=max(sizes, key=lambda name: sizes[name], default="float32"),
+        files=files,
+        save_tokenizer=lambda target: copy_companions(folder, target),
+    )
+
+
+def cached_snapshot(repository: str) -> Path:
+    """Folder of a hub repository's main revision in the local Hugging Face cache.
+
+    Raises:
+        InputError: The repository is not in the cache, or only parts of it that do not include config.json.
+    """
+    # Imported here because it is needed for hub ids alone; it comes with tokenizers.
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
+
+    try:
+        config = try_to_load_from_cache(repository, "config.json")
+    except HFValidationError as err:
+        raise InputError(f"{repository}: no such file or folder, and not a hub id ({err})") from err
+    if not isinstance(config, str):
+        raise InputError(
+            f"{repository}: no such file or folder, and no such repository in the local Hugging Face cache",
+            hint=f"download it first: hf download {repository}",
+        )
+    return Path(config).parent
+
+
+def _config_file(folder: Path) -> Path:
+    if not (folder / "config.json").exists():
+        gguf = sorted(path.name for path in folder.glob("*.gguf"))
+        raise CheckpointError(
+            f"{folder}: has no config.json",
+            hint=f"give the GGUF file itself: {folder / gguf[0]}" if gguf else "expected a Hugging Face checkpoint",
+        )
+    return file_inside(folder, "config.json")
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """The path of a regular file of a checkpoint.
+
+    Links are followed within the folder, and within the repository's cache that a hub snapshot consists of links into.
+
+    Raises:
+        CheckpointError: It does not exist, is not a regular file, or lies outside.
+    """
+    path = folder / name
+    root = folder.resolve()
+    if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
+        root = root.parent.parent
+    real = path.resolve()
+    if not real.is_relative_to(root):
+        raise CheckpointError(
+            f"{path}: leads to {real}, outside the checkpoint",
+            hint="only files inside the checkpoint's folder are read: replace the link by the file",
+        )
+    if not real.is_file():
+        raise CheckpointError(f"{path}: no such file", hint="is the checkpoint complete?")
+    return path
+
+
+def _open_weights(folder: Path) -> tuple[list[MappedFile], dict[str, MappedTensor]]:
+    # The order transformers looks in.
+    if (folder / SINGLE_FILE).exists():
+        file = MappedFile(file_inside(folder, SINGLE_FILE))
+        return [file], tensors_of_safetensors(file)
+    if (folder / INDEX_FILE).exists():
+        return _open_shards(folder)
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    raise CheckpointError(
+        f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}"
+        + (f", only {', '.join(pickled)}, which are Python pickles and never read" if pickled else ""),
+        hint="convert it: AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(TARGET) writes safetensors",
+    )
+
+
+def _open_shards(folder: Path) -> tuple[list[MappedFile], dict[str, MappedTensor]]:
+    index_file = file_inside(folder, INDEX_FILE)
+    file_of = read_json(index_file, CheckpointError).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
+        raise CheckpointError(f"{index_file}: weight_map is not an object of tensor names and file names")
+    problems: list[str] = []
+    files: list[MappedFile] = []
+    tensors: dict[str, MappedTensor] = {}
+    for name in sorted(set(file_of.values())):
+        try:
+            file = MappedFile(file_inside(folder, name))
+            shard = tensors_of_safetensors(file)
+        except CheckpointError as err:
+            problems.append(str(err).split("\n\nhint:", maxsplit=1)[0])
+            continue
+        files.append(file)
+        problems += [
+            f"{tensor}: duplicated in {tensors[tensor].file.path.name} and {name}"
+            for tensor in shard
+            if tensor in tensors
+        ]
+        problems += [
+            f"{tensor}: not in {name}" for tensor, place in file_of.items() if place == name and tensor not in shard
+        ]
+        tensors.update(shard)
+    if problems:
+        raise CheckpointError(
+            f"{index_file}: the shards are not what the index says\n  " + "\n  ".join(problems),
+            hint="is the checkpoint complete?",
+        )
+    return files, tensors
+
+
+def copy_companions(folder: Path, target: Path) -> None:
+    """Copies the tokenizer's files, as far as there are any, into an existing folder.
+
+    Raises:
+        CheckpointError: One of them is not a regular file of the folder.
+    """
+    for name in COMPANIONS:
+        if (folder / name).exists() or (folder / name).is_symlink():
+            shutil.copyfile(file_inside(folder, name), target / name)

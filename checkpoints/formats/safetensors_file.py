@@ -1,0 +1,133 @@
+"""The safetensors format: a JSON header and the tensors' bytes.
+
+Written here rather than taken from the `safetensors` package because that one copies tensors when it reads them as
+NumPy arrays, and because its errors name neither the file nor the tensor.
+Source: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dlo_export.checkpoints.errors import CheckpointError
+from dlo_export.checkpoints.files.mapped_file import MappedFile, MappedTensor
+
+# The limit of the reference implementation; a larger length means that these eight bytes are not one.
+MAX_HEADER_BYTES = 100_000_000
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+def tensors_of_safetensors(file: MappedFile) -> dict[str, MappedTensor]:
+    """Reads the header; the tensors' bytes stay in the file until they are used.
+
+    Returns:
+        The tensors by name, in the order of the header.
+
+    Raises:
+        CheckpointError: The file is truncated, its header is corrupt, or a tensor's bytes are not where it says.
+    """
+    header, data_start = _read_header(file)
+    tensors: dict[str, MappedTensor] = {}
+    problems: list[str] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            tensors[name] = _read_entry(name, entry, file, data_start)
+        except ValueError as err:
+            problems.append(f"{name}: {err}")
+    if not problems:
+        problems = _layout_problems(list(tensors.values()), file, data_start)
+    if problems:
+        raise _corrupt(file.path, "the header is not consistent\n  " + "\n  ".join(problems))
+    return tensors
+
+
+def _corrupt(path: Path, text: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {text}", hint="the file is truncated or damaged: fetch it again")
+
+
+def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
+    if file.nbytes < 8:
+        raise _corrupt(file.path, f"has {file.nbytes} bytes, expected the 8-byte header length of a safetensors file")
+    length = int.from_bytes(file.mapping[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise _corrupt(file.path, f"is not a safetensors file (its header would be {length} bytes long)")
+    if 8 + length > file.nbytes:
+        raise _corrupt(file.path, f"has {file.nbytes} bytes, expected a header of {length} bytes after the first 8")
+    try:
+        header = json.loads(file.mapping[8 : 8 + length].decode("utf-8"), object_pairs_hook=_object_without_duplicates)
+    except (ValueError, RecursionError) as err:
+        raise _corrupt(file.path, f"the header is not valid JSON ({err})") from err
+    if not isinstance(header, dict):
+        raise _corrupt(file.path, f"the header is a JSON {type(header).__name__}, expected an object")
+    return header, 8 + length
+
+
+def _object_without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicated: {', '.join(sorted({name for name in names if names.count(name) > 1}))}")
+    return values
+
+
+def _read_entry(name: str, entry: Any, file: MappedFile, data_start: int) -> MappedTensor:
+    if not isinstance(entry, dict):
+        raise ValueError(f"is {entry!r}, expected an object")
+    dtype = DTYPES.get(str(entry.get("dtype")))
+    if dtype is None:
+        raise ValueError(f"dtype is {entry.get('dtype')!r}, expected one of {', '.join(DTYPES)}")
+    shape, offsets = _sizes(entry, "shape"), _sizes(entry, "data_offsets")
+    if len(offsets) != 2:
+        raise ValueError(f"data_offsets are {list(offsets)}, expected a start and an end")
+    start, stop = offsets
+    expected = prod(shape) * dtype.itemsize
+    if stop - start != expected:
+        raise ValueError(f"takes {stop - start} bytes, expected {expected} for {entry['dtype']} {list(shape)}")
+    if data_start + stop > file.nbytes:
+        raise ValueError(f"ends at byte {data_start + stop}, but the file has {file.nbytes}")
+    return MappedTensor(name, shape, dtype, file, data_start + start)
+
+
+def _sizes(entry: dict[str, Any], field: str) -> tuple[int, ...]:
+    values = entry.get(field)
+    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{field} is {values!r}, expected a list of sizes")
+    return tuple(values)
+
+
+def _layout_problems(tensors: list[MappedTensor], file: MappedFile, data_start: int) -> list[str]:
+    # The format wants the bytes covered exactly once; anything else is a damaged or a deliberately odd file.
+    problems = []
+    end = data_start
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != end:
+            problems.append(f"{tensor.name}: starts at byte {tensor.offset}, expected {end} (an overlap or a hole)")
+        end = tensor.offset + tensor.nbytes
+    if end != file.nbytes:
+        problems.append(f"the tensors end at byte {end}, but the file has {file.nbytes}")
+    return problems

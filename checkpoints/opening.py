@@ -1,0 +1,42 @@
+"""Opens Llama checkpoints: Hugging Face folders, GGUF files, repositories in the local hub cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.formats.huggingface_folder import cached_snapshot, open_folder
+from dlo_export.checkpoints.llama_checkpoint import Checkpoint, CheckpointTensor
+
+__all__ = ["Checkpoint", "CheckpointTensor", "open_checkpoint"]
+
+
+def open_checkpoint(path_or_id: Path | str) -> Checkpoint:
+    """Opens a Llama checkpoint without reading its weights.
+
+    Args:
+        path_or_id: A folder in Hugging Face form, a `.gguf` file, or the id of a hub repository that is already in
+            the local cache. Nothing is downloaded.
+
+    Raises:
+        InputError: There is no such checkpoint.
+        CheckpointError: It is damaged, incomplete, or not a Llama this version exports.
+    """
+    path = Path(path_or_id)
+    if path.is_dir():
+        return open_folder(path)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        # Imported here so that only GGUF files pay for loading the gguf package.
+        from dlo_export.checkpoints.formats.gguf_checkpoint import open_gguf  # noqa: PLC0415
+
+        return open_gguf(path)
+    if path.is_file():
+        raise InputError(
+            f"{path}: expected a checkpoint folder or a .gguf file",
+            hint="for a .safetensors file, give the folder that also holds its config.json",
+        )
+    # "owner/name", or the bare "name" of the oldest repositories.
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path_or_id)):
+        return open_folder(cached_snapshot(str(path_or_id)))
+    raise InputError(f"{path}: no such file or folder")

@@ -1,0 +1,40 @@
+"""For other people's tests: an export that must be equal to PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dlo_export.exporter.export import ExportRequest, ExportResult, LoweringChoice, export_model
+from dlo_export.exporter.progress import Reporter
+
+
+def assert_parity(
+    model: str | Path,
+    output: Path,
+    *,
+    adapter: Path | None = None,
+    lowering: LoweringChoice = "auto",
+    allow_ambiguous: bool = False,
+) -> ExportResult:
+    """Exports a model and asserts that parity passes.
+
+    Args:
+        model: Checkpoint folder, `.gguf`, `.onnx`, or hub id in the local cache.
+        output: Where the artefact goes; it must not exist.
+        adapter: DloAdapter folder.
+        lowering: What routed layers become.
+        allow_ambiguous: Accept that near-ties of routers flipped.
+
+    Returns:
+        The artefact.
+
+    Raises:
+        AssertionError: Parity did not run, or was ambiguous and that is not allowed.
+        dlo_export.exporter.export.ParityFailedError: It failed; the report is in the message.
+        dlo_export.checkpoints.errors.InputError: The model cannot be exported.
+    """
+    result = export_model(ExportRequest(str(model), output, adapter=adapter, lowering=lowering), Reporter())
+    verdict = result.description["parity"]["verdict"]
+    accepted = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
+    assert verdict in accepted, result.parity_summary
+    return result

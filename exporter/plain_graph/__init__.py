@@ -1,0 +1,1 @@
+"""The plain Llama decoder as an ONNX graph, built from its configuration."""

@@ -1,0 +1,206 @@
+"""The plain Llama decoder as an ONNX graph in standard operators, built from its configuration.
+
+Interface: DESIGN's, the one optimum and onnxruntime-genai use. Inputs `input_ids` [batch, sequence], `attention_mask`
+[batch, past + sequence], `position_ids` [batch, sequence] (int64) and `past_key_values.{i}.key|value` [batch, kv_heads,
+past, head_dim]; outputs `logits` [batch, sequence, vocab] and `present.{i}.key|value`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.opening import CheckpointTensor
+from dlo_export.exporter.plain_graph.graph_builder import GraphBuilder
+from dlo_export.exporter.plain_graph.weights import CheckpointWeight
+
+OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding
+IR_VERSION = 11
+
+
+def plain_graph(
+    config: LlamaConfig, tensors: Mapping[str, CheckpointTensor], dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Model:
+    """Builds the decoder without injected layers' or routers' semantics; routers of the configuration are ignored.
+
+    Args:
+        config: Of a Llama with `config.num_layers` layers.
+        tensors: Checkpoint tensors under Hugging Face names; read when the model is saved, not here.
+        dtype: Of weights, KV cache and logits.
+
+    Returns:
+        A model whose weights are lazy. Linear weights are stored [in, out], as MatMul reads them, so that no runtime
+        transposes them; a tied head reads the embedding matrix itself through Gemm's transB.
+    """
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="llama")
+    _DecoderGraph(GraphBuilder(graph), config, tensors, dtype).build()
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="dlo-export")
+
+
+class _DecoderGraph:
+    """One build of the graph; the methods follow the order of the computation."""
+
+    def __init__(
+        self, builder: GraphBuilder, config: LlamaConfig, tensors: Mapping[str, CheckpointTensor], dtype: ir.DataType
+    ) -> None:
+        self.builder = builder
+        self.config = config
+        self.tensors = tensors
+        self.dtype = dtype
+
+    def build(self) -> None:
+        builder, config = self.builder, self.config
+        input_ids = builder.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+        attention_mask = builder.input("attention_mask", ir.DataType.INT64, ["batch", "total_sequence"])
+        position_ids = builder.input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
+        cache_shape: list[int | str] = ["batch", config.num_kv_heads, "past_sequence", config.head_dim]
+        past = [
+            [builder.input(f"past_key_values.{i}.{kind}", self.dtype, cache_shape) for kind in ("key", "value")]
+            for i in range(config.num_layers)
+        ]
+
+        embeddings = builder.weight(CheckpointWeight(self.tensors["model.embed_tokens.weight"], self.dtype))
+        hidden_states = builder.op("Gather", [embeddings, input_ids], "model.embed_tokens")
+        self.rotary = self._rotary_tables(position_ids)
+        self.mask = self._attention_bias(input_ids, attention_mask)
+
+        present: list[ir.Value] = []
+        for i in range(config.num_layers):
+            hidden_states, key, value = self._decoder_layer(i, hidden_states, past[i])
+            present += [key, value]
+        logits = self._head(self._norm(hidden_states, "model.norm"), embeddings)
+
+        builder.output(logits, self.dtype, ["batch", "sequence", config.vocab_size])
+        for value in present:
+            builder.output(value, self.dtype, ["batch", config.num_kv_heads, "total_sequence", config.head_dim])
+
+    def _rotary_tables(self, position_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Cos and sin of every token's angles, [batch, sequence, head_dim / 2], once per step, angles in fp32.
+
+        Computed rather than looked up: no table bounds the context length, and none is stored.
+        """
+        builder = self.builder
+        positions = builder.op("Cast", [position_ids], "model.rotary_emb.positions", to=1, dtype=ir.DataType.FLOAT)
+        column = builder.op(
+            "Unsqueeze", [positions, builder.constant("axes.last", np.array([2]))], "model.rotary_emb.column"
+        )
+        frequencies = self.config.rope.inverse_frequencies(self.config.head_dim)
+        angles = builder.op(
+            "Mul", [column, builder.constant("model.rotary_emb.inv_freq", frequencies)], "model.rotary_emb.angles"
+        )
+        cos = self._cast(builder.op("Cos", [angles], "model.rotary_emb.cos"))
+        sin = self._cast(builder.op("Sin", [angles], "model.rotary_emb.sin"))
+        return cos, sin
+
+    def _attention_bias(self, input_ids: ir.Value, attention_mask: ir.Value) -> ir.Value:
+        """One additive mask for all layers, [batch, 1, sequence, total]: causal, and blind to padding.
+
+        What is masked gets the most negative finite number, not -inf: a padding token at the left sees nothing at all,
+        and its attention must stay a number, because its keys and values are read (and masked) by the real tokens.
+        """
+        builder, name = self.builder, "model.attention_mask"
+        total = builder.op("Shape", [attention_mask], f"{name}.total", start=1, end=2, dtype=ir.DataType.INT64)
+        sequence = builder.op("Shape", [input_ids], f"{name}.sequence", start=1, end=2, dtype=ir.DataType.INT64)
+        past = builder.op("Sub", [total, sequence], f"{name}.past")
+        first, last = (builder.op("Squeeze", [v], f"{v.name}_scalar") for v in (past, total))
+        zero, one = builder.constant("zero", np.int64(0)), builder.constant("one", np.int64(1))
+        key_order = builder.op("Range", [zero, last, one], f"{name}.key_order")
+        query_order = builder.op("Range", [first, last, one], f"{name}.query_order")
+        query_column = builder.op(
+            "Unsqueeze", [query_order, builder.constant("axes.column", np.array([1]))], f"{name}.query_column"
+        )
+        causal = builder.op("LessOrEqual", [key_order, query_column], f"{name}.causal", dtype=ir.DataType.BOOL)
+        real = builder.op(
+            "Unsqueeze",
+            [
+                builder.op("Cast", [attention_mask], f"{name}.bool", to=ir.DataType.BOOL.value, dtype=ir.DataType.BOOL),
+                builder.constant("axes.heads_and_queries", np.array([1, 2])),
+            ],
+            f"{name}.real",
+        )
+        visible = builder.op("And", [causal, real], f"{name}.visible")
+        numpy_type = self.dtype.numpy()
+        lowest = np.asarray(self.dtype.min, numpy_type)
+        return builder.op(
+            "Where",
+            [visible, builder.constant("visible", np.zeros((), numpy_type)), builder.constant("masked", lowest)],
+            f"{name}.bias",
+            dtype=self.dtype,
+        )
+
+    def _decoder_layer(
+        self, index: int, hidden_states: ir.Value, past: list[ir.Value]
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """One layer; returns the residual stream behind it and the layer's keys and values."""
+        builder, name = self.builder, f"model.layers.{index}"
+        normed = self._norm(hidden_states, f"{name}.input_layernorm")
+        attended, key, value = self._attention(index, normed, past)
+        residual = builder.op("Add", [hidden_states, attended], f"{name}.attention_residual")
+        branch = self._mlp(f"{name}.mlp", self._norm(residual, f"{name}.post_attention_layernorm"))
+        return builder.op("Add", [residual, branch], f"{name}.mlp_residual"), key, value
+
+    def _attention(self, index: int, normed: ir.Value, past: list[ir.Value]) -> tuple[ir.Value, ir.Value, ir.Value]:
+        builder, config, name = self.builder, self.config, f"model.layers.{index}.self_attn"
+        bias = config.attention_bias
+        query, key, value = (self._linear(normed, f"{name}.{role}_proj", bias=bias) for role in "qkv")
+        query = builder.op("RotaryEmbedding", [query, *self.rotary], f"{name}.q_rotary", num_heads=config.num_heads)
+        key = builder.op("RotaryEmbedding", [key, *self.rotary], f"{name}.k_rotary", num_heads=config.num_kv_heads)
+        attended, present_key, present_value = builder.op_outputs(
+            "Attention",
+            [query, key, value, self.mask, *past],
+            [f"{name}.attention", f"present.{index}.key", f"present.{index}.value"],
+            q_num_heads=config.num_heads,
+            kv_num_heads=config.num_kv_heads,
+            scale=float(config.head_dim**-0.5),
+        )
+        return self._linear(attended, f"{name}.o_proj", bias=bias), present_key, present_value
+
+    def _mlp(self, name: str, normed: ir.Value) -> ir.Value:
+        builder, bias = self.builder, self.config.mlp_bias
+        gate = self._linear(normed, f"{name}.gate_proj", bias=bias)
+        up = self._linear(normed, f"{name}.up_proj", bias=bias)
+        # SiLU in two nodes: Swish needs opset 24, and ONNX Runtime fuses these two into one kernel as fast.
+        silu = builder.op("Mul", [gate, builder.op("Sigmoid", [gate], f"{name}.gate_sigmoid")], f"{name}.gate_silu")
+        return self._linear(builder.op("Mul", [silu, up], f"{name}.gated"), f"{name}.down_proj", bias=bias)
+
+    def _head(self, normed: ir.Value, embeddings: ir.Value) -> ir.Value:
+        builder, config = self.builder, self.config
+        if not config.tie_word_embeddings:
+            return self._linear(normed, "lm_head", bias=False, output="logits")
+        rows = builder.op(
+            "Reshape", [normed, builder.constant("rows", np.array([-1, config.hidden_size]))], "head.rows"
+        )
+        scores = builder.op("Gemm", [rows, embeddings], "lm_head", transB=1)
+        shape = builder.op(
+            "Concat",
+            [
+                builder.op("Shape", [normed], "head.batch_and_sequence", start=0, end=2, dtype=ir.DataType.INT64),
+                builder.constant("vocab_size", np.array([config.vocab_size])),
+            ],
+            "head.shape",
+            axis=0,
+        )
+        return builder.op("Reshape", [scores, shape], "logits")
+
+    def _norm(self, value: ir.Value, name: str) -> ir.Value:
+        """RMSNormalization-23, its mean of squares in fp32 whatever the dtype (stash_type 1)."""
+        scale = self.builder.weight(CheckpointWeight(self.tensors[f"{name}.weight"], self.dtype))
+        return self.builder.op(
+            "RMSNormalization", [value, scale], name, axis=-1, epsilon=self.config.rms_norm_eps, stash_type=1
+        )
+
+    def _linear(self, value: ir.Value, name: str, *, bias: bool, output: str | None = None) -> ir.Value:
+        weight = self.builder.weight(CheckpointWeight(self.tensors[f"{name}.weight"], self.dtype, transposed=True))
+        product = self.builder.op("MatMul", [value, weight], output or name)
+        if not bias:
+            return product
+        offset = self.builder.weight(CheckpointWeight(self.tensors[f"{name}.bias"], self.dtype))
+        return self.builder.op("Add", [product, offset], f"{name}.biased")
+
+    def _cast(self, value: ir.Value) -> ir.Value:
+        if self.dtype == ir.DataType.FLOAT:
+            return value
+        return self.builder.op("Cast", [value], f"{value.name}_cast", to=self.dtype.value, dtype=self.dtype)

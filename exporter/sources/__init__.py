@@ -1,0 +1,1 @@
+"""What can be exported, behind one set of questions."""

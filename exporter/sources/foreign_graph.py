@@ -1,0 +1,240 @@
+"""A Llama graph that another exporter wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.checkpoints.files.file_digest import file_sha256
+from dlo_export.checkpoints.files.json_file import save_json
+from dlo_export.checkpoints.formats.huggingface_folder import copy_companions
+from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.exporter.weight_file import external_tensors
+from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
+from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
+from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.find.projections import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignGraph:
+    """A `.onnx` file whose decoder layers were found.
+
+    Attributes:
+        path: The file.
+        config: From the config.json beside it; None where there is none.
+    """
+
+    path: Path
+    config: LlamaConfig | None
+
+    def model(self) -> ir.Model:
+        """The graph, its external weights mapped, not read: a new one with every call.
+
+        Additions that the exporter fused with the norm behind them stand apart again: layers are found between them.
+        """
+        model = load_graph(self.path)
+        SplitSkipNormsPass()(model)
+        return model
+
+    @functools.cached_property
+    def _layers(self) -> tuple[DecoderLayer, ...]:
+        return find_decoder_layers(self._model.graph)
+
+    @functools.cached_property
+    def _model(self) -> ir.Model:
+        return self.model()
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers found."""
+        return len(self._layers)
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, LazyTensor]:
+        """The graph's weights under Hugging Face names, in Hugging Face orientation."""
+        named: dict[str, LazyTensor] = {}
+        for layer in self._layers:
+            for projection in layer.projections.values():
+                tensor = constant_tensor(projection.weight)
+                assert tensor is not None, "a projection's weight is constant"
+                name = f"model.layers.{layer.index}.{projection.tensor}"
+                named[name] = GraphWeight(name, tensor, projection.layout)
+        named |= _outer_weights(self._layers[0], self._layers[-1])
+        head = named.get("lm_head.weight")
+        # Some exporters store a tied matrix twice.
+        if self.config is not None and self.config.tie_word_embeddings and head is not None:
+            if not np.array_equal(head.numpy(), named["model.embed_tokens.weight"].numpy()):
+                raise CheckpointError(
+                    f"{self.path}: head and embedding differ, but config.json says tie_word_embeddings",
+                    hint="put the config.json of the exported model beside the graph",
+                )
+            del named["lm_head.weight"]
+        return named
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of `tensors`."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def sha256(self) -> str:
+        """SHA-256 over the graph file and its external data files, in the order of their names."""
+        digest = hashlib.sha256()
+        for file in (self.path, *sorted(_data_files(self._model, self.path))):
+            digest.update(bytes.fromhex(file_sha256(file)))
+        return digest.hexdigest()
+
+    def save_companions(self, folder: Path, config_overrides: Mapping[str, Any] | None = None) -> None:
+        """Writes config.json with the overrides, and copies what else stands beside the graph."""
+        if self.config is not None:
+            save_json(folder / "config.json", {**self.config.raw, **(config_overrides or {})})
+        generation_config = self.path.parent / "generation_config.json"
+        if generation_config.is_file():
+            shutil.copyfile(generation_config, folder / generation_config.name)
+        copy_companions(self.path.parent, folder)
+
+    def close(self) -> None:
+        """Nothing to unmap: onnx_ir releases its files with the model."""
+
+
+class GraphWeight:
+    """An initializer seen as a checkpoint tensor.
+
+    Args:
+        name: Hugging Face name.
+        tensor: As the graph stores it.
+        layout: Which way round that is.
+    """
+
+    def __init__(self, name: str, tensor: ir.TensorProtocol, layout: Layout) -> None:
+        self.name = name
+        self._tensor = tensor
+        self._transposed = layout == "in_out"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Hugging Face orientation, linear weights [out, in]."""
+        shape = tuple(self._tensor.shape.numpy())
+        return shape[::-1] if self._transposed else shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Element type of `numpy()`."""
+        return self._tensor.dtype.numpy()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of `numpy()`."""
+        return self._tensor.nbytes
+
+    def numpy(self) -> np.ndarray:
+        """A view of the mapped tensor."""
+        return self._tensor.numpy().T if self._transposed else self._tensor.numpy()
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """numpy()[start:stop]."""
+        return self.numpy()[start:stop]
+
+    def release(self) -> None:
+        """Nothing: the mapping belongs to the graph."""
+
+
+def open_foreign_graph(path: Path) -> ForeignGraph:
+    """Opens someone else's Llama graph.
+
+    Raises:
+        InputError: There is no such file, it is no ONNX model, or an external data file is missing or too short.
+        CheckpointError: The config.json beside it is not a supported Llama's.
+        dlo_export.graph_passes.errors.DecoderLayersNotFound: The graph is no decoder with a KV cache.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file", hint="give the .onnx file itself, or a checkpoint folder")
+    config_path = path.parent / "config.json"
+    config = LlamaConfig.from_json(config_path) if config_path.is_file() else None
+    graph = ForeignGraph(path, config)
+    _check_data_files(graph.model(), path)
+    if config is not None and config.num_layers != graph.num_layers:
+        raise CheckpointError(
+            f"{config_path}: num_hidden_layers is {config.num_layers}, the graph has {graph.num_layers} layers",
+            hint="put the config.json of the exported model beside the graph",
+        )
+    return graph
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Reads a graph; external weights are mapped when they are asked for.
+
+    Raises:
+        InputError: It is no ONNX model.
+    """
+    try:
+        return ir.load(path)
+    except Exception as err:  # protobuf, serde and OS errors have no common base; each means "not a readable model"
+        raise InputError(
+            f"{path}: is not a readable ONNX model ({type(err).__name__}: {err})", hint="export it again"
+        ) from err
+
+
+def _data_files(model: ir.Model, path: Path) -> set[Path]:
+    return {path.parent / tensor.location for tensor in external_tensors(model.graph).values()}
+
+
+def _check_data_files(model: ir.Model, path: Path) -> None:
+    root = path.parent.resolve()
+    problems = []
+    needed: dict[Path, int] = {}
+    for tensor in external_tensors(model.graph).values():
+        file = path.parent / tensor.location
+        needed[file] = max(needed.get(file, 0), (tensor.offset or 0) + tensor.nbytes)
+    for file, size in sorted(needed.items()):
+        if not file.resolve().is_relative_to(root):
+            problems.append(f"{file}: lies outside {root}")
+        elif not file.is_file():
+            problems.append(f"{file}: missing")
+        elif file.stat().st_size < size:
+            problems.append(f"{file}: has {file.stat().st_size} bytes, expected at least {size}")
+    if problems:
+        raise InputError(f"{path}: external weights: " + "; ".join(problems), hint="copy all files of the export")
+
+
+def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTensor]:
+    """Embedding, final norm and head: the constants before the first layer and behind the last."""
+    lookup = first.input.producer()
+    assert lookup is not None, "the residual stream starts at an embedding lookup"
+    embedding = constant_tensor(lookup.inputs[0])
+    assert embedding is not None
+    found: dict[str, LazyTensor] = {
+        "model.embed_tokens.weight": GraphWeight("model.embed_tokens.weight", embedding, "out_in")
+    }
+    for node in _nodes_behind(last.output):
+        for value in node.inputs:
+            tensor = constant_tensor(value)
+            if tensor is None or tensor.size <= 1:
+                continue
+            shape = tensor.shape.numpy()
+            if shape == (last.hidden_size,) and is_op(node, "Mul", "RMSNormalization", "SimplifiedLayerNormalization"):
+                found["model.norm.weight"] = GraphWeight("model.norm.weight", tensor, "vector")
+            elif is_op(node, "MatMul") and shape[0] == last.hidden_size:
+                found["lm_head.weight"] = GraphWeight("lm_head.weight", tensor, "in_out")
+    return found
+
+
+def _nodes_behind(value: ir.Value) -> list[ir.Node]:
+    """Every node that depends on a value, nearest first."""
+    nodes: dict[ir.Node, None] = {}
+    waiting = [value]
+    while waiting:
+        for node in waiting.pop(0).consumers():
+            if node not in nodes:
+                nodes[node] = None
+                waiting.extend(node.outputs)
+    return list(nodes)

@@ -1,0 +1,1 @@
+"""Passes on the KV cache of attention."""

@@ -1,0 +1,124 @@
+"""Give attention a KV cache of fixed size that is updated in place: TensorRT's interface."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.graph_passes.cache.attention_cache import (
+    CachedAttention,
+    attend,
+    cached_attentions,
+    heads_first,
+    remove_unused,
+)
+from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
+from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, made_by, shared_constant
+
+OPSET = 24  # TensorScatter
+_MASK = "model.attention_mask"
+
+
+@dataclasses.dataclass(frozen=True)
+class UseStaticCachePass(ir.passes.InPlacePass):
+    """Write keys and values into cache slots, and attend over all slots under one full additive mask.
+
+    Before::
+
+        bias          = …attention_mask…                                # [batch, 1, sequence, past + sequence]
+        y, pk, pv     = Attention(q, k, v, bias, past_key, past_value)   # q, k, v [batch, sequence, heads·dim]
+
+    After, past and present being [batch, kv_heads, max_cache, head_dim]::
+
+        pk            = TensorScatter(past_key, heads(k), write_indices) # and pv
+        y             = tokens(Attention(heads(q), pk, pv, bias))
+        bias          = Where(slot <= write_indices + token and slot < kv_lengths, 0, lowest)
+
+    `write_indices` int64 [batch] is the slot of the step's first token, `kv_lengths` int64 [batch] how many slots hold
+    real tokens after the step; they replace `attention_mask`. Batches are ragged to the right: what a shorter sequence
+    writes behind its end is never seen, and overwritten by its next step. A slot that was never written must hold a
+    finite number. Attention is never given is_causal or nonpad_kv_seqlen, which TensorRT reads differently or drops.
+    Scope: main graph. Source: ONNX TensorScatter-24, Attention-24.
+
+    Attributes:
+        max_cache: Slots per sequence.
+    """
+
+    max_cache: int
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (InjectLayersPass, RouteLayersPass)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite every attention.
+
+        Raises:
+            GraphPassError: There is none with a growing cache, or one cannot be rewritten; with all reasons.
+        """
+        graph = model.graph
+        if any(made_by(graph, type(self).__name__)):
+            return ir.passes.PassResult(model, modified=False)
+        if self.max_cache < 1:
+            raise GraphPassError(f"UseStaticCachePass: max_cache is {self.max_cache}, expected at least 1.")
+        attentions = cached_attentions(graph, type(self).__name__)
+        graph.opset_imports[""] = max(OPSET, graph.opset_imports[""])
+        write_indices, kv_lengths = (
+            ir.val(name, dtype=ir.DataType.INT64, shape=["batch"]) for name in ("write_indices", "kv_lengths")
+        )
+        mask = self._mask(graph, attentions[0], write_indices, kv_lengths)
+        for attention in attentions:
+            self._rewrite(graph, attention, write_indices, mask)
+        remove_unused(graph)
+        first_cache = next(i for i, value in enumerate(graph.inputs) if (value.name or "").startswith("past_"))
+        graph.inputs[first_cache:first_cache] = [write_indices, kv_lengths]
+        graph.inputs[:] = [value for value in graph.inputs if value.name != "attention_mask"]
+        return ir.passes.PassResult(model, modified=True)
+
+    def _mask(self, graph: ir.Graph, first: CachedAttention, write_indices: ir.Value, kv_lengths: ir.Value) -> ir.Value:
+        """The additive mask of all layers, [batch, 1, sequence, max_cache], put in front of the first."""
+        new, int64, boolean = TaggedNodes(type(self).__name__, None), ir.DataType.INT64, ir.DataType.BOOL
+        dtype = first.dtype
+
+        def constant(name: str, array: np.ndarray) -> ir.Value:
+            return shared_constant(graph, f"{_MASK}.{name}", array)
+
+        input_ids = next(value for value in graph.inputs if value.name == "input_ids")
+        slots = constant("slots", np.arange(self.max_cache))
+        length = new.add("Shape", input_ids, name=f"{_MASK}.sequence_axis", dtype=int64, shape=(1,), start=1, end=2)
+        zero, one = constant("zero", np.array(0)), constant("one", np.array(1))
+        count = new.add("Squeeze", length, name=f"{_MASK}.sequence", dtype=int64, shape=())
+        steps = new.add("Range", zero, count, one, name=f"{_MASK}.steps", dtype=int64, shape=("sequence",))
+        axis_1, axes_1_2, axis_2 = (constant(f"axes_{'_'.join(map(str, a))}", np.array(a)) for a in ([1], [1, 2], [2]))
+        starts = new.add("Unsqueeze", write_indices, axis_1, name=f"{_MASK}.starts", dtype=int64, shape=("batch", 1))
+        tokens = new.add("Add", starts, steps, name=f"{_MASK}.tokens", dtype=int64, shape=("batch", "sequence"))
+        shape: tuple[int | str, ...] = ("batch", "sequence", 1)
+        column = new.add("Unsqueeze", tokens, axis_2, name=f"{_MASK}.token_column", dtype=int64, shape=shape)
+        shape = ("batch", "sequence", self.max_cache)
+        causal = new.add("LessOrEqual", slots, column, name=f"{_MASK}.causal", dtype=boolean, shape=shape)
+        ends = new.add("Unsqueeze", kv_lengths, axes_1_2, name=f"{_MASK}.ends", dtype=int64, shape=("batch", 1, 1))
+        real = new.add("Less", slots, ends, name=f"{_MASK}.real", dtype=boolean, shape=("batch", 1, self.max_cache))
+        visible = new.add("And", causal, real, name=f"{_MASK}.visible", dtype=boolean, shape=shape)
+        shape = ("batch", 1, "sequence", self.max_cache)
+        per_head = new.add("Unsqueeze", visible, axis_1, name=f"{_MASK}.per_head", dtype=boolean, shape=shape)
+        open_, lowest = (
+            constant(name, np.asarray(number, dtype.numpy())) for name, number in (("open", 0), ("lowest", dtype.min))
+        )
+        bias = new.add("Where", per_head, open_, lowest, name=f"{_MASK}.static_bias", dtype=dtype, shape=shape)
+        graph.insert_before(first.node, new.nodes)
+        return bias
+
+    def _rewrite(self, graph: ir.Graph, attention: CachedAttention, write_indices: ir.Value, mask: ir.Value) -> None:
+        new = TaggedNodes(type(self).__name__, attention.layer)
+        shape = ("batch", attention.kv_heads, self.max_cache, attention.head_dim)
+        present = []
+        for index, part in ((1, "key"), (2, "value")):
+            past, name, dtype = attention.operand(index + 3), f"{attention.name}.{part}_cache", attention.dtype
+            past.shape = ir.Shape(shape)
+            update = heads_first(graph, new, attention, index, part)
+            present.append(
+                new.add("TensorScatter", past, update, write_indices, name=name, dtype=dtype, shape=shape, axis=2)
+            )
+        attend(graph, new, attention, (present[0], present[1]), mask)

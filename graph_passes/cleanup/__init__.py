@@ -1,0 +1,1 @@
+"""Passes that change how something is computed, not what."""

@@ -1,0 +1,120 @@
+"""Fuse MatMuls that read the same value into one wider MatMul."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.row_tensor import RowTensor, read_rows
+from dlo_export.graph_passes.spec.provenance import PASS_KEY
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseSiblingMatMulsPass(ir.passes.InPlacePass):
+    """Replace MatMuls with constant weights on one value by a single MatMul and a Split.
+
+    Before::
+
+        q = MatMul(x, Wq)
+        k = MatMul(x, Wk)
+        v = MatMul(x, Wv)
+
+    After::
+
+        fused   = MatMul(x, W)          # W = Wq, Wk and Wv side by side
+        q, k, v = Split(fused, sizes)   # along the last axis
+
+    Optional: a graph without such siblings is left alone. Scope: main graph.
+
+    Attributes:
+        minimum: Smallest group that is fused. Three by default: query, key and value. Two siblings (gate and up) gain
+            1.5 % at batch-1 decode on ONNX Runtime's CPU kernels and lose as much in prefill to the larger Split.
+    """
+
+    minimum: int = 3
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = ()
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fuses every group of at least `minimum` siblings."""
+        siblings: dict[ir.Value, list[ir.Node]] = {}
+        for node in model.graph:
+            if _is_fusible(node, model.graph):
+                siblings.setdefault(node.inputs[0], []).append(node)  # type: ignore[arg-type]  # MatMul has inputs
+        groups = [nodes for nodes in siblings.values() if len(nodes) >= self.minimum]
+        for nodes in groups:
+            _fuse(model.graph, nodes)
+        return ir.passes.PassResult(model, modified=bool(groups))
+
+
+class _SideBySide(RowTensor):
+    """Matrices of equal height, [in, out_i], joined along their columns."""
+
+    def __init__(self, name: str, parts: list[ir.TensorProtocol]) -> None:
+        shapes = [part.shape.numpy() for part in parts]
+        super().__init__(name, parts[0].dtype, (shapes[0][0], sum(width for _, width in shapes)))
+        self._parts = parts
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return np.concatenate([read_rows(part, start, stop) for part in self._parts], axis=1)
+
+
+def _is_fusible(node: ir.Node, graph: ir.Graph) -> bool:
+    if not is_op(node, "MatMul"):
+        return False
+    weight = node.inputs[1]
+    return (
+        weight is not None
+        and weight.name in graph.initializers
+        and not weight.is_graph_input()
+        and weight.const_value is not None
+        and len(weight.const_value.shape) == 2
+        and len(weight.uses()) == 1
+    )
+
+
+def _fuse(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    first = nodes[0]
+    weights = [node.inputs[1] for node in nodes]
+    tensors = [weight.const_value for weight in weights if weight is not None and weight.const_value is not None]
+    name = _joined_name([node.name or "" for node in nodes])
+    weight = _initializer(graph, _SideBySide(f"{name}.weight", tensors))
+    sizes = np.array([tensor.shape[1] for tensor in tensors], np.int64)
+    split_sizes = _initializer(graph, ir.tensor(sizes, name=f"{name}.sizes"))
+    made_by = {PASS_KEY: FuseSiblingMatMulsPass.__name__}
+    fused = ir.node("MatMul", [first.inputs[0], weight], name=name, metadata_props=dict(made_by))
+    fused.outputs[0].name = name
+    fused.outputs[0].type = first.outputs[0].type
+    split = ir.node(
+        "Split",
+        [fused.outputs[0], split_sizes],
+        {"axis": -1},
+        num_outputs=len(nodes),
+        name=f"{name}.split",
+        metadata_props=dict(made_by),
+    )
+    graph.insert_before(first, [fused, split])
+    for node, output in zip(nodes, split.outputs, strict=True):
+        old = node.outputs[0]
+        output.type, output.shape = old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
+        output.name, old.name = old.name, None
+    graph.remove(nodes, safe=True)
+    for value in weights:
+        del graph.initializers[value.name]  # type: ignore[union-attr,arg-type]  # checked by _is_fusible
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.val(tensor.name or "", const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _joined_name(names: list[str]) -> str:
+    """`model.layers.0.self_attn.q_proj+k_proj+v_proj` for three names with that common parent."""
+    parent, _, leaf = names[0].rpartition(".")
+    leaves = [leaf, *(name.removeprefix(f"{parent}.") for name in names[1:])]
+    return f"{parent}.{'+'.join(leaves)}" if parent else "+".join(leaves)

@@ -1,0 +1,86 @@
+"""Compute the logits of each sequence's last token only."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
+from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
+from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.find.data_flow import element_type
+from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, made_by, shared_constant
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepLastLogitsPass(ir.passes.InPlacePass):
+    """Gather the last real token behind the last layer, so that norm and head run once per sequence.
+
+    Before::
+
+        logits = head(norm(y))                                           # [batch, sequence, vocab]
+
+    After::
+
+        last   = Unsqueeze(kv_lengths − write_indices − 1, [1, 2])        # [batch, 1, 1]
+        logits = head(norm(GatherND(y, last, batch_dims=1)))             # [batch, 1, vocab]
+
+    Scope: main graph, with a static cache; the head must take the number of tokens from what it reads.
+    Source: ONNX GatherND-13.
+    """
+
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (InjectLayersPass, UseStaticCachePass)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Cut the stream behind the last layer.
+
+        Raises:
+            GraphPassError: The graph does not say where a sequence's last token is.
+        """
+        graph = model.graph
+        if any(made_by(graph, type(self).__name__)):
+            return ir.passes.PassResult(model, modified=False)
+        inputs = {value.name: value for value in graph.inputs}
+        if missing := [name for name in ("write_indices", "kv_lengths") if name not in inputs]:
+            raise GraphPassError(
+                f"KeepLastLogitsPass: the graph has no input {' and '.join(missing)}, so the last token is not known.",
+                hint="last-token logits need the static cache",
+            )
+        layer = find_decoder_layers(graph)[-1]
+        stream, new, int64 = layer.output, TaggedNodes(type(self).__name__, None), ir.DataType.INT64
+        readers = [(node, index) for node, index in stream.uses()]
+        one = shared_constant(graph, "model.last_token.one", np.array([1], np.int64))
+        axes = shared_constant(graph, "model.last_token.axes", np.array([1, 2], np.int64))
+        shape: tuple[int | str, ...] = ("batch",)
+        count = new.add(
+            "Sub",
+            inputs["kv_lengths"],
+            inputs["write_indices"],
+            name="model.last_token.count",
+            dtype=int64,
+            shape=shape,
+        )
+        last = new.add("Sub", count, one, name="model.last_token.index", dtype=int64, shape=shape)
+        index = new.add("Unsqueeze", last, axes, name="model.last_token.indices", dtype=int64, shape=("batch", 1, 1))
+        row = new.add(
+            "GatherND",
+            stream,
+            index,
+            name="model.last_token",
+            dtype=element_type(stream),
+            shape=("batch", 1, layer.hidden_size),
+            batch_dims=1,
+        )
+        producer = stream.producer()
+        assert producer is not None, "a layer computes its output"
+        graph.insert_after(producer, new.nodes)
+        for node, position in readers:
+            node.replace_input_with(position, row)
+        logits = next(value for value in graph.outputs if value.name == "logits")
+        assert logits.shape is not None, "an output's shape is declared"
+        logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
+        return ir.passes.PassResult(model, modified=True)

@@ -1,0 +1,76 @@
+"""Undo the fusion of residual additions with the norms behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.spec.provenance import PASS_KEY
+
+_FUSED = "SkipSimplifiedLayerNormalization"
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSkipNormsPass(ir.passes.InPlacePass):
+    """Give every residual addition a node of its own, as the passes on decoder layers need it.
+
+    Before::
+
+        n, _, _, s = com.microsoft.SkipSimplifiedLayerNormalization <epsilon> (x, branch, weight, bias?)
+
+    After::
+
+        s = Add(x, branch)                          # branch = Add(branch, bias) first where there is a bias
+        n = RMSNormalization <axis=-1> (s, weight)  # SimplifiedLayerNormalization before opset 23
+
+    Optional: a graph without such nodes is left alone. Scope: main graph. Graphs of onnxruntime-genai's builder and of
+    mobius have them. Source: ONNX Runtime's contrib operators.
+    """
+
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = ()
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Split every fused node."""
+        fused = [node for node in model.graph if is_op(node, _FUSED, domain="com.microsoft")]
+        for node in fused:
+            _split(model.graph, node)
+        return ir.passes.PassResult(model, modified=bool(fused))
+
+
+def _split(graph: ir.Graph, node: ir.Node) -> None:
+    stream, branch, weight, *rest = node.inputs
+    nodes: list[ir.Node] = []
+    if rest and rest[0] is not None:
+        nodes.append(_new_node("Add", [branch, rest[0]], f"{node.name}/add_bias", node.outputs[0]))
+        branch = nodes[-1].outputs[0]
+    nodes.append(_new_node("Add", [stream, branch], f"{node.name}/add", node.outputs[0]))
+    op_type = "RMSNormalization" if graph.opset_imports.get("", 0) >= 23 else "SimplifiedLayerNormalization"
+    attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-12), "stash_type": 1}
+    norm = _new_node(op_type, [nodes[-1].outputs[0], weight], f"{node.name}/norm", node.outputs[0], attributes)
+    graph.insert_before(node, [*nodes, norm])
+    for old, new in (
+        (node.outputs[0], norm.outputs[0]),
+        *((output, nodes[-1].outputs[0]) for output in node.outputs[3:]),
+    ):
+        name = old.name
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        if name:
+            old.name = f"{name}/fused"  # the value is gone in a moment; until then no two may share a name
+            new.name = name
+    graph.remove(node, safe=True)
+
+
+def _new_node(
+    op_type: str,
+    inputs: list[ir.Value | None],
+    name: str,
+    like: ir.Value,
+    attributes: dict[str, int | float] | None = None,
+) -> ir.Node:
+    node = ir.node(op_type, inputs, attributes or {}, name=name, metadata_props={PASS_KEY: SplitSkipNormsPass.__name__})
+    node.outputs[0].name, node.outputs[0].type = f"{name}/output_0", like.type
+    node.outputs[0].shape = None if like.shape is None else like.shape.copy()
+    return node

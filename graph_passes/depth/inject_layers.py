@@ -1,0 +1,268 @@
+"""Deepen a decoder: insert layers derived from the ones it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, MutableSequence
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from dlo_export.checkpoints.depth.layer_init import LayerInitError, canonical_init
+from dlo_export.graph_passes.depth.injected_weights import WeightSource, checkpoint_shape, given_weight, initial_weight
+from dlo_export.graph_passes.depth.layer_copy import LayerCopy, copy_layer
+from dlo_export.graph_passes.depth.layer_names import renumber_layers, renumbered, unique_names
+from dlo_export.graph_passes.errors import GraphPassError, place
+from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, made_by
+
+_ORIGIN_KEY = "dlo.origin"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerInjection:
+    """One layer to insert.
+
+    Attributes:
+        position: Its index in the deepened model.
+        source: Index, in the model as it is, of the layer it derives from.
+        init: How its weights follow from the source's (`layer_init.LAYER_INITS`); None when `weights` gives them.
+        weights: Its weights by their Hugging Face names inside the layer ("mlp.up_proj.weight", …), in checkpoint
+            orientation; None to compute them by `init`.
+    """
+
+    position: int
+    source: int
+    init: str | None = None
+    weights: Mapping[str, WeightSource] | None = None
+
+    @property
+    def origin(self) -> str:
+        """What a graph records about the layer."""
+        return json.dumps({"source": self.source, "init": self.init or "given"})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InjectLayersPass(ir.passes.InPlacePass):
+    """Insert decoder layers, each a copy of an existing layer's nodes with weights of its own.
+
+    Before::
+
+        x1, present.0 = layer_0(x0, past.0)
+        x2, present.1 = layer_1(x1, past.1)
+
+    After injecting (position 1, source 0)::
+
+        x1, present.0 = layer_0(x0, past.0)
+        c,  present.1 = layer_0'(x1, past.1)     # same nodes, new weights
+        x2, present.2 = layer_1(c, past.2)       # renumbered, with its KV inputs and outputs
+
+    Values that do not depend on the residual stream (masks, rotary tables, constants) are shared. Names are renumbered
+    with anchored matches. New weights are lazy: computed when the model is saved, one tensor at a time. Scope: main
+    graph. Sources: TLI (arXiv 2410.11654), DLO (arXiv 2407.11030).
+
+    Attributes:
+        layers: What to insert.
+        seed: Of init "random".
+        initializer_range: Standard deviation of init "random".
+    """
+
+    layers: tuple[LayerInjection, ...]
+    seed: int = 0
+    initializer_range: float = 0.02
+
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = ()
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Insert all layers.
+
+        Raises:
+            GraphPassError: With all problems: impossible positions or sources, unknown inits, weights that are missing
+                or of the wrong shape, a graph that was injected or routed differently before.
+        """
+        graph = model.graph
+        wanted = {str(layer.position): layer.origin for layer in self.layers}
+        present = {
+            node.metadata_props[LAYER_KEY]: node.metadata_props[_ORIGIN_KEY]
+            for node in made_by(graph, type(self).__name__)
+        }
+        if wanted and present == wanted:
+            return ir.passes.PassResult(model, modified=False)
+        layers = find_decoder_layers(graph)
+        self._check(graph, layers, present)
+        _Deepening(graph, layers, self).run()
+        return ir.passes.PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """The deepened stream can be followed and its layers are numbered in order."""
+        find_decoder_layers(model.graph)
+
+    def _check(self, graph: ir.Graph, layers: tuple[DecoderLayer, ...], present: Mapping[str, str]) -> None:
+        problems = [] if self.layers else ["no layers were given"]
+        if present:
+            problems.append(f"layers {', '.join(present)} were injected before")
+        if any(made_by(graph, "RouteLayersPass")):
+            problems.append("the graph is routed already")
+        problems += [
+            f"layer {layer.index}: {place(layer.mlp.conditional)} skips its MLP branch"
+            for layer in layers
+            if layer.mlp.conditional is not None
+        ]
+        if layers[-1].output.is_graph_output():
+            problems.append(f"the last hidden state '{layers[-1].output.name}' is an output of the graph")
+        depth = len(layers) + len(self.layers)
+        positions = [layer.position for layer in self.layers]
+        problems += [
+            f"position {position} is out of range, expected 0 to {depth - 1}"
+            for position in positions
+            if not 0 <= position < depth
+        ]
+        problems += [f"position {p} is given twice" for p in sorted({p for p in positions if positions.count(p) > 1})]
+        for injection in self.layers:
+            problems += _injection_problems(injection, layers)
+        if problems:
+            raise GraphPassError(
+                "InjectLayersPass: " + "; ".join(problems) + ".",
+                hint="positions count in the deepened model, sources in the model as it is; inject before routing",
+            )
+
+
+def _injection_problems(injection: LayerInjection, layers: tuple[DecoderLayer, ...]) -> list[str]:
+    where = f"layer {injection.position}"
+    if not 0 <= injection.source < len(layers):
+        return [f"{where} derives from layer {injection.source}, expected 0 to {len(layers) - 1}"]
+    source = layers[injection.source]
+    problems = [
+        f"{place(node)} of layer {injection.source} holds a subgraph and cannot be copied"
+        for node in source.nodes
+        if any(attr.type in {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS} for attr in node.attributes.values())
+    ]
+    if (injection.init is None) == (injection.weights is None):
+        problems.append(f"{where} has {'neither' if injection.init is None else 'both'} init and weights, expected one")
+    elif injection.init is not None:
+        try:
+            canonical_init(injection.init)
+        except LayerInitError as error:
+            problems.append(f"{where}: {str(error).splitlines()[0]}")
+    elif injection.weights is not None:
+        expected = {projection.tensor: checkpoint_shape(projection) for projection in source.projections.values()}
+        found = {name: tuple(weight.shape) for name, weight in injection.weights.items()}
+        problems += [
+            f"{where}: {name} has shape {found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
+            for name in sorted(expected.keys() | found.keys())
+            if found.get(name) != expected.get(name)
+        ]
+    return problems
+
+
+class _Deepening:
+    """One run of the pass: renumber, then walk the new stream from front to back."""
+
+    def __init__(self, graph: ir.Graph, layers: tuple[DecoderLayer, ...], request: InjectLayersPass) -> None:
+        self.graph = graph
+        self.layers = layers
+        self.request = request
+        self.injections = {injection.position: injection for injection in request.layers}
+        self.depth = len(layers) + len(self.injections)
+        self.new_index = dict(enumerate(index for index in range(self.depth) if index not in self.injections))
+        self.reads = [layer.input for layer in layers]  # what each original reads as its input, as the walk goes on
+        # Weights follow from the layers' own data flow: they are told apart before anything is rewired.
+        self.projections = [layer.projections for layer in layers]
+        self.cache = {
+            self.new_index[layer.index]: (layer.past_key, layer.past_value, layer.present_key, layer.present_value)
+            for layer in layers
+        }
+
+    def run(self) -> None:
+        renumber_layers(self.graph, self.new_index)
+        self.unique = unique_names(self.graph)
+        members = [frozenset(layer.nodes) for layer in self.layers]
+        behind_last = [use for use in self.layers[-1].output.uses() if use.node not in members[-1]]
+        stream, last_node = self.reads[0], self.reads[0].producer()
+        originals = iter(self.layers)
+        for position in range(self.depth):
+            assert last_node is not None, "the stream starts at the embedding node"
+            if position in self.injections:
+                copy = self._copy(self.injections[position], stream)
+                for initializer in copy.initializers:
+                    self.graph.register_initializer(initializer)
+                self.graph.insert_after(last_node, copy.nodes)
+                stream, last_node = copy.output, copy.nodes[-1]
+                self.cache[position] = copy.cache
+            else:
+                layer = next(originals)
+                for use in self.reads[layer.index].uses():
+                    if use.node in members[layer.index]:
+                        use.node.replace_input_with(use.idx, stream)
+                self.reads[layer.index] = stream
+                stream, last_node = layer.output, layer.mlp.add
+        for use in behind_last:
+            use.node.replace_input_with(use.idx, stream)
+        self._order_interface()
+        self._sort()
+
+    def _copy(self, injection: LayerInjection, stream: ir.Value) -> LayerCopy:
+        source, position = self.layers[injection.source], injection.position
+        past = {
+            value: ir.Value(
+                name=f"past_key_values.{position}.{part}", type=value.type, shape=value.shape and value.shape.copy()
+            )
+            for value, part in ((source.past_key, "key"), (source.past_value, "value"))
+        }
+        numbers = {self.new_index[source.index]: position}
+
+        def rename(name: str) -> str:
+            new = renumbered(name, numbers)
+            return self.unique(new if new != name else f"{name}.copy_{position}")
+
+        weights = {
+            projection: self._weight(injection, role) for role, projection in self.projections[source.index].items()
+        }
+        tags = {PASS_KEY: InjectLayersPass.__name__, LAYER_KEY: str(position), _ORIGIN_KEY: injection.origin}
+        return copy_layer(source, {self.reads[source.index]: stream, **past}, weights, rename, tags)
+
+    def _weight(self, injection: LayerInjection, role: str) -> ir.Value:
+        source = self.projections[injection.source][role]
+        name = self.unique(f"model.layers.{injection.position}.{source.tensor}")
+        if injection.weights is not None:
+            tensor = given_weight(name, source, injection.weights[source.tensor])
+        else:
+            assert injection.init is not None, "checked before the run"
+            tensor = initial_weight(
+                name,
+                injection.init,
+                source,
+                self.projections[injection.source - 1].get(role) if injection.source else None,
+                seed=(self.request.seed, injection.position),
+                initializer_range=self.request.initializer_range,
+            )
+        return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+
+    def _order_interface(self) -> None:
+        """KV inputs and outputs of all layers in order, where the first one stood."""
+        caches = [self.cache[position] for position in range(self.depth)]
+        _put_in_order(self.graph.inputs, [value for cache in caches for value in cache[:2]])
+        _put_in_order(self.graph.outputs, [value for cache in caches for value in cache[2:]])
+
+    def _sort(self) -> None:
+        try:
+            self.graph.sort()
+        except ValueError as error:
+            raise GraphPassError(
+                "InjectLayersPass: a copied layer reads values that only a later layer computes; expected what layers "
+                "share (masks, lengths) to be computed before the first one.",
+                hint="export the graph without common subexpression elimination, or inject after the source layer",
+            ) from error
+
+
+def _put_in_order(interface: MutableSequence[ir.Value], values: list[ir.Value]) -> None:
+    """Order an interface's KV values, given as key, value, key, value, …; in its own convention if that is other."""
+    members = set(values)
+    present = [index for index, value in enumerate(interface) if value in members]
+    keys, contents = values[::2], values[1::2]
+    # onnxruntime-genai lists all keys before all values.
+    if interface[present[1]] in set(keys):
+        values = keys + contents
+    rest = [value for value in interface if value not in members]
+    interface[:] = [*rest[: present[0]], *values, *rest[present[0] :]]

@@ -1,0 +1,200 @@
+"""Tell a decoder layer's weights apart by what they feed: which MatMul is k_proj, which is gate_proj."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import onnx_ir as ir
+
+from dlo_export.graph_passes.errors import GraphPassError, place
+from dlo_export.graph_passes.find.data_flow import SHAPE_OPS, constant_tensor, is_op
+from dlo_export.graph_passes.find.residual_stream import ResidualBlock
+
+Layout = Literal["in_out", "out_in", "vector"]
+
+# Attention ops that take query, key, value as inputs 0, 1, 2 and return the present key and value as outputs 1, 2.
+_ATTENTION_OPS = (("", "Attention"), ("com.microsoft", "GroupQueryAttention"), ("com.microsoft", "MultiHeadAttention"))
+_NORM_OPS = (
+    ("", "RMSNormalization"),
+    ("", "LayerNormalization"),
+    # ONNX Runtime registers this contrib op in the default domain; some exporters write com.microsoft.
+    ("", "SimplifiedLayerNormalization"),
+    ("com.microsoft", "SimplifiedLayerNormalization"),
+)
+_ACTIVATIONS = frozenset({"Sigmoid", "Swish", "Gelu", "FastGelu", "QuickGelu", "Relu", "Tanh", "Erf", "HardSwish"})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Projection:
+    """One weight of a decoder layer and where it enters the computation.
+
+    Attributes:
+        tensor: Its Hugging Face name inside the layer, "self_attn.q_proj.weight".
+        weight: The constant itself; between it and the node that reads it may stand Identity, Cast and Transpose.
+        layout: How `weight` is stored: "out_in" as in a checkpoint, "in_out" as a MatMul reads it, or "vector".
+        node: The node that computes with it.
+        input_index: Which of the node's inputs it (or what is derived from it) is.
+    """
+
+    tensor: str
+    weight: ir.Value
+    layout: Layout
+    node: ir.Node
+    input_index: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LinearFlow:
+    """Linear nodes of a block, and for every value the linear nodes it was computed from most directly."""
+
+    linears: list[ir.Node]
+    nearest: dict[ir.Value, frozenset[ir.Node]]
+
+    def of(self, value: ir.Value) -> frozenset[ir.Node]:
+        return self.nearest.get(value, frozenset())
+
+    def first(self) -> list[ir.Node]:
+        """Linear nodes that no other linear node of the block feeds."""
+        return [node for node in self.linears if not _union(self, node.inputs)]
+
+
+def find_projections(
+    attention: ResidualBlock, mlp: ResidualBlock, present_key: ir.Value, present_value: ir.Value, where: str
+) -> Mapping[str, Projection]:
+    """Name every weight of a layer by its role.
+
+    Args:
+        attention: The layer's attention block.
+        mlp: Its MLP block.
+        present_key: Graph output that holds its keys, which tells k_proj.
+        present_value: Graph output that holds its values, which tells v_proj.
+        where: The layer, for messages.
+
+    Returns:
+        Projections by role: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, input_layernorm,
+        post_attention_layernorm, and "{role}.bias" where there is one.
+
+    Raises:
+        GraphPassError: A role is missing or ambiguous, with all problems.
+    """
+    flow, mlp_flow = _trace_linears(attention.nodes), _trace_linears(mlp.nodes)
+    key, value = flow.of(present_key), flow.of(present_value)
+    gate = frozenset().union(*(_union(mlp_flow, node.inputs) for node in mlp.nodes if node.op_type in _ACTIVATIONS))
+    linears = {
+        "self_attn.q_proj": frozenset(flow.first()) - key - value,
+        "self_attn.k_proj": key,
+        "self_attn.v_proj": value,
+        "self_attn.o_proj": flow.of(attention.branch),
+        "mlp.gate_proj": gate,
+        "mlp.up_proj": frozenset(mlp_flow.first()) - gate,
+        "mlp.down_proj": mlp_flow.of(mlp.branch),
+    }
+    norms = {
+        "input_layernorm": dict(_norm_weights(attention.nodes, flow)),
+        "post_attention_layernorm": dict(_norm_weights(mlp.nodes, mlp_flow)),
+    }
+    problems = ["query, key and value share one MatMul (fused projections)"] if key & value else []
+    for module, candidates in (*linears.items(), *norms.items()):
+        if len(candidates) != 1:
+            nodes = ", ".join(place(node) for node in candidates) or "no node with a constant weight"
+            problems.append(f"{module} could be {nodes}")
+    if problems:
+        raise GraphPassError(
+            f"projections of {where}: " + "; ".join(problems) + ". Expected exactly one node per role.",
+            hint="export the graph unfused and unquantised, or inject the layer into the checkpoint instead",
+        )
+    found = {
+        module: _projection(f"{module}.weight", node, index, "vector")
+        for module, candidates in norms.items()
+        for node, index in candidates.items()
+    }
+    for module, (node, *_) in linears.items():
+        found.update(_linear_projections(module, node))
+    return found
+
+
+def _trace_linears(nodes: Iterable[ir.Node]) -> _LinearFlow:
+    flow = _LinearFlow([], {})
+    for node in nodes:
+        if is_op(node, *SHAPE_OPS):
+            continue
+        if is_op(node, "MatMul", "Gemm") and _constant_behind(node.inputs[1]) is not None:
+            flow.linears.append(node)
+            flow.nearest[node.outputs[0]] = frozenset({node})
+        elif (node.domain, node.op_type) in _ATTENTION_OPS:
+            _trace_attention(node, flow)
+        else:
+            upstream = _union(flow, node.inputs)
+            flow.nearest.update(dict.fromkeys(node.outputs, upstream))
+    return flow
+
+
+def _trace_attention(node: ir.Node, flow: _LinearFlow) -> None:
+    """Each present output comes from its own input only; packed inputs leave key and value out."""
+    query, key, value = (node.inputs[index] or node.inputs[0] for index in range(3))
+    per_output = ((query, key, value), (key,), (value,))
+    for output, sources in zip(node.outputs, per_output, strict=False):
+        flow.nearest[output] = _union(flow, sources)
+
+
+def _union(flow: _LinearFlow, values: Iterable[ir.Value | None]) -> frozenset[ir.Node]:
+    return frozenset().union(*(flow.of(value) for value in values if value is not None))
+
+
+def _linear_projections(module: str, node: ir.Node) -> dict[str, Projection]:
+    """The weight of a MatMul or Gemm, and its bias: Gemm's third input or an Add behind the node."""
+    role = module.rpartition(".")[2]
+    transposed = is_op(node, "Gemm") and node.attributes.get_int("transB", 0) == 1
+    found = {role: _projection(f"{module}.weight", node, 1, "out_in" if transposed else "in_out")}
+    if is_op(node, "Gemm") and len(node.inputs) > 2 and node.inputs[2] is not None:
+        found[f"{role}.bias"] = _projection(f"{module}.bias", node, 2, "vector")
+    consumers = node.outputs[0].consumers()
+    if len(consumers) == 1 and is_op(consumers[0], "Add"):
+        for index, operand in enumerate(consumers[0].inputs):
+            if _is_vector(operand):
+                found[f"{role}.bias"] = _projection(f"{module}.bias", consumers[0], index, "vector")
+    return found
+
+
+def _projection(tensor: str, node: ir.Node, input_index: int, layout: Layout) -> Projection:
+    base = _constant_behind(node.inputs[input_index])
+    assert base is not None, "callers have seen that the input is constant"
+    weight, transposes = base
+    if transposes % 2 and layout != "vector":
+        layout = "out_in" if layout == "in_out" else "in_out"
+    return Projection(tensor, weight, layout, node, input_index)
+
+
+def _constant_behind(value: ir.Value | None) -> tuple[ir.Value, int] | None:
+    """The initializer or Constant output a value is derived from, and how many transposes lie between."""
+    transposes = 0
+    while value is not None:
+        if ir.convenience.get_const_tensor(value) is not None and not value.is_graph_input():
+            return value, transposes
+        node = value.producer()
+        if node is None or not is_op(node, "Identity", "Cast", "Transpose"):
+            return None
+        transposes += node.op_type == "Transpose"
+        value = node.inputs[0]
+    return None
+
+
+def _norm_weights(nodes: Iterable[ir.Node], flow: _LinearFlow) -> Iterable[tuple[ir.Node, int]]:
+    """Places where a weight vector scales a value that no linear node has touched yet."""
+    for node in nodes:
+        if _union(flow, node.inputs):
+            continue
+        if (node.domain, node.op_type) in _NORM_OPS:
+            yield node, 1
+        elif is_op(node, "Mul"):
+            for index, operand in enumerate(node.inputs):
+                if _is_vector(operand):
+                    yield node, index
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    base = _constant_behind(value)
+    tensor = None if base is None else constant_tensor(base[0])
+    return tensor is not None and len(tensor.shape) == 1 and tensor.size > 1 and tensor.dtype.is_floating_point()

@@ -1,0 +1,1 @@
+"""Passes that turn the masked form into one that skips work."""

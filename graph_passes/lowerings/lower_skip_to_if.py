@@ -1,0 +1,145 @@
+"""Make routed layers skip: run the MLP block only in steps where some token is active."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from dlo_export.graph_passes.find.data_flow import element_type, is_op, node_order
+from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
+from dlo_export.graph_passes.routing.active_rows import masked_layers
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, Dims, TaggedNodes
+
+_OLDEST_OPSET = 13  # of the masked form: Unsqueeze takes its axes as an input from here on
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerSkipToIfPass(ir.passes.InPlacePass):
+    """Move the masked MLP block of each routed layer into an If that runs it when any token is active.
+
+    Before::
+
+        d      = MLP(RMSNormalization(h))
+        masked = Where(Unsqueeze(active, -1), Mul(Unsqueeze(scale, -1), d), 0)
+        y      = Add(h, masked)
+
+    After::
+
+        any = Cast<BOOL>(ReduceMax<keepdims=0>(Cast<FLOAT>(active)))     # 0-D
+        y   = If(any) <
+          then_branch = {                                                # the same nodes, all of them
+            d       = MLP(RMSNormalization(h))
+            masked  = Where(Unsqueeze(active, -1), Mul(Unsqueeze(scale, -1), d), 0)
+            added   = Add(h, masked)
+          } => (added)
+          else_branch = {
+            skipped = Identity(h)
+          } => (skipped)
+
+    A step skips a layer only where none of its tokens is active: with a share p of tokens skipping, p to the power of
+    batch·sequence. So it pays for single-token decode at batch 1, and in prefill and batches it saves nothing.
+
+    What the branch needs of TensorRT and ONNX Runtime: weights stay initializers of the main graph (subgraph
+    initializers cost several times their memory at load); no node that depends on h and serves the MLP stays outside
+    (TensorRT runs lazily only what hangs on the conditional's inputs); each branch produces its output itself (so no
+    pass may eliminate Identity nodes afterwards), of equal rank and type and under a name of its own. The router and
+    its scale, attention, the KV cache and what prepares constants (runtimes fold it) stay outside. The condition goes
+    through fp32 because TensorRT reduces numbers only, and ONNX reduces bool from opset 20 on only.
+
+    Scope: every routed decoder layer of the main graph. Source: ONNX If-1, ReduceMax-1; TensorRT IIfConditional.
+    """
+
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (RouteLayersPass,)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Lower every layer in masked form.
+
+        Raises:
+            GraphPassError: Nothing is routed, or a masked layer cannot be lowered; with all reasons.
+        """
+        graph = model.graph
+        masked = masked_layers(graph, type(self).__name__, oldest_opset=_OLDEST_OPSET, check=lambda layer: ())
+        order = node_order(graph)
+        for layer in masked:
+            _lower(graph, layer, order)
+        return ir.passes.PassResult(model, modified=bool(masked))
+
+
+def _lower(graph: ir.Graph, masked: MaskedMlp, order: Mapping[ir.Node, int]) -> None:
+    index, block = masked.layer.index, masked.layer.mlp
+    mlp, output, dtype = f"model.layers.{index}.mlp", block.stream_out, element_type(block.stream_operand)
+    shape = (*masked.layer.token_dims, masked.layer.hidden_size)
+    decide = TaggedNodes(LowerSkipToIfPass.__name__, index)
+    condition = _add_any(decide, masked.active)
+
+    moved = sorted({*masked.nodes, masked.select, *_columns(masked)}, key=order.__getitem__)
+    add = TaggedNodes(LowerSkipToIfPass.__name__, index)
+    operands = [value for value in block.add.inputs if value is not None]
+    added = add.add("Add", *operands, name=f"{mlp}.active_output", dtype=dtype, shape=shape)
+    keep = TaggedNodes(LowerSkipToIfPass.__name__, index)
+    skipped = _add_skip(keep, masked, shape)
+    graph.remove(moved)
+    conditional = ir.node(
+        "If",
+        [condition],
+        {
+            "then_branch": ir.Graph([], [added], nodes=[*moved, *add.nodes], name=f"{mlp}.then_branch"),
+            "else_branch": ir.Graph([], [skipped], nodes=keep.nodes, name=f"{mlp}.else_branch"),
+        },
+        name=f"{mlp}.if",
+        metadata_props={PASS_KEY: LowerSkipToIfPass.__name__, LAYER_KEY: str(index)},
+    )
+    graph.insert_before(block.add, [*decide.nodes, conditional])
+    result = conditional.outputs[0]
+    result.type, result.shape = added.type, ir.Shape(shape)
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
+    name = output.name or f"model.layers.{index}"
+    result.name, output.name = name, f"{name}.masked"  # no two values may share a name, not for a moment
+    graph.remove(block.add, safe=True)
+
+
+def _add_any(nodes: TaggedNodes, active: ir.Value) -> ir.Value:
+    """Whether any token is active: bool, 0-D."""
+    router, float32 = f"model.routers.{nodes.layer}", ir.DataType.FLOAT
+    numbers = nodes.add(
+        "Cast", active, name=f"{router}.active_number", dtype=float32, shape=active.shape, to=int(float32)
+    )
+    largest = nodes.add("ReduceMax", numbers, name=f"{router}.any_number", dtype=float32, shape=(), keepdims=0)
+    boolean = ir.DataType.BOOL
+    return nodes.add("Cast", largest, name=f"{router}.any_active", dtype=boolean, shape=(), to=int(boolean))
+
+
+def _columns(masked: MaskedMlp) -> Iterator[ir.Node]:
+    """The Unsqueeze nodes of decision and scale, where they serve this block only: their work can be skipped too."""
+    readers = {*masked.nodes, masked.select}
+    operands = [masked.select.inputs[0], *(masked.scaling.inputs if masked.scaling is not None else ())]
+    for value in operands:
+        node = None if value is None else value.producer()
+        if value is None or node is None or not is_op(node, "Unsqueeze") or node in readers:
+            continue
+        if readers.issuperset(value.consumers()) and not value.is_graph_output():
+            yield node
+
+
+def _add_skip(nodes: TaggedNodes, masked: MaskedMlp, shape: Dims) -> ir.Value:
+    """The stream as the addition reads it, for steps without an active token: h, cast where the operand is."""
+    block = masked.layer.mlp
+    casts: list[ir.Node] = []
+    value = block.stream_operand
+    while value is not block.stream_in:
+        node = value.producer()
+        assert node is not None, "the operand is the stream behind Cast and Identity"
+        assert node.inputs[0] is not None, "Cast and Identity have an input"
+        if is_op(node, "Cast"):
+            casts.append(node)
+        value = node.inputs[0]
+    for cast in reversed(casts):
+        source, to = cast.outputs[0], cast.attributes["to"].as_int()
+        name = f"{source.name}.skipped"
+        value = nodes.add("Cast", value, name=name, dtype=ir.DataType(to), shape=shape, to=to)
+    name = f"model.layers.{nodes.layer}.mlp.skipped_output"
+    return nodes.add("Identity", value, name=name, dtype=element_type(block.stream_operand), shape=shape)

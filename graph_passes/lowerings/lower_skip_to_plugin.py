@@ -1,0 +1,210 @@
+"""Make routed layers skip inside TensorRT plugins: fixed shapes, the selection happens on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
+from dlo_export.graph_passes.errors import place
+from dlo_export.graph_passes.find.data_flow import constant_scalar, element_type, is_op
+from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
+from dlo_export.graph_passes.routing.active_rows import masked_layers, remove_with_sources
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.ops import DOMAIN, SKIP_DOWN, SKIP_GATE_UP, VERSION
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
+
+_OLDEST_OPSET = 13
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerSkipToPluginPass(ir.passes.InPlacePass):
+    """Replace the routed MLP behind its norm by `dlo::SkipGateUp` and `dlo::SkipDown`.
+
+    Before::
+
+        n      = RMSNormalization(h)
+        g      = MatMul(n, Wg)
+        d      = MatMul(Mul(Mul(g, Sigmoid(g)), MatMul(n, Wu)), Wd)
+        masked = Where(Unsqueeze(active, -1), Mul(Unsqueeze(scale, -1), d), 0)
+        y      = Add(h, masked)
+
+    After::
+
+        n      = RMSNormalization(h)                         # for all tokens: it is next to nothing
+        factor = Where(active, scale, 0)                     # float32 [batch, sequence]; 0 skips the token
+        gated  = dlo::SkipGateUp(n, factor, Wg, Wu)
+        y      = dlo::SkipDown(gated, factor, Wd, h)
+
+    No shape depends on data. Scope: every routed decoder layer of the main graph, its MLP gated by SiLU and without
+    biases. Source: graph_passes/spec/ops.py.
+    """
+
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (RouteLayersPass, UseStaticCachePass)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Lower every layer in masked form.
+
+        Raises:
+            GraphPassError: Nothing is routed, or a layer's MLP is not what the plugins compute; with all reasons.
+        """
+        graph = model.graph
+        masked = masked_layers(graph, type(self).__name__, oldest_opset=_OLDEST_OPSET, check=_problems)
+        for layer in masked:
+            _lower(graph, layer)
+        if masked:
+            graph.opset_imports[DOMAIN] = VERSION
+            graph.sort()
+        return ir.passes.PassResult(model, modified=bool(masked))
+
+
+@dataclasses.dataclass(frozen=True)
+class _GatedMlp:
+    """The nodes of silu(x·Wg) * (x·Wu) · Wd."""
+
+    normed: ir.Value
+    gate_weight: ir.Value
+    up_weight: ir.Value
+    down_weight: ir.Value
+
+
+def _problems(masked: MaskedMlp) -> Sequence[str]:
+    """Why the plugins cannot compute a routed layer's MLP; none if they can."""
+    found = _match(masked)
+    problems = [] if isinstance(found, _GatedMlp) else [found]
+    if masked.layer.mlp.stream_operand is not masked.layer.mlp.stream_in:
+        problems.append(f"adds to '{masked.layer.mlp.stream_operand.name}', a cast of the stream")
+    return problems
+
+
+def _unscaled(masked: MaskedMlp) -> tuple[ir.Value, float]:
+    """The branch before its scale, and the scale where that is one number for all tokens."""
+    scaling = masked.kept.producer()
+    if scaling is None or not is_op(scaling, "Mul"):
+        return masked.kept, 1.0
+    inner = {output for node in masked.nodes for output in node.outputs}
+    for index in (0, 1):
+        branch, factor = scaling.inputs[index], scaling.inputs[1 - index]
+        if branch is None or branch not in inner:
+            continue
+        if scaling is masked.scaling:
+            return branch, 1.0
+        if (number := constant_scalar(factor)) is not None:
+            return branch, number
+    return masked.kept, 1.0
+
+
+def _match(masked: MaskedMlp) -> _GatedMlp | str:
+    """The MLP's parts, or what was found instead of them."""
+    expected = "the plugins compute down(silu(gate(x)) * up(x)) without biases"
+    down = _unscaled(masked)[0].producer()
+    if down is None or not is_op(down, "MatMul"):
+        return f"its branch ends in {place(down) if down else 'an input'}; {expected}"
+    product = down.inputs[0].producer() if down.inputs[0] is not None else None
+    if product is None or not is_op(product, "Mul"):
+        return f"{place(down)} does not read a product; {expected}"
+    for silu_index in (0, 1):
+        gate = _silu_operand(product.inputs[silu_index])
+        up = _producer(product.inputs[1 - silu_index])
+        if gate is None or up is None or not is_op(gate, "MatMul") or not is_op(up, "MatMul"):
+            continue
+        normed = gate.inputs[0]
+        if normed is None or normed is not up.inputs[0]:
+            continue
+        weights = (gate.inputs[1], up.inputs[1], down.inputs[1])
+        if any(weight is None or not weight.is_initializer() for weight in weights):
+            return f"a weight of {place(gate)}, {place(up)} or {place(down)} is not stored as MatMul reads it"
+        return _GatedMlp(normed, *(weight for weight in weights if weight is not None))
+    return f"{place(product)} does not multiply silu(x·gate) with x·up; {expected}"
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
+
+
+def _silu_operand(value: ir.Value | None) -> ir.Node | None:
+    """What computes x where the value is x·sigmoid(x), written as Swish or as Mul and Sigmoid."""
+    node = _producer(value)
+    if node is None:
+        return None
+    if is_op(node, "Swish") and ("alpha" not in node.attributes or node.attributes["alpha"].as_float() == 1):
+        return _producer(node.inputs[0])
+    if not is_op(node, "Mul"):
+        return None
+    for index in (0, 1):
+        sigmoid = _producer(node.inputs[index])
+        if sigmoid is not None and is_op(sigmoid, "Sigmoid") and sigmoid.inputs[0] is node.inputs[1 - index]:
+            return _producer(sigmoid.inputs[0])
+    return None
+
+
+def _lower(graph: ir.Graph, masked: MaskedMlp) -> None:
+    parts, layer, block = _match(masked), masked.layer, masked.layer.mlp
+    assert isinstance(parts, _GatedMlp), "checked by _problems"
+    router, mlp = f"model.routers.{layer.index}", f"model.layers.{layer.index}.mlp"
+    new, dtype, tokens = (
+        TaggedNodes(LowerSkipToPluginPass.__name__, layer.index),
+        element_type(block.stream_in),
+        layer.token_dims,
+    )
+    factor = _factor(graph, masked, new, f"{router}.factor")
+    gate = parts.gate_weight.const_value
+    assert gate is not None, "an initializer has contents"
+    lookup: dict[str, Any] = dict(SKIP_GATE_UP.attributes)  # by which TensorRT's parser finds the plugins
+    gated = new.add(
+        SKIP_GATE_UP.name,
+        parts.normed,
+        factor,
+        parts.gate_weight,
+        parts.up_weight,
+        name=f"{mlp}.skip_gate_up",
+        dtype=dtype,
+        shape=(*tokens, int(gate.shape.numpy()[1])),
+        domain=DOMAIN,
+        **lookup,
+    )
+    output = block.stream_out
+    name = output.name or f"model.layers.{layer.index}"
+    total = new.add(
+        SKIP_DOWN.name,
+        gated,
+        factor,
+        parts.down_weight,
+        block.stream_in,
+        name=f"{mlp}.skip_down",
+        dtype=dtype,
+        shape=output.shape,
+        domain=DOMAIN,
+        **lookup,
+    )
+    graph.insert_before(block.add, new.nodes)
+    output.replace_all_uses_with(total, replace_graph_outputs=True)
+    output.name = f"{name}.masked"  # the value is gone in a moment; until then no two may share a name
+    total.name = name
+    remove_with_sources(graph, block.add)
+
+
+def _factor(graph: ir.Graph, masked: MaskedMlp, new: TaggedNodes, name: str) -> ir.Value:
+    """What the branch is multiplied by, float32 [batch, sequence], 0 where the token is skipped."""
+    tokens, float32 = masked.layer.token_dims, ir.DataType.FLOAT
+    _, number = _unscaled(masked)
+    if masked.scale is not None:
+        scale = _before_rounding(masked.scale)
+    elif number == 1:
+        return new.add("Cast", masked.active, name=name, dtype=float32, shape=tokens, to=int(float32))
+    else:
+        scale = shared_constant(graph, f"model.routers.constant_factor_{number}", np.array(number, np.float32))
+    zero = shared_constant(graph, "model.routers.no_factor", np.array(0, np.float32))
+    return new.add("Where", masked.active, scale, zero, name=name, dtype=float32, shape=tokens)
+
+
+def _before_rounding(scale: ir.Value) -> ir.Value:
+    """The router's float32 scale: RouteLayersPass rounds it to 16 bits for the masked form's multiplication."""
+    cast = scale.producer()
+    source = cast.inputs[0] if cast is not None and is_op(cast, "Cast") else scale
+    assert source is not None, "Cast has an input"
+    return source

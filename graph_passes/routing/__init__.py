@@ -1,0 +1,1 @@
+"""Passes that write routers, in the masked form, and that show what routers decide."""

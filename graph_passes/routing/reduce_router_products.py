@@ -1,0 +1,79 @@
+"""Write the routers' dot products as sums of products instead of matrix products."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.graph_passes.errors import GraphPassError, place
+from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.routing.active_rows import remove_with_sources
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, made_by, role_values, shared_constant
+
+
+@dataclasses.dataclass(frozen=True)
+class ReduceRouterProductsPass(ir.passes.InPlacePass):
+    """Keep routers in true float32 on GPUs.
+
+    A float32 MatMul runs on tensor cores in TF32, which has ten bits of mantissa, unless a builder flag forbids it; and
+    TensorRT-RTX has none for Turing (sm75) at all. A sum of products is float32 everywhere.
+
+    Before::
+
+        logits = Squeeze(MatMul(x, w), -1)                   # w [hidden, 1]
+
+    After::
+
+        logits = ReduceSum(Mul(x, row), -1)                  # row [hidden]
+
+    Scope: routers of the main graph that RouteLayersPass wrote.
+    """
+
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (RouteLayersPass,)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite every router.
+
+        Raises:
+            GraphPassError: There is none, or one is not of RouteLayersPass's form.
+        """
+        graph = model.graph
+        if any(made_by(graph, type(self).__name__)):
+            return ir.passes.PassResult(model, modified=False)
+        routers = role_values(graph, "router_scores")
+        if not routers:
+            raise GraphPassError("ReduceRouterProductsPass: nothing is routed.", hint="run RouteLayersPass first")
+        for layer, scores in sorted(routers.items()):
+            _rewrite(graph, layer, scores)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _rewrite(graph: ir.Graph, layer: int, scores: ir.Value) -> None:
+    sigmoid = scores.producer()
+    logits = sigmoid.inputs[0] if sigmoid is not None else None
+    squeeze = logits.producer() if logits is not None else None
+    column = squeeze.inputs[0] if squeeze is not None and is_op(squeeze, "Squeeze") else None
+    product = column.producer() if column is not None else None
+    if logits is None or squeeze is None or product is None or not is_op(product, "MatMul"):
+        raise GraphPassError(
+            f"ReduceRouterProductsPass: router {layer}: expected Sigmoid(Squeeze(MatMul(x, w))), found "
+            f"{place(sigmoid) if sigmoid is not None else 'no node'}."
+        )
+    stream, weight = product.inputs
+    assert stream is not None, "MatMul has two inputs"
+    assert weight is not None, "MatMul has two inputs"
+    assert weight.const_value is not None, "RouteLayersPass registers its weights with their tensors"
+    name, float32 = f"model.routers.{layer}", ir.DataType.FLOAT
+    new = TaggedNodes(ReduceRouterProductsPass.__name__, layer)
+    row = shared_constant(graph, f"{name}.weight_row", weight.const_value.numpy().reshape(-1).astype(np.float32))
+    axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
+    products = new.add("Mul", stream, row, name=f"{name}.products", dtype=float32, shape=stream.shape)
+    total = new.add("ReduceSum", products, axis, name=f"{name}.sum", dtype=float32, shape=logits.shape, keepdims=0)
+    graph.insert_before(product, new.nodes)
+    logits.replace_all_uses_with(total)
+    total.name, logits.name = logits.name, f"{logits.name}.squeezed"
+    remove_with_sources(graph, squeeze)

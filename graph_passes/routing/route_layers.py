@@ -1,0 +1,202 @@
+"""Give decoder layers a router that switches their MLP branch per token: the masked canonical form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
+from dlo_export.graph_passes.errors import GraphPassError, place
+from dlo_export.graph_passes.find.data_flow import element_type
+from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ROLE_KEY, Dims, TaggedNodes, shared_constant
+
+_RULE_KEY = "dlo.scale"
+_OLDEST_OPSET = 13  # Unsqueeze takes its axes as an input from here on
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RouteLayersPass(ir.passes.InPlacePass):
+    """Mask the MLP branch of routed layers: exact, standard ONNX, saves nothing; lowerings make it skip.
+
+    Before (x enters the layer, h is the stream after attention, d the MLP branch)::
+
+        y = Add(h, d)
+
+    After::
+
+        logits = Squeeze(MatMul(x, w), -1)     # w [hidden, 1]; fp32 whatever the dtype: only x is cast
+        scores = Sigmoid(logits)
+        active = Greater(scores, 0.5)
+        scale  = Add(Mul(scores, gap), a)      # a = 0.5·scale_factor − 0.5·gap; left out where scale ≡ 1
+        masked = Where(Unsqueeze(active, -1), Mul(Unsqueeze(scale, -1), d), 0)
+        y      = Add(h, masked)
+
+    Scope: decoder layers of the main graph. Layers already routed alike are left as they are. Semantics: the DLO
+    authors' expanded-attention routing (arXiv 2407.11030): K/V are always written, a skipped token keeps h.
+
+    Attributes:
+        routers: Router weight of each routed layer by its index, float, hidden_size elements.
+        rescale: Multiply the branch by 0.5·scale_factor + (score − 0.5)·scale_gap.
+        scale_factor: Of the checkpoint's configuration; read only when `rescale`.
+        scale_gap: Likewise.
+    """
+
+    routers: Mapping[int, np.ndarray]
+    rescale: bool = False
+    scale_factor: float = 2.0
+    scale_gap: float = 0.0
+
+    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (InjectLayersPass,)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Route every layer of `routers`.
+
+        Raises:
+            GraphPassError: With all problems: unknown layers, wrong shapes, layers routed differently already.
+        """
+        graph = model.graph
+        layers = find_decoder_layers(graph)
+        weights = {index: np.asarray(weight, np.float32).reshape(-1) for index, weight in self.routers.items()}
+        routed = _routed_layers(graph)
+        self._check(graph, layers, weights, routed)
+        waiting = sorted(set(weights) - set(routed))
+        for index in waiting:
+            self._route(graph, layers[index], weights[index])
+        return ir.passes.PassResult(model, modified=bool(waiting))
+
+    @property
+    def _offset(self) -> float:
+        return 0.5 * self.scale_factor - 0.5 * self.scale_gap
+
+    @property
+    def _rule(self) -> str:
+        """What the scale depends on, as recorded on the scores node."""
+        return json.dumps([self.scale_factor, self.scale_gap] if self.rescale else None)
+
+    def _check(
+        self,
+        graph: ir.Graph,
+        layers: tuple[DecoderLayer, ...],
+        weights: Mapping[int, np.ndarray],
+        routed: Mapping[int, tuple[np.ndarray, str]],
+    ) -> None:
+        problems = [] if weights else ["no routers were given"]
+        if graph.opset_imports.get("", 0) < _OLDEST_OPSET:
+            problems.append(f"the graph uses opset {graph.opset_imports.get('')}, expected {_OLDEST_OPSET} or newer")
+        for index, weight in sorted(weights.items()):
+            if not 0 <= index < len(layers):
+                problems.append(f"layer {index} does not exist, expected 0 to {len(layers) - 1}")
+                continue
+            layer = layers[index]
+            if weight.size != layer.hidden_size:
+                problems.append(f"router {index} has {weight.size} weights, expected {layer.hidden_size}")
+            if not np.isfinite(weight).all():
+                problems.append(f"router {index} holds NaN or infinity, expected finite weights")
+            if element_type(layer.input) is None or element_type(layer.mlp.stream_operand) is None:
+                problems.append(f"layer {index}: the element type of '{layer.input.name}' is unknown")
+            if layer.mlp.conditional is not None and index not in routed:
+                problems.append(f"layer {index}: {place(layer.mlp.conditional)} skips its MLP branch already")
+            if index in routed and not (np.array_equal(routed[index][0], weight) and routed[index][1] == self._rule):
+                problems.append(f"layer {index} is routed already, with another router or scale")
+        if problems:
+            raise GraphPassError(
+                "RouteLayersPass: " + "; ".join(problems) + ".",
+                hint="routers are numbered in the deepened model; route a graph once",
+            )
+
+    def _route(self, graph: ir.Graph, layer: DecoderLayer, weight: np.ndarray) -> None:
+        add, branch = layer.mlp.add, layer.mlp.branch
+        dtype, tokens = element_type(layer.mlp.stream_operand), layer.token_dims
+        router, mlp = f"model.routers.{layer.index}", f"model.layers.{layer.index}.mlp"
+        decide = TaggedNodes(type(self).__name__, layer.index)
+        scores, active = _add_router(graph, decide, layer, weight, self._rule)
+        scale = self._add_scale(graph, decide, scores, dtype, tokens)
+        # The decision comes before the branch it decides about, so that a lowering can gather in front of it.
+        graph.insert_before(layer.mlp.nodes[0], decide.nodes)
+
+        mask = TaggedNodes(type(self).__name__, layer.index)
+        axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
+        masked = branch
+        if scale is not None and scale.producer() is not None:
+            scale = mask.add("Unsqueeze", scale, axis, name=f"{router}.scale_column", dtype=dtype, shape=(*tokens, 1))
+        if scale is not None:
+            masked = mask.add("Mul", scale, masked, name=f"{mlp}.scaled", dtype=dtype, shape=branch.shape)
+        column = mask.add(
+            "Unsqueeze", active, axis, name=f"{router}.active_column", dtype=ir.DataType.BOOL, shape=(*tokens, 1)
+        )
+        zero = _constant(graph, "zero", 0.0, dtype)
+        masked = mask.add("Where", column, masked, zero, name=f"{mlp}.masked", dtype=dtype, shape=branch.shape)
+        graph.insert_before(add, mask.nodes)
+        add.replace_input_with(list(add.inputs).index(branch), masked)
+
+    def _add_scale(
+        self, graph: ir.Graph, nodes: TaggedNodes, scores: ir.Value, dtype: ir.DataType | None, tokens: Dims
+    ) -> ir.Value | None:
+        """The factor of the branch: per token [batch, sequence], one constant, or None where it is 1."""
+        if not self.rescale or (self.scale_gap == 0 and self._offset == 1):
+            return None
+        if self.scale_gap == 0:
+            return _constant(graph, "scale", self._offset, dtype)
+        router, float32 = f"model.routers.{nodes.layer}", ir.DataType.FLOAT
+        gap = _constant(graph, "scale_gap", self.scale_gap)
+        scale = nodes.add("Mul", scores, gap, name=f"{router}.scores_times_gap", dtype=float32, shape=tokens)
+        if self._offset != 0:
+            offset = _constant(graph, "scale_offset", self._offset)
+            scale = nodes.add("Add", scale, offset, name=f"{router}.scale", dtype=float32, shape=tokens)
+        if dtype is not None and dtype != float32:
+            scale = nodes.add("Cast", scale, name=f"{router}.scale_cast", dtype=dtype, shape=tokens, to=int(dtype))
+        return scale
+
+
+def _add_router(
+    graph: ir.Graph, nodes: TaggedNodes, layer: DecoderLayer, weight: np.ndarray, rule: str
+) -> tuple[ir.Value, ir.Value]:
+    """Scores fp32 [batch, sequence] and active bool [batch, sequence], from the layer's input stream."""
+    router, tokens, float32 = f"model.routers.{layer.index}", layer.token_dims, ir.DataType.FLOAT
+    stream = layer.input
+    if element_type(stream) != float32:
+        shape = (*tokens, layer.hidden_size)
+        stream = nodes.add("Cast", stream, name=f"{router}.input", dtype=float32, shape=shape, to=int(float32))
+    # A matrix of one column, not a vector: ONNX Runtime's CPU kernel takes six times as long with a 1-D right operand.
+    router_weight = shared_constant(graph, f"{router}.weight", weight[:, np.newaxis])
+    shape = (*tokens, 1)
+    column = nodes.add("MatMul", stream, router_weight, name=f"{router}.logits_column", dtype=float32, shape=shape)
+    axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
+    logits = nodes.add("Squeeze", column, axis, name=f"{router}.logits", dtype=float32, shape=tokens)
+    scores = nodes.add("Sigmoid", logits, name=f"{router}.scores", dtype=float32, shape=tokens, role="router_scores")
+    nodes.nodes[-1].metadata_props[_RULE_KEY] = rule
+    threshold = _constant(graph, "threshold", 0.5)
+    active = nodes.add(
+        "Greater",
+        scores,
+        threshold,
+        name=f"{router}.active",
+        dtype=ir.DataType.BOOL,
+        shape=tokens,
+        role="router_active",
+    )
+    return scores, active
+
+
+def _constant(graph: ir.Graph, name: str, number: float, dtype: ir.DataType | None = ir.DataType.FLOAT) -> ir.Value:
+    assert dtype is not None, "checked before routing"
+    suffix = "" if dtype == ir.DataType.FLOAT else f"_{dtype.name.lower()}"
+    return shared_constant(graph, f"model.routers.{name}{suffix}", np.array(number, dtype.numpy()))
+
+
+def _routed_layers(graph: ir.Graph) -> dict[int, tuple[np.ndarray, str]]:
+    """Router weight and scale rule of the layers this pass has routed before."""
+    routed = {}
+    for node in graph:
+        if node.metadata_props.get(ROLE_KEY) == "router_scores":
+            index = int(node.metadata_props[LAYER_KEY])
+            weight = graph.initializers[f"model.routers.{index}.weight"].const_value
+            assert weight is not None, "RouteLayersPass registers its weights with their tensors"
+            routed[index] = (weight.numpy().reshape(-1), node.metadata_props.get(_RULE_KEY, "null"))
+    return routed

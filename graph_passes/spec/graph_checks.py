@@ -1,0 +1,136 @@
+"""What must hold for a graph: each check yields its violations, with their places."""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from dlo_export.graph_passes.errors import DecoderLayersNotFound, place
+from dlo_export.graph_passes.find.data_flow import consumed_values, is_op, subgraphs_of
+from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.find.masked_mlp import MaskedMlp, Mismatch, match_masked_mlp
+from dlo_export.graph_passes.spec.ops import DOMAIN, SKIP_DOWN, SKIP_GATE_UP
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, role_values
+
+_CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.(key|value)")
+
+
+def unused_inputs(graph: ir.Graph) -> Iterator[str]:
+    """Graph inputs that nothing reads."""
+    for value in graph.inputs:
+        if not value.uses() and not value.is_graph_output():
+            yield f"graph input '{value.name}' has no consumer"
+
+
+def broken_values(graph: ir.Graph) -> Iterator[str]:
+    """Values that come from nowhere or too late, names given twice, initializers without contents or readers."""
+    yield from _broken_scope(graph, frozenset(), frozenset())
+
+
+def _broken_scope(graph: ir.Graph, outer: frozenset[ir.Value], outer_names: frozenset[str]) -> Iterator[str]:
+    """The same of a graph that sees outer values, and of its subgraphs (branches of one If do not see each other)."""
+    known = {*outer, *graph.inputs, *graph.initializers.values()}
+    own = {*graph.inputs, *graph.initializers.values(), *(output for node in graph for output in node.outputs)}
+    names = collections.Counter(value.name for value in own if value.name)
+    for node in graph:
+        consumed = frozenset(consumed_values(node))
+        for value in consumed - known:
+            yield f"{place(node)} reads '{value.name}' before it is computed"
+        for subgraph in subgraphs_of(node):
+            # What the subgraph misses has just been reported, as a read of the node.
+            yield from _broken_scope(subgraph, consumed | known, outer_names | names.keys())
+        known.update(node.outputs)
+    for value in graph.outputs:
+        if value not in known:
+            yield f"output '{value.name}' of graph '{graph.name}' is not computed"
+    names.update(names.keys() & outer_names)
+    yield from (f"name '{name}' is given to {count} values" for name, count in names.items() if count > 1)
+    for name, value in graph.initializers.items():
+        if value.const_value is None:
+            yield f"initializer '{name}' has no contents"
+        if not value.uses() and not value.is_graph_output():
+            yield f"initializer '{name}' has no consumer"
+
+
+def foreign_branch_outputs(graph: ir.Graph) -> Iterator[str]:
+    """Outputs of subgraphs that are computed outside of them: runtimes reject those."""
+    for subgraph in graph.subgraphs():
+        inner = {output for node in subgraph for output in node.outputs} | set(subgraph.initializers.values())
+        for value in subgraph.outputs:
+            if value not in inner:
+                yield f"output '{value.name}' of subgraph '{subgraph.name}' is not computed inside it"
+
+
+def incomplete_cache(graph: ir.Graph) -> Iterator[str]:
+    """KV inputs and outputs that are not numbered 0 to L-1, key and value, in order, one pair per decoder layer."""
+    try:
+        depth = len(find_decoder_layers(graph))
+    except DecoderLayersNotFound as error:
+        yield str(error)
+        return
+    for prefix, interface in (("past_key_values", graph.inputs), ("present", graph.outputs)):
+        for part in ("key", "value"):
+            expected = [f"{prefix}.{index}.{part}" for index in range(depth)]
+            matches = [_CACHE.fullmatch(value.name or "") for value in interface]
+            found = [match[0] for match in matches if match is not None and match[3] == part]
+            if found != expected:
+                yield f"found {found} as the graph's {prefix} {part}s, expected {expected} in this order"
+
+
+def unmasked_routing(graph: ir.Graph) -> Iterator[str]:
+    """Layers that have a router but are not in masked form."""
+    routed = role_values(graph, "router_scores")
+    for layer in find_decoder_layers(graph):
+        match = match_masked_mlp(layer)
+        if layer.index in routed and isinstance(match, Mismatch):
+            yield match.reason
+
+
+def unlowered_routing(graph: ir.Graph) -> Iterator[str]:
+    """Layers that have a router but still run their MLP for all tokens of every step."""
+    routed = role_values(graph, "router_scores")
+    for layer in find_decoder_layers(graph):
+        if layer.mlp.conditional is not None:
+            continue
+        if isinstance(match_masked_mlp(layer), MaskedMlp):
+            yield f"layer {layer.index} is still masked"
+        elif layer.index in routed and not is_op(layer.mlp.add, "ScatterND"):
+            yield f"layer {layer.index} has a router but {place(layer.mlp.add)} adds its MLP branch for all tokens"
+
+
+def eager_branches(graph: ir.Graph) -> Iterator[str]:
+    """MLP blocks in a conditional that would cost time or memory when they are skipped.
+
+    Nodes between the stream and the conditional run always; weights inside a branch cost several times their memory.
+    """
+    for layer in find_decoder_layers(graph):
+        conditional = layer.mlp.conditional
+        if conditional is None:
+            continue
+        for node in layer.mlp.nodes:
+            if node.graph is graph:
+                yield f"layer {layer.index}: {place(node)} of the MLP is computed outside {place(conditional)}"
+        for branch in subgraphs_of(conditional):
+            for name in branch.initializers:
+                yield f"layer {layer.index}: initializer '{name}' stands inside {place(conditional)}"
+
+
+def unselected_routing(graph: ir.Graph) -> Iterator[str]:
+    """Layers that have a router but no TopK that selects their active tokens."""
+    yield from _routed_without(graph, "TopK", "selects active tokens")
+
+
+def unplugged_routing(graph: ir.Graph) -> Iterator[str]:
+    """Layers that have a router but no plugin that runs their MLP."""
+    yield from _routed_without(graph, SKIP_GATE_UP.name, "computes gate and up", DOMAIN)
+    yield from _routed_without(graph, SKIP_DOWN.name, "computes down", DOMAIN)
+
+
+def _routed_without(graph: ir.Graph, op_type: str, purpose: str, domain: str = "") -> Iterator[str]:
+    found = {node.metadata_props.get(LAYER_KEY) for node in graph if is_op(node, op_type, domain=domain)}
+    for layer in sorted(role_values(graph, "router_scores")):
+        if str(layer) not in found:
+            yield f"layer {layer} has a router but no {op_type} {purpose} for it"

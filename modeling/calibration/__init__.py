@@ -1,0 +1,1 @@
+"""Routers fitted to a frozen model on real text."""

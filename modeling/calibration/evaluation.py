@@ -1,0 +1,85 @@
+"""Measures a model on text: perplexity, and how many tokens each router lets through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from dlo_export.checkpoints.depth.expansion import routed_config
+from dlo_export.modeling.configuration import LlamaDloConfig
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.routing import is_active
+
+Decide = Callable[[int, torch.Size], Mapping[int, torch.Tensor]]
+"""Decisions in place of the routers': of the number of a batch and its shape [batch, sequence], bools by layer."""
+
+_SEQUENCES_AT_ONCE = 4
+_LOGITS_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        perplexity: exp of the mean loss of every token but each sequence's first.
+        active_rates: By routed layer, the share of tokens whose MLP ran.
+        tokens: Tokens the model read.
+    """
+
+    perplexity: float
+    active_rates: dict[int, float]
+    tokens: int
+
+
+def with_routers(model: PreTrainedModel, routers: Mapping[int, np.ndarray]) -> LlamaDloForCausalLM:
+    """The same model, sharing its weights, with these routers and no others.
+
+    Args:
+        model: transformers' Llama or ours.
+        routers: By layer, float32 [1, hidden].
+    """
+    num_layers = model.config.num_hidden_layers
+    values = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "architectures")}
+    changes = routed_config([layer in routers for layer in range(num_layers)])
+    config = LlamaDloConfig(**{**values, **{key: value for key, value in changes.items() if key != "model_type"}})
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        routed = LlamaDloForCausalLM(config)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.routers.")}
+    weights |= {f"model.routers.{layer}.weight": torch.from_numpy(router) for layer, router in routers.items()}
+    routed.load_state_dict(weights, assign=True)
+    routed.model.rotary_emb = model.model.rotary_emb
+    routed.eval()
+    return routed
+
+
+@torch.no_grad()
+def evaluate(model: LlamaDloForCausalLM, sequences: torch.Tensor, decide: Decide | None = None) -> Evaluation:
+    """Runs the model over text as it would run at inference.
+
+    Args:
+        model: In evaluation mode.
+        sequences: int64 [sequences, length], without padding.
+        decide: Decisions to try in place of the routers', for example random ones.
+    """
+    loss, count, active = 0.0, 0, dict.fromkeys(model.config.routed_layers, 0)
+    for number, batch in enumerate(sequences.split(_SEQUENCES_AT_ONCE)):
+        forced = {} if decide is None else dict(decide(number, batch.shape))
+        output = model.model(batch, use_cache=False, force_active=forced)
+        for layer, scores in output.router_scores.items():
+            active[layer] += int(forced.get(layer, is_active(scores)).sum())
+        rows, targets = output.last_hidden_state[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+        # In pieces: logits of a large vocabulary are the largest tensor of a small model.
+        at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
+        for row_piece, target_piece in zip(rows.split(at_once), targets.split(at_once), strict=True):
+            loss += float(F.cross_entropy(model.lm_head(row_piece).float(), target_piece, reduction="sum"))
+        count += len(targets)
+    rates = {layer: number / sequences.numel() for layer, number in active.items()}
+    return Evaluation(math.exp(loss / count), rates, sequences.numel())

@@ -1,0 +1,1 @@
+"""Text from any runner: tokens in, sampling, tokens out."""

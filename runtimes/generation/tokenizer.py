@@ -1,0 +1,121 @@
+"""Text to tokens and back, with the tokenizer that lies in an artefact's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+import dlo_export.modeling.configuration  # noqa: F401 - makes the configuration of routed models known to AutoTokenizer
+from dlo_export.runtimes.errors import RuntimeInputError
+
+_REPLACEMENT = "\ufffd"  # what decoders make of bytes that are not, or not yet, a character
+
+
+class TokenizerError(RuntimeInputError):
+    """A folder has no tokenizer, or one that cannot be read."""
+
+
+class Tokenizer:
+    """The tokenizer of a model's folder.
+
+    Args:
+        folder: Artefact or checkpoint; nothing is downloaded, no code of the folder runs.
+
+    Raises:
+        TokenizerError: There is none, or transformers cannot read it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        if not any((Path(folder) / file).is_file() for file in files):
+            raise TokenizerError(
+                f"{folder}: has no tokenizer, expected one of {', '.join(files)}",
+                hint="copy the tokenizer files of the checkpoint the model was made from",
+            )
+        try:
+            # Of transformers, which does not publish types.
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as err:  # tokenizers raises bare Exception, transformers whatever a bad file leads to
+            raise TokenizerError(f"{folder}: transformers cannot read the tokenizer: {err}") from err
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model was trained on chats in a known form."""
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text to continue, with the special tokens the model starts with."""
+        ids: list[int] = self._tokenizer.encode(text)
+        bos = self._tokenizer.bos_token_id
+        return ids or ([bos] if bos is not None else [])
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a chat, up to where the model answers.
+
+        Args:
+            messages: Dicts of `role` ("system", "user", "assistant") and `content`.
+
+        Raises:
+            TokenizerError: There is no chat template, or it refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise TokenizerError(
+                "tokenizer: has no chat template, so a chat cannot be turned into tokens",
+                hint="give the prompt as plain text",
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as err:  # whatever a template of a checkpoint raises
+            raise TokenizerError(f"tokenizer: the chat template failed: {err}") from err
+        # The template has written the special tokens already.
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def stream(self) -> TextStream:
+        """Starts turning one sequence's tokens into text as they come."""
+        return TextStream(self)
+
+
+class TextStream:
+    """Turns a sequence's tokens into text as they come, never splitting a character.
+
+    A token may hold part of a character's UTF-8 bytes, and how it reads may depend on the token before it (whether it
+    starts with a space): text is decoded from a few tokens back, and held until it no longer ends within a character.
+
+    Args:
+        tokenizer: Of the model.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # tokens whose text is out already
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """Takes the next token; returns the text that is certain now, possibly none."""
+        self._pending.append(token)
+        text = self._pending_text()
+        if not text or text.endswith(_REPLACEMENT):
+            return ""
+        self._context, self._pending = self._pending, []
+        return text
+
+    def finish(self) -> str:
+        """Returns what is held back: bytes that never became a character show as U+FFFD."""
+        text = self._pending_text()
+        self._context, self._pending = [], []
+        return text
+
+    def _pending_text(self) -> str:
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending)[len(before) :]

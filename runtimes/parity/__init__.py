@@ -1,0 +1,1 @@
+"""Parity with a reference: cases, comparison, verdict."""

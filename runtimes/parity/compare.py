@@ -1,0 +1,179 @@
+"""Compares runners with a reference: decisions, logits under the reference's decisions, greedy tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+
+from dlo_export.runtimes.generation.generate import generate
+from dlo_export.runtimes.parity.cases import Case, step_feeds
+from dlo_export.runtimes.parity.report import CaseResult, GreedyDifference, GreedyResult, ParityReport
+from dlo_export.runtimes.parity.statistics import LogitStatistics, first_diverging_layer, flips, logit_statistics
+from dlo_export.runtimes.parity.tolerances import TOLERANCES, Tolerance
+from dlo_export.runtimes.parity.trace import Trace, compare_streams, trace_case, trace_reference
+from dlo_export.runtimes.runner import Runner
+
+OpenRunner = Callable[[], AbstractContextManager[Runner]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Something to compare with the reference; its builds are opened one at a time, when their turn comes.
+
+    Attributes:
+        name: For the report.
+        open_free: The graph as released: its routers decide, and need not show.
+        open_forced: A build that takes decisions and shows scores; None where nothing is routed.
+        open_streams: The forced build (the free one where nothing is routed) with residual streams exposed, to name the
+            first diverging layer; opened only where logits differ.
+    """
+
+    name: str
+    open_free: OpenRunner
+    open_forced: OpenRunner | None = None
+    open_streams: OpenRunner | None = None
+
+
+def compare(
+    reference: Runner,
+    candidates: Sequence[Candidate],
+    cases: Sequence[Case],
+    *,
+    dtype: str,
+    greedy_prompts: Sequence[Sequence[int]] = (),
+    greedy_tokens: int = 32,
+) -> ParityReport:
+    """Runs every case on the reference and on every candidate.
+
+    Candidates are fed the reference's decisions, so that one near-tie that falls the other way does not hide what else
+    differs; what their own routers would have decided is compared apart, with the margin. The released graph, whose
+    routers nobody sees, must then agree wherever no decision flipped.
+
+    Args:
+        reference: What is right; open.
+        candidates: What to compare with it.
+        cases: What to feed.
+        dtype: Of the candidates, a key of TOLERANCES.
+        greedy_prompts: Left-padded into one batch; none leave the greedy comparison out.
+        greedy_tokens: How many tokens to generate per prompt.
+
+    Raises:
+        RuntimeInputError: A candidate is another kind of model, or cannot be opened.
+    """
+    tolerance = TOLERANCES[dtype]
+    traces = [trace_reference(reference, case) for case in cases]
+    comparisons = [_Comparison(reference, candidate, tolerance, cases, traces) for candidate in candidates]
+    for comparison in comparisons:
+        comparison.run(greedy_prompts, greedy_tokens)
+    return ParityReport(
+        reference.name,
+        dtype,
+        tolerance,
+        tuple(result for comparison in comparisons for result in comparison.results),
+        tuple(comparison.greedy for comparison in comparisons if comparison.greedy is not None),
+    )
+
+
+class _Comparison:
+    """One candidate's turn."""
+
+    def __init__(
+        self,
+        reference: Runner,
+        candidate: Candidate,
+        tolerance: Tolerance,
+        cases: Sequence[Case],
+        traces: Sequence[Trace],
+    ) -> None:
+        self._reference = reference
+        self._candidate = candidate
+        self._tolerance = tolerance
+        self._cases = list(cases)
+        self._traces = list(traces)
+        self._free_logits: dict[str, LogitStatistics] = {}
+        self._tokens: list[list[int]] = []
+        self.results: list[CaseResult] = []
+        self.greedy: GreedyResult | None = None
+
+    def run(self, greedy_prompts: Sequence[Sequence[int]], greedy_tokens: int) -> None:
+        """Opens one build after the other."""
+        with self._candidate.open_free() as runner:
+            if greedy_prompts:
+                self._generate(runner, greedy_prompts, greedy_tokens)
+            if self._candidate.open_forced is None:
+                self._compare_cases(runner)
+            else:
+                self._compare_free(runner)
+        if self._candidate.open_forced is not None:
+            with self._candidate.open_forced() as runner:
+                self._compare_cases(runner)
+        compared = [i for i, result in enumerate(self.results) if result.logits.compared]
+        differing = [i for i in compared if not self.results[i].logits.within(self._tolerance)]
+        if differing and self._candidate.open_streams is not None:
+            with self._candidate.open_streams() as runner:
+                for index in differing:
+                    self._compare_streams(runner, index)
+
+    def _generate(self, runner: Runner, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+        """Generates greedily, and makes what was fed meanwhile a case for the reference."""
+        self._tokens = generate(runner, prompts, max_new_tokens=tokens).sequences
+        fed = [np.array([*prompt, *new[:-1]]) for prompt, new in zip(prompts, self._tokens, strict=True)]
+        self._cases.append(Case("greedy tokens, refed", step_feeds(fed)))
+        self._traces.append(trace_reference(self._reference, self._cases[-1]))
+
+    def _compare_free(self, runner: Runner) -> None:
+        for case, wanted in zip(self._cases, self._traces, strict=True):
+            if case.forcing is None:
+                found = trace_case(runner, case, None)
+                self._free_logits[case.name] = logit_statistics(wanted.logits, found.logits, case.real)
+
+    def _compare_cases(self, runner: Runner) -> None:
+        for case, wanted in zip(self._cases, self._traces, strict=True):
+            found = trace_case(runner, case, wanted.decisions)
+            self.results.append(
+                CaseResult(
+                    case=case.name,
+                    candidate=self._candidate.name,
+                    logits=logit_statistics(wanted.logits, found.logits, case.real),
+                    free_logits=self._free_logits.get(case.name),
+                    decisions=len(wanted.scores) * int(case.real.sum()),
+                    flips=tuple(flips(wanted.scores, found.scores, case.real)),
+                )
+            )
+        if self._tokens:
+            self.greedy = self._compare_greedy(wanted, found)  # of the last case
+
+    def _compare_greedy(self, wanted: Trace, found: Trace) -> GreedyResult:
+        tokens = np.array(self._tokens)  # all of one length, because no end token stops them
+        first = wanted.logits.shape[1] - tokens.shape[1]
+        differences = []
+        for row, sequence in enumerate(tokens):
+            differing = np.flatnonzero(wanted.logits[row, first:].argmax(-1) != sequence)
+            if not differing.size:
+                continue
+            index = int(differing[0])
+            logits = wanted.logits[row, first + index]
+            earlier = [flip for flip in self.results[-1].flips if flip.row == row and flip.position <= first + index]
+            differences.append(
+                GreedyDifference(
+                    row=row,
+                    index=index,
+                    gap=float(logits.max() - logits[sequence[index]]),
+                    error=float(np.abs(found.logits[row, first + index] - logits).max()),
+                    flips=len(earlier),
+                )
+            )
+        return GreedyResult(
+            self._candidate.name, tuple(tuple(sequence) for sequence in tokens.tolist()), tuple(differences)
+        )
+
+    def _compare_streams(self, runner: Runner, index: int) -> None:
+        errors = compare_streams(self._reference, runner, self._cases[index], self._traces[index])
+        self.results[index] = dataclasses.replace(
+            self.results[index],
+            stream_errors=errors,
+            first_diverging_layer=first_diverging_layer(errors, self._tolerance),
+        )

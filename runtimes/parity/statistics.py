@@ -1,0 +1,144 @@
+"""What is measured between a reference's outputs and a candidate's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from dlo_export.runtimes.errors import RuntimeInputError
+from dlo_export.runtimes.parity.tolerances import Tolerance
+from dlo_export.runtimes.runner import BoolArray, FloatArray
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitStatistics:
+    """Differences of logits, over real tokens (padding left out).
+
+    Attributes:
+        compared: Logits compared.
+        mean: Mean absolute difference, relative to the mean peak; NaN where a value is not finite.
+        largest: Largest absolute difference relative to its token's peak; NaN likewise.
+        largest_absolute: Largest absolute difference; NaN likewise.
+        row: Sequence of the token with the largest relative difference.
+        position: Column of that token, padding and cache counted.
+    """
+
+    compared: int
+    mean: float
+    largest: float
+    largest_absolute: float
+    row: int
+    position: int
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether the candidate agrees; False where nothing was compared or a value is not finite."""
+        return self.compared > 0 and self.mean <= tolerance.mean and self.largest <= tolerance.largest
+
+
+@dataclasses.dataclass(frozen=True)
+class Flip:
+    """A token whose decision differs from the reference's.
+
+    Attributes:
+        layer: Routed layer.
+        row: Sequence of the batch.
+        position: Column of the token, padding and cache counted.
+        reference_score: Of the reference's router.
+        candidate_score: Of the candidate's.
+    """
+
+    layer: int
+    row: int
+    position: int
+    reference_score: float
+    candidate_score: float
+
+    @property
+    def margin(self) -> float:
+        """How far the reference was from deciding otherwise: |reference_score - 0.5|."""
+        return abs(self.reference_score - 0.5)
+
+
+def logit_statistics(reference: FloatArray, candidate: FloatArray, real: BoolArray) -> LogitStatistics:
+    """Compares logits.
+
+    Args:
+        reference: float32 [batch, sequence, vocab].
+        candidate: The same.
+        real: bool [batch, sequence], False at padding.
+
+    Raises:
+        RuntimeInputError: The shapes differ.
+    """
+    if reference.shape != candidate.shape:
+        raise RuntimeInputError(
+            f"parity: the candidate's logits are {list(candidate.shape)}, the reference's {list(reference.shape)}",
+            hint="they are different models",
+        )
+    rows, positions = np.nonzero(real)
+    if not rows.size:
+        return LogitStatistics(0, 0.0, 0.0, 0.0, 0, 0)
+    finite = np.isfinite(reference[real] - candidate[real]).all(-1)
+    if not finite.all():
+        worst = int(np.argmin(finite))
+        nan = float("nan")
+        return LogitStatistics(rows.size * reference.shape[-1], nan, nan, nan, int(rows[worst]), int(positions[worst]))
+    differences = np.abs(candidate[real] - reference[real])
+    peaks = np.maximum(np.abs(reference[real]).max(-1), 1.0)
+    relative = differences.max(-1) / peaks
+    worst = int(relative.argmax())
+    return LogitStatistics(
+        differences.size,
+        float(differences.mean(dtype=np.float64) / peaks.mean()),
+        float(relative[worst]),
+        float(differences.max()),
+        int(rows[worst]),
+        int(positions[worst]),
+    )
+
+
+def flips(reference: Mapping[int, FloatArray], candidate: Mapping[int, FloatArray], real: BoolArray) -> Iterator[Flip]:
+    """Decisions that differ, by layer, row and position.
+
+    Args:
+        reference: Scores by routed layer, float32 [batch, sequence].
+        candidate: The same. A score that is not a number counts as a skip.
+        real: bool [batch, sequence], False at padding.
+    """
+    for layer in sorted(reference):
+        wanted, found = reference[layer], candidate[layer]
+        for row, position in zip(*np.nonzero(((wanted > 0.5) != (found > 0.5)) & real), strict=True):
+            yield Flip(layer, int(row), int(position), float(wanted[row, position]), float(found[row, position]))
+
+
+def stream_errors(
+    reference: Sequence[Mapping[int, FloatArray]],
+    candidate: Sequence[Mapping[int, FloatArray]],
+    real: Sequence[BoolArray],
+) -> dict[int, float]:
+    """How far residual streams are apart: by layer, the mean over real tokens of |difference| / |reference| (norms).
+
+    Args:
+        reference: Per step, by layer, float32 [batch, sequence, hidden].
+        candidate: The same; layers it does not expose are left out.
+        real: Per step, bool [batch, sequence].
+    """
+    errors = {}
+    for layer in sorted(reference[0].keys() & candidate[0].keys()):
+        wanted = np.concatenate([step[layer][mask] for step, mask in zip(reference, real, strict=True)])
+        found = np.concatenate([step[layer][mask] for step, mask in zip(candidate, real, strict=True)])
+        norms = np.maximum(np.linalg.norm(wanted, axis=-1), np.finfo(np.float32).tiny)
+        errors[layer] = float((np.linalg.norm(found - wanted, axis=-1) / norms).mean())
+    return errors
+
+
+def first_diverging_layer(errors: Mapping[int, float], tolerance: Tolerance) -> int | None:
+    """The first layer whose residual stream is off by more than rounding (or is not finite).
+
+    Args:
+        errors: Of `stream_errors`.
+        tolerance: Its mean is for logits; streams of agreeing models stay below twice that.
+    """
+    return next((layer for layer in sorted(errors) if not errors[layer] <= 2 * tolerance.mean), None)

@@ -1,0 +1,90 @@
+"""A case on a runner: outputs of all steps, and the decisions they were made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dlo_export.runtimes.parity.cases import Case
+from dlo_export.runtimes.parity.statistics import stream_errors
+from dlo_export.runtimes.runner import Decisions, FloatArray, Runner
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Outputs of a case's steps, joined.
+
+    Attributes:
+        logits: float32 [batch, tokens, vocab].
+        scores: By routed layer, float32 [batch, tokens].
+        decisions: Per step, to force on another runner; None where nothing is routed.
+    """
+
+    logits: FloatArray
+    scores: dict[int, FloatArray]
+    decisions: tuple[Decisions, ...] | None
+
+
+def trace_reference(reference: Runner, case: Case) -> Trace:
+    """Runs a case as it says: its forcing, or else the reference's own routers, decide."""
+    forced = case.forced(reference.routed_layers)
+    trace = trace_case(reference, case, forced)
+    if forced is not None or not trace.scores:
+        return trace
+    ends = np.cumsum([feed.input_ids.shape[1] for feed in case.feeds])[:-1]
+    active = {layer: np.split(scores > 0.5, ends, axis=1) for layer, scores in trace.scores.items()}
+    own = tuple({layer: steps[index] for layer, steps in active.items()} for index in range(len(case.feeds)))
+    return Trace(trace.logits, trace.scores, own)
+
+
+def trace_case(runner: Runner, case: Case, decisions: Sequence[Decisions] | None) -> Trace:
+    """Runs a case under given decisions, or under the runner's own.
+
+    Args:
+        runner: Reset first.
+        case: What to feed.
+        decisions: Per step.
+    """
+    runner.reset(case.batch)
+    steps = [
+        runner.step(
+            feed.input_ids,
+            feed.attention_mask,
+            feed.position_ids,
+            force_active=None if decisions is None else decisions[index],
+        )
+        for index, feed in enumerate(case.feeds)
+    ]
+    scores = {
+        layer: np.concatenate([step.router_scores[layer] for step in steps], 1) for layer in steps[0].router_scores
+    }
+    logits = np.concatenate([step.logits for step in steps], 1)
+    return Trace(logits, scores, None if decisions is None else tuple(decisions))
+
+
+def compare_streams(reference: Runner, candidate: Runner, case: Case, wanted: Trace) -> dict[int, float]:
+    """How far the residual streams are apart, by layer; see `parity_statistics.stream_errors`.
+
+    Args:
+        reference: Exposes residual streams.
+        candidate: Exposes them too, and takes decisions where anything is routed.
+        case: What to feed.
+        wanted: Of the reference, on that case.
+    """
+    streams: list[list[Mapping[int, FloatArray]]] = []
+    for runner in (reference, candidate):
+        runner.reset(case.batch)
+        streams.append([])
+        for index, feed in enumerate(case.feeds):
+            result = runner.step(
+                feed.input_ids,
+                feed.attention_mask,
+                feed.position_ids,
+                force_active=None if wanted.decisions is None else wanted.decisions[index],
+                hidden_states=True,
+            )
+            streams[-1].append(result.hidden_states)
+    wanted_streams, found_streams = streams
+    return stream_errors(wanted_streams, found_streams, [feed.real for feed in case.feeds])

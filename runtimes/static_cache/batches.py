@@ -1,0 +1,211 @@
+"""A static KV cache behind `Runner.step`: left-padded batches in, right-ragged ones out, and results put back.
+
+`Runner.step` gets a batch whose padding stands at the left (or, for a sequence that has ended, at the right) and a mask
+that grows. A static cache holds each sequence's real tokens from slot 0 on, with no padding between them: a step's real
+tokens are moved to the left of their row, `write_indices` says in which slot the first one goes, `kv_lengths` how many
+are in the cache behind the step. What the step computes is moved back to where its tokens were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlo_export.runtimes.errors import StepError
+from dlo_export.runtimes.runner import BoolArray, Decisions, Int64Array
+
+Element = TypeVar("Element", bound=np.generic)
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticCacheLimits:
+    """How much fits.
+
+    Attributes:
+        max_cache: Slots for tokens, per sequence.
+        max_batch: Sequences of the largest profile; None: any number.
+        max_sequence: Tokens of one step in the largest profile; None: any number.
+    """
+
+    max_cache: int
+    max_batch: int | None = None
+    max_sequence: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticCacheStep:
+    """One step as the graph takes it.
+
+    Attributes:
+        feeds: input_ids, position_ids int64 [batch, ragged], write_indices, kv_lengths int64 [batch] and, where given,
+            force_active.{l} bool [batch, ragged] (False at padding: nobody needs its MLP). `ragged` is the most real
+            tokens any sequence has in the step, at least 1.
+        real: bool [batch, sequence]: which of the tokens `Runner.step` got are not padding.
+        counts: int64 [batch]: how many those are.
+    """
+
+    feeds: Mapping[str, Int64Array | BoolArray]
+    real: BoolArray
+    counts: Int64Array
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return int(self.real.shape[0])
+
+    @property
+    def ragged(self) -> int:
+        """Tokens per sequence as the graph sees them, its padding counted."""
+        return int(self.feeds["input_ids"].shape[1])
+
+    def restored(self, values: NDArray[Element]) -> NDArray[Element]:
+        """Puts what was computed per token back to where the tokens were.
+
+        Args:
+            values: [batch, ragged, …].
+
+        Returns:
+            [batch, sequence, …], 0 at padding.
+        """
+        moved = np.zeros((*self.real.shape, *values.shape[2:]), values.dtype)
+        moved[self.real] = values[_filled(self.counts, self.ragged)]
+        return moved
+
+    def last(self, values: NDArray[Element]) -> NDArray[Element]:
+        """What was computed for each sequence's last real token of the step.
+
+        Args:
+            values: [batch, ragged, …], or [batch, 1, …] where the graph kept the last real token's only.
+
+        Returns:
+            [batch, 1, …], 0 where the step is all padding to a sequence.
+        """
+        columns = np.maximum(self.counts - 1, 0) if values.shape[1] > 1 else np.zeros_like(self.counts)
+        rows = values[np.arange(self.batch), columns]
+        rows[self.counts == 0] = 0
+        return rows[:, np.newaxis]
+
+
+class StaticCache:
+    """How much of a static cache is taken, and by which tokens.
+
+    Args:
+        name: Of the runner, for messages.
+        limits: How much fits.
+    """
+
+    def __init__(self, name: str, limits: StaticCacheLimits) -> None:
+        self._name = name
+        self._limits = limits
+        self._mask: BoolArray | None = None
+
+    @property
+    def batch(self) -> int | None:
+        """Of the last `reset`; None before the first."""
+        return None if self._mask is None else self._mask.shape[0]
+
+    @property
+    def past(self) -> int:
+        """Tokens per sequence fed since `reset`, padding counted."""
+        return 0 if self._mask is None else self._mask.shape[1]
+
+    def reset(self, batch: int) -> None:
+        """Forgets all tokens.
+
+        Args:
+            batch: Sequences from now on.
+
+        Raises:
+            StepError: More than the largest profile has.
+        """
+        if self._limits.max_batch is not None and batch > self._limits.max_batch:
+            raise StepError(
+                f"{self._name}: got a batch of {batch}, expected at most {self._limits.max_batch}, the largest profile",
+                hint=f"feed smaller batches, or export with --trt-max-batch {batch}",
+            )
+        self._mask = np.zeros((batch, 0), np.bool_)
+
+    def next_step(
+        self,
+        input_ids: Int64Array,
+        attention_mask: Int64Array,
+        position_ids: Int64Array,
+        force_active: Decisions | None = None,
+    ) -> StaticCacheStep:
+        """Converts a step whose shapes were checked (`runner.check_step`); the cache stays as it is.
+
+        Args:
+            input_ids: As `Runner.step`.
+            attention_mask: As `Runner.step`.
+            position_ids: As `Runner.step`.
+            force_active: As `Runner.step`.
+
+        Raises:
+            StepError: The step does not fit into the profiles or the cache, or the mask hides other cached tokens than
+                when they were fed.
+        """
+        assert self._mask is not None, "check_step refuses a step before reset"
+        mask = attention_mask != 0
+        real = mask[:, self.past :]
+        counts = real.sum(1, dtype=np.int64)
+        lengths = self._mask.sum(1, dtype=np.int64)
+        ragged = max(int(counts.max()), 1)
+        self._check(mask, lengths, ragged)
+        filled = _filled(counts, ragged)
+        feeds: dict[str, Int64Array | BoolArray] = {
+            "input_ids": _moved(input_ids.astype(np.int64), real, filled),
+            "position_ids": _moved(position_ids.astype(np.int64), real, filled),
+            "write_indices": lengths,
+            "kv_lengths": lengths + counts,
+        }
+        for layer, decisions in (force_active or {}).items():
+            feeds[f"force_active.{layer}"] = _moved(decisions.astype(np.bool_), real, filled)
+        return StaticCacheStep(feeds, real, counts)
+
+    def append(self, step: StaticCacheStep) -> None:
+        """Counts a step's tokens as cached, once it has run."""
+        assert self._mask is not None
+        self._mask = np.concatenate([self._mask, step.real], 1)
+
+    def _check(self, mask: BoolArray, lengths: Int64Array, ragged: int) -> None:
+        """Collects everything that keeps the step from running."""
+        assert self._mask is not None
+        problems, hints = [], []
+        changed = np.flatnonzero((mask[:, : self.past] != self._mask).any(1))
+        if changed.size:
+            problems.append(
+                f"attention_mask hides other cached tokens of sequences {changed.tolist()} than when they were fed, "
+                "expected the same mask with the step's columns appended"
+            )
+            hints.append("reset, and feed the sequences again without the tokens to hide")
+        limit = self._limits.max_sequence
+        if limit is not None and ragged > limit:
+            problems.append(f"the step has {ragged} tokens per sequence, expected at most {limit}, the largest profile")
+            hints.append(f"feed the prompt in several steps, or export with --trt-max-sequence {ragged}")
+        # The graph writes the whole step, its padding too; what is behind kv_lengths is never read.
+        row = int(lengths.argmax())
+        needed = int(lengths[row]) + ragged
+        if needed > self._limits.max_cache:
+            problems.append(
+                f"the cache is full: sequence {row} has {lengths[row]} tokens in it and the step writes {ragged}, "
+                f"expected at most {self._limits.max_cache} together"
+            )
+            hints.append(f"generate fewer tokens, or export with --trt-max-cache {needed} or more")
+        if problems:
+            raise StepError(f"{self._name}: {'; '.join(problems)}", hint="; ".join(hints))
+
+
+def _filled(counts: Int64Array, ragged: int) -> BoolArray:
+    """Where a right-ragged batch has tokens, bool [batch, ragged]."""
+    return np.arange(ragged) < counts[:, np.newaxis]
+
+
+def _moved(values: NDArray[Element], real: BoolArray, filled: BoolArray) -> NDArray[Element]:
+    """Moves each row's real values to its left, in order; padding becomes 0 (token 0, position 0, not active)."""
+    moved = np.zeros(filled.shape, values.dtype)
+    moved[filled] = values[real]  # both go through the rows in order
+    return moved

@@ -1,0 +1,1 @@
+"""Runs an artefact's TensorRT engines."""

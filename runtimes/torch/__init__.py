@@ -1,0 +1,1 @@
+"""Runners on PyTorch: the reference of every comparison."""

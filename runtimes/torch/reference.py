@@ -1,0 +1,96 @@
+"""The PyTorch reference of any checkpoint, in memory or, where it does not fit, layer by layer.
+
+There is one implementation of the model, modeling's. Streaming changes where a block's weights are while it does not
+run, not what it computes, so a reference larger than memory is the same reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.modeling.from_tensors import empty_llama_dlo, llama_dlo_from_tensors, released_parameter
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.runtimes.memory import available_memory
+from dlo_export.runtimes.torch.runner import TorchRunner
+
+# Of what is available: activations, logits and the candidates' weights need room too.
+MEMORY_SHARE = 0.5
+
+
+def open_reference(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    *,
+    stream: bool | None = None,
+    name: str = "PyTorch",
+) -> TorchRunner:
+    """Opens the float32 masked oracle of a checkpoint.
+
+    Args:
+        config: Of config.json.
+        tensors: Under Hugging Face names.
+        stream: Read each layer's weights when it runs and drop them behind it; None decides by the memory available.
+        name: For reports.
+
+    Raises:
+        ValueError: Config and tensors do not fit each other, or the model is not supported; see modeling.from_tensors.
+    """
+    if stream is None:
+        stream = float32_bytes(tensors) > MEMORY_SHARE * available_memory()
+    model = streamed_llama_dlo(config, tensors) if stream else llama_dlo_from_tensors(config, tensors)
+    return TorchRunner(model, masked=True, name=f"{name}, layer by layer" if stream else name)
+
+
+def float32_bytes(tensors: Mapping[str, LazyTensor]) -> int:
+    """Size of the model in float32."""
+    return 4 * sum(math.prod(tensor.shape) for tensor in tensors.values())
+
+
+def streamed_llama_dlo(config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> LlamaDloForCausalLM:
+    """Builds a model whose embedding, decoder layers and head hold weights only while they run.
+
+    Args:
+        config: Of config.json.
+        tensors: Under Hugging Face names; read anew in every step. Needs memory for the largest block in float32.
+
+    Raises:
+        ValueError: As `open_reference`.
+    """
+    model = empty_llama_dlo(config, tensors.keys())
+    blocks: dict[str, nn.Module] = {"model.embed_tokens": model.model.embed_tokens, "lm_head": model.lm_head}
+    blocks |= {f"model.layers.{index}": layer for index, layer in enumerate(model.model.layers)}
+    small = {"model.norm": model.model.norm, "model.routers": model.model.routers}
+    for prefix, module in small.items():
+        _load(module, _block_tensors(module, prefix, tensors))
+    for prefix, module in blocks.items():
+        _stream(module, _block_tensors(module, prefix, tensors))
+    return model
+
+
+def _block_tensors(module: nn.Module, prefix: str, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """A block's tensors under its own parameters' names; a tied head's is the embedding matrix."""
+    names = {name: f"{prefix}.{name}" for name, _ in module.named_parameters()}
+    return {
+        name: tensors["model.embed_tokens.weight" if full == "lm_head.weight" and full not in tensors else full]
+        for name, full in names.items()
+    }
+
+
+def _load(module: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
+    values = {name: released_parameter(tensor, torch.float32) for name, tensor in tensors.items()}
+    module.load_state_dict(values, assign=True)
+
+
+def _stream(module: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
+    module.register_forward_pre_hook(lambda block, _inputs: _load(block, tensors))
+    module.register_forward_hook(lambda block, _inputs, _output: _drop(block), always_call=True)
+
+
+def _drop(module: nn.Module) -> None:
+    module.to("meta")

@@ -1,0 +1,443 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.checkpoints.opening import open_checkpoint
+from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
+
+REFERENCES = Path(__file__).parents[1] / "data"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+NORM = "model.norm.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny_llama(tmp_path / "tiny")
+
+
+def rewrite_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Adds, replaces and (None) removes tensors of a single-file checkpoint."""
+    tensors = load_file(folder / WEIGHTS) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
+
+
+def rewrite_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def safetensors_bytes(header: Any, data: bytes = b"") -> bytes:
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(encoded)) + encoded + data
+
+
+# -- what is read
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"dtype": "float16", "tie": True},
+        {"dtype": "bfloat16", "shards": 3, "head_dim": 16, "rope": "llama3"},
+        {"shards": 2, "tie": True, "kv_heads": 1, "attention_bias": True, "mlp_bias": True, "legacy_keys": True},
+    ],
+    ids=str,
+)
+def test_tensors_equal_transformers_when_opened(tmp_path: Path, shape: dict[str, Any]) -> None:
+    folder = save_tiny_llama(tmp_path, **shape)
+    reference = dict(LlamaForCausalLM.from_pretrained(folder, dtype="auto").named_parameters())
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.stored_dtype == checkpoint.config.dtype == shape.get("dtype", "float32")
+        assert list(checkpoint.tensors) == list(checkpoint.config.tensor_shapes())
+        assert set(checkpoint.tensors) == set(reference)
+        for name, tensor in checkpoint.tensors.items():
+            array = tensor.numpy()
+            assert (tensor.name, tensor.shape, tensor.dtype, tensor.nbytes) == (
+                name,
+                array.shape,
+                array.dtype,
+                array.nbytes,
+            )
+            assert tensor.dtype.name == checkpoint.stored_dtype
+            np.testing.assert_array_equal(array.astype(np.float32), reference[name].detach().float().numpy())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "layer"])
+def test_tensors_are_the_files_when_the_authors_code_saved_them(kind: str) -> None:
+    folder = REFERENCES / f"reference_{kind}_routed"
+    stored = load_file(folder / WEIGHTS)
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.config.routing is not None
+        assert checkpoint.config.routing.kind == kind
+        assert set(checkpoint.tensors) == set(stored)
+        for name, tensor in checkpoint.tensors.items():
+            np.testing.assert_array_equal(tensor.numpy(), stored[name].numpy())
+
+
+def test_tensor_is_a_read_only_view_when_stored_as_bf16(tmp_path: Path) -> None:
+    tensor = open_checkpoint(save_tiny_llama(tmp_path, dtype="bfloat16")).tensors[NORM]
+    first, second = tensor.numpy(), tensor.numpy()
+    assert first.dtype == ml_dtypes.bfloat16
+    assert np.shares_memory(first, second)
+    assert not first.flags.writeable
+
+
+def test_rows_are_a_part_of_the_tensor_when_asked_for(folder: Path) -> None:
+    tensor = open_checkpoint(folder).tensors["model.layers.1.mlp.down_proj.weight"]
+    np.testing.assert_array_equal(tensor.rows(3, 9), tensor.numpy()[3:9])
+
+
+def test_tensor_reads_the_same_when_released(folder: Path) -> None:
+    tensor = open_checkpoint(folder).tensors["lm_head.weight"]
+    view = tensor.numpy()
+    before = view.copy()
+    tensor.release()
+    np.testing.assert_array_equal(view, before)
+    np.testing.assert_array_equal(tensor.numpy(), before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_given_back_when_a_tensor_is_released(tmp_path: Path) -> None:
+    def mapped_bytes() -> int:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")]
+        return int(line.split()[1]) * 1024
+
+    with open_checkpoint(save_tiny_llama(tmp_path, vocab=200_000, tie=True)) as checkpoint:
+        tensor = checkpoint.tensors["model.embed_tokens.weight"]
+        before = mapped_bytes()
+        tensor.numpy().sum()
+        assert mapped_bytes() - before >= 0.9 * tensor.nbytes
+        tensor.release()
+        assert mapped_bytes() - before <= 0.1 * tensor.nbytes
+
+
+def test_tensors_are_out_of_reach_and_arrays_are_not_when_closed(folder: Path) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        tensor = checkpoint.tensors[NORM]
+        array = tensor.numpy()
+        copy = array.copy()
+    np.testing.assert_array_equal(array, copy)
+    tensor.release()
+    with pytest.raises(ValueError, match="closed"):
+        tensor.numpy()
+
+
+def test_no_deep_learning_framework_is_imported_when_a_checkpoint_is_opened(folder: Path) -> None:
+    code = (
+        "import sys; from dlo_export.checkpoints.opening import open_checkpoint; "
+        f"[t.numpy().sum() for t in open_checkpoint({str(folder)!r}).tensors.values()]; "
+        "print({'torch', 'transformers', 'gguf', 'tokenizers'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert result.stdout == "set()\n"
+
+
+def test_sha256_is_that_of_the_file_when_there_is_one(folder: Path) -> None:
+    assert open_checkpoint(folder).sha256() == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def test_sha256_is_that_of_the_listing_when_there_are_shards(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path, shards=3)
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) == 3
+    listing = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in shards)
+    assert open_checkpoint(folder).sha256() == hashlib.sha256(listing.encode()).hexdigest()
+
+
+# -- tensors that are not what the configuration says
+
+
+def test_every_tensor_is_named_when_several_are_wrong(folder: Path) -> None:
+    rewrite_tensors(
+        folder,
+        {
+            "model.layers.1.mlp.up_proj.weight": None,
+            "model.layers.3.mlp.up_proj.weight": torch.zeros(56, 32),
+            "model.layers.0.self_attn.k_proj.weight": torch.zeros(32, 32),
+            NORM: torch.zeros(32, dtype=torch.int32),
+        },
+    )
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    assert [line.strip() for line in str(caught.value).splitlines()] == [
+        f"{folder}: 4 tensors are not what config.json describes",
+        "model.layers.1.mlp.up_proj.weight: missing, expected [56, 32]",
+        "model.layers.0.self_attn.k_proj.weight: is [32, 32] in model.safetensors, expected [16, 32]",
+        "model.layers.3.mlp.up_proj.weight: [56, 32] in model.safetensors has no place in this model",
+        "model.norm.weight: is int32 in model.safetensors, expected float32, float16, bfloat16",
+        "",
+        "hint: config.json belongs to another model, or the checkpoint is incomplete",
+    ]
+
+
+def test_the_list_of_tensors_is_cut_when_nothing_fits(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path, layers=8)
+    rewrite_json(folder / "config.json", hidden_size=40)
+    with pytest.raises(CheckpointError, match=r"75 tensors are not(.*\n)+.*and 25 more\n\nhint: "):
+        open_checkpoint(folder)
+
+
+def test_router_is_named_when_it_is_missing(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path, routed=[True, False, True])
+    rewrite_tensors(folder, {"model.routers.2.weight": None})
+    with pytest.raises(CheckpointError, match=r"model\.routers\.2\.weight: missing, expected \[1, 32\]"):
+        open_checkpoint(folder)
+
+
+def test_redundant_tensors_are_left_out_when_old_conversions_saved_them(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path, tie=True)
+    embeddings = load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite_tensors(folder, {"lm_head.weight": embeddings.clone(), buffer: torch.ones(4, dtype=torch.float64)})
+    assert {"lm_head.weight", buffer}.isdisjoint(open_checkpoint(folder).tensors)
+
+
+def test_tied_head_is_refused_when_its_copy_differs(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path, tie=True)
+    embeddings = load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
+    rewrite_tensors(folder, {"lm_head.weight": embeddings + 1})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight"):
+        open_checkpoint(folder)
+
+
+# -- damaged files
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 500, 0.5, -1])
+def test_file_is_refused_by_name_when_truncated(folder: Path, kept: float) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    length = int(kept * len(content)) if isinstance(kept, float) else kept
+    (folder / WEIGHTS).write_bytes(content[:length])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*(\n.*)*hint: "):
+        open_checkpoint(folder)
+
+
+def entry(start: int = 0, stop: int = 8, dtype: Any = "F32", shape: Any = (2,)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"nonsense", "the header is not valid JSON"),
+        (b"\xff\xff", "the header is not valid JSON"),
+        (b"[1, 2]", "the header is a JSON list"),
+        (b'{"a": {}, "a": {}}', "duplicated: a"),
+        ({"a": 1}, "a: is 1, expected an object"),
+        ({"a": entry(dtype="F4")}, "a: dtype is 'F4', expected one of"),
+        ({"a": entry(dtype=["F32"])}, "a: dtype is"),
+        ({"a": entry(shape=[-2])}, r"a: shape is \[-2\], expected a list of sizes"),
+        ({"a": entry(shape=[True, 2])}, "a: shape is"),
+        ({"a": entry(shape=None)}, "a: shape is None"),
+        ({"a": entry() | {"data_offsets": [0]}}, "a: data_offsets are"),
+        ({"a": entry(stop=7)}, "a: takes 7 bytes, expected 8"),
+        ({"a": entry(8, 0)}, "a: takes -8 bytes, expected 8"),
+        ({"a": entry(1 << 62, (1 << 62) + 8)}, "a: ends at byte 4611686018427388"),
+        ({"a": entry(), "b": entry()}, r"b: starts at byte \d+, expected \d+ \(an overlap or a hole\)"),
+        ({"a": entry(4, 12), "b": entry(12, 16, shape=[1])}, r"a: starts at byte \d+, expected"),
+        ({"a": entry()}, r"the tensors end at byte \d+, but the file has"),
+    ],
+)
+def test_file_is_refused_with_the_reason_when_its_header_is_corrupt(folder: Path, header: Any, message: str) -> None:
+    (folder / WEIGHTS).write_bytes(safetensors_bytes(header, bytes(16)))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(folder)
+    assert str(folder / WEIGHTS) in str(caught.value)
+
+
+def test_file_is_refused_when_its_header_length_is_absurd(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
+        open_checkpoint(folder)
+
+
+def test_nothing_but_a_named_error_is_raised_when_header_bytes_are_random(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(content)
+        damaged[rng.integers(header_end)] = rng.integers(256)
+        (folder / WEIGHTS).write_bytes(damaged)
+        try:
+            checkpoint = open_checkpoint(folder)
+        except CheckpointError:
+            refused += 1
+        else:
+            for tensor in checkpoint.tensors.values():
+                tensor.numpy()
+    assert refused > 100
+
+
+# -- shards
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return save_tiny_llama(tmp_path / "sharded", shards=3)
+
+
+def test_shards_are_all_named_when_several_are_missing_or_damaged(sharded: Path) -> None:
+    first, second, third = sorted(sharded.glob("*.safetensors"))
+    first.unlink()
+    third.write_bytes(third.read_bytes()[:-1])
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(sharded)
+    text = str(caught.value)
+    assert f"{first}: no such file" in text
+    assert f"{third}: the header is not consistent" in text
+    assert second.name not in text
+    assert text.count("hint: ") == 1
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "a/../../model.safetensors"])
+def test_index_is_refused_when_it_leaves_the_folder(sharded: Path, name: str) -> None:
+    shutil.copy(next(sharded.glob("*.safetensors")), sharded.parent / WEIGHTS)
+    index = json.loads((sharded / INDEX).read_text())
+    rewrite_json(sharded / INDEX, weight_map=index["weight_map"] | {NORM: name})
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        open_checkpoint(sharded)
+
+
+def test_tensor_is_named_when_its_shard_does_not_hold_it(sharded: Path) -> None:
+    first, *_ = sorted(sharded.glob("*.safetensors"))
+    index = json.loads((sharded / INDEX).read_text())
+    rewrite_json(sharded / INDEX, weight_map=index["weight_map"] | {NORM: first.name})
+    with pytest.raises(CheckpointError, match=rf"{NORM}: not in {first.name}"):
+        open_checkpoint(sharded)
+
+
+def test_tensor_is_named_when_two_shards_hold_it(sharded: Path) -> None:
+    first, *_ = sorted(sharded.glob("*.safetensors"))
+    save_file(load_file(first) | {NORM: torch.ones(32)}, first)
+    with pytest.raises(CheckpointError, match=rf"{NORM}: duplicated in {first.name} and "):
+        open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"a": 1}])
+def test_index_is_refused_when_it_maps_nothing_to_files(sharded: Path, weight_map: Any) -> None:
+    rewrite_json(sharded / INDEX, weight_map=weight_map)
+    with pytest.raises(CheckpointError, match="weight_map is not an object"):
+        open_checkpoint(sharded)
+
+
+# -- folders and names
+
+
+def test_folder_is_refused_with_a_hint_when_it_holds_pickles_only(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"only pytorch_model\.bin, which are Python pickles(.*\n)+hint: convert"):
+        open_checkpoint(folder)
+
+
+def test_folder_is_refused_with_a_hint_when_it_only_holds_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"has no config\.json\n\nhint: give the GGUF file itself"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
+def test_folder_is_refused_when_a_file_links_outside(folder: Path, name: str) -> None:
+    outside = folder.parent / "outside"
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(CheckpointError, match=f"{name}: leads to .*outside, outside the checkpoint"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["missing/folder", "missing.gguf", "/no/such/path", "../..missing", "a--b..c", "x y"])
+def test_name_is_refused_when_nothing_is_there(name: str) -> None:
+    with pytest.raises(InputError, match="no such file or folder"):
+        open_checkpoint(name)
+
+
+def test_file_is_refused_with_a_hint_when_it_is_not_a_checkpoint(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"hint: for a \.safetensors file, give the folder"):
+        open_checkpoint(folder / WEIGHTS)
+
+
+def test_hub_id_opens_its_snapshot_when_it_is_in_the_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    snapshot = repository / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    for path in folder.iterdir():
+        path.rename(repository / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with open_checkpoint("someone/tiny") as checkpoint:
+        assert checkpoint.path == snapshot
+        assert checkpoint.tensors[NORM].numpy().shape == (32,)
+        checkpoint.save_companions(tmp_path)
+    assert not (tmp_path / "generation_config.json").is_symlink()
+
+
+# -- companions
+
+
+def test_companions_load_in_transformers_when_saved(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "tiny", vocab=BYTE_VOCABULARY, tokenizer=True)
+    target = tmp_path / "artefact"
+    target.mkdir()
+    open_checkpoint(folder).save_companions(target)
+    assert {path.name for path in target.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    text = "Grüße, 123!"
+    saved, original = AutoTokenizer.from_pretrained(target), AutoTokenizer.from_pretrained(folder)
+    assert saved(text).input_ids == original(text).input_ids
+    assert (target / "generation_config.json").read_bytes() == (folder / "generation_config.json").read_bytes()
+
+
+def test_config_keeps_unknown_keys_and_drops_switches_when_saved(folder: Path, tmp_path: Path) -> None:
+    rewrite_json(folder / "config.json", use_cache=False, auto_map={"AutoConfig": "evil.Config"}, note="odd \ud800")
+    open_checkpoint(folder).save_companions(tmp_path, {"num_hidden_layers": 5})
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["use_cache"] is True
+    assert "auto_map" not in saved
+    assert saved["note"] == "odd \ud800"
+    assert saved["num_hidden_layers"] == 5
+
+
+def test_generation_config_has_the_models_tokens_when_there_was_none(folder: Path, tmp_path: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    rewrite_json(folder / "config.json", eos_token_id=[2, 3])
+    open_checkpoint(folder).save_companions(tmp_path)
+    generation = GenerationConfig.from_pretrained(tmp_path)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, [2, 3], None)
+
+
+def test_companion_is_refused_when_it_links_outside(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
+    target = tmp_path / "artefact"
+    target.mkdir()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: leads to .*secret, outside the checkpoint"):
+        open_checkpoint(folder).save_companions(target)
+    assert not (target / "tokenizer.json").exists()
