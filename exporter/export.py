@@ -10,20 +10,23 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.exporter.artifact import MODEL_NAME, WEIGHTS_NAME, describe, save_description
 from dlo_export.exporter.genai_config import genai_config
+from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import Lowering, build_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
-from dlo_export.exporter.tensorrt.plan import DTYPES, TensorRtPlan, TensorRtRequest, plan_tensorrt
+from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
+from dlo_export.runtimes.onnxruntime.providers import CPU, SCATTER_ADD
 from dlo_export.runtimes.parity.report import ParityReport
 
-DtypeChoice = Literal["auto", "fp32", "fp16", "bf16"]
+DTYPE_CHOICES = ("auto", *BY_OPTION)
 LoweringChoice = Literal["auto", "masked", "compact", "if", "plugin"]
 
 
@@ -51,23 +54,31 @@ class ExportRequest:
         model: Checkpoint folder, `.gguf`, `.onnx`, or hub id in the local cache.
         output: Folder to make.
         adapter: DloAdapter folder.
-        dtype: Of weights, KV cache and logits: of the engines where there are any (model.onnx is fp32 then).
+        dtype: One of DTYPE_CHOICES, of weights, KV cache and logits: of the engines where there are any (model.onnx is
+            fp32 then).
         lowering: What routed layers become, in model.onnx and in engines; "plugin" in engines only.
         parity: Compare with PyTorch before the artefact appears.
         weights: False leaves `model.onnx.data` out: a graph to look at.
         force: Replace an existing output.
         trt: Build TensorRT engines too; None builds none.
+
+    Raises:
+        InputError: There is no such dtype.
     """
 
     model: str
     output: Path
     adapter: Path | None = None
-    dtype: DtypeChoice = "auto"
+    dtype: str = "auto"
     lowering: LoweringChoice = "auto"
     parity: bool = True
     weights: bool = True
     force: bool = False
     trt: TensorRtRequest | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_CHOICES:
+            raise InputError(f"--dtype {self.dtype}: no such type", hint=f"choose one of {', '.join(DTYPE_CHOICES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +114,9 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
     try:
         plan = _plan_engines(request, source)
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
-        dtype = _resolve_dtype(request.dtype, source) if plan is None else "fp32"
+        dtype = source.base.graph_dtype(request.dtype) if plan is None else "fp32"
         choice = "auto" if plan is not None and request.lowering == "plugin" else request.lowering
-        lowering, reason = resolve_lowering(choice, source)
+        lowering, reason = resolve_lowering(choice, source, dtype)
         with whole_folder(request.output, overwrite=request.force) as folder:
             return _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
     except OSError as err:
@@ -118,8 +129,13 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         source.close()
 
 
-def resolve_lowering(choice: LoweringChoice, source: ExportSource) -> tuple[Lowering, str]:
+def resolve_lowering(choice: LoweringChoice, source: ExportSource, dtype: str) -> tuple[Lowering, str]:
     """The lowering for ONNX Runtime's CPU provider, and why.
+
+    Args:
+        choice: What was asked for.
+        source: What is exported.
+        dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
 
     Raises:
         InputError: A lowering is asked for and nothing is routed.
@@ -137,19 +153,12 @@ def resolve_lowering(choice: LoweringChoice, source: ExportSource) -> tuple[Lowe
             hint="plugins are TensorRT's: add --trt, or choose compact",
         )
     if choice == "auto":
+        kind = BY_OPTION[dtype]
+        gap = CPU.why_not_run(kind, (SCATTER_ADD,))
+        if gap is not None and CPU.why_not_run(kind) is None:
+            return "if", f"{gap}, which compaction needs; a conditional skips a layer where no token is active"
         return "compact", "compaction skips work in prefill, batches and decode alike on ONNX Runtime's CPU kernels"
     return choice, "asked for"
-
-
-def _resolve_dtype(choice: DtypeChoice, source: ExportSource) -> str:
-    if source.kind == "onnx":
-        if choice not in ("auto", "fp32"):
-            raise InputError(
-                f"{source.base.path}: --dtype {choice} asks for a cast, but a graph keeps its own dtype",
-                hint="export the checkpoint instead, or leave --dtype out",
-            )
-        return "fp32"
-    return "fp32" if choice == "auto" else choice
 
 
 def _export_into(
@@ -163,7 +172,7 @@ def _export_into(
 ) -> ExportResult:
     lowering, reason = lowering_and_reason
     with reporter.stage("graph"):
-        model = build_model(source, lowering, DTYPES[dtype])
+        model = build_model(source, lowering, graph_dtype(dtype))
     if request.weights:
         check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
     with reporter.bytes("weights") as progress:

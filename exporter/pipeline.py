@@ -145,8 +145,8 @@ def check_tensorrt_options(source: ExportSource, options: TensorRtOptions) -> No
         InputError: With all reasons.
     """
     problems = []
-    if source.kind == "onnx":
-        problems.append(f"{source.base.path.name} is an ONNX graph, whose attention and cache stay what they are")
+    if (refusal := source.base.why_not("TensorRT")) is not None:
+        problems.append(f"{source.base.path.name} {refusal.reason}")
     for name in ("max_batch", "max_sequence", "max_cache"):
         if getattr(options, name) < 1:
             problems.append(f"--trt-{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")

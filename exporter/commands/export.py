@@ -12,15 +12,6 @@ import typer
 NAME = "export"
 
 
-class Dtype(StrEnum):
-    """Choices of --dtype."""
-
-    AUTO = "auto"
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
-
 class LoweringOption(StrEnum):
     """Choices of --lowering."""
 
@@ -52,7 +43,9 @@ def main(
         Path | None, typer.Option("-o", "--output", help="Artefact folder; MODEL's name with -dlo unless given.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="DloAdapter: injected layers and routers.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights, KV cache and logits; auto is fp32 on a CPU.")] = Dtype.AUTO,
+    dtype: Annotated[
+        str, typer.Option(help="Of weights, KV cache and logits: fp32, fp16 or bf16; auto is fp32 on a CPU.")
+    ] = "auto",
     lowering: Annotated[
         LoweringOption, typer.Option(help="What routed layers become; auto chooses by what was measured.")
     ] = LoweringOption.AUTO,
@@ -108,7 +101,7 @@ def main(
         model=model,
         output=output or Path(f"{Path(model).name.removesuffix('.gguf').removesuffix('.onnx')}-dlo"),
         adapter=adapter,
-        dtype=dtype.value,
+        dtype=dtype,
         lowering=lowering.value,
         parity=not no_parity,
         weights=not no_weights,

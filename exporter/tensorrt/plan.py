@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.dtypes import FLOAT16
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import TensorRtLowering, TensorRtOptions, build_tensorrt_model, check_tensorrt_options
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.backend import BackendChoice, check_backend, resolve_backend
@@ -18,8 +20,6 @@ from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
 from dlo_export.plugins.contract import size_problems
 
 Phase = Literal["both", "prefill", "decode"]
-DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-_SIXTEEN_BIT = {"float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +132,8 @@ def graph_options(entry: dict[str, Any]) -> TensorRtOptions:
 def _dtype(source: ExportSource, choice: str) -> str:
     if choice != "auto":
         return choice
-    stored = getattr(source.base, "stored_dtype", "")
     # bfloat16 cannot overflow where the checkpoint's own type did not.
-    return _SIXTEEN_BIT.get(stored, "bf16")
+    return "fp16" if source.base.stored_dtype == FLOAT16.name else "bf16"
 
 
 def _planned(
@@ -154,7 +153,9 @@ def _planned(
                 f"{source.base.path}: has no routers, so --lowering {lowering} has nothing to lower",
                 hint="leave --lowering out, or give an adapter with routers (`dlo calibrate`)",
             )
-        return PlannedEngine(phase, options, "nothing is routed", build_tensorrt_model(source, options, DTYPES[dtype]))
+        return PlannedEngine(
+            phase, options, "nothing is routed", build_tensorrt_model(source, options, graph_dtype(dtype))
+        )
     candidates = _preferred(request, phase, options, backend) if lowering == "auto" else [(lowering, "asked for")]
     refused = ""
     for name, reason in candidates[:-1]:
@@ -171,7 +172,7 @@ def _planned(
 
 
 def _built(source: ExportSource, options: TensorRtOptions, dtype: str) -> ir.Model:
-    model = build_tensorrt_model(source, options, DTYPES[dtype])
+    model = build_tensorrt_model(source, options, graph_dtype(dtype))
     problems = [
         f"{node.name}: {problem}" for node in model.graph if node.domain == DOMAIN for problem in _size_problems(node)
     ]
