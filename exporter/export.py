@@ -11,7 +11,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_OPTION
-from dlo_export.checkpoints.errors import InputError, MachineError
+from dlo_export.checkpoints.errors import DloError, InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
@@ -30,7 +30,7 @@ DTYPE_CHOICES = ("auto", *BY_OPTION)
 LoweringChoice = Literal["auto", "masked", "compact", "if", "plugin"]
 
 
-class ParityFailedError(Exception):
+class ParityFailedError(DloError):
     """The artefact does not compute what the PyTorch reference computes.
 
     Args:
@@ -41,7 +41,7 @@ class ParityFailedError(Exception):
     exit_code = 1
 
     def __init__(self, report: ParityReport, kept: Path) -> None:
-        super().__init__(f"{report.summary()}\n\nhint: the artefact was kept in {kept} for inspection")
+        super().__init__(report.summary(), hint=f"the artefact was kept in {kept} for inspection")
         self.report = report
         self.kept = kept
 
