@@ -132,8 +132,7 @@ class _Comparison:
 
     def _compare_cases(self, runner: Runner) -> None:
         found_traces = [
-            trace_case(runner, case, wanted.decisions)
-            for case, wanted in zip(self._cases, self._traces, strict=True)
+            trace_case(runner, case, wanted.decisions) for case, wanted in zip(self._cases, self._traces, strict=True)
         ]
         for case, wanted, found in zip(self._cases, self._traces, found_traces, strict=True):
             self.results.append(
