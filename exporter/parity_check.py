@@ -5,19 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.artifact import MODEL_NAME, WEIGHTS_NAME
 from dlo_export.exporter.artifact_runner import exposed_model
 from dlo_export.exporter.pipeline import TensorRtOptions, build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import save_weights, weight_places
+from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.parity.cases import parity_cases
@@ -31,7 +30,7 @@ _GREEDY_PROMPTS = (24, 15)  # tokens: of unequal length, so that one is padded
 def check_parity(
     source: ExportSource,
     folder: Path,
-    description: dict[str, Any],
+    description: ArtefactDescription,
     tensorrt: Iterable[TensorRtOptions] = (),
 ) -> ParityReport:
     """Compares an artefact, and the fp32 twins of its TensorRT graphs, with the PyTorch model of its source.
@@ -48,9 +47,9 @@ def check_parity(
     Raises:
         InputError: The artefact was made from another source, or by another version.
     """
-    if description["dtype"] == "bf16":
+    if description.dtype == "bf16":
         return ParityReport.not_run("ONNX Runtime's CPU provider does not implement bfloat16")
-    if description["dtype"] == "fp16" and description["lowering"] == "compact":
+    if description.dtype == "fp16" and description.lowering == "compact":
         return ParityReport.not_run("ONNX Runtime's CPU kernel of ScatterND does not add float16")
     tensors = source.tensors()
     if source.base.config is None or not tensors:
@@ -59,8 +58,8 @@ def check_parity(
     from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
 
     released = load_graph(folder / MODEL_NAME)
-    rungs = {description["lowering"]: released}
-    if description["lowering"] not in ("none", "masked"):
+    rungs = {description.lowering: released}
+    if description.lowering not in ("none", "masked"):
         rungs = {"masked": _masked_graph(source, folder, released), **rungs}
     candidates = [
         _candidate(name, graph, folder, routed=source.routing is not None, released=graph is released)
@@ -76,7 +75,7 @@ def check_parity(
             reference,
             candidates,
             parity_cases(vocab_size, routed=routed, seed=_SEED),
-            dtype=description["dtype"],
+            dtype=description.dtype,
             greedy_prompts=[rng.integers(0, vocab_size, tokens).tolist() for tokens in _GREEDY_PROMPTS],
         )
 

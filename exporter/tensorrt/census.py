@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dlo_export.exporter.tensorrt.engine_record import LayerCensus
 from dlo_export.exporter.tensorrt.nodes import decoder_layer, network_layers, node_name
+from dlo_export.runtimes.artefact.engine_record import LayerCensus
 
 # By lowering: TensorRT's layer types that carry the skip, all of which a routed layer must have.
 MECHANISMS: dict[str, frozenset[str]] = {

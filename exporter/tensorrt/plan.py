@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -12,12 +12,11 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.pipeline import TensorRtLowering, TensorRtOptions, build_tensorrt_model, check_tensorrt_options
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.backend import BackendChoice, check_backend, resolve_backend
-from dlo_export.exporter.tensorrt.engine_request import BackendName
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
 from dlo_export.plugins.contract import size_problems
+from dlo_export.runtimes.artefact.engine_record import BackendName, EngineRecord, Phase
 
-Phase = Literal["both", "prefill", "decode"]
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _SIXTEEN_BIT = {"float16": "fp16", "bfloat16": "bf16"}
 
@@ -123,10 +122,10 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
     return TensorRtPlan(request, backend, reason, resolved, engines)
 
 
-def graph_options(entry: dict[str, Any]) -> TensorRtOptions:
-    """The options of the graph behind an entry of `engines` in dlo_artifact.json."""
+def graph_options(engine: EngineRecord) -> TensorRtOptions:
+    """The options of the graph behind an engine."""
     names = [field.name for field in dataclasses.fields(TensorRtOptions)]
-    return TensorRtOptions(**{name: entry[name] for name in names})
+    return TensorRtOptions(**{name: getattr(engine, name) for name in names})
 
 
 def _dtype(source: ExportSource, choice: str) -> str:

@@ -13,14 +13,17 @@ from typing import Self
 
 import numpy as np
 
+from dlo_export.runtimes.artefact.engine_record import EngineRecord
 from dlo_export.runtimes.errors import ModelLoadError, StepError
 from dlo_export.runtimes.runner import Decisions, Int64Array, StepResult, check_forcing, check_step
 from dlo_export.runtimes.static_cache.batches import StaticCache, StaticCacheLimits
 from dlo_export.runtimes.static_cache.results import check_logits, step_result
-from dlo_export.runtimes.tensorrt.backend import Backend
 from dlo_export.runtimes.tensorrt.device import Device
-from dlo_export.runtimes.tensorrt.engine_file import EngineFile, load_engine_files
+from dlo_export.runtimes.tensorrt.engine_check import require_runnable
+from dlo_export.runtimes.tensorrt.engine_runtime import EngineRuntime
+from dlo_export.runtimes.tensorrt.engines import load_engines
 from dlo_export.runtimes.tensorrt.execution import Execution
+from dlo_export.runtimes.tensorrt.gpu import find_gpu
 from dlo_export.runtimes.tensorrt.shapes import choose_profile, profiles_of
 
 
@@ -33,18 +36,19 @@ class TensorRtRunner:
     Args:
         engines: Of one model: one engine, or prefill and decode apart.
         name: For reports; the first engine's file name by default.
-        plugin_library: libdlo_plugins.so, where the engines were built with it; the artefact's by default.
+        plugin_library: libdlo_plugins.so, where the engines were built with it.
         capture: Capture decode steps.
         layer_seconds: Gets every layer's durations by name, one per step; steps are slower and never captured.
 
     Raises:
-        ModelLoadError: The engines are not of one model, not for this GPU, or damaged.
+        ModelLoadError: The engines are not of one model, not for this GPU, or damaged, or lack their plugin library.
         BackendUnavailableError: There is no GPU, driver, or backend of the engines' version.
+        dlo_export.plugins.errors.PluginError: The plugin library cannot be loaded.
     """
 
     def __init__(
         self,
-        engines: Sequence[EngineFile],
+        engines: Sequence[EngineRecord],
         *,
         name: str | None = None,
         plugin_library: Path | None = None,
@@ -52,8 +56,8 @@ class TensorRtRunner:
         layer_seconds: dict[str, list[float]] | None = None,
     ) -> None:
         first = _one_model(engines)
-        self._name = name or first.path.name
-        self._interface = first.interface
+        self._name = name or first.file.name
+        self._interface = first.static_cache
         self._profiles = profiles_of(engines)
         limits = StaticCacheLimits(
             self._interface.max_cache,
@@ -61,15 +65,12 @@ class TensorRtRunner:
             max(engine.max_sequence for engine in engines),
         )
         self._tokens = StaticCache(self._name, limits)
-        backend = Backend(first)
-        for engine in engines:
-            backend.load_plugins(engine, plugin_library)
+        require_runnable(engines, find_gpu().target, plugin_library)
+        runtime = EngineRuntime(first, plugin_library)
         device = Device()
         try:
-            for engine in engines:
-                backend.check_target(engine, device.target)
             self._execution: Execution | None = Execution(
-                backend, device, engines, capture=capture, layer_seconds=layer_seconds
+                runtime, device, engines, capture=capture, layer_seconds=layer_seconds
             )
         except BaseException:
             device.close()
@@ -98,7 +99,7 @@ class TensorRtRunner:
             RuntimeInputError: As for the class; or the artefact has no engines, or they were changed.
         """
         return cls(
-            load_engine_files(folder),
+            load_engines(folder),
             name=name or Path(folder).name,
             plugin_library=plugin_library,
             capture=capture,
@@ -181,16 +182,16 @@ class TensorRtRunner:
         return self._execution
 
 
-def _one_model(engines: Sequence[EngineFile]) -> EngineFile:
+def _one_model(engines: Sequence[EngineRecord]) -> EngineRecord:
     """The first engine, once all are known to be of one model."""
     if not engines:
-        raise ModelLoadError("TensorRT: got no engines, expected at least one")
+        raise ModelLoadError("TensorRT: got no engines, expected at least one", hint="export the model with --trt")
     first = engines[0]
     for engine in engines[1:]:
-        here, there = ((e.backend, e.version, e.interface) for e in (engine, first))
+        here, there = ((e.build.backend, e.build.version, e.static_cache) for e in (engine, first))
         if here != there:
             raise ModelLoadError(
-                f"{engine.path.name} and {first.path.name}: differ in backend, version or interface, expected engines "
+                f"{engine.file.name} and {first.file.name}: differ in backend, version or interface, expected engines "
                 "of one model",
                 hint="export the model again with --trt",
             )

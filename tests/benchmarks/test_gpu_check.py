@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from dlo_export.runtimes.tensorrt.engine_file import load_engine_files
 
 from benchmarks.gpu_check import read_artefacts
 from benchmarks.gpu_engines import forced_engines
@@ -34,7 +35,6 @@ from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.runner import Runner
 from dlo_export.runtimes.static_cache.batches import StaticCacheLimits
-from dlo_export.runtimes.tensorrt.engine_file import load_engine_files
 from tests.runtimes.graphs import DATA, Builds, routed_builds
 
 REPOSITORY = Path(__file__).parents[2]

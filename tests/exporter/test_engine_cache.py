@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from dlo_export.exporter.tensorrt.engine_check import check_engine, explain_engine
 from rich.console import Console
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.tensorrt.engine_cache import VARIABLE, EngineCache, cache_folder
-from dlo_export.exporter.tensorrt.engine_check import check_engine, explain_engine
 from dlo_export.exporter.tensorrt.engine_fingerprint import fingerprint
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 from dlo_export.exporter.tensorrt.engines import build_engine

@@ -8,11 +8,11 @@ import json
 import onnx
 import onnx_ir as ir
 import pytest
+from dlo_export.exporter.tensorrt.engine_record import EngineRecord
 from rich.console import Console
 
 from dlo_export.checkpoints.errors import EngineBuildError, InputError
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.tensorrt.engine_record import EngineRecord
 from dlo_export.exporter.tensorrt.engines import build_engine, build_engines
 from dlo_export.exporter.weight_file import save_weights
 from tests.exporter.engine_graphs import Tiny, profiles, request

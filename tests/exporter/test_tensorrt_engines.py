@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from dlo_export.exporter.tensorrt.engine_check import explain_engine
 
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
-from dlo_export.exporter.tensorrt.engine_check import explain_engine
 from dlo_export.exporter.tensorrt.engines import build_engines
 from dlo_export.exporter.tensorrt.export import engine_request, save_graphs
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt

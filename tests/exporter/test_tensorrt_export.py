@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dlo_export.exporter.exit_codes import BAD_INPUT, BUILD_FAILED, DONE, MACHINE
-from dlo_export.exporter.tensorrt.engine_gpu import find_gpu
+from dlo_export.runtimes.tensorrt.gpu import find_gpu
 from tests.exporter.test_cli import check_refused, dlo
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 

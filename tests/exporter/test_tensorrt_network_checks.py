@@ -16,7 +16,7 @@ from dlo_export.exporter.tensorrt.network_checks import (
     unused_inputs,
     wrong_dtypes,
 )
-from dlo_export.plugins import rtx
+from dlo_export.plugins import registration
 from tests.exporter.engine_graphs import Tiny
 
 LOGGER = trt.Logger(trt.Logger.INTERNAL_ERROR)
@@ -35,7 +35,7 @@ def parse():
         assert parser.parse(model.SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
         return network
 
-    rtx.register_twins()
+    registration.register_twins()
     return parsed
 
 

@@ -86,11 +86,11 @@ def test_polygraphy_convert_builds_engine_when_a_script_registers_the_twins(grap
     script, engine = tmp_path / "network.py", tmp_path / "model.engine"
     script.write_text(
         textwrap.dedent(f"""
-            import dlo_export.plugins.rtx
+            import dlo_export.plugins.registration
             from polygraphy.backend.trt import network_from_onnx_path
 
             def load_network():
-                dlo_export.plugins.rtx.register_twins()
+                dlo_export.plugins.registration.register_twins()
                 return network_from_onnx_path({str(path)!r})
         """)
     )

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from dlo_export.runtimes.tensorrt.engine_file import load_engine_files
 
 from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
-from dlo_export.runtimes.tensorrt.engine_file import load_engine_files
 from dlo_export.runtimes.tensorrt.shapes import choose_profile, plan_buffers, profiles_of
 from tests.runtimes.engine_records import MAX_BATCH, MAX_SEQUENCE, interface, record, save_artefact
 from tests.runtimes.static_cache_graphs import HEAD_DIM, KV_HEADS, MAX_CACHE, VOCAB

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tensorrt_rtx
 from cuda.bindings import runtime as cuda_runtime
+from dlo_export.runtimes.tensorrt.engine_file import EngineFile, load_engine_files
 
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.runtimes.errors import BackendUnavailableError, ModelLoadError
@@ -20,7 +21,6 @@ from dlo_export.runtimes.tensorrt import backend as tensorrt_backend
 from dlo_export.runtimes.tensorrt import device as tensorrt_device
 from dlo_export.runtimes.tensorrt import execution as tensorrt_execution
 from dlo_export.runtimes.tensorrt.backend import Backend
-from dlo_export.runtimes.tensorrt.engine_file import EngineFile, load_engine_files
 from dlo_export.runtimes.tensorrt.execution import reason_not_to_capture
 from dlo_export.runtimes.tensorrt.runner import TensorRtRunner
 from tests.runtimes.engine_records import interface, record, save_artefact

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from dlo_export.checkpoints.errors import EngineBuildError
-from dlo_export.exporter.tensorrt.engine_scheduling import Planned, expected_memory, run_builds
+from dlo_export.exporter.tensorrt.build_queue import Planned, expected_memory, run_builds
 from tests.exporter.engine_graphs import Tiny, request
 
 

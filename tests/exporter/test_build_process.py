@@ -15,9 +15,8 @@ import pytest
 
 from dlo_export.checkpoints.errors import EngineBuildError, MachineError
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.tensorrt.engine_oom_kills import count_oom_kills
-from dlo_export.exporter.tensorrt.engine_process import BuildProcess
-from dlo_export.exporter.tensorrt.engine_scheduling import Planned, run_builds
+from dlo_export.exporter.tensorrt.build_process import BuildProcess, count_oom_kills
+from dlo_export.exporter.tensorrt.build_queue import Planned, run_builds
 from dlo_export.exporter.tensorrt.engines import build_engine
 from tests.exporter.engine_graphs import Tiny, request
 
@@ -168,7 +167,7 @@ def test_worker_ends_and_leaves_nothing_when_its_parent_dies(tmp_path, asked, st
     script = f"""
         import os, signal, sys
         from dlo_export.exporter.tensorrt.engine_request import EngineRequest
-        from dlo_export.exporter.tensorrt.engine_scheduling import Planned, run_builds
+        from dlo_export.exporter.tensorrt.build_queue import Planned, run_builds
         request = EngineRequest.from_json(sys.stdin.readline())
         def listen(event):
             if event["event"] == "started":
