@@ -155,7 +155,8 @@ def description_json(description: ArtefactDescription, folder: Path) -> dict[str
         description: Of the artefact.
         folder: The artefact.
     """
-    return to_json(description, folder)
+    # The version first, for whoever reads the file to know what to expect of the rest.
+    return {"format_version": description.format_version, **to_json(description, folder)}
 
 
 def load_description(folder: Path) -> ArtefactDescription:

@@ -93,11 +93,6 @@ class LoweringRecord:
     plugin_operators: tuple[str, ...]
 
 
-def _is_ordered(least: Shape, optimal: Shape, largest: Shape) -> bool:
-    same_rank = len(least) == len(optimal) == len(largest)
-    return same_rank and all(0 <= low <= best <= high for low, best, high in zip(least, optimal, largest, strict=True))
-
-
 InputShapes = Annotated[
     Mapping[str, tuple[Shape, Shape, Shape]],
     Form(
@@ -105,8 +100,8 @@ InputShapes = Annotated[
         lambda shapes: dict(expand(shapes.items())) if isinstance(shapes, dict) else shapes,
     ),
     Rule(
-        "shapes of one rank with least <= optimal <= largest",
-        lambda shapes: all(_is_ordered(*sizes) for sizes in shapes.values()),
+        "three shapes of one rank per input",
+        lambda shapes: all(len({len(shape) for shape in sizes}) == 1 for sizes in shapes.values()),
     ),
 ]
 

@@ -15,7 +15,7 @@ class EngineRuntime:
     """A runtime of the backend that built an engine, with the plugins it needs.
 
     Args:
-        engine: Which `require_runnable` accepted.
+        record: Of an engine that `require_runnable` accepted.
         plugin_library: libdlo_plugins.so of this backend, for engines that need it.
 
     Raises:
@@ -23,13 +23,13 @@ class EngineRuntime:
         dlo_export.plugins.errors.PluginError: The library cannot be.
     """
 
-    def __init__(self, engine: EngineRecord, plugin_library: Path | None = None) -> None:
-        self._backend = BACKENDS[engine.build.backend]
+    def __init__(self, record: EngineRecord, plugin_library: Path | None = None) -> None:
+        self._backend = BACKENDS[record.build.backend]
         self.module: Any = self._backend.load()
         self.errors: list[str] = []
         self._logger = _logger(self.module, self._backend, self.errors)
         # Before the runtime, which finds creators in the process-wide registry.
-        if plugin_library is not None and engine.plugin_operators:
+        if plugin_library is not None and record.plugin_operators:
             load_library(self.module, plugin_library)
         self._runtime = self.module.Runtime(self._logger)
 
