@@ -12,15 +12,16 @@ from dlo_export.graph_passes.cache.attention_cache import (
     attend,
     cached_attentions,
     heads_first,
-    remove_unused,
 )
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
+from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, made_by
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
 
 @dataclasses.dataclass(frozen=True)
-class GrowCacheOutsideAttentionPass(ir.passes.InPlacePass):
+class GrowCacheOutsideAttentionPass(GraphPass):
     """Take past and present out of Attention, whose cache operands TensorRT does not build; the interface stays.
 
     Before::
@@ -35,21 +36,19 @@ class GrowCacheOutsideAttentionPass(ir.passes.InPlacePass):
     Scope: main graph. Source: ONNX Attention-23.
     """
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (InjectLayersPass, RouteLayersPass)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, RouteLayersPass)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> bool:
         """Rewrite every attention.
 
         Raises:
             GraphPassError: There is none with a growing cache, or one cannot be rewritten; with all reasons.
         """
         graph = model.graph
-        if any(made_by(graph, type(self).__name__)):
-            return ir.passes.PassResult(model, modified=False)
         for attention in cached_attentions(graph, type(self).__name__):
             _rewrite(graph, attention)
         remove_unused(graph)
-        return ir.passes.PassResult(model, modified=True)
+        return True
 
 
 def _rewrite(graph: ir.Graph, attention: CachedAttention) -> None:

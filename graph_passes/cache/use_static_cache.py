@@ -8,24 +8,32 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.interface import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    KV_LENGTHS,
+    WRITE_INDICES,
+    is_state_input,
+)
 from dlo_export.graph_passes.cache.attention_cache import (
     CachedAttention,
     attend,
     cached_attentions,
     heads_first,
-    remove_unused,
 )
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, made_by, shared_constant
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 OPSET = 24  # TensorScatter
 _MASK = "model.attention_mask"
 
 
 @dataclasses.dataclass(frozen=True)
-class UseStaticCachePass(ir.passes.InPlacePass):
+class UseStaticCachePass(GraphPass):
     """Write keys and values into cache slots, and attend over all slots under one full additive mask.
 
     Before::
@@ -50,32 +58,42 @@ class UseStaticCachePass(ir.passes.InPlacePass):
     """
 
     max_cache: int
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (InjectLayersPass, RouteLayersPass)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, RouteLayersPass)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def check(self, model: ir.Model) -> None:
+        """There is at least one slot.
+
+        Raises:
+            GraphPassError: There is none.
+        """
+        del model
+        if self.max_cache < 1:
+            raise GraphPassError(
+                f"UseStaticCachePass: max_cache is {self.max_cache}, expected at least 1.",
+                hint="a sequence's tokens go into the cache: give it as many slots as a sequence may get long",
+            )
+
+    def rewrite(self, model: ir.Model) -> bool:
         """Rewrite every attention.
 
         Raises:
             GraphPassError: There is none with a growing cache, or one cannot be rewritten; with all reasons.
         """
         graph = model.graph
-        if any(made_by(graph, type(self).__name__)):
-            return ir.passes.PassResult(model, modified=False)
-        if self.max_cache < 1:
-            raise GraphPassError(f"UseStaticCachePass: max_cache is {self.max_cache}, expected at least 1.")
         attentions = cached_attentions(graph, type(self).__name__)
         graph.opset_imports[""] = max(OPSET, graph.opset_imports[""])
         write_indices, kv_lengths = (
-            ir.val(name, dtype=ir.DataType.INT64, shape=["batch"]) for name in ("write_indices", "kv_lengths")
+            ir.val(name, dtype=ir.DataType.INT64, shape=["batch"]) for name in (WRITE_INDICES, KV_LENGTHS)
         )
         mask = self._mask(graph, attentions[0], write_indices, kv_lengths)
         for attention in attentions:
             self._rewrite(graph, attention, write_indices, mask)
         remove_unused(graph)
-        first_cache = next(i for i, value in enumerate(graph.inputs) if (value.name or "").startswith("past_"))
+        # The two new inputs stand where attention_mask stood in the interface: between the tokens and the cache.
+        first_cache = next(i for i, value in enumerate(graph.inputs) if is_state_input(value.name or ""))
         graph.inputs[first_cache:first_cache] = [write_indices, kv_lengths]
-        graph.inputs[:] = [value for value in graph.inputs if value.name != "attention_mask"]
-        return ir.passes.PassResult(model, modified=True)
+        graph.inputs[:] = [value for value in graph.inputs if value.name != ATTENTION_MASK]
+        return True
 
     def _mask(self, graph: ir.Graph, first: CachedAttention, write_indices: ir.Value, kv_lengths: ir.Value) -> ir.Value:
         """The additive mask of all layers, [batch, 1, sequence, max_cache], put in front of the first."""
@@ -85,7 +103,9 @@ class UseStaticCachePass(ir.passes.InPlacePass):
         def constant(name: str, array: np.ndarray) -> ir.Value:
             return shared_constant(graph, f"{_MASK}.{name}", array)
 
-        input_ids = next(value for value in graph.inputs if value.name == "input_ids")
+        # Slot s is visible to token t of a step iff s <= write_indices + t (causal) and s < kv_lengths (real); compared
+        # on integers once per step, and turned into one additive bias for all layers.
+        input_ids = next(value for value in graph.inputs if value.name == INPUT_IDS)
         slots = constant("slots", np.arange(self.max_cache))
         length = new.add("Shape", input_ids, name=f"{_MASK}.sequence_axis", dtype=int64, shape=(1,), start=1, end=2)
         zero, one = constant("zero", np.array(0)), constant("one", np.array(1))

@@ -41,9 +41,9 @@ def passes_run(model: ir.Model) -> tuple[PassRun, ...]:
 class GraphPass(ir.passes.InPlacePass, abc.ABC):
     """Base of the passes: a frozen dataclass whose fields are its settings.
 
-    onnx_ir calls `requires`, `call`, `ensures`. A pass here writes `check` (what it needs of the graph, refused with all
-    reasons before anything changes), `rewrite` (what it does) and, where there is something to promise beyond its
-    stage's checks, `ensures`. Running it again on the same model changes nothing, and is refused with other settings.
+    onnx_ir calls `requires`, `call`, `ensures`. A pass here writes `check` (what it needs of the graph), `rewrite` (what
+    it does) and, where it promises something that no stage checks, `ensures`. Running it again on the same model
+    changes nothing, and is refused with other settings.
     """
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = ()
