@@ -76,7 +76,7 @@ def _is_fusible(node: ir.Node, graph: ir.Graph) -> bool:
 
 
 def _fuse(graph: ir.Graph, nodes: list[ir.Node]) -> None:
-    # One matrix for all of them, its rows joined when they are written, and one multiplication in the first one's place.
+    # One multiplication in the first one's place, its matrix joined row by row when it is written.
     first = nodes[0]
     weights = [node.inputs[1] for node in nodes]
     tensors = [weight.const_value for weight in weights if weight is not None and weight.const_value is not None]

@@ -50,7 +50,7 @@ def _split(graph: ir.Graph, node: ir.Node) -> None:
     attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-12), "stash_type": 1}
     norm = _new_node(op_type, [nodes[-1].outputs[0], weight], f"{node.name}/norm", node.outputs[0], attributes)
     graph.insert_before(node, [*nodes, norm])
-    # Output 0 is the norm's; output 3, where it is asked for, the sum. Outputs 1 and 2 (mean, variance) nobody computes.
+    # Output 0 is the norm's; output 3, where it is asked for, the sum. Nobody reads 1 and 2, mean and variance.
     for old, new in (
         (node.outputs[0], norm.outputs[0]),
         *((output, nodes[-1].outputs[0]) for output in node.outputs[3:]),

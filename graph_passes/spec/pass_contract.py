@@ -41,8 +41,8 @@ def passes_run(model: ir.Model) -> tuple[PassRun, ...]:
 class GraphPass(ir.passes.InPlacePass, abc.ABC):
     """Base of the passes: a frozen dataclass whose fields are its settings.
 
-    onnx_ir calls `requires`, `call`, `ensures`. A pass here writes `check` (what it needs of the graph), `rewrite` (what
-    it does) and, where it promises something that no stage checks, `ensures`. Running it again on the same model
+    onnx_ir calls `requires`, `call`, `ensures`. A pass here writes `check` (what it needs of the graph), `rewrite`
+    (what it does) and, where it promises something that no stage checks, `ensures`. Running it again on the same model
     changes nothing, and is refused with other settings.
     """
 
@@ -78,7 +78,7 @@ class GraphPass(ir.passes.InPlacePass, abc.ABC):
             return ir.passes.PassResult(model, modified=False)
         modified = self.rewrite(model)
         if modified:
-            run = PassRun(self._name, self.settings, tuple(cls.__name__ for cls in self.runs_after))
+            run = PassRun(self._name, self.settings, tuple(sorted(_predecessors(type(self)))))
             entries = [dataclasses.asdict(entry) for entry in (*passes_run(model), run)]
             model.metadata_props[PASSES_KEY] = json.dumps(entries)
         return ir.passes.PassResult(model, modified=modified)
@@ -116,6 +116,14 @@ class GraphPass(ir.passes.InPlacePass, abc.ABC):
                 )
             return True
         return False
+
+
+def _predecessors(pass_: type[GraphPass]) -> set[str]:
+    """Names of the passes that do not fit behind one, directly or because of those it runs after."""
+    names: set[str] = set()
+    for earlier in pass_.runs_after:
+        names |= {earlier.__name__} | _predecessors(earlier)
+    return names
 
 
 def check_order(passes: Sequence[ir.passes.PassBase]) -> None:
