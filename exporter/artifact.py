@@ -13,7 +13,6 @@ import onnx_ir as ir
 from dlo_export import __version__
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.json_file import read_json, save_json
-from dlo_export.exporter.pipeline import Lowering
 from dlo_export.exporter.sources.source import ExportSource
 
 FORMAT_VERSION = 1
@@ -25,7 +24,7 @@ WEIGHTS_NAME = "model.onnx.data"
 ROUTER_RULE = "active iff sigmoid(fp32(x) · w) > 0.5, x being the layer's input residual stream, all in fp32"
 
 
-def describe(source: ExportSource, model: ir.Model, *, dtype: str, lowering: Lowering, reason: str) -> dict[str, Any]:
+def describe(source: ExportSource, model: ir.Model, *, dtype: str, lowering: str, reason: str) -> dict[str, Any]:
     """Everything known before parity runs.
 
     Args:

@@ -12,13 +12,13 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artifact import FILE_NAME, MODEL_NAME, load_description
+from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_check import check_engine
-from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, role_values
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, ROUTER_SCORES, role_values
 
 _LAST_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
@@ -63,8 +63,8 @@ def inspect_model(path: Path) -> Inspection:
     ops = collections.Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes()
     )
-    # Only to find the layers: additions that were fused with a norm stand apart again.
-    SplitSkipNormsPass()(model)
+    # Only to find the layers; what is counted above is the graph as it is.
+    prepare_foreign(model)
     description = load_description(graph_path.parent) if (graph_path.parent / FILE_NAME).is_file() else None
     try:
         layers, problem = find_decoder_layers(model.graph), None
@@ -83,11 +83,11 @@ def inspect_model(path: Path) -> Inspection:
 
 def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: dict[str, Any] | None) -> dict[str, Any]:
     said = description["layers"][layer.index] if description else {}
-    injected = any(node.metadata_props.get("dlo.origin") for node in layer.nodes)
+    injected = any(node.metadata_props.get(ORIGIN_KEY) for node in layer.nodes)
     return {
         "index": layer.index,
         "injected": said.get("injected", injected),
-        "routed": layer.index in role_values(graph, "router_scores"),
+        "routed": layer.index in role_values(graph, ROUTER_SCORES),
         "identity": said["identity"] if said else _is_identity(layer),
         "bytes": sum(_weight_bytes(graph, layer.nodes).values()),
     }

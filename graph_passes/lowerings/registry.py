@@ -29,8 +29,10 @@ NOTHING_ROUTED = "none"
 """Stands in a lowering's place where nothing is routed."""
 
 
-def lowering_names() -> tuple[str, ...]:
-    """What can be asked for by name."""
+def lowering_names(target: Target | None = None) -> tuple[str, ...]:
+    """What can be asked for by name; for one target, which reads the records, or in all."""
+    if target is not None:
+        return tuple(record.name for record in lowering_records() if target in record.targets)
     return tuple(dict.fromkeys((*(record.name for record in EXTRA_RECORDS), *_MODULES)))
 
 

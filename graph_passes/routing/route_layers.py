@@ -65,7 +65,8 @@ class RouteLayersPass(GraphPass):
     def settings(self) -> dict[str, Any]:
         """The rule, and the routers by a digest of their float32 weights."""
         digests = {
-            str(index): hashlib.sha256(weight.tobytes()).hexdigest()[:16] for index, weight in sorted(self._weights.items())
+            str(index): hashlib.sha256(weight.tobytes()).hexdigest()[:16]
+            for index, weight in sorted(self._weights.items())
         }
         rule = [self.scale_factor, self.scale_gap] if self.rescale else None
         return {"routers": digests, "rescale": rule}

@@ -58,8 +58,8 @@ _TENSORRT = frozenset(
 _INJECTED = _FUSIONS | _TENSORRT | {"InjectLayersPass"}
 _ROUTED = _INJECTED | {"RouteLayersPass"}
 
-PLAIN = StageSpec("plain", _STANDARD, frozenset(), _ALWAYS)
-"""Straight from the checkpoint or from another exporter."""
+PLAIN = StageSpec("plain", _STANDARD, frozenset({"SplitSkipNormsPass"}), _ALWAYS)
+"""From the checkpoint, or from another exporter and prepared for finding its layers."""
 INJECTED = StageSpec("injected", _STANDARD, _INJECTED, _ALWAYS)
 ROUTED = StageSpec("routed", _STANDARD, _ROUTED, (*_ALWAYS, graph_checks.unmasked_routing))
 """The oracle: every routed layer in masked form."""
