@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dlo_export.exporter.export import ExportRequest, ExportResult, str, export_model
+from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.progress import Reporter
 
 

@@ -7,7 +7,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from dlo_export.graph_passes.lowerings.registry import lowering_names  # of names alone: keeps `dlo --help` quick
@@ -49,7 +48,7 @@ def main(
     lowering: Annotated[
         str,
         typer.Option(
-            click_type=click.Choice(["auto", *lowering_names()]),
+            metavar=f"<{'|'.join(('auto', *lowering_names()))}>",
             help="What routed layers become; auto chooses by what was measured.",
         ),
     ] = "auto",
