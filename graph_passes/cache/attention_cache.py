@@ -63,6 +63,7 @@ def cached_attentions(graph: ir.Graph, asking: str) -> list[CachedAttention]:
     Raises:
         GraphPassError: There is none, or one is not of the form the passes rewrite; with all reasons.
     """
+    # All of them are looked at before the first is rewritten: a graph is changed as a whole or not at all.
     found, problems = [], []
     for node in graph:
         if not is_op(node, "Attention"):

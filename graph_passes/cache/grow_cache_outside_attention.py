@@ -54,12 +54,10 @@ class GrowCacheOutsideAttentionPass(GraphPass):
 def _rewrite(graph: ir.Graph, attention: CachedAttention) -> None:
     new = TaggedNodes(GrowCacheOutsideAttentionPass.__name__, attention.layer)
     present = []
+    # Key and value are operands 1 and 2; three further on are their pasts, and as outputs they have the same numbers.
     for index, part in ((1, "key"), (2, "value")):
-        past, name, shape = (
-            attention.operand(index + 3),
-            f"{attention.name}.{part}_cache",
-            attention.node.outputs[index].shape,
-        )
+        past, name = attention.operand(index + 3), f"{attention.name}.{part}_cache"
+        shape = attention.node.outputs[index].shape
         update = heads_first(graph, new, attention, index, part)
         present.append(new.add("Concat", past, update, name=name, dtype=attention.dtype, shape=shape, axis=2))
     attend(graph, new, attention, (present[0], present[1]), attention.operand(3))

@@ -82,9 +82,8 @@ class UseStaticCachePass(GraphPass):
         graph = model.graph
         attentions = cached_attentions(graph, type(self).__name__)
         graph.opset_imports[""] = max(OPSET, graph.opset_imports[""])
-        write_indices, kv_lengths = (
-            ir.val(name, dtype=ir.DataType.INT64, shape=["batch"]) for name in (WRITE_INDICES, KV_LENGTHS)
-        )
+        write_indices = ir.val(WRITE_INDICES, dtype=ir.DataType.INT64, shape=["batch"])
+        kv_lengths = ir.val(KV_LENGTHS, dtype=ir.DataType.INT64, shape=["batch"])
         mask = self._mask(graph, attentions[0], write_indices, kv_lengths)
         for attention in attentions:
             self._rewrite(graph, attention, write_indices, mask)
@@ -103,17 +102,21 @@ class UseStaticCachePass(GraphPass):
         def constant(name: str, array: np.ndarray) -> ir.Value:
             return shared_constant(graph, f"{_MASK}.{name}", array)
 
-        # Slot s is visible to token t of a step iff s <= write_indices + t (causal) and s < kv_lengths (real); compared
-        # on integers once per step, and turned into one additive bias for all layers.
+        # Slot s is visible to token t of a step iff s <= write_indices + t (causal) and s < kv_lengths (real). First,
+        # which slot each token of the step goes into: [batch, sequence].
         input_ids = next(value for value in graph.inputs if value.name == INPUT_IDS)
         slots = constant("slots", np.arange(self.max_cache))
         length = new.add("Shape", input_ids, name=f"{_MASK}.sequence_axis", dtype=int64, shape=(1,), start=1, end=2)
         zero, one = constant("zero", np.array(0)), constant("one", np.array(1))
         count = new.add("Squeeze", length, name=f"{_MASK}.sequence", dtype=int64, shape=())
         steps = new.add("Range", zero, count, one, name=f"{_MASK}.steps", dtype=int64, shape=("sequence",))
-        axis_1, axes_1_2, axis_2 = (constant(f"axes_{'_'.join(map(str, a))}", np.array(a)) for a in ([1], [1, 2], [2]))
+        axis_1 = constant("axes_1", np.array([1]))
+        axes_1_2 = constant("axes_1_2", np.array([1, 2]))
+        axis_2 = constant("axes_2", np.array([2]))
         starts = new.add("Unsqueeze", write_indices, axis_1, name=f"{_MASK}.starts", dtype=int64, shape=("batch", 1))
         tokens = new.add("Add", starts, steps, name=f"{_MASK}.tokens", dtype=int64, shape=("batch", "sequence"))
+
+        # Both comparisons, of integers, over all slots: [batch, sequence, max_cache].
         shape: tuple[int | str, ...] = ("batch", "sequence", 1)
         column = new.add("Unsqueeze", tokens, axis_2, name=f"{_MASK}.token_column", dtype=int64, shape=shape)
         shape = ("batch", "sequence", self.max_cache)
@@ -121,16 +124,19 @@ class UseStaticCachePass(GraphPass):
         ends = new.add("Unsqueeze", kv_lengths, axes_1_2, name=f"{_MASK}.ends", dtype=int64, shape=("batch", 1, 1))
         real = new.add("Less", slots, ends, name=f"{_MASK}.real", dtype=boolean, shape=("batch", 1, self.max_cache))
         visible = new.add("And", causal, real, name=f"{_MASK}.visible", dtype=boolean, shape=shape)
+
+        # One additive bias that serves all heads and all layers: 0 where visible, the lowest finite number elsewhere.
         shape = ("batch", 1, "sequence", self.max_cache)
         per_head = new.add("Unsqueeze", visible, axis_1, name=f"{_MASK}.per_head", dtype=boolean, shape=shape)
-        open_, lowest = (
-            constant(name, np.asarray(number, dtype.numpy())) for name, number in (("open", 0), ("lowest", dtype.min))
-        )
+        open_ = constant("open", np.asarray(0, dtype.numpy()))
+        lowest = constant("lowest", np.asarray(dtype.min, dtype.numpy()))
         bias = new.add("Where", per_head, open_, lowest, name=f"{_MASK}.static_bias", dtype=dtype, shape=shape)
         graph.insert_before(first.node, new.nodes)
         return bias
 
     def _rewrite(self, graph: ir.Graph, attention: CachedAttention, write_indices: ir.Value, mask: ir.Value) -> None:
+        # A step's keys and values are written into their slots, and all slots are attended over under the one mask.
+        # Past and present have one fixed shape, so that a runtime may keep them in one buffer.
         new = TaggedNodes(type(self).__name__, attention.layer)
         shape = ("batch", attention.kv_heads, self.max_cache, attention.head_dim)
         present = []

@@ -146,6 +146,7 @@ class _Deepening:
 
     def run(self) -> None:
         """Insert the layers."""
+        # Names first, so that a copy's name is free when it is made.
         renumber_layers(self.graph, self.new_index)
         self.unique = unique_names(self.graph)
         members = [frozenset(layer.nodes) for layer in self.layers]

@@ -91,6 +91,7 @@ def find_decoder_layers(graph: ir.Graph) -> tuple[DecoderLayer, ...]:
     Raises:
         DecoderLayersNotFound: With the place and the reason.
     """
+    # Blocks first, by data flow alone; then which of them are attention, by who reads and writes the cache.
     order = node_order(graph)
     blocks = _stream_blocks(graph, order)
     token_dims, hidden_size = _stream_dims(blocks[0].stream_in)
@@ -105,6 +106,7 @@ def find_decoder_layers(graph: ir.Graph) -> tuple[DecoderLayer, ...]:
     attention_blocks = {number for number, _ in (*past.values(), *present.values())}
     _check_alternation(blocks, attention_blocks)
     layers = []
+    # Two blocks are a layer. What lies behind attention and only leads to its present values belongs to it too.
     for index, (attention, mlp) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
         tail = sorted(tails.get(2 * index, ()), key=order.__getitem__)
         layers.append(
@@ -162,6 +164,7 @@ def _past_owners(inputs: Iterable[ir.Value], owner: Mapping[ir.Node, int]) -> di
     for value in inputs:
         if (name := parse_past(value.name)) is None:
             continue
+        # Through nodes that belong to no block (casts, concatenations) to those of the block that uses it.
         readers = _first_owned_readers(value, owner)
         if len(readers) != 1:
             raise DecoderLayersNotFound(
@@ -196,6 +199,7 @@ def _present_owners(
     for value in outputs:
         if (name := parse_present(value.name)) is None:
             continue
+        # From the value back to the blocks: what lies between is nobody's, and where it ends is the writer.
         tail = nodes_between(order, owned_values, (value,))
         ends = owned_values.intersection((value, *(read for node in tail for read in consumed_values(node))))
         writers = {owner[producer] for end in ends if (producer := end.producer()) is not None}
@@ -218,9 +222,8 @@ def _check_alternation(blocks: Sequence[ResidualBlock], attention_blocks: set[in
             hint="export it with past key values (optimum: --task text-generation-with-past)",
         )
     for number, block in enumerate(blocks):
-        kind, expected = (
-            ("attention" if is_attention else "MLP") for is_attention in (number in attention_blocks, number % 2 == 0)
-        )
+        kind = "attention" if number in attention_blocks else "MLP"
+        expected = "MLP" if number % 2 else "attention"
         if kind != expected:
             raise DecoderLayersNotFound(
                 f"find_decoder_layers: residual block {number} ('{block.stream_in.name}' to "

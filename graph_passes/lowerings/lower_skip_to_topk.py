@@ -163,15 +163,16 @@ class _Lowering:
     def _chosen(self, flags: ir.Value, suffix: str) -> ir.Value:
         """Indices of the ones among flags, int64."""
         float32, int64, router = ir.DataType.FLOAT, ir.DataType.INT64, self.router
+        # How many there are, and how many TopK is asked for: at least one, since its K must be positive.
         total = self._add("ReduceSum", flags, name=f"total{suffix}", dtype=float32, keepdims=1)
         one = shared_constant(self.graph, "model.routers.one", np.array([1], np.float32))
         positive = self._add("Max", total, one, name=f"positive{suffix}", dtype=float32)
-        count, k = (
-            self._add("Cast", value, name=f"{name}{suffix}", dtype=int64, to=int(int64))
-            for value, name in ((total, "count"), (positive, "k"))
-        )
+        count = self._add("Cast", total, name=f"count{suffix}", dtype=int64, to=int(int64))
+        k = self._add("Cast", positive, name=f"k{suffix}", dtype=int64, to=int(int64))
         for value in (total, positive, count, k):
             value.shape = ir.Shape((1,))
+
+        # The largest flags are the ones; where there is none, the Slice behind drops what TopK chose all the same.
         top = ir.node(
             "TopK",
             [flags, k],

@@ -57,6 +57,7 @@ class ReduceRouterProductsPass(GraphPass):
 
 
 def _rewrite(graph: ir.Graph, layer: int, scores: ir.Value) -> None:
+    # Back from the scores to the product that makes them: Sigmoid, Squeeze, MatMul.
     sigmoid = scores.producer()
     logits = sigmoid.inputs[0] if sigmoid is not None else None
     squeeze = logits.producer() if logits is not None else None
@@ -68,6 +69,7 @@ def _rewrite(graph: ir.Graph, layer: int, scores: ir.Value) -> None:
             f"{place(sigmoid) if sigmoid is not None else 'no node'}.",
             hint="run the pass right behind RouteLayersPass",
         )
+    # The same weights as one row, multiplied element by element and summed up; the Sigmoid reads the sum.
     stream, weight = product.inputs
     assert stream is not None, "MatMul has two inputs"
     assert weight is not None, "MatMul has two inputs"

@@ -120,6 +120,7 @@ class RouteLayersPass(GraphPass):
             )
 
     def _route(self, graph: ir.Graph, layer: DecoderLayer, weight: np.ndarray) -> None:
+        # The router reads the stream that enters the layer, before attention, as the authors' code does.
         add, branch = layer.mlp.add, layer.mlp.branch
         dtype, tokens = element_type(layer.mlp.stream_operand), layer.token_dims
         router, mlp = f"model.routers.{layer.index}", f"model.layers.{layer.index}.mlp"

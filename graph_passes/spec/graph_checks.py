@@ -32,6 +32,7 @@ def _broken_scope(graph: ir.Graph, outer: frozenset[ir.Value], outer_names: froz
     known = {*outer, *graph.inputs, *graph.initializers.values()}
     own = {*graph.inputs, *graph.initializers.values(), *(output for node in graph for output in node.outputs)}
     names = collections.Counter(value.name for value in own if value.name)
+    # In the order of execution: a value is known from the node that computes it on, an outer one from the start.
     for node in graph:
         consumed = frozenset(consumed_values(node))
         for value in consumed - known:

@@ -93,6 +93,7 @@ def check_stage(model: ir.Model, stage: StageSpec) -> None:
         GraphInvariantError: A graph of ours, or one our passes have changed, breaks one; with all violations.
     """
     ours = model.producer_name == "dlo-export"
+    # Domains are checked on our own nodes only; a copy that InjectLayersPass made of somebody else's keeps its domain.
     violations: list[str] = []
     for node in model.graph.all_nodes():
         maker = node.metadata_props.get(PASS_KEY)

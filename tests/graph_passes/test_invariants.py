@@ -4,20 +4,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.errors import GraphPassError
-from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.registry import lowering_records
-from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
-from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import INJECTED, PLAIN, ROUTED, GraphInvariantError, check_stage
-from dlo_export.graph_passes.spec.pass_contract import check_order
 from tests.graph_passes import golden_graphs
 
-ROUTE = RouteLayersPass(golden_graphs.ROUTERS)
-LOWER = LowerSkipToCompactionPass()
-INJECT = InjectLayersPass((LayerInjection(1, 0, {}),))
 LOWERED = {r.stage.name.removeprefix("lowered by "): r.stage for r in lowering_records() if r.make_pass is not None}
 STAGES = {"plain": PLAIN, "injected": INJECTED, "routed": ROUTED, **LOWERED}
 
@@ -87,18 +79,6 @@ def test_names_and_branches_are_checked_when_graph_is_legal_otherwise() -> None:
     values["model.rotary_emb.sin"].name = "model.rotary_emb.cos"
     with pytest.raises(GraphInvariantError, match=r"name 'model\.rotary_emb\.cos' is given to 2 values"):
         check_stage(model, PLAIN)
-
-
-def test_order_is_accepted_when_passes_follow_what_they_run_after() -> None:
-    check_order([INJECT, ROUTE, LOWER, ExposeRoutingPass()])
-    check_order([ROUTE])
-
-
-def test_order_violations_are_all_reported_when_list_is_reversed() -> None:
-    with pytest.raises(GraphPassError) as error:
-        check_order([LOWER, ROUTE, INJECT])
-    assert "LowerSkipToCompactionPass stands at 0, before RouteLayersPass at 1" in str(error.value)
-    assert "RouteLayersPass stands at 1, before InjectLayersPass at 2" in str(error.value)
 
 
 def test_branch_outputs_must_be_computed_inside_their_branch() -> None:
