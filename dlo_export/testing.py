@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dlo_export.exporter.export import ExportRequest, ExportResult, LoweringChoice, export_model
+from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.progress import Reporter
 
 
@@ -13,7 +13,7 @@ def assert_parity(
     output: Path,
     *,
     adapter: Path | None = None,
-    lowering: LoweringChoice = "auto",
+    lowering: str = "auto",
     allow_ambiguous: bool = False,
 ) -> ExportResult:
     """Exports a model and asserts that parity passes.

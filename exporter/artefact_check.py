@@ -12,24 +12,14 @@ from dlo_export.checkpoints.interface import LOGITS, parse_past
 from dlo_export.exporter.artifact import interface
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
-from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_topk import LowerSkipToTopKPass
-from dlo_export.graph_passes.spec.provenance import PASS_KEY, role_values
+from dlo_export.graph_passes.lowerings.record import Target, Workload
+from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowering, lowering_names
+from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription, load_description
 from dlo_export.runtimes.artefact.engine_record import EngineRecord, GraphInterface
 from dlo_export.runtimes.artefact.files import verify_files
 from dlo_export.runtimes.errors import ModelLoadError
 from dlo_export.runtimes.static_cache.interface import TensorSpec
-
-# By the name of the pass that left its tag in the graph.
-_LOWERING_OF = {
-    LowerSkipToCompactionPass.__name__: "compact",
-    LowerSkipToTopKPass.__name__: "compact",
-    LowerSkipToIfPass.__name__: "if",
-    LowerSkipToPluginPass.__name__: "plugin",
-}
 
 
 def open_description(folder: Path) -> ArtefactDescription:
@@ -80,17 +70,39 @@ def graph_problems(
     layers = {cache.layer for spec in found.inputs if (cache := parse_past(spec.name)) is not None}
     if len(layers) != len(description.layers):
         yield f"layers has {len(description.layers)} entries, {path.name} has {len(layers)} decoder layers"
-    routed = tuple(sorted(role_values(model.graph, "router_scores")))
+    routed = tuple(sorted(role_values(model.graph, ROUTER_SCORES)))
     if routed != description.routed_layers:
         yield f"routing.layers are {list(description.routed_layers)}, {path.name} routes {list(routed)}"
-    lowered = {_LOWERING_OF.get(node.metadata_props.get(PASS_KEY, "")) for node in model.graph.all_nodes()} - {None}
-    if lowered != ({record.lowering} - {"none", "masked"}):
-        yield f"{prefix}lowering is {record.lowering}, {path.name} has {' and '.join(map(str, lowered)) or 'none'}"
+    yield from _lowering_problems(model, record, prefix, path)
     if plugin_operators(model) != record.plugin_operators:
         yield (
             f"{prefix}plugin_operators are {list(record.plugin_operators)}, {path.name} has "
             f"{list(plugin_operators(model))}"
         )
+
+
+def _lowering_problems(
+    model: ir.Model, record: ArtefactDescription | EngineRecord, prefix: str, path: Path
+) -> Iterator[str]:
+    """A lowering is known by the tags its pass left on the nodes it made."""
+    target: Target = "tensorrt" if isinstance(record, EngineRecord) else "onnxruntime-cpu"
+    passes = {name: _pass_name(name, target) for name in (*lowering_names(target), NOTHING_ROUTED)}
+    if record.lowering not in passes:
+        yield f"{prefix}lowering is {record.lowering}, expected one of {', '.join(passes)}"
+        return
+    tags = {node.metadata_props.get(PASS_KEY) for node in model.graph.all_nodes()}
+    found = [name for name, made_by in passes.items() if made_by is not None and made_by in tags]
+    expected = [record.lowering] if passes[record.lowering] is not None else []
+    if found != expected:
+        yield f"{prefix}lowering is {record.lowering}, {path.name} has {' and '.join(found) or 'no lowered layers'}"
+    if record.capture_problem != find_lowering(record.lowering, target).not_capturable:
+        yield f"{prefix}capture_problem is not what lowering {record.lowering} has"
+
+
+def _pass_name(lowering: str, target: Target) -> str | None:
+    """Of the pass that makes a lowering; None where the masked form stays as it is."""
+    make_pass = find_lowering(lowering, target).make_pass
+    return None if make_pass is None else type(make_pass(Workload())).__name__
 
 
 def _interface_problems(found: GraphInterface, said: GraphInterface, prefix: str, path: Path) -> Iterator[str]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dlo_export import __version__
-from dlo_export.exporter.pipeline import Lowering
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.runtimes.artefact.description import (
     FORMAT_VERSION,
     MODEL_NAME,
@@ -30,16 +30,9 @@ from dlo_export.runtimes.static_cache.interface import TensorSpec
 
 # What decides whether a token is active; implementations in lower precision differ near the threshold.
 ROUTER_RULE = "active iff sigmoid(fp32(x) · w) > 0.5, x being the layer's input residual stream, all in fp32"
-# What stands in the way of capturing a step in a CUDA graph, by lowering. The others have fixed shapes, no branches.
-_CAPTURE_PROBLEMS = {
-    "compact": "its data-dependent shapes are read back by the host",
-    "if": "the host decides which branch runs",
-}
 
 
-def describe(
-    source: ExportSource, model: ir.Model, *, dtype: str, lowering: Lowering, reason: str
-) -> ArtefactDescription:
+def describe(source: ExportSource, model: ir.Model, *, dtype: str, lowering: str, reason: str) -> ArtefactDescription:
     """Everything known before parity runs, engines are built and files are complete.
 
     Args:
@@ -57,7 +50,7 @@ def describe(
         dtype=dtype,
         lowering=lowering,
         lowering_reason=reason,
-        capture_problem=capture_problem(lowering),
+        capture_problem=find_lowering(lowering, "onnxruntime-cpu").not_capturable,
         plugin_operators=plugin_operators(model),
         routing=_routing(source),
         layers=_layers(source),
@@ -78,11 +71,6 @@ def complete_description(description: ArtefactDescription, folder: Path) -> None
     engines = sorted({engine.file.parent for engine in description.engines})
     paths = [*graphs, *(path for each in engines for path in sorted(each.iterdir()))]
     save_description(dataclasses.replace(description, files=tuple(map(describe_file, paths))), folder)
-
-
-def capture_problem(lowering: str) -> str | None:
-    """Why steps of a lowering cannot be captured in a CUDA graph; None where they can."""
-    return _CAPTURE_PROBLEMS.get(lowering)
 
 
 def interface(graph: ir.Graph) -> GraphInterface:

@@ -16,11 +16,12 @@ from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.exporter.artifact import complete_description, describe
 from dlo_export.exporter.genai_config import genai_config
-from dlo_export.exporter.pipeline import Lowering, build_model
+from dlo_export.exporter.pipeline import build_model, choose_onnxruntime_lowering
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.plan import DTYPES, TensorRtPlan, TensorRtRequest, plan_tensorrt
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
+from dlo_export.graph_passes.lowerings.registry import lowering_names
 from dlo_export.runtimes.artefact.description import (
     MODEL_NAME,
     WEIGHTS_NAME,
@@ -31,7 +32,6 @@ from dlo_export.runtimes.artefact.engine_record import ParityVerdict
 from dlo_export.runtimes.parity.report import ParityReport
 
 DtypeChoice = Literal["auto", "fp32", "fp16", "bf16"]
-LoweringChoice = Literal["auto", "masked", "compact", "if", "plugin"]
 
 
 class ParityFailedError(Exception):
@@ -59,7 +59,8 @@ class ExportRequest:
         output: Folder to make.
         adapter: DloAdapter folder.
         dtype: Of weights, KV cache and logits: of the engines where there are any (model.onnx is fp32 then).
-        lowering: What routed layers become, in model.onnx and in engines; "plugin" in engines only.
+        lowering: "auto", or the name of what routed layers become, in engines where there are any. model.onnx gets
+            the same where ONNX Runtime has it, else what "auto" chooses.
         parity: Compare with PyTorch before the artefact appears.
         weights: False leaves `model.onnx.data` out: a graph to look at.
         force: Replace an existing output.
@@ -70,7 +71,7 @@ class ExportRequest:
     output: Path
     adapter: Path | None = None
     dtype: DtypeChoice = "auto"
-    lowering: LoweringChoice = "auto"
+    lowering: str = "auto"
     parity: bool = True
     weights: bool = True
     force: bool = False
@@ -111,8 +112,10 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         plan = _plan_engines(request, source)
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
         dtype = _resolve_dtype(request.dtype, source) if plan is None else "fp32"
-        choice = "auto" if plan is not None and request.lowering == "plugin" else request.lowering
-        lowering, reason = resolve_lowering(choice, source)
+        engines_only = plan is not None and request.lowering not in lowering_names("onnxruntime-cpu")
+        lowering, reason = choose_onnxruntime_lowering(
+            "auto" if engines_only else request.lowering, routed=source.routing is not None, path=source.base.path
+        )
         with whole_folder(request.output, overwrite=request.force) as folder:
             summary = _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
         size = sum(file.stat().st_size for file in request.output.rglob("*") if file.is_file())
@@ -126,29 +129,6 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         raise
     finally:
         source.close()
-
-
-def resolve_lowering(choice: LoweringChoice, source: ExportSource) -> tuple[Lowering, str]:
-    """The lowering for ONNX Runtime's CPU provider, and why.
-
-    Raises:
-        InputError: A lowering is asked for and nothing is routed.
-    """
-    if source.routing is None:
-        if choice != "auto":
-            raise InputError(
-                f"{source.base.path}: has no routers, so --lowering {choice} has nothing to lower",
-                hint="leave --lowering out, or give an adapter with routers (`dlo calibrate`)",
-            )
-        return "none", "nothing is routed"
-    if choice == "plugin":
-        raise InputError(
-            "--lowering plugin: ONNX Runtime has no such operators",
-            hint="plugins are TensorRT's: add --trt, or choose compact",
-        )
-    if choice == "auto":
-        return "compact", "compaction skips work in prefill, batches and decode alike on ONNX Runtime's CPU kernels"
-    return choice, "asked for"
 
 
 def _resolve_dtype(choice: DtypeChoice, source: ExportSource) -> str:
@@ -167,7 +147,7 @@ def _export_into(
     request: ExportRequest,
     source: ExportSource,
     dtype: str,
-    lowering_and_reason: tuple[Lowering, str],
+    lowering_and_reason: tuple[str, str],
     plan: TensorRtPlan | None,
     reporter: Reporter,
 ) -> str | None:

@@ -12,12 +12,12 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_check import open_description
+from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.sources.foreign_graph import load_graph
-from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, role_values
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, ArtefactDescription, description_json
 from dlo_export.runtimes.tensorrt.engine_check import obstacles
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
@@ -69,8 +69,8 @@ def inspect_model(path: Path) -> Inspection:
     ops = collections.Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes()
     )
-    # Only to find the layers: additions that were fused with a norm stand apart again.
-    SplitSkipNormsPass()(model)
+    # Only to find the layers; what is counted above is the graph as it is.
+    prepare_foreign(model)
     try:
         layers, problem = find_decoder_layers(model.graph), None
     except DecoderLayersNotFound as err:
@@ -94,11 +94,11 @@ def _engine_problems(description: ArtefactDescription | None) -> list[str] | Non
 
 def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: ArtefactDescription | None) -> dict[str, Any]:
     said = None if description is None else description.layers[layer.index]
-    injected = any(node.metadata_props.get("dlo.origin") for node in layer.nodes)
+    injected = any(node.metadata_props.get(ORIGIN_KEY) for node in layer.nodes)
     return {
         "index": layer.index,
         "injected": injected if said is None else said.injected,
-        "routed": layer.index in role_values(graph, "router_scores"),
+        "routed": layer.index in role_values(graph, ROUTER_SCORES),
         "identity": _is_identity(layer) if said is None else said.identity,
         "bytes": sum(_weight_bytes(graph, layer.nodes).values()),
     }

@@ -16,6 +16,7 @@ from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import save_weights, weight_places
+from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
@@ -49,8 +50,9 @@ def check_parity(
     """
     if description.dtype == "bf16":
         return ParityReport.not_run("ONNX Runtime's CPU provider does not implement bfloat16")
-    if description.dtype == "fp16" and description.lowering == "compact":
-        return ParityReport.not_run("ONNX Runtime's CPU kernel of ScatterND does not add float16")
+    lowering = find_lowering(description.lowering, "onnxruntime-cpu")
+    if description.dtype == "fp16" and lowering.cpu_float32_only is not None:
+        return ParityReport.not_run(lowering.cpu_float32_only)
     tensors = source.tensors()
     if source.base.config is None or not tensors:
         return ParityReport.not_run("no config.json lies beside the graph, so there is no PyTorch model of it")
@@ -59,7 +61,7 @@ def check_parity(
 
     released = load_graph(folder / MODEL_NAME)
     rungs = {description.lowering: released}
-    if description.lowering not in ("none", "masked"):
+    if lowering.make_pass is not None:
         rungs = {"masked": _masked_graph(source, folder, released), **rungs}
     candidates = [
         _candidate(name, graph, folder, routed=source.routing is not None, released=graph is released)

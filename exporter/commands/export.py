@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from dlo_export.graph_passes.lowerings.registry import lowering_names  # of names alone: keeps `dlo --help` quick
+
 NAME = "export"
 
 
@@ -19,16 +21,6 @@ class Dtype(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
-
-
-class LoweringOption(StrEnum):
-    """Choices of --lowering."""
-
-    AUTO = "auto"
-    MASKED = "masked"
-    COMPACT = "compact"
-    IF = "if"
-    PLUGIN = "plugin"
 
 
 class BackendOption(StrEnum):
@@ -54,8 +46,12 @@ def main(
     adapter: Annotated[Path | None, typer.Option(help="DloAdapter: injected layers and routers.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights, KV cache and logits; auto is fp32 on a CPU.")] = Dtype.AUTO,
     lowering: Annotated[
-        LoweringOption, typer.Option(help="What routed layers become; auto chooses by what was measured.")
-    ] = LoweringOption.AUTO,
+        str,
+        typer.Option(
+            metavar=f"<{'|'.join(('auto', *lowering_names()))}>",
+            help="What routed layers become; auto chooses by what was measured.",
+        ),
+    ] = "auto",
     trt: Annotated[bool, typer.Option("--trt", help="Build TensorRT engines too.")] = False,
     trt_backend: Annotated[
         BackendOption, typer.Option(help="rtx builds without a GPU; auto is tensorrt where it and a GPU are there.")
@@ -110,7 +106,7 @@ def main(
         output=output or Path(f"{Path(model).name.removesuffix('.gguf').removesuffix('.onnx')}-dlo"),
         adapter=adapter,
         dtype=dtype.value,
-        lowering=lowering.value,
+        lowering=lowering,
         parity=not no_parity,
         weights=not no_weights,
         force=force,

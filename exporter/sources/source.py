@@ -47,6 +47,13 @@ class ExportSource:
         return self.base.config.num_layers
 
     @property
+    def tensorrt_refusal(self) -> str | None:
+        """Why its graph cannot be given TensorRT's interface; None where it can."""
+        if self.kind == "onnx":
+            return f"{self.base.path.name} is an ONNX graph, whose attention and cache stay what they are"
+        return None
+
+    @property
     def injected_layers(self) -> tuple[InjectedLayer, ...]:
         """Layers the adapter adds, or that the checkpoint's configuration says were added."""
         if self.adapter is not None:

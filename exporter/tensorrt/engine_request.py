@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import FLOAT32
 from dlo_export.graph_passes.spec.ops import DOMAIN
-from dlo_export.graph_passes.spec.provenance import role_values
+from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.engine_record import BackendName, OptimizationProfile
 from dlo_export.runtimes.artefact.typed_json import from_json, to_json
 
@@ -77,7 +77,7 @@ def intended_dtypes(model: ir.Model) -> dict[str, str]:
         model: As it is saved for the build; routers keep their tags through lowerings.
     """
     values = [*model.graph.inputs, *model.graph.outputs]
-    routers = role_values(model.graph, "router_scores").values()
+    routers = role_values(model.graph, ROUTER_SCORES).values()
     return {
         **{value.name or "": value.dtype.name.lower() for value in values if value.dtype is not None},
         **{value.name or "": FLOAT32.onnx for value in routers},

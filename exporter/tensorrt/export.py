@@ -8,13 +8,14 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dlo_export.checkpoints.files.disk_space import check_disk_space
-from dlo_export.exporter.artifact import capture_problem, interface
+from dlo_export.exporter.artifact import interface
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest, intended_dtypes, plugin_operators
 from dlo_export.exporter.tensorrt.engines import build_engines
 from dlo_export.exporter.tensorrt.plan import PlannedEngine, TensorRtPlan
 from dlo_export.exporter.weight_file import save_weights, weight_bytes, weight_places
-from dlo_export.graph_passes.spec.provenance import role_values
+from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.engine_record import EngineBuild, EngineRecord, OptimizationProfile, ParityVerdict
 
 FOLDER = "engines"
@@ -92,7 +93,7 @@ def engine_request(plan: TensorRtPlan, engine: PlannedEngine, target: Path) -> E
         plugin_operators=operators,
         plugin_library=plan.request.plugin_library if operators else None,
         timeout_s=plan.request.timeout_s,
-        routed_layers=tuple(sorted(role_values(engine.model.graph, "router_scores"))),
+        routed_layers=tuple(sorted(role_values(engine.model.graph, ROUTER_SCORES))),
         expected_dtypes=intended_dtypes(engine.model),
     )
 
@@ -133,7 +134,7 @@ def _record(
         dtype=plan.dtype,
         lowering=options.lowering,
         lowering_reason=engine.reason,
-        capture_problem=capture_problem(options.lowering),
+        capture_problem=find_lowering(options.lowering, "tensorrt").not_capturable,
         plugin_operators=request.plugin_operators,
         cache=options.cache,
         max_batch=options.max_batch,

@@ -14,6 +14,7 @@ from dlo_export.checkpoints.dtypes import BY_TENSORRT
 from dlo_export.exporter.tensorrt.census import missing_mechanisms, take_census
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 from dlo_export.exporter.tensorrt.nodes import decoder_layer, input_tensors, network_layers, node_name, output_tensors
+from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.runtimes.artefact.engine_record import LayerCensus
 
 CHECKS = ("inputs are used", "attentions are masked", "dtypes are as intended", "routed layers skip")
@@ -111,11 +112,11 @@ def _word(dtype: Any) -> str:
 def eager_work(trt: Any, network: Any, request: EngineRequest) -> Iterator[str]:
     """Matrix multiplications of a routed layer's MLP that run for skipped tokens too.
 
-    In a lowered layer each of them follows the layer's TopK (compact) or a conditional's input (if), since TensorRT
-    runs lazily only what does; the plugin lowering has none.
+    In a lowered layer each of them follows a layer of the lowering's `tensorrt_start`, since TensorRT runs lazily only
+    what does; a lowering without one leaves no such multiplication.
     """
-    starts = {"compact": "TOPK", "if": "CONDITIONAL_INPUT", "plugin": None}
-    if request.lowering not in starts:
+    lowering = find_lowering(request.lowering, "tensorrt")
+    if lowering.make_pass is None:
         return
     readers: dict[str, list[tuple[int | None, Any]]] = defaultdict(list)
     multiplications: dict[str, tuple[int | None, str]] = {}
@@ -125,7 +126,7 @@ def eager_work(trt: Any, network: Any, request: EngineRequest) -> Iterator[str]:
         index = decoder_layer(name)
         for tensor in input_tensors(layer):
             readers[tensor.name].append((index, layer))
-        if index in request.routed_layers and layer.type.name == starts[request.lowering]:
+        if index in request.routed_layers and layer.type.name == lowering.tensorrt_start:
             waiting.append((index, layer))
         if index in request.routed_layers and layer.type.name == "MATRIX_MULTIPLY" and _is_mlp(name):
             multiplications[layer.name] = (index, name)
