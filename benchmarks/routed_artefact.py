@@ -9,14 +9,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from benchmarks.onnxruntime_worker import DecoderStep
-from dlo_export.exporter.artifact import MODEL_NAME
-from dlo_export.exporter.export import ExportRequest, LoweringChoice, export_model
+from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.runtimes.artefact.description import MODEL_NAME
 
 
-def export(model: Path, output: Path, adapter: Path | None = None, lowering: LoweringChoice = "auto") -> Path:
+def export(model: Path, output: Path, adapter: Path | None = None, lowering: str = "auto") -> Path:
     """Does what `dlo-export MODEL -o OUTPUT --adapter ADAPTER --no-parity` does; returns the graph."""
     request = ExportRequest(str(model), output, adapter=adapter, lowering=lowering, parity=False, force=True)
     export_model(request, Reporter())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dlo_export.exporter.export import ExportRequest, ExportResult, LoweringChoice, export_model
+from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.progress import Reporter
 
 
@@ -13,7 +13,7 @@ def assert_parity(
     output: Path,
     *,
     adapter: Path | None = None,
-    lowering: LoweringChoice = "auto",
+    lowering: str = "auto",
     allow_ambiguous: bool = False,
 ) -> ExportResult:
     """Exports a model and asserts that parity passes.
@@ -34,7 +34,7 @@ def assert_parity(
         dlo_export.checkpoints.errors.InputError: The model cannot be exported.
     """
     result = export_model(ExportRequest(str(model), output, adapter=adapter, lowering=lowering), Reporter())
-    verdict = result.description["parity"]["verdict"]
+    verdict = result.description.parity.verdict
     accepted = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     if verdict not in accepted:  # no `assert`: Python -O would drop it
         raise AssertionError(f"{result.folder}: {result.parity_summary}")

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from dlo_export.exporter.artifact import MODEL_NAME, load_description
+from dlo_export.exporter.pipeline import exposed
 from dlo_export.exporter.sources.foreign_graph import load_graph
-from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
-from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
-from dlo_export.graph_passes.spec.provenance import role_values
+from dlo_export.runtimes.artefact.description import MODEL_NAME, load_description
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.runner import Runner
 
@@ -36,11 +34,10 @@ def open_artifact(
         InputError: The folder is no artefact.
         dlo_export.runtimes.errors.RuntimeInputError: ONNX Runtime refuses the graph.
     """
-    description = load_description(folder)
-    exposed = scores and description["routing"] is not None
+    shown = scores and load_description(folder).routing is not None
     return OnnxRuntimeRunner(
-        exposed_model(load_graph(folder / MODEL_NAME)) if exposed else folder / MODEL_NAME,
-        weights_folder=folder if exposed else None,
+        exposed_model(load_graph(folder / MODEL_NAME)) if shown else folder / MODEL_NAME,
+        weights_folder=folder if shown else None,
         name=name or folder.name,
         threads=threads,
         allow_spinning=allow_spinning,
@@ -71,10 +68,4 @@ def exposed_model(released: ir.Model, *, force: bool = False, streams: bool = Fa
         force: Take the routers' decisions from inputs.
         streams: Give out the residual stream behind every layer.
     """
-    # Serialising and reading back is the deepest copy there is; weights are external and stay where they are.
-    model = ir.from_proto(ir.to_proto(released))
-    if role_values(model.graph, "router_scores"):
-        ExposeRoutingPass(force=force)(model)
-    if streams:
-        ExposeHiddenStatesPass()(model)
-    return bytes(ir.to_proto(model).SerializeToString())
+    return bytes(ir.to_proto(exposed(released, force=force, streams=streams)).SerializeToString())

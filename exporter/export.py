@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -15,19 +15,27 @@ from dlo_export.checkpoints.errors import DloError, InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
-from dlo_export.exporter.artifact import MODEL_NAME, WEIGHTS_NAME, describe, save_description
+from dlo_export.exporter.artifact import complete_description, describe
 from dlo_export.exporter.genai_config import genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.pipeline import Lowering, build_model
+from dlo_export.exporter.pipeline import build_model, onnxruntime_lowerings
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.provider_gaps import why_not_run
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
-from dlo_export.runtimes.onnxruntime.providers import CPU, SCATTER_ADD
+from dlo_export.graph_passes.lowerings.registry import lowering_names
+from dlo_export.runtimes.artefact.description import (
+    MODEL_NAME,
+    WEIGHTS_NAME,
+    ArtefactDescription,
+    load_description,
+)
+from dlo_export.runtimes.artefact.engine_record import ParityVerdict
+from dlo_export.runtimes.onnxruntime.providers import CPU
 from dlo_export.runtimes.parity.report import ParityReport
 
 DTYPE_CHOICES = ("auto", *BY_OPTION)
-LoweringChoice = Literal["auto", "masked", "compact", "if", "plugin"]
 
 
 class ParityFailedError(DloError):
@@ -56,7 +64,8 @@ class ExportRequest:
         adapter: DloAdapter folder.
         dtype: One of DTYPE_CHOICES, of weights, KV cache and logits: of the engines where there are any (model.onnx is
             fp32 then).
-        lowering: What routed layers become, in model.onnx and in engines; "plugin" in engines only.
+        lowering: "auto", or the name of what routed layers become, in engines where there are any. model.onnx gets
+            the same where ONNX Runtime has it, else what "auto" chooses.
         parity: Compare with PyTorch before the artefact appears.
         weights: False leaves `model.onnx.data` out: a graph to look at.
         force: Replace an existing output.
@@ -70,7 +79,7 @@ class ExportRequest:
     output: Path
     adapter: Path | None = None
     dtype: str = "auto"
-    lowering: LoweringChoice = "auto"
+    lowering: str = "auto"
     parity: bool = True
     weights: bool = True
     force: bool = False
@@ -93,7 +102,7 @@ class ExportResult:
     """
 
     folder: Path
-    description: dict[str, Any]
+    description: ArtefactDescription
     bytes: int
     parity_summary: str | None
 
@@ -115,10 +124,15 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         plan = _plan_engines(request, source)
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
         dtype = source.base.graph_dtype(request.dtype) if plan is None else "fp32"
-        choice = "auto" if plan is not None and request.lowering == "plugin" else request.lowering
-        lowering, reason = resolve_lowering(choice, source, dtype)
+        engines_only = plan is not None and request.lowering not in lowering_names("onnxruntime-cpu")
+        lowerings = onnxruntime_lowerings(
+            "auto" if engines_only else request.lowering, routed=source.routing is not None, path=source.base.path
+        )
         with whole_folder(request.output, overwrite=request.force) as folder:
-            return _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
+            summary = _export_into(folder, request, source, dtype, lowerings, plan, reporter)
+        size = sum(file.stat().st_size for file in request.output.rglob("*") if file.is_file())
+        # Read back: what others will read is what is returned.
+        return ExportResult(request.output, load_description(request.output), size, summary)
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(
@@ -129,36 +143,28 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         source.close()
 
 
-def resolve_lowering(choice: LoweringChoice, source: ExportSource, dtype: str) -> tuple[Lowering, str]:
-    """The lowering for ONNX Runtime's CPU provider, and why.
+def _first_runnable(
+    source: ExportSource, lowerings: Sequence[tuple[str, str]], dtype: str
+) -> tuple[ir.Model, str, str]:
+    """Builds the graph, with the first lowering that the CPU provider has the kernels for.
 
     Args:
-        choice: What was asked for.
-        source: What is exported.
-        dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
+        source: What to export.
+        lowerings: Names with reasons, best first.
+        dtype: Of the graph.
 
-    Raises:
-        InputError: A lowering is asked for and nothing is routed.
+    Returns:
+        The graph, its lowering, and why that one. Where the provider runs none of them, the first.
     """
-    if source.routing is None:
-        if choice != "auto":
-            raise InputError(
-                f"{source.base.path}: has no routers, so --lowering {choice} has nothing to lower",
-                hint="leave --lowering out, or give an adapter with routers (`dlo calibrate`)",
-            )
-        return "none", "nothing is routed"
-    if choice == "plugin":
-        raise InputError(
-            "--lowering plugin: ONNX Runtime has no such operators",
-            hint="plugins are TensorRT's: add --trt, or choose compact",
-        )
-    if choice == "auto":
-        kind = BY_OPTION[dtype]
-        gap = CPU.why_not_run(kind, (SCATTER_ADD,))
-        if gap is not None and CPU.why_not_run(kind) is None:
-            return "if", f"{gap}, which compaction needs; a conditional skips a layer where no token is active"
-        return "compact", "compaction skips work in prefill, batches and decode alike on ONNX Runtime's CPU kernels"
-    return choice, "asked for"
+    refused = ""
+    for name, reason in lowerings:
+        model = build_model(source, name, graph_dtype(dtype))
+        gap = why_not_run(model, dtype, CPU)
+        if gap is None:
+            return model, name, reason + refused
+        refused += f"; {name} is not possible: {gap}"
+    name, reason = lowerings[0]
+    return build_model(source, name, graph_dtype(dtype)), name, reason
 
 
 def _export_into(
@@ -166,13 +172,13 @@ def _export_into(
     request: ExportRequest,
     source: ExportSource,
     dtype: str,
-    lowering_and_reason: tuple[Lowering, str],
+    lowerings: Sequence[tuple[str, str]],
     plan: TensorRtPlan | None,
     reporter: Reporter,
-) -> ExportResult:
-    lowering, reason = lowering_and_reason
+) -> str | None:
+    """Writes a whole artefact; returns what parity found, in words."""
     with reporter.stage("graph"):
-        model = build_model(source, lowering, graph_dtype(dtype))
+        model, lowering, reason = _first_runnable(source, lowerings, dtype)
     if request.weights:
         check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
     with reporter.bytes("weights") as progress:
@@ -183,18 +189,17 @@ def _export_into(
         if source.base.config is not None:
             save_json(folder / "genai_config.json", genai_config(source.base.config, source.num_layers))
         description = describe(source, model, dtype=dtype, lowering=lowering, reason=reason)
-    summary = _run_parity(folder, request, source, description, plan, reporter)
+    parity, summary = _run_parity(folder, request, source, description, plan, reporter)
+    description = dataclasses.replace(description, parity=parity)
     if plan is not None:
         # Imported here: only these exports need what builds engines.
         from dlo_export.exporter.tensorrt.export import export_tensorrt  # noqa: PLC0415
 
         peak = _float16_peak(folder, request, source, plan, reporter)
-        description["engines"] = [
-            {**engine, "float16_stream_peak": peak} for engine in export_tensorrt(plan, folder, reporter)
-        ]
-    save_description(description, folder)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return ExportResult(request.output, description, size, summary)
+        description = dataclasses.replace(description, engines=export_tensorrt(plan, folder, reporter, peak))
+    with reporter.stage("hashes"):
+        complete_description(description, folder)
+    return summary
 
 
 def _plan_engines(request: ExportRequest, source: ExportSource) -> TensorRtPlan | None:
@@ -210,30 +215,29 @@ def _run_parity(
     folder: Path,
     request: ExportRequest,
     source: ExportSource,
-    description: dict[str, Any],
+    description: ArtefactDescription,
     plan: TensorRtPlan | None,
     reporter: Reporter,
-) -> str | None:
+) -> tuple[ParityVerdict, str | None]:
     if not request.parity or not request.weights:
         reason = "--no-parity" if not request.parity else "--no-weights"
-        description["parity"] = {"verdict": "NOT RUN", "reason": reason}
-        return None
+        return ParityVerdict("NOT RUN", reason), None
     # Parity needs PyTorch; an export without it does not, and starts in a fraction of the time.
     from dlo_export.exporter.parity_check import check_parity  # noqa: PLC0415
 
     with reporter.stage("parity"):
         graphs = [engine.options for engine in plan.engines] if plan is not None else []
         report = check_parity(source, folder, description, graphs)
-    description["parity"] = {"verdict": report.verdict, **({"reason": report.reason} if report.reason else {})}
+    parity = ParityVerdict(report.verdict, report.reason or None)
     save_json(folder / "parity.json", report.to_json())
     if report.verdict == "FAIL":
-        save_description(description, folder)
+        complete_description(dataclasses.replace(description, parity=parity), folder)
         failed = request.output.with_name(f"{request.output.name}.failed")
         if failed.exists():
             shutil.rmtree(failed)
         folder.rename(failed)
         raise ParityFailedError(report, failed)
-    return report.summary()
+    return parity, report.summary()
 
 
 def _float16_peak(

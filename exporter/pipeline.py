@@ -1,38 +1,70 @@
-"""The pass lists: from the plain graph to what a target runs."""
+"""The pass lists: every pass that ever runs, runs from here.
+
+A list says what happens to a graph, in order, each line with its reason; at the border of a stage the graph is checked.
+Nothing here knows what a source is: it gives a plain graph and says what is to be added to it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
+import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer
+from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.exporter.sources.base_model import Refusal, Use
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
+from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
-from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_topk import LowerSkipToTopKPass
+from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
+from dlo_export.graph_passes.lowerings.record import LoweringRecord, Workload
+from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_records, suitable_lowerings
+from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
+from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec.invariants import Stage, check_order, check_stage
-
-# "none" where nothing is routed.
-Lowering = Literal["none", "masked", "compact", "if"]
-
-_LOWERING_PASSES: dict[Lowering, type[ir.passes.InPlacePass]] = {
-    "compact": LowerSkipToCompactionPass,
-    "if": LowerSkipToIfPass,
-}
+from dlo_export.graph_passes.spec.invariants import INJECTED, PLAIN, ROUTED, StageSpec, check_stage
+from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
+from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 
 
-TensorRtLowering = Literal["none", "masked", "compact", "if", "plugin"]
+class GraphSource(Protocol):
+    """What the pipeline asks of a source."""
+
+    @property
+    def adapter(self) -> DloAdapter | None:
+        """Holds the weights of the layers to inject; None where the plain graph has all layers already."""
+        ...
+
+    @property
+    def injected_layers(self) -> tuple[InjectedLayer, ...]:
+        """What was or is to be injected."""
+        ...
+
+    @property
+    def routing(self) -> RoutingConfig | None:
+        """None where nothing is routed."""
+        ...
+
+    def why_not(self, use: Use) -> Refusal | None:
+        """Why it does not serve a use; None where it does."""
+        ...
+
+    def routers(self) -> dict[int, np.ndarray]:
+        """Router weights by layer, float32 [hidden]."""
+        ...
+
+    def plain_model(self, dtype: ir.DataType) -> ir.Model:
+        """The graph before any pass: a new one with every call."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +72,8 @@ class TensorRtOptions:
     """What a TensorRT graph is built for.
 
     Attributes:
-        lowering: What routed layers become; "masked" is the oracle, never built into an engine.
+        lowering: Name of what routed layers become, "none" where nothing is routed; "masked" is the oracle, never built
+            into an engine.
         cache: "static" has a fixed number of slots updated in place; "growing" keeps ONNX Runtime's interface.
         max_batch: Sequences per step at most.
         max_sequence: Tokens per sequence and step at most.
@@ -48,7 +81,7 @@ class TensorRtOptions:
         last_logits: Compute the logits of each sequence's last token only; needs the static cache.
     """
 
-    lowering: TensorRtLowering
+    lowering: str
     cache: Literal["static", "growing"] = "static"
     max_batch: int = 4
     max_sequence: int = 512
@@ -65,37 +98,44 @@ class Step:
         stage: What must hold afterwards.
     """
 
-    graph_pass: ir.passes.InPlacePass
-    stage: Stage
+    graph_pass: GraphPass
+    stage: StageSpec
 
 
-def onnxruntime_steps(source: ExportSource, lowering: Lowering) -> list[Step]:
-    """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
-    injects, routes, lowers = _injects(source), source.routing is not None, lowering in _LOWERING_PASSES
-    last_stage: Stage = "lowered" if lowers else "routed" if routes else "injected"
+def foreign_passes() -> list[GraphPass]:
+    """What turns somebody else's graph into one whose layers can be found."""
     return [
-        # Deepen first: routers are numbered in the deepened model.
-        *([Step(_inject_layers(source), "injected")] if injects else []),
-        # The masked form is exact standard ONNX, and the oracle for what follows.
-        *([Step(_route_layers(source), "routed")] if routes else []),
-        # The one lowering: tokens that skip leave the MLP's batch, or the MLP runs only where a token is active.
-        *([Step(_LOWERING_PASSES[lowering](), "lowered")] if lowers else []),
-        # Last, because the passes above look for projections one by one. Decode gets 4 % faster.
-        Step(FuseSiblingMatMulsPass(), last_stage),
+        # Additions that were fused with the norm behind them stand apart again: layers are found between two of them.
+        SplitSkipNormsPass()
     ]
 
 
-def tensorrt_steps(source: ExportSource, options: TensorRtOptions) -> list[Step]:
-    """What turns the plain graph into the one TensorRT builds, in order, each step with its reason."""
-    static = options.cache == "static"
-    stage: Stage = "routed" if source.routing is not None else "injected"
+def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord) -> list[Step]:
+    """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
     return [
         # Deepen first: routers are numbered in the deepened model.
-        *([Step(_inject_layers(source), "injected")] if _injects(source) else []),
+        *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
+        # The masked form is exact standard ONNX, and the oracle for what follows.
+        *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
+        # The one lowering: tokens that skip leave the MLP's batch, or the MLP runs only where a token is active.
+        *_lowering_steps(lowering, Workload()),
+        # Last, because the passes above look for projections one by one. Decode gets 4 % faster.
+        Step(FuseSiblingMatMulsPass(), lowering.stage),
+    ]
+
+
+def tensorrt_steps(source: GraphSource, options: TensorRtOptions) -> list[Step]:
+    """What turns the plain graph into the one TensorRT builds, in order, each step with its reason."""
+    routed, static = source.routing is not None, options.cache == "static"
+    stage = ROUTED if routed else INJECTED
+    workload = Workload(max_batch=options.max_batch, max_sequence=options.max_sequence)
+    return [
+        # Deepen first: routers are numbered in the deepened model.
+        *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
         # The masked form, its routers in fp32.
-        *([Step(_route_layers(source), "routed")] if source.routing is not None else []),
+        *([Step(_route_layers(source), ROUTED)] if routed else []),
         # A float32 MatMul may run in TF32, and not at all on Turing.
-        *([Step(ReduceRouterProductsPass(), stage)] if source.routing is not None else []),
+        *([Step(ReduceRouterProductsPass(), stage)] if routed else []),
         # TensorRT builds no attention with a cache of its own, and updates a static one in place.
         Step(UseStaticCachePass(options.max_cache) if static else GrowCacheOutsideAttentionPass(), stage),
         # The mean of squares overflows fp16 and is too coarse in bf16.
@@ -103,23 +143,91 @@ def tensorrt_steps(source: ExportSource, options: TensorRtOptions) -> list[Step]
         # The head is the largest matrix: one row per sequence instead of one per prompt token.
         *([Step(KeepLastLogitsPass(), stage)] if options.last_logits else []),
         # The one lowering.
-        *_tensorrt_lowering(options),
+        *_lowering_steps(find_lowering(options.lowering, "tensorrt"), workload),
     ]
 
 
-def _tensorrt_lowering(options: TensorRtOptions) -> list[Step]:
-    match options.lowering:
-        case "compact":
-            return [Step(LowerSkipToTopKPass(options.max_batch * options.max_sequence), "selected")]
-        case "if":
-            return [Step(LowerSkipToIfPass(), "lowered")]
-        case "plugin":
-            return [Step(LowerSkipToPluginPass(), "plugged")]
-        case _:
-            return []
+def twin_steps(options: TensorRtOptions) -> list[Step]:
+    """What turns TensorRT's graph, in fp32, into one that ONNX Runtime runs on the weights of model.onnx."""
+    stage = find_lowering(options.lowering, "tensorrt").stage
+    return [
+        # As in model.onnx, so that the weights are the same.
+        Step(FuseSiblingMatMulsPass(), stage),
+        # ONNX Runtime has no plugins: it runs their bodies in standard operators.
+        Step(AddPluginFunctionsPass(), stage),
+    ]
 
 
-def build_tensorrt_model(source: ExportSource, options: TensorRtOptions, dtype: ir.DataType) -> ir.Model:
+def exposure_passes(*, routed: bool, force: bool, streams: bool) -> list[GraphPass]:
+    """What shows the inside of a released graph to parity; such a graph is never released.
+
+    Args:
+        routed: Whether the graph has routers.
+        force: Take the routers' decisions from inputs.
+        streams: Give out the residual stream behind every layer.
+    """
+    return [
+        # Scores, and on request the decisions, which candidates must be able to share.
+        *([ExposeRoutingPass(force=force)] if routed else []),
+        # To name the first layer that diverges.
+        *([ExposeHiddenStatesPass()] if streams else []),
+    ]
+
+
+def run_steps(model: ir.Model, steps: list[Step]) -> ir.Model:
+    """Runs a pass list on a model, in place, and checks it at every border.
+
+    Raises:
+        dlo_export.graph_passes.errors.GraphPassError: The graph (a foreign one) is not what a pass needs.
+        dlo_export.graph_passes.spec.invariants.GraphInvariantError: A stage broke its promise: a bug.
+    """
+    check_order([step.graph_pass for step in steps])
+    for step in steps:
+        step.graph_pass(model)
+        check_stage(model, step.stage)
+    return model
+
+
+def prepare_foreign(model: ir.Model) -> ir.Model:
+    """Makes the layers of somebody else's graph findable, in place; whether it has any is not asked here."""
+    return _run_passes(model, foreign_passes())
+
+
+def exposed(released: ir.Model, *, force: bool = False, streams: bool = False) -> ir.Model:
+    """A copy of a released graph that shows what is inside.
+
+    Args:
+        released: Left as it is.
+        force: Take the routers' decisions from inputs.
+        streams: Give out the residual stream behind every layer.
+    """
+    # Serialising and reading back is the deepest copy there is; weights are external and stay where they are.
+    model = ir.from_proto(ir.to_proto(released))
+    routed = bool(role_values(model.graph, ROUTER_SCORES))
+    return _run_passes(model, exposure_passes(routed=routed, force=force, streams=streams))
+
+
+def build_model(source: GraphSource, lowering: str, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
+    """Builds the source's graph for ONNX Runtime.
+
+    Args:
+        source: What to export.
+        lowering: Name of what routed layers become.
+        dtype: Of weights, KV cache and logits; a foreign graph keeps its own.
+
+    Returns:
+        The finished graph, its weights still lazy.
+
+    Raises:
+        InputError: ONNX Runtime has no such lowering.
+        dlo_export.graph_passes.errors.GraphPassError: The graph (a foreign one) is not what a pass needs.
+        dlo_export.graph_passes.spec.invariants.GraphInvariantError: A stage broke its promise: a bug.
+    """
+    steps = onnxruntime_steps(source, find_lowering(lowering, "onnxruntime-cpu"))
+    return run_steps(_plain(source, dtype), steps)
+
+
+def build_tensorrt_model(source: GraphSource, options: TensorRtOptions, dtype: ir.DataType) -> ir.Model:
     """Builds the source's graph with TensorRT's interface.
 
     Args:
@@ -135,18 +243,17 @@ def build_tensorrt_model(source: ExportSource, options: TensorRtOptions, dtype: 
         dlo_export.graph_passes.errors.GraphPassError: A layer is not what the lowering needs.
     """
     check_tensorrt_options(source, options)
-    return _run_steps(source.plain_model(dtype), tensorrt_steps(source, options))
+    return run_steps(_plain(source, dtype), tensorrt_steps(source, options))
 
 
-def check_tensorrt_options(source: ExportSource, options: TensorRtOptions) -> None:
+def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> None:
     """Refuses what cannot be built, before anything is.
 
     Raises:
         InputError: With all reasons.
     """
-    problems = []
-    if (refusal := source.base.why_not("TensorRT")) is not None:
-        problems.append(f"{source.base.path.name} {refusal.reason}")
+    refusal = source.why_not("TensorRT")
+    problems = [] if refusal is None else [f"the source {refusal.reason}"]
     for name in ("max_batch", "max_sequence", "max_cache"):
         if getattr(options, name) < 1:
             problems.append(f"--trt-{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
@@ -161,49 +268,79 @@ def check_tensorrt_options(source: ExportSource, options: TensorRtOptions) -> No
         raise InputError("TensorRT: " + "; ".join(problems), hint="export the checkpoint with other --trt options")
 
 
-def build_model(source: ExportSource, lowering: Lowering, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
-    """Builds the source's graph and runs the pipeline on it.
+def onnxruntime_lowerings(choice: str, *, routed: bool, path: Path) -> list[tuple[str, str]]:
+    """Lowerings for ONNX Runtime's CPU provider, best first, each with its reason.
 
     Args:
-        source: What to export.
-        lowering: What routed layers become.
-        dtype: Of weights, KV cache and logits; a foreign graph keeps its own.
+        choice: "auto" or the name of one.
+        routed: Whether the source has routers.
+        path: Of the source, for messages.
 
     Returns:
-        The finished graph, its weights still lazy.
+        One where it was asked for or nothing is routed; else what suits, and behind it whatever skips anything, for a
+        dtype that the provider has no kernels for the best in.
 
     Raises:
-        dlo_export.graph_passes.errors.GraphPassError: The graph (a foreign one) is not what a pass needs.
-        dlo_export.graph_passes.spec.invariants.GraphInvariantError: A stage broke its promise: a bug.
+        InputError: A lowering is asked for and nothing is routed, or ONNX Runtime has none of that name.
     """
-    return _run_steps(source.plain_model(dtype), onnxruntime_steps(source, lowering))
+    if not routed:
+        nothing_routed = find_lowering("none", "onnxruntime-cpu")
+        check_nothing_asked(choice, path)
+        return [(nothing_routed.name, nothing_routed.reason)]
+    if choice != "auto":
+        return [(find_lowering(choice, "onnxruntime-cpu").name, "asked for")]
+    best = suitable_lowerings("onnxruntime-cpu", Workload())
+    skipping = [r for r in lowering_records() if "onnxruntime-cpu" in r.targets and r.skips != "nothing"]
+    return list({record.name: (record.name, record.reason) for record in (*best, *skipping)}.values())
 
 
-def _run_steps(model: ir.Model, steps: list[Step]) -> ir.Model:
-    check_order([step.graph_pass for step in steps])
-    check_stage(model, "plain")
-    for step in steps:
-        step.graph_pass(model)
-        check_stage(model, step.stage)
+def check_nothing_asked(choice: str, path: Path) -> None:
+    """Refuses to lower a model without routers.
+
+    Raises:
+        InputError: A lowering is asked for.
+    """
+    if choice != "auto":
+        raise InputError(
+            f"{path}: has no routers, so --lowering {choice} has nothing to lower",
+            hint="leave --lowering out, or give an adapter with routers (`dlo calibrate`)",
+        )
+
+
+def _run_passes(model: ir.Model, passes: list[GraphPass]) -> ir.Model:
+    check_order(passes)
+    for graph_pass in passes:
+        graph_pass(model)
     return model
 
 
-def _injects(source: ExportSource) -> bool:
+def _plain(source: GraphSource, dtype: ir.DataType) -> ir.Model:
+    model = source.plain_model(dtype)
+    check_stage(model, PLAIN)
+    return model
+
+
+def _lowering_steps(lowering: LoweringRecord, workload: Workload) -> list[Step]:
+    return [] if lowering.make_pass is None else [Step(lowering.make_pass(workload), lowering.stage)]
+
+
+def _injects(source: GraphSource) -> bool:
     return source.adapter is not None and bool(source.injected_layers)
 
 
-def _inject_layers(source: ExportSource) -> InjectLayersPass:
-    assert source.adapter is not None, "only an adapter injects; a deepened checkpoint has its layers already"
+def _inject_layers(source: GraphSource) -> InjectLayersPass:
+    adapter = source.adapter
+    assert adapter is not None, "only an adapter injects; a deepened checkpoint has its layers already"
     return InjectLayersPass(
         tuple(
-            LayerInjection(layer.position, layer.source, weights=source.adapter.layer_tensors(layer.position))
+            LayerInjection(layer.position, layer.source, adapter.layer_tensors(layer.position))
             for layer in source.injected_layers
         )
     )
 
 
-def _route_layers(source: ExportSource) -> RouteLayersPass:
-    assert source.routing is not None
+def _route_layers(source: GraphSource) -> RouteLayersPass:
+    assert source.routing is not None, "asked before"
     return RouteLayersPass(
         source.routers(), source.routing.rescale, source.routing.scale_factor, source.routing.scale_gap
     )

@@ -9,17 +9,10 @@ from typing import Annotated
 
 import typer
 
+from dlo_export.checkpoints.dtypes import BY_OPTION
+from dlo_export.graph_passes.lowerings.registry import lowering_names  # of names alone: keeps `dlo --help` quick
+
 NAME = "export"
-
-
-class LoweringOption(StrEnum):
-    """Choices of --lowering."""
-
-    AUTO = "auto"
-    MASKED = "masked"
-    COMPACT = "compact"
-    IF = "if"
-    PLUGIN = "plugin"
 
 
 class BackendOption(StrEnum):
@@ -44,11 +37,19 @@ def main(
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="DloAdapter: injected layers and routers.")] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of weights, KV cache and logits: fp32, fp16 or bf16; auto is fp32 on a CPU.")
+        str,
+        typer.Option(
+            metavar=f"<{'|'.join(('auto', *BY_OPTION))}>",
+            help="Of weights, KV cache and logits; auto is fp32 on a CPU.",
+        ),
     ] = "auto",
     lowering: Annotated[
-        LoweringOption, typer.Option(help="What routed layers become; auto chooses by what was measured.")
-    ] = LoweringOption.AUTO,
+        str,
+        typer.Option(
+            metavar=f"<{'|'.join(('auto', *lowering_names()))}>",
+            help="What routed layers become; auto chooses by what was measured.",
+        ),
+    ] = "auto",
     trt: Annotated[bool, typer.Option("--trt", help="Build TensorRT engines too.")] = False,
     trt_backend: Annotated[
         BackendOption, typer.Option(help="rtx builds without a GPU; auto is tensorrt where it and a GPU are there.")
@@ -81,6 +82,7 @@ def main(
     from dlo_export.exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.exporter.tensorrt.plan import TensorRtRequest  # noqa: PLC0415
+    from dlo_export.runtimes.artefact.description import description_json  # noqa: PLC0415
 
     tensorrt = TensorRtRequest(
         backend=trt_backend.value,
@@ -102,35 +104,37 @@ def main(
         output=output or Path(f"{Path(model).name.removesuffix('.gguf').removesuffix('.onnx')}-dlo"),
         adapter=adapter,
         dtype=dtype,
-        lowering=lowering.value,
+        lowering=lowering,
         parity=not no_parity,
         weights=not no_weights,
         force=force,
         trt=tensorrt if trt else None,
     )
     result = export_model(request, reporter)
-    if result.description["parity"]["verdict"] == "AMBIGUOUS":
+    description = result.description
+    if description.parity.verdict == "AMBIGUOUS":
         typer.echo("warning: parity is ambiguous: near-ties of routers fell the other way, see parity.json", err=True)
     if as_json:
-        typer.echo(json.dumps(result.description, indent=2))
+        typer.echo(json.dumps(description_json(description, result.folder), indent=2))
         return
     if result.parity_summary:
         typer.echo(result.parity_summary)
-    for engine in result.description["engines"]:
+    for engine in description.engines:
+        build = engine.build
         typer.echo(
-            f"{engine['file']}: {engine['backend']} {engine['version']}, {', '.join(engine['targets']) or 'portable'}, "
-            f"{engine['dtype']}, lowering {engine['lowering']} ({engine['lowering_reason']}), "
-            f"{engine['bytes'] / 2**20:.0f} MB in {engine['seconds']:.0f} s"
+            f"{engine.file.relative_to(result.folder)}: {build.backend} {build.version}, "
+            f"{', '.join(build.targets) or 'portable'}, {engine.dtype}, lowering {engine.lowering} "
+            f"({engine.lowering_reason}), {build.bytes / 2**20:.0f} MB in {build.seconds:.0f} s"
         )
-        if engine["plugins"] == "twins":
+        if build.plugins == "twins":
             typer.echo("  its plugins are described, not contained: to run it, build again with --trt-plugin-library")
-    if len(result.description["engines"]) > 1:
-        extra = min(engine["bytes"] for engine in result.description["engines"])
+    if len(description.engines) > 1:
+        extra = min(engine.build.bytes for engine in description.engines)
         typer.echo(f"--trt-split: both engines hold the weights, so the second one costs {extra / 2**20:.0f} MB")
-    layers = result.description["layers"]
-    counts = {kind: sum(layer[kind] for layer in layers) for kind in ("injected", "routed", "identity")}
+    layers = description.layers
+    counts = {kind: sum(getattr(layer, kind) for layer in layers) for kind in ("injected", "routed", "identity")}
     typer.echo(
         f"{result.folder}: {len(layers)} layers ({counts['injected']} injected, {counts['routed']} routed, "
-        f"{counts['identity']} identity), lowering {result.description['lowering']}, {result.bytes / 2**20:.0f} MB, "
-        f"parity {result.description['parity']['verdict']}"
+        f"{counts['identity']} identity), lowering {description.lowering}, {result.bytes / 2**20:.0f} MB, "
+        f"parity {description.parity.verdict}"
     )

@@ -23,9 +23,9 @@ from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.formats.huggingface_folder import copy_companions
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.sources.base_model import Refusal, Use
 from dlo_export.exporter.weight_file import external_tensors
-from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.find.projections import Layout
@@ -117,13 +117,8 @@ class ForeignGraph:
         return self.model()
 
     def model(self) -> ir.Model:
-        """The graph, its external weights mapped, not read: a new one with every call.
-
-        Additions that the exporter fused with the norm behind them stand apart again: layers are found between them.
-        """
-        model = load_graph(self.path)
-        SplitSkipNormsPass()(model)
-        return model
+        """The graph, its layers findable, its external weights mapped, not read: a new one with every call."""
+        return prepare_foreign(load_graph(self.path))
 
     @functools.cached_property
     def _layers(self) -> tuple[DecoderLayer, ...]:

@@ -6,17 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dlo_export.exporter.tensorrt.engine_record import LayerCensus
 from dlo_export.exporter.tensorrt.nodes import decoder_layer, network_layers, node_name
-
-# By lowering: TensorRT's layer types that carry the skip, all of which a routed layer must have.
-MECHANISMS: dict[str, frozenset[str]] = {
-    "none": frozenset(),
-    "masked": frozenset(),  # computes everything: the oracle
-    "compact": frozenset({"TOPK", "GATHER", "SCATTER"}),
-    "if": frozenset({"CONDITION", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT"}),
-    "plugin": frozenset({"PLUGIN_V3"}),
-}
+from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.runtimes.artefact.engine_record import LayerCensus
 
 
 def take_census(trt: Any, network: Any, lowering: str, routed_layers: Sequence[int]) -> LayerCensus:
@@ -25,23 +17,25 @@ def take_census(trt: Any, network: Any, lowering: str, routed_layers: Sequence[i
     Args:
         trt: The backend's module.
         network: As parsed.
-        lowering: A key of `MECHANISMS`.
+        lowering: Its name.
         routed_layers: Indices of decoder layers.
     """
+    mechanism = find_lowering(lowering, "tensorrt").tensorrt_layers
     total: Counter[str] = Counter()
     skipping: dict[int, Counter[str]] = {layer: Counter() for layer in routed_layers}
     for layer in network_layers(trt, network):
         kind, index = layer.type.name, decoder_layer(node_name(trt, layer))
         total[kind] += 1
-        if index in skipping and kind in MECHANISMS[lowering]:
+        if index in skipping and kind in mechanism:
             skipping[index][kind] += 1
     return LayerCensus(dict(sorted(total.items())), {index: dict(found) for index, found in skipping.items()})
 
 
 def missing_mechanisms(census: LayerCensus, lowering: str) -> Iterator[str]:
     """A sentence for every routed layer that computes all tokens in spite of its lowering."""
+    mechanism = find_lowering(lowering, "tensorrt").tensorrt_layers
     for index, found in census.skipping.items():
-        if missing := sorted(MECHANISMS[lowering] - found.keys()):
+        if missing := sorted(mechanism - found.keys()):
             yield (
                 f"decoder layer {index} is routed and does not skip: of lowering {lowering}'s layers it has "
                 f"{dict(found) or 'none'}, expected {', '.join(missing)} too"

@@ -10,24 +10,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dlo_export.checkpoints.dtypes import BY_TENSORRT
 from dlo_export.exporter.tensorrt.census import missing_mechanisms, take_census
-from dlo_export.exporter.tensorrt.engine_record import LayerCensus
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 from dlo_export.exporter.tensorrt.nodes import decoder_layer, input_tensors, network_layers, node_name, output_tensors
+from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.runtimes.artefact.engine_record import LayerCensus
 
 CHECKS = ("inputs are used", "attentions are masked", "dtypes are as intended", "routed layers skip")
-
-# TensorRT's names to onnx_ir's, in lower case.
-_DTYPES = {
-    "FLOAT": "float",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "BOOL": "bool",
-    "INT8": "int8",
-    "UINT8": "uint8",
-}
 
 
 def check_network(trt: Any, network: Any, request: EngineRequest) -> tuple[LayerCensus, list[str]]:
@@ -101,7 +91,7 @@ def wrong_dtypes(trt: Any, network: Any, expected: Mapping[str, str]) -> Iterato
     tensors = [network.get_input(index) for index in range(network.num_inputs)]
     for layer in network_layers(trt, network):
         tensors += output_tensors(layer)
-    found = {tensor.name: _DTYPES.get(tensor.dtype.name, tensor.dtype.name) for tensor in tensors}
+    found = {tensor.name: _word(tensor.dtype) for tensor in tensors}
     interface = {network.get_input(index).name for index in range(network.num_inputs)}
     interface |= {network.get_output(index).name for index in range(network.num_outputs)}
     for name, dtype in expected.items():
@@ -113,14 +103,20 @@ def wrong_dtypes(trt: Any, network: Any, expected: Mapping[str, str]) -> Iterato
         yield from (f"'{name}' is an input or output nobody asked for" for name in sorted(interface - expected.keys()))
 
 
+def _word(dtype: Any) -> str:
+    """ONNX's word for a `trt.DataType`; TensorRT's own where ONNX has none."""
+    kind = BY_TENSORRT.get(dtype.name)
+    return str(dtype.name) if kind is None else kind.onnx
+
+
 def eager_work(trt: Any, network: Any, request: EngineRequest) -> Iterator[str]:
     """Matrix multiplications of a routed layer's MLP that run for skipped tokens too.
 
-    In a lowered layer each of them follows the layer's TopK (compact) or a conditional's input (if), since TensorRT
-    runs lazily only what does; the plugin lowering has none.
+    In a lowered layer each of them follows a layer of the lowering's `tensorrt_start`, since TensorRT runs lazily only
+    what does; a lowering without one leaves no such multiplication.
     """
-    starts = {"compact": "TOPK", "if": "CONDITIONAL_INPUT", "plugin": None}
-    if request.lowering not in starts:
+    lowering = find_lowering(request.lowering, "tensorrt")
+    if lowering.make_pass is None:
         return
     readers: dict[str, list[tuple[int | None, Any]]] = defaultdict(list)
     multiplications: dict[str, tuple[int | None, str]] = {}
@@ -130,7 +126,7 @@ def eager_work(trt: Any, network: Any, request: EngineRequest) -> Iterator[str]:
         index = decoder_layer(name)
         for tensor in input_tensors(layer):
             readers[tensor.name].append((index, layer))
-        if index in request.routed_layers and layer.type.name == starts[request.lowering]:
+        if index in request.routed_layers and layer.type.name == lowering.tensorrt_start:
             waiting.append((index, layer))
         if index in request.routed_layers and layer.type.name == "MATRIX_MULTIPLY" and _is_mlp(name):
             multiplications[layer.name] = (index, name)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import FLOAT16
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.pipeline import TensorRtLowering, TensorRtOptions, build_tensorrt_model, check_tensorrt_options
+from dlo_export.exporter.pipeline import (
+    TensorRtOptions,
+    build_tensorrt_model,
+    check_nothing_asked,
+    check_tensorrt_options,
+)
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.backend import BackendChoice, check_backend, resolve_backend
-from dlo_export.exporter.tensorrt.engine_request import BackendName
 from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.lowerings.record import Workload
+from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowering, suitable_lowerings
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
 from dlo_export.plugins.contract import size_problems
-
-Phase = Literal["both", "prefill", "decode"]
+from dlo_export.runtimes.artefact.engine_record import BackendName, EngineRecord, Phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +103,7 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
     Args:
         source: What to export.
         request: The `--trt` options.
-        lowering: --lowering: "auto" or one of `TensorRtLowering` but "none".
+        lowering: --lowering: "auto" or the name of a lowering.
         dtype: --dtype: "auto", "fp32", "fp16" or "bf16".
 
     Raises:
@@ -107,7 +112,7 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
         MachineError: The backend is not here.
     """
     options = TensorRtOptions(
-        "none", request.cache, request.max_batch, request.max_sequence, request.max_cache, request.last_logits
+        NOTHING_ROUTED, request.cache, request.max_batch, request.max_sequence, request.max_cache, request.last_logits
     )
     check_tensorrt_options(source, options)
     if request.plugin_library is not None and not request.plugin_library.is_file():
@@ -123,10 +128,10 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
     return TensorRtPlan(request, backend, reason, resolved, engines)
 
 
-def graph_options(entry: dict[str, Any]) -> TensorRtOptions:
-    """The options of the graph behind an entry of `engines` in dlo_artifact.json."""
+def graph_options(engine: EngineRecord) -> TensorRtOptions:
+    """The options of the graph behind an engine."""
     names = [field.name for field in dataclasses.fields(TensorRtOptions)]
-    return TensorRtOptions(**{name: entry[name] for name in names})
+    return TensorRtOptions(**{name: getattr(engine, name) for name in names})
 
 
 def _dtype(source: ExportSource, choice: str) -> str:
@@ -148,27 +153,36 @@ def _planned(
     if phase == "decode":
         options = dataclasses.replace(options, max_sequence=1)
     if source.routing is None:
-        if lowering != "auto":
-            raise InputError(
-                f"{source.base.path}: has no routers, so --lowering {lowering} has nothing to lower",
-                hint="leave --lowering out, or give an adapter with routers (`dlo calibrate`)",
-            )
-        return PlannedEngine(
-            phase, options, "nothing is routed", build_tensorrt_model(source, options, graph_dtype(dtype))
-        )
-    candidates = _preferred(request, phase, options, backend) if lowering == "auto" else [(lowering, "asked for")]
+        check_nothing_asked(lowering, source.base.path)
+        model = build_tensorrt_model(source, options, graph_dtype(dtype))
+        return PlannedEngine(phase, options, "nothing is routed", model)
+    if lowering != "auto":
+        chosen = dataclasses.replace(options, lowering=find_lowering(lowering, "tensorrt").name)
+        return PlannedEngine(phase, chosen, "asked for", _built(source, chosen, dtype))
+    return _best(source, options, phase, dtype, plugins_at_hand=backend == "tensorrt" or bool(request.plugin_library))
+
+
+def _best(
+    source: ExportSource, options: TensorRtOptions, phase: Phase, dtype: str, *, plugins_at_hand: bool
+) -> PlannedEngine:
+    """With the first lowering that suits and is possible. None of their reasons is a measured speed yet.
+
+    Raises:
+        GraphPassError: The last one that suits is not possible either.
+    """
+    workload = Workload(phase, options.max_batch, options.max_sequence, plugins_at_hand)
+    *candidates, last = suitable_lowerings("tensorrt", workload)
     refused = ""
-    for name, reason in candidates[:-1]:
-        chosen = _with(options, name)
+    for record in candidates:
+        chosen = dataclasses.replace(options, lowering=record.name)
         try:
             model = _built(source, chosen, dtype)
         except (GraphPassError, InputError) as error:
-            refused = f"; {name} is not possible: {str(error).splitlines()[0]}"
+            refused += f"; {record.name} is not possible: {str(error).splitlines()[0]}"
         else:
-            return PlannedEngine(phase, chosen, reason, model)
-    name, reason = candidates[-1]
-    chosen = _with(options, name)
-    return PlannedEngine(phase, chosen, reason + refused, _built(source, chosen, dtype))
+            return PlannedEngine(phase, chosen, record.reason + refused, model)
+    chosen = dataclasses.replace(options, lowering=last.name)
+    return PlannedEngine(phase, chosen, last.reason + refused, _built(source, chosen, dtype))
 
 
 def _built(source: ExportSource, options: TensorRtOptions, dtype: str) -> ir.Model:
@@ -189,21 +203,3 @@ def _size_problems(node: ir.Node) -> list[str]:
         tensor = None if value is None else value.const_value
         shapes.append([-1] * len(operand.dims) if tensor is None else list(tensor.shape.numpy()))
     return size_problems(op, shapes)
-
-
-def _with(options: TensorRtOptions, lowering: str) -> TensorRtOptions:
-    chosen: TensorRtLowering = lowering  # type: ignore[assignment]  # the command line offers no others
-    return dataclasses.replace(options, lowering=chosen)
-
-
-def _preferred(
-    request: TensorRtRequest, phase: Phase, options: TensorRtOptions, backend: BackendName
-) -> list[tuple[str, str]]:
-    """Lowerings that `auto` tries, best first, each with its reason. None of the reasons is a measured speed yet."""
-    compact = ("compact", "native operators, skips token by token in prefill, batches and decode alike")
-    plugin_at_hand = backend == "tensorrt" or request.plugin_library is not None
-    if plugin_at_hand and phase != "prefill":
-        return [("plugin", "no shape depends on data, so a CUDA graph captures decode"), compact]
-    if phase == "decode" and options.max_batch == 1:
-        return [("if", "decode of one sequence: a skipped layer runs nothing, in native operators")]
-    return [compact]

@@ -7,11 +7,9 @@ import dataclasses
 import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model
+from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model, run_steps, twin_steps
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.weight_file import external_tensors
-from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
-from dlo_export.graph_passes.spec.ops import PLUGIN_OPS, reference_function
 
 # Slots of the twin's static cache: more than parity feeds, and no more, since every step attends over all of them.
 _MOST_SLOTS = 128
@@ -34,7 +32,7 @@ def tensorrt_twin(source: ExportSource, options: TensorRtOptions, released: ir.M
     options = dataclasses.replace(options, last_logits=False, max_cache=min(options.max_cache, _MOST_SLOTS))
     options = dataclasses.replace(options, max_sequence=min(options.max_sequence, options.max_cache))
     model = build_tensorrt_model(source, options, ir.DataType.FLOAT)
-    FuseSiblingMatMulsPass()(model)  # as in model.onnx, so that the weights are the same
+    run_steps(model, twin_steps(options))
     stored = external_tensors(released.graph)
     for name, value in model.graph.initializers.items():
         if name in stored:
@@ -47,7 +45,4 @@ def tensorrt_twin(source: ExportSource, options: TensorRtOptions, released: ir.M
             f"model.onnx holds weights that a TensorRT graph of this source has not: {', '.join(sorted(stored)[:5])}",
             hint="give the model (and adapter) the artefact was made from, and the version that made it",
         )
-    for name in {node.op_type for node in model.graph.all_nodes()} & PLUGIN_OPS.keys():
-        function = reference_function(PLUGIN_OPS[name])
-        model.functions[function.identifier()] = function
     return model

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.interface import INPUT_IDS, CacheName, parse_past, past_name
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
-_PAST = re.compile(r"past_key_values\.(\d+)\.key")
 _FORBIDDEN = ("is_causal", "qk_matmul_output_mode", "softcap", "softmax_precision")
 
 
@@ -64,28 +63,28 @@ def cached_attentions(graph: ir.Graph, asking: str) -> list[CachedAttention]:
     Raises:
         GraphPassError: There is none, or one is not of the form the passes rewrite; with all reasons.
     """
+    # All of them are looked at before the first is rewritten: a graph is changed as a whole or not at all.
     found, problems = [], []
-    inputs = {value.name: value for value in graph.inputs}
     for node in graph:
         if not is_op(node, "Attention"):
             continue
         if (problem := _problem(node)) is not None:
             problems.append(f"{place(node)}: {problem}")
             continue
-        match = _PAST.fullmatch((node.inputs[4].name if node.inputs[4] is not None else None) or "")
-        assert match is not None, "checked by _problem"
+        cache = _cache_name(node.inputs[4])
+        assert cache is not None, "checked by _problem"
         found.append(
             CachedAttention(
                 node,
-                int(match[1]),
+                cache.layer,
                 query_heads=node.attributes["q_num_heads"].as_int(),
                 kv_heads=node.attributes["kv_num_heads"].as_int(),
                 head_dim=_head_dim(node.inputs[4]),
                 dtype=_dtype(node.inputs[4]),
             )
         )
-    if "input_ids" not in inputs:
-        problems.append("the graph has no input 'input_ids'")
+    if INPUT_IDS not in {value.name for value in graph.inputs}:
+        problems.append(f"the graph has no input '{INPUT_IDS}'")
     if not found and not any(is_op(node, "Attention") for node in graph):
         problems.append("the graph has no Attention node; its attention is decomposed, or another exporter's own")
     if problems:
@@ -111,7 +110,7 @@ def _problem(node: ir.Node) -> str | None:
             not {"q_num_heads", "kv_num_heads"} <= set(node.attributes),
         ),
         (
-            "does not read a graph input 'past_key_values.{i}.key' [batch, kv_heads, past, head_dim]",
+            f"does not read a graph input '{past_name('{i}', 'key')}' [batch, kv_heads, past, head_dim]",
             not _lacks_cache(node) and not _is_cache_input(node.inputs[4]),
         ),
     )
@@ -123,11 +122,17 @@ def _lacks_cache(node: ir.Node) -> bool:
 
 
 def _is_cache_input(key: ir.Value | None) -> bool:
-    if key is None or not key.is_graph_input() or _PAST.fullmatch(key.name or "") is None or key.shape is None:
+    if key is None or not key.is_graph_input() or _cache_name(key) is None or key.shape is None:
         return False
     if key.dtype is None:
         return False
     return isinstance(key.shape[1], int) and isinstance(key.shape[3], int)
+
+
+def _cache_name(key: ir.Value | None) -> CacheName | None:
+    """What the name of a past key says; None where the value is no past key."""
+    name = None if key is None else parse_past(key.name)
+    return name if name is not None and name.part == "key" else None
 
 
 def _dtype(key: ir.Value | None) -> ir.DataType:
@@ -180,6 +185,7 @@ def attend(
         present: [batch, kv_heads, total, head_dim] each.
         mask: Additive, [batch, 1, sequence, total].
     """
+    # An Attention without past takes heads first and gives them first; [batch, sequence, heads·dims] is kept outside.
     node = attention.node
     query = heads_first(graph, nodes, attention, 0, "query")
     scale: dict[str, Any] = {"scale": node.attributes["scale"].as_float()} if "scale" in node.attributes else {}
@@ -198,18 +204,9 @@ def attend(
     output = _tokens_first(graph, nodes, attention, attended)
     output.shape = old.shape
     graph.insert_before(node, nodes.nodes)
+    # Whoever read the old outputs reads the new ones, which take their names once the old ones are gone.
     for before, after in zip((old, *attention.present), (output, *present), strict=True):
         before.replace_all_uses_with(after, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     for value, kept in zip((output, *present), (name, *names), strict=True):
         value.name = kept
-
-
-def remove_unused(graph: ir.Graph) -> None:
-    """Removes what computes nothing any more: nodes, initializers."""
-    for node in reversed(list(graph)):
-        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]

@@ -12,15 +12,16 @@ from dlo_export.graph_passes.cache.attention_cache import (
     attend,
     cached_attentions,
     heads_first,
-    remove_unused,
 )
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
+from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, made_by
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
 
 @dataclasses.dataclass(frozen=True)
-class GrowCacheOutsideAttentionPass(ir.passes.InPlacePass):
+class GrowCacheOutsideAttentionPass(GraphPass):
     """Take past and present out of Attention, whose cache operands TensorRT does not build; the interface stays.
 
     Before::
@@ -35,32 +36,28 @@ class GrowCacheOutsideAttentionPass(ir.passes.InPlacePass):
     Scope: main graph. Source: ONNX Attention-23.
     """
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (InjectLayersPass, RouteLayersPass)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, RouteLayersPass)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> bool:
         """Rewrite every attention.
 
         Raises:
             GraphPassError: There is none with a growing cache, or one cannot be rewritten; with all reasons.
         """
         graph = model.graph
-        if any(made_by(graph, type(self).__name__)):
-            return ir.passes.PassResult(model, modified=False)
         for attention in cached_attentions(graph, type(self).__name__):
             _rewrite(graph, attention)
         remove_unused(graph)
-        return ir.passes.PassResult(model, modified=True)
+        return True
 
 
 def _rewrite(graph: ir.Graph, attention: CachedAttention) -> None:
     new = TaggedNodes(GrowCacheOutsideAttentionPass.__name__, attention.layer)
     present = []
+    # Key and value are operands 1 and 2; three further on are their pasts, and as outputs they have the same numbers.
     for index, part in ((1, "key"), (2, "value")):
-        past, name, shape = (
-            attention.operand(index + 3),
-            f"{attention.name}.{part}_cache",
-            attention.node.outputs[index].shape,
-        )
+        past, name = attention.operand(index + 3), f"{attention.name}.{part}_cache"
+        shape = attention.node.outputs[index].shape
         update = heads_first(graph, new, attention, index, part)
         present.append(new.add("Concat", past, update, name=name, dtype=attention.dtype, shape=shape, axis=2))
     attend(graph, new, attention, (present[0], present[1]), attention.operand(3))

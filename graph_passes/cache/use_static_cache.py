@@ -8,24 +8,32 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.interface import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    KV_LENGTHS,
+    WRITE_INDICES,
+    is_state_input,
+)
 from dlo_export.graph_passes.cache.attention_cache import (
     CachedAttention,
     attend,
     cached_attentions,
     heads_first,
-    remove_unused,
 )
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, made_by, shared_constant
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 OPSET = 24  # TensorScatter
 _MASK = "model.attention_mask"
 
 
 @dataclasses.dataclass(frozen=True)
-class UseStaticCachePass(ir.passes.InPlacePass):
+class UseStaticCachePass(GraphPass):
     """Write keys and values into cache slots, and attend over all slots under one full additive mask.
 
     Before::
@@ -50,32 +58,41 @@ class UseStaticCachePass(ir.passes.InPlacePass):
     """
 
     max_cache: int
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (InjectLayersPass, RouteLayersPass)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, RouteLayersPass)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def check(self, model: ir.Model) -> None:
+        """There is at least one slot.
+
+        Raises:
+            GraphPassError: There is none.
+        """
+        del model
+        if self.max_cache < 1:
+            raise GraphPassError(
+                f"UseStaticCachePass: max_cache is {self.max_cache}, expected at least 1.",
+                hint="a sequence's tokens go into the cache: give it as many slots as a sequence may get long",
+            )
+
+    def rewrite(self, model: ir.Model) -> bool:
         """Rewrite every attention.
 
         Raises:
             GraphPassError: There is none with a growing cache, or one cannot be rewritten; with all reasons.
         """
         graph = model.graph
-        if any(made_by(graph, type(self).__name__)):
-            return ir.passes.PassResult(model, modified=False)
-        if self.max_cache < 1:
-            raise GraphPassError(f"UseStaticCachePass: max_cache is {self.max_cache}, expected at least 1.")
         attentions = cached_attentions(graph, type(self).__name__)
         graph.opset_imports[""] = max(OPSET, graph.opset_imports[""])
-        write_indices, kv_lengths = (
-            ir.val(name, dtype=ir.DataType.INT64, shape=["batch"]) for name in ("write_indices", "kv_lengths")
-        )
+        write_indices = ir.val(WRITE_INDICES, dtype=ir.DataType.INT64, shape=["batch"])
+        kv_lengths = ir.val(KV_LENGTHS, dtype=ir.DataType.INT64, shape=["batch"])
         mask = self._mask(graph, attentions[0], write_indices, kv_lengths)
         for attention in attentions:
             self._rewrite(graph, attention, write_indices, mask)
         remove_unused(graph)
-        first_cache = next(i for i, value in enumerate(graph.inputs) if (value.name or "").startswith("past_"))
+        # The two new inputs stand where attention_mask stood in the interface: between the tokens and the cache.
+        first_cache = next(i for i, value in enumerate(graph.inputs) if is_state_input(value.name or ""))
         graph.inputs[first_cache:first_cache] = [write_indices, kv_lengths]
-        graph.inputs[:] = [value for value in graph.inputs if value.name != "attention_mask"]
-        return ir.passes.PassResult(model, modified=True)
+        graph.inputs[:] = [value for value in graph.inputs if value.name != ATTENTION_MASK]
+        return True
 
     def _mask(self, graph: ir.Graph, first: CachedAttention, write_indices: ir.Value, kv_lengths: ir.Value) -> ir.Value:
         """The additive mask of all layers, [batch, 1, sequence, max_cache], put in front of the first."""
@@ -85,15 +102,21 @@ class UseStaticCachePass(ir.passes.InPlacePass):
         def constant(name: str, array: np.ndarray) -> ir.Value:
             return shared_constant(graph, f"{_MASK}.{name}", array)
 
-        input_ids = next(value for value in graph.inputs if value.name == "input_ids")
+        # Slot s is visible to token t of a step iff s <= write_indices + t (causal) and s < kv_lengths (real). First,
+        # which slot each token of the step goes into: [batch, sequence].
+        input_ids = next(value for value in graph.inputs if value.name == INPUT_IDS)
         slots = constant("slots", np.arange(self.max_cache))
         length = new.add("Shape", input_ids, name=f"{_MASK}.sequence_axis", dtype=int64, shape=(1,), start=1, end=2)
         zero, one = constant("zero", np.array(0)), constant("one", np.array(1))
         count = new.add("Squeeze", length, name=f"{_MASK}.sequence", dtype=int64, shape=())
         steps = new.add("Range", zero, count, one, name=f"{_MASK}.steps", dtype=int64, shape=("sequence",))
-        axis_1, axes_1_2, axis_2 = (constant(f"axes_{'_'.join(map(str, a))}", np.array(a)) for a in ([1], [1, 2], [2]))
+        axis_1 = constant("axes_1", np.array([1]))
+        axes_1_2 = constant("axes_1_2", np.array([1, 2]))
+        axis_2 = constant("axes_2", np.array([2]))
         starts = new.add("Unsqueeze", write_indices, axis_1, name=f"{_MASK}.starts", dtype=int64, shape=("batch", 1))
         tokens = new.add("Add", starts, steps, name=f"{_MASK}.tokens", dtype=int64, shape=("batch", "sequence"))
+
+        # Both comparisons, of integers, over all slots: [batch, sequence, max_cache].
         shape: tuple[int | str, ...] = ("batch", "sequence", 1)
         column = new.add("Unsqueeze", tokens, axis_2, name=f"{_MASK}.token_column", dtype=int64, shape=shape)
         shape = ("batch", "sequence", self.max_cache)
@@ -101,16 +124,19 @@ class UseStaticCachePass(ir.passes.InPlacePass):
         ends = new.add("Unsqueeze", kv_lengths, axes_1_2, name=f"{_MASK}.ends", dtype=int64, shape=("batch", 1, 1))
         real = new.add("Less", slots, ends, name=f"{_MASK}.real", dtype=boolean, shape=("batch", 1, self.max_cache))
         visible = new.add("And", causal, real, name=f"{_MASK}.visible", dtype=boolean, shape=shape)
+
+        # One additive bias that serves all heads and all layers: 0 where visible, the lowest finite number elsewhere.
         shape = ("batch", 1, "sequence", self.max_cache)
         per_head = new.add("Unsqueeze", visible, axis_1, name=f"{_MASK}.per_head", dtype=boolean, shape=shape)
-        open_, lowest = (
-            constant(name, np.asarray(number, dtype.numpy())) for name, number in (("open", 0), ("lowest", dtype.min))
-        )
+        open_ = constant("open", np.asarray(0, dtype.numpy()))
+        lowest = constant("lowest", np.asarray(dtype.min, dtype.numpy()))
         bias = new.add("Where", per_head, open_, lowest, name=f"{_MASK}.static_bias", dtype=dtype, shape=shape)
         graph.insert_before(first.node, new.nodes)
         return bias
 
     def _rewrite(self, graph: ir.Graph, attention: CachedAttention, write_indices: ir.Value, mask: ir.Value) -> None:
+        # A step's keys and values are written into their slots, and all slots are attended over under the one mask.
+        # Past and present have one fixed shape, so that a runtime may keep them in one buffer.
         new = TaggedNodes(type(self).__name__, attention.layer)
         shape = ("batch", attention.kv_heads, self.max_cache, attention.head_dim)
         present = []

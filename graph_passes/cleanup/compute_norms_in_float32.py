@@ -9,13 +9,14 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.find.data_flow import element_type, is_op
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
 _SIXTEEN_BIT = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
 @dataclasses.dataclass(frozen=True)
-class ComputeNormsInFloat32Pass(ir.passes.InPlacePass):
+class ComputeNormsInFloat32Pass(GraphPass):
     """Cast what an RMS norm reads to float32, and its result back.
 
     RMSNormalization's stash_type asks for float32 inside, but not every runtime heeds it, and the mean of squares of a
@@ -33,9 +34,9 @@ class ComputeNormsInFloat32Pass(ir.passes.InPlacePass):
     Optional: a float32 graph is left alone. Scope: main graph.
     """
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (InjectLayersPass,)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass,)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> bool:
         """Rewrite every norm that reads a 16-bit value."""
         norms = [
             node
@@ -44,7 +45,7 @@ class ComputeNormsInFloat32Pass(ir.passes.InPlacePass):
         ]
         for node in norms:
             _rewrite(model.graph, node)
-        return ir.passes.PassResult(model, modified=bool(norms))
+        return bool(norms)
 
 
 def _operand(node: ir.Node, index: int) -> ir.Value:

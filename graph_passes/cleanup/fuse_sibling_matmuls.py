@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.row_tensor import RowTensor, read_rows
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
 
 @dataclasses.dataclass(frozen=True)
-class FuseSiblingMatMulsPass(ir.passes.InPlacePass):
+class FuseSiblingMatMulsPass(GraphPass):
     """Replace MatMuls with constant weights on one value by a single MatMul and a Split.
 
     Before::
@@ -36,9 +36,8 @@ class FuseSiblingMatMulsPass(ir.passes.InPlacePass):
     """
 
     minimum: int = 3
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = ()
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> bool:
         """Fuses every group of at least `minimum` siblings."""
         siblings: dict[ir.Value, list[ir.Node]] = {}
         for node in model.graph:
@@ -47,7 +46,7 @@ class FuseSiblingMatMulsPass(ir.passes.InPlacePass):
         groups = [nodes for nodes in siblings.values() if len(nodes) >= self.minimum]
         for nodes in groups:
             _fuse(model.graph, nodes)
-        return ir.passes.PassResult(model, modified=bool(groups))
+        return bool(groups)
 
 
 class _SideBySide(RowTensor):
@@ -77,6 +76,7 @@ def _is_fusible(node: ir.Node, graph: ir.Graph) -> bool:
 
 
 def _fuse(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    # One multiplication in the first one's place, its matrix joined row by row when it is written.
     first = nodes[0]
     weights = [node.inputs[1] for node in nodes]
     tensors = [weight.const_value for weight in weights if weight is not None and weight.const_value is not None]
@@ -97,6 +97,8 @@ def _fuse(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         metadata_props=dict(made_by),
     )
     graph.insert_before(first, [fused, split])
+
+    # The parts of the split take the place, type and name of the old outputs; the old nodes and weights are gone.
     for node, output in zip(nodes, split.outputs, strict=True):
         old = node.outputs[0]
         output.type, output.shape = old.type, old.shape

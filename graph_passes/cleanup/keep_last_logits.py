@@ -8,16 +8,18 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.interface import KV_LENGTHS, LOGITS, WRITE_INDICES
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, made_by, shared_constant
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 
 @dataclasses.dataclass(frozen=True)
-class KeepLastLogitsPass(ir.passes.InPlacePass):
+class KeepLastLogitsPass(GraphPass):
     """Gather the last real token behind the last layer, so that norm and head run once per sequence.
 
     Before::
@@ -33,33 +35,36 @@ class KeepLastLogitsPass(ir.passes.InPlacePass):
     Source: ONNX GatherND-13.
     """
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (InjectLayersPass, UseStaticCachePass)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, UseStaticCachePass)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Cut the stream behind the last layer.
+    def check(self, model: ir.Model) -> None:
+        """The graph says where a sequence's last token is.
 
         Raises:
-            GraphPassError: The graph does not say where a sequence's last token is.
+            GraphPassError: It does not.
         """
-        graph = model.graph
-        if any(made_by(graph, type(self).__name__)):
-            return ir.passes.PassResult(model, modified=False)
-        inputs = {value.name: value for value in graph.inputs}
-        if missing := [name for name in ("write_indices", "kv_lengths") if name not in inputs]:
+        inputs = {value.name for value in model.graph.inputs}
+        if missing := [name for name in (WRITE_INDICES, KV_LENGTHS) if name not in inputs]:
             raise GraphPassError(
                 f"KeepLastLogitsPass: the graph has no input {' and '.join(missing)}, so the last token is not known.",
                 hint="last-token logits need the static cache",
             )
+
+    def rewrite(self, model: ir.Model) -> bool:
+        """Cut the stream behind the last layer."""
+        graph = model.graph
+        inputs = {value.name: value for value in graph.inputs}
         layer = find_decoder_layers(graph)[-1]
         stream, new, int64 = layer.output, TaggedNodes(type(self).__name__, None), ir.DataType.INT64
+        # Whoever reads the stream now is the head; noted before the gathering below reads it too.
         readers = [(node, index) for node, index in stream.uses()]
         one = shared_constant(graph, "model.last_token.one", np.array([1], np.int64))
         axes = shared_constant(graph, "model.last_token.axes", np.array([1, 2], np.int64))
         shape: tuple[int | str, ...] = ("batch",)
         count = new.add(
             "Sub",
-            inputs["kv_lengths"],
-            inputs["write_indices"],
+            inputs[KV_LENGTHS],
+            inputs[WRITE_INDICES],
             name="model.last_token.count",
             dtype=int64,
             shape=shape,
@@ -75,12 +80,13 @@ class KeepLastLogitsPass(ir.passes.InPlacePass):
             shape=("batch", 1, layer.hidden_size),
             batch_dims=1,
         )
+        # What follows computes one row per sequence: norm and head take the number of tokens from what they read.
         producer = stream.producer()
         assert producer is not None, "a layer computes its output"
         graph.insert_after(producer, new.nodes)
         for node, position in readers:
             node.replace_input_with(position, row)
-        logits = next(value for value in graph.outputs if value.name == "logits")
+        logits = next(value for value in graph.outputs if value.name == LOGITS)
         assert logits.shape is not None, "an output's shape is declared"
         logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
-        return ir.passes.PassResult(model, modified=True)
+        return True

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.rewriting import replace_value
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
 _FUSED = "SkipSimplifiedLayerNormalization"
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitSkipNormsPass(ir.passes.InPlacePass):
+class SplitSkipNormsPass(GraphPass):
     """Give every residual addition a node of its own, as the passes on decoder layers need it.
 
     Before::
@@ -30,14 +31,12 @@ class SplitSkipNormsPass(ir.passes.InPlacePass):
     mobius have them. Source: ONNX Runtime's contrib operators.
     """
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = ()
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> bool:
         """Split every fused node."""
         fused = [node for node in model.graph if is_op(node, _FUSED, domain="com.microsoft")]
         for node in fused:
             _split(model.graph, node)
-        return ir.passes.PassResult(model, modified=bool(fused))
+        return bool(fused)
 
 
 def _split(graph: ir.Graph, node: ir.Node) -> None:
@@ -51,15 +50,12 @@ def _split(graph: ir.Graph, node: ir.Node) -> None:
     attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-12), "stash_type": 1}
     norm = _new_node(op_type, [nodes[-1].outputs[0], weight], f"{node.name}/norm", node.outputs[0], attributes)
     graph.insert_before(node, [*nodes, norm])
+    # Output 0 is the norm's; output 3, where it is asked for, the sum. Nobody reads 1 and 2, mean and variance.
     for old, new in (
         (node.outputs[0], norm.outputs[0]),
         *((output, nodes[-1].outputs[0]) for output in node.outputs[3:]),
     ):
-        name = old.name
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        if name:
-            old.name = f"{name}/fused"  # the value is gone in a moment; until then no two may share a name
-            new.name = name
+        replace_value(old, new)
     graph.remove(node, safe=True)
 
 

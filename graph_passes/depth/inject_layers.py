@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, MutableSequence
-from typing import ClassVar
+from typing import Any
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.depth.layer_init import LayerInitError, canonical_init
-from dlo_export.graph_passes.depth.injected_weights import WeightSource, checkpoint_shape, given_weight, initial_weight
+from dlo_export.checkpoints.interface import CACHE_PARTS, past_name
+from dlo_export.graph_passes.depth.injected_weights import WeightSource, checkpoint_shape, given_weight
 from dlo_export.graph_passes.depth.layer_copy import LayerCopy, copy_layer
 from dlo_export.graph_passes.depth.layer_names import renumber_layers, renumbered, unique_names
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, made_by
-
-_ORIGIN_KEY = "dlo.origin"
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, PASS_KEY
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,25 +25,18 @@ class LayerInjection:
 
     Attributes:
         position: Its index in the deepened model.
-        source: Index, in the model as it is, of the layer it derives from.
-        init: How its weights follow from the source's (`layer_init.LAYER_INITS`); None when `weights` gives them.
+        source: Index, in the model as it is, of the layer whose nodes are copied.
         weights: Its weights by their Hugging Face names inside the layer ("mlp.up_proj.weight", …), in checkpoint
-            orientation; None to compute them by `init`.
+            orientation.
     """
 
     position: int
     source: int
-    init: str | None = None
-    weights: Mapping[str, WeightSource] | None = None
-
-    @property
-    def origin(self) -> str:
-        """What a graph records about the layer."""
-        return json.dumps({"source": self.source, "init": self.init or "given"})
+    weights: Mapping[str, WeightSource]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class InjectLayersPass(ir.passes.InPlacePass):
+class InjectLayersPass(GraphPass):
     """Insert decoder layers, each a copy of an existing layer's nodes with weights of its own.
 
     Before::
@@ -59,51 +51,38 @@ class InjectLayersPass(ir.passes.InPlacePass):
         x2, present.2 = layer_1(c, past.2)       # renumbered, with its KV inputs and outputs
 
     Values that do not depend on the residual stream (masks, rotary tables, constants) are shared. Names are renumbered
-    with anchored matches. New weights are lazy: computed when the model is saved, one tensor at a time. Scope: main
-    graph. Sources: TLI (arXiv 2410.11654), DLO (arXiv 2407.11030).
+    with anchored matches. New weights are lazy: read when the model is saved, one tensor at a time. Scope: main graph.
+    Sources: TLI (arXiv 2410.11654), DLO (arXiv 2407.11030).
 
     Attributes:
         layers: What to insert.
-        seed: Of init "random".
-        initializer_range: Standard deviation of init "random".
     """
 
     layers: tuple[LayerInjection, ...]
-    seed: int = 0
-    initializer_range: float = 0.02
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = ()
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Where the layers go and what they derive from. Weights are not compared: that would read all of them."""
+        return {"sources": {str(layer.position): layer.source for layer in self.layers}}
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> bool:
         """Insert all layers.
 
         Raises:
-            GraphPassError: With all problems: impossible positions or sources, unknown inits, weights that are missing
-                or of the wrong shape, a graph that was injected or routed differently before.
+            GraphPassError: With all problems: impossible positions or sources, weights that are missing or of the wrong
+                shape, a layer that cannot be copied.
         """
-        graph = model.graph
-        wanted = {str(layer.position): layer.origin for layer in self.layers}
-        present = {
-            node.metadata_props[LAYER_KEY]: node.metadata_props[_ORIGIN_KEY]
-            for node in made_by(graph, type(self).__name__)
-        }
-        if wanted and present == wanted:
-            return ir.passes.PassResult(model, modified=False)
-        layers = find_decoder_layers(graph)
-        self._check(graph, layers, present)
-        _Deepening(graph, layers, self).run()
-        return ir.passes.PassResult(model, modified=True)
+        layers = find_decoder_layers(model.graph)
+        self._refuse(layers)
+        _Deepening(model.graph, layers, self).run()
+        return True
 
     def ensures(self, model: ir.Model) -> None:
         """The deepened stream can be followed and its layers are numbered in order."""
         find_decoder_layers(model.graph)
 
-    def _check(self, graph: ir.Graph, layers: tuple[DecoderLayer, ...], present: Mapping[str, str]) -> None:
+    def _refuse(self, layers: tuple[DecoderLayer, ...]) -> None:
         problems = [] if self.layers else ["no layers were given"]
-        if present:
-            problems.append(f"layers {', '.join(present)} were injected before")
-        if any(made_by(graph, "RouteLayersPass")):
-            problems.append("the graph is routed already")
         problems += [
             f"layer {layer.index}: {place(layer.mlp.conditional)} skips its MLP branch"
             for layer in layers
@@ -138,21 +117,13 @@ def _injection_problems(injection: LayerInjection, layers: tuple[DecoderLayer, .
         for node in source.nodes
         if any(attr.type in {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS} for attr in node.attributes.values())
     ]
-    if (injection.init is None) == (injection.weights is None):
-        problems.append(f"{where} has {'neither' if injection.init is None else 'both'} init and weights, expected one")
-    elif injection.init is not None:
-        try:
-            canonical_init(injection.init)
-        except LayerInitError as error:
-            problems.append(f"{where}: {str(error).splitlines()[0]}")
-    elif injection.weights is not None:
-        expected = {projection.tensor: checkpoint_shape(projection) for projection in source.projections.values()}
-        found = {name: tuple(weight.shape) for name, weight in injection.weights.items()}
-        problems += [
-            f"{where}: {name} has shape {found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
-            for name in sorted(expected.keys() | found.keys())
-            if found.get(name) != expected.get(name)
-        ]
+    expected = {projection.tensor: checkpoint_shape(projection) for projection in source.projections.values()}
+    found = {name: tuple(weight.shape) for name, weight in injection.weights.items()}
+    problems += [
+        f"{where}: {name} has shape {found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
+        for name in sorted(expected.keys() | found.keys())
+        if found.get(name) != expected.get(name)
+    ]
     return problems
 
 
@@ -162,7 +133,6 @@ class _Deepening:
     def __init__(self, graph: ir.Graph, layers: tuple[DecoderLayer, ...], request: InjectLayersPass) -> None:
         self.graph = graph
         self.layers = layers
-        self.request = request
         self.injections = {injection.position: injection for injection in request.layers}
         self.depth = len(layers) + len(self.injections)
         self.new_index = dict(enumerate(index for index in range(self.depth) if index not in self.injections))
@@ -175,11 +145,15 @@ class _Deepening:
         }
 
     def run(self) -> None:
+        """Insert the layers."""
+        # Names first, so that a copy's name is free when it is made.
         renumber_layers(self.graph, self.new_index)
         self.unique = unique_names(self.graph)
         members = [frozenset(layer.nodes) for layer in self.layers]
         behind_last = [use for use in self.layers[-1].output.uses() if use.node not in members[-1]]
         stream, last_node = self.reads[0], self.reads[0].producer()
+        # Front to back, one position of the deepened model after the other: an injected layer is a copy that reads the
+        # stream so far, an original is made to read it. What was behind the last layer reads the new end.
         originals = iter(self.layers)
         for position in range(self.depth):
             assert last_node is not None, "the stream starts at the embedding node"
@@ -205,10 +179,8 @@ class _Deepening:
     def _copy(self, injection: LayerInjection, stream: ir.Value) -> LayerCopy:
         source, position = self.layers[injection.source], injection.position
         past = {
-            value: ir.Value(
-                name=f"past_key_values.{position}.{part}", type=value.type, shape=value.shape and value.shape.copy()
-            )
-            for value, part in ((source.past_key, "key"), (source.past_value, "value"))
+            value: ir.Value(name=past_name(position, part), type=value.type, shape=value.shape and value.shape.copy())
+            for value, part in zip((source.past_key, source.past_value), CACHE_PARTS, strict=True)
         }
         numbers = {self.new_index[source.index]: position}
 
@@ -219,24 +191,17 @@ class _Deepening:
         weights = {
             projection: self._weight(injection, role) for role, projection in self.projections[source.index].items()
         }
-        tags = {PASS_KEY: InjectLayersPass.__name__, LAYER_KEY: str(position), _ORIGIN_KEY: injection.origin}
+        tags = {
+            PASS_KEY: InjectLayersPass.__name__,
+            LAYER_KEY: str(position),
+            ORIGIN_KEY: json.dumps({"source": injection.source}),
+        }
         return copy_layer(source, {self.reads[source.index]: stream, **past}, weights, rename, tags)
 
     def _weight(self, injection: LayerInjection, role: str) -> ir.Value:
         source = self.projections[injection.source][role]
         name = self.unique(f"model.layers.{injection.position}.{source.tensor}")
-        if injection.weights is not None:
-            tensor = given_weight(name, source, injection.weights[source.tensor])
-        else:
-            assert injection.init is not None, "checked before the run"
-            tensor = initial_weight(
-                name,
-                injection.init,
-                source,
-                self.projections[injection.source - 1].get(role) if injection.source else None,
-                seed=(self.request.seed, injection.position),
-                initializer_range=self.request.initializer_range,
-            )
+        tensor = given_weight(name, source, injection.weights[source.tensor])
         return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
 
     def _order_interface(self) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.depth.layer_init import init_tensor, needs_previous
 from dlo_export.graph_passes.find.projections import Projection
 
 
@@ -46,35 +45,6 @@ def given_weight(name: str, like: Projection, source: WeightSource) -> ir.LazyTe
     return _lazy(name, like, lambda: source if isinstance(source, np.ndarray) else source.numpy())
 
 
-def initial_weight(
-    name: str,
-    init: str,
-    source: Projection,
-    previous: Projection | None,
-    *,
-    seed: Sequence[int],
-    initializer_range: float,
-) -> ir.LazyTensor:
-    """A weight derived from the source layer's by `layer_init.init_tensor`.
-
-    Args:
-        name: Of the new initializer.
-        init: One of `layer_init.LAYER_INITS`.
-        source: The same role's weight in the source layer.
-        previous: And in the layer before it, None for the first layer.
-        seed: Of init "random".
-        initializer_range: Likewise.
-    """
-
-    def compute() -> np.ndarray:
-        before = _contents(previous) if previous is not None and needs_previous(init) else None
-        return init_tensor(
-            init, source.tensor, _contents(source), before, seed=seed, initializer_range=initializer_range
-        )
-
-    return _lazy(name, source, compute)
-
-
 def _lazy(name: str, like: Projection, compute: Callable[[], np.ndarray]) -> ir.LazyTensor:
     dtype, shape = _tensor(like).dtype, _tensor(like).shape.numpy()
 
@@ -83,10 +53,6 @@ def _lazy(name: str, like: Projection, compute: Callable[[], np.ndarray]) -> ir.
         return ir.tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
 
     return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
-
-
-def _contents(projection: Projection) -> np.ndarray:
-    return _oriented(_tensor(projection).numpy(), projection)
 
 
 def _oriented(array: np.ndarray, projection: Projection) -> np.ndarray:

@@ -67,6 +67,9 @@ def copy_layer(
         nodes.append(new)
         return new
 
+    # Node by node, in order: a copy reads what was copied before it, the replacements in `reads`, and else what the
+    # original reads (masks, rotary tables, constants are shared). Where a weight enters, the new weight does, behind a
+    # copy of the Cast or Transpose that prepares it.
     places = {(projection.node, projection.input_index): projection for projection in weights}
     for node in layer.nodes:
         inputs = [None if value is None else values.get(value, value) for value in node.inputs]

@@ -7,19 +7,19 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.interface import parse_past, parse_present, past_name, present_name
+
 # `model.layers.1.mlp`, `/model/layers.1/mlp` and a name that ends in the number; not `layers.11`, not `my_layers.1`.
 _LAYER_NUMBER = re.compile(r"(?<![A-Za-z0-9_])layers\.(\d+)(?=[./]|$)")
-_CACHE_NUMBER = re.compile(r"^(past_key_values|present)\.(\d+)\.(?=key$|value$)")
 
 
 def renumbered(name: str, numbers: Mapping[int, int]) -> str:
     """The name with its layer number replaced, all numbers at once; numbers not in the mapping stay."""
-    name = _LAYER_NUMBER.sub(lambda match: f"layers.{_mapped(match[1], numbers)}", name)
-    return _CACHE_NUMBER.sub(lambda match: f"{match[1]}.{_mapped(match[2], numbers)}.", name)
-
-
-def _mapped(number: str, numbers: Mapping[int, int]) -> int:
-    return numbers.get(int(number), int(number))
+    if (past := parse_past(name)) is not None:
+        return past_name(numbers.get(past.layer, past.layer), past.part)
+    if (present := parse_present(name)) is not None:
+        return present_name(numbers.get(present.layer, present.layer), present.part)
+    return _LAYER_NUMBER.sub(lambda match: f"layers.{numbers.get(int(match[1]), int(match[1]))}", name)
 
 
 def renumber_layers(graph: ir.Graph, numbers: Mapping[int, int]) -> None:

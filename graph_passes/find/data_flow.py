@@ -80,6 +80,7 @@ def nodes_between(
     Returns:
         The nodes, empty when no target depends on a source.
     """
+    # Backwards from the targets to everything behind the first source, then forwards, keeping what a source reaches.
     producers = [source.producer() for source in sources]
     start = min((order.get(node, -1) if node is not None else -1 for node in producers), default=-1)
     ancestors: set[ir.Node] = set()

@@ -1,19 +1,25 @@
 """Find the decoder layers of a causal language model by structure: the residual stream and the KV interface.
 
 Names of nodes and initializers are never looked at, so graphs of any exporter are read alike. Only the names of the
-graph's own KV inputs and outputs count, since they are its interface: `past_key_values.{i}.key|value`,
-`present.{i}.key|value`.
+graph's own KV inputs and outputs count, since they are its interface (`checkpoints/interface.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.interface import (
+    CacheName,
+    CachePart,
+    parse_past,
+    parse_present,
+    past_name,
+    present_name,
+)
 from dlo_export.graph_passes.errors import DecoderLayersNotFound
 from dlo_export.graph_passes.find.data_flow import (
     SHAPE_OPS,
@@ -25,9 +31,6 @@ from dlo_export.graph_passes.find.data_flow import (
 )
 from dlo_export.graph_passes.find.projections import Projection, find_projections
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock, embedding_values, residual_blocks
-
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-_PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,6 +91,7 @@ def find_decoder_layers(graph: ir.Graph) -> tuple[DecoderLayer, ...]:
     Raises:
         DecoderLayersNotFound: With the place and the reason.
     """
+    # Blocks first, by data flow alone; then which of them are attention, by who reads and writes the cache.
     order = node_order(graph)
     blocks = _stream_blocks(graph, order)
     token_dims, hidden_size = _stream_dims(blocks[0].stream_in)
@@ -102,6 +106,7 @@ def find_decoder_layers(graph: ir.Graph) -> tuple[DecoderLayer, ...]:
     attention_blocks = {number for number, _ in (*past.values(), *present.values())}
     _check_alternation(blocks, attention_blocks)
     layers = []
+    # Two blocks are a layer. What lies behind attention and only leads to its present values belongs to it too.
     for index, (attention, mlp) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
         tail = sorted(tails.get(2 * index, ()), key=order.__getitem__)
         layers.append(
@@ -109,10 +114,10 @@ def find_decoder_layers(graph: ir.Graph) -> tuple[DecoderLayer, ...]:
                 index=index,
                 attention=dataclasses.replace(attention, nodes=(*attention.nodes, *tail)),
                 mlp=mlp,
-                past_key=_cache_value(past, "past_key_values", index, "key"),
-                past_value=_cache_value(past, "past_key_values", index, "value"),
-                present_key=_cache_value(present, "present", index, "key"),
-                present_value=_cache_value(present, "present", index, "value"),
+                past_key=_cache_value(past, index, "key", past_name(index, "key")),
+                past_value=_cache_value(past, index, "value", past_name(index, "value")),
+                present_key=_cache_value(present, index, "key", present_name(index, "key")),
+                present_value=_cache_value(present, index, "value", present_name(index, "value")),
                 token_dims=token_dims,
                 hidden_size=hidden_size,
             )
@@ -153,21 +158,20 @@ def _stream_dims(embedding: ir.Value) -> tuple[tuple[int | str | None, int | str
     return (batch, sequence), int(table.shape[1])  # type: ignore[arg-type]  # tensors have no symbolic dimensions
 
 
-def _past_owners(
-    inputs: Iterable[ir.Value], owner: Mapping[ir.Node, int]
-) -> dict[tuple[int, str], tuple[int, ir.Value]]:
+def _past_owners(inputs: Iterable[ir.Value], owner: Mapping[ir.Node, int]) -> dict[CacheName, tuple[int, ir.Value]]:
     """Block that reads each past key or value, by (layer number in the name, part)."""
-    found: dict[tuple[int, str], tuple[int, ir.Value]] = {}
+    found: dict[CacheName, tuple[int, ir.Value]] = {}
     for value in inputs:
-        if (match := _PAST.fullmatch(value.name or "")) is None:
+        if (name := parse_past(value.name)) is None:
             continue
+        # Through nodes that belong to no block (casts, concatenations) to those of the block that uses it.
         readers = _first_owned_readers(value, owner)
         if len(readers) != 1:
             raise DecoderLayersNotFound(
                 f"find_decoder_layers: graph input '{value.name}' is read by {len(readers)} residual blocks; "
                 "expected exactly one."
             )
-        found[int(match[1]), match[2]] = (readers.pop(), value)
+        found[name] = (readers.pop(), value)
     return found
 
 
@@ -187,14 +191,15 @@ def _first_owned_readers(value: ir.Value, owner: Mapping[ir.Node, int]) -> set[i
 
 def _present_owners(
     outputs: Iterable[ir.Value], owner: Mapping[ir.Node, int], order: Mapping[ir.Node, int]
-) -> tuple[dict[tuple[int, str], tuple[int, ir.Value]], dict[int, set[ir.Node]]]:
+) -> tuple[dict[CacheName, tuple[int, ir.Value]], dict[int, set[ir.Node]]]:
     """Block that computes each present key or value, and the nodes behind the blocks that only lead there."""
     owned_values = {output for node in owner for output in node.outputs}
-    found: dict[tuple[int, str], tuple[int, ir.Value]] = {}
+    found: dict[CacheName, tuple[int, ir.Value]] = {}
     tails: dict[int, set[ir.Node]] = {}
     for value in outputs:
-        if (match := _PRESENT.fullmatch(value.name or "")) is None:
+        if (name := parse_present(value.name)) is None:
             continue
+        # From the value back to the blocks: what lies between is nobody's, and where it ends is the writer.
         tail = nodes_between(order, owned_values, (value,))
         ends = owned_values.intersection((value, *(read for node in tail for read in consumed_values(node))))
         writers = {owner[producer] for end in ends if (producer := end.producer()) is not None}
@@ -205,21 +210,20 @@ def _present_owners(
             )
         block = writers.pop()
         tails.setdefault(block, set()).update(tail)
-        found[int(match[1]), match[2]] = (block, value)
+        found[name] = (block, value)
     return found, tails
 
 
 def _check_alternation(blocks: Sequence[ResidualBlock], attention_blocks: set[int]) -> None:
     if not attention_blocks:
         raise DecoderLayersNotFound(
-            f"find_decoder_layers: none of the {len(blocks)} residual blocks reads past_key_values.*.key|value or "
-            "writes present.*.key|value; expected a graph with a KV cache.",
+            f"find_decoder_layers: none of the {len(blocks)} residual blocks reads {past_name('{i}', 'key')} or writes "
+            f"{present_name('{i}', 'key')}; expected a graph with a KV cache.",
             hint="export it with past key values (optimum: --task text-generation-with-past)",
         )
     for number, block in enumerate(blocks):
-        kind, expected = (
-            ("attention" if is_attention else "MLP") for is_attention in (number in attention_blocks, number % 2 == 0)
-        )
+        kind = "attention" if number in attention_blocks else "MLP"
+        expected = "MLP" if number % 2 else "attention"
         if kind != expected:
             raise DecoderLayersNotFound(
                 f"find_decoder_layers: residual block {number} ('{block.stream_in.name}' to "
@@ -233,12 +237,14 @@ def _check_alternation(blocks: Sequence[ResidualBlock], attention_blocks: set[in
         )
 
 
-def _cache_value(found: Mapping[tuple[int, str], tuple[int, ir.Value]], prefix: str, index: int, part: str) -> ir.Value:
-    block, value = found.get((index, part), (None, None))
+def _cache_value(
+    found: Mapping[CacheName, tuple[int, ir.Value]], index: int, part: CachePart, expected: str
+) -> ir.Value:
+    block, value = found.get(CacheName(index, part), (None, None))
     if value is None or block != 2 * index:
         owned = [entry.name for number, entry in found.values() if number == 2 * index]
         raise DecoderLayersNotFound(
             f"find_decoder_layers: layer {index} uses {owned or 'no value'} as its cache; "
-            f"expected '{prefix}.{index}.{part}', numbered in the order of the layers."
+            f"expected '{expected}', numbered in the order of the layers."
         )
     return value

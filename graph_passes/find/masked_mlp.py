@@ -58,6 +58,7 @@ def match_masked_mlp(layer: DecoderLayer) -> MaskedMlp | Mismatch:
         return Mismatch(
             f"layer {layer.index}: {place(layer.mlp.conditional)} skips its MLP branch already", masked=True
         )
+    # From the addition backwards: the mask, its condition, what it keeps, and the scale in front of it.
     select = layer.mlp.branch.producer()
     if select is None or not is_op(select, "Where"):
         return Mismatch(f"layer {layer.index}: {place(layer.mlp.add)} adds the MLP branch unmasked", masked=False)
@@ -69,6 +70,7 @@ def match_masked_mlp(layer: DecoderLayer) -> MaskedMlp | Mismatch:
         )
     if kept is None or constant_scalar(otherwise) != 0.0:
         return Mismatch(f"{_at(layer, select)}: it does not select zero for skipped tokens", masked=True)
+    # The form fits; the rest asks whether the branch may be run on some tokens only.
     nodes = tuple(node for node in layer.mlp.nodes if node is not select)
     scale, scaling = _scale_of(kept, set(nodes))
     masked = MaskedMlp(layer, active, select, kept, scale, scaling, nodes)

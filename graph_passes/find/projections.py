@@ -79,6 +79,8 @@ def find_projections(
     Raises:
         GraphPassError: A role is missing or ambiguous, with all problems.
     """
+    # Who feeds whom decides: k_proj is what present keys come from, gate_proj what an activation reads, down_proj what
+    # the branch comes from; query and up are what is left of the first linear nodes of their blocks.
     flow, mlp_flow = _trace_linears(attention.nodes), _trace_linears(mlp.nodes)
     key, value = flow.of(present_key), flow.of(present_value)
     gate = frozenset().union(*(_union(mlp_flow, node.inputs) for node in mlp.nodes if node.op_type in _ACTIVATIONS))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -17,7 +18,7 @@ from dlo_export.graph_passes.find.data_flow import (
     pass_through_values,
     subgraphs_of,
 )
-from dlo_export.graph_passes.spec.ops import DOMAIN, SKIP_DOWN
+from dlo_export.graph_passes.spec.provenance import closed_branch
 
 # Ops of com.microsoft that add to the stream and normalise it in one node: a branch cannot be cut out of them.
 _FUSED_ADD_AND_NORM = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
@@ -29,14 +30,13 @@ class ResidualBlock:
 
     Attributes:
         stream_in: Residual stream before the block, [batch, sequence, hidden].
-        nodes: Everything between `stream_in` and the addition, in topological order, the addition excluded. Nodes that
-            only share constants, masks or rotary tables with the block are not part of it.
-        branch: The value added (of a compacted block, the rows added: [active tokens, hidden]).
-        add: The node that adds: Add, ScatterND with reduction "add", a plugin; or, where rows of the flattened stream
-            are replaced by sums, the Reshape that ends it.
+        nodes: Everything between `stream_in` and the node that closes the block, in topological order, that one
+            excluded. Nodes that only share constants, masks or rotary tables with the block are not part of it.
+        branch: What `add` joins with the stream: the value added, or what a lowering has made of it.
+        add: The node that closes the block: an Add, or the node that a lowering has tagged.
         stream_out: Residual stream after the block.
-        conditional: The If node whose then_branch holds `nodes` and `add`, and whose output `stream_out` is; None
-            where the block stands in the main graph.
+        conditional: The node with subgraphs (an If) one of which holds `nodes` and `add`, and whose output `stream_out`
+            is; None where the block stands in the main graph.
     """
 
     stream_in: ir.Value
@@ -79,104 +79,120 @@ def _is_integer_input(value: ir.Value | None) -> bool:
 def residual_blocks(order: Mapping[ir.Node, int], root: ir.Value) -> tuple[ResidualBlock, ...]:
     """Every block of the stream that starts at `root`, in order.
 
+    A block is closed by an addition to the stream, or by a node that a pass of this package has tagged as closing one;
+    what a lowering puts in an addition's place is known to that lowering alone.
+
     Raises:
         DecoderLayersNotFound: Where the stream forks, or adds and normalises in one fused node.
     """
-    # What hangs off the embedding by its shape alone (lengths, masks) serves all layers and belongs to none.
-    shared = {node for value in pass_through_values(root) for node in value.consumers() if is_op(node, *SHAPE_OPS)}
-    branches = {branch: node for node in order if is_op(node, "If") for branch in subgraphs_of(node)}
+    walk = _Walk(order, root)
     blocks: list[ResidualBlock] = []
     stream = root
-    while (block := _next_block(order, branches, stream, shared)) is not None:
+    while (block := walk.next_block(stream)) is not None:
         blocks.append(block)
         stream = block.stream_out
     return tuple(blocks)
 
 
-def _next_block(
-    order: Mapping[ir.Node, int],
-    branches: Mapping[ir.Graph, ir.Node],
-    stream: ir.Value,
-    excluded: Collection[ir.Node],
-) -> ResidualBlock | None:
-    aliases = pass_through_values(stream)
-    found: list[ResidualBlock] = []
-    inner_readers: dict[ir.Node, ir.Node | None] = {}
-    for alias in aliases:
-        for node, index in alias.uses():
-            scope, conditional = order, None  # where the paths of a branch may run
-            if node not in order:
-                assert isinstance(node.graph, ir.Graph), "a node that reads a value of a graph stands in one"
-                inner = ((inner, len(order) + number) for inner, number in node_order(node.graph).items())
-                scope, conditional = {**order, **dict(inner)}, branches.get(node.graph)
-                inner_readers[node] = conditional
-            add, branch = _replaced_rows(node) or (node, _added_branch(node, index))
-            if branch is None or branch in aliases:
-                continue
-            nodes = nodes_between(scope, (stream,), (branch, alias), excluded)
-            if branch.producer() in nodes:
-                output = add.outputs[0] if conditional is None else conditional.outputs[0]
-                found.append(ResidualBlock(stream, nodes, branch, add, output, conditional))
-    for node, conditional in inner_readers.items():
-        if conditional is None or not any(_adds_or_passes(conditional, block, aliases) for block in found):
+class _Walk:
+    """What following one stream needs to know of its graph."""
+
+    def __init__(self, order: Mapping[ir.Node, int], root: ir.Value) -> None:
+        self.order = order
+        # What hangs off the embedding by its shape alone (lengths, masks) serves all layers and belongs to none.
+        self.shared = {
+            node for value in pass_through_values(root) for node in value.consumers() if is_op(node, *SHAPE_OPS)
+        }
+        self.holders = {subgraph: node for node in order for subgraph in subgraphs_of(node)}
+        self.tagged = [node for node in self._all_nodes() if closed_branch(node) is not None]
+
+    def _all_nodes(self) -> Iterator[ir.Node]:
+        """In topological order, those of a subgraph in front of the node that holds it."""
+        for node in self.order:
+            for subgraph in subgraphs_of(node):
+                yield from subgraph
+            yield node
+
+    def next_block(self, stream: ir.Value) -> ResidualBlock | None:
+        """The block that starts at `stream`; None at the end of the stream."""
+        aliases = pass_through_values(stream)
+        uses = [(node, index) for alias in aliases for node, index in alias.uses()]
+        additions = {node: branch for node, index in uses if (branch := _added_branch(node, index)) is not None}
+        found = [
+            block
+            for node, branch in additions.items()
+            if branch not in aliases and (block := self._block(stream, node, branch)) is not None
+        ]
+        if not found:
+            # No addition: then the next tagged node that depends on the stream closes its block. Additions come first,
+            # because the tagged nodes of all later layers depend on this stream too.
+            tagged = ((node, closed_branch(node)) for node in self.tagged)
+            blocks = (self._block(stream, node, branch) for node, branch in tagged if branch is not None)
+            found = list(itertools.islice((block for block in blocks if block is not None), 1))
+            for block in found:  # those before it close blocks before it
+                self.tagged = self.tagged[self.tagged.index(block.add) + 1 :]
+        self._check_subgraphs(stream, [node for node, _ in uses], found, aliases)
+        if len(found) > 1:
+            adds = ", ".join(place(block.add) for block in found)
             raise DecoderLayersNotFound(
-                f"find_decoder_layers: value '{stream.name}' of the residual stream is read inside a subgraph, "
-                f"by {place(node)}; expected only nodes of the main graph to read it, or an If that adds a branch to "
-                "it in its then_branch and passes it on in its else_branch."
+                f"find_decoder_layers: the residual stream forks at '{stream.name}': {adds} each add to it; "
+                "expected one addition per block (attention, then MLP)."
             )
-    if len(found) > 1:
-        adds = ", ".join(place(block.add) for block in found)
-        raise DecoderLayersNotFound(
-            f"find_decoder_layers: the residual stream forks at '{stream.name}': {adds} each add to it; "
-            "expected one addition per block (attention, then MLP)."
-        )
-    return found[0] if found else None
+        return found[0] if found else None
 
+    def _block(self, stream: ir.Value, closing: ir.Node, branch: ir.Value) -> ResidualBlock | None:
+        """The block from `stream` to the node that closes it, None where its branch does not depend on the stream."""
+        scope, conditional, output = self.order, None, closing.outputs[0]
+        if closing not in self.order:
+            # Its paths may run through the subgraph it stands in, whose output the holder passes on.
+            subgraph = closing.graph
+            assert isinstance(subgraph, ir.Graph), "a node that reads a value of a graph stands in one"
+            conditional = self.holders.get(subgraph)
+            if conditional is None or output not in subgraph.outputs:
+                return None
+            inner = {node: len(self.order) + number for node, number in node_order(subgraph).items()}
+            scope = {**self.order, **inner}
+            output = conditional.outputs[list(subgraph.outputs).index(output)]
+        targets = [value for value in closing.inputs if value is not None]
+        nodes = nodes_between(scope, (stream,), targets, self.shared)
+        if branch.producer() not in nodes:
+            return None
+        return ResidualBlock(stream, nodes, branch, closing, output, conditional)
 
-def _adds_or_passes(conditional: ir.Node, block: ResidualBlock, aliases: Collection[ir.Value]) -> bool:
-    """Whether an If is the one around a block: what it adds to the stream when it runs, it leaves out otherwise."""
-    then_branch, else_branch = (conditional.attributes[name].as_graph() for name in ("then_branch", "else_branch"))
-    return (
-        block.conditional is conditional
-        and list(then_branch.outputs) == [block.add.outputs[0]]
-        and len(else_branch.outputs) == 1
-        and else_branch.outputs[0] in aliases
-    )
-
-
-def _replaced_rows(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """Where rows of the flattened stream are replaced by their sums with a branch: the last node, and the branch.
-
-    The form LowerSkipToTopKPass writes: Reshape(ScatterND(flat, places, Add(Gather(flat, …), branch)), …).
-    """
-    if not is_op(node, "Reshape"):
-        return None
-    flat = node.outputs[0]
-    for scatter in flat.consumers():
-        if not is_op(scatter, "ScatterND") or scatter.inputs[0] is not flat or "reduction" in scatter.attributes:
-            continue
-        total = None if scatter.inputs[2] is None else scatter.inputs[2].producer()
-        if total is None or not is_op(total, "Add"):
-            continue
-        for rows, branch in (total.inputs, tuple(reversed(total.inputs))):
-            gather = None if rows is None else rows.producer()
-            back = scatter.outputs[0].consumers()
-            if gather is None or not is_op(gather, "Gather") or gather.inputs[0] is not flat or branch is None:
+    def _check_subgraphs(
+        self,
+        stream: ir.Value,
+        readers: Iterable[ir.Node],
+        found: Iterable[ResidualBlock],
+        aliases: Collection[ir.Value],
+    ) -> None:
+        """Subgraphs read the stream only where they are a block that is skipped: then it must pass on unchanged."""
+        skipping = {block.conditional for block in found if self._passes_on(block, aliases)}
+        for node in readers:
+            if node in self.order:
                 continue
-            if len(back) == 1 and is_op(back[0], "Reshape"):
-                return back[0], branch
-    return None
+            holder = self.holders.get(node.graph) if isinstance(node.graph, ir.Graph) else None
+            if holder is None or holder not in skipping:
+                raise DecoderLayersNotFound(
+                    f"find_decoder_layers: value '{stream.name}' of the residual stream is read inside a subgraph, "
+                    f"by {place(node)}; expected only nodes of the main graph to read it, or an If that adds a branch "
+                    "to it in one of its branches and passes it on in the other."
+                )
+
+    def _passes_on(self, block: ResidualBlock, aliases: Collection[ir.Value]) -> bool:
+        """Whether what skips a block gives out the stream as it is when it does."""
+        if block.conditional is None:
+            return False
+        others = [graph for graph in subgraphs_of(block.conditional) if graph is not block.add.graph]
+        return all(list(graph.outputs) == [graph.outputs[0]] and graph.outputs[0] in aliases for graph in others)
 
 
 def _added_branch(node: ir.Node, stream_index: int) -> ir.Value | None:
     """What a consumer of the stream adds to it, or None when it is not a residual addition."""
+    if closed_branch(node) is not None:
+        return None
     if is_op(node, "Add"):
         return node.inputs[1 - stream_index]
-    if is_op(node, "ScatterND") and stream_index == 0:
-        reduction = node.attributes.get("reduction")
-        return node.inputs[2] if reduction is not None and reduction.as_string() == "add" else None
-    if is_op(node, SKIP_DOWN.name, domain=DOMAIN):
-        return node.inputs[0] if SKIP_DOWN.inputs[stream_index].name == "residual" else None
     if is_op(node, *_FUSED_ADD_AND_NORM, domain="com.microsoft") and stream_index < 2:
         raise DecoderLayersNotFound(
             f"find_decoder_layers: {place(node)} adds to the residual stream and normalises it in one node; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -12,21 +12,16 @@ import onnx_ir as ir
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
-from dlo_export.graph_passes.routing.active_rows import (
-    masked_layers,
-    remove_with_sources,
-    run_on_rows,
-    scale_rows,
-    stream_for_all_tokens,
-)
-from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.lowerings.active_rows import run_on_rows, scale_rows, stream_for_all_tokens
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
+from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
+from dlo_export.graph_passes.spec.invariants import lowered_stage
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
-
-_OLDEST_OPSET = 16  # ScatterND adds from here on
 
 
 @dataclasses.dataclass(frozen=True)
-class LowerSkipToCompactionPass(ir.passes.InPlacePass):
+class LowerSkipToCompactionPass(LoweringPass):
     """Gather the active tokens, run norm and MLP on them, add the results back to the stream in place.
 
     Before::
@@ -48,59 +43,70 @@ class LowerSkipToCompactionPass(ir.passes.InPlacePass):
     every routed decoder layer of the main graph. Source: ONNX ScatterND-16.
     """
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (RouteLayersPass,)
+    oldest_opset: ClassVar[int] = 16  # ScatterND adds from here on
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Lower every layer in masked form.
+    def problems(self, masked: MaskedMlp) -> Sequence[str]:
+        """Nodes of the branch that do not compute each token by itself."""
+        return row_rank(masked.nodes)[1]
 
-        Raises:
-            GraphPassError: Nothing is routed, or a masked layer cannot be lowered; with all reasons.
-        """
-        graph = model.graph
-        masked = masked_layers(
-            graph, type(self).__name__, oldest_opset=_OLDEST_OPSET, check=lambda layer: row_rank(layer.nodes)[1]
+    def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
+        """Run the branch of one layer on its active tokens."""
+        layer, block, nodes = masked.layer, masked.layer.mlp, masked.nodes
+        router, mlp = f"model.routers.{layer.index}", f"model.layers.{layer.index}.mlp"
+        count, int64, dtype = f"active_tokens_{layer.index}", ir.DataType.INT64, element_type(block.stream_in)
+        rank, _ = row_rank(nodes)
+
+        # In front of the branch: where the active tokens are, and their rows. A branch that counts its axes from the
+        # front gets them as a batch of one.
+        gather = TaggedNodes(type(self).__name__, layer.index)
+        nonzero = gather.add("NonZero", masked.active, name=f"{router}.nonzero", dtype=int64, shape=(2, count))
+        index = gather.add("Transpose", nonzero, name=f"{router}.index", dtype=int64, shape=(count, 2), perm=(1, 0))
+        row_shape = (count, layer.hidden_size)
+        rows = gather.add("GatherND", block.stream_in, index, name=f"{mlp}.rows", dtype=dtype, shape=row_shape)
+        first_axis = shared_constant(graph, "model.routers.first_axis", np.array([0], np.int64)) if rank == 3 else None
+        if first_axis is not None:
+            rows = gather.add("Unsqueeze", rows, first_axis, name=f"{mlp}.rows_3d", dtype=dtype, shape=(1, *row_shape))
+        stream = stream_for_all_tokens(masked, gather)
+
+        # The branch itself stays, node by node: it reads rows now, and each row is scaled by its own token's factor.
+        if masked.scale is not None and masked.scaling is not None:
+            scale_dtype = element_type(masked.scale)
+            scale = gather.add(
+                "GatherND", masked.scale, index, name=f"{router}.scale_rows", dtype=scale_dtype, shape=(count,)
+            )
+            scale_rows(graph, masked, gather, scale, count)
+        run_on_rows(nodes, block.stream_in, rows, (count,) if rank == 2 else (1, count))
+        graph.insert_before(nodes[0], gather.nodes)
+
+        # Behind it: the results are added to the stream in place, which closes the block. Where and Add, and what
+        # served only them, are gone: a skipped token keeps h because nothing is added to it.
+        scatter = TaggedNodes(type(self).__name__, layer.index)
+        kept, dtype = masked.kept, element_type(block.stream_operand)
+        if first_axis is not None:
+            kept = scatter.add("Squeeze", kept, first_axis, name=f"{mlp}.kept_rows", dtype=dtype, shape=row_shape)
+        total = scatter.add(
+            "ScatterND",
+            stream,
+            index,
+            kept,
+            name=block.stream_out.name or f"{mlp}.added_rows",
+            dtype=dtype,
+            shape=block.stream_out.shape,
+            closes=2,
+            reduction="add",
         )
-        for layer in masked:
-            _lower(graph, layer, row_rank(layer.nodes)[0])
-        if masked:
-            graph.sort()
-        return ir.passes.PassResult(model, modified=bool(masked))
+        graph.insert_before(block.add, scatter.nodes)
+        replace_value(block.stream_out, total)
+        remove_with_sources(graph, block.add)
 
 
-def _lower(graph: ir.Graph, masked: MaskedMlp, rank: int) -> None:
-    layer, block, nodes = masked.layer, masked.layer.mlp, masked.nodes
-    router, mlp, count = (
-        f"model.routers.{layer.index}",
-        f"model.layers.{layer.index}.mlp",
-        f"active_tokens_{layer.index}",
-    )
-    int64, dtype = ir.DataType.INT64, element_type(block.stream_in)
-    gather = TaggedNodes(LowerSkipToCompactionPass.__name__, layer.index)
-    nonzero = gather.add("NonZero", masked.active, name=f"{router}.nonzero", dtype=int64, shape=(2, count))
-    index = gather.add("Transpose", nonzero, name=f"{router}.index", dtype=int64, shape=(count, 2), perm=(1, 0))
-    row_shape = (count, layer.hidden_size)
-    rows = gather.add("GatherND", block.stream_in, index, name=f"{mlp}.rows", dtype=dtype, shape=row_shape)
-    first_axis = shared_constant(graph, "model.routers.first_axis", np.array([0], np.int64)) if rank == 3 else None
-    if first_axis is not None:
-        rows = gather.add("Unsqueeze", rows, first_axis, name=f"{mlp}.rows_3d", dtype=dtype, shape=(1, *row_shape))
-    stream = stream_for_all_tokens(masked, gather)
-    if masked.scale is not None and masked.scaling is not None:
-        scale_rows(graph, masked, gather, functools.partial(_gather_scale, gather, router, index, count), count)
-    run_on_rows(nodes, block.stream_in, rows, (count,) if rank == 2 else (1, count))
-    graph.insert_before(nodes[0], gather.nodes)
-
-    scatter = TaggedNodes(LowerSkipToCompactionPass.__name__, layer.index)
-    kept, dtype = masked.kept, element_type(block.stream_operand)
-    if first_axis is not None:
-        kept = scatter.add("Squeeze", kept, first_axis, name=f"{mlp}.kept_rows", dtype=dtype, shape=row_shape)
-    output = block.stream_out
-    name = output.name or f"model.layers.{layer.index}"
-    total = scatter.add("ScatterND", stream, index, kept, name=name, dtype=dtype, shape=output.shape, reduction="add")
-    graph.insert_before(block.add, scatter.nodes)
-    output.replace_all_uses_with(total, replace_graph_outputs=True)
-    output.name = f"{name}.masked"  # the value is gone in a moment; until then no two may share a name
-    remove_with_sources(graph, block.add)
-
-
-def _gather_scale(nodes: TaggedNodes, router: str, index: ir.Value, count: str, scale: ir.Value) -> ir.Value:
-    return nodes.add("GatherND", scale, index, name=f"{router}.scale_rows", dtype=element_type(scale), shape=(count,))
+RECORD = LoweringRecord(
+    name="compact",
+    targets=ONNXRUNTIME,
+    make_pass=lambda workload: LowerSkipToCompactionPass(),
+    stage=lowered_stage(LowerSkipToCompactionPass.__name__),
+    skips="tokens",
+    not_capturable="the number of active tokens is read back by the host",
+    reason="compaction skips work in prefill, batches and decode alike on ONNX Runtime's CPU kernels",
+    suits=lambda workload: True,
+)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import element_type, is_op, node_order
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
-from dlo_export.graph_passes.routing.active_rows import masked_layers
-from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, Dims, TaggedNodes
-
-_OLDEST_OPSET = 13  # of the masked form: Unsqueeze takes its axes as an input from here on
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
+from dlo_export.graph_passes.rewriting import replace_value
+from dlo_export.graph_passes.spec import graph_checks
+from dlo_export.graph_passes.spec.invariants import lowered_stage
+from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes
 
 
 @dataclasses.dataclass(frozen=True)
-class LowerSkipToIfPass(ir.passes.InPlacePass):
+class LowerSkipToIfPass(LoweringPass):
     """Move the masked MLP block of each routed layer into an If that runs it when any token is active.
 
     Before::
@@ -53,53 +53,48 @@ class LowerSkipToIfPass(ir.passes.InPlacePass):
     Scope: every routed decoder layer of the main graph. Source: ONNX If-1, ReduceMax-1; TensorRT IIfConditional.
     """
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (RouteLayersPass,)
+    def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
+        """Move the block of one layer into an If."""
+        index, block = masked.layer.index, masked.layer.mlp
+        mlp, output, dtype = f"model.layers.{index}.mlp", block.stream_out, element_type(block.stream_operand)
+        shape = (*masked.layer.token_dims, masked.layer.hidden_size)
+        decide = TaggedNodes(type(self).__name__, index)
+        condition = _add_any(decide, masked.active)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Lower every layer in masked form.
-
-        Raises:
-            GraphPassError: Nothing is routed, or a masked layer cannot be lowered; with all reasons.
-        """
-        graph = model.graph
-        masked = masked_layers(graph, type(self).__name__, oldest_opset=_OLDEST_OPSET, check=lambda layer: ())
+        # Both branches: what is moved keeps its order, and ends in an addition of the branch's own, which closes the
+        # block; else the stream passes through.
         order = node_order(graph)
-        for layer in masked:
-            _lower(graph, layer, order)
-        return ir.passes.PassResult(model, modified=bool(masked))
+        moved = sorted({*masked.nodes, masked.select, *_columns(masked)}, key=order.__getitem__)
+        operands = [value for value in block.add.inputs if value is not None]
+        add = TaggedNodes(type(self).__name__, index)
+        added = add.add(
+            "Add",
+            *operands,
+            name=f"{mlp}.active_output",
+            dtype=dtype,
+            shape=shape,
+            closes=operands.index(block.branch),
+        )
+        keep = TaggedNodes(type(self).__name__, index)
+        skipped = _add_skip(keep, masked, shape)
+        graph.remove(moved)
+        conditional = ir.node(
+            "If",
+            [condition],
+            {
+                "then_branch": ir.Graph([], [added], nodes=[*moved, *add.nodes], name=f"{mlp}.then_branch"),
+                "else_branch": ir.Graph([], [skipped], nodes=keep.nodes, name=f"{mlp}.else_branch"),
+            },
+            name=f"{mlp}.if",
+            metadata_props=dict(decide.tags),
+        )
 
-
-def _lower(graph: ir.Graph, masked: MaskedMlp, order: Mapping[ir.Node, int]) -> None:
-    index, block = masked.layer.index, masked.layer.mlp
-    mlp, output, dtype = f"model.layers.{index}.mlp", block.stream_out, element_type(block.stream_operand)
-    shape = (*masked.layer.token_dims, masked.layer.hidden_size)
-    decide = TaggedNodes(LowerSkipToIfPass.__name__, index)
-    condition = _add_any(decide, masked.active)
-
-    moved = sorted({*masked.nodes, masked.select, *_columns(masked)}, key=order.__getitem__)
-    add = TaggedNodes(LowerSkipToIfPass.__name__, index)
-    operands = [value for value in block.add.inputs if value is not None]
-    added = add.add("Add", *operands, name=f"{mlp}.active_output", dtype=dtype, shape=shape)
-    keep = TaggedNodes(LowerSkipToIfPass.__name__, index)
-    skipped = _add_skip(keep, masked, shape)
-    graph.remove(moved)
-    conditional = ir.node(
-        "If",
-        [condition],
-        {
-            "then_branch": ir.Graph([], [added], nodes=[*moved, *add.nodes], name=f"{mlp}.then_branch"),
-            "else_branch": ir.Graph([], [skipped], nodes=keep.nodes, name=f"{mlp}.else_branch"),
-        },
-        name=f"{mlp}.if",
-        metadata_props={PASS_KEY: LowerSkipToIfPass.__name__, LAYER_KEY: str(index)},
-    )
-    graph.insert_before(block.add, [*decide.nodes, conditional])
-    result = conditional.outputs[0]
-    result.type, result.shape = added.type, ir.Shape(shape)
-    output.replace_all_uses_with(result, replace_graph_outputs=True)
-    name = output.name or f"model.layers.{index}"
-    result.name, output.name = name, f"{name}.masked"  # no two values may share a name, not for a moment
-    graph.remove(block.add, safe=True)
+        # The If stands where the addition stood, and gives the stream under its name.
+        graph.insert_before(block.add, [*decide.nodes, conditional])
+        result = conditional.outputs[0]
+        result.type, result.shape = added.type, ir.Shape(shape)
+        replace_value(output, result)
+        graph.remove(block.add, safe=True)
 
 
 def _add_any(nodes: TaggedNodes, active: ir.Value) -> ir.Value:
@@ -143,3 +138,17 @@ def _add_skip(nodes: TaggedNodes, masked: MaskedMlp, shape: Dims) -> ir.Value:
         value = nodes.add("Cast", value, name=name, dtype=ir.DataType(to), shape=shape, to=to)
     name = f"model.layers.{nodes.layer}.mlp.skipped_output"
     return nodes.add("Identity", value, name=name, dtype=element_type(block.stream_operand), shape=shape)
+
+
+RECORD = LoweringRecord(
+    name="if",
+    targets=(*ONNXRUNTIME, "tensorrt"),
+    make_pass=lambda workload: LowerSkipToIfPass(),
+    stage=lowered_stage(LowerSkipToIfPass.__name__, graph_checks.eager_branches),
+    skips="steps",
+    not_capturable="the host decides which branch runs",
+    reason="decode of one sequence: a skipped layer runs nothing, in native operators",
+    suits=lambda workload: workload.phase == "decode" and workload.max_batch == 1,
+    tensorrt_layers=frozenset({"CONDITION", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT"}),
+    tensorrt_start="CONDITIONAL_INPUT",
+)

@@ -13,16 +13,19 @@ from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import constant_scalar, element_type, is_op
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
-from dlo_export.graph_passes.routing.active_rows import masked_layers, remove_with_sources
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.lowerings.record import LoweringRecord
+from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.data_dependent_shapes import data_dependent_shapes
+from dlo_export.graph_passes.spec.invariants import lowered_stage
 from dlo_export.graph_passes.spec.ops import DOMAIN, SKIP_DOWN, SKIP_GATE_UP, VERSION
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
-
-_OLDEST_OPSET = 13
 
 
 @dataclasses.dataclass(frozen=True)
-class LowerSkipToPluginPass(ir.passes.InPlacePass):
+class LowerSkipToPluginPass(LoweringPass):
     """Replace the routed MLP behind its norm by `dlo::SkipGateUp` and `dlo::SkipDown`.
 
     Before::
@@ -44,22 +47,22 @@ class LowerSkipToPluginPass(ir.passes.InPlacePass):
     biases. Source: graph_passes/spec/ops.py.
     """
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (RouteLayersPass, UseStaticCachePass)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass, UseStaticCachePass)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Lower every layer in masked form.
+    def problems(self, masked: MaskedMlp) -> Sequence[str]:
+        """What the MLP is instead of the one the plugins compute, or a cast between stream and sum."""
+        found = _match(masked)
+        problems = [] if isinstance(found, _GatedMlp) else [found]
+        if masked.layer.mlp.stream_operand is not masked.layer.mlp.stream_in:
+            problems.append(f"adds to '{masked.layer.mlp.stream_operand.name}', a cast of the stream")
+        return problems
 
-        Raises:
-            GraphPassError: Nothing is routed, or a layer's MLP is not what the plugins compute; with all reasons.
-        """
-        graph = model.graph
-        masked = masked_layers(graph, type(self).__name__, oldest_opset=_OLDEST_OPSET, check=_problems)
-        for layer in masked:
-            _lower(graph, layer)
-        if masked:
-            graph.opset_imports[DOMAIN] = VERSION
-            graph.sort()
-        return ir.passes.PassResult(model, modified=bool(masked))
+    def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
+        """Put the two plugins in place of one layer's MLP."""
+        parts = _match(masked)
+        assert isinstance(parts, _GatedMlp), "asked by problems"
+        graph.opset_imports[DOMAIN] = VERSION
+        _write_plugins(graph, masked, parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +73,6 @@ class _GatedMlp:
     gate_weight: ir.Value
     up_weight: ir.Value
     down_weight: ir.Value
-
-
-def _problems(masked: MaskedMlp) -> Sequence[str]:
-    """Why the plugins cannot compute a routed layer's MLP; none if they can."""
-    found = _match(masked)
-    problems = [] if isinstance(found, _GatedMlp) else [found]
-    if masked.layer.mlp.stream_operand is not masked.layer.mlp.stream_in:
-        problems.append(f"adds to '{masked.layer.mlp.stream_operand.name}', a cast of the stream")
-    return problems
 
 
 def _unscaled(masked: MaskedMlp) -> tuple[ir.Value, float]:
@@ -142,19 +136,17 @@ def _silu_operand(value: ir.Value | None) -> ir.Node | None:
     return None
 
 
-def _lower(graph: ir.Graph, masked: MaskedMlp) -> None:
-    parts, layer, block = _match(masked), masked.layer, masked.layer.mlp
-    assert isinstance(parts, _GatedMlp), "checked by _problems"
+def _write_plugins(graph: ir.Graph, masked: MaskedMlp, parts: _GatedMlp) -> None:
+    layer, block = masked.layer, masked.layer.mlp
     router, mlp = f"model.routers.{layer.index}", f"model.layers.{layer.index}.mlp"
-    new, dtype, tokens = (
-        TaggedNodes(LowerSkipToPluginPass.__name__, layer.index),
-        element_type(block.stream_in),
-        layer.token_dims,
-    )
+    dtype = element_type(block.stream_in)
+    new = TaggedNodes(LowerSkipToPluginPass.__name__, layer.index)
     factor = _factor(graph, masked, new, f"{router}.factor")
     gate = parts.gate_weight.const_value
     assert gate is not None, "an initializer has contents"
     lookup: dict[str, Any] = dict(SKIP_GATE_UP.attributes)  # by which TensorRT's parser finds the plugins
+
+    # Both keep the shape of all tokens: which rows are computed is decided on the device, by the factor.
     gated = new.add(
         SKIP_GATE_UP.name,
         parts.normed,
@@ -163,12 +155,10 @@ def _lower(graph: ir.Graph, masked: MaskedMlp) -> None:
         parts.up_weight,
         name=f"{mlp}.skip_gate_up",
         dtype=dtype,
-        shape=(*tokens, int(gate.shape.numpy()[1])),
+        shape=(*layer.token_dims, int(gate.shape.numpy()[1])),
         domain=DOMAIN,
         **lookup,
     )
-    output = block.stream_out
-    name = output.name or f"model.layers.{layer.index}"
     total = new.add(
         SKIP_DOWN.name,
         gated,
@@ -177,14 +167,15 @@ def _lower(graph: ir.Graph, masked: MaskedMlp) -> None:
         block.stream_in,
         name=f"{mlp}.skip_down",
         dtype=dtype,
-        shape=output.shape,
+        shape=block.stream_out.shape,
+        closes=0,
         domain=DOMAIN,
         **lookup,
     )
     graph.insert_before(block.add, new.nodes)
-    output.replace_all_uses_with(total, replace_graph_outputs=True)
-    output.name = f"{name}.masked"  # the value is gone in a moment; until then no two may share a name
-    total.name = name
+
+    # With the addition go its mask, its scale and the MLP's own nodes: what served only them.
+    replace_value(block.stream_out, total)
     remove_with_sources(graph, block.add)
 
 
@@ -208,3 +199,17 @@ def _before_rounding(scale: ir.Value) -> ir.Value:
     source = cast.inputs[0] if cast is not None and is_op(cast, "Cast") else scale
     assert source is not None, "Cast has an input"
     return source
+
+
+RECORD = LoweringRecord(
+    name="plugin",
+    targets=("tensorrt",),
+    make_pass=lambda workload: LowerSkipToPluginPass(),
+    stage=lowered_stage(LowerSkipToPluginPass.__name__, data_dependent_shapes, domains=frozenset({DOMAIN})),
+    skips="tokens",
+    not_capturable=None,
+    reason="no shape depends on data, so a CUDA graph captures decode",
+    suits=lambda workload: workload.plugins_at_hand and workload.phase != "prefill",
+    domains=(DOMAIN,),
+    tensorrt_layers=frozenset({"PLUGIN_V3"}),
+)

@@ -13,16 +13,20 @@ from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
-from dlo_export.graph_passes.routing.active_rows import masked_layers, remove_with_sources, run_on_rows, scale_rows
+from dlo_export.graph_passes.lowerings.active_rows import run_on_rows, scale_rows
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.lowerings.record import LoweringRecord
+from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.invariants import lowered_stage
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 MOST_SELECTED = 3840  # TensorRT's largest K of one TopK
-_OLDEST_OPSET = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class LowerSkipToTopKPass(ir.passes.InPlacePass):
+class LowerSkipToTopKPass(LoweringPass):
     """Gather the active tokens' rows, run norm and MLP on them, put the sums back: in operators TensorRT builds.
 
     TensorRT-RTX has no NonZero, and its TopK selects 3840 at most: the tokens of a step are cut into chunks of that
@@ -54,39 +58,30 @@ class LowerSkipToTopKPass(ir.passes.InPlacePass):
     """
 
     max_tokens: int
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (RouteLayersPass, UseStaticCachePass)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass, UseStaticCachePass)
+    oldest_opset: ClassVar[int] = 16  # ScatterND, and TopK with a K that is computed
 
     @property
     def chunks(self) -> int:
         """How many TopK each layer has."""
         return max(1, -(-self.max_tokens // MOST_SELECTED))
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Lower every layer in masked form.
+    def problems(self, masked: MaskedMlp) -> Sequence[str]:
+        """Nodes that do not compute each token by itself in two dimensions, or a cast between stream and sum."""
+        rank, problems = row_rank(masked.nodes)
+        if rank != 2:
+            problems = [*problems, "its MLP counts axes from the front"]
+        if masked.layer.mlp.stream_operand is not masked.layer.mlp.stream_in:
+            problems = [*problems, f"adds to '{masked.layer.mlp.stream_operand.name}', a cast of the stream"]
+        return problems
 
-        Raises:
-            GraphPassError: Nothing is routed, or a masked layer cannot be lowered; with all reasons.
-        """
-        graph = model.graph
-        masked = masked_layers(graph, type(self).__name__, oldest_opset=_OLDEST_OPSET, check=_problems)
-        for layer in masked:
-            _Lowering(graph, layer, self.chunks).write()
-        if masked:
-            graph.sort()
-        return ir.passes.PassResult(model, modified=bool(masked))
-
-
-def _problems(masked: MaskedMlp) -> Sequence[str]:
-    rank, problems = row_rank(masked.nodes)
-    if rank != 2:
-        problems = [*problems, "its MLP counts axes from the front"]
-    if masked.layer.mlp.stream_operand is not masked.layer.mlp.stream_in:
-        problems = [*problems, f"adds to '{masked.layer.mlp.stream_operand.name}', a cast of the stream"]
-    return problems
+    def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
+        """Run the branch of one layer on the rows that its TopKs choose."""
+        _Lowering(graph, masked, self.chunks).write()
 
 
 class _Lowering:
-    """One layer's."""
+    """The rewriting of one layer."""
 
     def __init__(self, graph: ir.Graph, masked: MaskedMlp, chunks: int) -> None:
         self.graph, self.masked, self.chunks = graph, masked, chunks
@@ -96,8 +91,11 @@ class _Lowering:
         self.gather = TaggedNodes(LowerSkipToTopKPass.__name__, self.layer.index)
 
     def write(self) -> None:
+        """Put gathering in front of the branch and scattering behind it."""
         block, gather, masked = self.layer.mlp, self.gather, self.masked
         dtype, hidden = element_type(block.stream_in), self.layer.hidden_size
+
+        # In front: the stream as rows, and those of the active tokens. The branch stays and reads them.
         flat_shape = self._constant("flat_rows", [-1, hidden])
         flat = gather.add(
             "Reshape", block.stream_in, flat_shape, name=f"{self.mlp}.flat", dtype=dtype, shape=("tokens", hidden)
@@ -105,10 +103,12 @@ class _Lowering:
         index = self._active_tokens()
         rows = gather.add("Gather", flat, index, name=f"{self.mlp}.rows", dtype=dtype, shape=(self.count, hidden))
         if masked.scale is not None and masked.scaling is not None:
-            scale_rows(self.graph, masked, gather, lambda scale: self._scale_of(scale, index), self.count)
+            scale_rows(self.graph, masked, gather, self._scale_of_rows(masked.scale, index), self.count)
         run_on_rows(masked.nodes, block.stream_in, rows, (self.count,))
         self.graph.insert_before(masked.nodes[0], gather.nodes)
 
+        # Behind: rows are replaced by their sums with the branch, because TensorRT's scatter does not add. The last
+        # Reshape gives the stream its shape again and closes the block.
         scatter = TaggedNodes(LowerSkipToTopKPass.__name__, self.layer.index)
         shape = (self.count, hidden)
         sums = scatter.add("Add", rows, masked.kept, name=f"{self.mlp}.row_sums", dtype=dtype, shape=shape)
@@ -127,11 +127,10 @@ class _Lowering:
             "Shape", block.stream_in, name=f"{self.mlp}.stream_shape", dtype=ir.DataType.INT64, shape=(3,)
         )
         output = block.stream_out
-        name = output.name or f"model.layers.{self.layer.index}"
-        total = scatter.add("Reshape", merged, stream_shape, name=name, dtype=dtype, shape=output.shape)
+        name = output.name or f"{self.mlp}.merged"
+        total = scatter.add("Reshape", merged, stream_shape, name=name, dtype=dtype, shape=output.shape, closes=0)
         self.graph.insert_before(block.add, scatter.nodes)
-        output.replace_all_uses_with(total, replace_graph_outputs=True)
-        output.name = f"{name}.masked"  # the value is gone in a moment; until then no two may share a name
+        replace_value(output, total)
         remove_with_sources(self.graph, block.add)
 
     def _active_tokens(self) -> ir.Value:
@@ -164,15 +163,16 @@ class _Lowering:
     def _chosen(self, flags: ir.Value, suffix: str) -> ir.Value:
         """Indices of the ones among flags, int64."""
         float32, int64, router = ir.DataType.FLOAT, ir.DataType.INT64, self.router
+        # How many there are, and how many TopK is asked for: at least one, since its K must be positive.
         total = self._add("ReduceSum", flags, name=f"total{suffix}", dtype=float32, keepdims=1)
         one = shared_constant(self.graph, "model.routers.one", np.array([1], np.float32))
         positive = self._add("Max", total, one, name=f"positive{suffix}", dtype=float32)
-        count, k = (
-            self._add("Cast", value, name=f"{name}{suffix}", dtype=int64, to=int(int64))
-            for value, name in ((total, "count"), (positive, "k"))
-        )
+        count = self._add("Cast", total, name=f"count{suffix}", dtype=int64, to=int(int64))
+        k = self._add("Cast", positive, name=f"k{suffix}", dtype=int64, to=int(int64))
         for value in (total, positive, count, k):
             value.shape = ir.Shape((1,))
+
+        # The largest flags are the ones; where there is none, the Slice behind drops what TopK chose all the same.
         top = ir.node(
             "TopK",
             [flags, k],
@@ -189,7 +189,8 @@ class _Lowering:
         first = self._constant("chunk_0", [0])
         return self._add("Slice", top.outputs[1], first, count, name=f"chosen{suffix}", dtype=int64)
 
-    def _scale_of(self, scale: ir.Value, index: ir.Value) -> ir.Value:
+    def _scale_of_rows(self, scale: ir.Value, index: ir.Value) -> ir.Value:
+        """The scale of the chosen tokens, [count]."""
         dtype = element_type(scale)
         flat = self._add("Reshape", scale, self._constant("flat", [-1]), name="flat_scale", dtype=dtype)
         return self.gather.add(
@@ -208,3 +209,17 @@ class _Lowering:
 
     def _constant(self, name: str, numbers: Sequence[int]) -> ir.Value:
         return shared_constant(self.graph, f"model.routers.{name}", np.array(numbers, np.int64))
+
+
+RECORD = LoweringRecord(
+    name="compact",
+    targets=("tensorrt",),
+    make_pass=lambda workload: LowerSkipToTopKPass(workload.max_batch * workload.max_sequence),
+    stage=lowered_stage(LowerSkipToTopKPass.__name__),
+    skips="tokens",
+    not_capturable="its data-dependent shapes are read back by the host",
+    reason="native operators, skips token by token in prefill, batches and decode alike",
+    suits=lambda workload: True,
+    tensorrt_layers=frozenset({"TOPK", "GATHER", "SCATTER"}),
+    tensorrt_start="TOPK",
+)

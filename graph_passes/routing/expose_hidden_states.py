@@ -7,15 +7,16 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.interface import hidden_name
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
-from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
 
 @dataclasses.dataclass(frozen=True)
-class ExposeHiddenStatesPass(ir.passes.InPlacePass):
+class ExposeHiddenStatesPass(GraphPass):
     """Add each decoder layer's output to the graph's outputs.
 
     Before::
@@ -32,19 +33,16 @@ class ExposeHiddenStatesPass(ir.passes.InPlacePass):
     Scope: decoder layers of the main graph. Only for debugging builds, never released.
     """
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (LowerSkipToCompactionPass, LowerSkipToIfPass)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (LoweringPass,)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Expose every layer that is not exposed yet."""
+    def rewrite(self, model: ir.Model) -> bool:
+        """Expose every layer."""
         graph = model.graph
-        exposed = {value.name for value in graph.outputs}
-        hidden = [layer for layer in find_decoder_layers(graph) if f"hidden.{layer.index}" not in exposed]
-        for layer in hidden:
+        for layer in find_decoder_layers(graph):
             shape = (*layer.token_dims, layer.hidden_size)
             new = TaggedNodes(type(self).__name__, layer.index)
             dtype = element_type(layer.output)
-            graph.outputs.append(
-                new.add("Identity", layer.output, name=f"hidden.{layer.index}", dtype=dtype, shape=shape)
-            )
+            name = hidden_name(layer.index)
+            graph.outputs.append(new.add("Identity", layer.output, name=name, dtype=dtype, shape=shape))
             graph.extend(new.nodes)
-        return ir.passes.PassResult(model, modified=bool(hidden))
+        return True

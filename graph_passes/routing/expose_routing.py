@@ -7,15 +7,17 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.interface import force_active_name, router_scores_name
 from dlo_export.graph_passes.errors import GraphPassError
-from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.rewriting import remove_with_sources
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec.provenance import role_values
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.provenance import ROUTER_ACTIVE, ROUTER_SCORES, role_values
 
 
 @dataclasses.dataclass(frozen=True)
-class ExposeRoutingPass(ir.passes.InPlacePass):
+class ExposeRoutingPass(GraphPass):
     """Add router scores to the graph's outputs and, on request, take the decisions from its inputs.
 
     For parity and active-rate builds, never released: the interface of a shipped graph does not change.
@@ -41,33 +43,30 @@ class ExposeRoutingPass(ir.passes.InPlacePass):
 
     force: bool = False
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (
-        RouteLayersPass,
-        LowerSkipToCompactionPass,
-        LowerSkipToIfPass,
-    )
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass, LoweringPass)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Expose the routing of every routed layer.
+    def check(self, model: ir.Model) -> None:
+        """Something is routed.
 
         Raises:
-            GraphPassError: Nothing in the graph is routed.
+            GraphPassError: Nothing is.
         """
-        graph = model.graph
-        scores, active = role_values(graph, "router_scores"), role_values(graph, "router_active")
-        if not scores:
+        if not role_values(model.graph, ROUTER_SCORES):
             raise GraphPassError(
                 "ExposeRoutingPass: found no router in the graph; expected nodes tagged as router scores.",
                 hint="run RouteLayersPass first",
             )
-        hidden = {layer: value for layer, value in scores.items() if not value.is_graph_output()}
-        for layer, value in sorted(hidden.items()):
-            value.name = f"router_scores.{layer}"
-            graph.outputs.append(value)
-        forced = dict(sorted(active.items())) if self.force else {}
-        for layer, value in forced.items():
-            _replace_by_input(graph, value, f"force_active.{layer}")
-        return ir.passes.PassResult(model, modified=bool(hidden or forced))
+
+    def rewrite(self, model: ir.Model) -> bool:
+        """Expose the routing of every routed layer."""
+        graph = model.graph
+        for layer, scores in sorted(role_values(graph, ROUTER_SCORES).items()):
+            scores.name = router_scores_name(layer)
+            graph.outputs.append(scores)
+        if self.force:
+            for layer, active in sorted(role_values(graph, ROUTER_ACTIVE).items()):
+                _replace_by_input(graph, active, force_active_name(layer))
+        return True
 
 
 def _replace_by_input(graph: ir.Graph, active: ir.Value, name: str) -> None:
@@ -76,8 +75,4 @@ def _replace_by_input(graph: ir.Graph, active: ir.Value, name: str) -> None:
     active.replace_all_uses_with(replacement)
     decision = active.producer()
     assert decision is not None, "a tagged node produces the decision"
-    constants = [value for value in decision.inputs if value is not None and value.is_initializer()]
-    graph.remove(decision, safe=True)
-    for constant in constants:
-        if not constant.uses() and constant.name is not None:
-            del graph.initializers[constant.name]
+    remove_with_sources(graph, decision)

@@ -10,13 +10,14 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import is_op
-from dlo_export.graph_passes.routing.active_rows import remove_with_sources
+from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, made_by, role_values, shared_constant
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, TaggedNodes, role_values, shared_constant
 
 
 @dataclasses.dataclass(frozen=True)
-class ReduceRouterProductsPass(ir.passes.InPlacePass):
+class ReduceRouterProductsPass(GraphPass):
     """Keep routers in true float32 on GPUs.
 
     A float32 MatMul runs on tensor cores in TF32, which has ten bits of mantissa, unless a builder flag forbids it; and
@@ -33,26 +34,30 @@ class ReduceRouterProductsPass(ir.passes.InPlacePass):
     Scope: routers of the main graph that RouteLayersPass wrote.
     """
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (RouteLayersPass,)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass,)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def check(self, model: ir.Model) -> None:
+        """There is a router.
+
+        Raises:
+            GraphPassError: There is none.
+        """
+        if not role_values(model.graph, ROUTER_SCORES):
+            raise GraphPassError("ReduceRouterProductsPass: nothing is routed.", hint="run RouteLayersPass first")
+
+    def rewrite(self, model: ir.Model) -> bool:
         """Rewrite every router.
 
         Raises:
-            GraphPassError: There is none, or one is not of RouteLayersPass's form.
+            GraphPassError: One is not of RouteLayersPass's form.
         """
-        graph = model.graph
-        if any(made_by(graph, type(self).__name__)):
-            return ir.passes.PassResult(model, modified=False)
-        routers = role_values(graph, "router_scores")
-        if not routers:
-            raise GraphPassError("ReduceRouterProductsPass: nothing is routed.", hint="run RouteLayersPass first")
-        for layer, scores in sorted(routers.items()):
-            _rewrite(graph, layer, scores)
-        return ir.passes.PassResult(model, modified=True)
+        for layer, scores in sorted(role_values(model.graph, ROUTER_SCORES).items()):
+            _rewrite(model.graph, layer, scores)
+        return True
 
 
 def _rewrite(graph: ir.Graph, layer: int, scores: ir.Value) -> None:
+    # Back from the scores to the product that makes them: Sigmoid, Squeeze, MatMul.
     sigmoid = scores.producer()
     logits = sigmoid.inputs[0] if sigmoid is not None else None
     squeeze = logits.producer() if logits is not None else None
@@ -61,8 +66,10 @@ def _rewrite(graph: ir.Graph, layer: int, scores: ir.Value) -> None:
     if logits is None or squeeze is None or product is None or not is_op(product, "MatMul"):
         raise GraphPassError(
             f"ReduceRouterProductsPass: router {layer}: expected Sigmoid(Squeeze(MatMul(x, w))), found "
-            f"{place(sigmoid) if sigmoid is not None else 'no node'}."
+            f"{place(sigmoid) if sigmoid is not None else 'no node'}.",
+            hint="run the pass right behind RouteLayersPass",
         )
+    # The same weights as one row, multiplied element by element and summed up; the Sigmoid reads the sum.
     stream, weight = product.inputs
     assert stream is not None, "MatMul has two inputs"
     assert weight is not None, "MatMul has two inputs"
@@ -74,6 +81,5 @@ def _rewrite(graph: ir.Graph, layer: int, scores: ir.Value) -> None:
     products = new.add("Mul", stream, row, name=f"{name}.products", dtype=float32, shape=stream.shape)
     total = new.add("ReduceSum", products, axis, name=f"{name}.sum", dtype=float32, shape=logits.shape, keepdims=0)
     graph.insert_before(product, new.nodes)
-    logits.replace_all_uses_with(total)
-    total.name, logits.name = logits.name, f"{logits.name}.squeezed"
+    replace_value(logits, total)
     remove_with_sources(graph, squeeze)

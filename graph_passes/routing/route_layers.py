@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,14 +14,21 @@ from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ROLE_KEY, Dims, TaggedNodes, shared_constant
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.provenance import (
+    ROUTER_ACTIVE,
+    ROUTER_SCORES,
+    Dims,
+    TaggedNodes,
+    role_values,
+    shared_constant,
+)
 
-_RULE_KEY = "dlo.scale"
 _OLDEST_OPSET = 13  # Unsqueeze takes its axes as an input from here on
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RouteLayersPass(ir.passes.InPlacePass):
+class RouteLayersPass(GraphPass):
     """Mask the MLP branch of routed layers: exact, standard ONNX, saves nothing; lowerings make it skip.
 
     Before (x enters the layer, h is the stream after attention, d the MLP branch)::
@@ -37,7 +44,7 @@ class RouteLayersPass(ir.passes.InPlacePass):
         masked = Where(Unsqueeze(active, -1), Mul(Unsqueeze(scale, -1), d), 0)
         y      = Add(h, masked)
 
-    Scope: decoder layers of the main graph. Layers already routed alike are left as they are. Semantics: the DLO
+    Scope: decoder layers of the main graph. Semantics: the DLO
     authors' expanded-attention routing (arXiv 2407.11030): K/V are always written, a skipped token keeps h.
 
     Attributes:
@@ -52,40 +59,42 @@ class RouteLayersPass(ir.passes.InPlacePass):
     scale_factor: float = 2.0
     scale_gap: float = 0.0
 
-    runs_after: ClassVar[tuple[type[ir.passes.PassBase], ...]] = (InjectLayersPass,)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass,)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The rule, and the routers by a digest of their float32 weights."""
+        digests = {
+            str(index): hashlib.sha256(weight.tobytes()).hexdigest()[:16]
+            for index, weight in sorted(self._weights.items())
+        }
+        rule = [self.scale_factor, self.scale_gap] if self.rescale else None
+        return {"routers": digests, "rescale": rule}
+
+    def rewrite(self, model: ir.Model) -> bool:
         """Route every layer of `routers`.
 
         Raises:
-            GraphPassError: With all problems: unknown layers, wrong shapes, layers routed differently already.
+            GraphPassError: With all problems: unknown layers, wrong shapes, layers that are routed already.
         """
-        graph = model.graph
+        graph, weights = model.graph, self._weights
         layers = find_decoder_layers(graph)
-        weights = {index: np.asarray(weight, np.float32).reshape(-1) for index, weight in self.routers.items()}
-        routed = _routed_layers(graph)
-        self._check(graph, layers, weights, routed)
-        waiting = sorted(set(weights) - set(routed))
-        for index in waiting:
-            self._route(graph, layers[index], weights[index])
-        return ir.passes.PassResult(model, modified=bool(waiting))
+        self._refuse(graph, layers, weights)
+        for index, weight in sorted(weights.items()):
+            self._route(graph, layers[index], weight)
+        return True
+
+    @property
+    def _weights(self) -> dict[int, np.ndarray]:
+        return {index: np.asarray(weight, np.float32).reshape(-1) for index, weight in self.routers.items()}
 
     @property
     def _offset(self) -> float:
         return 0.5 * self.scale_factor - 0.5 * self.scale_gap
 
-    @property
-    def _rule(self) -> str:
-        """What the scale depends on, as recorded on the scores node."""
-        return json.dumps([self.scale_factor, self.scale_gap] if self.rescale else None)
-
-    def _check(
-        self,
-        graph: ir.Graph,
-        layers: tuple[DecoderLayer, ...],
-        weights: Mapping[int, np.ndarray],
-        routed: Mapping[int, tuple[np.ndarray, str]],
-    ) -> None:
+    @staticmethod
+    def _refuse(graph: ir.Graph, layers: tuple[DecoderLayer, ...], weights: Mapping[int, np.ndarray]) -> None:
+        routed = role_values(graph, ROUTER_SCORES)
         problems = [] if weights else ["no routers were given"]
         if graph.opset_imports.get("", 0) < _OLDEST_OPSET:
             problems.append(f"the graph uses opset {graph.opset_imports.get('')}, expected {_OLDEST_OPSET} or newer")
@@ -100,10 +109,10 @@ class RouteLayersPass(ir.passes.InPlacePass):
                 problems.append(f"router {index} holds NaN or infinity, expected finite weights")
             if element_type(layer.input) is None or element_type(layer.mlp.stream_operand) is None:
                 problems.append(f"layer {index}: the element type of '{layer.input.name}' is unknown")
-            if layer.mlp.conditional is not None and index not in routed:
+            if layer.mlp.conditional is not None:
                 problems.append(f"layer {index}: {place(layer.mlp.conditional)} skips its MLP branch already")
-            if index in routed and not (np.array_equal(routed[index][0], weight) and routed[index][1] == self._rule):
-                problems.append(f"layer {index} is routed already, with another router or scale")
+            if index in routed:
+                problems.append(f"layer {index} is routed already")
         if problems:
             raise GraphPassError(
                 "RouteLayersPass: " + "; ".join(problems) + ".",
@@ -111,15 +120,18 @@ class RouteLayersPass(ir.passes.InPlacePass):
             )
 
     def _route(self, graph: ir.Graph, layer: DecoderLayer, weight: np.ndarray) -> None:
+        # The router reads the stream that enters the layer, before attention, as the authors' code does.
         add, branch = layer.mlp.add, layer.mlp.branch
         dtype, tokens = element_type(layer.mlp.stream_operand), layer.token_dims
         router, mlp = f"model.routers.{layer.index}", f"model.layers.{layer.index}.mlp"
         decide = TaggedNodes(type(self).__name__, layer.index)
-        scores, active = _add_router(graph, decide, layer, weight, self._rule)
+        scores, active = _add_router(graph, decide, layer, weight)
         scale = self._add_scale(graph, decide, scores, dtype, tokens)
         # The decision comes before the branch it decides about, so that a lowering can gather in front of it.
         graph.insert_before(layer.mlp.nodes[0], decide.nodes)
 
+        # Behind the branch, its result is scaled where the rule scales, and kept where the token is active. The
+        # addition stays what it is and where it is: it closes the block as before.
         mask = TaggedNodes(type(self).__name__, layer.index)
         axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
         masked = branch
@@ -155,7 +167,7 @@ class RouteLayersPass(ir.passes.InPlacePass):
 
 
 def _add_router(
-    graph: ir.Graph, nodes: TaggedNodes, layer: DecoderLayer, weight: np.ndarray, rule: str
+    graph: ir.Graph, nodes: TaggedNodes, layer: DecoderLayer, weight: np.ndarray
 ) -> tuple[ir.Value, ir.Value]:
     """Scores fp32 [batch, sequence] and active bool [batch, sequence], from the layer's input stream."""
     router, tokens, float32 = f"model.routers.{layer.index}", layer.token_dims, ir.DataType.FLOAT
@@ -169,8 +181,7 @@ def _add_router(
     column = nodes.add("MatMul", stream, router_weight, name=f"{router}.logits_column", dtype=float32, shape=shape)
     axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
     logits = nodes.add("Squeeze", column, axis, name=f"{router}.logits", dtype=float32, shape=tokens)
-    scores = nodes.add("Sigmoid", logits, name=f"{router}.scores", dtype=float32, shape=tokens, role="router_scores")
-    nodes.nodes[-1].metadata_props[_RULE_KEY] = rule
+    scores = nodes.add("Sigmoid", logits, name=f"{router}.scores", dtype=float32, shape=tokens, role=ROUTER_SCORES)
     threshold = _constant(graph, "threshold", 0.5)
     active = nodes.add(
         "Greater",
@@ -179,7 +190,7 @@ def _add_router(
         name=f"{router}.active",
         dtype=ir.DataType.BOOL,
         shape=tokens,
-        role="router_active",
+        role=ROUTER_ACTIVE,
     )
     return scores, active
 
@@ -188,15 +199,3 @@ def _constant(graph: ir.Graph, name: str, number: float, dtype: ir.DataType | No
     assert dtype is not None, "checked before routing"
     suffix = "" if dtype == ir.DataType.FLOAT else f"_{dtype.name.lower()}"
     return shared_constant(graph, f"model.routers.{name}{suffix}", np.array(number, dtype.numpy()))
-
-
-def _routed_layers(graph: ir.Graph) -> dict[int, tuple[np.ndarray, str]]:
-    """Router weight and scale rule of the layers this pass has routed before."""
-    routed = {}
-    for node in graph:
-        if node.metadata_props.get(ROLE_KEY) == "router_scores":
-            index = int(node.metadata_props[LAYER_KEY])
-            weight = graph.initializers[f"model.routers.{index}.weight"].const_value
-            assert weight is not None, "RouteLayersPass registers its weights with their tensors"
-            routed[index] = (weight.numpy().reshape(-1), node.metadata_props.get(_RULE_KEY, "null"))
-    return routed

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import collections
-import re
 from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.interface import CACHE_PARTS, parse_past, parse_present, past_name, present_name
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, place
-from dlo_export.graph_passes.find.data_flow import consumed_values, is_op, subgraphs_of
+from dlo_export.graph_passes.find.data_flow import consumed_values, subgraphs_of
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp, Mismatch, match_masked_mlp
-from dlo_export.graph_passes.spec.ops import DOMAIN, SKIP_DOWN, SKIP_GATE_UP
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, role_values
-
-_CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.(key|value)")
+from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_SCORES, closed_branch, role_values
 
 
 def unused_inputs(graph: ir.Graph) -> Iterator[str]:
@@ -35,6 +32,7 @@ def _broken_scope(graph: ir.Graph, outer: frozenset[ir.Value], outer_names: froz
     known = {*outer, *graph.inputs, *graph.initializers.values()}
     own = {*graph.inputs, *graph.initializers.values(), *(output for node in graph for output in node.outputs)}
     names = collections.Counter(value.name for value in own if value.name)
+    # In the order of execution: a value is known from the node that computes it on, an outer one from the start.
     for node in graph:
         consumed = frozenset(consumed_values(node))
         for value in consumed - known:
@@ -71,34 +69,34 @@ def incomplete_cache(graph: ir.Graph) -> Iterator[str]:
     except DecoderLayersNotFound as error:
         yield str(error)
         return
-    for prefix, interface in (("past_key_values", graph.inputs), ("present", graph.outputs)):
-        for part in ("key", "value"):
-            expected = [f"{prefix}.{index}.{part}" for index in range(depth)]
-            matches = [_CACHE.fullmatch(value.name or "") for value in interface]
-            found = [match[0] for match in matches if match is not None and match[3] == part]
+    sides = ((graph.inputs, past_name, parse_past), (graph.outputs, present_name, parse_present))
+    for interface, name_of, parse in sides:
+        for part in CACHE_PARTS:
+            expected = [name_of(index, part) for index in range(depth)]
+            found = [value.name for value in interface if (name := parse(value.name)) is not None and name.part == part]
             if found != expected:
-                yield f"found {found} as the graph's {prefix} {part}s, expected {expected} in this order"
+                yield f"found {found} as the graph's cache {part}s, expected {expected} in this order"
 
 
 def unmasked_routing(graph: ir.Graph) -> Iterator[str]:
     """Layers that have a router but are not in masked form."""
-    routed = role_values(graph, "router_scores")
+    routed = role_values(graph, ROUTER_SCORES)
     for layer in find_decoder_layers(graph):
         match = match_masked_mlp(layer)
         if layer.index in routed and isinstance(match, Mismatch):
             yield match.reason
 
 
-def unlowered_routing(graph: ir.Graph) -> Iterator[str]:
-    """Layers that have a router but still run their MLP for all tokens of every step."""
-    routed = role_values(graph, "router_scores")
+def unlowered_routing(graph: ir.Graph, *, pass_name: str) -> Iterator[str]:
+    """Layers that are masked, or have a router and are not closed by a lowering's pass."""
+    routed = role_values(graph, ROUTER_SCORES)
     for layer in find_decoder_layers(graph):
-        if layer.mlp.conditional is not None:
-            continue
-        if isinstance(match_masked_mlp(layer), MaskedMlp):
+        closing = layer.mlp.add
+        by_pass = closed_branch(closing) is not None and closing.metadata_props.get(PASS_KEY) == pass_name
+        if isinstance(match_masked_mlp(layer), MaskedMlp) and not by_pass:
             yield f"layer {layer.index} is still masked"
-        elif layer.index in routed and not is_op(layer.mlp.add, "ScatterND"):
-            yield f"layer {layer.index} has a router but {place(layer.mlp.add)} adds its MLP branch for all tokens"
+        elif layer.index in routed and not by_pass:
+            yield f"layer {layer.index} has a router, but {place(closing)} that closes it is not of {pass_name}"
 
 
 def eager_branches(graph: ir.Graph) -> Iterator[str]:
@@ -116,21 +114,3 @@ def eager_branches(graph: ir.Graph) -> Iterator[str]:
         for branch in subgraphs_of(conditional):
             for name in branch.initializers:
                 yield f"layer {layer.index}: initializer '{name}' stands inside {place(conditional)}"
-
-
-def unselected_routing(graph: ir.Graph) -> Iterator[str]:
-    """Layers that have a router but no TopK that selects their active tokens."""
-    yield from _routed_without(graph, "TopK", "selects active tokens")
-
-
-def unplugged_routing(graph: ir.Graph) -> Iterator[str]:
-    """Layers that have a router but no plugin that runs their MLP."""
-    yield from _routed_without(graph, SKIP_GATE_UP.name, "computes gate and up", DOMAIN)
-    yield from _routed_without(graph, SKIP_DOWN.name, "computes down", DOMAIN)
-
-
-def _routed_without(graph: ir.Graph, op_type: str, purpose: str, domain: str = "") -> Iterator[str]:
-    found = {node.metadata_props.get(LAYER_KEY) for node in graph if is_op(node, op_type, domain=domain)}
-    for layer in sorted(role_values(graph, "router_scores")):
-        if str(layer) not in found:
-            yield f"layer {layer} has a router but no {op_type} {purpose} for it"

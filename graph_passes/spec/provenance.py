@@ -9,10 +9,16 @@ import numpy as np
 import onnx_ir as ir
 
 PASS_KEY = "dlo.pass"
-ROLE_KEY = "dlo.role"
 LAYER_KEY = "dlo.layer"
+ORIGIN_KEY = "dlo.origin"
+"""Of an injected layer's nodes: which layer they derive from."""
+ROLE_KEY = "dlo.role"
+CLOSES_KEY = "dlo.closes"
+"""Of the node that closes a routed block: the number of its input that carries the branch."""
 
 Role = Literal["router_scores", "router_active"]
+ROUTER_SCORES: Role = "router_scores"
+ROUTER_ACTIVE: Role = "router_active"
 Attribute = int | float | str | Sequence[int]
 Dims = Iterable[int | str | ir.SymbolicDim | None]
 
@@ -29,6 +35,15 @@ def role_values(graph: ir.Graph, role: Role) -> dict[int, ir.Value]:
         for node in graph
         if node.metadata_props.get(ROLE_KEY) == role
     }
+
+
+def closed_branch(node: ir.Node) -> ir.Value | None:
+    """The branch that a node joins with the residual stream, None for a node that closes no routed block.
+
+    The pass that writes such a node tags it, whatever the node is; so a layer is found in the form of any lowering.
+    """
+    number = node.metadata_props.get(CLOSES_KEY)
+    return None if number is None else node.inputs[int(number)]
 
 
 class TaggedNodes:
@@ -56,6 +71,7 @@ class TaggedNodes:
         dtype: ir.DataType | None,
         shape: Dims | None,
         role: Role | None = None,
+        closes: int | None = None,
         domain: str = "",
         **attributes: Attribute,
     ) -> ir.Value:
@@ -68,14 +84,19 @@ class TaggedNodes:
             dtype: Element type of the output, None where unknown.
             shape: Dimensions of the output, None where unknown.
             role: What later passes look the node up by.
+            closes: For the node that closes a routed block, the number of its input that carries the branch.
             domain: Of the op.
             **attributes: Its attributes.
 
         Returns:
             The output.
         """
-        tags = self.tags if role is None else {**self.tags, ROLE_KEY: role}
-        node = ir.node(op_type, inputs, attributes, domain=domain, name=name, metadata_props=dict(tags))
+        tags = dict(self.tags)
+        if role is not None:
+            tags[ROLE_KEY] = role
+        if closes is not None:
+            tags[CLOSES_KEY] = str(closes)
+        node = ir.node(op_type, inputs, attributes, domain=domain, name=name, metadata_props=tags)
         output = node.outputs[0]
         output.name = name
         if dtype is not None:

@@ -17,7 +17,6 @@ from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCache
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
-from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
@@ -25,6 +24,7 @@ from dlo_export.graph_passes.lowerings.lower_skip_to_topk import LowerSkipToTopK
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from tests.graph_passes.injections import injection_pass
 
 FOLDER = Path(__file__).parent / "golden"
 SOURCE = FOLDER / "one_layer_llama.onnxtxt"
@@ -33,7 +33,7 @@ ROUTERS = {0: np.array([0.8, -0.4, 0.3, 0.9], np.float32)}
 _ROUTE = RouteLayersPass(ROUTERS, rescale=True, scale_factor=2.0, scale_gap=0.5)
 # Each golden is what its last pass makes of the graph the passes before it leave.
 GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
-    "inject_layers": (InjectLayersPass((LayerInjection(position=1, source=0, init="zero_out"),)),),
+    "inject_layers": (injection_pass(ir.from_onnx_text(SOURCE.read_text(encoding="utf-8")), [(1, 0)], "zero_out"),),
     "route_layers": (_ROUTE,),
     "lower_skip_to_compaction": (_ROUTE, LowerSkipToCompactionPass()),
     "lower_skip_to_if": (_ROUTE, LowerSkipToIfPass()),

@@ -13,20 +13,23 @@ from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from tests.graph_passes import golden_graphs
 from tests.graph_passes.harness import as_text, check_idempotence
+from tests.graph_passes.injections import injected_weights, injection_pass
 
 
 def _model(depth: int = 1) -> ir.Model:
     """The one-layer Llama, deepened by layers with random weights."""
     model = ir.from_onnx_text(golden_graphs.source_text())
     if depth > 1:
-        InjectLayersPass(tuple(LayerInjection(position, 0, "random") for position in range(1, depth)), 7, 0.5)(model)
+        plan = [(position, 0) for position in range(1, depth)]
+        injection_pass(model, plan, "random", seed=7, initializer_range=0.5)(model)
+        model.metadata_props.clear()
         for node in model.graph:
             node.metadata_props.clear()
     return model
 
 
 def _inject(model: ir.Model, plan: Sequence[tuple[int, int]], init: str = "zero_out") -> InjectLayersPass:
-    pass_ = InjectLayersPass(tuple(LayerInjection(position, source, init) for position, source in plan))
+    pass_ = injection_pass(model, plan, init)
     assert pass_(model).modified
     return pass_
 
@@ -72,24 +75,19 @@ def test_injected_weights_are_lazy_when_pass_has_run() -> None:
 def test_given_weights_are_used_when_they_come_with_the_layer() -> None:
     model = _model()
     (layer,) = find_decoder_layers(model.graph)
-    rng = np.random.default_rng(3)
-    weights = {
-        projection.tensor: rng.standard_normal(projection.weight.const_value.numpy().T.shape).astype(np.float32)
-        for projection in layer.projections.values()
-    }
-    InjectLayersPass((LayerInjection(1, 0, weights=weights),))(model)
+    weights = injected_weights(model, 1, 0, "random", seed=3)
+    assert len(weights) == len(layer.projections)
+    InjectLayersPass((LayerInjection(1, 0, weights),))(model)
     for projection in find_decoder_layers(model.graph)[1].projections.values():
         np.testing.assert_array_equal(projection.weight.const_value.numpy(), weights[projection.tensor].T)
 
 
+WEIGHTS = injected_weights(_model(), 1, 0, "copy")
 REFUSED = {
     "nothing": ([], "no layers were given"),
-    "position": ([LayerInjection(2, 0, "copy")], "position 2 is out of range, expected 0 to 1"),
-    "twice": ([LayerInjection(1, 0, "copy"), LayerInjection(1, 0, "copy")], "position 1 is given twice"),
-    "source": ([LayerInjection(1, 4, "copy")], "layer 1 derives from layer 4, expected 0 to 0"),
-    "init": ([LayerInjection(1, 0, "zeros!")], "layer 1: layer init: found 'zeros!'"),
-    "neither": ([LayerInjection(1, 0)], "layer 1 has neither init and weights"),
-    "both": ([LayerInjection(1, 0, "copy", {})], "layer 1 has both init and weights"),
+    "position": ([LayerInjection(2, 0, WEIGHTS)], "position 2 is out of range, expected 0 to 1"),
+    "twice": ([LayerInjection(1, 0, WEIGHTS), LayerInjection(1, 0, WEIGHTS)], "position 1 is given twice"),
+    "source": ([LayerInjection(1, 4, WEIGHTS)], "layer 1 derives from layer 4, expected 0 to 0"),
     "shape": (
         [LayerInjection(1, 0, weights={"mlp.up_proj.weight": np.zeros((4, 3))})],
         "mlp.up_proj.weight has shape (4, 3), expected (3, 4)",
@@ -115,15 +113,15 @@ def test_injection_refuses_with_the_reason_when_request_is(layers: list[LayerInj
 def test_injection_refuses_when_graph_is_routed_already() -> None:
     model = _model()
     RouteLayersPass(golden_graphs.ROUTERS)(model)
-    with pytest.raises(GraphPassError, match="the graph is routed already"):
-        InjectLayersPass((LayerInjection(1, 0, "copy"),))(model)
+    with pytest.raises(GraphPassError, match="InjectLayersPass: RouteLayersPass ran before, expected after it"):
+        InjectLayersPass((LayerInjection(1, 0, WEIGHTS),))(model)
 
 
 def test_injection_refuses_when_other_layers_were_injected_before() -> None:
     model = _model()
     _inject(model, [(1, 0)])
-    with pytest.raises(GraphPassError, match="layers 1 were injected before"):
-        InjectLayersPass((LayerInjection(1, 0, "copy"),))(model)
+    with pytest.raises(GraphPassError, match="InjectLayersPass: ran on this graph before"):
+        InjectLayersPass((LayerInjection(0, 0, WEIGHTS),))(model)
 
 
 def test_injection_refuses_when_layer_holds_a_subgraph() -> None:
@@ -134,7 +132,7 @@ def test_injection_refuses_when_layer_holds_a_subgraph() -> None:
     )
     model = ir.from_onnx_text(text.replace("float visible = {0}", "float visible = {0}, bool yes = {1}"))
     with pytest.raises(GraphPassError, match=r"If node .* of layer 0 holds a subgraph"):
-        InjectLayersPass((LayerInjection(1, 0, "copy"),))(model)
+        InjectLayersPass((LayerInjection(1, 0, WEIGHTS),))(model)
 
 
 def test_injection_keeps_keys_before_values_when_the_interface_lists_them_so() -> None:

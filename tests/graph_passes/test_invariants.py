@@ -4,18 +4,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.errors import GraphPassError
-from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
-from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
-from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.lowerings.registry import lowering_records
 from dlo_export.graph_passes.spec import graph_checks
-from dlo_export.graph_passes.spec.invariants import STAGES, GraphInvariantError, check_order, check_stage
+from dlo_export.graph_passes.spec.invariants import INJECTED, PLAIN, ROUTED, GraphInvariantError, check_stage
 from tests.graph_passes import golden_graphs
 
-ROUTE = RouteLayersPass(golden_graphs.ROUTERS)
-LOWER = LowerSkipToCompactionPass()
-INJECT = InjectLayersPass((LayerInjection(1, 0, "copy"),))
+LOWERED = {r.stage.name.removeprefix("lowered by "): r.stage for r in lowering_records() if r.make_pass is not None}
+STAGES = {"plain": PLAIN, "injected": INJECTED, "routed": ROUTED, **LOWERED}
 
 
 def _plain() -> ir.Model:
@@ -25,19 +21,21 @@ def _plain() -> ir.Model:
 @pytest.mark.parametrize(
     ("golden", "stages"),
     [
-        ("inject_layers", ("injected", "routed", "lowered", "selected", "plugged")),
+        ("inject_layers", ("injected", "routed", *LOWERED)),
         ("route_layers", ("routed",)),
-        ("lower_skip_to_compaction", ("lowered",)),
-        ("lower_skip_to_if", ("lowered",)),
-        ("fuse_sibling_matmuls", ("injected", "routed", "lowered", "selected", "plugged")),
+        ("lower_skip_to_compaction", ("LowerSkipToCompactionPass",)),
+        ("lower_skip_to_if", ("LowerSkipToIfPass",)),
+        ("lower_skip_to_topk", ("LowerSkipToTopKPass",)),
+        ("lower_skip_to_plugin", ("LowerSkipToPluginPass",)),
+        ("fuse_sibling_matmuls", ("injected", "routed", *LOWERED)),
     ],
 )
 def test_graph_is_legal_only_at_its_stages_when_a_pass_made_it(golden: str, stages: tuple[str, ...]) -> None:
-    for stage in STAGES:
-        if stage in stages:
+    for name, stage in STAGES.items():
+        if name in stages:
             check_stage(golden_graphs.golden_graph(golden), stage)
         else:
-            with pytest.raises(GraphInvariantError, match=f"after stage '{stage}'"):
+            with pytest.raises(GraphInvariantError, match=f"after stage '{stage.name}'"):
                 check_stage(golden_graphs.golden_graph(golden), stage)
 
 
@@ -54,7 +52,7 @@ def test_all_violations_are_reported_when_a_graph_breaks_many() -> None:
     graph.insert_before(graph[0], last)
     last.domain = "dlo"
     with pytest.raises(GraphInvariantError) as error:
-        check_stage(model, "plain")
+        check_stage(model, PLAIN)
     for violation in (
         "graph input 'unread' has no consumer",
         "initializer 'unread_weight' has no consumer",
@@ -71,7 +69,7 @@ def test_foreign_graph_is_blamed_on_its_source_when_it_is_broken_from_the_start(
     model.producer_name = "pytorch"
     model.graph[0].domain = "com.microsoft"
     with pytest.raises(GraphPassError, match="the source graph cannot be used") as error:
-        check_stage(model, "plain")
+        check_stage(model, PLAIN)
     assert "domain" not in str(error.value), "a foreign graph may use its own domains"
 
 
@@ -80,19 +78,7 @@ def test_names_and_branches_are_checked_when_graph_is_legal_otherwise() -> None:
     values = {node.outputs[0].name: node.outputs[0] for node in model.graph}
     values["model.rotary_emb.sin"].name = "model.rotary_emb.cos"
     with pytest.raises(GraphInvariantError, match=r"name 'model\.rotary_emb\.cos' is given to 2 values"):
-        check_stage(model, "plain")
-
-
-def test_order_is_accepted_when_passes_follow_what_they_run_after() -> None:
-    check_order([INJECT, ROUTE, LOWER, ExposeRoutingPass()])
-    check_order([ROUTE])
-
-
-def test_order_violations_are_all_reported_when_list_is_reversed() -> None:
-    with pytest.raises(GraphPassError) as error:
-        check_order([LOWER, ROUTE, INJECT])
-    assert "LowerSkipToCompactionPass stands at 0, before RouteLayersPass at 1" in str(error.value)
-    assert "RouteLayersPass stands at 1, before InjectLayersPass at 2" in str(error.value)
+        check_stage(model, PLAIN)
 
 
 def test_branch_outputs_must_be_computed_inside_their_branch() -> None:

@@ -16,16 +16,18 @@ from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import subgraphs_of
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
+from dlo_export.graph_passes.lowerings.lower_skip_to_if import RECORD, LowerSkipToIfPass
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec import graph_checks
-from dlo_export.graph_passes.spec.invariants import GraphInvariantError, check_order, check_stage
+from dlo_export.graph_passes.spec.invariants import ROUTED, GraphInvariantError, check_stage
+from dlo_export.graph_passes.spec.pass_contract import check_order
 from dlo_export.graph_passes.spec.provenance import role_values
 from tests.graph_passes import golden_graphs
 from tests.graph_passes.graphs import MLP, masked_decoder, tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import Arrays, check_idempotence, check_pass, make_session, run_model
+from tests.graph_passes.injections import injection_pass
 
 ROUTER = np.array([0.7, -0.9], np.float32)
 DECISIONS = {
@@ -137,7 +139,7 @@ def _llama() -> ir.Model:
 
 def _two_layer_llama() -> ir.Model:
     model = _llama()
-    InjectLayersPass((LayerInjection(position=1, source=0, init="random"),))(model)
+    injection_pass(model, [(1, 0)], "random")(model)
     return model
 
 
@@ -168,7 +170,7 @@ def test_lowered_llama_equals_the_masked_one_when_decisions_are(
     RouteLayersPass(routers, **scale)(masked)
     lowered = ir.from_proto(ir.to_proto(masked))
     assert LowerSkipToIfPass()(lowered).modified
-    check_stage(lowered, "lowered")
+    check_stage(lowered, RECORD.stage)
     check_idempotence(lowered, LowerSkipToIfPass())
     free, feeds = run_model(masked, _llama_feeds(masked, batch, sequence)), _llama_feeds(masked, batch, sequence)
     _assert_equal(run_model(lowered, feeds), free)
@@ -247,7 +249,7 @@ def test_fusion_of_siblings_changes_nothing_when_it_runs_before_or_after(minimum
         RouteLayersPass(golden_graphs.ROUTERS)(model)
         for step in steps:
             assert step(model).modified
-        check_stage(model, "lowered")
+        check_stage(model, RECORD.stage)
         outputs = run_model(model, _llama_feeds(model))
         expected = expected or outputs
         _assert_equal(outputs, expected)
@@ -330,17 +332,17 @@ def test_values_inside_branches_are_checked_when_graph_is_legal_otherwise() -> N
 def test_routed_stage_is_refused_when_layer_is_lowered() -> None:
     model = _lowered_llama()
     with pytest.raises(GraphInvariantError, match="was made by LowerSkipToIfPass") as error:
-        check_stage(model, "routed")
+        check_stage(model, ROUTED)
     assert "layer 0: If node 'model.layers.0.mlp.if' skips its MLP branch already" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "pass_", [RouteLayersPass({0: ROUTER}), InjectLayersPass((LayerInjection(1, 0, "copy"),))], ids=["route", "inject"]
+    "pass_", [RouteLayersPass({0: ROUTER}), InjectLayersPass((LayerInjection(1, 0, {}),))], ids=["route", "inject"]
 )
 def test_earlier_passes_are_refused_when_somebody_elses_mask_is_lowered(pass_: ir.passes.PassBase) -> None:
     model = ir.from_onnx_text(masked_decoder())
     LowerSkipToIfPass()(model)
-    with pytest.raises(GraphPassError, match=r"layer 0: If node 'model\.layers\.0\.mlp\.if' skips its MLP branch"):
+    with pytest.raises(GraphPassError, match="LowerSkipToIfPass ran before, expected after it"):
         pass_(model)
 
 

@@ -12,13 +12,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from dlo_export.checkpoints.depth.layer_init import init_tensor
-from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
-from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
+from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import RECORD, LowerSkipToCompactionPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec.invariants import check_stage
+from dlo_export.graph_passes.spec.invariants import INJECTED, ROUTED, check_stage
 from tests.graph_passes.harness import make_session
+from tests.graph_passes.injections import injection_pass
 from tests.graph_passes.numpy_llama import NumpyLlama, Routing
 
 FOLDER = Path(__file__).parent.parent / "data" / "optimum_llama"
@@ -130,8 +130,8 @@ def test_finder_reads_the_weights_when_graph_is_optimums() -> None:
 def test_logits_do_not_change_when_injected_layers_are_zero_out() -> None:
     before = _run(_graph(), LAYERS, [SEQUENCE])["logits"]
     model = _graph()
-    InjectLayersPass(tuple(LayerInjection(position, source, "zero_out") for position, source in PLAN))(model)
-    check_stage(model, "injected")
+    injection_pass(model, PLAN, "zero_out")(model)
+    check_stage(model, INJECTED)
     after = _run(model, LAYERS + len(PLAN), [4, 1, 1, 3])["logits"]
     np.testing.assert_allclose(after[0], before[0], rtol=0, atol=1e-6)
     _assert_equal_where_real(after, before)
@@ -140,7 +140,7 @@ def test_logits_do_not_change_when_injected_layers_are_zero_out() -> None:
 @pytest.mark.parametrize("init", ["copy", "slerp", "random"])
 def test_deepened_graph_equals_the_deepened_checkpoint_when_init_is(init: str) -> None:
     model = _graph()
-    InjectLayersPass(tuple(LayerInjection(position, source, init) for position, source in PLAN))(model)
+    injection_pass(model, PLAN, init)(model)
     depth = LAYERS + len(PLAN)
     expected = _numpy_llama(_deepened(_weights(), init), depth).run(*_tokens()).logits
     for chunks in ([SEQUENCE], [5, 1, 1, 2]):
@@ -160,13 +160,13 @@ def test_injected_and_routed_graph_equals_the_reference_when(lowered: bool, scal
 
     model = _graph()
     passes = [
-        InjectLayersPass(tuple(LayerInjection(position, source, "slerp") for position, source in PLAN)),
+        injection_pass(model, PLAN, "slerp"),
         _route_pass(routing),
         *([LowerSkipToCompactionPass()] if lowered else []),
     ]
     for pass_ in passes:
         assert pass_(model).modified
-    check_stage(model, "lowered" if lowered else "routed")
+    check_stage(model, RECORD.stage if lowered else ROUTED)
     for pass_ in reversed(passes[1:]):
         assert not pass_(model).modified
     ExposeRoutingPass()(model)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from dlo_export.exporter.pipeline import Lowering, build_model
+from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.weight_file import save_weights
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
@@ -35,7 +35,7 @@ class Builds:
         return self.folder / "model.onnx"
 
 
-def routed_builds(model: Path, folder: Path, lowering: Lowering = "compact") -> Builds:
+def routed_builds(model: Path, folder: Path, lowering: str = "compact") -> Builds:
     """Exports a routed checkpoint into a folder, with its parity builds."""
     source = open_source(model, None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def save_plain_graph(model: Path, folder: Path) -> Path:
     return folder / "model.onnx"
 
 
-def _exposed(source: ExportSource, lowering: Lowering, folder: Path, force: bool) -> bytes:
+def _exposed(source: ExportSource, lowering: str, folder: Path, force: bool) -> bytes:
     model = build_model(source, lowering)
     ExposeRoutingPass(force=force)(model)
     save_weights(model, folder / "model.onnx.data", write=False)

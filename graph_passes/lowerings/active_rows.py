@@ -1,0 +1,68 @@
+"""What every lowering that runs the MLP on gathered rows shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.graph_passes.find.data_flow import element_type, is_op
+from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
+from dlo_export.graph_passes.rewriting import remove_with_sources
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
+
+
+def stream_for_all_tokens(masked: MaskedMlp, new: TaggedNodes) -> ir.Value:
+    """The stream operand of the addition, for all tokens.
+
+    Casts between h and the addition that also feed the branch are about to run on rows: they get a copy.
+    """
+    chain: list[ir.Node] = []
+    value = operand = masked.layer.mlp.stream_operand
+    while value is not masked.layer.mlp.stream_in:
+        node = value.producer()
+        assert node is not None, "the operand is the stream behind Cast and Identity"
+        chain.append(node)
+        value = node.inputs[0] or value
+    if not set(chain) & set(masked.nodes):
+        return operand
+    for node in reversed(chain):
+        source = node.outputs[0]
+        to: dict[str, Any] = {"to": node.attributes["to"].as_int()} if is_op(node, "Cast") else {}
+        name = f"{source.name}.all_tokens"
+        value = new.add(node.op_type, value, name=name, dtype=element_type(source), shape=source.shape, **to)
+    return value
+
+
+def scale_rows(graph: ir.Graph, masked: MaskedMlp, new: TaggedNodes, scale: ir.Value, count: str) -> None:
+    """Multiply rows by the scale of their own token.
+
+    Args:
+        graph: Of the layer.
+        masked: The layer, its branch scaled per token.
+        new: Takes the new nodes.
+        scale: Of the rows, [count].
+        count: Name of the number of rows.
+    """
+    assert masked.scaling is not None, "called for scaled branches"
+    router, dtype = f"model.routers.{masked.layer.index}", element_type(scale)
+    axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
+    column = new.add("Unsqueeze", scale, axis, name=f"{router}.scale_row_column", dtype=dtype, shape=(count, 1))
+    position = 1 if masked.scaling.inputs[0] in {output for node in masked.nodes for output in node.outputs} else 0
+    old = masked.scaling.inputs[position]
+    masked.scaling.replace_input_with(position, column)
+    if old is not None and not old.uses() and (producer := old.producer()) is not None:
+        remove_with_sources(graph, producer)
+
+
+def run_on_rows(nodes: Sequence[ir.Node], stream: ir.Value, rows: ir.Value, leading: tuple[int | str, ...]) -> None:
+    """Makes the branch's nodes read rows [*leading, hidden] instead of the stream [batch, sequence, hidden]."""
+    for node in nodes:
+        for position, value in enumerate(node.inputs):
+            if value is stream:
+                node.replace_input_with(position, rows)
+        for output in node.outputs:
+            if output.shape is not None and len(output.shape) == 3:
+                output.shape = ir.Shape((*leading, output.shape[2]))

@@ -1,0 +1,67 @@
+"""What a lowering is to everybody else: one record, written beside its pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.spec.invariants import StageSpec
+
+Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
+ONNXRUNTIME: tuple[Target, ...] = ("onnxruntime-cpu", "onnxruntime-cuda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a graph is made to run: what a lowering's settings and the choice of one depend on.
+
+    Attributes:
+        phase: "prefill" and "decode" where a graph runs one of them only.
+        max_batch: Sequences per step at most.
+        max_sequence: Tokens per sequence and step at most.
+        plugins_at_hand: Whether kernels of the dlo operators can be had.
+    """
+
+    phase: Literal["both", "prefill", "decode"] = "both"
+    max_batch: int = 4
+    max_sequence: int = 512
+    plugins_at_hand: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweringRecord:
+    """One lowering on the targets it serves. A name may have a record per target, never two for one target.
+
+    Attributes:
+        name: What `--lowering` calls it.
+        targets: Which runtimes run its graphs.
+        make_pass: The pass, set for a workload; None where the masked form stays as it is.
+        stage: What is legal in the graph afterwards.
+        skips: What a skipped token saves: nothing, its own part of the MLP ("tokens"), or the whole step's MLP where no
+            token of it is active ("steps").
+        not_capturable: Why a CUDA graph cannot capture its steps; None where it can.
+        reason: Why `auto` chooses it, for reports.
+        suits: Whether `auto` may choose it for a workload.
+        domains: Operator domains besides ONNX's own that its graphs use.
+        tensorrt_layers: TensorRT's types of layers that carry the skip, all of which a routed layer's network has.
+        tensorrt_start: The one of them from which on TensorRT runs lazily; None where no other layer holds the MLP.
+    """
+
+    name: str
+    targets: tuple[Target, ...]
+    make_pass: Callable[[Workload], LoweringPass] | None
+    stage: StageSpec
+    skips: Literal["nothing", "tokens", "steps"]
+    not_capturable: str | None
+    reason: str
+    suits: Callable[[Workload], bool]
+    domains: tuple[str, ...] = ()
+    tensorrt_layers: frozenset[str] = frozenset()
+    tensorrt_start: str | None = None
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can capture its steps."""
+        return self.not_capturable is None

@@ -1,0 +1,41 @@
+"""Take values and nodes out of a graph, with whatever served only them."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Everybody who read `old`, the graph's outputs included, reads `new`, which takes its name.
+
+    `old` keeps its producer until that is removed; until then it has another name, since no two may share one.
+    """
+    name = old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    if name is not None:
+        old.name = f"{name}.replaced"
+        new.name = name
+
+
+def remove_with_sources(graph: ir.Graph, node: ir.Node) -> None:
+    """Remove a node and whatever only served it: the Where, the Unsqueeze of its condition, the zero."""
+    operands = [value for value in node.inputs if value is not None]
+    graph.remove(node, safe=True)
+    for value in operands:
+        source = value.producer()
+        if value.uses() or value.is_graph_output() or value.name is None:
+            continue
+        if value.is_initializer() and not value.is_graph_input():
+            graph.initializers.pop(value.name, None)
+        elif source is not None and not any(output.uses() for output in source.outputs):
+            remove_with_sources(graph, source)
+
+
+def remove_unused(graph: ir.Graph) -> None:
+    """Remove what computes nothing any more: nodes, initializers."""
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
