@@ -26,7 +26,7 @@ from dlo_export.runtimes.artefact.description import (
 )
 from dlo_export.runtimes.artefact.engine_record import GraphInterface, ParityVerdict
 from dlo_export.runtimes.artefact.files import describe_file
-from dlo_export.runtimes.static_cache.interface import TensorSpec
+from dlo_export.runtimes.decoder_interface import TensorSpec
 
 # What decides whether a token is active; implementations in lower precision differ near the threshold.
 ROUTER_RULE = "active iff sigmoid(fp32(x) · w) > 0.5, x being the layer's input residual stream, all in fp32"

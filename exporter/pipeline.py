@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer
 from dlo_export.checkpoints.config import RoutingConfig
+from dlo_export.checkpoints.dtypes import FLOAT16
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
@@ -25,7 +26,7 @@ from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
 from dlo_export.graph_passes.lowerings.record import LoweringRecord, Workload
-from dlo_export.graph_passes.lowerings.registry import find_lowering, suitable_lowerings
+from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_names, suitable_lowerings
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
@@ -267,11 +268,12 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         raise InputError("TensorRT: " + "; ".join(problems), hint="export the checkpoint with other --trt options")
 
 
-def choose_onnxruntime_lowering(choice: str, *, routed: bool, path: Path) -> tuple[str, str]:
+def choose_onnxruntime_lowering(choice: str, dtype: str, *, routed: bool, path: Path) -> tuple[str, str]:
     """The lowering for ONNX Runtime's CPU provider, and why.
 
     Args:
         choice: "auto" or the name of one.
+        dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
         routed: Whether the source has routers.
         path: Of the source, for messages.
 
@@ -285,6 +287,10 @@ def choose_onnxruntime_lowering(choice: str, *, routed: bool, path: Path) -> tup
     if choice != "auto":
         return find_lowering(choice, "onnxruntime-cpu").name, "asked for"
     best, *_ = suitable_lowerings("onnxruntime-cpu", Workload())
+    if dtype == FLOAT16.option and best.cpu_float32_only is not None:
+        skipping = [find_lowering(name, "onnxruntime-cpu") for name in lowering_names("onnxruntime-cpu")]
+        other = next(each for each in skipping if each.skips != "nothing" and each.cpu_float32_only is None)
+        return other.name, f"{best.cpu_float32_only}, which {best.name} needs; {other.reason}"
     return best.name, best.reason
 
 

@@ -8,7 +8,9 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.dtypes import FLOAT16
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import (
     TensorRtOptions,
     build_tensorrt_model,
@@ -23,9 +25,6 @@ from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowe
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
 from dlo_export.plugins.contract import size_problems
 from dlo_export.runtimes.artefact.engine_record import BackendName, EngineRecord, Phase
-
-DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-_SIXTEEN_BIT = {"float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +137,8 @@ def graph_options(engine: EngineRecord) -> TensorRtOptions:
 def _dtype(source: ExportSource, choice: str) -> str:
     if choice != "auto":
         return choice
-    stored = getattr(source.base, "stored_dtype", "")
     # bfloat16 cannot overflow where the checkpoint's own type did not.
-    return _SIXTEEN_BIT.get(stored, "bf16")
+    return "fp16" if source.base.stored_dtype == FLOAT16.name else "bf16"
 
 
 def _planned(
@@ -156,7 +154,8 @@ def _planned(
         options = dataclasses.replace(options, max_sequence=1)
     if source.routing is None:
         check_nothing_asked(lowering, source.base.path)
-        return PlannedEngine(phase, options, "nothing is routed", build_tensorrt_model(source, options, DTYPES[dtype]))
+        model = build_tensorrt_model(source, options, graph_dtype(dtype))
+        return PlannedEngine(phase, options, "nothing is routed", model)
     if lowering != "auto":
         chosen = dataclasses.replace(options, lowering=find_lowering(lowering, "tensorrt").name)
         return PlannedEngine(phase, chosen, "asked for", _built(source, chosen, dtype))
@@ -187,7 +186,7 @@ def _best(
 
 
 def _built(source: ExportSource, options: TensorRtOptions, dtype: str) -> ir.Model:
-    model = build_tensorrt_model(source, options, DTYPES[dtype])
+    model = build_tensorrt_model(source, options, graph_dtype(dtype))
     problems = [
         f"{node.name}: {problem}" for node in model.graph if node.domain == DOMAIN for problem in _size_problems(node)
     ]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.runtimes.artefact.name_ranges import collapse, expand
 from dlo_export.runtimes.artefact.typed_json import Form, Rule
-from dlo_export.runtimes.static_cache.interface import StaticCacheInterface, TensorSpec
+from dlo_export.runtimes.decoder_interface import DecoderInterface, TensorSpec
 
 BackendName = Literal["rtx", "tensorrt"]
 # What described a graph's plugins to the builder: the C++ library, Python twins without kernels (TensorRT-RTX), or
@@ -237,10 +237,10 @@ class EngineRecord(LoweringRecord):
     build: EngineBuild
 
     @functools.cached_property
-    def static_cache(self) -> StaticCacheInterface:
+    def static_cache(self) -> DecoderInterface:
         """The interface as runners read it.
 
         Raises:
             ModelInterfaceError: It is no decoder with a static cache (--trt-cache static).
         """
-        return StaticCacheInterface.of(self.interface.inputs, self.interface.outputs, self.file.name)
+        return DecoderInterface.of(self.interface.inputs, self.interface.outputs, self.file.name, cache="static")

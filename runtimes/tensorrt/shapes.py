@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dlo_export.checkpoints.dtypes import BY_ONNX
 from dlo_export.checkpoints.interface import INPUT_IDS
 from dlo_export.runtimes.artefact.engine_record import EngineRecord, OptimizationProfile, Shape
+from dlo_export.runtimes.decoder_interface import DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelInterfaceError, StepError
-from dlo_export.runtimes.static_cache.interface import StaticCacheInterface, TensorSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def step_shape(spec: TensorSpec, batch: int, sequence: int) -> Shape:
     return tuple(size for size in sizes if size is not None)
 
 
-def plan_buffers(interface: StaticCacheInterface, max_batch: int, max_sequence: int) -> dict[str, Buffer]:
+def plan_buffers(interface: DecoderInterface, max_batch: int, max_sequence: int) -> dict[str, Buffer]:
     """Memory for every input and output, once for all steps.
 
     Args:

@@ -37,7 +37,7 @@ from dlo_export.runtimes.artefact.engine_record import (
     StageCost,
 )
 from dlo_export.runtimes.artefact.files import describe_file
-from dlo_export.runtimes.static_cache.interface import TensorSpec
+from dlo_export.runtimes.decoder_interface import TensorSpec
 from tests.runtimes.static_cache_graphs import HEAD_DIM, KV_HEADS, LAYERS, MAX_CACHE, VOCAB
 
 MAX_BATCH, MAX_SEQUENCE = 4, 16
