@@ -33,9 +33,10 @@ from dlo_export.exporter.tensorrt.engine_record import EngineRecord
 from dlo_export.exporter.tensorrt.engines import build_engine
 from dlo_export.exporter.tensorrt.export import engine_request, save_graphs
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
+from dlo_export.graph_passes.lowerings.registry import skipping_lowerings
 
 BARS = {"seconds": 2.0, "peak_bytes": 1.5, "bytes": 1.15}
-LOWERINGS = ("compact", "if", "plugin")
+LOWERINGS = tuple(record.name for record in skipping_lowerings("tensorrt"))
 TARGETS = ("sm89", "sm120")
 
 

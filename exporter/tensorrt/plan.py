@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.dtypes import BY_NAME, BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.pipeline import (
     TensorRtOptions,
@@ -20,13 +21,17 @@ from dlo_export.exporter.tensorrt.backend import BackendChoice, check_backend, r
 from dlo_export.exporter.tensorrt.engine_request import BackendName
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.record import Workload
-from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowering, suitable_lowerings
+from dlo_export.graph_passes.lowerings.registry import (
+    NOTHING_ROUTED,
+    find_lowering,
+    suitable_lowerings,
+)
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
 from dlo_export.plugins.contract import size_problems
 
 Phase = Literal["both", "prefill", "decode"]
-DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-_SIXTEEN_BIT = {"float16": "fp16", "bfloat16": "bf16"}
+# ONNX's types by the words of --dtype.
+DTYPES = {option: ir.DataType[kind.onnx.upper()] for option, kind in BY_OPTION.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +146,8 @@ def _dtype(source: ExportSource, choice: str) -> str:
         return choice
     stored = getattr(source.base, "stored_dtype", "")
     # bfloat16 cannot overflow where the checkpoint's own type did not.
-    return _SIXTEEN_BIT.get(stored, "bf16")
+    kind = BY_NAME.get(stored)
+    return kind.option if kind is not None and kind.is_sixteen_bit_float and kind.option is not None else "bf16"
 
 
 def _planned(
@@ -193,8 +199,12 @@ def _built(source: ExportSource, options: TensorRtOptions, dtype: str) -> ir.Mod
         f"{node.name}: {problem}" for node in model.graph if node.domain == DOMAIN for problem in _size_problems(node)
     ]
     if problems:
-        raise InputError("; ".join(problems), hint="choose --lowering compact or if")
+        raise InputError("; ".join(problems), hint=f"choose --lowering {' or '.join(_without_plugins())}")
     return model
+
+
+def _without_plugins() -> list[str]:
+    return [record.name for record in skipping_lowerings("tensorrt") if not record.domains]
 
 
 def _size_problems(node: ir.Node) -> list[str]:
