@@ -24,6 +24,7 @@ from dlo_export.graph_passes.lowerings.record import Workload
 from dlo_export.graph_passes.lowerings.registry import (
     NOTHING_ROUTED,
     find_lowering,
+    skipping_lowerings,
     suitable_lowerings,
 )
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
