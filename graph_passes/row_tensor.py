@@ -18,10 +18,12 @@ class RowTensor(ir.LazyTensor, abc.ABC):
         name: Initializer name.
         dtype: Element type of the stored tensor.
         shape: Its dimensions; the first one counts the rows.
+        row_block: Rows that are computed together whether all of them are asked for or not: chunks are whole blocks.
     """
 
-    def __init__(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
+    def __init__(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], *, row_block: int = 1) -> None:
         super().__init__(lambda: ir.Tensor(self.numpy(), dtype=dtype), dtype, ir.Shape(shape), name=name)
+        self.row_block = row_block
 
     @abc.abstractmethod
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -32,8 +34,9 @@ class RowTensor(ir.LazyTensor, abc.ABC):
         return self.rows(0, self._row_count)
 
     def tofile(self, file: BinaryIO) -> None:
-        """Writes the tensor in chunks of at most `CHUNK_BYTES`."""
-        step = max(1, CHUNK_BYTES * self._row_count // max(1, self.nbytes))
+        """Writes the tensor in chunks of at most `CHUNK_BYTES`, or of one block of rows where that is more."""
+        fitting = CHUNK_BYTES * self._row_count // max(1, self.nbytes)
+        step = max(1, fitting // self.row_block) * self.row_block
         for start in range(0, self._row_count, step):
             chunk = self.rows(start, min(start + step, self._row_count))
             file.write(chunk.view(np.uint8).data)  # as bytes: bfloat16 has no buffer format of its own
