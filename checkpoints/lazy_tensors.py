@@ -85,6 +85,6 @@ class ArrayTensor:
         """Nothing to release: the array belongs to whoever made it."""
 
 
-def rows_at_once(tensor: LazyTensor) -> int:
-    """How many rows of a tensor make a chunk of at most `CHUNK_BYTES`; at least one."""
-    return max(1, CHUNK_BYTES * tensor.shape[0] // max(1, tensor.nbytes))
+def rows_at_once(num_rows: int, nbytes: int) -> int:
+    """How many of a tensor's rows make a chunk of at most `CHUNK_BYTES`; at least one."""
+    return max(1, CHUNK_BYTES * num_rows // max(1, nbytes))

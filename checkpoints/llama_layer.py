@@ -1,8 +1,8 @@
 """What a Llama decoder layer consists of: the one table of its weights, and the names they have in checkpoints.
 
-Whoever names a weight of a layer takes it from here: the checks of checkpoints and adapters, the plain graph, the search
-for projections in other people's graphs, GGUF, depth scaling. Another family's layer is another tuple of entries (q/k/v
-biases alone, norms of queries and keys): what reads the table does not change with it.
+Whoever names a weight of a layer takes it from here: the checks of checkpoints and adapters, the plain graph, the
+search for projections in other people's graphs, GGUF, depth scaling. Another family's layer is another tuple of entries
+(q/k/v biases alone, norms of queries and keys): what reads the table does not change with it.
 """
 
 from __future__ import annotations

@@ -41,12 +41,12 @@ class CheckpointWeight(RowTensor):
     def _columns(self, start: int, stop: int) -> np.ndarray:
         """Columns `start:stop` of the source, transposed.
 
-        A few columns of every row touch nearly all pages of a mapped file, so the source is read and released a range of
-        rows at a time.
+        A few columns of every row touch nearly all pages of a mapped file, so the source is read and released a range
+        of rows at a time.
         """
         source = self._source
         columns = np.empty((stop - start, source.shape[0]), self.dtype.numpy())
-        step = rows_at_once(source)
+        step = rows_at_once(source.shape[0], source.nbytes)
         for first in range(0, source.shape[0], step):
             last = min(first + step, source.shape[0])
             part = _part(source, slice(first, last), slice(start, stop))

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
-CHUNK_BYTES = 64 * 2**20
+from dlo_export.checkpoints.lazy_tensors import rows_at_once
 
 
 class RowTensor(ir.LazyTensor, abc.ABC):
@@ -34,9 +34,8 @@ class RowTensor(ir.LazyTensor, abc.ABC):
         return self.rows(0, self._row_count)
 
     def tofile(self, file: BinaryIO) -> None:
-        """Writes the tensor in chunks of at most `CHUNK_BYTES`, or of one block of rows where that is more."""
-        fitting = CHUNK_BYTES * self._row_count // max(1, self.nbytes)
-        step = max(1, fitting // self.row_block) * self.row_block
+        """Writes the tensor in chunks of at most `lazy_tensors.CHUNK_BYTES`, but of at least one block of rows."""
+        step = max(1, rows_at_once(self._row_count, self.nbytes) // self.row_block) * self.row_block
         for start in range(0, self._row_count, step):
             chunk = self.rows(start, min(start + step, self._row_count))
             file.write(chunk.view(np.uint8).data)  # as bytes: bfloat16 has no buffer format of its own

@@ -1,8 +1,8 @@
 """Initial weights of an injected decoder layer, from the original layers around it.
 
 Every init is a function of one tensor at a time, and of the same rows of the tensors around it, so that deepening a
-model never needs more than a few chunks of rows in memory. Sources: DLO (arXiv 2407.11030) for ``random``, ``copy``, ``identity``, ``linear`` and ``slerp``; TLI
-(arXiv 2410.11654) and LLaMA-Pro (arXiv 2401.02415) for ``zero_out``.
+model never needs more than a few chunks of rows in memory. Sources: DLO (arXiv 2407.11030) for ``random``, ``copy``,
+``identity``, ``linear`` and ``slerp``; TLI (arXiv 2410.11654) and LLaMA-Pro (arXiv 2401.02415) for ``zero_out``.
 """
 
 from __future__ import annotations
@@ -156,10 +156,10 @@ class InitialTensor:
             return np.zeros((stop - start, *self.shape[1:]), self.dtype)
         if self._init == "random":
             return self._random_rows(start, stop)
-        source = self._source.rows(start, stop)
         if self._previous is None:
-            return np.array(source, copy=True)
-        return _mixed(self._previous.rows(start, stop), source, self._shares)
+            return np.array(self._source.rows(start, stop), copy=True)
+        shares = self._shares  # before the rows are held: slerp's first reads both tensors through
+        return _mixed(self._previous.rows(start, stop), self._source.rows(start, stop), shares)
 
     def release(self) -> None:
         """Releases the tensors it is computed from."""
@@ -182,7 +182,7 @@ class InitialTensor:
             return np.zeros(shape, self.dtype)
         generator = np.random.default_rng([*self._seed, zlib.crc32(self._role.encode())])
         # One sequence of numbers for the whole tensor, whatever rows are asked for: those before are drawn and dropped.
-        step = rows_at_once(self)
+        step = rows_at_once(self.shape[0], self.nbytes)
         for first in range(0, start, step):
             generator.standard_normal((min(step, start - first), *self.shape[1:]), dtype=np.float32)
         values = generator.standard_normal(shape, dtype=np.float32)
@@ -197,7 +197,7 @@ def slerp_shares(first: LazyTensor, second: LazyTensor, t: float = 0.5) -> tuple
     interpolate too. Where the angle is tiny (|cos| > 0.9995) or undefined (a zero tensor), the shares are linear's.
     """
     squares_a = squares_b = product = 0.0
-    step = rows_at_once(second)
+    step = rows_at_once(second.shape[0], second.nbytes)
     for start in range(0, second.shape[0], step):
         a, b = (_computable(tensor.rows(start, start + step)).reshape(-1) for tensor in (first, second))
         squares_a += float(np.vdot(a, a))

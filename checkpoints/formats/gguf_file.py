@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.mapped_file import MappedFile

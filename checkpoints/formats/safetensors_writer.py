@@ -74,6 +74,6 @@ def _chunks(tensor: LazyTensor) -> Iterator[np.ndarray]:
     if not tensor.shape:  # a scalar has no rows
         yield tensor.numpy()
         return
-    step = rows_at_once(tensor)
+    step = rows_at_once(tensor.shape[0], tensor.nbytes)
     for start in range(0, tensor.shape[0], step):
         yield tensor.rows(start, min(start + step, tensor.shape[0]))

@@ -12,7 +12,6 @@ from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.graph_passes.checkpoint_weight import CheckpointWeight
 from dlo_export.graph_passes.find.projections import Projection
 
-
 WeightSource = np.ndarray | LazyTensor
 
 
@@ -22,7 +21,7 @@ def checkpoint_shape(projection: Projection) -> tuple[int, ...]:
     return shape[::-1] if projection.layout == "in_out" else shape
 
 
-def given_weight(name: str, like: Projection, source: WeightSource) -> CheckpointWeight:
+def given_weight(name: str, like: Projection, source: WeightSource) -> ir.LazyTensor:
     """A weight from outside, in the layout and element type of the projection it stands in for.
 
     Args:
