@@ -95,8 +95,9 @@ def from_json(kind: type[T], values: Any, folder: Path) -> T:
 def _written(kind: Any, value: Any, folder: Path) -> Any:
     kind, _, form = _taken_apart(kind)
     written: Any
+    found: Any = type(value)
     if _is_object(value):
-        written = {name: _written(hint, getattr(value, name), folder) for name, hint in _fields(type(value))}
+        written = {name: _written(hint, getattr(value, name), folder) for name, hint in _fields(found)}
     elif isinstance(value, Path):
         written = Path(os.path.relpath(value, folder)).as_posix()
     elif isinstance(value, Mapping):
