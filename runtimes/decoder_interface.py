@@ -23,8 +23,8 @@ _STEP_INPUTS: dict[CacheKind, tuple[str, ...]] = {
     "static": _REQUIRED_INPUTS["static"],
 }
 _WHAT: dict[CacheKind, str] = {
-    "growing": "is not a decoder with a KV cache",
-    "static": "is no decoder with a static KV cache",
+    "growing": "a decoder with a KV cache",
+    "static": "a decoder with a static KV cache",
 }
 _HINTS: dict[CacheKind, str] = {
     "growing": "expected input_ids, attention_mask, position_ids, past_key_values.{i}.key|value -> logits, "

@@ -144,6 +144,11 @@ def _open(
             f"{name}: ONNX Runtime dropped {provider.name} and would run on {running}",
             hint="the provider's libraries do not load here; ONNX Runtime's log says which",
         )
+    known = session.get_provider_options()[provider.name]
+    if unknown := sorted(provider.options.keys() - known.keys()):
+        raise ModelLoadError(
+            f"{name}: {provider.name} has no options {unknown}", hint=f"it has {', '.join(sorted(known)) or 'none'}"
+        )
     return session
 
 
