@@ -32,10 +32,11 @@ from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.engines import build_engine
 from dlo_export.exporter.tensorrt.export import engine_request, save_graphs
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
+from dlo_export.graph_passes.lowerings.registry import skipping_lowerings
 from dlo_export.runtimes.artefact.engine_record import EngineBuild
 
 BARS = {"seconds": 2.0, "peak_bytes": 1.5, "bytes": 1.15}
-LOWERINGS = ("compact", "if", "plugin")
+LOWERINGS = tuple(record.name for record in skipping_lowerings("tensorrt"))
 TARGETS = ("sm89", "sm120")
 
 

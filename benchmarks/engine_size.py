@@ -23,10 +23,11 @@ from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.engines import build_engine
 from dlo_export.exporter.tensorrt.export import engine_request, save_graphs
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
+from dlo_export.graph_passes.lowerings.registry import skipping_lowerings
 
 LAYERS = 6
 SIZES = ((576, 768), (576, 1536), (576, 6144), (1152, 6144))  # hidden, intermediate
-LOWERINGS = ("compact", "if", "plugin")
+LOWERINGS = tuple(record.name for record in skipping_lowerings("tensorrt"))
 
 
 def engine_bytes(hidden: int, intermediate: int, lowering: str) -> tuple[int, int]:

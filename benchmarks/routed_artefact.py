@@ -10,8 +10,8 @@ import onnxruntime as ort
 
 from benchmarks.onnxruntime_worker import DecoderStep
 from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.pipeline import exposed
 from dlo_export.exporter.progress import Reporter
-from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.runtimes.artefact.description import MODEL_NAME
 
@@ -50,10 +50,8 @@ def active_rate(graph: Path, tokens: np.ndarray, sequence: int) -> float:
         tokens: int64 [1, past + sequence].
         sequence: Tokens of the step.
     """
-    exposed = ir.load(graph)
-    ExposeRoutingPass()(exposed)
     path = graph.with_name(f"{graph.stem}-exposed.onnx")
-    ir.save(exposed, path)
+    ir.save(exposed(ir.load(graph)), path)
     step = DecoderStep(path, tokens, sequence, threads=ort.SessionOptions().intra_op_num_threads)
     step()
     scores = [value for name, value in step.outputs().items() if name.startswith("router_scores.")]

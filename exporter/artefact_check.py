@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_ONNX
-from dlo_export.checkpoints.interface import LOGITS, parse_past
+from dlo_export.checkpoints.interface import parse_past
 from dlo_export.exporter.artifact import interface
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
@@ -64,9 +65,8 @@ def graph_problems(
     """
     found = interface(model.graph)
     yield from _interface_problems(found, record.interface, prefix, path)
-    dtypes = {BY_ONNX[spec.dtype].option for spec in found.outputs if spec.name == LOGITS and spec.dtype in BY_ONNX}
-    if dtypes != {record.dtype}:
-        yield f"{prefix}dtype is {record.dtype}, the logits of {path.name} are {' or '.join(map(str, dtypes))}"
+    if (dtype := _weight_dtype(model)) != record.dtype:
+        yield f"{prefix}dtype is {record.dtype}, most weights of {path.name} are {dtype}"
     layers = {cache.layer for spec in found.inputs if (cache := parse_past(spec.name)) is not None}
     if len(layers) != len(description.layers):
         yield f"layers has {len(description.layers)} entries, {path.name} has {len(layers)} decoder layers"
@@ -79,6 +79,15 @@ def graph_problems(
             f"{prefix}plugin_operators are {list(record.plugin_operators)}, {path.name} has "
             f"{list(plugin_operators(model))}"
         )
+
+
+def _weight_dtype(model: ir.Model) -> str | None:
+    """The type of most of the weights' bytes, as `--dtype` calls it: routers, norms and constants may have others."""
+    sizes: collections.Counter[str | None] = collections.Counter()
+    for value in model.graph.initializers.values():
+        if (tensor := value.const_value) is not None:
+            sizes[BY_ONNX[word].option if (word := tensor.dtype.name.lower()) in BY_ONNX else word] += tensor.nbytes
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def _lowering_problems(

@@ -156,15 +156,16 @@ def _first_runnable(
     Returns:
         The graph, its lowering, and why that one. Where the provider runs none of them, the first.
     """
-    refused = ""
+    refused: list[tuple[ir.Model, str, str]] = []
+    explanation = ""
     for name, reason in lowerings:
         model = build_model(source, name, graph_dtype(dtype))
         gap = why_not_run(model, dtype, CPU)
         if gap is None:
-            return model, name, reason + refused
-        refused += f"; {name} is not possible: {gap}"
-    name, reason = lowerings[0]
-    return build_model(source, name, graph_dtype(dtype)), name, reason
+            return model, name, reason + explanation
+        refused.append((model, name, reason))
+        explanation += f"; {name} is not possible: {gap}"
+    return refused[0]
 
 
 def _export_into(

@@ -1,101 +1,30 @@
-"""The GGUF format: typed metadata, and tensors that are stored as floats or in quantised blocks.
+"""The header of a GGUF file: typed metadata, and where the tensors are.
 
 The header is parsed here because gguf.GGUFReader wraps each of the 100,000 strings of a vocabulary in NumPy arrays
-(1.8 s for SmolLM2, 0.1 s here) and reports a truncated file as an index error; the block formats are the package's.
+(1.8 s for SmolLM2, 0.1 s here) and reports a truncated file as an index error.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
+from gguf.constants import GGMLQuantizationType
 
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.mapped_file import MappedFile
+from dlo_export.checkpoints.formats.gguf_tensor import FLOAT_TYPES, QUANTISED_TYPES, GgufTensor
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
-FLOAT_TYPES: dict[str, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-QUANTISED_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # struct formats of the scalar metadata types, by their numbers in the format.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """A tensor of a GGUF file, dequantised when it is read.
-
-    Attributes:
-        name: Its name in the file or, once renamed, in the checkpoint.
-        shape: Row-major: the reverse of the order in the file.
-        file: Where its bytes are.
-        offset: Of its first byte in the file.
-        stored_type: A key of FLOAT_TYPES or one of QUANTISED_TYPES.
-        row_order: int64 [shape[0]], the stored row of each row, None where they are stored in order.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    file: MappedFile
-    offset: int
-    stored_type: str
-    row_order: np.ndarray | None = field(default=None, compare=False)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """float32 for quantised tensors, else the stored type."""
-        return FLOAT_TYPES.get(self.stored_type, np.dtype(np.float32))
-
-    @property
-    def nbytes(self) -> int:
-        """Size of numpy() in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def stored_nbytes(self) -> int:
-        """Size in the file in bytes."""
-        return prod(self._stored_shape) * self._stored_dtype.itemsize
-
-    def numpy(self) -> np.ndarray:
-        """The whole tensor; a view of the file where it is stored as floats in this order of rows."""
-        return self.rows(0, self.shape[0])
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """numpy()[start:stop], dequantising only these rows."""
-        stored = self.file.array(self.offset, self._stored_dtype, self._stored_shape)
-        selected = stored[start:stop] if self.row_order is None else stored[self.row_order[start:stop]]
-        if self.stored_type in FLOAT_TYPES:
-            return selected
-        return dequantize(selected, GGMLQuantizationType[self.stored_type])
-
-    def release(self) -> None:
-        """Gives the pages of the file back; reading the tensor again is allowed and slow."""
-        self.file.release(self.offset, self.stored_nbytes)
-
-    @property
-    def _stored_dtype(self) -> np.dtype:
-        return FLOAT_TYPES.get(self.stored_type, np.dtype(np.uint8))
-
-    @property
-    def _stored_shape(self) -> tuple[int, ...]:
-        if self.stored_type in FLOAT_TYPES:
-            return self.shape
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.stored_type]]
-        return (*self.shape[:-1], self.shape[-1] // block * block_bytes)
 
 
 @dataclass(frozen=True)
@@ -226,8 +155,8 @@ def _tensors(entries: list[_Entry], data_start: int, file: MappedFile) -> dict[s
     tensors: dict[str, GgufTensor] = {}
     problems: list[str] = []
     for entry in entries:
-        tensor = GgufTensor(entry.name, entry.shape, file, data_start + entry.offset, names[entry.type_number])
-        block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.stored_type]]
+        tensor = GgufTensor(entry.shape, file, data_start + entry.offset, names[entry.type_number])
+        block = tensor.block_columns
         if entry.name in tensors:
             problems.append(f"{entry.name}: duplicated")
         if entry.shape[-1] % block:

@@ -21,7 +21,12 @@ from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.backend import BackendChoice, check_backend, resolve_backend
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.record import Workload
-from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowering, suitable_lowerings
+from dlo_export.graph_passes.lowerings.registry import (
+    NOTHING_ROUTED,
+    find_lowering,
+    skipping_lowerings,
+    suitable_lowerings,
+)
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
 from dlo_export.plugins.contract import size_problems
 from dlo_export.runtimes.artefact.engine_record import BackendName, EngineRecord, Phase
@@ -191,8 +196,12 @@ def _built(source: ExportSource, options: TensorRtOptions, dtype: str) -> ir.Mod
         f"{node.name}: {problem}" for node in model.graph if node.domain == DOMAIN for problem in _size_problems(node)
     ]
     if problems:
-        raise InputError("; ".join(problems), hint="choose --lowering compact or if")
+        raise InputError("; ".join(problems), hint=f"choose --lowering {' or '.join(_without_plugins())}")
     return model
+
+
+def _without_plugins() -> list[str]:
+    return [record.name for record in skipping_lowerings("tensorrt") if not record.domains]
 
 
 def _size_problems(node: ir.Node) -> list[str]:

@@ -81,10 +81,12 @@ def nodes_between(
         The nodes, empty when no target depends on a source.
     """
     # Backwards from the targets to everything behind the first source, then forwards, keeping what a source reaches.
+    waiting = [target.producer() for target in targets if target not in sources]
+    if not waiting:
+        return ()
     producers = [source.producer() for source in sources]
     start = min((order.get(node, -1) if node is not None else -1 for node in producers), default=-1)
     ancestors: set[ir.Node] = set()
-    waiting = [target.producer() for target in targets if target not in sources]
     while waiting:
         node = waiting.pop()
         if node is None or node in ancestors or node in excluded or order.get(node, -1) <= start:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import onnx_ir as ir
 
@@ -104,14 +104,13 @@ class _Walk:
             node for value in pass_through_values(root) for node in value.consumers() if is_op(node, *SHAPE_OPS)
         }
         self.holders = {subgraph: node for node in order for subgraph in subgraphs_of(node)}
-        self.tagged = [node for node in self._all_nodes() if closed_branch(node) is not None]
+        inner = (node for subgraph in self.holders for node in subgraph)
+        tagged = [node for node in (*order, *inner) if closed_branch(node) is not None]
+        self.tagged = sorted(tagged, key=self._position)
 
-    def _all_nodes(self) -> Iterator[ir.Node]:
-        """In topological order, those of a subgraph in front of the node that holds it."""
-        for node in self.order:
-            for subgraph in subgraphs_of(node):
-                yield from subgraph
-            yield node
+    def _position(self, node: ir.Node) -> int:
+        """Of the node, or of the one in whose subgraph it stands."""
+        return self.order[node if node in self.order else self.holders[node.graph]]  # type: ignore[index]
 
     def next_block(self, stream: ir.Value) -> ResidualBlock | None:
         """The block that starts at `stream`; None at the end of the stream."""

@@ -64,6 +64,11 @@ def find_lowering(name: str, target: Target) -> LoweringRecord:
     )
 
 
+def skipping_lowerings(target: Target) -> list[LoweringRecord]:
+    """Those of a target that save work."""
+    return [record for record in lowering_records() if target in record.targets and record.make_pass is not None]
+
+
 def suitable_lowerings(target: Target, workload: Workload) -> list[LoweringRecord]:
     """What `auto` tries for a routed graph, best first."""
     return [record for record in lowering_records() if target in record.targets and record.suits(workload)]

@@ -12,13 +12,15 @@ from typing import Literal
 import onnx.defs
 import onnx_ir as ir
 
+from dlo_export.checkpoints.dtypes import FLOATS
+
 DOMAIN = "dlo"
 VERSION = 1
 # hidden and intermediate must be multiples of this: 8 sixteen-bit elements are the 16 bytes of one vector load, and a
 # kernel that serves every model may assume nothing narrower without loading weights element by element.
 WIDTH_MULTIPLE = 8
 _FUNCTION_OPSET = 23
-_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+_FLOATS = tuple(f"tensor({kind.onnx})" for kind in FLOATS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +140,7 @@ def reference_function(op: PluginOp) -> ir.Function:
         f'<domain: "{DOMAIN}", opset_import: ["" : {_FUNCTION_OPSET}]>\n'
         f"{op.name} <{attributes}> ({inputs}) => ({outputs}) {{{op.body}}}"
     )
-    (function,) = ir.from_onnx_text(text).functions.values()
-    return function
+    return next(iter(ir.from_onnx_text(text).functions.values()))
 
 
 def _schema(op: PluginOp) -> onnx.defs.OpSchema:

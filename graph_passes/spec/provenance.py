@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,11 +21,6 @@ ROUTER_SCORES: Role = "router_scores"
 ROUTER_ACTIVE: Role = "router_active"
 Attribute = int | float | str | Sequence[int]
 Dims = Iterable[int | str | ir.SymbolicDim | None]
-
-
-def made_by(graph: ir.Graph, pass_name: str) -> Iterator[ir.Node]:
-    """Nodes of the main graph that a pass made."""
-    return (node for node in graph if node.metadata_props.get(PASS_KEY) == pass_name)
 
 
 def role_values(graph: ir.Graph, role: Role) -> dict[int, ir.Value]:

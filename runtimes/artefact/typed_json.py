@@ -94,8 +94,10 @@ def from_json(kind: type[T], values: Any, folder: Path) -> T:
 
 def _written(kind: Any, value: Any, folder: Path) -> Any:
     kind, _, form = _taken_apart(kind)
-    if dataclasses.is_dataclass(value):
-        written: Any = {name: _written(hint, getattr(value, name), folder) for name, hint in _fields(type(value))}
+    written: Any
+    found: Any = type(value)
+    if _is_object(value):
+        written = {name: _written(hint, getattr(value, name), folder) for name, hint in _fields(found)}
     elif isinstance(value, Path):
         written = Path(os.path.relpath(value, folder)).as_posix()
     elif isinstance(value, Mapping):
@@ -208,6 +210,10 @@ class _Reader:
 
     def _wrong(self, where: str, text: str) -> None:
         self.problems.append(f"{where or 'the file'} {text}")
+
+
+def _is_object(value: Any) -> bool:
+    return dataclasses.is_dataclass(value)
 
 
 def _is_scalar(kind: Any, value: Any) -> bool:

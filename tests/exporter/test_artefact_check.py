@@ -99,13 +99,13 @@ def _set_engine_dtype(values: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (_set_dtype, "dtype is fp16, the logits of model.onnx are fp32"),
+        (_set_dtype, "dtype is fp16, most weights of model.onnx are fp32"),
         (_drop_layer, "layers has 1 entries, model.onnx has 2 decoder layers"),
         (_move_router, "routing.layers are [1], model.onnx routes [0]"),
         (_rename_lowering, "lowering is if, model.onnx has compact"),
         (_rename_input, "interface.inputs are not those of model.onnx: input_ids differs"),
         (_rename_engine_lowering, "engines[0].lowering is plugin, model.onnx has compact"),
-        (_set_engine_dtype, "engines[0].dtype is fp16, the logits of model.onnx are bf16"),
+        (_set_engine_dtype, "engines[0].dtype is fp16, most weights of model.onnx are bf16"),
     ],
     ids=lambda value: value.__name__.strip("_") if callable(value) else "",
 )

@@ -5,6 +5,8 @@ import pytest
 
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.rewriting import remove_unused
+from dlo_export.graph_passes.spec.invariants import PLAIN, check_stage
 from tests.graph_passes.graphs import MLP, tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import check_idempotence, check_pass
 
@@ -27,6 +29,8 @@ def test_split_gives_the_addition_a_node_of_its_own_when_it_is_fused(bias: str, 
     model = check_pass(text, SplitSkipNormsPass(), BEFORE, after, tiny_feeds())
     (layer,) = find_decoder_layers(model.graph)
     assert layer.mlp.stream_in.name == "h"
+    remove_unused(model.graph)  # the text has constants for routing
+    check_stage(model, PLAIN)
 
 
 def test_split_uses_the_contrib_norm_when_opset_has_none() -> None:
