@@ -81,9 +81,8 @@ def test_foreign_graph_is_inspected_when_nothing_describes_it(tmp_path):
     graph = save_foreign_graph(tmp_path / "foreign", "fp16")
     inspection = inspect_model(graph)
     assert inspection.description is None
-    assert [(row["injected"], row["routed"], row["identity"]) for row in inspection.layers] == [
-        (False, False, False)
-    ] * 3
+    for row in inspection.layers:
+        assert not any(row[mark] for mark in ("injected", "routed", "identity"))
     assert inspection.bytes["attention"] == pytest.approx(3 * ATTENTION * 2, abs=CONSTANTS)
     assert inspection.bytes["routers"] == 0
 
