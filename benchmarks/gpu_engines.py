@@ -27,10 +27,10 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
 from dlo_export.exporter.tensorrt.engines import build_engines
+from dlo_export.runtimes.decoder_interface import DecoderInterface, TensorSpec
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.runner import Runner
 from dlo_export.runtimes.static_cache.batches import StaticCacheLimits
-from dlo_export.runtimes.static_cache.interface import StaticCacheInterface, TensorSpec
 from dlo_export.runtimes.tensorrt.engine_file import EngineFile, ProfileShapes
 from dlo_export.runtimes.tensorrt.runner import TensorRtRunner
 
@@ -110,8 +110,8 @@ def forced_engines(
             version=record.version,
             targets=record.targets,
             profiles=tuple(ProfileShapes(profile.name, profile.shapes) for profile in record.profiles),
-            interface=StaticCacheInterface.of(
-                _specs(model.graph.inputs), _specs(model.graph.outputs), record.file.name
+            interface=DecoderInterface.of(
+                _specs(model.graph.inputs), _specs(model.graph.outputs), record.file.name, cache="static"
             ),
             plugins=record.plugins,
             plugin_library_sha256=record.plugin_library_sha256,

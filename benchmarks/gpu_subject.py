@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Self
 
 from dlo_export.runtimes.parity.compare import OpenRunner
-from dlo_export.runtimes.runner import Decisions, Int64Array, Runner, StepResult
+from dlo_export.runtimes.runner import Runner, StepRequest, StepResult
 from dlo_export.runtimes.static_cache.batches import StaticCacheLimits
 
 Phase = str
@@ -49,8 +47,10 @@ class Subject:
     mlp_share: float = 0.0
 
 
-class RoutedReference:
-    """A `Runner` of two builds of one graph: one decides itself and shows its scores, the other obeys.
+class RoutedReference(Runner):
+    """Of two builds of one graph: one decides itself and shows its scores, the other obeys.
+
+    All steps of one batch get decisions, or none does.
 
     Args:
         free: With scores.
@@ -58,54 +58,24 @@ class RoutedReference:
     """
 
     def __init__(self, free: Runner, forced: Runner) -> None:
-        self._free, self._forced = free, forced
+        super().__init__(free.name, num_layers=free.num_layers, routed_layers=free.routed_layers)
+        self._free_runner, self._forced_runner = free, forced
 
-    @property
-    def name(self) -> str:
-        """See `Runner`."""
-        return self._free.name
+    def _empty_cache(self, batch: int) -> None:
+        self._free_runner.reset(batch)
+        self._forced_runner.reset(batch)
 
-    @property
-    def num_layers(self) -> int:
-        """See `Runner`."""
-        return self._free.num_layers
-
-    @property
-    def routed_layers(self) -> tuple[int, ...]:
-        """See `Runner`."""
-        return self._free.routed_layers
-
-    def reset(self, batch: int) -> None:
-        """See `Runner`; decides until the next one whether decisions are given."""
-        self._free.reset(batch)
-        self._forced.reset(batch)
-
-    def step(
-        self,
-        input_ids: Int64Array,
-        attention_mask: Int64Array,
-        position_ids: Int64Array,
-        *,
-        force_active: Decisions | None = None,
-        last_logits: bool = False,
-        hidden_states: bool = False,
-    ) -> StepResult:
-        """See `Runner`; all steps of one batch get decisions, or none does."""
-        runner = self._free if force_active is None else self._forced
+    def _compute(self, request: StepRequest) -> StepResult:
+        runner = self._free_runner if request.force_active is None else self._forced_runner
         return runner.step(
-            input_ids,
-            attention_mask,
-            position_ids,
-            force_active=force_active,
-            last_logits=last_logits,
-            hidden_states=hidden_states,
+            request.input_ids,
+            request.attention_mask,
+            request.position_ids,
+            force_active=request.force_active,
+            last_logits=request.last_logits,
+            hidden_states=request.hidden_states,
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._free.__exit__(kind, error, trace)
-        self._forced.__exit__(kind, error, trace)
+    def _free(self) -> None:
+        self._free_runner.close()
+        self._forced_runner.close()

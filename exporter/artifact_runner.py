@@ -28,7 +28,7 @@ def open_artifact(
         scores: Give out the routers' scores too, in memory: the released graph does not. False for timing it as it is.
         name: For reports; the folder's name by default.
         threads: Of one operator.
-        allow_spinning: See `OnnxRuntimeRunner`.
+        allow_spinning: Let idle threads spin; False where several runners share a process.
 
     Raises:
         InputError: The folder is no artefact.

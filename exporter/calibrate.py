@@ -18,6 +18,7 @@ from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate, with_routers
 from dlo_export.modeling.calibration.router_calibration import CalibratedRouters, CalibrationSettings, calibrate_routers
@@ -101,16 +102,11 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
     """
     source = open_source(request.model, request.adapter)
     try:
-        if source.kind == "onnx":
-            raise InputError(
-                f"{request.model}: is a graph, routers are fitted to a checkpoint",
-                hint="calibrate the checkpoint with --as-adapter, then export the graph with that adapter",
-            )
+        check_use(source.base, "calibration")
         text = source_text(source, request)
-        assert source.base.config is not None, "a checkpoint has a configuration"
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if not n.startswith("model.routers.")}
-            config = {**source.base.config.raw, **source.config_values(), "is_dlo": False}
+            config = {**source.config_json(), "is_dlo": False}
             model = llama_dlo_from_tensors(config | {"rescale_hidden_states": False}, tensors)
         with reporter.count("routers") as progress:
             fitted = calibrate_routers(model, text.calibration, request.settings, progress=progress)

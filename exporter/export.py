@@ -6,28 +6,30 @@ import dataclasses
 import errno
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.errors import InputError, MachineError
+from dlo_export.checkpoints.dtypes import BY_OPTION
+from dlo_export.checkpoints.errors import DloError, InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.exporter.artifact import MODEL_NAME, WEIGHTS_NAME, describe, save_description
 from dlo_export.exporter.genai_config import genai_config
+from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import build_model, choose_onnxruntime_lowering
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
-from dlo_export.exporter.tensorrt.plan import DTYPES, TensorRtPlan, TensorRtRequest, plan_tensorrt
+from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
 from dlo_export.graph_passes.lowerings.registry import lowering_names
 from dlo_export.runtimes.parity.report import ParityReport
 
-DtypeChoice = Literal["auto", "fp32", "fp16", "bf16"]
+DTYPE_CHOICES = ("auto", *BY_OPTION)
 
 
-class ParityFailedError(Exception):
+class ParityFailedError(DloError):
     """The artefact does not compute what the PyTorch reference computes.
 
     Args:
@@ -38,7 +40,7 @@ class ParityFailedError(Exception):
     exit_code = 1
 
     def __init__(self, report: ParityReport, kept: Path) -> None:
-        super().__init__(f"{report.summary()}\n\nhint: the artefact was kept in {kept} for inspection")
+        super().__init__(report.summary(), hint=f"the artefact was kept in {kept} for inspection")
         self.report = report
         self.kept = kept
 
@@ -51,24 +53,32 @@ class ExportRequest:
         model: Checkpoint folder, `.gguf`, `.onnx`, or hub id in the local cache.
         output: Folder to make.
         adapter: DloAdapter folder.
-        dtype: Of weights, KV cache and logits: of the engines where there are any (model.onnx is fp32 then).
+        dtype: One of DTYPE_CHOICES, of weights, KV cache and logits: of the engines where there are any (model.onnx is
+            fp32 then).
         lowering: "auto", or the name of what routed layers become, in engines where there are any. model.onnx gets
             the same where ONNX Runtime has it, else what "auto" chooses.
         parity: Compare with PyTorch before the artefact appears.
         weights: False leaves `model.onnx.data` out: a graph to look at.
         force: Replace an existing output.
         trt: Build TensorRT engines too; None builds none.
+
+    Raises:
+        InputError: There is no such dtype.
     """
 
     model: str
     output: Path
     adapter: Path | None = None
-    dtype: DtypeChoice = "auto"
+    dtype: str = "auto"
     lowering: str = "auto"
     parity: bool = True
     weights: bool = True
     force: bool = False
     trt: TensorRtRequest | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_CHOICES:
+            raise InputError(f"--dtype {self.dtype}: no such type", hint=f"choose one of {', '.join(DTYPE_CHOICES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +114,13 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
     try:
         plan = _plan_engines(request, source)
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
-        dtype = _resolve_dtype(request.dtype, source) if plan is None else "fp32"
+        dtype = source.base.graph_dtype(request.dtype) if plan is None else "fp32"
         engines_only = plan is not None and request.lowering not in lowering_names("onnxruntime-cpu")
         lowering, reason = choose_onnxruntime_lowering(
-            "auto" if engines_only else request.lowering, routed=source.routing is not None, path=source.base.path
+            "auto" if engines_only else request.lowering,
+            routed=source.routing is not None,
+            path=source.base.path,
+            dtype=dtype,
         )
         with whole_folder(request.output, overwrite=request.force) as folder:
             return _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
@@ -121,17 +134,6 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         source.close()
 
 
-def _resolve_dtype(choice: DtypeChoice, source: ExportSource) -> str:
-    if source.kind == "onnx":
-        if choice not in ("auto", "fp32"):
-            raise InputError(
-                f"{source.base.path}: --dtype {choice} asks for a cast, but a graph keeps its own dtype",
-                hint="export the checkpoint instead, or leave --dtype out",
-            )
-        return "fp32"
-    return "fp32" if choice == "auto" else choice
-
-
 def _export_into(
     folder: Path,
     request: ExportRequest,
@@ -143,7 +145,7 @@ def _export_into(
 ) -> ExportResult:
     lowering, reason = lowering_and_reason
     with reporter.stage("graph"):
-        model = build_model(source, lowering, DTYPES[dtype])
+        model = build_model(source, lowering, graph_dtype(dtype))
     if request.weights:
         check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
     with reporter.bytes("weights") as progress:

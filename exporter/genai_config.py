@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dlo_export.checkpoints import interface as names
 from dlo_export.checkpoints.config import LlamaConfig
 
 
@@ -39,16 +40,16 @@ def genai_config(config: LlamaConfig, num_layers: int) -> dict[str, Any]:
                 "num_key_value_heads": config.num_kv_heads,
                 "num_hidden_layers": num_layers,
                 "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "position_ids": "position_ids",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
+                    "input_ids": names.INPUT_IDS,
+                    "attention_mask": names.ATTENTION_MASK,
+                    "position_ids": names.POSITION_IDS,
+                    "past_key_names": names.past_name("%d", "key"),
+                    "past_value_names": names.past_name("%d", "value"),
                 },
                 "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
+                    "logits": names.LOGITS,
+                    "present_key_names": names.present_name("%d", "key"),
+                    "present_value_names": names.present_name("%d", "value"),
                 },
             },
         },

@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artifact import MODEL_NAME, WEIGHTS_NAME
 from dlo_export.exporter.artifact_runner import exposed_model
+from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import TensorRtOptions, build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import save_weights, weight_places
 from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.runtimes.onnxruntime.providers import CPU
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.parity.cases import parity_cases
@@ -49,21 +52,15 @@ def check_parity(
     Raises:
         InputError: The artefact was made from another source, or by another version.
     """
-    if description["dtype"] == "bf16":
-        return ParityReport.not_run("ONNX Runtime's CPU provider does not implement bfloat16")
-    lowering = find_lowering(description["lowering"], "onnxruntime-cpu")
-    if description["dtype"] == "fp16" and lowering.cpu_float32_only is not None:
-        return ParityReport.not_run(lowering.cpu_float32_only)
-    tensors = source.tensors()
-    if source.base.config is None or not tensors:
-        return ParityReport.not_run("no config.json lies beside the graph, so there is no PyTorch model of it")
+    released = load_graph(folder / MODEL_NAME)
+    if (reason := _why_not_run(source, description["dtype"], released)) is not None:
+        return ParityReport.not_run(reason)
     # Imported here: torch takes seconds, and an export without parity does not need it.
     from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
 
-    released = load_graph(folder / MODEL_NAME)
     rungs = {description["lowering"]: released}
-    if lowering.make_pass is not None:
-        rungs = {"masked": _masked_graph(source, folder, released), **rungs}
+    if find_lowering(description["lowering"], "onnxruntime-cpu").make_pass is not None:
+        rungs = {"masked": _masked_graph(source, folder, released, description["dtype"]), **rungs}
     candidates = [
         _candidate(name, graph, folder, routed=source.routing is not None, released=graph is released)
         for name, graph in rungs.items()
@@ -71,9 +68,10 @@ def check_parity(
     for options in dict.fromkeys(tensorrt):
         twin = tensorrt_twin(source, options, released)
         candidates.append(_twin_candidate(twin, options, folder, routed=source.routing is not None))
-    vocab_size, routed = source.base.config.vocab_size, source.routing is not None
+    config, routed = source.config_json(), source.routing is not None
+    vocab_size = config["vocab_size"]
     rng = np.random.default_rng(_SEED)
-    with open_reference({**source.base.config.raw, **source.config_values()}, tensors) as reference:
+    with open_reference(config, source.tensors()) as reference:
         return compare(
             reference,
             candidates,
@@ -81,6 +79,22 @@ def check_parity(
             dtype=description["dtype"],
             greedy_prompts=[rng.integers(0, vocab_size, tokens).tolist() for tokens in _GREEDY_PROMPTS],
         )
+
+
+def _why_not_run(source: ExportSource, dtype: str, released: ir.Model) -> str | None:
+    """Why there is nothing to compare: no PyTorch model, or a graph that the provider has no kernels for."""
+    if (refusal := source.base.why_not("parity")) is not None:
+        return refusal.reason
+    return CPU.why_not_run(BY_OPTION[dtype], _reductions(released))
+
+
+def _reductions(model: ir.Model) -> set[str]:
+    """Operators with their `reduction`, as providers' gaps name them."""
+    return {
+        f"{node.op_type}({node.attributes['reduction'].as_string()})"
+        for node in model.graph.all_nodes()
+        if "reduction" in node.attributes
+    }
 
 
 def _candidate(name: str, graph: ir.Model, folder: Path, *, routed: bool, released: bool) -> Candidate:
@@ -121,9 +135,9 @@ def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, r
     )
 
 
-def _masked_graph(source: ExportSource, folder: Path, released: ir.Model) -> ir.Model:
+def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, dtype: str) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
-    model = build_model(source, "masked", _dtype(released))
+    model = build_model(source, "masked", graph_dtype(dtype))
     save_weights(model, folder / WEIGHTS_NAME, write=False)
     if weight_places(model) != weight_places(released):
         raise InputError(
@@ -131,9 +145,3 @@ def _masked_graph(source: ExportSource, folder: Path, released: ir.Model) -> ir.
             hint="give the model (and adapter) the artefact was made from, and the version that made it",
         )
     return model
-
-
-def _dtype(model: ir.Model) -> ir.DataType:
-    logits = next(value for value in model.graph.outputs if value.name == "logits")
-    assert logits.dtype is not None
-    return logits.dtype

@@ -1,11 +1,12 @@
-"""The one protocol behind which every runtime executes a decoder."""
+"""What every runtime's runner of a decoder is: one protocol, its checks made once."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,34 @@ BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float32]
 # By routed layer, bool [batch, sequence]: whose MLP runs.
 Decisions = Mapping[int, BoolArray]
+# Whether a step's decisions may come from outside: as it likes, in every step, or in none.
+Forcing = Literal["possible", "required", "impossible"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRequest:
+    """What a step is asked for, checked.
+
+    Attributes:
+        input_ids: int64 [batch, sequence].
+        attention_mask: int64 [batch, past + sequence], 0 at padding.
+        position_ids: int64 [batch, sequence].
+        force_active: Decisions for every routed layer, bool [batch, sequence]; None lets the routers decide.
+        last_logits: Return the last token's logits only.
+        hidden_states: Return the residual stream behind every layer, if the model exposes it.
+    """
+
+    input_ids: Int64Array
+    attention_mask: Int64Array
+    position_ids: Int64Array
+    force_active: Decisions | None = None
+    last_logits: bool = False
+    hidden_states: bool = False
+
+    @property
+    def sequence(self) -> int:
+        """Tokens per sequence."""
+        return int(self.input_ids.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +64,11 @@ class StepResult:
     hidden_states: Mapping[int, FloatArray]
 
 
-class Runner(Protocol):
+class Runner(abc.ABC):
     """A decoder with its KV cache, which lives inside the runner from one `reset` to the next.
 
-    A context manager: leaving it frees the model.
+    A context manager: leaving it frees the model. A runtime says how to empty the cache, compute a checked step, and
+    free the model; everything else is here.
 
     Attributes:
         name: For reports.
@@ -46,18 +76,26 @@ class Runner(Protocol):
         routed_layers: Layers whose routing the model exposes, ascending. A released graph hides its routers.
     """
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def num_layers(self) -> int: ...  # noqa: D102
-
-    @property
-    def routed_layers(self) -> tuple[int, ...]: ...  # noqa: D102
+    def __init__(
+        self, name: str, *, num_layers: int, routed_layers: tuple[int, ...] = (), forcing: Forcing = "possible"
+    ) -> None:
+        self.name = name
+        self.num_layers = num_layers
+        self.routed_layers = routed_layers
+        self._forcing = forcing
+        self._batch: int | None = None
+        self._past = 0
+        self._closed = False
 
     def reset(self, batch: int) -> None:
-        """Empties the cache, for sequences of a new batch."""
-        ...
+        """Empties the cache, for sequences of a new batch.
+
+        Raises:
+            StepError: The runner was closed, or the batch is larger than the model takes.
+        """
+        self._check_open()
+        self._empty_cache(batch)
+        self._batch, self._past = batch, 0
 
     def step(
         self,
@@ -80,82 +118,84 @@ class Runner(Protocol):
             hidden_states: Return the residual stream behind every layer, if the model exposes it.
 
         Raises:
-            StepError: Shapes contradict each other or the cache; decisions are missing, or for layers without router.
+            StepError: The runner was closed or not reset; shapes contradict each other or the cache; decisions are
+                missing, or for layers without router; the step does not fit, or the runtime fails.
         """
-        ...
+        self._check_open()
+        request = StepRequest(input_ids, attention_mask, position_ids, force_active, last_logits, hidden_states)
+        self._check_shapes(request)
+        self._check_forcing(request.force_active)
+        result = self._compute(request)
+        self._past += request.sequence
+        return result
 
-    def __enter__(self) -> Self: ...
+    def close(self) -> None:
+        """Frees the model; arrays handed out stay valid. Once is enough, twice does no harm."""
+        if not self._closed:
+            self._closed = True
+            self._free()
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
+    @abc.abstractmethod
+    def _empty_cache(self, batch: int) -> None:
+        """Starts over with so many sequences; raises StepError, the old cache untouched, where they do not fit."""
 
-def check_step(
-    runner: Runner,
-    batch: int | None,
-    past: int,
-    input_ids: Int64Array,
-    attention_mask: Int64Array,
-    position_ids: Int64Array,
-    force_active: Decisions | None,
-) -> None:
-    """Checks a step's arguments, all of them at once.
+    @abc.abstractmethod
+    def _compute(self, request: StepRequest) -> StepResult:
+        """Runs one step and appends it to the cache, or raises StepError."""
 
-    Args:
-        runner: Which is asked.
-        batch: Of the last `reset`; None before the first.
-        past: Tokens in the cache.
-        input_ids: As `Runner.step`.
-        attention_mask: As `Runner.step`.
-        position_ids: As `Runner.step`.
-        force_active: As `Runner.step`.
+    @abc.abstractmethod
+    def _free(self) -> None:
+        """Drops model and cache; called once."""
 
-    Raises:
-        StepError: As `Runner.step`.
-    """
-    if batch is None:
-        raise StepError(f"{runner.name}: step before reset", hint="call reset(batch) before the first step")
-    problems = []
-    if input_ids.ndim != 2 or input_ids.shape[0] != batch or input_ids.shape[1] == 0:
-        problems.append(f"input_ids has shape {list(input_ids.shape)}, expected [{batch}, sequence >= 1]")
-    else:
-        sequence = input_ids.shape[1]
-        expected = {"attention_mask": (batch, past + sequence), "position_ids": (batch, sequence)}
-        found = {"attention_mask": attention_mask.shape, "position_ids": position_ids.shape}
-        for layer in sorted(force_active or {}):
-            expected[f"force_active[{layer}]"] = (batch, sequence)
-            found[f"force_active[{layer}]"] = (force_active or {})[layer].shape
-        problems += [
-            f"{name} has shape {list(found[name])}, expected {list(shape)}"
-            for name, shape in expected.items()
-            if found[name] != shape
-        ]
-    if force_active is not None and tuple(sorted(force_active)) != runner.routed_layers:
-        problems.append(f"force_active is for layers {sorted(force_active)}, expected {list(runner.routed_layers)}")
-    if problems:
-        raise StepError(f"{runner.name}: {'; '.join(problems)}")
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StepError(f"{self.name}: was asked for a step after the runner was closed", hint="open it again")
 
+    def _check_shapes(self, request: StepRequest) -> None:
+        """Collects everything that is wrong with a step's arguments."""
+        if self._batch is None:
+            raise StepError(f"{self.name}: step before reset", hint="call reset(batch) before the first step")
+        input_ids, force_active = request.input_ids, request.force_active
+        problems = []
+        if input_ids.ndim != 2 or input_ids.shape[0] != self._batch or input_ids.shape[1] == 0:
+            problems.append(f"input_ids has shape {list(input_ids.shape)}, expected [{self._batch}, sequence >= 1]")
+        else:
+            step = (self._batch, request.sequence)
+            given = {
+                "attention_mask": (request.attention_mask, (self._batch, self._past + request.sequence)),
+                "position_ids": (request.position_ids, step),
+                **{f"force_active[{layer}]": (force, step) for layer, force in sorted((force_active or {}).items())},
+            }
+            problems += [
+                f"{name} has shape {list(array.shape)}, expected {list(shape)}"
+                for name, (array, shape) in given.items()
+                if array.shape != shape
+            ]
+        if force_active is not None and tuple(sorted(force_active)) != self.routed_layers:
+            problems.append(f"force_active is for layers {sorted(force_active)}, expected {list(self.routed_layers)}")
+        if problems:
+            raise StepError(
+                f"{self.name}: {'; '.join(problems)}", hint="the mask covers the cached tokens and the step's"
+            )
 
-def check_forcing(name: str, forced_layers: tuple[int, ...], force_active: Decisions | None) -> None:
-    """Checks that decisions come if, and only if, a graph takes them.
-
-    Args:
-        name: Of the runner, for messages.
-        forced_layers: With a `force_active.{l}` input.
-        force_active: As `Runner.step`.
-
-    Raises:
-        StepError: They do not.
-    """
-    if force_active is None and forced_layers:
-        raise StepError(
-            f"{name}: takes its decisions from force_active.{{layer}} inputs and got none, expected layers "
-            f"{list(forced_layers)}",
-            hint="give force_active to every step, or run a graph whose routers decide",
-        )
-    if force_active and not forced_layers:
-        raise StepError(
-            f"{name}: has no force_active.{{layer}} inputs, so decisions cannot be given to it",
-            hint="run a parity build of the graph",
-        )
+    def _check_forcing(self, force_active: Decisions | None) -> None:
+        """Decisions come if, and only if, the model takes them."""
+        if force_active is None and self._forcing == "required":
+            raise StepError(
+                f"{self.name}: takes its decisions from outside and got none, expected layers "
+                f"{list(self.routed_layers)}",
+                hint="give force_active to every step, or run a graph whose routers decide",
+            )
+        if force_active and self._forcing == "impossible":
+            raise StepError(
+                f"{self.name}: has no inputs for decisions, so they cannot be given to it",
+                hint="run a parity build of the graph",
+            )

@@ -14,15 +14,6 @@ from dlo_export.graph_passes.lowerings.registry import lowering_names  # of name
 NAME = "export"
 
 
-class Dtype(StrEnum):
-    """Choices of --dtype."""
-
-    AUTO = "auto"
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
-
 class BackendOption(StrEnum):
     """Choices of --trt-backend."""
 
@@ -44,7 +35,9 @@ def main(
         Path | None, typer.Option("-o", "--output", help="Artefact folder; MODEL's name with -dlo unless given.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="DloAdapter: injected layers and routers.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights, KV cache and logits; auto is fp32 on a CPU.")] = Dtype.AUTO,
+    dtype: Annotated[
+        str, typer.Option(help="Of weights, KV cache and logits: fp32, fp16 or bf16; auto is fp32 on a CPU.")
+    ] = "auto",
     lowering: Annotated[
         str,
         typer.Option(
@@ -104,7 +97,7 @@ def main(
         model=model,
         output=output or Path(f"{Path(model).name.removesuffix('.gguf').removesuffix('.onnx')}-dlo"),
         adapter=adapter,
-        dtype=dtype.value,
+        dtype=dtype,
         lowering=lowering,
         parity=not no_parity,
         weights=not no_weights,

@@ -54,8 +54,8 @@ def main(
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
         )
         text = tokenizer.stream()
-        for (token,) in generation:
-            if token is not None:
+        for tokens in generation:
+            if (token := tokens[0]) is not None:
                 sys.stdout.write(text.add(token))
                 sys.stdout.flush()
         sys.stdout.write(text.finish() + "\n")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +15,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.adapter.adapter import InjectedLayer
+from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
+from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.formats.huggingface_folder import copy_companions
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.exporter.pipeline import prepare_foreign
+from dlo_export.exporter.sources.base_model import Refusal, Use
 from dlo_export.exporter.weight_file import external_tensors
 from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
@@ -28,7 +33,9 @@ from dlo_export.graph_passes.find.projections import Layout
 
 @dataclasses.dataclass(frozen=True)
 class ForeignGraph:
-    """A `.onnx` file whose decoder layers were found.
+    """A `.onnx` file whose decoder layers were found, answering as a `BaseModel`.
+
+    It keeps its dtype, its attention and its cache: what is injected and routed adapts to them.
 
     Attributes:
         path: The file.
@@ -37,6 +44,77 @@ class ForeignGraph:
 
     path: Path
     config: LlamaConfig | None
+
+    @property
+    def kind(self) -> str:  # noqa: D102 - BaseModel's questions, here and below
+        return "onnx"
+
+    @functools.cached_property
+    def stored_dtype(self) -> str:
+        """The type of most of the weights' bytes; KV cache and logits may be of another."""
+        sizes: collections.Counter[str] = collections.Counter()
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype.name] += math.prod(tensor.shape) * tensor.dtype.itemsize
+        return sizes.most_common(1)[0][0]
+
+    @property
+    def injected_layers(self) -> tuple[InjectedLayer, ...]:
+        """None: a graph does not tell how its layers came to be."""
+        return ()
+
+    @property
+    def routing(self) -> RoutingConfig | None:
+        """None: of routers in a graph nothing is known."""
+        return None
+
+    def graph_dtype(self, choice: str) -> str:
+        """Its own.
+
+        Raises:
+            InputError: Another one is asked for, or its weights are of none that this project exports.
+        """
+        own = next((kind.option for kind in FLOATS if kind.name == self.stored_dtype), None)
+        if own is None:
+            raise InputError(
+                f"{self.path}: most of its weights are {self.stored_dtype}, expected "
+                f"{', '.join(kind.name for kind in FLOATS)}",
+                hint="export the checkpoint instead",
+            )
+        if choice not in ("auto", own):
+            raise InputError(
+                f"{self.path}: --dtype {choice} asks for a cast, but a graph keeps its own dtype, {own}",
+                hint="export the checkpoint instead, or leave --dtype out",
+            )
+        return own
+
+    def why_not(self, use: Use) -> Refusal | None:
+        """A graph has its own attention and cache, and may lie without a config.json."""
+        match use:
+            case "export without adapter":
+                return Refusal(
+                    "is an ONNX graph and no adapter was given, so there is nothing to inject or route",
+                    "add --adapter DIR, as `dlo expand --adapter` or `dlo calibrate` write it",
+                )
+            case "calibration":
+                return Refusal(
+                    "is a graph, routers are fitted to a checkpoint",
+                    "calibrate the checkpoint with --as-adapter, then export the graph with that adapter",
+                )
+            case "TensorRT":
+                return Refusal(
+                    "is an ONNX graph, whose attention and cache stay what they are", "export the checkpoint with --trt"
+                )
+            case "parity" if self.config is None:
+                return Refusal(
+                    "no config.json lies beside the graph, so there is no PyTorch model of it",
+                    "put the config.json of the exported model beside the graph",
+                )
+            case _:
+                return None
+
+    def plain_model(self, dtype: ir.DataType) -> ir.Model:
+        """As it was exported: `dtype` is its own already (`graph_dtype`)."""
+        return self.model()
 
     def model(self) -> ir.Model:
         """The graph, its layers findable, its external weights mapped, not read: a new one with every call."""

@@ -15,9 +15,10 @@ from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import BRANCH_ENDS, layer_tensor_name, parse_layer_tensor, router_name
-from dlo_export.checkpoints.opening import Checkpoint, open_checkpoint
-from dlo_export.exporter.plain_graph.llama import plain_graph
-from dlo_export.exporter.sources.foreign_graph import ForeignGraph, open_foreign_graph
+from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.exporter.sources.base_model import BaseModel, check_use
+from dlo_export.exporter.sources.checkpoint_model import CheckpointModel
+from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,45 +26,39 @@ class ExportSource:
     """A base model and what is added to it.
 
     Attributes:
-        base: Checkpoint or foreign graph.
-        kind: "checkpoint", "gguf" or "onnx".
+        base: What everything is added to.
         adapter: Injected layers and routers, where given.
-        routing: From the adapter, else from the checkpoint's configuration; None for a dense model.
+        routing: From the adapter, else from the base model; None for a dense model.
     """
 
-    base: Checkpoint | ForeignGraph
-    kind: str
+    base: BaseModel
     adapter: DloAdapter | None
     routing: RoutingConfig | None
 
     @property
+    def kind(self) -> str:
+        """The base model's, for descriptions."""
+        return self.base.kind
+
+    @property
     def num_layers(self) -> int:
         """Layers of the deepened model."""
-        if self.adapter is not None:
-            return self.adapter.num_layers
-        assert self.base.config is not None, "only a foreign graph lacks a configuration, and it needs an adapter"
-        return self.base.config.num_layers
+        return self.base.num_layers if self.adapter is None else self.adapter.num_layers
 
     @property
     def tensorrt_refusal(self) -> str | None:
         """Why its graph cannot be given TensorRT's interface; None where it can."""
-        if self.kind == "onnx":
-            return f"{self.base.path.name} is an ONNX graph, whose attention and cache stay what they are"
-        return None
+        refusal = self.base.why_not("TensorRT")
+        return None if refusal is None else f"{self.base.path.name} {refusal.reason}"
 
     @property
     def injected_layers(self) -> tuple[InjectedLayer, ...]:
-        """Layers the adapter adds, or that the checkpoint's configuration says were added."""
-        if self.adapter is not None:
-            return self.adapter.injected_layers
-        assert self.base.config is not None
-        return tuple(InjectedLayer(**entry) for entry in self.base.config.raw.get("injected_layers") or ())
+        """Layers the adapter adds, or that the base model says were added."""
+        return self.base.injected_layers if self.adapter is None else self.adapter.injected_layers
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
         """The base model's graph, before any pass: a new one with every call."""
-        if isinstance(self.base, ForeignGraph):
-            return self.base.model()
-        return plain_graph(self.base.config, self.base.tensors, dtype)
+        return self.base.plain_model(dtype)
 
     def routers(self) -> dict[int, np.ndarray]:
         """Router weights by layer, float32 [hidden]."""
@@ -75,8 +70,8 @@ class ExportSource:
         }
 
     def tensors(self) -> dict[str, LazyTensor]:
-        """The deepened model's weights under Hugging Face names; empty where a foreign graph's cannot be told."""
-        if self.adapter is None or not self.base.tensors:
+        """The deepened model's weights under Hugging Face names."""
+        if self.adapter is None:
             return dict(self.base.tensors)
         injected = {layer.position for layer in self.adapter.injected_layers}
         positions = [i for i in range(self.adapter.num_layers) if i not in injected]
@@ -103,11 +98,19 @@ class ExportSource:
             }
         return values
 
+    def config_json(self) -> dict[str, Any]:
+        """The deepened and routed model's config.json, for its PyTorch form.
+
+        Raises:
+            InputError: The base model has none.
+        """
+        check_use(self.base, "parity")
+        assert self.base.config is not None, "or it would have refused"
+        return {**self.base.config.raw, **self.config_values()}
+
     def identity_layers(self) -> tuple[int, ...]:
         """Layers that pass the residual stream through: o_proj and down_proj, and their biases, are all zeros."""
         tensors = self.tensors()
-        if not tensors:
-            return ()
         return tuple(layer for layer in range(self.num_layers) if _is_identity(tensors, layer))
 
     def close(self) -> None:
@@ -127,48 +130,45 @@ def open_source(model: str | Path, adapter_folder: Path | None) -> ExportSource:
         dlo_export.checkpoints.adapter.adapter.AdapterError: The adapter is damaged or does not fit the model.
     """
     adapter = load_adapter(adapter_folder) if adapter_folder is not None else None
-    if Path(model).suffix.lower() == ".onnx":
-        if adapter is None:
-            raise InputError(
-                f"{model}: is an ONNX graph and no adapter was given, so there is nothing to inject or route",
-                hint="add --adapter DIR, as `dlo expand --adapter` or `dlo calibrate` write it",
-            )
-        graph = open_foreign_graph(Path(model))
-        adapter.check_fits(graph.tensor_shapes(), graph.num_layers)
-        return ExportSource(graph, "onnx", adapter, _adapter_routing(adapter))
-    checkpoint = open_checkpoint(model)
-    kind = "gguf" if Path(model).suffix.lower() == ".gguf" else "checkpoint"
+    base = _open_base(model)
     if adapter is None:
-        _refuse_layer_routing(checkpoint.config.routing, checkpoint)
-        return ExportSource(checkpoint, kind, None, checkpoint.config.routing)
-    if checkpoint.config.routing is not None:
+        check_use(base, "export without adapter")
+        _refuse_layer_routing(base.routing, base.path)
+        return ExportSource(base, None, base.routing)
+    if base.routing is not None:
         raise InputError(
-            f"{checkpoint.path}: already has routers, and so may the adapter {adapter_folder}",
+            f"{base.path}: already has routers, and so may the adapter {adapter_folder}",
             hint="an adapter goes on the plain checkpoint it was made from",
         )
-    adapter.check_fits(checkpoint.config.tensor_shapes(), checkpoint.config.num_layers)
-    return ExportSource(checkpoint, kind, adapter, _adapter_routing(adapter))
+    adapter.check_fits(base.tensor_shapes(), base.num_layers)
+    routing = _adapter_routing(adapter)
+    _refuse_layer_routing(routing, adapter_folder)
+    return ExportSource(base, adapter, routing)
+
+
+def _open_base(model: str | Path) -> BaseModel:
+    """The one place that tells the kinds apart, by what stands on the command line."""
+    if Path(model).suffix.lower() == ".onnx":
+        return open_foreign_graph(Path(model))
+    return CheckpointModel(open_checkpoint(model))
 
 
 def _adapter_routing(adapter: DloAdapter) -> RoutingConfig | None:
     if not adapter.routed_layers:
         return None
-    routing = RoutingConfig(
+    return RoutingConfig(
         adapter.routing,
         adapter.routed_layers,
         adapter.rescale_hidden_states,
         adapter.scale_factor,
         adapter.scale_gap,
     )
-    _refuse_layer_routing(routing, None)
-    return routing
 
 
-def _refuse_layer_routing(routing: RoutingConfig | None, checkpoint: Checkpoint | None) -> None:
+def _refuse_layer_routing(routing: RoutingConfig | None, origin: Path | None) -> None:
     if routing is not None and routing.kind == "layer":
         raise InputError(
-            f"{checkpoint.path if checkpoint else 'adapter'}: uses layer routing (model_type llama_dlo), "
-            "this version exports mlp routing (llama_dlo_exattn)",
+            f"{origin}: uses layer routing (model_type llama_dlo), this version exports mlp routing (llama_dlo_exattn)",
             hint="train the routers with the authors' LlamaDLOExAttnForCausalLM, their default",
         )
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.dtypes import BY_NAME, BY_OPTION
+from dlo_export.checkpoints.dtypes import FLOAT16
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import (
     TensorRtOptions,
     build_tensorrt_model,
@@ -31,8 +32,6 @@ from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
 from dlo_export.plugins.contract import size_problems
 
 Phase = Literal["both", "prefill", "decode"]
-# ONNX's types by the words of --dtype.
-DTYPES = {option: ir.DataType[kind.onnx.upper()] for option, kind in BY_OPTION.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +144,8 @@ def graph_options(entry: dict[str, Any]) -> TensorRtOptions:
 def _dtype(source: ExportSource, choice: str) -> str:
     if choice != "auto":
         return choice
-    stored = getattr(source.base, "stored_dtype", "")
     # bfloat16 cannot overflow where the checkpoint's own type did not.
-    kind = BY_NAME.get(stored)
-    return kind.option if kind is not None and kind.is_sixteen_bit_float and kind.option is not None else "bf16"
+    return "fp16" if source.base.stored_dtype == FLOAT16.name else "bf16"
 
 
 def _planned(
@@ -164,7 +161,9 @@ def _planned(
         options = dataclasses.replace(options, max_sequence=1)
     if source.routing is None:
         check_nothing_asked(lowering, source.base.path)
-        return PlannedEngine(phase, options, "nothing is routed", build_tensorrt_model(source, options, DTYPES[dtype]))
+        return PlannedEngine(
+            phase, options, "nothing is routed", build_tensorrt_model(source, options, graph_dtype(dtype))
+        )
     if lowering != "auto":
         chosen = dataclasses.replace(options, lowering=find_lowering(lowering, "tensorrt").name)
         return PlannedEngine(phase, chosen, "asked for", _built(source, chosen, dtype))
@@ -195,7 +194,7 @@ def _best(
 
 
 def _built(source: ExportSource, options: TensorRtOptions, dtype: str) -> ir.Model:
-    model = build_tensorrt_model(source, options, DTYPES[dtype])
+    model = build_tensorrt_model(source, options, graph_dtype(dtype))
     problems = [
         f"{node.name}: {problem}" for node in model.graph if node.domain == DOMAIN for problem in _size_problems(node)
     ]

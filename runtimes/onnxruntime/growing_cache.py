@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -24,7 +23,7 @@ class GrowingCache:
         present_of: State input to the output that continues it.
     """
 
-    def __init__(self, states: Mapping[str, tuple[list[int], Any]], present_of: Mapping[str, str]) -> None:
+    def __init__(self, states: Mapping[str, tuple[tuple[int, ...], np.dtype]], present_of: Mapping[str, str]) -> None:
         self._states = states
         self._present_of = present_of
         self._past = 0

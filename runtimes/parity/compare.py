@@ -131,8 +131,10 @@ class _Comparison:
                 self._free_logits[case.name] = logit_statistics(wanted.logits, found.logits, case.real)
 
     def _compare_cases(self, runner: Runner) -> None:
-        for case, wanted in zip(self._cases, self._traces, strict=True):
-            found = trace_case(runner, case, wanted.decisions)
+        found_traces = [
+            trace_case(runner, case, wanted.decisions) for case, wanted in zip(self._cases, self._traces, strict=True)
+        ]
+        for case, wanted, found in zip(self._cases, self._traces, found_traces, strict=True):
             self.results.append(
                 CaseResult(
                     case=case.name,
@@ -144,7 +146,8 @@ class _Comparison:
                 )
             )
         if self._tokens:
-            self.greedy = self._compare_greedy(wanted, found)  # of the last case
+            # The refed tokens are the last case.
+            self.greedy = self._compare_greedy(self._traces[-1], found_traces[-1])
 
     def _compare_greedy(self, wanted: Trace, found: Trace) -> GreedyResult:
         tokens = np.array(self._tokens)  # all of one length, because no end token stops them

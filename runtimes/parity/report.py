@@ -232,16 +232,18 @@ class ParityReport:
         width = max(len(case.candidate) for case in self.cases)
         lines = [f"parity {self.verdict}  against {self.reference}, {self.dtype}"]
         for candidate in dict.fromkeys(case.candidate for case in self.cases):
-            for case in (case for case in self.cases if case.candidate == candidate):
+            for case in self.cases:
+                if case.candidate != candidate:
+                    continue
                 decisions = f", {len(case.flips)} of {case.decisions} decisions flipped" if case.decisions else ""
                 logits = f"logits within {case.logits.largest_absolute:.1e}"
                 lines += _lines(
                     case.judge(self.tolerance), f"{candidate:<{width}}  {case.case:<31} {logits}{decisions}"
                 )
-            for run in (run for run in self.greedy if run.candidate == candidate):
-                lines += _lines(
-                    run.judge(), f"{candidate:<{width}}  {'greedy tokens':<31} {run.identical} of {run.total} identical"
-                )
+            for run in self.greedy:
+                if run.candidate == candidate:
+                    identical = f"{'greedy tokens':<31} {run.identical} of {run.total} identical"
+                    lines += _lines(run.judge(), f"{candidate:<{width}}  {identical}")
         return "\n".join(lines)
 
 

@@ -65,7 +65,7 @@ def trace_case(runner: Runner, case: Case, decisions: Sequence[Decisions] | None
 
 
 def compare_streams(reference: Runner, candidate: Runner, case: Case, wanted: Trace) -> dict[int, float]:
-    """How far the residual streams are apart, by layer; see `parity_statistics.stream_errors`.
+    """How far the residual streams are apart, by layer, as `stream_errors` measures it.
 
     Args:
         reference: Exposes residual streams.

@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dlo_export.checkpoints import interface as names
 from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.runner import BoolArray, Decisions, Int64Array
 
@@ -60,7 +61,7 @@ class StaticCacheStep:
     @property
     def ragged(self) -> int:
         """Tokens per sequence as the graph sees them, its padding counted."""
-        return int(self.feeds["input_ids"].shape[1])
+        return int(self.feeds[names.INPUT_IDS].shape[1])
 
     def restored(self, values: NDArray[Element]) -> NDArray[Element]:
         """Puts what was computed per token back to where the tokens were.
@@ -104,11 +105,6 @@ class StaticCache:
         self._mask: BoolArray | None = None
 
     @property
-    def batch(self) -> int | None:
-        """Of the last `reset`; None before the first."""
-        return None if self._mask is None else self._mask.shape[0]
-
-    @property
     def past(self) -> int:
         """Tokens per sequence fed since `reset`, padding counted."""
         return 0 if self._mask is None else self._mask.shape[1]
@@ -136,7 +132,7 @@ class StaticCache:
         position_ids: Int64Array,
         force_active: Decisions | None = None,
     ) -> StaticCacheStep:
-        """Converts a step whose shapes were checked (`runner.check_step`); the cache stays as it is.
+        """Converts a step whose shapes `Runner.step` has checked; the cache stays as it is.
 
         Args:
             input_ids: As `Runner.step`.
@@ -148,7 +144,7 @@ class StaticCache:
             StepError: The step does not fit into the profiles or the cache, or the mask hides other cached tokens than
                 when they were fed.
         """
-        assert self._mask is not None, "check_step refuses a step before reset"
+        assert self._mask is not None, "a step comes after a reset"
         mask = attention_mask != 0
         real = mask[:, self.past :]
         counts = real.sum(1, dtype=np.int64)
@@ -157,13 +153,13 @@ class StaticCache:
         self._check(mask, lengths, ragged)
         filled = _filled(counts, ragged)
         feeds: dict[str, Int64Array | BoolArray] = {
-            "input_ids": _moved(input_ids.astype(np.int64), real, filled),
-            "position_ids": _moved(position_ids.astype(np.int64), real, filled),
-            "write_indices": lengths,
-            "kv_lengths": lengths + counts,
+            names.INPUT_IDS: _moved(input_ids.astype(np.int64), real, filled),
+            names.POSITION_IDS: _moved(position_ids.astype(np.int64), real, filled),
+            names.WRITE_INDICES: lengths,
+            names.KV_LENGTHS: lengths + counts,
         }
         for layer, decisions in (force_active or {}).items():
-            feeds[f"force_active.{layer}"] = _moved(decisions.astype(np.bool_), real, filled)
+            feeds[names.force_active_name(layer)] = _moved(decisions.astype(np.bool_), real, filled)
         return StaticCacheStep(feeds, real, counts)
 
     def append(self, step: StaticCacheStep) -> None:

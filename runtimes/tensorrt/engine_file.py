@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dlo_export.checkpoints.files.file_digest import file_sha256
+from dlo_export.runtimes.decoder_interface import DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelLoadError
-from dlo_export.runtimes.static_cache.interface import StaticCacheInterface, TensorSpec
 
 DESCRIPTION = "dlo_artifact.json"
 BACKENDS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # to the Python module
@@ -62,7 +62,7 @@ class EngineFile:
     dtype: str
     max_batch: int
     max_sequence: int
-    interface: StaticCacheInterface
+    interface: DecoderInterface
     plugins: str = "none"
     plugin_library: Path | None = None
     plugin_library_sha256: str | None = None
@@ -160,8 +160,8 @@ def engine_file(folder: Path, record: Mapping[str, Any]) -> EngineFile:
         dtype=record["dtype"],
         max_batch=record["max_batch"],
         max_sequence=record["max_sequence"],
-        interface=StaticCacheInterface.of(
-            _specs(interface.get("inputs", [])), _specs(interface.get("outputs", [])), record["file"]
+        interface=DecoderInterface.of(
+            _specs(interface.get("inputs", [])), _specs(interface.get("outputs", [])), record["file"], cache="static"
         ),
         plugins=record["plugins"],
         plugin_library=folder / plugin_library if plugin_library else None,

@@ -6,17 +6,16 @@ What needs one has not been run on one yet: loading an engine, executing it, cap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
-from dlo_export.runtimes.errors import ModelLoadError, StepError
-from dlo_export.runtimes.runner import Decisions, Int64Array, StepResult, check_forcing, check_step
-from dlo_export.runtimes.static_cache.batches import StaticCache, StaticCacheLimits
-from dlo_export.runtimes.static_cache.results import check_logits, step_result
+from dlo_export.checkpoints import interface as names
+from dlo_export.runtimes.errors import ModelLoadError
+from dlo_export.runtimes.runner import StepRequest
+from dlo_export.runtimes.static_cache.batches import StaticCacheStep
+from dlo_export.runtimes.static_cache.runner import StaticRunner
 from dlo_export.runtimes.tensorrt.backend import Backend
 from dlo_export.runtimes.tensorrt.device import Device
 from dlo_export.runtimes.tensorrt.engine_file import EngineFile, load_engine_files
@@ -24,8 +23,8 @@ from dlo_export.runtimes.tensorrt.execution import Execution
 from dlo_export.runtimes.tensorrt.shapes import choose_profile, profiles_of
 
 
-class TensorRtRunner:
-    """A `Runner` of TensorRT engines with a static KV cache.
+class TensorRtRunner(StaticRunner):
+    """Of TensorRT engines with a static KV cache.
 
     Buffers are allocated once, for the largest profile; the cache is updated in place. Decode steps are captured in a
     CUDA graph where the lowering allows it, and `cuda_graph` says whether they are; a capture that fails warns.
@@ -52,15 +51,13 @@ class TensorRtRunner:
         layer_seconds: dict[str, list[float]] | None = None,
     ) -> None:
         first = _one_model(engines)
-        self._name = name or first.path.name
-        self._interface = first.interface
-        self._profiles = profiles_of(engines)
-        limits = StaticCacheLimits(
-            self._interface.max_cache,
-            max(engine.max_batch for engine in engines),
-            max(engine.max_sequence for engine in engines),
+        super().__init__(
+            name or first.path.name,
+            first.interface,
+            max_batch=max(engine.max_batch for engine in engines),
+            max_sequence=max(engine.max_sequence for engine in engines),
         )
-        self._tokens = StaticCache(self._name, limits)
+        self._profiles = profiles_of(engines)
         backend = Backend(first)
         for engine in engines:
             backend.load_plugins(engine, plugin_library)
@@ -68,9 +65,7 @@ class TensorRtRunner:
         try:
             for engine in engines:
                 backend.check_target(engine, device.target)
-            self._execution: Execution | None = Execution(
-                backend, device, engines, capture=capture, layer_seconds=layer_seconds
-            )
+            self._execution = Execution(backend, device, engines, capture=capture, layer_seconds=layer_seconds)
         except BaseException:
             device.close()
             raise
@@ -106,79 +101,26 @@ class TensorRtRunner:
         )
 
     @property
-    def name(self) -> str:
-        """See `Runner`."""
-        return self._name
-
-    @property
-    def num_layers(self) -> int:
-        """See `Runner`."""
-        return self._interface.num_layers
-
-    @property
-    def routed_layers(self) -> tuple[int, ...]:
-        """See `Runner`."""
-        return self._interface.routed_layers
-
-    @property
     def cuda_graph(self) -> str:
         """Whether decode steps run from a captured graph: "captured", "not captured yet", or why not."""
-        return self._open().cuda_graph
+        self._check_open()
+        return self._execution.cuda_graph
 
-    def reset(self, batch: int) -> None:
-        """See `Runner`.
+    def _zero_slots(self, batch: int) -> None:
+        self._execution.reset()
 
-        Raises:
-            StepError: The batch is larger than the largest profile.
-        """
-        self._tokens.reset(batch)
-        self._open().reset()
-
-    def step(
-        self,
-        input_ids: Int64Array,
-        attention_mask: Int64Array,
-        position_ids: Int64Array,
-        *,
-        force_active: Decisions | None = None,
-        last_logits: bool = False,
-        hidden_states: bool = False,
-    ) -> StepResult:
-        """See `Runner`; what is computed for padding comes back as 0.
-
-        Raises:
-            StepError: As `Runner.step`; or the step does not fit into the cache or a profile, or all logits are asked
-                for of an engine that keeps the last token's; or TensorRT fails.
-        """
-        check_step(self, self._tokens.batch, self._tokens.past, input_ids, attention_mask, position_ids, force_active)
-        check_forcing(self._name, self._interface.forced_layers, force_active)
-        check_logits(self._name, self._interface, input_ids.shape[1], last_logits)
-        step = self._tokens.next_step(input_ids, attention_mask, position_ids, force_active)
-        choice = choose_profile(self._profiles, step.batch, step.ragged, self._name)
-        execution = self._open()
-        execution.run(choice, step.feeds)
-        wanted = [name for name in self._interface.observed if hidden_states or not name.startswith("hidden.")]
-        rows = np.maximum(step.counts - 1, 0).tolist() if last_logits else None
-        outputs = {
-            name: execution.fetch(name, step.batch, step.ragged, rows if name == "logits" else None) for name in wanted
+    def _run(self, step: StaticCacheStep, request: StepRequest) -> Mapping[str, np.ndarray]:
+        choice = choose_profile(self._profiles, step.batch, step.ragged, self.name)
+        self._execution.run(choice, step.feeds)
+        # Of all tokens' logits only the wanted rows leave the device.
+        rows = {names.LOGITS: np.maximum(step.counts - 1, 0).tolist()} if request.last_logits else {}
+        return {
+            key: self._execution.fetch(key, step.batch, step.ragged, rows.get(key))
+            for key in self._interface.observed(hidden_states=request.hidden_states)
         }
-        self._tokens.append(step)
-        return step_result(self._interface, step, outputs, last_logits=last_logits, hidden_states=hidden_states)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._execution is not None:
-            execution, self._execution = self._execution, None
-            execution.close()
-
-    def _open(self) -> Execution:
-        if self._execution is None:
-            raise StepError(f"{self._name}: step after the runner was closed")
-        return self._execution
+    def _free(self) -> None:
+        self._execution.close()
 
 
 def _one_model(engines: Sequence[EngineFile]) -> EngineFile:

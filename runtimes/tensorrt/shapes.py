@@ -6,8 +6,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from dlo_export.runtimes.decoder_interface import DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelInterfaceError, StepError
-from dlo_export.runtimes.static_cache.interface import StaticCacheInterface, TensorSpec
 from dlo_export.runtimes.tensorrt.engine_file import EngineFile, ProfileShapes, Shape
 
 ELEMENT_BYTES = {"float": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
@@ -112,7 +112,7 @@ def step_shape(spec: TensorSpec, batch: int, sequence: int) -> Shape:
     return tuple(size for size in sizes if size is not None)
 
 
-def plan_buffers(interface: StaticCacheInterface, max_batch: int, max_sequence: int) -> dict[str, Buffer]:
+def plan_buffers(interface: DecoderInterface, max_batch: int, max_sequence: int) -> dict[str, Buffer]:
     """Memory for every input and output, once for all steps.
 
     Args:

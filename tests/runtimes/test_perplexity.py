@@ -2,21 +2,24 @@ import numpy as np
 import pytest
 
 from dlo_export.runtimes.perplexity import PerplexityError, measure_perplexity
-from dlo_export.runtimes.runner import StepResult
+from dlo_export.runtimes.runner import Runner, StepResult
 
 
-class UniformRunner:
+class UniformRunner(Runner):
     """Predicts every one of four tokens alike, in exact arithmetic; every second token is active."""
 
-    name, num_layers, routed_layers = "uniform", 1, (0,)
+    def __init__(self):
+        super().__init__("uniform", num_layers=1, routed_layers=(0,))
 
-    def reset(self, batch):
-        self.batch = batch
+    def _empty_cache(self, batch):
+        pass
 
-    def step(self, input_ids, attention_mask, position_ids, **_):
-        assert input_ids.shape == attention_mask.shape == position_ids.shape
-        scores = (position_ids % 2).astype(np.float32)
-        return StepResult(np.zeros((*input_ids.shape, 4), np.float32), {0: scores}, {})
+    def _compute(self, request):
+        scores = (request.position_ids % 2).astype(np.float32)
+        return StepResult(np.zeros((*request.input_ids.shape, 4), np.float32), {0: scores}, {})
+
+    def _free(self):
+        pass
 
 
 def test_perplexity_is_the_number_of_choices_when_all_are_as_likely():

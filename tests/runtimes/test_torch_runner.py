@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,32 +8,18 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.runtimes.errors import ModelLoadError, StepError
-from dlo_export.runtimes.memory import available_memory
-from dlo_export.runtimes.torch.reference import float32_bytes, open_reference, streamed_llama_dlo
+from dlo_export.runtimes.torch.reference import open_reference
 from dlo_export.runtimes.torch.runner import TorchRunner
+from tests.runtimes.authors_model import AUTHORS, ROUTED, config_of, tensors_of
 from tests.runtimes.feeding import feed, joined_logits, joined_scores, reference_samples
-from tests.runtimes.graphs import DATA
 from tests.tiny_models import save_tiny_llama
-
-AUTHORS = DATA / "reference_mlp_routed"
-ROUTED = (0, 1, 3)
-
-
-def _tensors(folder: Path) -> dict[str, ArrayTensor]:
-    return {name: ArrayTensor(array) for name, array in load_file(folder / "model.safetensors").items()}
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config
 
 
 def _runner(kind: str) -> TorchRunner:
     if kind in ("masked", "gathered"):
         return TorchRunner.from_folder(AUTHORS, masked=kind == "masked")
-    return open_reference(_config(AUTHORS), _tensors(AUTHORS), stream=kind == "streamed")
+    return open_reference(config_of(AUTHORS), tensors_of(AUTHORS), stream=kind == "streamed")
 
 
 @pytest.mark.parametrize("kind", ["masked", "gathered", "resident", "streamed"])
@@ -59,42 +43,15 @@ def test_runner_matches_transformers_when_the_model_is_dense(tmp_path: Path) -> 
     with torch.inference_mode():
         model = AutoModelForCausalLM.from_pretrained(folder)
         wanted = model(torch.from_numpy(ids)).logits.numpy()
-    tensors = _tensors(folder)
+    tensors = tensors_of(folder)
     for runner in (
         TorchRunner.from_folder(folder),
-        open_reference(_config(folder), tensors, stream=False),
-        open_reference(_config(folder), tensors, stream=True),
+        open_reference(config_of(folder), tensors, stream=False),
+        open_reference(config_of(folder), tensors, stream=True),
     ):
         with runner:
             assert runner.routed_layers == ()
             np.testing.assert_allclose(joined_logits(feed(runner, [ids], 4)[0]), wanted, atol=1e-5, rtol=0)
-
-
-def test_streamed_model_holds_no_weights_when_it_does_not_run() -> None:
-    model = streamed_llama_dlo(_config(AUTHORS), _tensors(AUTHORS))
-    model(torch.zeros((1, 3), dtype=torch.int64))
-    held = {name for name, parameter in model.named_parameters() if not parameter.is_meta}
-    assert held == {"model.norm.weight", *(f"model.routers.{layer}.weight" for layer in ROUTED)}
-
-
-def test_reference_streams_when_it_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, tensors = _config(AUTHORS), _tensors(AUTHORS)
-    assert open_reference(config, tensors).name == "PyTorch"
-    monkeypatch.setattr("dlo_export.runtimes.torch.reference.available_memory", lambda: float32_bytes(tensors))
-    assert open_reference(config, tensors).name == "PyTorch, layer by layer"
-
-
-def test_available_memory_obeys_the_containers_limit_when_there_is_one(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 4000 kB\nMemAvailable: 3000 kB\n")
-    assert available_memory(meminfo, tmp_path) == 3000 * 1024
-    (tmp_path / "memory.current").write_text("1000000\n")
-    (tmp_path / "memory.stat").write_text("anon 400000\nfile 600000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory(meminfo, tmp_path) == 3000 * 1024
-    (tmp_path / "memory.max").write_text("2000000\n")
-    assert available_memory(meminfo, tmp_path) == 2000000 - 400000
-    assert available_memory(tmp_path / "none", tmp_path) == 2000000 - 400000
 
 
 def test_runner_obeys_decisions_when_they_are_forced(expected: np.lib.npyio.NpzFile) -> None:

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dlo_export.runtimes.generation.generate import Generation, GenerationError, generate
-from dlo_export.runtimes.generation.sampling import Sampler, Sampling, SamplingError, kept_tokens
+from dlo_export.runtimes.generation.sampling import Sampling
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from tests.runtimes.graphs import DATA, Builds
 
@@ -70,37 +70,6 @@ def test_sampled_tokens_repeat_when_the_seed_does(builds: Builds) -> None:
             return generate(runner, PROMPTS, max_new_tokens=8, sampling=sampling).sequences
 
     assert sampled(1) == sampled(1) != sampled(2)
-
-
-def test_kept_tokens_shrink_when_top_k_and_top_p_are_given() -> None:
-    logits = np.log(np.array([0.1, 0.5, 0.05, 0.35], np.float32))
-    tokens, probabilities = kept_tokens(logits, Sampling(temperature=1.0))
-    assert tokens.tolist() == [1, 3, 0, 2]
-    np.testing.assert_allclose(probabilities, [0.5, 0.35, 0.1, 0.05], rtol=1e-5)
-    assert kept_tokens(logits, Sampling(temperature=1.0, top_p=0.51))[0].tolist() == [1, 3]
-    assert kept_tokens(logits, Sampling(temperature=1.0, top_p=0.49))[0].tolist() == [1]
-    tokens, probabilities = kept_tokens(logits, Sampling(temperature=1.0, top_k=3, top_p=0.9))
-    assert tokens.tolist() == [1, 3, 0]
-    np.testing.assert_allclose(probabilities.sum(), 1)
-    flatter = kept_tokens(logits, Sampling(temperature=2.0))[1]
-    np.testing.assert_allclose(flatter[0] / flatter[1], np.sqrt(0.5 / 0.35), rtol=1e-5)
-
-
-def test_sampler_draws_by_probability_when_the_temperature_is_above_zero() -> None:
-    logits = np.log(np.array([[0.7, 0.2, 0.1]], np.float32))
-    sampler = Sampler(Sampling(temperature=1.0), 1)
-    drawn = np.bincount([int(sampler(logits)[0]) for _ in range(2000)], minlength=3) / 2000
-    np.testing.assert_allclose(drawn, [0.7, 0.2, 0.1], atol=0.05)
-    tiny = Sampler(Sampling(temperature=1e-30), 1)
-    assert tiny(logits * 1000).tolist() == [0]
-
-
-@pytest.mark.parametrize(
-    "values", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
-)
-def test_sampling_raises_when_a_value_is_out_of_range(values: dict[str, float]) -> None:
-    with pytest.raises(SamplingError, match=next(iter(values))):
-        Sampling(**values)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("prompts", "tokens"), [([], 1), ([[1], []], 1), ([[1]], 0)])

@@ -1,0 +1,110 @@
+"""What every base model answers, whatever it is stored in: a checkpoint folder, a GGUF file, someone else's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import onnx_ir as ir
+
+from dlo_export.checkpoints.adapter.adapter import InjectedLayer
+from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.lazy_tensors import LazyTensor
+
+# What a base model is wanted for; not every kind serves every use.
+Use = Literal["export without adapter", "calibration", "TensorRT", "parity"]
+
+
+class Refusal(NamedTuple):
+    """Why a base model does not serve a use.
+
+    Attributes:
+        reason: Continues the model's name in a message.
+        hint: What to do instead.
+    """
+
+    reason: str
+    hint: str
+
+
+class BaseModel(Protocol):
+    """A model before anything is injected into it, or routed by an adapter."""
+
+    @property
+    def kind(self) -> str:
+        """For the artefact's description: "checkpoint", "gguf" or "onnx". Nothing is decided by it."""
+
+    @property
+    def path(self) -> Path:
+        """The folder or file."""
+
+    @property
+    def config(self) -> LlamaConfig | None:
+        """Its config.json; None where a graph lies without one, which then has no parity and no genai_config.json."""
+
+    @property
+    def stored_dtype(self) -> str:
+        """The type of most of the weights' bytes, "float32", "float16", "bfloat16", or a GGUF quantisation."""
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+
+    @property
+    def injected_layers(self) -> tuple[InjectedLayer, ...]:
+        """Those of its layers that it says were injected before."""
+
+    @property
+    def routing(self) -> RoutingConfig | None:
+        """Of its own routers; None where it has none."""
+
+    @property
+    def tensors(self) -> Mapping[str, LazyTensor]:
+        """Its weights under Hugging Face names, in Hugging Face orientation."""
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of `tensors`, routers left out."""
+
+    def sha256(self) -> str:
+        """Identity of the weights."""
+
+    def graph_dtype(self, choice: str) -> str:
+        """What `--dtype` comes to in its graph.
+
+        Args:
+            choice: "auto", "fp32", "fp16" or "bf16".
+
+        Returns:
+            "fp32", "fp16" or "bf16".
+
+        Raises:
+            InputError: Its graph cannot have that type.
+        """
+
+    def plain_model(self, dtype: ir.DataType) -> ir.Model:
+        """Its graph before any pass, weights still lazy: a new one with every call.
+
+        Args:
+            dtype: Of weights, KV cache and logits, as `graph_dtype` gave it.
+        """
+
+    def why_not(self, use: Use) -> Refusal | None:
+        """Why it does not serve a use; None where it does."""
+
+    def save_companions(self, folder: Path, config_overrides: Mapping[str, Any] | None = None) -> None:
+        """Writes config.json with the overrides, generation_config.json and the tokenizer, as far as it has them."""
+
+    def close(self) -> None:
+        """Unmaps its files."""
+
+
+def check_use(base: BaseModel, use: Use) -> None:
+    """Refuses a use.
+
+    Raises:
+        InputError: With the model's own reason.
+    """
+    if (refusal := base.why_not(use)) is not None:
+        raise InputError(f"{base.path}: {refusal.reason}", hint=refusal.hint)

@@ -1,0 +1,159 @@
+"""An ONNX Runtime session of a decoder: loaded with our options, on the provider asked for, its errors in our words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import onnxruntime as ort
+
+from dlo_export.checkpoints.dtypes import BFLOAT16
+from dlo_export.runtimes.decoder_interface import CacheKind, DecoderInterface, TensorSpec
+from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
+from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
+from dlo_export.runtimes.runner import FloatArray
+
+
+class SessionArguments(TypedDict, total=False):
+    """How a session runs; what every ONNX Runtime runner takes.
+
+    Attributes:
+        weights_folder: Of a serialized model's external data.
+        threads: Of one operator; None leaves it to ONNX Runtime.
+        allow_spinning: Let idle threads spin, as they do unless told otherwise: faster alone, but several sessions in
+            one process disturb each other.
+        provider: The execution provider, CPU unless given; it must be there, and it is what runs.
+        options: Session options to start from.
+    """
+
+    weights_folder: str | Path | None
+    threads: int | None
+    allow_spinning: bool
+    provider: Provider
+    options: ort.SessionOptions | None
+
+
+class DecoderSession:
+    """An open session.
+
+    Args:
+        model: A .onnx file, or a serialized model.
+        name: Of the model, for messages.
+        cache: What the graph's cache must be.
+        arguments: How it runs.
+
+    Attributes:
+        interface: Its inputs and outputs.
+        provider: What runs it.
+
+    Raises:
+        ModelLoadError: The model is missing, damaged or cannot run here, or the provider is not available.
+        ModelInterfaceError: It is no decoder with such a cache.
+    """
+
+    def __init__(self, model: str | Path | bytes, name: str, cache: CacheKind, arguments: SessionArguments) -> None:
+        self._name = name
+        self.provider = arguments.get("provider", CPU)
+        self._session = _open(model, name, _options(arguments), self.provider)
+        specs = (_specs(self._session.get_inputs()), _specs(self._session.get_outputs()))
+        self.interface = DecoderInterface.of(*specs, name, cache=cache)
+        bfloat16 = [key for key in self.interface.present_of if self.interface.inputs[key].element_type == BFLOAT16]
+        if bfloat16:
+            raise ModelInterfaceError(
+                f"{name}: {bfloat16[0]} is bfloat16, which ONNX Runtime takes from no NumPy array",
+                hint="export the model in fp16 or fp32 for ONNX Runtime",
+            )
+
+    def state_type(self, key: str) -> np.dtype:
+        """Element type of a state input."""
+        kind = self.interface.inputs[key].element_type
+        assert kind is not None, "the interface was checked"
+        return kind.numpy
+
+    def binding(self) -> ort.IOBinding:
+        """An empty binding of inputs and outputs for one run."""
+        return self._session.io_binding()
+
+    def run(self, binding: ort.IOBinding) -> None:
+        """Runs what is bound.
+
+        Raises:
+            StepError: ONNX Runtime failed.
+        """
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
+            raise StepError(
+                f"{self._name}: ONNX Runtime failed: {err}", hint="a kernel refused the step, or memory ran out"
+            ) from err
+
+
+def model_name(model: str | Path | bytes) -> str:
+    """A name for reports."""
+    return "model" if isinstance(model, bytes) else Path(model).name
+
+
+def float32(array: np.ndarray) -> FloatArray:
+    """The same numbers in float32; the array itself where they are."""
+    return array if array.dtype == np.float32 else array.astype(np.float32)
+
+
+def _options(arguments: SessionArguments) -> ort.SessionOptions:
+    options = arguments.get("options") or ort.SessionOptions()
+    options.log_severity_level = 3  # warnings of ONNX Runtime's own passes are not for users
+    if (threads := arguments.get("threads")) is not None:
+        options.intra_op_num_threads = threads
+    spinning = "1" if arguments.get("allow_spinning", True) else "0"
+    options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
+    if (folder := arguments.get("weights_folder")) is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(Path(folder).absolute())
+        )
+    return options
+
+
+def _open(
+    model: str | Path | bytes, name: str, options: ort.SessionOptions, provider: Provider
+) -> ort.InferenceSession:
+    """A session on exactly the given provider (ONNX Runtime adds the CPU behind every other one)."""
+    if provider.name not in ort.get_available_providers():
+        raise ModelLoadError(
+            f"{name}: execution provider {provider.name} is not available, this ONNX Runtime has "
+            f"{ort.get_available_providers()}",
+            hint="install the onnxruntime build that has it, for example onnxruntime-gpu",
+        )
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise ModelLoadError(f"{model}: no such file, expected an ONNX model", hint="give a .onnx file that exists")
+    try:
+        session = ort.InferenceSession(
+            model if isinstance(model, bytes) else str(model),
+            options,
+            providers=[provider.name],
+            provider_options=[dict(provider.options)],
+        )
+    except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
+        raise ModelLoadError(
+            f"{name}: ONNX Runtime {ort.__version__} cannot load it: {err}",
+            hint="the file is damaged, its external data is missing, or it needs another ONNX Runtime",
+        ) from err
+    # A provider that fails to start is dropped silently, and the CPU takes over.
+    if (running := session.get_providers()[0]) != provider.name:
+        raise ModelLoadError(
+            f"{name}: ONNX Runtime dropped {provider.name} and would run on {running}",
+            hint="the provider's libraries do not load here; ONNX Runtime's log says which",
+        )
+    known = session.get_provider_options()[provider.name]
+    if unknown := sorted(provider.options.keys() - known.keys()):
+        raise ModelLoadError(
+            f"{name}: {provider.name} has no options {unknown}", hint=f"it has {', '.join(sorted(known)) or 'none'}"
+        )
+    return session
+
+
+def _specs(arguments: Sequence[ort.NodeArg]) -> list[TensorSpec]:
+    return [
+        TensorSpec(argument.name, argument.type.removeprefix("tensor(").removesuffix(")"), tuple(argument.shape))
+        for argument in arguments
+    ]

@@ -1,0 +1,86 @@
+"""What runners of graphs with a static KV cache share, whatever runs the graph."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+
+import numpy as np
+
+from dlo_export.checkpoints import interface as names
+from dlo_export.runtimes.decoder_interface import DecoderInterface
+from dlo_export.runtimes.errors import StepError
+from dlo_export.runtimes.runner import Runner, StepRequest, StepResult
+from dlo_export.runtimes.static_cache.batches import StaticCache, StaticCacheLimits, StaticCacheStep
+
+
+class StaticRunner(Runner):
+    """A runner whose cache has a fixed number of slots; what is computed for padding comes back as 0.
+
+    Beside what every runner refuses, a step must fit into the cache and the limits, and a graph that keeps the last
+    token's logits is not asked for others.
+
+    Args:
+        name: For reports.
+        interface: Of the graph or engine.
+        max_batch: Refuse larger batches, as an engine's profiles do; None takes any.
+        max_sequence: Refuse longer steps, likewise.
+    """
+
+    def __init__(
+        self, name: str, interface: DecoderInterface, *, max_batch: int | None = None, max_sequence: int | None = None
+    ) -> None:
+        super().__init__(
+            name,
+            num_layers=interface.num_layers,
+            routed_layers=interface.routed_layers,
+            forcing=interface.forcing,
+        )
+        self._interface = interface
+        self._tokens = StaticCache(name, StaticCacheLimits(interface.max_cache, max_batch, max_sequence))
+
+    @property
+    def max_cache(self) -> int:
+        """Slots for tokens in the cache, per sequence."""
+        return self._interface.max_cache
+
+    @abc.abstractmethod
+    def _zero_slots(self, batch: int) -> None:
+        """Zeroes the cache: masked slots must still be numbers."""
+
+    @abc.abstractmethod
+    def _run(self, step: StaticCacheStep, request: StepRequest) -> Mapping[str, np.ndarray]:
+        """Runs a step on the cache, in place.
+
+        Args:
+            step: What to feed.
+            request: What it was made of.
+
+        Returns:
+            `interface.observed` of the request, float32.
+        """
+
+    def _empty_cache(self, batch: int) -> None:
+        self._tokens.reset(batch)
+        self._zero_slots(batch)
+
+    def _compute(self, request: StepRequest) -> StepResult:
+        if self._interface.last_logits and not request.last_logits and request.sequence > 1:
+            raise StepError(
+                f"{self.name}: computes the last token's logits only, and those of all {request.sequence} tokens were "
+                "asked for",
+                hint="ask for last_logits, or export without --trt-last-logits",
+            )
+        step = self._tokens.next_step(
+            request.input_ids, request.attention_mask, request.position_ids, request.force_active
+        )
+        outputs = self._run(step, request)
+        self._tokens.append(step)
+        logits = outputs[names.LOGITS]
+        last = request.last_logits or logits.shape[1] != step.ragged
+        hidden = self._interface.hidden_layers if request.hidden_states else ()
+        return StepResult(
+            step.last(logits) if last else step.restored(logits),
+            {i: step.restored(outputs[names.router_scores_name(i)]) for i in self._interface.scored_layers},
+            {i: step.restored(outputs[names.hidden_name(i)]) for i in hidden},
+        )
