@@ -29,11 +29,11 @@ from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
-from dlo_export.exporter.tensorrt.engine_record import EngineRecord
 from dlo_export.exporter.tensorrt.engines import build_engine
 from dlo_export.exporter.tensorrt.export import engine_request, save_graphs
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
 from dlo_export.graph_passes.lowerings.registry import skipping_lowerings
+from dlo_export.runtimes.artefact.engine_record import EngineBuild
 
 BARS = {"seconds": 2.0, "peak_bytes": 1.5, "bytes": 1.15}
 LOWERINGS = tuple(record.name for record in skipping_lowerings("tensorrt"))
@@ -57,7 +57,7 @@ def save_adapters(folder: Path) -> dict[str, Path]:
     return {"dense": folder / "dense", "routed": folder / "routed"}
 
 
-def build(adapter: Path, lowering: str, dtype: str, folder: Path, phases: slice = slice(None)) -> EngineRecord:
+def build(adapter: Path, lowering: str, dtype: str, folder: Path, phases: slice = slice(None)) -> EngineBuild:
     """Builds one engine anew and removes it again.
 
     Args:
@@ -78,7 +78,7 @@ def build(adapter: Path, lowering: str, dtype: str, folder: Path, phases: slice 
         return build_engine(dataclasses.replace(asked, profiles=asked.profiles[phases], use_cache=False), Reporter())
 
 
-def costs_of(engines: list[EngineRecord]) -> dict[str, Samples]:
+def costs_of(engines: list[EngineBuild]) -> dict[str, Samples]:
     """What the builds of one lowering took, by the names of BARS."""
     return {field: Samples(np.array([float(getattr(engine, field)) for engine in engines])) for field in BARS}
 
@@ -96,20 +96,13 @@ def main() -> None:
         folder = Path(temporary)
         adapters = save_adapters(folder)
         for dtype in ("bf16", "fp16"):
-            built: dict[str, list[EngineRecord]] = {name: [] for name in names}
+            built: dict[str, list[EngineBuild]] = {name: [] for name in names}
             for run in range(runs):
                 for name in names if run % 2 == 0 else reversed(names):
                     adapter = adapters["dense" if name == "none" else "routed"]
                     built[name].append(build(adapter, name, dtype, folder))
             for name in names:
-                found = {
-                    field: Samples(np.array([float(getattr(engine, field)) for engine in built[name]]))
-                    for field in BARS
-                }
-                dense = {
-                    field: Samples(np.array([float(getattr(engine, field)) for engine in built["none"]]))
-                    for field in BARS
-                }
+                found, dense = costs_of(built[name]), costs_of(built["none"])
                 ratios = {field: found[field] / dense[field] for field in BARS}
                 rows.append(
                     [

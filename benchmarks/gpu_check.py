@@ -29,15 +29,17 @@ from pathlib import Path
 from benchmarks.gpu_engines import engine_subject, forced_engines
 from benchmarks.gpu_report import Findings, examine, print_findings
 from dlo_export.checkpoints.errors import DloError, InputError
-from dlo_export.exporter.artifact import load_description
 from dlo_export.exporter.exit_codes import exit_code, report_error
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.tensorrt.engine_check import explain_engine
-from dlo_export.exporter.tensorrt.engine_record import EngineRecord
+from dlo_export.runtimes.artefact.description import load_description
+from dlo_export.runtimes.artefact.engine_record import EngineRecord
+from dlo_export.runtimes.artefact.files import changes
 from dlo_export.runtimes.bench import Workload
 from dlo_export.runtimes.errors import RuntimeInputError
 from dlo_export.runtimes.tensorrt.device import Device
-from dlo_export.runtimes.tensorrt.engine_file import EngineFile, load_engine_files
+from dlo_export.runtimes.tensorrt.engine_check import obstacles
+from dlo_export.runtimes.tensorrt.engines import load_engines
+from dlo_export.runtimes.tensorrt.gpu import find_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Artefact:
         name: For the report.
         folder: Where it is.
         engines: Its engines.
+        plugin_library: libdlo_plugins.so to run them with.
     """
 
     name: str
     folder: Path
-    engines: tuple[EngineFile, ...]
+    engines: tuple[EngineRecord, ...]
+    plugin_library: Path | None = None
 
 
 def read_artefacts(folders: Sequence[Path], workload: Workload, plugin_library: Path | None = None) -> list[Artefact]:
@@ -64,19 +68,17 @@ def read_artefacts(folders: Sequence[Path], workload: Workload, plugin_library: 
         plugin_library: libdlo_plugins.so, for those of the plugin lowering.
 
     Raises:
-        InputError: An engine is stale, damaged or too small for the workload, or two artefacts have the same name; with
-            everything that is wrong.
+        InputError: A file was changed, an engine cannot run here or is too small for the workload, or two artefacts
+            have the same name; with everything that is wrong.
         RuntimeInputError: A folder has no engines this version runs.
     """
     artefacts, problems = [], []
     for folder in map(Path.resolve, folders):
-        engines = load_engine_files(folder)
-        if plugin_library is not None:
-            engines = tuple(dataclasses.replace(engine, plugin_library=plugin_library) for engine in engines)
-        artefacts.append(Artefact(folder.name, folder, engines))
-        for entry in load_description(folder)["engines"]:
-            reasons = explain_engine(EngineRecord.from_json(entry, folder), plugin_library)
-            problems += [f"{folder.name}: {reason}" for reason in reasons]
+        engines = load_engines(folder)
+        artefacts.append(Artefact(folder.name, folder, engines, plugin_library))
+        problems += [f"{folder.name}: {change}" for change in changes(load_description(folder).files)]
+        found = obstacles(engines, find_gpu().target, plugin_library)
+        problems += [f"{folder.name}: {obstacle.reason}" for obstacle in found]
         problems += [f"{folder.name}: {reason}" for reason in _too_small(engines, workload)]
     names = [artefact.name for artefact in artefacts]
     problems += [
@@ -90,7 +92,7 @@ def read_artefacts(folders: Sequence[Path], workload: Workload, plugin_library: 
     return artefacts
 
 
-def _too_small(engines: Sequence[EngineFile], workload: Workload) -> list[str]:
+def _too_small(engines: Sequence[EngineRecord], workload: Workload) -> list[str]:
     """What of a workload the engines of one artefact do not take."""
     wanted = {
         "--batch": (workload.batch, max(engine.max_batch for engine in engines), "--trt-max-batch"),
@@ -101,7 +103,7 @@ def _too_small(engines: Sequence[EngineFile], workload: Workload) -> list[str]:
         ),
         "--prompt-tokens and --decode-tokens": (
             workload.prompt_tokens + workload.decode_tokens,
-            engines[0].interface.max_cache,
+            engines[0].max_cache,
             "--trt-max-cache",
         ),
     }
@@ -126,8 +128,10 @@ def check(artefacts: Sequence[Artefact], workload: Workload) -> list[Findings]:
     for artefact in artefacts:
         with tempfile.TemporaryDirectory() as work:
             routed = any(engine.lowering != "none" for engine in artefact.engines)
-            forced = forced_engines(artefact.engines, Path(work), target, reporter) if routed else None
-            findings.append(examine(engine_subject(artefact.name, artefact.folder, artefact.engines, forced), workload))
+            library = artefact.plugin_library
+            forced = forced_engines(artefact.engines, Path(work), target, reporter, library) if routed else None
+            subject = engine_subject(artefact.name, artefact.folder, artefact.engines, forced, library)
+            findings.append(examine(subject, workload))
     return findings
 
 
@@ -146,8 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for artefact in artefacts:
             for engine in artefact.engines:
                 print(
-                    f"{artefact.name}: {engine.path.name}, {engine.lowering}, {engine.dtype}, {engine.module} "
-                    f"{engine.version}, {', '.join(engine.targets) or 'portable'}: as described",
+                    f"{artefact.name}: {engine.file.name}, {engine.lowering}, {engine.dtype}, {engine.build.backend} "
+                    f"{engine.build.version}, {', '.join(engine.build.targets) or 'portable'}: as described",
                     file=sys.stderr,
                 )
         findings = check(artefacts, workload)
@@ -156,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(err)
     settings = {
         "workload": dataclasses.asdict(workload),
-        "backends": sorted({e.module for a in artefacts for e in a.engines}),
+        "backends": sorted({e.build.backend for a in artefacts for e in a.engines}),
     }
     print_findings("Latency of TensorRT engines against skip rate", findings, settings)
     return 0 if all(found.verdict == "PASS" for found in findings) else 1

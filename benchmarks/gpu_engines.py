@@ -13,7 +13,6 @@ import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -21,24 +20,29 @@ from benchmarks.gpu_layer_times import REPEATS, WARM_UP, repeat_step
 from benchmarks.gpu_skip_proof import medians, mlp_share
 from benchmarks.gpu_subject import LayerSeconds, Phase, RoutedReference, Subject
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.artifact import MODEL_NAME
+from dlo_export.checkpoints.interface import INPUT_IDS, LOGITS, force_active_name, layers_with
+from dlo_export.exporter.artifact import interface
 from dlo_export.exporter.artifact_runner import exposed_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import load_graph
-from dlo_export.exporter.tensorrt.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest, intended_dtypes
 from dlo_export.exporter.tensorrt.engines import build_engines
-from dlo_export.runtimes.decoder_interface import DecoderInterface, TensorSpec
+from dlo_export.runtimes.artefact.description import MODEL_NAME
+from dlo_export.runtimes.artefact.engine_record import EngineRecord, OptimizationProfile
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.runner import Runner
 from dlo_export.runtimes.static_cache.batches import StaticCacheLimits
-from dlo_export.runtimes.tensorrt.engine_file import EngineFile, ProfileShapes
 from dlo_export.runtimes.tensorrt.runner import TensorRtRunner
 
 PROMPT_TOKENS = 128
 
 
 def engine_subject(
-    name: str, folder: Path, engines: tuple[EngineFile, ...], forced: tuple[EngineFile, ...] | None
+    name: str,
+    folder: Path,
+    engines: tuple[EngineRecord, ...],
+    forced: tuple[EngineRecord, ...] | None,
+    plugin_library: Path | None = None,
 ) -> Subject:
     """An artefact's engines.
 
@@ -47,14 +51,14 @@ def engine_subject(
         folder: The artefact.
         engines: As released.
         forced: Of `forced_engines`; None where nothing is routed.
+        plugin_library: libdlo_plugins.so to run them with.
     """
     first = engines[0]
-    interface = first.interface
-    vocab_size = interface.outputs["logits"].shape[2]
+    vocab_size = first.static_cache.outputs[LOGITS].shape[2]
     assert isinstance(vocab_size, int), "the interface was checked"
     most = max(engine.max_sequence for engine in engines)
-    limits = StaticCacheLimits(interface.max_cache, max(engine.max_batch for engine in engines), most)
-    prompt_tokens = max(1, min(PROMPT_TOKENS, most, interface.max_cache - WARM_UP - REPEATS))
+    limits = StaticCacheLimits(first.max_cache, max(engine.max_batch for engine in engines), most)
+    prompt_tokens = max(1, min(PROMPT_TOKENS, most, first.max_cache - WARM_UP - REPEATS))
     return Subject(
         name,
         " and ".join(dict.fromkeys(engine.lowering for engine in engines)),
@@ -62,17 +66,25 @@ def engine_subject(
         vocab_size,
         limits,
         open_reference=functools.partial(_open_reference, folder, routed=forced is not None),
-        open_free=functools.partial(TensorRtRunner, engines, name=name),
-        open_forced=None if forced is None else functools.partial(TensorRtRunner, forced, name=name),
-        layer_seconds=None if forced is None else functools.partial(_layer_seconds, forced, vocab_size, prompt_tokens),
-        last_logits=interface.last_logits,
-        mlp_share=0.0 if forced is None else mlp_share(ir.load(first.graph), forced[0].interface.routed_layers),
+        open_free=functools.partial(TensorRtRunner, engines, name=name, plugin_library=plugin_library),
+        open_forced=None
+        if forced is None
+        else functools.partial(TensorRtRunner, forced, name=name, plugin_library=plugin_library),
+        layer_seconds=None
+        if forced is None
+        else functools.partial(_layer_seconds, forced, plugin_library, vocab_size, prompt_tokens),
+        last_logits=first.last_logits,
+        mlp_share=0.0 if forced is None else mlp_share(ir.load(first.graph), forced[0].static_cache.routed_layers),
     )
 
 
 def forced_engines(
-    engines: tuple[EngineFile, ...], folder: Path, target: str, reporter: Reporter
-) -> tuple[EngineFile, ...]:
+    engines: tuple[EngineRecord, ...],
+    folder: Path,
+    target: str,
+    reporter: Reporter,
+    plugin_library: Path | None = None,
+) -> tuple[EngineRecord, ...]:
     """Builds engines that take decisions, like an artefact's in everything else.
 
     Args:
@@ -80,6 +92,7 @@ def forced_engines(
         folder: For the new engines.
         target: Of the GPU: the only one these are for, unless the released ones are portable.
         reporter: Told of progress.
+        plugin_library: libdlo_plugins.so to build them with.
 
     Raises:
         EngineBuildError: TensorRT refuses.
@@ -90,33 +103,29 @@ def forced_engines(
         requests = [
             EngineRequest(
                 graph=graph,
-                output=folder / f"{index}-{engine.path.name}",
-                backend=engine.backend,  # type: ignore[arg-type]
-                targets=(target,) if engine.targets and engine.backend == "rtx" else (),
+                output=folder / f"{index}-{engine.file.name}",
+                backend=engine.build.backend,
+                targets=(target,) if engine.build.targets and engine.build.backend == "rtx" else (),
                 profiles=tuple(_with_decisions(profile, _forced_inputs(model)) for profile in engine.profiles),
                 lowering=engine.lowering,
                 dtype=engine.dtype,
-                plugin_library=engine.plugin_library,
-                routed_layers=tuple(int(key.rpartition(".")[2]) for key in _forced_inputs(model)),
+                plugin_operators=engine.plugin_operators,
+                plugin_library=plugin_library if engine.plugin_operators else None,
+                routed_layers=layers_with(_forced_inputs(model), force_active_name("{i}")),
                 expected_dtypes=intended_dtypes(model),
             )
             for index, (engine, graph, model) in enumerate(zip(engines, graphs, models, strict=True))
         ]
-        records = build_engines(requests, reporter)
+        builds = build_engines(requests, reporter)
     return tuple(
         dataclasses.replace(
             engine,
-            path=record.file,
-            version=record.version,
-            targets=record.targets,
-            profiles=tuple(ProfileShapes(profile.name, profile.shapes) for profile in record.profiles),
-            interface=DecoderInterface.of(
-                _specs(model.graph.inputs), _specs(model.graph.outputs), record.file.name, cache="static"
-            ),
-            plugins=record.plugins,
-            plugin_library_sha256=record.plugin_library_sha256,
+            file=request.output,
+            profiles=request.profiles,
+            interface=interface(model.graph),
+            build=build,
         )
-        for engine, record, model in zip(engines, records, models, strict=True)
+        for engine, request, build, model in zip(engines, requests, builds, models, strict=True)
     )
 
 
@@ -134,22 +143,11 @@ def _forced_graph(graph: Path) -> Iterator[Path]:
 
 
 def _forced_inputs(model: ir.Model) -> list[str]:
-    return [value.name for value in model.graph.inputs if value.name and value.name.startswith("force_active.")]
+    return [value.name for value in model.graph.inputs if value.name and value.name.startswith(force_active_name(""))]
 
 
-def _with_decisions(profile: ProfileShapes, inputs: list[str]) -> OptimizationProfile:
-    return OptimizationProfile(profile.name, {**profile.shapes, **dict.fromkeys(inputs, profile.shapes["input_ids"])})
-
-
-def _specs(values: Any) -> list[TensorSpec]:
-    return [
-        TensorSpec(
-            value.name,
-            value.dtype.name.lower(),
-            tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape),
-        )
-        for value in values
-    ]
+def _with_decisions(profile: OptimizationProfile, inputs: list[str]) -> OptimizationProfile:
+    return OptimizationProfile(profile.name, {**profile.shapes, **dict.fromkeys(inputs, profile.shapes[INPUT_IDS])})
 
 
 def _open_reference(folder: Path, *, routed: bool) -> AbstractContextManager[Runner]:
@@ -165,10 +163,15 @@ def _open_reference(folder: Path, *, routed: bool) -> AbstractContextManager[Run
 
 
 def _layer_seconds(
-    engines: tuple[EngineFile, ...], vocab_size: int, prompt_tokens: int, phase: Phase, active_share: float
+    engines: tuple[EngineRecord, ...],
+    plugin_library: Path | None,
+    vocab_size: int,
+    prompt_tokens: int,
+    phase: Phase,
+    active_share: float,
 ) -> LayerSeconds:
     samples: dict[str, list[float]] = {}
-    with TensorRtRunner(engines, layer_seconds=samples) as runner:
+    with TensorRtRunner(engines, plugin_library=plugin_library, layer_seconds=samples) as runner:
         repeat_step(
             runner, phase, active_share, prompt_tokens=prompt_tokens, vocab_size=vocab_size, forget=samples.clear
         )

@@ -9,11 +9,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from benchmarks.onnxruntime_worker import DecoderStep
-from dlo_export.exporter.artifact import MODEL_NAME
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.pipeline import exposed
 from dlo_export.exporter.progress import Reporter
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.runtimes.artefact.description import MODEL_NAME
 
 
 def export(model: Path, output: Path, adapter: Path | None = None, lowering: str = "auto") -> Path:

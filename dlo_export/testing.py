@@ -34,7 +34,7 @@ def assert_parity(
         dlo_export.checkpoints.errors.InputError: The model cannot be exported.
     """
     result = export_model(ExportRequest(str(model), output, adapter=adapter, lowering=lowering), Reporter())
-    verdict = result.description["parity"]["verdict"]
+    verdict = result.description.parity.verdict
     accepted = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     if verdict not in accepted:  # no `assert`: Python -O would drop it
         raise AssertionError(f"{result.folder}: {result.parity_summary}")

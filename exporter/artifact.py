@@ -1,31 +1,39 @@
-"""dlo_artifact.json: an artefact's description of itself."""
+"""Fills the description of an artefact (`runtimes/artefact/`)."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from dlo_export import __version__
-from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.exporter.sources.source import ExportSource
-
-FORMAT_VERSION = 1
-FILE_NAME = "dlo_artifact.json"
-MODEL_NAME = "model.onnx"
-WEIGHTS_NAME = "model.onnx.data"
+from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.runtimes.artefact.description import (
+    FORMAT_VERSION,
+    MODEL_NAME,
+    WEIGHTS_NAME,
+    ArtefactDescription,
+    LayerDescription,
+    RoutingDescription,
+    SourceIdentity,
+    save_description,
+)
+from dlo_export.runtimes.artefact.engine_record import GraphInterface, ParityVerdict
+from dlo_export.runtimes.artefact.files import describe_file
+from dlo_export.runtimes.decoder_interface import TensorSpec
 
 # What decides whether a token is active; implementations in lower precision differ near the threshold.
 ROUTER_RULE = "active iff sigmoid(fp32(x) · w) > 0.5, x being the layer's input residual stream, all in fp32"
 
 
-def describe(source: ExportSource, model: ir.Model, *, dtype: str, lowering: str, reason: str) -> dict[str, Any]:
-    """Everything known before parity runs.
+def describe(source: ExportSource, model: ir.Model, *, dtype: str, lowering: str, reason: str) -> ArtefactDescription:
+    """Everything known before parity runs, engines are built and files are complete.
 
     Args:
         source: What was exported.
@@ -34,96 +42,81 @@ def describe(source: ExportSource, model: ir.Model, *, dtype: str, lowering: str
         lowering: What routed layers became.
         reason: Why that one.
     """
+    return ArtefactDescription(
+        format_version=FORMAT_VERSION,
+        tools={"dlo-export": __version__, "python": platform.python_version(), **_tool_versions()},
+        source=SourceIdentity(source.kind, source.base.path.name, source.base.sha256()),
+        files=(),
+        dtype=dtype,
+        lowering=lowering,
+        lowering_reason=reason,
+        capture_problem=find_lowering(lowering, "onnxruntime-cpu").not_capturable,
+        plugin_operators=plugin_operators(model),
+        routing=_routing(source),
+        layers=_layers(source),
+        interface=interface(model.graph),
+        engines=(),
+        parity=ParityVerdict("NOT RUN", "not run yet"),
+    )
+
+
+def complete_description(description: ArtefactDescription, folder: Path) -> None:
+    """Writes dlo_artifact.json, once the files it vouches for are complete.
+
+    Args:
+        description: Its `files` are filled here.
+        folder: The artefact.
+    """
+    graphs = [path for name in (MODEL_NAME, WEIGHTS_NAME) if (path := folder / name).is_file()]
+    engines = sorted({engine.file.parent for engine in description.engines})
+    paths = [*graphs, *(path for each in engines for path in sorted(each.iterdir()))]
+    save_description(dataclasses.replace(description, files=tuple(map(describe_file, paths))), folder)
+
+
+def interface(graph: ir.Graph) -> GraphInterface:
+    """Name, element type and shape of a graph's inputs and outputs."""
+    return GraphInterface(_specs(graph.inputs), _specs(graph.outputs))
+
+
+def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            value.name or "",
+            (value.dtype or ir.DataType.UNDEFINED).name.lower(),
+            tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape or ()),
+        )
+        for value in values
+    )
+
+
+def _routing(source: ExportSource) -> RoutingDescription | None:
+    if source.routing is None:
+        return None
+    return RoutingDescription(
+        kind=source.routing.kind,
+        rule=ROUTER_RULE,
+        layers=tuple(source.routing.layers),
+        rescale_hidden_states=source.routing.rescale,
+        scale_factor=source.routing.scale_factor,
+        scale_gap=source.routing.scale_gap,
+    )
+
+
+def _layers(source: ExportSource) -> tuple[LayerDescription, ...]:
     injected = {layer.position: layer for layer in source.injected_layers}
     routed = set(source.routing.layers) if source.routing else set()
     identity = set(source.identity_layers())
-    return {
-        "format_version": FORMAT_VERSION,
-        "tools": {"dlo-export": __version__, "python": platform.python_version(), **_tool_versions()},
-        "source": {"kind": source.kind, "name": source.base.path.name, "sha256": source.base.sha256()},
-        "dtype": dtype,
-        "lowering": lowering,
-        "lowering_reason": reason,
-        "routing": _routing(source),
-        "layers": [
-            {
-                "index": i,
-                "injected": i in injected,
-                "source": injected[i].source if i in injected else None,
-                "init": injected[i].init if i in injected else None,
-                "routed": i in routed,
-                "identity": i in identity,
-            }
-            for i in range(source.num_layers)
-        ],
-        "interface": {"inputs": interface(model.graph.inputs), "outputs": interface(model.graph.outputs)},
-        "engines": [],
-        "parity": {"verdict": "NOT RUN", "reason": "not run yet"},
-    }
-
-
-def save_description(description: dict[str, Any], folder: Path) -> None:
-    """Writes dlo_artifact.json."""
-    save_json(folder / FILE_NAME, description)
-
-
-def load_description(folder: Path) -> dict[str, Any]:
-    """Reads an artefact's dlo_artifact.json.
-
-    Raises:
-        InputError: The folder is no artefact, or of a newer format.
-    """
-    path = folder / FILE_NAME
-    if not path.is_file():
-        raise InputError(f"{folder}: has no {FILE_NAME}", hint="give a folder that dlo-export wrote")
-    description = read_json(path)
-    if description.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format_version is {description.get('format_version')}, this version reads {FORMAT_VERSION}",
-            hint="export the model again, or use the dlo-export that wrote it",
+    return tuple(
+        LayerDescription(
+            index=i,
+            injected=i in injected,
+            source=injected[i].source if i in injected else None,
+            init=injected[i].init if i in injected else None,
+            routed=i in routed,
+            identity=i in identity,
         )
-    return description
-
-
-def mean_active_rates(description: dict[str, Any], rates: Mapping[int, float]) -> dict[str, float | None]:
-    """Share of tokens whose MLP runs, averaged over the original and over the injected layers.
-
-    Args:
-        description: Of the artefact.
-        rates: By routed layer; a layer without router is always active.
-
-    Returns:
-        By "original" and "injected"; None where there are no such layers.
-    """
-    kinds: dict[str, list[float]] = {"original": [], "injected": []}
-    for layer in description["layers"]:
-        kinds["injected" if layer["injected"] else "original"].append(rates.get(layer["index"], 1.0))
-    return {kind: sum(values) / len(values) if values else None for kind, values in kinds.items()}
-
-
-def _routing(source: ExportSource) -> dict[str, Any] | None:
-    if source.routing is None:
-        return None
-    return {
-        "kind": source.routing.kind,
-        "rule": ROUTER_RULE,
-        "layers": list(source.routing.layers),
-        "rescale_hidden_states": source.routing.rescale,
-        "scale_factor": source.routing.scale_factor,
-        "scale_gap": source.routing.scale_gap,
-    }
-
-
-def interface(values: Iterable[ir.Value]) -> list[dict[str, Any]]:
-    """Name, element type and shape of a graph's inputs or outputs."""
-    return [
-        {
-            "name": value.name,
-            "dtype": value.dtype.name.lower() if value.dtype is not None else None,
-            "shape": [dim if isinstance(dim, int) else dim.value for dim in value.shape or ()],
-        }
-        for value in values
-    ]
+        for i in range(source.num_layers)
+    )
 
 
 def _tool_versions() -> dict[str, str]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from dlo_export.exporter.artifact import MODEL_NAME, load_description
 from dlo_export.exporter.pipeline import exposed
 from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.runtimes.artefact.description import MODEL_NAME, load_description
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.runner import Runner
 
@@ -34,8 +34,7 @@ def open_artifact(
         InputError: The folder is no artefact.
         dlo_export.runtimes.errors.RuntimeInputError: ONNX Runtime refuses the graph.
     """
-    description = load_description(folder)
-    shown = scores and description["routing"] is not None
+    shown = scores and load_description(folder).routing is not None
     return OnnxRuntimeRunner(
         exposed_model(load_graph(folder / MODEL_NAME)) if shown else folder / MODEL_NAME,
         weights_folder=folder if shown else None,

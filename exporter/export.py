@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import shutil
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -15,7 +14,7 @@ from dlo_export.checkpoints.errors import DloError, InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
-from dlo_export.exporter.artifact import MODEL_NAME, WEIGHTS_NAME, describe, save_description
+from dlo_export.exporter.artifact import complete_description, describe
 from dlo_export.exporter.genai_config import genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import build_model, choose_onnxruntime_lowering
@@ -24,6 +23,13 @@ from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
 from dlo_export.graph_passes.lowerings.registry import lowering_names
+from dlo_export.runtimes.artefact.description import (
+    MODEL_NAME,
+    WEIGHTS_NAME,
+    ArtefactDescription,
+    load_description,
+)
+from dlo_export.runtimes.artefact.engine_record import ParityVerdict
 from dlo_export.runtimes.parity.report import ParityReport
 
 DTYPE_CHOICES = ("auto", *BY_OPTION)
@@ -93,7 +99,7 @@ class ExportResult:
     """
 
     folder: Path
-    description: dict[str, Any]
+    description: ArtefactDescription
     bytes: int
     parity_summary: str | None
 
@@ -118,12 +124,15 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         engines_only = plan is not None and request.lowering not in lowering_names("onnxruntime-cpu")
         lowering, reason = choose_onnxruntime_lowering(
             "auto" if engines_only else request.lowering,
+            dtype,
             routed=source.routing is not None,
             path=source.base.path,
-            dtype=dtype,
         )
         with whole_folder(request.output, overwrite=request.force) as folder:
-            return _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
+            summary = _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
+        size = sum(file.stat().st_size for file in request.output.rglob("*") if file.is_file())
+        # Read back: what others will read is what is returned.
+        return ExportResult(request.output, load_description(request.output), size, summary)
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(
@@ -142,7 +151,8 @@ def _export_into(
     lowering_and_reason: tuple[str, str],
     plan: TensorRtPlan | None,
     reporter: Reporter,
-) -> ExportResult:
+) -> str | None:
+    """Writes a whole artefact; returns what parity found, in words."""
     lowering, reason = lowering_and_reason
     with reporter.stage("graph"):
         model = build_model(source, lowering, graph_dtype(dtype))
@@ -156,18 +166,17 @@ def _export_into(
         if source.base.config is not None:
             save_json(folder / "genai_config.json", genai_config(source.base.config, source.num_layers))
         description = describe(source, model, dtype=dtype, lowering=lowering, reason=reason)
-    summary = _run_parity(folder, request, source, description, plan, reporter)
+    parity, summary = _run_parity(folder, request, source, description, plan, reporter)
+    description = dataclasses.replace(description, parity=parity)
     if plan is not None:
         # Imported here: only these exports need what builds engines.
         from dlo_export.exporter.tensorrt.export import export_tensorrt  # noqa: PLC0415
 
         peak = _float16_peak(folder, request, source, plan, reporter)
-        description["engines"] = [
-            {**engine, "float16_stream_peak": peak} for engine in export_tensorrt(plan, folder, reporter)
-        ]
-    save_description(description, folder)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return ExportResult(request.output, description, size, summary)
+        description = dataclasses.replace(description, engines=export_tensorrt(plan, folder, reporter, peak))
+    with reporter.stage("hashes"):
+        complete_description(description, folder)
+    return summary
 
 
 def _plan_engines(request: ExportRequest, source: ExportSource) -> TensorRtPlan | None:
@@ -183,30 +192,29 @@ def _run_parity(
     folder: Path,
     request: ExportRequest,
     source: ExportSource,
-    description: dict[str, Any],
+    description: ArtefactDescription,
     plan: TensorRtPlan | None,
     reporter: Reporter,
-) -> str | None:
+) -> tuple[ParityVerdict, str | None]:
     if not request.parity or not request.weights:
         reason = "--no-parity" if not request.parity else "--no-weights"
-        description["parity"] = {"verdict": "NOT RUN", "reason": reason}
-        return None
+        return ParityVerdict("NOT RUN", reason), None
     # Parity needs PyTorch; an export without it does not, and starts in a fraction of the time.
     from dlo_export.exporter.parity_check import check_parity  # noqa: PLC0415
 
     with reporter.stage("parity"):
         graphs = [engine.options for engine in plan.engines] if plan is not None else []
         report = check_parity(source, folder, description, graphs)
-    description["parity"] = {"verdict": report.verdict, **({"reason": report.reason} if report.reason else {})}
+    parity = ParityVerdict(report.verdict, report.reason or None)
     save_json(folder / "parity.json", report.to_json())
     if report.verdict == "FAIL":
-        save_description(description, folder)
+        complete_description(dataclasses.replace(description, parity=parity), folder)
         failed = request.output.with_name(f"{request.output.name}.failed")
         if failed.exists():
             shutil.rmtree(failed)
         folder.rename(failed)
         raise ParityFailedError(report, failed)
-    return report.summary()
+    return parity, report.summary()
 
 
 def _float16_peak(

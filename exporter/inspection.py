@@ -12,14 +12,16 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.llama_layer import BRANCH_ENDS
-from dlo_export.exporter.artifact import FILE_NAME, MODEL_NAME, load_description
+from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.sources.foreign_graph import load_graph
-from dlo_export.exporter.tensorrt.engine_check import check_engine
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, ROUTER_SCORES, role_values
+from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, ArtefactDescription, description_json
+from dlo_export.runtimes.tensorrt.engine_check import obstacles
+from dlo_export.runtimes.tensorrt.gpu import find_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Inspection:
         layers: Per decoder layer: index, injected, routed, identity (None where the graph alone does not tell), bytes.
         layers_problem: Why no layers were found; None where they were.
         description: dlo_artifact.json, where there is one.
-        engine_problems: Why engines are stale, damaged, or not for this machine; None where there are no engines.
+        engine_problems: Why engines cannot run on this machine; None where there are no engines.
     """
 
     path: Path
@@ -41,30 +43,33 @@ class Inspection:
     bytes: dict[str, int]
     layers: list[dict[str, Any]]
     layers_problem: str | None
-    description: dict[str, Any] | None
+    description: ArtefactDescription | None
     engine_problems: list[str] | None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return dataclasses.asdict(self) | {"path": str(self.path)}
+        said = None if self.description is None else description_json(self.description, self.path.parent)
+        shallow = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return shallow | {"path": str(self.path), "description": said}
 
 
 def inspect_model(path: Path) -> Inspection:
     """Inspects an artefact folder or any `.onnx` file; external weights need not be there.
 
     Raises:
-        InputError: Neither.
+        InputError: Neither; or the artefact is not the one its description describes.
     """
     graph_path = path / MODEL_NAME if path.is_dir() else path
     if not graph_path.is_file():
         raise InputError(f"{path}: no {MODEL_NAME} in it" if path.is_dir() else f"{path}: no such file")
+    is_artefact = graph_path.name == MODEL_NAME and (graph_path.parent / FILE_NAME).is_file()
+    description = open_description(graph_path.parent) if is_artefact else None
     model = load_graph(graph_path)
     ops = collections.Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes()
     )
     # Only to find the layers; what is counted above is the graph as it is.
     prepare_foreign(model)
-    description = load_description(graph_path.parent) if (graph_path.parent / FILE_NAME).is_file() else None
     try:
         layers, problem = find_decoder_layers(model.graph), None
     except DecoderLayersNotFound as err:
@@ -76,18 +81,24 @@ def inspect_model(path: Path) -> Inspection:
         [_layer_row(model.graph, layer, description) for layer in layers],
         problem,
         description,
-        check_engine(graph_path.parent) if description is not None and description["engines"] else None,
+        _engine_problems(description),
     )
 
 
-def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: dict[str, Any] | None) -> dict[str, Any]:
-    said = description["layers"][layer.index] if description else {}
+def _engine_problems(description: ArtefactDescription | None) -> list[str] | None:
+    if description is None or not description.engines:
+        return None
+    return [obstacle.reason for obstacle in obstacles(description.engines, find_gpu().target)]
+
+
+def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: ArtefactDescription | None) -> dict[str, Any]:
+    said = None if description is None else description.layers[layer.index]
     injected = any(node.metadata_props.get(ORIGIN_KEY) for node in layer.nodes)
     return {
         "index": layer.index,
-        "injected": said.get("injected", injected),
+        "injected": injected if said is None else said.injected,
         "routed": layer.index in role_values(graph, ROUTER_SCORES),
-        "identity": said["identity"] if said else _is_identity(layer),
+        "identity": _is_identity(layer) if said is None else said.identity,
         "bytes": sum(_weight_bytes(graph, layer.nodes).values()),
     }
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.artifact import MODEL_NAME, WEIGHTS_NAME
 from dlo_export.exporter.artifact_runner import exposed_model
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import TensorRtOptions, build_model
@@ -21,6 +19,7 @@ from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import save_weights, weight_places
 from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.providers import CPU
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
@@ -35,7 +34,7 @@ _GREEDY_PROMPTS = (24, 15)  # tokens: of unequal length, so that one is padded
 def check_parity(
     source: ExportSource,
     folder: Path,
-    description: dict[str, Any],
+    description: ArtefactDescription,
     tensorrt: Iterable[TensorRtOptions] = (),
 ) -> ParityReport:
     """Compares an artefact, and the fp32 twins of its TensorRT graphs, with the PyTorch model of its source.
@@ -53,14 +52,14 @@ def check_parity(
         InputError: The artefact was made from another source, or by another version.
     """
     released = load_graph(folder / MODEL_NAME)
-    if (reason := _why_not_run(source, description["dtype"], released)) is not None:
+    if (reason := _why_not_run(source, description.dtype, released)) is not None:
         return ParityReport.not_run(reason)
     # Imported here: torch takes seconds, and an export without parity does not need it.
     from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
 
-    rungs = {description["lowering"]: released}
-    if find_lowering(description["lowering"], "onnxruntime-cpu").make_pass is not None:
-        rungs = {"masked": _masked_graph(source, folder, released, description["dtype"]), **rungs}
+    rungs = {description.lowering: released}
+    if find_lowering(description.lowering, "onnxruntime-cpu").make_pass is not None:
+        rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
     candidates = [
         _candidate(name, graph, folder, routed=source.routing is not None, released=graph is released)
         for name, graph in rungs.items()
@@ -76,7 +75,7 @@ def check_parity(
             reference,
             candidates,
             parity_cases(vocab_size, routed=routed, seed=_SEED),
-            dtype=description["dtype"],
+            dtype=description.dtype,
             greedy_prompts=[rng.integers(0, vocab_size, tokens).tolist() for tokens in _GREEDY_PROMPTS],
         )
 

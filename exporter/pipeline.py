@@ -274,14 +274,14 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         raise InputError("TensorRT: " + "; ".join(problems), hint="export the checkpoint with other --trt options")
 
 
-def choose_onnxruntime_lowering(choice: str, *, routed: bool, path: Path, dtype: str) -> tuple[str, str]:
+def choose_onnxruntime_lowering(choice: str, dtype: str, *, routed: bool, path: Path) -> tuple[str, str]:
     """The lowering for ONNX Runtime's CPU provider, and why.
 
     Args:
         choice: "auto" or the name of one.
+        dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
         routed: Whether the source has routers.
         path: Of the source, for messages.
-        dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
 
     Raises:
         InputError: A lowering is asked for and nothing is routed, or ONNX Runtime has none of that name.

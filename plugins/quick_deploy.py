@@ -1,7 +1,7 @@
 """The plugins for enterprise TensorRT's builder as quick-deploy plugins: their PTX goes into the engine.
 
 An engine built with them needs no plugin library to run, in Python or C++. Importing this module registers them
-(`plugins.enterprise.register_quick_deploy` does it); tensorrt.plugin reads the functions' own signatures, so operands
+(`plugins.registration.register_quick_deploy` does it); tensorrt.plugin reads the functions' own signatures, so operands
 are spelled out here, in the schema's order and names. TensorRT calls `aot_impl` once per tactic, times the kernels on
 the build's GPU, and keeps the faster.
 

@@ -108,7 +108,7 @@ class PluginTwin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt
         """Refuses: the kernels are in the C++ library."""
         raise PluginError(
             f"dlo::{self.op.name} was asked to run, but its Python twin only describes it",
-            hint="load libdlo_plugins.so before the engine: dlo_export.plugins.rtx.load_library(path)",
+            hint="load libdlo_plugins.so before the engine: plugins.registration.load_library(trt, path)",
         )
 
     def _refuse_bad_sizes(self, shapes: Sequence[Sequence[int]]) -> None:

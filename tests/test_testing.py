@@ -21,8 +21,8 @@ def test_assert_parity_returns_the_artefact_when_parity_passes(tmp_path):
     result = assert_parity(checkpoint, tmp_path / "out", lowering="if")
     assert result.folder == tmp_path / "out"
     assert (result.folder / "model.onnx").is_file()
-    assert result.description["lowering"] == "if"
-    assert result.description["parity"] == {"verdict": "PASS"}
+    assert result.description.lowering == "if"
+    assert result.description.parity.verdict == "PASS"
 
 
 def test_assert_parity_raises_when_the_graph_is_not_the_model_beside_it(tmp_path):
@@ -41,7 +41,7 @@ def test_assert_parity_asks_for_leave_when_parity_is_ambiguous(tmp_path):
     with pytest.raises(AssertionError, match=r"parity AMBIGUOUS[\s\S]*1 near-ties flipped: layer 1 token 31"):
         assert_parity(graph, tmp_path / "strict", adapter=adapter)
     result = assert_parity(graph, tmp_path / "lenient", adapter=adapter, allow_ambiguous=True)
-    assert result.description["parity"]["verdict"] == "AMBIGUOUS"
+    assert result.description.parity.verdict == "AMBIGUOUS"
 
 
 def _near_tie(graph, folder):

@@ -26,17 +26,19 @@ def main(
         Path | None, typer.Option(help="File or folder of .txt; Python's own documentation by default.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; its own choice by default.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="First compare all files with their hashes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of the table.")] = False,
 ) -> None:
     """Time prefill and decode of artefacts in alternating blocks, with their active rates on real text."""
-    from dlo_export.exporter.artifact import load_description, mean_active_rates  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.artifact_runner import open_artifact  # noqa: PLC0415
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
+    from dlo_export.runtimes.artefact.description import load_description, mean_active_rates  # noqa: PLC0415
     from dlo_export.runtimes.bench import Subject, Workload, compare_speed, ratio  # noqa: PLC0415
     from dlo_export.runtimes.perplexity import measure_perplexity  # noqa: PLC0415
 
     reporter = Reporter()
-    descriptions = [load_description(folder) for folder in artefacts]
+    descriptions = [open_description(folder) if verify else load_description(folder) for folder in artefacts]
     workload = Workload(batch, prompt_tokens, decode_tokens, rounds)
     needed = max(perplexity_tokens, batch * (prompt_tokens + decode_tokens))
     sequences = [held_out_sequences(folder, text, -(-needed // SEQUENCE) * SEQUENCE) for folder in artefacts]

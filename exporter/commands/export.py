@@ -77,6 +77,7 @@ def main(
     from dlo_export.exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.exporter.tensorrt.plan import TensorRtRequest  # noqa: PLC0415
+    from dlo_export.runtimes.artefact.description import description_json  # noqa: PLC0415
 
     tensorrt = TensorRtRequest(
         backend=trt_backend.value,
@@ -105,28 +106,30 @@ def main(
         trt=tensorrt if trt else None,
     )
     result = export_model(request, reporter)
-    if result.description["parity"]["verdict"] == "AMBIGUOUS":
+    description = result.description
+    if description.parity.verdict == "AMBIGUOUS":
         typer.echo("warning: parity is ambiguous: near-ties of routers fell the other way, see parity.json", err=True)
     if as_json:
-        typer.echo(json.dumps(result.description, indent=2))
+        typer.echo(json.dumps(description_json(description, result.folder), indent=2))
         return
     if result.parity_summary:
         typer.echo(result.parity_summary)
-    for engine in result.description["engines"]:
+    for engine in description.engines:
+        build = engine.build
         typer.echo(
-            f"{engine['file']}: {engine['backend']} {engine['version']}, {', '.join(engine['targets']) or 'portable'}, "
-            f"{engine['dtype']}, lowering {engine['lowering']} ({engine['lowering_reason']}), "
-            f"{engine['bytes'] / 2**20:.0f} MB in {engine['seconds']:.0f} s"
+            f"{engine.file.relative_to(result.folder)}: {build.backend} {build.version}, "
+            f"{', '.join(build.targets) or 'portable'}, {engine.dtype}, lowering {engine.lowering} "
+            f"({engine.lowering_reason}), {build.bytes / 2**20:.0f} MB in {build.seconds:.0f} s"
         )
-        if engine["plugins"] == "twins":
+        if build.plugins == "twins":
             typer.echo("  its plugins are described, not contained: to run it, build again with --trt-plugin-library")
-    if len(result.description["engines"]) > 1:
-        extra = min(engine["bytes"] for engine in result.description["engines"])
+    if len(description.engines) > 1:
+        extra = min(engine.build.bytes for engine in description.engines)
         typer.echo(f"--trt-split: both engines hold the weights, so the second one costs {extra / 2**20:.0f} MB")
-    layers = result.description["layers"]
-    counts = {kind: sum(layer[kind] for layer in layers) for kind in ("injected", "routed", "identity")}
+    layers = description.layers
+    counts = {kind: sum(getattr(layer, kind) for layer in layers) for kind in ("injected", "routed", "identity")}
     typer.echo(
         f"{result.folder}: {len(layers)} layers ({counts['injected']} injected, {counts['routed']} routed, "
-        f"{counts['identity']} identity), lowering {result.description['lowering']}, {result.bytes / 2**20:.0f} MB, "
-        f"parity {result.description['parity']['verdict']}"
+        f"{counts['identity']} identity), lowering {description.lowering}, {result.bytes / 2**20:.0f} MB, "
+        f"parity {description.parity.verdict}"
     )

@@ -36,9 +36,9 @@ def _print_tables(inspection: Inspection) -> None:
     description = inspection.description
     if description is not None:
         console.print(
-            f"{inspection.path.parent}: {description['source']['kind']} {description['source']['name']}, "
-            f"{description['dtype']}, lowering {description['lowering']} ({description['lowering_reason']}), "
-            f"parity {description['parity']['verdict']}"
+            f"{inspection.path.parent}: {description.source.kind} {description.source.name}, "
+            f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
+            f"parity {description.parity.verdict}"
         )
     if inspection.layers_problem:
         console.print(f"no decoder layers: {inspection.layers_problem}")
@@ -48,13 +48,15 @@ def _print_tables(inspection: Inspection) -> None:
             marks = [{True: "yes", False: "", None: "?"}[row[kind]] for kind in ("injected", "routed", "identity")]
             table.add_row(str(row["index"]), *marks, f"{row['bytes'] / 2**20:.2f}")
         console.print(table)
-    for engine in description["engines"] if description is not None else ():
+    for engine in description.engines if description is not None else ():
+        build = engine.build
         console.print(
-            f"{engine['file']}: {engine['backend']} {engine['version']}, {', '.join(engine['targets']) or 'portable'}, "
-            f"{engine['dtype']}, lowering {engine['lowering']}, {engine['bytes'] / 2**20:.0f} MB"
+            f"{engine.file.relative_to(inspection.path.parent)}: {build.backend} {build.version}, "
+            f"{', '.join(build.targets) or 'portable'}, {engine.dtype}, lowering {engine.lowering}, "
+            f"{build.bytes / 2**20:.0f} MB"
         )
     for problem in inspection.engine_problems or ():
-        console.print(f"not usable: {problem}")
+        console.print(f"not usable here: {problem}")
     parts = Table("part", "MB")
     for part, size in inspection.bytes.items():
         parts.add_row(part, f"{size / 2**20:.2f}")

@@ -19,18 +19,18 @@ def main(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
     """Compare an artefact with PyTorch: decisions, logits, greedy tokens. Exit code 1 if it fails."""
-    from dlo_export.exporter.artifact import load_description  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.exit_codes import PARITY_FAILED  # noqa: PLC0415
     from dlo_export.exporter.parity_check import check_parity  # noqa: PLC0415
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.exporter.sources.source import open_source  # noqa: PLC0415
     from dlo_export.exporter.tensorrt.plan import graph_options  # noqa: PLC0415
 
-    description = load_description(artefact)
+    description = open_description(artefact)
     source = open_source(model, adapter)
     try:
         with Reporter(verbose=verbose).stage("parity"):
-            report = check_parity(source, artefact, description, map(graph_options, description["engines"]))
+            report = check_parity(source, artefact, description, map(graph_options, description.engines))
     finally:
         source.close()
     typer.echo(json.dumps(report.to_json(), indent=2) if as_json else report.summary())

@@ -30,16 +30,18 @@ def main(
     trt_plugin_library: Annotated[
         Path | None, typer.Option(help="libdlo_plugins.so the engine was built with.")
     ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="First compare all files with their hashes.")] = False,
 ) -> None:
     """Generate text: tokens stream to stdout, speed and active rate go to stderr."""
     from dlo_export.checkpoints.config import LlamaConfig  # noqa: PLC0415
-    from dlo_export.exporter.artifact import load_description, mean_active_rates  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.artifact_runner import open_artifact, open_engines  # noqa: PLC0415
+    from dlo_export.runtimes.artefact.description import load_description, mean_active_rates  # noqa: PLC0415
     from dlo_export.runtimes.generation.generate import Generation  # noqa: PLC0415
     from dlo_export.runtimes.generation.sampling import Sampling  # noqa: PLC0415
     from dlo_export.runtimes.generation.tokenizer import Tokenizer  # noqa: PLC0415
 
-    description = load_description(artefact)
+    description = open_description(artefact) if verify else load_description(artefact)
     config = LlamaConfig.from_json(artefact / "config.json")
     tokenizer = Tokenizer(artefact)
     chat = tokenizer.has_chat_template and not raw

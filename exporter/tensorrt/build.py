@@ -13,13 +13,14 @@ from types import FrameType
 from typing import Any
 
 from dlo_export.checkpoints.errors import EngineBuildError
-from dlo_export.exporter.tensorrt.backend import BACKENDS, Backend
-from dlo_export.exporter.tensorrt.engine_events import EventPipe
-from dlo_export.exporter.tensorrt.engine_record import PluginSource
+from dlo_export.exporter.tensorrt.build_events import EventPipe
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 from dlo_export.exporter.tensorrt.log import BuildLog, builder_errors, hint_for, parser_errors
 from dlo_export.exporter.tensorrt.network_checks import CHECKS, check_network, make_attentions_decomposable
 from dlo_export.exporter.tensorrt.phase_progress import PhaseProgress
+from dlo_export.runtimes.artefact.engine_record import PluginSource
+from dlo_export.runtimes.artefact.typed_json import to_json
+from dlo_export.runtimes.tensorrt.backend import BACKENDS, Backend
 
 _WRITTEN_AT_ONCE = 64 * 2**20  # bytes
 
@@ -46,7 +47,7 @@ def build(request: EngineRequest, workplace: Workplace, pipe: EventPipe) -> dict
         pipe: Told of stages, progress and log lines.
 
     Returns:
-        What `EngineRecord` says of the engine and only this process knows.
+        What `EngineBuild` says of the engine and only this process knows.
 
     Raises:
         EngineBuildError: The parser, a check or the builder refused; with all reasons.
@@ -62,7 +63,7 @@ def build(request: EngineRequest, workplace: Workplace, pipe: EventPipe) -> dict
     with pipe.stage("import"):
         trt = backend.load()
         logger = log.logger(trt)
-        plugins = _provide_plugins(request)
+        plugins = _provide_plugins(trt, request)
         builder = trt.Builder(logger)
     with pipe.stage("parse"):
         network = builder.create_network(_network_flags(trt))
@@ -94,7 +95,7 @@ def build(request: EngineRequest, workplace: Workplace, pipe: EventPipe) -> dict
     return {
         "version": str(trt.__version__),
         "plugins": plugins,
-        "census": census.to_json(),
+        "census": to_json(census, Path()),
         "decomposed_attentions": decomposed,
         "checks": list(CHECKS),
         "bytes": plan.nbytes,
@@ -109,20 +110,19 @@ def _network_flags(trt: Any) -> int:
     return sum(1 << int(flag) for flag in flags if flag is not None)
 
 
-def _provide_plugins(request: EngineRequest) -> PluginSource:
+def _provide_plugins(trt: Any, request: EngineRequest) -> PluginSource:
     """Registers what describes the graph's plugins to the builder; says what that is."""
-    if request.lowering != "plugin":
+    if not request.plugin_operators:
         return "none"
-    from dlo_export.plugins import enterprise, rtx  # noqa: PLC0415 - few builds need them
+    from dlo_export.plugins import registration  # noqa: PLC0415 - few builds need them
 
     if request.plugin_library is not None:
-        load_library = rtx.load_library if request.backend == "rtx" else enterprise.load_library
-        load_library(request.plugin_library)
+        registration.load_library(trt, request.plugin_library)
         return "library"
     if request.backend == "rtx":
-        rtx.register_twins()
+        registration.register_twins()
         return "twins"
-    enterprise.register_quick_deploy()
+    registration.register_quick_deploy()
     return "quick-deploy"
 
 

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dlo_export.exporter.tensorrt.engine_record import LayerCensus
 from dlo_export.exporter.tensorrt.nodes import decoder_layer, network_layers, node_name
 from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.runtimes.artefact.engine_record import LayerCensus
 
 
 def take_census(trt: Any, network: Any, lowering: str, routed_layers: Sequence[int]) -> LayerCensus:

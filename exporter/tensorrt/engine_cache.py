@@ -11,12 +11,13 @@ from pathlib import Path
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
-from dlo_export.exporter.tensorrt.engine_record import EngineRecord
+from dlo_export.runtimes.artefact.engine_record import EngineBuild
+from dlo_export.runtimes.artefact.typed_json import from_json, to_json
 
 VARIABLE = "DLO_EXPORT_CACHE"
 _SIZE_VARIABLE = "DLO_EXPORT_CACHE_GB"
 _DEFAULT_GB = 50.0
-_ENGINE, _RECORD = "model.engine", "engine.json"
+_ENGINE, _BUILD = "model.engine", "engine.json"
 
 
 def cache_folder() -> Path | None:
@@ -39,7 +40,7 @@ class EngineCache:
     def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
         self.folder, self._tell = folder / "engines", tell
 
-    def fetch(self, key: str, output: Path) -> EngineRecord | None:
+    def fetch(self, key: str, output: Path) -> EngineBuild | None:
         """Copies an engine to its place, verified.
 
         A damaged entry is named, removed, and counts as missing.
@@ -49,34 +50,39 @@ class EngineCache:
             output: Where the engine goes.
 
         Returns:
-            Its record as stored; None where the cache does not hold it.
+            The build that made it; None where the cache does not hold it.
         """
         entry = self.folder / key
         if not entry.is_dir():
             return None
         partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
         try:
-            record = EngineRecord.from_json(read_json(entry / _RECORD))
+            build = from_json(EngineBuild, read_json(entry / _BUILD), entry)
             found = _copy(entry / _ENGINE, partial)
-            if found != record.sha256:
-                raise InputError(f"{entry / _ENGINE}: its sha256 is {found}, expected {record.sha256}")
+            if found != build.sha256:
+                raise InputError(f"{entry / _ENGINE}: its sha256 is {found}, expected {build.sha256}")
             partial.rename(output)
-        except (FileNotFoundError, KeyError, TypeError, ValueError) as err:
+        except (FileNotFoundError, ValueError) as err:
             self._tell(f"engine cache: removed a damaged entry, building again: {err}")
             shutil.rmtree(entry, ignore_errors=True)  # another command may be removing it as well
             return None
         finally:
             partial.unlink(missing_ok=True)
         os.utime(entry)  # the oldest in use go first
-        return record
+        return build
 
-    def store(self, record: EngineRecord) -> None:
-        """Keeps a copy of a built engine; a cache that cannot hold it is named and left as it is."""
-        entry = self.folder / record.cache_key
+    def store(self, build: EngineBuild, engine: Path) -> None:
+        """Keeps a copy of a built engine; a cache that cannot hold it is named and left as it is.
+
+        Args:
+            build: Which made it.
+            engine: The file.
+        """
+        entry = self.folder / build.cache_key
         try:
             with whole_folder(entry, overwrite=True) as folder:
-                _copy(record.file, folder / _ENGINE)
-                save_json(folder / _RECORD, record.to_json())
+                _copy(engine, folder / _ENGINE)
+                save_json(folder / _BUILD, to_json(build, folder))
             self._prune(keep=entry)
         except OSError as err:
             self._tell(f"engine cache: {entry} was not kept: {err.strerror}")

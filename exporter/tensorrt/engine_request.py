@@ -6,39 +6,17 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
 
 import onnx_ir as ir
 
-from dlo_export.graph_passes.spec.provenance import role_values
+from dlo_export.checkpoints.dtypes import FLOAT32
+from dlo_export.graph_passes.spec.ops import DOMAIN
+from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
+from dlo_export.runtimes.artefact.engine_record import BackendName, OptimizationProfile
+from dlo_export.runtimes.artefact.typed_json import from_json, to_json
 
-BackendName = Literal["rtx", "tensorrt"]
-Shape = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizationProfile:
-    """Shapes an engine accepts, and those it is tuned for.
-
-    Attributes:
-        name: "prefill" or "decode".
-        shapes: By input: the least, the optimal and the largest shape.
-    """
-
-    name: str
-    shapes: Mapping[str, tuple[Shape, Shape, Shape]]
-
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in dlo_artifact.json."""
-        return {"name": self.name, "shapes": {name: [*map(list, sizes)] for name, sizes in self.shapes.items()}}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> OptimizationProfile:
-        """The inverse of `to_json`."""
-        shapes = {}
-        for name, (least, optimal, largest) in values["shapes"].items():
-            shapes[name] = (tuple(least), tuple(optimal), tuple(largest))
-        return cls(values["name"], shapes)
+# Paths travel to the building process relative to this, whatever folder that starts in.
+_ROOT = Path("/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +31,12 @@ class EngineRequest:
         profiles: In the engine's order; may be empty where all shapes are numbers.
         lowering: What routed layers became: "none", "masked", "compact", "if" or "plugin".
         dtype: "fp16", "bf16" or "fp32", of weights, KV cache and logits; kept in the record.
+        plugin_operators: Operators of the graph that need plugins.
         plugin_library: libdlo_plugins.so for this backend. Without it a plugin graph is built with the Python twins
             (rtx) or the quick-deploy plugins (tensorrt).
         timeout_s: Seconds after which the build is killed.
         routed_layers: Decoder layers whose skip mechanism must be in the network.
-        expected_dtypes: Element type, by onnx_ir's names in lower case ("float", "bfloat16", …), of network inputs and
+        expected_dtypes: Element type, by ONNX's words ("float", "bfloat16", …), of network inputs and
             outputs and of any other value of the graph.
         use_cache: Take the engine from the engine cache, or put it there.
     """
@@ -69,6 +48,7 @@ class EngineRequest:
     profiles: tuple[OptimizationProfile, ...] = ()
     lowering: str = "none"
     dtype: str = "bf16"
+    plugin_operators: tuple[str, ...] = ()
     plugin_library: Path | None = None
     timeout_s: float | None = None
     routed_layers: tuple[int, ...] = ()
@@ -77,30 +57,17 @@ class EngineRequest:
 
     def to_json(self) -> str:
         """One line, for the process that builds."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values |= {
-            "graph": str(self.graph.absolute()),
-            "output": str(self.output.absolute()),
-            "plugin_library": None if self.plugin_library is None else str(self.plugin_library.absolute()),
-            "profiles": [profile.to_json() for profile in self.profiles],
-            "expected_dtypes": dict(self.expected_dtypes),
-        }
-        return json.dumps(values)
+        return json.dumps(to_json(self, _ROOT))
 
     @classmethod
     def from_json(cls, text: str) -> EngineRequest:
         """The inverse of `to_json`, its paths absolute."""
-        values = json.loads(text)
-        library = values["plugin_library"]
-        values |= {
-            "graph": Path(values["graph"]),
-            "output": Path(values["output"]),
-            "targets": tuple(values["targets"]),
-            "profiles": tuple(map(OptimizationProfile.from_json, values["profiles"])),
-            "plugin_library": None if library is None else Path(library),
-            "routed_layers": tuple(values["routed_layers"]),
-        }
-        return cls(**values)
+        return from_json(cls, json.loads(text), _ROOT)
+
+
+def plugin_operators(model: ir.Model) -> tuple[str, ...]:
+    """Operators of a graph that only the plugins compute, such as "dlo::SkipDown"."""
+    return tuple(sorted({f"{DOMAIN}::{node.op_type}" for node in model.graph.all_nodes() if node.domain == DOMAIN}))
 
 
 def intended_dtypes(model: ir.Model) -> dict[str, str]:
@@ -110,12 +77,12 @@ def intended_dtypes(model: ir.Model) -> dict[str, str]:
         model: As it is saved for the build; routers keep their tags through lowerings.
     """
     values = [*model.graph.inputs, *model.graph.outputs]
-    routers = role_values(model.graph, "router_scores").values()
+    routers = role_values(model.graph, ROUTER_SCORES).values()
     return {
         **{value.name or "": value.dtype.name.lower() for value in values if value.dtype is not None},
-        **{value.name or "": ir.DataType.FLOAT.name.lower() for value in routers},
+        **{value.name or "": FLOAT32.onnx for value in routers},
         **{
-            operand.name or "": ir.DataType.FLOAT.name.lower()
+            operand.name or "": FLOAT32.onnx
             for value in routers
             if (node := value.producer()) is not None and (operand := node.inputs[0]) is not None
         },

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.exporter.artifact import interface
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.tensorrt.engine_record import EngineRecord
-from dlo_export.exporter.tensorrt.engine_request import EngineRequest, OptimizationProfile, intended_dtypes
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest, intended_dtypes, plugin_operators
 from dlo_export.exporter.tensorrt.engines import build_engines
 from dlo_export.exporter.tensorrt.plan import PlannedEngine, TensorRtPlan
 from dlo_export.exporter.weight_file import save_weights, weight_bytes, weight_places
-from dlo_export.graph_passes.spec.provenance import role_values
+from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
+from dlo_export.runtimes.artefact.engine_record import EngineBuild, EngineRecord, OptimizationProfile, ParityVerdict
 
 FOLDER = "engines"
 WEIGHTS = "model.onnx.data"
@@ -31,16 +30,19 @@ FLOAT32_NODES = {
 _ENGINE_BYTES_PER_WEIGHT_BYTE = 2
 
 
-def export_tensorrt(plan: TensorRtPlan, folder: Path, reporter: Reporter) -> list[dict[str, Any]]:
+def export_tensorrt(
+    plan: TensorRtPlan, folder: Path, reporter: Reporter, stream_peak: float | None = None
+) -> tuple[EngineRecord, ...]:
     """Writes graphs and weights, builds the engines, and describes both.
 
     Args:
         plan: What to build.
         folder: Of the artefact; `engines/` is made in it.
         reporter: Told of bytes and of the builds' progress.
+        stream_peak: Largest magnitude measured in the residual stream; None where it was not.
 
     Returns:
-        `engines` of dlo_artifact.json.
+        The engines in the artefact.
 
     Raises:
         EngineBuildError: A build failed.
@@ -49,8 +51,12 @@ def export_tensorrt(plan: TensorRtPlan, folder: Path, reporter: Reporter) -> lis
     target = folder / FOLDER
     target.mkdir()
     save_graphs(plan, target, reporter)
-    records = build_engines([engine_request(plan, engine, target) for engine in plan.engines], reporter)
-    return [_entry(plan, engine, record, folder) for engine, record in zip(plan.engines, records, strict=True)]
+    requests = [engine_request(plan, engine, target) for engine in plan.engines]
+    builds = build_engines(requests, reporter)
+    return tuple(
+        _record(plan, engine, request, build, stream_peak)
+        for engine, request, build in zip(plan.engines, requests, builds, strict=True)
+    )
 
 
 def save_graphs(plan: TensorRtPlan, target: Path, reporter: Reporter) -> None:
@@ -75,6 +81,7 @@ def save_graphs(plan: TensorRtPlan, target: Path, reporter: Reporter) -> None:
 
 def engine_request(plan: TensorRtPlan, engine: PlannedEngine, target: Path) -> EngineRequest:
     """What builds an engine from its saved graph, beside it."""
+    operators = plugin_operators(engine.model)
     return EngineRequest(
         graph=target / f"{engine.name}.onnx",
         output=target / f"{engine.name}.engine",
@@ -83,9 +90,10 @@ def engine_request(plan: TensorRtPlan, engine: PlannedEngine, target: Path) -> E
         profiles=optimization_profiles(engine),
         lowering=engine.options.lowering,
         dtype=plan.dtype,
-        plugin_library=plan.request.plugin_library if engine.options.lowering == "plugin" else None,
+        plugin_operators=operators,
+        plugin_library=plan.request.plugin_library if operators else None,
         timeout_s=plan.request.timeout_s,
-        routed_layers=tuple(sorted(role_values(engine.model.graph, "router_scores"))),
+        routed_layers=tuple(sorted(role_values(engine.model.graph, ROUTER_SCORES))),
         expected_dtypes=intended_dtypes(engine.model),
     )
 
@@ -115,15 +123,29 @@ def _shapes(
     return least, optimal, largest
 
 
-def _entry(plan: TensorRtPlan, engine: PlannedEngine, record: EngineRecord, folder: Path) -> dict[str, Any]:
-    graph = engine.model.graph
-    return {
-        **record.to_json(folder),
-        "phase": engine.phase,
-        "backend_reason": plan.backend_reason,
-        "lowering_reason": engine.reason,
-        **dataclasses.asdict(engine.options),
-        "float32_nodes": FLOAT32_NODES if plan.dtype != "fp32" else {},
-        "interface": {"inputs": interface(graph.inputs), "outputs": interface(graph.outputs)},
-        "parity": {"verdict": "NOT RUN", "reason": "an engine runs on a GPU only: benchmarks/gpu_check.py compares it"},
-    }
+def _record(
+    plan: TensorRtPlan, engine: PlannedEngine, request: EngineRequest, build: EngineBuild, stream_peak: float | None
+) -> EngineRecord:
+    options, graph = engine.options, engine.model.graph
+    return EngineRecord(
+        file=request.output,
+        graph=request.graph,
+        phase=engine.phase,
+        dtype=plan.dtype,
+        lowering=options.lowering,
+        lowering_reason=engine.reason,
+        capture_problem=find_lowering(options.lowering, "tensorrt").not_capturable,
+        plugin_operators=request.plugin_operators,
+        cache=options.cache,
+        max_batch=options.max_batch,
+        max_sequence=options.max_sequence,
+        max_cache=options.max_cache,
+        last_logits=options.last_logits,
+        backend_reason=plan.backend_reason,
+        profiles=request.profiles,
+        interface=interface(graph),
+        float32_nodes=FLOAT32_NODES if plan.dtype != "fp32" else {},
+        float16_stream_peak=stream_peak,
+        parity=ParityVerdict("NOT RUN", "an engine runs on a GPU only: benchmarks/gpu_check.py compares it"),
+        build=build,
+    )

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dlo_export.exporter.tensorrt.backend import Backend
 from dlo_export.exporter.tensorrt.nodes import decoder_layer
+from dlo_export.runtimes.tensorrt.backend import Backend
 
 # "IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error (text)" and "[file.cpp::function::9] Error Code …".
 _ERROR_CODE = re.compile(r"^(?:\[[^\]]+\]|[\w:]+:)\s*Error Code \d+: (?P<kind>[^(]+?) \((?P<text>.*)\)\s*$", re.DOTALL)

@@ -10,25 +10,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dlo_export.checkpoints.dtypes import BY_TENSORRT
 from dlo_export.exporter.tensorrt.census import missing_mechanisms, take_census
-from dlo_export.exporter.tensorrt.engine_record import LayerCensus
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 from dlo_export.exporter.tensorrt.nodes import decoder_layer, input_tensors, network_layers, node_name, output_tensors
 from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.runtimes.artefact.engine_record import LayerCensus
 
 CHECKS = ("inputs are used", "attentions are masked", "dtypes are as intended", "routed layers skip")
-
-# TensorRT's names to onnx_ir's, in lower case.
-_DTYPES = {
-    "FLOAT": "float",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "BOOL": "bool",
-    "INT8": "int8",
-    "UINT8": "uint8",
-}
 
 
 def check_network(trt: Any, network: Any, request: EngineRequest) -> tuple[LayerCensus, list[str]]:
@@ -102,7 +91,7 @@ def wrong_dtypes(trt: Any, network: Any, expected: Mapping[str, str]) -> Iterato
     tensors = [network.get_input(index) for index in range(network.num_inputs)]
     for layer in network_layers(trt, network):
         tensors += output_tensors(layer)
-    found = {tensor.name: _DTYPES.get(tensor.dtype.name, tensor.dtype.name) for tensor in tensors}
+    found = {tensor.name: _word(tensor.dtype) for tensor in tensors}
     interface = {network.get_input(index).name for index in range(network.num_inputs)}
     interface |= {network.get_output(index).name for index in range(network.num_outputs)}
     for name, dtype in expected.items():
@@ -112,6 +101,12 @@ def wrong_dtypes(trt: Any, network: Any, expected: Mapping[str, str]) -> Iterato
             yield f"'{name}' is {found[name]}, expected {dtype}"
     if expected:
         yield from (f"'{name}' is an input or output nobody asked for" for name in sorted(interface - expected.keys()))
+
+
+def _word(dtype: Any) -> str:
+    """ONNX's word for a `trt.DataType`; TensorRT's own where ONNX has none."""
+    kind = BY_TENSORRT.get(dtype.name)
+    return str(dtype.name) if kind is None else kind.onnx
 
 
 def eager_work(trt: Any, network: Any, request: EngineRequest) -> Iterator[str]:

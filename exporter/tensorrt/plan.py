@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -19,7 +19,6 @@ from dlo_export.exporter.pipeline import (
 )
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.backend import BackendChoice, check_backend, resolve_backend
-from dlo_export.exporter.tensorrt.engine_request import BackendName
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.record import Workload
 from dlo_export.graph_passes.lowerings.registry import (
@@ -30,8 +29,7 @@ from dlo_export.graph_passes.lowerings.registry import (
 )
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
 from dlo_export.plugins.contract import size_problems
-
-Phase = Literal["both", "prefill", "decode"]
+from dlo_export.runtimes.artefact.engine_record import BackendName, EngineRecord, Phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +133,10 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
     return TensorRtPlan(request, backend, reason, resolved, engines)
 
 
-def graph_options(entry: dict[str, Any]) -> TensorRtOptions:
-    """The options of the graph behind an entry of `engines` in dlo_artifact.json."""
+def graph_options(engine: EngineRecord) -> TensorRtOptions:
+    """The options of the graph behind an engine."""
     names = [field.name for field in dataclasses.fields(TensorRtOptions)]
-    return TensorRtOptions(**{name: entry[name] for name in names})
+    return TensorRtOptions(**{name: getattr(engine, name) for name in names})
 
 
 def _dtype(source: ExportSource, choice: str) -> str:
@@ -161,9 +159,8 @@ def _planned(
         options = dataclasses.replace(options, max_sequence=1)
     if source.routing is None:
         check_nothing_asked(lowering, source.base.path)
-        return PlannedEngine(
-            phase, options, "nothing is routed", build_tensorrt_model(source, options, graph_dtype(dtype))
-        )
+        model = build_tensorrt_model(source, options, graph_dtype(dtype))
+        return PlannedEngine(phase, options, "nothing is routed", model)
     if lowering != "auto":
         chosen = dataclasses.replace(options, lowering=find_lowering(lowering, "tensorrt").name)
         return PlannedEngine(phase, chosen, "asked for", _built(source, chosen, dtype))

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from dlo_export.checkpoints.errors import DloError, EngineBuildError, MachineError
 from dlo_export.exporter.tensorrt.build import Workplace, build
-from dlo_export.exporter.tensorrt.engine_events import EventPipe
+from dlo_export.exporter.tensorrt.build_events import EventPipe
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 
 _PR_SET_PDEATHSIG = 1

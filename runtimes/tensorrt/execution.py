@@ -10,27 +10,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from dlo_export.checkpoints.dtypes import BY_ONNX
+from dlo_export.checkpoints.interface import INPUT_IDS
+from dlo_export.runtimes.artefact.engine_record import EngineRecord
 from dlo_export.runtimes.errors import StepError
-from dlo_export.runtimes.tensorrt.backend import Backend
 from dlo_export.runtimes.tensorrt.device import CudaError, Device
-from dlo_export.runtimes.tensorrt.engine_file import EngineFile
+from dlo_export.runtimes.tensorrt.engine_runtime import EngineRuntime
 from dlo_export.runtimes.tensorrt.shapes import ProfileChoice, choose_profile, plan_buffers, profiles_of, step_shape
 
-_DTYPES: dict[str, Any] = {
-    "float": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "int64": np.int64,
-    "bool": np.bool_,
-}
-# What stands in the way of capturing a decode step, by lowering. The others have fixed shapes and no branches.
-NOT_CAPTURABLE = {
-    "compact": "its data-dependent shapes are read back by the host",
-    "if": "the host decides which branch runs",
-}
 # One step runs before the capture: kernels load, and TensorRT allocates, when a shape is first enqueued.
 _WARM_UP_STEPS = 1
 _Key = tuple[int, int]  # a context: engine, profile
@@ -40,9 +29,9 @@ class Execution:
     """Runs steps of one model.
 
     Args:
-        backend: Which runs them.
+        runtime: Which reads them.
         device: Where.
-        files: The model's engines, loaded; they share the cache.
+        engines: Of one model; they share the cache.
         capture: Capture decode steps where the lowering allows it.
         layer_seconds: Gets every layer's durations by name, if not None; steps are slower and never captured.
 
@@ -53,27 +42,27 @@ class Execution:
 
     def __init__(
         self,
-        backend: Backend,
+        runtime: EngineRuntime,
         device: Device,
-        files: Sequence[EngineFile],
+        engines: Sequence[EngineRecord],
         *,
         capture: bool,
         layer_seconds: dict[str, list[float]] | None,
     ) -> None:
         self._device = device
-        self._backend = backend
-        self._interface = files[0].interface
-        self._engines = [backend.deserialize(file) for file in files]
-        self.cuda_graph = reason_not_to_capture(files, capture, layer_seconds is not None) or "not captured yet"
+        self._runtime = runtime
+        self._interface = engines[0].static_cache
+        self._engines = [runtime.deserialize(engine) for engine in engines]
+        self.cuda_graph = reason_not_to_capture(engines, capture, layer_seconds is not None) or "not captured yet"
         self._capture = self.cuda_graph == "not captured yet"
-        self._profiler = None if layer_seconds is None else _profiler(backend.module, layer_seconds)
+        self._profiler = None if layer_seconds is None else _profiler(runtime.module, layer_seconds)
         plan = plan_buffers(
-            self._interface, max(file.max_batch for file in files), max(file.max_sequence for file in files)
+            self._interface, max(engine.max_batch for engine in engines), max(engine.max_sequence for engine in engines)
         )
         self._addresses = {name: device.allocate(buffer.bytes) for name, buffer in plan.items() if not buffer.alias_of}
         self._addresses |= {name: self._addresses[b.alias_of] for name, b in plan.items() if b.alias_of is not None}
         self._cache_bytes = {past: plan[past].bytes for past in self._interface.present_of}
-        self._contexts = {(c.engine, c.index): self._context(c) for c in profiles_of(files)}
+        self._contexts = {(c.engine, c.index): self._context(c) for c in profiles_of(engines)}
         # By context: the shape it is set to, how many steps it ran in that shape, and what was captured of them.
         self._shapes: dict[_Key, tuple[int, int]] = {}
         self._steps: dict[_Key, int] = {}
@@ -97,7 +86,7 @@ class Execution:
         """
         for name, array in feeds.items():
             self._device.upload(array, self._addresses[name])
-        batch, sequence = feeds["input_ids"].shape
+        batch, sequence = feeds[INPUT_IDS].shape
         key = (choice.engine, choice.index)
         self._set_shape(key, batch, sequence)
         if self._capture and sequence == 1 and key not in self._graphs and self._steps[key] >= _WARM_UP_STEPS:
@@ -123,7 +112,7 @@ class Execution:
         spec = self._interface.outputs[name]
         shape = step_shape(spec, batch, sequence)
         chosen = rows is not None and shape[1] > 1
-        array = np.empty((shape[0], 1, *shape[2:]) if chosen else shape, _DTYPES[spec.dtype])
+        array = np.empty((shape[0], 1, *shape[2:]) if chosen else shape, BY_ONNX[spec.dtype].numpy)
         if chosen and rows is not None:
             size = math.prod(shape[2:]) * array.itemsize
             for index, row in enumerate(rows):
@@ -142,17 +131,17 @@ class Execution:
         self._device.close()
 
     def _context(self, choice: ProfileChoice) -> Any:
-        context = self._backend.context(
+        context = self._runtime.context(
             self._engines[choice.engine], eager_kernels=self._capture and choice.largest[1] == 1
         )
         if not context.set_optimization_profile_async(choice.index, self._device.stream):
-            raise StepError(f"TensorRT refuses profile {choice.profile.name}{self._backend.explanation()}")
+            raise StepError(f"TensorRT refuses profile {choice.profile.name}{self._runtime.explanation()}")
         self._device.synchronize()
         if self._profiler is not None:
             context.profiler = self._profiler
         for name, address in self._addresses.items():
             if not context.set_tensor_address(name, address):
-                raise StepError(f"TensorRT refuses memory for {name}{self._backend.explanation()}")
+                raise StepError(f"TensorRT refuses memory for {name}{self._runtime.explanation()}")
         return context
 
     def _set_shape(self, key: _Key, batch: int, sequence: int) -> None:
@@ -163,11 +152,11 @@ class Execution:
         for name, spec in self._interface.inputs.items():
             shape = step_shape(spec, batch, sequence)
             if not self._contexts[key].set_input_shape(name, shape):
-                raise StepError(f"TensorRT refuses {name} of shape {list(shape)}{self._backend.explanation()}")
+                raise StepError(f"TensorRT refuses {name} of shape {list(shape)}{self._runtime.explanation()}")
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self._device.stream):
-            raise StepError(f"TensorRT failed to run a step{self._backend.explanation()}")
+            raise StepError(f"TensorRT failed to run a step{self._runtime.explanation()}")
 
     def _try_capture(self, key: _Key) -> None:
         """Captures the step; where that fails, says so once and goes on without."""
@@ -194,11 +183,11 @@ class Execution:
             self._device.destroy(self._graphs.pop(key))
 
 
-def reason_not_to_capture(files: Sequence[EngineFile], capture: bool, profiled: bool) -> str | None:
+def reason_not_to_capture(engines: Sequence[EngineRecord], capture: bool, profiled: bool) -> str | None:
     """Why decode steps will not be captured; None where it is worth trying.
 
     Args:
-        files: The model's engines.
+        engines: Of the model.
         capture: Whether it is wanted.
         profiled: Whether layers are timed.
     """
@@ -207,9 +196,9 @@ def reason_not_to_capture(files: Sequence[EngineFile], capture: bool, profiled: 
     if profiled:
         return "not captured: layers are timed one by one"
     # Of split engines, only the one that decodes matters.
-    lowering = files[choose_profile(profiles_of(files), 1, 1, files[0].path.name).engine].lowering
-    reason = NOT_CAPTURABLE.get(lowering)
-    return f"not captured: lowering {lowering}, {reason}" if reason else None
+    decoding = engines[choose_profile(profiles_of(engines), 1, 1, engines[0].file.name).engine]
+    reason = decoding.capture_problem
+    return f"not captured: lowering {decoding.lowering}, {reason}" if reason else None
 
 
 def _profiler(module: Any, layer_seconds: dict[str, list[float]]) -> Any:

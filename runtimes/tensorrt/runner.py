@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from dlo_export.checkpoints import interface as names
+from dlo_export.runtimes.artefact.engine_record import EngineRecord
 from dlo_export.runtimes.errors import ModelLoadError
 from dlo_export.runtimes.runner import StepRequest
 from dlo_export.runtimes.static_cache.batches import StaticCacheStep
 from dlo_export.runtimes.static_cache.runner import StaticRunner
-from dlo_export.runtimes.tensorrt.backend import Backend
 from dlo_export.runtimes.tensorrt.device import Device
-from dlo_export.runtimes.tensorrt.engine_file import EngineFile, load_engine_files
+from dlo_export.runtimes.tensorrt.engine_check import require_runnable
+from dlo_export.runtimes.tensorrt.engine_runtime import EngineRuntime
+from dlo_export.runtimes.tensorrt.engines import load_engines
 from dlo_export.runtimes.tensorrt.execution import Execution
+from dlo_export.runtimes.tensorrt.gpu import find_gpu
 from dlo_export.runtimes.tensorrt.shapes import choose_profile, profiles_of
 
 
@@ -32,18 +35,19 @@ class TensorRtRunner(StaticRunner):
     Args:
         engines: Of one model: one engine, or prefill and decode apart.
         name: For reports; the first engine's file name by default.
-        plugin_library: libdlo_plugins.so, where the engines were built with it; the artefact's by default.
+        plugin_library: libdlo_plugins.so, where the engines were built with it.
         capture: Capture decode steps.
         layer_seconds: Gets every layer's durations by name, one per step; steps are slower and never captured.
 
     Raises:
-        ModelLoadError: The engines are not of one model, not for this GPU, or damaged.
+        ModelLoadError: The engines are not of one model, not for this GPU, or damaged, or lack their plugin library.
         BackendUnavailableError: There is no GPU, driver, or backend of the engines' version.
+        dlo_export.plugins.errors.PluginError: The plugin library cannot be loaded.
     """
 
     def __init__(
         self,
-        engines: Sequence[EngineFile],
+        engines: Sequence[EngineRecord],
         *,
         name: str | None = None,
         plugin_library: Path | None = None,
@@ -52,20 +56,17 @@ class TensorRtRunner(StaticRunner):
     ) -> None:
         first = _one_model(engines)
         super().__init__(
-            name or first.path.name,
-            first.interface,
+            name or first.file.name,
+            first.static_cache,
             max_batch=max(engine.max_batch for engine in engines),
             max_sequence=max(engine.max_sequence for engine in engines),
         )
         self._profiles = profiles_of(engines)
-        backend = Backend(first)
-        for engine in engines:
-            backend.load_plugins(engine, plugin_library)
+        require_runnable(engines, find_gpu().target, plugin_library)
+        runtime = EngineRuntime(first, plugin_library)
         device = Device()
         try:
-            for engine in engines:
-                backend.check_target(engine, device.target)
-            self._execution = Execution(backend, device, engines, capture=capture, layer_seconds=layer_seconds)
+            self._execution = Execution(runtime, device, engines, capture=capture, layer_seconds=layer_seconds)
         except BaseException:
             device.close()
             raise
@@ -93,7 +94,7 @@ class TensorRtRunner(StaticRunner):
             RuntimeInputError: As for the class; or the artefact has no engines, or they were changed.
         """
         return cls(
-            load_engine_files(folder),
+            load_engines(folder),
             name=name or Path(folder).name,
             plugin_library=plugin_library,
             capture=capture,
@@ -123,16 +124,16 @@ class TensorRtRunner(StaticRunner):
         self._execution.close()
 
 
-def _one_model(engines: Sequence[EngineFile]) -> EngineFile:
+def _one_model(engines: Sequence[EngineRecord]) -> EngineRecord:
     """The first engine, once all are known to be of one model."""
     if not engines:
-        raise ModelLoadError("TensorRT: got no engines, expected at least one")
+        raise ModelLoadError("TensorRT: got no engines, expected at least one", hint="export the model with --trt")
     first = engines[0]
     for engine in engines[1:]:
-        here, there = ((e.backend, e.version, e.interface) for e in (engine, first))
+        here, there = ((e.build.backend, e.build.version, e.static_cache) for e in (engine, first))
         if here != there:
             raise ModelLoadError(
-                f"{engine.path.name} and {first.path.name}: differ in backend, version or interface, expected engines "
+                f"{engine.file.name} and {first.file.name}: differ in backend, version or interface, expected engines "
                 "of one model",
                 hint="export the model again with --trt",
             )

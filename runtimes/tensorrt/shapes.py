@@ -6,11 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from dlo_export.checkpoints.dtypes import BY_ONNX
+from dlo_export.checkpoints.interface import INPUT_IDS
+from dlo_export.runtimes.artefact.engine_record import EngineRecord, OptimizationProfile, Shape
 from dlo_export.runtimes.decoder_interface import DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelInterfaceError, StepError
-from dlo_export.runtimes.tensorrt.engine_file import EngineFile, ProfileShapes, Shape
-
-ELEMENT_BYTES = {"float": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,17 +25,17 @@ class ProfileChoice:
 
     engine: int
     index: int
-    profile: ProfileShapes
+    profile: OptimizationProfile
 
     @property
     def least(self) -> Shape:
         """Of input_ids: (batch, sequence)."""
-        return self.profile.shapes["input_ids"][0]
+        return self.profile.shapes[INPUT_IDS][0]
 
     @property
     def largest(self) -> Shape:
         """Of input_ids: (batch, sequence)."""
-        return self.profile.shapes["input_ids"][2]
+        return self.profile.shapes[INPUT_IDS][2]
 
     def covers(self, batch: int, sequence: int) -> bool:
         """Whether a step of that shape may run in it."""
@@ -61,12 +61,12 @@ class Buffer:
     alias_of: str | None = None
 
 
-def profiles_of(engines: Sequence[EngineFile]) -> tuple[ProfileChoice, ...]:
+def profiles_of(engines: Sequence[EngineRecord]) -> tuple[ProfileChoice, ...]:
     """All profiles of a model's engines."""
     return tuple(
         ProfileChoice(engine, index, profile)
-        for engine, file in enumerate(engines)
-        for index, profile in enumerate(file.profiles)
+        for engine, record in enumerate(engines)
+        for index, profile in enumerate(record.profiles)
     )
 
 
@@ -107,7 +107,8 @@ def step_shape(spec: TensorSpec, batch: int, sequence: int) -> Shape:
     sizes = [size if isinstance(size, int) else known.get(str(size)) for size in spec.shape]
     if None in sizes:
         raise ModelInterfaceError(
-            f"{spec.name} has shape {list(spec.shape)}, expected numbers, 'batch' and 'sequence' only"
+            f"{spec.name} has shape {list(spec.shape)}, expected numbers, 'batch' and 'sequence' only",
+            hint="export again with --trt",
         )
     return tuple(size for size in sizes if size is not None)
 
@@ -125,5 +126,5 @@ def plan_buffers(interface: DecoderInterface, max_batch: int, max_sequence: int)
     for name, spec in (interface.inputs | interface.outputs).items():
         elements = math.prod(step_shape(spec, max_batch, max_sequence))
         alias = past_of.get(name)
-        plan[name] = Buffer(name, spec.dtype, 0 if alias else elements * ELEMENT_BYTES[spec.dtype], alias)
+        plan[name] = Buffer(name, spec.dtype, 0 if alias else elements * BY_ONNX[spec.dtype].itemsize, alias)
     return plan

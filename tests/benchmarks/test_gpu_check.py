@@ -34,7 +34,7 @@ from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.runner import Runner
 from dlo_export.runtimes.static_cache.batches import StaticCacheLimits
-from dlo_export.runtimes.tensorrt.engine_file import load_engine_files
+from dlo_export.runtimes.tensorrt.engines import load_engines
 from tests.runtimes.graphs import DATA, Builds, routed_builds
 
 REPOSITORY = Path(__file__).parents[2]
@@ -224,14 +224,14 @@ def test_table_compares_with_the_dense_engine_when_one_was_given() -> None:
 
 
 def test_engines_that_take_decisions_are_built_when_released_ones_hide_theirs(artefact: Path, tmp_path: Path) -> None:
-    released = load_engine_files(artefact)
+    released = load_engines(artefact)
     before = sorted(artefact.rglob("*"))
     (forced,) = forced_engines(released, tmp_path, "sm89", Reporter())
-    interface = forced.interface
+    interface = forced.static_cache
     assert interface.routed_layers == interface.forced_layers == interface.scored_layers == (0, 1)
-    assert (forced.lowering, forced.dtype, forced.targets) == ("compact", "fp16", ("sm89",))
+    assert (forced.lowering, forced.dtype, forced.build.targets) == ("compact", "fp16", ("sm89",))
     assert forced.profiles[1].shapes["force_active.1"] == ((1, 1), (1, 1), (OPTIONS.max_batch, 1))
-    assert forced.path.stat().st_size > 0
+    assert forced.file.stat().st_size > 0
     assert sorted(artefact.rglob("*")) == before
 
 
@@ -246,7 +246,7 @@ def test_command_ends_with_4_at_its_first_gpu_call_when_there_is_no_gpu(artefact
     )
     assert result.returncode == 4, result.stderr
     assert result.stdout == ""
-    assert "compact: model.engine, compact, fp16, tensorrt_rtx" in result.stderr
+    assert "compact: model.engine, compact, fp16, rtx " in result.stderr
     assert "error: TensorRT: no GPU can be used: cudaGetDeviceCount failed" in result.stderr
     assert "hint: run it on a machine with an NVIDIA GPU" in result.stderr
 
@@ -258,7 +258,7 @@ def test_artefacts_are_refused_when_names_repeat_or_files_changed(artefact: Path
     with pytest.raises(InputError) as info:
         read_artefacts([artefact, changed], bench.Workload(8, 65, 64))
     assert "compact: is the name of 2 artefacts" in str(info.value)
-    assert "the weights model.onnx.data changed since" in str(info.value)
+    assert "engines/model.onnx.data: was changed: its sha256 is" in str(info.value)
     assert "--batch 8: it was exported with --trt-max-batch 4" in str(info.value)
     assert "--prompt-tokens 65: it was exported with --trt-max-sequence 64" in str(info.value)
     assert "--prompt-tokens and --decode-tokens 129: it was exported with --trt-max-cache 128" in str(info.value)

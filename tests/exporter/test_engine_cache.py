@@ -2,50 +2,43 @@
 
 import dataclasses
 import io
-import json
 import os
 import shutil
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from rich.console import Console
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.tensorrt.engine_cache import VARIABLE, EngineCache, cache_folder
-from dlo_export.exporter.tensorrt.engine_check import check_engine, explain_engine
 from dlo_export.exporter.tensorrt.engine_fingerprint import fingerprint
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 from dlo_export.exporter.tensorrt.engines import build_engine
-from dlo_export.exporter.weight_file import save_weights
-from tests.exporter.engine_graphs import Tiny, request
+from tests.exporter.tiny_engines import save_request
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """An engine from a graph with a data file, built once, and the cache that keeps it."""
     folder = tmp_path_factory.mktemp("built")
-    asked = dataclasses.replace(request(folder, Tiny("compact", layers=1)), use_cache=True)
-    model = ir.load(asked.graph)
-    save_weights(model, folder / "model.onnx.data")
-    ir.save(model, asked.graph)
+    asked = save_request(folder, use_cache=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(folder / "cache"))
-        record = build_engine(asked, Reporter())
-    return asked, record
+        build = build_engine(asked, Reporter())
+    return asked, build
 
 
 @pytest.fixture
 def place(built, tmp_path, monkeypatch):
-    """The same in a folder of its own, cache included: request, record, folder."""
-    asked, record = built
+    """The same in a folder of its own, cache included: request, build, folder."""
+    asked, build = built
     shutil.copytree(asked.graph.parent, tmp_path / "work")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "work" / "cache"))
     moved = {"graph": tmp_path / "work" / "model.onnx", "output": tmp_path / "work" / "engines" / "model.engine"}
     asked = dataclasses.replace(asked, **moved)
-    return asked, dataclasses.replace(record, file=asked.output, graph=asked.graph), tmp_path / "work"
+    return asked, build, tmp_path / "work"
 
 
 @pytest.fixture
@@ -60,12 +53,11 @@ def said(reporter):
 
 
 def test_build_engine_copies_from_cache_when_content_is_the_same(place, reporter):
-    asked, record, _ = place
+    asked, build, _ = place
     asked.output.unlink()
     again = build_engine(asked, reporter)
-    assert again == dataclasses.replace(record, from_cache=True)
-    assert explain_engine(again) == []
-    entry = cache_folder() / "engines" / record.cache_key / "model.engine"
+    assert again == dataclasses.replace(build, from_cache=True)
+    entry = cache_folder() / "engines" / build.cache_key / "model.engine"
     assert not entry.samefile(asked.output), "a copy, so that changing one leaves the other"
     assert said(reporter) == ""
 
@@ -84,28 +76,27 @@ def test_build_engine_copies_from_cache_when_content_is_the_same(place, reporter
     ids=lambda change: next(iter(change)),
 )
 def test_fingerprint_differs_when_a_setting_does(place, change):
-    asked, record, _ = place
-    assert fingerprint(asked).key == record.cache_key
-    assert fingerprint(dataclasses.replace(asked, **change)).key != record.cache_key
+    asked, build, _ = place
+    assert fingerprint(asked).key == build.cache_key
+    assert fingerprint(dataclasses.replace(asked, **change)).key != build.cache_key
 
 
 def test_fingerprint_differs_when_weights_do(place):
-    asked, record, folder = place
+    asked, build, folder = place
     data = folder / "model.onnx.data"
     values = np.fromfile(data, np.uint8)
     values[-1] ^= 1
     values.tofile(data)
     found = fingerprint(asked)
-    assert found.graph_sha256 == record.graph_sha256
-    assert found.key != record.cache_key
+    assert found.key != build.cache_key
 
 
 def test_fingerprint_differs_when_graph_does(place):
-    asked, record, _ = place
+    asked, build, _ = place
     model = onnx.load(asked.graph, load_external_data=False)
     model.graph.doc_string = "another"
     onnx.save(model, asked.graph)
-    assert fingerprint(asked).key != record.cache_key
+    assert fingerprint(asked).key != build.cache_key
 
 
 def test_fingerprint_differs_when_plugin_library_does(place):
@@ -143,15 +134,15 @@ def damage_engine(entry):
     [
         (damage_engine, "its sha256 is"),
         (lambda entry: (entry / "engine.json").write_text("{"), "cannot be read as JSON"),
-        (lambda entry: (entry / "engine.json").write_text("{}"), "backend"),
+        (lambda entry: (entry / "engine.json").write_text("{}"), "backend is missing"),
         (lambda entry: (entry / "engine.json").unlink(), "cannot be read as JSON"),
         (lambda entry: (entry / "model.engine").unlink(), "No such file"),
     ],
     ids=["engine", "json", "fields", "no-record", "no-engine"],
 )
 def test_build_engine_says_so_and_builds_again_when_cache_entry_is_damaged(place, reporter, damage, why):
-    asked, record, folder = place
-    damage(folder / "cache" / "engines" / record.cache_key)
+    asked, build, folder = place
+    damage(folder / "cache" / "engines" / build.cache_key)
     asked.output.unlink()
     again = build_engine(asked, reporter)
     assert not again.from_cache
@@ -172,21 +163,21 @@ def test_build_engine_succeeds_and_says_so_when_cache_cannot_be_written(place, r
     asked, _, folder = place
     (folder / "file").touch()
     monkeypatch.setenv(VARIABLE, str(folder / "file"))
-    record = build_engine(asked, reporter)
-    assert record.file.stat().st_size == record.bytes
+    build = build_engine(asked, reporter)
+    assert asked.output.stat().st_size == build.bytes
     assert "was not kept: Not a directory" in said(reporter)
 
 
 def test_engine_cache_drops_what_was_unused_for_longest_when_it_is_full(place, monkeypatch):
-    _, record, folder = place
+    asked, build, folder = place
     cache = EngineCache(folder / "other", print)
     keys = [digit * 64 for digit in "abc"]
-    monkeypatch.setenv("DLO_EXPORT_CACHE_GB", str(2.5 * record.bytes / 2**30))
+    monkeypatch.setenv("DLO_EXPORT_CACHE_GB", str(2.5 * build.bytes / 2**30))
     for age, key in enumerate(keys[:2]):
-        cache.store(dataclasses.replace(record, cache_key=key))
+        cache.store(dataclasses.replace(build, cache_key=key), asked.output)
         os.utime(cache.folder / key, (age, age))
     assert cache.fetch(keys[0], folder / "copy.engine") is not None  # used just now
-    cache.store(dataclasses.replace(record, cache_key=keys[2]))
+    cache.store(dataclasses.replace(build, cache_key=keys[2]), asked.output)
     assert sorted(entry.name for entry in cache.folder.iterdir()) == [keys[0], keys[2]]
 
 
@@ -197,80 +188,6 @@ def test_cache_folder_is_the_users_when_nothing_is_set(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "dlo-export"
-
-
-def test_explain_engine_finds_nothing_when_engine_is_as_built(place):
-    _, record, _ = place
-    assert explain_engine(record) == []
-    assert explain_engine(record, target="sm89") == []
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"version": "1.0.0"}, "was built with TensorRT-RTX 1.0.0, installed is 1."),
-        ({"backend": "tensorrt"}, " TensorRT 1.7.1.116"),
-        ({"sha256": "0" * 64}, "it is not the engine that was built"),
-        ({"bytes": 1}, "its record says 1: it is not the engine that was built"),
-        ({"graph_sha256": "0" * 64}, "model.onnx changed since"),
-        ({"weights_sha256": {"model.onnx.data": "0" * 64}}, "the weights model.onnx.data changed since"),
-        ({"plugins": "twins"}, "no plugin library is given"),
-    ],
-    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
-)
-def test_explain_engine_says_why_when_record_and_machine_differ(place, change, why):
-    _, record, _ = place
-    (reason,) = explain_engine(dataclasses.replace(record, **change))
-    assert why in reason
-    assert reason.startswith("model.engine: ")
-
-
-def test_explain_engine_says_why_when_gpu_is_another(place):
-    _, record, _ = place
-    assert explain_engine(record, target="sm120") == ["model.engine: was built for sm89, the GPU is sm120"]
-    portable = dataclasses.replace(record, targets=())
-    assert explain_engine(portable, target="sm120") == []
-    assert explain_engine(portable, target="sm75") == ["model.engine: is portable from sm80 on, the GPU is sm75"]
-
-
-def test_explain_engine_says_why_when_plugin_library_is_another(place):
-    _, record, folder = place
-    library = folder / "libdlo_plugins.so"
-    record = dataclasses.replace(record, plugins="library", plugin_library_sha256="0" * 64)
-    assert "does not exist" in explain_engine(record, library)[0]
-    library.write_bytes(b"library")
-    assert "libdlo_plugins.so changed since" in explain_engine(record, library)[0]
-    assert explain_engine(dataclasses.replace(record, plugins="twins", plugin_library_sha256=None), library) == []
-
-
-def test_explain_engine_lists_everything_when_several_things_are_wrong(place):
-    asked, record, folder = place
-    asked.output.unlink()
-    (folder / "model.onnx.data").unlink()
-    reasons = explain_engine(dataclasses.replace(record, version="1.0.0"))
-    assert [("does not exist" in reason, "1.0.0" in reason) for reason in reasons] == [
-        (True, False),
-        (True, False),
-        (False, True),
-    ]
-
-
-def test_check_engine_reads_the_artefact_when_it_has_engines(place):
-    _, record, folder = place
-    description = {"format_version": 1, "engines": [record.to_json(folder) | {"plugin_library": None}]}
-    path = folder / "dlo_artifact.json"
-    path.write_text(json.dumps(description))
-    assert check_engine(folder) == []
-    record.file.write_bytes(b"another")
-    (reason,) = check_engine(folder)
-    assert "it is not the engine that was built" in reason
-    description["engines"] = [{"file": "engines/model.engine"}]
-    path.write_text(json.dumps(description))
-    assert "an engine's record cannot be read: KeyError: 'backend'" in check_engine(folder)[0]
-    description["engines"] = []
-    path.write_text(json.dumps(description))
-    with pytest.raises(InputError, match="has no engines"):
-        check_engine(folder)
 
 
 def test_engine_request_survives_json(place):

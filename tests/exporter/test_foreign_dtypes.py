@@ -9,6 +9,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
+from dlo_export.runtimes.artefact.engine_record import ParityVerdict
 from dlo_export.runtimes.parity.tolerances import TOLERANCES
 from tests.foreign_graphs import save_foreign_graph, save_routed_adapter
 
@@ -37,32 +38,28 @@ def test_graph_is_described_by_its_own_dtype_when_it_has_16_bits(foreign, tmp_pa
     opened = open_foreign_graph(folder / "foreign" / "model.onnx")
     assert opened.stored_dtype == WORDS[dtype]
     result = _export(foreign, tmp_path, parity=False)
-    assert result.description["dtype"] == dtype
-    inputs = {value["name"]: value["dtype"] for value in result.description["interface"]["inputs"]}
+    assert result.description.dtype == dtype
+    inputs = {spec.name: spec.dtype for spec in result.description.interface.inputs}
     assert inputs["past_key_values.0.key"] == WORDS[dtype]
     # The provider adds no float16 in ScatterND; of bfloat16 it runs nothing, whatever the lowering.
-    assert result.description["lowering"] == {"fp16": "if", "bf16": "compact"}[dtype]
+    assert result.description.lowering == {"fp16": "if", "bf16": "compact"}[dtype]
     if dtype == "fp16":
-        assert "does not add float16" in result.description["lowering_reason"]
+        assert "does not add float16" in result.description.lowering_reason
 
 
 @pytest.mark.parametrize("lowering", ["auto", "masked", "compact"])
 def test_parity_is_judged_by_its_dtype_when_the_graph_has_16_bits(foreign, tmp_path, lowering):
     dtype, _ = foreign
     result = _export(foreign, tmp_path, lowering=lowering)
-    parity = result.description["parity"]
+    parity = result.description.parity
     if dtype == "bf16":
-        assert parity == {
-            "verdict": "NOT RUN",
-            "reason": "ONNX Runtime's CPU provider does not implement bfloat16",
-        }
+        reason = "ONNX Runtime's CPU provider does not implement bfloat16"
+        assert parity == ParityVerdict("NOT RUN", reason)
     elif lowering == "compact":
-        assert parity == {
-            "verdict": "NOT RUN",
-            "reason": "ONNX Runtime's CPU kernel of ScatterND does not add float16",
-        }
+        reason = "ONNX Runtime's CPU kernel of ScatterND does not add float16"
+        assert parity == ParityVerdict("NOT RUN", reason)
     else:
-        assert parity["verdict"] in ("PASS", "AMBIGUOUS"), result.parity_summary  # rounding may turn a near-tie
+        assert parity.verdict in ("PASS", "AMBIGUOUS"), result.parity_summary  # rounding may turn a near-tie
         report = json.loads((result.folder / "parity.json").read_text())
         assert report["dtype"] == "fp16"
         assert report["tolerance"] == dataclasses.asdict(TOLERANCES["fp16"])
@@ -72,7 +69,7 @@ def test_parity_is_judged_by_its_dtype_when_the_graph_has_16_bits(foreign, tmp_p
 
 def test_cast_is_refused_when_a_graph_has_another_dtype(foreign, tmp_path):
     dtype, _ = foreign
-    assert _export(foreign, tmp_path, dtype=dtype, parity=False).description["dtype"] == dtype
+    assert _export(foreign, tmp_path, dtype=dtype, parity=False).description.dtype == dtype
     with pytest.raises(InputError, match=f"a graph keeps its own dtype, {dtype}"):
         _export(foreign, tmp_path, dtype="fp32")
 

@@ -49,11 +49,11 @@ def adapter(tmp_path):
 def test_export_of_optimums_graph_equals_pytorch_when_injected_and_routed(adapter, tmp_path, lowering):
     request = ExportRequest(str(GRAPH), tmp_path / "out", adapter=adapter, lowering=lowering)
     result = export_model(request, Reporter())
-    assert result.description["parity"]["verdict"] == "PASS", result.parity_summary
-    layers = result.description["layers"]
-    assert [layer["injected"] for layer in layers] == [False, True] * (len(layers) // 2)
-    assert [layer["identity"] for layer in layers] == [layer["injected"] for layer in layers]
-    assert all(layer["routed"] for layer in layers)
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    layers = result.description.layers
+    assert [layer.injected for layer in layers] == [False, True] * (len(layers) // 2)
+    assert [layer.identity for layer in layers] == [layer.injected for layer in layers]
+    assert all(layer.routed for layer in layers)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_hidden_layers"] == len(layers)
 
@@ -69,8 +69,8 @@ def test_parity_says_why_it_cannot_run_when_there_is_no_config(adapter, tmp_path
     alone.mkdir()
     shutil.copy(GRAPH, alone)
     result = export_model(ExportRequest(str(alone / "model.onnx"), tmp_path / "out", adapter=adapter), Reporter())
-    assert result.description["parity"]["verdict"] == "NOT RUN"
-    assert "config.json" in result.description["parity"]["reason"]
+    assert result.description.parity.verdict == "NOT RUN"
+    assert "config.json" in result.description.parity.reason
 
 
 def test_graph_is_refused_when_external_weights_are_missing_or_short(tmp_path):

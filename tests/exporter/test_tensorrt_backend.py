@@ -10,10 +10,10 @@ import pytest
 
 from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.exporter.tensorrt.backend import BACKENDS, check_backend, resolve_backend
-from dlo_export.exporter.tensorrt.engine_gpu import find_gpu
 from dlo_export.exporter.tensorrt.log import builder_errors, hint_for, without_source
 from dlo_export.exporter.tensorrt.nodes import decoder_layer
 from dlo_export.exporter.tensorrt.phase_progress import PhaseProgress
+from dlo_export.runtimes.tensorrt.gpu import find_gpu
 
 ROOT = Path(__file__).parents[2]
 no_gpu = pytest.mark.skipif(find_gpu().target is not None, reason="this machine has a GPU")

@@ -6,10 +6,10 @@ import pytest
 
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
-from dlo_export.exporter.tensorrt.engine_check import explain_engine
 from dlo_export.exporter.tensorrt.engines import build_engines
-from dlo_export.exporter.tensorrt.export import engine_request, save_graphs
+from dlo_export.exporter.tensorrt.export import engine_request, export_tensorrt, save_graphs
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
+from dlo_export.runtimes.tensorrt.engine_check import obstacles
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference_mlp_routed"
 SIZES = {"max_batch": 2, "max_sequence": 16, "max_cache": 32}
@@ -35,29 +35,29 @@ def source():
 )
 def test_build_engines_skips_in_every_routed_layer(source, tmp_path, lowering, dtype, options, mechanism):
     plan = plan_tensorrt(source, TensorRtRequest(backend="rtx", **SIZES, **options), lowering, dtype)
-    save_graphs(plan, tmp_path, Reporter())
-    records = build_engines([engine_request(plan, engine, tmp_path) for engine in plan.engines], Reporter())
+    records = export_tensorrt(plan, tmp_path, Reporter())
     assert len(records) == len(plan.engines)
     for record in records:
         assert source.routing is not None
-        assert {layer: set(found) for layer, found in record.census.skipping.items()} == dict.fromkeys(
+        assert {layer: set(found) for layer, found in record.build.census.skipping.items()} == dict.fromkeys(
             source.routing.layers, mechanism
         )
-        assert record.weights_sha256.keys() == {"model.onnx.data"}
-        assert record.targets == options.get("targets", ())
-        reasons = explain_engine(record)
+        assert record.build.targets == options.get("targets", ())
+        reasons = [obstacle.reason for obstacle in obstacles([record], "sm89")]
         assert reasons == [] if lowering != "plugin" else "no plugin library is given" in reasons[0]
+        assert (record.plugin_operators == ("dlo::SkipDown", "dlo::SkipGateUp")) == (lowering == "plugin")
+        assert (record.capture_problem is None) == (lowering == "plugin")
 
 
 def test_build_engines_copies_from_cache_when_the_same_model_is_exported_again(source, tmp_path, monkeypatch):
     """The graph's bytes, and so the key, are the same each time."""
     monkeypatch.setenv("DLO_EXPORT_CACHE", str(tmp_path / "cache"))
-    records = []
+    builds = []
     for name in ("once", "again"):
         (tmp_path / name).mkdir()
         plan = plan_tensorrt(source, TensorRtRequest(backend="rtx", **SIZES), "compact", "bf16")
         save_graphs(plan, tmp_path / name, Reporter())
         requests = [engine_request(plan, engine, tmp_path / name) for engine in plan.engines]
-        records += build_engines(requests, Reporter())
-    assert [record.from_cache for record in records] == [False, True]
-    assert records[0].sha256 == records[1].sha256
+        builds += build_engines(requests, Reporter())
+    assert [build.from_cache for build in builds] == [False, True]
+    assert builds[0].sha256 == builds[1].sha256

@@ -1,6 +1,5 @@
 """`dlo-export --trt` as a user runs it: engines built by TensorRT-RTX, or a reason before anything starts."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +8,15 @@ import onnx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dlo_export.exporter.exit_codes import BAD_INPUT, BUILD_FAILED, DONE, MACHINE
-from dlo_export.exporter.tensorrt.engine_gpu import find_gpu
+from dlo_export.exporter.exit_codes import BUILD_FAILED, DONE, MACHINE
+from dlo_export.runtimes.artefact.description import load_description
+from dlo_export.runtimes.tensorrt.gpu import find_gpu
 from tests.exporter.test_cli import check_refused, dlo
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 DATA = Path(__file__).parents[1] / "data"
 REFERENCE = DATA / "reference_mlp_routed"
-ROUTED_LAYERS = ["0", "1", "3"]
+ROUTED_LAYERS = [0, 1, 3]
 MECHANISM = {"compact": "TOPK", "if": "CONDITION", "plugin": "PLUGIN_V3"}
 
 
@@ -27,7 +27,7 @@ def engine_cache(tmp_path_factory, monkeypatch):
 
 
 def description_of(folder):
-    return json.loads((folder / "dlo_artifact.json").read_text())
+    return load_description(folder)
 
 
 @pytest.mark.parametrize("lowering", MECHANISM)
@@ -37,16 +37,16 @@ def test_export_builds_an_engine_that_skips_in_every_routed_layer(tmp_path, lowe
     result = dlo("export", REFERENCE, "-o", out, *options, "--trt-max-sequence", "32")
     assert result.returncode == DONE, result.stderr
     assert f"trt {lowering}" in result.stdout, "parity compares the graph's twin"
-    (engine,) = description_of(out)["engines"]
-    assert (out / engine["file"]).stat().st_size == engine["bytes"]
-    assert (engine["backend"], engine["targets"], engine["lowering"]) == ("rtx", ["sm89", "sm120"], lowering)
-    assert engine["dtype"] == "bf16"
-    assert {layer: MECHANISM[lowering] in types for layer, types in engine["census"]["skipping"].items()} == (
+    (engine,) = description_of(out).engines
+    assert engine.file.stat().st_size == engine.build.bytes
+    assert (engine.build.backend, engine.build.targets, engine.lowering) == ("rtx", ("sm89", "sm120"), lowering)
+    assert engine.dtype == "bf16"
+    assert {layer: MECHANISM[lowering] in types for layer, types in engine.build.census.skipping.items()} == (
         dict.fromkeys(ROUTED_LAYERS, True)
     )
-    assert [profile["name"] for profile in engine["profiles"]] == ["prefill", "decode"]
-    assert engine["parity"]["verdict"] == "NOT RUN"
-    names = [value["name"] for value in engine["interface"]["inputs"]]
+    assert [profile.name for profile in engine.profiles] == ["prefill", "decode"]
+    assert engine.parity.verdict == "NOT RUN"
+    names = [spec.name for spec in engine.interface.inputs]
     assert names[:4] == ["input_ids", "position_ids", "write_indices", "kv_lengths"]
     model = onnx.load(out / "model.onnx", load_external_data=False)
     assert model.graph.input[3].type.tensor_type.elem_type == onnx.TensorProto.FLOAT, "model.onnx stays fp32"
@@ -59,8 +59,8 @@ def test_export_builds_two_engines_on_one_weight_file_when_split(tmp_path):
     result = dlo("export", REFERENCE, "-o", out, *options)
     assert result.returncode == DONE, result.stderr
     assert "so the second one costs" in result.stdout
-    engines = description_of(out)["engines"]
-    assert [(e["phase"], e["lowering"], [p["name"] for p in e["profiles"]]) for e in engines] == [
+    engines = description_of(out).engines
+    assert [(e.phase, e.lowering, [p.name for p in e.profiles]) for e in engines] == [
         ("prefill", "compact", ["prefill"]),
         ("decode", "if", ["decode"]),
     ]
@@ -71,17 +71,15 @@ def test_export_builds_two_engines_on_one_weight_file_when_split(tmp_path):
         "prefill.engine",
         "prefill.onnx",
     ]
-    (logits,) = [value for value in engines[0]["interface"]["outputs"] if value["name"] == "logits"]
-    assert logits["shape"][1] == 1
+    (logits,) = [spec for spec in engines[0].interface.outputs if spec.name == "logits"]
+    assert logits.shape[1] == 1
 
 
 def test_split_engines_share_a_weight_file_when_only_prefill_needs_chunks(tmp_path):
     options = ["--trt", "--trt-split", "--trt-max-sequence", "2048", "--trt-max-batch", "2", "--no-parity"]
     result = dlo("export", REFERENCE, "-o", tmp_path / "out", *options)
     assert result.returncode == DONE, result.stderr
-    prefill, decode = (
-        onnx.load(tmp_path / "out" / engine["graph"]) for engine in description_of(tmp_path / "out")["engines"]
-    )
+    prefill, decode = (onnx.load(engine.graph) for engine in description_of(tmp_path / "out").engines)
     assert [sum(node.op_type == "TopK" for node in graph.graph.node) for graph in (prefill, decode)] == [6, 3]
     weights = {tensor.name: tensor.raw_data for tensor in prefill.graph.initializer}
     assert {tensor.name: tensor.raw_data for tensor in decode.graph.initializer}.items() <= weights.items()
@@ -93,24 +91,24 @@ def test_export_builds_an_engine_with_a_growing_cache_when_asked(tmp_path, lower
     sizes = ["--trt-max-cache", "64", "--trt-max-sequence", "32"]
     result = dlo("export", REFERENCE, "-o", tmp_path / "out", *options, *sizes)
     assert result.returncode == DONE, result.stderr
-    (engine,) = description_of(tmp_path / "out")["engines"]
-    assert (engine["cache"], engine["dtype"]) == ("growing", "fp16")
-    assert engine["profiles"][1]["shapes"]["past_key_values.0.key"][2][2] == 63
+    (engine,) = description_of(tmp_path / "out").engines
+    assert (engine.cache, engine.dtype) == ("growing", "fp16")
+    assert engine.profiles[1].shapes["past_key_values.0.key"][2][2] == 63
 
 
 def test_export_builds_a_dense_engine_when_nothing_is_routed(tmp_path):
     checkpoint = save_tiny_llama(tmp_path / "model", dtype="float16")
     result = dlo("export", checkpoint, "-o", tmp_path / "out", "--trt", "--no-parity")
     assert result.returncode == DONE, result.stderr
-    (engine,) = description_of(tmp_path / "out")["engines"]
-    assert (engine["lowering"], engine["dtype"]) == ("none", "fp16"), "auto keeps the checkpoint's 16-bit type"
+    (engine,) = description_of(tmp_path / "out").engines
+    assert (engine.lowering, engine.dtype) == ("none", "fp16"), "auto keeps the checkpoint's 16-bit type"
 
 
 def test_second_export_takes_the_engine_from_the_cache_and_says_so(tmp_path):
     for folder, cached in (("first", False), ("second", True)):
         assert dlo("export", REFERENCE, "-o", tmp_path / folder, "--trt", "--no-parity").returncode == DONE
-        (engine,) = description_of(tmp_path / folder)["engines"]
-        assert engine["from_cache"] == cached
+        (engine,) = description_of(tmp_path / folder).engines
+        assert engine.build.from_cache == cached
 
 
 REFUSED = {
@@ -134,9 +132,8 @@ def test_export_refuses_before_anything_is_built_when(tmp_path, model, options, 
 
 
 def test_export_refuses_someone_elses_graph_when_engines_are_asked_for(tmp_path):
-    graph, adapter = DATA / "optimum_llama" / "model.onnx", DATA / "optimum_llama" / "adapter"
-    result = dlo("export", graph, "--adapter", adapter, "-o", tmp_path / "out", "--trt")
-    assert result.returncode == BAD_INPUT, result.stderr
+    graph = DATA / "optimum_llama" / "model.onnx"
+    check_refused(dlo("export", graph, "-o", tmp_path / "out", "--trt"), tmp_path, "model.onnx is an ONNX graph")
 
 
 def test_run_says_what_is_missing_when_there_is_no_gpu(tmp_path):
@@ -163,8 +160,8 @@ def test_export_measures_the_stream_when_engines_are_in_fp16(tmp_path, factor, e
         return
     assert result.returncode == DONE, result.stderr
     assert ("bf16 is safer" in result.stderr) == (expected == "warned")
-    (engine,) = description_of(tmp_path / "out")["engines"]
-    assert factor < engine["float16_stream_peak"] < 65504
+    (engine,) = description_of(tmp_path / "out").engines
+    assert factor < engine.float16_stream_peak < 65504
 
 
 def test_export_explains_what_plugins_cannot_compute_when_the_mlp_has_biases(tmp_path):

@@ -1,13 +1,14 @@
 """Every check fires on a network that TensorRT-RTX really parsed, and none on a sound one."""
 
-import onnx
+import onnx_ir as ir
 import pytest
 import tensorrt_rtx as trt
 from onnx import TensorProto as T
 from onnx import helper
 
 from dlo_export.exporter.tensorrt.census import missing_mechanisms, take_census
-from dlo_export.exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.exporter.tensorrt.engine_request import intended_dtypes
+from dlo_export.exporter.tensorrt.export import engine_request
 from dlo_export.exporter.tensorrt.network_checks import (
     check_network,
     eager_work,
@@ -16,8 +17,8 @@ from dlo_export.exporter.tensorrt.network_checks import (
     unused_inputs,
     wrong_dtypes,
 )
-from dlo_export.plugins import rtx
-from tests.exporter.engine_graphs import Tiny
+from dlo_export.plugins import registration
+from tests.exporter.tiny_engines import node, plan
 
 LOGGER = trt.Logger(trt.Logger.INTERNAL_ERROR)
 
@@ -35,20 +36,17 @@ def parse():
         assert parser.parse(model.SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
         return network
 
-    rtx.register_twins()
+    registration.register_twins()
     return parsed
 
 
-def request_for(tiny, tmp_path):
-    routed = () if tiny.lowering == "none" else tuple(range(tiny.layers))
-    return EngineRequest(
-        tmp_path / "model.onnx",
-        tmp_path / "model.engine",
-        "rtx",
-        lowering=tiny.lowering,
-        routed_layers=routed,
-        expected_dtypes=tiny.expected_dtypes(),
-    )
+def graph_of(model):
+    """A graph of the exporter's, its weights inside."""
+    return ir.to_proto(model)
+
+
+def request_for(planned, tmp_path):
+    return engine_request(planned, planned.engines[0], tmp_path)
 
 
 def small_model(nodes, inputs, outputs, initializers=()):
@@ -60,18 +58,21 @@ def small_model(nodes, inputs, outputs, initializers=()):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("lowering", ["none", "compact", "if", "plugin"])
 def test_check_network_finds_nothing_when_network_is_sound(parse, tmp_path, lowering, dtype):
-    tiny = Tiny(lowering, dtype=dtype)
-    network = parse(tiny.model())
-    census, problems = check_network(trt, network, request_for(tiny, tmp_path))
+    planned = plan(lowering, 2, dtype)
+    network = parse(graph_of(planned.engines[0].model))
+    census, problems = check_network(trt, network, request_for(planned, tmp_path))
     assert problems == []
     assert sum(census.total.values()) == network.num_layers
     expected = {
         "none": {},
-        "compact": {"TOPK": 1, "GATHER": 1, "SCATTER": 1},
-        "if": {"CONDITION": 1, "CONDITIONAL_INPUT": 1, "CONDITIONAL_OUTPUT": 1},
+        "compact": {"TOPK": 1, "GATHER": 2, "SCATTER": 1},  # rows, and their scales
+        "if": {"CONDITION": 1, "CONDITIONAL_OUTPUT": 1},
         "plugin": {"PLUGIN_V3": 2},
     }
-    assert census.skipping == ({} if lowering == "none" else dict.fromkeys(range(2), expected[lowering]))
+    found = {layer: dict(types) for layer, types in census.skipping.items()}
+    for types in found.values():  # one per value that a branch reads from outside
+        assert (types.pop("CONDITIONAL_INPUT", 0) > 0) == (lowering == "if")
+    assert found == ({} if lowering == "none" else dict.fromkeys(range(2), expected[lowering]))
 
 
 ATTENTION_INPUTS = [
@@ -97,9 +98,12 @@ def test_unmasked_attentions_fires_when_attention_is_causal(parse):
 
 
 def test_unmasked_attentions_names_every_attention_when_none_has_a_mask(parse):
-    network = parse(Tiny("none", layers=2).model(with_mask=False))
+    model = plan("none", 2).engines[0].model
+    for layer in range(2):
+        node(model, f"model.layers.{layer}.self_attn.attention_heads").replace_input_with(3, None)
+    network = parse(graph_of(model))
     problems = list(unmasked_attentions(trt, network))
-    assert [f"model.layers.{layer}.self_attn.attention" in problems[layer] for layer in range(2)] == [True, True]
+    assert [f"model.layers.{layer}.self_attn.attention_heads" in problems[layer] for layer in range(2)] == [True, True]
     assert len(problems) == 2
 
 
@@ -135,27 +139,27 @@ def test_unused_inputs_is_silent_when_an_input_only_decides_a_branch(parse):
 
 
 def test_wrong_dtypes_names_values_when_they_are_of_another_type_or_gone(parse):
-    tiny = Tiny("compact", dtype="fp16")
-    network = parse(tiny.model())
-    wanted = tiny.expected_dtypes() | {"logits": "bfloat16", "model.routers.1.logits": "float16", "elsewhere": "float"}
-    del wanted["mask"]
+    model = plan("compact", 2, "fp16").engines[0].model
+    network = parse(graph_of(model))
+    wanted = intended_dtypes(model) | {"logits": "bfloat16", "model.routers.1.logits": "float16", "elsewhere": "float"}
+    del wanted["kv_lengths"]
     assert set(wrong_dtypes(trt, network, wanted)) == {
         "'logits' is float16, expected bfloat16",
         "'model.routers.1.logits' is float, expected float16",
         "'elsewhere' is not in the network, expected it in float",
-        "'mask' is an input or output nobody asked for",
+        "'kv_lengths' is an input or output nobody asked for",
     }
 
 
 @pytest.mark.parametrize("lowering", ["compact", "if", "plugin"])
 def test_missing_mechanisms_names_the_layers_when_they_are_dense(parse, lowering):
-    census = take_census(trt, parse(Tiny("none", layers=2).model()), lowering, (0, 1))
+    census = take_census(trt, parse(graph_of(plan("none", 2).engines[0].model)), lowering, (0, 1))
     problems = list(missing_mechanisms(census, lowering))
     assert [f"decoder layer {layer} " in problems[layer] for layer in range(2)] == [True, True]
 
 
 def test_missing_mechanisms_names_what_lacks_when_lowering_is_another(parse):
-    census = take_census(trt, parse(Tiny("compact", layers=1).model()), "if", (0,))
+    census = take_census(trt, parse(graph_of(plan("compact").engines[0].model)), "if", (0,))
     (problem,) = missing_mechanisms(census, "if")
     assert "CONDITION, CONDITIONAL_INPUT, CONDITIONAL_OUTPUT" in problem
 
@@ -163,12 +167,16 @@ def test_missing_mechanisms_names_what_lacks_when_lowering_is_another(parse):
 @pytest.mark.parametrize("lowering", ["compact", "if", "plugin"])
 def test_eager_work_names_the_nodes_when_mlp_runs_beside_the_mechanism(parse, tmp_path, lowering):
     """A second MLP on all tokens, as when a pass forgets to move a node."""
-    tiny = Tiny(lowering, layers=2)
-    sound = tiny.model()
+    planned = plan(lowering, 2)
+    model = planned.engines[0].model
+    sound = graph_of(model)
+    weight = ir.to_proto(model.graph.initializers["model.layers.1.mlp.gate_proj.weight"].const_value)
+    weight.name = "model.layers.1.mlp.forgotten.weight"  # the plugin lowering holds its own transposed
+    sound.graph.initializer.append(weight)
     extra = [
         helper.make_node(
             "MatMul",
-            ["model.layers.1.attended", "model.layers.1.mlp.gate.weight"],
+            ["model.layers.1.attention_residual", weight.name],
             ["model.layers.1.mlp.forgotten"],
             name="model.layers.1.mlp.forgotten",
         ),
@@ -177,13 +185,13 @@ def test_eager_work_names_the_nodes_when_mlp_runs_beside_the_mechanism(parse, tm
     ]
     sound.graph.node[-1].output[0] = "logits_alone"
     sound.graph.node.extend(extra)
-    (problem,) = eager_work(trt, parse(sound), request_for(tiny, tmp_path))
+    (problem,) = eager_work(trt, parse(sound), request_for(planned, tmp_path))
     assert "'model.layers.1.mlp.forgotten' of routed decoder layer 1" in problem
 
 
 @pytest.mark.parametrize(("lowering", "dtype"), [("if", "bf16"), ("compact", "fp32"), ("compact", "bf16")])
 def test_make_attentions_decomposable_marks_all_of_them(parse, lowering, dtype):
-    network = parse(Tiny(lowering, layers=3, dtype=dtype).model())
+    network = parse(graph_of(plan(lowering, 3, dtype).engines[0].model))
     assert make_attentions_decomposable(trt, network) == 3
     marked = 0
     for index in range(network.num_layers):
@@ -192,8 +200,3 @@ def test_make_attentions_decomposable_marks_all_of_them(parse, lowering, dtype):
             layer.__class__ = trt.IAttentionBoundaryLayer
             marked += layer.attention.decomposable
     assert marked == 3
-
-
-def test_tiny_graphs_are_valid_onnx():
-    for lowering in ("none", "compact", "if"):
-        onnx.checker.check_model(Tiny(lowering).model(), full_check=True)

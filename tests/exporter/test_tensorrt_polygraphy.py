@@ -10,14 +10,13 @@ import sysconfig
 import textwrap
 from pathlib import Path
 
-import onnx
 import pytest
 
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.export import optimization_profiles, save_graphs
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
-from tests.exporter.engine_graphs import Tiny, profiles
+from tests.exporter.tiny_engines import save_request
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "tests" / "data" / "reference_mlp_routed"
@@ -44,9 +43,8 @@ def shape_arguments(wanted):
 @pytest.fixture
 def graph(tmp_path):
     def save(lowering):
-        model = Tiny(lowering, layers=3).model()
-        onnx.save(model, tmp_path / "model.onnx")
-        return tmp_path / "model.onnx", model
+        asked = save_request(tmp_path, lowering, 3)
+        return asked.graph, asked.profiles
 
     return save
 
@@ -60,9 +58,9 @@ def test_polygraphy_inspect_shows_nodes_when_graph_has_plugins(graph):
 
 @pytest.mark.parametrize("lowering", ["compact", "if"])
 def test_polygraphy_convert_builds_engine_when_graph_has_no_plugins(graph, tmp_path, lowering):
-    path, model = graph(lowering)
+    path, profiles = graph(lowering)
     engine = tmp_path / "model.engine"
-    options = ("--decomposable-attentions", "--compute-capabilities", "8.9", "12.0", *shape_arguments(profiles(model)))
+    options = ("--decomposable-attentions", "--compute-capabilities", "8.9", "12.0", *shape_arguments(profiles))
     shown = polygraphy("convert", path, "-o", engine, *options)
     assert "Setting 2 target compute capabilities" in shown
     assert engine.stat().st_size > 10**6
@@ -82,18 +80,18 @@ def test_polygraphy_inspects_and_converts_the_graph_an_export_writes(tmp_path):
 
 
 def test_polygraphy_convert_builds_engine_when_a_script_registers_the_twins(graph, tmp_path):
-    path, model = graph("plugin")
+    path, profiles = graph("plugin")
     script, engine = tmp_path / "network.py", tmp_path / "model.engine"
     script.write_text(
         textwrap.dedent(f"""
-            import dlo_export.plugins.rtx
+            import dlo_export.plugins.registration
             from polygraphy.backend.trt import network_from_onnx_path
 
             def load_network():
-                dlo_export.plugins.rtx.register_twins()
+                dlo_export.plugins.registration.register_twins()
                 return network_from_onnx_path({str(path)!r})
         """)
     )
-    options = ("--model-type", "trt-network-script", "--compute-capabilities", "8.9", *shape_arguments(profiles(model)))
+    options = ("--model-type", "trt-network-script", "--compute-capabilities", "8.9", *shape_arguments(profiles))
     polygraphy("convert", script, "-o", engine, *options)
     assert engine.stat().st_size > 10**6

@@ -90,9 +90,9 @@ def artefact(checkpoint: Path, tmp_path: Path) -> ExportResult:
 
 
 def test_toy_lowering_passes_parity_and_is_described_when_exported(artefact: ExportResult) -> None:
-    assert artefact.description["lowering"] == "product"
-    assert artefact.description["lowering_reason"] == "asked for"
-    assert artefact.description["parity"]["verdict"] == "PASS"
+    assert artefact.description.lowering == "product"
+    assert artefact.description.lowering_reason == "asked for"
+    assert artefact.description.parity.verdict == "PASS"
     assert artefact.parity_summary is not None
     assert "product" in artefact.parity_summary
 

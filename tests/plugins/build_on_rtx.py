@@ -13,7 +13,7 @@ import onnx
 import tensorrt_rtx as trt
 
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
-from dlo_export.plugins import rtx
+from dlo_export.plugins import registration
 from dlo_export.plugins.errors import PluginError
 
 TYPES = {
@@ -71,14 +71,14 @@ class Errors(trt.ILogger):
 def build(plugins, t_dtype, hidden, intermediate):
     logger = Errors()
     builder = trt.Builder(logger)
-    answer = {"before": list(rtx.missing_creators())}
-    rtx.register_twins()  # repeating either is harmless, and the library takes the twins' place
-    rtx.register_twins()
+    answer = {"before": list(registration.missing_creators(trt))}
+    registration.register_twins()  # repeating either is harmless, and the library takes the twins' place
+    registration.register_twins()
     if plugins != "twins":
-        rtx.load_library(plugins)
-        rtx.load_library(plugins)
-        rtx.register_twins()
-    answer["after"] = list(rtx.missing_creators())
+        registration.load_library(trt, plugins)
+        registration.load_library(trt, plugins)
+        registration.register_twins()
+    answer["after"] = list(registration.missing_creators(trt))
     answer["fields"] = {
         creator.name: len(creator.field_names)
         for creator in trt.get_plugin_registry().all_creators

@@ -21,7 +21,7 @@ import onnx
 import tensorrt_rtx  # noqa: F401 - its libraries must be in the process
 
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
-from dlo_export.plugins import enterprise
+from dlo_export.plugins import registration
 from dlo_export.plugins.rtx_shim import provide_unversioned_library, stub_library
 
 SONAMES = {
@@ -193,9 +193,9 @@ def probe_classes(trt, answers):
 def main():
     trt = import_bindings()
     provide_unversioned_library()
-    enterprise.register_quick_deploy()
-    enterprise.register_quick_deploy()
-    answers = {"missing": list(enterprise.missing_creators())}
+    registration.register_quick_deploy()
+    registration.register_quick_deploy()
+    answers = {"missing": list(registration.missing_creators(trt))}
     creator_class = probe_classes(trt, answers)
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)

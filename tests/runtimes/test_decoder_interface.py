@@ -10,6 +10,7 @@ import pytest
 
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
+from dlo_export.runtimes.artefact.engine_record import GraphInterface
 from dlo_export.runtimes.decoder_interface import DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelInterfaceError
 from dlo_export.runtimes.onnxruntime.session import DecoderSession
@@ -19,19 +20,15 @@ from tests.runtimes.static_cache_graphs import HEAD_DIM, KV_HEADS, LAYERS, MAX_C
 from tests.tiny_models import save_tiny_llama
 
 
-def _specs(values: list[dict]) -> list[TensorSpec]:
-    return [TensorSpec(value["name"], value["dtype"], tuple(value["shape"])) for value in values]
-
-
-def _described(values: dict[str, list[dict]]) -> DecoderInterface:
-    return DecoderInterface.of(_specs(values["inputs"]), _specs(values["outputs"]), "described", cache="static")
+def _described(graph: GraphInterface) -> DecoderInterface:
+    return DecoderInterface.of(graph.inputs, graph.outputs, "described", cache="static")
 
 
 def test_interface_is_the_same_when_read_from_session_and_description(tmp_path: Path) -> None:
     checkpoint = save_tiny_llama(tmp_path / "model", routed=[True, False, True])
     result = export_model(ExportRequest(str(checkpoint), tmp_path / "out", parity=False), Reporter())
-    said = result.description["interface"]
-    described = DecoderInterface.of(_specs(said["inputs"]), _specs(said["outputs"]), "described", cache="growing")
+    said = result.description.interface
+    described = DecoderInterface.of(said.inputs, said.outputs, "described", cache="growing")
     found = DecoderSession(tmp_path / "out" / "model.onnx", "session", "growing", {}).interface
     # ONNX Runtime infers shapes of outputs of its own.
     assert dataclasses.replace(found, outputs={}) == dataclasses.replace(described, outputs={})
@@ -69,12 +66,12 @@ def test_static_interface_tells_its_slots_when_it_is_read() -> None:
 
 
 def test_interface_names_all_problems_when_much_is_wrong() -> None:
-    wrong = interface()
-    wrong["inputs"] = [value | {"dtype": "int32"} for value in wrong["inputs"] if value["name"] != "kv_lengths"]
-    wrong["inputs"].append({"name": "past_active.0", "dtype": "bool", "shape": ["batch", MAX_CACHE]})
-    wrong["inputs"][-2]["shape"] = ["batch", KV_HEADS, "slots", HEAD_DIM]
-    wrong["outputs"] = [value for value in wrong["outputs"] if value["name"] != "present.1.key"]
-    wrong["outputs"].append({"name": "temperature", "dtype": "float", "shape": [1]})
+    inputs = [dataclasses.replace(spec, dtype="int32") for spec in interface().inputs if spec.name != "kv_lengths"]
+    inputs[-1] = dataclasses.replace(inputs[-1], shape=("batch", KV_HEADS, "slots", HEAD_DIM))
+    inputs.append(TensorSpec("past_active.0", "bool", ("batch", MAX_CACHE)))
+    outputs = [spec for spec in interface().outputs if spec.name != "present.1.key"]
+    outputs.append(TensorSpec("temperature", "float", (1,)))
+    wrong = interface(inputs=tuple(inputs), outputs=tuple(outputs))
     with pytest.raises(ModelInterfaceError) as info:
         _described(wrong)
     for part in (
@@ -92,11 +89,12 @@ def test_interface_names_all_problems_when_much_is_wrong() -> None:
 
 
 def test_batch_is_refused_when_the_graph_has_another_fixed_one() -> None:
-    fixed = interface()
-    fixed["inputs"] = [
-        value | ({"shape": [2, *value["shape"][1:]]} if value["name"].startswith("past") else {})
-        for value in fixed["inputs"]
-    ]
+    fixed = interface(
+        inputs=tuple(
+            dataclasses.replace(spec, shape=(2, *spec.shape[1:])) if spec.name.startswith("past") else spec
+            for spec in interface().inputs
+        )
+    )
     described = _described(fixed)
     assert len(described.state_shapes(2)) == 2 * LAYERS
     with pytest.raises(ModelInterfaceError, match=r"has a fixed batch of 2, expected 3\s+hint:"):

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlo_export.exporter.tensorrt.engine_outcome import outcome
-from dlo_export.exporter.tensorrt.engine_process import BuildProcess
+from dlo_export.exporter.tensorrt.build_outcome import outcome
+from dlo_export.exporter.tensorrt.build_process import BuildProcess
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 from dlo_export.runtimes.memory import available_memory
 

@@ -8,8 +8,8 @@ import signal
 from typing import Any
 
 from dlo_export.checkpoints.errors import DloError, EngineBuildError, InputError, MachineError
-from dlo_export.exporter.tensorrt.backend import BACKENDS
-from dlo_export.exporter.tensorrt.engine_process import BuildProcess
+from dlo_export.exporter.tensorrt.build_process import BuildProcess
+from dlo_export.runtimes.tensorrt.backend import BACKENDS
 
 _KINDS: dict[str, type[DloError]] = {error.__name__: error for error in (EngineBuildError, MachineError, InputError)}
 _LINES_SHOWN = 5

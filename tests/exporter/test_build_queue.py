@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from dlo_export.checkpoints.errors import EngineBuildError
-from dlo_export.exporter.tensorrt.engine_scheduling import Planned, expected_memory, run_builds
-from tests.exporter.engine_graphs import Tiny, request
+from dlo_export.exporter.tensorrt.build_queue import Planned, expected_memory, run_builds
+from tests.exporter.tiny_engines import save_request
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def asked(tmp_path):
     requests = []
     for name in ("first", "second"):
         (tmp_path / name / "engines").mkdir(parents=True)
-        requests.append(request(tmp_path / name, Tiny("none", layers=1)))
+        requests.append(save_request(tmp_path / name, "none"))
     return requests
 
 

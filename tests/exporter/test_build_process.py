@@ -15,11 +15,10 @@ import pytest
 
 from dlo_export.checkpoints.errors import EngineBuildError, MachineError
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.tensorrt.engine_oom_kills import count_oom_kills
-from dlo_export.exporter.tensorrt.engine_process import BuildProcess
-from dlo_export.exporter.tensorrt.engine_scheduling import Planned, run_builds
+from dlo_export.exporter.tensorrt.build_process import BuildProcess, count_oom_kills
+from dlo_export.exporter.tensorrt.build_queue import Planned, run_builds
 from dlo_export.exporter.tensorrt.engines import build_engine
-from tests.exporter.engine_graphs import Tiny, request
+from tests.exporter.tiny_engines import FILES, save_request
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +30,7 @@ def files(folder):
 @pytest.fixture
 def asked(tmp_path):
     (tmp_path / "engines").mkdir()
-    return request(tmp_path, Tiny("compact", layers=1))
+    return save_request(tmp_path)
 
 
 def run(asked, at, act):
@@ -67,7 +66,7 @@ def test_build_names_stage_and_signal_when_builder_crashes(tmp_path, asked, numb
         run(asked, stage, lambda worker: os.kill(worker, number))
     assert caught.value.exit_code == 3
     assert "hint: the fault is in TensorRT" in str(caught.value)
-    assert files(tmp_path) == ["model.onnx"]
+    assert files(tmp_path) == FILES
 
 
 def test_build_names_the_node_when_parser_aborts(tmp_path, monkeypatch):
@@ -75,7 +74,7 @@ def test_build_names_the_node_when_parser_aborts(tmp_path, monkeypatch):
     (tmp_path / "customize").mkdir()
     (tmp_path / "customize" / "sitecustomize.py").write_text(REGISTER_CREATORS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "customize"))
-    asked = request(tmp_path, Tiny("plugin", layers=1), lowering="none")
+    asked = save_request(tmp_path, "plugin", plugin_operators=())
     asked.output.parent.mkdir()
     with pytest.raises(EngineBuildError, match="crashed with SIGABRT while parsing") as caught:
         run(asked, "parse", lambda worker: None)
@@ -99,7 +98,7 @@ if "-m" in sys.orig_argv:
 def test_build_says_who_when_worker_is_killed(tmp_path, asked):
     with pytest.raises(EngineBuildError, match=r"killed by somebody's SIGKILL, .* while building"):
         run(asked, "build", lambda worker: os.kill(worker, signal.SIGKILL))
-    assert files(tmp_path) == ["model.onnx"]
+    assert files(tmp_path) == FILES
 
 
 def test_build_is_killed_when_timeout_passes(tmp_path, asked):
@@ -107,7 +106,7 @@ def test_build_is_killed_when_timeout_passes(tmp_path, asked):
     with pytest.raises(EngineBuildError, match=r"was killed after its timeout of 1.5 s while building") as caught:
         run(asked, "build", lambda worker: os.kill(worker, signal.SIGSTOP))
     assert caught.value.exit_code == 3
-    assert files(tmp_path) == ["model.onnx"]
+    assert files(tmp_path) == FILES
 
 
 def test_build_leaves_nothing_when_command_is_interrupted(tmp_path, asked):
@@ -116,7 +115,7 @@ def test_build_leaves_nothing_when_command_is_interrupted(tmp_path, asked):
 
     with pytest.raises(KeyboardInterrupt):
         run(asked, "build", interrupt)
-    assert files(tmp_path) == ["model.onnx"]
+    assert files(tmp_path) == FILES
 
 
 def test_build_fails_when_file_grows_beyond_the_limit(tmp_path, asked):
@@ -124,7 +123,7 @@ def test_build_fails_when_file_grows_beyond_the_limit(tmp_path, asked):
     with pytest.raises(MachineError, match=r"model\.engine: cannot be written: File too large") as caught:
         run(asked, "build", lambda worker: resource.prlimit(worker, resource.RLIMIT_FSIZE, limit))
     assert caught.value.exit_code == 4
-    assert files(tmp_path) == ["model.onnx"]
+    assert files(tmp_path) == FILES
 
 
 def test_build_fails_when_disk_is_full(tmp_path, asked):
@@ -132,7 +131,7 @@ def test_build_fails_when_disk_is_full(tmp_path, asked):
     with pytest.raises(MachineError, match=r"model\.engine: cannot be written: the disk is full") as caught:
         run(asked, "build", lambda worker: partial_of(asked).symlink_to("/dev/full"))
     assert caught.value.exit_code == 4
-    assert files(tmp_path) == ["model.onnx"]
+    assert files(tmp_path) == FILES
     assert Path("/dev/full").exists()
 
 
@@ -143,7 +142,7 @@ def test_build_fails_when_address_space_runs_out(tmp_path, asked):
 
     with pytest.raises((EngineBuildError, MachineError), match=r"\n\nhint: "):
         run(asked, "build", limit)
-    assert files(tmp_path) == ["model.onnx"]
+    assert files(tmp_path) == FILES
 
 
 def partial_of(asked):
@@ -159,7 +158,7 @@ def test_build_removes_what_it_wrote_when_it_is_terminated(tmp_path, asked):
     os.mkfifo(partial_of(asked))
     with pytest.raises(EngineBuildError, match=r"was killed by somebody's SIGTERM, .* while writing the engine"):
         run(asked, "write", terminate)
-    assert files(tmp_path) == ["model.onnx"]
+    assert files(tmp_path) == FILES
 
 
 @pytest.mark.parametrize("stage", ["build", "write"])
@@ -168,7 +167,7 @@ def test_worker_ends_and_leaves_nothing_when_its_parent_dies(tmp_path, asked, st
     script = f"""
         import os, signal, sys
         from dlo_export.exporter.tensorrt.engine_request import EngineRequest
-        from dlo_export.exporter.tensorrt.engine_scheduling import Planned, run_builds
+        from dlo_export.exporter.tensorrt.build_queue import Planned, run_builds
         request = EngineRequest.from_json(sys.stdin.readline())
         def listen(event):
             if event["event"] == "started":
@@ -190,7 +189,7 @@ def test_worker_ends_and_leaves_nothing_when_its_parent_dies(tmp_path, asked, st
     left = files(tmp_path)
     if stage == "build":
         left = [name for name in left if not name.endswith(".partial")]  # the pipe, which the test made
-    assert left == ["model.onnx"]
+    assert left == FILES
 
 
 def test_worker_dies_at_once_when_its_parent_is_gone_before_it_starts(asked):

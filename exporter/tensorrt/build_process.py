@@ -13,15 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dlo_export.exporter.tensorrt.backend import BACKENDS
-from dlo_export.exporter.tensorrt.engine_events import EventReader
-from dlo_export.exporter.tensorrt.engine_oom_kills import count_oom_kills
-from dlo_export.exporter.tensorrt.engine_record import StageCost
+from dlo_export.exporter.tensorrt.build_events import EventReader
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.runtimes.artefact.engine_record import StageCost
+from dlo_export.runtimes.tensorrt.backend import BACKENDS
 
 _LINES_KEPT = 200
 _READ_AT_ONCE = 2**16
 _ROOT = Path(__file__).resolve().parents[2]
+_VMSTAT = Path("/proc/vmstat")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class BuildProcess:
@@ -163,6 +164,18 @@ class BuildProcess:
     def _keep(self, line: str) -> None:
         if line and not self._backend.is_noise(line):
             self.log.append(line)
+
+
+def count_oom_kills(vmstat: Path = _VMSTAT, cgroup: Path = _CGROUP) -> int:
+    """How often the kernel killed for lack of memory so far; only a growing number means something.
+
+    Args:
+        vmstat: Linux's /proc/vmstat; elsewhere missing, and 0 is returned.
+        cgroup: Root of the control group (v2); its counter also grows where a container cannot see the machine's.
+    """
+    files = (vmstat, cgroup / "memory.events")
+    lines = [line.split() for file in files if file.exists() for line in file.read_text().splitlines()]
+    return sum(int(number) for name, number in lines if name == "oom_kill")
 
 
 def _python_path() -> list[str]:

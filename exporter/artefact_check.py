@@ -1,0 +1,128 @@
+"""Whether an artefact is what its description says: files by their hashes, graphs by their structure."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from dlo_export.checkpoints.dtypes import BY_ONNX
+from dlo_export.checkpoints.interface import parse_past
+from dlo_export.exporter.artifact import interface
+from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.graph_passes.lowerings.record import Target, Workload
+from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowering, lowering_names
+from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_SCORES, role_values
+from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription, load_description
+from dlo_export.runtimes.artefact.engine_record import EngineRecord, GraphInterface
+from dlo_export.runtimes.artefact.files import verify_files
+from dlo_export.runtimes.decoder_interface import TensorSpec
+from dlo_export.runtimes.errors import ModelLoadError
+
+
+def open_description(folder: Path) -> ArtefactDescription:
+    """Reads an artefact's description and checks that the artefact is the one it describes.
+
+    Args:
+        folder: The artefact.
+
+    Raises:
+        InputError: The folder is no artefact, fields are missing or wrong, files were changed, or a graph is not the
+            described one; naming every field or file.
+    """
+    description = load_description(folder)
+    verify_files(description.files)
+    problems = list(graph_problems(load_graph(folder / MODEL_NAME), description, description, "", folder / MODEL_NAME))
+    for index, engine in enumerate(description.engines):
+        graph = load_graph(engine.graph)
+        problems += graph_problems(graph, engine, description, f"engines[{index}].", engine.graph)
+    if problems:
+        raise ModelLoadError(
+            f"{folder}: its description contradicts its graphs:" + "".join(f"\n  {problem}" for problem in problems),
+            hint="export the model again: dlo_artifact.json is not to be edited",
+        )
+    return description
+
+
+def graph_problems(
+    model: ir.Model,
+    record: ArtefactDescription | EngineRecord,
+    description: ArtefactDescription,
+    prefix: str,
+    path: Path,
+) -> Iterator[str]:
+    """What of a description a graph contradicts; its weights are not read.
+
+    Args:
+        model: The graph.
+        record: What says its dtype, lowering and interface.
+        description: What says its layers.
+        prefix: Of the record's fields.
+        path: Of the graph, for messages.
+    """
+    found = interface(model.graph)
+    yield from _interface_problems(found, record.interface, prefix, path)
+    if (dtype := _weight_dtype(model)) != record.dtype:
+        yield f"{prefix}dtype is {record.dtype}, most weights of {path.name} are {dtype}"
+    layers = {cache.layer for spec in found.inputs if (cache := parse_past(spec.name)) is not None}
+    if len(layers) != len(description.layers):
+        yield f"layers has {len(description.layers)} entries, {path.name} has {len(layers)} decoder layers"
+    routed = tuple(sorted(role_values(model.graph, ROUTER_SCORES)))
+    if routed != description.routed_layers:
+        yield f"routing.layers are {list(description.routed_layers)}, {path.name} routes {list(routed)}"
+    yield from _lowering_problems(model, record, prefix, path)
+    if plugin_operators(model) != record.plugin_operators:
+        yield (
+            f"{prefix}plugin_operators are {list(record.plugin_operators)}, {path.name} has "
+            f"{list(plugin_operators(model))}"
+        )
+
+
+def _weight_dtype(model: ir.Model) -> str | None:
+    """The type of most of the weights' bytes, as `--dtype` calls it: routers, norms and constants may have others."""
+    sizes: collections.Counter[str | None] = collections.Counter()
+    for value in model.graph.initializers.values():
+        if (tensor := value.const_value) is not None:
+            sizes[BY_ONNX[word].option if (word := tensor.dtype.name.lower()) in BY_ONNX else word] += tensor.nbytes
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _lowering_problems(
+    model: ir.Model, record: ArtefactDescription | EngineRecord, prefix: str, path: Path
+) -> Iterator[str]:
+    """A lowering is known by the tags its pass left on the nodes it made."""
+    target: Target = "tensorrt" if isinstance(record, EngineRecord) else "onnxruntime-cpu"
+    passes = {name: _pass_name(name, target) for name in (*lowering_names(target), NOTHING_ROUTED)}
+    if record.lowering not in passes:
+        yield f"{prefix}lowering is {record.lowering}, expected one of {', '.join(passes)}"
+        return
+    tags = {node.metadata_props.get(PASS_KEY) for node in model.graph.all_nodes()}
+    found = [name for name, made_by in passes.items() if made_by is not None and made_by in tags]
+    expected = [record.lowering] if passes[record.lowering] is not None else []
+    if found != expected:
+        yield f"{prefix}lowering is {record.lowering}, {path.name} has {' and '.join(found) or 'no lowered layers'}"
+    if record.capture_problem != find_lowering(record.lowering, target).not_capturable:
+        yield f"{prefix}capture_problem is not what lowering {record.lowering} has"
+
+
+def _pass_name(lowering: str, target: Target) -> str | None:
+    """Of the pass that makes a lowering; None where the masked form stays as it is."""
+    make_pass = find_lowering(lowering, target).make_pass
+    return None if make_pass is None else type(make_pass(Workload())).__name__
+
+
+def _interface_problems(found: GraphInterface, said: GraphInterface, prefix: str, path: Path) -> Iterator[str]:
+    sides: list[tuple[str, Sequence[TensorSpec], Sequence[TensorSpec]]] = [
+        ("inputs", found.inputs, said.inputs),
+        ("outputs", found.outputs, said.outputs),
+    ]
+    for side, have, want in sides:
+        if have == want:
+            continue
+        have_by_name, want_by_name = {spec.name: spec for spec in have}, {spec.name: spec for spec in want}
+        different = [n for n in have_by_name | want_by_name if have_by_name.get(n) != want_by_name.get(n)]
+        first = different[0] if different else "their order"
+        yield f"{prefix}interface.{side} are not those of {path.name}: {first} differs"

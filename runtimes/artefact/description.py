@@ -1,0 +1,217 @@
+"""dlo_artifact.json: an artefact's description of itself.
+
+The exporter fills an `ArtefactDescription`, everybody reads one; both through this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from dlo_export.checkpoints.files.json_file import read_json, save_json
+from dlo_export.runtimes.artefact.engine_record import (
+    Count,
+    EngineRecord,
+    FloatOption,
+    GraphInterface,
+    LoweringRecord,
+    ParityVerdict,
+    Sha256,
+)
+from dlo_export.runtimes.artefact.typed_json import JsonProblemsError, Rule, from_json, to_json
+from dlo_export.runtimes.errors import ModelLoadError
+
+FORMAT_VERSION = 2
+FILE_NAME = "dlo_artifact.json"
+MODEL_NAME = "model.onnx"
+WEIGHTS_NAME = "model.onnx.data"
+
+_REWRITE = "export the model again, or use the dlo-export that wrote it"
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceIdentity:
+    """What the artefact was made from.
+
+    Attributes:
+        kind: Of source, such as "gguf".
+        name: Of its file or folder.
+        sha256: Of its weights.
+    """
+
+    kind: str
+    name: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ArtefactFile:
+    """A file whose content the description vouches for.
+
+    Attributes:
+        name: Where it lies.
+        bytes: Its size.
+        sha256: Of its content.
+    """
+
+    name: Path
+    bytes: Count
+    sha256: Sha256
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingDescription:
+    """How tokens skip layers.
+
+    Attributes:
+        kind: "mlp" or "layer": what a token skips.
+        rule: What decides, in words.
+        layers: Which are routed, ascending.
+        rescale_hidden_states: Whether the MLP's output is scaled.
+        scale_factor: By how much, in the DLO authors' terms.
+        scale_gap: Likewise.
+    """
+
+    kind: str
+    rule: str
+    layers: tuple[Count, ...]
+    rescale_hidden_states: bool
+    scale_factor: float
+    scale_gap: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDescription:
+    """One decoder layer.
+
+    Attributes:
+        index: In the deepened model.
+        injected: Whether it was added to the original model.
+        source: The original layer it was made from; None where there is none.
+        init: How it was initialised; None where it was not.
+        routed: Whether tokens skip it.
+        identity: Whether it changes nothing.
+    """
+
+    index: Count
+    injected: bool
+    source: Count | None
+    init: str | None
+    routed: bool
+    identity: bool
+
+
+Layers = Annotated[
+    tuple[LayerDescription, ...],
+    Rule("layers numbered from 0 on", lambda layers: [layer.index for layer in layers] == list(range(len(layers)))),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArtefactDescription(LoweringRecord):
+    """Everything dlo_artifact.json says; the lowering is that of model.onnx.
+
+    Attributes:
+        format_version: Of this form.
+        tools: Versions of what wrote it, by name.
+        source: What it was made from.
+        files: Graphs, weights and engines. Others (configuration, tokenizer) are the user's to edit.
+        dtype: "fp32", "fp16" or "bf16", of model.onnx: weights, KV cache and logits.
+        routing: None where nothing is routed.
+        layers: In order.
+        interface: Of model.onnx.
+        engines: Empty without --trt.
+        parity: Of model.onnx and of the engines' graphs.
+    """
+
+    format_version: int
+    tools: Mapping[str, str]
+    source: SourceIdentity
+    files: tuple[ArtefactFile, ...]
+    dtype: FloatOption
+    routing: RoutingDescription | None
+    layers: Layers
+    interface: GraphInterface
+    engines: tuple[EngineRecord, ...]
+    parity: ParityVerdict
+
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """Indices of routed layers, ascending."""
+        return () if self.routing is None else self.routing.layers
+
+
+def save_description(description: ArtefactDescription, folder: Path) -> None:
+    """Writes dlo_artifact.json."""
+    save_json(folder / FILE_NAME, description_json(description, folder))
+
+
+def description_json(description: ArtefactDescription, folder: Path) -> dict[str, Any]:
+    """What dlo_artifact.json holds.
+
+    Args:
+        description: Of the artefact.
+        folder: The artefact.
+    """
+    # The version first, for whoever reads the file to know what to expect of the rest.
+    return {"format_version": description.format_version, **to_json(description, folder)}
+
+
+def load_description(folder: Path) -> ArtefactDescription:
+    """Reads an artefact's dlo_artifact.json. Whether its files are those described, `verify_files` says.
+
+    Raises:
+        ModelLoadError: The folder is no artefact, the file is not JSON, or of another format; or fields are missing or
+            wrong, with all of them.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise ModelLoadError(f"{folder}: has no {FILE_NAME}", hint="give a folder that dlo-export wrote")
+    values = read_json(path, ModelLoadError)
+    if (found := values.get("format_version")) != FORMAT_VERSION or isinstance(found, bool):
+        shown = f"is {found}" if isinstance(found, int) else "is missing or no whole number"
+        raise ModelLoadError(f"{path}: format_version {shown}, this version reads {FORMAT_VERSION}", hint=_REWRITE)
+    try:
+        description = from_json(ArtefactDescription, values, folder)
+    except JsonProblemsError as err:
+        raise ModelLoadError(f"{path}: {_listed(err.problems)}", hint=_REWRITE) from err
+    if problems := list(_contradictions(description)):
+        raise ModelLoadError(f"{path}: {_listed(problems)}", hint=_REWRITE)
+    return description
+
+
+def mean_active_rates(description: ArtefactDescription, rates: Mapping[int, float]) -> dict[str, float | None]:
+    """Share of tokens whose MLP runs, averaged over the original and over the injected layers.
+
+    Args:
+        description: Of the artefact.
+        rates: By routed layer; a layer without router is always active.
+
+    Returns:
+        By "original" and "injected"; None where there are no such layers.
+    """
+    kinds: dict[str, list[float]] = {"original": [], "injected": []}
+    for layer in description.layers:
+        kinds["injected" if layer.injected else "original"].append(rates.get(layer.index, 1.0))
+    return {kind: sum(values) / len(values) if values else None for kind, values in kinds.items()}
+
+
+def _contradictions(description: ArtefactDescription) -> Iterator[str]:
+    """Fields that do not agree with each other."""
+    marked = tuple(layer.index for layer in description.layers if layer.routed)
+    if marked != description.routed_layers:
+        yield f"routing.layers are {list(description.routed_layers)}, but layers are marked as routed: {list(marked)}"
+    for name, record in (("", description), *((f"engines[{i}].", e) for i, e in enumerate(description.engines))):
+        if (record.lowering == "none") != (description.routing is None):
+            yield f"{name}lowering is {record.lowering}, but routing is {'not ' if description.routing else ''}null"
+    listed = {file.name for file in description.files}
+    for index, engine in enumerate(description.engines):
+        for field in ("file", "graph"):
+            if getattr(engine, field) not in listed:
+                yield f"engines[{index}].{field} is {getattr(engine, field).name}, which files does not list"
+
+
+def _listed(problems: list[str]) -> str:
+    return problems[0] if len(problems) == 1 else "".join(f"\n  {problem}" for problem in problems)
