@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer
 from dlo_export.checkpoints.config import RoutingConfig
+from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.sources.base_model import Refusal, Use
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
@@ -25,8 +25,13 @@ from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
-from dlo_export.graph_passes.lowerings.record import LoweringRecord, Workload
-from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_records, suitable_lowerings
+from dlo_export.graph_passes.lowerings.record import LoweringRecord, Target, Workload
+from dlo_export.graph_passes.lowerings.registry import (
+    NOTHING_ROUTED,
+    find_lowering,
+    skipping_lowerings,
+    suitable_lowerings,
+)
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
@@ -34,6 +39,7 @@ from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.invariants import INJECTED, PLAIN, ROUTED, StageSpec, check_stage
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
+from dlo_export.runtimes.onnxruntime.providers import CPU
 
 
 class GraphSource(Protocol):
@@ -54,8 +60,9 @@ class GraphSource(Protocol):
         """None where nothing is routed."""
         ...
 
-    def why_not(self, use: Use) -> Refusal | None:
-        """Why it does not serve a use; None where it does."""
+    @property
+    def tensorrt_refusal(self) -> str | None:
+        """Why its graph cannot be given TensorRT's interface; None where it can."""
         ...
 
     def routers(self) -> dict[int, np.ndarray]:
@@ -252,8 +259,7 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
     Raises:
         InputError: With all reasons.
     """
-    refusal = source.why_not("TensorRT")
-    problems = [] if refusal is None else [f"the source {refusal.reason}"]
+    problems = [] if source.tensorrt_refusal is None else [source.tensorrt_refusal]
     for name in ("max_batch", "max_sequence", "max_cache"):
         if getattr(options, name) < 1:
             problems.append(f"--trt-{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
@@ -268,30 +274,33 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         raise InputError("TensorRT: " + "; ".join(problems), hint="export the checkpoint with other --trt options")
 
 
-def onnxruntime_lowerings(choice: str, *, routed: bool, path: Path) -> list[tuple[str, str]]:
-    """Lowerings for ONNX Runtime's CPU provider, best first, each with its reason.
+def choose_onnxruntime_lowering(choice: str, dtype: str, *, routed: bool, path: Path) -> tuple[str, str]:
+    """The lowering for ONNX Runtime's CPU provider, and why.
 
     Args:
         choice: "auto" or the name of one.
+        dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
         routed: Whether the source has routers.
         path: Of the source, for messages.
-
-    Returns:
-        One where it was asked for or nothing is routed; else what suits, and behind it whatever skips anything, for a
-        dtype that the provider has no kernels for the best in.
 
     Raises:
         InputError: A lowering is asked for and nothing is routed, or ONNX Runtime has none of that name.
     """
+    target: Target = "onnxruntime-cpu"
     if not routed:
-        nothing_routed = find_lowering("none", "onnxruntime-cpu")
+        nothing_routed = find_lowering(NOTHING_ROUTED, target)
         check_nothing_asked(choice, path)
-        return [(nothing_routed.name, nothing_routed.reason)]
+        return nothing_routed.name, nothing_routed.reason
     if choice != "auto":
-        return [(find_lowering(choice, "onnxruntime-cpu").name, "asked for")]
-    best = suitable_lowerings("onnxruntime-cpu", Workload())
-    skipping = [r for r in lowering_records() if "onnxruntime-cpu" in r.targets and r.skips != "nothing"]
-    return list({record.name: (record.name, record.reason) for record in (*best, *skipping)}.values())
+        return find_lowering(choice, target).name, "asked for"
+    best, *others = dict.fromkeys((*suitable_lowerings(target, Workload()), *skipping_lowerings(target)))
+    kind = BY_OPTION[dtype]
+    gap = CPU.why_not_run(kind, best.operators)
+    if gap is None or CPU.why_not_run(kind) is not None:  # nothing of this type runs there: it is for another runtime
+        return best.name, best.reason
+    able = (record for record in others if CPU.why_not_run(kind, record.operators) is None)
+    second = next(able, best)
+    return second.name, f"{gap}, which {best.name} needs; {second.reason}"
 
 
 def check_nothing_asked(choice: str, path: Path) -> None:

@@ -33,6 +33,7 @@ def remove_with_sources(graph: ir.Graph, node: ir.Node) -> None:
 
 def remove_unused(graph: ir.Graph) -> None:
     """Remove what computes nothing any more: nodes, initializers."""
+    # From the back, so that a chain whose end is unused goes in one sweep.
     for node in reversed(list(graph)):
         if not any(output.uses() or output.is_graph_output() for output in node.outputs):
             graph.remove(node, safe=True)

@@ -58,6 +58,7 @@ def _rewrite(graph: ir.Graph, norm: ir.Node) -> None:
     stream, scale, output = _operand(norm, 0), _operand(norm, 1), norm.outputs[0]
     dtype, name = element_type(stream), norm.name or output.name
     assert dtype is not None, "chosen by its type"
+    # The norm keeps its place and name; casts go around it, on the stream and on its weight.
     for index, (value, part) in enumerate(((stream, "input"), (scale, "scale"))):
         cast = _cast(value, ir.DataType.FLOAT, f"{name}.{part}_float")
         graph.insert_before(norm, cast)

@@ -112,6 +112,7 @@ def _injection_problems(injection: LayerInjection, layers: tuple[DecoderLayer, .
     if not 0 <= injection.source < len(layers):
         return [f"{where} derives from layer {injection.source}, expected 0 to {len(layers) - 1}"]
     source = layers[injection.source]
+    # A subgraph reads values from around it by capture; a copy would have to rename them in there too.
     problems = [
         f"{place(node)} of layer {injection.source} holds a subgraph and cannot be copied"
         for node in source.nodes
@@ -211,6 +212,7 @@ class _Deepening:
         _put_in_order(self.graph.outputs, [value for cache in caches for value in cache[2:]])
 
     def _sort(self) -> None:
+        # A shared value may stand in the middle of the layer it was copied from: sorting moves it in front of both.
         try:
             self.graph.sort()
         except ValueError as error:

@@ -29,6 +29,7 @@ def renumber_layers(graph: ir.Graph, numbers: Mapping[int, int]) -> None:
         if node.name is not None:
             node.name = renumbered(node.name, numbers)
         values.extend(node.outputs)
+    # All at once: layer 1 becomes 2 while layer 2 becomes 3, and on the way no two values may share a name.
     old = {value: value.name for value in values if value.name is not None}
     new = {value: renumbered(name, numbers) for value, name in old.items()}
     changed = [value for value in old if new[value] != old[value]]

@@ -74,7 +74,7 @@ class DecoderLayer:
 
     @functools.cached_property
     def projections(self) -> Mapping[str, Projection]:
-        """The layer's weights by role ("q_proj", …, "post_attention_layernorm"); see `find_projections`.
+        """The layer's weights by role: "q_proj", …, "post_attention_layernorm".
 
         Raises:
             GraphPassError: A role cannot be told from the structure (fused or quantised projections).

@@ -91,6 +91,7 @@ def _column_source(value: ir.Value | None) -> ir.Value | None:
 
 
 def _scale_of(kept: ir.Value, nodes: set[ir.Node]) -> tuple[ir.Value | None, ir.Node | None]:
+    # A scale per token is a column that does not come from the branch; a constant one is part of the branch.
     scaling = kept.producer()
     if scaling is not None and is_op(scaling, "Mul"):
         for operand in scaling.inputs:
@@ -113,6 +114,7 @@ def _foreign_read(masked: MaskedMlp) -> str | None:
 
 
 def _foreign_use(masked: MaskedMlp) -> str | None:
+    # The addition may read two of the values: what is added, and the stream where a cast of it feeds the branch too.
     block = masked.layer.mlp
     inner = {*masked.nodes, masked.select}
     for node in (*masked.nodes, masked.select):

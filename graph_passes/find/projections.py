@@ -129,6 +129,7 @@ def find_projections(
 
 def _trace_linears(nodes: Iterable[ir.Node]) -> _LinearFlow:
     flow = _LinearFlow([], {})
+    # A value carries the linear nodes it comes from through everything that is not linear itself; shapes carry nothing.
     for node in nodes:
         if is_op(node, *SHAPE_OPS):
             continue

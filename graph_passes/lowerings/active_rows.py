@@ -49,6 +49,7 @@ def scale_rows(graph: ir.Graph, masked: MaskedMlp, new: TaggedNodes, scale: ir.V
     assert masked.scaling is not None, "called for scaled branches"
     router, dtype = f"model.routers.{masked.layer.index}", element_type(scale)
     axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
+    # The factor of all tokens is replaced by the rows' own; what computed its column goes, if it served only here.
     column = new.add("Unsqueeze", scale, axis, name=f"{router}.scale_row_column", dtype=dtype, shape=(count, 1))
     position = 1 if masked.scaling.inputs[0] in {output for node in masked.nodes for output in node.outputs} else 0
     old = masked.scaling.inputs[position]
@@ -59,6 +60,7 @@ def scale_rows(graph: ir.Graph, masked: MaskedMlp, new: TaggedNodes, scale: ir.V
 
 def run_on_rows(nodes: Sequence[ir.Node], stream: ir.Value, rows: ir.Value, leading: tuple[int | str, ...]) -> None:
     """Makes the branch's nodes read rows [*leading, hidden] instead of the stream [batch, sequence, hidden]."""
+    # Declared shapes change with it: a wrong one is worse than none, since runtimes check them.
     for node in nodes:
         for position, value in enumerate(node.inputs):
             if value is stream:

@@ -109,4 +109,5 @@ RECORD = LoweringRecord(
     not_capturable="the number of active tokens is read back by the host",
     reason="compaction skips work in prefill, batches and decode alike on ONNX Runtime's CPU kernels",
     suits=lambda workload: True,
+    operators=("ScatterND(add)",),
 )

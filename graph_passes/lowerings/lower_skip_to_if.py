@@ -110,6 +110,7 @@ def _add_any(nodes: TaggedNodes, active: ir.Value) -> ir.Value:
 
 def _columns(masked: MaskedMlp) -> Iterator[ir.Node]:
     """The Unsqueeze nodes of decision and scale, where they serve this block only: their work can be skipped too."""
+    # An Unsqueeze that another layer reads too would no longer be computed in steps where this layer skips.
     readers = {*masked.nodes, masked.select}
     operands = [masked.select.inputs[0], *(masked.scaling.inputs if masked.scaling is not None else ())]
     for value in operands:
@@ -122,6 +123,7 @@ def _columns(masked: MaskedMlp) -> Iterator[ir.Node]:
 
 def _add_skip(nodes: TaggedNodes, masked: MaskedMlp, shape: Dims) -> ir.Value:
     """The stream as the addition reads it, for steps without an active token: h, cast where the operand is."""
+    # The addition may read a cast of the stream: both branches must give the same type, so the cast is repeated here.
     block = masked.layer.mlp
     casts: list[ir.Node] = []
     value = block.stream_operand

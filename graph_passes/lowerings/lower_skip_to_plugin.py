@@ -94,6 +94,7 @@ def _unscaled(masked: MaskedMlp) -> tuple[ir.Value, float]:
 
 def _match(masked: MaskedMlp) -> _GatedMlp | str:
     """The MLP's parts, or what was found instead of them."""
+    # Backwards from the branch: down_proj, the product it reads, and in either order silu(gate) and up.
     expected = "the plugins compute down(silu(gate(x)) * up(x)) without biases"
     down = _unscaled(masked)[0].producer()
     if down is None or not is_op(down, "MatMul"):

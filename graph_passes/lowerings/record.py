@@ -45,6 +45,7 @@ class LoweringRecord:
         reason: Why `auto` chooses it, for reports.
         suits: Whether `auto` may choose it for a workload.
         domains: Operator domains besides ONNX's own that its graphs use.
+        operators: Operators it writes that a runtime may lack for some types; one with a reduction as "ScatterND(add)".
         tensorrt_layers: TensorRT's types of layers that carry the skip, all of which a routed layer's network has.
         tensorrt_start: The one of them from which on TensorRT runs lazily; None where no other layer holds the MLP.
     """
@@ -58,6 +59,7 @@ class LoweringRecord:
     reason: str
     suits: Callable[[Workload], bool]
     domains: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
     tensorrt_layers: frozenset[str] = frozenset()
     tensorrt_start: str | None = None
 

@@ -98,6 +98,7 @@ def _is_fixed(node: ir.Node, fixed: set[ir.Value]) -> bool:
 
 
 def _reasons(node: ir.Node, fixed: set[ir.Value]) -> Iterator[str]:
+    # Three ways: by what the op is, by an operand that says a size, by branches of an If that differ.
     if node.domain not in _KNOWN_DOMAINS:
         yield f"the shape rule of domain '{node.domain}' is unknown"
         return

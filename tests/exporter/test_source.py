@@ -66,7 +66,7 @@ def test_every_kind_is_refused_what_it_does_not_serve_by_itself(model):
     uses = ("export without adapter", "calibration", "TensorRT")
     if kind != "onnx":
         source = open_source(path, None)
-        assert [source.why_not(use) for use in uses] == [None] * 3
+        assert [source.base.why_not(use) for use in uses] == [None] * 3
         assert source.base.graph_dtype("auto") == "fp32"
         source.close()
         return
