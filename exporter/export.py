@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,8 +18,9 @@ from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.exporter.artifact import complete_description, describe
 from dlo_export.exporter.genai_config import genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.pipeline import build_model, choose_onnxruntime_lowering
+from dlo_export.exporter.pipeline import build_model, onnxruntime_lowerings
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.provider_gaps import why_not_run
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
@@ -30,6 +32,7 @@ from dlo_export.runtimes.artefact.description import (
     load_description,
 )
 from dlo_export.runtimes.artefact.engine_record import ParityVerdict
+from dlo_export.runtimes.onnxruntime.providers import CPU
 from dlo_export.runtimes.parity.report import ParityReport
 
 DTYPE_CHOICES = ("auto", *BY_OPTION)
@@ -122,14 +125,11 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
         dtype = source.base.graph_dtype(request.dtype) if plan is None else "fp32"
         engines_only = plan is not None and request.lowering not in lowering_names("onnxruntime-cpu")
-        lowering, reason = choose_onnxruntime_lowering(
-            "auto" if engines_only else request.lowering,
-            dtype,
-            routed=source.routing is not None,
-            path=source.base.path,
+        lowerings = onnxruntime_lowerings(
+            "auto" if engines_only else request.lowering, routed=source.routing is not None, path=source.base.path
         )
         with whole_folder(request.output, overwrite=request.force) as folder:
-            summary = _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
+            summary = _export_into(folder, request, source, dtype, lowerings, plan, reporter)
         size = sum(file.stat().st_size for file in request.output.rglob("*") if file.is_file())
         # Read back: what others will read is what is returned.
         return ExportResult(request.output, load_description(request.output), size, summary)
@@ -143,19 +143,43 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         source.close()
 
 
+def _first_runnable(
+    source: ExportSource, lowerings: Sequence[tuple[str, str]], dtype: str
+) -> tuple[ir.Model, str, str]:
+    """Builds the graph, with the first lowering that the CPU provider has the kernels for.
+
+    Args:
+        source: What to export.
+        lowerings: Names with reasons, best first.
+        dtype: Of the graph.
+
+    Returns:
+        The graph, its lowering, and why that one. Where the provider runs none of them, the first.
+    """
+    refused: list[tuple[ir.Model, str, str]] = []
+    explanation = ""
+    for name, reason in lowerings:
+        model = build_model(source, name, graph_dtype(dtype))
+        gap = why_not_run(model, dtype, CPU)
+        if gap is None:
+            return model, name, reason + explanation
+        refused.append((model, name, reason))
+        explanation += f"; {name} is not possible: {gap}"
+    return refused[0]
+
+
 def _export_into(
     folder: Path,
     request: ExportRequest,
     source: ExportSource,
     dtype: str,
-    lowering_and_reason: tuple[str, str],
+    lowerings: Sequence[tuple[str, str]],
     plan: TensorRtPlan | None,
     reporter: Reporter,
 ) -> str | None:
     """Writes a whole artefact; returns what parity found, in words."""
-    lowering, reason = lowering_and_reason
     with reporter.stage("graph"):
-        model = build_model(source, lowering, graph_dtype(dtype))
+        model, lowering, reason = _first_runnable(source, lowerings, dtype)
     if request.weights:
         check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
     with reporter.bytes("weights") as progress:

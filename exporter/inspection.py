@@ -61,7 +61,10 @@ def inspect_model(path: Path) -> Inspection:
     """
     graph_path = path / MODEL_NAME if path.is_dir() else path
     if not graph_path.is_file():
-        raise InputError(f"{path}: no {MODEL_NAME} in it" if path.is_dir() else f"{path}: no such file")
+        raise InputError(
+            f"{path}: no {MODEL_NAME} in it" if path.is_dir() else f"{path}: no such file",
+            hint="give an artefact folder that dlo-export wrote, or a .onnx file",
+        )
     is_artefact = graph_path.name == MODEL_NAME and (graph_path.parent / FILE_NAME).is_file()
     description = open_description(graph_path.parent) if is_artefact else None
     model = load_graph(graph_path)

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artifact_runner import exposed_model
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import TensorRtOptions, build_model
+from dlo_export.exporter.provider_gaps import why_not_run
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
@@ -51,14 +51,17 @@ def check_parity(
     Raises:
         InputError: The artefact was made from another source, or by another version.
     """
+    if (refusal := source.why_not("parity")) is not None:
+        return ParityReport.not_run(refusal.reason)
     released = load_graph(folder / MODEL_NAME)
-    if (reason := _why_not_run(source, description.dtype, released)) is not None:
-        return ParityReport.not_run(reason)
+    if (gap := why_not_run(released, description.dtype, CPU)) is not None:
+        return ParityReport.not_run(gap)
     # Imported here: torch takes seconds, and an export without parity does not need it.
     from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
 
+    lowering = find_lowering(description.lowering, "onnxruntime-cpu")
     rungs = {description.lowering: released}
-    if find_lowering(description.lowering, "onnxruntime-cpu").make_pass is not None:
+    if lowering.make_pass is not None:
         rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
     candidates = [
         _candidate(name, graph, folder, routed=source.routing is not None, released=graph is released)
@@ -78,22 +81,6 @@ def check_parity(
             dtype=description.dtype,
             greedy_prompts=[rng.integers(0, vocab_size, tokens).tolist() for tokens in _GREEDY_PROMPTS],
         )
-
-
-def _why_not_run(source: ExportSource, dtype: str, released: ir.Model) -> str | None:
-    """Why there is nothing to compare: no PyTorch model, or a graph that the provider has no kernels for."""
-    if (refusal := source.base.why_not("parity")) is not None:
-        return refusal.reason
-    return CPU.why_not_run(BY_OPTION[dtype], _reductions(released))
-
-
-def _reductions(model: ir.Model) -> set[str]:
-    """Operators with their `reduction`, as providers' gaps name them."""
-    return {
-        f"{node.op_type}({node.attributes['reduction'].as_string()})"
-        for node in model.graph.all_nodes()
-        if "reduction" in node.attributes
-    }
 
 
 def _candidate(name: str, graph: ir.Model, folder: Path, *, routed: bool, released: bool) -> Candidate:

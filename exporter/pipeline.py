@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer
 from dlo_export.checkpoints.config import RoutingConfig
-from dlo_export.checkpoints.dtypes import FLOAT16
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.sources.base_model import Refusal, Use
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
@@ -26,7 +26,7 @@ from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
 from dlo_export.graph_passes.lowerings.record import LoweringRecord, Workload
-from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_names, suitable_lowerings
+from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_records, suitable_lowerings
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
@@ -54,9 +54,8 @@ class GraphSource(Protocol):
         """None where nothing is routed."""
         ...
 
-    @property
-    def tensorrt_refusal(self) -> str | None:
-        """Why its graph cannot be given TensorRT's interface; None where it can."""
+    def why_not(self, use: Use) -> Refusal | None:
+        """Why it does not serve a use; None where it does."""
         ...
 
     def routers(self) -> dict[int, np.ndarray]:
@@ -253,7 +252,8 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
     Raises:
         InputError: With all reasons.
     """
-    problems = [] if source.tensorrt_refusal is None else [source.tensorrt_refusal]
+    refusal = source.why_not("TensorRT")
+    problems = [] if refusal is None else [f"the source {refusal.reason}"]
     for name in ("max_batch", "max_sequence", "max_cache"):
         if getattr(options, name) < 1:
             problems.append(f"--trt-{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
@@ -268,14 +268,17 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         raise InputError("TensorRT: " + "; ".join(problems), hint="export the checkpoint with other --trt options")
 
 
-def choose_onnxruntime_lowering(choice: str, dtype: str, *, routed: bool, path: Path) -> tuple[str, str]:
-    """The lowering for ONNX Runtime's CPU provider, and why.
+def onnxruntime_lowerings(choice: str, *, routed: bool, path: Path) -> list[tuple[str, str]]:
+    """Lowerings for ONNX Runtime's CPU provider, best first, each with its reason.
 
     Args:
         choice: "auto" or the name of one.
-        dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
         routed: Whether the source has routers.
         path: Of the source, for messages.
+
+    Returns:
+        One where it was asked for or nothing is routed; else what suits, and behind it whatever skips anything, for a
+        dtype that the provider has no kernels for the best in.
 
     Raises:
         InputError: A lowering is asked for and nothing is routed, or ONNX Runtime has none of that name.
@@ -283,15 +286,12 @@ def choose_onnxruntime_lowering(choice: str, dtype: str, *, routed: bool, path: 
     if not routed:
         nothing_routed = find_lowering("none", "onnxruntime-cpu")
         check_nothing_asked(choice, path)
-        return nothing_routed.name, nothing_routed.reason
+        return [(nothing_routed.name, nothing_routed.reason)]
     if choice != "auto":
-        return find_lowering(choice, "onnxruntime-cpu").name, "asked for"
-    best, *_ = suitable_lowerings("onnxruntime-cpu", Workload())
-    if dtype == FLOAT16.option and best.cpu_float32_only is not None:
-        skipping = [find_lowering(name, "onnxruntime-cpu") for name in lowering_names("onnxruntime-cpu")]
-        other = next(each for each in skipping if each.skips != "nothing" and each.cpu_float32_only is None)
-        return other.name, f"{best.cpu_float32_only}, which {best.name} needs; {other.reason}"
-    return best.name, best.reason
+        return [(find_lowering(choice, "onnxruntime-cpu").name, "asked for")]
+    best = suitable_lowerings("onnxruntime-cpu", Workload())
+    skipping = [r for r in lowering_records() if "onnxruntime-cpu" in r.targets and r.skips != "nothing"]
+    return list({record.name: (record.name, record.reason) for record in (*best, *skipping)}.values())
 
 
 def check_nothing_asked(choice: str, path: Path) -> None:

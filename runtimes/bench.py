@@ -45,7 +45,7 @@ class Workload:
             if getattr(self, name) < low
         ]
         if problems:
-            raise RuntimeInputError(f"bench: {'; '.join(problems)}")
+            raise RuntimeInputError(f"bench: {'; '.join(problems)}", hint="time at least one block of one sequence")
 
 
 @dataclasses.dataclass(frozen=True)

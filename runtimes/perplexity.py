@@ -46,7 +46,8 @@ def measure_perplexity(
     """
     if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
         raise PerplexityError(
-            f"perplexity: got windows of shape {list(windows.shape)}, expected [windows, length >= 2]"
+            f"perplexity: got windows of shape {list(windows.shape)}, expected [windows, length >= 2]",
+            hint="give more text: a window's first token is predicted from nothing, so it needs a second",
         )
     total = 0.0
     active: dict[int, int] = {}

@@ -9,6 +9,7 @@ from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.exporter.export import ParityFailedError
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
+from dlo_export.runtimes.artefact.engine_record import ParityVerdict
 from dlo_export.runtimes.parity.cases import parity_cases
 from dlo_export.runtimes.torch.reference import open_reference
 from dlo_export.testing import assert_parity
@@ -22,7 +23,7 @@ def test_assert_parity_returns_the_artefact_when_parity_passes(tmp_path):
     assert result.folder == tmp_path / "out"
     assert (result.folder / "model.onnx").is_file()
     assert result.description.lowering == "if"
-    assert result.description.parity.verdict == "PASS"
+    assert result.description.parity == ParityVerdict("PASS")
 
 
 def test_assert_parity_raises_when_the_graph_is_not_the_model_beside_it(tmp_path):

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.graph_passes.lowerings.registry import lowering_names  # of names alone: keeps `dlo --help` quick
 
 NAME = "export"
@@ -36,7 +37,11 @@ def main(
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="DloAdapter: injected layers and routers.")] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of weights, KV cache and logits: fp32, fp16 or bf16; auto is fp32 on a CPU.")
+        str,
+        typer.Option(
+            metavar=f"<{'|'.join(('auto', *BY_OPTION))}>",
+            help="Of weights, KV cache and logits; auto is fp32 on a CPU.",
+        ),
     ] = "auto",
     lowering: Annotated[
         str,

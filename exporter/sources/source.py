@@ -16,7 +16,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import BRANCH_ENDS, layer_tensor_name, parse_layer_tensor, router_name
 from dlo_export.checkpoints.opening import open_checkpoint
-from dlo_export.exporter.sources.base_model import BaseModel, check_use
+from dlo_export.exporter.sources.base_model import BaseModel, Refusal, Use, check_use
 from dlo_export.exporter.sources.checkpoint_model import CheckpointModel
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 
@@ -45,11 +45,9 @@ class ExportSource:
         """Layers of the deepened model."""
         return self.base.num_layers if self.adapter is None else self.adapter.num_layers
 
-    @property
-    def tensorrt_refusal(self) -> str | None:
-        """Why its graph cannot be given TensorRT's interface; None where it can."""
-        refusal = self.base.why_not("TensorRT")
-        return None if refusal is None else f"{self.base.path.name} {refusal.reason}"
+    def why_not(self, use: Use) -> Refusal | None:
+        """Why the base model does not serve a use; None where it does."""
+        return self.base.why_not(use)
 
     @property
     def injected_layers(self) -> tuple[InjectedLayer, ...]:

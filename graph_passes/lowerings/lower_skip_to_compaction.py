@@ -109,5 +109,4 @@ RECORD = LoweringRecord(
     not_capturable="the number of active tokens is read back by the host",
     reason="compaction skips work in prefill, batches and decode alike on ONNX Runtime's CPU kernels",
     suits=lambda workload: True,
-    cpu_float32_only="ONNX Runtime's CPU kernel of ScatterND does not add float16",
 )

@@ -45,7 +45,6 @@ class LoweringRecord:
         reason: Why `auto` chooses it, for reports.
         suits: Whether `auto` may choose it for a workload.
         domains: Operator domains besides ONNX's own that its graphs use.
-        cpu_float32_only: Why a CPU runs its graphs in float32 only; None where it runs them in 16 bits as well.
         tensorrt_layers: TensorRT's types of layers that carry the skip, all of which a routed layer's network has.
         tensorrt_start: The one of them from which on TensorRT runs lazily; None where no other layer holds the MLP.
     """
@@ -59,7 +58,6 @@ class LoweringRecord:
     reason: str
     suits: Callable[[Workload], bool]
     domains: tuple[str, ...] = ()
-    cpu_float32_only: str | None = None
     tensorrt_layers: frozenset[str] = frozenset()
     tensorrt_start: str | None = None
 

@@ -42,7 +42,10 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
         if problems:
-            raise SamplingError(f"sampling: {'; '.join(problems)}")
+            raise SamplingError(
+                f"sampling: {'; '.join(problems)}",
+                hint="temperature 0 takes the most likely token, whatever the others",
+            )
 
 
 class Sampler:

@@ -41,7 +41,10 @@ class Tokenizer:
                 str(folder), local_files_only=True, trust_remote_code=False
             )
         except Exception as err:  # tokenizers raises bare Exception, transformers whatever a bad file leads to
-            raise TokenizerError(f"{folder}: transformers cannot read the tokenizer: {err}") from err
+            raise TokenizerError(
+                f"{folder}: transformers cannot read the tokenizer: {err}",
+                hint="copy the checkpoint's tokenizer files into the folder",
+            ) from err
 
     @property
     def has_chat_template(self) -> bool:
@@ -71,7 +74,9 @@ class Tokenizer:
         try:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as err:  # whatever a template of a checkpoint raises
-            raise TokenizerError(f"tokenizer: the chat template failed: {err}") from err
+            raise TokenizerError(
+                f"tokenizer: the chat template failed: {err}", hint="the model may not take such messages; try --raw"
+            ) from err
         # The template has written the special tokens already.
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids

@@ -94,7 +94,10 @@ def parity_cases(
     tokens = np.random.default_rng(seed).integers(0, vocab_size, sum(lengths))
     if token_ids is not None:
         if len(token_ids) < tokens.size:
-            raise RuntimeInputError(f"parity: the text has {len(token_ids)} tokens, expected at least {tokens.size}")
+            raise RuntimeInputError(
+                f"parity: the text has {len(token_ids)} tokens, expected at least {tokens.size}",
+                hint="give a longer text, or none for random tokens",
+            )
         tokens = np.asarray(token_ids[: tokens.size], np.int64)
     ragged = np.split(tokens, np.cumsum(lengths)[:-1])
     one = ragged[:1]

@@ -53,13 +53,11 @@ def test_parity_is_judged_by_its_dtype_when_the_graph_has_16_bits(foreign, tmp_p
     result = _export(foreign, tmp_path, lowering=lowering)
     parity = result.description.parity
     if dtype == "bf16":
-        reason = "ONNX Runtime's CPU provider does not implement bfloat16"
-        assert parity == ParityVerdict("NOT RUN", reason)
+        assert parity == ParityVerdict("NOT RUN", "ONNX Runtime's CPU provider does not implement bfloat16")
     elif lowering == "compact":
-        reason = "ONNX Runtime's CPU kernel of ScatterND does not add float16"
-        assert parity == ParityVerdict("NOT RUN", reason)
+        assert parity == ParityVerdict("NOT RUN", "ONNX Runtime's CPU kernel of ScatterND does not add float16")
     else:
-        assert parity.verdict in ("PASS", "AMBIGUOUS"), result.parity_summary  # rounding may turn a near-tie
+        assert parity.verdict in ("PASS", "AMBIGUOUS"), result.parity_summary  # near-ties may turn
         report = json.loads((result.folder / "parity.json").read_text())
         assert report["dtype"] == "fp16"
         assert report["tolerance"] == dataclasses.asdict(TOLERANCES["fp16"])

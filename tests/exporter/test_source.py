@@ -1,0 +1,117 @@
+"""Every kind of base model answers the same questions."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
+from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from dlo_export.exporter.calibrate import CalibrationRequest, calibrate
+from dlo_export.exporter.graph_dtype import graph_dtype
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.base_model import check_use
+from dlo_export.exporter.sources.source import open_source
+from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.modeling.calibration.router_calibration import CalibrationSettings
+from tests.foreign_graphs import save_foreign_graph
+from tests.tiny_gguf import save_tiny_gguf
+from tests.tiny_models import save_tiny_llama
+
+HIDDEN = 32
+
+
+def _routers(folder, layers):
+    tensors = {"model.routers.0.weight": ArrayTensor(np.ones((1, HIDDEN), np.float32))}
+    is_dlo = (True,) + (False,) * (layers - 1)
+    save_adapter(DloAdapter("mlp", is_dlo, injected_layers=(), tensors=tensors), folder)
+    return folder
+
+
+@pytest.fixture(params=["checkpoint", "gguf", "onnx"])
+def model(request, tmp_path):
+    """Its kind, and a model of three layers in float16."""
+    if request.param == "onnx":
+        return request.param, save_foreign_graph(tmp_path / "foreign", "fp16")
+    folder = save_tiny_llama(tmp_path / "model", dtype="float16", vocab=300, tokenizer=True)
+    if request.param == "checkpoint":
+        return request.param, folder
+    return request.param, save_tiny_gguf(folder, tmp_path / "model.gguf", "F16", tokenizer="llama-bpe")
+
+
+def test_every_kind_answers_alike_when_it_is_asked(model, tmp_path):
+    kind, path = model
+    source = open_source(path, _routers(tmp_path / "routers", 3))
+    base = source.base
+    assert (base.kind, source.kind, base.path) == (kind, kind, path)
+    assert (base.stored_dtype, base.num_layers, base.injected_layers, base.routing) == ("float16", 3, (), None)
+    assert base.config is not None
+    assert base.tensor_shapes() == {name: tensor.shape for name, tensor in base.tensors.items()}
+    assert base.tensor_shapes() == base.config.tensor_shapes()
+    assert len(base.sha256()) == 64
+    assert len(find_decoder_layers(source.plain_model(graph_dtype("fp16")).graph)) == 3
+    assert base.graph_dtype("fp16") == "fp16"
+    assert source.config_json()["is_dlo"] == [True, False, False]
+    assert source.identity_layers() == ()
+    assert base.why_not("parity") is None
+    (tmp_path / "companions").mkdir()
+    base.save_companions(tmp_path / "companions", {"num_hidden_layers": 7})
+    assert json.loads((tmp_path / "companions" / "config.json").read_text())["num_hidden_layers"] == 7
+    source.close()
+
+
+def test_every_kind_is_refused_what_it_does_not_serve_by_itself(model):
+    kind, path = model
+    uses = ("export without adapter", "calibration", "TensorRT")
+    if kind != "onnx":
+        source = open_source(path, None)
+        assert [source.why_not(use) for use in uses] == [None] * 3
+        assert source.base.graph_dtype("auto") == "fp32"
+        source.close()
+        return
+    with pytest.raises(InputError, match=r"no adapter was given[\s\S]*hint: add --adapter"):
+        open_source(path, None)
+    source = open_source(path, _routers(path.parent / "routers", 3))
+    for use in uses:
+        with pytest.raises(InputError, match=r"model\.onnx: is (an ONNX graph|a graph)[\s\S]*hint: "):
+            check_use(source.base, use)
+    assert source.base.graph_dtype("auto") == "fp16"
+    (path.parent / "config.json").unlink()
+    alone = open_source(path, path.parent / "routers")
+    with pytest.raises(InputError, match=r"no config\.json[\s\S]*hint: put the config\.json"):
+        alone.config_json()
+
+
+def test_calibration_of_a_graph_is_refused_with_the_way_round(tmp_path):
+    graph = save_foreign_graph(tmp_path / "foreign", "fp32")
+    request = CalibrationRequest(
+        model=str(graph),
+        output=tmp_path / "out",
+        adapter=_routers(tmp_path / "routers", 3),
+        as_adapter=True,
+        settings=CalibrationSettings(),
+        text=None,
+        tokens=512,
+        evaluation_tokens=512,
+        seed=0,
+        force=False,
+    )
+    with pytest.raises(InputError, match=r"routers are fitted to a checkpoint[\s\S]*hint: .*--as-adapter"):
+        calibrate(request, Reporter())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("entries", [5, [3], [{"position": 1}], [{"position": "1", "source": 0, "init": "copy"}]])
+def test_checkpoint_is_refused_when_its_injected_layers_are_malformed(tmp_path, entries):
+    folder = save_tiny_llama(tmp_path / "model")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"injected_layers": entries}))
+    with pytest.raises(CheckpointError, match=r"injected_layers[\s\S]*hint: each entry has position"):
+        open_source(folder, None)
+
+
+def test_adapter_is_refused_when_the_base_has_routers(tmp_path):
+    folder = save_tiny_llama(tmp_path / "model", routed=[True, False, True])
+    with pytest.raises(InputError, match=r"already has routers[\s\S]*hint: "):
+        open_source(folder, _routers(tmp_path / "routers", 3))
