@@ -8,6 +8,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.files.file_digest import HashedFile
+
 ALIGNMENT = 64  # bytes; a cache line, so that kernels reading mapped weights start on one
 INLINE_BYTES = 256  # smaller tensors (axes, shapes, scalars) stay in the .onnx file, where shape inference sees them
 
@@ -39,13 +41,12 @@ def save_weights(model: ir.Model, path: Path, *, write: bool = True, progress: P
     """
     placed, total = _layout(model.graph)
     if write:
-        with path.open("wb") as file:
+        with HashedFile(path) as file:
             for entry in placed:
-                file.seek(entry.offset)
+                file.pad_to(entry.offset)
                 entry.tensor.tofile(file)  # type: ignore[attr-defined]  # every tensor of onnx_ir has it
                 if progress is not None:
                     progress(entry.offset + entry.tensor.nbytes, total)
-            file.truncate(total)
     for entry in placed:
         entry.value.const_value = ir.ExternalTensor(
             path.name,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+# By path, size, time of change and inode.
+_KNOWN: dict[tuple[Path, int, int, int], str] = {}
 
 
 def file_sha256(path: Path) -> str:
@@ -14,11 +19,58 @@ def file_sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """As `file_sha256`; a file that this process hashed before and that did not change since is not read again."""
+    """As `file_sha256`; what this process hashed or wrote before and did not change since is not read again."""
+    key = _key(path)
+    if key not in _KNOWN:
+        _KNOWN[key] = file_sha256(path)
+    return _KNOWN[key]
+
+
+def remember_sha256(path: Path, sha256: str) -> None:
+    """Tells `known_sha256` the hash of a complete file, from whoever wrote it."""
+    _KNOWN[_key(path)] = sha256
+
+
+def _key(path: Path) -> tuple[Path, int, int, int]:
     status = path.stat()
-    return _sha256(path, status.st_size, status.st_mtime_ns, status.st_ino)
+    return path.absolute(), status.st_size, status.st_mtime_ns, status.st_ino
 
 
-@functools.lru_cache(maxsize=64)
-def _sha256(path: Path, size: int, modified: int, inode: int) -> str:
-    return file_sha256(path)
+class HashedFile:
+    """Writes a file forwards and hashes it at once: a second thread hashes a chunk while the system takes it.
+
+    Leaving it without an exception tells `known_sha256` the hash.
+
+    Args:
+        path: The file, made anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO = path.open("wb")
+        self._digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
+        self._position = 0
+
+    def write(self, data: Any) -> int:
+        """Appends bytes, given as any contiguous buffer."""
+        chunk = memoryview(data).cast("B")
+        hashed = self._hasher.submit(self._digest.update, chunk)
+        self._file.write(chunk)
+        hashed.result()
+        self._position += chunk.nbytes
+        return chunk.nbytes
+
+    def pad_to(self, offset: int) -> None:
+        """Appends zeros up to an offset, which lies ahead."""
+        self.write(bytes(offset - self._position))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hasher.shutdown()
+        self._file.close()
+        if error is None:
+            remember_sha256(self._path, self._digest.hexdigest())

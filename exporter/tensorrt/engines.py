@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.checkpoints.files.file_digest import remember_sha256
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.tensorrt.backend import check_backend
 from dlo_export.exporter.tensorrt.build_display import show_builds
@@ -80,6 +81,8 @@ def build_engines(
         if cache is not None and request.use_cache:
             with reporter.stage("engine cache"):
                 cache.store(builds[position], request.output)
+    for position, build in builds.items():
+        remember_sha256(requests[position].output, build.sha256)  # of what was written, or copied, a moment ago
     return [builds[position] for position in range(len(requests))]
 
 

@@ -52,8 +52,10 @@ class TorchRunner(Runner):
             name: For reports; "PyTorch" and the folder's name by default.
 
         Raises:
-            ModelLoadError: There is no such checkpoint, or transformers cannot read it.
+            ModelLoadError: There is no such checkpoint or dtype, or transformers cannot read it.
         """
+        if dtype not in BY_OPTION:
+            raise ModelLoadError(f"{folder}: there is no dtype {dtype}", hint=f"choose one of {', '.join(BY_OPTION)}")
         if not (Path(folder) / "config.json").is_file():
             raise ModelLoadError(
                 f"{folder}: has no config.json, expected a checkpoint folder in Hugging Face form",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dlo_export.checkpoints.interface import KV_LENGTHS, parse_past
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
-from dlo_export.runtimes.artefact.engine_record import GraphInterface
 from dlo_export.runtimes.decoder_interface import DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelInterfaceError
 from dlo_export.runtimes.onnxruntime.session import DecoderSession
@@ -20,8 +21,8 @@ from tests.runtimes.static_cache_graphs import HEAD_DIM, KV_HEADS, LAYERS, MAX_C
 from tests.tiny_models import save_tiny_llama
 
 
-def _described(graph: GraphInterface) -> DecoderInterface:
-    return DecoderInterface.of(graph.inputs, graph.outputs, "described", cache="static")
+def _described(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> DecoderInterface:
+    return DecoderInterface.of(inputs, outputs, "described", cache="static")
 
 
 def test_interface_is_the_same_when_read_from_session_and_description(tmp_path: Path) -> None:
@@ -62,18 +63,18 @@ def test_static_interface_tells_its_slots_when_it_is_read() -> None:
     assert set(found.state_shapes(3).values()) == {(3, KV_HEADS, MAX_CACHE, HEAD_DIM)}
     assert "hidden.1" in found.observed(hidden_states=True)
     assert "hidden.1" not in found.observed(hidden_states=False)
-    assert not _described(interface()).last_logits
+    assert not _described(interface().inputs, interface().outputs).last_logits
 
 
 def test_interface_names_all_problems_when_much_is_wrong() -> None:
-    inputs = [dataclasses.replace(spec, dtype="int32") for spec in interface().inputs if spec.name != "kv_lengths"]
-    inputs[-1] = dataclasses.replace(inputs[-1], shape=("batch", KV_HEADS, "slots", HEAD_DIM))
+    replace = dataclasses.replace
+    inputs = [replace(spec, dtype="int32") for spec in interface().inputs if spec.name != KV_LENGTHS]
+    inputs[-1] = replace(inputs[-1], shape=("batch", KV_HEADS, "slots", HEAD_DIM))
     inputs.append(TensorSpec("past_active.0", "bool", ("batch", MAX_CACHE)))
     outputs = [spec for spec in interface().outputs if spec.name != "present.1.key"]
     outputs.append(TensorSpec("temperature", "float", (1,)))
-    wrong = interface(inputs=tuple(inputs), outputs=tuple(outputs))
     with pytest.raises(ModelInterfaceError) as info:
-        _described(wrong)
+        _described(inputs, outputs)
     for part in (
         "described: is not a decoder with a static KV cache",
         "inputs ['kv_lengths'] are missing",
@@ -89,13 +90,11 @@ def test_interface_names_all_problems_when_much_is_wrong() -> None:
 
 
 def test_batch_is_refused_when_the_graph_has_another_fixed_one() -> None:
-    fixed = interface(
-        inputs=tuple(
-            dataclasses.replace(spec, shape=(2, *spec.shape[1:])) if spec.name.startswith("past") else spec
-            for spec in interface().inputs
-        )
-    )
-    described = _described(fixed)
+    inputs = [
+        dataclasses.replace(spec, shape=(2, *spec.shape[1:])) if parse_past(spec.name) else spec
+        for spec in interface().inputs
+    ]
+    described = _described(inputs, interface().outputs)
     assert len(described.state_shapes(2)) == 2 * LAYERS
     with pytest.raises(ModelInterfaceError, match=r"has a fixed batch of 2, expected 3\s+hint:"):
         described.state_shapes(3)

@@ -89,6 +89,8 @@ def test_runner_raises_when_there_is_no_checkpoint_or_it_was_closed(tmp_path: Pa
     (tmp_path / "config.json").write_text((AUTHORS / "config.json").read_text())
     with pytest.raises(ModelLoadError, match="transformers"):
         TorchRunner.from_folder(tmp_path)
+    with pytest.raises(ModelLoadError, match=r"no dtype int4[\s\S]*fp32, fp16, bf16"):
+        TorchRunner.from_folder(AUTHORS, dtype="int4")
     ones = np.ones((1, 1), np.int64)
     with _runner("resident") as runner, pytest.raises(StepError, match="before reset"):
         runner.step(ones, ones, ones)
