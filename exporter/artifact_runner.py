@@ -34,7 +34,8 @@ def open_artifact(
         InputError: The folder is no artefact.
         dlo_export.runtimes.errors.RuntimeInputError: ONNX Runtime refuses the graph.
     """
-    shown = scores and load_description(folder).routing is not None
+    description = load_description(folder)  # read whatever `scores` is: it refuses what is no artefact
+    shown = scores and description.routing is not None
     return OnnxRuntimeRunner(
         exposed_model(load_graph(folder / MODEL_NAME)) if shown else folder / MODEL_NAME,
         weights_folder=folder if shown else None,

@@ -1,0 +1,79 @@
+"""Parity of an artefact that lies there: with its source, with another one, and after it was changed."""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.parity_check import check_parity
+from dlo_export.exporter.pipeline import TensorRtOptions
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import open_source
+from tests.tiny_models import save_tiny_llama
+
+ROUTED = [True, False, True]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("checkpoint") / "model", routed=ROUTED)
+
+
+def _exported(checkpoint, folder, lowering="compact"):
+    request = ExportRequest(str(checkpoint), folder, lowering=lowering, parity=False)
+    return export_model(request, Reporter())
+
+
+def _candidates(report):
+    return list(dict.fromkeys(case.candidate for case in report.cases))
+
+
+@pytest.mark.parametrize(
+    ("lowering", "rungs"), [("masked", ["masked"]), ("compact", ["masked", "compact"]), ("if", ["masked", "if"])]
+)
+def test_every_rung_is_compared_when_the_source_is_right(checkpoint, tmp_path, lowering, rungs):
+    result = _exported(checkpoint, tmp_path / "out", lowering)
+    source = open_source(checkpoint, None)
+    report = check_parity(source, result.folder, result.description)
+    report.raise_if_failed(allow_ambiguous=False)
+    assert _candidates(report) == rungs
+    assert [run.candidate for run in report.greedy] == rungs
+    assert all(case.decisions for case in report.cases)
+
+
+def test_twins_are_compared_when_there_are_tensorrt_graphs(checkpoint, tmp_path):
+    result = _exported(checkpoint, tmp_path / "out")
+    graphs = [TensorRtOptions("compact"), TensorRtOptions("if", cache="growing"), TensorRtOptions("plugin")]
+    report = check_parity(open_source(checkpoint, None), result.folder, result.description, graphs)
+    report.raise_if_failed(allow_ambiguous=False)
+    assert _candidates(report) == ["masked", "compact", "trt compact", "trt if, growing", "trt plugin"]
+
+
+def test_parity_fails_when_a_weight_was_changed(checkpoint, tmp_path):
+    result = _exported(checkpoint, tmp_path / "out")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    place = ir.load(result.folder / "model.onnx").graph.initializers[name].const_value
+    with (result.folder / "model.onnx.data").open("r+b") as file:
+        file.seek(place.offset)
+        file.write(np.zeros(place.nbytes // 4, np.float32).tobytes())
+    report = check_parity(open_source(checkpoint, None), result.folder, result.description)
+    assert report.verdict == "FAIL"
+    assert {case.first_diverging_layer for case in report.cases} == {1}
+
+
+def test_source_is_refused_when_it_lays_its_weights_out_otherwise(checkpoint, tmp_path):
+    result = _exported(checkpoint, tmp_path / "out")
+    other = save_tiny_llama(tmp_path / "other", routed=[*ROUTED, True], layers=4)
+    with pytest.raises(InputError, match=r"not laid out as an export of this source[\s\S]*hint: give the model"):
+        check_parity(open_source(other, None), result.folder, result.description)
+
+
+def test_parity_fails_when_the_source_is_another_of_the_same_form(checkpoint, tmp_path):
+    result = _exported(checkpoint, tmp_path / "out")
+    other = save_tiny_llama(tmp_path / "other", routed=ROUTED, seed=1)
+    report = check_parity(open_source(other, None), result.folder, result.description)
+    assert report.verdict == "FAIL"
+    json.dumps(report.to_json(), allow_nan=False)
