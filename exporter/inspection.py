@@ -54,7 +54,7 @@ class Inspection:
 
 
 def inspect_model(path: Path) -> Inspection:
-    """Inspects an artefact folder or any `.onnx` file; external weights need not be there.
+    """Inspects an artefact folder, which must be whole, or any `.onnx` file, whose external weights need not be there.
 
     Raises:
         InputError: Neither; or the artefact is not the one its description describes.
