@@ -8,7 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import MODULES, LayerModule
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, LayerModule
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import SHAPE_OPS, constant_tensor, is_op
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
@@ -100,27 +100,25 @@ def find_projections(
         "up_proj": frozenset(mlp_flow.first()) - gate,
         "down_proj": mlp_flow.of(mlp.branch),
     }
-    norms = {
-        "input_layernorm": dict(_norm_weights(attention.nodes, flow)),
-        "post_attention_layernorm": dict(_norm_weights(mlp.nodes, mlp_flow)),
-    }
+    traced = {"self_attn": (attention.nodes, flow), "mlp": (mlp.nodes, mlp_flow)}
+    norms = {module.role: dict(_norm_weights(*traced[module.block])) for module in LLAMA_LAYER if module.is_norm}
     problems = ["query, key and value share one MatMul (fused projections)"] if key & value else []
     for role, candidates in (*linears.items(), *norms.items()):
         if len(candidates) != 1:
             nodes = ", ".join(place(node) for node in candidates) or "no node with a constant weight"
-            problems.append(f"{MODULES[role].path} could be {nodes}")
+            problems.append(f"{LLAMA_LAYER[role].path} could be {nodes}")
     if problems:
         raise GraphPassError(
             f"projections of {where}: " + "; ".join(problems) + ". Expected exactly one node per role.",
             hint="export the graph unfused and unquantised, or inject the layer into the checkpoint instead",
         )
     found = {
-        role: _projection(MODULES[role].weight, node, index, "vector")
+        role: _projection(LLAMA_LAYER[role].weight, node, index, "vector")
         for role, candidates in norms.items()
         for node, index in candidates.items()
     }
     for role, candidates in linears.items():
-        found.update(_linear_projections(MODULES[role], next(iter(candidates))))
+        found.update(_linear_projections(LLAMA_LAYER[role], next(iter(candidates))))
     _refuse_other_weights((attention, mlp), {projection.weight for projection in found.values()}, where)
     return found
 
