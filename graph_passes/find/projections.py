@@ -167,11 +167,10 @@ def _linear_projections(module: LayerModule, node: ir.Node) -> dict[str, Project
 
 
 def _refuse_other_weights(blocks: Sequence[ResidualBlock], named: Collection[ir.Value], where: str) -> None:
-    """Raises if a layer computes with a weight of its own that has no role, such as the norms of queries and keys.
+    """Raises if a layer computes with a weight that has no role, such as the norms of queries and keys.
 
     A copy of the layer would share it with the original, and what names weights by role would not see it.
     """
-    members = {node for block in blocks for node in (*block.nodes, block.add)}
     problems = []
     for block in blocks:
         # Only what meets the tokens' values is a weight: tables are looked up by positions, shapes are constants.
@@ -183,7 +182,7 @@ def _refuse_other_weights(blocks: Sequence[ResidualBlock], named: Collection[ir.
             problems += [
                 f"{place(node)} reads weight '{weight.name}' {list(tensor.shape.numpy())}, which has no role in a layer"
                 for weight, tensor in _float_constants(node)
-                if weight not in named and set(_readers(weight)) <= members
+                if weight not in named
             ]
     if problems:
         raise GraphPassError(
@@ -200,15 +199,6 @@ def _float_constants(node: ir.Node) -> Iterable[tuple[ir.Value, ir.TensorProtoco
         tensor = None if base is None else constant_tensor(base[0])
         if base is not None and tensor is not None and tensor.size > 1 and tensor.dtype.is_floating_point():
             yield base[0], tensor
-
-
-def _readers(constant: ir.Value) -> Iterable[ir.Node]:
-    """Nodes that compute with a constant, directly or behind what prepares it."""
-    for node in constant.consumers():
-        if is_op(node, *_PREPARATIONS):
-            yield from _readers(node.outputs[0])
-        else:
-            yield node
 
 
 def _projection(tensor: str, node: ir.Node, input_index: int, layout: Layout) -> Projection:
