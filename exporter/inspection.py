@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.llama_layer import BRANCH_ENDS
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.sources.foreign_graph import load_graph
@@ -54,7 +54,7 @@ class Inspection:
 
 
 def inspect_model(path: Path) -> Inspection:
-    """Inspects an artefact folder or any `.onnx` file; external weights need not be there.
+    """Inspects an artefact folder, which must be whole, or any `.onnx` file, whose external weights need not be there.
 
     Raises:
         InputError: Neither; or the artefact is not the one its description describes.
@@ -112,7 +112,7 @@ def _is_identity(layer: DecoderLayer) -> bool | None:
         projections = layer.projections.values()
     except GraphPassError:
         return None
-    ends = [projection.weight.const_value for projection in projections if projection.tensor in BRANCH_ENDS]
+    ends = [projection.weight.const_value for projection in projections if projection.tensor in LLAMA_LAYER.branch_ends]
     return all(tensor is not None and not np.any(tensor.numpy()) for tensor in ends)
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from dlo_export.checkpoints.errors import EngineBuildError
 from dlo_export.exporter.tensorrt.build_events import EventPipe
+from dlo_export.exporter.tensorrt.build_log import BuildLog, builder_errors, hint_for, parser_errors
+from dlo_export.exporter.tensorrt.build_progress import PhaseProgress
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
-from dlo_export.exporter.tensorrt.log import BuildLog, builder_errors, hint_for, parser_errors
 from dlo_export.exporter.tensorrt.network_checks import CHECKS, check_network, make_attentions_decomposable
-from dlo_export.exporter.tensorrt.phase_progress import PhaseProgress
 from dlo_export.runtimes.artefact.engine_record import PluginSource
 from dlo_export.runtimes.artefact.typed_json import to_json
 from dlo_export.runtimes.tensorrt.backend import BACKENDS, Backend

@@ -18,6 +18,7 @@ from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 from dlo_export.runtimes.artefact.engine_record import StageCost
 from dlo_export.runtimes.tensorrt.backend import BACKENDS
 
+_WORKER = "dlo_export.exporter.tensorrt.build_worker"
 _LINES_KEPT = 200
 _READ_AT_ONCE = 2**16
 _ROOT = Path(__file__).resolve().parents[2]
@@ -62,8 +63,8 @@ class BuildProcess:
         self.output, output_end = os.pipe()
         try:
             self._child = subprocess.Popen(
-                # -P: a folder named `exporter` in the working directory is not ours.
-                [sys.executable, "-P", "-m", "dlo_export.exporter.tensorrt.worker", str(events_end), str(os.getpid())],
+                # -P: a folder named `dlo_export` in the working directory is not ours.
+                [sys.executable, "-P", "-m", _WORKER, str(events_end), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=output_end,
                 stderr=output_end,

@@ -194,7 +194,7 @@ def test_worker_ends_and_leaves_nothing_when_its_parent_dies(tmp_path, asked, st
 
 def test_worker_dies_at_once_when_its_parent_is_gone_before_it_starts(asked):
     result = subprocess.run(
-        [sys.executable, "-m", "dlo_export.exporter.tensorrt.worker", "1", "1"],
+        [sys.executable, "-m", "dlo_export.exporter.tensorrt.build_worker", "1", "1"],
         cwd=ROOT,
         capture_output=True,
         check=False,

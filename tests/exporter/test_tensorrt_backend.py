@@ -10,9 +10,9 @@ import pytest
 
 from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.exporter.tensorrt.backend import BACKENDS, check_backend, resolve_backend
-from dlo_export.exporter.tensorrt.log import builder_errors, hint_for, without_source
+from dlo_export.exporter.tensorrt.build_log import builder_errors, hint_for, without_source
+from dlo_export.exporter.tensorrt.build_progress import PhaseProgress
 from dlo_export.exporter.tensorrt.nodes import decoder_layer
-from dlo_export.exporter.tensorrt.phase_progress import PhaseProgress
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +128,7 @@ def test_hint_for_takes_the_first_known_error():
 
 
 def test_phase_progress_never_falls_when_phases_nest_and_repeat(monkeypatch):
-    monkeypatch.setattr("dlo_export.exporter.tensorrt.phase_progress._SECONDS_BETWEEN", 0)
+    monkeypatch.setattr("dlo_export.exporter.tensorrt.build_progress._SECONDS_BETWEEN", 0)
     told = []
     progress = PhaseProgress(lambda name, fraction: told.append((name, fraction)))
     progress.start("build", None, 4)

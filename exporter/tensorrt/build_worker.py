@@ -1,6 +1,6 @@
 """The process that builds one engine: TensorRT can abort, hang or be killed without taking the command with it.
 
-Run as `python -m dlo_export.exporter.tensorrt.worker EVENTS PARENT`, EVENTS being the descriptor of a pipe for
+Run as `python -m dlo_export.exporter.tensorrt.build_worker EVENTS PARENT`, EVENTS being the descriptor of a pipe for
 `EventPipe`, PARENT the parent's process id; the request is one line of JSON on stdin. What TensorRT's libraries print
 goes to stdout and stderr.
 """

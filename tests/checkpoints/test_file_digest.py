@@ -1,0 +1,40 @@
+"""A file is hashed once: while it is written, or when somebody first asks."""
+
+import hashlib
+import os
+
+import numpy as np
+import pytest
+
+from dlo_export.checkpoints.files import file_digest
+from dlo_export.checkpoints.files.file_digest import HashedFile, file_sha256, known_sha256
+
+
+def test_file_is_hashed_while_it_is_written(tmp_path, monkeypatch):
+    path = tmp_path / "weights"
+    with HashedFile(path) as file:
+        file.write(np.arange(6, dtype=np.float32).reshape(2, 3).data)
+        file.pad_to(64)
+        file.write(b"end")
+    content = np.arange(6, dtype=np.float32).tobytes() + bytes(40) + b"end"
+    assert path.read_bytes() == content
+    monkeypatch.setattr(file_digest, "file_sha256", lambda path: pytest.fail("it was read again"))
+    assert known_sha256(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_file_is_hashed_again_when_it_changed(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(b"before")
+    assert known_sha256(path) == file_sha256(path)
+    path.write_bytes(b"behind")
+    os.utime(path, ns=(1, 1))
+    assert known_sha256(path) == hashlib.sha256(b"behind").hexdigest()
+
+
+def test_hash_is_not_known_when_writing_failed(tmp_path):
+    path = tmp_path / "weights"
+    with pytest.raises(BufferError), HashedFile(path) as file:  # noqa: PT012 - what was written before counts
+        file.write(b"half")
+        raise BufferError
+    path.write_bytes(b"whole")
+    assert known_sha256(path) == hashlib.sha256(b"whole").hexdigest()
