@@ -12,6 +12,7 @@ from dlo_export.exporter.exit_codes import BUILD_FAILED, DONE, MACHINE
 from dlo_export.runtimes.artefact.description import load_description
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
 from tests.exporter.test_cli import check_refused, dlo
+from tests.foreign_graphs import save_routed_adapter
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 DATA = Path(__file__).parents[1] / "data"
@@ -133,7 +134,9 @@ def test_export_refuses_before_anything_is_built_when(tmp_path, model, options, 
 
 def test_export_refuses_someone_elses_graph_when_engines_are_asked_for(tmp_path):
     graph = DATA / "optimum_llama" / "model.onnx"
-    check_refused(dlo("export", graph, "-o", tmp_path / "out", "--trt"), tmp_path, "model.onnx is an ONNX graph")
+    adapter = save_routed_adapter(graph, tmp_path / "adapter")
+    result = dlo("export", graph, "--adapter", adapter, "-o", tmp_path / "out", "--trt")
+    check_refused(result, tmp_path, "model.onnx is an ONNX graph, whose attention and cache stay what they are")
 
 
 def test_run_says_what_is_missing_when_there_is_no_gpu(tmp_path):
