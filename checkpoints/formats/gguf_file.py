@@ -8,7 +8,9 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -29,7 +31,12 @@ FLOAT_TYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-QUANTISED_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+# What gguf.quants dequantises. NVFP4 is left out: its tensors' scales are tensors of their own.
+QUANTISED_TYPES = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4"),
+)
 # struct formats of the scalar metadata types, by their numbers in the format.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -187,7 +194,9 @@ def _read_contents(cursor: _Cursor, file: MappedFile) -> GgufContents:
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r}, expected a power of two")
     data_start = -(-cursor.position // alignment) * alignment
-    return GgufContents(metadata, _tensors(entries, data_start, file))
+    tensors = _tensors(entries, data_start, file)
+    _check_places(tensors, alignment, file)
+    return GgufContents(metadata, tensors)
 
 
 @dataclass(frozen=True)
@@ -244,3 +253,23 @@ def _tensors(entries: list[_Entry], data_start: int, file: MappedFile) -> dict[s
             hint="the file is truncated or damaged: fetch it again",
         )
     return tensors
+
+
+def _check_places(tensors: Mapping[str, GgufTensor], alignment: int, file: MappedFile) -> None:
+    """Refuses tensors that share bytes, or start where no writer puts one: their offsets are damaged."""
+    in_order = sorted(tensors.values(), key=lambda tensor: tensor.offset)
+    problems = [
+        f"{tensor.name}: starts at byte {tensor.offset}, expected a multiple of {alignment}"
+        for tensor in in_order
+        if tensor.offset % alignment
+    ]
+    problems += [
+        f"{second.name}: starts at byte {second.offset}, inside {first.name}"
+        for first, second in pairwise(in_order)
+        if second.offset < first.offset + first.stored_nbytes
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{file.path}: the tensors' places are not consistent\n  " + "\n  ".join(problems),
+            hint="the file is damaged: fetch it again",
+        )

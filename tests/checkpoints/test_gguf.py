@@ -230,9 +230,9 @@ def test_gguf_is_refused_when_a_tensor_type_is_unreadable(folder: Path, tmp_path
     file = save_tiny_gguf(folder, tmp_path / FILE, extra={"MARK": np.zeros(32, dtype=np.float32)})
     content = bytearray(file.read_bytes())
     position = content.index(b"MARK") + 4 + 4 + 8
-    content[position : position + 4] = (20).to_bytes(4, "little")
+    content[position : position + 4] = (40).to_bytes(4, "little")
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"tensors of types that cannot be read(.*\n)+  MARK: is IQ4_NL"):
+    with pytest.raises(CheckpointError, match=r"tensors of types that cannot be read(.*\n)+  MARK: is NVFP4"):
         open_checkpoint(file)
 
 
