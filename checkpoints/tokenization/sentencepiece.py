@@ -66,9 +66,11 @@ class SentencePieceVocabulary:
         return backend
 
     def inexact(self) -> str | None:
-        """Why some texts may become other tokens than SentencePiece makes of them; None where none can."""
+        """Why some texts, few, may become other tokens than SentencePiece makes of them; None where none can."""
+        if self.charsmap:
+            return "it replaces characters by a table, which the tokenizers package reads otherwise at combining marks"
         if self.algorithm == "unigram":
-            return None
+            return "it is a unigram model, in which two ways to cut a text can be equally probable"
         scores = self._mergeable
         groups: dict[float, list[str]] = defaultdict(list)
         for piece in {left + right for left, right in self._merges}:
@@ -134,7 +136,8 @@ class SentencePieceVocabulary:
         if self.charsmap:
             yield normalizers.Precompiled(self.charsmap)
         if self.single_spaces:
-            yield normalizers.Replace(Regex("^ +| +$"), "")
+            # At the end, what is a space's mark in the text itself goes as well.
+            yield normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), "")
             yield normalizers.Replace(Regex(" {2,}"), " ")
         if self.space_prefix == "always":
             yield normalizers.Prepend(SPACE)

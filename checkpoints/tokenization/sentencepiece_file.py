@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.tokenization.errors import UnknownTokenizerError
 from dlo_export.checkpoints.tokenization.sentencepiece import SentencePieceVocabulary
 from dlo_export.checkpoints.tokenization.special_tokens import TokenKind
@@ -48,20 +47,15 @@ def read_sentencepiece(path: Path, *, legacy: bool = True) -> SentencePieceFile:
         legacy: As in tokenizer_config.json: whether text after a special token starts with a space, too.
 
     Raises:
-        UnknownTokenizerError: It uses what tokenizer.json cannot say.
-        CheckpointError: The file is missing, damaged or not a SentencePiece model.
+        UnknownTokenizerError: It uses what tokenizer.json cannot say, is damaged, or not a SentencePiece model at all:
+            Llama 3's own tokenizer.model is of another kind.
     """
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise ValueError(f"{path.stat().st_size} bytes are more than a vocabulary takes")
         return _model(list(_fields(path.read_bytes())), path, legacy=legacy)
-    except UnknownTokenizerError:
-        raise
     except (OSError, ValueError, TypeError, IndexError, struct.error) as err:
-        raise CheckpointError(
-            f"{path}: not a readable SentencePiece model ({err})",
-            hint="fetch the file again, or save the tokenizer beside the model as tokenizer.json",
-        ) from err
+        raise UnknownTokenizerError(f"{path}: not a readable SentencePiece model ({err})") from err
 
 
 def _model(fields: list[tuple[int, Field]], path: Path, *, legacy: bool) -> SentencePieceFile:

@@ -83,8 +83,10 @@ WORD_SPLITTINGS: dict[str, WordSplitting] = {
         (WordSplitting((r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")), (DEFAULT,)),
         (
             WordSplitting((GPT2_WORDS,)),
-            ("gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0")
-            + ("mellum", "modern-bert", "mpt", "olmo", "jais", "trillion", "exaone4", "granite-docling"),
+            (
+                *("gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0"),
+                *("mellum", "modern-bert", "mpt", "olmo", "jais", "trillion", "exaone4", "granite-docling"),
+            ),
         ),
         (
             # transformers 5.23 ignores "smollm" when it converts GGUF, and joins spaces before digits that training
