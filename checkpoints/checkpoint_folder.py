@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dlo_export.checkpoints.files.whole_folder import whole_folder
-from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress, save_safetensors, tensor_nbytes
+from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress
 
 SaveCompanions = Callable[[Path, Mapping[str, Any]], None]
 """Writes config.json, with these keys changed, and the other small files of a checkpoint into a folder."""
@@ -37,7 +38,7 @@ def save_checkpoint(
 
     Raises:
         FolderExistsError: The folder is not empty and `overwrite` is not set.
-        ValueError: A tensor's dtype does not belong into a checkpoint.
+        InputError: A tensor's dtype does not belong into a checkpoint.
     """
     with whole_folder(folder, overwrite=overwrite) as staging:
         save_model_tensors(tensors, staging, max_shard_bytes=max_shard_bytes, progress=progress)
@@ -63,7 +64,7 @@ def save_model_tensors(
         The safetensors files written.
     """
     shards = _shards(tensors, max_shard_bytes)
-    total = sum(tensor_nbytes(tensor) for tensor in tensors.values())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     paths, weight_map, done = [], {}, 0
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -74,7 +75,7 @@ def save_model_tensors(
                 progress(before + bytes_done, total)
 
         save_safetensors(shard, folder / name, progress=shard_progress)
-        done += sum(tensor_nbytes(tensor) for tensor in shard.values())
+        done += sum(tensor.nbytes for tensor in shard.values())
         weight_map.update(dict.fromkeys(shard, name))
         paths.append(folder / name)
     if len(shards) > 1:
@@ -88,7 +89,7 @@ def _shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> list[dic
     shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
-        nbytes = tensor_nbytes(tensor)
+        nbytes = tensor.nbytes
         if shards[-1] and size + nbytes > max_shard_bytes:
             shards.append({})
             size = 0

@@ -10,6 +10,16 @@ from typing import Any, Literal
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.json_fields import JsonFields
 from dlo_export.checkpoints.files.json_file import read_json
+from dlo_export.checkpoints.llama_layer import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LLAMA_LAYER,
+    Axis,
+    LayerModule,
+    layer_tensor_name,
+    router_name,
+)
 from dlo_export.checkpoints.rope import RopeConfig, rope_of_fields
 
 __all__ = ["LlamaConfig", "RopeConfig", "RoutingConfig"]
@@ -146,34 +156,33 @@ class LlamaConfig:
 
         Linear weights are [out, in]. A tied head has no tensor of its own.
         """
-        hidden, inner = self.hidden_size, self.intermediate_size
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = {
-            "q_proj": (queries, hidden),
-            "k_proj": (keys, hidden),
-            "v_proj": (keys, hidden),
-            "o_proj": (hidden, queries),
-        }
-        mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, self.hidden_size)}
         for layer in range(self.num_layers):
-            prefix = f"model.layers.{layer}"
-            shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-            for block, linears, biased in (
-                ("self_attn", attention, self.attention_bias),
-                ("mlp", mlp, self.mlp_bias),
-            ):
-                for role, shape in linears.items():
-                    shapes[f"{prefix}.{block}.{role}.weight"] = shape
-                    if biased:
-                        shapes[f"{prefix}.{block}.{role}.bias"] = shape[:1]
-            shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        shapes["model.norm.weight"] = (hidden,)
+            for module in LLAMA_LAYER:
+                for tensor, axes in module.tensors().items():
+                    if tensor == module.weight or self.has_bias(module):
+                        shapes[layer_tensor_name(layer, tensor)] = tuple(self._axis_size(axis) for axis in axes)
+        shapes[FINAL_NORM] = (self.hidden_size,)
         if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+            shapes[HEAD] = (self.vocab_size, self.hidden_size)
         for layer in self.routing.layers if self.routing else ():
-            shapes[f"model.routers.{layer}.weight"] = (1, hidden)
+            shapes[router_name(layer)] = (1, self.hidden_size)
         return shapes
+
+    def has_bias(self, module: LayerModule) -> bool:
+        """Whether a layer's projection has a bias."""
+        return (module.bias == "attention_bias" and self.attention_bias) or (
+            module.bias == "mlp_bias" and self.mlp_bias
+        )
+
+    def _axis_size(self, axis: Axis) -> int:
+        sizes: dict[Axis, int] = {
+            "query": self.num_heads * self.head_dim,
+            "key-value": self.num_kv_heads * self.head_dim,
+            "hidden": self.hidden_size,
+            "intermediate": self.intermediate_size,
+        }
+        return sizes[axis]
 
 
 def _reject_unsupported(fields: JsonFields) -> None:

@@ -11,12 +11,18 @@ class DloError(Exception):
     Args:
         message: Who, what was found, what was expected.
         hint: What to do about it, one line.
+
+    Attributes:
+        message: As given; `str` of the error is both.
+        hint: As given.
     """
 
     exit_code: ClassVar[int] = 70
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message if hint is None else f"{message}\n\nhint: {hint}")
+        self.message = message
+        self.hint = hint
 
 
 class InputError(DloError, ValueError):

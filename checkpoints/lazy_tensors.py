@@ -1,45 +1,55 @@
-"""Tensors that are read when they are needed, and their streaming into a safetensors file."""
+"""Tensors that are read when they are needed: the one way in which weights pass between formats, graphs and models."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
-import ml_dtypes
 import numpy as np
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total)."""
 
-_CHUNK_BYTES = 64 << 20
-_SAFETENSORS_TYPES: dict[np.dtype, str] = {
-    np.dtype(np.float32): "F32",
-    np.dtype(np.float16): "F16",
-    np.dtype(ml_dtypes.bfloat16): "BF16",
-    np.dtype(np.float64): "F64",
-}
+CHUNK_BYTES = 64 << 20
+"""What is read, computed or written at once of a large tensor."""
 
 
 class LazyTensor(Protocol):
-    """What a checkpoint's tensors offer: shape and dtype at no cost, values on request."""
+    """Shape and dtype at no cost, values on request. Its name is the key it is found under."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Dimensions, as the checkpoint stores them."""
+        """Dimensions, as a Hugging Face checkpoint stores them: linear weights are [out, in]."""
 
     @property
     def dtype(self) -> np.dtype:
-        """Element type of `numpy()`; bfloat16 is `ml_dtypes.bfloat16`."""
+        """Element type of the arrays; bfloat16 is `ml_dtypes.bfloat16`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of `numpy()` in bytes."""
 
     def numpy(self) -> np.ndarray:
-        """Reads the values, possibly as a view of the mapped file."""
+        """The whole tensor, possibly as a read-only view of a mapped file."""
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """numpy()[start:stop], reading or computing these rows only."""
 
     def release(self) -> None:
-        """Gives the memory that reading took back to the system."""
+        """Gives back the memory that reading took. Arrays stay valid, and the tensor can be read again."""
+
+
+@runtime_checkable
+class BlockTensor(LazyTensor, Protocol):
+    """A matrix whose rows are stored in blocks that can only be read whole, such as a quantised one."""
+
+    @property
+    def block_columns(self) -> int:
+        """Elements of a row that make one block."""
+
+    def part(self, rows: slice, columns: slice) -> np.ndarray:
+        """numpy()[rows, columns], reading only the blocks that these elements lie in."""
 
 
 @dataclass(frozen=True)
@@ -58,87 +68,23 @@ class ArrayTensor:
         """Element type of the array."""
         return self.array.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the array."""
+        return self.array.nbytes
+
     def numpy(self) -> np.ndarray:
         """Returns the array itself."""
         return self.array
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """A view of the array's rows."""
+        return self.array[start:stop]
 
     def release(self) -> None:
         """Nothing to release: the array belongs to whoever made it."""
 
 
-@dataclass(frozen=True)
-class SafetensorsTensor:
-    """One tensor of an open safetensors file, read anew by each `numpy()`."""
-
-    file: Any
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def numpy(self) -> np.ndarray:
-        """Reads the tensor into an array of its own."""
-        values: np.ndarray = self.file.get_tensor(self.name)
-        return values
-
-    def release(self) -> None:
-        """Nothing is kept between reads."""
-
-
-def tensor_nbytes(tensor: LazyTensor) -> int:
-    """Bytes of a tensor's values, without reading them."""
-    return int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
-
-
-def save_safetensors(tensors: Mapping[str, LazyTensor], path: Path, *, progress: Progress | None = None) -> None:
-    """Writes tensors to one safetensors file, holding one of them in memory at a time.
-
-    Args:
-        tensors: Names and tensors; float32, float16, bfloat16 or float64. Each is released after it was written.
-        path: The file to create.
-        progress: Called after every chunk of at most 64 MB.
-
-    Raises:
-        ValueError: A dtype safetensors files of models do not hold.
-        OSError: The file cannot be written.
-    """
-    total = sum(tensor_nbytes(tensor) for tensor in tensors.values())
-    done = 0
-    with open(path, "wb") as file:
-        file.write(_header(tensors))
-        for tensor in tensors.values():
-            values = np.ascontiguousarray(tensor.numpy())
-            for chunk in _chunks(values):
-                file.write(chunk)
-                done += chunk.nbytes
-                if progress is not None:
-                    progress(done, total)
-            del values
-            tensor.release()
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _header(tensors: Mapping[str, LazyTensor]) -> bytes:
-    """The length-prefixed JSON header of a safetensors file, padded so that the data starts 8-byte aligned."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _SAFETENSORS_TYPES:
-            raise ValueError(
-                f"safetensors file: {name} has dtype {tensor.dtype}, expected one of "
-                f"{', '.join(str(dtype) for dtype in _SAFETENSORS_TYPES)}\n\nhint: cast the tensor first"
-            )
-        end = offset + tensor_nbytes(tensor)
-        dtype = _SAFETENSORS_TYPES[tensor.dtype]
-        entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _chunks(values: np.ndarray) -> Iterator[memoryview]:
-    """The bytes of an array in pieces of at most 64 MB, without a copy."""
-    flat = values.reshape(-1).view(np.uint8)
-    for start in range(0, flat.nbytes, _CHUNK_BYTES):
-        yield flat[start : start + _CHUNK_BYTES].data
+def rows_at_once(num_rows: int, nbytes: int) -> int:
+    """How many of a tensor's rows make a chunk of at most `CHUNK_BYTES`; at least one."""
+    return max(1, CHUNK_BYTES * num_rows // max(1, nbytes))

@@ -11,48 +11,23 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
+from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD
 
-FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 MAX_LISTED_PROBLEMS = 50
-# Rows of a matrix looked at together where a whole one might not fit in memory.
-ROWS_AT_ONCE = 4096
 
 
-class CheckpointTensor(Protocol):
-    """A tensor whose bytes are read when they are asked for."""
-
-    @property
-    def name(self) -> str:
-        """Hugging Face name, `model.layers.0.mlp.down_proj.weight`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Hugging Face orientation: linear weights are [out, in]."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of the arrays: float32, float16 or ml_dtypes.bfloat16; float32 for quantised GGUF tensors."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size of numpy() in bytes."""
+class StoredTensor(LazyTensor, Protocol):
+    """A lazy tensor of which an error can say where it is."""
 
     @property
     def file(self) -> MappedFile:
         """Where it is stored."""
-
-    def numpy(self) -> np.ndarray:
-        """The whole tensor; a read-only view of the file wherever it is stored as it is, without a copy."""
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """numpy()[start:stop], reading (and dequantising) only these rows."""
-
-    def release(self) -> None:
-        """Gives the pages of the file back to the system. Arrays stay valid; touching them reads the file again."""
 
 
 class Checkpoint:
@@ -82,7 +57,7 @@ class Checkpoint:
         self,
         path: Path,
         config: LlamaConfig,
-        stored: Mapping[str, CheckpointTensor],
+        stored: Mapping[str, StoredTensor],
         *,
         stored_dtype: str,
         files: Sequence[MappedFile],
@@ -94,7 +69,7 @@ class Checkpoint:
         self.config = config
         self.warnings = tuple(warnings)
         self.stored_dtype = stored_dtype
-        self.tensors: Mapping[str, CheckpointTensor] = {name: stored[name] for name in config.tensor_shapes()}
+        self.tensors: Mapping[str, LazyTensor] = {name: stored[name] for name in config.tensor_shapes()}
         self._files = tuple(files)
         self._save_tokenizer = save_tokenizer
         self._sha256: str | None = None
@@ -152,7 +127,7 @@ def _generation_config(config: LlamaConfig) -> dict[str, Any]:
     return {"_from_model_config": True, **{key: value for key, value in tokens.items() if value not in (None, [])}}
 
 
-def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, CheckpointTensor]) -> None:
+def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, StoredTensor]) -> None:
     expected = config.tensor_shapes()
     problems = [f"{name}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in stored]
     for name, tensor in stored.items():
@@ -162,11 +137,12 @@ def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, Checkpo
                 problems.append(f"{name}: {list(tensor.shape)} in {place} has no place in this model")
         elif tensor.shape != expected[name]:
             problems.append(f"{name}: is {list(tensor.shape)} in {place}, expected {list(expected[name])}")
-        elif tensor.dtype.name not in FLOAT_DTYPES:
-            problems.append(f"{name}: is {tensor.dtype.name} in {place}, expected {', '.join(FLOAT_DTYPES)}")
+        elif BY_NUMPY.get(tensor.dtype) not in FLOATS:
+            expected_types = ", ".join(kind.name for kind in FLOATS)
+            problems.append(f"{name}: is {tensor.dtype.name} in {place}, expected {expected_types}")
     # transformers 5 unties copies that differ, transformers 4 ties them all the same: no guess is right.
-    has_copy = not problems and config.tie_word_embeddings and "lm_head.weight" in stored
-    if has_copy and not _are_equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]):
+    has_copy = not problems and config.tie_word_embeddings and HEAD in stored
+    if has_copy and not _are_equal(stored[HEAD], stored[EMBEDDING]):
         problems.append("lm_head.weight: differs from model.embed_tokens.weight, but tie_word_embeddings is true")
     if problems:
         listed = problems[:MAX_LISTED_PROBLEMS]
@@ -180,17 +156,17 @@ def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, Checkpo
 
 def _is_redundant(name: str, config: LlamaConfig) -> bool:
     # Old conversions saved the rotary frequencies, which follow from the configuration.
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+    return name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings)
 
 
-def _are_equal(first: CheckpointTensor, second: CheckpointTensor) -> bool:
+def _are_equal(first: LazyTensor, second: LazyTensor) -> bool:
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    starts = range(0, first.shape[0], ROWS_AT_ONCE)
-    equal = all(
-        np.array_equal(first.rows(start, start + ROWS_AT_ONCE), second.rows(start, start + ROWS_AT_ONCE))
-        for start in starts
-    )
-    first.release()
-    second.release()
-    return equal
+    step = rows_at_once(first.shape[0], first.nbytes)
+    for start in range(0, first.shape[0], step):
+        equal = np.array_equal(first.rows(start, start + step), second.rows(start, start + step))
+        first.release()
+        second.release()
+        if not equal:
+            return False
+    return True

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.formats.huggingface_folder import cached_snapshot, open_folder
-from dlo_export.checkpoints.llama_checkpoint import Checkpoint, CheckpointTensor
+from dlo_export.checkpoints.llama_checkpoint import Checkpoint
 
-__all__ = ["Checkpoint", "CheckpointTensor", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 
 def open_checkpoint(path_or_id: Path | str) -> Checkpoint:
@@ -39,4 +39,7 @@ def open_checkpoint(path_or_id: Path | str) -> Checkpoint:
     # "owner/name", or the bare "name" of the oldest repositories.
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path_or_id)):
         return open_folder(cached_snapshot(str(path_or_id)))
-    raise InputError(f"{path}: no such file or folder")
+    raise InputError(
+        f"{path}: no such file or folder",
+        hint="give a checkpoint's folder, a .gguf file, or a hub id in the local cache",
+    )

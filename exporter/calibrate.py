@@ -101,6 +101,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
     """
     source = open_source(request.model, request.adapter)
     try:
+        for warning in source.base.warnings:
+            reporter.warn(warning)
         if source.kind == "onnx":
             raise InputError(
                 f"{request.model}: is a graph, routers are fitted to a checkpoint",

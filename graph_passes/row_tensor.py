@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
-CHUNK_BYTES = 64 * 2**20
+from dlo_export.checkpoints.lazy_tensors import rows_at_once
 
 
 class RowTensor(ir.LazyTensor, abc.ABC):
@@ -18,10 +18,12 @@ class RowTensor(ir.LazyTensor, abc.ABC):
         name: Initializer name.
         dtype: Element type of the stored tensor.
         shape: Its dimensions; the first one counts the rows.
+        row_block: Rows that are computed together whether all of them are asked for or not: chunks are whole blocks.
     """
 
-    def __init__(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
+    def __init__(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], *, row_block: int = 1) -> None:
         super().__init__(lambda: ir.Tensor(self.numpy(), dtype=dtype), dtype, ir.Shape(shape), name=name)
+        self.row_block = row_block
 
     @abc.abstractmethod
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -32,8 +34,8 @@ class RowTensor(ir.LazyTensor, abc.ABC):
         return self.rows(0, self._row_count)
 
     def tofile(self, file: BinaryIO) -> None:
-        """Writes the tensor in chunks of at most `CHUNK_BYTES`."""
-        step = max(1, CHUNK_BYTES * self._row_count // max(1, self.nbytes))
+        """Writes the tensor in chunks of at most `lazy_tensors.CHUNK_BYTES`, but of at least one block of rows."""
+        step = max(1, rows_at_once(self._row_count, self.nbytes) // self.row_block) * self.row_block
         for start in range(0, self._row_count, step):
             chunk = self.rows(start, min(start + step, self._row_count))
             file.write(chunk.view(np.uint8).data)  # as bytes: bfloat16 has no buffer format of its own

@@ -66,7 +66,7 @@ def empty_llama_dlo(
         model = LlamaDloForCausalLM(model_config)
     expected = {name for name, _ in model.named_parameters()}
     if problems := _name_problems(expected, set(names)):
-        raise ModelTensorsError(f"PyTorch model: {'; '.join(problems)}\n\nhint: config.json belongs to another model")
+        raise ModelTensorsError(f"PyTorch model: {'; '.join(problems)}", hint="config.json belongs to another model")
     # Its frequencies are computed, not stored, and were left on the meta device.
     model.model.rotary_emb = LlamaRotaryEmbedding(config=model_config)
     model.eval()

@@ -2,37 +2,37 @@
 
 A folder of two files. ``adapter_config.json`` says which layers are new and which are routed, indices counted in the
 deepened model; ``adapter.safetensors`` holds ``model.layers.{new}.…`` of the injected layers and
-``model.routers.{layer}.weight`` [1, hidden]. Needs NumPy and safetensors only.
+``model.routers.{layer}.weight`` [1, hidden].
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from dlo_export.checkpoints.adapter.checks import CONFIG_FIELDS, config_problems, tensor_problems
-from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
+from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.checkpoints.files.json_file import read_json, save_json
+from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.files.whole_folder import whole_folder
-from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress, SafetensorsTensor, save_safetensors
+from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
+from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress
+from dlo_export.checkpoints.llama_layer import (
+    MODULES,
+    layer_tensor_name,
+    parse_layer_tensor,
+    router_name,
+)
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter.safetensors"
-
-_LAYER_TENSOR_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_DTYPES: dict[str, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 class AdapterError(InputError):
@@ -62,8 +62,8 @@ class DloAdapter:
         routing: What a router decides about: the layer's MLP, or the whole layer.
         is_dlo: For every layer of the deepened model, whether it is routed.
         rescale_hidden_states: Whether the routed branch is multiplied by 0.5·scale_factor + (score − 0.5)·scale_gap.
-        scale_factor: See above.
-        scale_gap: See above.
+        scale_factor: Of that multiplier.
+        scale_gap: Of that multiplier.
         injected_layers: The new layers, by rising position.
         base_sha256: Hash of the base checkpoint the adapter was made from, where known.
         tensors: Names and tensors of the injected layers and routers, in checkpoint shapes ([out, in]).
@@ -95,11 +95,11 @@ class DloAdapter:
 
     def router(self, layer: int) -> np.ndarray:
         """Reads a routed layer's router, float32 [1, hidden]."""
-        return self.tensors[f"model.routers.{layer}.weight"].numpy().astype(np.float32)
+        return self.tensors[router_name(layer)].numpy().astype(np.float32)
 
     def layer_tensors(self, position: int) -> dict[str, LazyTensor]:
-        """The tensors of one injected layer by role, for example ``self_attn.q_proj.weight``."""
-        prefix = f"model.layers.{position}."
+        """The tensors of one injected layer by their names inside it, for example ``self_attn.q_proj.weight``."""
+        prefix = layer_tensor_name(position, "")
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
     def check_fits(self, tensor_shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> None:
@@ -115,10 +115,10 @@ class DloAdapter:
         problems = []
         if num_layers != self.num_base_layers:
             problems.append(f"the model has {num_layers} layers, the adapter goes on {self.num_base_layers}")
-        hidden = tensor_shapes.get("model.layers.0.input_layernorm.weight")
+        hidden = tensor_shapes.get(layer_tensor_name(0, MODULES["input_layernorm"].weight))
         for name, tensor in self.tensors.items():
-            layer = _LAYER_TENSOR_NAME.fullmatch(name)
-            expected = tensor_shapes.get(f"model.layers.0.{layer[2]}") if layer else hidden and (1, *hidden)
+            place = parse_layer_tensor(name)
+            expected = tensor_shapes.get(layer_tensor_name(0, place.tensor)) if place else hidden and (1, *hidden)
             if expected != tensor.shape:
                 found = f"found {list(tensor.shape)}"
                 problems.append(f"{name}: {found}, the model needs {list(expected) if expected else 'no such tensor'}")
@@ -136,10 +136,11 @@ def load_adapter(folder: str | Path) -> DloAdapter:
     missing = [name for name in (CONFIG_NAME, TENSORS_NAME) if not (folder / name).is_file()]
     if missing:
         raise AdapterError(
-            f"adapter {folder}: {' and '.join(missing)} not found"
-            f"\n\nhint: an adapter is a folder with {CONFIG_NAME} and {TENSORS_NAME}"
+            f"adapter {folder}: {' and '.join(missing)} not found",
+            hint=f"an adapter is a folder with {CONFIG_NAME} and {TENSORS_NAME}",
         )
-    return _adapter_from_config(_read_config(folder / CONFIG_NAME), _open_tensors(folder / TENSORS_NAME), folder)
+    config = read_json(folder / CONFIG_NAME, AdapterError)
+    return _adapter_from_config(config, _open_tensors(folder / TENSORS_NAME), folder)
 
 
 def save_adapter(
@@ -170,38 +171,21 @@ def save_adapter(
     _adapter_from_config(config, adapter.tensors, Path(folder))
     with whole_folder(Path(folder), overwrite=overwrite) as staging:
         save_safetensors(adapter.tensors, staging / TENSORS_NAME, progress=progress)
-        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise AdapterError(
-            f"adapter {path}: not JSON: {err}\n\nhint: the file is corrupt; make the adapter anew"
-        ) from err
-    if not isinstance(config, dict):
-        raise AdapterError(
-            f"adapter {path}: found a JSON {type(config).__name__}, expected an object\n\nhint: make the adapter anew"
-        )
-    return config
+        save_json(staging / CONFIG_NAME, config)
 
 
 def _open_tensors(path: Path) -> dict[str, LazyTensor]:
     try:
-        file: Any = safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as err:
-        raise AdapterError(f"adapter {path}: {err}\n\nhint: the file is truncated or corrupt; copy it again") from err
-    tensors: dict[str, LazyTensor] = {}
-    problems = []
-    for name in file.keys():  # noqa: SIM118 (not a mapping)
-        entry = file.get_slice(name)
-        if entry.get_dtype() not in _DTYPES:
-            problems.append(f"{name}: found dtype {entry.get_dtype()}, expected one of {', '.join(_DTYPES)}")
-            continue
-        tensors[name] = SafetensorsTensor(file, name, tuple(entry.get_shape()), _DTYPES[entry.get_dtype()])
+        tensors = tensors_of_safetensors(MappedFile(path))
+    except CheckpointError as err:
+        raise AdapterError(err.message, hint=err.hint) from err
+    problems = [
+        f"{name}: found dtype {tensor.dtype.name}, expected one of {', '.join(kind.name for kind in FLOATS)}"
+        for name, tensor in tensors.items()
+        if BY_NUMPY[tensor.dtype] not in FLOATS
+    ]
     _raise_for(f"adapter {path}", problems, "adapters hold weights in 32 or 16 bits")
-    return tensors
+    return dict(tensors)
 
 
 def _adapter_from_config(config: dict[str, Any], tensors: Mapping[str, LazyTensor], origin: Path) -> DloAdapter:
@@ -213,8 +197,8 @@ def _adapter_from_config(config: dict[str, Any], tensors: Mapping[str, LazyTenso
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise AdapterError(
-            f"adapter {origin}: format_version is {version!r}, expected {FORMAT_VERSION}"
-            "\n\nhint: the adapter was made by another version of dlo-export"
+            f"adapter {origin}: format_version is {version!r}, expected {FORMAT_VERSION}",
+            hint="the adapter was made by another version of dlo-export",
         )
     _raise_for(f"adapter {origin}", config_problems(config), f"the fields are {', '.join(CONFIG_FIELDS)}")
     adapter = DloAdapter(
@@ -236,4 +220,4 @@ def _adapter_from_config(config: dict[str, Any], tensors: Mapping[str, LazyTenso
 def _raise_for(subject: str, problems: list[str], hint: str) -> None:
     if problems:
         details = problems[0] if len(problems) == 1 else "\n  - ".join([f"{len(problems)} problems", *problems])
-        raise AdapterError(f"{subject}: {details}\n\nhint: {hint}")
+        raise AdapterError(f"{subject}: {details}", hint=hint)

@@ -11,20 +11,14 @@ import numpy as np
 
 from dlo_export.checkpoints.depth.layer_init import LayerInitError, canonical_init
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
-
-LAYER_WEIGHTS: tuple[str, ...] = (
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.o_proj.weight",
-    "mlp.gate_proj.weight",
-    "mlp.up_proj.weight",
-    "mlp.down_proj.weight",
-    "input_layernorm.weight",
-    "post_attention_layernorm.weight",
+from dlo_export.checkpoints.llama_layer import (
+    REQUIRED_TENSORS,
+    TENSOR_AXES,
+    layer_tensor_name,
+    parse_layer_tensor,
+    parse_router,
+    router_name,
 )
-"""Every tensor a decoder layer has; projections may have biases besides."""
-LAYER_BIASES: tuple[str, ...] = tuple(role.replace(".weight", ".bias") for role in LAYER_WEIGHTS[:7])
 
 CONFIG_FIELDS: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
@@ -37,16 +31,6 @@ CONFIG_FIELDS: dict[str, tuple[type, ...]] = {
     "injected_layers": (list,),
 }
 _OPTIONAL_FIELDS = {"base_sha256"}
-_ROUTER_NAME = re.compile(r"model\.routers\.\d+\.weight")
-_PROJECTION_AXES = {
-    "q_proj": ("query", "hidden"),
-    "k_proj": ("key-value", "hidden"),
-    "v_proj": ("key-value", "hidden"),
-    "o_proj": ("hidden", "query"),
-    "gate_proj": ("intermediate", "hidden"),
-    "up_proj": ("intermediate", "hidden"),
-    "down_proj": ("hidden", "intermediate"),
-}
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
@@ -80,12 +64,12 @@ def tensor_problems(
     tensors: Mapping[str, LazyTensor], routed_layers: Sequence[int], injected_positions: Sequence[int]
 ) -> list[str]:
     """Tensors that are missing or unexpected, shapes that contradict each other, routers that are not finite."""
-    routers = {f"model.routers.{layer}.weight" for layer in routed_layers}
-    required = routers | {f"model.layers.{layer}.{role}" for layer in injected_positions for role in LAYER_WEIGHTS}
-    allowed = required | {f"model.layers.{layer}.{role}" for layer in injected_positions for role in LAYER_BIASES}
+    routers = {router_name(layer) for layer in routed_layers}
+    required = routers | {layer_tensor_name(layer, name) for layer in injected_positions for name in REQUIRED_TENSORS}
+    allowed = required | {layer_tensor_name(layer, name) for layer in injected_positions for name in TENSOR_AXES}
     problems = [f"{name} is missing" for name in sorted(required - tensors.keys())]
     problems += [
-        f"{name} is unexpected: that layer is not {'routed' if _ROUTER_NAME.fullmatch(name) else 'injected'}"
+        f"{name} is unexpected: that layer is not {'injected' if parse_router(name) is None else 'routed'}"
         for name in sorted(tensors.keys() - allowed)
     ]
     known = {name: tensor for name, tensor in tensors.items() if name in allowed}
@@ -139,9 +123,5 @@ def _shape_problems(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 def _axes(name: str) -> tuple[str, ...]:
     """Names of a tensor's axes, in checkpoint orientation."""
-    if _ROUTER_NAME.fullmatch(name):
-        return ("1", "hidden")
-    *_, module, parameter = name.split(".")
-    if module not in _PROJECTION_AXES:
-        return ("hidden",)
-    return _PROJECTION_AXES[module] if parameter == "weight" else _PROJECTION_AXES[module][:1]
+    place = parse_layer_tensor(name)
+    return ("1", "hidden") if place is None else TENSOR_AXES[place.tensor]

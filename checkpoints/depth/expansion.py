@@ -7,82 +7,35 @@ checkpoint's lazy ones. `dlo_export.checkpoints.checkpoint_folder` streams them 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer
-from dlo_export.checkpoints.depth.layer_init import init_tensor
+from dlo_export.checkpoints.depth.layer_init import InitialTensor
 from dlo_export.checkpoints.depth.placements import METHODS, PRESETS, ExpansionError, ExpansionPlan, placements
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
+from dlo_export.checkpoints.llama_layer import (
+    MODULES,
+    layer_tensor_name,
+    parse_layer_tensor,
+    parse_router,
+    router_name,
+)
 
 __all__ = [
     "METHODS",
     "PRESETS",
     "ExpansionError",
     "ExpansionPlan",
-    "InjectedTensor",
     "expanded_config",
     "expanded_tensors",
     "expansion_adapter",
     "placements",
 ]
 
-# Anchored: "model.layers.1." must not match "model.layers.11.".
-_LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_ROUTER_TENSOR = re.compile(r"model\.routers\.(\d+)\.weight")
 _PER_LAYER_LISTS = ("dlo_capacity", "layer_types")
-
-
-@dataclass(frozen=True)
-class InjectedTensor:
-    """A tensor of an injected layer, computed from the originals' when it is read.
-
-    Attributes:
-        layer: The injected layer.
-        role: The tensor's name inside its layer.
-        source: The same tensor of the layer it derives from.
-        previous: The same tensor of the layer before that, None for the first layer.
-        seed: Of random inits; the layer's position is added to it.
-        initializer_range: Of random inits.
-    """
-
-    layer: InjectedLayer
-    role: str
-    source: LazyTensor
-    previous: LazyTensor | None
-    seed: int
-    initializer_range: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The source's."""
-        return self.source.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The source's."""
-        return self.source.dtype
-
-    def numpy(self) -> np.ndarray:
-        """Computes the values, in memory of their own."""
-        return init_tensor(
-            self.layer.init,
-            self.role,
-            self.source.numpy(),
-            None if self.previous is None else self.previous.numpy(),
-            seed=(self.seed, self.layer.position),
-            initializer_range=self.initializer_range,
-        )
-
-    def release(self) -> None:
-        """Releases the tensors it was computed from."""
-        self.source.release()
-        if self.previous is not None:
-            self.previous.release()
 
 
 def expanded_tensors(
@@ -108,8 +61,8 @@ def expanded_tensors(
     layers, routers, others = _sorted_by_place(tensors)
     if sorted(layers) != list(range(plan.num_base_layers)):
         raise ExpansionError(
-            f"expansion: found tensors of layers {sorted(layers)}, expected 0 to {plan.num_base_layers - 1}"
-            "\n\nhint: the plan was made for another model, or the checkpoint is incomplete"
+            f"expansion: found tensors of layers {sorted(layers)}, expected 0 to {plan.num_base_layers - 1}",
+            hint="the plan was made for another model, or the checkpoint is incomplete",
         )
     injected = {layer.position: layer for layer in plan.injected_layers}
     originals = iter(range(plan.num_base_layers))
@@ -122,16 +75,23 @@ def expanded_tensors(
         else:
             before: Mapping[str, LazyTensor] = layers.get(layer.source - 1, {})
             roles = {
-                role: InjectedTensor(layer, role, source, before.get(role), seed, initializer_range)
+                role: InitialTensor(
+                    layer.init,
+                    role,
+                    source,
+                    before.get(role),
+                    seed=(seed, position),
+                    initializer_range=initializer_range,
+                )
                 for role, source in layers[layer.source].items()
             }
-        result |= {f"model.layers.{position}.{role}": tensor for role, tensor in roles.items()}
+        result |= {layer_tensor_name(position, role): tensor for role, tensor in roles.items()}
     placed = {plan.original_positions[layer]: tensor for layer, tensor in routers.items()}
     if zero_routers:
-        hidden = layers[0]["input_layernorm.weight"].shape[0]
+        hidden = layers[0][MODULES["input_layernorm"].weight].shape[0]
         zero = ArrayTensor(np.zeros((1, hidden), np.float32))
         placed = {position: placed.get(position, zero) for position in range(plan.num_layers)}
-    result |= {f"model.routers.{position}.weight": placed[position] for position in sorted(placed)}
+    result |= {router_name(position): placed[position] for position in sorted(placed)}
     return others | result
 
 
@@ -202,13 +162,13 @@ def expansion_adapter(
     Raises:
         ExpansionError: The base model is routed, or not the one the plan was made for.
     """
-    if any(_ROUTER_TENSOR.fullmatch(name) for name in tensors):
+    if any(parse_router(name) is not None for name in tensors):
         raise ExpansionError(
-            "expansion: the model has routers, an adapter goes on a plain one"
-            "\n\nhint: write a checkpoint, or take the checkpoint the model was made from"
+            "expansion: the model has routers, an adapter goes on a plain one",
+            hint="write a checkpoint, or take the checkpoint the model was made from",
         )
-    names = [f"model.routers.{layer}.weight" for layer in range(plan.num_layers)] if zero_routers else []
-    prefixes = tuple(f"model.layers.{layer.position}." for layer in plan.injected_layers)
+    names = [router_name(layer) for layer in range(plan.num_layers)] if zero_routers else []
+    prefixes = tuple(layer_tensor_name(layer.position, "") for layer in plan.injected_layers)
     deepened = expanded_tensors(
         tensors, plan, zero_routers=zero_routers, seed=seed, initializer_range=initializer_range
     )
@@ -229,10 +189,10 @@ def _sorted_by_place(
     routers: dict[int, LazyTensor] = {}
     others: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        if match := _LAYER_TENSOR.fullmatch(name):
-            layers.setdefault(int(match[1]), {})[match[2]] = tensor
-        elif match := _ROUTER_TENSOR.fullmatch(name):
-            routers[int(match[1])] = tensor
+        if (place := parse_layer_tensor(name)) is not None:
+            layers.setdefault(place.layer, {})[place.tensor] = tensor
+        elif (routed_layer := parse_router(name)) is not None:
+            routers[routed_layer] = tensor
         else:
             others[name] = tensor
     return layers, routers, others
@@ -242,8 +202,8 @@ def _placed(values: Sequence[Any], plan: ExpansionPlan, key: str, **injected: An
     """A per-layer list, as one of the deepened model; new layers take their source's value, or `injected` if given."""
     if len(values) != plan.num_base_layers:
         raise ExpansionError(
-            f"expansion: config.json has {len(values)} entries in {key}, expected {plan.num_base_layers}"
-            "\n\nhint: the list has one entry per layer"
+            f"expansion: config.json has {len(values)} entries in {key}, expected {plan.num_base_layers}",
+            hint="the list has one entry per layer",
         )
     result: list[Any] = [None] * plan.num_layers
     for value, position in zip(values, plan.original_positions, strict=True):

@@ -1,18 +1,22 @@
 """Initial weights of an injected decoder layer, from the original layers around it.
 
-Every init is a function of one tensor at a time, so that deepening a model never needs more than two tensors in
-memory. Sources: DLO (arXiv 2407.11030) for ``random``, ``copy``, ``identity``, ``linear`` and ``slerp``; TLI
-(arXiv 2410.11654) and LLaMA-Pro (arXiv 2401.02415) for ``zero_out``.
+Every init is a function of one tensor at a time, and of the same rows of the tensors around it, so that deepening a
+model never needs more than a few chunks of rows in memory. Sources: DLO (arXiv 2407.11030) for ``random``, ``copy``,
+``identity``, ``linear`` and ``slerp``; TLI (arXiv 2410.11654) and LLaMA-Pro (arXiv 2401.02415) for ``zero_out``.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor, rows_at_once
+from dlo_export.checkpoints.llama_layer import BRANCH_ENDS, LLAMA_LAYER
 
 LAYER_INITS: tuple[str, ...] = ("zero_out", "copy", "linear", "slerp", "random", "linear_zero_out", "slerp_zero_out")
 """The inits, canonical names. The last two mix two layers first and zero the output projections of the mixture."""
@@ -21,6 +25,9 @@ _ALIASES = {"zeros": "zero_out", "identity": "zero_out", "copy_zero_out": "zero_
 
 _NEARLY_PARALLEL = 0.9995
 """Above this |cosine| the angle is too small to divide by its sine: slerp is replaced by linear interpolation."""
+
+
+_NORMS = frozenset(module.weight for module in LLAMA_LAYER if module.is_norm)
 
 
 class LayerInitError(InputError):
@@ -37,7 +44,7 @@ def canonical_init(init: str) -> str:
     if name not in LAYER_INITS:
         choices = ", ".join((*LAYER_INITS, *_ALIASES))
         raise LayerInitError(
-            f"layer init: found {init!r}, expected one of {choices}\n\nhint: zero_out keeps the function"
+            f"layer init: found {init!r}, expected one of {choices}", hint="zero_out keeps the function"
         )
     return name
 
@@ -63,8 +70,6 @@ def init_tensor(
 ) -> np.ndarray:
     """Computes one tensor of an injected layer.
 
-    16-bit tensors are computed in float32 and rounded once. The result never shares memory with its arguments.
-
     Args:
         init: One of `LAYER_INITS` or an alias of it.
         role: The tensor's name inside its layer, for example ``self_attn.o_proj.weight``.
@@ -81,68 +86,142 @@ def init_tensor(
     Raises:
         LayerInitError: Unknown init, or `previous` has another shape than `source`.
     """
-    name = canonical_init(init)
-    if previous is not None and needs_previous(name) and previous.shape != source.shape:
-        raise LayerInitError(
-            f"layer init {name}: {role} has shape {previous.shape} in the layer before, expected {source.shape}"
-            "\n\nhint: layers of different shapes cannot be mixed; use init copy or zero_out"
-        )
-    if name.endswith("zero_out") and is_output_projection(role):
-        return np.zeros_like(source)
-    if name == "random":
-        return _random(role, source, seed, initializer_range)
-    if needs_previous(name) and previous is not None:
-        mix = slerp if name.startswith("slerp") else lerp
-        return mix(previous, source)
-    return np.array(source, copy=True)
+    before = None if previous is None else ArrayTensor(previous)
+    initial = InitialTensor(init, role, ArrayTensor(source), before, seed=seed, initializer_range=initializer_range)
+    return initial.numpy()
 
 
-def is_output_projection(role: str) -> bool:
-    """Whether this tensor is one of those whose zeros make a layer the identity: both residual branches' last ones."""
-    return role.rpartition(".")[0] in ("self_attn.o_proj", "mlp.down_proj")
+class InitialTensor:
+    """A tensor of an injected layer, computed from the originals' when it is read: a lazy tensor.
 
+    16-bit tensors are computed in float32 and rounded once. Arrays never share memory with the originals'.
 
-def lerp(first: np.ndarray, second: np.ndarray, t: float = 0.5) -> np.ndarray:
-    """Linear interpolation ``(1 - t)·first + t·second`` in at least float32, rounded to the dtype of `second`."""
-    compute = _compute_dtype(second)
-    mixed = first.astype(compute) * compute.type(1 - t)
-    mixed += second.astype(compute, copy=False) * compute.type(t)
-    return mixed.astype(second.dtype, copy=False)
+    Args:
+        init: See `init_tensor`, as for all of these.
+        role: The tensor's name inside its layer.
+        source: The tensor of the layer it derives from.
+        previous: And of the layer before that, None for the first layer.
+        seed: Of ``random``.
+        initializer_range: Of ``random``.
 
-
-def slerp(first: np.ndarray, second: np.ndarray, t: float = 0.5) -> np.ndarray:
-    """Spherical interpolation of two tensors seen as flat vectors, in at least float32.
-
-    The angle is measured between the normalised vectors and the weights are applied to the tensors as they are, so
-    their norms interpolate too. Where the angle is tiny (|cos| > 0.9995) or undefined (a zero tensor), plain `lerp`.
+    Raises:
+        LayerInitError: Unknown init, or the two layers differ in shape and cannot be mixed.
     """
-    compute = _compute_dtype(second)
-    a, b = first.astype(compute, copy=False), second.astype(compute, copy=False)
-    # Norms are multiplied in Python floats: their float32 product overflows for large tensors.
-    norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
-    cosine = float(np.vdot(a, b)) / norms if norms > 0 else 1.0
+
+    def __init__(
+        self,
+        init: str,
+        role: str,
+        source: LazyTensor,
+        previous: LazyTensor | None,
+        *,
+        seed: int | Sequence[int] = 0,
+        initializer_range: float = 0.02,
+    ) -> None:
+        self._init = canonical_init(init)
+        self._role = role
+        self._source = source
+        self._previous = previous if needs_previous(init) else None
+        self._seed = (seed,) if isinstance(seed, int) else tuple(seed)
+        self._initializer_range = initializer_range
+        if self._previous is not None and self._previous.shape != source.shape:
+            raise LayerInitError(
+                f"layer init {self._init}: {role} has shape {self._previous.shape} in the layer before, "
+                f"expected {source.shape}",
+                hint="layers of different shapes cannot be mixed; use init copy or zero_out",
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The source's."""
+        return self._source.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The source's."""
+        return self._source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The source's."""
+        return self._source.nbytes
+
+    def numpy(self) -> np.ndarray:
+        """All rows."""
+        return self.rows(0, self.shape[0])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Computes rows `start:stop`, in memory of their own."""
+        if preserves_function(self._init) and self._role in BRANCH_ENDS:
+            return np.zeros((stop - start, *self.shape[1:]), self.dtype)
+        if self._init == "random":
+            return self._random_rows(start, stop)
+        if self._previous is None:
+            return np.array(self._source.rows(start, stop), copy=True)
+        shares = self._shares  # before the rows are held: slerp's first reads both tensors through
+        return _mixed(self._previous.rows(start, stop), self._source.rows(start, stop), shares)
+
+    def release(self) -> None:
+        """Releases the tensors it is computed from."""
+        self._source.release()
+        if self._previous is not None:
+            self._previous.release()
+
+    @functools.cached_property
+    def _shares(self) -> tuple[float, float]:
+        """Of the layer before and of the source in their mixture."""
+        assert self._previous is not None, "only two layers are mixed"
+        return slerp_shares(self._previous, self._source) if self._init.startswith("slerp") else (0.5, 0.5)
+
+    def _random_rows(self, start: int, stop: int) -> np.ndarray:
+        """Fresh weights as the model's own initialisation makes them: norms 1, biases 0, matrices normal."""
+        shape = (stop - start, *self.shape[1:])
+        if self._role in _NORMS:
+            return np.ones(shape, self.dtype)
+        if self._role.endswith(".bias"):
+            return np.zeros(shape, self.dtype)
+        generator = np.random.default_rng([*self._seed, zlib.crc32(self._role.encode())])
+        # One sequence of numbers for the whole tensor, whatever rows are asked for: those before are drawn and dropped.
+        step = rows_at_once(self.shape[0], self.nbytes)
+        for first in range(0, start, step):
+            generator.standard_normal((min(step, start - first), *self.shape[1:]), dtype=np.float32)
+        values = generator.standard_normal(shape, dtype=np.float32)
+        values *= np.float32(self._initializer_range)
+        return values.astype(self.dtype, copy=False)
+
+
+def slerp_shares(first: LazyTensor, second: LazyTensor, t: float = 0.5) -> tuple[float, float]:
+    """Shares of two tensors, seen as flat vectors, in their spherical interpolation.
+
+    The angle is measured between the normalised vectors and the shares are of the tensors as they are, so their norms
+    interpolate too. Where the angle is tiny (|cos| > 0.9995) or undefined (a zero tensor), the shares are linear's.
+    """
+    squares_a = squares_b = product = 0.0
+    step = rows_at_once(second.shape[0], second.nbytes)
+    for start in range(0, second.shape[0], step):
+        a, b = (_computable(tensor.rows(start, start + step)).reshape(-1) for tensor in (first, second))
+        squares_a += float(np.vdot(a, a))
+        squares_b += float(np.vdot(b, b))
+        product += float(np.vdot(a, b))
+        first.release()
+        second.release()
+    # The roots are multiplied, not the squares: their product overflows for large tensors.
+    norms = math.sqrt(squares_a) * math.sqrt(squares_b)
+    cosine = product / norms if norms > 0 else 1.0
     if abs(cosine) > _NEARLY_PARALLEL:
-        return lerp(first, second, t)
-    angle = np.arccos(cosine)
-    weight_a, weight_b = np.sin((1 - t) * angle) / np.sin(angle), np.sin(t * angle) / np.sin(angle)
-    mixed = a * compute.type(weight_a)
-    mixed += b * compute.type(weight_b)
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def _mixed(first: np.ndarray, second: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
+    """The weighted sum in at least float32, rounded to the dtype of `second`."""
+    a, b = _computable(first), _computable(second)
+    mixed = a * a.dtype.type(shares[0])
+    mixed += b * b.dtype.type(shares[1])
     return mixed.astype(second.dtype, copy=False)
 
 
-def _random(role: str, source: np.ndarray, seed: int | Sequence[int], initializer_range: float) -> np.ndarray:
-    """Fresh weights as the model's own initialisation makes them: norms 1, biases 0, matrices normal."""
-    if "layernorm" in role:
-        return np.ones_like(source)
-    if role.endswith(".bias"):
-        return np.zeros_like(source)
-    entropy = [seed] if isinstance(seed, int) else list(seed)
-    generator = np.random.default_rng([*entropy, zlib.crc32(role.encode())])
-    values = generator.standard_normal(source.shape, dtype=np.float32)
-    values *= np.float32(initializer_range)
-    return values.astype(source.dtype, copy=False)
-
-
-def _compute_dtype(array: np.ndarray) -> np.dtype:
-    """float32 for 16-bit types (bfloat16 included, which NumPy cannot compute in), the array's own otherwise."""
-    return np.dtype(np.float32) if array.dtype.itemsize < 4 else array.dtype
+def _computable(array: np.ndarray) -> np.ndarray:
+    """In float32 if it is of a 16-bit type (NumPy cannot compute in bfloat16 at all), else as it is."""
+    return array.astype(np.float32) if array.dtype.itemsize < 4 else array

@@ -66,17 +66,17 @@ def placements(method: str, num_layers: int, **parameters: Any) -> ExpansionPlan
     if method not in METHODS:
         choices = ", ".join((*METHODS, *PRESETS))
         raise ExpansionError(
-            f"expansion: found method {method!r}, expected one of {choices}\n\nhint: DLO's is interleave"
+            f"expansion: found method {method!r}, expected one of {choices}", hint="DLO's is interleave"
         )
     if num_layers < 1:
         raise ExpansionError(
-            f"expansion: the model has {num_layers} layers, expected at least 1\n\nhint: check the config"
+            f"expansion: the model has {num_layers} layers, expected at least 1", hint="check the config"
         )
     try:
         return METHODS[method](num_layers, **parameters)
     except TypeError as err:
         names = ", ".join(_parameter_names(METHODS[method]))
-        raise ExpansionError(f"expansion {method}: {err}\n\nhint: its parameters are {names}") from err
+        raise ExpansionError(f"expansion {method}: {err}", hint=f"its parameters are {names}") from err
 
 
 def tli(num_layers: int, *, every: int, offset: int = 0, source: str = "prev", init: str = "zero_out") -> ExpansionPlan:
@@ -93,18 +93,19 @@ def tli(num_layers: int, *, every: int, offset: int = 0, source: str = "prev", i
     if every < 1 or offset < 0 or offset + every > num_layers:
         raise ExpansionError(
             f"expansion tli: every {every} with offset {offset} injects nothing into {num_layers} layers, expected "
-            f"every >= 1, offset >= 0 and offset + every <= {num_layers}\n\nhint: every 5 of 30 layers makes 36"
+            f"every >= 1, offset >= 0 and offset + every <= {num_layers}",
+            hint="every 5 of 30 layers makes 36",
         )
     if source not in TLI_SOURCES:
         raise ExpansionError(
-            f"expansion tli: found source {source!r}, expected one of {', '.join(TLI_SOURCES)}"
-            "\n\nhint: the usual is prev"
+            f"expansion tli: found source {source!r}, expected one of {', '.join(TLI_SOURCES)}",
+            hint="the usual is prev",
         )
     name = canonical_init(init)
     if source in ("mean", "slerp") and (source, name) not in _MIXED_INITS:
         raise ExpansionError(
-            f"expansion tli: source {source} goes with init copy or zero_out, found {init!r}"
-            "\n\nhint: the other inits say themselves which layers they mix; use source prev"
+            f"expansion tli: source {source} goes with init copy or zero_out, found {init!r}",
+            hint="the other inits say themselves which layers they mix; use source prev",
         )
     layers: list[InjectedLayer] = []
     for last in range(offset + every - 1, num_layers, every):
@@ -150,8 +151,8 @@ def dus(num_layers: int, *, overlap: int) -> ExpansionPlan:
     """
     if overlap < 0 or 2 * overlap >= num_layers:
         raise ExpansionError(
-            f"expansion dus: overlap {overlap} of {num_layers} layers, expected from 0 to {(num_layers - 1) // 2}"
-            "\n\nhint: SOLAR took 8 of 32"
+            f"expansion dus: overlap {overlap} of {num_layers} layers, expected from 0 to {(num_layers - 1) // 2}",
+            hint="SOLAR took 8 of 32",
         )
     seam = num_layers - overlap
     copied = range(overlap, seam)
@@ -163,7 +164,8 @@ def _grouped(num_layers: int, groups: int, per_group: int, init: str, method: st
     if per_group < 1 or not 1 <= groups <= num_layers:
         raise ExpansionError(
             f"expansion {method}: {groups} groups of {per_group} new layers among {num_layers} originals, expected "
-            f"1 to {num_layers} groups of at least 1\n\nhint: this method can at most add one group per original layer"
+            f"1 to {num_layers} groups of at least 1",
+            hint="this method can at most add one group per original layer",
         )
     split = num_layers // groups
     name = canonical_init(init)

@@ -29,7 +29,7 @@ def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
     except (OSError, ValueError, RecursionError) as err:
         raise error(f"{path}: cannot be read as JSON ({err})", hint="is it complete?") from err
     if not isinstance(values, dict):
-        raise error(f"{path}: holds a JSON {type(values).__name__}, expected an object")
+        raise error(f"{path}: holds a JSON {type(values).__name__}, expected an object", hint="is it the right file?")
     return values
 
 

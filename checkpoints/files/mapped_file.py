@@ -34,7 +34,7 @@ class MappedFile:
                     raise CheckpointError(f"{path}: the file is empty", hint="was the download cut short?")
                 self._mapping: mmap.mmap | None = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as err:
-            raise CheckpointError(f"{path}: cannot be read ({err})") from err
+            raise CheckpointError(f"{path}: cannot be read ({err})", hint="is it a file, and may you read it?") from err
 
     @property
     def mapping(self) -> mmap.mmap:
@@ -66,13 +66,12 @@ class MappedTensor:
     """A tensor stored uncompressed, row-major and little-endian, in a mapped file.
 
     Attributes:
-        name: Its name in the checkpoint.
+        shape: As stored.
         dtype: As stored; ml_dtypes.bfloat16 for bf16.
         file: Where its bytes are.
         offset: Of its first byte in the file.
     """
 
-    name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     file: MappedFile

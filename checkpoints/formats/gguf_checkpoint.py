@@ -12,32 +12,23 @@ from typing import Any
 import numpy as np
 
 from dlo_export.checkpoints.config import LlamaConfig, RopeConfig
+from dlo_export.checkpoints.dtypes import FLOAT32
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.mapped_file import MappedFile
-from dlo_export.checkpoints.formats.gguf_file import GgufTensor
 from dlo_export.checkpoints.formats.gguf_parts import read_gguf_parts
+from dlo_export.checkpoints.formats.gguf_tensor import FLOAT_TYPES, GgufTensor
 from dlo_export.checkpoints.formats.gguf_tokenizer import (
     GgufTokenizer,
     end_token_ids,
     has_tokenizer,
     special_token_id,
 )
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.llama_checkpoint import Checkpoint
+from dlo_export.checkpoints.llama_layer import GGUF_OUTER_NAMES, LLAMA_LAYER, layer_tensor_name, parse_layer_tensor
 from dlo_export.checkpoints.tokenization.errors import UnknownTokenizerError
 
 ROPE_FACTORS = "rope_freqs.weight"
-GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 # config.json key ← metadata key below "llama."; only what a file says is passed on.
 CONFIG_KEYS = {
     "hidden_size": "embedding_length",
@@ -51,7 +42,6 @@ CONFIG_KEYS = {
     "rope_theta": "rope.freq_base",
     "vocab_size": "vocab_size",
 }
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -74,7 +64,7 @@ def open_gguf(path: Path) -> Checkpoint:
         sizes[tensor.stored_type] += tensor.stored_nbytes
     stored_type = max(sizes, key=lambda name: sizes[name], default="F32")
     values = _config_values(metadata, stored, path)
-    values["torch_dtype"] = DTYPES.get(stored_type, "float32")
+    values["torch_dtype"] = FLOAT_TYPES.get(stored_type, FLOAT32).name
     config = LlamaConfig.from_dict(values, origin=str(path))
     if factors is not None:
         values["rope_scaling"] = _llama3_scaling(factors, config, path)
@@ -85,7 +75,7 @@ def open_gguf(path: Path) -> Checkpoint:
         path,
         config,
         {**renamed, **_absent_biases(renamed, config, files[0])},
-        stored_dtype=DTYPES.get(stored_type, stored_type),
+        stored_dtype=FLOAT_TYPES[stored_type].name if stored_type in FLOAT_TYPES else stored_type,
         files=files,
         save_tokenizer=tokenizer.save if tokenizer else lambda _: None,
         warnings=warnings,
@@ -127,7 +117,10 @@ def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor]
         if metadata.get(f"llama.{key}", expected) != expected
     ]
     if unsupported:
-        raise CheckpointError(f"{path}: not a model this version can export\n  " + "\n  ".join(unsupported))
+        raise CheckpointError(
+            f"{path}: not a model this version can export\n  " + "\n  ".join(unsupported),
+            hint="docs/checkpoints.md lists what can be exported",
+        )
     values: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
     for name, key in CONFIG_KEYS.items():
         if f"llama.{key}" in metadata:
@@ -172,7 +165,10 @@ def _llama3_scaling(factors: GgufTensor, config: LlamaConfig, path: Path) -> dic
     and the reference have no place for a table.
     """
     if config.rope.kind != "default" or factors.shape != (config.head_dim // 2,):
-        raise CheckpointError(f"{path}: {ROPE_FACTORS} {list(factors.shape)} does not fit rope.{config.rope.kind}")
+        raise CheckpointError(
+            f"{path}: {ROPE_FACTORS} {list(factors.shape)} does not fit rope.{config.rope.kind}",
+            hint="export the original Hugging Face checkpoint, whose config.json holds the rule",
+        )
     rule = RopeConfig(
         "llama3",
         config.rope.theta,
@@ -199,47 +195,32 @@ def _llama3_scaling(factors: GgufTensor, config: LlamaConfig, path: Path) -> dic
 
 def _renamed(stored: Mapping[str, GgufTensor], config: LlamaConfig) -> dict[str, GgufTensor]:
     """The tensors under Hugging Face names; names that have none are kept, for Checkpoint to complain about."""
-    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+    modules = {module.gguf: module for module in LLAMA_LAYER}
+    heads = {"query": config.num_heads, "key-value": config.num_kv_heads}
     tensors = {}
     for name, tensor in stored.items():
         of_layer = re.fullmatch(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)", name)
-        stem, _, suffix = name.rpartition(".")
-        new_name, order = name, None
-        if of_layer and of_layer[2] in LAYER_NAMES:
-            layer, role, suffix = of_layer.groups()
-            new_name = f"model.layers.{layer}.{LAYER_NAMES[role]}.{suffix}"
-            if role in heads and tensor.shape[0] == heads[role] * config.head_dim:
-                order = _half_split_order(heads[role], config.head_dim)
-        elif stem in GLOBAL_NAMES:
-            new_name = f"{GLOBAL_NAMES[stem]}.{suffix}"
-        tensors[new_name] = replace(tensor, name=new_name, row_order=order)
+        module = modules.get(of_layer[2]) if of_layer else None
+        if of_layer is None or module is None:
+            tensors[GGUF_OUTER_NAMES.get(name, name)] = tensor
+            continue
+        order = None
+        if module.rotated and tensor.shape[0] == heads[module.axes[0]] * config.head_dim:
+            order = _half_split_order(heads[module.axes[0]], config.head_dim)
+        new_name = layer_tensor_name(int(of_layer[1]), f"{module.path}.{of_layer[3]}")
+        tensors[new_name] = replace(tensor, row_order=order)
     return tensors
 
 
 @dataclass(frozen=True)
-class _ZeroBias:
-    """A bias the file leaves out where its neighbours have one. See `CheckpointTensor`."""
+class _ZeroBias(ArrayTensor):
+    """A bias that a file leaves out.
 
-    name: str
-    shape: tuple[int, ...]
+    Attributes:
+        file: The one that has none.
+    """
+
     file: MappedFile
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape[0] * self.dtype.itemsize
-
-    def numpy(self) -> np.ndarray:
-        return np.zeros(self.shape, self.dtype)
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        return self.numpy()[start:stop]
-
-    def release(self) -> None:
-        """Nothing is held."""
 
 
 def _absent_biases(tensors: Mapping[str, GgufTensor], config: LlamaConfig, file: MappedFile) -> dict[str, _ZeroBias]:
@@ -247,11 +228,13 @@ def _absent_biases(tensors: Mapping[str, GgufTensor], config: LlamaConfig, file:
 
     Models with biases of q, k and v alone are common. A bias that some layers have is expected in all of them.
     """
-    roles = {name.split(".", 3)[3] for name in tensors if name.startswith("model.layers.") and name.endswith(".bias")}
+    stored = {parsed.tensor for parsed in map(parse_layer_tensor, tensors) if parsed}
+    absent = {module.bias_name for module in LLAMA_LAYER if module.bias} - stored
     return {
-        name: _ZeroBias(name, shape, file)
+        name: _ZeroBias(np.zeros(shape, np.float32), file)
         for name, shape in config.tensor_shapes().items()
-        if name.endswith(".bias") and name.split(".", 3)[3] not in roles
+        for parsed in [parse_layer_tensor(name)]
+        if parsed is not None and parsed.tensor in absent
     }
 
 

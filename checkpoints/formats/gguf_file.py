@@ -1,7 +1,7 @@
-"""The GGUF format: typed metadata, and tensors that are stored as floats or in quantised blocks.
+"""The header of a GGUF file: typed metadata, and where the tensors are.
 
 The header is parsed here because gguf.GGUFReader wraps each of the 100,000 strings of a vocabulary in NumPy arrays
-(1.8 s for SmolLM2, 0.1 s here) and reports a truncated file as an index error; the block formats are the package's.
+(1.8 s for SmolLM2, 0.1 s here) and reports a truncated file as an index error.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -9,100 +9,24 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
+from gguf.constants import GGMLQuantizationType
 
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.mapped_file import MappedFile
+from dlo_export.checkpoints.formats.gguf_tensor import FLOAT_TYPES, QUANTISED_TYPES, GgufTensor
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
-FLOAT_TYPES: dict[str, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-# What gguf.quants dequantises. NVFP4 is left out: its tensors' scales are tensors of their own.
-QUANTISED_TYPES = (
-    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
-    *("TQ1_0", "TQ2_0", "MXFP4"),
-)
 # struct formats of the scalar metadata types, by their numbers in the format.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """A tensor of a GGUF file, dequantised when it is read.
-
-    Attributes:
-        name: Its name in the file or, once renamed, in the checkpoint.
-        shape: Row-major: the reverse of the order in the file.
-        file: Where its bytes are.
-        offset: Of its first byte in the file.
-        stored_type: A key of FLOAT_TYPES or one of QUANTISED_TYPES.
-        row_order: int64 [shape[0]], the stored row of each row, None where they are stored in order.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    file: MappedFile
-    offset: int
-    stored_type: str
-    row_order: np.ndarray | None = field(default=None, compare=False)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """float32 for quantised tensors, else the stored type."""
-        return FLOAT_TYPES.get(self.stored_type, np.dtype(np.float32))
-
-    @property
-    def nbytes(self) -> int:
-        """Size of numpy() in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def stored_nbytes(self) -> int:
-        """Size in the file in bytes."""
-        return prod(self._stored_shape) * self._stored_dtype.itemsize
-
-    def numpy(self) -> np.ndarray:
-        """The whole tensor; a view of the file where it is stored as floats in this order of rows."""
-        return self.rows(0, self.shape[0])
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """numpy()[start:stop], dequantising only these rows."""
-        stored = self.file.array(self.offset, self._stored_dtype, self._stored_shape)
-        selected = stored[start:stop] if self.row_order is None else stored[self.row_order[start:stop]]
-        if self.stored_type in FLOAT_TYPES:
-            return selected
-        return dequantize(selected, GGMLQuantizationType[self.stored_type])
-
-    def release(self) -> None:
-        """Gives the pages of the file back; reading the tensor again is allowed and slow."""
-        self.file.release(self.offset, self.stored_nbytes)
-
-    @property
-    def _stored_dtype(self) -> np.dtype:
-        return FLOAT_TYPES.get(self.stored_type, np.dtype(np.uint8))
-
-    @property
-    def _stored_shape(self) -> tuple[int, ...]:
-        if self.stored_type in FLOAT_TYPES:
-            return self.shape
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.stored_type]]
-        return (*self.shape[:-1], self.shape[-1] // block * block_bytes)
 
 
 @dataclass(frozen=True)
@@ -235,8 +159,8 @@ def _tensors(entries: list[_Entry], data_start: int, file: MappedFile) -> dict[s
     tensors: dict[str, GgufTensor] = {}
     problems: list[str] = []
     for entry in entries:
-        tensor = GgufTensor(entry.name, entry.shape, file, data_start + entry.offset, names[entry.type_number])
-        block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.stored_type]]
+        tensor = GgufTensor(entry.shape, file, data_start + entry.offset, names[entry.type_number])
+        block = tensor.block_columns
         if entry.name in tensors:
             problems.append(f"{entry.name}: duplicated")
         if entry.shape[-1] % block:
@@ -257,16 +181,16 @@ def _tensors(entries: list[_Entry], data_start: int, file: MappedFile) -> dict[s
 
 def _check_places(tensors: Mapping[str, GgufTensor], alignment: int, file: MappedFile) -> None:
     """Refuses tensors that share bytes, or start where no writer puts one: their offsets are damaged."""
-    in_order = sorted(tensors.values(), key=lambda tensor: tensor.offset)
+    in_order = sorted(tensors.items(), key=lambda item: item[1].offset)
     problems = [
-        f"{tensor.name}: starts at byte {tensor.offset}, expected a multiple of {alignment}"
-        for tensor in in_order
+        f"{name}: starts at byte {tensor.offset}, expected a multiple of {alignment}"
+        for name, tensor in in_order
         if tensor.offset % alignment
     ]
     problems += [
-        f"{second.name}: starts at byte {second.offset}, inside {first.name}"
-        for first, second in pairwise(in_order)
-        if second.offset < first.offset + first.stored_nbytes
+        f"{name}: starts at byte {tensor.offset}, inside {name_before}"
+        for (name_before, before), (name, tensor) in pairwise(in_order)
+        if tensor.offset < before.offset + before.stored_nbytes
     ]
     if problems:
         raise CheckpointError(

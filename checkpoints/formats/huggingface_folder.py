@@ -11,7 +11,7 @@ from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.json_file import read_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile, MappedTensor
-from dlo_export.checkpoints.formats.safetensors_file import tensors_of_safetensors
+from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
 from dlo_export.checkpoints.llama_checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ def cached_snapshot(repository: str) -> Path:
     try:
         config = try_to_load_from_cache(repository, "config.json")
     except HFValidationError as err:
-        raise InputError(f"{repository}: no such file or folder, and not a hub id ({err})") from err
+        raise InputError(
+            f"{repository}: no such file or folder, and not a hub id ({err})",
+            hint="give a folder, a .gguf or .onnx file, or a hub id such as HuggingFaceTB/SmolLM2-135M",
+        ) from err
     if not isinstance(config, str):
         raise InputError(
             f"{repository}: no such file or folder, and no such repository in the local Hugging Face cache",
@@ -131,7 +134,10 @@ def _open_shards(folder: Path) -> tuple[list[MappedFile], dict[str, MappedTensor
     index_file = file_inside(folder, INDEX_FILE)
     file_of = read_json(index_file, CheckpointError).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
-        raise CheckpointError(f"{index_file}: weight_map is not an object of tensor names and file names")
+        raise CheckpointError(
+            f"{index_file}: weight_map is not an object of tensor names and file names",
+            hint="the file is damaged: fetch it again",
+        )
     problems: list[str] = []
     files: list[MappedFile] = []
     tensors: dict[str, MappedTensor] = {}
@@ -140,7 +146,7 @@ def _open_shards(folder: Path) -> tuple[list[MappedFile], dict[str, MappedTensor
             file = MappedFile(file_inside(folder, name))
             shard = tensors_of_safetensors(file)
         except CheckpointError as err:
-            problems.append(str(err).split("\n\nhint:", maxsplit=1)[0])
+            problems.append(err.message)
             continue
         files.append(file)
         problems += [

@@ -13,16 +13,26 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.config import LlamaConfig
-from dlo_export.checkpoints.opening import CheckpointTensor
+from dlo_export.checkpoints.interface import (
+    ATTENTION_MASK,
+    CACHE_PARTS,
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    past_name,
+    present_name,
+)
+from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.checkpoints.llama_layer import EMBEDDING, MODULES, layer_tensor_name
 from dlo_export.exporter.plain_graph.graph_builder import GraphBuilder
-from dlo_export.exporter.plain_graph.weights import CheckpointWeight
+from dlo_export.graph_passes.checkpoint_weight import CheckpointWeight
 
 OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding
 IR_VERSION = 11
 
 
 def plain_graph(
-    config: LlamaConfig, tensors: Mapping[str, CheckpointTensor], dtype: ir.DataType = ir.DataType.FLOAT
+    config: LlamaConfig, tensors: Mapping[str, LazyTensor], dtype: ir.DataType = ir.DataType.FLOAT
 ) -> ir.Model:
     """Builds the decoder without injected layers' or routers' semantics; routers of the configuration are ignored.
 
@@ -44,7 +54,7 @@ class _DecoderGraph:
     """One build of the graph; the methods follow the order of the computation."""
 
     def __init__(
-        self, builder: GraphBuilder, config: LlamaConfig, tensors: Mapping[str, CheckpointTensor], dtype: ir.DataType
+        self, builder: GraphBuilder, config: LlamaConfig, tensors: Mapping[str, LazyTensor], dtype: ir.DataType
     ) -> None:
         self.builder = builder
         self.config = config
@@ -53,16 +63,16 @@ class _DecoderGraph:
 
     def build(self) -> None:
         builder, config = self.builder, self.config
-        input_ids = builder.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
-        attention_mask = builder.input("attention_mask", ir.DataType.INT64, ["batch", "total_sequence"])
-        position_ids = builder.input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
+        input_ids = builder.input(INPUT_IDS, ir.DataType.INT64, ["batch", "sequence"])
+        attention_mask = builder.input(ATTENTION_MASK, ir.DataType.INT64, ["batch", "total_sequence"])
+        position_ids = builder.input(POSITION_IDS, ir.DataType.INT64, ["batch", "sequence"])
         cache_shape: list[int | str] = ["batch", config.num_kv_heads, "past_sequence", config.head_dim]
         past = [
-            [builder.input(f"past_key_values.{i}.{kind}", self.dtype, cache_shape) for kind in ("key", "value")]
+            [builder.input(past_name(i, part), self.dtype, cache_shape) for part in CACHE_PARTS]
             for i in range(config.num_layers)
         ]
 
-        embeddings = builder.weight(CheckpointWeight(self.tensors["model.embed_tokens.weight"], self.dtype))
+        embeddings = self._weight(EMBEDDING)
         hidden_states = builder.op("Gather", [embeddings, input_ids], "model.embed_tokens")
         self.rotary = self._rotary_tables(position_ids)
         self.mask = self._attention_bias(input_ids, attention_mask)
@@ -136,40 +146,41 @@ class _DecoderGraph:
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """One layer; returns the residual stream behind it and the layer's keys and values."""
         builder, name = self.builder, f"model.layers.{index}"
-        normed = self._norm(hidden_states, f"{name}.input_layernorm")
+        normed = self._norm(hidden_states, self._path(index, "input_layernorm"))
         attended, key, value = self._attention(index, normed, past)
         residual = builder.op("Add", [hidden_states, attended], f"{name}.attention_residual")
-        branch = self._mlp(f"{name}.mlp", self._norm(residual, f"{name}.post_attention_layernorm"))
+        branch = self._mlp(index, self._norm(residual, self._path(index, "post_attention_layernorm")))
         return builder.op("Add", [residual, branch], f"{name}.mlp_residual"), key, value
 
     def _attention(self, index: int, normed: ir.Value, past: list[ir.Value]) -> tuple[ir.Value, ir.Value, ir.Value]:
         builder, config, name = self.builder, self.config, f"model.layers.{index}.self_attn"
-        bias = config.attention_bias
-        query, key, value = (self._linear(normed, f"{name}.{role}_proj", bias=bias) for role in "qkv")
+        query = self._projection(index, "q_proj", normed)
+        key = self._projection(index, "k_proj", normed)
+        value = self._projection(index, "v_proj", normed)
         query = builder.op("RotaryEmbedding", [query, *self.rotary], f"{name}.q_rotary", num_heads=config.num_heads)
         key = builder.op("RotaryEmbedding", [key, *self.rotary], f"{name}.k_rotary", num_heads=config.num_kv_heads)
         attended, present_key, present_value = builder.op_outputs(
             "Attention",
             [query, key, value, self.mask, *past],
-            [f"{name}.attention", f"present.{index}.key", f"present.{index}.value"],
+            [f"{name}.attention", *(present_name(index, part) for part in CACHE_PARTS)],
             q_num_heads=config.num_heads,
             kv_num_heads=config.num_kv_heads,
             scale=float(config.head_dim**-0.5),
         )
-        return self._linear(attended, f"{name}.o_proj", bias=bias), present_key, present_value
+        return self._projection(index, "o_proj", attended), present_key, present_value
 
-    def _mlp(self, name: str, normed: ir.Value) -> ir.Value:
-        builder, bias = self.builder, self.config.mlp_bias
-        gate = self._linear(normed, f"{name}.gate_proj", bias=bias)
-        up = self._linear(normed, f"{name}.up_proj", bias=bias)
+    def _mlp(self, index: int, normed: ir.Value) -> ir.Value:
+        builder, name = self.builder, f"model.layers.{index}.mlp"
+        gate = self._projection(index, "gate_proj", normed)
+        up = self._projection(index, "up_proj", normed)
         # SiLU in two nodes: Swish needs opset 24, and ONNX Runtime fuses these two into one kernel as fast.
         silu = builder.op("Mul", [gate, builder.op("Sigmoid", [gate], f"{name}.gate_sigmoid")], f"{name}.gate_silu")
-        return self._linear(builder.op("Mul", [silu, up], f"{name}.gated"), f"{name}.down_proj", bias=bias)
+        return self._projection(index, "down_proj", builder.op("Mul", [silu, up], f"{name}.gated"))
 
     def _head(self, normed: ir.Value, embeddings: ir.Value) -> ir.Value:
         builder, config = self.builder, self.config
         if not config.tie_word_embeddings:
-            return self._linear(normed, "lm_head", bias=False, output="logits")
+            return self._linear(normed, "lm_head", bias=False, output=LOGITS)
         rows = builder.op(
             "Reshape", [normed, builder.constant("rows", np.array([-1, config.hidden_size]))], "head.rows"
         )
@@ -183,22 +194,30 @@ class _DecoderGraph:
             "head.shape",
             axis=0,
         )
-        return builder.op("Reshape", [scores, shape], "logits")
+        return builder.op("Reshape", [scores, shape], LOGITS)
 
     def _norm(self, value: ir.Value, name: str) -> ir.Value:
         """RMSNormalization-23, its mean of squares in fp32 whatever the dtype (stash_type 1)."""
-        scale = self.builder.weight(CheckpointWeight(self.tensors[f"{name}.weight"], self.dtype))
+        scale = self._weight(f"{name}.weight")
         return self.builder.op(
             "RMSNormalization", [value, scale], name, axis=-1, epsilon=self.config.rms_norm_eps, stash_type=1
         )
 
+    def _projection(self, index: int, role: str, value: ir.Value) -> ir.Value:
+        return self._linear(value, self._path(index, role), bias=self.config.has_bias(MODULES[role]))
+
+    def _path(self, index: int, role: str) -> str:
+        return layer_tensor_name(index, MODULES[role].path)
+
     def _linear(self, value: ir.Value, name: str, *, bias: bool, output: str | None = None) -> ir.Value:
-        weight = self.builder.weight(CheckpointWeight(self.tensors[f"{name}.weight"], self.dtype, transposed=True))
+        weight = self._weight(f"{name}.weight", transposed=True)
         product = self.builder.op("MatMul", [value, weight], output or name)
         if not bias:
             return product
-        offset = self.builder.weight(CheckpointWeight(self.tensors[f"{name}.bias"], self.dtype))
-        return self.builder.op("Add", [product, offset], f"{name}.biased")
+        return self.builder.op("Add", [product, self._weight(f"{name}.bias")], f"{name}.biased")
+
+    def _weight(self, name: str, *, transposed: bool = False) -> ir.Value:
+        return self.builder.weight(CheckpointWeight(name, self.tensors[name], self.dtype, transposed=transposed))
 
     def _cast(self, value: ir.Value) -> ir.Value:
         if self.dtype == ir.DataType.FLOAT:

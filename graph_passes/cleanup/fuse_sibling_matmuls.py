@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import numpy as np
@@ -55,7 +56,8 @@ class _SideBySide(RowTensor):
 
     def __init__(self, name: str, parts: list[ir.TensorProtocol]) -> None:
         shapes = [part.shape.numpy() for part in parts]
-        super().__init__(name, parts[0].dtype, (shapes[0][0], sum(width for _, width in shapes)))
+        row_block = math.lcm(*(part.row_block for part in parts if isinstance(part, RowTensor)))
+        super().__init__(name, parts[0].dtype, (shapes[0][0], sum(width for _, width in shapes)), row_block=row_block)
         self._parts = parts
 
     def rows(self, start: int, stop: int) -> np.ndarray:

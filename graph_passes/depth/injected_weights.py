@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.depth.layer_init import init_tensor, needs_previous
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
+from dlo_export.graph_passes.checkpoint_weight import CheckpointWeight
 from dlo_export.graph_passes.find.projections import Projection
 
-
-@runtime_checkable
-class LazyArray(Protocol):
-    """An array that is read on request, such as a checkpoint's tensor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its dimensions."""
-        ...
-
-    def numpy(self) -> np.ndarray:
-        """Its contents."""
-        ...
-
-
-WeightSource = np.ndarray | LazyArray
+WeightSource = np.ndarray | LazyTensor
 
 
 def checkpoint_shape(projection: Projection) -> tuple[int, ...]:
@@ -43,7 +29,8 @@ def given_weight(name: str, like: Projection, source: WeightSource) -> ir.LazyTe
         like: The projection of the source layer.
         source: Contents in checkpoint orientation.
     """
-    return _lazy(name, like, lambda: source if isinstance(source, np.ndarray) else source.numpy())
+    tensor = ArrayTensor(source) if isinstance(source, np.ndarray) else source
+    return CheckpointWeight(name, tensor, _tensor(like).dtype, transposed=like.layout == "in_out")
 
 
 def initial_weight(

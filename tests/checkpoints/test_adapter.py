@@ -9,28 +9,14 @@ import numpy as np
 import pytest
 
 from dlo_export.checkpoints.adapter.adapter import AdapterError, DloAdapter, InjectedLayer, load_adapter, save_adapter
-from dlo_export.checkpoints.adapter.checks import LAYER_WEIGHTS
+from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.whole_folder import FolderExistsError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from dlo_export.checkpoints.llama_layer import REQUIRED_TENSORS, TENSOR_AXES
 
 HIDDEN, QUERY, KV, INTERMEDIATE = 8, 12, 4, 16
-SHAPES = dict(
-    zip(
-        LAYER_WEIGHTS,
-        [
-            (QUERY, HIDDEN),
-            (KV, HIDDEN),
-            (KV, HIDDEN),
-            (HIDDEN, QUERY),
-            (INTERMEDIATE, HIDDEN),
-            (INTERMEDIATE, HIDDEN),
-            (HIDDEN, INTERMEDIATE),
-            (HIDDEN,),
-            (HIDDEN,),
-        ],
-        strict=True,
-    )
-)
+SIZES = {"hidden": HIDDEN, "query": QUERY, "key-value": KV, "intermediate": INTERMEDIATE}
+SHAPES = {name: tuple(SIZES[axis] for axis in TENSOR_AXES[name]) for name in REQUIRED_TENSORS}
 
 
 def make_adapter(dtype: type = np.float32) -> DloAdapter:
@@ -69,7 +55,7 @@ def test_adapter_round_trips_when_saved(tmp_path: Path, dtype: type) -> None:
         np.testing.assert_array_equal(loaded.tensors[name].numpy(), tensor.numpy())
     assert loaded.routed_layers == (0, 2)
     assert (loaded.num_layers, loaded.num_base_layers) == (3, 2)
-    assert set(loaded.layer_tensors(2)) == set(LAYER_WEIGHTS)
+    assert set(loaded.layer_tensors(2)) == set(REQUIRED_TENSORS)
     assert loaded.router(0).shape == (1, HIDDEN)
 
 
@@ -160,7 +146,7 @@ def test_save_adapter_writes_nothing_when_tensors_are_inconsistent(
 def test_save_adapter_leaves_no_folder_when_writing_fails(tmp_path: Path) -> None:
     adapter = make_adapter()
     wrong_type = ArrayTensor(np.ones((QUERY, HIDDEN), np.int32))
-    with pytest.raises(ValueError, match="dtype int32"):
+    with pytest.raises(InputError, match="dtype int32"):
         save_adapter(
             replace(adapter, tensors={**adapter.tensors, "model.layers.2.self_attn.q_proj.weight": wrong_type}),
             tmp_path / "adapter",

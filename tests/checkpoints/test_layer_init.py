@@ -7,8 +7,9 @@ from dlo_export.checkpoints.depth.layer_init import (
     canonical_init,
     init_tensor,
     preserves_function,
-    slerp,
+    slerp_shares,
 )
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 
 ROLE = "self_attn.q_proj.weight"
 RNG = np.random.default_rng(0)
@@ -45,7 +46,8 @@ def test_init_falls_back_to_copy_when_there_is_no_previous_layer(init: str) -> N
 
 def test_slerp_keeps_raw_norms_when_vectors_are_orthogonal() -> None:
     first, second = np.array([[3.0, 0.0]], np.float32), np.array([[0.0, 1.0]], np.float32)
-    np.testing.assert_allclose(slerp(first, second), [[3 * np.sqrt(0.5), np.sqrt(0.5)]], rtol=1e-6)
+    mixed = init_tensor("slerp", ROLE, second, first)
+    np.testing.assert_allclose(mixed, [[3 * np.sqrt(0.5), np.sqrt(0.5)]], rtol=1e-6)
 
 
 def test_slerp_equals_the_textbook_formula_when_vectors_are_general() -> None:
@@ -58,11 +60,12 @@ def test_slerp_equals_the_textbook_formula_when_vectors_are_general() -> None:
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_slerp_is_plain_lerp_when_nearly_parallel(sign: float) -> None:
     other = (sign * 3 * SOURCE + 1e-3).astype(np.float32)
-    np.testing.assert_allclose(slerp(other, SOURCE), (other + SOURCE) / 2, rtol=1e-5, atol=1e-6)
+    assert slerp_shares(ArrayTensor(other), ArrayTensor(SOURCE)) == (0.5, 0.5)
+    np.testing.assert_allclose(init_tensor("slerp", ROLE, SOURCE, other), (other + SOURCE) / 2, rtol=1e-5, atol=1e-6)
 
 
 def test_slerp_is_plain_lerp_when_one_tensor_is_zero() -> None:
-    np.testing.assert_allclose(slerp(np.zeros_like(SOURCE), SOURCE), SOURCE / 2)
+    np.testing.assert_allclose(init_tensor("slerp", ROLE, SOURCE, np.zeros_like(SOURCE)), SOURCE / 2)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])

@@ -2,10 +2,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from dlo_export.checkpoints import lazy_tensors
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.plain_graph.llama import plain_graph
 from dlo_export.exporter.weight_file import ALIGNMENT, save_weights, weight_bytes
-from dlo_export.graph_passes import row_tensor
 from tests.tiny_models import save_tiny_llama
 
 
@@ -16,7 +16,7 @@ def checkpoint(tmp_path):
 
 
 def test_weights_are_read_back_as_they_were_when_saved_in_small_chunks(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(row_tensor, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(lazy_tensors, "CHUNK_BYTES", 1000)
     model = plain_graph(checkpoint.config, checkpoint.tensors)
     expected = {name: value.const_value.numpy().copy() for name, value in model.graph.initializers.items()}
     size = save_weights(model, tmp_path / "weights")

@@ -1,4 +1,4 @@
-"""The safetensors format: a JSON header and the tensors' bytes.
+"""Reads safetensors files: a JSON header and the tensors' bytes.
 
 Written here rather than taken from the `safetensors` package because that one copies tensors when it reads them as
 NumPy arrays, and because its errors name neither the file nor the tensor.
@@ -8,36 +8,18 @@ Source: https://huggingface.co/docs/safetensors, "Format".
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
+from dlo_export.checkpoints.dtypes import BY_SAFETENSORS
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.mapped_file import MappedFile, MappedTensor
 
 # The limit of the reference implementation; a larger length means that these eight bytes are not one.
 MAX_HEADER_BYTES = 100_000_000
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
 
 
 def tensors_of_safetensors(file: MappedFile) -> dict[str, MappedTensor]:
@@ -56,11 +38,11 @@ def tensors_of_safetensors(file: MappedFile) -> dict[str, MappedTensor]:
         if name == "__metadata__":
             continue
         try:
-            tensors[name] = _read_entry(name, entry, file, data_start)
+            tensors[name] = _read_entry(entry, file, data_start)
         except ValueError as err:
             problems.append(f"{name}: {err}")
     if not problems:
-        problems = _layout_problems(list(tensors.values()), file, data_start)
+        problems = _layout_problems(tensors, file, data_start)
     if problems:
         raise _corrupt(file.path, "the header is not consistent\n  " + "\n  ".join(problems))
     return tensors
@@ -90,27 +72,27 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
 def _object_without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicated: {', '.join(sorted({name for name in names if names.count(name) > 1}))}")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"duplicated: {', '.join(sorted(name for name, count in counts.items() if count > 1))}")
     return values
 
 
-def _read_entry(name: str, entry: Any, file: MappedFile, data_start: int) -> MappedTensor:
+def _read_entry(entry: Any, file: MappedFile, data_start: int) -> MappedTensor:
     if not isinstance(entry, dict):
         raise ValueError(f"is {entry!r}, expected an object")
-    dtype = DTYPES.get(str(entry.get("dtype")))
-    if dtype is None:
-        raise ValueError(f"dtype is {entry.get('dtype')!r}, expected one of {', '.join(DTYPES)}")
+    kind = BY_SAFETENSORS.get(str(entry.get("dtype")))
+    if kind is None:
+        raise ValueError(f"dtype is {entry.get('dtype')!r}, expected one of {', '.join(BY_SAFETENSORS)}")
     shape, offsets = _sizes(entry, "shape"), _sizes(entry, "data_offsets")
     if len(offsets) != 2:
         raise ValueError(f"data_offsets are {list(offsets)}, expected a start and an end")
     start, stop = offsets
-    expected = prod(shape) * dtype.itemsize
+    expected = prod(shape) * kind.itemsize
     if stop - start != expected:
         raise ValueError(f"takes {stop - start} bytes, expected {expected} for {entry['dtype']} {list(shape)}")
     if data_start + stop > file.nbytes:
         raise ValueError(f"ends at byte {data_start + stop}, but the file has {file.nbytes}")
-    return MappedTensor(name, shape, dtype, file, data_start + start)
+    return MappedTensor(shape, kind.numpy, file, data_start + start)
 
 
 def _sizes(entry: dict[str, Any], field: str) -> tuple[int, ...]:
@@ -120,13 +102,13 @@ def _sizes(entry: dict[str, Any], field: str) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _layout_problems(tensors: list[MappedTensor], file: MappedFile, data_start: int) -> list[str]:
+def _layout_problems(tensors: dict[str, MappedTensor], file: MappedFile, data_start: int) -> list[str]:
     # The format wants the bytes covered exactly once; anything else is a damaged or a deliberately odd file.
     problems = []
     end = data_start
-    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != end:
-            problems.append(f"{tensor.name}: starts at byte {tensor.offset}, expected {end} (an overlap or a hole)")
+            problems.append(f"{name}: starts at byte {tensor.offset}, expected {end} (an overlap or a hole)")
         end = tensor.offset + tensor.nbytes
     if end != file.nbytes:
         problems.append(f"the tensors end at byte {end}, but the file has {file.nbytes}")

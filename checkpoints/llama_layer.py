@@ -1,0 +1,146 @@
+"""What a Llama decoder layer consists of: the one table of its weights, and the names they have in checkpoints.
+
+Whoever names a weight of a layer takes it from here: the checks of checkpoints and adapters, the plain graph, the
+search for projections in other people's graphs, GGUF, depth scaling. Another family's layer is another tuple of entries
+(q/k/v biases alone, norms of queries and keys): what reads the table does not change with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Axis = Literal["query", "key-value", "hidden", "intermediate"]
+Block = Literal["self_attn", "mlp"]
+BiasFlag = Literal["attention_bias", "mlp_bias"]
+
+
+@dataclass(frozen=True)
+class LayerModule:
+    """One module of a decoder layer: a projection or a norm.
+
+    Attributes:
+        role: "q_proj"; what graph passes call it.
+        block: Which residual block computes with it.
+        path: Its Hugging Face name inside the layer, "self_attn.q_proj".
+        axes: Names of its weight's dimensions, [out, in] for a projection, one for a norm.
+        gguf: Its name in a GGUF file, between the layer's and ".weight".
+        bias: The field of config.json that says whether it has a bias; None where it never has one.
+        rotated: Whether its output is turned by the rotary embedding, head by head.
+        ends_branch: Whether its output is what the block adds to the residual stream: where all of these are zeros, the
+            layer is the identity.
+    """
+
+    role: str
+    block: Block
+    path: str
+    axes: tuple[Axis, ...]
+    gguf: str
+    bias: BiasFlag | None = None
+    rotated: bool = False
+    ends_branch: bool = False
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it scales a normalised vector, instead of being a matrix."""
+        return len(self.axes) == 1
+
+    @property
+    def weight(self) -> str:
+        """The weight's Hugging Face name inside the layer."""
+        return f"{self.path}.weight"
+
+    @property
+    def bias_name(self) -> str:
+        """The bias's Hugging Face name inside the layer."""
+        return f"{self.path}.bias"
+
+    def tensors(self) -> dict[str, tuple[Axis, ...]]:
+        """Names inside the layer, and axes, of every tensor it can have."""
+        biases = {} if self.bias is None else {self.bias_name: self.axes[:1]}
+        return {self.weight: self.axes, **biases}
+
+
+def _attention(
+    letter: str, axes: tuple[Axis, Axis], gguf: str, *, rotated: bool = False, ends: bool = False
+) -> LayerModule:
+    role = f"{letter}_proj"
+    return LayerModule(role, "self_attn", f"self_attn.{role}", axes, gguf, "attention_bias", rotated, ends)
+
+
+def _mlp(role: str, axes: tuple[Axis, Axis], gguf: str, *, ends: bool = False) -> LayerModule:
+    return LayerModule(role, "mlp", f"mlp.{role}", axes, gguf, "mlp_bias", ends_branch=ends)
+
+
+def _norm(role: str, block: Block, gguf: str) -> LayerModule:
+    return LayerModule(role, block, role, ("hidden",), gguf)
+
+
+LLAMA_LAYER: tuple[LayerModule, ...] = (
+    _norm("input_layernorm", "self_attn", "attn_norm"),
+    _attention("q", ("query", "hidden"), "attn_q", rotated=True),
+    _attention("k", ("key-value", "hidden"), "attn_k", rotated=True),
+    _attention("v", ("key-value", "hidden"), "attn_v"),
+    _attention("o", ("hidden", "query"), "attn_output", ends=True),
+    _mlp("gate_proj", ("intermediate", "hidden"), "ffn_gate"),
+    _mlp("up_proj", ("intermediate", "hidden"), "ffn_up"),
+    _mlp("down_proj", ("hidden", "intermediate"), "ffn_down", ends=True),
+    _norm("post_attention_layernorm", "mlp", "ffn_norm"),
+)
+"""A layer's modules, in the order in which its tensors are written."""
+
+MODULES: Mapping[str, LayerModule] = {module.role: module for module in LLAMA_LAYER}
+"""By role."""
+TENSOR_AXES: Mapping[str, tuple[Axis, ...]] = {
+    name: axes for module in LLAMA_LAYER for name, axes in module.tensors().items()
+}
+"""Axes of every tensor a layer can have, by its name inside the layer."""
+REQUIRED_TENSORS: tuple[str, ...] = tuple(module.weight for module in LLAMA_LAYER)
+"""Names inside the layer of the tensors that every layer has; there may be biases besides."""
+BRANCH_ENDS: frozenset[str] = frozenset(name for m in LLAMA_LAYER if m.ends_branch for name in m.tensors())
+"""Names inside the layer of the tensors whose zeros make it the identity."""
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+GGUF_OUTER_NAMES: Mapping[str, str] = {
+    "token_embd.weight": EMBEDDING,
+    "output_norm.weight": FINAL_NORM,
+    "output.weight": HEAD,
+}
+"""Of the tensors that belong to no layer."""
+
+# Anchored: "model.layers.1." must not match "model.layers.11.".
+_LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9]\d*)\.(.+)")
+_ROUTER = re.compile(r"model\.routers\.(0|[1-9]\d*)\.weight")
+
+
+class LayerTensorName(NamedTuple):
+    """What the name of a layer's tensor says."""
+
+    layer: int
+    tensor: str
+
+
+def layer_tensor_name(layer: int, tensor: str) -> str:
+    """Hugging Face name of a layer's tensor (or module) that has the name `tensor` inside the layer."""
+    return f"model.layers.{layer}.{tensor}"
+
+
+def parse_layer_tensor(name: str) -> LayerTensorName | None:
+    """The layer and the name inside it of a layer's tensor; None for any other name."""
+    match = _LAYER_TENSOR.fullmatch(name)
+    return None if match is None else LayerTensorName(int(match[1]), match[2])
+
+
+def router_name(layer: int) -> str:
+    """Name of a layer's router, [1, hidden]."""
+    return f"model.routers.{layer}.weight"
+
+
+def parse_router(name: str) -> int | None:
+    """The layer whose router has this name; None for any other name."""
+    match = _ROUTER.fullmatch(name)
+    return None if match is None else int(match[1])
