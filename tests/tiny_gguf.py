@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 # The gguf package reads these formats but cannot write them: their blocks are filled with random bytes.
-UNWRITABLE = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+UNWRITABLE = (
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "TQ1_0", "TQ2_0"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+)
 
 
 def save_tiny_gguf(
@@ -38,6 +42,8 @@ def save_tiny_gguf(
     metadata: dict[str, Any] | None = None,
     tokenizer: str | None = None,
     extra: dict[str, np.ndarray] | None = None,
+    left_out: Sequence[str] = (),
+    tensors_per_part: int = 0,
 ) -> Path:
     """Writes a checkpoint of save_tiny_llama as GGUF.
 
@@ -45,15 +51,17 @@ def save_tiny_gguf(
         folder: The checkpoint; a single file.
         path: The GGUF file.
         quantisation: Of the matrices; vectors are float32.
-        metadata: Float and integer values that are added or replaced; None leaves a key out.
+        metadata: Values that are added or replaced; None leaves a key out.
         tokenizer: `tokenizer.ggml.pre` of a tokenizer of bytes with few merges; None writes no tokenizer.
         extra: float32 tensors that are added.
+        left_out: GGUF names of tensors that are not written.
+        tensors_per_part: Splits the file as llama.cpp does; 0 writes one file.
 
     Returns:
-        The file.
+        The file, or the first of its parts.
     """
     config = json.loads((folder / "config.json").read_text())
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, "llama", split_max_tensors=tensors_per_part)
     values = {
         "llama.block_count": config["num_hidden_layers"],
         "llama.context_length": config["max_position_embeddings"],
@@ -69,7 +77,11 @@ def save_tiny_gguf(
         "llama.vocab_size": config["vocab_size"],
     } | (metadata or {})
     for key, value in values.items():
-        if isinstance(value, float):
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, float):
             writer.add_float32(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)
@@ -83,14 +95,15 @@ def save_tiny_gguf(
         role = name.split(".")[-2]
         if role in heads:
             array = _neighbours_rotated(array, heads[role])
-        _add_tensor(writer, _gguf_name(name), array, quantisation)
+        if _gguf_name(name) not in left_out:
+            _add_tensor(writer, _gguf_name(name), array, quantisation)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if path.exists() else min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
 
 
 def _gguf_name(name: str) -> str:

@@ -72,7 +72,7 @@ class GgufTokenizer:
         self.warnings: list[str] = []
         build = {BYTE_LEVEL: self._byte_level, SENTENCEPIECE: self._sentencepiece}.get(self._get("model"))
         if build is None:
-            raise self._unknown("model", f"{BYTE_LEVEL!r} (byte-level BPE) or {SENTENCEPIECE!r} (SentencePiece)")
+            raise self._unknown("model")
         # llama.cpp gives empty tokens a name, too; there can be several.
         self.tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(self._strings("tokens"))]
         if len(set(self.tokens)) != len(self.tokens):
@@ -147,7 +147,7 @@ class GgufTokenizer:
             )
             pre = DEFAULT
         if not isinstance(pre, str) or pre not in WORD_SPLITTINGS:
-            raise self._unknown("pre", ", ".join(WORD_SPLITTINGS))
+            raise self._unknown("pre")
         return WORD_SPLITTINGS[pre]
 
     def _add_boundary_tokens(self, backend: Tokenizer, *, bos: bool) -> None:
@@ -177,7 +177,7 @@ class GgufTokenizer:
 
     def _numbers(self, name: str, kind: type, *, default: float) -> list[Any]:
         """One number for each token."""
-        values = self._get(name, [default] * len(self.tokens))
+        values: Any = self._get(name, [default] * len(self.tokens))
         if not isinstance(values, list) or len(values) != len(self.tokens):
             raise self._error(f"{PREFIX}{name} does not have one entry for each of {len(self.tokens)} tokens")
         if not all(isinstance(value, (int, kind)) and isfinite(value) for value in values):
@@ -193,8 +193,8 @@ class GgufTokenizer:
     def _get(self, name: str, default: Any = None) -> Any:
         return self._metadata.get(PREFIX + name, default)
 
-    def _unknown(self, name: str, expected: str) -> UnknownTokenizerError:
-        return UnknownTokenizerError(f"{self._origin}: {PREFIX}{name} is {self._get(name)!r}, expected {expected}")
+    def _unknown(self, name: str) -> UnknownTokenizerError:
+        return UnknownTokenizerError(f"{self._origin}: {PREFIX}{name} is {self._get(name)!r}, which is not known here")
 
     def _error(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self._origin}: {text}", hint="export the original Hugging Face checkpoint instead")

@@ -93,17 +93,17 @@ def _content(token: Any) -> str | None:
 def _added_tokens(config: Mapping[str, Any], ids: Mapping[str, Any], folder: Path) -> dict[int, AddedToken]:
     """Tokens that were added to the vocabulary, or are never cut, by id."""
     added = {}
-    for text, index in ids.items():
+    for token, index in ids.items():
         if type(index) is not int:
-            raise _damaged(folder / "added_tokens.json", f"{text!r} is {index!r}, expected an id")
-        added[index] = AddedToken(text, normalized=False)
+            raise _damaged(folder / "added_tokens.json", f"{token!r} is {index!r}, expected an id")
+        added[index] = AddedToken(token, normalized=False)
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, Mapping):
-        raise _damaged(folder / "tokenizer_config.json", f"added_tokens_decoder is {decoder!r}, expected an object")
+        raise _damaged(folder / "tokenizer_config.json", "added_tokens_decoder is not an object")
     for index, fields in decoder.items():
         text = _content(fields)
         if not index.isdecimal() or text is None or not isinstance(fields, Mapping):
-            raise _damaged(folder / "tokenizer_config.json", f"added_tokens_decoder has {index!r}: {fields!r}")
+            raise _damaged(folder / "tokenizer_config.json", f"added_tokens_decoder has no token under {index!r}")
         flags = {name: fields.get(name) is True for name in ("lstrip", "rstrip", "single_word", "special")}
         added[int(index)] = AddedToken(text, normalized=False, **flags)
     return dict(sorted(added.items()))
