@@ -41,6 +41,7 @@ def save_tiny_gguf(
     *,
     metadata: dict[str, Any] | None = None,
     tokenizer: str | None = None,
+    tokens: int = 0,
     extra: dict[str, np.ndarray] | None = None,
     left_out: Sequence[str] = (),
     tensors_per_part: int = 0,
@@ -52,7 +53,9 @@ def save_tiny_gguf(
         path: The GGUF file.
         quantisation: Of the matrices; vectors are float32.
         metadata: Values that are added or replaced; None leaves a key out.
-        tokenizer: `tokenizer.ggml.pre` of a tokenizer of bytes with few merges; None writes no tokenizer.
+        tokenizer: `tokenizer.ggml.pre` of a tokenizer of bytes with few merges; "missing" writes no such key, None no
+            tokenizer.
+        tokens: Of the tokenizer; 0 takes as many as the checkpoint has.
         extra: float32 tensors that are added.
         left_out: GGUF names of tensors that are not written.
         tensors_per_part: Splits the file as llama.cpp does; 0 writes one file.
@@ -76,6 +79,8 @@ def save_tiny_gguf(
         "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
         "llama.vocab_size": config["vocab_size"],
     } | (metadata or {})
+    if tokenizer is not None:
+        _add_tokenizer(writer, tokenizer, tokens or config["vocab_size"])
     for key, value in values.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
@@ -87,8 +92,6 @@ def save_tiny_gguf(
             writer.add_string(key, value)
         elif value is not None:
             writer.add_uint32(key, value)
-    if tokenizer is not None:
-        _add_tokenizer(writer, tokenizer, config["vocab_size"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, tensor in load_file(folder / "model.safetensors").items():
         array = tensor.float().numpy()
@@ -138,7 +141,8 @@ def _add_tokenizer(writer: GGUFWriter, pre: str, vocab: int) -> None:
     tokens += [merge.replace(" ", "") for merge in merges] + ["hello"]
     tokens += [f"<|unused{index}|>" for index in range(vocab - len(tokens))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre != "missing":
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_merges(merges)
     writer.add_token_types([3, 3, 4] + [1] * (len(tokens) - 3))

@@ -91,7 +91,9 @@ def _tokenizer(
     try:
         tokenizer = GgufTokenizer(metadata, path)
     except UnknownTokenizerError as err:
-        return None, (f"{err}: no tokenizer is written, put the original model's tokenizer.json into the output folder",)
+        return None, (
+            f"{err}: no tokenizer is written, put the original model's tokenizer.json into the output folder",
+        )
     if len(tokenizer.tokens) > config.vocab_size:
         raise CheckpointError(
             f"{path}: tokenizer.ggml.tokens has {len(tokenizer.tokens)} tokens, the model {config.vocab_size}",

@@ -61,10 +61,11 @@ def read_sentencepiece(path: Path, *, legacy: bool = True) -> SentencePieceFile:
 def _model(fields: list[tuple[int, Field]], path: Path, *, legacy: bool) -> SentencePieceFile:
     messages = [(number, dict(_fields(value))) for number, value in fields if isinstance(value, bytes)]
     pieces = [message for number, message in messages if number == PIECES]
-    if not pieces:
-        raise ValueError("it has no pieces")
-    trainer = next((message for number, message in messages if number == TRAINER), {})
-    normalizer = next((message for number, message in messages if number == NORMALIZER), {})
+    trainer = next((message for number, message in messages if number == TRAINER), None)
+    normalizer = next((message for number, message in messages if number == NORMALIZER), None)
+    # The format could do without; but they come last, and where they are missing the file was cut.
+    if not pieces or trainer is None or normalizer is None:
+        raise ValueError("it has no pieces, or not what is said behind them")
     algorithm = trainer.get(MODEL_TYPE, 1)
     if algorithm not in ALGORITHMS:
         raise UnknownTokenizerError(f"{path}: its model_type is {algorithm!r}, expected 1 (unigram) or 2 (BPE)")

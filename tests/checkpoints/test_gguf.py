@@ -68,7 +68,7 @@ def test_gguf_tensors_equal_transformers_when_stored_in_each_type(
 
 
 @pytest.mark.parametrize("quantisation", UNWRITABLE)
-def test_gguf_tensors_equal_transformers_when_the_package_only_reads_their_type(tmp_path: Path, quantisation: str) -> None:
+def test_gguf_tensors_equal_transformers_when_their_type_can_only_be_read(tmp_path: Path, quantisation: str) -> None:
     folder = save_tiny_llama(tmp_path / "tiny", layers=1, hidden=256, intermediate=256, vocab=32)
     with open_checkpoint(save_tiny_gguf(folder, tmp_path / FILE, quantisation)) as checkpoint:
         assert checkpoint.stored_dtype == quantisation

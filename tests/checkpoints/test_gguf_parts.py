@@ -45,19 +45,25 @@ def test_gguf_parts_are_read_as_one_when_any_of_them_is_given(
 @pytest.mark.parametrize(("given", "missing"), [(0, 1), (1, 0), (0, 2)])
 def test_gguf_part_is_named_when_it_is_missing(parts: list[Path], given: int, missing: int) -> None:
     parts[missing].unlink()
-    with pytest.raises(CheckpointError, match=rf"{parts[given].name}: is one of 3 parts.*\n  {parts[missing].name}: mis"):
+    with pytest.raises(
+        CheckpointError, match=rf"{parts[given].name}: is one of 3 parts.*\n  {parts[missing].name}: mis"
+    ):
         open_checkpoint(parts[given])
 
 
 def test_gguf_part_is_refused_when_it_was_renamed(parts: list[Path]) -> None:
     renamed = parts[0].rename(parts[0].with_name("renamed.gguf"))
-    with pytest.raises(CheckpointError, match=r"renamed\.gguf: is one of 3 parts .*not named NAME-00001-of-00003\.gguf"):
+    with pytest.raises(
+        CheckpointError, match=r"renamed\.gguf: is one of 3 parts .*not named NAME-00001-of-00003\.gguf"
+    ):
         open_checkpoint(renamed)
 
 
 def test_gguf_parts_are_refused_when_one_is_there_twice(parts: list[Path]) -> None:
     shutil.copyfile(parts[1], parts[2])
-    with pytest.raises(CheckpointError, match=r"model-00003-of-00003\.gguf: split\.no is 1, expected 2(.*\n)+.*duplicated"):
+    with pytest.raises(
+        CheckpointError, match=r"model-00003-of-00003\.gguf: split\.no is 1, expected 2(.*\n)+.*duplicated"
+    ):
         open_checkpoint(parts[0])
 
 
