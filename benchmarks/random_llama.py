@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
 import zlib
 from pathlib import Path
@@ -51,6 +52,13 @@ class _RandomTensor:
             return np.ones(self.shape, self.dtype)
         values = np.random.default_rng(zlib.crc32(self.name.encode())).standard_normal(self.shape, np.float32)
         return (values * np.float32(self.shape[-1] ** -0.5)).astype(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.numpy()[start:stop]
 
     def release(self) -> None:
         """Nothing is kept between reads."""

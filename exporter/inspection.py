@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.llama_layer import BRANCH_ENDS
 from dlo_export.exporter.artifact import FILE_NAME, MODEL_NAME, load_description
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_check import check_engine
@@ -19,8 +20,6 @@ from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, role_values
-
-_LAST_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +93,12 @@ def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: dict[str, Any]
 
 
 def _is_identity(layer: DecoderLayer) -> bool | None:
-    """Whether both branches end in a zero matrix; None where the projections cannot be told or read."""
+    """Whether both branches end in zeros; None where the projections cannot be told."""
     try:
-        weights = {projection.tensor: projection.weight for projection in layer.projections.values()}
+        projections = layer.projections.values()
     except GraphPassError:
         return None
-    ends = [weights[name].const_value for name in _LAST_PROJECTIONS]
+    ends = [projection.weight.const_value for projection in projections if projection.tensor in BRANCH_ENDS]
     return all(tensor is not None and not np.any(tensor.numpy()) for tensor in ends)
 
 

@@ -199,7 +199,8 @@ def slerp_shares(first: LazyTensor, second: LazyTensor, t: float = 0.5) -> tuple
     squares_a = squares_b = product = 0.0
     step = rows_at_once(second.shape[0], second.nbytes)
     for start in range(0, second.shape[0], step):
-        a, b = (_computable(tensor.rows(start, start + step)).reshape(-1) for tensor in (first, second))
+        a = _computable(first.rows(start, start + step)).reshape(-1)
+        b = _computable(second.rows(start, start + step)).reshape(-1)
         squares_a += float(np.vdot(a, a))
         squares_b += float(np.vdot(b, b))
         product += float(np.vdot(a, b))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer, lo
 from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.checkpoints.llama_layer import BRANCH_ENDS, layer_tensor_name, parse_layer_tensor, router_name
 from dlo_export.checkpoints.opening import Checkpoint, open_checkpoint
 from dlo_export.exporter.plain_graph.llama import plain_graph
 from dlo_export.exporter.sources.foreign_graph import ForeignGraph, open_foreign_graph
-
-_LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +64,7 @@ class ExportSource:
             return {}
         tensors: Mapping[str, LazyTensor] = self.adapter.tensors if self.adapter is not None else self.base.tensors
         return {
-            layer: tensors[f"model.routers.{layer}.weight"].numpy().astype(np.float32).reshape(-1)
-            for layer in self.routing.layers
+            layer: tensors[router_name(layer)].numpy().astype(np.float32).reshape(-1) for layer in self.routing.layers
         }
 
     def tensors(self) -> dict[str, LazyTensor]:
@@ -170,17 +167,13 @@ def _refuse_layer_routing(routing: RoutingConfig | None, checkpoint: Checkpoint 
 
 
 def _renumbered(name: str, positions: list[int]) -> str:
-    match = _LAYER_TENSOR.fullmatch(name)
-    return name if match is None else f"model.layers.{positions[int(match[1])]}.{match[2]}"
+    place = parse_layer_tensor(name)
+    return name if place is None else layer_tensor_name(positions[place.layer], place.tensor)
 
 
 def _is_identity(tensors: Mapping[str, LazyTensor], layer: int) -> bool:
-    for role in ("mlp.down_proj", "self_attn.o_proj"):
-        for kind in ("weight", "bias"):
-            tensor = tensors.get(f"model.layers.{layer}.{role}.{kind}")
-            if tensor is not None and not _all_zeros(tensor):
-                return False
-    return True
+    ends = (tensors.get(layer_tensor_name(layer, name)) for name in BRANCH_ENDS)
+    return all(_all_zeros(tensor) for tensor in ends if tensor is not None)
 
 
 def _all_zeros(tensor: LazyTensor) -> bool:

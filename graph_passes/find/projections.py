@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.llama_layer import MODULES, LayerModule
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import SHAPE_OPS, constant_tensor, is_op
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
@@ -23,6 +24,14 @@ _NORM_OPS = (
     ("", "SimplifiedLayerNormalization"),
     ("com.microsoft", "SimplifiedLayerNormalization"),
 )
+# Inputs of ops that hold cosines and sines.
+_ROTARY_TABLES = {
+    ("", "RotaryEmbedding"): (1, 2),
+    ("com.microsoft", "RotaryEmbedding"): (2, 3),
+    ("com.microsoft", "GroupQueryAttention"): (7, 8),
+}
+# What may stand between a stored weight and the node that computes with it.
+_PREPARATIONS = ("Identity", "Cast", "Transpose")
 _ACTIVATIONS = frozenset({"Sigmoid", "Swish", "Gelu", "FastGelu", "QuickGelu", "Relu", "Tanh", "Erf", "HardSwish"})
 
 
@@ -77,41 +86,42 @@ def find_projections(
         post_attention_layernorm, and "{role}.bias" where there is one.
 
     Raises:
-        GraphPassError: A role is missing or ambiguous, with all problems.
+        GraphPassError: A role is missing or ambiguous, or a weight has none, with all problems.
     """
     flow, mlp_flow = _trace_linears(attention.nodes), _trace_linears(mlp.nodes)
     key, value = flow.of(present_key), flow.of(present_value)
     gate = frozenset().union(*(_union(mlp_flow, node.inputs) for node in mlp.nodes if node.op_type in _ACTIVATIONS))
     linears = {
-        "self_attn.q_proj": frozenset(flow.first()) - key - value,
-        "self_attn.k_proj": key,
-        "self_attn.v_proj": value,
-        "self_attn.o_proj": flow.of(attention.branch),
-        "mlp.gate_proj": gate,
-        "mlp.up_proj": frozenset(mlp_flow.first()) - gate,
-        "mlp.down_proj": mlp_flow.of(mlp.branch),
+        "q_proj": frozenset(flow.first()) - key - value,
+        "k_proj": key,
+        "v_proj": value,
+        "o_proj": flow.of(attention.branch),
+        "gate_proj": gate,
+        "up_proj": frozenset(mlp_flow.first()) - gate,
+        "down_proj": mlp_flow.of(mlp.branch),
     }
     norms = {
         "input_layernorm": dict(_norm_weights(attention.nodes, flow)),
         "post_attention_layernorm": dict(_norm_weights(mlp.nodes, mlp_flow)),
     }
     problems = ["query, key and value share one MatMul (fused projections)"] if key & value else []
-    for module, candidates in (*linears.items(), *norms.items()):
+    for role, candidates in (*linears.items(), *norms.items()):
         if len(candidates) != 1:
             nodes = ", ".join(place(node) for node in candidates) or "no node with a constant weight"
-            problems.append(f"{module} could be {nodes}")
+            problems.append(f"{MODULES[role].path} could be {nodes}")
     if problems:
         raise GraphPassError(
             f"projections of {where}: " + "; ".join(problems) + ". Expected exactly one node per role.",
             hint="export the graph unfused and unquantised, or inject the layer into the checkpoint instead",
         )
     found = {
-        module: _projection(f"{module}.weight", node, index, "vector")
-        for module, candidates in norms.items()
+        role: _projection(MODULES[role].weight, node, index, "vector")
+        for role, candidates in norms.items()
         for node, index in candidates.items()
     }
-    for module, (node, *_) in linears.items():
-        found.update(_linear_projections(module, node))
+    for role, candidates in linears.items():
+        found.update(_linear_projections(MODULES[role], next(iter(candidates))))
+    _refuse_other_weights((attention, mlp), {projection.weight for projection in found.values()}, where)
     return found
 
 
@@ -143,19 +153,64 @@ def _union(flow: _LinearFlow, values: Iterable[ir.Value | None]) -> frozenset[ir
     return frozenset().union(*(flow.of(value) for value in values if value is not None))
 
 
-def _linear_projections(module: str, node: ir.Node) -> dict[str, Projection]:
+def _linear_projections(module: LayerModule, node: ir.Node) -> dict[str, Projection]:
     """The weight of a MatMul or Gemm, and its bias: Gemm's third input or an Add behind the node."""
-    role = module.rpartition(".")[2]
+    bias = f"{module.role}.bias"
     transposed = is_op(node, "Gemm") and node.attributes.get_int("transB", 0) == 1
-    found = {role: _projection(f"{module}.weight", node, 1, "out_in" if transposed else "in_out")}
+    found = {module.role: _projection(module.weight, node, 1, "out_in" if transposed else "in_out")}
     if is_op(node, "Gemm") and len(node.inputs) > 2 and node.inputs[2] is not None:
-        found[f"{role}.bias"] = _projection(f"{module}.bias", node, 2, "vector")
+        found[bias] = _projection(module.bias_name, node, 2, "vector")
     consumers = node.outputs[0].consumers()
     if len(consumers) == 1 and is_op(consumers[0], "Add"):
         for index, operand in enumerate(consumers[0].inputs):
             if _is_vector(operand):
-                found[f"{role}.bias"] = _projection(f"{module}.bias", consumers[0], index, "vector")
+                found[bias] = _projection(module.bias_name, consumers[0], index, "vector")
     return found
+
+
+def _refuse_other_weights(blocks: Sequence[ResidualBlock], named: Collection[ir.Value], where: str) -> None:
+    """Raises if a layer computes with a weight of its own that has no role, such as the norms of queries and keys.
+
+    A copy of the layer would share it with the original, and what names weights by role would not see it.
+    """
+    members = {node for block in blocks for node in (*block.nodes, block.add)}
+    problems = []
+    for block in blocks:
+        # Only what meets the tokens' values is a weight: tables are looked up by positions, shapes are constants.
+        computed = {block.stream_in}
+        for node in block.nodes:
+            if is_op(node, *SHAPE_OPS) or not any(value in computed for value in node.inputs):
+                continue
+            computed.update(node.outputs)
+            problems += [
+                f"{place(node)} reads weight '{weight.name}' {list(tensor.shape.numpy())}, which has no role in a layer"
+                for weight, tensor in _float_constants(node)
+                if weight not in named and set(_readers(weight)) <= members
+            ]
+    if problems:
+        raise GraphPassError(
+            f"projections of {where}: " + "; ".join(problems) + ".",
+            hint="the graph is not a plain Llama's: only layers of projections and two norms can be copied or compared",
+        )
+
+
+def _float_constants(node: ir.Node) -> Iterable[tuple[ir.Value, ir.TensorProtocol]]:
+    """Constants of more than one float that a node reads; rotary tables excepted, which hold no weights."""
+    tables = _ROTARY_TABLES.get((node.domain, node.op_type), ())
+    for index, value in enumerate(node.inputs):
+        base = None if index in tables else _constant_behind(value)
+        tensor = None if base is None else constant_tensor(base[0])
+        if base is not None and tensor is not None and tensor.size > 1 and tensor.dtype.is_floating_point():
+            yield base[0], tensor
+
+
+def _readers(constant: ir.Value) -> Iterable[ir.Node]:
+    """Nodes that compute with a constant, directly or behind what prepares it."""
+    for node in constant.consumers():
+        if is_op(node, *_PREPARATIONS):
+            yield from _readers(node.outputs[0])
+        else:
+            yield node
 
 
 def _projection(tensor: str, node: ir.Node, input_index: int, layout: Layout) -> Projection:
@@ -174,7 +229,7 @@ def _constant_behind(value: ir.Value | None) -> tuple[ir.Value, int] | None:
         if ir.convenience.get_const_tensor(value) is not None and not value.is_graph_input():
             return value, transposes
         node = value.producer()
-        if node is None or not is_op(node, "Identity", "Cast", "Transpose"):
+        if node is None or not is_op(node, *_PREPARATIONS):
             return None
         transposes += node.op_type == "Transpose"
         value = node.inputs[0]

@@ -1,0 +1,59 @@
+"""The table of a layer's weights, held against transformers' layer and the gguf package's names."""
+
+import gguf
+import pytest
+import torch
+from transformers import LlamaConfig as TransformersConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+
+from dlo_export.checkpoints import llama_layer
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, MODULES, REQUIRED_TENSORS, TENSOR_AXES
+
+SIZES = {"hidden": 24, "query": 32, "key-value": 16, "intermediate": 40}
+
+
+def _config(*, biases: bool) -> TransformersConfig:
+    return TransformersConfig(
+        hidden_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=40,
+        vocab_size=11,
+        num_hidden_layers=1,
+        attention_bias=biases,
+        mlp_bias=biases,
+    )
+
+
+@pytest.mark.parametrize(("biases", "names"), [(False, REQUIRED_TENSORS), (True, TENSOR_AXES)])
+def test_table_equals_transformers_layer_when_biases_are(biases: bool, names: tuple[str, ...]) -> None:
+    with torch.device("meta"):
+        layer = LlamaDecoderLayer(_config(biases=biases), 0)
+    found = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    assert found == {name: tuple(SIZES[axis] for axis in TENSOR_AXES[name]) for name in names}
+
+
+def test_outer_names_are_transformers_when_a_model_is_built() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(_config(biases=False))
+    outer = {name for name, _ in model.named_parameters() if llama_layer.parse_layer_tensor(name) is None}
+    assert outer == set(llama_layer.GGUF_OUTER_NAMES.values())
+
+
+def test_gguf_names_are_the_packages_when_looked_up_by_hugging_face_names() -> None:
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for module in LLAMA_LAYER:
+        assert names.get_name(f"model.layers.1.{module.path}") == f"blk.1.{module.gguf}"
+    for name, ours in llama_layer.GGUF_OUTER_NAMES.items():
+        assert names.get_name(ours.removesuffix(".weight")) == name.removesuffix(".weight")
+
+
+def test_names_are_parsed_as_they_are_written() -> None:
+    name = llama_layer.layer_tensor_name(11, MODULES["k_proj"].weight)
+    assert name == "model.layers.11.self_attn.k_proj.weight"
+    assert llama_layer.parse_layer_tensor(name) == (11, "self_attn.k_proj.weight")
+    assert llama_layer.parse_router(llama_layer.router_name(3)) == 3
+    for other in ("model.layers.01.mlp.up_proj.weight", "model.routers.1.bias", "model.norm.weight"):
+        assert llama_layer.parse_layer_tensor(other) is None
+        assert llama_layer.parse_router(other) is None
