@@ -10,6 +10,7 @@ from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.formats.gguf_file import GgufContents, read_gguf
 
 PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
+MAX_LISTED = 20
 NUMBER, COUNT, TENSOR_COUNT = "split.no", "split.count", "split.tensors.count"
 
 
@@ -38,7 +39,7 @@ def _part_paths(path: Path, count: object) -> list[Path]:
     match = PART_NAME.fullmatch(path.name)
     if match is None or int(match[3]) != count:
         raise CheckpointError(
-            f"{path}: is one of {count} parts ({COUNT}), but not named NAME-00001-of-{count:0>5}.gguf",
+            f"{path}: is one of {count} parts ({COUNT}), but not named NAME-00001-of-{count!s:0>5}.gguf",
             hint="give the parts back the names they had when they were fetched",
         )
     parts = [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}{match[4]}") for number in range(1, int(count) + 1)]
@@ -46,7 +47,8 @@ def _part_paths(path: Path, count: object) -> list[Path]:
     if missing:
         raise CheckpointError(
             f"{path}: is one of {count} parts, not all of them are beside it\n  "
-            + "\n  ".join(f"{name}: missing" for name in missing),
+            + "\n  ".join(f"{name}: missing" for name in missing[:MAX_LISTED])
+            + (f"\n  and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""),
             hint="fetch the missing parts into the same folder",
         )
     return parts

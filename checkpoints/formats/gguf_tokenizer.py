@@ -70,15 +70,14 @@ class GgufTokenizer:
         self._metadata = metadata
         self._origin = origin
         self.warnings: list[str] = []
-        build = {BYTE_LEVEL: self._byte_level, SENTENCEPIECE: self._sentencepiece}.get(self._get("model"))
-        if build is None:
+        if self._get("model") not in (BYTE_LEVEL, SENTENCEPIECE):
             raise self._unknown("model")
         # llama.cpp gives empty tokens a name, too; there can be several.
         self.tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(self._strings("tokens"))]
         if len(set(self.tokens)) != len(self.tokens):
             raise self._error(f"{PREFIX}tokens has {len(self.tokens) - len(set(self.tokens))} duplicates")
         self._special = {role: self._special_token(name) for role, name in ROLES.items()}
-        self._backend = build()
+        self._backend = self._byte_level() if self._get("model") == BYTE_LEVEL else self._sentencepiece()
         self._backend.add_special_tokens([token for token in self._special.values() if token is not None])
 
     def save(self, folder: Path) -> None:
@@ -119,7 +118,7 @@ class GgufTokenizer:
     def _sentencepiece(self) -> Tokenizer:
         vocabulary = SentencePieceVocabulary(
             self.tokens,
-            self._numbers("scores", float, default=0.0),
+            self._numbers("scores", default=0.0),
             self._kinds,
             self._special["unk_token"],
             space_prefix="always" if self._flag("add_space_prefix", default=True) else "never",
@@ -159,7 +158,7 @@ class GgufTokenizer:
 
     @cached_property
     def _kinds(self) -> Sequence[int]:
-        return self._numbers("token_type", int, default=TokenKind.NORMAL)
+        return self._numbers("token_type", default=TokenKind.NORMAL)
 
     def _special_token(self, name: str) -> str | None:
         index = special_token_id(self._metadata, name)
@@ -175,12 +174,12 @@ class GgufTokenizer:
             raise self._error(f"{PREFIX}{name} is missing or not an array of strings")
         return values
 
-    def _numbers(self, name: str, kind: type, *, default: float) -> list[Any]:
+    def _numbers(self, name: str, *, default: float) -> list[Any]:
         """One number for each token."""
         values: Any = self._get(name, [default] * len(self.tokens))
         if not isinstance(values, list) or len(values) != len(self.tokens):
             raise self._error(f"{PREFIX}{name} does not have one entry for each of {len(self.tokens)} tokens")
-        if not all(isinstance(value, (int, kind)) and isfinite(value) for value in values):
+        if not all(isinstance(value, (int, float)) and isfinite(value) for value in values):
             raise self._error(f"{PREFIX}{name} is not an array of finite numbers")
         return values
 

@@ -59,8 +59,9 @@ class SentencePieceVocabulary:
         steps = list(self._normalizers())
         if steps:
             backend.normalizer = normalizers.Sequence(steps)
-        if self.space_prefix == "first":
-            backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+        pre_tokenizer = self._pre_tokenizer()
+        if pre_tokenizer is not None:
+            backend.pre_tokenizer = pre_tokenizer
         backend.decoder = self._decoder()
         keep_whole(backend, self.pieces, self.kinds)
         return backend
@@ -143,6 +144,14 @@ class SentencePieceVocabulary:
             yield normalizers.Prepend(SPACE)
         if self.space_prefix != "first":  # else Metaspace does it
             yield normalizers.Replace(" ", SPACE)
+
+    def _pre_tokenizer(self) -> pre_tokenizers.PreTokenizer | None:
+        if self.space_prefix == "first":
+            return pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+        if self.algorithm == "bpe":
+            # Says what holds anyway, that merges go across words: onnxruntime-genai 0.18 cuts text at spaces otherwise.
+            return pre_tokenizers.Split(Regex(r"[\s\S]+"), behavior="isolated")
+        return None
 
     def _decoder(self) -> decoders.Decoder:
         steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
