@@ -1,14 +1,15 @@
 """What a Llama decoder layer consists of: the one table of its weights, and the names they have in checkpoints.
 
 Whoever names a weight of a layer takes it from here: the checks of checkpoints and adapters, the plain graph, the
-search for projections in other people's graphs, GGUF, depth scaling. Another family's layer is another tuple of entries
-(q/k/v biases alone, norms of queries and keys): what reads the table does not change with it.
+search for projections in other people's graphs, GGUF, depth scaling. Another family's layer is another table (with
+q/k/v biases alone, or norms of queries and keys): what reads the entries does not change with it.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -63,6 +64,42 @@ class LayerModule:
         return {self.weight: self.axes, **biases}
 
 
+@dataclass(frozen=True)
+class LayerTable:
+    """All modules of one family's decoder layer.
+
+    Attributes:
+        modules: In the order in which their tensors are written.
+    """
+
+    modules: tuple[LayerModule, ...]
+
+    def __iter__(self) -> Iterator[LayerModule]:
+        return iter(self.modules)
+
+    def __getitem__(self, role: str) -> LayerModule:
+        return self._by_role[role]
+
+    @functools.cached_property
+    def _by_role(self) -> Mapping[str, LayerModule]:
+        return {module.role: module for module in self.modules}
+
+    @functools.cached_property
+    def axes(self) -> Mapping[str, tuple[Axis, ...]]:
+        """Axes of every tensor that a layer can have, by its name inside the layer."""
+        return {name: axes for module in self.modules for name, axes in module.tensors().items()}
+
+    @functools.cached_property
+    def required(self) -> tuple[str, ...]:
+        """Names inside the layer of the tensors that every layer has; there may be biases besides."""
+        return tuple(module.weight for module in self.modules)
+
+    @functools.cached_property
+    def branch_ends(self) -> frozenset[str]:
+        """Names inside the layer of the tensors whose zeros make the layer the identity."""
+        return frozenset(name for module in self.modules if module.ends_branch for name in module.tensors())
+
+
 def _attention(
     letter: str, axes: tuple[Axis, Axis], gguf: str, *, rotated: bool = False, ends: bool = False
 ) -> LayerModule:
@@ -78,29 +115,20 @@ def _norm(role: str, block: Block, gguf: str) -> LayerModule:
     return LayerModule(role, block, role, ("hidden",), gguf)
 
 
-LLAMA_LAYER: tuple[LayerModule, ...] = (
-    _norm("input_layernorm", "self_attn", "attn_norm"),
-    _attention("q", ("query", "hidden"), "attn_q", rotated=True),
-    _attention("k", ("key-value", "hidden"), "attn_k", rotated=True),
-    _attention("v", ("key-value", "hidden"), "attn_v"),
-    _attention("o", ("hidden", "query"), "attn_output", ends=True),
-    _mlp("gate_proj", ("intermediate", "hidden"), "ffn_gate"),
-    _mlp("up_proj", ("intermediate", "hidden"), "ffn_up"),
-    _mlp("down_proj", ("hidden", "intermediate"), "ffn_down", ends=True),
-    _norm("post_attention_layernorm", "mlp", "ffn_norm"),
+LLAMA_LAYER = LayerTable(
+    (
+        _norm("input_layernorm", "self_attn", "attn_norm"),
+        _attention("q", ("query", "hidden"), "attn_q", rotated=True),
+        _attention("k", ("key-value", "hidden"), "attn_k", rotated=True),
+        _attention("v", ("key-value", "hidden"), "attn_v"),
+        _attention("o", ("hidden", "query"), "attn_output", ends=True),
+        _mlp("gate_proj", ("intermediate", "hidden"), "ffn_gate"),
+        _mlp("up_proj", ("intermediate", "hidden"), "ffn_up"),
+        _mlp("down_proj", ("hidden", "intermediate"), "ffn_down", ends=True),
+        _norm("post_attention_layernorm", "mlp", "ffn_norm"),
+    )
 )
-"""A layer's modules, in the order in which its tensors are written."""
 
-MODULES: Mapping[str, LayerModule] = {module.role: module for module in LLAMA_LAYER}
-"""By role."""
-TENSOR_AXES: Mapping[str, tuple[Axis, ...]] = {
-    name: axes for module in LLAMA_LAYER for name, axes in module.tensors().items()
-}
-"""Axes of every tensor a layer can have, by its name inside the layer."""
-REQUIRED_TENSORS: tuple[str, ...] = tuple(module.weight for module in LLAMA_LAYER)
-"""Names inside the layer of the tensors that every layer has; there may be biases besides."""
-BRANCH_ENDS: frozenset[str] = frozenset(name for m in LLAMA_LAYER if m.ends_branch for name in m.tensors())
-"""Names inside the layer of the tensors whose zeros make it the identity."""
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.llama_layer import BRANCH_ENDS
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.exporter.artifact import FILE_NAME, MODEL_NAME, load_description
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_check import check_engine
@@ -98,7 +98,7 @@ def _is_identity(layer: DecoderLayer) -> bool | None:
         projections = layer.projections.values()
     except GraphPassError:
         return None
-    ends = [projection.weight.const_value for projection in projections if projection.tensor in BRANCH_ENDS]
+    ends = [projection.weight.const_value for projection in projections if projection.tensor in LLAMA_LAYER.branch_ends]
     return all(tensor is not None and not np.any(tensor.numpy()) for tensor in ends)
 
 

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.checkpoints.llama_layer import parse_router
 from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, LlamaDloLayerForCausalLM, warn_of_untrained_routers
 
@@ -37,7 +38,7 @@ def llama_dlo_from_tensors(
     """
     model = empty_llama_dlo(config, tensors.keys(), dtype=dtype)
     for name in sorted({name for name, _ in model.named_parameters()}):
-        parameter_dtype = torch.float32 if name.startswith("model.routers.") else dtype
+        parameter_dtype = dtype if parse_router(name) is None else torch.float32
         values = {name: released_parameter(tensors[name], parameter_dtype)}
         model.load_state_dict(values, strict=False, assign=True)
     model.tie_weights()

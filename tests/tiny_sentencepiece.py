@@ -11,7 +11,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 600
-# None of them is made of the letters of a special token: SentencePiece cuts those in text, tokenizer.json never does.
+# They cannot spell a special token: SentencePiece cuts those in text, tokenizer.json never does.
 LETTERS = "ab \n\té日🎉0x1/e tionﬁ①\uff21\u3000'ü"
 EDGE_CASES = (
     *("", " ", "  ", "   x   ", "Hello world", " Hello", "\n x\n\n", " " * 40 + "x", "a" + " " * 33, "aaaaaaaaaaa"),

@@ -23,12 +23,7 @@ from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress
-from dlo_export.checkpoints.llama_layer import (
-    MODULES,
-    layer_tensor_name,
-    parse_layer_tensor,
-    router_name,
-)
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
@@ -115,7 +110,7 @@ class DloAdapter:
         problems = []
         if num_layers != self.num_base_layers:
             problems.append(f"the model has {num_layers} layers, the adapter goes on {self.num_base_layers}")
-        hidden = tensor_shapes.get(layer_tensor_name(0, MODULES["input_layernorm"].weight))
+        hidden = tensor_shapes.get(layer_tensor_name(0, LLAMA_LAYER["input_layernorm"].weight))
         for name, tensor in self.tensors.items():
             place = parse_layer_tensor(name)
             expected = tensor_shapes.get(layer_tensor_name(0, place.tensor)) if place else hidden and (1, *hidden)

@@ -12,8 +12,7 @@ import numpy as np
 from dlo_export.checkpoints.depth.layer_init import LayerInitError, canonical_init
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import (
-    REQUIRED_TENSORS,
-    TENSOR_AXES,
+    LLAMA_LAYER,
     layer_tensor_name,
     parse_layer_tensor,
     parse_router,
@@ -65,8 +64,8 @@ def tensor_problems(
 ) -> list[str]:
     """Tensors that are missing or unexpected, shapes that contradict each other, routers that are not finite."""
     routers = {router_name(layer) for layer in routed_layers}
-    required = routers | {layer_tensor_name(layer, name) for layer in injected_positions for name in REQUIRED_TENSORS}
-    allowed = required | {layer_tensor_name(layer, name) for layer in injected_positions for name in TENSOR_AXES}
+    required = routers | {layer_tensor_name(layer, n) for layer in injected_positions for n in LLAMA_LAYER.required}
+    allowed = required | {layer_tensor_name(layer, n) for layer in injected_positions for n in LLAMA_LAYER.axes}
     problems = [f"{name} is missing" for name in sorted(required - tensors.keys())]
     problems += [
         f"{name} is unexpected: that layer is not {'injected' if parse_router(name) is None else 'routed'}"
@@ -124,4 +123,4 @@ def _shape_problems(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 def _axes(name: str) -> tuple[str, ...]:
     """Names of a tensor's axes, in checkpoint orientation."""
     place = parse_layer_tensor(name)
-    return ("1", "hidden") if place is None else TENSOR_AXES[place.tensor]
+    return ("1", "hidden") if place is None else LLAMA_LAYER.axes[place.tensor]

@@ -17,7 +17,7 @@ from dlo_export.checkpoints.depth.layer_init import InitialTensor
 from dlo_export.checkpoints.depth.placements import METHODS, PRESETS, ExpansionError, ExpansionPlan, placements
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import (
-    MODULES,
+    LLAMA_LAYER,
     layer_tensor_name,
     parse_layer_tensor,
     parse_router,
@@ -88,7 +88,7 @@ def expanded_tensors(
         result |= {layer_tensor_name(position, role): tensor for role, tensor in roles.items()}
     placed = {plan.original_positions[layer]: tensor for layer, tensor in routers.items()}
     if zero_routers:
-        hidden = layers[0][MODULES["input_layernorm"].weight].shape[0]
+        hidden = layers[0][LLAMA_LAYER["input_layernorm"].weight].shape[0]
         zero = ArrayTensor(np.zeros((1, hidden), np.float32))
         placed = {position: placed.get(position, zero) for position in range(plan.num_layers)}
     result |= {router_name(position): placed[position] for position in sorted(placed)}

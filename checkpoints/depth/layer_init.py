@@ -16,7 +16,7 @@ import numpy as np
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor, rows_at_once
-from dlo_export.checkpoints.llama_layer import BRANCH_ENDS, LLAMA_LAYER
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 
 LAYER_INITS: tuple[str, ...] = ("zero_out", "copy", "linear", "slerp", "random", "linear_zero_out", "slerp_zero_out")
 """The inits, canonical names. The last two mix two layers first and zero the output projections of the mixture."""
@@ -61,7 +61,7 @@ def needs_previous(init: str) -> bool:
 
 def init_tensor(
     init: str,
-    role: str,
+    tensor: str,
     source: np.ndarray,
     previous: np.ndarray | None = None,
     *,
@@ -72,12 +72,12 @@ def init_tensor(
 
     Args:
         init: One of `LAYER_INITS` or an alias of it.
-        role: The tensor's name inside its layer, for example ``self_attn.o_proj.weight``.
+        tensor: The tensor's name inside its layer, for example ``self_attn.o_proj.weight``.
         source: The tensor of the original layer the new one derives from, any floating dtype and shape.
         previous: The same tensor of the layer before the source; None for the first layer, where ``linear`` and
             ``slerp`` fall back to a copy.
         seed: Seed of ``random``. Give each layer its own, for example ``(seed, position)``; tensors of one layer
-            already differ by their role.
+            already differ by their names.
         initializer_range: Standard deviation of ``random``.
 
     Returns:
@@ -87,7 +87,7 @@ def init_tensor(
         LayerInitError: Unknown init, or `previous` has another shape than `source`.
     """
     before = None if previous is None else ArrayTensor(previous)
-    initial = InitialTensor(init, role, ArrayTensor(source), before, seed=seed, initializer_range=initializer_range)
+    initial = InitialTensor(init, tensor, ArrayTensor(source), before, seed=seed, initializer_range=initializer_range)
     return initial.numpy()
 
 
@@ -98,7 +98,7 @@ class InitialTensor:
 
     Args:
         init: See `init_tensor`, as for all of these.
-        role: The tensor's name inside its layer.
+        tensor: The tensor's name inside its layer.
         source: The tensor of the layer it derives from.
         previous: And of the layer before that, None for the first layer.
         seed: Of ``random``.
@@ -111,7 +111,7 @@ class InitialTensor:
     def __init__(
         self,
         init: str,
-        role: str,
+        tensor: str,
         source: LazyTensor,
         previous: LazyTensor | None,
         *,
@@ -119,14 +119,14 @@ class InitialTensor:
         initializer_range: float = 0.02,
     ) -> None:
         self._init = canonical_init(init)
-        self._role = role
+        self._tensor = tensor
         self._source = source
         self._previous = previous if needs_previous(init) else None
         self._seed = (seed,) if isinstance(seed, int) else tuple(seed)
         self._initializer_range = initializer_range
         if self._previous is not None and self._previous.shape != source.shape:
             raise LayerInitError(
-                f"layer init {self._init}: {role} has shape {self._previous.shape} in the layer before, "
+                f"layer init {self._init}: {tensor} has shape {self._previous.shape} in the layer before, "
                 f"expected {source.shape}",
                 hint="layers of different shapes cannot be mixed; use init copy or zero_out",
             )
@@ -152,7 +152,8 @@ class InitialTensor:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Computes rows `start:stop`, in memory of their own."""
-        if preserves_function(self._init) and self._role in BRANCH_ENDS:
+        stop = min(stop, self.shape[0])
+        if preserves_function(self._init) and self._tensor in LLAMA_LAYER.branch_ends:
             return np.zeros((stop - start, *self.shape[1:]), self.dtype)
         if self._init == "random":
             return self._random_rows(start, stop)
@@ -176,11 +177,11 @@ class InitialTensor:
     def _random_rows(self, start: int, stop: int) -> np.ndarray:
         """Fresh weights as the model's own initialisation makes them: norms 1, biases 0, matrices normal."""
         shape = (stop - start, *self.shape[1:])
-        if self._role in _NORMS:
+        if self._tensor in _NORMS:
             return np.ones(shape, self.dtype)
-        if self._role.endswith(".bias"):
+        if self._tensor.endswith(".bias"):
             return np.zeros(shape, self.dtype)
-        generator = np.random.default_rng([*self._seed, zlib.crc32(self._role.encode())])
+        generator = np.random.default_rng([*self._seed, zlib.crc32(self._tensor.encode())])
         # One sequence of numbers for the whole tensor, whatever rows are asked for: those before are drawn and dropped.
         step = rows_at_once(self.shape[0], self.nbytes)
         for first in range(0, start, step):

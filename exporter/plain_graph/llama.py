@@ -23,7 +23,7 @@ from dlo_export.checkpoints.interface import (
     present_name,
 )
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
-from dlo_export.checkpoints.llama_layer import EMBEDDING, MODULES, layer_tensor_name
+from dlo_export.checkpoints.llama_layer import EMBEDDING, LLAMA_LAYER, layer_tensor_name
 from dlo_export.exporter.plain_graph.graph_builder import GraphBuilder
 from dlo_export.graph_passes.checkpoint_weight import CheckpointWeight
 
@@ -205,10 +205,10 @@ class _DecoderGraph:
         )
 
     def _projection(self, index: int, role: str, value: ir.Value) -> ir.Value:
-        return self._linear(value, self._path(index, role), bias=self.config.has_bias(MODULES[role]))
+        return self._linear(value, self._path(index, role), bias=self.config.has_bias(LLAMA_LAYER[role]))
 
     def _path(self, index: int, role: str) -> str:
-        return layer_tensor_name(index, MODULES[role].path)
+        return layer_tensor_name(index, LLAMA_LAYER[role].path)
 
     def _linear(self, value: ir.Value, name: str, *, bias: bool, output: str | None = None) -> ir.Value:
         weight = self._weight(f"{name}.weight", transposed=True)

@@ -13,8 +13,8 @@ import onnx_ir as ir
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer, load_adapter
 from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.lazy_tensors import LazyTensor
-from dlo_export.checkpoints.llama_layer import BRANCH_ENDS, layer_tensor_name, parse_layer_tensor, router_name
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
 from dlo_export.checkpoints.opening import Checkpoint, open_checkpoint
 from dlo_export.exporter.plain_graph.llama import plain_graph
 from dlo_export.exporter.sources.foreign_graph import ForeignGraph, open_foreign_graph
@@ -172,13 +172,14 @@ def _renumbered(name: str, positions: list[int]) -> str:
 
 
 def _is_identity(tensors: Mapping[str, LazyTensor], layer: int) -> bool:
-    ends = (tensors.get(layer_tensor_name(layer, name)) for name in BRANCH_ENDS)
+    ends = (tensors.get(layer_tensor_name(layer, name)) for name in LLAMA_LAYER.branch_ends)
     return all(_all_zeros(tensor) for tensor in ends if tensor is not None)
 
 
 def _all_zeros(tensor: LazyTensor) -> bool:
-    values = tensor.numpy()
-    # The first row settles it for all but the zero matrices, without reading the rest of a mapped file.
-    zeros = not values[:1].any() and not values.any()
+    # The first row settles it for all but the zero matrices, without reading (and dequantising) the others.
+    step = rows_at_once(tensor.shape[0], tensor.nbytes)
+    starts = range(0, tensor.shape[0], step)
+    zeros = not tensor.rows(0, 1).any() and not any(tensor.rows(start, start + step).any() for start in starts)
     tensor.release()
     return zeros

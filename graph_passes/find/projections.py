@@ -8,7 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import MODULES, LayerModule
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, LayerModule
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import SHAPE_OPS, constant_tensor, is_op
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
@@ -100,27 +100,25 @@ def find_projections(
         "up_proj": frozenset(mlp_flow.first()) - gate,
         "down_proj": mlp_flow.of(mlp.branch),
     }
-    norms = {
-        "input_layernorm": dict(_norm_weights(attention.nodes, flow)),
-        "post_attention_layernorm": dict(_norm_weights(mlp.nodes, mlp_flow)),
-    }
+    traced = {"self_attn": (attention.nodes, flow), "mlp": (mlp.nodes, mlp_flow)}
+    norms = {module.role: dict(_norm_weights(*traced[module.block])) for module in LLAMA_LAYER if module.is_norm}
     problems = ["query, key and value share one MatMul (fused projections)"] if key & value else []
     for role, candidates in (*linears.items(), *norms.items()):
         if len(candidates) != 1:
             nodes = ", ".join(place(node) for node in candidates) or "no node with a constant weight"
-            problems.append(f"{MODULES[role].path} could be {nodes}")
+            problems.append(f"{LLAMA_LAYER[role].path} could be {nodes}")
     if problems:
         raise GraphPassError(
             f"projections of {where}: " + "; ".join(problems) + ". Expected exactly one node per role.",
             hint="export the graph unfused and unquantised, or inject the layer into the checkpoint instead",
         )
     found = {
-        role: _projection(MODULES[role].weight, node, index, "vector")
+        role: _projection(LLAMA_LAYER[role].weight, node, index, "vector")
         for role, candidates in norms.items()
         for node, index in candidates.items()
     }
     for role, candidates in linears.items():
-        found.update(_linear_projections(MODULES[role], next(iter(candidates))))
+        found.update(_linear_projections(LLAMA_LAYER[role], next(iter(candidates))))
     _refuse_other_weights((attention, mlp), {projection.weight for projection in found.values()}, where)
     return found
 
@@ -169,11 +167,10 @@ def _linear_projections(module: LayerModule, node: ir.Node) -> dict[str, Project
 
 
 def _refuse_other_weights(blocks: Sequence[ResidualBlock], named: Collection[ir.Value], where: str) -> None:
-    """Raises if a layer computes with a weight of its own that has no role, such as the norms of queries and keys.
+    """Raises if a layer computes with a weight that has no role, such as the norms of queries and keys.
 
     A copy of the layer would share it with the original, and what names weights by role would not see it.
     """
-    members = {node for block in blocks for node in (*block.nodes, block.add)}
     problems = []
     for block in blocks:
         # Only what meets the tokens' values is a weight: tables are looked up by positions, shapes are constants.
@@ -185,7 +182,7 @@ def _refuse_other_weights(blocks: Sequence[ResidualBlock], named: Collection[ir.
             problems += [
                 f"{place(node)} reads weight '{weight.name}' {list(tensor.shape.numpy())}, which has no role in a layer"
                 for weight, tensor in _float_constants(node)
-                if weight not in named and set(_readers(weight)) <= members
+                if weight not in named
             ]
     if problems:
         raise GraphPassError(
@@ -202,15 +199,6 @@ def _float_constants(node: ir.Node) -> Iterable[tuple[ir.Value, ir.TensorProtoco
         tensor = None if base is None else constant_tensor(base[0])
         if base is not None and tensor is not None and tensor.size > 1 and tensor.dtype.is_floating_point():
             yield base[0], tensor
-
-
-def _readers(constant: ir.Value) -> Iterable[ir.Node]:
-    """Nodes that compute with a constant, directly or behind what prepares it."""
-    for node in constant.consumers():
-        if is_op(node, *_PREPARATIONS):
-            yield from _readers(node.outputs[0])
-        else:
-            yield node
 
 
 def _projection(tensor: str, node: ir.Node, input_index: int, layout: Layout) -> Projection:

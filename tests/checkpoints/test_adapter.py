@@ -12,11 +12,11 @@ from dlo_export.checkpoints.adapter.adapter import AdapterError, DloAdapter, Inj
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.whole_folder import FolderExistsError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
-from dlo_export.checkpoints.llama_layer import REQUIRED_TENSORS, TENSOR_AXES
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 
 HIDDEN, QUERY, KV, INTERMEDIATE = 8, 12, 4, 16
 SIZES = {"hidden": HIDDEN, "query": QUERY, "key-value": KV, "intermediate": INTERMEDIATE}
-SHAPES = {name: tuple(SIZES[axis] for axis in TENSOR_AXES[name]) for name in REQUIRED_TENSORS}
+SHAPES = {name: tuple(SIZES[axis] for axis in LLAMA_LAYER.axes[name]) for name in LLAMA_LAYER.required}
 
 
 def make_adapter(dtype: type = np.float32) -> DloAdapter:
@@ -55,7 +55,7 @@ def test_adapter_round_trips_when_saved(tmp_path: Path, dtype: type) -> None:
         np.testing.assert_array_equal(loaded.tensors[name].numpy(), tensor.numpy())
     assert loaded.routed_layers == (0, 2)
     assert (loaded.num_layers, loaded.num_base_layers) == (3, 2)
-    assert set(loaded.layer_tensors(2)) == set(REQUIRED_TENSORS)
+    assert set(loaded.layer_tensors(2)) == set(LLAMA_LAYER.required)
     assert loaded.router(0).shape == (1, HIDDEN)
 
 

@@ -7,7 +7,7 @@ from transformers import LlamaConfig as TransformersConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
 from dlo_export.checkpoints import llama_layer
-from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, MODULES, REQUIRED_TENSORS, TENSOR_AXES
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 
 SIZES = {"hidden": 24, "query": 32, "key-value": 16, "intermediate": 40}
 
@@ -26,12 +26,12 @@ def _config(*, biases: bool) -> TransformersConfig:
     )
 
 
-@pytest.mark.parametrize(("biases", "names"), [(False, REQUIRED_TENSORS), (True, TENSOR_AXES)])
+@pytest.mark.parametrize(("biases", "names"), [(False, LLAMA_LAYER.required), (True, LLAMA_LAYER.axes)])
 def test_table_equals_transformers_layer_when_biases_are(biases: bool, names: tuple[str, ...]) -> None:
     with torch.device("meta"):
         layer = LlamaDecoderLayer(_config(biases=biases), 0)
     found = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
-    assert found == {name: tuple(SIZES[axis] for axis in TENSOR_AXES[name]) for name in names}
+    assert found == {name: tuple(SIZES[axis] for axis in LLAMA_LAYER.axes[name]) for name in names}
 
 
 def test_outer_names_are_transformers_when_a_model_is_built() -> None:
@@ -50,7 +50,7 @@ def test_gguf_names_are_the_packages_when_looked_up_by_hugging_face_names() -> N
 
 
 def test_names_are_parsed_as_they_are_written() -> None:
-    name = llama_layer.layer_tensor_name(11, MODULES["k_proj"].weight)
+    name = llama_layer.layer_tensor_name(11, LLAMA_LAYER["k_proj"].weight)
     assert name == "model.layers.11.self_attn.k_proj.weight"
     assert llama_layer.parse_layer_tensor(name) == (11, "self_attn.k_proj.weight")
     assert llama_layer.parse_router(llama_layer.router_name(3)) == 3

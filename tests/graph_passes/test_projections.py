@@ -59,3 +59,10 @@ def test_projections_are_found_when_a_table_is_cut_to_the_sequence() -> None:
     )
     (layer,) = find_decoder_layers(_model(initializers, nodes, "query").graph)
     assert layer.projections["q_proj"].tensor == "self_attn.q_proj.weight"
+
+
+def test_projections_are_found_when_rotary_tables_are_constants() -> None:
+    nodes = f'query = RotaryEmbedding <num_heads: int = 2> ("{ATTENTION}.q_proj", cosines, sines, position_ids)'
+    initializers = "float[3,1] cosines = {1,1,1},\n  float[3,1] sines = {0,0,0}"
+    (layer,) = find_decoder_layers(_model(initializers, nodes, "query").graph)
+    assert layer.projections["q_proj"].tensor == "self_attn.q_proj.weight"
