@@ -41,11 +41,13 @@ class Checkpoint:
         stored_dtype: See the attribute.
         files: The mapped weights files, in the order of their names.
         save_tokenizer: Writes the tokenizer's files, and generation_config.json if there is one, to a folder.
+        warnings: See the attribute.
 
     Attributes:
         stored_dtype: The type most of the weights' bytes are stored in: "float32", "float16", "bfloat16", or a GGUF
             quantisation such as "Q4_1".
         tensors: Exactly the tensors of `config.tensor_shapes()`, in its order.
+        warnings: What the checkpoint has that is not taken over as it is, one sentence each, for the user to be shown.
 
     Raises:
         CheckpointError: Lists every missing, unexpected, wrongly shaped and non-float tensor.
@@ -60,10 +62,12 @@ class Checkpoint:
         stored_dtype: str,
         files: Sequence[MappedFile],
         save_tokenizer: Callable[[Path], None],
+        warnings: Sequence[str] = (),
     ) -> None:
         _check_tensors(path, config, stored)
         self.path = path
         self.config = config
+        self.warnings = tuple(warnings)
         self.stored_dtype = stored_dtype
         self.tensors: Mapping[str, LazyTensor] = {name: stored[name] for name in config.tensor_shapes()}
         self._files = tuple(files)

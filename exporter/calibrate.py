@@ -103,6 +103,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
     source = open_source(request.model, request.adapter)
     try:
         check_use(source.base, "calibration")
+        for warning in source.base.warnings:
+            reporter.warn(warning)
         text = source_text(source, request)
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if not n.startswith("model.routers.")}

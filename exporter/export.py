@@ -118,6 +118,8 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
     """
     source = open_source(request.model, request.adapter)
     try:
+        for warning in source.base.warnings:
+            reporter.warn(warning)
         plan = _plan_engines(request, source)
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
         dtype = source.base.graph_dtype(request.dtype) if plan is None else "fp32"

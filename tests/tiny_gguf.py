@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 # The gguf package reads these formats but cannot write them: their blocks are filled with random bytes.
-UNWRITABLE = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+UNWRITABLE = (
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "TQ1_0", "TQ2_0"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+)
 
 
 def save_tiny_gguf(
@@ -37,7 +41,10 @@ def save_tiny_gguf(
     *,
     metadata: dict[str, Any] | None = None,
     tokenizer: str | None = None,
+    tokens: int = 0,
     extra: dict[str, np.ndarray] | None = None,
+    left_out: Sequence[str] = (),
+    tensors_per_part: int = 0,
 ) -> Path:
     """Writes a checkpoint of save_tiny_llama as GGUF.
 
@@ -45,15 +52,19 @@ def save_tiny_gguf(
         folder: The checkpoint; a single file.
         path: The GGUF file.
         quantisation: Of the matrices; vectors are float32.
-        metadata: Float and integer values that are added or replaced; None leaves a key out.
-        tokenizer: `tokenizer.ggml.pre` of a tokenizer of bytes with few merges; None writes no tokenizer.
+        metadata: Values that are added or replaced; None leaves a key out.
+        tokenizer: `tokenizer.ggml.pre` of a tokenizer of bytes with few merges; "missing" writes no such key, None no
+            tokenizer.
+        tokens: Of the tokenizer; 0 takes as many as the checkpoint has.
         extra: float32 tensors that are added.
+        left_out: GGUF names of tensors that are not written.
+        tensors_per_part: Splits the file as llama.cpp does; 0 writes one file.
 
     Returns:
-        The file.
+        The file, or the first of its parts.
     """
     config = json.loads((folder / "config.json").read_text())
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, "llama", split_max_tensors=tensors_per_part)
     values = {
         "llama.block_count": config["num_hidden_layers"],
         "llama.context_length": config["max_position_embeddings"],
@@ -68,29 +79,34 @@ def save_tiny_gguf(
         "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
         "llama.vocab_size": config["vocab_size"],
     } | (metadata or {})
+    if tokenizer is not None:
+        _add_tokenizer(writer, tokenizer, tokens or config["vocab_size"])
     for key, value in values.items():
-        if isinstance(value, float):
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, float):
             writer.add_float32(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)
         elif value is not None:
             writer.add_uint32(key, value)
-    if tokenizer is not None:
-        _add_tokenizer(writer, tokenizer, config["vocab_size"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, tensor in load_file(folder / "model.safetensors").items():
         array = tensor.float().numpy()
         role = name.split(".")[-2]
         if role in heads:
             array = _neighbours_rotated(array, heads[role])
-        _add_tensor(writer, _gguf_name(name), array, quantisation)
+        if _gguf_name(name) not in left_out:
+            _add_tensor(writer, _gguf_name(name), array, quantisation)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if path.exists() else min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
 
 
 def _gguf_name(name: str) -> str:
@@ -125,7 +141,8 @@ def _add_tokenizer(writer: GGUFWriter, pre: str, vocab: int) -> None:
     tokens += [merge.replace(" ", "") for merge in merges] + ["hello"]
     tokens += [f"<|unused{index}|>" for index in range(vocab - len(tokens))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre != "missing":
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_merges(merges)
     writer.add_token_types([3, 3, 4] + [1] * (len(tokens) - 3))

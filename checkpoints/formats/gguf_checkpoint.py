@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,18 @@ from dlo_export.checkpoints.config import LlamaConfig, RopeConfig
 from dlo_export.checkpoints.dtypes import FLOAT32
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.mapped_file import MappedFile
-from dlo_export.checkpoints.formats.gguf_file import read_gguf
+from dlo_export.checkpoints.formats.gguf_parts import read_gguf_parts
 from dlo_export.checkpoints.formats.gguf_tensor import FLOAT_TYPES, GgufTensor
-from dlo_export.checkpoints.formats.gguf_tokenizer import GgufTokenizer
+from dlo_export.checkpoints.formats.gguf_tokenizer import (
+    GgufTokenizer,
+    end_token_ids,
+    has_tokenizer,
+    special_token_id,
+)
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.llama_checkpoint import Checkpoint
-from dlo_export.checkpoints.llama_layer import GGUF_OUTER_NAMES, LLAMA_LAYER, layer_tensor_name
+from dlo_export.checkpoints.llama_layer import GGUF_OUTER_NAMES, LLAMA_LAYER, layer_tensor_name, parse_layer_tensor
+from dlo_export.checkpoints.tokenization.errors import UnknownTokenizerError
 
 ROPE_FACTORS = "rope_freqs.weight"
 # config.json key ← metadata key below "llama."; only what a file says is passed on.
@@ -40,13 +47,16 @@ CONFIG_KEYS = {
 def open_gguf(path: Path) -> Checkpoint:
     """Opens a GGUF file of a Llama model.
 
-    Its `stored_dtype` is the block format of most of its bytes ("Q4_1"), or a float type's name.
+    Its `stored_dtype` is the block format of most of its bytes ("Q4_1"), or a float type's name. A tokenizer of an
+    unknown kind is left out, with a warning.
+
+    Args:
+        path: The file, or any part of one that was split.
 
     Raises:
-        CheckpointError: It is damaged, not a supported Llama, or its tokenizer is of an unknown kind.
+        CheckpointError: It is damaged, in parts that are not all there, or not a supported Llama.
     """
-    file = MappedFile(path)
-    contents = read_gguf(file)
+    files, contents = read_gguf_parts(path)
     metadata, stored = contents.metadata, dict(contents.tensors)
     factors = stored.pop(ROPE_FACTORS, None)
     sizes: dict[str, int] = defaultdict(int)
@@ -59,16 +69,37 @@ def open_gguf(path: Path) -> Checkpoint:
     if factors is not None:
         values["rope_scaling"] = _llama3_scaling(factors, config, path)
         config = LlamaConfig.from_dict(values, origin=str(path))
-    # A file made without a vocabulary has no tokenizer to write, like a folder without tokenizer files.
-    tokenizer = GgufTokenizer(metadata, path) if "tokenizer.ggml.model" in metadata else None
+    tokenizer, warnings = _tokenizer(metadata, config, path)
+    renamed = _renamed(stored, config)
     return Checkpoint(
         path,
         config,
-        _renamed(stored, config),
+        {**renamed, **_absent_biases(renamed, config, files[0])},
         stored_dtype=FLOAT_TYPES[stored_type].name if stored_type in FLOAT_TYPES else stored_type,
-        files=[file],
+        files=files,
         save_tokenizer=tokenizer.save if tokenizer else lambda _: None,
+        warnings=warnings,
     )
+
+
+def _tokenizer(
+    metadata: Mapping[str, Any], config: LlamaConfig, path: Path
+) -> tuple[GgufTokenizer | None, Sequence[str]]:
+    """The file's tokenizer, if it has one of a known kind, and what to warn of."""
+    if not has_tokenizer(metadata):
+        return None, ()
+    try:
+        tokenizer = GgufTokenizer(metadata, path)
+    except UnknownTokenizerError as err:
+        return None, (
+            f"{err}: no tokenizer is written, put the original model's tokenizer.json into the output folder",
+        )
+    if len(tokenizer.tokens) > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.tokens has {len(tokenizer.tokens)} tokens, the model {config.vocab_size}",
+            hint="the tokenizer belongs to another model: export the original Hugging Face checkpoint instead",
+        )
+    return tokenizer, tokenizer.warnings
 
 
 def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor], path: Path) -> dict[str, Any]:
@@ -98,9 +129,10 @@ def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor]
             values[name] = metadata[f"llama.{key}"]
     if "vocab_size" not in values and "token_embd.weight" in stored:
         values["vocab_size"] = stored["token_embd.weight"].shape[0]
-    for token in ("bos", "eos"):
-        values[f"{token}_token_id"] = metadata.get(f"tokenizer.ggml.{token}_token_id")
-    values["pad_token_id"] = metadata.get("tokenizer.ggml.padding_token_id")
+    values["bos_token_id"] = special_token_id(metadata, "bos")
+    ends = end_token_ids(metadata)
+    values["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    values["pad_token_id"] = special_token_id(metadata, "padding")
     # llama.cpp writes the head only where it is not the embedding matrix.
     values["tie_word_embeddings"] = "output.weight" not in stored
     values["attention_bias"] = any(re.fullmatch(r"blk\.\d+\.attn_\w+\.bias", name) for name in stored)
@@ -180,6 +212,32 @@ def _renamed(stored: Mapping[str, GgufTensor], config: LlamaConfig) -> dict[str,
         new_name = layer_tensor_name(int(of_layer[1]), f"{module.path}.{of_layer[3]}")
         tensors[new_name] = replace(tensor, row_order=order)
     return tensors
+
+
+@dataclass(frozen=True)
+class _ZeroBias(ArrayTensor):
+    """A bias that a file leaves out.
+
+    Attributes:
+        file: The one that has none.
+    """
+
+    file: MappedFile
+
+
+def _absent_biases(tensors: Mapping[str, GgufTensor], config: LlamaConfig, file: MappedFile) -> dict[str, _ZeroBias]:
+    """Zeros for the biases that no layer has, where others do: a Hugging Face Llama has all of a block's, or none.
+
+    Models with biases of q, k and v alone are common. A bias that some layers have is expected in all of them.
+    """
+    stored = {parsed.tensor for parsed in map(parse_layer_tensor, tensors) if parsed}
+    absent = {module.bias_name for module in LLAMA_LAYER if module.bias} - stored
+    return {
+        name: _ZeroBias(np.zeros(shape, np.float32), file)
+        for name, shape in config.tensor_shapes().items()
+        for parsed in [parse_layer_tensor(name)]
+        if parsed is not None and parsed.tensor in absent
+    }
 
 
 def _half_split_order(heads: int, head_dim: int) -> np.ndarray:

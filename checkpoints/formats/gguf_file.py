@@ -8,7 +8,9 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -116,7 +118,9 @@ def _read_contents(cursor: _Cursor, file: MappedFile) -> GgufContents:
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r}, expected a power of two")
     data_start = -(-cursor.position // alignment) * alignment
-    return GgufContents(metadata, _tensors(entries, data_start, file))
+    tensors = _tensors(entries, data_start, file)
+    _check_places(tensors, alignment, file)
+    return GgufContents(metadata, tensors)
 
 
 @dataclass(frozen=True)
@@ -173,3 +177,23 @@ def _tensors(entries: list[_Entry], data_start: int, file: MappedFile) -> dict[s
             hint="the file is truncated or damaged: fetch it again",
         )
     return tensors
+
+
+def _check_places(tensors: Mapping[str, GgufTensor], alignment: int, file: MappedFile) -> None:
+    """Refuses tensors that share bytes, or start where no writer puts one: their offsets are damaged."""
+    in_order = sorted(tensors.items(), key=lambda item: item[1].offset)
+    problems = [
+        f"{name}: starts at byte {tensor.offset}, expected a multiple of {alignment}"
+        for name, tensor in in_order
+        if tensor.offset % alignment
+    ]
+    problems += [
+        f"{name}: starts at byte {tensor.offset}, inside {name_before}"
+        for (name_before, before), (name, tensor) in pairwise(in_order)
+        if tensor.offset < before.offset + before.stored_nbytes
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{file.path}: the tensors' places are not consistent\n  " + "\n  ".join(problems),
+            hint="the file is damaged: fetch it again",
+        )

@@ -13,8 +13,12 @@ from dlo_export.checkpoints.dtypes import FLOAT32, FLOATS, ElementType
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 
 FLOAT_TYPES: dict[str, ElementType] = {kind.safetensors: kind for kind in FLOATS}
-QUANTISED_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-
+# What gguf.quants dequantises. NVFP4 is left out: the scales of its tensors are tensors of their own.
+QUANTISED_TYPES = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4"),
+)
 # Elements dequantised together: as many as the intermediate arrays, several times that, stay in a core's cache.
 DEQUANTISED_AT_ONCE = 1 << 17
 

@@ -1,75 +1,93 @@
 """The tokenizer a GGUF file describes, in the form Hugging Face libraries load.
 
-Only byte-level BPE: the vocabulary and the merges are in the file, but how text is cut into words before merging is
-only named there (`tokenizer.ggml.pre`), so each name has to be known here.
+Two kinds: byte-level BPE (`tokenizer.ggml.model` is "gpt2"), whose merges are in the file, and SentencePiece ("llama"),
+whose merges follow from the scores in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models
 
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.json_file import save_json
+from dlo_export.checkpoints.tokenization.errors import UnknownTokenizerError
+from dlo_export.checkpoints.tokenization.sentencepiece import SentencePieceVocabulary
+from dlo_export.checkpoints.tokenization.special_tokens import TokenKind, add_boundary_tokens, keep_whole
+from dlo_export.checkpoints.tokenization.word_splitting import DEFAULT, WORD_SPLITTINGS, WordSplitting
 
 PREFIX = "tokenizer.ggml."
-# Kinds of token in tokenizer.ggml.token_type.
-CONTROL, USER_DEFINED = 3, 4
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word with the space or sign before it
-    r"|\p{N}{1,3}"  # digits by threes
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # signs, up to the end of the line
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # white space, leaving one space to the next word
-)
-SPLITTERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    # transformers 5.23 ignores this name when it converts GGUF, and joins spaces before digits that training did not.
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-    "llama-bpe": lambda: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
-}
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+# `tokenizer.ggml.model` of files that were made without a vocabulary.
+NO_VOCABULARY = (None, "no_vocab", "none")
 # Names of the special tokens in tokenizer_config.json, and in GGUF.
 ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+# What SentencePiece files that do not name them mean.
+SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
+# Tokens that end an answer: of the text, of a turn of a chat, of a message to a tool.
+ENDS = ("eos", "eot", "eom")
+
+
+def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
+    """Whether a file holds a vocabulary."""
+    return metadata.get(PREFIX + "model") not in NO_VOCABULARY
+
+
+def special_token_id(metadata: Mapping[str, Any], role: str) -> Any:
+    """The id a file gives a token ("bos", "eos", "eot", "padding", …), as it is stored; None if it has none."""
+    default = SENTENCEPIECE_IDS.get(role) if metadata.get(PREFIX + "model") == SENTENCEPIECE else None
+    return metadata.get(f"{PREFIX}{role}_token_id", default)
+
+
+def end_token_ids(metadata: Mapping[str, Any]) -> list[Any]:
+    """The ids that end generation, without duplicates, as they are stored."""
+    ids = [special_token_id(metadata, role) for role in ENDS]
+    return [index for place, index in enumerate(ids) if index is not None and index not in ids[:place]]
 
 
 class GgufTokenizer:
     """A tokenizer built from GGUF metadata.
 
     Args:
-        metadata: Of the file; must have `tokenizer.ggml.model`.
+        metadata: Of the file; `has_tokenizer` must be true of it.
         origin: The file, for messages.
 
+    Attributes:
+        tokens: The vocabulary, by id.
+        warnings: What a user should know about the conversion.
+
     Raises:
-        CheckpointError: The tokenizer is of an unknown kind, or its tables contradict each other.
+        UnknownTokenizerError: The tokenizer is of a kind that is not known here.
+        CheckpointError: Its tables contradict each other.
     """
 
     def __init__(self, metadata: Mapping[str, Any], origin: Path) -> None:
         self._metadata = metadata
         self._origin = origin
-        if self._get("model") != "gpt2":
-            raise self._error(f"{PREFIX}model is {self._get('model')!r}, expected 'gpt2' (byte-level BPE)")
-        if self._get("pre") not in list(SPLITTERS):
-            raise self._error(f"{PREFIX}pre is {self._get('pre')!r}, expected one of {', '.join(SPLITTERS)}")
-        self._tokens = self._strings("tokens")
+        self.warnings: list[str] = []
+        if self._get("model") not in (BYTE_LEVEL, SENTENCEPIECE):
+            raise self._unknown("model")
+        # llama.cpp gives empty tokens a name, too; there can be several.
+        self.tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(self._strings("tokens"))]
+        if len(set(self.tokens)) != len(self.tokens):
+            raise self._error(f"{PREFIX}tokens has {len(self.tokens) - len(set(self.tokens))} duplicates")
         self._special = {role: self._special_token(name) for role, name in ROLES.items()}
-        self._backend = self._build()
+        self._backend = self._byte_level() if self._get("model") == BYTE_LEVEL else self._sentencepiece()
+        self._backend.add_special_tokens([token for token in self._special.values() if token is not None])
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which also holds the chat template."""
         self._backend.save(str(folder / "tokenizer.json"))
         settings: dict[str, Any] = {
-            # The class that takes tokenizer.json as it is; GPT2Tokenizer would cut words its own way.
+            # The class that takes tokenizer.json as it is; GPT2Tokenizer and LlamaTokenizer build their own from it.
             "tokenizer_class": "PreTrainedTokenizerFast",
+            # transformers 4 would add token_type_ids, which the graph does not take.
+            "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
             **{role: token for role, token in self._special.items() if token is not None},
         }
@@ -83,42 +101,72 @@ class GgufTokenizer:
             settings["chat_template"] = template
         save_json(folder / "tokenizer_config.json", settings)
 
-    def _build(self) -> Tokenizer:
-        pre = self._get("pre")
-        vocabulary = {token: index for index, token in enumerate(self._tokens)}
-        if len(vocabulary) != len(self._tokens):
-            raise self._error(f"{PREFIX}tokens has {len(self._tokens) - len(vocabulary)} duplicates")
+    def _byte_level(self) -> Tokenizer:
+        splitting = self._word_splitting()
+        vocabulary = {token: index for index, token in enumerate(self.tokens)}
         try:
             merges = [_pair(merge) for merge in self._strings("merges")]
-            # Llama 3 takes a word that is a token as it is, even where the merges would not lead there.
-            backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+            backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=splitting.whole_words))
         except Exception as err:  # tokenizers raises nothing more specific
             raise self._error(f"{PREFIX}merges does not fit the tokens ({err})") from err
-        backend.pre_tokenizer = SPLITTERS[pre]()
+        backend.pre_tokenizer = splitting.pre_tokenizer()
         backend.decoder = decoders.ByteLevel()
-        # Without this they would be cut into pieces like any text.
-        backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in self._tokens_of(CONTROL)])
-        backend.add_tokens([AddedToken(t, normalized=False) for t in self._tokens_of(USER_DEFINED)])
-        bos = self._special["bos_token"]
-        if bos is not None and self._get("add_bos_token", pre == "llama-bpe"):
-            backend.post_processor = processors.TemplateProcessing(
-                single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, vocabulary[bos])]
-            )
+        keep_whole(backend, self.tokens, self._kinds)
+        self._add_boundary_tokens(backend, bos=splitting.adds_bos)
         return backend
 
-    def _tokens_of(self, kind: int) -> list[str]:
-        kinds = self._get("token_type", [0] * len(self._tokens))
-        if not isinstance(kinds, list) or len(kinds) != len(self._tokens):
-            raise self._error(f"{PREFIX}token_type does not have one entry for each of {len(self._tokens)} tokens")
-        return [token for token, its_kind in zip(self._tokens, kinds, strict=True) if its_kind == kind]
+    def _sentencepiece(self) -> Tokenizer:
+        vocabulary = SentencePieceVocabulary(
+            self.tokens,
+            self._numbers("scores", default=0.0),
+            self._kinds,
+            self._special["unk_token"],
+            space_prefix="always" if self._flag("add_space_prefix", default=True) else "never",
+            single_spaces=self._flag("remove_extra_whitespaces", default=False),
+        )
+        reason = vocabulary.inexact()
+        if reason:
+            self.warnings.append(
+                f"{self._origin}: some texts may become other tokens than in llama.cpp, because the tokenizer is "
+                f"SentencePiece and {reason}"
+            )
+        try:
+            backend = vocabulary.tokenizer()
+        except Exception as err:  # tokenizers raises nothing more specific
+            raise self._error(f"{PREFIX}tokens and {PREFIX}scores make no tokenizer ({err})") from err
+        self._add_boundary_tokens(backend, bos=True)
+        return backend
+
+    def _word_splitting(self) -> WordSplitting:
+        pre = self._get("pre")
+        if pre is None:
+            self.warnings.append(
+                f"{self._origin}: {PREFIX}pre is missing, so text is cut into words as llama.cpp does then "
+                f"({DEFAULT!r}), which may not be what the model was trained with"
+            )
+            pre = DEFAULT
+        if not isinstance(pre, str) or pre not in WORD_SPLITTINGS:
+            raise self._unknown("pre")
+        return WORD_SPLITTINGS[pre]
+
+    def _add_boundary_tokens(self, backend: Tokenizer, *, bos: bool) -> None:
+        add_boundary_tokens(
+            backend,
+            self._special["bos_token"] if self._flag("add_bos_token", default=bos) else None,
+            self._special["eos_token"] if self._flag("add_eos_token", default=False) else None,
+        )
+
+    @cached_property
+    def _kinds(self) -> Sequence[int]:
+        return self._numbers("token_type", default=TokenKind.NORMAL)
 
     def _special_token(self, name: str) -> str | None:
-        index = self._get(f"{name}_token_id")
+        index = special_token_id(self._metadata, name)
         if index is None:
             return None
-        if type(index) is not int or not 0 <= index < len(self._tokens):
-            raise self._error(f"{PREFIX}{name}_token_id is {index!r}, expected one of {len(self._tokens)} tokens")
-        return self._tokens[index]
+        if type(index) is not int or not 0 <= index < len(self.tokens):
+            raise self._error(f"{PREFIX}{name}_token_id is {index!r}, expected one of {len(self.tokens)} tokens")
+        return self.tokens[index]
 
     def _strings(self, name: str) -> list[str]:
         values = self._get(name)
@@ -126,8 +174,26 @@ class GgufTokenizer:
             raise self._error(f"{PREFIX}{name} is missing or not an array of strings")
         return values
 
+    def _numbers(self, name: str, *, default: float) -> list[Any]:
+        """One number for each token."""
+        values: Any = self._get(name, [default] * len(self.tokens))
+        if not isinstance(values, list) or len(values) != len(self.tokens):
+            raise self._error(f"{PREFIX}{name} does not have one entry for each of {len(self.tokens)} tokens")
+        if not all(isinstance(value, (int, float)) and isfinite(value) for value in values):
+            raise self._error(f"{PREFIX}{name} is not an array of finite numbers")
+        return values
+
+    def _flag(self, name: str, *, default: bool) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self._error(f"{PREFIX}{name} is {value!r}, expected true or false")
+        return value
+
     def _get(self, name: str, default: Any = None) -> Any:
         return self._metadata.get(PREFIX + name, default)
+
+    def _unknown(self, name: str) -> UnknownTokenizerError:
+        return UnknownTokenizerError(f"{self._origin}: {PREFIX}{name} is {self._get(name)!r}, which is not known here")
 
     def _error(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self._origin}: {text}", hint="export the original Hugging Face checkpoint instead")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.errors import CheckpointError, InputError
@@ -12,6 +13,9 @@ from dlo_export.checkpoints.files.json_file import read_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile, MappedTensor
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
 from dlo_export.checkpoints.llama_checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from dlo_export.checkpoints.tokenization.sentencepiece_folder import ConvertedTokenizer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -41,13 +45,15 @@ def open_folder(folder: Path) -> Checkpoint:
     sizes: dict[str, int] = defaultdict(int)
     for tensor in tensors.values():
         sizes[tensor.dtype.name] += tensor.nbytes
+    tokenizer = FolderTokenizer(folder)
     return Checkpoint(
         folder,
         config,
         tensors,
         stored_dtype=max(sizes, key=lambda name: sizes[name], default="float32"),
         files=files,
-        save_tokenizer=lambda target: copy_companions(folder, target),
+        save_tokenizer=tokenizer.save,
+        warnings=tokenizer.warnings,
     )
 
 
@@ -160,12 +166,58 @@ def _open_shards(folder: Path) -> tuple[list[MappedFile], dict[str, MappedTensor
     return files, tensors
 
 
-def copy_companions(folder: Path, target: Path) -> None:
-    """Copies the tokenizer's files, as far as there are any, into an existing folder.
+class FolderTokenizer:
+    """The tokenizer's files of a folder. A tokenizer.model without a tokenizer.json is converted: few can read it.
+
+    Args:
+        folder: A checkpoint's folder, or a foreign graph's.
+
+    Attributes:
+        warnings: What a user should know about the conversion.
 
     Raises:
-        CheckpointError: One of them is not a regular file of the folder.
+        CheckpointError: One of the files is damaged, or leads out of the folder.
     """
-    for name in COMPANIONS:
-        if (folder / name).exists() or (folder / name).is_symlink():
-            shutil.copyfile(file_inside(folder, name), target / name)
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._converted: ConvertedTokenizer | None = None
+        self.warnings: list[str] = []
+        if self._file("tokenizer.model") is not None and self._file("tokenizer.json") is None:
+            self._convert()
+
+    def save(self, target: Path) -> None:
+        """Copies the files, as far as there are any, into an existing folder.
+
+        Raises:
+            CheckpointError: One of them is not a regular file of the folder.
+        """
+        for name in COMPANIONS:
+            file = self._file(name)
+            if file is not None:
+                shutil.copyfile(file, target / name)
+        if self._converted is not None:
+            self._converted.save(target)
+
+    def _convert(self) -> None:
+        # Imported here because it is needed for such folders alone, and takes time.
+        from dlo_export.checkpoints.tokenization.errors import UnknownTokenizerError  # noqa: PLC0415
+        from dlo_export.checkpoints.tokenization.sentencepiece_folder import convert_sentencepiece  # noqa: PLC0415
+
+        try:
+            self._converted = convert_sentencepiece(self._file)
+        except UnknownTokenizerError as err:
+            self.warnings.append(
+                f"{err}: it is copied as it is, and what needs a tokenizer.json cannot read it (onnxruntime-genai, "
+                "transformers.js, `dlo bench`, `dlo calibrate`)"
+            )
+            return
+        if self._converted.inexact is not None:
+            self.warnings.append(
+                f"{self._folder / 'tokenizer.model'}: some texts may become other tokens by the tokenizer.json made of "
+                f"it, because {self._converted.inexact}"
+            )
+
+    def _file(self, name: str) -> Path | None:
+        path = self._folder / name
+        return file_inside(self._folder, name) if path.exists() or path.is_symlink() else None

@@ -58,6 +58,8 @@ def main(
     }
     reporter = Reporter(verbose=verbose)
     with open_checkpoint(model) as checkpoint:
+        for warning in checkpoint.warnings:
+            reporter.warn(warning)
         raw = checkpoint.config.raw
         plan = placements(
             method.value,

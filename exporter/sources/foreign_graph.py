@@ -21,7 +21,7 @@ from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.json_file import save_json
-from dlo_export.checkpoints.formats.huggingface_folder import copy_companions
+from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.sources.base_model import Refusal, Use
@@ -120,6 +120,15 @@ class ForeignGraph:
         """The graph, its layers findable, its external weights mapped, not read: a new one with every call."""
         return prepare_foreign(load_graph(self.path))
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What stands beside the graph and is not taken over as it is, for the user to be shown."""
+        return tuple(self._tokenizer.warnings)
+
+    @functools.cached_property
+    def _tokenizer(self) -> FolderTokenizer:
+        return FolderTokenizer(self.path.parent)
+
     @functools.cached_property
     def _layers(self) -> tuple[DecoderLayer, ...]:
         return find_decoder_layers(self._model.graph)
@@ -173,7 +182,7 @@ class ForeignGraph:
         generation_config = self.path.parent / "generation_config.json"
         if generation_config.is_file():
             shutil.copyfile(generation_config, folder / generation_config.name)
-        copy_companions(self.path.parent, folder)
+        self._tokenizer.save(folder)
 
     def close(self) -> None:
         """Nothing to unmap: onnx_ir releases its files with the model."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tokenizers import Tokenizer
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.depth.expansion import expansion_adapter
@@ -18,6 +19,7 @@ from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 from dlo_export.graph_passes.errors import DecoderLayersNotFound
+from tests.tiny_sentencepiece import train_sentencepiece
 
 GRAPH = Path(__file__).parents[1] / "data" / "optimum_llama" / "model.onnx"
 
@@ -96,3 +98,15 @@ def test_adapter_is_refused_when_it_is_for_another_model(tmp_path):
     save_adapter(DloAdapter("mlp", (True,), injected_layers=(), tensors=tensors), tmp_path / "adapter")
     with pytest.raises(ValueError, match="does not fit the model"):
         export_model(ExportRequest(str(GRAPH), tmp_path / "out", adapter=tmp_path / "adapter"), Reporter())
+
+
+def test_tokenizer_model_is_converted_when_it_stands_alone_beside_the_graph(tmp_path):
+    shutil.copytree(GRAPH.parent, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink(missing_ok=True)
+    model = train_sentencepiece(tmp_path / "model")
+    graph = open_foreign_graph(tmp_path / "model" / GRAPH.name)
+    assert graph.warnings == ()
+    (tmp_path / "out").mkdir()
+    graph.save_companions(tmp_path / "out")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert tokenizer.encode("Hello  world").ids == [model.bos_id(), *model.encode("Hello  world")]
