@@ -16,6 +16,7 @@ from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.output_check import check_output_folder
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
@@ -39,7 +40,7 @@ class CalibrationRequest:
         tokens: To fit on.
         evaluation_tokens: To measure on, from other documents.
         seed: Of the choice of documents to fit on.
-        force: Replace an existing output.
+        force: Replace an output of this program's.
     """
 
     model: str
@@ -99,6 +100,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
     Raises:
         ValueError: Of our packages: the model, the text or the settings are not usable.
     """
+    inputs = (Path(request.model), request.adapter, request.text)
+    check_output_folder(request.output, overwrite=request.force, inputs=inputs)
     source = open_source(request.model, request.adapter)
     try:
         if source.kind == "onnx":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,8 @@ import onnx_ir as ir
 from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import save_json
-from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.checkpoints.files.output_check import check_output_folder
+from dlo_export.checkpoints.files.whole_folder import keep_aside, whole_folder
 from dlo_export.exporter.artifact import MODEL_NAME, WEIGHTS_NAME, describe, save_description
 from dlo_export.exporter.genai_config import genai_config
 from dlo_export.exporter.pipeline import Lowering, build_model
@@ -55,7 +55,7 @@ class ExportRequest:
         lowering: What routed layers become, in model.onnx and in engines; "plugin" in engines only.
         parity: Compare with PyTorch before the artefact appears.
         weights: False leaves `model.onnx.data` out: a graph to look at.
-        force: Replace an existing output.
+        force: Replace an output of this program's.
         trt: Build TensorRT engines too; None builds none.
     """
 
@@ -68,6 +68,11 @@ class ExportRequest:
     weights: bool = True
     force: bool = False
     trt: TensorRtRequest | None = None
+
+    @property
+    def inputs(self) -> tuple[Path | None, ...]:
+        """What is read, as far as it is given and no hub id: never replaced."""
+        return Path(self.model), self.adapter, self.trt.plugin_library if self.trt is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +104,7 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         MachineError: The disk is full.
         ParityFailedError: The artefact is not equal to its reference.
     """
+    check_output_folder(request.output, overwrite=request.force, inputs=request.inputs)
     source = open_source(request.model, request.adapter)
     try:
         plan = _plan_engines(request, source)
@@ -219,10 +225,7 @@ def _run_parity(
     save_json(folder / "parity.json", report.to_json())
     if report.verdict == "FAIL":
         save_description(description, folder)
-        failed = request.output.with_name(f"{request.output.name}.failed")
-        if failed.exists():
-            shutil.rmtree(failed)
-        folder.rename(failed)
+        failed = keep_aside(folder, request.output.with_name(f"{request.output.name}.failed"), request.inputs)
         raise ParityFailedError(report, failed)
     return report.summary()
 

@@ -14,18 +14,25 @@ class FolderLock:
         folder: An existing folder.
         wait: Until another process gives it back.
 
+    Attributes:
+        is_held: False where the file system has no locks for folders (NFS): nothing can be told of others then.
+
     Raises:
         BlockingIOError: Another process holds it, and `wait` is not set.
-        OSError: There is no such folder, or its file system has no locks.
+        OSError: There is no such folder.
     """
 
     def __init__(self, folder: Path, *, wait: bool = False) -> None:
         self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BaseException:
+        except BlockingIOError:
             self.release()
             raise
+        except OSError:
+            self.is_held = False
+        else:
+            self.is_held = True
 
     def holds(self, folder: Path) -> bool:
         """Whether the folder of this name is still the one that is held."""

@@ -42,6 +42,8 @@ def _settle(leftover: Path, folder: Path, kind: str) -> None:
     lock = FolderLock(leftover)
     try:
         # Stopped between two renames, where the system cannot exchange folders: the old one is the whole one.
+        if not lock.is_held:
+            return
         if kind == REPLACED and is_ours(leftover) and not os.path.lexists(folder):
             leftover.rename(folder)
         elif lock.holds(leftover):

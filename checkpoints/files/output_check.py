@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -35,12 +36,7 @@ def check_output_folder(folder: Path, *, overwrite: bool = False, inputs: Iterab
     try:
         _check_place(folder)
         remove_leftovers(folder.parent)
-        if folder.is_symlink():
-            raise InputError(
-                f"output {folder}: is a link to {os.readlink(folder)}, expected a folder or nothing",
-                hint="give the folder itself, or another name",
-            )
-        if folder.exists():
+        if os.path.lexists(folder):
             _check_not_in_use(folder, [path for path in inputs if path is not None and path.exists()])
             check_replaceable(folder, overwrite=overwrite)
     except (OSError, ValueError) as err:  # too long a path, a null byte, too many links
@@ -56,6 +52,11 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
     Raises:
         FolderExistsError: So.
     """
+    if folder.is_symlink():
+        raise FolderExistsError(
+            f"output {folder}: is a link to {os.readlink(folder)}, expected a folder or nothing",
+            hint="give the folder itself, or another name",
+        )
     if not folder.is_dir():
         raise FolderExistsError(f"output {folder}: is a file, expected a folder or nothing", hint="choose another name")
     if not any(folder.iterdir()):
@@ -92,9 +93,13 @@ def _check_place(folder: Path) -> None:
             f"output {folder.name[:40]}…: the name has {len(os.fsencode(folder.name))} bytes, at most {room} fit here",
             hint="choose a shorter name",
         )
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(folder.with_name(folder.name + "x" * NAME_GROWTH))  # a path too long says so
 
 
 def _check_not_in_use(folder: Path, inputs: list[Path]) -> None:
+    if not folder.exists():
+        return
     for path in inputs:
         for read in _files_read(path):
             if any(os.path.samefile(folder, place) for place in (read, *read.parents)):

@@ -40,22 +40,17 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     folder = Path(folder)
     check_output_folder(folder, overwrite=overwrite)
-    with _reported(folder):
-        made = _make_parents(folder.parent)
-    try:
-        with _reported(folder):
+    with contextlib.ExitStack() as stack:
+        with uninterrupted(), _reported(folder):
+            stack.callback(_remove_empty, _make_parents(folder.parent))
             staging, lock = _new_staging(folder)
-        try:
-            yield staging
-            if staging.exists():  # else it was kept aside
-                with uninterrupted(), _reported(folder):
-                    list_files(staging)
-                    _put(staging, folder, overwrite=overwrite)
-        finally:
-            _discard(staging)
-            lock.release()
-    finally:
-        _remove_empty(made)
+            stack.callback(lock.release)
+            stack.callback(_discard, staging)
+        yield staging
+        if staging.exists():  # else it was kept aside
+            with uninterrupted(), _reported(folder):
+                list_files(staging)
+                _put(staging, folder, overwrite=overwrite)
 
 
 def keep_aside(staging: Path, wanted: Path, inputs: Iterable[Path | None] = ()) -> Path:
@@ -88,10 +83,13 @@ def _new_staging(folder: Path) -> tuple[Path, FolderLock]:
     while True:
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PARTIAL, dir=folder.parent))
         try:
-            # Another command that finds the folder before it is held takes it for a dead one's, and removes it.
             lock = FolderLock(staging, wait=True)
         except FileNotFoundError:
+            # Another command that finds the folder before it is held takes it for a dead one's, and removes it.
             continue
+        except BaseException:
+            _discard(staging)
+            raise
         try:
             if lock.holds(staging):
                 mark_unfinished(staging)

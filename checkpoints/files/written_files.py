@@ -120,8 +120,13 @@ def remove_written_files(folder: Path) -> None:
 
 def _entries(folder: Path) -> dict[str, Path]:
     """Everything in a folder and in its folders by relative name; links are not followed."""
-    paths = [Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files)]
+    walk = os.walk(folder, onerror=_raise)  # which would leave out what it cannot list
+    paths = [Path(place, name) for place, folders, files in walk for name in (*folders, *files)]
     return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _stamp(path: Path) -> dict[str, int]:

@@ -40,7 +40,7 @@ def main(
         Path | None, typer.Option(help="Adapter on the model; the output is then an adapter too.")
     ] = None,
     as_adapter: Annotated[bool, typer.Option("--as-adapter", help="Write the routers alone, as an adapter.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
 ) -> None:

@@ -35,7 +35,7 @@ def main(
     routers: Annotated[bool, typer.Option("--routers", help="Add an all-zero router to every layer.")] = False,
     as_adapter: Annotated[bool, typer.Option("--adapter", help="Write an adapter, not a checkpoint.")] = False,
     seed: Annotated[int, typer.Option(help="Of random inits.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
 ) -> None:
     """Deepen a checkpoint with new layers (TLI, DLO's interleave, LLaMA-Pro, depth up-scaling)."""
@@ -43,6 +43,7 @@ def main(
     from dlo_export.checkpoints.checkpoint_folder import save_checkpoint  # noqa: PLC0415
     from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter  # noqa: PLC0415
     from dlo_export.checkpoints.depth.placements import placements  # noqa: PLC0415
+    from dlo_export.checkpoints.files.output_check import check_output_folder  # noqa: PLC0415
     from dlo_export.checkpoints.opening import open_checkpoint  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
 
@@ -57,6 +58,7 @@ def main(
         "init": init,
     }
     reporter = Reporter(verbose=verbose)
+    check_output_folder(output, overwrite=force, inputs=[Path(model)])
     with open_checkpoint(model) as checkpoint:
         raw = checkpoint.config.raw
         plan = placements(

@@ -46,6 +46,15 @@ class CacheOption(StrEnum):
     GROWING = "growing"
 
 
+def default_output(model: str) -> Path:
+    """MODEL's name with -dlo, in the current folder; beside MODEL where its path has no name, `.` or `..`."""
+    path = Path(model)
+    if path.name in ("", ".."):
+        path = path.resolve()
+        return path.with_name(f"{path.name}-dlo") if path.name else path
+    return Path(f"{path.name.removesuffix('.gguf').removesuffix('.onnx')}-dlo")
+
+
 def main(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, .gguf or .onnx file, or hub id in the local cache.")],
     output: Annotated[
@@ -79,7 +88,7 @@ def main(
     trt_timeout: Annotated[float | None, typer.Option(help="Seconds per engine before a build is killed.")] = None,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Do not compare with PyTorch.")] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Leave model.onnx.data out.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print dlo_artifact.json to stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
@@ -106,7 +115,7 @@ def main(
     reporter = Reporter(verbose=verbose)
     request = ExportRequest(
         model=model,
-        output=output or Path(f"{Path(model).name.removesuffix('.gguf').removesuffix('.onnx')}-dlo"),
+        output=output or default_output(model),
         adapter=adapter,
         dtype=dtype.value,
         lowering=lowering.value,
