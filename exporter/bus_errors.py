@@ -6,12 +6,9 @@ import ctypes
 import os
 import signal
 
-from dlo_export.exporter.exit_codes import MACHINE
+from dlo_export.exporter.exit_codes import FILE_CUT_SHORT, MACHINE
 
-_MESSAGE = (
-    b"error: a file that is being read has become shorter, or its disk cannot be read\n\n"
-    b"hint: let nobody write to the model while it is read; what is half-written the next command removes\n"
-)
+_MESSAGE = f"error: {FILE_CUT_SHORT}\n".encode()
 
 
 def report_bus_errors() -> None:

@@ -32,7 +32,7 @@ def export_main() -> NoReturn:
 def _run(given: list[str], signals: StopSignals) -> int:
     from dlo_export.exporter.bus_errors import report_bus_errors  # noqa: PLC0415 - see above
     from dlo_export.exporter.exit_codes import BAD_INPUT, OUR_BUG, OUTPUT_LOST, exit_code, report_error  # noqa: PLC0415
-    from dlo_export.exporter.standard_streams import flush_stdout, is_stdout_gone, prepare_streams  # noqa: PLC0415
+    from dlo_export.exporter.standard_streams import is_stdout_gone, prepare_streams  # noqa: PLC0415
 
     prepare_streams()
     report_bus_errors()
@@ -41,7 +41,7 @@ def _run(given: list[str], signals: StopSignals) -> int:
         from dlo_export.exporter.app import app  # noqa: PLC0415
 
         code = app(given or ["--help"], prog_name="dlo", standalone_mode=False) or (0 if given else BAD_INPUT)
-        flush_stdout()
+        sys.stdout.flush()
     except BaseException as error:
         # Libraries turn a KeyboardInterrupt into errors of their own, so what counts is that a signal came.
         if signals.exit_code is not None:

@@ -18,8 +18,13 @@ _MACHINE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ETXTBSY),
     *(errno.EMFILE, errno.ENFILE, errno.EAGAIN),
+    errno.EFAULT,  # what a write says where reading the bytes from a mapped file would be a bus error
     *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT),
 }
+FILE_CUT_SHORT = (
+    "a file that is being read has become shorter, or its disk cannot be read"
+    "\n\nhint: let nobody write to the model while it is read; what is half-written the next command removes"
+)
 _GENERAL_HINTS = {
     BAD_INPUT: "mend what is named above; `dlo COMMAND --help` says what is expected",
     BUILD_FAILED: "run again with -v for the time and the messages of each stage",
@@ -61,6 +66,8 @@ def _text(error: BaseException | str) -> str:
             f"internal error: {type(error).__name__}: {error}"
             "\n\nhint: this is a bug of dlo-export; run again with -v for the traceback, and please report it"
         )
+    if isinstance(error, OSError) and error.errno == errno.EFAULT:
+        return FILE_CUT_SHORT
     if isinstance(error, OSError):
         text = f"{error.filename or 'disk'}: {error.strerror}"
     elif isinstance(error, MemoryError):

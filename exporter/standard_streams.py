@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
 
-class _ForgivingStream:
-    """A stream for messages: what nobody can read is dropped. What it cannot encode, it escapes."""
+class StdoutGoneError(BrokenPipeError):
+    """stdout cannot be written to; a broken pipe for whoever prints, since all know how to take that."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+
+class _Stream:
+    """A stream whose failures are handled in one place; in all else the stream it is made of.
+
+    Args:
+        stream: To write to.
+        is_needed: False for messages: what nobody can read is dropped. True for results: whatever the system says is a
+            StdoutGoneError.
+    """
+
+    def __init__(self, stream: TextIO, *, is_needed: bool) -> None:
+        self._stream, self._is_needed = stream, is_needed
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        with self._handled():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with self._handled():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _handled(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            if self._is_needed:
+                raise StdoutGoneError(err.errno, err.strerror) from err
 
 
 def prepare_streams() -> None:
@@ -33,38 +53,24 @@ def prepare_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open for as long as the process lives
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdout", "stderr"):
+        # Python has none where it was closed; this one is open for as long as the process lives.
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if isinstance(stream, io.TextIOWrapper):
             # A name or a token that the terminal's encoding lacks is no reason to fail.
             stream.reconfigure(errors="backslashreplace")
-    sys.stderr = cast(TextIO, _ForgivingStream(sys.stderr))
-
-
-def flush_stdout() -> None:
-    """Writes what is left, so that its failure is noticed here and not while Python exits.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    sys.stdout.flush()
+        setattr(sys, name, cast(TextIO, _Stream(stream, is_needed=name == "stdout")))
 
 
 def is_stdout_gone(error: BaseException) -> bool:
-    """Whether an error means that stdout cannot be written; if so, the rest of it is dropped."""
-    chain: list[BaseException] = [error]
+    """Whether an error means that stdout cannot be written; if so, what is left of it is dropped."""
+    link: BaseException | None = error
     # What prints, rich and typer, turns a broken pipe into a SystemExit of its own.
-    while chain[-1].__context__ is not None:
-        chain.append(chain[-1].__context__)
-    broken = any(isinstance(link, BrokenPipeError) for link in chain)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        broken = True
-    if broken:
-        with open(os.devnull, "w") as devnull, contextlib.suppress(OSError, ValueError):
-            os.dup2(devnull.fileno(), sys.__stdout__.fileno() if sys.__stdout__ is not None else 1)
-    return broken
+    while link is not None and not isinstance(link, StdoutGoneError):
+        link = link.__cause__ or link.__context__
+    if link is None:
+        return False
+    # Python writes what is left when it exits.
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    os.dup2(sys.stdout.fileno(), 1)
+    return True
