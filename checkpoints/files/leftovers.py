@@ -23,7 +23,9 @@ NAME_GROWTH = len(".") + len(".12345678") + len(PARTIAL)  # characters such a na
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Removes folders under way whose process is dead, as far as this program wrote them; puts back what was moved aside.
+    """Removes folders under way whose process is dead, and puts back what such a one had moved aside.
+
+    Only what this program wrote is removed.
 
     What cannot be locked, read or removed stays: another process, or another user, has it.
 

@@ -78,9 +78,7 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
 def _check_place(folder: Path) -> None:
     place = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
     if place.is_symlink() and not place.exists():
-        raise InputError(
-            f"output {folder}: {place} is a link to nothing", hint="mend the link, or give another folder"
-        )
+        raise InputError(f"output {folder}: {place} is a link to nothing", hint="mend the link, or give another folder")
     if not place.is_dir():
         raise InputError(f"output {folder}: {place} is a file, expected a folder", hint="give another folder")
     if not os.access(place, os.W_OK | os.X_OK):

@@ -210,7 +210,8 @@ def _reported(folder: Path) -> Iterator[None]:
         yield
     except OSError as err:
         raise MachineError(
-            f"{folder}: cannot be written: {err.strerror}", hint="mend that, or give another folder; nothing has changed"
+            f"{folder}: cannot be written: {err.strerror}",
+            hint="mend that, or give another folder; nothing has changed",
         ) from err
 
 

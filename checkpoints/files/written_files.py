@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 LIST_NAME = "dlo_files.json"
@@ -41,7 +43,7 @@ class _Written(NamedTuple):
     """Names of the files written into a folder, the one that tells so being the last, and their stamps where kept."""
 
     names: tuple[str, ...] = ()
-    stamps: dict[str, Any] = {}
+    stamps: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def folders(self) -> set[str]:

@@ -60,7 +60,9 @@ class Commands:
     def __init__(self):
         self._context = multiprocessing.get_context("forkserver")
         rooms = ("app", "export", "calibrate", "commands.expand")
-        self._context.set_forkserver_preload(["tests.exporter.test_signals", *(f"dlo_export.exporter.{r}" for r in rooms)])
+        self._context.set_forkserver_preload(
+            ["tests.exporter.test_signals", *(f"dlo_export.exporter.{r}" for r in rooms)]
+        )
 
     def start(self, arguments, messages):
         """Starts one, its messages going to a file, and returns when it is about to begin."""
