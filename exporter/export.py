@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
-from dlo_export.checkpoints.files.json_file import save_json
+from dlo_export.checkpoints.files.json_file import finite, save_json
 from dlo_export.checkpoints.files.output_check import check_output_folder
 from dlo_export.checkpoints.files.whole_folder import keep_aside, whole_folder
 from dlo_export.exporter.artifact import MODEL_NAME, WEIGHTS_NAME, describe, save_description
@@ -222,7 +222,7 @@ def _run_parity(
         graphs = [engine.options for engine in plan.engines] if plan is not None else []
         report = check_parity(source, folder, description, graphs)
     description["parity"] = {"verdict": report.verdict, **({"reason": report.reason} if report.reason else {})}
-    save_json(folder / "parity.json", report.to_json())
+    save_json(folder / "parity.json", finite(report.to_json()))
     if report.verdict == "FAIL":
         save_description(description, folder)
         failed = keep_aside(folder, request.output.with_name(f"{request.output.name}.failed"), request.inputs)

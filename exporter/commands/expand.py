@@ -34,7 +34,7 @@ def main(
     init: Annotated[str | None, typer.Option(help="tli, interleave: zero_out, copy, linear, slerp or random.")] = None,
     routers: Annotated[bool, typer.Option("--routers", help="Add an all-zero router to every layer.")] = False,
     as_adapter: Annotated[bool, typer.Option("--adapter", help="Write an adapter, not a checkpoint.")] = False,
-    seed: Annotated[int, typer.Option(help="Of random inits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of random inits.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,10 +19,11 @@ def main(
 ) -> None:
     """Show layers, bytes per part and operators of an artefact or any ONNX graph."""
     from dlo_export.exporter.inspection import inspect_model  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
 
     inspection = inspect_model(path)
     if as_json:
-        typer.echo(json.dumps(inspection.to_json(), indent=2))
+        print_json(inspection.to_json())
     else:
         _print_tables(inspection)
 

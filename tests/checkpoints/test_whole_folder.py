@@ -246,7 +246,7 @@ class SystemCalls:
 
 
 @pytest.fixture
-def quick_folder(tmp_path):
+def tmp_path(tmp_path):
     """In memory, where there is such a file system: these tests have the disk hold hundreds of folders."""
     if not Path("/dev/shm").is_dir():
         yield tmp_path
@@ -257,13 +257,13 @@ def quick_folder(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO], ids=errno.errorcode.get)
 @pytest.mark.parametrize("exchanging", [True, False], ids=["exchange", "renames"])
-def test_whole_folder_is_old_or_new_when_any_system_call_fails(quick_folder, monkeypatch, number, exchanging):
+def test_whole_folder_is_old_or_new_when_any_system_call_fails(tmp_path, monkeypatch, number, exchanging):
     def refuse():
         raise OSError(number, os.strerror(number))
 
     which, codes = 0, []
     while True:
-        out = quick_folder / str(which) / "out"
+        out = tmp_path / str(which) / "out"
         write(out, OLD)
         with monkeypatch.context() as patch:
             calls = SystemCalls(patch, which, refuse, exchanging=exchanging)
@@ -290,10 +290,10 @@ def write_and_be_killed(out, which, exchanging):
 
 
 @pytest.mark.parametrize("exchanging", [True, False], ids=["exchange", "renames"])
-def test_whole_folder_is_old_or_new_when_killed_before_any_system_call(quick_folder, exchanging):
+def test_whole_folder_is_old_or_new_when_killed_before_any_system_call(tmp_path, exchanging):
     which, context = 0, multiprocessing.get_context("fork")
     while True:
-        out = quick_folder / str(which) / "out"
+        out = tmp_path / str(which) / "out"
         write(out, OLD)
         process = context.Process(target=write_and_be_killed, args=(out, which, exchanging))
         process.start()
