@@ -26,24 +26,25 @@ def printable(text: str) -> str:
         body, hint = hint, ""
     lines, kept, rows = body.split("\n"), [], 0
     for number, line in enumerate(lines):
-        shown = _shortened(_escaped(line))
+        shown = _shortened(escaped(line))
         rows += _rows(shown)
         if rows > _ROWS and number:
             kept.append(f"  … and {len(lines) - number} more lines")
             break
         kept.append(shown)
-    return "\n".join(kept) + (f"{_HINT}{_shortened(_escaped(hint))}" if hint else "")
+    return "\n".join(kept) + (f"{_HINT}{_shortened(escaped(hint))}" if hint else "")
 
 
-def _rows(line: str) -> int:
-    return max(1, -(-len(line) // _COLUMNS))
-
-
-def _escaped(line: str) -> str:
+def escaped(line: str) -> str:
+    """A line of text with what could steer a terminal, or hide what it says, written as escapes."""
     return "".join(
         character.encode("unicode_escape").decode() if unicodedata.category(character) in _UNPRINTABLE else character
         for character in line
     )
+
+
+def _rows(line: str) -> int:
+    return max(1, -(-len(line) // _COLUMNS))
 
 
 def _shortened(line: str) -> str:

@@ -26,9 +26,7 @@ def main(
     text: Annotated[
         Path | None, typer.Option(help="File or folder of .txt; Python's own documentation by default.")
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=MAX_THREADS, help="Of ONNX Runtime; its own choice by default.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="Of ONNX Runtime.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of the table.")] = False,
 ) -> None:
     """Time prefill and decode of artefacts in alternating blocks, with their active rates on real text."""

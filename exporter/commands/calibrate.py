@@ -27,7 +27,7 @@ def main(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, .gguf file, or hub id in the local cache.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Routed checkpoint (or adapter) to make.")],
     target: Annotated[
-        float, typer.Option(callback=finite, help="Share of tokens whose MLP is to run, over the original layers.")
+        float, typer.Option(callback=finite, help="Share of tokens whose MLP runs, over the original layers.")
     ] = 0.9,
     labels: Annotated[
         Labels, typer.Option(help="Share the skips out over all layers by similarity, or evenly.")

@@ -87,7 +87,7 @@ def main(
     trt_split: Annotated[bool, typer.Option("--trt-split", help="Two engines, prefill and decode.")] = False,
     trt_plugin_library: Annotated[Path | None, typer.Option(help="libdlo_plugins.so, for --lowering plugin.")] = None,
     trt_timeout: Annotated[
-        float | None, typer.Option(callback=positive, help="Seconds per engine before a build is killed.")
+        float | None, typer.Option(callback=positive, help="Seconds before a build is killed.")
     ] = None,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Do not compare with PyTorch.")] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Leave model.onnx.data out.")] = False,

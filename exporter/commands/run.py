@@ -22,14 +22,10 @@ def main(
     max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, callback=finite, help="0 takes the most likely token.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among so many tokens; 0 for all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, callback=finite, help="Sample among this share of probability.")
-    ] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, callback=finite, help="Sample among this share.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, chat template or not.")] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=MAX_THREADS, help="Of ONNX Runtime; its own choice by default.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="Of ONNX Runtime.")] = None,
     trt: Annotated[
         bool, typer.Option("--trt", help="Run the TensorRT engine; it does not tell its active rate.")
     ] = False,
