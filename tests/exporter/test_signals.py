@@ -5,7 +5,6 @@ DLO_TEST_MOMENTS is how many moments of each command's run are tried with each s
 
 import contextlib
 import hashlib
-import multiprocessing
 import os
 import pty
 import shutil
@@ -18,8 +17,8 @@ import pytest
 
 from dlo_export.checkpoints.files.output_check import check_output_folder
 from dlo_export.checkpoints.files.written_files import LIST_NAME
-from dlo_export.exporter.cli import main
 from dlo_export.exporter.exit_codes import DONE, INTERRUPTED, MACHINE, OUTPUT_LOST, TERMINATED
+from tests.exporter import forked_commands
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 MOMENTS = int(os.environ.get("DLO_TEST_MOMENTS", "5"))
@@ -54,41 +53,8 @@ def digests(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-class Commands:
-    """Runs commands in processes that have everything imported, so that moments are moments of their work."""
-
-    def __init__(self):
-        self._context = multiprocessing.get_context("forkserver")
-        rooms = ("app", "export", "calibrate", "commands.expand")
-        self._context.set_forkserver_preload(
-            ["tests.exporter.test_signals", *(f"dlo_export.exporter.{r}" for r in rooms)]
-        )
-
-    def start(self, arguments, messages):
-        """Starts one, its messages going to a file, and returns when it is about to begin."""
-        ready, begins = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=run, args=([*map(str, arguments)], messages, begins))
-        process.start()
-        ready.recv()
-        return process
-
-
-def run(arguments, messages, begins):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a process that has just started
-    descriptor = os.open(messages, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    begins.send(None)
-    main(arguments)
-
-
-@pytest.fixture(scope="module")
-def commands():
-    return Commands()
-
-
 @pytest.fixture(scope="module", params=COMMANDS)
-def command(request, commands, tmp_path_factory):
+def command(request, tmp_path_factory):
     """Arguments of a command but for its output, an old output, what the old and the new consist of, and seconds."""
     folder = tmp_path_factory.mktemp(request.param)
     routed = [True, False, True] if request.param == "export" else None
@@ -100,11 +66,10 @@ def command(request, commands, tmp_path_factory):
     if request.param == "calibrate":
         new = [*old, *new]
     for name, given in (("old", old), ("new", new)):
-        process = commands.start([request.param, model, "-o", folder / name, *given], folder / "messages")
         began = time.monotonic()
-        process.join()
-        assert process.exitcode == DONE, (folder / "messages").read_text()
-    seconds = time.monotonic() - began
+        result = forked_commands.run(request.param, model, "-o", folder / name, *given, messages=folder / "messages")
+        seconds = time.monotonic() - began
+        assert result.returncode == DONE, result.stderr
     made = [digests(folder / name) for name in ("old", "new")]
     assert made[0] != made[1]
     return [request.param, model, *new], folder / "old", made, seconds
@@ -112,21 +77,21 @@ def command(request, commands, tmp_path_factory):
 
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
-def test_command_leaves_old_or_new_when_a_signal_comes_at_any_moment(commands, command, tmp_path, number, twice):
+def test_command_leaves_old_or_new_when_a_signal_comes_at_any_moment(command, tmp_path, number, twice):
     if twice and number == signal.SIGKILL:
         pytest.skip("nobody is killed twice")
     arguments, old, made, seconds = command
     for moment in range(MOMENTS):
-        out, messages = tmp_path / str(moment) / "out", tmp_path / f"{moment}.txt"
+        out, messages = tmp_path / str(moment) / "out", tmp_path / str(moment)
         shutil.copytree(old, out)
-        process = commands.start([*arguments, "-o", out, "--force"], messages)
+        process = forked_commands.start([*arguments, "-o", out, "--force"], messages)
         time.sleep(seconds * (moment + 0.5) / MOMENTS)
         for _ in range(1 + twice):
             # Between the end of a process and its parent's notice of it there is nobody to signal.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
         process.join(60)
-        said = f"moment {moment}: {messages.read_text()}"
+        said = f"moment {moment}: {forked_commands.ended(process, messages).stderr}"
         # Before the command has begun, a signal ends it as it ends any program.
         assert process.exitcode in (ENDINGS[number], -number, DONE), said
         assert "Traceback" not in said
