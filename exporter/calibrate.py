@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.files.output_check import check_output_folder
+from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
@@ -113,6 +114,10 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
         assert source.base.config is not None, "a checkpoint has a configuration"
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if not n.startswith("model.routers.")}
+            if source.adapter is None and not request.as_adapter:
+                check_output_space(
+                    request.output, sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+                )
             config = {**source.base.config.raw, **source.config_values(), "is_dlo": False}
             model = llama_dlo_from_tensors(config | {"rescale_hidden_states": False}, tensors)
         with reporter.count("routers") as progress:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlo_export.checkpoints.errors import InputError, MachineError
+from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.leftovers import NAME_GROWTH, remove_leftovers
 from dlo_export.checkpoints.files.written_files import is_ours, unfamiliar_files
 
@@ -46,6 +47,19 @@ def check_output_folder(folder: Path, *, overwrite: bool = False, inputs: Iterab
         raise InputError(f"output {folder}: {reason}", hint="choose another name") from err
 
 
+def check_output_space(folder: Path, needed: int) -> None:
+    """Refuses to start what the disk of the folder to make cannot hold.
+
+    Args:
+        folder: To be made, see `check_output_folder`.
+        needed: Bytes.
+
+    Raises:
+        MachineError: There is less room.
+    """
+    check_disk_space(_existing_place(folder), needed, folder, "the weights need")
+
+
 def check_replaceable(folder: Path, *, overwrite: bool) -> None:
     """Refuses a folder that holds something, unless it may be replaced and holds only what this program wrote.
 
@@ -76,7 +90,7 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
 
 
 def _check_place(folder: Path) -> None:
-    place = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+    place = _existing_place(folder)
     if place.is_symlink() and not place.exists():
         raise InputError(f"output {folder}: {place} is a link to nothing", hint="mend the link, or give another folder")
     if not place.is_dir():
@@ -93,6 +107,11 @@ def _check_place(folder: Path) -> None:
         )
     with contextlib.suppress(FileNotFoundError):
         os.lstat(folder.with_name(folder.name + "x" * NAME_GROWTH))  # a path too long says so
+
+
+def _existing_place(folder: Path) -> Path:
+    """The innermost of a folder's parents that is there."""
+    return next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
 
 
 def _check_not_in_use(folder: Path, inputs: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +44,7 @@ def main(
     from dlo_export.checkpoints.checkpoint_folder import save_checkpoint  # noqa: PLC0415
     from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter  # noqa: PLC0415
     from dlo_export.checkpoints.depth.placements import placements  # noqa: PLC0415
-    from dlo_export.checkpoints.files.output_check import check_output_folder  # noqa: PLC0415
+    from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space  # noqa: PLC0415
     from dlo_export.checkpoints.opening import open_checkpoint  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
 
@@ -72,9 +73,13 @@ def main(
             with reporter.stage("adapter"):
                 save_adapter(adapter, output, overwrite=force)
         else:
+            tensors = expanded_tensors(checkpoint.tensors, plan, **options)
+            check_output_space(
+                output, sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+            )
             with reporter.bytes("checkpoint") as progress:
                 save_checkpoint(
-                    expanded_tensors(checkpoint.tensors, plan, **options),
+                    tensors,
                     output,
                     save_companions=checkpoint.save_companions,
                     config_changes=expanded_config(raw, plan, zero_routers=routers),

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from dlo_export.exporter.commands.export import default_output
-from dlo_export.exporter.exit_codes import BAD_INPUT, DONE
+from dlo_export.exporter.exit_codes import BAD_INPUT, DONE, MACHINE
 from dlo_export.exporter.export import ExportRequest, ParityFailedError, export_model
 from dlo_export.exporter.progress import Reporter
 from tests.exporter import forked_commands
-from tests.tiny_models import save_tiny_llama
+from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 COMMANDS = ("export", "expand", "calibrate")
 
@@ -89,6 +89,23 @@ def test_expand_replaces_its_adapter_when_forced(dlo, tmp_path, model):
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert len(config["injected_layers"]) == 1
     assert sorted(os.listdir(tmp_path / "out")) == ["adapter.safetensors", "adapter_config.json"]
+
+
+@pytest.mark.parametrize("command", ["expand", "calibrate"])
+def test_command_refuses_its_output_before_the_work_when_its_disk_is_too_small(dlo, tmp_path, command):
+    """A file system of 64 kB, where one can be mounted."""
+    model = save_tiny_llama(tmp_path / "model", hidden=64, vocab=BYTE_VOCABULARY, tokenizer=True)
+    (tmp_path / "small").mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path / "small")]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        result = dlo(command, model, "-o", tmp_path / "small" / "out")
+        assert result.returncode == MACHINE, result.stderr
+        assert "MB free, the weights need" in result.stderr
+        assert os.listdir(tmp_path / "small") == []
+    finally:
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
 
 
 class DamagingReporter(Reporter):
