@@ -115,9 +115,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if not n.startswith("model.routers.")}
             if source.adapter is None and not request.as_adapter:
-                check_output_space(
-                    request.output, sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
-                )
+                sizes = [math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values()]
+                check_output_space(request.output, sum(sizes))
             config = {**source.base.config.raw, **source.config_values(), "is_dlo": False}
             model = llama_dlo_from_tensors(config | {"rescale_hidden_states": False}, tensors)
         with reporter.count("routers") as progress:

@@ -74,9 +74,8 @@ def main(
                 save_adapter(adapter, output, overwrite=force)
         else:
             tensors = expanded_tensors(checkpoint.tensors, plan, **options)
-            check_output_space(
-                output, sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
-            )
+            sizes = [math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values()]
+            check_output_space(output, sum(sizes))
             with reporter.bytes("checkpoint") as progress:
                 save_checkpoint(
                     tensors,

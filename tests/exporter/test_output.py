@@ -91,7 +91,7 @@ def test_expand_replaces_its_adapter_when_forced(dlo, tmp_path, model):
     assert sorted(os.listdir(tmp_path / "out")) == ["adapter.safetensors", "adapter_config.json"]
 
 
-@pytest.mark.parametrize("command", ["expand", "calibrate"])
+@pytest.mark.parametrize("command", [("expand", "--every", "1"), ("calibrate",)], ids=["expand", "calibrate"])
 def test_command_refuses_its_output_before_the_work_when_its_disk_is_too_small(dlo, tmp_path, command):
     """A file system of 64 kB, where one can be mounted."""
     model = save_tiny_llama(tmp_path / "model", hidden=64, vocab=BYTE_VOCABULARY, tokenizer=True)
@@ -100,7 +100,7 @@ def test_command_refuses_its_output_before_the_work_when_its_disk_is_too_small(d
     if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
         pytest.skip("file systems cannot be mounted here")
     try:
-        result = dlo(command, model, "-o", tmp_path / "small" / "out")
+        result = dlo(*command, model, "-o", tmp_path / "small" / "out")
         assert result.returncode == MACHINE, result.stderr
         assert "MB free, the weights need" in result.stderr
         assert os.listdir(tmp_path / "small") == []
