@@ -6,13 +6,13 @@ import re
 import unicodedata
 
 _COLUMNS = 80
-_LINE_CHARACTERS = 4 * _COLUMNS  # of one line, shown as four
+_LINE_CHARACTERS, _HINT_CHARACTERS = 8 * _COLUMNS, 4 * _COLUMNS  # of one line, shown as eight or four
 _ROWS = 16  # of a message, its hint apart
 _HINT = "\n\nhint: "
 # Controls, formats (which reorder text), private characters, lone surrogates.
 _UNPRINTABLE = {"Cc", "Cf", "Co", "Cs"}
 # Names in quotes or not, numbers, words: a value longer than this is no word.
-_LONG_WORD = re.compile(r"\S{161,}")
+_LONG_WORD = re.compile(r"\S{241,}")
 
 
 def printable(text: str) -> str:
@@ -26,13 +26,13 @@ def printable(text: str) -> str:
         body, hint = hint, ""
     lines, kept, rows = body.split("\n"), [], 0
     for number, line in enumerate(lines):
-        shown = _shortened(escaped(line))
+        shown = _shortened(escaped(line), _LINE_CHARACTERS)
         rows += _rows(shown)
         if rows > _ROWS and number:
             kept.append(f"  … and {len(lines) - number} more lines")
             break
         kept.append(shown)
-    return "\n".join(kept) + (f"{_HINT}{_shortened(escaped(hint))}" if hint else "")
+    return "\n".join(kept) + (f"{_HINT}{_shortened(escaped(hint), _HINT_CHARACTERS)}" if hint else "")
 
 
 def escaped(line: str) -> str:
@@ -47,9 +47,9 @@ def _rows(line: str) -> int:
     return max(1, -(-len(line) // _COLUMNS))
 
 
-def _shortened(line: str) -> str:
-    line = _LONG_WORD.sub(lambda word: _cut(word[0], 120), line)
-    return _cut(line, _LINE_CHARACTERS)
+def _shortened(line: str, most: int) -> str:
+    line = _LONG_WORD.sub(lambda word: _cut(word[0], 160), line)
+    return _cut(line, most)
 
 
 def _cut(text: str, length: int) -> str:
