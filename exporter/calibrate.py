@@ -16,6 +16,7 @@ from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
@@ -40,7 +41,7 @@ class CalibrationRequest:
         tokens: To fit on.
         evaluation_tokens: To measure on, from other documents.
         seed: Of the choice of documents to fit on.
-        force: Replace an existing output.
+        force: Replace an output of this program's.
     """
 
     model: str
@@ -100,6 +101,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
     Raises:
         ValueError: Of our packages: the model, the text or the settings are not usable.
     """
+    inputs = (Path(request.model), request.adapter, request.text)
+    check_output_folder(request.output, overwrite=request.force, inputs=inputs)
     source = open_source(request.model, request.adapter)
     try:
         check_use(source.base, "calibration")
@@ -108,6 +111,9 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
         text = source_text(source, request)
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if not n.startswith("model.routers.")}
+            if source.adapter is None and not request.as_adapter:
+                sizes = [tensor.nbytes for tensor in tensors.values()]
+                check_output_space(request.output, sum(sizes))
             config = {**source.config_json(), "is_dlo": False}
             model = llama_dlo_from_tensors(config | {"rescale_hidden_states": False}, tensors)
         with reporter.count("routers") as progress:

@@ -6,11 +6,30 @@ import errno
 import sys
 
 from dlo_export.checkpoints.errors import DloError
+from dlo_export.exporter.messages import printable
 
-DONE, PARITY_FAILED, BAD_INPUT, BUILD_FAILED, MACHINE, OUR_BUG, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
+DONE, PARITY_FAILED, BAD_INPUT, BUILD_FAILED, MACHINE, OUR_BUG = 0, 1, 2, 3, 4, 70
+INTERRUPTED, OUTPUT_LOST, TERMINATED = 130, 141, 143
 
 # What the `torch` extra installs; every command that needs it says so by failing to import it.
 _EXTRA_PACKAGES = {"torch", "transformers", "jinja2", "accelerate"}
+# What the system refuses for reasons of its own: room, rights, limits, devices.
+_MACHINE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ETXTBSY),
+    *(errno.EMFILE, errno.ENFILE, errno.EAGAIN),
+    errno.EFAULT,  # what a write says where reading the bytes from a mapped file would be a bus error
+    *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT),
+}
+FILE_CUT_SHORT = (
+    "a file that is being read has become shorter, or its disk cannot be read"
+    "\n\nhint: let nobody write to the model while it is read; what is half-written the next command removes"
+)
+_GENERAL_HINTS = {
+    BAD_INPUT: "mend what is named above; `dlo COMMAND --help` says what is expected",
+    BUILD_FAILED: "run again with -v for the time and the messages of each stage",
+    MACHINE: "mend that and run again",
+}
 
 
 def exit_code(error: BaseException) -> int:
@@ -26,21 +45,38 @@ def exit_code(error: BaseException) -> int:
         return BAD_INPUT
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRA_PACKAGES:
         return MACHINE
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE_ERRORS):
         return MACHINE
     return OUR_BUG
 
 
 def report_error(error: BaseException | str) -> None:
-    """Prints an error to stderr, without a traceback."""
-    text = str(error)
+    """Prints an error to stderr, without a traceback, on one screen at most."""
+    print(f"error: {printable(_text(error))}", file=sys.stderr)
+
+
+def _text(error: BaseException | str) -> str:
+    if isinstance(error, str):
+        return error
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRA_PACKAGES:
-        text = f"this command needs {error.name}, which is not installed\n\nhint: pip install 'dlo-export[torch]'"
-    elif isinstance(error, BaseException) and exit_code(error) == OUR_BUG and not isinstance(error, DloError):
-        text = (
+        return f"this command needs {error.name}, which is not installed\n\nhint: pip install 'dlo-export[torch]'"
+    code = exit_code(error)
+    if code == OUR_BUG and not isinstance(error, DloError):
+        return (
             f"internal error: {type(error).__name__}: {error}"
             "\n\nhint: this is a bug of dlo-export; run again with -v for the traceback, and please report it"
         )
-    elif isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno == errno.EFAULT:
+        return FILE_CUT_SHORT
+    if isinstance(error, OSError):
         text = f"{error.filename or 'disk'}: {error.strerror}"
-    print(f"error: {text}", file=sys.stderr)
+    elif isinstance(error, MemoryError):
+        text = "memory is exhausted"
+    elif usage := getattr(error, "format_message", None):  # typer's own errors, which name the option
+        context = getattr(error, "ctx", None)
+        command = "dlo" if context is None else context.command_path
+        return f"{usage()}\n\nhint: `{command} --help` lists the options"
+    else:
+        text = str(error)
+    general = _GENERAL_HINTS.get(code)
+    return text if general is None or "hint:" in text else f"{text}\n\nhint: {general}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import shutil
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,8 +11,9 @@ import onnx_ir as ir
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import DloError, InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
-from dlo_export.checkpoints.files.json_file import save_json
-from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.checkpoints.files.json_file import finite, save_json
+from dlo_export.checkpoints.files.output_check import check_output_folder
+from dlo_export.checkpoints.files.whole_folder import keep_aside, whole_folder
 from dlo_export.exporter.artifact import complete_description, describe
 from dlo_export.exporter.genai_config import genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype
@@ -65,7 +65,7 @@ class ExportRequest:
             the same where ONNX Runtime has it, else what "auto" chooses.
         parity: Compare with PyTorch before the artefact appears.
         weights: False leaves `model.onnx.data` out: a graph to look at.
-        force: Replace an existing output.
+        force: Replace an output of this program's.
         trt: Build TensorRT engines too; None builds none.
 
     Raises:
@@ -85,6 +85,11 @@ class ExportRequest:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_CHOICES:
             raise InputError(f"--dtype {self.dtype}: no such type", hint=f"choose one of {', '.join(DTYPE_CHOICES)}")
+
+    @property
+    def inputs(self) -> tuple[Path | None, ...]:
+        """What is read, as far as it is given and no hub id: never replaced."""
+        return Path(self.model), self.adapter, self.trt.plugin_library if self.trt is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +121,7 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         MachineError: The disk is full.
         ParityFailedError: The artefact is not equal to its reference.
     """
+    check_output_folder(request.output, overwrite=request.force, inputs=request.inputs)
     source = open_source(request.model, request.adapter)
     try:
         for warning in source.base.warnings:
@@ -208,13 +214,10 @@ def _run_parity(
         graphs = [engine.options for engine in plan.engines] if plan is not None else []
         report = check_parity(source, folder, description, graphs)
     parity = ParityVerdict(report.verdict, report.reason or None)
-    save_json(folder / "parity.json", report.to_json())
+    save_json(folder / "parity.json", finite(report.to_json()))
     if report.verdict == "FAIL":
         complete_description(dataclasses.replace(description, parity=parity), folder)
-        failed = request.output.with_name(f"{request.output.name}.failed")
-        if failed.exists():
-            shutil.rmtree(failed)
-        folder.rename(failed)
+        failed = keep_aside(folder, request.output.with_name(f"{request.output.name}.failed"), request.inputs)
         raise ParityFailedError(report, failed)
     return parity, report.summary()
 

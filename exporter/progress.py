@@ -17,6 +17,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from dlo_export.exporter.messages import printable
+
 
 class Reporter:
     """Tells the user what a long command is doing.
@@ -63,11 +65,11 @@ class Reporter:
     def detail(self, text: str) -> None:
         """A line for those who asked for details."""
         if self._verbose:
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(printable(text), highlight=False, markup=False)
 
     def warn(self, text: str) -> None:
         """A line everyone gets."""
-        self.console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"warning: {printable(text)}", highlight=False, markup=False, soft_wrap=True)
 
     def _done(self, name: str, start: float) -> None:
         self.detail(f"{name}: {time.perf_counter() - start:.2f} s")

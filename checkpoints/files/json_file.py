@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,3 +47,14 @@ def json_text(values: Mapping[str, Any]) -> str:
 def save_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a JSON object as `json_text`, with a final newline."""
     path.write_text(json_text(values) + "\n", encoding="utf-8")
+
+
+def finite(values: Any) -> Any:
+    """JSON values with null for NaN and infinity, which JSON cannot say."""
+    if isinstance(values, float):
+        return values if math.isfinite(values) else None
+    if isinstance(values, Mapping):
+        return {key: finite(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [finite(value) for value in values]
+    return values

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from dlo_export.exporter.commands.numbers import MAX_THREADS
 
 NAME = "bench"
 SEQUENCE = 512
@@ -25,13 +26,14 @@ def main(
     text: Annotated[
         Path | None, typer.Option(help="File or folder of .txt; Python's own documentation by default.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; its own choice by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="Of ONNX Runtime.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="First compare all files with their hashes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of the table.")] = False,
 ) -> None:
     """Time prefill and decode of artefacts in alternating blocks, with their active rates on real text."""
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.artifact_runner import open_artifact  # noqa: PLC0415
+    from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.runtimes.artefact.description import load_description, mean_active_rates  # noqa: PLC0415
     from dlo_export.runtimes.bench import Subject, Workload, compare_speed, ratio  # noqa: PLC0415
@@ -64,7 +66,7 @@ def main(
         row["active_rate"] = mean_active_rates(description, measured.active_rate)
         rows.append(row)
     if as_json:
-        typer.echo(json.dumps({"workload": vars(workload), "artefacts": rows}))
+        print_json({"workload": vars(workload), "artefacts": rows}, indent=None)
     else:
         _print_table(rows, workload)
 

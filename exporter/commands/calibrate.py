@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from dlo_export.exporter.commands.numbers import finite
 
 if TYPE_CHECKING:
     from dlo_export.exporter.calibrate import CalibrationResult
@@ -25,7 +26,9 @@ class Labels(StrEnum):
 def main(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, .gguf file, or hub id in the local cache.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Routed checkpoint (or adapter) to make.")],
-    target: Annotated[float, typer.Option(help="Share of tokens whose MLP is to run, over the original layers.")] = 0.9,
+    target: Annotated[
+        float, typer.Option(callback=finite, help="Share of tokens whose MLP runs, over the original layers.")
+    ] = 0.9,
     labels: Annotated[
         Labels, typer.Option(help="Share the skips out over all layers by similarity, or evenly.")
     ] = Labels.COS_GLOBAL,
@@ -35,24 +38,25 @@ def main(
     ] = None,
     tokens: Annotated[int, typer.Option(min=512, help="To fit on.")] = 16_384,
     evaluation_tokens: Annotated[int, typer.Option(min=512, help="To measure on, from other documents.")] = 8_192,
-    seed: Annotated[int, typer.Option(help="Of the choice of documents to fit on.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of documents to fit on.")] = 0,
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter on the model; the output is then an adapter too.")
     ] = None,
     as_adapter: Annotated[bool, typer.Option("--as-adapter", help="Write the routers alone, as an adapter.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
 ) -> None:
     """Fit routers by similarity, the model frozen, and report what they skip and cost on held-out text."""
     from dlo_export.exporter.calibrate import CalibrationRequest, calibrate  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.modeling.calibration.router_calibration import CalibrationSettings  # noqa: PLC0415
 
     try:
         chosen = tuple(int(layer) for layer in layers.split(",")) if layers is not None else None
     except ValueError as err:
-        raise typer.BadParameter(f"{layers!r} is not a list of layers such as 3,5,7") from err
+        raise typer.BadParameter(f"{layers!r} is not a list of layers such as 3,5,7", param_hint="'--layers'") from err
     request = CalibrationRequest(
         model=model,
         output=output,
@@ -67,7 +71,7 @@ def main(
     )
     result = calibrate(request, Reporter(verbose=verbose))
     if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=2))
+        print_json(result.to_json())
     else:
         _print_report(result, output)
 

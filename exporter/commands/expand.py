@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,8 +35,8 @@ def main(
     init: Annotated[str | None, typer.Option(help="tli, interleave: zero_out, copy, linear, slerp or random.")] = None,
     routers: Annotated[bool, typer.Option("--routers", help="Add an all-zero router to every layer.")] = False,
     as_adapter: Annotated[bool, typer.Option("--adapter", help="Write an adapter, not a checkpoint.")] = False,
-    seed: Annotated[int, typer.Option(help="Of random inits.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of random inits.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
 ) -> None:
     """Deepen a checkpoint with new layers (TLI, DLO's interleave, LLaMA-Pro, depth up-scaling)."""
@@ -43,6 +44,7 @@ def main(
     from dlo_export.checkpoints.checkpoint_folder import save_checkpoint  # noqa: PLC0415
     from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter  # noqa: PLC0415
     from dlo_export.checkpoints.depth.placements import placements  # noqa: PLC0415
+    from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space  # noqa: PLC0415
     from dlo_export.checkpoints.opening import open_checkpoint  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
 
@@ -57,6 +59,7 @@ def main(
         "init": init,
     }
     reporter = Reporter(verbose=verbose)
+    check_output_folder(output, overwrite=force, inputs=[Path(model)])
     with open_checkpoint(model) as checkpoint:
         for warning in checkpoint.warnings:
             reporter.warn(warning)
@@ -72,9 +75,12 @@ def main(
             with reporter.stage("adapter"):
                 save_adapter(adapter, output, overwrite=force)
         else:
+            tensors = expanded_tensors(checkpoint.tensors, plan, **options)
+            sizes = [math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values()]
+            check_output_space(output, sum(sizes))
             with reporter.bytes("checkpoint") as progress:
                 save_checkpoint(
-                    expanded_tensors(checkpoint.tensors, plan, **options),
+                    tensors,
                     output,
                     save_companions=checkpoint.save_companions,
                     config_changes=expanded_config(raw, plan, zero_routers=routers),

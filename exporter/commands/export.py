@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dlo_export.checkpoints.dtypes import BY_OPTION
+from dlo_export.exporter.commands.numbers import positive
 from dlo_export.graph_passes.lowerings.registry import lowering_names  # of names alone: keeps `dlo --help` quick
 
 NAME = "export"
@@ -28,6 +28,15 @@ class CacheOption(StrEnum):
 
     STATIC = "static"
     GROWING = "growing"
+
+
+def default_output(model: str) -> Path:
+    """MODEL's name with -dlo, in the current folder; beside MODEL where its path has no name, `.` or `..`."""
+    path = Path(model)
+    if path.name in ("", ".."):
+        path = path.resolve()
+        return path.with_name(f"{path.name}-dlo") if path.name else path
+    return Path(f"{path.name.removesuffix('.gguf').removesuffix('.onnx')}-dlo")
 
 
 def main(
@@ -57,10 +66,10 @@ def main(
     trt_target: Annotated[
         str, typer.Option(help="GPUs, such as sm89,sm120; every GPU of the backend unless given.")
     ] = "",
-    trt_max_batch: Annotated[int, typer.Option(help="Sequences per step at most.")] = 4,
-    trt_max_sequence: Annotated[int, typer.Option(help="Tokens per sequence and step at most.")] = 512,
+    trt_max_batch: Annotated[int, typer.Option(min=1, help="Sequences per step at most.")] = 4,
+    trt_max_sequence: Annotated[int, typer.Option(min=1, help="Tokens per sequence and step at most.")] = 512,
     trt_max_cache: Annotated[
-        int, typer.Option(help="Tokens per sequence in the KV cache at most; decode costs grow with it.")
+        int, typer.Option(min=1, help="Tokens per sequence in the KV cache at most; decode costs grow with it.")
     ] = 2048,
     trt_cache: Annotated[
         CacheOption, typer.Option(help="Updated in place, or one output per step.")
@@ -70,16 +79,19 @@ def main(
     ] = False,
     trt_split: Annotated[bool, typer.Option("--trt-split", help="Two engines, prefill and decode.")] = False,
     trt_plugin_library: Annotated[Path | None, typer.Option(help="libdlo_plugins.so, for --lowering plugin.")] = None,
-    trt_timeout: Annotated[float | None, typer.Option(help="Seconds per engine before a build is killed.")] = None,
+    trt_timeout: Annotated[
+        float | None, typer.Option(callback=positive, help="Seconds before a build is killed.")
+    ] = None,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Do not compare with PyTorch.")] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Leave model.onnx.data out.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print dlo_artifact.json to stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
     """Export a Llama, plain, deepened or routed, to an ONNX artefact that is proven equal to PyTorch."""
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.exporter.tensorrt.plan import TensorRtRequest  # noqa: PLC0415
     from dlo_export.runtimes.artefact.description import description_json  # noqa: PLC0415
@@ -101,7 +113,7 @@ def main(
     reporter = Reporter(verbose=verbose)
     request = ExportRequest(
         model=model,
-        output=output or Path(f"{Path(model).name.removesuffix('.gguf').removesuffix('.onnx')}-dlo"),
+        output=output or default_output(model),
         adapter=adapter,
         dtype=dtype,
         lowering=lowering,
@@ -115,7 +127,7 @@ def main(
     if description.parity.verdict == "AMBIGUOUS":
         typer.echo("warning: parity is ambiguous: near-ties of routers fell the other way, see parity.json", err=True)
     if as_json:
-        typer.echo(json.dumps(description_json(description, result.folder), indent=2))
+        print_json(description_json(description, result.folder))
         return
     if result.parity_summary:
         typer.echo(result.parity_summary)

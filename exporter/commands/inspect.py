@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,10 +19,11 @@ def main(
 ) -> None:
     """Show layers, bytes per part and operators of an artefact or any ONNX graph."""
     from dlo_export.exporter.inspection import inspect_model  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
 
     inspection = inspect_model(path)
     if as_json:
-        typer.echo(json.dumps(inspection.to_json(), indent=2))
+        print_json(inspection.to_json())
     else:
         _print_tables(inspection)
 
@@ -31,17 +31,25 @@ def main(
 def _print_tables(inspection: Inspection) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    from dlo_export.exporter.messages import escaped, printable  # noqa: PLC0415
 
     console = Console()
+
+    def tell(line: str) -> None:
+        # Text of others: names in a graph, in a description, in an error.
+        console.print(printable(line), markup=False, highlight=False)
+
     description = inspection.description
     if description is not None:
-        console.print(
+        tell(
             f"{inspection.path.parent}: {description.source.kind} {description.source.name}, "
             f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
             f"parity {description.parity.verdict}"
         )
     if inspection.layers_problem:
-        console.print(f"no decoder layers: {inspection.layers_problem}")
+        tell(f"no decoder layers: {inspection.layers_problem}")
     else:
         table = Table("layer", "injected", "routed", "identity", "MB")
         for row in inspection.layers:
@@ -50,18 +58,18 @@ def _print_tables(inspection: Inspection) -> None:
         console.print(table)
     for engine in description.engines if description is not None else ():
         build = engine.build
-        console.print(
+        tell(
             f"{engine.file.relative_to(inspection.path.parent)}: {build.backend} {build.version}, "
             f"{', '.join(build.targets) or 'portable'}, {engine.dtype}, lowering {engine.lowering}, "
             f"{build.bytes / 2**20:.0f} MB"
         )
     for problem in inspection.engine_problems or ():
-        console.print(f"not usable here: {problem}")
+        tell(f"not usable here: {problem}")
     parts = Table("part", "MB")
     for part, size in inspection.bytes.items():
         parts.add_row(part, f"{size / 2**20:.2f}")
     console.print(parts)
     ops = Table("operator", "count")
     for name, count in inspection.ops.items():
-        ops.add_row(name, str(count))
+        ops.add_row(Text(escaped(name)), str(count))
     console.print(ops)

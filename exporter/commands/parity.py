@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +20,7 @@ def main(
     """Compare an artefact with PyTorch: decisions, logits, greedy tokens. Exit code 1 if it fails."""
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.exit_codes import PARITY_FAILED  # noqa: PLC0415
+    from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
     from dlo_export.exporter.parity_check import check_parity  # noqa: PLC0415
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.exporter.sources.source import open_source  # noqa: PLC0415
@@ -33,6 +33,9 @@ def main(
             report = check_parity(source, artefact, description, map(graph_options, description.engines))
     finally:
         source.close()
-    typer.echo(json.dumps(report.to_json(), indent=2) if as_json else report.summary())
+    if as_json:
+        print_json(report.to_json())
+    else:
+        typer.echo(report.summary())
     if report.verdict == "FAIL":
         raise typer.Exit(PARITY_FAILED)

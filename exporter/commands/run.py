@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dlo_export.exporter.commands.numbers import MAX_THREADS, finite
+
 if TYPE_CHECKING:
     from dlo_export.runtimes.generation.generate import GenerationStats
 
@@ -18,12 +20,12 @@ def main(
     artefact: Annotated[Path, typer.Argument(help="Folder that dlo-export wrote.")],
     prompt: Annotated[str, typer.Argument(help="What to continue, or to answer where there is a chat template.")],
     max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, callback=finite, help="0 takes the most likely token.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among so many tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among this share of probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, callback=finite, help="Sample among this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, chat template or not.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime; its own choice by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="Of ONNX Runtime.")] = None,
     trt: Annotated[
         bool, typer.Option("--trt", help="Run the TensorRT engine; it does not tell its active rate.")
     ] = False,

@@ -64,6 +64,10 @@ class BaseModel(Protocol):
     def tensors(self) -> Mapping[str, LazyTensor]:
         """Its weights under Hugging Face names, in Hugging Face orientation."""
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What it has that is not taken over as it is, one sentence each, for the user to be shown."""
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of `tensors`, routers left out."""
 

@@ -72,6 +72,10 @@ class CheckpointModel:
     def tensors(self) -> Mapping[str, LazyTensor]:  # noqa: D102
         return self.checkpoint.tensors
 
+    @property
+    def warnings(self) -> tuple[str, ...]:  # noqa: D102
+        return self.checkpoint.warnings
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         return self.config.tensor_shapes()
 

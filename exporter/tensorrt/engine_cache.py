@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.json_file import read_json, save_json
-from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.checkpoints.files.whole_folder import FolderExistsError, whole_folder
+from dlo_export.checkpoints.files.written_files import LIST_NAME
 from dlo_export.runtimes.artefact.engine_record import EngineBuild
 from dlo_export.runtimes.artefact.typed_json import from_json, to_json
 
@@ -64,7 +64,7 @@ class EngineCache:
             partial.rename(output)
         except (FileNotFoundError, ValueError) as err:
             self._tell(f"engine cache: removed a damaged entry, building again: {err}")
-            shutil.rmtree(entry, ignore_errors=True)  # another command may be removing it as well
+            self._remove(entry)
             return None
         finally:
             partial.unlink(missing_ok=True)
@@ -80,12 +80,17 @@ class EngineCache:
         """
         entry = self.folder / build.cache_key
         try:
-            with whole_folder(entry, overwrite=True) as folder:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with whole_folder(entry) as folder:
                 _copy(engine, folder / _ENGINE)
                 save_json(folder / _BUILD, to_json(build, folder))
             self._prune(keep=entry)
+        except FolderExistsError:
+            return  # another command built the same
         except OSError as err:
             self._tell(f"engine cache: {entry} was not kept: {err.strerror}")
+        except MachineError as err:
+            self._tell(f"engine cache: {str(err).splitlines()[0]}")
 
     def timings(self, backend: str, version: str, target: str) -> Path:
         """File of the timing cache: timings hold for one version on one GPU."""
@@ -101,8 +106,19 @@ class EngineCache:
             if total <= limit:
                 return
             if entry != keep:
-                shutil.rmtree(entry)
+                self._remove(entry)
                 total -= sizes[entry]
+
+    def _remove(self, entry: Path) -> None:
+        """Removes an entry's own files; what else a user may have put there stays, and is named."""
+        try:
+            for name in (_ENGINE, _BUILD, LIST_NAME):
+                (entry / name).unlink(missing_ok=True)
+            entry.rmdir()
+        except FileNotFoundError:
+            return  # another command has removed it
+        except OSError as err:
+            self._tell(f"engine cache: {entry} cannot be removed: {err.strerror}")
 
 
 def _copy(source: Path, target: Path) -> str:

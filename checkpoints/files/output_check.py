@@ -1,0 +1,134 @@
+"""Whether a folder may be written, found out before the work is done."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dlo_export.checkpoints.errors import InputError, MachineError
+from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.checkpoints.files.leftovers import NAME_GROWTH, remove_leftovers
+from dlo_export.checkpoints.files.written_files import is_ours, unfamiliar_files
+
+_NAMED_FILES = 5
+
+
+class FolderExistsError(InputError):
+    """The folder to write exists, and must not or need not be replaced."""
+
+
+def check_output_folder(folder: Path, *, overwrite: bool = False, inputs: Iterable[Path | None] = ()) -> None:
+    """Refuses an output that cannot be written or must not be replaced; removes what killed commands left beside it.
+
+    Args:
+        folder: The folder to make.
+        overwrite: Whether it may be replaced, if this program wrote it and nothing else lies in it.
+        inputs: Files and folders the command reads; those that are None or not there do not matter.
+
+    Raises:
+        FolderExistsError: The folder is not empty, and not to be replaced or not only this program's.
+        InputError: It is a file, a link, an input, holds one, or cannot be made of such a name.
+        MachineError: Its place cannot be written to.
+    """
+    if folder.name in ("", ".."):
+        raise InputError(f"output {folder}: is no name of a folder to make", hint="give the new folder a name: -o NAME")
+    try:
+        _check_place(folder)
+        remove_leftovers(folder.parent)
+        if os.path.lexists(folder):
+            _check_not_in_use(folder, [path for path in inputs if path is not None and path.exists()])
+            check_replaceable(folder, overwrite=overwrite)
+    except (OSError, ValueError) as err:  # too long a path, a null byte, too many links
+        if isinstance(err, InputError):
+            raise
+        reason = err.strerror if isinstance(err, OSError) else err
+        raise InputError(f"output {folder}: {reason}", hint="choose another name") from err
+
+
+def check_output_space(folder: Path, needed: int) -> None:
+    """Refuses to start what the disk of the folder to make cannot hold.
+
+    Args:
+        folder: To be made, see `check_output_folder`.
+        needed: Bytes.
+
+    Raises:
+        MachineError: There is less room.
+    """
+    check_disk_space(_existing_place(folder), needed, folder, "the weights need")
+
+
+def check_replaceable(folder: Path, *, overwrite: bool) -> None:
+    """Refuses a folder that holds something, unless it may be replaced and holds only what this program wrote.
+
+    Raises:
+        FolderExistsError: So.
+    """
+    if folder.is_symlink():
+        raise FolderExistsError(
+            f"output {folder}: is a link to {os.readlink(folder)}, expected a folder or nothing",
+            hint="give the folder itself, or another name",
+        )
+    if not folder.is_dir():
+        raise FolderExistsError(f"output {folder}: is a file, expected a folder or nothing", hint="choose another name")
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise FolderExistsError(
+            f"output {folder}: the folder is not empty", hint="choose another, or replace it with --force"
+        )
+    if unfamiliar := unfamiliar_files(folder):
+        listed = ", ".join(unfamiliar[:_NAMED_FILES])
+        more = f" and {len(unfamiliar) - _NAMED_FILES} more" if len(unfamiliar) > _NAMED_FILES else ""
+        whose = "holds files that are not dlo-export's" if is_ours(folder) else "is not a folder that dlo-export wrote"
+        raise FolderExistsError(
+            f"output {folder}: {whose}, so --force does not replace it: {listed}{more}",
+            hint="choose another name, or move these files away yourself",
+        )
+
+
+def _check_place(folder: Path) -> None:
+    place = _existing_place(folder)
+    if place.is_symlink() and not place.exists():
+        raise InputError(f"output {folder}: {place} is a link to nothing", hint="mend the link, or give another folder")
+    if not place.is_dir():
+        raise InputError(f"output {folder}: {place} is a file, expected a folder", hint="give another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise MachineError(
+            f"output {folder}: {place} cannot be written to", hint="mend its permissions, or give another folder"
+        )
+    room = os.pathconf(place, "PC_NAME_MAX") - NAME_GROWTH
+    if len(os.fsencode(folder.name)) > room:
+        raise InputError(
+            f"output {folder.name[:40]}…: the name has {len(os.fsencode(folder.name))} bytes, at most {room} fit here",
+            hint="choose a shorter name",
+        )
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(folder.with_name(folder.name + "x" * NAME_GROWTH))  # a path too long says so
+
+
+def _existing_place(folder: Path) -> Path:
+    """The innermost of a folder's parents that is there."""
+    return next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+
+
+def _check_not_in_use(folder: Path, inputs: list[Path]) -> None:
+    if not folder.exists():
+        return
+    for path in inputs:
+        for read in _files_read(path):
+            if any(os.path.samefile(folder, place) for place in (read, *read.parents)):
+                what = "is" if os.path.samefile(folder, path) else "holds"
+                raise InputError(f"output {folder}: {what} the input {path}", hint="choose another name")
+    here = Path.cwd()
+    if any(os.path.samefile(folder, place) for place in (here, *here.parents)):
+        raise InputError(f"output {folder}: is or holds the current folder", hint="choose another name")
+
+
+def _files_read(path: Path) -> Iterator[Path]:
+    """An input's place, and the places its links lead to: weights often lie elsewhere."""
+    yield path.resolve()
+    if path.is_dir():
+        yield from (entry.resolve() for entry in path.iterdir() if entry.is_symlink() and entry.exists())

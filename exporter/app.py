@@ -1,0 +1,27 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import typer
+
+from dlo_export import __version__
+from dlo_export.exporter.commands import bench, calibrate, expand, export, inspect, parity, run
+
+app = typer.Typer(
+    name="dlo",
+    help="Export, deepen, calibrate and run dynamically routed Llama models.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (export, expand, calibrate, run, bench, inspect, parity):
+    app.command(command.NAME)(command.main)
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        typer.echo(f"dlo-export {__version__}")
+        raise typer.Exit

@@ -1,0 +1,176 @@
+"""Where commands write: refused before the work where it cannot be, and never over anything of a user's."""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dlo_export.exporter.commands.export import default_output
+from dlo_export.exporter.exit_codes import BAD_INPUT, DONE, MACHINE
+from dlo_export.exporter.export import ExportRequest, ParityFailedError, export_model
+from dlo_export.exporter.progress import Reporter
+from tests.exporter import forked_commands
+from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
+
+COMMANDS = ("export", "expand", "calibrate")
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save_tiny_llama(tmp_path / "model", layers=2)
+
+
+@pytest.fixture
+def dlo(tmp_path_factory):
+    return functools.partial(forked_commands.run, messages=tmp_path_factory.mktemp("messages") / "of")
+
+
+def digests(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def check_refused(result, *words):
+    assert result.returncode == BAD_INPUT, result.stderr
+    assert all(word in result.stderr for word in (*words, "hint:")), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_refuses_its_output_before_the_work_when_it_is_a_strangers(dlo, tmp_path, command):
+    # There is no such model: had the command begun its work, it would have said so.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    check_refused(dlo(command, tmp_path / "nothing", "-o", tmp_path / "out", "--force"), "thesis.txt")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_refuses_its_output_when_it_is_its_own_input(dlo, tmp_path, model, command):
+    assert dlo("expand", model, "-o", tmp_path / "deep", "--every", "1").returncode == DONE
+    (tmp_path / "link").symlink_to(tmp_path / "deep")
+    before = digests(tmp_path)
+    check_refused(dlo(command, tmp_path / "deep", "-o", tmp_path / "deep", "--force"), "is the input")
+    check_refused(dlo(command, tmp_path / "link", "-o", tmp_path / "deep", "--force"), "is the input")
+    check_refused(dlo(command, tmp_path / "deep", "-o", tmp_path / "link", "--force"), "link")
+    assert digests(tmp_path) == before
+
+
+def test_export_refuses_its_output_when_it_is_its_adapter_or_holds_it(dlo, tmp_path, model):
+    adapter = tmp_path / "art" / "adapter"
+    assert dlo("expand", model, "-o", adapter, "--every", "1", "--adapter").returncode == DONE
+    before = digests(tmp_path)
+    for out in (adapter, adapter.parent):
+        check_refused(dlo("export", model, "--adapter", adapter, "-o", out, "--force"), "the input")
+    assert digests(tmp_path) == before
+
+
+def test_export_replaces_its_artefact_but_no_users_file_in_it(dlo, tmp_path, model):
+    out = tmp_path / "out"
+    export = ("export", model, "-o", out, "--no-parity")
+    assert dlo(*export).returncode == DONE
+    check_refused(dlo(*export), "not empty")
+    (out / "dlo_artifact.json").write_text('{"format_version": 99}')
+    assert dlo(*export, "--force").returncode == DONE
+    (out / "notes.txt").write_text("mine")
+    check_refused(dlo(*export, "--force"), "notes.txt")
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_expand_replaces_its_adapter_when_forced(dlo, tmp_path, model):
+    expand = ("expand", model, "-o", tmp_path / "out", "--adapter", "--every")
+    assert dlo(*expand, "1").returncode == DONE
+    assert dlo(*expand, "2", "--force").returncode == DONE
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert len(config["injected_layers"]) == 1
+    assert sorted(os.listdir(tmp_path / "out")) == ["adapter.safetensors", "adapter_config.json"]
+
+
+@pytest.mark.parametrize("command", [("expand", "--every", "1"), ("calibrate",)], ids=["expand", "calibrate"])
+def test_command_refuses_its_output_before_the_work_when_its_disk_is_too_small(dlo, tmp_path, command):
+    """A file system of 64 kB, where one can be mounted."""
+    model = save_tiny_llama(tmp_path / "model", hidden=64, vocab=BYTE_VOCABULARY, tokenizer=True)
+    (tmp_path / "small").mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path / "small")]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        result = dlo(*command, model, "-o", tmp_path / "small" / "out")
+        assert result.returncode == MACHINE, result.stderr
+        assert "MB free, the weights need" in result.stderr
+        assert os.listdir(tmp_path / "small") == []
+    finally:
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
+
+
+class DamagingReporter(Reporter):
+    """Damages the weights just before parity is measured."""
+
+    @contextlib.contextmanager
+    def stage(self, name):
+        if name == "parity":
+            for file in self.folder.glob(".out.*/model.onnx.data"):
+                file.write_bytes(bytes(reversed(file.read_bytes())))
+        with super().stage(name):
+            yield
+
+
+def test_export_keeps_what_lies_in_its_failed_folder_when_parity_fails(tmp_path, model):
+    shutil.copytree(model, tmp_path / "out.failed")
+    before = digests(tmp_path / "out.failed")
+    reporter = DamagingReporter()
+    reporter.folder = tmp_path
+    for _ in range(2):  # the second one replaces the first one's
+        with pytest.raises(ParityFailedError) as caught:
+            export_model(ExportRequest(str(model), tmp_path / "out"), reporter)
+        assert caught.value.kept == tmp_path / "out.failed-2"
+    assert digests(tmp_path / "out.failed") == before
+    assert json.loads((caught.value.kept / "dlo_artifact.json").read_text())["parity"]["verdict"] == "FAIL"
+    assert sorted(os.listdir(tmp_path)) == ["model", "out.failed", "out.failed-2"]
+
+
+def test_one_of_two_exports_is_refused_when_both_write_to_one_place(tmp_path, model):
+    code = "from dlo_export.exporter.cli import main; main()"
+    command = [sys.executable, "-c", code, "export", str(model), "-o", str(tmp_path / "out"), "--no-parity"]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for _ in range(2)]
+    for process in processes:
+        process.communicate()
+    assert sorted(process.returncode for process in processes) == [DONE, BAD_INPUT]
+    assert sorted(os.listdir(tmp_path)) == ["model", "out"]
+
+
+def test_default_output_is_beside_the_model_when_its_path_has_no_name(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    assert default_output(".") == tmp_path / "model-dlo"
+    assert default_output("..") == tmp_path.with_name(f"{tmp_path.name}-dlo")
+    assert default_output("models/llama.gguf") == Path("llama-dlo")
+
+
+def test_export_names_its_output_after_the_folder_when_it_is_the_current_one(dlo, tmp_path, model, monkeypatch):
+    monkeypatch.chdir(model)
+    assert dlo("export", ".", "--no-parity").returncode == DONE
+    assert sorted(os.listdir(tmp_path)) == ["model", "model-dlo"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("export", "x", "--trt", "--trt-timeout", "-1"), "--trt-timeout"),
+        (("export", "x", "--trt", "--trt-timeout", "nan"), "--trt-timeout"),
+        (("export", "x", "--trt", "--trt-max-batch", "0"), "--trt-max-batch"),
+        (("calibrate", "x", "-o", "y", "--layers", "a"), "--layers"),
+        (("calibrate", "x", "-o", "y", "--target", "inf"), "--target"),
+        (("calibrate", "x", "-o", "y", "--seed", "-1"), "--seed"),
+        (("run", "x", "y", "--temperature", "nan"), "--temperature"),
+        (("bench", "x", "--threads", "100000"), "--threads"),
+        (("expand", "x"), "--output"),
+    ],
+)
+def test_usage_errors_name_the_option(dlo, arguments, option):
+    check_refused(dlo(*arguments), option)
