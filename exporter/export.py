@@ -14,8 +14,11 @@ from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.exporter.artifact import MODEL_NAME, WEIGHTS_NAME, describe, save_description
+from dlo_export.exporter.client_config import client_config
 from dlo_export.exporter.genai_config import genai_config
+from dlo_export.exporter.model_metadata import set_model_metadata
 from dlo_export.exporter.pipeline import Lowering, build_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
@@ -162,17 +165,20 @@ def _export_into(
     reporter: Reporter,
 ) -> ExportResult:
     lowering, reason = lowering_and_reason
+    # First, because a fault in one of these small files should not cost the time that weights take.
+    source.base.save_companions(folder, client_config(source))
+    if source.base.config is not None:
+        generation = GenerationConfig.from_folder(folder)
+        save_json(folder / "genai_config.json", genai_config(source.base.config, source.num_layers, generation))
     with reporter.stage("graph"):
         model = build_model(source, lowering, DTYPES[dtype])
+        set_model_metadata(model, source, dtype=dtype, lowering=lowering)
     if request.weights:
         check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
     with reporter.bytes("weights") as progress:
         save_weights(model, folder / WEIGHTS_NAME, write=request.weights, progress=progress)
     ir.save(model, folder / MODEL_NAME)
     with reporter.stage("description"):
-        source.base.save_companions(folder, source.config_values())
-        if source.base.config is not None:
-            save_json(folder / "genai_config.json", genai_config(source.base.config, source.num_layers))
         description = describe(source, model, dtype=dtype, lowering=lowering, reason=reason)
     summary = _run_parity(folder, request, source, description, plan, reporter)
     if plan is not None:

@@ -14,6 +14,7 @@ from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
+from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
@@ -82,6 +83,8 @@ def onnxruntime_steps(source: ExportSource, lowering: Lowering) -> list[Step]:
         *([Step(_LOWERING_PASSES[lowering](), "lowered")] if lowers else []),
         # Last, because the passes above look for projections one by one. Decode gets 4 % faster.
         Step(FuseSiblingMatMulsPass(), last_stage),
+        # transformers.js and optimum know the batch by its dimension's name.
+        Step(NameBatchDimensionPass(), last_stage),
     ]
 
 

@@ -71,6 +71,8 @@ class GgufTokenizer:
             # The class that takes tokenizer.json as it is; GPT2Tokenizer would cut words its own way.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            # transformers 4 would add token_type_ids, which no Llama takes.
+            "model_input_names": ["input_ids", "attention_mask"],
             **{role: token for role, token in self._special.items() if token is not None},
         }
         # Longer texts are only warned about, but without the number nothing is.
