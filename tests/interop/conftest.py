@@ -8,6 +8,7 @@ import pytest
 from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
@@ -36,7 +37,7 @@ def deepened_artefact(tmp_path_factory):
         plan = placements("tli", checkpoint.config.num_layers, every=1, init="zero_out")
         injection = expansion_adapter(checkpoint.tensors, plan)
         routers = {
-            f"model.routers.{layer}.weight": rng.standard_normal((1, HIDDEN), dtype=np.float32)
+            f"model.routers.{layer}.weight": ArrayTensor(rng.standard_normal((1, HIDDEN), dtype=np.float32))
             for layer in range(plan.num_layers)
         }
         adapter = dataclasses.replace(

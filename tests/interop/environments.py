@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,13 @@ class Client:
             script = shutil.copy(FOLDER / "clients" / f"{self.name}.mjs", NPM_FOLDER)
             command = ["node", script]
         result = subprocess.run(
-            [*command, artefact, json.dumps(request)], capture_output=True, text=True, check=False, timeout=600
+            [*command, artefact, json.dumps(request)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+            # Nothing of this environment's packages.
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         )
         assert result.returncode == 0, f"{self.name}: {result.stdout[-2000:]}\n{result.stderr[-4000:]}"
         answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])

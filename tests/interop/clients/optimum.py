@@ -1,11 +1,7 @@
 """optimum's ORTModelForCausalLM, on transformers 4: a text as its tokenizer gives it, or ids, several left-padded."""
 
 import json
-import pathlib
 import sys
-
-# The folder of this script would hide the package of its name.
-sys.path.remove(str(pathlib.Path(__file__).parent))
 
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
