@@ -167,9 +167,7 @@ def _export_into(
     lowering, reason = lowering_and_reason
     # First, because a fault in one of these small files should not cost the time that weights take.
     source.base.save_companions(folder, client_config(source))
-    if source.base.config is not None:
-        generation = GenerationConfig.from_folder(folder)
-        save_json(folder / "genai_config.json", genai_config(source.base.config, source.num_layers, generation))
+    generation = GenerationConfig.from_folder(folder)
     with reporter.stage("graph"):
         model = build_model(source, lowering, DTYPES[dtype])
         set_model_metadata(model, source, dtype=dtype, lowering=lowering)
@@ -179,6 +177,10 @@ def _export_into(
         save_weights(model, folder / WEIGHTS_NAME, write=request.weights, progress=progress)
     ir.save(model, folder / MODEL_NAME)
     with reporter.stage("description"):
+        if source.base.config is not None:
+            inputs = [value.name or "" for value in model.graph.inputs]
+            values = genai_config(source.base.config, source.num_layers, generation, inputs)
+            save_json(folder / "genai_config.json", values)
         description = describe(source, model, dtype=dtype, lowering=lowering, reason=reason)
     summary = _run_parity(folder, request, source, description, plan, reporter)
     if plan is not None:

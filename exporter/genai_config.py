@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.generation_config import GenerationConfig
-from dlo_export.checkpoints.interface import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    LOGITS,
-    POSITION_IDS,
-    past_name,
-    present_name,
-)
+from dlo_export.checkpoints.interface import LOGITS, TOKEN_INPUTS, past_name, present_name
 
 
-def genai_config(config: LlamaConfig, num_layers: int, generation: GenerationConfig) -> dict[str, Any]:
+def genai_config(
+    config: LlamaConfig, num_layers: int, generation: GenerationConfig, inputs: Collection[str]
+) -> dict[str, Any]:
     """The file's content.
 
     Args:
         config: Of the base model.
         num_layers: Of the deepened model.
         generation: End tokens and sampling defaults.
+        inputs: Names of the graph's inputs; those of other exporters may do without `position_ids`.
 
     Returns:
-        `past_present_share_buffer` is false because standard Attention grows its cache; `position_ids` is declared
-        because the graph computes its rotary tables from it (onnxruntime-genai 0.18).
+        `past_present_share_buffer` is false because standard Attention grows its cache (onnxruntime-genai 0.18).
     """
     return {
         "model": {
@@ -43,9 +39,7 @@ def genai_config(config: LlamaConfig, num_layers: int, generation: GenerationCon
                 "num_key_value_heads": config.num_kv_heads,
                 "num_hidden_layers": num_layers,
                 "inputs": {
-                    "input_ids": INPUT_IDS,
-                    "attention_mask": ATTENTION_MASK,
-                    "position_ids": POSITION_IDS,
+                    **{name: name for name in TOKEN_INPUTS if name in inputs},
                     "past_key_names": past_name("%d", "key"),
                     "past_value_names": past_name("%d", "value"),
                 },

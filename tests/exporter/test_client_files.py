@@ -1,25 +1,35 @@
 """What an artefact tells other programs: config.json, generation_config.json, genai_config.json and the graph."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime_genai as og
 import pytest
 from transformers import AutoConfig
 
 import dlo_export
+from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.depth.expansion import expansion_adapter
+from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.generation_config import GenerationConfig
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.exporter.artifact_runner import open_artifact
 from dlo_export.exporter.commands import run
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.generation.tokenizer import Tokenizer
+from tests.tiny_gguf import save_tiny_gguf
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
+OPTIMUM = Path(__file__).parents[1] / "data" / "optimum_llama" / "model.onnx"
 # Llama 3 Instruct's: the end of a turn is in generation_config.json alone.
 CHAT = {"bos_token_id": 1, "eos_token_id": [2, 9, 11], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
 
@@ -100,6 +110,38 @@ def test_graph_says_who_made_it_from_what_when_exported(model, tmp_path):
         "injected_layers": "",
         "routed_layers": "0 2",
     }
+
+
+def test_another_exporters_graph_opens_in_genai_and_names_its_origin_when_routed(tmp_path):
+    graph = open_foreign_graph(OPTIMUM)
+    hidden = graph.tensors["model.norm.weight"].shape[0]
+    plan = placements("tli", graph.num_layers, every=1, init="zero_out")
+    injection = expansion_adapter(graph.tensors, plan)
+    router = ArrayTensor(np.random.default_rng(0).standard_normal((1, hidden), dtype=np.float32))
+    is_dlo = (True, *[False] * (plan.num_layers - 1))
+    tensors = {**injection.tensors, "model.routers.0.weight": router}
+    save_adapter(dataclasses.replace(injection, is_dlo=is_dlo, tensors=tensors), tmp_path / "adapter")
+    request = ExportRequest(str(OPTIMUM), tmp_path / "artefact", adapter=tmp_path / "adapter", parity=False)
+    export_model(request, Reporter())
+    proto = onnx.load(tmp_path / "artefact" / "model.onnx", load_external_data=False)
+    notes = {entry.key: entry.value for entry in proto.metadata_props}
+    assert proto.producer_name == "dlo-export"
+    assert notes["source_producer"].startswith("pytorch ")
+    assert notes["injected_layers"] == " ".join(str(layer.position) for layer in plan.injected_layers)
+    config = json.loads((tmp_path / "artefact" / "config.json").read_text())
+    assert (config["model_type"], config["dlo_model_type"]) == ("llama", "llama_dlo_exattn")
+    declared = json.loads((tmp_path / "artefact" / "genai_config.json").read_text())["model"]["decoder"]["inputs"]
+    assert {name for name in declared if not name.startswith("past_")} == {
+        value.name for value in proto.graph.input if not value.name.startswith("past_")
+    }
+    og.Model(str(tmp_path / "artefact"))
+
+
+def test_tokenizer_gives_no_token_type_ids_when_written_from_gguf(tmp_path):
+    folder = save_tiny_llama(tmp_path / "model")
+    artefact = exported(save_tiny_gguf(folder, tmp_path / "model.gguf", tokenizer="gpt-2"), tmp_path / "artefact")
+    settings = json.loads((artefact / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"], "transformers 4 adds a third by default"
 
 
 def test_generation_config_is_the_checkpoints_when_it_has_one(chat_artefact):
