@@ -1,6 +1,7 @@
 # make demo    the main job on the real model, from GGUF to generated text
 # make test    lint, types and tests
-# make clean   remove what the two made
+# make test-interop   other programs open artefacts, each in an environment of its own under .peers/
+# make clean   remove what they made
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ STAMP := $(VENV)/.installed
 # Two BLAS threads whatever the machine, so that runs on different machines do the same arithmetic in the same order.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint unit venv clean
+.PHONY: demo test test-interop lint unit venv clean
 demo: $(STAMP)
 	$(BIN)/python samples/demo.py
 
@@ -22,6 +23,10 @@ lint: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/pytest
 
+test-interop: $(STAMP)
+	$(BIN)/python -m tests.interop.environments
+	$(BIN)/pytest -m interop tests/interop
+
 venv: $(STAMP)
 
 # torch comes first and by its exact version: a range would pull the newest CUDA build.
@@ -33,4 +38,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo-output *.egg-info
+	rm -rf $(VENV) .peers build demo-output *.egg-info

@@ -1,4 +1,4 @@
-"""Other exporters, each in an environment of its own under .peers/, made from benchmarks/requirements-<peer>.txt."""
+"""Other programs, each in an environment of its own under .peers/, made from a file of pinned requirements."""
 
 from __future__ import annotations
 
@@ -10,25 +10,38 @@ from benchmarks.workspace import WORKSPACE
 
 # Installed first and by its exact version: a range would pull the newest CUDA build.
 TORCH = "torch==2.13.0"
+_INSTALLED = "installed-requirements.txt"
 
 
-def peer_environment(name: str) -> Path:
+def peer_environment(name: str, requirements: Path | None = None) -> Path:
     """The bin folder of a peer's virtual environment, which is made on first use.
 
     Args:
-        name: "mobius" or "optimum".
+        name: "mobius", "optimum", or any other with a file of requirements.
+        requirements: That file; benchmarks/requirements-<name>.txt by default.
 
     Raises:
         CalledProcessError: The installation failed; pip has said why.
     """
-    requirements = Path(__file__).parent / f"requirements-{name}.txt"
+    requirements = requirements or requirements_of(name)
     environment = WORKSPACE / name
-    installed = environment / "installed-requirements.txt"
-    if not installed.exists() or installed.read_text() != requirements.read_text():
+    if not is_installed(name, requirements):
         print(f"installing {name} into {environment}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
-        for wanted in ([TORCH], ["-r", str(requirements)]):
+        torch = [[TORCH]] if TORCH in requirements.read_text().splitlines() else []
+        for wanted in (*torch, ["-r", str(requirements)]):
             pip = [environment / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
             subprocess.run([*pip, *wanted], check=True)
-        installed.write_text(requirements.read_text())
+        (environment / _INSTALLED).write_text(requirements.read_text())
     return environment / "bin"
+
+
+def requirements_of(name: str) -> Path:
+    """A benchmarked peer's file of requirements."""
+    return Path(__file__).parent / f"requirements-{name}.txt"
+
+
+def is_installed(name: str, requirements: Path) -> bool:
+    """Whether a peer's environment is complete and of these requirements."""
+    installed = WORKSPACE / name / _INSTALLED
+    return installed.exists() and installed.read_text() == requirements.read_text()

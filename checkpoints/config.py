@@ -31,6 +31,10 @@ ROUTING_KINDS: dict[str, Literal["mlp", "layer"] | None] = {
     "llama_dlo_exattn": "mlp",
 }
 
+# In an artefact's config.json, model_type is "llama": what programs that read graphs know. What routes, and how, is a
+# Llama only to them, so this key beside it keeps the model's own type, and readers of checkpoints go by it.
+OWN_MODEL_TYPE = "dlo_model_type"
+
 # Everything below is listed per layer: a damaged count must not fill the memory.
 MAX_LAYERS = 10_000
 
@@ -64,7 +68,7 @@ class LlamaConfig:
     Attributes:
         dtype: What config.json says the weights are ("float32", "bfloat16", …), None where it does not say.
         routing: None for a plain (or merely deepened) Llama.
-        raw: config.json as read.
+        raw: config.json as read, its model_type the model's own.
     """
 
     vocab_size: int
@@ -108,6 +112,7 @@ class LlamaConfig:
         Raises:
             CheckpointError: Lists every missing, malformed and unsupported field.
         """
+        values = _own_values(values)
         fields = JsonFields(values)
         model_type = values.get("model_type")
         if not isinstance(model_type, str) or model_type not in ROUTING_KINDS:
@@ -183,6 +188,14 @@ class LlamaConfig:
             "intermediate": self.intermediate_size,
         }
         return sizes[axis]
+
+
+def _own_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values of an artefact's config.json as those of the checkpoint it was made from."""
+    if OWN_MODEL_TYPE not in values:
+        return values
+    kept = {name: value for name, value in values.items() if name != OWN_MODEL_TYPE}
+    return {**kept, "model_type": values[OWN_MODEL_TYPE]}
 
 
 def _reject_unsupported(fields: JsonFields) -> None:

@@ -14,9 +14,12 @@ from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import finite, save_json
 from dlo_export.checkpoints.files.output_check import check_output_folder
 from dlo_export.checkpoints.files.whole_folder import keep_aside, whole_folder
+from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.exporter.artifact import complete_description, describe
+from dlo_export.exporter.client_config import client_config
 from dlo_export.exporter.genai_config import genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype
+from dlo_export.exporter.model_metadata import set_model_metadata
 from dlo_export.exporter.pipeline import build_model, choose_onnxruntime_lowering
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
@@ -162,17 +165,22 @@ def _export_into(
 ) -> str | None:
     """Writes a whole artefact; returns what parity found, in words."""
     lowering, reason = lowering_and_reason
+    # First, because a fault in one of these small files should not cost the time that weights take.
+    source.base.save_companions(folder, client_config(source))
+    generation = GenerationConfig.from_folder(folder)
     with reporter.stage("graph"):
         model = build_model(source, lowering, graph_dtype(dtype))
+        set_model_metadata(model, source, dtype=dtype, lowering=lowering)
     if request.weights:
         check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
     with reporter.bytes("weights") as progress:
         save_weights(model, folder / WEIGHTS_NAME, write=request.weights, progress=progress)
     ir.save(model, folder / MODEL_NAME)
     with reporter.stage("description"):
-        source.base.save_companions(folder, source.config_values())
         if source.base.config is not None:
-            save_json(folder / "genai_config.json", genai_config(source.base.config, source.num_layers))
+            inputs = [value.name or "" for value in model.graph.inputs]
+            values = genai_config(source.base.config, source.num_layers, generation, inputs)
+            save_json(folder / "genai_config.json", values)
         description = describe(source, model, dtype=dtype, lowering=lowering, reason=reason)
     parity, summary = _run_parity(folder, request, source, description, plan, reporter)
     description = dataclasses.replace(description, parity=parity)

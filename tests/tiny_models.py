@@ -151,6 +151,7 @@ def save_byte_tokenizer(folder: Path, vocab: int) -> None:
             "unk_token": "<unk>",
             "bos_token": "<s>",
             "eos_token": "</s>",
+            "model_input_names": ["input_ids", "attention_mask"],
             "chat_template": "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}",
         },
     )

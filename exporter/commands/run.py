@@ -11,7 +11,9 @@ import typer
 from dlo_export.exporter.commands.numbers import MAX_THREADS, finite
 
 if TYPE_CHECKING:
+    from dlo_export.checkpoints.generation_config import GenerationConfig
     from dlo_export.runtimes.generation.generate import GenerationStats
+    from dlo_export.runtimes.generation.sampling import Sampling
 
 NAME = "run"
 
@@ -20,9 +22,14 @@ def main(
     artefact: Annotated[Path, typer.Argument(help="Folder that dlo-export wrote.")],
     prompt: Annotated[str, typer.Argument(help="What to continue, or to answer where there is a chat template.")],
     max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, callback=finite, help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among so many tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, callback=finite, help="Sample among this share.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, callback=finite, help="0 takes the most likely token; by default the model's own."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Sample among so many tokens; 0 for all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, callback=finite, help="Sample among this share of probability.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, chat template or not.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="Of ONNX Runtime.")] = None,
@@ -35,16 +42,16 @@ def main(
     verify: Annotated[bool, typer.Option("--verify", help="First compare all files with their hashes.")] = False,
 ) -> None:
     """Generate text: tokens stream to stdout, speed and active rate go to stderr."""
-    from dlo_export.checkpoints.config import LlamaConfig  # noqa: PLC0415
+    from dlo_export.checkpoints.generation_config import GenerationConfig  # noqa: PLC0415
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.artifact_runner import open_artifact, open_engines  # noqa: PLC0415
     from dlo_export.runtimes.artefact.description import load_description, mean_active_rates  # noqa: PLC0415
     from dlo_export.runtimes.generation.generate import Generation  # noqa: PLC0415
-    from dlo_export.runtimes.generation.sampling import Sampling  # noqa: PLC0415
     from dlo_export.runtimes.generation.tokenizer import Tokenizer  # noqa: PLC0415
 
     description = open_description(artefact) if verify else load_description(artefact)
-    config = LlamaConfig.from_json(artefact / "config.json")
+    generation_config = GenerationConfig.from_folder(artefact)
+    sampling = _sampling(generation_config, temperature, top_k, top_p, seed)
     tokenizer = Tokenizer(artefact)
     chat = tokenizer.has_chat_template and not raw
     ids = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
@@ -54,8 +61,8 @@ def main(
             runner,
             [ids],
             max_new_tokens=max_new_tokens,
-            end_tokens=config.eos_token_id,
-            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+            end_tokens=generation_config.eos_token_id,
+            sampling=sampling,
         )
         text = tokenizer.stream()
         for tokens in generation:
@@ -64,6 +71,24 @@ def main(
                 sys.stdout.flush()
         sys.stdout.write(text.finish() + "\n")
     _report(generation.stats, mean_active_rates(description, generation.stats.active_rate))
+
+
+def _sampling(
+    model: GenerationConfig, temperature: float | None, top_k: int | None, top_p: float | None, seed: int
+) -> Sampling:
+    """What was asked for, else what the model's generation_config.json says; greedy where neither says anything."""
+    from dlo_export.runtimes.generation.sampling import Sampling  # noqa: PLC0415
+
+    if model.repetition_penalty != 1:
+        typer.echo(
+            f"warning: generation_config.json asks for repetition_penalty {model.repetition_penalty}, "
+            "which is not applied here",
+            err=True,
+        )
+    own = (model.temperature, model.top_k, model.top_p) if model.do_sample else (0.0, 0, 1.0)
+    asked = (temperature, top_k, top_p)
+    chosen = [default if given is None else given for given, default in zip(asked, own, strict=True)]
+    return Sampling(temperature=chosen[0], top_k=int(chosen[1]), top_p=chosen[2], seed=seed)
 
 
 def _report(stats: GenerationStats, active_rates: dict[str, float | None]) -> None:

@@ -17,6 +17,7 @@ from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCache
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
+from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
@@ -39,6 +40,7 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "lower_skip_to_if": (_ROUTE, LowerSkipToIfPass()),
     "expose_routing": (_ROUTE, LowerSkipToCompactionPass(), ExposeRoutingPass(force=True)),
     "fuse_sibling_matmuls": (FuseSiblingMatMulsPass(),),
+    "name_batch_dimension": (NameBatchDimensionPass(),),
     "use_static_cache": (UseStaticCachePass(8),),
     "grow_cache_outside_attention": (GrowCacheOutsideAttentionPass(),),
     "keep_last_logits": (UseStaticCachePass(8), KeepLastLogitsPass()),

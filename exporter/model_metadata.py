@@ -1,0 +1,42 @@
+"""What model.onnx says about itself: who wrote it, from what, and how it routes. Netron shows all of it."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from dlo_export import __version__
+from dlo_export.exporter.sources.source import ExportSource
+
+PRODUCER = "dlo-export"
+
+
+def set_model_metadata(model: ir.Model, source: ExportSource, *, dtype: str, lowering: str) -> None:
+    """Fills in producer, graph name, description and metadata of a finished graph.
+
+    Args:
+        model: Changed in place; what other exporters noted of themselves in metadata stays.
+        source: What it was made from.
+        dtype: "fp32", "fp16" or "bf16".
+        lowering: What routed layers became.
+    """
+    name = source.base.path.name or source.base.path.resolve().name
+    if model.producer_name not in (None, "", PRODUCER):
+        model.metadata_props["source_producer"] = f"{model.producer_name} {model.producer_version or ''}".strip()
+    model.producer_name, model.producer_version = PRODUCER, __version__
+    model.graph.name = name
+    injected, routed = len(source.injected_layers), len(source.routing.layers) if source.routing is not None else 0
+    model.doc_string = (
+        f"Llama decoder of {source.num_layers} layers ({injected} injected, {routed} routed, lowering {lowering}), "
+        f"{dtype}, made from {name} by {PRODUCER} {__version__}"
+    )
+    model.metadata_props.update(
+        {
+            "model_name": name,
+            "dlo_export_version": __version__,
+            "dtype": dtype,
+            "lowering": lowering,
+            "num_layers": str(source.num_layers),
+            "injected_layers": " ".join(str(layer.position) for layer in source.injected_layers),
+            "routed_layers": " ".join(map(str, source.routing.layers)) if source.routing is not None else "",
+        }
+    )

@@ -1,0 +1,122 @@
+"""Clients of artefacts, and how each is installed under .peers/ and called.
+
+    python -m tests.interop.environments
+
+installs them all, and names those that cannot be installed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import is_installed, peer_environment, requirements_of
+from benchmarks.workspace import WORKSPACE
+
+FOLDER = Path(__file__).parent
+REQUIREMENTS = FOLDER / "requirements"
+NPM_FOLDER = WORKSPACE / "transformers_js"
+NPM_FILES = ("package.json", "package-lock.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """A program that runs artefacts.
+
+    Attributes:
+        name: Of its script in clients/ and of its environment.
+        requirements: What pip installs; None for the client that npm installs.
+    """
+
+    name: str
+    requirements: Path | None
+
+    @property
+    def installed(self) -> bool:
+        """Whether its environment is there, complete, and of these requirements."""
+        if self.requirements is not None:
+            return is_installed(self.name, self.requirements)
+        # npm writes this file when everything is in place.
+        complete = NPM_FOLDER / "node_modules" / ".package-lock.json"
+        return complete.is_file() and all(
+            (NPM_FOLDER / name).read_text() == (REQUIREMENTS / "transformers_js" / name).read_text()
+            for name in NPM_FILES
+        )
+
+    def install(self) -> None:
+        """Makes its environment.
+
+        Raises:
+            CalledProcessError: pip or npm failed, and has said why.
+            FileNotFoundError: There is no npm.
+        """
+        if self.requirements is not None:
+            peer_environment(self.name, self.requirements)
+            return
+        NPM_FOLDER.mkdir(parents=True, exist_ok=True)
+        for name in NPM_FILES:
+            shutil.copyfile(REQUIREMENTS / "transformers_js" / name, NPM_FOLDER / name)
+        # Scripts of packages would only download CUDA libraries; the CPU's are in the package.
+        subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=NPM_FOLDER, check=True)
+
+    def run(self, artefact: Path, **request: Any) -> dict[str, Any]:
+        """Lets it generate.
+
+        Args:
+            artefact: The folder.
+            **request: `prompt` (text or token ids) and `new_tokens`.
+
+        Returns:
+            What the script prints: `prompt` and `tokens`, ids.
+        """
+        if self.requirements is not None:
+            # -P: the scripts' folder is not searched for modules, or a script would hide the package of its name.
+            command = [WORKSPACE / self.name / "bin" / "python", "-P", FOLDER / "clients" / f"{self.name}.py"]
+        else:
+            # A module is looked for from where the script lies.
+            script = shutil.copy(FOLDER / "clients" / f"{self.name}.mjs", NPM_FOLDER)
+            command = ["node", script]
+        result = subprocess.run(
+            [*command, artefact, json.dumps(request)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+            # Nothing of this environment's packages.
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        )
+        assert result.returncode == 0, f"{self.name}: {result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+        answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        return answer
+
+
+CLIENTS = {
+    client.name: client
+    for client in (
+        Client("genai", REQUIREMENTS / "genai.txt"),
+        Client("optimum", requirements_of("optimum")),
+        # The oldest version whose CPU provider has these operators and computes them right.
+        Client("onnxruntime_least", REQUIREMENTS / "onnxruntime_least.txt"),
+        Client("transformers_js", None),
+    )
+}
+
+
+def main() -> None:
+    """Installs what is missing; goes on where one client cannot be had."""
+    for client in CLIENTS.values():
+        try:
+            if not client.installed:
+                client.install()
+        except (subprocess.CalledProcessError, FileNotFoundError) as err:
+            print(f"{client.name}: cannot be installed here, its tests will be skipped ({err})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

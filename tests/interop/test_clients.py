@@ -1,0 +1,73 @@
+"""Clients open a routed artefact as it is, and generate the tokens that `dlo run` does."""
+
+import pytest
+
+from dlo_export.checkpoints.generation_config import GenerationConfig
+from dlo_export.exporter.artifact_runner import open_artifact
+from dlo_export.runtimes.generation.generate import generate
+from dlo_export.runtimes.generation.tokenizer import Tokenizer
+from tests.interop.environments import CLIENTS
+
+pytestmark = pytest.mark.interop
+
+PROMPT = "The capital of France is"
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module", params=["routed", "deepened", pytest.param("smollm2", marks=pytest.mark.smollm2)])
+def artefact(request):
+    return request.getfixturevalue(f"{request.param}_artefact")
+
+
+@pytest.fixture(scope="module")
+def prompt(artefact):
+    return Tokenizer(artefact).encode(PROMPT)
+
+
+@pytest.fixture(scope="module")
+def expected(artefact, prompt):
+    return tokens_of(artefact, [prompt])[0]
+
+
+def tokens_of(artefact, prompts):
+    """What the artefact's runner generates, some tokens skipping and some not."""
+    with open_artifact(artefact) as runner:
+        generation = generate(
+            runner,
+            prompts,
+            max_new_tokens=NEW_TOKENS,
+            end_tokens=GenerationConfig.from_folder(artefact).eos_token_id,
+        )
+    rates = generation.stats.active_rate.values()
+    assert 0 < sum(rates) / len(rates) < 1, "the comparison must see tokens that run and tokens that skip"
+    return generation.sequences
+
+
+def client(name):
+    if not CLIENTS[name].installed:
+        pytest.skip(f"{name} is not installed: make test-interop")
+    return CLIENTS[name]
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_client_generates_the_runners_tokens_when_given_a_routed_artefact(name, artefact, prompt, expected):
+    answer = client(name).run(artefact, prompt=prompt, new_tokens=NEW_TOKENS)
+    assert answer["tokens"] == expected
+
+
+@pytest.mark.parametrize("name", ["genai", "optimum", "transformers_js"])
+def test_client_tokenizes_and_generates_as_the_runner_when_given_text(name, artefact, prompt, expected):
+    answer = client(name).run(artefact, prompt=PROMPT, new_tokens=NEW_TOKENS)
+    assert answer == {"prompt": prompt, "tokens": expected}
+
+
+def test_optimum_generates_the_runners_tokens_when_a_batch_is_left_padded(artefact, prompt):
+    prompts = [prompt, prompt[: len(prompt) // 2]]
+    answer = client("optimum").run(artefact, prompt=prompts, new_tokens=NEW_TOKENS)
+    for row, wanted in zip(answer["tokens"], tokens_of(artefact, prompts), strict=True):
+        assert row[: len(wanted)] == wanted
+
+
+def test_least_onnxruntime_is_the_version_the_documentation_names(routed_artefact):
+    answer = client("onnxruntime_least").run(routed_artefact, prompt=[5, 6, 7], new_tokens=1)
+    assert answer["version"] == "1.23.1"
