@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-import click
 import typer
 
 from dlo_export import __version__
@@ -54,9 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(given: list[str], received: list[int]) -> int:
     try:
         code = app(given, prog_name="dlo", standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
     except SystemExit as error:
         # Rich ends so when whoever reads the output has gone (`dlo inspect … | head`).
         return error.code if isinstance(error.code, int) else OUR_BUG
