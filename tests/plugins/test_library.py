@@ -59,7 +59,10 @@ def test_plugin_graph_builds_into_an_rtx_engine_when_the_library_is_loaded(libra
 
 def test_another_library_is_refused_when_one_is_loaded(library, tmp_path):
     other = shutil.copy(library, tmp_path / "other.so")
-    code = "import tensorrt_rtx, sys; from dlo_export.plugins import rtx; [rtx.load_library(path) for path in sys.argv[1:]]"
+    code = (
+        "import tensorrt_rtx, sys; from dlo_export.plugins import rtx; "
+        "[rtx.load_library(path) for path in sys.argv[1:]]"
+    )
     command = [sys.executable, "-c", code, str(library), str(other)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode
