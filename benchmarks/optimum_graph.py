@@ -12,6 +12,7 @@ tokens, each layer others.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def run(runner: Runner, case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     tokens = distinct_tokens(TOKENS)
     rows, record, missed = [], [], False
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
