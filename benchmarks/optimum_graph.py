@@ -48,8 +48,8 @@ def export_with_optimum(model: Path, output: Path) -> Path:
     Raises:
         CalledProcessError: It failed; it has said why.
     """
-    command = [peer_environment("optimum") / "optimum-cli", "export", "onnx", "-m", model]
-    subprocess.run([*command, "--task", "text-generation-with-past", output], check=True, stdout=sys.stderr)
+    command = [str(peer_environment("optimum") / "optimum-cli"), "export", "onnx", "-m", str(model)]
+    subprocess.run([*command, "--task", "text-generation-with-past", str(output)], check=True, stdout=sys.stderr)
     return output / "model.onnx"
 
 

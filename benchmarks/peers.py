@@ -28,7 +28,7 @@ def peer_environment(name: str) -> Path:
         print(f"installing {name} into {environment}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
         for wanted in ([TORCH], ["-r", str(requirements)]):
-            pip = [environment / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
+            pip = [str(environment / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
             subprocess.run([*pip, *wanted], check=True)
         installed.write_text(requirements.read_text())
     return environment / "bin"

@@ -105,7 +105,7 @@ def is_output_projection(role: str) -> bool:
 def lerp(first: np.ndarray, second: np.ndarray, t: float = 0.5) -> np.ndarray:
     """Linear interpolation ``(1 - t)·first + t·second`` in at least float32, rounded to the dtype of `second`."""
     compute = _compute_dtype(second)
-    mixed = first.astype(compute) * compute.type(1 - t)
+    mixed: np.ndarray = first.astype(compute) * compute.type(1 - t)
     mixed += second.astype(compute, copy=False) * compute.type(t)
     return mixed.astype(second.dtype, copy=False)
 
@@ -125,7 +125,7 @@ def slerp(first: np.ndarray, second: np.ndarray, t: float = 0.5) -> np.ndarray:
         return lerp(first, second, t)
     angle = np.arccos(cosine)
     weight_a, weight_b = np.sin((1 - t) * angle) / np.sin(angle), np.sin(t * angle) / np.sin(angle)
-    mixed = a * compute.type(weight_a)
+    mixed: np.ndarray = a * compute.type(weight_a)
     mixed += b * compute.type(weight_b)
     return mixed.astype(second.dtype, copy=False)
 
