@@ -31,6 +31,7 @@ PACKAGES = {
     "checkpoints": {"ml_dtypes", "numpy"},
     "checkpoints/adapter": {"safetensors"},
     "checkpoints/formats": {"gguf", "huggingface_hub", "tokenizers"},
+    "checkpoints/tokenization": {"tokenizers"},
     "graph_passes": {"ml_dtypes", "numpy", "onnx_ir"},
     "graph_passes/spec/ops.py": {"onnx"},  # onnx.defs holds the operators' schemas
     "modeling": {"ml_dtypes", "numpy", "torch", "transformers"},
@@ -44,13 +45,14 @@ PACKAGES = {
     "exporter/tensorrt": {"tensorrt", "tensorrt_rtx"},
     "dlo_export": set(),
     "samples": set(),
-    "benchmarks": {"benchmarks", "ml_dtypes", "numpy", "onnx_ir", "onnxruntime", "torch", "transformers"},
+    "benchmarks": {"benchmarks", "gguf", "ml_dtypes", "numpy", "onnx_ir", "onnxruntime", "torch", "transformers"},
     "tests": {
         *("gguf", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "pytest", "rich"),
-        *("safetensors", "tensorrt_rtx", "tests", "tokenizers", "torch", "transformers", "triton"),
+        *("safetensors", "sentencepiece", "tensorrt_rtx", "tests", "tokenizers", "torch", "transformers", "triton"),
     },
     "tests/benchmarks": {"benchmarks"},
     "tests/data": {"optimum"},
+    "tests/interop": {"benchmarks", "optimum"},
     "tests/plugins": {"tensorrt_bindings"},
     "tests/runtimes": {"cuda"},
 }
