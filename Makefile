@@ -1,7 +1,8 @@
-# make demo    the main job on the real model, from GGUF to generated text
-# make test    lint, types and tests
-# make test-interop   other programs open artefacts, each in an environment of its own under .peers/
-# make clean   remove what they made
+# make demo          the main job on the real model, from GGUF to generated text
+# make test          lint, types and tests
+# make test-wheel    the wheel in an environment of its own, with its dependencies from the package index
+# make test-interop  other programs open artefacts, each in an environment of its own under .peers/
+# make clean         remove what these made
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Two BLAS threads whatever the machine, so that runs on different machines do the same arithmetic in the same order.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-interop lint unit venv clean
+.PHONY: demo test test-interop test-wheel lint unit venv clean
 demo: $(STAMP)
 	$(BIN)/python samples/demo.py
 
@@ -26,6 +27,9 @@ unit: $(STAMP)
 test-interop: $(STAMP)
 	$(BIN)/python -m tests.interop.environments
 	$(BIN)/pytest -m interop tests/interop
+
+test-wheel: $(STAMP)
+	$(BIN)/pytest tests/test_package.py --bare
 
 venv: $(STAMP)
 

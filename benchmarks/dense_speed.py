@@ -41,7 +41,7 @@ def build_with_genai(model: Path, output: Path) -> Path:
         RuntimeError: It failed, with what it wrote.
     """
     module = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    options = ["-i", model, "-o", output, "-p", "fp32", "-e", "cpu", "-c", output / "cache"]
+    options = ["-i", str(model), "-o", str(output), "-p", "fp32", "-e", "cpu", "-c", str(output / "cache")]
     built = subprocess.run([*module, *options], check=False, capture_output=True, text=True)
     if built.returncode:
         raise RuntimeError(f"{module}: ended with {built.returncode}\n{built.stderr[-2000:]}")

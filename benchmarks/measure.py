@@ -66,7 +66,7 @@ def alternate(candidates: Mapping[str, Block], *, blocks: int, runs: int, settle
     """
     values: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(blocks):
-        for name in candidates if round_ % 2 == 0 else reversed(candidates):
+        for name in candidates if round_ % 2 == 0 else reversed(list(candidates)):
             values[name].append(float(np.median(candidates[name](settle + runs)[settle:])))
     return {name: Samples(np.array(numbers)) for name, numbers in values.items()}
 

@@ -12,6 +12,7 @@ tokens, each layer others.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import subprocess
 import sys
@@ -47,8 +48,8 @@ def export_with_optimum(model: Path, output: Path) -> Path:
     Raises:
         CalledProcessError: It failed; it has said why.
     """
-    command = [peer_environment("optimum") / "optimum-cli", "export", "onnx", "-m", model]
-    subprocess.run([*command, "--task", "text-generation-with-past", output], check=True, stdout=sys.stderr)
+    command = [str(peer_environment("optimum") / "optimum-cli"), "export", "onnx", "-m", str(model)]
+    subprocess.run([*command, "--task", "text-generation-with-past", str(output)], check=True, stdout=sys.stderr)
     return output / "model.onnx"
 
 
@@ -90,6 +91,7 @@ def run(runner: Runner, case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     tokens = distinct_tokens(TOKENS)
     rows, record, missed = [], [], False
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:

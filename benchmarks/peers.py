@@ -30,7 +30,7 @@ def peer_environment(name: str, requirements: Path | None = None) -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
         torch = [[TORCH]] if TORCH in requirements.read_text().splitlines() else []
         for wanted in (*torch, ["-r", str(requirements)]):
-            pip = [environment / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
+            pip = [str(environment / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
             subprocess.run([*pip, *wanted], check=True)
         (environment / _INSTALLED).write_text(requirements.read_text())
     return environment / "bin"

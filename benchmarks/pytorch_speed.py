@@ -25,6 +25,7 @@ from benchmarks.workspace import WORKSPACE
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.runtimes.bench import Subject, Workload, compare_speed
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from dlo_export.runtimes.runner import Runner
 from dlo_export.runtimes.torch.runner import TorchRunner
 
 BAR = 1.5
@@ -43,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
         adapter = save_routers(model, Path(temporary) / "adapter")
         graph = export(smollm2_folder(), Path(temporary) / "artefact", adapter)
-        runners = [TorchRunner(model), OnnxRuntimeRunner(graph, threads=threads, allow_spinning=False)]
+        runners: list[Runner] = [TorchRunner(model), OnnxRuntimeRunner(graph, threads=threads, allow_spinning=False)]
         feed = tokens[0].tolist()
         pytorch, artefact = compare_speed([Subject(runner, feed) for runner in runners], WORKLOAD)
 

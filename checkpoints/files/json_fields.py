@@ -47,7 +47,7 @@ class JsonFields:
     def integer(self, name: str, default: int | None = None, largest: int = MAX_INTEGER) -> int:
         """An integer from 1 to `largest`."""
         expected = "a positive integer" if largest == MAX_INTEGER else f"an integer from 1 to {largest}"
-        return self._checked(name, default, lambda v: _is_int(v) and 0 < v <= largest, expected, 1)
+        return int(self._checked(name, default, lambda v: _is_int(v) and 0 < v <= largest, expected, 1))
 
     def positive_number(self, name: str, default: float | None = None) -> float:
         """A number above zero."""
@@ -59,7 +59,7 @@ class JsonFields:
 
     def flag(self, name: str, default: bool | None = None) -> bool:
         """True or false."""
-        return self._checked(name, default, lambda v: isinstance(v, bool), "true or false", False)
+        return bool(self._checked(name, default, lambda v: isinstance(v, bool), "true or false", False))
 
     def token(self, name: str, default: int | None) -> int | None:
         """A token id, None for null and for -1, which is how Meta's conversion scripts write "none"."""

@@ -63,7 +63,7 @@ def cached_snapshot(repository: str) -> Path:
     Raises:
         InputError: The repository is not in the cache, or only parts of it that do not include config.json.
     """
-    # Imported here because it is needed for hub ids alone; it comes with tokenizers.
+    # Imported here because it is needed for hub ids alone.
     from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
 

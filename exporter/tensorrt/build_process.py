@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dlo_export
 from dlo_export.exporter.tensorrt.build_events import EventReader
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 from dlo_export.runtimes.artefact.engine_record import StageCost
@@ -21,7 +22,7 @@ from dlo_export.runtimes.tensorrt.backend import BACKENDS
 _WORKER = "dlo_export.exporter.tensorrt.build_worker"
 _LINES_KEPT = 200
 _READ_AT_ONCE = 2**16
-_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE_PARENT = Path(dlo_export.__file__).resolve().parents[1]
 _VMSTAT = Path("/proc/vmstat")
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -69,7 +70,7 @@ class BuildProcess:
                 stdout=output_end,
                 stderr=output_end,
                 pass_fds=(events_end,),
-                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), *_python_path()])},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(_PACKAGE_PARENT), *_python_path()])},
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which then ends the child in its own way
             )
         except BaseException:
