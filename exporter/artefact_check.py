@@ -104,8 +104,9 @@ def _lowering_problems(
     expected = [record.lowering] if passes[record.lowering] is not None else []
     if found != expected:
         yield f"{prefix}lowering is {record.lowering}, {path.name} has {' and '.join(found) or 'no lowered layers'}"
-    if record.capture_problem != find_lowering(record.lowering, target).not_capturable:
-        yield f"{prefix}capture_problem is not what lowering {record.lowering} has"
+    not_capturable = find_lowering(record.lowering, target).not_capturable
+    if (record.capture_problem is None) != (not_capturable is None):  # in whatever words
+        yield f"{prefix}capture_problem is {record.capture_problem}, expected {not_capturable} for {record.lowering}"
 
 
 def _pass_name(lowering: str, target: Target) -> str | None:

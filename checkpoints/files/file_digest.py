@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+# A larger chunk is not kept in memory for its hash while the next one is made.
+_KEPT_BYTES = 16 * 2**20
 # By path, size, time of change and inode.
 _KNOWN: dict[tuple[Path, int, int, int], str] = {}
 
@@ -37,7 +39,7 @@ def _key(path: Path) -> tuple[Path, int, int, int]:
 
 
 class HashedFile:
-    """Writes a file forwards and hashes it at once: a second thread hashes a chunk while the system takes it.
+    """Writes a file forwards and hashes it at once, in a second thread, while the next chunk is made.
 
     Leaving it without an exception tells `known_sha256` the hash.
 
@@ -49,14 +51,17 @@ class HashedFile:
         self._path = path
         self._file: BinaryIO = path.open("wb")
         self._digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
+        self._hashing: Future[None] | None = None
         self._position = 0
 
     def write(self, data: Any) -> int:
-        """Appends bytes, given as any contiguous buffer."""
+        """Appends bytes, given as any contiguous buffer, which must not change until the next call."""
         chunk = memoryview(data).cast("B")
-        hashed = self._hasher.submit(self._digest.update, chunk)
+        self._wait()
+        self._hashing = self._hasher.submit(self._digest.update, chunk)
         self._file.write(chunk)
-        hashed.result()
+        if chunk.nbytes > _KEPT_BYTES:
+            self._wait()
         self._position += chunk.nbytes
         return chunk.nbytes
 
@@ -64,13 +69,21 @@ class HashedFile:
         """Appends zeros up to an offset, which lies ahead."""
         self.write(bytes(offset - self._position))
 
+    def _wait(self) -> None:
+        hashing, self._hashing = self._hashing, None
+        if hashing is not None:
+            hashing.result()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hasher.shutdown()
-        self._file.close()
+        try:
+            self._wait()
+        finally:
+            self._hasher.shutdown()
+            self._file.close()
         if error is None:
             remember_sha256(self._path, self._digest.hexdigest())
