@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dlo_export.checkpoints.files.uninterrupted import SIGNALS
 
 # Long enough for the clean-up that the first signal causes, short enough for whoever sees that nothing happens.
 _REPEATED_SECONDS = 1.0
+_RETRY_SECONDS = 0.01
 
 
 class StopSignals:
@@ -27,6 +29,9 @@ class StopSignals:
         self.exit_code: int | None = None
         self._raising = False
         self._raised_at = -_REPEATED_SECONDS
+        self._number = 0
+        self._show_unraisable, sys.unraisablehook = sys.unraisablehook, self._take_unraisable
+        signal.signal(signal.SIGALRM, self._raise_again)
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._take)
@@ -43,6 +48,7 @@ class StopSignals:
             self._raising = False
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
         if self.exit_code is None:
             # A closed terminal is a termination: nobody reads what the difference would say.
             self.exit_code = 130 if number == signal.SIGINT else 143
@@ -51,3 +57,15 @@ class StopSignals:
         if self._raising and time.monotonic() - self._raised_at >= _REPEATED_SECONDS:
             self._raised_at = time.monotonic()
             raise KeyboardInterrupt
+
+    def _take_unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Tries again a moment later where Python has to drop what we raise: in finalizers and other callbacks."""
+        if self._number and issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self._raised_at = -_REPEATED_SECONDS
+            signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
+        else:
+            self._show_unraisable(unraisable)
+
+    def _raise_again(self, number: int, frame: FrameType | None) -> None:
+        # By the signal's own handler, which may be one that holds it back just now.
+        signal.raise_signal(self._number)

@@ -122,6 +122,26 @@ sys.meta_path.insert(0, Raise())
     assert process.stderr in ("", "error: interrupted\n")
 
 
+def test_export_ends_quietly_when_a_signal_comes_in_a_finalizer(tmp_path):
+    code = f"""
+import signal, sys
+class Raise:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+class Finalize:
+    def find_spec(self, name, path=None, target=None):
+        if name == "onnx_ir":
+            Raise()
+            import time; time.sleep(60)
+sys.meta_path.insert(0, Finalize())
+{CODE}
+"""
+    command = [sys.executable, "-c", code, "export", str(tmp_path), "-o", str(tmp_path / "out")]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    assert process.returncode == TERMINATED
+    assert process.stderr == "error: interrupted\n"
+
+
 def test_export_goes_on_when_its_shell_ignores_hang_ups(tmp_path):
     model = save_tiny_llama(tmp_path / "model")
     code = f"import os, signal; os.kill(os.getpid(), signal.SIGHUP); {CODE}"
