@@ -33,7 +33,7 @@ Q4_0_BLOCK = 18  # bytes: a float16 scale and 32 elements of 4 bits
 
 def tensor_shapes(layers: int) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model by its name in the file."""
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         name: (SIZES["hidden"],) if name == "output_norm.weight" else (VOCABULARY, SIZES["hidden"])
         for name in GGUF_OUTER_NAMES
     }
