@@ -33,7 +33,15 @@ from transformers.utils.generic import can_return_tuple
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
-from dlo_export.modeling.routing import TokenRouter, add_active_branch, add_masked_branch, is_active
+from dlo_export.modeling.routing import (
+    SelectTokens,
+    TokenRouter,
+    TrainingRouting,
+    add_active_branch,
+    add_masked_branch,
+    add_trained_branch,
+    is_active,
+)
 
 
 class UntrainedRoutersWarning(UserWarning):
@@ -46,16 +54,24 @@ class LayerRoutingNotSupportedError(InputError):
 
 @dataclass
 class LlamaDloModelOutput(BaseModelOutputWithPast):
-    """A base model's output, and the routers' scores: by layer, float32 [batch, sequence]."""
+    """A base model's output, and the routers' scores: by layer, float32 [batch, sequence].
+
+    `training_routing` is there where `select_tokens` was given.
+    """
 
     router_scores: dict[int, torch.Tensor] | None = None
+    training_routing: dict[int, TrainingRouting] | None = None
 
 
 @dataclass
 class LlamaDloCausalLMOutput(CausalLMOutputWithPast):
-    """A causal model's output, and the routers' scores: by layer, float32 [batch, sequence]."""
+    """A causal model's output, and the routers' scores: by layer, float32 [batch, sequence].
+
+    `training_routing` is there where `select_tokens` was given.
+    """
 
     router_scores: dict[int, torch.Tensor] | None = None
+    training_routing: dict[int, TrainingRouting] | None = None
 
 
 class RoutedDecoderLayer(LlamaDecoderLayer):
@@ -68,8 +84,9 @@ class RoutedDecoderLayer(LlamaDecoderLayer):
         branch_scale: tuple[float, float] = (1.0, 0.0),
         force_active: torch.Tensor | None = None,
         masked: bool = False,
+        select_tokens: SelectTokens | None = None,
         **attention_kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | TrainingRouting | None]:
         """Runs the layer.
 
         Args:
@@ -78,19 +95,25 @@ class RoutedDecoderLayer(LlamaDecoderLayer):
             branch_scale: (a, b): the MLP branch is multiplied by a + b·score.
             force_active: bool [batch, sequence], decisions to use in place of the router's. Scores stay the router's.
             masked: Compute every token's MLP and discard those of skipped tokens.
+            select_tokens: Decides in place of the router's threshold, in training.
             attention_kwargs: Whatever transformers' attention takes.
 
         Returns:
-            The residual stream after the layer, and the scores (float32 [batch, sequence]) if it is routed.
+            The residual stream after the layer; if it is routed, the scores (float32 [batch, sequence]), or all that
+            training needs where `select_tokens` is given.
         """
         scores = None if router is None else router(hidden_states)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_kwargs)
         hidden_states = hidden_states + attended
         if scores is None:
             return hidden_states + self._mlp_branch(hidden_states), None
-        active = is_active(scores) if force_active is None else force_active
         offset, slope = branch_scale
         scale = None if (offset, slope) == (1.0, 0.0) else offset + slope * scores
+        if select_tokens is not None:
+            active = select_tokens(self.self_attn.layer_idx, scores.detach())
+            hidden_states, similarity = add_trained_branch(hidden_states, self._mlp_branch, scores, active, scale)
+            return hidden_states, TrainingRouting(scores, active, similarity)
+        active = is_active(scores) if force_active is None else force_active
         add_branch = add_masked_branch if masked else add_active_branch
         return add_branch(hidden_states, self._mlp_branch, active, scale), scores
 
@@ -153,6 +176,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         use_cache: bool | None = None,
         force_active: Mapping[int, torch.Tensor] | None = None,
         output_hidden_states: bool | None = None,
+        select_tokens: SelectTokens | None = None,
         **kwargs: Any,
     ) -> LlamaDloModelOutput:
         """Runs the decoder; arguments as transformers' Llama takes them.
@@ -166,6 +190,8 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
             use_cache: Return a cache.
             force_active: Per layer, bool [batch, sequence]: decisions to use in place of the routers'.
             output_hidden_states: Return the residual stream before every layer, and the normalised one at the end.
+            select_tokens: Training's decisions in place of the routers', and gradients through them; see
+                `add_trained_branch`.
             kwargs: Passed on to attention.
 
         Raises:
@@ -195,29 +221,34 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
         router_scores: dict[int, torch.Tensor] = {}
+        training_routing: dict[int, TrainingRouting] = {}
         streams = []
         for index, layer in enumerate(self.layers):
             streams.append(hidden_states)
-            hidden_states, scores = layer(
+            hidden_states, routing = layer(
                 hidden_states,
                 router=self.router(index),
                 branch_scale=self.config.branch_scale,
                 force_active=forced.get(index),
                 masked=self.masked,
+                select_tokens=select_tokens,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            if scores is not None:
-                router_scores[index] = scores
+            if isinstance(routing, TrainingRouting):
+                training_routing[index] = routing
+            if routing is not None:
+                router_scores[index] = routing.scores if isinstance(routing, TrainingRouting) else routing
         hidden_states = self.norm(hidden_states)
         return LlamaDloModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
             hidden_states=(*streams, hidden_states) if output_hidden_states else None,
             router_scores=router_scores,
+            training_routing=training_routing or None,
         )
 
 
@@ -280,6 +311,7 @@ class LlamaDloForCausalLM(LlamaDloPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             router_scores=outputs.router_scores,
+            training_routing=outputs.training_routing,
         )
 
 

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils.generic import maybe_autocast
+
+SelectTokens = Callable[[int, torch.Tensor], torch.Tensor]
+"""Training's decision in place of the threshold's: of a layer and its scores, bool of the scores' shape."""
+
+
+class TrainingRouting(NamedTuple):
+    """What a routed layer did in a training step, for the losses of its router. All [batch, sequence].
+
+    Attributes:
+        scores: float32, with gradient.
+        active: bool, as selected.
+        similarity: float32 without gradient: cosine of the residual stream before and after the whole, unscaled MLP
+            branch (DLO, arXiv 2407.11030). Low where the MLP matters.
+    """
+
+    scores: torch.Tensor
+    active: torch.Tensor
+    similarity: torch.Tensor
 
 
 class TokenRouter(nn.Linear):
@@ -20,7 +40,9 @@ class TokenRouter(nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Returns the scores, float32 [batch, sequence], of hidden states [batch, sequence, hidden]."""
-        return torch.sigmoid(F.linear(hidden_states.float(), self.weight.float())).squeeze(-1)
+        # Autocast would take the product in its 16 bits, whatever the type of what is multiplied.
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            return torch.sigmoid(F.linear(hidden_states.float(), self.weight.float())).squeeze(-1)
 
 
 def is_active(scores: torch.Tensor) -> torch.Tensor:
@@ -49,6 +71,37 @@ def add_masked_branch(
     return hidden_states + torch.where(active.unsqueeze(-1), added, torch.zeros_like(added))
 
 
+def add_trained_branch(
+    hidden_states: torch.Tensor,
+    branch: Callable[[torch.Tensor], torch.Tensor],
+    scores: torch.Tensor,
+    active: torch.Tensor,
+    scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of `add_masked_branch`, with a gradient for the decisions, and what labels are made of.
+
+    The decision is a step, which has no gradient: its straight-through estimate is the score's, so that a router also
+    learns from what the tokens it skips would have been given. One run of the MLP serves this and the labels.
+
+    Args:
+        hidden_states: h, [batch, sequence, hidden].
+        branch: Norm and MLP, a function of single tokens.
+        scores: float32 [batch, sequence].
+        active: bool [batch, sequence].
+        scale: c, float32 [batch, sequence]; None where it is 1.
+
+    Returns:
+        The residual stream, and `TrainingRouting.similarity`.
+    """
+    added = branch(hidden_states)
+    with torch.no_grad():
+        similarity = torch.cosine_similarity(hidden_states.float(), hidden_states.float() + added.float(), dim=-1)
+    weight = active.to(scores.dtype) + (scores - scores.detach())
+    if scale is not None:
+        weight = weight * scale
+    return hidden_states + added * weight.unsqueeze(-1).to(added.dtype), similarity
+
+
 def add_active_branch(
     hidden_states: torch.Tensor,
     branch: Callable[[torch.Tensor], torch.Tensor],
@@ -63,4 +116,5 @@ def add_active_branch(
     added = branch(tokens if indices.numel() == tokens.shape[0] else tokens.index_select(0, indices))
     if scale is not None:
         added = added * scale.reshape(-1, 1).index_select(0, indices).to(added.dtype)
-    return tokens.index_add(0, indices, added).reshape(hidden_states.shape)
+    # Under autocast the branch has 16 bits where the residual stream has 32.
+    return tokens.index_add(0, indices, added.to(tokens.dtype)).reshape(hidden_states.shape)

@@ -241,3 +241,47 @@ def test_model_raises_when_an_unrouted_layer_is_forced() -> None:
 def test_importing_the_module_is_what_registers_the_model() -> None:
     assert dlo_export.modeling.llama_dlo.LlamaDloForCausalLM is LlamaDloForCausalLM
     assert AutoModelForCausalLM._model_mapping[LlamaDloConfig] is LlamaDloForCausalLM
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_routing_stays_in_fp32_when_autocast_is_on(masked: bool) -> None:
+    model = tiny_model(rescale_hidden_states=True, scale_factor=2.0, scale_gap=0.5)
+    model.masked = masked
+    ids = torch.arange(14).reshape(2, 7)
+    exact = model(ids).router_scores[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(ids, labels=ids)
+    # The first router sees the embeddings, which autocast leaves alone.
+    assert torch.equal(output.router_scores[0], exact)
+    assert {scores.dtype for scores in output.router_scores.values()} == {torch.float32}
+    output.loss.backward()
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_step_equals_the_masked_form_when_the_same_tokens_are_selected(checkpointing: bool) -> None:
+    model = tiny_model(rescale_hidden_states=True, scale_factor=2.0, scale_gap=0.5)
+    ids = torch.arange(14).reshape(2, 7)
+    active = torch.arange(14).reshape(2, 7) % 3 > 0
+    forced = model(ids, force_active=dict.fromkeys(range(3), active))
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    runs = []
+    model.model.layers[1].mlp.register_forward_hook(lambda _module, args, _output: runs.append(args[0].shape))
+    output = model(ids, labels=ids, use_cache=False, select_tokens=lambda _layer, _scores: active)
+    assert len(runs) == 1
+    np.testing.assert_allclose(output.logits.detach(), forced.logits.detach(), atol=1e-5)
+    assert all(torch.equal(routing.active, active) for routing in output.training_routing.values())
+    assert all((routing.similarity.abs() <= 1 + 1e-6).all() for routing in output.training_routing.values())
+    output.loss.backward()
+    assert all(router.weight.grad.abs().sum() > 0 for router in model.model.routers.values())
+
+
+def test_router_learns_from_skipped_tokens_when_nothing_is_active() -> None:
+    model = tiny_model()
+    ids = torch.arange(14).reshape(2, 7)
+    none = torch.zeros(2, 7, dtype=torch.bool)
+    model(ids, labels=ids, select_tokens=lambda _layer, _scores: none).loss.backward()
+    assert all(router.weight.grad.abs().sum() > 0 for router in model.model.routers.values())
+    assert not model.model.layers[0].mlp.up_proj.weight.grad.any()
