@@ -100,6 +100,8 @@ class ForeignGraph:
                     "is a graph, routers are fitted to a checkpoint",
                     "calibrate the checkpoint with --as-adapter, then export the graph with that adapter",
                 )
+            case "training":
+                return Refusal("is a graph, which does not learn", "train the checkpoint it was exported from")
             case "TensorRT":
                 return Refusal(
                     "is an ONNX graph, whose attention and cache stay what they are", "export the checkpoint with --trt"

@@ -1,0 +1,195 @@
+"""`dlo train`: fine-tune a model with its routers in place."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dlo_export.exporter.commands.numbers import finite
+
+if TYPE_CHECKING:
+    from dlo_export.exporter.train import TrainRequest
+    from dlo_export.modeling.training.run import TrainingResult
+
+NAME = "train"
+
+
+class Mode(StrEnum):
+    """Choices of --mode."""
+
+    FULL = "full"
+    ROUTERS = "routers"
+    NEW_LAYERS = "new-layers"
+    LORA = "lora"
+
+
+class Routers(StrEnum):
+    """Choices of --routers."""
+
+    KEEP = "keep"
+    ADD = "add"
+    NONE = "none"
+
+
+class Labels(StrEnum):
+    """Choices of --labels."""
+
+    COS_GLOBAL = "cos-global"
+    COS = "cos"
+    SELF = "self"
+
+
+class Selection(StrEnum):
+    """Choices of --selection."""
+
+    TOP_K = "top-k"
+    THRESHOLD = "threshold"
+
+
+class LongChats(StrEnum):
+    """Choices of --long-chats."""
+
+    ERROR = "error"
+    TRUNCATE = "truncate"
+    SKIP = "skip"
+
+
+class Dtype(StrEnum):
+    """Choices of --dtype."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Device(StrEnum):
+    """Choices of --device."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, .gguf file, or hub id in the local cache.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint to make; the run lives in OUTPUT.run.")],
+    data: Annotated[Path, typer.Option(help=".jsonl of chats or texts, .txt, or a folder of them.")],
+    held_out_data: Annotated[
+        Path | None, typer.Option("--held-out", help="The same to measure on; else a share of the documents.")
+    ] = None,
+    held_out_share: Annotated[float, typer.Option(callback=finite, help="That share.")] = 0.02,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter on the model.")] = None,
+    routers: Annotated[
+        Routers, typer.Option(help="Those the model has, an all-zero one for each layer without, or none at all.")
+    ] = Routers.KEEP,
+    mode: Annotated[Mode, typer.Option(help="What learns; routers always do.")] = Mode.FULL,
+    target: Annotated[
+        float, typer.Option(callback=finite, help="Share of tokens whose MLP is to run, over the routed layers.")
+    ] = 0.9,
+    anneal_steps: Annotated[int, typer.Option(help="Steps over which the target falls from 1.")] = 1000,
+    labels: Annotated[Labels, typer.Option(help="How tokens are labelled for the routers.")] = Labels.COS_GLOBAL,
+    selection: Annotated[
+        Selection, typer.Option(help="Which tokens' MLPs count in training; inference goes by the threshold.")
+    ] = Selection.TOP_K,
+    skip_weight: Annotated[float, typer.Option(callback=finite, help="Of the routers' labels in the loss.")] = 1.0,
+    rate_weight: Annotated[
+        float, typer.Option(callback=finite, help="Of the distance of inference's active rate from the target.")
+    ] = 10.0,
+    epochs: Annotated[float, typer.Option(callback=finite, help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of --epochs.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once, per process.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Batches of one step, per process.")] = 1,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence; short documents share one.")] = 1024,
+    long_chats: Annotated[LongChats, typer.Option(help="Of chats longer than a sequence.")] = LongChats.ERROR,
+    learning_rate: Annotated[float, typer.Option(callback=finite, help="Of all but the routers.")] = 2e-5,
+    router_learning_rate: Annotated[float, typer.Option(callback=finite, help="Of the routers.")] = 1e-3,
+    layer_wise: Annotated[
+        bool, typer.Option("--layer-wise/--uniform", help="Learning rates by the layers' capacities, or one.")
+    ] = True,
+    warmup: Annotated[float, typer.Option(callback=finite, help="Share of the steps learning rates rise in.")] = 0.03,
+    max_grad_norm: Annotated[float, typer.Option(callback=finite, help="To which gradients are clipped.")] = 1.0,
+    dtype: Annotated[Dtype, typer.Option(help="bf16 by autocast; weights and routers stay fp32.")] = Dtype.FP32,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    lora_rank: Annotated[int, typer.Option(help="Of --mode lora.")] = 16,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 200,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints of the run.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the data's order and what is held out.")] = 0,
+    device: Annotated[Device, typer.Option(help="Where to train.")] = Device.CPU,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT.run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
+) -> None:
+    """Fine-tune a model with its routers in place (DLO), resumable, and write the trained checkpoint."""
+    from dlo_export.exporter.json_output import print_json  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
+    from dlo_export.exporter.train import TrainRequest, report_json, train  # noqa: PLC0415
+    from dlo_export.exporter.training_progress import TrainingProgress  # noqa: PLC0415
+    from dlo_export.modeling.training.settings import TrainingSettings  # noqa: PLC0415
+
+    settings = TrainingSettings(
+        mode=mode.value,
+        target=target,
+        anneal_steps=anneal_steps,
+        labels=labels.value,
+        selection=selection.value,
+        skip_weight=skip_weight,
+        rate_weight=rate_weight,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch=batch,
+        accumulate=accumulate,
+        sequence=sequence,
+        long_chats=long_chats.value,
+        learning_rate=learning_rate,
+        router_learning_rate=router_learning_rate,
+        layer_wise=layer_wise,
+        warmup=warmup,
+        max_grad_norm=max_grad_norm,
+        dtype=dtype.value,
+        gradient_checkpointing=gradient_checkpointing,
+        lora_rank=lora_rank,
+        held_out=held_out_share,
+        eval_every=eval_every,
+        save_every=save_every,
+        seed=seed,
+    )
+    request = TrainRequest(
+        model=model,
+        output=output,
+        data=data,
+        held_out=held_out_data,
+        adapter=adapter,
+        routers=routers.value,
+        settings=settings,
+        device=device.value,
+        resume=resume,
+        force=force,
+    )
+    reporter = Reporter(verbose=verbose)
+    with TrainingProgress(reporter.console) as progress:
+        result = train(request, reporter, progress.show)
+    if result.stopped or not result.is_main:
+        return
+    if as_json:
+        print_json(report_json(result))
+    else:
+        _print_report(result, request)
+
+
+def _print_report(result: TrainingResult, request: TrainRequest) -> None:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    assert result.held_out is not None
+    if result.held_out.active:
+        table = Table("layer", "active, held out")
+        for layer, rate in result.held_out.active.items():
+            table.add_row(str(layer), f"{rate:.1%}")
+        Console().print(table)
+    rate = result.held_out.active_rate
+    active = "" if rate is None else f", active {rate:.1%} over the routed layers (target {request.settings.target:.0%})"
+    typer.echo(f"{request.output}: {result.step} steps, held-out perplexity {result.held_out.perplexity:.2f}{active}")

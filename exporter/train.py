@@ -1,0 +1,308 @@
+"""`dlo train`: fine-tunes a model with its routers in place and writes the trained checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import random
+import signal
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
+from dlo_export.checkpoints.adapter.adapter import TENSORS_NAME
+from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
+from dlo_export.checkpoints.depth.expansion import routed_config
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.file_digest import file_sha256
+from dlo_export.checkpoints.files.json_file import save_json
+from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
+from dlo_export.checkpoints.files.uninterrupted import SIGNALS
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
+from dlo_export.checkpoints.llama_layer import parse_router, router_name
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.base_model import check_use
+from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
+from dlo_export.modeling.training.documents import TokenizedData, open_tokenizer, tokenize_records
+from dlo_export.modeling.training.errors import TrainingDataError, TrainingError
+from dlo_export.modeling.training.packing import PackedDocuments
+from dlo_export.modeling.training.parameters import merged_state
+from dlo_export.modeling.training.records import Record, described_files, read_records
+from dlo_export.modeling.training.run import TrainingResult, train_model
+from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME, RunFolder
+from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.modeling.training.trainer import StepReport
+
+ROUTERS = ("keep", "add", "none")
+_VERSIONS = ("dlo-export", "torch", "transformers", "accelerate", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRequest:
+    """Arguments of `dlo train`.
+
+    Attributes:
+        model: Checkpoint folder, `.gguf` file, or hub id in the local cache.
+        output: Checkpoint folder to make; the run lives beside it, in a folder of its name and `.run`.
+        data: .jsonl or .txt file, or a folder of them.
+        held_out: The same, to measure on; None takes some documents out of `data`.
+        adapter: Adapter on the model.
+        routers: ``keep`` those the model has, ``add`` an all-zero one to each layer without, or ``none``: train it
+            without any.
+        settings: Of the run.
+        device: "cpu" or "cuda".
+        resume: Go on with the run that is there.
+        force: Replace an output of this program's.
+    """
+
+    model: str
+    output: Path
+    data: Path
+    held_out: Path | None
+    adapter: Path | None
+    routers: str
+    settings: TrainingSettings
+    device: str
+    resume: bool
+    force: bool
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run lives."""
+        return self.output.with_name(self.output.name + ".run")
+
+
+def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepReport], None]) -> TrainingResult:
+    """Trains and, unless it was stopped, writes the trained checkpoint.
+
+    Raises:
+        ValueError: Of our packages: the model, the data or the settings are not usable, or training diverged.
+        MachineError: Of our packages: no room on the disk, no such device.
+    """
+    inputs = (Path(request.model), request.adapter, request.data, request.held_out)
+    check_output_folder(request.output, overwrite=request.force, inputs=inputs)
+    source = open_source(request.model, request.adapter)
+    try:
+        check_use(source.base, "training")
+        for warning in source.base.warnings:
+            reporter.warn(warning)
+        config, tensors = _trained_model(source, request.routers)
+        check_output_space(request.output, 4 * sum(math.prod(tensor.shape) for tensor in tensors.values()))
+        with tempfile.TemporaryDirectory() as folder:
+            source.base.save_companions(Path(folder))
+            tokenizer, lacks_template = open_tokenizer(Path(folder), source.base.path)
+        if lacks_template:
+            reporter.warn(f"{source.base.path}: has no chat template; a plain one is used, and saved with the model")
+        with reporter.stage("data"):
+            training, held_out = _packed(request, tokenizer, config, reporter)
+        with reporter.stage("model"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrainedRoutersWarning)  # they are about to be trained
+            model = llama_dlo_from_tensors(config, tensors)
+        description = _description(request, source)
+        with _stop_between_steps() as should_stop:
+            result = train_model(
+                model,
+                request.settings,
+                training=training,
+                held_out=held_out,
+                folder=RunFolder(request.run_folder),
+                description=description,
+                device=request.device,
+                resume=request.resume,
+                report=on_step,
+                should_stop=should_stop,
+            )
+            if result.stopped and result.is_main:
+                reporter.warn(f"stopped after step {result.step} of {result.steps}; go on with --resume")
+        if not result.stopped and result.is_main:
+            template = tokenizer.chat_template if lacks_template else None
+            changes = _config_changes(source, config, request.settings)
+            _save(model, source, request, changes, description | {"result": report_json(result)}, template)
+        return result
+    finally:
+        source.close()
+
+
+def report_json(result: TrainingResult) -> dict[str, Any]:
+    """What a finished run reports, as JSON values."""
+    held_out = result.held_out
+    assert held_out is not None, "stopped runs report nothing"
+    return {
+        "steps": result.step,
+        "held_out": {
+            "loss": held_out.loss,
+            "perplexity": held_out.perplexity,
+            "training_selection_loss": held_out.training_loss,
+            "active_rate": held_out.active_rate,
+            "active_rate_by_layer": {str(layer): rate for layer, rate in held_out.active.items()},
+        },
+    }
+
+
+def _trained_model(source: ExportSource, routers: str) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """The config.json and tensors of the model as training starts."""
+    config, tensors = source.config_json(), source.tensors()
+    if routers == "none":
+        plain = {name: tensor for name, tensor in tensors.items() if parse_router(name) is None}
+        return config | {"is_dlo": False, "rescale_hidden_states": False}, plain
+    if routers == "add":
+        if source.routing is None:
+            config |= routed_config([True] * source.num_layers)
+        config["is_dlo"] = [True] * source.num_layers
+        zeros: dict[str, LazyTensor] = {
+            router_name(layer): ArrayTensor(np.zeros((1, config["hidden_size"]), np.float32))
+            for layer in range(source.num_layers)
+        }
+        return config, zeros | tensors
+    if source.routing is None:
+        raise TrainingError(
+            f"{source.base.path}: has no routed layer",
+            hint="--routers add gives every layer a router, --routers none trains the model as it is; `dlo calibrate` "
+            "makes routers to start from",
+        )
+    return config, tensors
+
+
+def _packed(
+    request: TrainRequest, tokenizer: Any, config: Mapping[str, Any], reporter: Reporter
+) -> tuple[PackedDocuments, PackedDocuments]:
+    """The documents to learn from and those to measure on, in sequences."""
+    settings = request.settings
+    if settings.sequence > config["max_position_embeddings"]:
+        raise TrainingError(
+            f"training: a sequence of {settings.sequence} tokens is longer than the model's "
+            f"max_position_embeddings, {config['max_position_embeddings']}",
+            hint="give --sequence fewer tokens",
+        )
+    records = read_records(request.data)
+    if request.held_out is not None:
+        sets: Sequence[list[Record]] = (records, read_records(request.held_out))
+    else:
+        sets = _split(records, settings, request.data)
+    packed = []
+    for chosen in sets:
+        data = tokenize_records(chosen, tokenizer, length=settings.sequence, long_chats=settings.long_chats)
+        if data.shortened or data.skipped:
+            reporter.warn(f"{data.shortened} chats were cut to {settings.sequence} tokens, {data.skipped} left out")
+        _check_vocabulary(data, config["vocab_size"])
+        packed.append(PackedDocuments(data.documents, settings.sequence, tokenizer.eos_token_id or 0))
+    return packed[0], packed[1]
+
+
+def _split(records: list[Record], settings: TrainingSettings, data: Path) -> tuple[list[Record], list[Record]]:
+    if len(records) < 2:
+        raise TrainingDataError(
+            f"{data}: holds one document, so none is left to measure on", hint="give others with --held-out"
+        )
+    count = min(len(records) - 1, max(1, round(settings.held_out * len(records))))
+    chosen = set(random.Random(settings.seed).sample(range(len(records)), count))
+    training = [record for number, record in enumerate(records) if number not in chosen]
+    return training, [records[number] for number in sorted(chosen)]
+
+
+def _check_vocabulary(data: TokenizedData, vocabulary: int) -> None:
+    for document in data.documents:
+        if (token := int(document.tokens.max())) >= vocabulary:
+            raise InputError(
+                f"{document.origin}: has the token {token}, the model knows {vocabulary}",
+                hint="the tokenizer belongs to another model",
+            )
+
+
+def _description(request: TrainRequest, source: ExportSource) -> dict[str, Any]:
+    """What `training.json` says."""
+    adapter = None if request.adapter is None else file_sha256(request.adapter / TENSORS_NAME)
+    data = {"training": [dataclasses.asdict(file) for file in described_files(request.data)]}
+    if request.held_out is not None:
+        data["held_out"] = [dataclasses.asdict(file) for file in described_files(request.held_out)]
+    return {
+        "format_version": 1,
+        "model": {"sha256": source.base.sha256(), "adapter": adapter, "routers": request.routers},
+        "data": data,
+        "settings": dataclasses.asdict(request.settings),
+        "device": request.device,
+        "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+    }
+
+
+@contextmanager
+def _stop_between_steps() -> Iterator[Callable[[], bool]]:
+    """Takes the first signal to stop as a wish, which the block is told of; the second one acts at once.
+
+    Leaving the block, a signal that came acts as it would have: it ends the command.
+    """
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    held = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+
+    def take(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            restore()
+            signal.raise_signal(number)
+
+    def restore() -> None:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+
+    for number in held:
+        signal.signal(number, take)
+    try:
+        yield lambda: bool(came)
+    finally:
+        restore()
+    if came:
+        signal.raise_signal(came[0])
+
+
+def _config_changes(
+    source: ExportSource, config: Mapping[str, Any], settings: TrainingSettings
+) -> dict[str, Any]:
+    """What config.json says of the trained model beyond the base model's."""
+    changes = source.config_values() | {"dtype": "float32", "torch_dtype": "float32"}
+    if config.get("is_dlo") is False:  # --routers none
+        dense = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "is_dlo": False}
+        return changes | (dense if source.routing is not None else {})
+    kept = ("model_type", "architectures", "is_dlo", "rescale_hidden_states", "scale_factor", "scale_gap")
+    return changes | {
+        **{key: config[key] for key in kept if key in config},
+        "dlo_capacity": settings.target,
+        "dlo_loss_type": settings.labels,
+        "dlo_loss_coefficient": settings.skip_weight,
+    }
+
+
+def _save(
+    model: LlamaDloForCausalLM,
+    source: ExportSource,
+    request: TrainRequest,
+    changes: Mapping[str, Any],
+    description: Mapping[str, Any],
+    chat_template: str | None,
+) -> None:
+    tensors: dict[str, LazyTensor] = {name: ArrayTensor(value.cpu().numpy()) for name, value in merged_state(model)}
+
+    def save_companions(folder: Path, config_changes: Mapping[str, Any]) -> None:
+        source.base.save_companions(folder, config_changes)
+        save_json(folder / DESCRIPTION_NAME, description)
+        if chat_template is not None:
+            (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+    save_checkpoint(
+        tensors,
+        request.output,
+        save_companions=save_companions,
+        config_changes=changes,
+        overwrite=request.force,
+    )

@@ -1,0 +1,101 @@
+"""Which parameters learn, and how fast: the training modes, LoRA, and the optimiser's groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, parse_layer_tensor, parse_router
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.training.errors import TrainingError
+from dlo_export.modeling.training.settings import TrainingSettings
+
+_LORA_MARK = ".lora_"
+
+
+def choose_parameters(model: LlamaDloForCausalLM, settings: TrainingSettings) -> None:
+    """Lets the mode's parameters learn and no others; ``lora`` adds its matrices to the model.
+
+    Raises:
+        TrainingError: The mode leaves nothing to learn.
+    """
+    injected = {layer["position"] for layer in model.config.injected_layers or ()}
+    if settings.mode == "new-layers" and not injected:
+        raise TrainingError(
+            "training: mode new-layers, but config.json names no injected_layers",
+            hint="deepen the model with `dlo expand` first, or choose another mode",
+        )
+    if settings.mode == "routers" and not model.config.routed_layers:
+        raise TrainingError("training: mode routers, but the model has none", hint="choose another mode")
+    if settings.mode == "lora":
+        _add_lora(model, settings)
+    for name, parameter in model.named_parameters():
+        is_router = parse_router(name) is not None
+        place = parse_layer_tensor(name)
+        parameter.requires_grad_(
+            is_router
+            or settings.mode == "full"
+            or (settings.mode == "new-layers" and place is not None and place.layer in injected)
+            or (settings.mode == "lora" and _LORA_MARK in name)
+        )
+
+
+def parameter_groups(model: LlamaDloForCausalLM, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """The optimiser's groups: one per layer, the routers, and the rest.
+
+    Each has its `lr`, and `layer`: the layer whose capacity scales it, None for routers, embedding, norm and head.
+    """
+    groups: dict[tuple[float, int | None], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_router = parse_router(name) is not None
+            rate = settings.router_learning_rate if is_router else settings.learning_rate
+            place = parse_layer_tensor(name)
+            layer = None if place is None else place.layer
+            groups.setdefault((rate, layer), []).append(parameter)
+    return [{"params": parameters, "lr": rate, "layer": layer} for (rate, layer), parameters in groups.items()]
+
+
+def merged_state(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
+    """The trained weights under the names a checkpoint has, LoRA's products added to what they lie beside.
+
+    A tied head is left out.
+    """
+    lora = {
+        f"{name}.base_layer": module.get_delta_weight
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    for name, parameter in model.named_parameters():
+        if _LORA_MARK in name:
+            continue
+        module, _, kind = name.rpartition(".")
+        value = parameter.detach()
+        if module in lora and kind == "weight":
+            value = value + lora[module]("default").detach()
+        yield f"{module.removesuffix('.base_layer')}.{kind}", value
+
+
+def _add_lora(model: LlamaDloForCausalLM, settings: TrainingSettings) -> None:
+    from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 - of an extra that other modes do not need
+
+    # In place, so that the model stays what it is: a wrapper would have other names and another forward.
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=2 * settings.lora_rank,
+        target_modules=[module.role for module in LLAMA_LAYER.modules if len(module.axes) == 2],
+        lora_dropout=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        inject_adapter_in_model(config, model)
+
+
+def trained_share(model: LlamaDloForCausalLM) -> float:
+    """The share of the model's numbers that learn."""
+    sizes = [(math.prod(parameter.shape), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, learns in sizes if learns) / sum(size for size, _ in sizes)

@@ -1,0 +1,139 @@
+"""Trains a model: from its settings to transformers' Trainer and back."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from dlo_export.checkpoints.errors import MachineError
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.training.packing import PackedDocuments
+from dlo_export.modeling.training.parameters import choose_parameters
+from dlo_export.modeling.training.run_folder import RunFolder
+from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.modeling.training.trainer import DloTrainer, HeldOut, StepReport
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished or stopped run.
+
+    Attributes:
+        step: Steps done.
+        steps: Steps there are.
+        stopped: It was asked to stop, and can be resumed.
+        held_out: What held-out text says of the trained model; None for a stopped run.
+        is_main: Whether this process is the one that writes.
+    """
+
+    step: int
+    steps: int
+    stopped: bool
+    held_out: HeldOut | None
+    is_main: bool
+
+
+def train_model(
+    model: LlamaDloForCausalLM,
+    settings: TrainingSettings,
+    *,
+    training: PackedDocuments,
+    held_out: PackedDocuments,
+    folder: RunFolder,
+    description: Mapping[str, Any],
+    device: str = "cpu",
+    resume: bool = False,
+    report: Callable[[StepReport], None] = lambda _report: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainingResult:
+    """Trains a model in place.
+
+    Several processes that `accelerate launch` started train it together; each calls this with the same arguments.
+
+    Args:
+        model: In float32.
+        settings: Of the run.
+        training: To learn from.
+        held_out: To measure on.
+        folder: Of the run; it must be new, or `resume` set.
+        description: What `training.json` says, see `RunFolder.begin`.
+        device: "cpu" or "cuda".
+        resume: Go on from the folder's last checkpoint.
+        report: Called after each step, in the main process.
+        should_stop: Asked after each step; the run is saved and ends, to be resumed later.
+
+    Raises:
+        TrainingError: The settings do not fit the model, or the run to resume is another one.
+        TrainingDivergedError: A loss or gradient is not finite; the last checkpoint is intact.
+        MachineError: There is no such device, or a checkpoint cannot be written.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MachineError("training: PyTorch finds no CUDA device", hint="train with --device cpu")
+    transformers_logging.disable_progress_bar()  # of its own, of each file it saves
+    choose_parameters(model, settings)
+    arguments = _arguments(settings, folder.path, device)
+    if arguments.process_index == 0:
+        folder.begin(description, resume=resume)
+    trainer = DloTrainer(
+        model,
+        settings,
+        arguments,
+        training=training,
+        held_out=held_out,
+        folder=folder,
+        report=report,
+        should_stop=should_stop,
+    )
+    if importlib.util.find_spec("tensorboard") is not None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - where it is installed
+        from transformers.integrations import TensorBoardCallback  # noqa: PLC0415
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(folder.path / "tensorboard"))))
+    checkpoint = folder.last_checkpoint() if resume else None
+    if checkpoint is not None:
+        trainer.load_capacities(checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    measured = None if trainer.stopped else trainer.measure()
+    state = trainer.state
+    return TrainingResult(
+        state.global_step, state.max_steps, trainer.stopped, measured, trainer.is_world_process_zero()
+    )
+
+
+def _arguments(settings: TrainingSettings, folder: Path, device: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=device == "cpu",
+        bf16=settings.dtype == "bf16",
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup,
+        weight_decay=0.0,
+        max_grad_norm=settings.max_grad_norm,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        seed=settings.seed,
+        data_seed=settings.seed,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        # Steps report themselves, exactly and each one.
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+    )

@@ -1,0 +1,120 @@
+"""Everything a training run depends on besides its model and its data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dlo_export.modeling.training.errors import TrainingError
+
+MODES = ("full", "routers", "new-layers", "lora")
+LABELS = ("cos-global", "cos", "self")
+SELECTIONS = ("top-k", "threshold")
+LONG_CHATS = ("error", "truncate", "skip")
+DTYPES = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a model is trained. A run is resumed with the same values or not at all.
+
+    Attributes:
+        mode: What learns: ``full``: all; ``routers``: these alone; ``new-layers``: they and the injected layers;
+            ``lora``: they and low-rank matrices beside the projections of attention and MLP, merged at the end.
+        target: Share of tokens whose MLP is to run, over the routed layers.
+        anneal_steps: Steps over which the target falls from 1.
+        labels: How tokens are labelled: ``cos-global`` pools the layers' similarities, ``cos`` takes each layer alone,
+            ``self`` takes the tokens that were selected.
+        selection: Which tokens' MLPs count in training: ``top-k`` as DLO has it, or ``threshold`` as inference does.
+        skip_weight: Of the cross entropy between scores and labels.
+        rate_weight: Of the squared distance between the rate at inference and the target.
+        epochs: Passes over the data.
+        max_steps: Optimiser steps, in place of epochs; None for epochs.
+        batch: Sequences of a micro-batch, per process.
+        accumulate: Micro-batches of a step, per process.
+        sequence: Tokens of a sequence, which short documents share.
+        long_chats: What to do about chats longer than a sequence.
+        learning_rate: Of everything but the routers, at its height; cosine.
+        router_learning_rate: Of the routers, likewise.
+        layer_wise: Multiply each layer's rate by its capacity + 1 - the mean capacity.
+        warmup: Share of the steps over which learning rates rise.
+        max_grad_norm: To which gradients are clipped.
+        dtype: ``fp32``, or ``bf16``: by autocast, with weights and routers in fp32.
+        gradient_checkpointing: Compute each layer twice instead of keeping its activations.
+        lora_rank: Of ``lora``'s matrices.
+        held_out: Share of the documents kept for evaluation where no others are given.
+        eval_every: Steps between evaluations.
+        save_every: Steps between checkpoints.
+        seed: Of the order of the data, of what is held out, and of LoRA's matrices.
+    """
+
+    mode: str = "full"
+    target: float = 0.9
+    anneal_steps: int = 1000
+    labels: str = "cos-global"
+    selection: str = "top-k"
+    skip_weight: float = 1.0
+    rate_weight: float = 10.0
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch: int = 4
+    accumulate: int = 1
+    sequence: int = 1024
+    long_chats: str = "error"
+    learning_rate: float = 2e-5
+    router_learning_rate: float = 1e-3
+    layer_wise: bool = True
+    warmup: float = 0.03
+    max_grad_norm: float = 1.0
+    dtype: str = "fp32"
+    gradient_checkpointing: bool = False
+    lora_rank: int = 16
+    held_out: float = 0.02
+    eval_every: int = 200
+    save_every: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises TrainingError, which lists every value out of range."""
+        if problems := [*self._problems()]:
+            raise TrainingError(f"training: {'; '.join(problems)}", hint="`dlo train --help` says what each one does")
+
+    def rate(self, step: int) -> float:
+        """The share of tokens to keep active at a step: falls linearly from 1 to the target, then stays."""
+        if step >= self.anneal_steps:
+            return self.target
+        return 1.0 - (1.0 - self.target) * step / self.anneal_steps
+
+    def _problems(self) -> Iterator[str]:
+        choices = {
+            "mode": MODES,
+            "labels": LABELS,
+            "selection": SELECTIONS,
+            "long_chats": LONG_CHATS,
+            "dtype": DTYPES,
+        }
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                yield f"{name} is {getattr(self, name)!r}, expected one of {', '.join(values)}"
+        if not 0 < self.target <= 1:
+            yield f"target is {self.target}, expected a capacity above 0 and at most 1"
+        for name in ("epochs", "learning_rate", "router_learning_rate", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                yield f"{name} is {getattr(self, name)}, expected a number above 0"
+        for name in ("skip_weight", "rate_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                yield f"{name} is {getattr(self, name)}, expected a number from 0 on"
+        for name in ("warmup", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}, expected a share from 0 to below 1"
+        for name in ("batch", "accumulate", "lora_rank", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}, expected at least 1"
+        if self.sequence < 2:
+            yield f"sequence is {self.sequence}, expected at least 2 tokens"
+        if self.max_steps is not None and self.max_steps < 1:
+            yield f"max_steps is {self.max_steps}, expected at least 1"
+        for name in ("anneal_steps", "seed"):
+            if getattr(self, name) < 0:
+                yield f"{name} is {getattr(self, name)}, expected at least 0"

@@ -1,0 +1,379 @@
+"""transformers' Trainer with what DLO adds to a step: selection, labels, losses, capacities, learning rates."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from dlo_export.checkpoints.errors import MachineError
+from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.checkpoints.files.json_file import read_json, save_json
+from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.routing import SelectTokens, is_active
+from dlo_export.modeling.training.errors import TrainingDivergedError
+from dlo_export.modeling.training.packing import IGNORED, PackedDocuments, stacked
+from dlo_export.modeling.training.parameters import parameter_groups
+from dlo_export.modeling.training.run_folder import CAPACITIES_NAME, RunFolder
+from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.modeling.training.skip_loss import (
+    router_losses,
+    skip_labels,
+    threshold_selection,
+    top_k_selection,
+)
+
+_SLACK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A finished step, over all processes.
+
+    Attributes:
+        step: How many are done.
+        steps: How many there will be.
+        loss: Mean language loss of its learned tokens.
+        active: Share of tokens that inference would have activated, over the routed layers; None without any.
+        tokens_per_second: Without padding.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    active: float | None
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What held-out text says.
+
+    Attributes:
+        loss: Mean language loss of learned tokens, routed as at inference.
+        training_loss: The same, tokens selected as in training.
+        active: Share of tokens active at inference, by layer.
+    """
+
+    loss: float
+    training_loss: float
+    active: dict[int, float]
+
+    @property
+    def perplexity(self) -> float:
+        """Of learned tokens at inference."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def active_rate(self) -> float | None:
+        """Mean over the routed layers; None without any."""
+        return sum(self.active.values()) / len(self.active) if self.active else None
+
+
+class DloTrainer(Trainer):
+    """Trains a routed (or dense) model; everything else is transformers' and Accelerate's.
+
+    A step's capacities are each layer's share of active labels over all micro-batches of all processes, so they do not
+    depend on how a batch is divided among them. Selection and labels are made per micro-batch.
+
+    Args:
+        model: Its parameters that are to learn are chosen.
+        settings: Of the run.
+        arguments: transformers', which the settings were translated into.
+        training: To learn from.
+        held_out: To measure on.
+        folder: Where checkpoints go.
+        report: Called after each step, in the main process.
+        should_stop: Asked after each step; saves and ends the run.
+
+    Attributes:
+        capacities: By routed layer, the share of tokens that training selects.
+        stopped: Whether `should_stop` ended the run.
+    """
+
+    def __init__(
+        self,
+        model: LlamaDloForCausalLM,
+        settings: TrainingSettings,
+        arguments: TrainingArguments,
+        *,
+        training: PackedDocuments,
+        held_out: PackedDocuments,
+        folder: RunFolder,
+        report: Callable[[StepReport], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.capacities = dict.fromkeys(model.config.routed_layers, settings.rate(0))
+        self.stopped = False
+        self._report = report
+        self._should_stop = should_stop
+        self._sums = torch.zeros(0)
+        self._step_started = 0.0
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=training,
+            eval_dataset=held_out,
+            data_collator=stacked,
+            callbacks=[_StepCallback(self)],
+        )
+        self.remove_callback(PrinterCallback)  # stdout is data
+        # What compute_loss returns is normalised over the whole step: by tokens, and by micro-batches.
+        self.loss_is_scaled_for_ga = True
+
+    # A step, in the order of events.
+
+    def begin_step(self) -> None:
+        """Forgets the last step's sums."""
+        self._sums = torch.zeros(_SUMS + len(self.capacities), dtype=torch.float64, device=self.args.device)
+        self._step_started = time.perf_counter()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a micro-batch: language, skip labels, rate.
+
+        Raises:
+            TrainingDivergedError: It is not finite.
+        """
+        counted = inputs.pop("counted")
+        rate = self.settings.rate(self.state.global_step)
+        select = self._selection(counted) if self.capacities else None
+        outputs = model(**inputs, use_cache=False, select_tokens=select, num_items_in_batch=num_items_in_batch)
+        language = outputs.loss
+        # Gradients are averaged over processes and summed over micro-batches; `language` is divided by all tokens.
+        loss = language * self.accelerator.num_processes
+        parts = [language.detach().double(), counted.sum().double(), counted.new_ones((), dtype=torch.float64)]
+        routers = [torch.zeros(4 + len(self.capacities), dtype=torch.float64, device=counted.device)]
+        if self.capacities:
+            labels = skip_labels(self.settings.labels, outputs.training_routing, counted, rate)
+            losses = router_losses(outputs.training_routing, labels, counted, rate)
+            weighted = self.settings.skip_weight * losses.skip + self.settings.rate_weight * losses.rate
+            loss = loss + weighted / self.current_gradient_accumulation_steps
+            values = (losses.skip.detach(), losses.rate.detach(), losses.active, losses.selected)
+            routers = [torch.stack([value.double() for value in values]), losses.labelled]
+        if not torch.isfinite(loss):
+            raise self._diverged("the loss", self._first_bad_layer(inputs, select))
+        self._sums += torch.cat([torch.stack(parts), *routers])
+        return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clips, and refuses to go on with gradients that are not finite: the step would spoil the weights."""
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not math.isfinite(float(norm)):
+            raise self._diverged("the gradient", self._first_bad_gradient())
+        return norm
+
+    def scale_learning_rates(self) -> None:
+        """Gives each layer its share of the learning rate; the scheduler sets the rates anew after the step."""
+        if not (self.settings.layer_wise and self.capacities):
+            return
+        mean = sum(self.capacities.values()) / len(self.capacities)
+        for group in self.optimizer.param_groups:
+            if group["layer"] in self.capacities:
+                group["lr"] *= self.capacities[group["layer"]] + 1 - mean
+
+    def end_step(self) -> None:
+        """Takes over the step's capacities, logs it, and stops if that is wished for."""
+        stop = torch.tensor([float(self._should_stop())], dtype=torch.float64, device=self.args.device)
+        sums = self.accelerator.reduce(torch.cat([self._sums, stop]), "sum").tolist()
+        language, tokens, micro_batches, *means = sums[:_SUMS]
+        skip, rate, active, selected = (value / micro_batches for value in means)
+        labelled = [value / micro_batches for value in sums[_SUMS:-1]]
+        wanted = self.settings.rate(self.state.global_step)
+        if self.settings.labels == "cos-global":
+            self.capacities = dict(zip(self.capacities, labelled, strict=True))
+        else:
+            self.capacities = dict.fromkeys(self.capacities, wanted)
+        speed = tokens / (time.perf_counter() - self._step_started)
+        entry = {"loss": language, "learning_rate": self._get_learning_rate(), "tokens_per_second": speed}
+        if self.capacities:
+            entry |= {
+                "skip_loss": skip,
+                "rate_loss": rate,
+                "target": wanted,
+                "active": active,
+                "selected": selected,
+            }
+        self.log(entry)
+        if self.is_world_process_zero():
+            shown = active if self.capacities else None
+            self._report(StepReport(self.state.global_step, self.state.max_steps, language, shown, speed))
+        if sums[-1] > 0 and self.state.global_step < self.state.max_steps:
+            self.stopped = self.control.should_training_stop = self.control.should_save = True
+
+    # Evaluation.
+
+    def evaluate(self, *_arguments: Any, **_options: Any) -> dict[str, float]:
+        """Measures on held-out text and logs it; the Trainer calls it."""
+        result = self.measure()
+        metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
+        if result.active_rate is not None:
+            metrics |= {"eval_active": result.active_rate, "eval_training_loss": result.training_loss}
+            metrics |= {f"eval_active_{layer}": rate for layer, rate in result.active.items()}
+        self.log(dict(metrics))
+        return metrics
+
+    @torch.no_grad()
+    def measure(self) -> HeldOut:
+        """Runs the model over held-out text, routed as at inference and, beside it, as in training."""
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        layers = [*self.capacities]
+        sums = torch.zeros(4 + len(layers), dtype=torch.float64, device=self.args.device)
+        for start in range(self.accelerator.process_index, len(self.eval_dataset), self.accelerator.num_processes):
+            batch = {name: value.to(self.args.device) for name, value in stacked([self.eval_dataset[start]]).items()}
+            counted, labels = batch.pop("counted"), batch.pop("labels")
+            with self.accelerator.autocast():
+                outputs = model(**batch, use_cache=False)
+                loss = _summed_loss(outputs.logits, labels)
+                trained = loss
+                if layers:
+                    select = self._selection(counted)
+                    trained = _summed_loss(model(**batch, use_cache=False, select_tokens=select).logits, labels)
+            active = [is_active(outputs.router_scores[layer])[counted].sum() for layer in layers]
+            found = [loss, trained, (labels != IGNORED).sum(), counted.sum(), *active]
+            sums += torch.stack([value.double() for value in found])
+        model.train(was_training)
+        loss, trained, learned, tokens, *counts = self.accelerator.reduce(sums, "sum").tolist()
+        rates = {layer: count / tokens for layer, count in zip(layers, counts, strict=True)}
+        return HeldOut(loss / learned, trained / learned, rates)
+
+    def _selection(self, counted: torch.Tensor) -> SelectTokens:
+        if self.settings.selection == "threshold":
+            return threshold_selection
+        return top_k_selection(self.capacities, counted)
+
+    # Learning rates and checkpoints, in place of the Trainer's.
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the groups of `parameter_groups`."""
+        if self.optimizer is None:
+            chosen = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, chosen)
+            self.optimizer = kind(parameter_groups(self.accelerator.unwrap_model(chosen), self.settings), **options)
+        return self.optimizer
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint whole or not at all, so that whatever happens the last good one is there.
+
+        Raises:
+            MachineError: The disk is full, or refuses.
+        """
+        folder = self.folder.checkpoint(self.state.global_step)
+        if folder.is_dir():
+            return  # of this step: the last one was both due and asked for
+        try:
+            if self.is_world_process_zero():
+                check_disk_space(self.folder.path, self._checkpoint_bytes(), folder, "a checkpoint needs")
+                with whole_folder(folder) as staging:
+                    broadcast_object_list([str(staging)])
+                    self._fill_checkpoint(staging)
+                self.folder.remove_old_checkpoints()
+            else:
+                places = [""]
+                broadcast_object_list(places)
+                self._fill_checkpoint(Path(places[0]))
+        except (OSError, RuntimeError, SafetensorError) as err:  # PyTorch says RuntimeError where a write fails
+            raise MachineError(
+                f"{folder}: the checkpoint cannot be written: {err}",
+                hint=f"mend that, then go on with --resume from {self._last_checkpoint_shown()}",
+            ) from err
+
+    def _fill_checkpoint(self, folder: Path) -> None:
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            save_json(folder / CAPACITIES_NAME, {str(layer): share for layer, share in self.capacities.items()})
+        # Nobody's file may be missing when the folder gets its name.
+        self.accelerator.wait_for_everyone()
+
+    def load_capacities(self, checkpoint: Path) -> None:
+        """Takes the capacities of a checkpoint."""
+        stored: Mapping[str, float] = read_json(checkpoint / CAPACITIES_NAME)
+        self.capacities = {int(layer): share for layer, share in stored.items()}
+
+    def _checkpoint_bytes(self) -> int:
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.model.parameters()]
+        return sum(size * (3 if learns else 1) for size, learns in sizes) + _SLACK_BYTES
+
+    def _last_checkpoint_shown(self) -> str:
+        last = self.folder.last_checkpoint()
+        return "the beginning" if last is None else last.name
+
+    # What went wrong, and where.
+
+    def _diverged(self, what: str, where: str) -> TrainingDivergedError:
+        return TrainingDivergedError(
+            f"training: {what} of step {self.state.global_step + 1} is not a finite number: {where}",
+            hint=f"lower the learning rate; {self._last_checkpoint_shown()} in {self.folder.path} is intact",
+        )
+
+    @torch.no_grad()
+    def _first_bad_layer(self, inputs: Mapping[str, Any], select: SelectTokens | None) -> str:
+        model = self.accelerator.unwrap_model(self.model)
+        values = {name: value for name, value in inputs.items() if name != "labels"}
+        streams = model(**values, use_cache=False, select_tokens=select, output_hidden_states=True).hidden_states
+        for position, stream in enumerate(streams):
+            if not stream.isfinite().all():
+                return "the embeddings are not" if position == 0 else f"layer {position - 1} is the first whose output is not"
+        return "every layer's output is, the logits or a router's score are not"
+
+    def _first_bad_gradient(self) -> str:
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return f"{name} is the first whose gradient is not"
+        return "its norm overflows"
+
+
+_SUMS = 7  # language loss, tokens, micro-batches, skip loss, rate loss, active, selected
+
+
+class _StepCallback(TrainerCallback):
+    """Calls the trainer at the moments of a step that it cannot override."""
+
+    def __init__(self, trainer: DloTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._trainer.folder.save_log(state.log_history)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.begin_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.scale_learning_rates()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.end_step()
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._trainer.folder.log(state.log_history[-1])
+
+
+def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    targets = labels[:, 1:].flatten()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
