@@ -280,8 +280,6 @@ class DloTrainer(Trainer):
             MachineError: The disk is full, or refuses.
         """
         folder = self.folder.checkpoint(self.state.global_step)
-        if folder.is_dir():
-            return  # of this step: the last one was both due and asked for
         try:
             if self.is_world_process_zero():
                 check_disk_space(self.folder.path, self._checkpoint_bytes(), folder, "a checkpoint needs")
@@ -368,6 +366,10 @@ class _StepCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.end_step()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # Both were done after the epoch's last step, and nothing happened since.
+        control.should_evaluate = control.should_save = False
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
