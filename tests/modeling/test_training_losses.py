@@ -1,0 +1,104 @@
+import math
+
+import pytest
+import torch
+
+from dlo_export.modeling.routing import TrainingRouting
+from dlo_export.modeling.training.errors import TrainingError
+from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.modeling.training.skip_loss import router_losses, skip_labels, top_k_selection
+
+COUNTED = torch.tensor([[True, True, True, True, False], [True, True, True, False, False]])
+
+
+def routing(*layers: int, seed: int = 0) -> dict[int, TrainingRouting]:
+    """Random values, other ones for every layer, the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for layer in layers:
+        scores, similarity = torch.rand(2, 2, 5, generator=generator)
+        found[layer] = TrainingRouting(scores, scores > 0.5, similarity)
+    return found
+
+
+def test_top_k_takes_the_highest_scores_of_real_tokens() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.3, 0.8, 1.0], [0.2, 0.4, 0.7, 1.0, 1.0]])
+    select = top_k_selection({3: 0.5, 4: 0.01, 5: 1.0}, COUNTED)
+    assert (select(3, scores) & COUNTED).nonzero().tolist() == [[0, 1], [0, 3], [1, 1], [1, 2]]  # ceil(7 · 0.5)
+    assert (select(4, scores) & COUNTED).nonzero().tolist() == [[0, 1]]
+    assert (select(5, scores) & COUNTED).equal(COUNTED)
+
+
+def test_top_k_takes_all_equals_when_they_tie() -> None:
+    assert top_k_selection({0: 0.2}, COUNTED)(0, torch.full((2, 5), 0.5)).masked_select(COUNTED).all()
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.5, 7), (0.9, 13), (1.0, 14), (0.01, 1)])
+def test_cos_global_labels_exactly_the_share_of_all_layers_tokens(rate: float, count: int) -> None:
+    values = routing(1, 4)
+    labels = skip_labels("cos-global", values, COUNTED, rate)
+    assert sum(int(chosen.sum()) for chosen in labels.values()) == count  # ceil(14 · rate)
+    assert not any((chosen & ~COUNTED).any() for chosen in labels.values())
+    active = torch.cat([values[layer].similarity[labels[layer]] for layer in labels])
+    skipped = torch.cat([values[layer].similarity[COUNTED & ~labels[layer]] for layer in labels])
+    assert not len(skipped) or active.max() <= skipped.min()
+
+
+def test_labels_are_exact_when_similarities_tie() -> None:
+    values = {layer: TrainingRouting(*3 * [torch.ones(2, 5)]) for layer in (0, 1)}
+    labels = skip_labels("cos-global", values, COUNTED, 0.5)
+    assert [int(chosen.sum()) for chosen in labels.values()] == [7, 0]
+
+
+def test_cos_labels_each_layer_alone_and_self_what_was_selected() -> None:
+    values = routing(0, 1, 2)
+    assert [int(chosen.sum()) for chosen in skip_labels("cos", values, COUNTED, 0.5).values()] == [4, 4, 4]
+    labels = skip_labels("self", values, COUNTED, 0.5)
+    assert all(labels[layer].equal(values[layer].active & COUNTED) for layer in values)
+
+
+def test_padding_counts_nowhere() -> None:
+    values = routing(0, 1)
+    other = {
+        layer: TrainingRouting(*(torch.where(COUNTED, value, ~value if value.dtype == torch.bool else 0.99) for value in v))
+        for layer, v in values.items()
+    }
+    results = []
+    for each in (values, other):
+        labels = skip_labels("cos-global", each, COUNTED, 0.6)
+        results.append((labels, router_losses(each, labels, COUNTED, 0.6)))
+    assert all(results[0][0][layer].equal(results[1][0][layer]) for layer in values)
+    first, second = (result[1] for result in results)
+    assert (first.skip, first.rate, first.active, first.selected) == (second.skip, second.rate, second.active, second.selected)
+
+
+def test_skip_loss_is_ln_2_when_routers_are_zero() -> None:
+    values = {0: TrainingRouting(torch.full((2, 5), 0.5), *routing(0)[0][1:])}
+    losses = router_losses(values, skip_labels("cos", values, COUNTED, 0.5), COUNTED, 0.5)
+    assert losses.skip.item() == pytest.approx(math.log(2))
+    assert losses.active == 0
+
+
+@pytest.mark.parametrize("wanted", [0.2, 0.9])
+def test_rate_loss_pulls_inferences_rate_towards_the_target(wanted: float) -> None:
+    scores = torch.linspace(0.1, 0.9, 10).reshape(2, 5).requires_grad_()
+    values = {0: TrainingRouting(scores, scores > 0.5, torch.rand(2, 5))}
+    losses = router_losses(values, skip_labels("self", values, COUNTED, wanted), COUNTED, wanted)
+    hard = float((scores > 0.5)[COUNTED].float().mean())
+    assert losses.rate.item() == pytest.approx((hard - wanted) ** 2)
+    losses.rate.backward()
+    assert (scores.grad[COUNTED] * (hard - wanted) > 0).all()
+    assert not scores.grad[~COUNTED].any()
+
+
+def test_settings_list_all_that_is_out_of_range() -> None:
+    with pytest.raises(TrainingError, match=r"mode is 'all'.*; target is 1\.5, expected a capacity above 0.*; batch is 0"):
+        TrainingSettings(mode="all", target=1.5, batch=0)
+    with pytest.raises(TrainingError, match="learning_rate is nan"):
+        TrainingSettings(learning_rate=math.nan)
+
+
+def test_rate_falls_linearly_to_the_target_then_stays() -> None:
+    settings = TrainingSettings(target=0.6, anneal_steps=4)
+    assert [settings.rate(step) for step in (0, 1, 4, 9)] == pytest.approx([1.0, 0.9, 0.6, 0.6])
+    assert TrainingSettings(target=0.6, anneal_steps=0).rate(0) == 0.6

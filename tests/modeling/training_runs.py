@@ -1,0 +1,104 @@
+"""Tiny models, chats and runs for the tests of training; run as a program, one process of a run of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.training.documents import tokenize_records
+from dlo_export.modeling.training.packing import PackedDocuments
+from dlo_export.modeling.training.records import read_records
+from dlo_export.modeling.training.run import TrainingResult, train_model
+from dlo_export.modeling.training.run_folder import RunFolder
+from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.modeling.training.trainer import StepReport
+from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
+
+WORDS = "the a model layer token skips runs routes learns".split()
+SETTINGS = TrainingSettings(
+    target=0.7,
+    anneal_steps=4,
+    max_steps=6,
+    batch=2,
+    sequence=64,
+    learning_rate=1e-3,
+    warmup=0.0,
+    eval_every=100,
+    save_every=100,
+)
+
+
+def save_chats(file: Path, count: int = 40) -> Path:
+    """Writes random chats, the same ones for the same count."""
+    chooser = random.Random(0)
+    lines = []
+    for _ in range(count):
+        question, answer = (" ".join(chooser.choices(WORDS, k=chooser.randint(1, 5))) for _ in range(2))
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": turns}))
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def save_routed(folder: Path, **options: Any) -> Path:
+    """Writes a tiny routed checkpoint with a byte tokenizer."""
+    values = {"layers": 3, "routed": [True, False, True], "vocab": BYTE_VOCABULARY, "tokenizer": True}
+    return save_tiny_llama(folder, **{**values, **options})
+
+
+def opened(folder: Path) -> LlamaDloForCausalLM:
+    """The model of a checkpoint."""
+    with open_checkpoint(folder) as checkpoint:
+        return llama_dlo_from_tensors(checkpoint.config.raw, checkpoint.tensors)
+
+
+def packed(folder: Path, chats: Path, length: int = 64) -> PackedDocuments:
+    """Chats in sequences, by the tokenizer of a checkpoint."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = tokenize_records(read_records(chats), tokenizer, length=length, long_chats="error")
+    return PackedDocuments(data.documents, length, pad_token=0)
+
+
+def run(
+    model: LlamaDloForCausalLM,
+    data: PackedDocuments,
+    folder: Path,
+    settings: TrainingSettings = SETTINGS,
+    *,
+    resume: bool = False,
+    report: Callable[[StepReport], None] = lambda _report: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainingResult:
+    """Trains on the data and measures on them too."""
+    return train_model(
+        model,
+        settings,
+        training=data,
+        held_out=data,
+        folder=RunFolder(folder),
+        description={"settings": dataclasses.asdict(settings), "model": "tiny", "data": "chats"},
+        resume=resume,
+        report=report,
+        should_stop=should_stop,
+    )
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """A run's log, without what depends on the clock."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in entries]
+
+
+if __name__ == "__main__":
+    model_folder, chats_file, run_folder = map(Path, sys.argv[1:])
+    run(opened(model_folder), packed(model_folder, chats_file), run_folder)
