@@ -100,7 +100,8 @@ def train_model(
     if checkpoint is not None:
         trainer.load_capacities(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    measured = None if trainer.stopped else trainer.measure()
+    # A run that was resumed at its very end has nothing measured yet.
+    measured = None if trainer.stopped else trainer.measured or trainer.measure()
     state = trainer.state
     return TrainingResult(
         state.global_step, state.max_steps, trainer.stopped, measured, trainer.is_world_process_zero()

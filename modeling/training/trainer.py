@@ -101,6 +101,7 @@ class DloTrainer(Trainer):
     Attributes:
         capacities: By routed layer, the share of tokens that training selects.
         stopped: Whether `should_stop` ended the run.
+        measured: The last evaluation; each run that comes to its end ends with one.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class DloTrainer(Trainer):
         self.folder = folder
         self.capacities = dict.fromkeys(model.config.routed_layers, settings.rate(0))
         self.stopped = False
+        self.measured: HeldOut | None = None
         self._report = report
         self._should_stop = should_stop
         self._sums = torch.zeros(0)
@@ -159,6 +161,8 @@ class DloTrainer(Trainer):
         select = self._selection(counted) if self.capacities else None
         outputs = model(**inputs, use_cache=False, select_tokens=select, num_items_in_batch=num_items_in_batch)
         language = outputs.loss
+        if not torch.isfinite(language):  # no router's loss is larger than a hundred
+            raise self._diverged("the loss", self._first_bad_layer(inputs, select))
         # Gradients are averaged over processes and summed over micro-batches; `language` is divided by all tokens.
         loss = language * self.accelerator.num_processes
         parts = [language.detach().double(), counted.sum().double(), counted.new_ones((), dtype=torch.float64)]
@@ -170,8 +174,6 @@ class DloTrainer(Trainer):
             loss = loss + weighted / self.current_gradient_accumulation_steps
             values = (losses.skip.detach(), losses.rate.detach(), losses.active, losses.selected)
             routers = [torch.stack([value.double() for value in values]), losses.labelled]
-        if not torch.isfinite(loss):
-            raise self._diverged("the loss", self._first_bad_layer(inputs, select))
         self._sums += torch.cat([torch.stack(parts), *routers])
         return (loss, outputs) if return_outputs else loss
 
@@ -224,7 +226,7 @@ class DloTrainer(Trainer):
 
     def evaluate(self, *_arguments: Any, **_options: Any) -> dict[str, float]:
         """Measures on held-out text and logs it; the Trainer calls it."""
-        result = self.measure()
+        self.measured = result = self.measure()
         metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
         if result.active_rate is not None:
             metrics |= {"eval_active": result.active_rate, "eval_training_loss": result.training_loss}
@@ -371,8 +373,8 @@ class _StepCallback(TrainerCallback):
         # Both were done after the epoch's last step, and nothing happened since.
         control.should_evaluate = control.should_save = False
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if state.is_world_process_zero and "train_runtime" not in logs:  # the Trainer's own summary
             self._trainer.folder.log(state.log_history[-1])
 
 

@@ -1,15 +1,16 @@
-"""Tiny models, chats and runs for the tests of training; run as a program, one process of a run of several."""
+"""Tiny models, chats and runs for the tests of training."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from dlo_export.checkpoints.opening import open_checkpoint
@@ -99,6 +100,13 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in entries]
 
 
-if __name__ == "__main__":
-    model_folder, chats_file, run_folder = map(Path, sys.argv[1:])
-    run(opened(model_folder), packed(model_folder, chats_file), run_folder)
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """The log's entries of steps, without those of evaluations."""
+    return [entry for entry in log_of(folder) if "loss" in entry]
+
+
+def run_rank(environment: dict[str, str], model_folder: Path, chats: Path, run_folder: Path) -> None:
+    """One process of a run of several, which its environment describes as `accelerate launch` would."""
+    os.environ |= environment
+    torch.set_num_threads(1)
+    run(opened(model_folder), packed(model_folder, chats), run_folder)

@@ -1,0 +1,220 @@
+import dataclasses
+import multiprocessing
+import resource
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dlo_export.checkpoints.errors import MachineError
+from dlo_export.modeling.training.errors import TrainingDivergedError, TrainingError
+from dlo_export.modeling.training.packing import PackedDocuments
+from dlo_export.modeling.training.parameters import merged_state, parameter_groups
+from dlo_export.modeling.training.run_folder import RunFolder
+from tests.modeling.training_runs import (
+    SETTINGS,
+    log_of,
+    opened,
+    packed,
+    run,
+    run_rank,
+    save_chats,
+    save_routed,
+    steps_of,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_routed(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl")
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path, chats: Path) -> PackedDocuments:
+    return packed(folder, chats)
+
+
+def changed(before: Path, model: Any) -> set[str]:
+    """Names of the parameters that training changed."""
+    old = dict(opened(before).named_parameters())
+    return {name for name, value in merged_state(model) if not torch.equal(value, old[name])}
+
+
+def test_training_learns_and_takes_the_labels_shares_as_capacities(
+    folder: Path, data: PackedDocuments, tmp_path: Path
+) -> None:
+    model = opened(folder)
+    settings = dataclasses.replace(SETTINGS, max_steps=60, learning_rate=5e-3, accumulate=2)
+    result = run(model, data, tmp_path, settings)
+    log = steps_of(tmp_path)
+    assert [entry["step"] for entry in log] == list(range(1, 61))
+    assert log[-1]["loss"] < 0.6 * log[0]["loss"]
+    assert (log[0]["target"], log[-1]["target"]) == (0.925, 0.7)
+    assert log[0]["selected"] == 1
+    assert log[-1]["selected"] == pytest.approx(0.7, abs=0.03)
+    assert result.held_out is not None
+    assert result.held_out.active_rate == pytest.approx(0.7, abs=0.05)
+    assert result.held_out.loss < log[0]["loss"]
+
+
+@pytest.mark.parametrize("labels", ["cos-global", "self"])
+def test_a_resumed_run_equals_one_that_never_stopped(
+    folder: Path, data: PackedDocuments, tmp_path: Path, labels: str
+) -> None:
+    settings = dataclasses.replace(SETTINGS, labels=labels, accumulate=2, max_steps=7)
+    whole = opened(folder)
+    run(whole, data, tmp_path / "whole", settings)
+    stopped, steps = opened(folder), []
+    result = run(
+        stopped, data, tmp_path / "parts", settings, report=steps.append, should_stop=lambda: len(steps) == 2
+    )
+    assert (result.stopped, result.step, result.steps, result.held_out) == (True, 3, 7, None)
+    resumed = opened(folder)
+    assert not run(resumed, data, tmp_path / "parts", settings, resume=True).stopped
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    expected = dict(merged_state(whole))
+    assert all(torch.equal(value, expected[name]) for name, value in merged_state(resumed))
+
+
+def test_a_run_is_not_resumed_with_other_settings(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="holds no training run to resume"):
+        run(opened(folder), data, tmp_path / "run", resume=True)
+    run(opened(folder), data, tmp_path / "run", dataclasses.replace(SETTINGS, max_steps=1))
+    other = dataclasses.replace(SETTINGS, max_steps=1, learning_rate=1e-4, target=0.5)
+    with pytest.raises(TrainingError, match=r"settings\.learning_rate is 0\.0001, was 0\.001\n  settings\.target is 0\.5"):
+        run(opened(folder), data, tmp_path / "run", other, resume=True)
+    with pytest.raises(TrainingError, match="holds a training run already"):
+        run(opened(folder), data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("mode", ["full", "routers", "new-layers", "lora"])
+def test_what_learns_is_what_the_mode_says(folder: Path, data: PackedDocuments, tmp_path: Path, mode: str) -> None:
+    model = opened(folder)
+    model.config.injected_layers = [{"position": 1, "source": 0, "init": "copy"}]
+    run(model, data, tmp_path, dataclasses.replace(SETTINGS, mode=mode, max_steps=2, rate_weight=1.0))
+    routers = {"model.routers.0.weight", "model.routers.2.weight"}
+    new = {name for name, _ in merged_state(model) if name.startswith("model.layers.1.")}
+    projections = {name for name, _ in merged_state(model) if "_proj.weight" in name}
+    everything = {name for name, _ in merged_state(model)}
+    expected = {"full": everything, "routers": routers, "new-layers": routers | new, "lora": routers | projections}
+    assert changed(folder, model) == expected[mode]
+
+
+def test_new_layers_alone_cannot_learn_when_there_are_none(
+    folder: Path, data: PackedDocuments, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="names no injected_layers"):
+        run(opened(folder), data, tmp_path / "run", dataclasses.replace(SETTINGS, mode="new-layers"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_lora_merged_equals_the_model_it_was_trained_in(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+    model = opened(folder)
+    run(model, data, tmp_path, dataclasses.replace(SETTINGS, mode="lora", learning_rate=1e-2))
+    ids = torch.arange(3, 23).reshape(2, 10)
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        merged = opened(folder)
+        merged.load_state_dict(dict(merged_state(model)))
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_learn_faster_the_more_of_their_tokens_are_kept(folder: Path) -> None:
+    groups = parameter_groups(opened(folder), SETTINGS)
+    rates = {group["layer"]: group["lr"] for group in groups if group["layer"] is not None}
+    assert rates == {0: 1e-3, 1: 1e-3, 2: 1e-3}
+    assert len([group for group in groups if group["layer"] is None]) == 1  # the routers' rate is the others' here
+
+
+def test_bf16_trains_in_fp32_weights_with_gradient_checkpointing(
+    folder: Path, data: PackedDocuments, tmp_path: Path
+) -> None:
+    model = opened(folder)
+    settings = dataclasses.replace(SETTINGS, dtype="bf16", gradient_checkpointing=True)
+    run(model, data, tmp_path / "bf16", settings)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    run(opened(folder), data, tmp_path / "fp32")
+    losses = [[entry["loss"] for entry in steps_of(tmp_path / name)] for name in ("bf16", "fp32")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_diverging_run_names_step_and_layer_and_keeps_its_checkpoint(
+    folder: Path, data: PackedDocuments, tmp_path: Path
+) -> None:
+    model = opened(folder)
+
+    def spoil(report: Any) -> None:
+        if report.step == 3:
+            with torch.no_grad():
+                model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+
+    settings = dataclasses.replace(SETTINGS, save_every=2)
+    with pytest.raises(TrainingDivergedError, match=r"loss of step 4 .*: layer 1 is the first.*\n\nhint: .*checkpoint-2"):
+        run(model, data, tmp_path, settings, report=spoil)
+    resumed = opened(folder)
+    assert run(resumed, data, tmp_path, settings, resume=True).step == 6
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_intact(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill(report: Any) -> None:
+        if report.step == 3:  # files may grow to this size and no further, as on a disk with so much left
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    settings = dataclasses.replace(SETTINGS, save_every=2)
+    try:
+        with pytest.raises(MachineError, match=r"checkpoint-4: .*cannot be written.*\n\nhint: .*from checkpoint-2"):
+            run(opened(folder), data, tmp_path, settings, report=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert run(opened(folder), data, tmp_path, settings, resume=True).step == 6
+
+
+def test_only_the_newest_checkpoints_stay(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+    run(opened(folder), data, tmp_path, dataclasses.replace(SETTINGS, save_every=1))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    assert RunFolder(tmp_path).last_checkpoint() == tmp_path / "checkpoint-6"
+
+
+def test_two_processes_equal_one_when_the_batch_is_the_same(
+    folder: Path, chats: Path, data: PackedDocuments, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(SETTINGS, accumulate=2)
+    one = opened(folder)
+    run(one, data, tmp_path / "one", settings)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.modeling.training_runs"])
+    ranks = [
+        context.Process(
+            target=run_rank, args=(shared | {"RANK": rank, "LOCAL_RANK": rank}, folder, chats, tmp_path / "two")
+        )
+        for rank in ("0", "1")
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=240)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    alone, together = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
+    assert len(alone) == len(together) == 6
+    for first, second in zip(alone, together, strict=True):
+        assert second == pytest.approx(first, rel=1e-4)
+    capacities = [(tmp_path / name / "checkpoint-6" / "capacities.json").read_text() for name in ("one", "two")]
+    assert capacities[0] == capacities[1]
