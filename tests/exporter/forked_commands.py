@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dlo_export.exporter.cli import main
 
-_MODULES = ("app", "export", "calibrate", "commands.expand")
+_MODULES = ("app", "export", "calibrate", "train", "commands.expand")
 
 
 @dataclasses.dataclass(frozen=True)
