@@ -11,8 +11,8 @@ from dlo_export.exporter.messages import printable
 DONE, PARITY_FAILED, BAD_INPUT, BUILD_FAILED, MACHINE, OUR_BUG = 0, 1, 2, 3, 4, 70
 INTERRUPTED, OUTPUT_LOST, TERMINATED = 130, 141, 143
 
-# What the `torch` extra installs; every command that needs it says so by failing to import it.
-_EXTRA_PACKAGES = {"torch", "transformers", "jinja2", "accelerate"}
+# What extras install, and which; every command that needs one says so by failing to import it.
+_EXTRA_PACKAGES = {**dict.fromkeys(("torch", "transformers", "jinja2", "accelerate"), "torch"), "peft": "train"}
 # What the system refuses for reasons of its own: room, rights, limits, devices.
 _MACHINE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM),
@@ -59,7 +59,8 @@ def _text(error: BaseException | str) -> str:
     if isinstance(error, str):
         return error
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRA_PACKAGES:
-        return f"this command needs {error.name}, which is not installed\n\nhint: pip install 'dlo-export[torch]'"
+        extra = _EXTRA_PACKAGES[error.name]
+        return f"this command needs {error.name}, which is not installed\n\nhint: pip install 'dlo-export[{extra}]'"
     code = exit_code(error)
     if code == OUR_BUG and not isinstance(error, DloError):
         return (

@@ -36,7 +36,7 @@ from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
 from dlo_export.modeling.training.documents import TokenizedData, open_tokenizer, tokenize_records
 from dlo_export.modeling.training.errors import TrainingDataError, TrainingError
-from dlo_export.modeling.training.packing import PackedDocuments
+from dlo_export.modeling.training.packing import PackedDocuments, PackedSets
 from dlo_export.modeling.training.parameters import merged_state
 from dlo_export.modeling.training.records import Record, described_files, read_records
 from dlo_export.modeling.training.run import TrainingResult, train_model
@@ -45,6 +45,7 @@ from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.trainer import StepReport
 
 ROUTERS = ("keep", "add", "none")
+_SEQUENCE = 1024
 _VERSIONS = ("dlo-export", "torch", "transformers", "accelerate", "numpy")
 
 
@@ -60,8 +61,8 @@ class TrainRequest:
         adapter: Adapter on the model.
         routers: ``keep`` those the model has, ``add`` an all-zero one to each layer without, or ``none``: train it
             without any.
-        settings: Of the run.
-        device: "cpu" or "cuda".
+        settings: Of the run, but for its sequence.
+        sequence: Tokens of a sequence; None for 1024, or what the model takes if that is less.
         resume: Go on with the run that is there.
         force: Replace an output of this program's.
     """
@@ -73,7 +74,7 @@ class TrainRequest:
     adapter: Path | None
     routers: str
     settings: TrainingSettings
-    device: str
+    sequence: int | None
     resume: bool
     force: bool
 
@@ -98,6 +99,7 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
         for warning in source.base.warnings:
             reporter.warn(warning)
         config, tensors = _trained_model(source, request.routers)
+        request = _with_sequence(request, config["max_position_embeddings"])
         check_output_space(request.output, 4 * sum(math.prod(tensor.shape) for tensor in tensors.values()))
         with tempfile.TemporaryDirectory() as folder:
             source.base.save_companions(Path(folder))
@@ -105,7 +107,7 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
         if lacks_template:
             reporter.warn(f"{source.base.path}: has no chat template; a plain one is used, and saved with the model")
         with reporter.stage("data"):
-            training, held_out = _packed(request, tokenizer, config, reporter)
+            data = _packed(request, tokenizer, config, reporter)
         with reporter.stage("model"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UntrainedRoutersWarning)  # they are about to be trained
             model = llama_dlo_from_tensors(config, tensors)
@@ -114,11 +116,9 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
             result = train_model(
                 model,
                 request.settings,
-                training=training,
-                held_out=held_out,
+                data,
                 folder=RunFolder(request.run_folder),
                 description=description,
-                device=request.device,
                 resume=request.resume,
                 report=on_step,
                 should_stop=should_stop,
@@ -174,17 +174,21 @@ def _trained_model(source: ExportSource, routers: str) -> tuple[dict[str, Any], 
     return config, tensors
 
 
-def _packed(
-    request: TrainRequest, tokenizer: Any, config: Mapping[str, Any], reporter: Reporter
-) -> tuple[PackedDocuments, PackedDocuments]:
-    """The documents to learn from and those to measure on, in sequences."""
-    settings = request.settings
-    if settings.sequence > config["max_position_embeddings"]:
+def _with_sequence(request: TrainRequest, most: int) -> TrainRequest:
+    """The request, its settings saying how long a sequence is."""
+    if request.sequence is not None and request.sequence > most:
         raise TrainingError(
-            f"training: a sequence of {settings.sequence} tokens is longer than the model's "
-            f"max_position_embeddings, {config['max_position_embeddings']}",
+            f"training: a sequence of {request.sequence} tokens is longer than the model's max_position_embeddings, "
+            f"{most}",
             hint="give --sequence fewer tokens",
         )
+    length = min(_SEQUENCE, most) if request.sequence is None else request.sequence
+    return dataclasses.replace(request, settings=dataclasses.replace(request.settings, sequence=length))
+
+
+def _packed(request: TrainRequest, tokenizer: Any, config: Mapping[str, Any], reporter: Reporter) -> PackedSets:
+    """The documents, in sequences."""
+    settings = request.settings
     records = read_records(request.data)
     if request.held_out is not None:
         sets: Sequence[list[Record]] = (records, read_records(request.held_out))
@@ -197,7 +201,7 @@ def _packed(
             reporter.warn(f"{data.shortened} chats were cut to {settings.sequence} tokens, {data.skipped} left out")
         _check_vocabulary(data, config["vocab_size"])
         packed.append(PackedDocuments(data.documents, settings.sequence, tokenizer.eos_token_id or 0))
-    return packed[0], packed[1]
+    return PackedSets(*packed)
 
 
 def _split(records: list[Record], settings: TrainingSettings, data: Path) -> tuple[list[Record], list[Record]]:
@@ -231,7 +235,6 @@ def _description(request: TrainRequest, source: ExportSource) -> dict[str, Any]:
         "model": {"sha256": source.base.sha256(), "adapter": adapter, "routers": request.routers},
         "data": data,
         "settings": dataclasses.asdict(request.settings),
-        "device": request.device,
         "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},
     }
 
@@ -266,9 +269,7 @@ def _stop_between_steps() -> Iterator[Callable[[], bool]]:
         signal.raise_signal(came[0])
 
 
-def _config_changes(
-    source: ExportSource, config: Mapping[str, Any], settings: TrainingSettings
-) -> dict[str, Any]:
+def _config_changes(source: ExportSource, config: Mapping[str, Any], settings: TrainingSettings) -> dict[str, Any]:
     """What config.json says of the trained model beyond the base model's."""
     changes = source.config_values() | {"dtype": "float32", "torch_dtype": "float32"}
     if config.get("is_dlo") is False:  # --routers none

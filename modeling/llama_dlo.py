@@ -176,7 +176,6 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         use_cache: bool | None = None,
         force_active: Mapping[int, torch.Tensor] | None = None,
         output_hidden_states: bool | None = None,
-        select_tokens: SelectTokens | None = None,
         **kwargs: Any,
     ) -> LlamaDloModelOutput:
         """Runs the decoder; arguments as transformers' Llama takes them.
@@ -190,9 +189,8 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
             use_cache: Return a cache.
             force_active: Per layer, bool [batch, sequence]: decisions to use in place of the routers'.
             output_hidden_states: Return the residual stream before every layer, and the normalised one at the end.
-            select_tokens: Training's decisions in place of the routers', and gradients through them; see
-                `add_trained_branch`.
-            kwargs: Passed on to attention.
+            kwargs: Passed on to the layers and their attention; `select_tokens` (see `RoutedDecoderLayer.forward`) is
+                training's decisions in place of the routers'.
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`; `force_active` for a layer without router.
@@ -231,7 +229,6 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
                 branch_scale=self.config.branch_scale,
                 force_active=forced.get(index),
                 masked=self.masked,
-                select_tokens=select_tokens,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,

@@ -35,6 +35,7 @@ PACKAGES = {
     "graph_passes": {"ml_dtypes", "numpy", "onnx_ir"},
     "graph_passes/spec/ops.py": {"onnx"},  # onnx.defs holds the operators' schemas
     "modeling": {"ml_dtypes", "numpy", "torch", "transformers"},
+    "modeling/training": {"accelerate", "peft", "safetensors"},
     "plugins": {"numpy", "tensorrt", "tensorrt_rtx", "triton"},
     "runtimes": {"ml_dtypes", "numpy"},
     "runtimes/generation/tokenizer.py": {"transformers"},

@@ -100,7 +100,10 @@ def main(
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of --epochs.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once, per process.")] = 4,
     accumulate: Annotated[int, typer.Option(help="Batches of one step, per process.")] = 1,
-    sequence: Annotated[int, typer.Option(help="Tokens of a sequence; short documents share one.")] = 1024,
+    sequence: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a sequence, which short documents share; 1024 or what the model takes."),
+    ] = None,
     long_chats: Annotated[LongChats, typer.Option(help="Of chats longer than a sequence.")] = LongChats.ERROR,
     learning_rate: Annotated[float, typer.Option(callback=finite, help="Of all but the routers.")] = 2e-5,
     router_learning_rate: Annotated[float, typer.Option(callback=finite, help="Of the routers.")] = 1e-3,
@@ -142,7 +145,6 @@ def main(
         max_steps=max_steps,
         batch=batch,
         accumulate=accumulate,
-        sequence=sequence,
         long_chats=long_chats.value,
         learning_rate=learning_rate,
         router_learning_rate=router_learning_rate,
@@ -156,6 +158,7 @@ def main(
         eval_every=eval_every,
         save_every=save_every,
         seed=seed,
+        device=device.value,
     )
     request = TrainRequest(
         model=model,
@@ -165,7 +168,7 @@ def main(
         adapter=adapter,
         routers=routers.value,
         settings=settings,
-        device=device.value,
+        sequence=sequence,
         resume=resume,
         force=force,
     )
@@ -190,6 +193,6 @@ def _print_report(result: TrainingResult, request: TrainRequest) -> None:
         for layer, rate in result.held_out.active.items():
             table.add_row(str(layer), f"{rate:.1%}")
         Console().print(table)
-    rate = result.held_out.active_rate
-    active = "" if rate is None else f", active {rate:.1%} over the routed layers (target {request.settings.target:.0%})"
+    mean, target = result.held_out.active_rate, request.settings.target
+    active = "" if mean is None else f", active {mean:.1%} over the routed layers (target {target:.0%})"
     typer.echo(f"{request.output}: {result.step} steps, held-out perplexity {result.held_out.perplexity:.2f}{active}")

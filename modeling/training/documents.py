@@ -15,7 +15,8 @@ from dlo_export.modeling.training.errors import TrainingDataError
 from dlo_export.modeling.training.records import Message, Record
 
 DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] }}{{ eos_token }}{{ '\n' }}"
+    "{% for message in messages %}"
+    "{{ message['role'].capitalize() + ': ' + message['content'] }}{{ eos_token }}{{ '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
 """Of plain words, for tokenizers that have none of their own and so no tokens for the roles."""

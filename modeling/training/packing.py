@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,14 @@ class PackedDocuments(Dataset[dict[str, torch.Tensor]]):
         values: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": positions}
         values["counted"] = np.arange(self._length) < end
         return {name: torch.from_numpy(array) for name, array in values.items()}
+
+
+@dataclass(frozen=True)
+class PackedSets:
+    """What a run learns from and what it is measured on."""
+
+    training: PackedDocuments
+    held_out: PackedDocuments
 
 
 def stacked(sequences: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

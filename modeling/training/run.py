@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from dlo_export.checkpoints.errors import MachineError
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
-from dlo_export.modeling.training.packing import PackedDocuments
+from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.parameters import choose_parameters
 from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
@@ -43,12 +43,10 @@ class TrainingResult:
 def train_model(
     model: LlamaDloForCausalLM,
     settings: TrainingSettings,
+    data: PackedSets,
     *,
-    training: PackedDocuments,
-    held_out: PackedDocuments,
     folder: RunFolder,
     description: Mapping[str, Any],
-    device: str = "cpu",
     resume: bool = False,
     report: Callable[[StepReport], None] = lambda _report: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -60,11 +58,9 @@ def train_model(
     Args:
         model: In float32.
         settings: Of the run.
-        training: To learn from.
-        held_out: To measure on.
+        data: To learn from and to measure on.
         folder: Of the run; it must be new, or `resume` set.
         description: What `training.json` says, see `RunFolder.begin`.
-        device: "cpu" or "cuda".
         resume: Go on from the folder's last checkpoint.
         report: Called after each step, in the main process.
         should_stop: Asked after each step; the run is saved and ends, to be resumed later.
@@ -74,26 +70,25 @@ def train_model(
         TrainingDivergedError: A loss or gradient is not finite; the last checkpoint is intact.
         MachineError: There is no such device, or a checkpoint cannot be written.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    if settings.device == "cuda" and not torch.cuda.is_available():
         raise MachineError("training: PyTorch finds no CUDA device", hint="train with --device cpu")
     transformers_logging.disable_progress_bar()  # of its own, of each file it saves
     choose_parameters(model, settings)
-    arguments = _arguments(settings, folder.path, device)
+    arguments = _arguments(settings, folder.path)
     if arguments.process_index == 0:
         folder.begin(description, resume=resume)
     trainer = DloTrainer(
         model,
         settings,
         arguments,
-        training=training,
-        held_out=held_out,
+        data=data,
         folder=folder,
         report=report,
         should_stop=should_stop,
     )
     if importlib.util.find_spec("tensorboard") is not None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - where it is installed
-        from transformers.integrations import TensorBoardCallback  # noqa: PLC0415
+        from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: PLC0415
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(folder.path / "tensorboard"))))
     checkpoint = folder.last_checkpoint() if resume else None
@@ -108,10 +103,10 @@ def train_model(
     )
 
 
-def _arguments(settings: TrainingSettings, folder: Path, device: str) -> TrainingArguments:
+def _arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
-        use_cpu=device == "cpu",
+        use_cpu=settings.device == "cpu",
         bf16=settings.dtype == "bf16",
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,

@@ -1,8 +1,8 @@
 """The folder a training run lives in until its model is written: settings, checkpoints, the log.
 
-    training.json       what the run depends on: settings, versions, hashes of model and data
-    log.jsonl           a line per step and per evaluation
-    checkpoint-{step}/  weights, optimiser, learning rates, random states, capacities; each whole or not there
+training.json       what the run depends on: settings, versions, hashes of model and data
+log.jsonl           a line per step and per evaluation
+checkpoint-{step}/  weights, optimiser, learning rates, random states, capacities; each whole or not there
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dlo_export.modeling.training.errors import TrainingError
@@ -13,6 +13,18 @@ LABELS = ("cos-global", "cos", "self")
 SELECTIONS = ("top-k", "threshold")
 LONG_CHATS = ("error", "truncate", "skip")
 DTYPES = ("fp32", "bf16")
+DEVICES = ("cpu", "cuda")
+_RANGES: Mapping[tuple[str, ...], tuple[Callable[[float], bool], str]] = {
+    ("target",): (lambda value: 0 < value <= 1, "a capacity above 0 and at most 1"),
+    ("epochs", "learning_rate", "router_learning_rate", "max_grad_norm"): (lambda value: value > 0, "more than 0"),
+    ("skip_weight", "rate_weight", "anneal_steps", "seed"): (lambda value: value >= 0, "at least 0"),
+    ("warmup", "held_out"): (lambda value: 0 <= value < 1, "a share from 0 to below 1"),
+    ("batch", "accumulate", "max_steps", "lora_rank", "eval_every", "save_every"): (
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    ("sequence",): (lambda value: value >= 2, "at least 2 tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class TrainingSettings:
         eval_every: Steps between evaluations.
         save_every: Steps between checkpoints.
         seed: Of the order of the data, of what is held out, and of LoRA's matrices.
+        device: "cpu" or "cuda".
     """
 
     mode: str = "full"
@@ -74,6 +87,7 @@ class TrainingSettings:
     eval_every: int = 200
     save_every: int = 200
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Raises TrainingError, which lists every value out of range."""
@@ -93,28 +107,12 @@ class TrainingSettings:
             "selection": SELECTIONS,
             "long_chats": LONG_CHATS,
             "dtype": DTYPES,
+            "device": DEVICES,
         }
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 yield f"{name} is {getattr(self, name)!r}, expected one of {', '.join(values)}"
-        if not 0 < self.target <= 1:
-            yield f"target is {self.target}, expected a capacity above 0 and at most 1"
-        for name in ("epochs", "learning_rate", "router_learning_rate", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                yield f"{name} is {getattr(self, name)}, expected a number above 0"
-        for name in ("skip_weight", "rate_weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                yield f"{name} is {getattr(self, name)}, expected a number from 0 on"
-        for name in ("warmup", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name} is {getattr(self, name)}, expected a share from 0 to below 1"
-        for name in ("batch", "accumulate", "lora_rank", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                yield f"{name} is {getattr(self, name)}, expected at least 1"
-        if self.sequence < 2:
-            yield f"sequence is {self.sequence}, expected at least 2 tokens"
-        if self.max_steps is not None and self.max_steps < 1:
-            yield f"max_steps is {self.max_steps}, expected at least 1"
-        for name in ("anneal_steps", "seed"):
-            if getattr(self, name) < 0:
-                yield f"{name} is {getattr(self, name)}, expected at least 0"
+        for names, (is_allowed, expected) in _RANGES.items():
+            for name in names:
+                if (value := getattr(self, name)) is not None and not (math.isfinite(value) and is_allowed(value)):
+                    yield f"{name} is {value}, expected {expected}"

@@ -92,7 +92,7 @@ def router_losses(
     targets = torch.stack([labels[layer][counted] for layer in routing])
     with maybe_autocast(scores.device.type, enabled=False):
         skip = F.binary_cross_entropy(scores, targets.to(scores.dtype))
-        # What inference does is a step of the score. A penalty on the scores themselves leaves the steps where they are.
+        # Inference takes a step of the score. A penalty on the scores themselves leaves the steps where they are.
         hard = is_active(scores.detach()).to(scores.dtype)
         penalty = ((hard + scores - scores.detach()).mean() - rate).square()
     selected = torch.stack([values.active[counted] for values in routing.values()])

@@ -24,7 +24,7 @@ from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.routing import SelectTokens, is_active
 from dlo_export.modeling.training.errors import TrainingDivergedError
-from dlo_export.modeling.training.packing import IGNORED, PackedDocuments, stacked
+from dlo_export.modeling.training.packing import IGNORED, PackedSets, stacked
 from dlo_export.modeling.training.parameters import parameter_groups
 from dlo_export.modeling.training.run_folder import CAPACITIES_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
@@ -92,8 +92,7 @@ class DloTrainer(Trainer):
         model: Its parameters that are to learn are chosen.
         settings: Of the run.
         arguments: transformers', which the settings were translated into.
-        training: To learn from.
-        held_out: To measure on.
+        data: To learn from and to measure on.
         folder: Where checkpoints go.
         report: Called after each step, in the main process.
         should_stop: Asked after each step; saves and ends the run.
@@ -110,8 +109,7 @@ class DloTrainer(Trainer):
         settings: TrainingSettings,
         arguments: TrainingArguments,
         *,
-        training: PackedDocuments,
-        held_out: PackedDocuments,
+        data: PackedSets,
         folder: RunFolder,
         report: Callable[[StepReport], None],
         should_stop: Callable[[], bool],
@@ -121,6 +119,8 @@ class DloTrainer(Trainer):
         self.capacities = dict.fromkeys(model.config.routed_layers, settings.rate(0))
         self.stopped = False
         self.measured: HeldOut | None = None
+        self._routed = model
+        self._held_out = data.held_out
         self._report = report
         self._should_stop = should_stop
         self._sums = torch.zeros(0)
@@ -128,8 +128,8 @@ class DloTrainer(Trainer):
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=training,
-            eval_dataset=held_out,
+            train_dataset=data.training,
+            eval_dataset=data.held_out,
             data_collator=stacked,
             callbacks=[_StepCallback(self)],
         )
@@ -188,6 +188,7 @@ class DloTrainer(Trainer):
         """Gives each layer its share of the learning rate; the scheduler sets the rates anew after the step."""
         if not (self.settings.layer_wise and self.capacities):
             return
+        assert self.optimizer is not None, "this comes before its step"
         mean = sum(self.capacities.values()) / len(self.capacities)
         for group in self.optimizer.param_groups:
             if group["layer"] in self.capacities:
@@ -237,13 +238,16 @@ class DloTrainer(Trainer):
     @torch.no_grad()
     def measure(self) -> HeldOut:
         """Runs the model over held-out text, routed as at inference and, beside it, as in training."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self._routed
         was_training = model.training
         model.eval()
         layers = [*self.capacities]
         sums = torch.zeros(4 + len(layers), dtype=torch.float64, device=self.args.device)
-        for start in range(self.accelerator.process_index, len(self.eval_dataset), self.accelerator.num_processes):
-            batch = {name: value.to(self.args.device) for name, value in stacked([self.eval_dataset[start]]).items()}
+        at_once = self.settings.batch
+        mine = range(self.accelerator.process_index, len(self._held_out), self.accelerator.num_processes)
+        for start in range(0, len(mine), at_once):
+            sequences = stacked([self._held_out[index] for index in mine[start : start + at_once]])
+            batch = {name: value.to(self.args.device) for name, value in sequences.items()}
             counted, labels = batch.pop("counted"), batch.pop("labels")
             with self.accelerator.autocast():
                 outputs = model(**batch, use_cache=False)
@@ -270,9 +274,8 @@ class DloTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the groups of `parameter_groups`."""
         if self.optimizer is None:
-            chosen = self.model if model is None else model
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, chosen)
-            self.optimizer = kind(parameter_groups(self.accelerator.unwrap_model(chosen), self.settings), **options)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self._routed)
+            self.optimizer = kind(parameter_groups(self._routed, self.settings), **options)
         return self.optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -315,7 +318,7 @@ class DloTrainer(Trainer):
         self.capacities = {int(layer): share for layer, share in stored.items()}
 
     def _checkpoint_bytes(self) -> int:
-        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.model.parameters()]
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self._routed.parameters()]
         return sum(size * (3 if learns else 1) for size, learns in sizes) + _SLACK_BYTES
 
     def _last_checkpoint_shown(self) -> str:
@@ -332,16 +335,20 @@ class DloTrainer(Trainer):
 
     @torch.no_grad()
     def _first_bad_layer(self, inputs: Mapping[str, Any], select: SelectTokens | None) -> str:
-        model = self.accelerator.unwrap_model(self.model)
+        model = self._routed
         values = {name: value for name, value in inputs.items() if name != "labels"}
         streams = model(**values, use_cache=False, select_tokens=select, output_hidden_states=True).hidden_states
         for position, stream in enumerate(streams):
             if not stream.isfinite().all():
-                return "the embeddings are not" if position == 0 else f"layer {position - 1} is the first whose output is not"
+                return (
+                    "the embeddings are not"
+                    if position == 0
+                    else f"layer {position - 1} is the first whose output is not"
+                )
         return "every layer's output is, the logits or a router's score are not"
 
     def _first_bad_gradient(self) -> str:
-        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+        for name, parameter in self._routed.named_parameters():
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return f"{name} is the first whose gradient is not"
         return "its norm overflows"

@@ -266,7 +266,7 @@ def test_training_step_equals_the_masked_form_when_the_same_tokens_are_selected(
     forced = model(ids, force_active=dict.fromkeys(range(3), active))
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     runs = []
     model.model.layers[1].mlp.register_forward_hook(lambda _module, args, _output: runs.append(args[0].shape))
     output = model(ids, labels=ids, use_cache=False, select_tokens=lambda _layer, _scores: active)

@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def test_a_packed_document_equals_its_own_alone(folder: Path, tmp_path: Path, to
         batch = stacked([sequences[index]])
         logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
         starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), 96]
-        for start, end in zip(starts[:-1], starts[1:], strict=True):
+        for start, end in itertools.pairwise(starts):
             ids = batch["input_ids"][:, start:end]
             np.testing.assert_allclose(logits[start:end], model(ids, use_cache=False).logits[0], atol=1e-4)
             seen += bool(batch["counted"][0, start])

@@ -60,7 +60,9 @@ def test_cos_labels_each_layer_alone_and_self_what_was_selected() -> None:
 def test_padding_counts_nowhere() -> None:
     values = routing(0, 1)
     other = {
-        layer: TrainingRouting(*(torch.where(COUNTED, value, ~value if value.dtype == torch.bool else 0.99) for value in v))
+        layer: TrainingRouting(
+            *(torch.where(COUNTED, value, ~value if value.dtype == torch.bool else 0.99) for value in v)
+        )
         for layer, v in values.items()
     }
     results = []
@@ -69,7 +71,12 @@ def test_padding_counts_nowhere() -> None:
         results.append((labels, router_losses(each, labels, COUNTED, 0.6)))
     assert all(results[0][0][layer].equal(results[1][0][layer]) for layer in values)
     first, second = (result[1] for result in results)
-    assert (first.skip, first.rate, first.active, first.selected) == (second.skip, second.rate, second.active, second.selected)
+    assert (first.skip, first.rate, first.active, first.selected) == (
+        second.skip,
+        second.rate,
+        second.active,
+        second.selected,
+    )
 
 
 def test_skip_loss_is_ln_2_when_routers_are_zero() -> None:
@@ -92,7 +99,9 @@ def test_rate_loss_pulls_inferences_rate_towards_the_target(wanted: float) -> No
 
 
 def test_settings_list_all_that_is_out_of_range() -> None:
-    with pytest.raises(TrainingError, match=r"mode is 'all'.*; target is 1\.5, expected a capacity above 0.*; batch is 0"):
+    with pytest.raises(
+        TrainingError, match=r"mode is 'all'.*; target is 1\.5, expected a capacity above 0.*; batch is 0"
+    ):
         TrainingSettings(mode="all", target=1.5, batch=0)
     with pytest.raises(TrainingError, match="learning_rate is nan"):
         TrainingSettings(learning_rate=math.nan)

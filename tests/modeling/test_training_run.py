@@ -73,9 +73,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     whole = opened(folder)
     run(whole, data, tmp_path / "whole", settings)
     stopped, steps = opened(folder), []
-    result = run(
-        stopped, data, tmp_path / "parts", settings, report=steps.append, should_stop=lambda: len(steps) == 2
-    )
+    result = run(stopped, data, tmp_path / "parts", settings, report=steps.append, should_stop=lambda: len(steps) == 2)
     assert (result.stopped, result.step, result.steps, result.held_out) == (True, 3, 7, None)
     resumed = opened(folder)
     assert not run(resumed, data, tmp_path / "parts", settings, resume=True).stopped
@@ -89,7 +87,9 @@ def test_a_run_is_not_resumed_with_other_settings(folder: Path, data: PackedDocu
         run(opened(folder), data, tmp_path / "run", resume=True)
     run(opened(folder), data, tmp_path / "run", dataclasses.replace(SETTINGS, max_steps=1))
     other = dataclasses.replace(SETTINGS, max_steps=1, learning_rate=1e-4, target=0.5)
-    with pytest.raises(TrainingError, match=r"settings\.learning_rate is 0\.0001, was 0\.001\n  settings\.target is 0\.5"):
+    with pytest.raises(
+        TrainingError, match=r"settings\.learning_rate is 0\.0001, was 0\.001\n  settings\.target is 0\.5"
+    ):
         run(opened(folder), data, tmp_path / "run", other, resume=True)
     with pytest.raises(TrainingError, match="holds a training run already"):
         run(opened(folder), data, tmp_path / "run")
@@ -108,9 +108,7 @@ def test_what_learns_is_what_the_mode_says(folder: Path, data: PackedDocuments, 
     assert changed(folder, model) == expected[mode]
 
 
-def test_new_layers_alone_cannot_learn_when_there_are_none(
-    folder: Path, data: PackedDocuments, tmp_path: Path
-) -> None:
+def test_new_layers_alone_cannot_learn_when_there_are_none(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="names no injected_layers"):
         run(opened(folder), data, tmp_path / "run", dataclasses.replace(SETTINGS, mode="new-layers"))
     assert not (tmp_path / "run").exists()
@@ -158,7 +156,9 @@ def test_a_diverging_run_names_step_and_layer_and_keeps_its_checkpoint(
                 model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
 
     settings = dataclasses.replace(SETTINGS, save_every=2)
-    with pytest.raises(TrainingDivergedError, match=r"loss of step 4 .*: layer 1 is the first.*\n\nhint: .*checkpoint-2"):
+    with pytest.raises(
+        TrainingDivergedError, match=r"loss of step 4 .*: layer 1 is the first.*\n\nhint: .*checkpoint-2"
+    ):
         run(model, data, tmp_path, settings, report=spoil)
     resumed = opened(folder)
     assert run(resumed, data, tmp_path, settings, resume=True).step == 6

@@ -17,7 +17,7 @@ from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.documents import tokenize_records
-from dlo_export.modeling.training.packing import PackedDocuments
+from dlo_export.modeling.training.packing import PackedDocuments, PackedSets
 from dlo_export.modeling.training.records import read_records
 from dlo_export.modeling.training.run import TrainingResult, train_model
 from dlo_export.modeling.training.run_folder import RunFolder
@@ -25,7 +25,7 @@ from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.trainer import StepReport
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
-WORDS = "the a model layer token skips runs routes learns".split()
+WORDS = ["the", "a", "model", "layer", "token", "skips", "runs", "routes", "learns"]
 SETTINGS = TrainingSettings(
     target=0.7,
     anneal_steps=4,
@@ -84,8 +84,7 @@ def run(
     return train_model(
         model,
         settings,
-        training=data,
-        held_out=data,
+        PackedSets(training=data, held_out=data),
         folder=RunFolder(folder),
         description={"settings": dataclasses.asdict(settings), "model": "tiny", "data": "chats"},
         resume=resume,
