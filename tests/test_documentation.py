@@ -150,7 +150,10 @@ def options_in(text):
 @pytest.fixture(scope="module")
 def our_options():
     """Of our commands, and those that other programs of the repository name in their source."""
-    helps = [run([installed("dlo"), *command, "--help"]).stdout for command in ([], *([name] for name in (*COMMANDS, "train")))]
+    helps = [
+        run([installed("dlo"), *command, "--help"]).stdout
+        for command in ([], *([name] for name in (*COMMANDS, "train")))
+    ]
     sources = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("plugins/**/*.py"), *ROOT.glob("samples/**/*.cpp")]
     literals = [" ".join(re.findall(r'"(--[a-z-]+)"', source.read_text())) for source in sources]
     return options_in(" ".join([*helps, *literals]))

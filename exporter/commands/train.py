@@ -92,6 +92,10 @@ def main(
     selection: Annotated[
         Selection, typer.Option(help="Which tokens' MLPs count in training; inference goes by the threshold.")
     ] = Selection.TOP_K,
+    language_weight: Annotated[float, typer.Option(callback=finite, help="Of the language loss.")] = 1.0,
+    distill_weight: Annotated[
+        float, typer.Option(callback=finite, help="Of the divergence from the model as it was before, unrouted.")
+    ] = 0.0,
     skip_weight: Annotated[float, typer.Option(callback=finite, help="Of the routers' labels in the loss.")] = 1.0,
     rate_weight: Annotated[
         float, typer.Option(callback=finite, help="Of the distance of inference's active rate from the target.")
@@ -139,6 +143,8 @@ def main(
         anneal_steps=anneal_steps,
         labels=labels.value,
         selection=selection.value,
+        language_weight=language_weight,
+        distill_weight=distill_weight,
         skip_weight=skip_weight,
         rate_weight=rate_weight,
         epochs=epochs,

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from dlo_export.checkpoints.errors import MachineError
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.training.distillation import dense_teacher
 from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.parameters import choose_parameters
 from dlo_export.modeling.training.run_folder import RunFolder
@@ -73,6 +74,7 @@ def train_model(
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise MachineError("training: PyTorch finds no CUDA device", hint="train with --device cpu")
     transformers_logging.disable_progress_bar()  # of its own, of each file it saves
+    teacher = dense_teacher(model, settings.mode) if settings.distill_weight else None
     choose_parameters(model, settings)
     arguments = _arguments(settings, folder.path)
     if arguments.process_index == 0:
@@ -81,6 +83,7 @@ def train_model(
         model,
         settings,
         arguments,
+        teacher=teacher,
         data=data,
         folder=folder,
         report=report,

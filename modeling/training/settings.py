@@ -17,7 +17,10 @@ DEVICES = ("cpu", "cuda")
 _RANGES: Mapping[tuple[str, ...], tuple[Callable[[float], bool], str]] = {
     ("target",): (lambda value: 0 < value <= 1, "a capacity above 0 and at most 1"),
     ("epochs", "learning_rate", "router_learning_rate", "max_grad_norm"): (lambda value: value > 0, "more than 0"),
-    ("skip_weight", "rate_weight", "anneal_steps", "seed"): (lambda value: value >= 0, "at least 0"),
+    ("language_weight", "distill_weight", "skip_weight", "rate_weight", "anneal_steps", "seed"): (
+        lambda value: value >= 0,
+        "at least 0",
+    ),
     ("warmup", "held_out"): (lambda value: 0 <= value < 1, "a share from 0 to below 1"),
     ("batch", "accumulate", "max_steps", "lora_rank", "eval_every", "save_every"): (
         lambda value: value >= 1,
@@ -39,6 +42,8 @@ class TrainingSettings:
         labels: How tokens are labelled: ``cos-global`` pools the layers' similarities, ``cos`` takes each layer alone,
             ``self`` takes the tokens that were selected.
         selection: Which tokens' MLPs count in training: ``top-k`` as DLO has it, or ``threshold`` as inference does.
+        language_weight: Of the language loss.
+        distill_weight: Of the divergence, on the learned tokens, from the model as it is before the run, unrouted.
         skip_weight: Of the cross entropy between scores and labels.
         rate_weight: Of the squared distance between the rate at inference and the target.
         epochs: Passes over the data.
@@ -67,6 +72,8 @@ class TrainingSettings:
     anneal_steps: int = 1000
     labels: str = "cos-global"
     selection: str = "top-k"
+    language_weight: float = 1.0
+    distill_weight: float = 0.0
     skip_weight: float = 1.0
     rate_weight: float = 10.0
     epochs: float = 1.0

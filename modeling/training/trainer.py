@@ -23,6 +23,7 @@ from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.routing import SelectTokens, is_active
+from dlo_export.modeling.training.distillation import distillation_loss
 from dlo_export.modeling.training.errors import TrainingDivergedError
 from dlo_export.modeling.training.packing import IGNORED, PackedSets, stacked
 from dlo_export.modeling.training.parameters import parameter_groups
@@ -92,6 +93,7 @@ class DloTrainer(Trainer):
         model: Its parameters that are to learn are chosen.
         settings: Of the run.
         arguments: transformers', which the settings were translated into.
+        teacher: Whose next tokens the model's are to be like; None for no distillation.
         data: To learn from and to measure on.
         folder: Where checkpoints go.
         report: Called after each step, in the main process.
@@ -109,6 +111,7 @@ class DloTrainer(Trainer):
         settings: TrainingSettings,
         arguments: TrainingArguments,
         *,
+        teacher: LlamaDloForCausalLM | None,
         data: PackedSets,
         folder: RunFolder,
         report: Callable[[StepReport], None],
@@ -120,6 +123,7 @@ class DloTrainer(Trainer):
         self.stopped = False
         self.measured: HeldOut | None = None
         self._routed = model
+        self._teacher = teacher
         self._held_out = data.held_out
         self._report = report
         self._should_stop = should_stop
@@ -136,6 +140,8 @@ class DloTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # stdout is data
         # What compute_loss returns is normalised over the whole step: by tokens, and by micro-batches.
         self.loss_is_scaled_for_ga = True
+        if self._teacher is not None:
+            self._teacher.to(self.args.device)
 
     # A step, in the order of events.
 
@@ -164,16 +170,24 @@ class DloTrainer(Trainer):
         if not torch.isfinite(language):  # no router's loss is larger than a hundred
             raise self._diverged("the loss", self._first_bad_layer(inputs, select))
         # Gradients are averaged over processes and summed over micro-batches; `language` is divided by all tokens.
-        loss = language * self.accelerator.num_processes
-        parts = [language.detach().double(), counted.sum().double(), counted.new_ones((), dtype=torch.float64)]
+        loss = self.settings.language_weight * language * self.accelerator.num_processes
+        distilled = torch.zeros_like(language)
+        if self._teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                values = {name: value for name, value in inputs.items() if name != "labels"}
+                wanted = self._teacher(**values, use_cache=False).logits
+            distilled = distillation_loss(outputs.logits, wanted, inputs["labels"]) / num_items_in_batch
+            loss = loss + self.settings.distill_weight * distilled * self.accelerator.num_processes
+        ones = counted.new_ones((), dtype=torch.float64)
+        parts = [language.detach().double(), distilled.detach().double(), counted.sum().double(), ones]
         routers = [torch.zeros(4 + len(self.capacities), dtype=torch.float64, device=counted.device)]
         if self.capacities:
             labels = skip_labels(self.settings.labels, outputs.training_routing, counted, rate)
             losses = router_losses(outputs.training_routing, labels, counted, rate)
             weighted = self.settings.skip_weight * losses.skip + self.settings.rate_weight * losses.rate
             loss = loss + weighted / self.current_gradient_accumulation_steps
-            values = (losses.skip.detach(), losses.rate.detach(), losses.active, losses.selected)
-            routers = [torch.stack([value.double() for value in values]), losses.labelled]
+            shares = (losses.skip.detach(), losses.rate.detach(), losses.active, losses.selected)
+            routers = [torch.stack([value.double() for value in shares]), losses.labelled]
         self._sums += torch.cat([torch.stack(parts), *routers])
         return (loss, outputs) if return_outputs else loss
 
@@ -198,7 +212,7 @@ class DloTrainer(Trainer):
         """Takes over the step's capacities, logs it, and stops if that is wished for."""
         stop = torch.tensor([float(self._should_stop())], dtype=torch.float64, device=self.args.device)
         sums = self.accelerator.reduce(torch.cat([self._sums, stop]), "sum").tolist()
-        language, tokens, micro_batches, *means = sums[:_SUMS]
+        language, distilled, tokens, micro_batches, *means = sums[:_SUMS]
         skip, rate, active, selected = (value / micro_batches for value in means)
         labelled = [value / micro_batches for value in sums[_SUMS:-1]]
         wanted = self.settings.rate(self.state.global_step)
@@ -208,6 +222,8 @@ class DloTrainer(Trainer):
             self.capacities = dict.fromkeys(self.capacities, wanted)
         speed = tokens / (time.perf_counter() - self._step_started)
         entry = {"loss": language, "learning_rate": self._get_learning_rate(), "tokens_per_second": speed}
+        if self._teacher is not None:
+            entry["distill_loss"] = distilled
         if self.capacities:
             entry |= {
                 "skip_loss": skip,
@@ -354,7 +370,7 @@ class DloTrainer(Trainer):
         return "its norm overflows"
 
 
-_SUMS = 7  # language loss, tokens, micro-batches, skip loss, rate loss, active, selected
+_SUMS = 8  # language loss, distillation loss, tokens, micro-batches, skip loss, rate loss, active, selected
 
 
 class _StepCallback(TrainerCallback):

@@ -125,6 +125,24 @@ def test_lora_merged_equals_the_model_it_was_trained_in(folder: Path, data: Pack
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["full", "routers", "lora"])
+def test_distillation_starts_at_the_dense_models_own_words_and_brings_the_model_back_to_them(
+    folder: Path, data: PackedDocuments, tmp_path: Path, mode: str
+) -> None:
+    settings = dataclasses.replace(
+        SETTINGS, mode=mode, language_weight=0.0, distill_weight=1.0, skip_weight=0.0, rate_weight=0.0, max_steps=30
+    )
+    # With everything selected the first step is the dense model, but for a scale of nearly 1.
+    run(opened(folder), data, tmp_path / "dense", dataclasses.replace(settings, target=1.0, max_steps=1))
+    assert steps_of(tmp_path / "dense")[0]["distill_loss"] < 1e-3
+    model = opened(folder)
+    skipping = dataclasses.replace(settings, anneal_steps=0, selection="threshold", router_learning_rate=2e-2)
+    run(model, data, tmp_path / "run", skipping)
+    log = steps_of(tmp_path / "run")
+    assert log[0]["distill_loss"] > 0.1
+    assert log[-1]["distill_loss"] < 0.9 * log[0]["distill_loss"]
+
+
 def test_layers_learn_faster_the_more_of_their_tokens_are_kept(folder: Path) -> None:
     groups = parameter_groups(opened(folder), SETTINGS)
     rates = {group["layer"]: group["lr"] for group in groups if group["layer"] is not None}
