@@ -44,7 +44,6 @@ from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.trainer import StepReport
 
-ROUTERS = ("keep", "add", "none")
 _SEQUENCE = 1024
 _VERSIONS = ("dlo-export", "torch", "transformers", "accelerate", "numpy")
 

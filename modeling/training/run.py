@@ -94,10 +94,7 @@ def train_model(
         from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: PLC0415
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(folder.path / "tensorboard"))))
-    checkpoint = folder.last_checkpoint() if resume else None
-    if checkpoint is not None:
-        trainer.load_capacities(checkpoint)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.train_from(folder.last_checkpoint() if resume else None)
     # A run that was resumed at its very end has nothing measured yet.
     measured = None if trainer.stopped else trainer.measured or trainer.measure()
     state = trainer.state

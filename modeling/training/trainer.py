@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from dlo_export.checkpoints.errors import MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
@@ -37,6 +37,7 @@ from dlo_export.modeling.training.skip_loss import (
 )
 
 _SLACK_BYTES = 1 << 20
+_STATE_NAME = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class DloTrainer(Trainer):
         settings: TrainingSettings,
         arguments: TrainingArguments,
         *,
-        teacher: LlamaDloForCausalLM | None,
+        teacher: nn.Module | None,
         data: PackedSets,
         folder: RunFolder,
         report: Callable[[StepReport], None],
@@ -172,6 +173,7 @@ class DloTrainer(Trainer):
         # Gradients are averaged over processes and summed over micro-batches; `language` is divided by all tokens.
         loss = self.settings.language_weight * language * self.accelerator.num_processes
         distilled = torch.zeros_like(language)
+        assert num_items_in_batch is not None, "the Trainer counts the labels of a model that takes their number"
         if self._teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 values = {name: value for name, value in inputs.items() if name != "labels"}
@@ -323,15 +325,24 @@ class DloTrainer(Trainer):
         self._save_optimizer_and_scheduler(str(folder))
         self._save_rng_state(str(folder))
         if self.is_world_process_zero():
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.state.save_to_json(str(folder / _STATE_NAME))
             save_json(folder / CAPACITIES_NAME, {str(layer): share for layer, share in self.capacities.items()})
         # Nobody's file may be missing when the folder gets its name.
         self.accelerator.wait_for_everyone()
 
-    def load_capacities(self, checkpoint: Path) -> None:
-        """Takes the capacities of a checkpoint."""
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Trains on from a checkpoint, or from the beginning; a checkpoint of the last step is only loaded."""
+        if checkpoint is None:
+            self.train()
+            return
         stored: Mapping[str, float] = read_json(checkpoint / CAPACITIES_NAME)
         self.capacities = {int(layer): share for layer, share in stored.items()}
+        state = TrainerState.load_from_json(str(checkpoint / _STATE_NAME))
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+        else:  # the Trainer would do one step more
+            self.state = state
+            self._load_from_checkpoint(str(checkpoint))
 
     def _checkpoint_bytes(self) -> int:
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self._routed.parameters()]

@@ -65,11 +65,11 @@ def test_training_learns_and_takes_the_labels_shares_as_capacities(
     assert result.held_out.loss < log[0]["loss"]
 
 
-@pytest.mark.parametrize("labels", ["cos-global", "self"])
+@pytest.mark.parametrize(("labels", "mode"), [("cos-global", "full"), ("self", "lora")])
 def test_a_resumed_run_equals_one_that_never_stopped(
-    folder: Path, data: PackedDocuments, tmp_path: Path, labels: str
+    folder: Path, data: PackedDocuments, tmp_path: Path, labels: str, mode: str
 ) -> None:
-    settings = dataclasses.replace(SETTINGS, labels=labels, accumulate=2, max_steps=7)
+    settings = dataclasses.replace(SETTINGS, labels=labels, mode=mode, accumulate=2, max_steps=7)
     whole = opened(folder)
     run(whole, data, tmp_path / "whole", settings)
     stopped, steps = opened(folder), []
@@ -80,6 +80,15 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
     expected = dict(merged_state(whole))
     assert all(torch.equal(value, expected[name]) for name, value in merged_state(resumed))
+
+
+def test_a_finished_run_is_only_measured_when_resumed(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, max_steps=2)
+    finished = run(opened(folder), data, tmp_path, settings)
+    log = log_of(tmp_path)
+    again = opened(folder)
+    assert run(again, data, tmp_path, settings, resume=True) == finished
+    assert log_of(tmp_path) == log
 
 
 def test_a_run_is_not_resumed_with_other_settings(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
