@@ -89,7 +89,7 @@ def train_model(
         report=report,
         should_stop=should_stop,
     )
-    if importlib.util.find_spec("tensorboard") is not None:
+    if arguments.process_index == 0 and importlib.util.find_spec("tensorboard") is not None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - where it is installed
         from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: PLC0415
 

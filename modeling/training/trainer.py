@@ -195,10 +195,11 @@ class DloTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clips, and refuses to go on with gradients that are not finite: the step would spoil the weights."""
-        norm = super()._clip_grad_norm(model)
-        if norm is not None and not math.isfinite(float(norm)):
+        gradients = [parameter.grad for parameter in self._routed.parameters() if parameter.grad is not None]
+        # Before clipping, which makes every gradient NaN where one is.
+        if not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
             raise self._diverged("the gradient", self._first_bad_gradient())
-        return norm
+        return super()._clip_grad_norm(model)
 
     def scale_learning_rates(self) -> None:
         """Gives each layer its share of the learning rate; the scheduler sets the rates anew after the step."""

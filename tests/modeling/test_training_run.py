@@ -172,20 +172,28 @@ def test_bf16_trains_in_fp32_weights_with_gradient_checkpointing(
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("spoiled", "message"),
+    [
+        ("weight", "the loss of step 4 .*: layer 1 is the first whose output is not"),
+        ("gradient", r"the gradient of step 4 .*: model\.layers\.1\.mlp\.up_proj\.weight is the first"),
+    ],
+)
 def test_a_diverging_run_names_step_and_layer_and_keeps_its_checkpoint(
-    folder: Path, data: PackedDocuments, tmp_path: Path
+    folder: Path, data: PackedDocuments, tmp_path: Path, spoiled: str, message: str
 ) -> None:
     model = opened(folder)
+    weight = model.model.layers[1].mlp.up_proj.weight
 
     def spoil(report: Any) -> None:
-        if report.step == 3:
+        if report.step == 3 and spoiled == "gradient":
+            weight.register_hook(lambda gradient: gradient * torch.nan)
+        elif report.step == 3:
             with torch.no_grad():
-                model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+                weight[0, 0] = torch.nan
 
     settings = dataclasses.replace(SETTINGS, save_every=2)
-    with pytest.raises(
-        TrainingDivergedError, match=r"loss of step 4 .*: layer 1 is the first.*\n\nhint: .*checkpoint-2"
-    ):
+    with pytest.raises(TrainingDivergedError, match=rf"{message}.*\n\nhint: .*checkpoint-2"):
         run(model, data, tmp_path, settings, report=spoil)
     resumed = opened(folder)
     assert run(resumed, data, tmp_path, settings, resume=True).step == 6
