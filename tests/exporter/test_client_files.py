@@ -27,7 +27,7 @@ from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.generation.tokenizer import Tokenizer
 from tests.tiny_gguf import save_tiny_gguf
-from tests.tiny_models import save_tiny_llama
+from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 OPTIMUM = Path(__file__).parents[1] / "data" / "optimum_llama" / "model.onnx"
 # Llama 3 Instruct's: the end of a turn is in generation_config.json alone.
