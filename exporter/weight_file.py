@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.files.file_digest import HashedFile
+from dlo_export.checkpoints.finite_weights import all_finite, check_finite
+from dlo_export.graph_passes.row_tensor import RowTensor
 
 ALIGNMENT = 64  # bytes; a cache line, so that kernels reading mapped weights start on one
 INLINE_BYTES = 256  # smaller tensors (axes, shapes, scalars) stay in the .onnx file, where shape inference sees them
@@ -24,7 +28,14 @@ class _Placed:
     offset: int
 
 
-def save_weights(model: ir.Model, path: Path, *, write: bool = True, progress: Progress | None = None) -> int:
+def save_weights(
+    model: ir.Model,
+    path: Path,
+    *,
+    write: bool = True,
+    progress: Progress | None = None,
+    allow_nonfinite: bool = False,
+) -> int:
     """Moves a model's initializers into an external data file.
 
     Afterwards the initializers refer to the file, relative to the folder the model is saved in. The layout depends on
@@ -35,16 +46,24 @@ def save_weights(model: ir.Model, path: Path, *, write: bool = True, progress: P
         path: The file to write.
         write: False only lays the file out: the references are right, the file is not made.
         progress: Told after every tensor.
+        allow_nonfinite: Let a foreign graph's weights be NaN or infinite: those are looked at while they are written. A
+            checkpoint's are where they are read.
 
     Returns:
         Size of the file in bytes.
+
+    Raises:
+        NonFiniteWeightError: A weight is not finite.
     """
     placed, total = _layout(model.graph)
+    if write and not allow_nonfinite:
+        _check_inline_tensors(model.graph, {id(entry.tensor) for entry in placed})
     if write:
         with HashedFile(path) as file:
             for entry in placed:
                 file.pad_to(entry.offset)
-                entry.tensor.tofile(file)  # type: ignore[attr-defined]  # every tensor of onnx_ir has it
+                looked_at = isinstance(entry.tensor, RowTensor) or allow_nonfinite
+                entry.tensor.tofile(file if looked_at else _FiniteWrites(file, entry.tensor))  # type: ignore[attr-defined]  # every tensor of onnx_ir has it
                 if progress is not None:
                     progress(entry.offset + entry.tensor.nbytes, total)
     for entry in placed:
@@ -74,6 +93,43 @@ def external_tensors(graph: ir.Graph) -> dict[str, ir.ExternalTensor]:
     """A graph's initializers that lie in external data files, by name."""
     tensors = {name: value.const_value for name, value in graph.initializers.items()}
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, ir.ExternalTensor)}
+
+
+class _FiniteWrites:
+    """Passes a tensor's bytes on to a file, and refuses those that are no finite numbers."""
+
+    def __init__(self, file: HashedFile, tensor: ir.TensorProtocol) -> None:
+        self._file = file
+        self._tensor = tensor
+
+    def write(self, data: Any) -> int:
+        """As `HashedFile.write`."""
+        dtype, chunk = self._tensor.dtype.numpy(), memoryview(data).cast("B")
+        # Types of less than a byte are packed, and have neither NaN nor infinity.
+        if chunk.nbytes % dtype.itemsize == 0:
+            _check_graph_tensor(np.frombuffer(chunk, dtype), self._tensor.name or "")
+        return self._file.write(data)
+
+
+def _check_inline_tensors(graph: ir.Graph, placed: set[int]) -> None:
+    """What stays in the .onnx file: small initializers, constants."""
+    tensors = [value.const_value for value in graph.initializers.values()]
+    constants = [node for node in graph.all_nodes() if node.op_type == "Constant" and "value" in node.attributes]
+    tensors += [node.attributes["value"].as_tensor() for node in constants]
+    for tensor in tensors:
+        if tensor is None or id(tensor) in placed or isinstance(tensor, RowTensor):
+            continue
+        if tensor.dtype.is_floating_point():
+            _check_graph_tensor(tensor.numpy(), tensor.name or "")
+
+
+def _check_graph_tensor(values: np.ndarray, name: str) -> None:
+    if all_finite(values):
+        return
+    # No weights: a bound of one element, or a mask, nothing but zeros and negative infinity.
+    is_mask = bool(np.isin(values.astype(np.float64), (0.0, -np.inf)).all())
+    if not is_mask and (values.size != 1 or np.isnan(values.astype(np.float64)).any()):
+        check_finite(values, name or "a constant without a name", "the graph")
 
 
 def _layout(graph: ir.Graph) -> tuple[list[_Placed], int]:
