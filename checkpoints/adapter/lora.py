@@ -1,8 +1,8 @@
 """LoRA adapters as PEFT saves them, merged into a model's weights while those are read.
 
 A folder of ``adapter_config.json`` and ``adapter_model.safetensors``. For a projection W [out, in] it holds A [r, in]
-and B [out, r]; the merged weight is W + s·B·A, where s is ``lora_alpha`` / r, or ``lora_alpha`` / √r with ``use_rslora``.
-What ``modules_to_save`` and ``bias`` trained stands in it whole, and takes the base's place.
+and B [out, r]; the merged weight is W + s·B·A, where s is ``lora_alpha`` / r, or ``lora_alpha`` / √r with
+``use_rslora``. What ``modules_to_save`` and ``bias`` trained stands in it whole, and takes the base's place.
 
 Sources: LoRA (arXiv 2106.09685), rank-stabilised LoRA (arXiv 2312.03732), PEFT's ``tuners/lora``.
 """
