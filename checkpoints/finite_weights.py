@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,20 @@ _AT_ONCE = 1 << 16
 
 
 class NonFiniteWeightError(InputError):
-    """A weight holds NaN or infinity."""
+    """A weight holds NaN or infinity.
+
+    Args:
+        origin: Where it lies.
+        name: Of the tensor.
+        index: Of the first such element.
+        value: What stands there.
+    """
+
+    def __init__(self, origin: Path | str, name: str, index: Sequence[int], value: float) -> None:
+        super().__init__(
+            f"{origin}: {name}{[int(i) for i in index]} is {value}, expected finite numbers",
+            hint="the model is damaged, or its training diverged: take an earlier checkpoint",
+        )
 
 
 def all_finite(values: np.ndarray) -> bool:
@@ -55,10 +68,7 @@ def check_finite(values: np.ndarray, name: str, origin: Path | str, *, first_row
         return
     place = np.argwhere(~np.isfinite(values.astype(np.float64)))[0]
     index = [int(i) + (first_row if axis == 0 else 0) for axis, i in enumerate(place)]
-    raise NonFiniteWeightError(
-        f"{origin}: {name}{index} is {float(values[tuple(place)])}, expected finite numbers",
-        hint="the model is damaged, or its training diverged: take an earlier checkpoint",
-    )
+    raise NonFiniteWeightError(origin, name, index, float(values[tuple(place)]))
 
 
 def finite_tensors(tensors: Mapping[str, LazyTensor], origin: Path) -> dict[str, LazyTensor]:

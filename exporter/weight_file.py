@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.files.file_digest import HashedFile
-from dlo_export.checkpoints.finite_weights import all_finite, check_finite
+from dlo_export.checkpoints.finite_weights import NonFiniteWeightError, all_finite
 from dlo_export.graph_passes.row_tensor import RowTensor
 
 ALIGNMENT = 64  # bytes; a cache line, so that kernels reading mapped weights start on one
@@ -56,9 +56,9 @@ def save_weights(
         NonFiniteWeightError: A weight is not finite.
     """
     placed, total = _layout(model.graph)
-    if write and not allow_nonfinite:
-        _check_inline_tensors(model.graph, {id(entry.tensor) for entry in placed})
     if write:
+        streamed = {id(entry.tensor) for entry in placed}
+        _check_inline_tensors(model.graph, streamed, allow_nonfinite=allow_nonfinite)
         with HashedFile(path) as file:
             for entry in placed:
                 file.pad_to(entry.offset)
@@ -101,35 +101,56 @@ class _FiniteWrites:
     def __init__(self, file: HashedFile, tensor: ir.TensorProtocol) -> None:
         self._file = file
         self._tensor = tensor
+        self._done = 0
 
     def write(self, data: Any) -> int:
         """As `HashedFile.write`."""
         dtype, chunk = self._tensor.dtype.numpy(), memoryview(data).cast("B")
         # Types of less than a byte are packed, and have neither NaN nor infinity.
         if chunk.nbytes % dtype.itemsize == 0:
-            _check_graph_tensor(np.frombuffer(chunk, dtype), self._tensor.name or "")
+            values = np.frombuffer(chunk, dtype)
+            _check_graph_tensor(values, self._tensor, self._done)
+            self._done += values.size
         return self._file.write(data)
 
 
-def _check_inline_tensors(graph: ir.Graph, placed: set[int]) -> None:
+def _check_inline_tensors(graph: ir.Graph, placed: set[int], *, allow_nonfinite: bool) -> None:
     """What stays in the .onnx file: small initializers, constants."""
     tensors = [value.const_value for value in graph.initializers.values()]
     constants = [node for node in graph.all_nodes() if node.op_type == "Constant" and "value" in node.attributes]
     tensors += [node.attributes["value"].as_tensor() for node in constants]
     for tensor in tensors:
-        if tensor is None or id(tensor) in placed or isinstance(tensor, RowTensor):
+        if tensor is None or id(tensor) in placed:
             continue
-        if tensor.dtype.is_floating_point():
-            _check_graph_tensor(tensor.numpy(), tensor.name or "")
+        if isinstance(tensor, RowTensor):
+            tensor.numpy()  # raises what it has to say here, not from within onnx_ir's writer
+        elif tensor.dtype.is_floating_point() and not allow_nonfinite:
+            _check_graph_tensor(tensor.numpy().reshape(-1), tensor, 0)
 
 
-def _check_graph_tensor(values: np.ndarray, name: str) -> None:
+def _check_graph_tensor(values: np.ndarray, tensor: ir.TensorProtocol, first: int) -> None:
+    """Refuses weights of a foreign graph that are not finite.
+
+    Args:
+        values: Elements in a row.
+        tensor: Which they are of.
+        first: Index of the first one, the tensor taken as a row.
+    """
     if all_finite(values):
         return
     # No weights: a bound of one element, or a mask, nothing but zeros and negative infinity.
-    is_mask = bool(np.isin(values.astype(np.float64), (0.0, -np.inf)).all())
-    if not is_mask and (values.size != 1 or np.isnan(values.astype(np.float64)).any()):
-        check_finite(values, name or "a constant without a name", "the graph")
+    wide = values.astype(np.float64)
+    if bool(np.isin(wide, (0.0, -np.inf)).all()) or (tensor.size == 1 and not np.isnan(wide).any()):
+        return
+    place = int(np.argmin(np.isfinite(wide)))
+    # The pass that injects layers has renumbered those behind: the place in the file tells which it was.
+    origin = "the graph"
+    if isinstance(tensor, ir.ExternalTensor):
+        origin = f"{tensor.path}, tensor at byte {tensor.offset or 0}"
+    index = np.unravel_index(first + place, tensor.shape.numpy())
+    raise NonFiniteWeightError(
+        origin, tensor.name or "a constant without a name", [*map(int, index)], float(wide[place])
+    )
 
 
 def _layout(graph: ir.Graph) -> tuple[list[_Placed], int]:

@@ -186,7 +186,7 @@ def load_lora(folder: Path) -> LoraAdapter:
         )
     stored = finite_tensors(tensors_of_safetensors(MappedFile(folder / TENSORS_NAME)), folder)
     tensors = {name.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor for name, tensor in stored.items()}
-    problems = [*_tensor_problems(tensors)]
+    problems = [*_tensor_problems(tensors)] or ([] if tensors else [f"{TENSORS_NAME} holds no tensors"])
     factors: dict[str, LoraFactors] = {}
     for name, a in tensors.items():
         if (match := _FACTOR.fullmatch(name)) is None or match[2] == "B" or problems:
