@@ -81,20 +81,27 @@ class LoraAdapter:
     factors: Mapping[str, LoraFactors]
     replaced: Mapping[str, LazyTensor]
 
-    def merged(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """The model's tensors with the adapter's changes, computed when they are read.
+    def check_fits(self, tensors: Mapping[str, LazyTensor]) -> None:
+        """Checks the adapter against the model it is to be merged into.
 
         Args:
             tensors: The base model's, by Hugging Face name.
 
         Raises:
-            AdapterError: The adapter was made for another model; all problems are listed.
+            AdapterError: It was made for another model; all problems are listed.
         """
         if problems := [*self._misfits(tensors)]:
             raise AdapterError(
                 f"adapter {self.path} does not fit the model: {'; '.join(problems)}",
                 hint="use the model it was trained on; where embeddings were resized, merge with PEFT and export that",
             )
+
+    def merged(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """The model's tensors with the adapter's changes, computed when they are read.
+
+        Args:
+            tensors: The base model's, by Hugging Face name, which it fits.
+        """
         merged: dict[str, LazyTensor] = {**tensors, **self.replaced}
         for name, factors in self.factors.items():
             merged[name] = MergedTensor(merged[name], factors)

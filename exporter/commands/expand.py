@@ -46,8 +46,10 @@ def main(
     from dlo_export.checkpoints.depth.placements import placements  # noqa: PLC0415
     from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space  # noqa: PLC0415
     from dlo_export.checkpoints.finite_weights import finite_tensors  # noqa: PLC0415
+    from dlo_export.checkpoints.llama_layer import router_name  # noqa: PLC0415
     from dlo_export.checkpoints.opening import open_checkpoint  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
+    from dlo_export.exporter.sources.untrained_routers import untrained_router_warning  # noqa: PLC0415
 
     given: dict[str, Any] = {
         "every": every,
@@ -72,6 +74,9 @@ def main(
             checkpoint.config.num_layers,
             **{name: value for name, value in given.items() if value is not None},
         )
+        untrained = [at for layer, at in enumerate(plan.original_positions) if router_name(layer) not in tensors]
+        if routers and untrained:
+            reporter.warn(untrained_router_warning(untrained))
         options = {"zero_routers": routers, "seed": seed, "initializer_range": raw.get("initializer_range", 0.02)}
         if as_adapter:
             adapter = expansion_adapter(tensors, plan, base_sha256=checkpoint.sha256(), **options)

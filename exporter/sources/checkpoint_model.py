@@ -34,6 +34,7 @@ class CheckpointModel:
         allow_nonfinite: Let weights be NaN or infinite.
 
     Raises:
+        AdapterError: The LoRA adapter was made for another model.
         CheckpointError: Its config.json lists injected layers in another form than this project writes.
     """
 
@@ -47,7 +48,8 @@ class CheckpointModel:
                 f"{self.path}: config.json: {'; '.join(problems)}",
                 hint="each entry has position, source (layer numbers) and init, as `dlo expand` writes them",
             )
-        assert self.tensors  # a LoRA adapter that does not fit is refused at once
+        if self.lora is not None:
+            self.lora.check_fits(self.checkpoint.tensors)
 
     @property
     def kind(self) -> str:  # noqa: D102 - BaseModel's questions, here and below

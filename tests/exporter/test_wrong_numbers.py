@@ -91,7 +91,9 @@ def test_commands_refuse_a_checkpoint_by_tensor_when_it_holds_nan(tmp_path: Path
 def test_calibration_refuses_a_checkpoint_by_tensor_when_it_holds_nan(tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "model", vocab=BYTE_VOCABULARY, tokenizer=True)
     spoil(model, UP, (3, 4), float("nan"))
-    result = dlo("calibrate", model, "-o", tmp_path / "out", "--tokens", 512, "--evaluation-tokens", 512)
+    (tmp_path / "text.txt").write_text("Numbers that are none.\n\n" * 100)
+    options = ["--text", tmp_path / "text.txt", "--tokens", 512, "--evaluation-tokens", 512]
+    result = dlo("calibrate", model, "-o", tmp_path / "out", *options)
     check_refused(result, tmp_path, f"{UP}[3, 4] is nan")
 
 
@@ -278,6 +280,13 @@ def test_zero_routers_are_told_of_once_on_every_way(tmp_path: Path, way: str, pa
     if parity and way == "adapter":
         assert "the routers of layers 1 are all zeros" in " ".join(dlo("inspect", tmp_path / "out").stdout.split())
         assert ZEROS in dlo("parity", tmp_path / "out", model, *(["--adapter", adapter] if adapter else [])).stderr
+
+
+def test_expand_tells_of_the_zero_routers_that_it_adds(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    result = dlo("expand", model, "-o", tmp_path / "out", "--every", 1, "--routers")
+    assert result.returncode == DONE, result.stderr
+    assert "warning: the routers of layers 0, 2, 4 are all zeros" in result.stderr
 
 
 def test_zero_router_is_not_told_of_when_its_mlp_adds_nothing(tmp_path: Path) -> None:
