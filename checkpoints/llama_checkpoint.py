@@ -164,9 +164,14 @@ def _are_equal(first: LazyTensor, second: LazyTensor) -> bool:
         return False
     step = rows_at_once(first.shape[0], first.nbytes)
     for start in range(0, first.shape[0], step):
-        equal = np.array_equal(first.rows(start, start + step), second.rows(start, start + step))
+        equal = _same_bits(first.rows(start, start + step), second.rows(start, start + step))
         first.release()
         second.release()
         if not equal:
             return False
     return True
+
+
+def _same_bits(first: np.ndarray, second: np.ndarray) -> bool:
+    # NaN differs from itself; whoever reads the tensor refuses it for that.
+    return np.array_equal(np.ascontiguousarray(first).view(np.uint8), np.ascontiguousarray(second).view(np.uint8))

@@ -45,7 +45,9 @@ def describe(source: ExportSource, model: ir.Model, *, dtype: str, lowering: str
     return ArtefactDescription(
         format_version=FORMAT_VERSION,
         tools={"dlo-export": __version__, "python": platform.python_version(), **_tool_versions()},
-        source=SourceIdentity(source.kind, source.base.path.name, source.base.sha256()),
+        source=SourceIdentity(
+            source.kind, source.base.path.name, source.base.sha256(), source.adapter_name, source.adapter_base
+        ),
         files=(),
         dtype=dtype,
         lowering=lowering,
