@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.naming import make_value_names_unique
 
 PASSES_KEY = "dlo.passes"
 """Entry of a model's metadata: the passes that changed it, in order."""
@@ -78,6 +79,8 @@ class GraphPass(ir.passes.InPlacePass, abc.ABC):
             return ir.passes.PassResult(model, modified=False)
         modified = self.rewrite(model)
         if modified:
+            # New nodes are named after what they are for; a graph from outside may have given such a name before.
+            make_value_names_unique(model.graph)
             run = PassRun(self._name, self.settings, tuple(sorted(_predecessors(type(self)))))
             entries = [dataclasses.asdict(entry) for entry in (*passes_run(model), run)]
             model.metadata_props[PASSES_KEY] = json.dumps(entries)
