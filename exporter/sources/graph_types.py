@@ -47,7 +47,7 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
     """The graph with inputs in place of its large initializers, and nothing said of the values inside it."""
     graph = model.graph
     inputs, initializers = list(graph.inputs), list(graph.initializers.values())
-    large = [value for value in initializers if _nbytes(value) > _SMALL_BYTES]
+    large = [value for value in initializers if _is_large(value.const_value)]
     for value in large:
         assert value.const_value is not None, "the reader has seen its contents"
         value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(value.const_value.shape.numpy())
@@ -69,6 +69,8 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
-def _nbytes(value: ir.Value) -> int:
-    tensor = value.const_value
-    return 0 if tensor is None or tensor.dtype == ir.DataType.STRING else tensor.nbytes
+def _is_large(tensor: ir.TensorProtocol | None) -> bool:
+    """Whether inference does without its contents; those of a data file it would look for beside the graph."""
+    if tensor is None or tensor.dtype == ir.DataType.STRING:
+        return False
+    return isinstance(tensor, ir.ExternalTensor) or tensor.nbytes > _SMALL_BYTES
