@@ -112,7 +112,11 @@ def _version_problems(proto: onnx.ModelProto) -> Iterator[str]:
 
 
 def _name_problems(proto: onnx.ModelProto) -> Iterator[str]:
-    """What onnx_ir would silently give to the last of the same name, and shapes no array has."""
+    """What onnx_ir would silently give to the last of the same name, and an interface or shapes that no array has."""
+    for value in (*proto.graph.input, *proto.graph.output):
+        kind = value.type.tensor_type
+        if not kind.elem_type or not kind.HasField("shape"):
+            yield f"the graph's '{value.name}': has no element type or no shape, expected those of a tensor"
     for graph in _graphs(proto):
         kinds: Sequence[tuple[str, Iterable[str]]] = (
             ("input", (value.name for value in graph.input)),

@@ -39,7 +39,7 @@ class InlineFunctionsPass(GraphPass):
             return False
         try:
             InlinePass()(model)
-        except (ir.passes.PassError, ValueError) as err:
+        except (ir.passes.InvariantError, ir.passes.PassError, ValueError) as err:
             raise GraphPassError(
                 f"InlineFunctionsPass: the model-local functions cannot be inlined: {err.__cause__ or err}",
                 hint="export the graph without functions",

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from dlo_export.runtimes.artefact.description import load_description
 from tests.foreign_protos import Foreign, initializer, refer, reference_of
 
 
@@ -279,15 +280,8 @@ def _weight_as_output(proto, folder):
 
 LEGAL = [
     *(_external_constants, _small_external_constants, _small_external_initializers, _inline_constants),
-    *(
-        _table_in_branches,
-        _table_in_the_other_branch,
-        _table_shared_by_a_branch,
-        _unused_things,
-        _unused_mask_and_more,
-        _no_node_names,
-        _one_node_name,
-    ),
+    *(_table_in_branches, _table_in_the_other_branch, _table_shared_by_a_branch),
+    *(_unused_things, _unused_mask_and_more, _no_node_names, _one_node_name),
     *(_initializers_as_inputs, _names_of_passes, _stray_metadata, _hard_links, _link_inside, _folder_of_data),
     *(_config_through_hub, _shadowed_names, _functions, _fused_skip_norms, _fused_skip_norms_without_names),
     *(_wrong_annotations, _typed_fields, _weight_as_output),
@@ -317,3 +311,35 @@ def _external(proto):
                 waiting += [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
                 tensors += [attribute.t, *attribute.tensors] if attribute.HasField("t") else attribute.tensors
         yield from (tensor for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL)
+
+
+@pytest.mark.parametrize("lowering", ["masked", "compact", "if"])
+def test_lowered_graph_is_equal_to_pytorch_when_names_and_constants_are_foreign(foreign, tmp_path, lowering):
+    def change(proto, folder):
+        _small_external_constants(proto, folder)
+        _names_of_passes(proto, folder)
+        _fused_skip_norms_without_names(proto, folder)
+
+    graph = foreign.changed(tmp_path / "model", change)
+    artefact = foreign.export(graph, tmp_path / "out", lowering=lowering, parity=True)
+    assert load_description(artefact).parity.verdict == "PASS"
+    foreign.check_logits(artefact)
+
+
+def test_weights_are_those_of_each_layer_when_two_layers_share_them(foreign, tmp_path):
+    """The second layer reads the first one's weights: what is compared is PyTorch with each weight given twice."""
+
+    def change(proto, folder):
+        names = {name: name.replace("layers.1.", "layers.0.") for name in _weights(proto) if "layers.1." in name}
+        for node in proto.graph.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
+        for name in names:
+            proto.graph.initializer.remove(initializer(proto, name))
+
+    graph = foreign.changed(tmp_path / "model", change)
+    artefact = foreign.export(graph, tmp_path / "out", parity=True)
+    assert load_description(artefact).parity.verdict == "PASS"
+
+
+def _weights(proto):
+    return [tensor.name for tensor in proto.graph.initializer]
