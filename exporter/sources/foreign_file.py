@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,9 @@ import onnx_ir as ir
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.formats.huggingface_folder import file_inside
 from dlo_export.exporter.weight_file import INLINE_BYTES
+
+# onnx_ir logs what it finds strange, names as they are; what counts of it is refused here, in our words.
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
 LARGEST_FILE = 2**31 - 1  # bytes; protobuf reads no more
 _LARGEST_TENSOR = 2**62  # bytes; far beyond any file, and still an int64
@@ -44,11 +48,16 @@ class ForeignFile:
     routed: str
 
 
-def read_foreign_file(path: Path) -> ForeignFile:
+def read_foreign_file(path: Path, *, for_inspection: bool = False) -> ForeignFile:
     """Reads a graph that anybody may have written.
 
     Metadata of this project's passes is left out: it tells what passes did to the graph, and for a graph from outside
     nobody vouches for it.
+
+    Args:
+        path: The file.
+        for_inspection: Nothing is to be made of it: data files need not be there, and a graph that says it is of this
+            project may say what its passes did.
 
     Raises:
         InputError: It is no ONNX model, of a version this project does not know, or holds tensors or references that
@@ -64,6 +73,8 @@ def read_foreign_file(path: Path) -> ForeignFile:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 data_files.add(_settle_external(path, tensor, stays_external=in_constant))
         except CheckpointError as err:
+            if for_inspection:
+                continue
             of_files.setdefault(err.message, f"{place} '{tensor.name}'")
         except (ValueError, OSError, RuntimeError) as err:  # of what a path can be: no name, too long, a loop of links
             problems.append(f"{place} '{tensor.name}': {err}")
@@ -75,7 +86,8 @@ def read_foreign_file(path: Path) -> ForeignFile:
         )
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     routed = metadata.get("routed_layers", "") if proto.producer_name == "dlo-export" else ""
-    _forget_own_metadata(proto)
+    if proto.producer_name != "dlo-export" or not for_inspection:
+        _forget_own_metadata(proto)
     if proto.producer_name == "dlo-export":
         proto.ClearField("producer_name")  # whoever had the file since may have changed it: it is a stranger's graph
     try:

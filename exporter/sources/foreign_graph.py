@@ -121,16 +121,7 @@ class ForeignGraph:
 
     def model(self) -> ir.Model:
         """The graph, its layers findable, its external weights mapped, not read: a new one with every call."""
-        return self._read().model
-
-    def _read(self) -> ForeignFile:
-        file = read_foreign_file(self.path)
-        try:
-            prepare_foreign(file.model)
-            infer_types(file.model)
-        except GraphPassError as err:
-            raise InputError(f"{self.path}: {err.message}", hint=err.hint) from err
-        return file
+        return read_prepared(self.path).model
 
     def check(self) -> None:
         """Refuses what cannot be exported, before anything is made of it.
@@ -181,7 +172,7 @@ class ForeignGraph:
 
     @functools.cached_property
     def _file(self) -> ForeignFile:
-        return self._read()
+        return read_prepared(self.path)
 
     @property
     def num_layers(self) -> int:
@@ -291,6 +282,25 @@ def open_foreign_graph(path: Path) -> ForeignGraph:
     graph = ForeignGraph(path, config)
     graph.check()
     return graph
+
+
+def read_prepared(path: Path, *, for_inspection: bool = False) -> ForeignFile:
+    """Reads a graph of unknown origin, checks it, and makes its layers findable.
+
+    Args:
+        path: The file.
+        for_inspection: As for `read_foreign_file`.
+
+    Raises:
+        InputError: It is no valid ONNX model, with all places.
+    """
+    file = read_foreign_file(path, for_inspection=for_inspection)
+    try:
+        prepare_foreign(file.model)
+        infer_types(file.model)
+    except GraphPassError as err:
+        raise InputError(f"{path}: {err.message}", hint=err.hint) from err
+    return file
 
 
 def load_graph(path: Path) -> ir.Model:

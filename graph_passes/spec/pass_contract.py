@@ -34,9 +34,19 @@ class PassRun:
 
 
 def passes_run(model: ir.Model) -> tuple[PassRun, ...]:
-    """Passes that changed the model, in order; also those before it was last saved."""
-    entries = json.loads(model.metadata_props.get(PASSES_KEY, "[]"))
-    return tuple(PassRun(entry["name"], entry["settings"], tuple(entry["runs_after"])) for entry in entries)
+    """Passes that changed the model, in order; also those before it was last saved.
+
+    Raises:
+        GraphPassError: The model's metadata are no such list.
+    """
+    try:
+        entries = json.loads(model.metadata_props.get(PASSES_KEY, "[]"))
+        return tuple(PassRun(entry["name"], entry["settings"], tuple(entry["runs_after"])) for entry in entries)
+    except (ValueError, TypeError, KeyError) as err:
+        raise GraphPassError(
+            f"metadata '{PASSES_KEY}' does not list the passes that changed the model: {err!r}",
+            hint="take the metadata out of the graph, or export it again",
+        ) from err
 
 
 class GraphPass(ir.passes.InPlacePass, abc.ABC):

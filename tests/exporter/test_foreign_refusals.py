@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.inspection import inspect_model
 from tests.foreign_protos import Foreign, initializer, refer, reference_of
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -403,3 +404,13 @@ def test_problems_are_said_once_and_fit_a_screen_when_every_tensor_has_one(forei
         foreign.export(graph, tmp_path / "out")
     assert refusal.value.message.count("weights: no such file") == 1
     assert reference_of(initializer(onnx.load(graph, load_external_data=False), WEIGHT))["location"] == "weights"
+
+
+@pytest.mark.parametrize("case", ["fifo", "link_out", "input_missing", "cyclic", "type_undefined", "dims_negative"])
+def test_inspection_says_what_is_wrong_or_leaves_it_out_when_a_graph_is_hostile(foreign, tmp_path, case):
+    graph = foreign.changed(tmp_path / "model", ILLEGAL[case][0])
+    if case in ("fifo", "link_out"):  # of the data files, which need not be there
+        assert [layer["identity"] for layer in inspect_model(graph).layers] == [None, None]
+    else:
+        with pytest.raises(InputError):
+            inspect_model(graph)
