@@ -257,6 +257,19 @@ def _fused_skip_norms_without_names(proto, folder):
     _no_node_names(proto, folder)
 
 
+def _as_mobius_writes(proto, folder):
+    """Fused norms, and rotary tables that are looked up by positions as the embedding is by tokens."""
+    _fused_skip_norms(proto, folder)
+    frequencies = numpy_helper.to_array(initializer(proto, "model.rotary_emb.inv_freq"))
+    angles = np.arange(64, dtype=np.float32)[:, None] * frequencies
+    for op_type, table in (("Cos", np.cos(angles)), ("Sin", np.sin(angles))):
+        (node,) = [node for node in proto.graph.node if node.op_type == op_type]
+        proto.graph.initializer.append(numpy_helper.from_array(table, f"{op_type}.table"))
+        lookup = helper.make_node("Gather", [f"{op_type}.table", "position_ids"], node.output, name=node.name)
+        proto.graph.node.insert(0, lookup)
+        proto.graph.node.remove(node)
+
+
 def _wrong_annotations(proto, folder):
     """What is said of values inside is not so: of another type, of giant or missing shapes."""
     for node in proto.graph.node:
@@ -284,7 +297,7 @@ LEGAL = [
     *(_unused_things, _unused_mask_and_more, _no_node_names, _one_node_name),
     *(_initializers_as_inputs, _names_of_passes, _stray_metadata, _hard_links, _link_inside, _folder_of_data),
     *(_config_through_hub, _shadowed_names, _functions, _fused_skip_norms, _fused_skip_norms_without_names),
-    *(_wrong_annotations, _typed_fields, _weight_as_output),
+    *(_as_mobius_writes, _wrong_annotations, _typed_fields, _weight_as_output),
 ]
 
 
@@ -316,9 +329,10 @@ def _external(proto):
 @pytest.mark.parametrize("lowering", ["masked", "compact", "if"])
 def test_lowered_graph_is_equal_to_pytorch_when_names_and_constants_are_foreign(foreign, tmp_path, lowering):
     def change(proto, folder):
+        _as_mobius_writes(proto, folder)
+        _no_node_names(proto, folder)
         _small_external_constants(proto, folder)
         _names_of_passes(proto, folder)
-        _fused_skip_norms_without_names(proto, folder)
 
     graph = foreign.changed(tmp_path / "model", change)
     artefact = foreign.export(graph, tmp_path / "out", lowering=lowering, parity=True)
