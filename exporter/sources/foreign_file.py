@@ -11,6 +11,8 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.formats.huggingface_folder import file_inside
@@ -28,7 +30,6 @@ _ELEMENT_FIELDS = {
     **dict.fromkeys(("DOUBLE", "COMPLEX128"), "double_data"),
     **dict.fromkeys(("INT64",), "int64_data"),
     **dict.fromkeys(("UINT32", "UINT64"), "uint64_data"),
-    **dict.fromkeys(("STRING",), "string_data"),
 }
 
 
@@ -109,9 +110,22 @@ def _parsed(path: Path) -> onnx.ModelProto:
         proto.ParseFromString(path.read_bytes())
     except Exception as err:  # protobuf's two implementations have errors of their own
         raise InputError(f"{path}: is no ONNX model, or a damaged one ({err})", hint="export it again") from err
+    if (text := next(_undecodable(proto), None)) is not None:
+        raise InputError(f"{path}: its text {text!r} is not UTF-8", hint="the file is damaged: copy or export it again")
     if not proto.HasField("graph") or not proto.graph.node:
         raise InputError(f"{path}: holds no graph", hint="give a .onnx file of a model, complete")
     return proto
+
+
+def _undecodable(message: Message) -> Iterator[bytes]:
+    """Names and texts, in any field, that are not UTF-8: protobuf gives them as bytes."""
+    for field, content in message.ListFields():
+        entries = (content,) if isinstance(content, (str, bytes, Message)) else content
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            for entry in entries:
+                yield from _undecodable(entry)
+        elif field.type == FieldDescriptor.TYPE_STRING:
+            yield from (entry for entry in entries if isinstance(entry, bytes))
 
 
 def _version_problems(proto: onnx.ModelProto) -> Iterator[str]:
@@ -196,9 +210,9 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
     count, kind = math.prod(dims), ir.DataType(tensor.data_type)
     if count * 16 > _LARGEST_TENSOR:
         raise ValueError(f"has dimensions {dims}, more than any file holds")
+    if kind == ir.DataType.STRING:
+        raise ValueError("holds strings, expected numbers")
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        if kind == ir.DataType.STRING:
-            raise ValueError("strings lie in an external data file")
         return
     if tensor.HasField("raw_data"):
         expected = math.ceil(count * kind.itemsize)
@@ -237,9 +251,9 @@ def _settle_external(path: Path, tensor: onnx.TensorProto, *, stays_external: bo
         found = "" if offset < 0 else f", which has {available} bytes"
         raise ValueError(f"lies at {offset} to {offset + size} of {file}{found}")
     if stays_external and size > INLINE_BYTES:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = str(file.resolve())
+        del tensor.external_data[:]
+        for key, value in (("location", file.resolve()), ("offset", offset), ("length", size)):
+            tensor.external_data.add(key=key, value=str(value))
     else:
         with file.open("rb") as data:
             data.seek(offset)
