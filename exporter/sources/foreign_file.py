@@ -8,11 +8,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import Message
 
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.formats.huggingface_folder import file_inside
@@ -65,7 +64,7 @@ def read_foreign_file(path: Path, *, for_inspection: bool = False) -> ForeignFil
             cannot be; with all problems and their places.
     """
     proto = _parsed(path)
-    problems = [*_version_problems(proto), *_name_problems(proto)]
+    problems = [*_version_problems(proto), *_name_problems(proto), *_attribute_problems(proto)]
     data_files: set[Path] = set()
     of_files: dict[str, str] = {}  # what is wrong with a file is said once, with the first tensor that refers to it
     for place, tensor, in_constant in _tensors(proto):
@@ -117,15 +116,17 @@ def _parsed(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def _undecodable(message: Message) -> Iterator[bytes]:
-    """Names and texts, in any field, that are not UTF-8: protobuf gives them as bytes."""
+def _undecodable(message: Any) -> Iterator[bytes]:
+    """Names and texts in any field of a protobuf message that are not UTF-8: they come as bytes."""
     for field, content in message.ListFields():
-        entries = (content,) if isinstance(content, (str, bytes, Message)) else content
-        if field.type == FieldDescriptor.TYPE_MESSAGE:
-            for entry in entries:
+        if field.type not in (field.TYPE_MESSAGE, field.TYPE_STRING):
+            continue
+        is_single = isinstance(content, (str, bytes)) or hasattr(content, "ListFields")
+        for entry in (content,) if is_single else content:
+            if field.type == field.TYPE_MESSAGE:
                 yield from _undecodable(entry)
-        elif field.type == FieldDescriptor.TYPE_STRING:
-            yield from (entry for entry in entries if isinstance(entry, bytes))
+            elif isinstance(entry, bytes):
+                yield entry
 
 
 def _version_problems(proto: onnx.ModelProto) -> Iterator[str]:
@@ -161,6 +162,22 @@ def _name_problems(proto: onnx.ModelProto) -> Iterator[str]:
                 yield f"value '{value.name}': has dimensions {dims}, expected none below 0"
 
 
+def _attribute_problems(proto: onnx.ModelProto) -> Iterator[str]:
+    for node in _nodes(proto):
+        for name, count in Counter(attribute.name for attribute in node.attribute).items():
+            if count > 1 or not name:
+                yield f"{node.op_type} node '{node.name}': {count} attributes are called '{name}'"
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.UNDEFINED:
+                yield f"{node.op_type} node '{node.name}': attribute '{attribute.name}' has no type"
+
+
+def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node, of subgraphs and functions too."""
+    for owner in (*proto.functions, *_graphs(proto)):
+        yield from owner.node
+
+
 def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
     """The main graph and all subgraphs, those inside functions too."""
     waiting = [proto.graph]
@@ -180,11 +197,9 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto, bool]]:
     """Every tensor with its place, and whether it is a constant of its own: an initializer, a Constant's value."""
-    nodes = [node for function in proto.functions for node in function.node]
     for graph in _graphs(proto):
         yield from (("initializer", tensor, True) for tensor in graph.initializer)
-        nodes += graph.node
-    for node in nodes:
+    for node in _nodes(proto):
         for attribute in node.attribute:
             place = f"{attribute.name} of {node.op_type} node '{node.name}' ({', '.join(node.output)}), tensor"
             is_constant = node.op_type == "Constant" and attribute.name == "value"
@@ -265,9 +280,8 @@ def _settle_external(path: Path, tensor: onnx.TensorProto, *, stays_external: bo
 
 def _forget_own_metadata(proto: onnx.ModelProto) -> None:
     graphs = list(_graphs(proto))
-    nodes = [node for owner in (*graphs, *proto.functions) for node in owner.node]
     values = [value for graph in graphs for value in (*graph.input, *graph.output, *graph.value_info)]
-    for holder in (proto, *proto.functions, *graphs, *nodes, *values):
+    for holder in (proto, *proto.functions, *graphs, *_nodes(proto), *values):
         for entry in [entry for entry in holder.metadata_props if entry.key.startswith(_OWN_METADATA)]:
             holder.metadata_props.remove(entry)
 
