@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
@@ -23,7 +22,7 @@ from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate, with_routers
 from dlo_export.modeling.calibration.router_calibration import CalibratedRouters, CalibrationSettings, calibrate_routers
-from dlo_export.modeling.calibration.text import CalibrationText, calibration_text, read_documents
+from dlo_export.modeling.calibration.text import CalibrationText, calibration_text, load_encoder, read_documents
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 
 
@@ -137,10 +136,10 @@ def source_text(source: ExportSource, request: CalibrationRequest) -> Calibratio
             raise InputError(
                 f"{source.base.path}: has no tokenizer.json", hint="save the tokenizer beside it with transformers"
             )
-        tokenizer = Tokenizer.from_file(str(file))
+        encode = load_encoder(file)
     return calibration_text(
         read_documents(request.text),
-        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        encode,
         calibration_tokens=request.tokens,
         evaluation_tokens=request.evaluation_tokens,
         seed=request.seed,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from dlo_export.checkpoints.errors import InputError
 
@@ -58,7 +59,7 @@ def read_documents(path: Path | None = None) -> tuple[Document, ...]:
 
         return tuple(Document(name, topics[name]) for name in sorted(topics))
     if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
+        files = sorted(file for file in path.rglob("*.txt") if not file.is_dir())
         if not files:
             raise CalibrationTextError(f"{path}: holds no .txt files\n\nhint: give one file, or a folder of .txt files")
         documents = tuple(Document(str(file.relative_to(path)), _read(file)) for file in files)
@@ -66,6 +67,25 @@ def read_documents(path: Path | None = None) -> tuple[Document, ...]:
     if not path.is_file():
         raise CalibrationTextError(f"{path}: no such file or folder\n\nhint: give a .txt file, or a folder of them")
     return _halves(Document(path.name, _read(path)))
+
+
+def load_encoder(file: Path) -> Encode:
+    """Opens a model's tokenizer.json.
+
+    Raises:
+        CalibrationTextError: There is none, or the `tokenizers` package cannot read it.
+    """
+    if not file.is_file():
+        raise CalibrationTextError(
+            f"{file.parent}: has no tokenizer.json", hint="save the tokenizer beside the model with transformers"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as err:  # tokenizers raises bare Exception
+        raise CalibrationTextError(
+            f"{file}: tokenizers cannot read it: {err}", hint="save the tokenizer again with transformers"
+        ) from err
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def calibration_text(
@@ -124,10 +144,12 @@ def _draw(
 
 
 def _read(file: Path) -> str:
+    if not file.is_file():  # a link to nothing or to itself, or a pipe, which would be waited for
+        raise CalibrationTextError(f"{file}: is no regular file", hint="remove it, or replace the link by the file")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as err:
-        raise CalibrationTextError(f"{file}: {err}\n\nhint: calibration text is UTF-8") from err
+        raise CalibrationTextError(f"{file}: {err}", hint="calibration text is UTF-8") from err
 
 
 def _halves(document: Document) -> tuple[Document, ...]:
