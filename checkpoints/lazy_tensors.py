@@ -98,8 +98,8 @@ def are_equal(first: LazyTensor, second: LazyTensor) -> bool:
         return np.array_equal(first.numpy(), second.numpy(), equal_nan=True)
     step = rows_at_once(first.shape[0], first.nbytes)
     for start in range(0, first.shape[0], step):
-        rows = (tensor.rows(start, start + step) for tensor in (first, second))
-        equal = np.array_equal(*rows, equal_nan=True)
+        some, others = first.rows(start, start + step), second.rows(start, start + step)
+        equal = np.array_equal(some, others, equal_nan=True)
         first.release()
         second.release()
         if not equal:

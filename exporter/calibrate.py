@@ -17,12 +17,13 @@ from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
+from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate, with_routers
 from dlo_export.modeling.calibration.router_calibration import CalibratedRouters, CalibrationSettings, calibrate_routers
-from dlo_export.modeling.calibration.text import CalibrationText, calibration_text, load_encoder, read_documents
+from dlo_export.modeling.calibration.text import CalibrationText, calibration_text, read_documents
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 
 
@@ -131,12 +132,11 @@ def source_text(source: ExportSource, request: CalibrationRequest) -> Calibratio
     """Tokens to fit on and to measure on, by the model's own tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         source.base.save_companions(Path(folder))
-        file = Path(folder) / "tokenizer.json"
-        if not file.is_file():
+        if not (Path(folder) / "tokenizer.json").is_file():
             raise InputError(
                 f"{source.base.path}: has no tokenizer.json", hint="save the tokenizer beside it with transformers"
             )
-        encode = load_encoder(file)
+        encode = load_encoder(Path(folder))
     return calibration_text(
         read_documents(request.text),
         encode,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from dlo_export.checkpoints.errors import InputError
 
@@ -67,25 +66,6 @@ def read_documents(path: Path | None = None) -> tuple[Document, ...]:
     if not path.is_file():
         raise CalibrationTextError(f"{path}: no such file or folder\n\nhint: give a .txt file, or a folder of them")
     return _halves(Document(path.name, _read(path)))
-
-
-def load_encoder(file: Path) -> Encode:
-    """Opens a model's tokenizer.json.
-
-    Raises:
-        CalibrationTextError: There is none, or the `tokenizers` package cannot read it.
-    """
-    if not file.is_file():
-        raise CalibrationTextError(
-            f"{file.parent}: has no tokenizer.json", hint="save the tokenizer beside the model with transformers"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as err:  # tokenizers raises bare Exception
-        raise CalibrationTextError(
-            f"{file}: tokenizers cannot read it: {err}", hint="save the tokenizer again with transformers"
-        ) from err
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def calibration_text(
