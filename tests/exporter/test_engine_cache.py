@@ -186,8 +186,8 @@ def test_engine_cache_drops_what_was_unused_for_longest_when_it_is_full(place, m
 def test_there_is_no_cache_when_nothing_tells_the_users_home():
     """A container's user: no HOME, no line in /etc/passwd."""
     code = (
-        "import os; os.setuid(54321); from dlo_export.exporter.tensorrt.engine_cache import cache_folder; "
-        "print(cache_folder())"
+        "import os; from dlo_export.exporter.tensorrt.engine_cache import cache_folder; "
+        "os.setuid(54321); print(cache_folder())"
     )
     if os.getuid() != 0:
         pytest.skip("only root can become a user that nobody knows")
