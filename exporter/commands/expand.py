@@ -77,7 +77,11 @@ def main(
         untrained = [at for layer, at in enumerate(plan.original_positions) if router_name(layer) not in tensors]
         if routers and untrained:
             reporter.warn(untrained_router_warning(untrained))
-        options = {"zero_routers": routers, "seed": seed, "initializer_range": raw.get("initializer_range", 0.02)}
+        options: dict[str, Any] = {
+            "zero_routers": routers,
+            "seed": seed,
+            "initializer_range": checkpoint.config.initializer_range,
+        }
         if as_adapter:
             adapter = expansion_adapter(tensors, plan, base_sha256=checkpoint.sha256(), **options)
             with reporter.stage("adapter"):

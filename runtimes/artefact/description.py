@@ -44,6 +44,7 @@ class SourceIdentity:
         kind: Of source, such as "gguf".
         name: Of its file or folder.
         sha256: Of its weights; with a LoRA adapter, of both files' hashes.
+        model_type: What its config.json calls the model, such as "mistral"; None where a graph lies without one.
         adapter: Name of the adapter's folder; None where there was none.
         adapter_base: Whether the adapter was made from these weights; None where there was none.
     """
@@ -51,6 +52,7 @@ class SourceIdentity:
     kind: str
     name: str
     sha256: str
+    model_type: str | None
     adapter: str | None = None
     adapter_base: AdapterBase | None = None
 
