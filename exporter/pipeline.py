@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer
+from dlo_export.checkpoints.adapter.adapter import DloAdapter
 from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
@@ -48,12 +48,7 @@ class GraphSource(Protocol):
 
     @property
     def adapter(self) -> DloAdapter | None:
-        """Holds the weights of the layers to inject; None where the plain graph has all layers already."""
-        ...
-
-    @property
-    def injected_layers(self) -> tuple[InjectedLayer, ...]:
-        """What was or is to be injected."""
+        """The layers to inject, with their weights; None where the plain graph has all layers already."""
         ...
 
     @property
@@ -337,7 +332,7 @@ def _lowering_steps(lowering: LoweringRecord, workload: Workload) -> list[Step]:
 
 
 def _injects(source: GraphSource) -> bool:
-    return source.adapter is not None and bool(source.injected_layers)
+    return source.adapter is not None and bool(source.adapter.injected_layers)
 
 
 def _inject_layers(source: GraphSource) -> InjectLayersPass:
@@ -346,7 +341,7 @@ def _inject_layers(source: GraphSource) -> InjectLayersPass:
     return InjectLayersPass(
         tuple(
             LayerInjection(layer.position, layer.source, adapter.layer_tensors(layer.position))
-            for layer in source.injected_layers
+            for layer in adapter.injected_layers
         )
     )
 
