@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.row_tensor import RowTensor, read_rows
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
 
@@ -35,6 +36,8 @@ class FuseSiblingMatMulsPass(GraphPass):
         minimum: Smallest group that is fused. Three by default: query, key and value. Two siblings (gate and up) gain
             1.5 % at batch-1 decode on ONNX Runtime's CPU kernels and lose as much in prefill to the larger Split.
     """
+
+    nodes_from: ClassVar[Border | None] = "injected"
 
     minimum: int = 3
 

@@ -14,7 +14,7 @@ from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 
@@ -36,6 +36,7 @@ class KeepLastLogitsPass(GraphPass):
     """
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, UseStaticCachePass)
+    nodes_from: ClassVar[Border | None] = "injected"
 
     def check(self, model: ir.Model) -> None:
         """The graph says where a sequence's last token is.

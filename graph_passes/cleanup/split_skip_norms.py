@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.rewriting import replace_value
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
 _FUSED = "SkipSimplifiedLayerNormalization"
@@ -30,6 +31,8 @@ class SplitSkipNormsPass(GraphPass):
     Optional: a graph without such nodes is left alone. Scope: main graph. Graphs of onnxruntime-genai's builder and of
     mobius have them. Source: ONNX Runtime's contrib operators.
     """
+
+    nodes_from: ClassVar[Border | None] = "plain"
 
     def rewrite(self, model: ir.Model) -> bool:
         """Split every fused node."""

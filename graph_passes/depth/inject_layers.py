@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, MutableSequence
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -15,7 +15,7 @@ from dlo_export.graph_passes.depth.layer_copy import LayerCopy, copy_layer
 from dlo_export.graph_passes.depth.layer_names import renumber_layers, renumbered, unique_names
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, PASS_KEY
 
 
@@ -57,6 +57,8 @@ class InjectLayersPass(GraphPass):
     Attributes:
         layers: What to insert.
     """
+
+    nodes_from: ClassVar[Border | None] = "injected"
 
     layers: tuple[LayerInjection, ...]
 

@@ -14,7 +14,7 @@ from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import (
     ROUTER_ACTIVE,
     ROUTER_SCORES,
@@ -60,6 +60,7 @@ class RouteLayersPass(GraphPass):
     scale_gap: float = 0.0
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass,)
+    nodes_from: ClassVar[Border | None] = "routed"
 
     @property
     def settings(self) -> dict[str, Any]:
