@@ -291,6 +291,7 @@ def choose_onnxruntime_lowering(choice: str, dtype: str, *, routed: bool, path: 
         return nothing_routed.name, nothing_routed.reason
     if choice != "auto":
         return find_lowering(choice, target).name, "asked for"
+    # The best for this target, or the best of the others where the provider lacks a kernel that it needs.
     best, *others = dict.fromkeys((*suitable_lowerings(target, Workload()), *skipping_lowerings(target)))
     kind = BY_OPTION[dtype]
     gap = CPU.why_not_run(kind, best.operators)

@@ -224,7 +224,7 @@ class GraphWeight:
         return self._tensor.numpy().T if self._transposed else self._tensor.numpy()
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """numpy()[start:stop]."""
+        """Rows of `numpy()`, mapped like it."""
         return self.numpy()[start:stop]
 
     def release(self) -> None:

@@ -58,6 +58,7 @@ class _SideBySide(RowTensor):
 
     def __init__(self, name: str, parts: list[ir.TensorProtocol]) -> None:
         shapes = [part.shape.numpy() for part in parts]
+        # Rows of a quantised part come in blocks; a chunk takes whole blocks of every part.
         row_block = math.lcm(*(part.row_block for part in parts if isinstance(part, RowTensor)))
         super().__init__(name, parts[0].dtype, (shapes[0][0], sum(width for _, width in shapes)), row_block=row_block)
         self._parts = parts

@@ -59,6 +59,7 @@ class KeepLastLogitsPass(GraphPass):
         stream, new, int64 = layer.output, TaggedNodes(type(self).__name__, None), ir.DataType.INT64
         # Whoever reads the stream now is the head; noted before the gathering below reads it too.
         readers = [(node, index) for node, index in stream.uses()]
+        # A step's tokens begin at write_indices and end before kv_lengths, so the last real one of them is this one.
         one = shared_constant(graph, "model.last_token.one", np.array([1], np.int64))
         axes = shared_constant(graph, "model.last_token.axes", np.array([1, 2], np.int64))
         shape: tuple[int | str, ...] = ("batch",)

@@ -43,6 +43,7 @@ class SplitSkipNormsPass(GraphPass):
 
 
 def _split(graph: ir.Graph, node: ir.Node) -> None:
+    # The sum becomes a node of its own, which is the stream; the norm reads it. A bias is part of the branch.
     stream, branch, weight, *rest = node.inputs
     nodes: list[ir.Node] = []
     if rest and rest[0] is not None:

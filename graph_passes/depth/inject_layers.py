@@ -84,6 +84,7 @@ class InjectLayersPass(GraphPass):
         find_decoder_layers(model.graph)
 
     def _refuse(self, layers: tuple[DecoderLayer, ...]) -> None:
+        # Every reason is told at once, and before anything is changed.
         problems = [] if self.layers else ["no layers were given"]
         problems += [
             f"layer {layer.index}: {place(layer.mlp.conditional)} skips its MLP branch"
@@ -185,6 +186,7 @@ class _Deepening:
             value: ir.Value(name=past_name(position, part), type=value.type, shape=value.shape and value.shape.copy())
             for value, part in zip((source.past_key, source.past_value), CACHE_PARTS, strict=True)
         }
+        # Names were renumbered before: the source's carry its index in the deepened model by now.
         numbers = {self.new_index[source.index]: position}
 
         def rename(name: str) -> str:

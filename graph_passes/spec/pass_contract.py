@@ -68,6 +68,7 @@ class GraphPass(ir.passes.InPlacePass, abc.ABC):
         """
         if self._has_run(model):
             return
+        # A pass behind this one may have named it, or a base of it such as all lowerings have.
         own = {cls.__name__ for cls in type(self).__mro__}
         later = [run.name for run in passes_run(model) if own.intersection(run.runs_after)]
         if later:
@@ -82,6 +83,7 @@ class GraphPass(ir.passes.InPlacePass, abc.ABC):
         if self._has_run(model):
             return ir.passes.PassResult(model, modified=False)
         modified = self.rewrite(model)
+        # What changed nothing has not run: it may still be asked for once the graph has changed.
         if modified:
             run = PassRun(self._name, self.settings, tuple(sorted(_predecessors(type(self)))))
             entries = [dataclasses.asdict(entry) for entry in (*passes_run(model), run)]

@@ -108,6 +108,7 @@ def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     Raises:
         ValueError: An initializer of this name holds something else.
     """
+    # Layers share what they compute with alike; the name stands for the contents, so other contents are a mistake.
     existing = graph.initializers.get(name)
     if existing is not None:
         tensor = existing.const_value
