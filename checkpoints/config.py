@@ -218,9 +218,7 @@ class LlamaConfig:
 
     def has_bias(self, module: LayerModule) -> bool:
         """Whether a layer's projection has a bias."""
-        return (module.bias == "attention_bias" and self.attention_bias) or (
-            module.bias == "mlp_bias" and self.mlp_bias
-        )
+        return module.bias is not None and bool(getattr(self, module.bias))
 
     def _axis_size(self, axis: Axis) -> int:
         sizes: dict[Axis, int] = {

@@ -65,7 +65,7 @@ def present_active_name(layer: int | str) -> str:
 
 def is_state_input(name: str) -> bool:
     """Whether a graph input carries state from step to step."""
-    return _layer_of("past_active.", name) is not None or parse_past(name) is not None
+    return _layer_of(past_active_name(""), name) is not None or parse_past(name) is not None
 
 
 def is_interface_name(name: str) -> bool:
@@ -81,7 +81,7 @@ def continuation_of(past: str) -> str:
     """The output that continues a state input."""
     if (cache := parse_past(past)) is not None:
         return present_name(cache.layer, cache.part)
-    layer = _layer_of("past_active.", past)
+    layer = _layer_of(past_active_name(""), past)
     if layer is None:
         raise ValueError(f"{past}: is no state input")
     return present_active_name(layer)

@@ -37,11 +37,13 @@ class Checkpoint:
         stored: What the files hold, by Hugging Face name. Rotary frequency buffers and the second copy of a tied head
             are dropped, everything else must be what the configuration expects.
         stored_dtype: See the attribute.
+        kind: See the attribute.
         files: The mapped weights files, in the order of their names.
         save_tokenizer: Writes the tokenizer's files, and generation_config.json if there is one, to a folder.
         warnings: See the attribute.
 
     Attributes:
+        kind: What the artefact's description calls its format: "checkpoint" in Hugging Face form, "gguf".
         stored_dtype: The type most of the weights' bytes are stored in: "float32", "float16", "bfloat16", or a GGUF
             quantisation such as "Q4_1".
         tensors: Exactly the tensors of `config.tensor_shapes()`, in its order.
@@ -58,12 +60,14 @@ class Checkpoint:
         stored: Mapping[str, StoredTensor],
         *,
         stored_dtype: str,
+        kind: str = "checkpoint",
         files: Sequence[MappedFile],
         save_tokenizer: Callable[[Path], None],
         warnings: Sequence[str] = (),
     ) -> None:
         _check_tensors(path, config, stored)
         self.path = path
+        self.kind = kind
         self.config = config
         self.warnings = tuple(warnings)
         self.stored_dtype = stored_dtype

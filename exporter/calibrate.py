@@ -16,6 +16,7 @@ from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
+from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_router, router_name
 from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
@@ -111,7 +112,7 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             reporter.warn(warning)
         text = source_text(source, request)
         with reporter.stage("model"):
-            tensors = {n: t for n, t in source.tensors().items() if not n.startswith("model.routers.")}
+            tensors = {n: t for n, t in source.tensors().items() if parse_router(n) is None}
             if source.adapter is None and not request.as_adapter:
                 sizes = [tensor.nbytes for tensor in tensors.values()]
                 check_output_space(request.output, sum(sizes))
@@ -151,13 +152,13 @@ def _save(
     progress: Callable[[int, int], None],
 ) -> None:
     routers: dict[str, LazyTensor] = {
-        f"model.routers.{layer}.weight": ArrayTensor(np.asarray(router, np.float32).reshape(1, -1))
+        router_name(layer): ArrayTensor(np.asarray(router, np.float32).reshape(1, -1))
         for layer, router in fitted.routers.items()
     }
     is_dlo = tuple(layer in fitted.routers for layer in range(fitted.num_layers))
     if source.adapter is not None or request.as_adapter:
         injected = source.adapter.injected_layers if source.adapter is not None else ()
-        prefixes = tuple(f"model.layers.{layer.position}." for layer in injected)
+        prefixes = tuple(layer_tensor_name(layer.position, "") for layer in injected)
         kept = {name: tensor for name, tensor in tensors.items() if prefixes and name.startswith(prefixes)}
         adapter = DloAdapter(
             "mlp", is_dlo, injected_layers=injected, base_sha256=source.base.sha256(), tensors=kept | routers

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.dtypes import BY_OPTION
+from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
 from dlo_export.checkpoints.errors import DloError, InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import finite, save_json
@@ -34,8 +34,6 @@ from dlo_export.runtimes.artefact.description import (
 )
 from dlo_export.runtimes.artefact.engine_record import ParityVerdict
 from dlo_export.runtimes.parity.report import ParityReport
-
-DTYPE_CHOICES = ("auto", *BY_OPTION)
 
 
 class ParityFailedError(DloError):

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer
+from dlo_export.checkpoints.adapter.adapter import DloAdapter
 from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
@@ -54,12 +54,7 @@ class GraphSource(Protocol):
 
     @property
     def adapter(self) -> DloAdapter | None:
-        """Holds the weights of the layers to inject; None where the plain graph has all layers already."""
-        ...
-
-    @property
-    def injected_layers(self) -> tuple[InjectedLayer, ...]:
-        """What was or is to be injected."""
+        """The layers to inject, with their weights; None where the plain graph has all layers already."""
         ...
 
     @property
@@ -319,6 +314,7 @@ def choose_onnxruntime_lowering(choice: str, dtype: str, *, routed: bool, path: 
         return nothing_routed.name, nothing_routed.reason
     if choice != "auto":
         return find_lowering(choice, target).name, "asked for"
+    # The best for this target, or the best of the others where the provider lacks a kernel that it needs.
     best, *others = dict.fromkeys((*suitable_lowerings(target, Workload()), *skipping_lowerings(target)))
     kind = BY_OPTION[dtype]
     gap = CPU.why_not_run(kind, best.operators)
@@ -360,7 +356,7 @@ def _lowering_steps(lowering: LoweringRecord, workload: Workload) -> list[Step]:
 
 
 def _injects(source: GraphSource) -> bool:
-    return source.adapter is not None and bool(source.injected_layers)
+    return source.adapter is not None and bool(source.adapter.injected_layers)
 
 
 def _inject_layers(source: GraphSource) -> InjectLayersPass:
@@ -369,7 +365,7 @@ def _inject_layers(source: GraphSource) -> InjectLayersPass:
     return InjectLayersPass(
         tuple(
             LayerInjection(layer.position, layer.source, adapter.layer_tensors(layer.position))
-            for layer in source.injected_layers
+            for layer in adapter.injected_layers
         )
     )
 

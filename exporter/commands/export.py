@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dlo_export.checkpoints.dtypes import BY_OPTION
+from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
 from dlo_export.exporter.commands.numbers import MAX_COUNT, positive
 from dlo_export.graph_passes.lowerings.registry import lowering_names  # of names alone: keeps `dlo --help` quick
 
@@ -50,7 +50,7 @@ def main(
     dtype: Annotated[
         str,
         typer.Option(
-            metavar=f"<{'|'.join(('auto', *BY_OPTION))}>",
+            metavar=f"<{'|'.join(DTYPE_CHOICES)}>",
             help="Of weights, KV cache and logits; auto is fp32 on a CPU.",
         ),
     ] = "auto",

@@ -44,7 +44,7 @@ class CheckpointModel:
 
     @property
     def kind(self) -> str:  # noqa: D102 - BaseModel's questions, here and below
-        return "gguf" if self.path.suffix.lower() == ".gguf" else "checkpoint"
+        return self.checkpoint.kind
 
     @property
     def path(self) -> Path:  # noqa: D102

@@ -24,6 +24,7 @@ from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer, file_inside
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.checkpoints.llama_layer import EMBEDDING, FINAL_NORM, HEAD, layer_tensor_name
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.sources.base_model import Refusal, Use
 from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file
@@ -187,18 +188,18 @@ class ForeignGraph:
             for projection in layer.projections.values():
                 tensor = constant_tensor(projection.weight)
                 assert tensor is not None, "a projection's weight is constant"
-                name = f"model.layers.{layer.index}.{projection.tensor}"
+                name = layer_tensor_name(layer.index, projection.tensor)
                 named[name] = GraphWeight(name, tensor, projection.layout)
         named |= _outer_weights(self._layers[0], self._layers[-1])
-        head = named.get("lm_head.weight")
+        head = named.get(HEAD)
         # Some exporters store a tied matrix twice.
         if self.config is not None and self.config.tie_word_embeddings and head is not None:
-            if not np.array_equal(head.numpy(), named["model.embed_tokens.weight"].numpy()):
+            if not np.array_equal(head.numpy(), named[EMBEDDING].numpy()):
                 raise CheckpointError(
                     f"{self.path}: head and embedding differ, but config.json says tie_word_embeddings",
                     hint="put the config.json of the exported model beside the graph",
                 )
-            del named["lm_head.weight"]
+            del named[HEAD]
         return named
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -260,7 +261,7 @@ class GraphWeight:
         return self._tensor.numpy().T if self._transposed else self._tensor.numpy()
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """numpy()[start:stop]."""
+        """Rows of `numpy()`, mapped like it."""
         return self.numpy()[start:stop]
 
     def release(self) -> None:
@@ -340,9 +341,7 @@ def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTen
     assert lookup is not None, "the residual stream starts at an embedding lookup"
     embedding = constant_tensor(lookup.inputs[0])
     assert embedding is not None
-    found: dict[str, LazyTensor] = {
-        "model.embed_tokens.weight": GraphWeight("model.embed_tokens.weight", embedding, "out_in")
-    }
+    found: dict[str, LazyTensor] = {EMBEDDING: GraphWeight(EMBEDDING, embedding, "out_in")}
     for node in _nodes_behind(last.output):
         for value in node.inputs:
             tensor = constant_tensor(value)
@@ -350,9 +349,9 @@ def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTen
                 continue
             shape = tensor.shape.numpy()
             if shape == (last.hidden_size,) and is_op(node, "Mul", "RMSNormalization", "SimplifiedLayerNormalization"):
-                found["model.norm.weight"] = GraphWeight("model.norm.weight", tensor, "vector")
+                found[FINAL_NORM] = GraphWeight(FINAL_NORM, tensor, "vector")
             elif is_op(node, "MatMul") and shape[0] == last.hidden_size:
-                found["lm_head.weight"] = GraphWeight("lm_head.weight", tensor, "in_out")
+                found[HEAD] = GraphWeight(HEAD, tensor, "in_out")
     return found
 
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer, load_adapter
 from dlo_export.checkpoints.adapter.lora import is_peft_adapter, load_lora
 from dlo_export.checkpoints.config import RoutingConfig
+from dlo_export.checkpoints.depth.expansion import ExpansionPlan, expanded_config, routed_config
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
@@ -62,8 +63,10 @@ class ExportSource:
 
     @property
     def injected_layers(self) -> tuple[InjectedLayer, ...]:
-        """Layers the adapter adds, or that the base model says were added."""
-        return self.base.injected_layers if self.adapter is None else self.adapter.injected_layers
+        """All that are not the first model's, in the order of their positions; sources count in the first model."""
+        if self.adapter is None:
+            return self.base.injected_layers
+        return tuple(InjectedLayer(**entry) for entry in self.config_values()["injected_layers"])
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -104,19 +107,15 @@ class ExportSource:
         """What the artefact's config.json says beyond the base model's: depth and routing, in the authors' keys."""
         if self.adapter is None:
             return {}
-        values: dict[str, Any] = {
-            "num_hidden_layers": self.num_layers,
-            "injected_layers": [dataclasses.asdict(layer) for layer in self.injected_layers],
-        }
+        base = {} if self.base.config is None else self.base.config.raw
+        values = expanded_config(base, ExpansionPlan(self.base.num_layers, self.adapter.injected_layers))
         if self.routing is not None:
-            values |= {
-                "model_type": "llama_dlo_exattn",
-                "architectures": ["LlamaDloForCausalLM"],
-                "is_dlo": list(self.adapter.is_dlo),
-                "rescale_hidden_states": self.adapter.rescale_hidden_states,
-                "scale_factor": self.adapter.scale_factor,
-                "scale_gap": self.adapter.scale_gap,
-            }
+            values |= routed_config(
+                self.adapter.is_dlo,
+                rescale=self.adapter.rescale_hidden_states,
+                scale_factor=self.adapter.scale_factor,
+                scale_gap=self.adapter.scale_gap,
+            )
         return values
 
     def config_json(self) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.naming import unique_names
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
 
@@ -36,6 +37,7 @@ class LiftConstantsPass(GraphPass):
     """
 
     minimum_bytes: int = 257
+    nodes_from: ClassVar[Border | None] = "plain"
 
     def rewrite(self, model: ir.Model) -> bool:
         """Lift every one."""

@@ -144,7 +144,9 @@ def _trace_linears(nodes: Iterable[ir.Node]) -> _LinearFlow:
 
 def _trace_attention(node: ir.Node, flow: _LinearFlow) -> None:
     """Each present output comes from its own input only; packed inputs leave key and value out."""
-    query, key, value = (node.inputs[index] or node.inputs[0] for index in range(3))
+    query, key, value = (*node.inputs, None, None)[:3]
+    # Where inputs are packed, the first one holds all three.
+    key, value = key or query, value or query
     per_output = ((query, key, value), (key,), (value,))
     for output, sources in zip(node.outputs, per_output, strict=False):
         flow.nearest[output] = _union(flow, sources)

@@ -15,7 +15,7 @@ from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.find.masked_mlp import Mismatch, match_masked_mlp
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import (
     ROUTER_ACTIVE,
     ROUTER_SCORES,
@@ -61,6 +61,7 @@ class RouteLayersPass(GraphPass):
     scale_gap: float = 0.0
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass,)
+    nodes_from: ClassVar[Border | None] = "routed"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -97,6 +98,7 @@ class RouteLayersPass(GraphPass):
     @staticmethod
     def _refuse(graph: ir.Graph, layers: tuple[DecoderLayer, ...], weights: Mapping[int, np.ndarray]) -> None:
         routed = role_values(graph, ROUTER_SCORES)
+        # All layers are asked before the first is routed.
         problems = [] if weights else ["no routers were given"]
         if graph.opset_imports.get("", 0) < _OLDEST_OPSET:
             problems.append(f"the graph uses opset {graph.opset_imports.get('')}, expected {_OLDEST_OPSET} or newer")
@@ -169,6 +171,7 @@ class RouteLayersPass(GraphPass):
             return None
         if self.scale_gap == 0:
             return _constant(graph, "scale", self._offset, dtype)
+        # The rule multiplied out, a + score·gap: in fp32 as the score is, and rounded to the branch's type once.
         router, float32 = f"model.routers.{nodes.layer}", ir.DataType.FLOAT
         gap = _constant(graph, "scale_gap", self.scale_gap)
         scale = nodes.add("Mul", scores, gap, name=f"{router}.scores_times_gap", dtype=float32, shape=tokens)
@@ -196,6 +199,7 @@ def _add_router(
     axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
     logits = nodes.add("Squeeze", column, axis, name=f"{router}.logits", dtype=float32, shape=tokens)
     scores = nodes.add("Sigmoid", logits, name=f"{router}.scores", dtype=float32, shape=tokens, role=ROUTER_SCORES)
+    # As the rule is written, on the score: by its sign, a tiny logit whose sigmoid rounds to 0.5 would be active.
     threshold = _constant(graph, "threshold", 0.5)
     active = nodes.add(
         "Greater",

@@ -13,7 +13,6 @@ from dlo_export.checkpoints.dtypes import BFLOAT16
 from dlo_export.runtimes.decoder_interface import CacheKind, DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
-from dlo_export.runtimes.runner import FloatArray
 
 
 class SessionArguments(TypedDict, total=False):
@@ -93,11 +92,6 @@ class DecoderSession:
 def model_name(model: str | Path | bytes) -> str:
     """A name for reports."""
     return "model" if isinstance(model, bytes) else Path(model).name
-
-
-def float32(array: np.ndarray) -> FloatArray:
-    """The same numbers in float32; the array itself where they are."""
-    return array if array.dtype == np.float32 else array.astype(np.float32)
 
 
 def _options(arguments: SessionArguments) -> ort.SessionOptions:

@@ -59,7 +59,7 @@ class Case:
 
     @property
     def batch(self) -> int:
-        """Sequences."""
+        """How many sequences it feeds."""
         return int(self.feeds[0].input_ids.shape[0])
 
     @property

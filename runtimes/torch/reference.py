@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD
 from dlo_export.modeling.from_tensors import empty_llama_dlo, llama_dlo_from_tensors, released_parameter
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
 from dlo_export.runtimes.memory import available_memory
@@ -87,10 +88,7 @@ def streamed_llama_dlo(
 def _block_tensors(module: nn.Module, prefix: str, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """A block's tensors under its own parameters' names; a tied head's is the embedding matrix."""
     names = {name: f"{prefix}.{name}" for name, _ in module.named_parameters()}
-    return {
-        name: tensors["model.embed_tokens.weight" if full == "lm_head.weight" and full not in tensors else full]
-        for name, full in names.items()
-    }
+    return {name: tensors[EMBEDDING if full == HEAD and full not in tensors else full] for name, full in names.items()}
 
 
 def _load(module: nn.Module, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> None:
