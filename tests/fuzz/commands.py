@@ -1,0 +1,128 @@
+"""Models and artefacts of every kind that is read, what is damaged of each, and the commands that read it then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME
+from dlo_export.runtimes.artefact.files import describe_file
+from tests.foreign_graphs import save_foreign_graph, save_routed_adapter
+from tests.fuzz.mutations import damage_gguf, damage_json, damage_onnx, damage_place, damage_safetensors
+from tests.tiny_gguf import save_tiny_gguf
+from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
+
+Damage = Callable[[Random, Path], str]
+
+SIZES = {"layers": 2, "hidden": 16, "intermediate": 24, "heads": 2, "kv_heads": 1}
+TEXT = ("--text", "text", "--tokens", "512", "--evaluation-tokens", "512")
+# The folders a case of each kind works on, and how often which file of them is damaged.
+KINDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, Damage], ...]]] = {
+    "weights": (("routed", "text"), (("routed/model.safetensors", damage_safetensors),)),
+    "configuration": (
+        ("routed", "sharded", "text"),
+        (
+            *(("routed/config.json", damage_json),) * 6,
+            ("routed/generation_config.json", damage_json),
+            ("routed/tokenizer.json", damage_json),
+            ("routed/tokenizer_config.json", damage_json),
+            ("sharded/model.safetensors.index.json", damage_json),
+        ),
+    ),
+    "gguf": (("gguf",), (("gguf/model.gguf", damage_gguf),)),
+    "adapter": (
+        ("dense", "adapter"),
+        (
+            *(("adapter/adapter_config.json", damage_json),) * 2,
+            ("adapter/adapter.safetensors", damage_safetensors),
+        ),
+    ),
+    "graph": (("graph", "adapter"), (*(("graph/model.onnx", damage_onnx),) * 6, ("graph/config.json", damage_json))),
+    "description": (("routed", "artefact", "text"), ((f"artefact/{FILE_NAME}", damage_json),)),
+    "artefact": (
+        ("routed", "artefact", "text"),
+        (
+            *((f"artefact/{MODEL_NAME}", damage_onnx),) * 4,
+            ("artefact/tokenizer.json", damage_json),
+            ("artefact/tokenizer_config.json", damage_json),
+            ("artefact/generation_config.json", damage_json),
+            ("artefact/config.json", damage_json),
+        ),
+    ),
+    "place": (
+        ("routed", "sharded", "gguf", "dense", "adapter", "graph", "artefact", "text"),
+        tuple(
+            (name, damage_place)
+            for name in (
+                *("routed/config.json", "routed/model.safetensors", "routed/tokenizer.json", "text/0.txt"),
+                *("routed/generation_config.json", "sharded/model.safetensors.index.json", "gguf/model.gguf"),
+                *("adapter/adapter_config.json", "adapter/adapter.safetensors", "graph/model.onnx", "graph/weights"),
+                *("graph/config.json", f"artefact/{FILE_NAME}", f"artefact/{MODEL_NAME}", "artefact/model.onnx.data"),
+                *("artefact/tokenizer.json", "artefact/generation_config.json", "artefact/tokenizer_config.json"),
+            )
+        ),
+    ),
+}
+
+
+def save_originals(folder: Path) -> None:
+    """Writes the folders that KINDS names: whole ones, tiny."""
+    routed = save_tiny_llama(
+        folder / "routed", **SIZES, routed=(True, False), tokenizer=True, vocab=BYTE_VOCABULARY, legacy_keys=True
+    )
+    save_tiny_llama(folder / "sharded", **SIZES, shards=2)
+    dense = save_tiny_llama(folder / "dense", **SIZES, vocab=290)
+    (folder / "gguf").mkdir()
+    save_tiny_gguf(dense, folder / "gguf" / "model.gguf", tokenizer="llama-bpe")
+    save_foreign_graph(folder / "graph", "fp32", layers=2)
+    save_routed_adapter(folder / "graph" / "model.onnx", folder / "adapter")
+    export_model(ExportRequest(str(routed), folder / "artefact"), Reporter())
+    (folder / "text").mkdir()
+    for number in range(8):
+        (folder / "text" / f"{number}.txt").write_text(f"One text of some words, number {number}. " * 40)
+
+
+def command(random: Random, damaged: str) -> list[str]:
+    """Arguments of a command that reads the damaged file, in the folder of its case; what it writes goes to out/."""
+    parity = random.choice(((), ("--no-parity",), ("--no-parity",), ("--no-parity",)))
+    lowering = random.choice(("auto", "masked", "if", "compact"))
+    export = ["export", "-o", "out/new", *parity, "--lowering", lowering]
+    match damaged.split("/")[0]:
+        case "routed" | "sharded" as model:
+            calibrate = ["calibrate", model, "-o", "out/new", *TEXT]
+            expand = ["expand", model, "-o", "out/new", "--every", "1", *random.choice(((), ("--adapter",)))]
+            return random.choice(([*export, model], [*export, model], [*export, model], expand, expand, calibrate))
+        case "text":
+            return ["calibrate", "routed", "-o", "out/new", *TEXT]
+        case "gguf":
+            return random.choice(
+                ([*export[:-2], "gguf/model.gguf"], ["expand", "gguf/model.gguf", "-o", "out/new", "--every", "1"])
+            )
+        case "adapter":
+            return [*export, "dense", "--adapter", "adapter"]
+        case "graph":
+            adapted = [*export, "graph/model.onnx", "--adapter", "adapter"]
+            return random.choice((adapted, adapted, ["inspect", "graph/model.onnx"]))
+        case _:
+            verify = random.choice(((), ("--verify",)))
+            run = ["run", "artefact", "Hello", "-n", "3", *random.choice(((), ("--raw",))), *verify]
+            few = ["--rounds", "1", "--prompt-tokens", "4", "--decode-tokens", "2", "--text", "text"]
+            bench = ["bench", "artefact", *few, "--json", *verify]
+            inspect = ["inspect", "artefact", *random.choice(((), ("--json",)))]
+            return random.choice((run, run, inspect, inspect, bench, ["parity", "artefact", "routed"]))
+
+
+def vouch_for(path: Path) -> None:
+    """Makes an artefact's description say of a damaged file that it is the right one, so that it is read at all."""
+    description = path.parent / FILE_NAME
+    if path.name == MODEL_NAME and description.exists():
+        values = json.loads(description.read_text())
+        described = describe_file(path)
+        for entry in values["files"]:
+            if entry["name"] == MODEL_NAME:
+                entry |= {"bytes": described.bytes, "sha256": described.sha256}
+        description.write_text(json.dumps(values))
