@@ -9,7 +9,6 @@ import hashlib
 import os
 import shutil
 import stat
-from pathlib import Path
 from random import Random
 
 import pytest
