@@ -9,7 +9,12 @@ from pathlib import Path
 
 from dlo_export.exporter.cli import main
 
-_MODULES = ("app", "export", "calibrate", "commands.expand", "parity_check", "inspection", "artefact_check")
+# What commands import when they need it.
+_MODULES = (
+    *("exporter.app", "exporter.artefact_check", "exporter.artifact_runner", "exporter.calibrate", "exporter.export"),
+    *("exporter.commands.expand", "exporter.inspection", "exporter.parity_check"),
+    *("runtimes.bench", "runtimes.generation.generate", "runtimes.generation.tokenizer", "runtimes.torch.reference"),
+)
 _LIMITED = {
     "cpu_seconds": resource.RLIMIT_CPU,
     "memory_bytes": resource.RLIMIT_AS,
@@ -36,7 +41,7 @@ def start(arguments, messages: Path, *, working_folder: Path | None = None, limi
         limits: Of the process: "cpu_seconds", "memory_bytes" and "file_bytes"; none by default.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *(f"dlo_export.exporter.{module}" for module in _MODULES)])
+    context.set_forkserver_preload([__name__, *(f"dlo_export.{module}" for module in _MODULES)])
     ready, begins = context.Pipe(duplex=False)
     process = context.Process(
         target=_run,

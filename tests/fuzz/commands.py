@@ -11,10 +11,10 @@ import onnx
 
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
-from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME
+from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, WEIGHTS_NAME
 from dlo_export.runtimes.artefact.files import describe_file
 from tests.foreign_graphs import save_foreign_graph, save_routed_adapter
-from tests.fuzz.mutations import damage_gguf, damage_json, damage_onnx, damage_place, damage_safetensors
+from tests.fuzz.mutations import damage_floats, damage_gguf, damage_json, damage_onnx, damage_place, damage_safetensors
 from tests.tiny_gguf import save_tiny_gguf
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
@@ -49,6 +49,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, Damage], ...]]] = {
         ("routed", "artefact", "text"),
         (
             *((f"artefact/{MODEL_NAME}", damage_onnx),) * 4,
+            (f"artefact/{WEIGHTS_NAME}", damage_floats),
             ("artefact/tokenizer.json", damage_json),
             ("artefact/tokenizer_config.json", damage_json),
             ("artefact/generation_config.json", damage_json),
@@ -94,44 +95,37 @@ def save_originals(folder: Path) -> None:
 def command(random: Random, damaged: str) -> list[str]:
     """Arguments of a command that reads the damaged file, in the folder of its case; what it writes goes to out/."""
     # Parity and calibration run PyTorch, which takes longer than all else.
-    parity = () if random.random() < 0.1 else ("--no-parity",)
+    slow = random.random() < 0.1
     lowering = random.choice(("auto", "masked", "if", "compact"))
-    export = ["export", "-o", "out/new", *parity, "--lowering", lowering]
-    match damaged.split("/", maxsplit=1)[0]:
-        case "routed" | "sharded" as model:
-            if random.random() < 0.07:
-                return ["calibrate", model, "-o", "out/new", *TEXT]
-            expand = ["expand", model, "-o", "out/new", "--every", "1", *random.choice(((), ("--adapter",)))]
-            return random.choice(([*export, model], [*export, model], expand))
-        case "text":
-            return ["calibrate", "routed", "-o", "out/new", *TEXT]
-        case "gguf":
-            return random.choice(
-                ([*export[:-2], "gguf/model.gguf"], ["expand", "gguf/model.gguf", "-o", "out/new", "--every", "1"])
-            )
-        case "adapter":
-            return [*export, "dense", "--adapter", "adapter"]
-        case "graph":
-            adapted = [*export, "graph/model.onnx", "--adapter", "adapter"]
-            return random.choice((adapted, adapted, ["inspect", "graph/model.onnx"]))
-        case _:
-            verify = random.choice(((), ("--verify",)))
-            run = ["run", "artefact", "Hello", "-n", "3", *random.choice(((), ("--raw",))), *verify]
-            few = ["--rounds", "1", "--prompt-tokens", "4", "--decode-tokens", "2", "--text", "text"]
-            bench = ["bench", "artefact", *few, "--json", *verify]
-            inspect = ["inspect", "artefact", *random.choice(((), ("--json",)))]
-            if random.random() < 0.15:
-                return random.choice((bench, ["parity", "artefact", "routed"]))
-            return random.choice((run, inspect))
+    export = ["export", "-o", "out/new", "--lowering", lowering, *(() if slow else ("--no-parity",))]
+    expand = ["expand", "-o", "out/new", "--every", "1", *random.choice(((), ("--adapter",)))]
+    calibrate = ["calibrate", "-o", "out/new", *TEXT]
+    verify = random.choice(((), ("--verify",)))
+    run = ["run", "artefact", "Hello", "-n", "3", *random.choice(((), ("--raw",))), *verify]
+    inspect = ["inspect", "artefact", *random.choice(((), ("--json",)))]
+    few = ["--rounds", "1", "--prompt-tokens", "4", "--decode-tokens", "2", "--text", "text", "--json"]
+    place = damaged.split("/", maxsplit=1)[0]
+    checkpoint = place if place != "gguf" else damaged
+    quick: dict[str, tuple[list[str], ...]] = {
+        "text": ([*calibrate, "routed"],),
+        "adapter": ([*export, "dense", "--adapter", "adapter"],),
+        "graph": ([*export, "graph/model.onnx", "--adapter", "adapter"],) * 2 + (["inspect", "graph/model.onnx"],),
+        "artefact": (run, inspect),
+    }
+    if slow and place == "artefact":
+        return random.choice((["bench", "artefact", *few, *verify], ["parity", "artefact", "routed"]))
+    if slow and place in ("routed", "sharded") and random.random() < 0.5:
+        return [*calibrate, checkpoint]
+    return random.choice(quick.get(place, ([*export, checkpoint], [*export, checkpoint], [*expand, checkpoint])))
 
 
 def vouch_for(path: Path) -> None:
     """Makes an artefact's description say of a damaged file that it is the right one, so that it is read at all."""
     description = path.parent / FILE_NAME
-    if path.name == MODEL_NAME and description.exists():
+    if path.name in (MODEL_NAME, WEIGHTS_NAME) and description.exists():
         values = json.loads(description.read_text())
         described = describe_file(path)
         for entry in values["files"]:
-            if entry["name"] == MODEL_NAME:
+            if entry["name"] == path.name:
                 entry |= {"bytes": described.bytes, "sha256": described.sha256}
         description.write_text(json.dumps(values))

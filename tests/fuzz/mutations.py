@@ -124,6 +124,14 @@ def damage_onnx(random: Random, path: Path) -> str:
     return ", ".join(said)
 
 
+def damage_floats(random: Random, path: Path) -> str:
+    """Changes numbers in a file of float32 weights."""
+    data = bytearray(path.read_bytes())
+    said = _damage_weights(random, data)
+    path.write_bytes(data)
+    return said
+
+
 def damage_bytes(random: Random, path: Path) -> str:
     """Cuts a file off, or changes, inserts, repeats or leaves out some of its bytes."""
     stored = bytearray(path.read_bytes())
