@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
@@ -17,7 +18,6 @@ from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
-from dlo_export.checkpoints.tokenization.tokenizer_file import text_encoder
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
@@ -137,10 +137,10 @@ def source_text(source: ExportSource, request: CalibrationRequest) -> Calibratio
             raise InputError(
                 f"{source.base.path}: has no tokenizer.json", hint="save the tokenizer beside it with transformers"
             )
-        encode = text_encoder(file)
+        tokenizer = Tokenizer.from_file(str(file))
     return calibration_text(
         read_documents(request.text),
-        encode,
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
         calibration_tokens=request.tokens,
         evaluation_tokens=request.evaluation_tokens,
         seed=request.seed,

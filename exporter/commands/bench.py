@@ -73,16 +73,18 @@ def main(
 
 def held_out_sequences(folder: Path, text: Path | None, tokens: int) -> Any:
     """Tokens of documents that calibration leaves out, int64 [sequences, 512]."""
+    from tokenizers import Tokenizer  # noqa: PLC0415
+
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
-    from dlo_export.checkpoints.tokenization.tokenizer_file import text_encoder  # noqa: PLC0415
     from dlo_export.modeling.calibration.text import calibration_text, read_documents  # noqa: PLC0415
 
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{folder}: has no tokenizer.json", hint="copy the checkpoint's into it")
+    tokenizer = Tokenizer.from_file(str(file))
     drawn = calibration_text(
         read_documents(text),
-        text_encoder(file),
+        lambda document: tokenizer.encode(document, add_special_tokens=False).ids,
         # Evaluation documents are drawn first, so what calibration would get does not matter here.
         calibration_tokens=SEQUENCE,
         evaluation_tokens=max(tokens, SEQUENCE),
