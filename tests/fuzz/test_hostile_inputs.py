@@ -37,22 +37,25 @@ def originals(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_commands_refuse_or_take_an_input_and_touch_nothing_else_when_it_is_damaged(kind, originals, tmp_path):
-    failures = []
+    failures, codes = [], set()
     for seed in range(FIRST_SEED, FIRST_SEED + CASES):
         folder = tmp_path / str(seed)
-        arguments, said, problems = run_case(kind, seed, originals, folder)
+        arguments, said, code, problems = run_case(kind, seed, originals, folder)
+        codes.add(code)
         if problems:
             failures.append(f"seed {seed}, kept in {folder}: {said}\n  dlo {' '.join(arguments)}\n  {problems}")
         else:
             shutil.rmtree(folder)
     assert not failures, "\n".join(failures)
+    # Commands that are wrong in themselves, and damages that harm nothing, would show nothing.
+    assert {DONE, BAD_INPUT} <= codes
 
 
 def run_case(kind, seed, originals, folder):
     """Damages copies in a new folder and runs a command on them.
 
     Returns:
-        The command's arguments, what was damaged, and what went wrong: an empty list where nothing did.
+        The command's arguments, what was damaged, the exit code, and what went wrong: an empty list where nothing did.
     """
     random = Random(f"{kind} {seed}")
     names, choices = KINDS[kind]
@@ -72,7 +75,7 @@ def run_case(kind, seed, originals, folder):
         problems.append("something outside the output was changed")
     if arguments[0] == "export" and result.returncode == DONE:
         problems += artefact_problems(folder)
-    return arguments, said, problems
+    return arguments, said, result.returncode, problems
 
 
 def run(arguments, folder):
