@@ -13,8 +13,7 @@ import onnx_ir as ir
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.exporter.artefact_check import open_description
-from dlo_export.exporter.pipeline import prepare_foreign
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.foreign_graph import load_graph, read_prepared
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
@@ -67,12 +66,12 @@ def inspect_model(path: Path) -> Inspection:
         )
     is_artefact = graph_path.name == MODEL_NAME and (graph_path.parent / FILE_NAME).is_file()
     description = open_description(graph_path.parent) if is_artefact else None
-    model = load_graph(graph_path)
+    # Read twice: operators are counted in the graph as it is, layers found in one prepared for that.
+    as_it_is = load_graph(graph_path)
     ops = collections.Counter(
-        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes()
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in as_it_is.graph.all_nodes()
     )
-    # Only to find the layers; what is counted above is the graph as it is.
-    prepare_foreign(model)
+    model = as_it_is if description is not None else read_prepared(graph_path, for_inspection=True).model
     try:
         layers, problem = find_decoder_layers(model.graph), None
     except DecoderLayersNotFound as err:
@@ -107,13 +106,16 @@ def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: ArtefactDescri
 
 
 def _is_identity(layer: DecoderLayer) -> bool | None:
-    """Whether both branches end in zeros; None where the projections cannot be told."""
+    """Whether both branches end in zeros; None where the projections cannot be told, or their data file not be read."""
     try:
         projections = layer.projections.values()
     except GraphPassError:
         return None
     ends = [projection.weight.const_value for projection in projections if projection.tensor in LLAMA_LAYER.branch_ends]
-    return all(tensor is not None and not np.any(tensor.numpy()) for tensor in ends)
+    try:
+        return all(tensor is not None and not np.any(tensor.numpy()) for tensor in ends)
+    except (OSError, ValueError):  # of a file that is not there, is too short, or lies where onnx_ir reads none
+        return None
 
 
 def _bytes_by_part(graph: ir.Graph, layers: tuple[DecoderLayer, ...]) -> dict[str, int]:

@@ -43,8 +43,10 @@ _ALWAYS: tuple[Check, ...] = (
     graph_checks.incomplete_cache,
 )
 _STANDARD = frozenset({""})
-# Fusions, and what undoes those of other exporters, may run at any point after the source graph is there.
-_FUSIONS = frozenset({"FuseSiblingMatMulsPass", "SplitSkipNormsPass"})
+# What makes another exporter's graph one of the form that passes read.
+_PREPARATIONS = frozenset({"LiftConstantsPass", "SplitSkipNormsPass"})
+# Fusions may run at any point after the source graph is there.
+_FUSIONS = _PREPARATIONS | {"FuseSiblingMatMulsPass"}
 # TensorRT's interface and precision, after routing.
 _TENSORRT = frozenset(
     {
@@ -58,7 +60,7 @@ _TENSORRT = frozenset(
 _INJECTED = _FUSIONS | _TENSORRT | {"InjectLayersPass"}
 _ROUTED = _INJECTED | {"RouteLayersPass"}
 
-PLAIN = StageSpec("plain", _STANDARD, frozenset({"SplitSkipNormsPass"}), _ALWAYS)
+PLAIN = StageSpec("plain", _STANDARD, _PREPARATIONS, _ALWAYS)
 """From the checkpoint, or from another exporter and prepared for finding its layers."""
 INJECTED = StageSpec("injected", _STANDARD, _INJECTED, _ALWAYS)
 ROUTED = StageSpec("routed", _STANDARD, _ROUTED, (*_ALWAYS, graph_checks.unmasked_routing))
