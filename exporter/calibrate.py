@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
@@ -18,6 +17,7 @@ from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
+from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
@@ -132,15 +132,14 @@ def source_text(source: ExportSource, request: CalibrationRequest) -> Calibratio
     """Tokens to fit on and to measure on, by the model's own tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         source.base.save_companions(Path(folder))
-        file = Path(folder) / "tokenizer.json"
-        if not file.is_file():
+        if not (Path(folder) / "tokenizer.json").is_file():
             raise InputError(
                 f"{source.base.path}: has no tokenizer.json", hint="save the tokenizer beside it with transformers"
             )
-        tokenizer = Tokenizer.from_file(str(file))
+        encode = load_encoder(Path(folder))
     return calibration_text(
         read_documents(request.text),
-        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        encode,
         calibration_tokens=request.tokens,
         evaluation_tokens=request.evaluation_tokens,
         seed=request.seed,

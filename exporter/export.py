@@ -23,7 +23,7 @@ from dlo_export.exporter.model_metadata import set_model_metadata
 from dlo_export.exporter.pipeline import build_model, choose_onnxruntime_lowering
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
-from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
+from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
 from dlo_export.graph_passes.lowerings.registry import lowering_names
 from dlo_export.runtimes.artefact.description import (
@@ -129,7 +129,7 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
     try:
         for warning in source.base.warnings:
             reporter.warn(warning)
-        plan = _plan_engines(request, source)
+        plan = _plan_engines(request, source, reporter)
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
         dtype = source.base.graph_dtype(request.dtype) if plan is None else "fp32"
         engines_only = plan is not None and request.lowering not in lowering_names("onnxruntime-cpu")
@@ -195,13 +195,16 @@ def _export_into(
     return summary
 
 
-def _plan_engines(request: ExportRequest, source: ExportSource) -> TensorRtPlan | None:
+def _plan_engines(request: ExportRequest, source: ExportSource, reporter: Reporter) -> TensorRtPlan | None:
     """What engines to build, every reason against it raised before anything is written."""
     if request.trt is None:
         return None
     if not request.weights:
         raise InputError("--no-weights and --trt: an engine holds the weights", hint="leave one of the two out")
-    return plan_tensorrt(source, request.trt, request.lowering, request.dtype)
+    plan = plan_tensorrt(source, request.trt, request.lowering, request.dtype)
+    for warning in size_warnings(source, request.trt):
+        reporter.warn(warning)
+    return plan
 
 
 def _run_parity(
@@ -216,10 +219,12 @@ def _run_parity(
         reason = "--no-parity" if not request.parity else "--no-weights"
         return ParityVerdict("NOT RUN", reason), None
     # Parity needs PyTorch; an export without it does not, and starts in a fraction of the time.
-    from dlo_export.exporter.parity_check import check_parity  # noqa: PLC0415
+    from dlo_export.exporter.parity_check import MOST_TOKENS, check_parity  # noqa: PLC0415
 
     with reporter.stage("parity"):
         graphs = [engine.options for engine in plan.engines] if plan is not None else []
+        if any(options.max_cache < MOST_TOKENS for options in graphs):
+            reporter.warn(f"--trt-max-cache is below {MOST_TOKENS}: parity's cases are cut to fit")
         report = check_parity(source, folder, description, graphs)
     parity = ParityVerdict(report.verdict, report.reason or None)
     save_json(folder / "parity.json", finite(report.to_json()))

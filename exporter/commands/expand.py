@@ -69,7 +69,11 @@ def main(
             checkpoint.config.num_layers,
             **{name: value for name, value in given.items() if value is not None},
         )
-        options = {"zero_routers": routers, "seed": seed, "initializer_range": raw.get("initializer_range", 0.02)}
+        options: dict[str, Any] = {
+            "zero_routers": routers,
+            "seed": seed,
+            "initializer_range": checkpoint.config.initializer_range,
+        }
         if as_adapter:
             adapter = expansion_adapter(checkpoint.tensors, plan, base_sha256=checkpoint.sha256(), **options)
             with reporter.stage("adapter"):

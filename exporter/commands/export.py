@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dlo_export.checkpoints.dtypes import BY_OPTION
-from dlo_export.exporter.commands.numbers import positive
+from dlo_export.exporter.commands.numbers import MAX_COUNT, positive
 from dlo_export.graph_passes.lowerings.registry import lowering_names  # of names alone: keeps `dlo --help` quick
 
 NAME = "export"
@@ -66,10 +66,15 @@ def main(
     trt_target: Annotated[
         str, typer.Option(help="GPUs, such as sm89,sm120; every GPU of the backend unless given.")
     ] = "",
-    trt_max_batch: Annotated[int, typer.Option(min=1, help="Sequences per step at most.")] = 4,
-    trt_max_sequence: Annotated[int, typer.Option(min=1, help="Tokens per sequence and step at most.")] = 512,
+    trt_max_batch: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Sequences per step at most.")] = 4,
+    trt_max_sequence: Annotated[
+        int, typer.Option(min=1, max=MAX_COUNT, help="Tokens per sequence and step at most.")
+    ] = 512,
     trt_max_cache: Annotated[
-        int, typer.Option(min=1, help="Tokens per sequence in the KV cache at most; decode costs grow with it.")
+        int,
+        typer.Option(
+            min=1, max=MAX_COUNT, help="Tokens per sequence in the KV cache at most; decode costs grow with it."
+        ),
     ] = 2048,
     trt_cache: Annotated[
         CacheOption, typer.Option(help="Updated in place, or one output per step.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,10 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import InjectedLayer
 from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
-from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.opening import Checkpoint
 from dlo_export.exporter.plain_graph.llama import plain_graph
 from dlo_export.exporter.sources.base_model import Refusal, Use
-
-_INJECTED_FIELDS = {field.name: int if field.name != "init" else str for field in dataclasses.fields(InjectedLayer)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +23,9 @@ class CheckpointModel:
 
     Attributes:
         checkpoint: Open.
-
-    Raises:
-        CheckpointError: Its config.json lists injected layers in another form than this project writes.
     """
 
     checkpoint: Checkpoint
-
-    def __post_init__(self) -> None:
-        if problems := [*_injected_problems(self.config)]:
-            raise CheckpointError(
-                f"{self.path}: config.json: {'; '.join(problems)}",
-                hint="each entry has position, source (layer numbers) and init, as `dlo expand` writes them",
-            )
 
     @property
     def kind(self) -> str:  # noqa: D102 - BaseModel's questions, here and below
@@ -97,14 +84,3 @@ class CheckpointModel:
 
     def close(self) -> None:  # noqa: D102
         self.checkpoint.close()
-
-
-def _injected_problems(config: LlamaConfig) -> Iterator[str]:
-    entries = config.raw.get("injected_layers") or ()
-    if not isinstance(entries, list | tuple):
-        yield f"injected_layers is a {type(entries).__name__}, expected a list"
-        return
-    for index, entry in enumerate(entries):
-        found = {name: type(value) for name, value in entry.items()} if isinstance(entry, dict) else None
-        if found != _INJECTED_FIELDS:
-            yield f"injected_layers[{index}] is {entry!r}, expected position, source and init"

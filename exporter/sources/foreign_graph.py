@@ -164,7 +164,7 @@ class ForeignGraph:
 
     @functools.cached_property
     def _tokenizer(self) -> FolderTokenizer:
-        return FolderTokenizer(self.path.parent)
+        return FolderTokenizer(self.path.parent, None if self.config is None else self.config.vocab_size)
 
     @functools.cached_property
     def _layers(self) -> tuple[DecoderLayer, ...]:

@@ -99,14 +99,14 @@ class ExportSource:
         return values
 
     def config_json(self) -> dict[str, Any]:
-        """The deepened and routed model's config.json, for its PyTorch form.
+        """What of the deepened and routed model's config.json decides what is computed, for its PyTorch form.
 
         Raises:
             InputError: The base model has none.
         """
         check_use(self.base, "parity")
         assert self.base.config is not None, "or it would have refused"
-        return {**self.base.config.raw, **self.config_values()}
+        return {**self.base.config.model_values(), **self.config_values()}
 
     def identity_layers(self) -> tuple[int, ...]:
         """Layers that pass the residual stream through: o_proj and down_proj, and their biases, are all zeros."""

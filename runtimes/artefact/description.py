@@ -39,11 +39,13 @@ class SourceIdentity:
         kind: Of source, such as "gguf".
         name: Of its file or folder.
         sha256: Of its weights.
+        model_type: What its config.json calls the model, such as "mistral"; None where a graph lies without one.
     """
 
     kind: str
     name: str
     sha256: str
+    model_type: str | None
 
 
 @dataclasses.dataclass(frozen=True)
