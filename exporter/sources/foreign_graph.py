@@ -28,6 +28,7 @@ from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.sources.base_model import Refusal, Use
 from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file
 from dlo_export.exporter.sources.graph_types import infer_types
+from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
@@ -309,12 +310,15 @@ def load_graph(path: Path) -> ir.Model:
     Raises:
         InputError: It is no ONNX model.
     """
+    proto = parsed_model(path)
     try:
-        return ir.load(path)
-    except Exception as err:  # protobuf, serde and OS errors have no common base; each means "not a readable model"
+        model = ir.from_proto(proto)
+    except Exception as err:  # onnx_ir's own errors have no common base; each means that the model is not a graph
         raise InputError(
             f"{path}: is not a readable ONNX model ({type(err).__name__}: {err})", hint="export it again"
         ) from err
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model
 
 
 def _beside(path: Path, name: str) -> Path | None:
