@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.regular_file import regular_size
 
 LARGEST_FILE = 2**31 - 1  # bytes; protobuf reads no more
 
@@ -21,7 +22,7 @@ def parsed_model(path: Path) -> onnx.ModelProto:
     """
     proto = onnx.ModelProto()
     try:
-        if (size := path.stat().st_size) > LARGEST_FILE:
+        if (size := regular_size(path)) > LARGEST_FILE:
             raise InputError(
                 f"{path}: has {size} bytes, a .onnx file has {LARGEST_FILE} at most",
                 hint="export it with external data",
