@@ -165,6 +165,15 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto, bo
                 yield from ((place, part, False) for part in (tensor.values, tensor.indices))
 
 
+def tensor_problems(proto: onnx.ModelProto) -> Iterator[str]:
+    """Tensors inside the file whose contents are not as long as their type and dimensions say, with their places."""
+    for place, tensor, _ in _tensors(proto):
+        try:
+            _check_tensor(tensor)
+        except ValueError as err:
+            yield f"{place} '{tensor.name}': {err}"
+
+
 def _check_tensor(tensor: onnx.TensorProto) -> None:
     """That its contents are as long as its type and dimensions say.
 

@@ -26,7 +26,7 @@ from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer, f
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.sources.base_model import Refusal, Use
-from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file
+from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file, tensor_problems
 from dlo_export.exporter.sources.graph_types import infer_types
 from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.graph_passes.errors import GraphPassError
@@ -308,9 +308,11 @@ def load_graph(path: Path) -> ir.Model:
     """Reads a graph; external weights are mapped when they are asked for.
 
     Raises:
-        InputError: It is no ONNX model.
+        InputError: It is no ONNX model, or a damaged one.
     """
     proto = parsed_model(path)
+    if problems := list(tensor_problems(proto)):
+        raise InputError(f"{path}: is damaged:\n  " + "\n  ".join(problems), hint="export it again")
     try:
         model = ir.from_proto(proto)
     except Exception as err:  # onnx_ir's own errors have no common base; each means that the model is not a graph

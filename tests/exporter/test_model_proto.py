@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import onnx
 import pytest
 
 from dlo_export.checkpoints.errors import InputError
@@ -21,6 +22,15 @@ def test_model_is_refused_by_place_when_a_name_is_not_utf8(graph: Path, read) ->
     graph.write_bytes(content.replace(b"embed_tokens", b"embed\xb9tokens"))
     with pytest.raises(InputError, match=r"not UTF-8:\n  graph\.node\[\d+\]\.input b'model"):
         read(graph)
+
+
+def test_graph_is_refused_by_tensor_when_its_contents_are_not_as_long_as_it_says(graph: Path) -> None:
+    proto = onnx.load(graph, load_external_data=False)
+    tensor = next(tensor for tensor in proto.graph.initializer if not tensor.external_data)
+    tensor.raw_data += b"\0"
+    onnx.save(proto, graph)
+    with pytest.raises(InputError, match=rf"initializer '{tensor.name}'"):
+        load_graph(graph)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0", b"no protobuf at all", b"\x08\x0b"])

@@ -14,9 +14,18 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, WEIGHTS_NAME
 from dlo_export.runtimes.artefact.files import describe_file
 from tests.foreign_graphs import save_foreign_graph, save_routed_adapter
-from tests.fuzz.mutations import damage_floats, damage_gguf, damage_json, damage_onnx, damage_place, damage_safetensors
+from tests.fuzz.mutations import (
+    damage_bytes,
+    damage_floats,
+    damage_gguf,
+    damage_json,
+    damage_onnx,
+    damage_place,
+    damage_safetensors,
+)
 from tests.tiny_gguf import save_tiny_gguf
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
+from tests.tiny_sentencepiece import train_sentencepiece
 
 Damage = Callable[[Random, Path], str]
 
@@ -26,8 +35,9 @@ TEXT = ("--text", "text", "--tokens", "512", "--evaluation-tokens", "512")
 KINDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, Damage], ...]]] = {
     "weights": (("routed", "text"), (("routed/model.safetensors", damage_safetensors),)),
     "configuration": (
-        ("routed", "sharded", "text"),
+        ("routed", "sharded", "pieces", "text"),
         (
+            ("pieces/tokenizer.model", damage_bytes),
             *(("routed/config.json", damage_json),) * 6,
             ("routed/generation_config.json", damage_json),
             ("routed/tokenizer.json", damage_json),
@@ -35,7 +45,10 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, Damage], ...]]] = {
             ("sharded/model.safetensors.index.json", damage_json),
         ),
     ),
-    "gguf": (("gguf",), (("gguf/model.gguf", damage_gguf),)),
+    "gguf": (
+        ("gguf",),
+        tuple((f"gguf/{name}.gguf", damage_gguf) for name in ("model", "model", "quantised", "parts-00002-of-00002")),
+    ),
     "adapter": (
         ("dense", "adapter"),
         (
@@ -81,6 +94,11 @@ def save_originals(folder: Path) -> None:
     dense = save_tiny_llama(folder / "dense", **SIZES, vocab=290)
     (folder / "gguf").mkdir()
     save_tiny_gguf(dense, folder / "gguf" / "model.gguf", tokenizer="llama-bpe")
+    save_tiny_gguf(dense, folder / "gguf" / "parts.gguf", tensors_per_part=12)
+    wide = save_tiny_llama(folder / "wide", **(SIZES | {"hidden": 32, "intermediate": 32}))
+    save_tiny_gguf(wide, folder / "gguf" / "quantised.gguf", "Q8_0")
+    pieces = save_tiny_llama(folder / "pieces", **SIZES, vocab=600)
+    train_sentencepiece(pieces)
     graph = save_foreign_graph(folder / "graph", "fp32", layers=2)
     model = onnx.load(graph, load_external_data=False)
     model.producer_name = "pytorch"
@@ -105,7 +123,7 @@ def command(random: Random, damaged: str) -> list[str]:
     inspect = ["inspect", "artefact", *random.choice(((), ("--json",)))]
     few = ["--rounds", "1", "--prompt-tokens", "4", "--decode-tokens", "2", "--text", "text", "--json"]
     place = damaged.split("/", maxsplit=1)[0]
-    checkpoint = place if place != "gguf" else damaged
+    checkpoint = place if place != "gguf" else damaged.replace("00002-of", "00001-of")
     quick: dict[str, tuple[list[str], ...]] = {
         "text": ([*calibrate, "routed"],),
         "adapter": ([*export, "dense", "--adapter", "adapter"],),
