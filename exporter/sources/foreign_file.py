@@ -28,7 +28,6 @@ _ELEMENT_FIELDS = {
     **dict.fromkeys(("DOUBLE", "COMPLEX128"), "double_data"),
     **dict.fromkeys(("INT64",), "int64_data"),
     **dict.fromkeys(("UINT32", "UINT64"), "uint64_data"),
-    **dict.fromkeys(("STRING",), "string_data"),
 }
 
 
@@ -64,7 +63,7 @@ def read_foreign_file(path: Path, *, for_inspection: bool = False) -> ForeignFil
             cannot be; with all problems and their places.
     """
     proto = parsed_model(path)
-    problems = [*_version_problems(proto), *_name_problems(proto)]
+    problems = [*_version_problems(proto), *_name_problems(proto), *_attribute_problems(proto)]
     data_files: set[Path] = set()
     of_files: dict[str, str] = {}  # what is wrong with a file is said once, with the first tensor that refers to it
     for place, tensor, in_constant in _tensors(proto):
@@ -130,6 +129,22 @@ def _name_problems(proto: onnx.ModelProto) -> Iterator[str]:
                 yield f"value '{value.name}': has dimensions {dims}, expected none below 0"
 
 
+def _attribute_problems(proto: onnx.ModelProto) -> Iterator[str]:
+    for node in _nodes(proto):
+        for name, count in Counter(attribute.name for attribute in node.attribute).items():
+            if count > 1 or not name:
+                yield f"{node.op_type} node '{node.name}': {count} attributes are called '{name}'"
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.UNDEFINED:
+                yield f"{node.op_type} node '{node.name}': attribute '{attribute.name}' has no type"
+
+
+def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node, of subgraphs and functions too."""
+    for owner in (*proto.functions, *_graphs(proto)):
+        yield from owner.node
+
+
 def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
     """The main graph and all subgraphs, those inside functions too."""
     waiting = [proto.graph]
@@ -149,11 +164,9 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto, bool]]:
     """Every tensor with its place, and whether it is a constant of its own: an initializer, a Constant's value."""
-    nodes = [node for function in proto.functions for node in function.node]
     for graph in _graphs(proto):
         yield from (("initializer", tensor, True) for tensor in graph.initializer)
-        nodes += graph.node
-    for node in nodes:
+    for node in _nodes(proto):
         for attribute in node.attribute:
             place = f"{attribute.name} of {node.op_type} node '{node.name}' ({', '.join(node.output)}), tensor"
             is_constant = node.op_type == "Constant" and attribute.name == "value"
@@ -188,9 +201,9 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
     count, kind = math.prod(dims), ir.DataType(tensor.data_type)
     if count * 16 > _LARGEST_TENSOR:
         raise ValueError(f"has dimensions {dims}, more than any file holds")
+    if kind == ir.DataType.STRING:
+        raise ValueError("holds strings, expected numbers")
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        if kind == ir.DataType.STRING:
-            raise ValueError("strings lie in an external data file")
         return
     if tensor.HasField("raw_data"):
         expected = math.ceil(count * kind.itemsize)
@@ -229,9 +242,9 @@ def _settle_external(path: Path, tensor: onnx.TensorProto, *, stays_external: bo
         found = "" if offset < 0 else f", which has {available} bytes"
         raise ValueError(f"lies at {offset} to {offset + size} of {file}{found}")
     if stays_external and size > INLINE_BYTES:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = str(file.resolve())
+        del tensor.external_data[:]
+        for key, value in (("location", file.resolve()), ("offset", offset), ("length", size)):
+            tensor.external_data.add(key=key, value=str(value))
     else:
         with file.open("rb") as data:
             data.seek(offset)
@@ -243,9 +256,8 @@ def _settle_external(path: Path, tensor: onnx.TensorProto, *, stays_external: bo
 
 def _forget_own_metadata(proto: onnx.ModelProto) -> None:
     graphs = list(_graphs(proto))
-    nodes = [node for owner in (*graphs, *proto.functions) for node in owner.node]
     values = [value for graph in graphs for value in (*graph.input, *graph.output, *graph.value_info)]
-    for holder in (proto, *proto.functions, *graphs, *nodes, *values):
+    for holder in (proto, *proto.functions, *graphs, *_nodes(proto), *values):
         for entry in [entry for entry in holder.metadata_props if entry.key.startswith(_OWN_METADATA)]:
             holder.metadata_props.remove(entry)
 

@@ -158,6 +158,33 @@ def _missing_attribute(proto, folder):
     del next(node for node in proto.graph.node if node.op_type == "Cast").attribute[:]
 
 
+def _attribute(**changes):
+    def change(proto, folder):
+        attribute = next(node for node in proto.graph.node if node.op_type == "Cast").attribute[0]
+        for name, value in changes.items():
+            setattr(attribute, name, value)
+
+    return change
+
+
+def _attribute_twice(proto, folder):
+    attributes = next(node for node in proto.graph.node if node.op_type == "Cast").attribute
+    attributes.add().CopyFrom(attributes[0])
+
+
+def _strings(proto, folder):
+    initializer(proto, "model.norm.weight").CopyFrom(helper.make_tensor("model.norm.weight", 8, [1], ["text"]))
+
+
+def _shared_insides(proto, folder):
+    """Another layer reads what the first one's MLP computes inside."""
+    inside = next(node.output[0] for node in proto.graph.node if node.op_type == "Sigmoid")
+    (last,) = [node for node in proto.graph.node if "logits" in node.output]
+    proto.graph.node.append(helper.make_node("ReduceSum", [inside], ["sum"], keepdims=0))
+    last.output[0] = "raw"
+    proto.graph.node.append(helper.make_node("Add", ["raw", "sum"], ["logits"]))
+
+
 def _unknown_value(proto, folder):
     next(node for node in proto.graph.node if node.op_type == "Mul").input[0] = "nowhere"
 
@@ -261,6 +288,11 @@ ILLEGAL = {
     "operator_unknown": (_unknown_operator, "Multiply"),
     "input_missing": (_missing_input, "Gather"),
     "attribute_missing": (_missing_attribute, "Cast"),
+    "attribute_without_type": (_attribute(type=0), "Cast"),
+    "attribute_without_name": (_attribute(name=""), "Cast"),
+    "attribute_twice": (_attribute_twice, "Cast"),
+    "strings": (_strings, "model.norm.weight"),
+    "insides_shared": (_shared_insides, "mlp.gate_sigmoid"),
     "value_unknown": (_unknown_value, "nowhere"),
     "weight_of_another_type": (_other_element_type, "up_proj"),
     "weight_of_another_shape": (_other_shape, "mlp.gated"),
@@ -297,6 +329,13 @@ def test_foreign_graph_is_refused_when_its_file_is_cut(foreign, tmp_path, kept):
     with pytest.raises(InputError):
         foreign.export(graph, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_foreign_graph_is_refused_when_a_name_is_no_text(foreign, tmp_path):
+    graph = foreign.changed(tmp_path / "model", lambda proto, folder: None)
+    graph.write_bytes(graph.read_bytes().replace(b"gate_sigmoid", b"gate_\xff\xfe\xfdmoid"))
+    with pytest.raises(InputError, match="not UTF-8"):
+        foreign.export(graph, tmp_path / "out")
 
 
 def _saved(tmp_path, nodes, inputs, outputs, initializers):
