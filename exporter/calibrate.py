@@ -14,7 +14,6 @@ import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wa
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
-from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.tokenization.encoder import load_encoder
@@ -132,11 +131,7 @@ def source_text(source: ExportSource, request: CalibrationRequest) -> Calibratio
     """Tokens to fit on and to measure on, by the model's own tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         source.base.save_companions(Path(folder))
-        if not (Path(folder) / "tokenizer.json").is_file():
-            raise InputError(
-                f"{source.base.path}: has no tokenizer.json", hint="save the tokenizer beside it with transformers"
-            )
-        encode = load_encoder(Path(folder))
+        encode = load_encoder(Path(folder), source.base.path)
     return calibration_text(
         read_documents(request.text),
         encode,

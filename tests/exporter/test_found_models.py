@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.exporter.calibrate import CalibrationRequest, source_text
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt, size_warnings
+from dlo_export.modeling.calibration.router_calibration import CalibrationSettings
 from tests.exporter.test_cli import check_refused, dlo
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
@@ -75,6 +77,19 @@ def test_run_is_refused_when_the_prompt_is_not_utf8(tmp_path):
     code = "from dlo_export.exporter.cli import main; main()"
     command = [sys.executable, "-c", code, "run", str(tmp_path / "artefact"), b"caf\xe9", "--raw"]
     check_refused(subprocess.run(command, capture_output=True, text=True, check=False), tmp_path, "UTF-8")
+
+
+@pytest.mark.parametrize("content", [None, {"model": 3}])
+def test_calibration_is_refused_with_the_models_name_when_it_has_no_usable_tokenizer(tmp_path, content):
+    folder = save_tiny_llama(tmp_path / "model")
+    if content is not None:
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    source = open_source(folder, None)
+    request = CalibrationRequest(
+        str(folder), tmp_path / "out", None, False, CalibrationSettings(), None, 512, 512, seed=0, force=False
+    )
+    with pytest.raises(CheckpointError, match=rf"{folder}: .*tokenizer[\s\S]*hint: save the tokenizer"):
+        source_text(source, request)
 
 
 def test_engines_are_warned_of_when_their_cache_is_beyond_the_context(tmp_path):
