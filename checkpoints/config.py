@@ -288,7 +288,8 @@ def _routing(fields: JsonFields, kind: Literal["mlp", "layer"] | None, num_layer
     if not layers:
         return None
     if kind is None:
-        fields.problem("is_dlo", "marks routed layers, but model_type 'llama' does not say what they skip")
+        own = fields.values["model_type"]
+        fields.problem("is_dlo", f"marks routed layers, but model_type {own!r} does not say what they skip")
         return None
     # No defaults here: the authors' code has four contradicting sets of them, and a wrong one changes every output.
     if not fields.flag("rescale_hidden_states"):

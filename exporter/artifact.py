@@ -92,7 +92,12 @@ def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
 def _identity(source: ExportSource) -> SourceIdentity:
     config = source.base.config
     return SourceIdentity(
-        source.kind, source.base.path.name, source.base.sha256(), None if config is None else config.model_type
+        source.kind,
+        source.base.path.name,
+        source.base.sha256(),
+        None if config is None else config.model_type,
+        source.adapter_name,
+        source.adapter_base,
     )
 
 

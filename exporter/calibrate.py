@@ -41,6 +41,7 @@ class CalibrationRequest:
         evaluation_tokens: To measure on, from other documents.
         seed: Of the choice of documents to fit on.
         force: Replace an output of this program's.
+        force_base: Let the adapter be made from other weights.
     """
 
     model: str
@@ -53,6 +54,7 @@ class CalibrationRequest:
     evaluation_tokens: int
     seed: int
     force: bool
+    force_base: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
     """
     inputs = (Path(request.model), request.adapter, request.text)
     check_output_folder(request.output, overwrite=request.force, inputs=inputs)
-    source = open_source(request.model, request.adapter)
+    source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "calibration")
         for warning in source.base.warnings:

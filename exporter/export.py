@@ -69,6 +69,8 @@ class ExportRequest:
         parity: Compare with PyTorch before the artefact appears.
         weights: False leaves `model.onnx.data` out: a graph to look at.
         force: Replace an output of this program's.
+        allow_nonfinite: Let weights be NaN or infinite.
+        force_base: Let the adapter be made from other weights.
         trt: Build TensorRT engines too; None builds none.
 
     Raises:
@@ -83,6 +85,8 @@ class ExportRequest:
     parity: bool = True
     weights: bool = True
     force: bool = False
+    allow_nonfinite: bool = False
+    force_base: bool = False
     trt: TensorRtRequest | None = None
 
     def __post_init__(self) -> None:
@@ -125,9 +129,11 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         ParityFailedError: The artefact is not equal to its reference.
     """
     check_output_folder(request.output, overwrite=request.force, inputs=request.inputs)
-    source = open_source(request.model, request.adapter)
+    source = open_source(
+        request.model, request.adapter, allow_nonfinite=request.allow_nonfinite, force_base=request.force_base
+    )
     try:
-        for warning in source.base.warnings:
+        for warning in source.warnings:
             reporter.warn(warning)
         plan = _plan_engines(request, source, reporter)
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
@@ -174,7 +180,13 @@ def _export_into(
     if request.weights:
         check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
     with reporter.bytes("weights") as progress:
-        save_weights(model, folder / WEIGHTS_NAME, write=request.weights, progress=progress)
+        save_weights(
+            model,
+            folder / WEIGHTS_NAME,
+            write=request.weights,
+            progress=progress,
+            allow_nonfinite=request.allow_nonfinite,
+        )
     ir.save(model, folder / MODEL_NAME)
     with reporter.stage("description"):
         if source.base.config is not None:

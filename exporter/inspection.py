@@ -34,6 +34,7 @@ class Inspection:
         layers: Per decoder layer: index, injected, routed, identity (None where the graph alone does not tell), bytes.
         layers_problem: Why no layers were found; None where they were.
         description: dlo_artifact.json, where there is one.
+        untrained_routers: Layers of an artefact that skip every token, because their routers are all zeros.
         engine_problems: Why engines cannot run on this machine; None where there are no engines.
     """
 
@@ -43,6 +44,7 @@ class Inspection:
     layers: list[dict[str, Any]]
     layers_problem: str | None
     description: ArtefactDescription | None
+    untrained_routers: list[int]
     engine_problems: list[str] | None
 
     def to_json(self) -> dict[str, Any]:
@@ -83,8 +85,27 @@ def inspect_model(path: Path) -> Inspection:
         [_layer_row(model.graph, layer, description) for layer in layers],
         problem,
         description,
+        _untrained_routers(model.graph, description),
         _engine_problems(description),
     )
+
+
+def _untrained_routers(graph: ir.Graph, description: ArtefactDescription | None) -> list[int]:
+    """Those of an artefact, whose weights are there; where the layer is the identity, skipping loses nothing."""
+    if description is None:
+        return []
+    return [
+        int(node.metadata_props[LAYER_KEY])
+        for node in _routers(graph)
+        if not description.layers[int(node.metadata_props[LAYER_KEY])].identity
+        and any(
+            value.const_value is not None and not value.const_value.numpy().any() for value in consumed_values(node)
+        )
+    ]
+
+
+def _routers(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if node.metadata_props.get(LAYER_KEY) and node.op_type == "MatMul"]
 
 
 def _engine_problems(description: ArtefactDescription | None) -> list[str] | None:
@@ -119,7 +140,7 @@ def _is_identity(layer: DecoderLayer) -> bool | None:
 
 
 def _bytes_by_part(graph: ir.Graph, layers: tuple[DecoderLayer, ...]) -> dict[str, int]:
-    routers = {node for node in graph if node.metadata_props.get(LAYER_KEY) and node.op_type == "MatMul"}
+    routers = set(_routers(graph))
     parts: dict[str, dict[str, int]] = {
         "attention": _weight_bytes(graph, [node for layer in layers for node in layer.attention.nodes]),
         "mlp": _weight_bytes(graph, [node for layer in layers for node in layer.mlp.nodes if node not in routers]),

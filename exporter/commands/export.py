@@ -44,7 +44,9 @@ def main(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Artefact folder; MODEL's name with -dlo unless given.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="DloAdapter: injected layers and routers.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="DloAdapter (injected layers, routers), or a LoRA adapter of PEFT's.")
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -90,6 +92,12 @@ def main(
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Do not compare with PyTorch.")] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Leave model.onnx.data out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Take a model with NaN or infinity in its weights.")
+    ] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="Take an adapter that was made from other weights.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print dlo_artifact.json to stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
@@ -125,6 +133,8 @@ def main(
         parity=not no_parity,
         weights=not no_weights,
         force=force,
+        allow_nonfinite=allow_nonfinite,
+        force_base=force_base,
         trt=tensorrt if trt else None,
     )
     result = export_model(request, reporter)
