@@ -91,7 +91,7 @@ def save_originals(folder: Path) -> None:
         folder / "routed", **SIZES, routed=(True, False), tokenizer=True, vocab=BYTE_VOCABULARY, legacy_keys=True
     )
     save_tiny_llama(folder / "sharded", **SIZES, shards=2)
-    dense = save_tiny_llama(folder / "dense", **SIZES, vocab=290)
+    dense = save_tiny_llama(folder / "dense", layers=2, vocab=290)  # as the graph, which the adapter is made for
     (folder / "gguf").mkdir()
     save_tiny_gguf(dense, folder / "gguf" / "model.gguf", tokenizer="llama-bpe")
     save_tiny_gguf(dense, folder / "gguf" / "parts.gguf", tensors_per_part=12)
