@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.regular_file import regular_size
 
 # Far above any tokenizer.json, which are the largest.
 MAX_BYTES = 1 << 28
@@ -30,7 +31,7 @@ def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
             object.
     """
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         # Nothing is read of a file that is too large: parsed, it would take many times its size.
         values = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_BYTES else None
     except (OSError, ValueError, RecursionError) as err:

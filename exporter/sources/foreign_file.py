@@ -8,19 +8,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.formats.huggingface_folder import file_inside
+from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.exporter.weight_file import INLINE_BYTES
 
 # onnx_ir logs what it finds strange, names as they are; what counts of it is refused here, in our words.
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
-LARGEST_FILE = 2**31 - 1  # bytes; protobuf reads no more
 _LARGEST_TENSOR = 2**62  # bytes; far beyond any file, and still an int64
 _OWN_METADATA = "dlo."
 # The field of a TensorProto that holds elements of a type where raw_data does not, and how many entries an element has.
@@ -63,7 +62,7 @@ def read_foreign_file(path: Path, *, for_inspection: bool = False) -> ForeignFil
         InputError: It is no ONNX model, of a version this project does not know, or holds tensors or references that
             cannot be; with all problems and their places.
     """
-    proto = _parsed(path)
+    proto = parsed_model(path)
     problems = [*_version_problems(proto), *_name_problems(proto), *_attribute_problems(proto)]
     data_files: set[Path] = set()
     of_files: dict[str, str] = {}  # what is wrong with a file is said once, with the first tensor that refers to it
@@ -95,38 +94,6 @@ def read_foreign_file(path: Path, *, for_inspection: bool = False) -> ForeignFil
     except Exception as err:  # onnx_ir's own errors have no common base; each means that the model is not a graph
         raise InputError(f"{path}: is no valid graph: {_root_cause(err)}", hint="export it again") from err
     return ForeignFile(model, tuple(sorted(data_files)), routed)
-
-
-def _parsed(path: Path) -> onnx.ModelProto:
-    size = path.stat().st_size
-    if size > LARGEST_FILE:
-        raise InputError(
-            f"{path}: has {size} bytes, a .onnx file has {LARGEST_FILE} at most",
-            hint="export it with external data",
-        )
-    proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except Exception as err:  # protobuf's two implementations have errors of their own
-        raise InputError(f"{path}: is no ONNX model, or a damaged one ({err})", hint="export it again") from err
-    if (text := next(_undecodable(proto), None)) is not None:
-        raise InputError(f"{path}: its text {text!r} is not UTF-8", hint="the file is damaged: copy or export it again")
-    if not proto.HasField("graph") or not proto.graph.node:
-        raise InputError(f"{path}: holds no graph", hint="give a .onnx file of a model, complete")
-    return proto
-
-
-def _undecodable(message: Any) -> Iterator[bytes]:
-    """Names and texts in any field of a protobuf message that are not UTF-8: they come as bytes."""
-    for field, content in message.ListFields():
-        if field.type not in (field.TYPE_MESSAGE, field.TYPE_STRING):
-            continue
-        is_single = isinstance(content, (str, bytes)) or hasattr(content, "ListFields")
-        for entry in (content,) if is_single else content:
-            if field.type == field.TYPE_MESSAGE:
-                yield from _undecodable(entry)
-            elif isinstance(entry, bytes):
-                yield entry
 
 
 def _version_problems(proto: onnx.ModelProto) -> Iterator[str]:
@@ -209,6 +176,15 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto, bo
             sparse = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
             for tensor in (*sparse, *attribute.sparse_tensors):
                 yield from ((place, part, False) for part in (tensor.values, tensor.indices))
+
+
+def tensor_problems(proto: onnx.ModelProto) -> Iterator[str]:
+    """Tensors inside the file whose contents are not as long as their type and dimensions say, with their places."""
+    for place, tensor, _ in _tensors(proto):
+        try:
+            _check_tensor(tensor)
+        except ValueError as err:
+            yield f"{place} '{tensor.name}': {err}"
 
 
 def _check_tensor(tensor: onnx.TensorProto) -> None:

@@ -27,8 +27,9 @@ from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import EMBEDDING, FINAL_NORM, HEAD, layer_tensor_name
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.sources.base_model import Refusal, Use
-from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file
+from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file, tensor_problems
 from dlo_export.exporter.sources.graph_types import infer_types
+from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
@@ -308,14 +309,19 @@ def load_graph(path: Path) -> ir.Model:
     """Reads a graph; external weights are mapped when they are asked for.
 
     Raises:
-        InputError: It is no ONNX model.
+        InputError: It is no ONNX model, or a damaged one.
     """
+    proto = parsed_model(path)
+    if problems := list(tensor_problems(proto)):
+        raise InputError(f"{path}: is damaged:\n  " + "\n  ".join(problems), hint="export it again")
     try:
-        return ir.load(path)
-    except Exception as err:  # protobuf, serde and OS errors have no common base; each means "not a readable model"
+        model = ir.from_proto(proto)
+    except Exception as err:  # onnx_ir's own errors have no common base; each means that the model is not a graph
         raise InputError(
             f"{path}: is not a readable ONNX model ({type(err).__name__}: {err})", hint="export it again"
         ) from err
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model
 
 
 def _beside(path: Path, name: str) -> Path | None:

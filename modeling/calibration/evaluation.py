@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
 from dlo_export.modeling.configuration import LlamaDloConfig
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.perplexity import perplexity
 from dlo_export.modeling.routing import is_active
 
 Decide = Callable[[int, torch.Size], Mapping[int, torch.Tensor]]
@@ -83,4 +83,4 @@ def evaluate(model: LlamaDloForCausalLM, sequences: torch.Tensor, decide: Decide
             loss += float(F.cross_entropy(model.lm_head(row_piece).float(), target_piece, reduction="sum"))
         count += len(targets)
     rates = {layer: number / sequences.numel() for layer, number in active.items()}
-    return Evaluation(math.exp(loss / count), rates, sequences.numel())
+    return Evaluation(perplexity(loss, count), rates, sequences.numel())

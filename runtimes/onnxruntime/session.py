@@ -96,7 +96,8 @@ def model_name(model: str | Path | bytes) -> str:
 
 def _options(arguments: SessionArguments) -> ort.SessionOptions:
     options = arguments.get("options") or ort.SessionOptions()
-    options.log_severity_level = 3  # warnings of ONNX Runtime's own passes are not for users
+    # Warnings of ONNX Runtime's own passes are not for users, its errors are raised: their text stands in ours.
+    options.log_severity_level = 4
     if (threads := arguments.get("threads")) is not None:
         options.intra_op_num_threads = threads
     spinning = "1" if arguments.get("allow_spinning", True) else "0"
