@@ -8,15 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import numpy as np
-
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
-from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, are_equal
 from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD
 
 MAX_LISTED_PROBLEMS = 50
@@ -146,7 +144,7 @@ def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, StoredT
             problems.append(f"{name}: is {tensor.dtype.name} in {place}, expected {expected_types}")
     # transformers 5 unties copies that differ, transformers 4 ties them all the same: no guess is right.
     has_copy = not problems and config.tie_word_embeddings and HEAD in stored
-    if has_copy and not _are_equal(stored[HEAD], stored[EMBEDDING]):
+    if has_copy and not are_equal(stored[HEAD], stored[EMBEDDING]):
         problems.append("lm_head.weight: differs from model.embed_tokens.weight, but tie_word_embeddings is true")
     if problems:
         listed = problems[:MAX_LISTED_PROBLEMS]
@@ -161,16 +159,3 @@ def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, StoredT
 def _is_redundant(name: str, config: LlamaConfig) -> bool:
     # Old conversions saved the rotary frequencies, which follow from the configuration.
     return name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings)
-
-
-def _are_equal(first: LazyTensor, second: LazyTensor) -> bool:
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    step = rows_at_once(first.shape[0], first.nbytes)
-    for start in range(0, first.shape[0], step):
-        equal = np.array_equal(first.rows(start, start + step), second.rows(start, start + step))
-        first.release()
-        second.release()
-        if not equal:
-            return False
-    return True

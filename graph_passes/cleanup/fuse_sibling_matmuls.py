@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.naming import unique_names
 from dlo_export.graph_passes.row_tensor import RowTensor, read_rows
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
@@ -87,9 +88,10 @@ def _fuse(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     weights = [node.inputs[1] for node in nodes]
     tensors = [weight.const_value for weight in weights if weight is not None and weight.const_value is not None]
     name = _joined_name([node.name or "" for node in nodes])
-    weight = _initializer(graph, _SideBySide(f"{name}.weight", tensors))
+    unique = unique_names(graph)
+    weight = _initializer(graph, _SideBySide(unique(f"{name}.weight"), tensors))
     sizes = np.array([tensor.shape[1] for tensor in tensors], np.int64)
-    split_sizes = _initializer(graph, ir.tensor(sizes, name=f"{name}.sizes"))
+    split_sizes = _initializer(graph, ir.tensor(sizes, name=unique(f"{name}.sizes")))
     made_by = {PASS_KEY: FuseSiblingMatMulsPass.__name__}
     fused = ir.node("MatMul", [first.inputs[0], weight], name=name, metadata_props=dict(made_by))
     fused.outputs[0].name = name

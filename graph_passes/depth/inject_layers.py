@@ -12,9 +12,10 @@ import onnx_ir as ir
 from dlo_export.checkpoints.interface import CACHE_PARTS, past_name
 from dlo_export.graph_passes.depth.injected_weights import WeightSource, checkpoint_shape, given_weight
 from dlo_export.graph_passes.depth.layer_copy import LayerCopy, copy_layer
-from dlo_export.graph_passes.depth.layer_names import renumber_layers, renumbered, unique_names
+from dlo_export.graph_passes.depth.layer_names import renumber_layers, renumbered
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.naming import unique_names
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, PASS_KEY
 

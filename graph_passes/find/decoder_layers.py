@@ -31,6 +31,7 @@ from dlo_export.graph_passes.find.data_flow import (
 )
 from dlo_export.graph_passes.find.projections import Projection, find_projections
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock, embedding_values, residual_blocks
+from dlo_export.graph_passes.spec.provenance import closed_branch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +130,10 @@ def _stream_blocks(graph: ir.Graph, order: Mapping[ir.Node, int]) -> tuple[Resid
     # Other tables may be looked up by integers too (positions, token types): the stream starts at the one that branches
     # are added to.
     roots = embedding_values(graph)
-    streams = [blocks for root in roots if (blocks := residual_blocks(order, root))]
+    # Rotary tables are looked up by positions, and what is computed from them ends in a tagged node too, as does all of
+    # a layer. But a stream begins with an attention block, which an addition closes.
+    found_blocks = (residual_blocks(order, root) for root in roots)
+    streams = [blocks for blocks in found_blocks if blocks and closed_branch(blocks[0].add) is None]
     if len(streams) == 1:
         return streams[0]
     if not roots:

@@ -161,7 +161,7 @@ def _linear_projections(module: LayerModule, node: ir.Node) -> dict[str, Project
     bias = f"{module.role}.bias"
     transposed = is_op(node, "Gemm") and node.attributes.get_int("transB", 0) == 1
     found = {module.role: _projection(module.weight, node, 1, "out_in" if transposed else "in_out")}
-    if is_op(node, "Gemm") and len(node.inputs) > 2 and node.inputs[2] is not None:
+    if is_op(node, "Gemm") and len(node.inputs) > 2 and _constant_behind(node.inputs[2]) is not None:
         found[bias] = _projection(module.bias_name, node, 2, "vector")
     consumers = node.outputs[0].consumers()
     if len(consumers) == 1 and is_op(consumers[0], "Add"):
@@ -234,7 +234,7 @@ def _norm_weights(nodes: Iterable[ir.Node], flow: _LinearFlow) -> Iterable[tuple
     for node in nodes:
         if _union(flow, node.inputs):
             continue
-        if (node.domain, node.op_type) in _NORM_OPS:
+        if (node.domain, node.op_type) in _NORM_OPS and _constant_behind(node.inputs[1]) is not None:
             yield node, 1
         elif is_op(node, "Mul"):
             for index, operand in enumerate(node.inputs):

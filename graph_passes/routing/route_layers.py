@@ -14,6 +14,7 @@ from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.find.masked_mlp import Mismatch, match_masked_mlp
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import (
     ROUTER_ACTIVE,
@@ -83,6 +84,7 @@ class RouteLayersPass(GraphPass):
         self._refuse(graph, layers, weights)
         for index, weight in sorted(weights.items()):
             self._route(graph, layers[index], weight)
+        self._refuse_unmasked(graph, weights)
         return True
 
     @property
@@ -119,6 +121,18 @@ class RouteLayersPass(GraphPass):
             raise GraphPassError(
                 "RouteLayersPass: " + "; ".join(problems) + ".",
                 hint="routers are numbered in the deepened model; route a graph once",
+            )
+
+    @staticmethod
+    def _refuse_unmasked(graph: ir.Graph, weights: Mapping[int, np.ndarray]) -> None:
+        """Lowerings look for the masked form; in a foreign graph, more than the addition may read a layer's branch."""
+        routed = (layer for layer in find_decoder_layers(graph) if layer.index in weights)
+        matches = (match_masked_mlp(layer) for layer in routed)
+        problems = [match.reason for match in matches if isinstance(match, Mismatch)]
+        if problems:
+            raise GraphPassError(
+                "RouteLayersPass: " + "; ".join(problems) + ".",
+                hint="route the checkpoint instead, or export the graph without sharing between layers",
             )
 
     def _route(self, graph: ir.Graph, layer: DecoderLayer, weight: np.ndarray) -> None:

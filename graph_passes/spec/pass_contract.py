@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.naming import make_value_names_unique
 
 PASSES_KEY = "dlo.passes"
 """Entry of a model's metadata: the passes that changed it, in order."""
@@ -36,9 +37,19 @@ class PassRun:
 
 
 def passes_run(model: ir.Model) -> tuple[PassRun, ...]:
-    """Passes that changed the model, in order; also those before it was last saved."""
-    entries = json.loads(model.metadata_props.get(PASSES_KEY, "[]"))
-    return tuple(PassRun(entry["name"], entry["settings"], tuple(entry["runs_after"])) for entry in entries)
+    """Passes that changed the model, in order; also those before it was last saved.
+
+    Raises:
+        GraphPassError: The model's metadata are no such list.
+    """
+    try:
+        entries = json.loads(model.metadata_props.get(PASSES_KEY, "[]"))
+        return tuple(PassRun(entry["name"], entry["settings"], tuple(entry["runs_after"])) for entry in entries)
+    except (ValueError, TypeError, KeyError) as err:
+        raise GraphPassError(
+            f"metadata '{PASSES_KEY}' does not list the passes that changed the model: {err!r}",
+            hint="take the metadata out of the graph, or export it again",
+        ) from err
 
 
 class GraphPass(ir.passes.InPlacePass, abc.ABC):
@@ -85,6 +96,8 @@ class GraphPass(ir.passes.InPlacePass, abc.ABC):
         modified = self.rewrite(model)
         # What changed nothing has not run: it may still be asked for once the graph has changed.
         if modified:
+            # New nodes are named after what they are for; a graph from outside may have given such a name before.
+            make_value_names_unique(model.graph)
             run = PassRun(self._name, self.settings, tuple(sorted(_predecessors(type(self)))))
             entries = [dataclasses.asdict(entry) for entry in (*passes_run(model), run)]
             model.metadata_props[PASSES_KEY] = json.dumps(entries)

@@ -41,6 +41,8 @@ class Sampling:
             problems.append(f"top_k is {self.top_k}, expected >= 0 (0: all tokens)")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
+        if self.seed < 0:
+            problems.append(f"seed is {self.seed}, expected >= 0")
         if problems:
             raise SamplingError(
                 f"sampling: {'; '.join(problems)}",

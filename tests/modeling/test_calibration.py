@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,21 @@ def test_documents_raise_when_there_are_none_or_not_utf8(tmp_path: Path) -> None
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(CalibrationTextError, match="calibration text is UTF-8"):
         read_documents(tmp_path / "latin.txt")
+
+
+def test_documents_raise_by_name_when_a_file_is_a_link_to_itself_or_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "real.txt").write_text("words")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "up").symlink_to("..")  # a loop of folders, which is not followed
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    with pytest.raises(CalibrationTextError, match=r"loop\.txt: is no regular file\n\nhint: "):
+        read_documents(tmp_path)
+    (tmp_path / "loop.txt").unlink()
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(CalibrationTextError, match=r"pipe\.txt: is no regular file"):
+        read_documents(tmp_path)
+    (tmp_path / "pipe.txt").unlink()
+    assert {document.name for document in read_documents(tmp_path)} == {"real.txt (beginning)", "real.txt (end)"}
 
 
 def test_label_rates_pool_all_layers_when_cos_global() -> None:
