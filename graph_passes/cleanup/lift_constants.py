@@ -36,6 +36,8 @@ class LiftConstantsPass(GraphPass):
         minimum_bytes: Size of the smallest Constant that is lifted.
     """
 
+    nodes_from: ClassVar[Border | None] = "plain"
+
     minimum_bytes: int = 257
     nodes_from: ClassVar[Border | None] = "plain"
 

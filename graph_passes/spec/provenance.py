@@ -104,7 +104,7 @@ class TaggedNodes:
 
 def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """The initializer of this name, made on first use; of another name where a foreign graph has given this one."""
-    # Layers share what they compute with alike; the name stands for the contents.
+    # The name stands for the contents: layers share what they compute with alike.
     wanted, number = name, 1
     while (existing := graph.initializers.get(name)) is not None:
         if existing.const_value is not None and _holds(existing.const_value, array):
