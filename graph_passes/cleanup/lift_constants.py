@@ -39,7 +39,6 @@ class LiftConstantsPass(GraphPass):
     nodes_from: ClassVar[Border | None] = "plain"
 
     minimum_bytes: int = 257
-    nodes_from: ClassVar[Border | None] = "plain"
 
     def rewrite(self, model: ir.Model) -> bool:
         """Lift every one."""
