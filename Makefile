@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two BLAS threads whatever the machine, so that runs on different machines do the same arithmetic in the same order.
 export OMP_NUM_THREADS ?= 2
+# Processes that share the test files; an engine build takes a gigabyte.
+WORKERS ?= 2
 
 .PHONY: demo test test-interop test-wheel lint unit venv clean
 demo: $(STAMP)
@@ -22,7 +24,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-interop: $(STAMP)
 	$(BIN)/python -m tests.interop.environments

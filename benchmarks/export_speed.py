@@ -63,9 +63,8 @@ def main() -> None:
             if run:  # the first run of each reads files into the page cache
                 measured[name].append(cost)
 
-    seconds, megabytes = (
-        {name: Samples(np.array([cost[part] for cost in costs])) for name, costs in measured.items()} for part in (0, 1)
-    )
+    seconds = {name: Samples(np.array([wall for wall, _ in costs])) for name, costs in measured.items()}
+    megabytes = {name: Samples(np.array([peak for _, peak in costs])) for name, costs in measured.items()}
     first, second = commands
     ratios = {"wall": seconds[first] / seconds[second], "peak memory": megabytes[first] / megabytes[second]}
     rows = [

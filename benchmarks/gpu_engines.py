@@ -155,11 +155,11 @@ def _open_reference(folder: Path, *, routed: bool) -> AbstractContextManager[Run
     if not routed:
         return OnnxRuntimeRunner(folder / MODEL_NAME, name="ONNX Runtime")
     released = load_graph(folder / MODEL_NAME)
-    free, forced = (
-        OnnxRuntimeRunner(exposed_model(released, force=force), weights_folder=folder, name="ONNX Runtime")
-        for force in (False, True)
-    )
-    return RoutedReference(free, forced)
+
+    def opened(*, force: bool) -> Runner:
+        return OnnxRuntimeRunner(exposed_model(released, force=force), weights_folder=folder, name="ONNX Runtime")
+
+    return RoutedReference(opened(force=False), opened(force=True))
 
 
 def _layer_seconds(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.checkpoints.formats.huggingface_folder import INDEX_FILE, SINGLE_FILE
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress
 
@@ -67,21 +68,20 @@ def save_model_tensors(
     total = sum(tensor.nbytes for tensor in tensors.values())
     paths, weight_map, done = [], {}, 0
     for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        before = done
-
-        def shard_progress(bytes_done: int, bytes_total: int, before: int = before) -> None:
-            if progress is not None:
-                progress(before + bytes_done, total)
-
-        save_safetensors(shard, folder / name, progress=shard_progress)
+        name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_safetensors(shard, folder / name, progress=_behind(done, total, progress))
         done += sum(tensor.nbytes for tensor in shard.values())
         weight_map.update(dict.fromkeys(shard, name))
         paths.append(folder / name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return tuple(paths)
+
+
+def _behind(before: int, total: int, progress: Progress | None) -> Progress | None:
+    """The progress of one shard, told as that of all: so many bytes were written before it."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 def _shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> list[dict[str, LazyTensor]]:

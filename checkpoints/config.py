@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dlo_export.checkpoints.adapter.checks import injected_layer_problems
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.json_fields import JsonFields
 from dlo_export.checkpoints.files.json_file import read_json
@@ -15,28 +16,24 @@ from dlo_export.checkpoints.llama_layer import (
     FINAL_NORM,
     HEAD,
     LLAMA_LAYER,
+    MAX_LAYERS,
     Axis,
     LayerModule,
     layer_tensor_name,
     router_name,
 )
+from dlo_export.checkpoints.model_types import MODEL_TYPES
 from dlo_export.checkpoints.rope import RopeConfig, rope_of_fields
 
 __all__ = ["LlamaConfig", "RopeConfig", "RoutingConfig"]
-
-# How the model types of the DLO authors' code route (their `llama_dlo_exattn` keeps attention dense).
-ROUTING_KINDS: dict[str, Literal["mlp", "layer"] | None] = {
-    "llama": None,
-    "llama_dlo": "layer",
-    "llama_dlo_exattn": "mlp",
-}
 
 # In an artefact's config.json, model_type is "llama": what programs that read graphs know. What routes, and how, is a
 # Llama only to them, so this key beside it keeps the model's own type, and readers of checkpoints go by it.
 OWN_MODEL_TYPE = "dlo_model_type"
 
-# Everything below is listed per layer: a damaged count must not fill the memory.
-MAX_LAYERS = 10_000
+# Ways to compute the same attention, and outputs besides the logits: what config.json may say of them.
+_ATTENTION_KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 @dataclass(frozen=True)
@@ -60,15 +57,27 @@ class RoutingConfig:
     scale_factor: float
     scale_gap: float
 
+    def values(self, num_layers: int) -> dict[str, Any]:
+        """The keys of a config.json that say so, in the DLO authors' words."""
+        return {
+            "model_type": next(name for name, kind in MODEL_TYPES.items() if kind.routing == self.kind),
+            "is_dlo": [layer in self.layers for layer in range(num_layers)],
+            "rescale_hidden_states": self.rescale,
+            "scale_factor": self.scale_factor,
+            "scale_gap": self.scale_gap,
+        }
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """A supported Llama configuration.
 
     Attributes:
+        initializer_range: Standard deviation of random weights.
         dtype: What config.json says the weights are ("float32", "bfloat16", …), None where it does not say.
         routing: None for a plain (or merely deepened) Llama.
-        raw: config.json as read, its model_type the model's own.
+        model_type: What config.json calls the model; more types than Llama have its arithmetic.
+        raw: config.json as read, its model_type the model's own; as a Llama's where the type has Llama's arithmetic.
     """
 
     vocab_size: int
@@ -87,8 +96,10 @@ class LlamaConfig:
     bos_token_id: int | None
     eos_token_id: tuple[int, ...]
     pad_token_id: int | None
+    initializer_range: float
     dtype: str | None
     routing: RoutingConfig | None
+    model_type: str
     raw: dict[str, Any]
 
     @classmethod
@@ -113,23 +124,28 @@ class LlamaConfig:
             CheckpointError: Lists every missing, malformed and unsupported field.
         """
         values = _own_values(values)
-        fields = JsonFields(values)
         model_type = values.get("model_type")
-        if not isinstance(model_type, str) or model_type not in ROUTING_KINDS:
+        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             raise CheckpointError(
-                f"{origin}: model_type is {model_type!r}, expected one of {', '.join(ROUTING_KINDS)}",
-                hint="only Llama and the DLO authors' Llama variants can be exported",
+                f"{origin}: model_type is {model_type!r}, expected one of {', '.join(MODEL_TYPES)}",
+                hint="only Llama, what has its arithmetic, and the DLO authors' Llama variants can be exported",
             )
+        kind = MODEL_TYPES[model_type]
+        fields = JsonFields(kind.read(values))
         _reject_unsupported(fields)
         hidden_size = fields.integer("hidden_size")
         num_layers = fields.integer("num_hidden_layers", largest=MAX_LAYERS)
+        if fields.are_valid("num_hidden_layers"):
+            kind.note_window(fields, num_layers)
+            fields.problems += _injected_layer_problems(fields.values.get("injected_layers"), num_layers)
         num_heads = fields.integer("num_attention_heads")
         num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
         if fields.are_valid("num_attention_heads", "num_key_value_heads") and num_heads % num_kv_heads:
             fields.problem("num_attention_heads", f"is {num_heads}, expected a multiple of num_key_value_heads")
         max_position_embeddings = fields.integer("max_position_embeddings", default=2048)
+        vocab_size = fields.integer("vocab_size")
         config = cls(
-            vocab_size=fields.integer("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=fields.integer("intermediate_size"),
             num_layers=num_layers,
@@ -144,10 +160,12 @@ class LlamaConfig:
             max_position_embeddings=max_position_embeddings,
             bos_token_id=fields.token("bos_token_id", default=1),
             eos_token_id=fields.tokens("eos_token_id", default=2),
-            pad_token_id=fields.token("pad_token_id", default=None),
+            pad_token_id=_pad_token(fields, vocab_size),
+            initializer_range=fields.number("initializer_range", default=0.02, least=0),
             dtype=_dtype(values),
-            routing=_routing(fields, ROUTING_KINDS[model_type], num_layers),
-            raw=dict(values),
+            routing=_routing(fields, kind.routing, num_layers),
+            model_type=model_type,
+            raw=kind.as_llama(fields.values),
         )
         if fields.problems:
             raise CheckpointError(
@@ -155,6 +173,30 @@ class LlamaConfig:
                 hint="docs/checkpoints.md lists what can be exported",
             )
         return config
+
+    def model_values(self) -> dict[str, Any]:
+        """The keys of a config.json that decide what is computed, every one of them checked, for the PyTorch model.
+
+        What else a file says (which kernel to use, what to print, how to train) is nobody's business there.
+        """
+        values: dict[str, Any] = {
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_parameters": self.rope.parameters(),
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "max_position_embeddings": self.max_position_embeddings,
+        }
+        return values if self.routing is None else values | self.routing.values(self.num_layers)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the checkpoint must hold, by its Hugging Face name, routers included.
@@ -176,9 +218,7 @@ class LlamaConfig:
 
     def has_bias(self, module: LayerModule) -> bool:
         """Whether a layer's projection has a bias."""
-        return (module.bias == "attention_bias" and self.attention_bias) or (
-            module.bias == "mlp_bias" and self.mlp_bias
-        )
+        return module.bias is not None and bool(getattr(self, module.bias))
 
     def _axis_size(self, axis: Axis) -> int:
         sizes: dict[Axis, int] = {
@@ -200,13 +240,32 @@ def _own_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _reject_unsupported(fields: JsonFields) -> None:
     values = fields.values
-    if values.get("hidden_act", "silu") not in ("silu", "swish"):
-        fields.problem("hidden_act", f"is {values['hidden_act']!r}, expected 'silu'")
+    if (activation := values.get("hidden_act") or "silu") not in ("silu", "swish"):
+        fields.problem("hidden_act", f"is {activation!r}, expected 'silu'")
     if values.get("quantization_config") is not None:
         fields.problem("quantization_config", "is set, expected unquantised weights")
-    # transformers writes sliding_window: null, and a use_sliding_window: false that overrules the number.
-    if values.get("sliding_window") is not None and values.get("use_sliding_window") is not False:
-        fields.problem("sliding_window", f"is {values['sliding_window']!r}, expected full attention")
+    if (kernel := values.get("attn_implementation")) not in (None, *_ATTENTION_KERNELS):
+        fields.problem("attn_implementation", f"is {kernel!r}, expected one of {', '.join(_ATTENTION_KERNELS)}")
+    for name in _EXTRA_OUTPUTS:
+        if values.get(name) not in (None, False):
+            fields.problem(name, f"is {values[name]!r}, expected false: an artefact's outputs are logits and the cache")
+
+
+def _pad_token(fields: JsonFields, vocab_size: int) -> int | None:
+    token = fields.token("pad_token_id", default=None)
+    # One behind the last is common: a padding token was added to the tokenizer, and no row to the embedding.
+    if token is not None and fields.are_valid("vocab_size") and token > vocab_size:
+        fields.problem("pad_token_id", f"is {token}, expected at most vocab_size ({vocab_size})")
+        return None
+    return token
+
+
+def _injected_layer_problems(entries: Any, num_layers: int) -> list[str]:
+    if entries is None:
+        return []
+    if not isinstance(entries, list):
+        return [f"injected_layers is {entries!r}, expected a list of objects with position, source and init"]
+    return injected_layer_problems(entries, num_layers)
 
 
 def _head_dim(fields: JsonFields, hidden_size: int, num_heads: int) -> int:
@@ -223,21 +282,12 @@ def _head_dim(fields: JsonFields, hidden_size: int, num_heads: int) -> int:
 
 
 def _routing(fields: JsonFields, kind: Literal["mlp", "layer"] | None, num_layers: int) -> RoutingConfig | None:
-    is_dlo = fields.values.get("is_dlo")
-    if kind is None:
-        if is_dlo is True or (isinstance(is_dlo, list) and any(is_dlo)):
-            fields.problem("is_dlo", "marks routed layers, but model_type 'llama' does not say what they skip")
-        return None
-    # The authors write a single bool for "every layer" or "no layer".
-    per_layer = [is_dlo] * num_layers if isinstance(is_dlo, bool) else is_dlo
-    if not isinstance(per_layer, list) or not all(isinstance(item, bool) for item in per_layer):
-        fields.problem("is_dlo", f"is {is_dlo!r}, expected true, false or a list of them")
-        return None
-    if fields.are_valid("num_hidden_layers") and len(per_layer) != num_layers:
-        fields.problem("is_dlo", f"has {len(per_layer)} entries, expected num_hidden_layers ({num_layers})")
-        return None
-    layers = tuple(index for index, routed in enumerate(per_layer) if routed)
+    layers = _routed_layers(fields, num_layers, optional=kind is None)
     if not layers:
+        return None
+    if kind is None:
+        own = fields.values["model_type"]
+        fields.problem("is_dlo", f"marks routed layers, but model_type {own!r} does not say what they skip")
         return None
     # No defaults here: the authors' code has four contradicting sets of them, and a wrong one changes every output.
     if not fields.flag("rescale_hidden_states"):
@@ -245,6 +295,21 @@ def _routing(fields: JsonFields, kind: Literal["mlp", "layer"] | None, num_layer
     return RoutingConfig(
         kind, layers, rescale=True, scale_factor=fields.number("scale_factor"), scale_gap=fields.number("scale_gap")
     )
+
+
+def _routed_layers(fields: JsonFields, num_layers: int, *, optional: bool) -> tuple[int, ...]:
+    is_dlo = fields.values.get("is_dlo")
+    if optional and is_dlo is None:
+        return ()
+    # The authors write a single bool for "every layer" or "no layer".
+    per_layer = [is_dlo] * num_layers if isinstance(is_dlo, bool) else is_dlo
+    if not isinstance(per_layer, list) or not all(isinstance(item, bool) for item in per_layer):
+        fields.problem("is_dlo", f"is {is_dlo!r}, expected true, false or a list of them")
+        return ()
+    if fields.are_valid("num_hidden_layers") and len(per_layer) != num_layers:
+        fields.problem("is_dlo", f"has {len(per_layer)} entries, expected num_hidden_layers ({num_layers})")
+        return ()
+    return tuple(index for index, routed in enumerate(per_layer) if routed)
 
 
 def _dtype(values: Mapping[str, Any]) -> str | None:

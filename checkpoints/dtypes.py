@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from dlo_export.checkpoints.dtype_options import BF16, FP16, FP32
+
 
 @dataclass(frozen=True)
 class ElementType:
@@ -38,15 +40,10 @@ class ElementType:
         """Bytes per element."""
         return self.numpy.itemsize
 
-    @property
-    def is_sixteen_bit_float(self) -> bool:
-        """Whether it is float16 or bfloat16."""
-        return self in (FLOAT16, BFLOAT16)
 
-
-FLOAT32 = ElementType("float32", "fp32", "float", "F32", "FLOAT", np.dtype(np.float32))
-FLOAT16 = ElementType("float16", "fp16", "float16", "F16", "HALF", np.dtype(np.float16))
-BFLOAT16 = ElementType("bfloat16", "bf16", "bfloat16", "BF16", "BF16", np.dtype(ml_dtypes.bfloat16))
+FLOAT32 = ElementType("float32", FP32, "float", "F32", "FLOAT", np.dtype(np.float32))
+FLOAT16 = ElementType("float16", FP16, "float16", "F16", "HALF", np.dtype(np.float16))
+BFLOAT16 = ElementType("bfloat16", BF16, "bfloat16", "BF16", "BF16", np.dtype(ml_dtypes.bfloat16))
 INT64 = ElementType("int64", None, "int64", "I64", "INT64", np.dtype(np.int64))
 INT32 = ElementType("int32", None, "int32", "I32", "INT32", np.dtype(np.int32))
 BOOL = ElementType("bool", None, "bool", "BOOL", "BOOL", np.dtype(np.bool_))

@@ -30,6 +30,7 @@ class GenerationConfig:
         top_k: Tokens are drawn from so many; 0 for all. transformers' default is 50.
         top_p: Tokens are drawn from this share of probability.
         repetition_penalty: Divides the logits of tokens that occurred; 1 changes nothing. Applies to greedy too.
+        context_length: Tokens of prompt and answer that the model was trained for; None where nothing says.
     """
 
     bos_token_id: int | None = None
@@ -40,6 +41,7 @@ class GenerationConfig:
     top_k: int = 50
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    context_length: int | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -63,6 +65,7 @@ class GenerationConfig:
             top_k=_top_k(fields) if do_sample else 50,
             top_p=_share(fields, "top_p") if do_sample else 1.0,
             repetition_penalty=fields.positive_number("repetition_penalty", default=1.0),
+            context_length=config.max_position_embeddings if config else None,
         )
         if fields.problems:
             raise CheckpointError(

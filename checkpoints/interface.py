@@ -65,14 +65,23 @@ def present_active_name(layer: int | str) -> str:
 
 def is_state_input(name: str) -> bool:
     """Whether a graph input carries state from step to step."""
-    return _layer_of("past_active.", name) is not None or parse_past(name) is not None
+    return _layer_of(past_active_name(""), name) is not None or parse_past(name) is not None
+
+
+def is_interface_name(name: str) -> bool:
+    """Whether a graph's interface uses this name, or may once layers are added to it or parity looks inside."""
+    if name in {*TOKEN_INPUTS, WRITE_INDICES, KV_LENGTHS, LOGITS}:
+        return True
+    per_layer = (past_active_name, present_active_name, router_scores_name, force_active_name, hidden_name)
+    parsed = (_layer_of(name_of(""), name) for name_of in per_layer)
+    return parse_past(name) is not None or parse_present(name) is not None or any(i is not None for i in parsed)
 
 
 def continuation_of(past: str) -> str:
     """The output that continues a state input."""
     if (cache := parse_past(past)) is not None:
         return present_name(cache.layer, cache.part)
-    layer = _layer_of("past_active.", past)
+    layer = _layer_of(past_active_name(""), past)
     if layer is None:
         raise ValueError(f"{past}: is no state input")
     return present_active_name(layer)

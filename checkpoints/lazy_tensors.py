@@ -88,3 +88,20 @@ class ArrayTensor:
 def rows_at_once(num_rows: int, nbytes: int) -> int:
     """How many of a tensor's rows make a chunk of at most `CHUNK_BYTES`; at least one."""
     return max(1, CHUNK_BYTES * num_rows // max(1, nbytes))
+
+
+def are_equal(first: LazyTensor, second: LazyTensor) -> bool:
+    """Whether two tensors have the same type, shape and values (NaN equals NaN); read in chunks, and released."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    if not first.shape:
+        return np.array_equal(first.numpy(), second.numpy(), equal_nan=True)
+    step = rows_at_once(first.shape[0], first.nbytes)
+    for start in range(0, first.shape[0], step):
+        some, others = first.rows(start, start + step), second.rows(start, start + step)
+        equal = np.array_equal(some, others, equal_nan=True)
+        first.release()
+        second.release()
+        if not equal:
+            return False
+    return True

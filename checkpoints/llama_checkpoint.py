@@ -8,15 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import numpy as np
-
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
-from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, are_equal
 from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD
 
 MAX_LISTED_PROBLEMS = 50
@@ -39,11 +37,13 @@ class Checkpoint:
         stored: What the files hold, by Hugging Face name. Rotary frequency buffers and the second copy of a tied head
             are dropped, everything else must be what the configuration expects.
         stored_dtype: See the attribute.
+        kind: See the attribute.
         files: The mapped weights files, in the order of their names.
         save_tokenizer: Writes the tokenizer's files, and generation_config.json if there is one, to a folder.
         warnings: See the attribute.
 
     Attributes:
+        kind: What the artefact's description calls its format: "checkpoint" in Hugging Face form, "gguf".
         stored_dtype: The type most of the weights' bytes are stored in: "float32", "float16", "bfloat16", or a GGUF
             quantisation such as "Q4_1".
         tensors: Exactly the tensors of `config.tensor_shapes()`, in its order.
@@ -60,12 +60,14 @@ class Checkpoint:
         stored: Mapping[str, StoredTensor],
         *,
         stored_dtype: str,
+        kind: str = "checkpoint",
         files: Sequence[MappedFile],
         save_tokenizer: Callable[[Path], None],
         warnings: Sequence[str] = (),
     ) -> None:
         _check_tensors(path, config, stored)
         self.path = path
+        self.kind = kind
         self.config = config
         self.warnings = tuple(warnings)
         self.stored_dtype = stored_dtype
@@ -142,7 +144,7 @@ def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, StoredT
             problems.append(f"{name}: is {tensor.dtype.name} in {place}, expected {expected_types}")
     # transformers 5 unties copies that differ, transformers 4 ties them all the same: no guess is right.
     has_copy = not problems and config.tie_word_embeddings and HEAD in stored
-    if has_copy and not _are_equal(stored[HEAD], stored[EMBEDDING]):
+    if has_copy and not are_equal(stored[HEAD], stored[EMBEDDING]):
         problems.append("lm_head.weight: differs from model.embed_tokens.weight, but tie_word_embeddings is true")
     if problems:
         listed = problems[:MAX_LISTED_PROBLEMS]
@@ -157,16 +159,3 @@ def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, StoredT
 def _is_redundant(name: str, config: LlamaConfig) -> bool:
     # Old conversions saved the rotary frequencies, which follow from the configuration.
     return name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings)
-
-
-def _are_equal(first: LazyTensor, second: LazyTensor) -> bool:
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    step = rows_at_once(first.shape[0], first.nbytes)
-    for start in range(0, first.shape[0], step):
-        equal = np.array_equal(first.rows(start, start + step), second.rows(start, start + step))
-        first.release()
-        second.release()
-        if not equal:
-            return False
-    return True

@@ -130,6 +130,9 @@ LLAMA_LAYER = LayerTable(
 )
 
 
+MAX_LAYERS = 10_000
+"""Of a model. Much is listed per layer: a damaged count must not fill the memory."""
+
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"

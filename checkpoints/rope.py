@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,6 +32,19 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_position: int = 0
+
+    def parameters(self) -> dict[str, Any]:
+        """The same as `rope_parameters` of transformers 5."""
+        values: dict[str, Any] = {"rope_type": self.kind, "rope_theta": self.theta}
+        if self.kind != "default":
+            values["factor"] = self.factor
+        if self.kind == "llama3":
+            values |= {
+                "low_freq_factor": self.low_freq_factor,
+                "high_freq_factor": self.high_freq_factor,
+                "original_max_position_embeddings": self.original_max_position,
+            }
+        return values
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Radians per token of each rotated pair, float32 [head_dim / 2], as transformers computes them.

@@ -10,9 +10,9 @@ from dlo_export.exporter.progress import Reporter
 
 def assert_parity(
     model: str | Path,
-    output: Path,
+    output: str | Path,
     *,
-    adapter: Path | None = None,
+    adapter: str | Path | None = None,
     lowering: str = "auto",
     allow_ambiguous: bool = False,
 ) -> ExportResult:
@@ -33,7 +33,10 @@ def assert_parity(
         dlo_export.exporter.export.ParityFailedError: It failed; the report is in the message.
         dlo_export.checkpoints.errors.InputError: The model cannot be exported.
     """
-    result = export_model(ExportRequest(str(model), output, adapter=adapter, lowering=lowering), Reporter())
+    request = ExportRequest(
+        str(model), Path(output), adapter=None if adapter is None else Path(adapter), lowering=lowering
+    )
+    result = export_model(request, Reporter())
     verdict = result.description.parity.verdict
     accepted = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     if verdict not in accepted:  # no `assert`: Python -O would drop it

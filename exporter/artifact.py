@@ -45,7 +45,7 @@ def describe(source: ExportSource, model: ir.Model, *, dtype: str, lowering: str
     return ArtefactDescription(
         format_version=FORMAT_VERSION,
         tools={"dlo-export": __version__, "python": platform.python_version(), **_tool_versions()},
-        source=SourceIdentity(source.kind, source.base.path.name, source.base.sha256()),
+        source=_identity(source),
         files=(),
         dtype=dtype,
         lowering=lowering,
@@ -86,6 +86,18 @@ def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
             tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape or ()),
         )
         for value in values
+    )
+
+
+def _identity(source: ExportSource) -> SourceIdentity:
+    config = source.base.config
+    return SourceIdentity(
+        source.kind,
+        source.base.path.name,
+        source.base.sha256(),
+        None if config is None else config.model_type,
+        source.adapter_name,
+        source.adapter_base,
     )
 
 

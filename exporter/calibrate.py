@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
-from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
+from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_router, router_name
+from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
@@ -42,6 +42,7 @@ class CalibrationRequest:
         evaluation_tokens: To measure on, from other documents.
         seed: Of the choice of documents to fit on.
         force: Replace an output of this program's.
+        force_base: Let the adapter be made from other weights.
     """
 
     model: str
@@ -54,6 +55,7 @@ class CalibrationRequest:
     evaluation_tokens: int
     seed: int
     force: bool
+    force_base: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +105,14 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
     """
     inputs = (Path(request.model), request.adapter, request.text)
     check_output_folder(request.output, overwrite=request.force, inputs=inputs)
-    source = open_source(request.model, request.adapter)
+    source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "calibration")
         for warning in source.base.warnings:
             reporter.warn(warning)
         text = source_text(source, request)
         with reporter.stage("model"):
-            tensors = {n: t for n, t in source.tensors().items() if not n.startswith("model.routers.")}
+            tensors = {n: t for n, t in source.tensors().items() if parse_router(n) is None}
             if source.adapter is None and not request.as_adapter:
                 sizes = [tensor.nbytes for tensor in tensors.values()]
                 check_output_space(request.output, sum(sizes))
@@ -132,15 +134,10 @@ def source_text(source: ExportSource, request: CalibrationRequest) -> Calibratio
     """Tokens to fit on and to measure on, by the model's own tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         source.base.save_companions(Path(folder))
-        file = Path(folder) / "tokenizer.json"
-        if not file.is_file():
-            raise InputError(
-                f"{source.base.path}: has no tokenizer.json", hint="save the tokenizer beside it with transformers"
-            )
-        tokenizer = Tokenizer.from_file(str(file))
+        encode = load_encoder(Path(folder), source.base.path)
     return calibration_text(
         read_documents(request.text),
-        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        encode,
         calibration_tokens=request.tokens,
         evaluation_tokens=request.evaluation_tokens,
         seed=request.seed,
@@ -155,13 +152,13 @@ def _save(
     progress: Callable[[int, int], None],
 ) -> None:
     routers: dict[str, LazyTensor] = {
-        f"model.routers.{layer}.weight": ArrayTensor(np.asarray(router, np.float32).reshape(1, -1))
+        router_name(layer): ArrayTensor(np.asarray(router, np.float32).reshape(1, -1))
         for layer, router in fitted.routers.items()
     }
     is_dlo = tuple(layer in fitted.routers for layer in range(fitted.num_layers))
     if source.adapter is not None or request.as_adapter:
         injected = source.adapter.injected_layers if source.adapter is not None else ()
-        prefixes = tuple(f"model.layers.{layer.position}." for layer in injected)
+        prefixes = tuple(layer_tensor_name(layer.position, "") for layer in injected)
         kept = {name: tensor for name, tensor in tensors.items() if prefixes and name.startswith(prefixes)}
         adapter = DloAdapter(
             "mlp", is_dlo, injected_layers=injected, base_sha256=source.base.sha256(), tensors=kept | routers

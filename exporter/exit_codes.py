@@ -21,6 +21,8 @@ _MACHINE_ERRORS = {
     errno.EFAULT,  # what a write says where reading the bytes from a mapped file would be a bus error
     *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT),
 }
+# What no file can be called, wherever the name was given.
+_NAME_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP}
 FILE_CUT_SHORT = (
     "a file that is being read has become shorter, or its disk cannot be read"
     "\n\nhint: let nobody write to the model while it is read; what is half-written the next command removes"
@@ -45,6 +47,8 @@ def exit_code(error: BaseException) -> int:
         return BAD_INPUT
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRA_PACKAGES:
         return MACHINE
+    if isinstance(error, OSError) and error.errno in _NAME_ERRORS:
+        return BAD_INPUT
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE_ERRORS):
         return MACHINE
     return OUR_BUG

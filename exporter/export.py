@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.dtypes import BY_OPTION
+from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
 from dlo_export.checkpoints.errors import DloError, InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import finite, save_json
@@ -23,7 +23,7 @@ from dlo_export.exporter.model_metadata import set_model_metadata
 from dlo_export.exporter.pipeline import build_model, choose_onnxruntime_lowering
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
-from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt
+from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
 from dlo_export.graph_passes.lowerings.registry import lowering_names
 from dlo_export.runtimes.artefact.description import (
@@ -34,8 +34,6 @@ from dlo_export.runtimes.artefact.description import (
 )
 from dlo_export.runtimes.artefact.engine_record import ParityVerdict
 from dlo_export.runtimes.parity.report import ParityReport
-
-DTYPE_CHOICES = ("auto", *BY_OPTION)
 
 
 class ParityFailedError(DloError):
@@ -69,6 +67,8 @@ class ExportRequest:
         parity: Compare with PyTorch before the artefact appears.
         weights: False leaves `model.onnx.data` out: a graph to look at.
         force: Replace an output of this program's.
+        allow_nonfinite: Let weights be NaN or infinite.
+        force_base: Let the adapter be made from other weights.
         trt: Build TensorRT engines too; None builds none.
 
     Raises:
@@ -83,6 +83,8 @@ class ExportRequest:
     parity: bool = True
     weights: bool = True
     force: bool = False
+    allow_nonfinite: bool = False
+    force_base: bool = False
     trt: TensorRtRequest | None = None
 
     def __post_init__(self) -> None:
@@ -125,11 +127,13 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         ParityFailedError: The artefact is not equal to its reference.
     """
     check_output_folder(request.output, overwrite=request.force, inputs=request.inputs)
-    source = open_source(request.model, request.adapter)
+    source = open_source(
+        request.model, request.adapter, allow_nonfinite=request.allow_nonfinite, force_base=request.force_base
+    )
     try:
-        for warning in source.base.warnings:
+        for warning in source.warnings:
             reporter.warn(warning)
-        plan = _plan_engines(request, source)
+        plan = _plan_engines(request, source, reporter)
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
         dtype = source.base.graph_dtype(request.dtype) if plan is None else "fp32"
         engines_only = plan is not None and request.lowering not in lowering_names("onnxruntime-cpu")
@@ -174,7 +178,13 @@ def _export_into(
     if request.weights:
         check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
     with reporter.bytes("weights") as progress:
-        save_weights(model, folder / WEIGHTS_NAME, write=request.weights, progress=progress)
+        save_weights(
+            model,
+            folder / WEIGHTS_NAME,
+            write=request.weights,
+            progress=progress,
+            allow_nonfinite=request.allow_nonfinite,
+        )
     ir.save(model, folder / MODEL_NAME)
     with reporter.stage("description"):
         if source.base.config is not None:
@@ -195,13 +205,16 @@ def _export_into(
     return summary
 
 
-def _plan_engines(request: ExportRequest, source: ExportSource) -> TensorRtPlan | None:
+def _plan_engines(request: ExportRequest, source: ExportSource, reporter: Reporter) -> TensorRtPlan | None:
     """What engines to build, every reason against it raised before anything is written."""
     if request.trt is None:
         return None
     if not request.weights:
         raise InputError("--no-weights and --trt: an engine holds the weights", hint="leave one of the two out")
-    return plan_tensorrt(source, request.trt, request.lowering, request.dtype)
+    plan = plan_tensorrt(source, request.trt, request.lowering, request.dtype)
+    for warning in size_warnings(source, request.trt):
+        reporter.warn(warning)
+    return plan
 
 
 def _run_parity(
@@ -216,10 +229,12 @@ def _run_parity(
         reason = "--no-parity" if not request.parity else "--no-weights"
         return ParityVerdict("NOT RUN", reason), None
     # Parity needs PyTorch; an export without it does not, and starts in a fraction of the time.
-    from dlo_export.exporter.parity_check import check_parity  # noqa: PLC0415
+    from dlo_export.exporter.parity_check import MOST_TOKENS, check_parity  # noqa: PLC0415
 
     with reporter.stage("parity"):
         graphs = [engine.options for engine in plan.engines] if plan is not None else []
+        if any(options.max_cache < MOST_TOKENS for options in graphs):
+            reporter.warn(f"--trt-max-cache is below {MOST_TOKENS}: parity's cases are cut to fit")
         report = check_parity(source, folder, description, graphs)
     parity = ParityVerdict(report.verdict, report.reason or None)
     save_json(folder / "parity.json", finite(report.to_json()))

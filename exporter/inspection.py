@@ -13,8 +13,7 @@ import onnx_ir as ir
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.exporter.artefact_check import open_description
-from dlo_export.exporter.pipeline import prepare_foreign
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.foreign_graph import load_graph, read_prepared
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
@@ -35,6 +34,7 @@ class Inspection:
         layers: Per decoder layer: index, injected, routed, identity (None where the graph alone does not tell), bytes.
         layers_problem: Why no layers were found; None where they were.
         description: dlo_artifact.json, where there is one.
+        untrained_routers: Layers of an artefact that skip every token, because their routers are all zeros.
         engine_problems: Why engines cannot run on this machine; None where there are no engines.
     """
 
@@ -44,6 +44,7 @@ class Inspection:
     layers: list[dict[str, Any]]
     layers_problem: str | None
     description: ArtefactDescription | None
+    untrained_routers: list[int]
     engine_problems: list[str] | None
 
     def to_json(self) -> dict[str, Any]:
@@ -67,12 +68,12 @@ def inspect_model(path: Path) -> Inspection:
         )
     is_artefact = graph_path.name == MODEL_NAME and (graph_path.parent / FILE_NAME).is_file()
     description = open_description(graph_path.parent) if is_artefact else None
-    model = load_graph(graph_path)
+    # Read twice: operators are counted in the graph as it is, layers found in one prepared for that.
+    as_it_is = load_graph(graph_path)
     ops = collections.Counter(
-        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes()
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in as_it_is.graph.all_nodes()
     )
-    # Only to find the layers; what is counted above is the graph as it is.
-    prepare_foreign(model)
+    model = as_it_is if description is not None else read_prepared(graph_path, for_inspection=True).model
     try:
         layers, problem = find_decoder_layers(model.graph), None
     except DecoderLayersNotFound as err:
@@ -84,8 +85,27 @@ def inspect_model(path: Path) -> Inspection:
         [_layer_row(model.graph, layer, description) for layer in layers],
         problem,
         description,
+        _untrained_routers(model.graph, description),
         _engine_problems(description),
     )
+
+
+def _untrained_routers(graph: ir.Graph, description: ArtefactDescription | None) -> list[int]:
+    """Those of an artefact, whose weights are there; where the layer is the identity, skipping loses nothing."""
+    if description is None:
+        return []
+    return [
+        int(node.metadata_props[LAYER_KEY])
+        for node in _routers(graph)
+        if not description.layers[int(node.metadata_props[LAYER_KEY])].identity
+        and any(
+            value.const_value is not None and not value.const_value.numpy().any() for value in consumed_values(node)
+        )
+    ]
+
+
+def _routers(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if node.metadata_props.get(LAYER_KEY) and node.op_type == "MatMul"]
 
 
 def _engine_problems(description: ArtefactDescription | None) -> list[str] | None:
@@ -107,17 +127,20 @@ def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: ArtefactDescri
 
 
 def _is_identity(layer: DecoderLayer) -> bool | None:
-    """Whether both branches end in zeros; None where the projections cannot be told."""
+    """Whether both branches end in zeros; None where the projections cannot be told, or their data file not be read."""
     try:
         projections = layer.projections.values()
     except GraphPassError:
         return None
     ends = [projection.weight.const_value for projection in projections if projection.tensor in LLAMA_LAYER.branch_ends]
-    return all(tensor is not None and not np.any(tensor.numpy()) for tensor in ends)
+    try:
+        return all(tensor is not None and not np.any(tensor.numpy()) for tensor in ends)
+    except (OSError, ValueError):  # of a file that is not there, is too short, or lies where onnx_ir reads none
+        return None
 
 
 def _bytes_by_part(graph: ir.Graph, layers: tuple[DecoderLayer, ...]) -> dict[str, int]:
-    routers = {node for node in graph if node.metadata_props.get(LAYER_KEY) and node.op_type == "MatMul"}
+    routers = set(_routers(graph))
     parts: dict[str, dict[str, int]] = {
         "attention": _weight_bytes(graph, [node for layer in layers for node in layer.attention.nodes]),
         "mlp": _weight_bytes(graph, [node for layer in layers for node in layer.mlp.nodes if node not in routers]),

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer
+from dlo_export.checkpoints.adapter.adapter import DloAdapter
 from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
@@ -21,10 +21,15 @@ from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCache
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
+from dlo_export.graph_passes.cleanup.inline_functions import InlineFunctionsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
+from dlo_export.graph_passes.cleanup.lift_constants import LiftConstantsPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
+from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
+from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
+from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
 from dlo_export.graph_passes.lowerings.record import LoweringRecord, Target, Workload
 from dlo_export.graph_passes.lowerings.registry import (
@@ -37,6 +42,7 @@ from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenSta
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.graph_checks import misordered_values
 from dlo_export.graph_passes.spec.invariants import INJECTED, PLAIN, ROUTED, StageSpec, check_stage
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
@@ -48,12 +54,7 @@ class GraphSource(Protocol):
 
     @property
     def adapter(self) -> DloAdapter | None:
-        """Holds the weights of the layers to inject; None where the plain graph has all layers already."""
-        ...
-
-    @property
-    def injected_layers(self) -> tuple[InjectedLayer, ...]:
-        """What was or is to be injected."""
+        """The layers to inject, with their weights; None where the plain graph has all layers already."""
         ...
 
     @property
@@ -113,8 +114,16 @@ class Step:
 def foreign_passes() -> list[GraphPass]:
     """What turns somebody else's graph into one whose layers can be found."""
     return [
+        # Layers are found by operators, wherever an exporter drew the line of a function.
+        InlineFunctionsPass(),
+        # Weights are initializers of the main graph, also what was a Constant, the default of an input, or in a branch.
+        LiftConstantsPass(),
+        # What nothing reads would look like a fork of the stream, or be an input that nobody knows what to feed.
+        RemoveUnusedPass(),
+        # New nodes are named after old ones.
+        NameUniquelyPass(),
         # Additions that were fused with the norm behind them stand apart again: layers are found between two of them.
-        SplitSkipNormsPass()
+        SplitSkipNormsPass(),
     ]
 
 
@@ -199,7 +208,16 @@ def run_steps(model: ir.Model, steps: list[Step]) -> ir.Model:
 
 
 def prepare_foreign(model: ir.Model) -> ir.Model:
-    """Makes the layers of somebody else's graph findable, in place; whether it has any is not asked here."""
+    """Makes the layers of somebody else's graph findable, in place; whether it has any is not asked here.
+
+    Raises:
+        dlo_export.graph_passes.errors.GraphPassError: Its nodes are in a cycle or out of order.
+    """
+    if problems := list(misordered_values(model.graph)):
+        raise GraphPassError(
+            "the nodes cannot be run in the order they are in:\n  " + "\n  ".join(problems),
+            hint="export the graph again: ONNX lists a node behind those whose outputs it reads",
+        )
     return _run_passes(model, foreign_passes())
 
 
@@ -296,6 +314,7 @@ def choose_onnxruntime_lowering(choice: str, dtype: str, *, routed: bool, path: 
         return nothing_routed.name, nothing_routed.reason
     if choice != "auto":
         return find_lowering(choice, target).name, "asked for"
+    # The best for this target, or the best of the others where the provider lacks a kernel that it needs.
     best, *others = dict.fromkeys((*suitable_lowerings(target, Workload()), *skipping_lowerings(target)))
     kind = BY_OPTION[dtype]
     gap = CPU.why_not_run(kind, best.operators)
@@ -337,7 +356,7 @@ def _lowering_steps(lowering: LoweringRecord, workload: Workload) -> list[Step]:
 
 
 def _injects(source: GraphSource) -> bool:
-    return source.adapter is not None and bool(source.injected_layers)
+    return source.adapter is not None and bool(source.adapter.injected_layers)
 
 
 def _inject_layers(source: GraphSource) -> InjectLayersPass:
@@ -346,7 +365,7 @@ def _inject_layers(source: GraphSource) -> InjectLayersPass:
     return InjectLayersPass(
         tuple(
             LayerInjection(layer.position, layer.source, adapter.layer_tensors(layer.position))
-            for layer in source.injected_layers
+            for layer in adapter.injected_layers
         )
     )
 

@@ -64,6 +64,7 @@ class TrainRequest:
         sequence: Tokens of a sequence; None for 1024, or what the model takes if that is less.
         resume: Go on with the run that is there.
         force: Replace an output of this program's.
+        force_base: Let the adapter be made from other weights.
     """
 
     model: str
@@ -76,6 +77,7 @@ class TrainRequest:
     sequence: int | None
     resume: bool
     force: bool
+    force_base: bool
 
     @property
     def run_folder(self) -> Path:
@@ -92,7 +94,7 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
     """
     inputs = (Path(request.model), request.adapter, request.data, request.held_out)
     check_output_folder(request.output, overwrite=request.force, inputs=inputs)
-    source = open_source(request.model, request.adapter)
+    source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "training")
         for warning in source.base.warnings:
@@ -151,7 +153,8 @@ def report_json(result: TrainingResult) -> dict[str, Any]:
 
 def _trained_model(source: ExportSource, routers: str) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """The config.json and tensors of the model as training starts."""
-    config, tensors = source.config_json(), source.tensors()
+    injected = [dataclasses.asdict(layer) for layer in source.injected_layers]
+    config, tensors = source.config_json() | {"injected_layers": injected}, source.tensors()
     if routers == "none":
         plain = {name: tensor for name, tensor in tensors.items() if parse_router(name) is None}
         return config | {"is_dlo": False, "rescale_hidden_states": False}, plain
@@ -225,7 +228,9 @@ def _check_vocabulary(data: TokenizedData, vocabulary: int) -> None:
 
 def _description(request: TrainRequest, source: ExportSource) -> dict[str, Any]:
     """What `training.json` says."""
-    adapter = None if request.adapter is None else file_sha256(request.adapter / TENSORS_NAME)
+    adapter = None
+    if request.adapter is not None and source.adapter is not None:  # a LoRA adapter is part of the base, and its hash
+        adapter = file_sha256(request.adapter / TENSORS_NAME)
     data = {"training": [dataclasses.asdict(file) for file in described_files(request.data)]}
     if request.held_out is not None:
         data["held_out"] = [dataclasses.asdict(file) for file in described_files(request.held_out)]

@@ -5,11 +5,17 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.finite_weights import all_finite
 from dlo_export.checkpoints.lazy_tensors import BlockTensor, LazyTensor, rows_at_once
 from dlo_export.graph_passes.row_tensor import RowTensor
 
 # Source rows copied at once into a transposed block: few enough for their cache lines to survive until the next row.
 TRANSPOSED_AT_ONCE = 64
+
+
+class WeightOverflowError(InputError):
+    """A weight is too large for the element type it is cast to."""
 
 
 class CheckpointWeight(RowTensor):
@@ -29,14 +35,42 @@ class CheckpointWeight(RowTensor):
         super().__init__(name, dtype, source.shape[::-1] if transposed else source.shape, row_block=row_block)
         self._source = source
         self._transposed = transposed
+        self._can_overflow = _largest(dtype) < _largest(ir.DataType.from_numpy(source.dtype))
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start:stop` of the stored layout, cast; the checkpoint's pages are given back afterwards."""
-        if self._transposed:
-            return self._columns(start, stop)
+        """Rows `start:stop` of the stored layout, cast; the checkpoint's pages are given back afterwards.
+
+        Raises:
+            WeightOverflowError: A finite value becomes infinite.
+        """
+        with np.errstate(over="ignore"):  # an error of ours says more than NumPy's warning
+            rows = self._columns(start, stop) if self._transposed else self._rows(start, stop)
+        if self._can_overflow and not all_finite(rows):
+            self._check_overflow()
+        return rows
+
+    def _rows(self, start: int, stop: int) -> np.ndarray:
         rows = np.array(self._source.rows(start, stop), dtype=self.dtype.numpy(), order="C")
         self._source.release()
         return rows
+
+    def _check_overflow(self) -> None:
+        """Looks for the largest finite value: where infinities come through on request, they are not ours."""
+        source, largest = self._source, 0.0
+        step = rows_at_once(source.shape[0], source.nbytes)
+        for start in range(0, source.shape[0], step):
+            values = source.rows(start, min(start + step, source.shape[0])).astype(np.float64)
+            source.release()
+            largest = max(largest, float(np.abs(values[np.isfinite(values)]).max(initial=0.0)))
+        with np.errstate(over="ignore"):
+            overflows = not np.isfinite(np.float64(largest).astype(self.dtype.numpy()))
+        if overflows:
+            bf16 = "use --dtype bf16, which has the range of fp32"
+            raise WeightOverflowError(
+                f"{self.name}: its largest value is {largest:.6g}, {self.dtype.name.lower()} ends at "
+                f"{_largest(self.dtype):.6g}",
+                hint=bf16 if self.dtype == ir.DataType.FLOAT16 else "use --dtype fp32",
+            )
 
     def _columns(self, start: int, stop: int) -> np.ndarray:
         """Columns `start:stop` of the source, transposed.
@@ -55,6 +89,10 @@ class CheckpointWeight(RowTensor):
                 columns[:, first + row : first + row + len(block)] = block.T
             source.release()
         return columns
+
+
+def _largest(dtype: ir.DataType) -> float:
+    return float(dtype.max)
 
 
 def _part(source: LazyTensor, rows: slice, columns: slice) -> np.ndarray:

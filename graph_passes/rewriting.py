@@ -19,6 +19,7 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
 
 def remove_with_sources(graph: ir.Graph, node: ir.Node) -> None:
     """Remove a node and whatever only served it: the Where, the Unsqueeze of its condition, the zero."""
+    # Noted first: a removed node has no inputs. Then backwards, as far as nobody else reads.
     operands = [value for value in node.inputs if value is not None]
     graph.remove(node, safe=True)
     for value in operands:

@@ -14,6 +14,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import parse_router
 from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
+from dlo_export.modeling.float64_norm import use_float64_norms
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, LlamaDloLayerForCausalLM, warn_of_untrained_routers
 
 
@@ -29,7 +30,8 @@ def llama_dlo_from_tensors(
     Args:
         config: Of config.json.
         tensors: Under Hugging Face names; read, cast and released one after the other.
-        dtype: Of all parameters but the routers, which stay float32.
+        dtype: Of all parameters but the routers, which are at least float32. In float64 everything but the angles of
+            the rotary embedding, which are defined in float32, is computed in float64.
 
     Raises:
         ModelTensorsError: Tensors are missing or unexpected.
@@ -38,7 +40,7 @@ def llama_dlo_from_tensors(
     """
     model = empty_llama_dlo(config, tensors.keys(), dtype=dtype)
     for name in sorted({name for name, _ in model.named_parameters()}):
-        parameter_dtype = dtype if parse_router(name) is None else torch.float32
+        parameter_dtype = dtype if parse_router(name) is None else torch.promote_types(dtype, torch.float32)
         values = {name: released_parameter(tensors[name], parameter_dtype)}
         model.load_state_dict(values, strict=False, assign=True)
     model.tie_weights()
@@ -65,6 +67,8 @@ def empty_llama_dlo(
     model_config = LlamaDloConfig(**values, dtype=dtype)
     with torch.device("meta"):
         model = LlamaDloForCausalLM(model_config)
+    if dtype == torch.float64:
+        use_float64_norms(model)
     expected = {name for name, _ in model.named_parameters()}
     if problems := _name_problems(expected, set(names)):
         raise ModelTensorsError(f"PyTorch model: {'; '.join(problems)}", hint="config.json belongs to another model")

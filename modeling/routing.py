@@ -30,7 +30,7 @@ class TrainingRouting(NamedTuple):
 
 
 class TokenRouter(nn.Linear):
-    """Scores every token of a layer's input; bias-free, float32 whatever the model's dtype.
+    """Scores every token of a layer's input; bias-free, at least float32 whatever the model's dtype.
 
     In 16 bits the decision itself would change: a bfloat16 score of a logit up to 0.0078 rounds to 0.5, a skip.
     """
@@ -39,10 +39,11 @@ class TokenRouter(nn.Linear):
         super().__init__(hidden_size, 1, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Returns the scores, float32 [batch, sequence], of hidden states [batch, sequence, hidden]."""
+        """Scores [batch, sequence] of hidden states [batch, sequence, hidden]: float32, or float64 where they are."""
+        precision = torch.promote_types(hidden_states.dtype, torch.float32)
         # Autocast would take the product in its 16 bits, whatever the type of what is multiplied.
         with maybe_autocast(hidden_states.device.type, enabled=False):
-            return torch.sigmoid(F.linear(hidden_states.float(), self.weight.float())).squeeze(-1)
+            return torch.sigmoid(F.linear(hidden_states.to(precision), self.weight.to(precision))).squeeze(-1)
 
 
 def is_active(scores: torch.Tensor) -> torch.Tensor:

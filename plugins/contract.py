@@ -28,6 +28,10 @@ def operand_dtypes(op: PluginOp, t_dtype: str) -> tuple[str, ...]:
     return tuple(t_dtype if operand.dtype == "T" else operand.dtype for operand in (*op.inputs, *op.outputs))
 
 
+SIZES_HINT: Final = "export this model with another --lowering than plugin"
+"""What to do where `size_problems` finds any."""
+
+
 def size_problems(op: PluginOp, shapes: Sequence[Sequence[int]]) -> list[str]:
     """What is wrong with the inputs' shapes, in words; empty when they fit the schema.
 

@@ -19,7 +19,7 @@ import tensorrt as trt
 import tensorrt.plugin as trtp
 
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
-from dlo_export.plugins.contract import T_DTYPES, size_problems, weight_input
+from dlo_export.plugins.contract import SIZES_HINT, T_DTYPES, size_problems, weight_input
 from dlo_export.plugins.errors import PluginError
 from dlo_export.plugins.ptx import ptx_of
 from dlo_export.plugins.tiles import TileName, tile_of
@@ -125,7 +125,7 @@ def _implementation(op_name: str, inputs: Sequence[Any], tactic: Tactic) -> Impl
     op = PLUGIN_OPS[op_name]
     shapes = [[size.constant_value() if size.is_constant else -1 for size in desc.shape_expr] for desc in inputs]
     if problems := size_problems(op, shapes):
-        raise PluginError("\n".join(problems), hint="use another lowering for this model: compact or if")
+        raise PluginError("\n".join(problems), hint=SIZES_HINT)
     dtype = _DTYPES[inputs[0].dtype]
     entry, ptx, threads, shared_bytes = ptx_of(Variant(op_name, dtype, tactic.tile, PTX_TARGET))
     batch, sequence, _ = inputs[0].shape_expr

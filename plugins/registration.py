@@ -10,6 +10,8 @@ Python module on TensorRT-RTX's library (tests/plugins/test_quick_deploy.py).
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,11 @@ from dlo_export.plugins.errors import PluginError
 from dlo_export.plugins.rtx_shim import provide_unversioned_library
 
 _RTX = "tensorrt_rtx"
-_BUILD = "build it: make -C plugins/library TensorRT_ROOT=<your TensorRT>"
+# The sources come with the package, wherever it is installed; the folder may not be the user's to write to.
+_BUILD = (
+    f"build it: make -C {shlex.quote(str(Path(__file__).parent / 'library'))} PYTHON={shlex.quote(sys.executable)} "
+    'BUILD="$PWD/build" TensorRT_ROOT=<your TensorRT>'
+)
 
 # Both are the process's, like the registry.
 _loaded: dict[str, Path] = {}

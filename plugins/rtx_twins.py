@@ -13,7 +13,7 @@ from typing import Any
 import tensorrt_rtx as trt
 
 from dlo_export.graph_passes.spec.ops import PluginOp
-from dlo_export.plugins.contract import T_DTYPES, operand_dtypes, output_axes, size_problems
+from dlo_export.plugins.contract import SIZES_HINT, T_DTYPES, operand_dtypes, output_axes, size_problems
 from dlo_export.plugins.errors import PluginError
 
 DATA_TYPES = {"float32": trt.DataType.FLOAT, "float16": trt.DataType.HALF, "bfloat16": trt.DataType.BF16}
@@ -113,7 +113,7 @@ class PluginTwin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt
 
     def _refuse_bad_sizes(self, shapes: Sequence[Sequence[int]]) -> None:
         if problems := size_problems(self.op, shapes):
-            raise PluginError("\n".join(problems), hint="use another lowering for this model: compact or if")
+            raise PluginError("\n".join(problems), hint=SIZES_HINT)
 
     def _accepted(self) -> str:
         inputs = len(self.op.inputs)

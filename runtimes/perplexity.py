@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import numpy as np
 
+from dlo_export.modeling.perplexity import perplexity
 from dlo_export.runtimes.errors import RuntimeInputError
 from dlo_export.runtimes.runner import Int64Array, Runner
 
@@ -63,7 +63,7 @@ def measure_perplexity(
             progress(done, len(windows))
     predicted = windows.shape[0] * (length - 1)
     rates = {layer: count / windows.size for layer, count in sorted(active.items())}
-    return Perplexity(math.exp(total / predicted), predicted, rates)
+    return Perplexity(perplexity(total, predicted), predicted, rates)
 
 
 def _negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> float:

@@ -22,6 +22,11 @@ Decisions = Mapping[int, BoolArray]
 Forcing = Literal["possible", "required", "impossible"]
 
 
+def float32(array: np.ndarray) -> FloatArray:
+    """The same numbers in float32; the array itself where they are."""
+    return array if array.dtype == np.float32 else array.astype(np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class StepRequest:
     """What a step is asked for, checked.

@@ -88,7 +88,7 @@ def test_commands_work_when_run_in_order(document, workplace):
 
 @pytest.mark.parametrize("document", WITH_PYTHON)
 def test_python_runs_when_pasted_into_a_file(document, workplace):
-    if "artefact/" in "".join(python_blocks(document)):
+    if "artefact" in "".join(python_blocks(document)):
         made = run([installed("dlo-export"), "model", "-o", "artefact", "--trt", "--no-parity"], workplace)
         assert made.returncode == 0, made.stderr
     for position, block in enumerate(python_blocks(document)):

@@ -32,6 +32,16 @@ UNWRITABLE = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "TQ1_0", "TQ2_0"),
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
 )
+# What tokenizers come to different ends about.
+TEXTS = (
+    "Hello world",
+    "  The quick brown fox, 12345 jumps; it's 3.14!\n",
+    "naïve café — 日本語 🎉🎉",
+    "def f(x):\n    return x**2\n\n\n\tend  ",
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "don't CAN'T we'll",
+    "",
+)
 
 
 def save_tiny_gguf(

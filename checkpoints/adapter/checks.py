@@ -13,6 +13,7 @@ from dlo_export.checkpoints.depth.layer_init import LayerInitError, canonical_in
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import (
     LLAMA_LAYER,
+    MAX_LAYERS,
     layer_tensor_name,
     parse_layer_tensor,
     parse_router,
@@ -48,6 +49,9 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f'routing is {config["routing"]!r}, expected "mlp" or "layer"')
     if not config["is_dlo"] or not all(isinstance(routed, bool) for routed in config["is_dlo"]):
         problems.append(f"is_dlo is {config['is_dlo']!r}, expected true or false for every layer")
+    if len(config["is_dlo"]) > MAX_LAYERS:
+        problems.append(f"is_dlo has {len(config['is_dlo'])} entries, expected at most {MAX_LAYERS} layers")
+        return problems
     problems += [
         f"{key} is {config[key]!r}, expected a finite number"
         for key in ("scale_factor", "scale_gap")
@@ -56,7 +60,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     sha256 = config.get("base_sha256")
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
         problems.append(f"base_sha256 is {sha256!r}, expected 64 hexadecimal digits")
-    return problems + _injected_layer_problems(config["injected_layers"], len(config["is_dlo"]))
+    return problems + injected_layer_problems(config["injected_layers"], len(config["is_dlo"]))
 
 
 def tensor_problems(
@@ -81,7 +85,15 @@ def tensor_problems(
     return problems
 
 
-def _injected_layer_problems(entries: Sequence[Any], num_layers: int) -> list[str]:
+def injected_layer_problems(entries: Sequence[Any], num_layers: int) -> list[str]:
+    """What is wrong with the `injected_layers` of an adapter, or of a deepened checkpoint's config.json.
+
+    Args:
+        entries: As read.
+        num_layers: Of the deepened model.
+    """
+    if len(entries) >= num_layers:
+        return [f"injected_layers has {len(entries)} entries, expected fewer than the {num_layers} layers"]
     problems, positions = [], []
     limits = {"position": num_layers, "source": num_layers - len(entries)}
     for index, entry in enumerate(entries):

@@ -124,25 +124,30 @@ def expanded_config(config: Mapping[str, Any], plan: ExpansionPlan, *, zero_rout
         # A new layer's router would be untrained: it has none unless it was asked for.
         changes["is_dlo"] = _placed(routed, plan, "is_dlo", injected=False)
     if zero_routers:
-        changes |= {
-            "model_type": config["model_type"] if "dlo" in str(config.get("model_type")) else "llama_dlo_exattn",
-            "is_dlo": [True] * plan.num_layers,
-        }
-        if not routed or not any(routed):
-            changes |= routed_config(changes["is_dlo"])
+        is_dlo = [True] * plan.num_layers
+        changes |= {"is_dlo": is_dlo} if routed and any(routed) else routed_config(is_dlo)
     return changes
 
 
-def routed_config(is_dlo: Sequence[bool]) -> dict[str, Any]:
-    """The keys of config.json that make a model an MLP-routed one whose active branches are taken as they are."""
+def routed_config(
+    is_dlo: Sequence[bool], *, rescale: bool = False, scale_factor: float = 2.0, scale_gap: float = 0.0
+) -> dict[str, Any]:
+    """The keys of config.json that make a model an MLP-routed one; by default, active branches are taken as they are.
+
+    Args:
+        is_dlo: Per layer, whether it is routed.
+        rescale: Whether an active branch is multiplied, see `RoutingConfig`.
+        scale_factor: Of the factor. With the defaults it is 1 by either reading, as it must be where the base model was
+            not trained with a scale.
+        scale_gap: Likewise.
+    """
     return {
         "model_type": "llama_dlo_exattn",
         "architectures": ["LlamaDloForCausalLM"],
         "is_dlo": list(is_dlo),
-        # With these values c = 1 by either reading, as it must where the base model was not trained with a scale.
-        "rescale_hidden_states": False,
-        "scale_factor": 2.0,
-        "scale_gap": 0.0,
+        "rescale_hidden_states": rescale,
+        "scale_factor": scale_factor,
+        "scale_gap": scale_gap,
     }
 
 

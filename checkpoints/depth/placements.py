@@ -9,6 +9,7 @@ from typing import Any
 from dlo_export.checkpoints.adapter.adapter import InjectedLayer
 from dlo_export.checkpoints.depth.layer_init import canonical_init
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.llama_layer import MAX_LAYERS
 
 TLI_SOURCES = ("prev", "next", "mean", "slerp")
 _MIXED_INITS = {
@@ -166,6 +167,12 @@ def _grouped(num_layers: int, groups: int, per_group: int, init: str, method: st
             f"expansion {method}: {groups} groups of {per_group} new layers among {num_layers} originals, expected "
             f"1 to {num_layers} groups of at least 1",
             hint="this method can at most add one group per original layer",
+        )
+    if num_layers + groups * per_group > MAX_LAYERS:
+        raise ExpansionError(
+            f"expansion {method}: {groups} groups of {per_group} new layers make {num_layers + groups * per_group} "
+            f"layers, expected at most {MAX_LAYERS}",
+            hint="published models have grown by a quarter to a half",
         )
     split = num_layers // groups
     name = canonical_init(init)

@@ -53,9 +53,10 @@ class JsonFields:
         """A number above zero."""
         return float(self._checked(name, default, lambda v: _is_number(v) and v > 0, "a positive number", 1.0))
 
-    def number(self, name: str) -> float:
-        """Any finite number."""
-        return float(self._checked(name, None, _is_number, "a finite number", 1.0))
+    def number(self, name: str, default: float | None = None, least: float = -math.inf) -> float:
+        """Any finite number from `least` on."""
+        expected = "a finite number" if least == -math.inf else f"a finite number from {least} on"
+        return float(self._checked(name, default, lambda v: _is_number(v) and v >= least, expected, 1.0))
 
     def flag(self, name: str, default: bool | None = None) -> bool:
         """True or false."""

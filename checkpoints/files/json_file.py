@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.regular_file import regular_size
+
+# Far above any tokenizer.json, which are the largest.
+MAX_BYTES = 1 << 28
 
 _FLAT_LIST = re.compile(r"\[\n[^\[\]{}]*\n\s*\]")
 _LINE_BREAK = re.compile(r"\n\s*")
@@ -23,12 +27,17 @@ def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
         error: What to raise.
 
     Raises:
-        InputError: The file is missing, is not UTF-8 JSON, or holds something else than an object.
+        InputError: The file is missing, larger than `MAX_BYTES`, is not UTF-8 JSON, or holds something else than an
+            object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        size = regular_size(path)
+        # Nothing is read of a file that is too large: parsed, it would take many times its size.
+        values = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_BYTES else None
     except (OSError, ValueError, RecursionError) as err:
         raise error(f"{path}: cannot be read as JSON ({err})", hint="is it complete?") from err
+    if size > MAX_BYTES:
+        raise error(f"{path}: has {size} bytes, expected at most {MAX_BYTES}", hint="is it the right file?")
     if not isinstance(values, dict):
         raise error(f"{path}: holds a JSON {type(values).__name__}, expected an object", hint="is it the right file?")
     return values

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dlo_export.checkpoints.errors import CheckpointError
+from dlo_export.checkpoints.files.regular_file import regular_size
 
 
 class MappedFile:
@@ -28,6 +29,7 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            regular_size(path)
             with path.open("rb") as stream:
                 self.nbytes = os.fstat(stream.fileno()).st_size
                 if self.nbytes == 0:

@@ -76,6 +76,7 @@ def open_gguf(path: Path) -> Checkpoint:
         config,
         {**renamed, **_absent_biases(renamed, config, files[0])},
         stored_dtype=FLOAT_TYPES[stored_type].name if stored_type in FLOAT_TYPES else stored_type,
+        kind="gguf",
         files=files,
         save_tokenizer=tokenizer.save if tokenizer else lambda _: None,
         warnings=warnings,

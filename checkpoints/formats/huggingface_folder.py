@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.json_file import read_json
-from dlo_export.checkpoints.files.mapped_file import MappedFile, MappedTensor
+from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
+from dlo_export.checkpoints.formats.stored_tensors import StoredName, model_tensors
 from dlo_export.checkpoints.llama_checkpoint import Checkpoint
+from dlo_export.checkpoints.llama_layer import HEAD
+from dlo_export.checkpoints.tokenization.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from dlo_export.checkpoints.tokenization.sentencepiece_folder import ConvertedTokenizer
@@ -41,20 +45,37 @@ def open_folder(folder: Path) -> Checkpoint:
         CheckpointError: A file is missing, damaged, outside the folder, or not of a supported model.
     """
     config = LlamaConfig.from_json(_config_file(folder))
-    files, tensors = _open_weights(folder)
+    files, stored, indexed = _open_weights(folder)
+    tensors, unequal = model_tensors(stored, config)
+    if unequal:
+        raise CheckpointError(
+            f"{folder}: {len(unequal)} tensors are stored more than once, with different values\n  "
+            + "\n  ".join(unequal),
+            hint="delete the copies that do not belong to this model",
+        )
+    unknown = [name for name in tensors.keys() - config.tensor_shapes().keys() if name != HEAD]
+    # What the index names is checked; what it does not is a leftover of another save.
+    leftovers = sorted(name for name in unknown if indexed is not None and name not in indexed)
     sizes: dict[str, int] = defaultdict(int)
     for tensor in tensors.values():
         sizes[tensor.dtype.name] += tensor.nbytes
-    tokenizer = FolderTokenizer(folder)
+    tokenizer = FolderTokenizer(folder, config.vocab_size)
     return Checkpoint(
         folder,
         config,
-        tensors,
+        {name: tensor for name, tensor in tensors.items() if name not in leftovers},
         stored_dtype=max(sizes, key=lambda name: sizes[name], default="float32"),
         files=files,
         save_tokenizer=tokenizer.save,
-        warnings=tokenizer.warnings,
+        warnings=[*tokenizer.warnings, *_leftover_warnings(folder, leftovers)],
     )
+
+
+def _leftover_warnings(folder: Path, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [f"{folder / INDEX_FILE}: does not name {listed}, which have no place in this model and are left out"]
 
 
 def cached_snapshot(repository: str) -> Path:
@@ -101,25 +122,30 @@ def file_inside(folder: Path, name: str) -> Path:
         CheckpointError: It does not exist, is not a regular file, or lies outside.
     """
     path = folder / name
-    root = folder.resolve()
-    if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
-        root = root.parent.parent
-    real = path.resolve()
+    try:
+        root = folder.resolve()
+        if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
+            root = root.parent.parent
+        real = path.resolve()
+        is_file = real.is_file()
+    except (OSError, ValueError, RuntimeError) as err:  # a name that no file can have, links in a circle
+        raise CheckpointError(f"{path}: is no file's name here ({err})", hint="is the checkpoint complete?") from err
     if not real.is_relative_to(root):
         raise CheckpointError(
             f"{path}: leads to {real}, outside the checkpoint",
             hint="only files inside the checkpoint's folder are read: replace the link by the file",
         )
-    if not real.is_file():
+    if not is_file:
         raise CheckpointError(f"{path}: no such file", hint="is the checkpoint complete?")
     return path
 
 
-def _open_weights(folder: Path) -> tuple[list[MappedFile], dict[str, MappedTensor]]:
+def _open_weights(folder: Path) -> tuple[list[MappedFile], list[StoredName], Collection[str] | None]:
+    """The files, every tensor of each, and the names in the index, if there is one."""
     # The order transformers looks in.
     if (folder / SINGLE_FILE).exists():
         file = MappedFile(file_inside(folder, SINGLE_FILE))
-        return [file], tensors_of_safetensors(file)
+        return [file], _stored(file), None
     if (folder / INDEX_FILE).exists():
         return _open_shards(folder)
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -130,7 +156,8 @@ def _open_weights(folder: Path) -> tuple[list[MappedFile], dict[str, MappedTenso
     )
 
 
-def _open_shards(folder: Path) -> tuple[list[MappedFile], dict[str, MappedTensor]]:
+def _open_shards(folder: Path) -> tuple[list[MappedFile], list[StoredName], Collection[str]]:
+    """Opens the shards that the index names; as transformers does, takes all in them, wherever it says they are."""
     index_file = file_inside(folder, INDEX_FILE)
     file_of = read_json(index_file, CheckpointError).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
@@ -140,30 +167,25 @@ def _open_shards(folder: Path) -> tuple[list[MappedFile], dict[str, MappedTensor
         )
     problems: list[str] = []
     files: list[MappedFile] = []
-    tensors: dict[str, MappedTensor] = {}
+    stored: list[StoredName] = []
     for name in sorted(set(file_of.values())):
         try:
             file = MappedFile(file_inside(folder, name))
-            shard = tensors_of_safetensors(file)
+            stored += _stored(file)
         except CheckpointError as err:
             problems.append(err.message)
-            continue
-        files.append(file)
-        problems += [
-            f"{tensor}: duplicated in {tensors[tensor].file.path.name} and {name}"
-            for tensor in shard
-            if tensor in tensors
-        ]
-        problems += [
-            f"{tensor}: not in {name}" for tensor, place in file_of.items() if place == name and tensor not in shard
-        ]
-        tensors.update(shard)
+        else:
+            files.append(file)
     if problems:
         raise CheckpointError(
             f"{index_file}: the shards are not what the index says\n  " + "\n  ".join(problems),
             hint="is the checkpoint complete?",
         )
-    return files, tensors
+    return files, stored, file_of.keys()
+
+
+def _stored(file: MappedFile) -> list[StoredName]:
+    return [StoredName(name, tensor) for name, tensor in tensors_of_safetensors(file).items()]
 
 
 class FolderTokenizer:
@@ -171,19 +193,24 @@ class FolderTokenizer:
 
     Args:
         folder: A checkpoint's folder, or a foreign graph's.
+        vocab_size: Of the model; None where nothing says.
 
     Attributes:
         warnings: What a user should know about the conversion.
 
     Raises:
-        CheckpointError: One of the files is damaged, or leads out of the folder.
+        CheckpointError: One of the files is damaged, or leads out of the folder; or the tokenizer has tokens that the
+            model has not.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, vocab_size: int | None = None) -> None:
         self._folder = folder
         self._converted: ConvertedTokenizer | None = None
         self.warnings: list[str] = []
-        if self._file("tokenizer.model") is not None and self._file("tokenizer.json") is None:
+        file = self._file("tokenizer.json")
+        if file is not None and vocab_size is not None:
+            check_vocabulary(file, vocab_size)
+        if file is None and self._file("tokenizer.model") is not None:
             self._convert()
 
     def save(self, target: Path) -> None:

@@ -20,6 +20,9 @@ from dlo_export.checkpoints.files.mapped_file import MappedFile, MappedTensor
 
 # The limit of the reference implementation; a larger length means that these eight bytes are not one.
 MAX_HEADER_BYTES = 100_000_000
+# NumPy's limit was this long; a list of thousands of sizes would take minutes to multiply.
+MAX_DIMENSIONS = 32
+_LARGEST_SIZE = 2**63 - 1
 
 
 def tensors_of_safetensors(file: MappedFile) -> dict[str, MappedTensor]:
@@ -97,8 +100,10 @@ def _read_entry(entry: Any, file: MappedFile, data_start: int) -> MappedTensor:
 
 def _sizes(entry: dict[str, Any], field: str) -> tuple[int, ...]:
     values = entry.get(field)
-    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value <= _LARGEST_SIZE for value in values):
         raise ValueError(f"{field} is {values!r}, expected a list of sizes")
+    if len(values) > MAX_DIMENSIONS:
+        raise ValueError(f"{field} has {len(values)} entries, expected at most {MAX_DIMENSIONS}")
     return tuple(values)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from dlo_export.checkpoints.dtypes import BY_NAME, BY_NUMPY, FLOATS
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.finite_weights import check_finite
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress, rows_at_once
 
 WRITTEN_TYPES = (*FLOATS, BY_NAME["float64"])
@@ -31,6 +32,7 @@ def save_safetensors(tensors: Mapping[str, LazyTensor], path: Path, *, progress:
 
     Raises:
         InputError: A dtype that weights are not written as.
+        NonFiniteWeightError: A value is NaN or infinite.
         OSError: The file cannot be written.
     """
     header = _header(tensors)
@@ -38,8 +40,9 @@ def save_safetensors(tensors: Mapping[str, LazyTensor], path: Path, *, progress:
     done = 0
     with path.open("wb") as file:
         file.write(header)
-        for tensor in tensors.values():
+        for name, tensor in tensors.items():
             for chunk in _chunks(tensor):
+                check_finite(chunk, name, path.name)
                 # As bytes: bfloat16 has no buffer format of its own.
                 file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
                 tensor.release()

@@ -51,9 +51,15 @@ def convert_sentencepiece(file: Callable[[str], Path | None]) -> ConvertedTokeni
     model_path = file("tokenizer.model")
     if model_path is None:
         raise ValueError("a folder without tokenizer.model was given: please report")
+
+    def read(name: str) -> dict[str, Any]:
+        path = file(name)
+        return {} if path is None else read_json(path, CheckpointError)
+
     config, special_map, added_ids = (
-        {} if path is None else read_json(path, CheckpointError)
-        for path in map(file, ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"))
+        read("tokenizer_config.json"),
+        read("special_tokens_map.json"),
+        read("added_tokens.json"),
     )
     model = read_sentencepiece(model_path, legacy=config.get("legacy") is not False)
     try:

@@ -31,6 +31,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of the table.")] = False,
 ) -> None:
     """Time prefill and decode of artefacts in alternating blocks, with their active rates on real text."""
+    from dlo_export.checkpoints.generation_config import GenerationConfig  # noqa: PLC0415
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.artifact_runner import open_artifact  # noqa: PLC0415
     from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
@@ -41,6 +42,12 @@ def main(
 
     reporter = Reporter()
     descriptions = [open_description(folder) if verify else load_description(folder) for folder in artefacts]
+    for folder in artefacts:
+        context = GenerationConfig.from_folder(folder).context_length
+        if context is not None and prompt_tokens + decode_tokens > context:
+            reporter.warn(
+                f"{folder}: {prompt_tokens} tokens and {decode_tokens} steps go beyond its context of {context}"
+            )
     workload = Workload(batch, prompt_tokens, decode_tokens, rounds)
     needed = max(perplexity_tokens, batch * (prompt_tokens + decode_tokens))
     sequences = [held_out_sequences(folder, text, -(-needed // SEQUENCE) * SEQUENCE) for folder in artefacts]
@@ -73,18 +80,12 @@ def main(
 
 def held_out_sequences(folder: Path, text: Path | None, tokens: int) -> Any:
     """Tokens of documents that calibration leaves out, int64 [sequences, 512]."""
-    from tokenizers import Tokenizer  # noqa: PLC0415
-
-    from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
+    from dlo_export.checkpoints.tokenization.encoder import load_encoder  # noqa: PLC0415
     from dlo_export.modeling.calibration.text import calibration_text, read_documents  # noqa: PLC0415
 
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise InputError(f"{folder}: has no tokenizer.json", hint="copy the checkpoint's into it")
-    tokenizer = Tokenizer.from_file(str(file))
     drawn = calibration_text(
         read_documents(text),
-        lambda document: tokenizer.encode(document, add_special_tokens=False).ids,
+        load_encoder(folder),
         # Evaluation documents are drawn first, so what calibration would get does not matter here.
         calibration_tokens=SEQUENCE,
         evaluation_tokens=max(tokens, SEQUENCE),

@@ -44,6 +44,9 @@ def main(
     ] = None,
     as_adapter: Annotated[bool, typer.Option("--as-adapter", help="Write the routers alone, as an adapter.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="Take an adapter that was made from other weights.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
 ) -> None:
@@ -68,6 +71,7 @@ def main(
         evaluation_tokens=evaluation_tokens,
         seed=seed,
         force=force,
+        force_base=force_base,
     )
     result = calibrate(request, Reporter(verbose=verbose))
     if as_json:

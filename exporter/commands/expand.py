@@ -45,8 +45,11 @@ def main(
     from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter  # noqa: PLC0415
     from dlo_export.checkpoints.depth.placements import placements  # noqa: PLC0415
     from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space  # noqa: PLC0415
+    from dlo_export.checkpoints.finite_weights import finite_tensors  # noqa: PLC0415
+    from dlo_export.checkpoints.llama_layer import router_name  # noqa: PLC0415
     from dlo_export.checkpoints.opening import open_checkpoint  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
+    from dlo_export.exporter.sources.untrained_routers import untrained_router_warning  # noqa: PLC0415
 
     given: dict[str, Any] = {
         "every": every,
@@ -64,23 +67,32 @@ def main(
         for warning in checkpoint.warnings:
             reporter.warn(warning)
         raw = checkpoint.config.raw
+        # Named as the base names them; those of the result have other numbers.
+        tensors = finite_tensors(checkpoint.tensors, checkpoint.path)
         plan = placements(
             method.value,
             checkpoint.config.num_layers,
             **{name: value for name, value in given.items() if value is not None},
         )
-        options = {"zero_routers": routers, "seed": seed, "initializer_range": raw.get("initializer_range", 0.02)}
+        untrained = [at for layer, at in enumerate(plan.original_positions) if router_name(layer) not in tensors]
+        if routers and untrained:
+            reporter.warn(untrained_router_warning(untrained))
+        options: dict[str, Any] = {
+            "zero_routers": routers,
+            "seed": seed,
+            "initializer_range": checkpoint.config.initializer_range,
+        }
         if as_adapter:
-            adapter = expansion_adapter(checkpoint.tensors, plan, base_sha256=checkpoint.sha256(), **options)
+            adapter = expansion_adapter(tensors, plan, base_sha256=checkpoint.sha256(), **options)
             with reporter.stage("adapter"):
                 save_adapter(adapter, output, overwrite=force)
         else:
-            tensors = expanded_tensors(checkpoint.tensors, plan, **options)
-            sizes = [math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values()]
+            deepened = expanded_tensors(tensors, plan, **options)
+            sizes = [math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in deepened.values()]
             check_output_space(output, sum(sizes))
             with reporter.bytes("checkpoint") as progress:
                 save_checkpoint(
-                    tensors,
+                    deepened,
                     output,
                     save_companions=checkpoint.save_companions,
                     config_changes=expanded_config(raw, plan, zero_routers=routers),

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from dlo_export.checkpoints.dtypes import BY_OPTION
-from dlo_export.exporter.commands.numbers import positive
+from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
+from dlo_export.exporter.commands.numbers import MAX_COUNT, positive
 from dlo_export.graph_passes.lowerings.registry import lowering_names  # of names alone: keeps `dlo --help` quick
 
 NAME = "export"
@@ -44,11 +44,13 @@ def main(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Artefact folder; MODEL's name with -dlo unless given.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="DloAdapter: injected layers and routers.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="DloAdapter (injected layers, routers), or a LoRA adapter of PEFT's.")
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
-            metavar=f"<{'|'.join(('auto', *BY_OPTION))}>",
+            metavar=f"<{'|'.join(DTYPE_CHOICES)}>",
             help="Of weights, KV cache and logits; auto is fp32 on a CPU.",
         ),
     ] = "auto",
@@ -66,10 +68,15 @@ def main(
     trt_target: Annotated[
         str, typer.Option(help="GPUs, such as sm89,sm120; every GPU of the backend unless given.")
     ] = "",
-    trt_max_batch: Annotated[int, typer.Option(min=1, help="Sequences per step at most.")] = 4,
-    trt_max_sequence: Annotated[int, typer.Option(min=1, help="Tokens per sequence and step at most.")] = 512,
+    trt_max_batch: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Sequences per step at most.")] = 4,
+    trt_max_sequence: Annotated[
+        int, typer.Option(min=1, max=MAX_COUNT, help="Tokens per sequence and step at most.")
+    ] = 512,
     trt_max_cache: Annotated[
-        int, typer.Option(min=1, help="Tokens per sequence in the KV cache at most; decode costs grow with it.")
+        int,
+        typer.Option(
+            min=1, max=MAX_COUNT, help="Tokens per sequence in the KV cache at most; decode costs grow with it."
+        ),
     ] = 2048,
     trt_cache: Annotated[
         CacheOption, typer.Option(help="Updated in place, or one output per step.")
@@ -85,6 +92,12 @@ def main(
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Do not compare with PyTorch.")] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Leave model.onnx.data out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Take a model with NaN or infinity in its weights.")
+    ] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="Take an adapter that was made from other weights.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print dlo_artifact.json to stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
@@ -120,6 +133,8 @@ def main(
         parity=not no_parity,
         weights=not no_weights,
         force=force,
+        allow_nonfinite=allow_nonfinite,
+        force_base=force_base,
         trt=tensorrt if trt else None,
     )
     result = export_model(request, reporter)

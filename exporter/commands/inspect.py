@@ -34,6 +34,7 @@ def _print_tables(inspection: Inspection) -> None:
     from rich.text import Text  # noqa: PLC0415
 
     from dlo_export.exporter.messages import escaped, printable  # noqa: PLC0415
+    from dlo_export.exporter.sources.untrained_routers import untrained_router_warning  # noqa: PLC0415
 
     console = Console()
 
@@ -48,6 +49,8 @@ def _print_tables(inspection: Inspection) -> None:
             f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
             f"parity {description.parity.verdict}"
         )
+    if inspection.untrained_routers:
+        tell(f"warning: {untrained_router_warning(inspection.untrained_routers)}")
     if inspection.layers_problem:
         tell(f"no decoder layers: {inspection.layers_problem}")
     else:

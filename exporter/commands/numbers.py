@@ -7,6 +7,7 @@ import math
 import typer
 
 MAX_THREADS = 1024
+MAX_COUNT = 2**31 - 1  # of tokens or sequences: what the sizes of tensors are counted in
 
 
 def finite(value: float | None) -> float | None:

@@ -14,6 +14,12 @@ def main(
     artefact: Annotated[Path, typer.Argument(help="Folder that dlo-export wrote.")],
     model: Annotated[str, typer.Argument(help="What it was made from: checkpoint folder, .gguf, .onnx, hub id.")],
     adapter: Annotated[Path | None, typer.Option(help="The adapter it was made with.")] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Take a model with NaN or infinity in its weights.")
+    ] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="Take an adapter that was made from other weights.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
@@ -27,9 +33,12 @@ def main(
     from dlo_export.exporter.tensorrt.plan import graph_options  # noqa: PLC0415
 
     description = open_description(artefact)
-    source = open_source(model, adapter)
+    source = open_source(model, adapter, allow_nonfinite=allow_nonfinite, force_base=force_base)
+    reporter = Reporter(verbose=verbose)
     try:
-        with Reporter(verbose=verbose).stage("parity"):
+        for warning in source.warnings:
+            reporter.warn(warning)
+        with reporter.stage("parity"):
             report = check_parity(source, artefact, description, map(graph_options, description.engines))
     finally:
         source.close()

@@ -55,6 +55,13 @@ def main(
     tokenizer = Tokenizer(artefact)
     chat = tokenizer.has_chat_template and not raw
     ids = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    context = generation_config.context_length
+    if context is not None and len(ids) + max_new_tokens > context:
+        typer.echo(
+            f"warning: a prompt of {len(ids)} tokens and up to {max_new_tokens} new ones go beyond the model's context "
+            f"of {context}: what it says there is not to be trusted",
+            err=True,
+        )
     opened = open_engines(artefact, trt_plugin_library) if trt else open_artifact(artefact, threads=threads)
     with opened as runner:
         generation = Generation(

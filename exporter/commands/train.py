@@ -127,6 +127,9 @@ def main(
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.CPU,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT.run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="Take an adapter that was made from other weights.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
 ) -> None:
@@ -177,6 +180,7 @@ def main(
         sequence=sequence,
         resume=resume,
         force=force,
+        force_base=force_base,
     )
     reporter = Reporter(verbose=verbose)
     with TrainingProgress(reporter.console) as progress:

@@ -72,11 +72,13 @@ class _DecoderGraph:
             for i in range(config.num_layers)
         ]
 
+        # What all layers share is computed once per step: the rotary tables, and one additive mask.
         embeddings = self._weight(EMBEDDING)
         hidden_states = builder.op("Gather", [embeddings, input_ids], "model.embed_tokens")
         self.rotary = self._rotary_tables(position_ids)
         self.mask = self._attention_bias(input_ids, attention_mask)
 
+        # The residual stream goes through the layers; each gives out its cache as it is after the step.
         present: list[ir.Value] = []
         for i in range(config.num_layers):
             hidden_states, key, value = self._decoder_layer(i, hidden_states, past[i])
@@ -112,6 +114,7 @@ class _DecoderGraph:
         and its attention must stay a number, because its keys and values are read (and masked) by the real tokens.
         """
         builder, name = self.builder, "model.attention_mask"
+        # A step's queries are the last of all positions: query t of it stands at past + t.
         total = builder.op("Shape", [attention_mask], f"{name}.total", start=1, end=2, dtype=ir.DataType.INT64)
         sequence = builder.op("Shape", [input_ids], f"{name}.sequence", start=1, end=2, dtype=ir.DataType.INT64)
         past = builder.op("Sub", [total, sequence], f"{name}.past")
@@ -123,6 +126,7 @@ class _DecoderGraph:
         query_column = builder.op(
             "Unsqueeze", [query_order, builder.constant("axes.column", np.array([1]))], f"{name}.query_column"
         )
+        # Visible is what is no later than the query, and no padding: together [batch, 1, sequence, total].
         causal = builder.op("LessOrEqual", [key_order, query_column], f"{name}.causal", dtype=ir.DataType.BOOL)
         real = builder.op(
             "Unsqueeze",
@@ -160,6 +164,7 @@ class _DecoderGraph:
         value = self._projection(index, "v_proj", normed)
         query = builder.op("RotaryEmbedding", [query, *self.rotary], f"{name}.q_rotary", num_heads=config.num_heads)
         key = builder.op("RotaryEmbedding", [key, *self.rotary], f"{name}.k_rotary", num_heads=config.num_kv_heads)
+        # The operator appends to the cache by itself, and takes the heads apart.
         attended, present_key, present_value = builder.op_outputs(
             "Attention",
             [query, key, value, self.mask, *past],
@@ -182,6 +187,8 @@ class _DecoderGraph:
         builder, config = self.builder, self.config
         if not config.tie_word_embeddings:
             return self._linear(normed, "lm_head", bias=False, output=LOGITS)
+        # Gemm reads the embedding matrix as it is stored, but takes two dimensions only: tokens become rows, and get
+        # their two axes back behind it.
         rows = builder.op(
             "Reshape", [normed, builder.constant("rows", np.array([-1, config.hidden_size]))], "head.rows"
         )

@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import InjectedLayer
+from dlo_export.checkpoints.adapter.lora import LoraAdapter
 from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
-from dlo_export.checkpoints.errors import CheckpointError
+from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.opening import Checkpoint
 from dlo_export.exporter.plain_graph.llama import plain_graph
 from dlo_export.exporter.sources.base_model import Refusal, Use
 
-_INJECTED_FIELDS = {field.name: int if field.name != "init" else str for field in dataclasses.fields(InjectedLayer)}
-
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointModel:
-    """An open checkpoint that answers as a `BaseModel`: it serves every use.
+    """An open checkpoint that answers as a `BaseModel`: it serves every use, but for calibration with a LoRA adapter.
 
     Attributes:
         checkpoint: Open.
+        lora: Merged into its weights.
+        allow_nonfinite: Let weights be NaN or infinite.
 
     Raises:
-        CheckpointError: Its config.json lists injected layers in another form than this project writes.
+        AdapterError: The LoRA adapter was made for another model.
     """
 
     checkpoint: Checkpoint
+    lora: LoraAdapter | None = None
+    allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        if problems := [*_injected_problems(self.config)]:
-            raise CheckpointError(
-                f"{self.path}: config.json: {'; '.join(problems)}",
-                hint="each entry has position, source (layer numbers) and init, as `dlo expand` writes them",
-            )
+        if self.lora is not None:
+            self.lora.check_fits(self.checkpoint.tensors)
 
     @property
     def kind(self) -> str:  # noqa: D102 - BaseModel's questions, here and below
-        return "gguf" if self.path.suffix.lower() == ".gguf" else "checkpoint"
+        return self.checkpoint.kind
 
     @property
     def path(self) -> Path:  # noqa: D102
@@ -68,9 +70,13 @@ class CheckpointModel:
     def routing(self) -> RoutingConfig | None:  # noqa: D102
         return self.config.routing
 
-    @property
-    def tensors(self) -> Mapping[str, LazyTensor]:  # noqa: D102
-        return self.checkpoint.tensors
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, LazyTensor]:
+        """Weights with the LoRA adapter merged in, which refuse to be NaN or infinite."""
+        tensors = self.checkpoint.tensors
+        if not self.allow_nonfinite:
+            tensors = finite_tensors(tensors, self.path)
+        return tensors if self.lora is None else self.lora.merged(tensors)
 
     @property
     def warnings(self) -> tuple[str, ...]:  # noqa: D102
@@ -79,17 +85,25 @@ class CheckpointModel:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         return self.config.tensor_shapes()
 
-    def sha256(self) -> str:  # noqa: D102
-        return self.checkpoint.sha256()
+    def sha256(self) -> str:
+        """The checkpoint's; with a LoRA adapter, SHA-256 of both hashes in hexadecimal, a line each."""
+        own = self.checkpoint.sha256()
+        return own if self.lora is None else hashlib.sha256(f"{own}\n{self.lora.sha256()}\n".encode()).hexdigest()
 
     def graph_dtype(self, choice: str) -> str:
         """As asked: the graph is built from the weights. auto is for ONNX Runtime's CPU provider, fp32."""
         return "fp32" if choice == "auto" else choice
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:  # noqa: D102
-        return plain_graph(self.config, self.checkpoint.tensors, dtype)
+        return plain_graph(self.config, self.tensors, dtype)
 
-    def why_not(self, use: Use) -> Refusal | None:  # noqa: D102
+    def why_not(self, use: Use) -> Refusal | None:
+        """Routers are fitted to a model of which every weight has a name and a hash of its own."""
+        if use == "calibration" and self.lora is not None:
+            return Refusal(
+                f"would be calibrated under the LoRA adapter {self.lora.path}",
+                "merge it with PEFT's merge_and_unload, save the model, and calibrate that",
+            )
         return None
 
     def save_companions(self, folder: Path, config_overrides: Mapping[str, Any] | None = None) -> None:  # noqa: D102
@@ -97,14 +111,3 @@ class CheckpointModel:
 
     def close(self) -> None:  # noqa: D102
         self.checkpoint.close()
-
-
-def _injected_problems(config: LlamaConfig) -> Iterator[str]:
-    entries = config.raw.get("injected_layers") or ()
-    if not isinstance(entries, list | tuple):
-        yield f"injected_layers is a {type(entries).__name__}, expected a list"
-        return
-    for index, entry in enumerate(entries):
-        found = {name: type(value) for name, value in entry.items()} if isinstance(entry, dict) else None
-        if found != _INJECTED_FIELDS:
-            yield f"injected_layers[{index}] is {entry!r}, expected position, source and init"

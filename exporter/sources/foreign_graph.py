@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +22,15 @@ from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.json_file import save_json
-from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer
+from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer, file_inside
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.checkpoints.llama_layer import EMBEDDING, FINAL_NORM, HEAD, layer_tensor_name
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.sources.base_model import Refusal, Use
-from dlo_export.exporter.weight_file import external_tensors
+from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file, tensor_problems
+from dlo_export.exporter.sources.graph_types import infer_types
+from dlo_export.exporter.sources.model_proto import parsed_model
+from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.find.projections import Layout
@@ -120,7 +125,41 @@ class ForeignGraph:
 
     def model(self) -> ir.Model:
         """The graph, its layers findable, its external weights mapped, not read: a new one with every call."""
-        return prepare_foreign(load_graph(self.path))
+        return read_prepared(self.path).model
+
+    def check(self) -> None:
+        """Refuses what cannot be exported, before anything is made of it.
+
+        Raises:
+            InputError: It is routed already.
+            CheckpointError: The config.json beside it is of another model.
+        """
+        routed = self._file.routed or (self.config is not None and self.config.routing is not None)
+        if routed:
+            raise InputError(
+                f"{self.path}: its layers have routers already, and an adapter's would be added to them",
+                hint="give the model it was made from, a checkpoint or a graph, and the adapter",
+            )
+        if self.config is None:
+            return
+        found = {"layers": self.num_layers, **_cache_sizes(self._layers[0]), **self.tensor_shapes()}
+        expected = {
+            "layers": self.config.num_layers,
+            "KV heads": self.config.num_kv_heads,
+            "head size": self.config.head_dim,
+            **self.config.tensor_shapes(),
+        }
+        problems = [
+            f"{what} {expected[what]} in config.json, {found[what]} in the graph"
+            for what in found
+            if what in expected and found[what] != expected[what]
+        ]
+        if problems:
+            raise CheckpointError(
+                f"{self.path.parent / 'config.json'}: is of another model than {self.path.name}: "
+                + "; ".join(problems),
+                hint="put the config.json of the exported model beside the graph",
+            )
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -129,15 +168,15 @@ class ForeignGraph:
 
     @functools.cached_property
     def _tokenizer(self) -> FolderTokenizer:
-        return FolderTokenizer(self.path.parent)
+        return FolderTokenizer(self.path.parent, None if self.config is None else self.config.vocab_size)
 
     @functools.cached_property
     def _layers(self) -> tuple[DecoderLayer, ...]:
-        return find_decoder_layers(self._model.graph)
+        return find_decoder_layers(self._file.model.graph)
 
     @functools.cached_property
-    def _model(self) -> ir.Model:
-        return self.model()
+    def _file(self) -> ForeignFile:
+        return read_prepared(self.path)
 
     @property
     def num_layers(self) -> int:
@@ -152,18 +191,18 @@ class ForeignGraph:
             for projection in layer.projections.values():
                 tensor = constant_tensor(projection.weight)
                 assert tensor is not None, "a projection's weight is constant"
-                name = f"model.layers.{layer.index}.{projection.tensor}"
+                name = layer_tensor_name(layer.index, projection.tensor)
                 named[name] = GraphWeight(name, tensor, projection.layout)
         named |= _outer_weights(self._layers[0], self._layers[-1])
-        head = named.get("lm_head.weight")
+        head = named.get(HEAD)
         # Some exporters store a tied matrix twice.
         if self.config is not None and self.config.tie_word_embeddings and head is not None:
-            if not np.array_equal(head.numpy(), named["model.embed_tokens.weight"].numpy()):
+            if not np.array_equal(head.numpy(), named[EMBEDDING].numpy()):
                 raise CheckpointError(
                     f"{self.path}: head and embedding differ, but config.json says tie_word_embeddings",
                     hint="put the config.json of the exported model beside the graph",
                 )
-            del named["lm_head.weight"]
+            del named[HEAD]
         return named
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -173,7 +212,7 @@ class ForeignGraph:
     def sha256(self) -> str:
         """SHA-256 over the graph file and its external data files, in the order of their names."""
         digest = hashlib.sha256()
-        for file in (self.path, *sorted(_data_files(self._model, self.path))):
+        for file in (self.path, *self._file.data_files):
             digest.update(bytes.fromhex(file_sha256(file)))
         return digest.hexdigest()
 
@@ -181,8 +220,8 @@ class ForeignGraph:
         """Writes config.json with the overrides, and copies what else stands beside the graph."""
         if self.config is not None:
             save_json(folder / "config.json", {**self.config.raw, **(config_overrides or {})})
-        generation_config = self.path.parent / "generation_config.json"
-        if generation_config.is_file():
+        generation_config = _beside(self.path, "generation_config.json")
+        if generation_config is not None:
             shutil.copyfile(generation_config, folder / generation_config.name)
         self._tokenizer.save(folder)
 
@@ -225,7 +264,7 @@ class GraphWeight:
         return self._tensor.numpy().T if self._transposed else self._tensor.numpy()
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """numpy()[start:stop]."""
+        """Rows of `numpy()`, mapped like it."""
         return self.numpy()[start:stop]
 
     def release(self) -> None:
@@ -242,52 +281,66 @@ def open_foreign_graph(path: Path) -> ForeignGraph:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file", hint="give the .onnx file itself, or a checkpoint folder")
-    config_path = path.parent / "config.json"
-    config = LlamaConfig.from_json(config_path) if config_path.is_file() else None
+    config_path = _beside(path, "config.json")
+    config = None if config_path is None else LlamaConfig.from_json(config_path)
     graph = ForeignGraph(path, config)
-    _check_data_files(graph.model(), path)
-    if config is not None and config.num_layers != graph.num_layers:
-        raise CheckpointError(
-            f"{config_path}: num_hidden_layers is {config.num_layers}, the graph has {graph.num_layers} layers",
-            hint="put the config.json of the exported model beside the graph",
-        )
+    graph.check()
     return graph
+
+
+def read_prepared(path: Path, *, for_inspection: bool = False) -> ForeignFile:
+    """Reads a graph of unknown origin, checks it, and makes its layers findable.
+
+    Args:
+        path: The file.
+        for_inspection: As for `read_foreign_file`.
+
+    Raises:
+        InputError: It is no valid ONNX model, with all places.
+    """
+    file = read_foreign_file(path, for_inspection=for_inspection)
+    try:
+        prepare_foreign(file.model)
+        infer_types(file.model)
+    except GraphPassError as err:
+        raise InputError(f"{path}: {err.message}", hint=err.hint) from err
+    return file
 
 
 def load_graph(path: Path) -> ir.Model:
     """Reads a graph; external weights are mapped when they are asked for.
 
     Raises:
-        InputError: It is no ONNX model.
+        InputError: It is no ONNX model, or a damaged one.
     """
+    proto = parsed_model(path)
+    if problems := list(tensor_problems(proto)):
+        raise InputError(f"{path}: is damaged:\n  " + "\n  ".join(problems), hint="export it again")
     try:
-        return ir.load(path)
-    except Exception as err:  # protobuf, serde and OS errors have no common base; each means "not a readable model"
+        model = ir.from_proto(proto)
+    except Exception as err:  # onnx_ir's own errors have no common base; each means that the model is not a graph
         raise InputError(
             f"{path}: is not a readable ONNX model ({type(err).__name__}: {err})", hint="export it again"
         ) from err
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model
 
 
-def _data_files(model: ir.Model, path: Path) -> set[Path]:
-    return {path.parent / tensor.location for tensor in external_tensors(model.graph).values()}
+def _beside(path: Path, name: str) -> Path | None:
+    """A file in the graph's folder, None where there is none.
+
+    Raises:
+        CheckpointError: It is a link that leads out of the folder or nowhere, or no regular file.
+    """
+    return file_inside(path.parent, name) if os.path.lexists(path.parent / name) else None
 
 
-def _check_data_files(model: ir.Model, path: Path) -> None:
-    root = path.parent.resolve()
-    problems = []
-    needed: dict[Path, int] = {}
-    for tensor in external_tensors(model.graph).values():
-        file = path.parent / tensor.location
-        needed[file] = max(needed.get(file, 0), (tensor.offset or 0) + tensor.nbytes)
-    for file, size in sorted(needed.items()):
-        if not file.resolve().is_relative_to(root):
-            problems.append(f"{file}: lies outside {root}")
-        elif not file.is_file():
-            problems.append(f"{file}: missing")
-        elif file.stat().st_size < size:
-            problems.append(f"{file}: has {file.stat().st_size} bytes, expected at least {size}")
-    if problems:
-        raise InputError(f"{path}: external weights: " + "; ".join(problems), hint="copy all files of the export")
+def _cache_sizes(layer: DecoderLayer) -> dict[str, int]:
+    """KV heads and head size, as far as the cache's input says them: [batch, kv_heads, past, head_dim]."""
+    shape = layer.past_key.shape
+    if shape is None or len(shape) != 4:
+        return {}
+    return {name: dim for name, dim in (("KV heads", shape[1]), ("head size", shape[3])) if isinstance(dim, int)}
 
 
 def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTensor]:
@@ -296,9 +349,7 @@ def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTen
     assert lookup is not None, "the residual stream starts at an embedding lookup"
     embedding = constant_tensor(lookup.inputs[0])
     assert embedding is not None
-    found: dict[str, LazyTensor] = {
-        "model.embed_tokens.weight": GraphWeight("model.embed_tokens.weight", embedding, "out_in")
-    }
+    found: dict[str, LazyTensor] = {EMBEDDING: GraphWeight(EMBEDDING, embedding, "out_in")}
     for node in _nodes_behind(last.output):
         for value in node.inputs:
             tensor = constant_tensor(value)
@@ -306,9 +357,9 @@ def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTen
                 continue
             shape = tensor.shape.numpy()
             if shape == (last.hidden_size,) and is_op(node, "Mul", "RMSNormalization", "SimplifiedLayerNormalization"):
-                found["model.norm.weight"] = GraphWeight("model.norm.weight", tensor, "vector")
+                found[FINAL_NORM] = GraphWeight(FINAL_NORM, tensor, "vector")
             elif is_op(node, "MatMul") and shape[0] == last.hidden_size:
-                found["lm_head.weight"] = GraphWeight("lm_head.weight", tensor, "in_out")
+                found[HEAD] = GraphWeight(HEAD, tensor, "in_out")
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,20 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer, load_adapter
+from dlo_export.checkpoints.adapter.lora import is_peft_adapter, load_lora
 from dlo_export.checkpoints.config import RoutingConfig
+from dlo_export.checkpoints.depth.expansion import ExpansionPlan, expanded_config, routed_config
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
 from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.exporter.sources.adapter_base import check_adapter_base
 from dlo_export.exporter.sources.base_model import BaseModel, check_use
 from dlo_export.exporter.sources.checkpoint_model import CheckpointModel
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
+from dlo_export.exporter.sources.untrained_routers import untrained_router_warning
+from dlo_export.runtimes.artefact.description import AdapterBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +35,15 @@ class ExportSource:
         base: What everything is added to.
         adapter: Injected layers and routers, where given.
         routing: From the adapter, else from the base model; None for a dense model.
+        adapter_name: Of the folder of an adapter, a LoRA one included; None where there is none.
+        adapter_base: Whether that was made from the base model's weights.
     """
 
     base: BaseModel
     adapter: DloAdapter | None
     routing: RoutingConfig | None
+    adapter_name: str | None = None
+    adapter_base: AdapterBase | None = None
 
     @property
     def kind(self) -> str:
@@ -53,8 +63,22 @@ class ExportSource:
 
     @property
     def injected_layers(self) -> tuple[InjectedLayer, ...]:
-        """Layers the adapter adds, or that the base model says were added."""
-        return self.base.injected_layers if self.adapter is None else self.adapter.injected_layers
+        """All that are not the first model's, in the order of their positions; sources count in the first model."""
+        if self.adapter is None:
+            return self.base.injected_layers
+        return tuple(InjectedLayer(**entry) for entry in self.config_values()["injected_layers"])
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user is to be shown, one sentence each: the base model's, and of routers that skip everything."""
+        zero = [layer for layer, router in self.routers().items() if not router.any()]
+        tensors = self.tensors() if zero else {}
+        # Where the MLP adds nothing, as a new layer's of zero_out, skipping it loses nothing.
+        ends = [
+            name for module in LLAMA_LAYER if module.block == "mlp" and module.ends_branch for name in module.tensors()
+        ]
+        untrained = [layer for layer in zero if not _are_zeros(tensors, layer, ends)]
+        return (*self.base.warnings, untrained_router_warning(untrained)) if untrained else self.base.warnings
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
         """The base model's graph, before any pass: a new one with every call."""
@@ -83,58 +107,62 @@ class ExportSource:
         """What the artefact's config.json says beyond the base model's: depth and routing, in the authors' keys."""
         if self.adapter is None:
             return {}
-        values: dict[str, Any] = {
-            "num_hidden_layers": self.num_layers,
-            "injected_layers": [dataclasses.asdict(layer) for layer in self.injected_layers],
-        }
+        base = {} if self.base.config is None else self.base.config.raw
+        values = expanded_config(base, ExpansionPlan(self.base.num_layers, self.adapter.injected_layers))
         if self.routing is not None:
-            values |= {
-                "model_type": "llama_dlo_exattn",
-                "architectures": ["LlamaDloForCausalLM"],
-                "is_dlo": list(self.adapter.is_dlo),
-                "rescale_hidden_states": self.adapter.rescale_hidden_states,
-                "scale_factor": self.adapter.scale_factor,
-                "scale_gap": self.adapter.scale_gap,
-            }
+            values |= routed_config(
+                self.adapter.is_dlo,
+                rescale=self.adapter.rescale_hidden_states,
+                scale_factor=self.adapter.scale_factor,
+                scale_gap=self.adapter.scale_gap,
+            )
         return values
 
     def config_json(self) -> dict[str, Any]:
-        """The deepened and routed model's config.json, for its PyTorch form.
+        """What of the deepened and routed model's config.json decides what is computed, for its PyTorch form.
 
         Raises:
             InputError: The base model has none.
         """
         check_use(self.base, "parity")
         assert self.base.config is not None, "or it would have refused"
-        return {**self.base.config.raw, **self.config_values()}
+        return {**self.base.config.model_values(), **self.config_values()}
 
     def identity_layers(self) -> tuple[int, ...]:
         """Layers that pass the residual stream through: o_proj and down_proj, and their biases, are all zeros."""
         tensors = self.tensors()
-        return tuple(layer for layer in range(self.num_layers) if _is_identity(tensors, layer))
+        ends = LLAMA_LAYER.branch_ends
+        return tuple(layer for layer in range(self.num_layers) if _are_zeros(tensors, layer, ends))
 
     def close(self) -> None:
         """Unmaps the base model's files."""
         self.base.close()
 
 
-def open_source(model: str | Path, adapter_folder: Path | None) -> ExportSource:
+def open_source(
+    model: str | Path, adapter_folder: Path | None, *, allow_nonfinite: bool = False, force_base: bool = False
+) -> ExportSource:
     """Opens a model and its adapter, and checks that they fit.
 
     Args:
         model: Checkpoint folder, `.gguf` or `.onnx` file, or hub id in the local cache.
-        adapter_folder: DloAdapter; needed for an `.onnx`.
+        adapter_folder: DloAdapter, needed for an `.onnx`; or a LoRA adapter of PEFT's, merged into a checkpoint.
+        allow_nonfinite: Let weights be NaN or infinite.
+        force_base: Let the adapter be made from other weights.
 
     Raises:
         InputError: The model cannot be read, or is routed in a way this version does not export.
         dlo_export.checkpoints.adapter.adapter.AdapterError: The adapter is damaged or does not fit the model.
     """
+    if adapter_folder is not None and is_peft_adapter(adapter_folder):
+        return _merged_source(model, adapter_folder, allow_nonfinite=allow_nonfinite)
     adapter = load_adapter(adapter_folder) if adapter_folder is not None else None
-    base = _open_base(model)
+    base = _open_base(model, allow_nonfinite=allow_nonfinite)
     if adapter is None:
         check_use(base, "export without adapter")
         _refuse_layer_routing(base.routing, base.path)
         return ExportSource(base, None, base.routing)
+    assert adapter_folder is not None, "an adapter was loaded from it"
     if base.routing is not None:
         raise InputError(
             f"{base.path}: already has routers, and so may the adapter {adapter_folder}",
@@ -143,14 +171,34 @@ def open_source(model: str | Path, adapter_folder: Path | None) -> ExportSource:
     adapter.check_fits(base.tensor_shapes(), base.num_layers)
     routing = _adapter_routing(adapter)
     _refuse_layer_routing(routing, adapter_folder)
-    return ExportSource(base, adapter, routing)
+    adapter_base = check_adapter_base(adapter, base, adapter_folder, force=force_base)
+    if not allow_nonfinite:
+        adapter = dataclasses.replace(adapter, tensors=finite_tensors(adapter.tensors, adapter_folder))
+    return ExportSource(base, adapter, routing, adapter_folder.name, adapter_base)
 
 
-def _open_base(model: str | Path) -> BaseModel:
+def _merged_source(model: str | Path, adapter_folder: Path, *, allow_nonfinite: bool) -> ExportSource:
+    """A checkpoint with a LoRA adapter in its weights: plain, deepened or routed, as the checkpoint is."""
+    lora = load_lora(adapter_folder)
+    if _is_graph(model):
+        raise InputError(
+            f"{model}: is a graph, the LoRA adapter {adapter_folder} is merged into a checkpoint's weights",
+            hint="export the checkpoint with that adapter",
+        )
+    base = CheckpointModel(open_checkpoint(model), lora, allow_nonfinite)
+    _refuse_layer_routing(base.routing, base.path)
+    return ExportSource(base, None, base.routing, adapter_folder.name, "not stated")
+
+
+def _open_base(model: str | Path, *, allow_nonfinite: bool) -> BaseModel:
     """The one place that tells the kinds apart, by what stands on the command line."""
-    if Path(model).suffix.lower() == ".onnx":
+    if _is_graph(model):
         return open_foreign_graph(Path(model))
-    return CheckpointModel(open_checkpoint(model))
+    return CheckpointModel(open_checkpoint(model), allow_nonfinite=allow_nonfinite)
+
+
+def _is_graph(model: str | Path) -> bool:
+    return Path(model).suffix.lower() == ".onnx"
 
 
 def _adapter_routing(adapter: DloAdapter) -> RoutingConfig | None:
@@ -178,8 +226,9 @@ def _renumbered(name: str, positions: list[int]) -> str:
     return name if place is None else layer_tensor_name(positions[place.layer], place.tensor)
 
 
-def _is_identity(tensors: Mapping[str, LazyTensor], layer: int) -> bool:
-    ends = (tensors.get(layer_tensor_name(layer, name)) for name in LLAMA_LAYER.branch_ends)
+def _are_zeros(tensors: Mapping[str, LazyTensor], layer: int, names: Iterable[str]) -> bool:
+    """Whether those of a layer's tensors that there are hold nothing but zeros."""
+    ends = (tensors.get(layer_tensor_name(layer, name)) for name in names)
     return all(_all_zeros(tensor) for tensor in ends if tensor is not None)
 
 

@@ -63,6 +63,7 @@ def build(request: EngineRequest, workplace: Workplace, pipe: EventPipe) -> dict
     with pipe.stage("import"):
         trt = backend.load()
         logger = log.logger(trt)
+        # Before a parser meets one of their nodes.
         plugins = _provide_plugins(trt, request)
         builder = trt.Builder(logger)
     with pipe.stage("parse"):
@@ -70,6 +71,7 @@ def build(request: EngineRequest, workplace: Workplace, pipe: EventPipe) -> dict
         parser = trt.OnnxParser(network, logger)
         _parse(request, backend, parser, log)
     with pipe.stage("checks"):
+        # What parsing made of the graph is compared with what was meant, before minutes go into building it.
         census, problems = check_network(trt, network, request)
         if problems:
             listed = "\n  ".join(problems)
@@ -139,6 +141,7 @@ def _refused(request: EngineRequest, backend: Backend, what: str, errors: list[s
 
 
 def _set_targets(trt: Any, config: Any, request: EngineRequest) -> None:
+    # Enterprise TensorRT builds for the GPU it runs on, and RTX for every one unless told.
     if request.backend != "rtx" or not request.targets:
         return
     config.num_compute_capabilities = len(request.targets)
@@ -159,6 +162,7 @@ def _add_profiles(builder: Any, network: Any, config: Any, request: EngineReques
         made = builder.create_optimization_profile()
         for name, (least, optimal, largest) in profile.shapes.items():
             made.set_shape(name, least, optimal, largest)
+        # A profile that is refused gets no number; why is said in the log only.
         if config.add_optimization_profile(made) != position:
             refused = "; ".join(log.errors) or "shapes must be min <= opt <= max and of the input's rank"
             problems.append(f"profile '{profile.name}' was refused: {refused}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,39 @@ _ENGINE, _BUILD = "model.engine", "engine.json"
 
 
 def cache_folder() -> Path | None:
-    """The folder DLO_EXPORT_CACHE names, else the user's cache folder; None where the variable is empty: no cache."""
+    """The folder DLO_EXPORT_CACHE names, else the user's cache folder; None for no cache.
+
+    There is none where the variable is empty, and where it is not set and nothing tells the user's home.
+    """
     given = os.environ.get(VARIABLE)
     if given is not None:
         return Path(given) if given else None
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dlo-export"
+    if base:
+        return Path(base) / "dlo-export"
+    try:
+        return Path.home() / ".cache" / "dlo-export"
+    except RuntimeError:
+        return None
+
+
+def cache_limit() -> float:
+    """The bytes that the cache may take, by DLO_EXPORT_CACHE_GB.
+
+    Raises:
+        InputError: The variable is no number from 0 on.
+    """
+    given = os.environ.get(_SIZE_VARIABLE) or str(_DEFAULT_GB)
+    try:
+        gigabytes = float(given)
+    except ValueError:
+        gigabytes = -1.0
+    if not (math.isfinite(gigabytes) and gigabytes >= 0):
+        raise InputError(
+            f"{_SIZE_VARIABLE} is {given!r}, expected the gigabytes of the engine cache, a number from 0 on",
+            hint=f"set it to a number such as {_DEFAULT_GB:.0f}, or unset it",
+        )
+    return gigabytes * 2**30
 
 
 class EngineCache:
@@ -98,7 +126,7 @@ class EngineCache:
 
     def _prune(self, keep: Path) -> None:
         """Removes the entries unused for longest until the rest fits the limit."""
-        limit = float(os.environ.get(_SIZE_VARIABLE, _DEFAULT_GB)) * 2**30
+        limit = cache_limit()
         entries = sorted(self.folder.glob("[0-9a-f]" * 64), key=lambda entry: entry.stat().st_mtime)
         sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for entry in entries}
         total = sum(sizes.values())

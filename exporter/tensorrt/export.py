@@ -117,10 +117,10 @@ def optimization_profiles(engine: PlannedEngine) -> tuple[OptimizationProfile, .
 def _shapes(
     value: ir.Value, sizes: Mapping[str, tuple[int, int, int]]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The least, optimal and largest shape of an input."""
     assert value.shape is not None, "an input's shape is declared"
     dims = [(dim, dim, dim) if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape]
-    least, optimal, largest = (tuple(dim[kind] for dim in dims) for kind in range(3))
-    return least, optimal, largest
+    return tuple(dim[0] for dim in dims), tuple(dim[1] for dim in dims), tuple(dim[2] for dim in dims)
 
 
 def _record(

@@ -49,6 +49,8 @@ def unused_inputs(trt: Any, network: Any) -> Iterator[str]:
         makers |= {tensor.name: layer for tensor in output_tensors(layer)}
         if layer.type == trt.LayerType.CONDITION:
             conditions[layer.conditional.name] += input_tensors(layer)
+    # Backwards from the outputs, through what each layer reads. What decides between the branches of a conditional is
+    # read by a layer of its own, which no tensor connects with the conditional's outputs.
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     useful: set[str] = set()
     waiting = outputs
@@ -118,6 +120,7 @@ def eager_work(trt: Any, network: Any, request: EngineRequest) -> Iterator[str]:
     lowering = find_lowering(request.lowering, "tensorrt")
     if lowering.make_pass is None:
         return
+    # One walk notes who reads which tensor, where laziness starts, and which multiplications should follow.
     readers: dict[str, list[tuple[int | None, Any]]] = defaultdict(list)
     multiplications: dict[str, tuple[int | None, str]] = {}
     waiting: list[tuple[int | None, Any]] = []
@@ -130,6 +133,7 @@ def eager_work(trt: Any, network: Any, request: EngineRequest) -> Iterator[str]:
             waiting.append((index, layer))
         if index in request.routed_layers and layer.type.name == "MATRIX_MULTIPLY" and _is_mlp(name):
             multiplications[layer.name] = (index, name)
+    # Forwards from where laziness starts, inside its layer and to the end of the conditional: what is met is lazy.
     lazy: set[str] = set()
     seen: set[tuple[int | None, str]] = set()
     while waiting:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.dtypes import FLOAT16
+from dlo_export.checkpoints.dtypes import BY_OPTION, FLOAT16
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import (
@@ -19,6 +19,7 @@ from dlo_export.exporter.pipeline import (
 )
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.backend import BackendChoice, check_backend, resolve_backend
+from dlo_export.exporter.tensorrt.engine_cache import cache_limit
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.record import Workload
 from dlo_export.graph_passes.lowerings.registry import (
@@ -30,6 +31,8 @@ from dlo_export.graph_passes.lowerings.registry import (
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
 from dlo_export.plugins.contract import size_problems
 from dlo_export.runtimes.artefact.engine_record import BackendName, EngineRecord, Phase
+
+_MOST_BYTES = 1 << 40  # of one tensor or cache: more than a GPU has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,7 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
         NOTHING_ROUTED, request.cache, request.max_batch, request.max_sequence, request.max_cache, request.last_logits
     )
     check_tensorrt_options(source, options)
+    cache_limit()  # before the work: an engine that was built should not be lost to a variable
     if request.plugin_library is not None and not request.plugin_library.is_file():
         raise InputError(
             f"--trt-plugin-library: {request.plugin_library} does not exist",
@@ -128,6 +132,7 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
     backend, reason = resolve_backend(request.backend)
     check_backend(backend, request.targets)
     resolved = _dtype(source, dtype)
+    _check_size(source, request, resolved)
     phases: tuple[Phase, ...] = ("prefill", "decode") if request.split else ("both",)
     engines = tuple(_planned(source, request, phase, lowering, options, backend, resolved) for phase in phases)
     return TensorRtPlan(request, backend, reason, resolved, engines)
@@ -137,6 +142,50 @@ def graph_options(engine: EngineRecord) -> TensorRtOptions:
     """The options of the graph behind an engine."""
     names = [field.name for field in dataclasses.fields(TensorRtOptions)]
     return TensorRtOptions(**{name: getattr(engine, name) for name in names})
+
+
+def _check_size(source: ExportSource, request: TensorRtRequest, dtype: str) -> None:
+    """Refuses a KV cache or logits that no GPU holds.
+
+    Raises:
+        InputError: So.
+    """
+    config = source.base.config
+    if config is None:
+        return
+    size = BY_OPTION[dtype].itemsize
+    slots = request.max_batch * request.max_cache
+    cache = 2 * source.num_layers * config.num_kv_heads * config.head_dim * size * slots
+    rows = request.max_batch * (1 if request.last_logits else request.max_sequence)
+    problems = [
+        f"{what} of {of} takes {bytes_ >> 30} GB"
+        for what, of, bytes_ in (
+            (
+                "a KV cache",
+                f"--trt-max-batch {request.max_batch} with --trt-max-cache {request.max_cache} tokens",
+                cache,
+            ),
+            ("logits", f"{rows} tokens (--trt-max-batch by --trt-max-sequence)", rows * config.vocab_size * size),
+        )
+        if bytes_ > _MOST_BYTES
+    ]
+    if problems:
+        raise InputError(
+            f"TensorRT: {'; '.join(problems)}, expected at most {_MOST_BYTES >> 30} GB: no GPU has more memory",
+            hint="choose smaller --trt-max-batch, --trt-max-sequence or --trt-max-cache",
+        )
+
+
+def size_warnings(source: ExportSource, request: TensorRtRequest) -> list[str]:
+    """What a user should know about the sizes asked for, one sentence each."""
+    config, warnings = source.base.config, []
+    if config is not None and request.max_cache > config.max_position_embeddings:
+        warnings.append(
+            f"--trt-max-cache {request.max_cache} is beyond the model's context of {config.max_position_embeddings} "
+            "tokens: the slots behind it cost time in every step, and what is in them is not what the model was "
+            "trained for"
+        )
+    return warnings
 
 
 def _dtype(source: ExportSource, choice: str) -> str:

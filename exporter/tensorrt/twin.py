@@ -7,6 +7,7 @@ import dataclasses
 import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.llama_layer import router_name
 from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model, run_steps, twin_steps
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.weight_file import external_tensors
@@ -39,7 +40,7 @@ def tensorrt_twin(source: ExportSource, options: TensorRtOptions, released: ir.M
             value.const_value = stored.pop(name)
     # Routers are written in another form there, and small: the twin holds its own.
     for layer in source.routing.layers if source.routing is not None else ():
-        stored.pop(f"model.routers.{layer}.weight", None)
+        stored.pop(router_name(layer), None)
     if stored:
         raise InputError(
             f"model.onnx holds weights that a TensorRT graph of this source has not: {', '.join(sorted(stored)[:5])}",

@@ -83,6 +83,7 @@ def cached_attentions(graph: ir.Graph, asking: str) -> list[CachedAttention]:
                 dtype=_dtype(node.inputs[4]),
             )
         )
+    # The mask of a static cache counts a step's tokens by their ids.
     if INPUT_IDS not in {value.name for value in graph.inputs}:
         problems.append(f"the graph has no input '{INPUT_IDS}'")
     if not found and not any(is_op(node, "Attention") for node in graph):
@@ -97,6 +98,7 @@ def cached_attentions(graph: ir.Graph, asking: str) -> list[CachedAttention]:
 
 def _problem(node: ir.Node) -> str | None:
     """The first reason why an Attention node cannot be rewritten."""
+    # The first reason is told: those behind it may only follow from it.
     problems = (
         ("has no past inputs and present outputs", _lacks_cache(node)),
         ("reads nonpad_kv_seqlen, expected a full mask", len(node.inputs) > 6),
@@ -151,6 +153,7 @@ def heads_first(graph: ir.Graph, nodes: TaggedNodes, attention: CachedAttention,
     """Query, key or value [batch, sequence, heads·dims], by its number, as [batch, heads, sequence, dims]."""
     value, dims, dtype, name = attention.operand(index), attention.head_dim, attention.dtype, f"{attention.name}.{part}"
     heads = attention.query_heads if index == 0 else attention.kv_heads
+    # A 0 keeps the dimension as it is: batch and sequence stay free.
     shape = shared_constant(graph, f"model.heads_shape_{heads}x{dims}", np.array([0, 0, heads, dims], np.int64))
     apart = nodes.add(
         "Reshape", value, shape, name=f"{name}_heads", dtype=dtype, shape=("batch", "sequence", heads, dims)

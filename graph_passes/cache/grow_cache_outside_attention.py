@@ -16,7 +16,7 @@ from dlo_export.graph_passes.cache.attention_cache import (
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
 
@@ -37,6 +37,7 @@ class GrowCacheOutsideAttentionPass(GraphPass):
     """
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, RouteLayersPass)
+    nodes_from: ClassVar[Border | None] = "injected"
 
     def rewrite(self, model: ir.Model) -> bool:
         """Rewrite every attention.

@@ -25,7 +25,7 @@ from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 OPSET = 24  # TensorScatter
@@ -59,6 +59,7 @@ class UseStaticCachePass(GraphPass):
 
     max_cache: int
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, RouteLayersPass)
+    nodes_from: ClassVar[Border | None] = "injected"
 
     def check(self, model: ir.Model) -> None:
         """There is at least one slot.

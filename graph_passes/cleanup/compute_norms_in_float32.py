@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.find.data_flow import element_type, is_op
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
 _SIXTEEN_BIT = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -35,6 +35,7 @@ class ComputeNormsInFloat32Pass(GraphPass):
     """
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass,)
+    nodes_from: ClassVar[Border | None] = "injected"
 
     def rewrite(self, model: ir.Model) -> bool:
         """Rewrite every norm that reads a 16-bit value."""

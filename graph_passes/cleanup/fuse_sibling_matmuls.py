@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.naming import unique_names
 from dlo_export.graph_passes.row_tensor import RowTensor, read_rows
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
 
@@ -36,6 +38,8 @@ class FuseSiblingMatMulsPass(GraphPass):
             1.5 % at batch-1 decode on ONNX Runtime's CPU kernels and lose as much in prefill to the larger Split.
     """
 
+    nodes_from: ClassVar[Border | None] = "injected"
+
     minimum: int = 3
 
     def rewrite(self, model: ir.Model) -> bool:
@@ -55,6 +59,7 @@ class _SideBySide(RowTensor):
 
     def __init__(self, name: str, parts: list[ir.TensorProtocol]) -> None:
         shapes = [part.shape.numpy() for part in parts]
+        # Rows of a quantised part come in blocks; a chunk takes whole blocks of every part.
         row_block = math.lcm(*(part.row_block for part in parts if isinstance(part, RowTensor)))
         super().__init__(name, parts[0].dtype, (shapes[0][0], sum(width for _, width in shapes)), row_block=row_block)
         self._parts = parts
@@ -83,9 +88,10 @@ def _fuse(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     weights = [node.inputs[1] for node in nodes]
     tensors = [weight.const_value for weight in weights if weight is not None and weight.const_value is not None]
     name = _joined_name([node.name or "" for node in nodes])
-    weight = _initializer(graph, _SideBySide(f"{name}.weight", tensors))
+    unique = unique_names(graph)
+    weight = _initializer(graph, _SideBySide(unique(f"{name}.weight"), tensors))
     sizes = np.array([tensor.shape[1] for tensor in tensors], np.int64)
-    split_sizes = _initializer(graph, ir.tensor(sizes, name=f"{name}.sizes"))
+    split_sizes = _initializer(graph, ir.tensor(sizes, name=unique(f"{name}.sizes")))
     made_by = {PASS_KEY: FuseSiblingMatMulsPass.__name__}
     fused = ir.node("MatMul", [first.inputs[0], weight], name=name, metadata_props=dict(made_by))
     fused.outputs[0].name = name

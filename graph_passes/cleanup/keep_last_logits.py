@@ -14,7 +14,7 @@ from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 
@@ -36,6 +36,7 @@ class KeepLastLogitsPass(GraphPass):
     """
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, UseStaticCachePass)
+    nodes_from: ClassVar[Border | None] = "injected"
 
     def check(self, model: ir.Model) -> None:
         """The graph says where a sequence's last token is.
@@ -58,6 +59,7 @@ class KeepLastLogitsPass(GraphPass):
         stream, new, int64 = layer.output, TaggedNodes(type(self).__name__, None), ir.DataType.INT64
         # Whoever reads the stream now is the head; noted before the gathering below reads it too.
         readers = [(node, index) for node, index in stream.uses()]
+        # A step's tokens begin at write_indices and end before kv_lengths, so the last real one of them is this one.
         one = shared_constant(graph, "model.last_token.one", np.array([1], np.int64))
         axes = shared_constant(graph, "model.last_token.axes", np.array([1, 2], np.int64))
         shape: tuple[int | str, ...] = ("batch",)

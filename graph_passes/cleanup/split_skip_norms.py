@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.rewriting import replace_value
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
 _FUSED = "SkipSimplifiedLayerNormalization"
@@ -31,6 +32,8 @@ class SplitSkipNormsPass(GraphPass):
     mobius have them. Source: ONNX Runtime's contrib operators.
     """
 
+    nodes_from: ClassVar[Border | None] = "plain"
+
     def rewrite(self, model: ir.Model) -> bool:
         """Split every fused node."""
         fused = [node for node in model.graph if is_op(node, _FUSED, domain="com.microsoft")]
@@ -40,6 +43,7 @@ class SplitSkipNormsPass(GraphPass):
 
 
 def _split(graph: ir.Graph, node: ir.Node) -> None:
+    # The sum becomes a node of its own, which is the stream; the norm reads it. A bias is part of the branch.
     stream, branch, weight, *rest = node.inputs
     nodes: list[ir.Node] = []
     if rest and rest[0] is not None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, MutableSequence
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import CACHE_PARTS, past_name
 from dlo_export.graph_passes.depth.injected_weights import WeightSource, checkpoint_shape, given_weight
 from dlo_export.graph_passes.depth.layer_copy import LayerCopy, copy_layer
-from dlo_export.graph_passes.depth.layer_names import renumber_layers, renumbered, unique_names
+from dlo_export.graph_passes.depth.layer_names import renumber_layers, renumbered
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.naming import unique_names
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, PASS_KEY
 
 
@@ -58,6 +59,8 @@ class InjectLayersPass(GraphPass):
         layers: What to insert.
     """
 
+    nodes_from: ClassVar[Border | None] = "injected"
+
     layers: tuple[LayerInjection, ...]
 
     @property
@@ -82,6 +85,7 @@ class InjectLayersPass(GraphPass):
         find_decoder_layers(model.graph)
 
     def _refuse(self, layers: tuple[DecoderLayer, ...]) -> None:
+        # Every reason is told at once, and before anything is changed.
         problems = [] if self.layers else ["no layers were given"]
         problems += [
             f"layer {layer.index}: {place(layer.mlp.conditional)} skips its MLP branch"
@@ -183,6 +187,7 @@ class _Deepening:
             value: ir.Value(name=past_name(position, part), type=value.type, shape=value.shape and value.shape.copy())
             for value, part in zip((source.past_key, source.past_value), CACHE_PARTS, strict=True)
         }
+        # Names were renumbered before: the source's carry its index in the deepened model by now.
         numbers = {self.new_index[source.index]: position}
 
         def rename(name: str) -> str:

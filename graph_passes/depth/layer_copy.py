@@ -60,6 +60,7 @@ def copy_layer(
             name=rename(node.name or node.op_type),
             metadata_props={**node.metadata_props, **tags},
         )
+        # Types are shared; a shape belongs to one value, since passes change it in place.
         for old_output, output in zip(node.outputs, new.outputs, strict=True):
             output.name = rename(old_output.name) if old_output.name else old_output.name
             output.type = old_output.type
@@ -83,11 +84,13 @@ def copy_layer(
             inputs[index] = weight
         new = copy_node(node, inputs)
         values.update(zip(node.outputs, new.outputs, strict=True))
-    cache = (layer.past_key, layer.past_value, layer.present_key, layer.present_value)
-    past_key, past_value, present_key, present_value = (values[value] for value in cache)
-    return LayerCopy(
-        tuple(nodes), tuple(weights.values()), values[layer.output], (past_key, past_value, present_key, present_value)
+    cache = (
+        values[layer.past_key],
+        values[layer.past_value],
+        values[layer.present_key],
+        values[layer.present_value],
     )
+    return LayerCopy(tuple(nodes), tuple(weights.values()), values[layer.output], cache)
 
 
 def _preparation(value: ir.Value, weight: ir.Value) -> Iterator[ir.Node]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import parse_past, parse_present, past_name, present_name
+from dlo_export.graph_passes.naming import unique_names
 
 # `model.layers.1.mlp`, `/model/layers.1/mlp` and a name that ends in the number; not `layers.11`, not `my_layers.1`.
-_LAYER_NUMBER = re.compile(r"(?<![A-Za-z0-9_])layers\.(\d+)(?=[./]|$)")
+_LAYER_NUMBER = re.compile(r"(?<![A-Za-z0-9_])layers\.(0|[1-9]\d*)(?=[./]|$)")
 
 
 def renumbered(name: str, numbers: Mapping[int, int]) -> str:
@@ -33,20 +34,9 @@ def renumber_layers(graph: ir.Graph, numbers: Mapping[int, int]) -> None:
     old = {value: value.name for value in values if value.name is not None}
     new = {value: renumbered(name, numbers) for value, name in old.items()}
     changed = [value for value in old if new[value] != old[value]]
+    # A graph of three layers may hold a `layers.5` that is no layer of its: it makes way.
+    unique, wanted = unique_names(graph), {new[value] for value in changed}
+    for value in old.keys() - set(changed):
+        if value.name in wanted and not value.is_graph_input() and not value.is_graph_output():
+            value.name = unique(value.name)
     ir.convenience.rename_values(changed, [new[value] for value in changed])
-
-
-def unique_names(graph: ir.Graph) -> Callable[[str], str]:
-    """A function that makes names unique in the graph, remembering what it returned."""
-    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        taken.update((node.name, *(output.name for output in node.outputs)))
-
-    def unique(name: str) -> str:
-        candidate, number = name, 1
-        while candidate in taken:
-            candidate, number = f"{name}_{number}", number + 1
-        taken.add(candidate)
-        return candidate
-
-    return unique

@@ -42,6 +42,7 @@ def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
 
 
 def _captured_values(subgraph: ir.Graph) -> Iterator[ir.Value]:
+    # Whatever a subgraph does not define itself, before it reads it, comes from around it.
     inner = set(subgraph.inputs) | set(subgraph.initializers.values())
     for node in subgraph:
         for value in consumed_values(node):
@@ -93,6 +94,7 @@ def nodes_between(
             continue
         ancestors.add(node)
         waiting.extend(value.producer() for value in consumed_values(node) if value not in sources)
+    # What only shapes or constants lead to was an ancestor, but lies on no path from a source.
     reached = set(sources)
     between: list[ir.Node] = []
     for node in sorted(ancestors, key=order.__getitem__):

@@ -31,6 +31,7 @@ from dlo_export.graph_passes.find.data_flow import (
 )
 from dlo_export.graph_passes.find.projections import Projection, find_projections
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock, embedding_values, residual_blocks
+from dlo_export.graph_passes.spec.provenance import closed_branch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,8 +127,13 @@ def find_decoder_layers(graph: ir.Graph) -> tuple[DecoderLayer, ...]:
 
 
 def _stream_blocks(graph: ir.Graph, order: Mapping[ir.Node, int]) -> tuple[ResidualBlock, ...]:
+    # Other tables may be looked up by integers too (positions, token types): the stream starts at the one that branches
+    # are added to.
     roots = embedding_values(graph)
-    streams = [blocks for root in roots if (blocks := residual_blocks(order, root))]
+    # Rotary tables are looked up by positions, and what is computed from them ends in a tagged node too, as does all of
+    # a layer. But a stream begins with an attention block, which an addition closes.
+    found_blocks = (residual_blocks(order, root) for root in roots)
+    streams = [blocks for blocks in found_blocks if blocks and closed_branch(blocks[0].add) is None]
     if len(streams) == 1:
         return streams[0]
     if not roots:
@@ -154,8 +160,12 @@ def _stream_dims(embedding: ir.Value) -> tuple[tuple[int | str | None, int | str
             f"find_decoder_layers: token ids '{tokens.name if tokens else ''}' have shape "
             f"{tokens.shape if tokens else None}; expected [batch, sequence]."
         )
-    batch, sequence = (dim if isinstance(dim, int) else dim.value for dim in tokens.shape)
-    return (batch, sequence), int(table.shape[1])  # type: ignore[arg-type]  # tensors have no symbolic dimensions
+    batch, sequence = tokens.shape
+    return (_size(batch), _size(sequence)), int(table.shape[1])  # type: ignore[arg-type]  # tensors have no symbolic dimensions
+
+
+def _size(dim: int | ir.SymbolicDim) -> int | str | None:
+    return dim if isinstance(dim, int) else dim.value
 
 
 def _past_owners(inputs: Iterable[ir.Value], owner: Mapping[ir.Node, int]) -> dict[CacheName, tuple[int, ir.Value]]:
@@ -176,6 +186,7 @@ def _past_owners(inputs: Iterable[ir.Value], owner: Mapping[ir.Node, int]) -> di
 
 
 def _first_owned_readers(value: ir.Value, owner: Mapping[ir.Node, int]) -> set[int]:
+    # What takes only the length of a cache serves the masks of all layers, and says nothing of whose cache it is.
     readers: set[int] = set()
     waiting, seen = [value], {value}
     while waiting:
@@ -221,6 +232,7 @@ def _check_alternation(blocks: Sequence[ResidualBlock], attention_blocks: set[in
             f"{present_name('{i}', 'key')}; expected a graph with a KV cache.",
             hint="export it with past key values (optimum: --task text-generation-with-past)",
         )
+    # Blocks in another order are another architecture (attention beside MLP, say), which would be cut wrongly.
     for number, block in enumerate(blocks):
         kind = "attention" if number in attention_blocks else "MLP"
         expected = "MLP" if number % 2 else "attention"
@@ -240,6 +252,7 @@ def _check_alternation(blocks: Sequence[ResidualBlock], attention_blocks: set[in
 def _cache_value(
     found: Mapping[CacheName, tuple[int, ir.Value]], index: int, part: CachePart, expected: str
 ) -> ir.Value:
+    # The number in a name must be the layer's own: passes renumber names, and runners count by them.
     block, value = found.get(CacheName(index, part), (None, None))
     if value is None or block != 2 * index:
         owned = [entry.name for number, entry in found.values() if number == 2 * index]

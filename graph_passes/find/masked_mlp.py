@@ -107,6 +107,7 @@ def _foreign_read(masked: MaskedMlp) -> str | None:
         for value in node.inputs:
             if value is None or value in inner or is_constant(value):
                 continue
+            # The scale is the one value from elsewhere that may come in: a lowering gathers it along with the rows.
             if node is masked.scaling and _column_source(value) is masked.scale:
                 continue
             return f"{_at(masked.layer, node)} of the MLP branch reads '{value.name}', not the stream after attention"

@@ -144,7 +144,9 @@ def _trace_linears(nodes: Iterable[ir.Node]) -> _LinearFlow:
 
 def _trace_attention(node: ir.Node, flow: _LinearFlow) -> None:
     """Each present output comes from its own input only; packed inputs leave key and value out."""
-    query, key, value = (node.inputs[index] or node.inputs[0] for index in range(3))
+    query, key, value = (*node.inputs, None, None)[:3]
+    # Where inputs are packed, the first one holds all three.
+    key, value = key or query, value or query
     per_output = ((query, key, value), (key,), (value,))
     for output, sources in zip(node.outputs, per_output, strict=False):
         flow.nearest[output] = _union(flow, sources)
@@ -159,7 +161,7 @@ def _linear_projections(module: LayerModule, node: ir.Node) -> dict[str, Project
     bias = f"{module.role}.bias"
     transposed = is_op(node, "Gemm") and node.attributes.get_int("transB", 0) == 1
     found = {module.role: _projection(module.weight, node, 1, "out_in" if transposed else "in_out")}
-    if is_op(node, "Gemm") and len(node.inputs) > 2 and node.inputs[2] is not None:
+    if is_op(node, "Gemm") and len(node.inputs) > 2 and _constant_behind(node.inputs[2]) is not None:
         found[bias] = _projection(module.bias_name, node, 2, "vector")
     consumers = node.outputs[0].consumers()
     if len(consumers) == 1 and is_op(consumers[0], "Add"):
@@ -232,7 +234,7 @@ def _norm_weights(nodes: Iterable[ir.Node], flow: _LinearFlow) -> Iterable[tuple
     for node in nodes:
         if _union(flow, node.inputs):
             continue
-        if (node.domain, node.op_type) in _NORM_OPS:
+        if (node.domain, node.op_type) in _NORM_OPS and _constant_behind(node.inputs[1]) is not None:
             yield node, 1
         elif is_op(node, "Mul"):
             for index, operand in enumerate(node.inputs):

@@ -103,6 +103,7 @@ class _Walk:
         self.shared = {
             node for value in pass_through_values(root) for node in value.consumers() if is_op(node, *SHAPE_OPS)
         }
+        # Nodes that close a routed block, in the order of execution; one in a branch of an If stands where the If does.
         self.holders = {subgraph: node for node in order for subgraph in subgraphs_of(node)}
         inner = (node for subgraph in self.holders for node in subgraph)
         tagged = [node for node in (*order, *inner) if closed_branch(node) is not None]

@@ -80,6 +80,7 @@ def _split_rank(node: ir.Node) -> int | None:
 
 
 def _reduction_rank(node: ir.Node) -> int | None:
+    # Over the hidden axis alone, which must stay: without it, what follows would count its axes from the front.
     axes = node.attributes.get_ints("axes") or constant_integers(node.inputs[1] if len(node.inputs) > 1 else None)
     if axes is None or len(axes) != 1 or node.attributes.get_int("keepdims", 1) != 1:
         return None

@@ -19,6 +19,7 @@ def stream_for_all_tokens(masked: MaskedMlp, new: TaggedNodes) -> ir.Value:
 
     Casts between h and the addition that also feed the branch are about to run on rows: they get a copy.
     """
+    # From the operand back to h. Casts on that way which the branch does not read stay as they are: for all tokens.
     chain: list[ir.Node] = []
     value = operand = masked.layer.mlp.stream_operand
     while value is not masked.layer.mlp.stream_in:

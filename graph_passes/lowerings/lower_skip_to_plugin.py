@@ -85,6 +85,7 @@ def _unscaled(masked: MaskedMlp) -> tuple[ir.Value, float]:
         branch, factor = scaling.inputs[index], scaling.inputs[1 - index]
         if branch is None or branch not in inner:
             continue
+        # A scale per token becomes the factor itself; a constant one is multiplied into it.
         if scaling is masked.scaling:
             return branch, 1.0
         if (number := constant_scalar(factor)) is not None:
@@ -102,6 +103,7 @@ def _match(masked: MaskedMlp) -> _GatedMlp | str:
     product = down.inputs[0].producer() if down.inputs[0] is not None else None
     if product is None or not is_op(product, "Mul"):
         return f"{place(down)} does not read a product; {expected}"
+    # Products commute: either operand may be the silu. Gate and up must read one value, the normalised stream.
     for silu_index in (0, 1):
         gate = _silu_operand(product.inputs[silu_index])
         up = _producer(product.inputs[1 - silu_index])
@@ -110,6 +112,7 @@ def _match(masked: MaskedMlp) -> _GatedMlp | str:
         normed = gate.inputs[0]
         if normed is None or normed is not up.inputs[0]:
             continue
+        # The plugins get the weights as they are stored: nothing may stand between to turn or cast them.
         weights = (gate.inputs[1], up.inputs[1], down.inputs[1])
         if any(weight is None or not weight.is_initializer() for weight in weights):
             return f"a weight of {place(gate)}, {place(up)} or {place(down)} is not stored as MatMul reads it"
@@ -184,6 +187,7 @@ def _factor(graph: ir.Graph, masked: MaskedMlp, new: TaggedNodes, name: str) -> 
     """What the branch is multiplied by, float32 [batch, sequence], 0 where the token is skipped."""
     tokens, float32 = masked.layer.token_dims, ir.DataType.FLOAT
     _, number = _unscaled(masked)
+    # Without a scale the decision is the factor: 1 or 0.
     if masked.scale is not None:
         scale = _before_rounding(masked.scale)
     elif number == 1:

@@ -135,6 +135,7 @@ class _Lowering:
 
     def _active_tokens(self) -> ir.Value:
         """Indices of the active tokens among all, int64 [count]."""
+        # All tokens of the step in one row: to the MLP it does not matter which sequence one belongs to.
         flags = self._add("Reshape", self.masked.active, self._constant("flat", [-1]), name="flat_active")
         flags.type = ir.TensorType(ir.DataType.BOOL)
         flags = self._add("Cast", flags, name="flags", dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
@@ -156,6 +157,7 @@ class _Lowering:
                 dtype=ir.DataType.FLOAT,
             )
             chosen = self._chosen(part, f"_{number}")
+            # A TopK counts within its chunk.
             offset = self._constant(f"chunk_{start}", [start])
             parts.append(self._add("Add", chosen, offset, name=f"active_tokens_{number}", dtype=ir.DataType.INT64))
         return self._add("Concat", *parts, name="active_tokens", dtype=ir.DataType.INT64, axis=0)

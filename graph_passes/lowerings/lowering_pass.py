@@ -67,6 +67,7 @@ class LoweringPass(GraphPass):
 
     def _masked_layers(self, graph: ir.Graph) -> list[MaskedMlp]:
         """Every routed layer, all of them fit for this lowering."""
+        # All layers are asked before the first is rewritten: a graph is lowered as a whole or left as it is.
         matches = [match_masked_mlp(layer) for layer in find_decoder_layers(graph)]
         masked = [match for match in matches if isinstance(match, MaskedMlp)]
         problems = [match.reason for match in matches if not isinstance(match, MaskedMlp) and match.masked]

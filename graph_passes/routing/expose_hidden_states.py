@@ -41,6 +41,7 @@ class ExposeHiddenStatesPass(GraphPass):
         for layer in find_decoder_layers(graph):
             shape = (*layer.token_dims, layer.hidden_size)
             new = TaggedNodes(type(self).__name__, layer.index)
+            # An Identity, because an output must have the name that parity looks for and the stream keeps its own.
             dtype = element_type(layer.output)
             name = hidden_name(layer.index)
             graph.outputs.append(new.add("Identity", layer.output, name=name, dtype=dtype, shape=shape))

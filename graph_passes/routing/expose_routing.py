@@ -61,6 +61,7 @@ class ExposeRoutingPass(GraphPass):
         """Expose the routing of every routed layer."""
         graph = model.graph
         for layer, scores in sorted(role_values(graph, ROUTER_SCORES).items()):
+            # Renaming is free here: nodes refer to values, and the released graph shows no score.
             scores.name = router_scores_name(layer)
             graph.outputs.append(scores)
         if self.force:
@@ -73,6 +74,7 @@ def _replace_by_input(graph: ir.Graph, active: ir.Value, name: str) -> None:
     replacement = ir.Value(name=name, type=active.type, shape=active.shape)
     graph.inputs.append(replacement)
     active.replace_all_uses_with(replacement)
+    # The comparison that decided serves nobody any more; the scores stay, as an output.
     decision = active.producer()
     assert decision is not None, "a tagged node produces the decision"
     remove_with_sources(graph, decision)

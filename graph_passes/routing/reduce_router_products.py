@@ -12,7 +12,7 @@ from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, TaggedNodes, role_values, shared_constant
 
 
@@ -35,6 +35,7 @@ class ReduceRouterProductsPass(GraphPass):
     """
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass,)
+    nodes_from: ClassVar[Border | None] = "injected"
 
     def check(self, model: ir.Model) -> None:
         """There is a router.

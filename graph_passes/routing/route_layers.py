@@ -14,7 +14,8 @@ from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.spec.pass_contract import GraphPass
+from dlo_export.graph_passes.find.masked_mlp import Mismatch, match_masked_mlp
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import (
     ROUTER_ACTIVE,
     ROUTER_SCORES,
@@ -60,6 +61,7 @@ class RouteLayersPass(GraphPass):
     scale_gap: float = 0.0
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass,)
+    nodes_from: ClassVar[Border | None] = "routed"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,6 +84,7 @@ class RouteLayersPass(GraphPass):
         self._refuse(graph, layers, weights)
         for index, weight in sorted(weights.items()):
             self._route(graph, layers[index], weight)
+        self._refuse_unmasked(graph, weights)
         return True
 
     @property
@@ -95,6 +98,7 @@ class RouteLayersPass(GraphPass):
     @staticmethod
     def _refuse(graph: ir.Graph, layers: tuple[DecoderLayer, ...], weights: Mapping[int, np.ndarray]) -> None:
         routed = role_values(graph, ROUTER_SCORES)
+        # All layers are asked before the first is routed.
         problems = [] if weights else ["no routers were given"]
         if graph.opset_imports.get("", 0) < _OLDEST_OPSET:
             problems.append(f"the graph uses opset {graph.opset_imports.get('')}, expected {_OLDEST_OPSET} or newer")
@@ -117,6 +121,18 @@ class RouteLayersPass(GraphPass):
             raise GraphPassError(
                 "RouteLayersPass: " + "; ".join(problems) + ".",
                 hint="routers are numbered in the deepened model; route a graph once",
+            )
+
+    @staticmethod
+    def _refuse_unmasked(graph: ir.Graph, weights: Mapping[int, np.ndarray]) -> None:
+        """Lowerings look for the masked form; in a foreign graph, more than the addition may read a layer's branch."""
+        routed = (layer for layer in find_decoder_layers(graph) if layer.index in weights)
+        matches = (match_masked_mlp(layer) for layer in routed)
+        problems = [match.reason for match in matches if isinstance(match, Mismatch)]
+        if problems:
+            raise GraphPassError(
+                "RouteLayersPass: " + "; ".join(problems) + ".",
+                hint="route the checkpoint instead, or export the graph without sharing between layers",
             )
 
     def _route(self, graph: ir.Graph, layer: DecoderLayer, weight: np.ndarray) -> None:
@@ -155,6 +171,7 @@ class RouteLayersPass(GraphPass):
             return None
         if self.scale_gap == 0:
             return _constant(graph, "scale", self._offset, dtype)
+        # The rule multiplied out, a + score·gap: in fp32 as the score is, and rounded to the branch's type once.
         router, float32 = f"model.routers.{nodes.layer}", ir.DataType.FLOAT
         gap = _constant(graph, "scale_gap", self.scale_gap)
         scale = nodes.add("Mul", scores, gap, name=f"{router}.scores_times_gap", dtype=float32, shape=tokens)
@@ -182,6 +199,7 @@ def _add_router(
     axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
     logits = nodes.add("Squeeze", column, axis, name=f"{router}.logits", dtype=float32, shape=tokens)
     scores = nodes.add("Sigmoid", logits, name=f"{router}.scores", dtype=float32, shape=tokens, role=ROUTER_SCORES)
+    # As the rule is written, on the score: by its sign, a tiny logit whose sigmoid rounds to 0.5 would be active.
     threshold = _constant(graph, "threshold", 0.5)
     active = nodes.add(
         "Greater",

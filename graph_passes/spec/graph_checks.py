@@ -22,16 +22,20 @@ def unused_inputs(graph: ir.Graph) -> Iterator[str]:
             yield f"graph input '{value.name}' has no consumer"
 
 
+def misordered_values(graph: ir.Graph) -> Iterator[str]:
+    """Values that come from nowhere or too late: nodes in a cycle, or not in the order of execution."""
+    yield from _misordered_scope(graph, frozenset())
+
+
 def broken_values(graph: ir.Graph) -> Iterator[str]:
     """Values that come from nowhere or too late, names given twice, initializers without contents or readers."""
-    yield from _broken_scope(graph, frozenset(), frozenset())
+    yield from _misordered_scope(graph, frozenset())
+    yield from _broken_names(graph, frozenset())
 
 
-def _broken_scope(graph: ir.Graph, outer: frozenset[ir.Value], outer_names: frozenset[str]) -> Iterator[str]:
-    """The same of a graph that sees outer values, and of its subgraphs (branches of one If do not see each other)."""
+def _misordered_scope(graph: ir.Graph, outer: frozenset[ir.Value]) -> Iterator[str]:
+    """Of a graph that sees outer values, and of its subgraphs (branches of one If do not see each other)."""
     known = {*outer, *graph.inputs, *graph.initializers.values()}
-    own = {*graph.inputs, *graph.initializers.values(), *(output for node in graph for output in node.outputs)}
-    names = collections.Counter(value.name for value in own if value.name)
     # In the order of execution: a value is known from the node that computes it on, an outer one from the start.
     for node in graph:
         consumed = frozenset(consumed_values(node))
@@ -39,11 +43,19 @@ def _broken_scope(graph: ir.Graph, outer: frozenset[ir.Value], outer_names: froz
             yield f"{place(node)} reads '{value.name}' before it is computed"
         for subgraph in subgraphs_of(node):
             # What the subgraph misses has just been reported, as a read of the node.
-            yield from _broken_scope(subgraph, consumed | known, outer_names | names.keys())
+            yield from _misordered_scope(subgraph, consumed | known)
         known.update(node.outputs)
     for value in graph.outputs:
         if value not in known:
             yield f"output '{value.name}' of graph '{graph.name}' is not computed"
+
+
+def _broken_names(graph: ir.Graph, outer_names: frozenset[str]) -> Iterator[str]:
+    own = {*graph.inputs, *graph.initializers.values(), *(output for node in graph for output in node.outputs)}
+    names = collections.Counter(value.name for value in own if value.name)
+    for node in graph:
+        for subgraph in subgraphs_of(node):
+            yield from _broken_names(subgraph, outer_names | names.keys())
     names.update(names.keys() & outer_names)
     yield from (f"name '{name}' is given to {count} values" for name, count in names.items() if count > 1)
     for name, value in graph.initializers.items():
@@ -92,6 +104,7 @@ def unlowered_routing(graph: ir.Graph, *, pass_name: str) -> Iterator[str]:
     routed = role_values(graph, ROUTER_SCORES)
     for layer in find_decoder_layers(graph):
         closing = layer.mlp.add
+        # A lowering may leave the form of a mask in what it writes: what it has closed itself is lowered.
         by_pass = closed_branch(closing) is not None and closing.metadata_props.get(PASS_KEY) == pass_name
         if isinstance(match_masked_mlp(layer), MaskedMlp) and not by_pass:
             yield f"layer {layer.index} is still masked"

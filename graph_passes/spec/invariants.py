@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.spec import graph_checks
-from dlo_export.graph_passes.spec.provenance import PASS_KEY
+from dlo_export.graph_passes.spec.pass_contract import Border, makers_at
+from dlo_export.graph_passes.spec.provenance import ORIGIN_KEY, PASS_KEY
 
 Check = Callable[[ir.Graph], Iterator[str]]
 
@@ -25,15 +26,22 @@ class StageSpec:
 
     Attributes:
         name: What reports call it.
-        domains: Operator domains of our nodes. A graph that someone else exported keeps its own beside them.
-        makers: Passes whose nodes may occur.
+        border: Which passes' nodes may occur: those that say so of themselves (`GraphPass.nodes_from`).
         checks: What else holds.
+        domains: Operator domains of our nodes. A graph that someone else exported keeps its own beside them.
+        lowering: The lowering's pass, whose nodes may occur besides.
     """
 
     name: str
-    domains: frozenset[str]
-    makers: frozenset[str]
+    border: Border
     checks: tuple[Check, ...]
+    domains: frozenset[str] = frozenset({""})
+    lowering: str | None = None
+
+    @property
+    def makers(self) -> frozenset[str]:
+        """Passes whose nodes may occur."""
+        return makers_at(self.border) | ({self.lowering} if self.lowering is not None else frozenset())
 
 
 _ALWAYS: tuple[Check, ...] = (
@@ -42,26 +50,11 @@ _ALWAYS: tuple[Check, ...] = (
     graph_checks.foreign_branch_outputs,
     graph_checks.incomplete_cache,
 )
-_STANDARD = frozenset({""})
-# Fusions, and what undoes those of other exporters, may run at any point after the source graph is there.
-_FUSIONS = frozenset({"FuseSiblingMatMulsPass", "SplitSkipNormsPass"})
-# TensorRT's interface and precision, after routing.
-_TENSORRT = frozenset(
-    {
-        "ReduceRouterProductsPass",
-        "UseStaticCachePass",
-        "GrowCacheOutsideAttentionPass",
-        "ComputeNormsInFloat32Pass",
-        "KeepLastLogitsPass",
-    }
-)
-_INJECTED = _FUSIONS | _TENSORRT | {"InjectLayersPass"}
-_ROUTED = _INJECTED | {"RouteLayersPass"}
 
-PLAIN = StageSpec("plain", _STANDARD, frozenset({"SplitSkipNormsPass"}), _ALWAYS)
+PLAIN = StageSpec("plain", "plain", _ALWAYS)
 """From the checkpoint, or from another exporter and prepared for finding its layers."""
-INJECTED = StageSpec("injected", _STANDARD, _INJECTED, _ALWAYS)
-ROUTED = StageSpec("routed", _STANDARD, _ROUTED, (*_ALWAYS, graph_checks.unmasked_routing))
+INJECTED = StageSpec("injected", "injected", _ALWAYS)
+ROUTED = StageSpec("routed", "routed", (*_ALWAYS, graph_checks.unmasked_routing))
 """The oracle: every routed layer in masked form."""
 
 
@@ -75,9 +68,10 @@ def lowered_stage(pass_name: str, *checks: Check, domains: frozenset[str] = froz
     """
     return StageSpec(
         f"lowered by {pass_name}",
-        _STANDARD | domains,
-        _ROUTED | {pass_name},
+        "routed",
         (*_ALWAYS, functools.partial(graph_checks.unlowered_routing, pass_name=pass_name), *checks),
+        domains=frozenset({""}) | domains,
+        lowering=pass_name,
     )
 
 
@@ -93,13 +87,14 @@ def check_stage(model: ir.Model, stage: StageSpec) -> None:
         GraphInvariantError: A graph of ours, or one our passes have changed, breaks one; with all violations.
     """
     ours = model.producer_name == "dlo-export"
-    # Domains are checked on our own nodes only; a copy that InjectLayersPass made of somebody else's keeps its domain.
+    # Domains are checked on our own nodes only; an injected copy of somebody else's layer keeps its domain.
     violations: list[str] = []
+    makers = stage.makers
     for node in model.graph.all_nodes():
         maker = node.metadata_props.get(PASS_KEY)
-        if maker is not None and maker not in stage.makers:
+        if maker is not None and maker not in makers:
             violations.append(f"{place(node)} was made by {maker}")
-        if (ours or maker is not None) and node.domain not in stage.domains and maker != "InjectLayersPass":
+        if (ours or maker is not None) and node.domain not in stage.domains and ORIGIN_KEY not in node.metadata_props:
             violations.append(f"{place(node)} is of domain '{node.domain}'")
     for check in stage.checks:
         violations += check(model.graph)

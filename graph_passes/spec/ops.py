@@ -132,8 +132,10 @@ def reference_function(op: PluginOp) -> ir.Function:
 
     Rows of skipped tokens, which the operator leaves unspecified, are zeros.
     """
-    inputs, outputs = (", ".join(operand.name for operand in operands) for operands in (op.inputs, op.outputs))
+    inputs = ", ".join(operand.name for operand in op.inputs)
+    outputs = ", ".join(operand.name for operand in op.outputs)
     attributes = ", ".join(f'{name}: string = "{value}"' for name, value in op.attributes.items())
+    # ONNX's text has functions only as parts of a model, hence the empty graph.
     text = (
         f'<ir_version: 11, opset_import: ["" : {_FUNCTION_OPSET}, "{DOMAIN}" : {VERSION}]>\n'
         "holder () => () {}\n"

@@ -6,14 +6,18 @@ import abc
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.naming import make_value_names_unique
 
 PASSES_KEY = "dlo.passes"
 """Entry of a model's metadata: the passes that changed it, in order."""
+
+Border = Literal["plain", "injected", "routed"]
+"""Of the pipeline's stages, in order; what a lowering does comes behind the last one (`spec/invariants.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +37,19 @@ class PassRun:
 
 
 def passes_run(model: ir.Model) -> tuple[PassRun, ...]:
-    """Passes that changed the model, in order; also those before it was last saved."""
-    entries = json.loads(model.metadata_props.get(PASSES_KEY, "[]"))
-    return tuple(PassRun(entry["name"], entry["settings"], tuple(entry["runs_after"])) for entry in entries)
+    """Passes that changed the model, in order; also those before it was last saved.
+
+    Raises:
+        GraphPassError: The model's metadata are no such list.
+    """
+    try:
+        entries = json.loads(model.metadata_props.get(PASSES_KEY, "[]"))
+        return tuple(PassRun(entry["name"], entry["settings"], tuple(entry["runs_after"])) for entry in entries)
+    except (ValueError, TypeError, KeyError) as err:
+        raise GraphPassError(
+            f"metadata '{PASSES_KEY}' does not list the passes that changed the model: {err!r}",
+            hint="take the metadata out of the graph, or export it again",
+        ) from err
 
 
 class GraphPass(ir.passes.InPlacePass, abc.ABC):
@@ -48,6 +62,8 @@ class GraphPass(ir.passes.InPlacePass, abc.ABC):
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = ()
     """Passes (or bases of passes) that do not fit behind this one; they need not run at all."""
+    nodes_from: ClassVar[Border | None] = None
+    """The first border at which its nodes may stand in a graph; None: at none, unless the stage names the pass."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -63,6 +79,7 @@ class GraphPass(ir.passes.InPlacePass, abc.ABC):
         """
         if self._has_run(model):
             return
+        # A pass behind this one may have named it, or a base of it such as all lowerings have.
         own = {cls.__name__ for cls in type(self).__mro__}
         later = [run.name for run in passes_run(model) if own.intersection(run.runs_after)]
         if later:
@@ -77,7 +94,10 @@ class GraphPass(ir.passes.InPlacePass, abc.ABC):
         if self._has_run(model):
             return ir.passes.PassResult(model, modified=False)
         modified = self.rewrite(model)
+        # What changed nothing has not run: it may still be asked for once the graph has changed.
         if modified:
+            # New nodes are named after what they are for; a graph from outside may have given such a name before.
+            make_value_names_unique(model.graph)
             run = PassRun(self._name, self.settings, tuple(sorted(_predecessors(type(self)))))
             entries = [dataclasses.asdict(entry) for entry in (*passes_run(model), run)]
             model.metadata_props[PASSES_KEY] = json.dumps(entries)
@@ -116,6 +136,20 @@ class GraphPass(ir.passes.InPlacePass, abc.ABC):
                 )
             return True
         return False
+
+
+def makers_at(border: Border) -> frozenset[str]:
+    """Names of the passes whose nodes may stand in a graph at a border, as far as they are imported."""
+    borders = get_args(Border)
+    passed = borders[: borders.index(border) + 1]
+    makers: set[str] = set()
+    waiting: list[type[GraphPass]] = GraphPass.__subclasses__()
+    while waiting:
+        pass_ = waiting.pop()
+        waiting += pass_.__subclasses__()
+        if pass_.nodes_from in passed:
+            makers.add(pass_.__name__)
+    return frozenset(makers)
 
 
 def _predecessors(pass_: type[GraphPass]) -> set[str]:

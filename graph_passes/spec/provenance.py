@@ -103,17 +103,13 @@ class TaggedNodes:
 
 
 def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """The initializer of this name, made on first use.
-
-    Raises:
-        ValueError: An initializer of this name holds something else.
-    """
-    existing = graph.initializers.get(name)
-    if existing is not None:
-        tensor = existing.const_value
-        if tensor is None or not np.array_equal(tensor.numpy(), array):
-            raise ValueError(f"initializer '{name}' exists and holds something else than {array!r}")
-        return existing
+    """The initializer of this name, made on first use; of another name where a foreign graph has given this one."""
+    # The name stands for the contents: layers share what they compute with alike.
+    wanted, number = name, 1
+    while (existing := graph.initializers.get(name)) is not None:
+        if existing.const_value is not None and _holds(existing.const_value, array):
+            return existing
+        name, number = f"{wanted}_{number}", number + 1
     value = ir.Value(
         name=name,
         type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
@@ -122,3 +118,11 @@ def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     )
     graph.register_initializer(value)
     return value
+
+
+def _holds(tensor: ir.TensorProtocol, array: np.ndarray) -> bool:
+    return (
+        tensor.dtype == ir.DataType.from_numpy(array.dtype)
+        and tuple(tensor.shape.numpy()) == array.shape
+        and np.array_equal(tensor.numpy(), array)
+    )

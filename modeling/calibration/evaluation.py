@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,8 +11,10 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from dlo_export.checkpoints.depth.expansion import routed_config
+from dlo_export.checkpoints.llama_layer import parse_router, router_name
 from dlo_export.modeling.configuration import LlamaDloConfig
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.perplexity import perplexity
 from dlo_export.modeling.routing import is_active
 
 Decide = Callable[[int, torch.Size], Mapping[int, torch.Tensor]]
@@ -52,8 +53,8 @@ def with_routers(model: PreTrainedModel, routers: Mapping[int, np.ndarray]) -> L
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         routed = LlamaDloForCausalLM(config)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.routers.")}
-    weights |= {f"model.routers.{layer}.weight": torch.from_numpy(router) for layer, router in routers.items()}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if parse_router(name) is None}
+    weights |= {router_name(layer): torch.from_numpy(router) for layer, router in routers.items()}
     routed.load_state_dict(weights, assign=True)
     routed.model.rotary_emb = model.model.rotary_emb
     routed.eval()
@@ -82,4 +83,4 @@ def evaluate(model: LlamaDloForCausalLM, sequences: torch.Tensor, decide: Decide
             loss += float(F.cross_entropy(model.lm_head(row_piece).float(), target_piece, reduction="sum"))
         count += len(targets)
     rates = {layer: number / sequences.numel() for layer, number in active.items()}
-    return Evaluation(math.exp(loss / count), rates, sequences.numel())
+    return Evaluation(perplexity(loss, count), rates, sequences.numel())

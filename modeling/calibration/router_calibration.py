@@ -111,7 +111,8 @@ def calibrate_routers(
         progress: Called after every layer of both passes.
 
     Raises:
-        CalibrationError: No layer can be routed, or the target is out of their reach.
+        CalibrationError: No layer can be routed, or the target is out of their reach; or the model's numbers run out of
+            float32.
     """
     settings = settings or CalibrationSettings()
     num_layers = len(model.model.layers)
@@ -130,6 +131,7 @@ def calibrate_routers(
         active = None
         if layer in rates:
             inputs = stream.hidden_states.reshape(-1, stream.hidden_states.shape[-1]).float()
+            _check_lengths(layer, inputs)
             massive = is_massive(inputs)
             labels = lowest(protected_similarity(output.similarity, massive), rates[layer])
             routers[layer] = fit_router(inputs, labels, label_weights(labels, output.relative_size, massive))
@@ -192,10 +194,21 @@ def _similarities(
         output = stream.run_layer(layer)
         if layer in layers:
             inputs = stream.hidden_states.reshape(-1, stream.hidden_states.shape[-1])
+            _check_lengths(layer, inputs)
             similarities[layer] = protected_similarity(output.similarity, is_massive(inputs))
         stream.advance(output)
         steps.done()
     return similarities
+
+
+def _check_lengths(layer: int, inputs: torch.Tensor) -> None:
+    """Refuses tokens that no direction can be told of: not finite, or so long that float32 cannot hold the length."""
+    if not bool(inputs.float().norm(dim=-1).isfinite().all()):
+        raise CalibrationError(
+            f"calibration: layer {layer}: the residual stream that arrives there is not finite, or longer than float32 "
+            f"can tell (it reaches {float(inputs.abs().max()):.3g})",
+            hint="a weight of the model is damaged: fetch it again",
+        )
 
 
 def _share_skips(

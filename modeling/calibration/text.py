@@ -58,7 +58,7 @@ def read_documents(path: Path | None = None) -> tuple[Document, ...]:
 
         return tuple(Document(name, topics[name]) for name in sorted(topics))
     if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
+        files = sorted(file for file in path.rglob("*.txt") if not file.is_dir())
         if not files:
             raise CalibrationTextError(f"{path}: holds no .txt files\n\nhint: give one file, or a folder of .txt files")
         documents = tuple(Document(str(file.relative_to(path)), _read(file)) for file in files)
@@ -124,10 +124,12 @@ def _draw(
 
 
 def _read(file: Path) -> str:
+    if not file.is_file():  # a link to nothing or to itself, or a pipe, which would be waited for
+        raise CalibrationTextError(f"{file}: is no regular file", hint="remove it, or replace the link by the file")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as err:
-        raise CalibrationTextError(f"{file}: {err}\n\nhint: calibration text is UTF-8") from err
+        raise CalibrationTextError(f"{file}: {err}", hint="calibration text is UTF-8") from err
 
 
 def _halves(document: Document) -> tuple[Document, ...]:

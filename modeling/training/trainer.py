@@ -22,6 +22,7 @@ from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.perplexity import perplexity
 from dlo_export.modeling.routing import SelectTokens, is_active
 from dlo_export.modeling.training.distillation import distillation_loss
 from dlo_export.modeling.training.errors import TrainingDivergedError
@@ -76,7 +77,7 @@ class HeldOut:
     @property
     def perplexity(self) -> float:
         """Of learned tokens at inference."""
-        return math.exp(min(self.loss, 700.0))
+        return perplexity(self.loss, 1)
 
     @property
     def active_rate(self) -> float | None:

@@ -14,7 +14,7 @@ from typing import Final
 
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION, WIDTH_MULTIPLE, PluginOp
 from dlo_export.plugins.compile import CompiledKernel, compile_all
-from dlo_export.plugins.contract import T_DTYPES, output_axes, weight_input
+from dlo_export.plugins.contract import SIZES_HINT, T_DTYPES, output_axes, weight_input
 from dlo_export.plugins.errors import PluginError
 from dlo_export.plugins.tiles import DECODE_TOKENS, tile_of
 from dlo_export.plugins.variants import TARGETS, variants
@@ -33,6 +33,7 @@ def ops_header(ops: Sequence[PluginOp]) -> str:
         f'inline constexpr char kNamespace[] = "{DOMAIN}";\n'
         f'inline constexpr char kVersion[] = "{VERSION}";\n'
         f"inline constexpr int32_t kWidthMultiple = {WIDTH_MULTIPLE};\n"
+        f'inline constexpr char kSizesHint[] = "{SIZES_HINT}";\n'
         f"inline constexpr int64_t kDecodeTokens = {DECODE_TOKENS};\n"
         f"inline constexpr nvinfer1::DataType kTypesOfT[] = {{{_types_of_t()}}};\n"
         f"inline constexpr Op kOps[] = {{\n{''.join(map(_op, ops))}}};\n}}  // namespace dlo\n"

@@ -67,7 +67,7 @@ std::string sizeProblems(Op const& op, int32_t nbInputs, SizeOf&& sizeOf) {
 }
 
 int32_t refuse(std::string const& problems) noexcept {
-    logError(problems + "\n\nhint: use another lowering for this model: compact or if");
+    logError(problems + "\n\nhint: " + kSizesHint);
     return kFailed;
 }
 

@@ -23,7 +23,7 @@ def skip_gate_up(
     active = scale.reshape(-1) != 0
     gated = np.zeros((len(rows), gate_weight.shape[1]), hidden_states.dtype)
     x = rows[active].astype(np.float32)
-    gate, up = (x @ weight.astype(np.float32) for weight in (gate_weight, up_weight))
+    gate, up = x @ gate_weight.astype(np.float32), x @ up_weight.astype(np.float32)
     gated[active] = (_silu(gate) * up).astype(gated.dtype)
     return gated.reshape(*hidden_states.shape[:-1], -1)
 

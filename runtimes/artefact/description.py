@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.runtimes.artefact.engine_record import (
@@ -31,6 +31,11 @@ WEIGHTS_NAME = "model.onnx.data"
 _REWRITE = "export the model again, or use the dlo-export that wrote it"
 
 
+# Whether an adapter's base_sha256 is the base's: equal; another one, allowed by --force-base; the adapter has none; the
+# base is a graph, whose bytes are others than its checkpoint's.
+AdapterBase = Literal["same", "forced", "not stated", "not comparable"]
+
+
 @dataclasses.dataclass(frozen=True)
 class SourceIdentity:
     """What the artefact was made from.
@@ -38,12 +43,18 @@ class SourceIdentity:
     Attributes:
         kind: Of source, such as "gguf".
         name: Of its file or folder.
-        sha256: Of its weights.
+        sha256: Of its weights; with a LoRA adapter, of both files' hashes.
+        model_type: What its config.json calls the model, such as "mistral"; None where a graph lies without one.
+        adapter: Name of the adapter's folder; None where there was none.
+        adapter_base: Whether the adapter was made from these weights; None where there was none.
     """
 
     kind: str
     name: str
     sha256: str
+    model_type: str | None
+    adapter: str | None = None
+    adapter_base: AdapterBase | None = None
 
 
 @dataclasses.dataclass(frozen=True)

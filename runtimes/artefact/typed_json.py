@@ -234,7 +234,7 @@ def _taken_apart(kind: Any) -> tuple[Any, list[Rule], Form | None]:
 def _arguments(kind: Any) -> tuple[Any, ...]:
     """Of a generic type, or of the one in "X | None"."""
     if get_origin(kind) in (Union, types.UnionType):
-        (kind,) = (inner for inner in get_args(kind) if inner is not types.NoneType)
+        kind = next(inner for inner in get_args(kind) if inner is not types.NoneType)
     return get_args(kind)
 
 

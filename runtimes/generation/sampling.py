@@ -14,6 +14,10 @@ class SamplingError(RuntimeInputError):
     """A sampling parameter is out of range."""
 
 
+class LogitsError(RuntimeInputError):
+    """A model computed no numbers to choose by."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen; greedy by default.
@@ -41,6 +45,8 @@ class Sampling:
             problems.append(f"top_k is {self.top_k}, expected >= 0 (0: all tokens)")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
+        if self.seed < 0:
+            problems.append(f"seed is {self.seed}, expected >= 0")
         if problems:
             raise SamplingError(
                 f"sampling: {'; '.join(problems)}",
@@ -62,7 +68,17 @@ class Sampler:
         self._generators = [np.random.default_rng([sampling.seed, row]) for row in range(batch)]
 
     def __call__(self, logits: FloatArray) -> Int64Array:
-        """Chooses from logits float32 [batch, vocab]; returns int64 [batch]."""
+        """Chooses from logits float32 [batch, vocab]; returns int64 [batch].
+
+        Raises:
+            LogitsError: A sequence's largest logit is not finite.
+        """
+        highest = logits.max(-1)  # NaN where any is
+        if not np.isfinite(highest).all():
+            raise LogitsError(
+                f"logits: the largest are {highest.tolist()}, expected finite numbers",
+                hint="a weight is damaged, or fp16 too narrow for the model: export it again, with --dtype fp32",
+            )
         if self._sampling.temperature == 0:
             likeliest: Int64Array = logits.argmax(-1).astype(np.int64)
             return likeliest

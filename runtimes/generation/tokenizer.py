@@ -52,7 +52,12 @@ class Tokenizer:
         return bool(self._tokenizer.chat_template)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text to continue, with the special tokens the model starts with."""
+        """Token ids of a text to continue, with the special tokens the model starts with.
+
+        Raises:
+            TokenizerError: The text is not Unicode: it holds half a surrogate pair, or bytes that are not UTF-8.
+        """
+        _check_unicode(text)
         ids: list[int] = self._tokenizer.encode(text)
         bos = self._tokenizer.bos_token_id
         return ids or ([bos] if bos is not None else [])
@@ -77,6 +82,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"tokenizer: the chat template failed: {err}", hint="the model may not take such messages; try --raw"
             ) from err
+        _check_unicode(text)
         # The template has written the special tokens already.
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
@@ -89,6 +95,16 @@ class Tokenizer:
     def stream(self) -> TextStream:
         """Starts turning one sequence's tokens into text as they come."""
         return TextStream(self)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise TokenizerError(
+            f"prompt: character {err.start} is {text[err.start]!r}, which is not Unicode text",
+            hint="give the prompt as UTF-8",
+        ) from err
 
 
 class TextStream:

@@ -13,7 +13,6 @@ from dlo_export.checkpoints.dtypes import BFLOAT16
 from dlo_export.runtimes.decoder_interface import CacheKind, DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
-from dlo_export.runtimes.runner import FloatArray
 
 
 class SessionArguments(TypedDict, total=False):
@@ -95,14 +94,10 @@ def model_name(model: str | Path | bytes) -> str:
     return "model" if isinstance(model, bytes) else Path(model).name
 
 
-def float32(array: np.ndarray) -> FloatArray:
-    """The same numbers in float32; the array itself where they are."""
-    return array if array.dtype == np.float32 else array.astype(np.float32)
-
-
 def _options(arguments: SessionArguments) -> ort.SessionOptions:
     options = arguments.get("options") or ort.SessionOptions()
-    options.log_severity_level = 3  # warnings of ONNX Runtime's own passes are not for users
+    # Warnings of ONNX Runtime's own passes are not for users, its errors are raised: their text stands in ours.
+    options.log_severity_level = 4
     if (threads := arguments.get("threads")) is not None:
         options.intra_op_num_threads = threads
     spinning = "1" if arguments.get("allow_spinning", True) else "0"

@@ -9,8 +9,8 @@ from typing import Unpack
 import numpy as np
 import onnxruntime as ort
 
-from dlo_export.runtimes.onnxruntime.session import DecoderSession, SessionArguments, float32, model_name
-from dlo_export.runtimes.runner import StepRequest
+from dlo_export.runtimes.onnxruntime.session import DecoderSession, SessionArguments, model_name
+from dlo_export.runtimes.runner import StepRequest, float32
 from dlo_export.runtimes.static_cache.batches import StaticCacheStep
 from dlo_export.runtimes.static_cache.runner import StaticRunner
 

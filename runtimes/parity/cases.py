@@ -19,6 +19,7 @@ Forcing = Literal["all", "none", "mixed"] | None
 PROMPT_TOKENS = 24
 CHUNK_TOKENS = 4
 DECODE_STEPS = 4
+LONGEST_CASE = PROMPT_TOKENS + CHUNK_TOKENS + DECODE_STEPS
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Case:
 
     @property
     def batch(self) -> int:
-        """Sequences."""
+        """How many sequences it feeds."""
         return int(self.feeds[0].input_ids.shape[0])
 
     @property
@@ -76,7 +77,12 @@ class Case:
 
 
 def parity_cases(
-    vocab_size: int, *, routed: bool, seed: int = 0, token_ids: Sequence[int] | None = None
+    vocab_size: int,
+    *,
+    routed: bool,
+    seed: int = 0,
+    token_ids: Sequence[int] | None = None,
+    longest: int = LONGEST_CASE,
 ) -> tuple[Case, ...]:
     """Prefill; decode behind a cache; a left-padded batch without and with a cache; forced decisions where routed.
 
@@ -85,12 +91,16 @@ def parity_cases(
         routed: Whether there are decisions to force.
         seed: Of the random tokens.
         token_ids: Of a text, to use in place of random tokens.
+        longest: Tokens that the shortest cache has room for, at least 1: cases are cut to fit, steps first.
 
     Raises:
         RuntimeInputError: The text is too short.
     """
-    length = PROMPT_TOKENS + CHUNK_TOKENS + DECODE_STEPS
-    lengths = (length, length // 2, length // 3)
+    length = min(LONGEST_CASE, longest)
+    lengths = (length, max(1, length // 2), max(1, length // 3))
+    # What fits behind a first step of one token: decode steps, then the chunk before them.
+    decode = (1,) * min(DECODE_STEPS, (length - 1) // 2)
+    chunk = (min(CHUNK_TOKENS, length - 1 - len(decode)),) if length > 1 else ()
     tokens = np.random.default_rng(seed).integers(0, vocab_size, sum(lengths))
     if token_ids is not None:
         if len(token_ids) < tokens.size:
@@ -101,18 +111,17 @@ def parity_cases(
         tokens = np.asarray(token_ids[: tokens.size], np.int64)
     ragged = np.split(tokens, np.cumsum(lengths)[:-1])
     one = ragged[:1]
-    decode = (1,) * DECODE_STEPS
     cases = [
         Case("prefill", step_feeds(one)),
         # A chunk behind a cache is neither prefill nor decode: causal order and past both count.
-        Case("chunk and decode with a cache", step_feeds(one, CHUNK_TOKENS, *decode)),
+        Case("chunk and decode with a cache", step_feeds(one, *chunk, *decode)),
         Case("left-padded batch", step_feeds(ragged)),
         Case("left-padded batch with a cache", step_feeds(ragged, *decode)),
     ]
     if routed:
         cases += [
-            Case("all active", step_feeds(ragged, 1), "all"),
-            Case("nothing active", step_feeds(ragged, 1), "none"),
+            Case("all active", step_feeds(ragged, *decode[:1]), "all"),
+            Case("nothing active", step_feeds(ragged, *decode[:1]), "none"),
             Case("mixed decisions", step_feeds(ragged, *decode), "mixed"),
         ]
     return tuple(cases)

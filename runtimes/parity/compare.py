@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -11,7 +12,13 @@ import numpy as np
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.parity.cases import Case, step_feeds
 from dlo_export.runtimes.parity.report import CaseResult, GreedyDifference, GreedyResult, ParityReport
-from dlo_export.runtimes.parity.statistics import LogitStatistics, first_diverging_layer, flips, logit_statistics
+from dlo_export.runtimes.parity.statistics import (
+    LogitStatistics,
+    first_diverging_layer,
+    flips,
+    logit_statistics,
+    own_error,
+)
 from dlo_export.runtimes.parity.tolerances import TOLERANCES, Tolerance
 from dlo_export.runtimes.parity.trace import Trace, compare_streams, trace_case, trace_reference
 from dlo_export.runtimes.runner import Runner
@@ -45,6 +52,7 @@ def compare(
     dtype: str,
     greedy_prompts: Sequence[Sequence[int]] = (),
     greedy_tokens: int = 32,
+    open_precise: OpenRunner | None = None,
 ) -> ParityReport:
     """Runs every case on the reference and on every candidate.
 
@@ -59,13 +67,17 @@ def compare(
         dtype: Of the candidates, a key of TOLERANCES.
         greedy_prompts: Left-padded into one batch; none leave the greedy comparison out.
         greedy_tokens: How many tokens to generate per prompt.
+        open_precise: The reference in float64, opened only where a case would fail: how far the reference itself is off
+            then tells rounding from a fault. None leaves the table's tolerances as they are.
 
     Raises:
         RuntimeInputError: A candidate is another kind of model, or cannot be opened.
     """
     tolerance = TOLERANCES[dtype]
     traces = [trace_reference(reference, case) for case in cases]
-    comparisons = [_Comparison(reference, candidate, tolerance, cases, traces) for candidate in candidates]
+    comparisons = [
+        _Comparison(reference, candidate, tolerance, cases, traces, open_precise) for candidate in candidates
+    ]
     for comparison in comparisons:
         comparison.run(greedy_prompts, greedy_tokens)
     return ParityReport(
@@ -87,12 +99,14 @@ class _Comparison:
         tolerance: Tolerance,
         cases: Sequence[Case],
         traces: Sequence[Trace],
+        open_precise: OpenRunner | None,
     ) -> None:
         self._reference = reference
         self._candidate = candidate
         self._tolerance = tolerance
         self._cases = list(cases)
         self._traces = list(traces)
+        self._open_precise = open_precise
         self._free_logits: dict[str, LogitStatistics] = {}
         self._tokens: list[list[int]] = []
         self.results: list[CaseResult] = []
@@ -110,12 +124,29 @@ class _Comparison:
         if self._candidate.open_forced is not None:
             with self._candidate.open_forced() as runner:
                 self._compare_cases(runner)
-        compared = [i for i, result in enumerate(self.results) if result.logits.compared]
-        differing = [i for i in compared if not self.results[i].logits.within(self._tolerance)]
+        self._measure_own_errors()
+        differing = [i for i, result in enumerate(self.results) if self._logits_differ(result)]
         if differing and self._candidate.open_streams is not None:
             with self._candidate.open_streams() as runner:
                 for index in differing:
                     self._compare_streams(runner, index)
+
+    def _measure_own_errors(self) -> None:
+        """Where a case would fail by the table, asks how exact the reference itself is there."""
+        failed = [i for i, result in enumerate(self.results) if result.judge(self._tolerance).verdict == "FAIL"]
+        measurable = [i for i in failed if math.isfinite(self.results[i].logits.mean)]
+        if self._open_precise is None or not measurable:
+            return
+        with self._open_precise() as precise:
+            for index in measurable:
+                case, trace = self._cases[index], self._traces[index]
+                exact = trace_case(precise, case, trace.decisions)
+                own = own_error(exact.logits, trace.logits, exact.scores, trace.scores, case.real)
+                self.results[index] = dataclasses.replace(self.results[index], own_error=own)
+
+    def _logits_differ(self, result: CaseResult) -> bool:
+        tolerance = self._tolerance if result.own_error is None else self._tolerance.widened(result.own_error)
+        return result.logits.compared > 0 and not result.logits.within(tolerance)
 
     def _generate(self, runner: Runner, prompts: Sequence[Sequence[int]], tokens: int) -> None:
         """Generates greedily, and makes what was fed meanwhile a case for the reference."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from dlo_export.runtimes.parity.statistics import Flip, LogitStatistics
-from dlo_export.runtimes.parity.tolerances import Tolerance
+from dlo_export.runtimes.parity.tolerances import OWN_ERRORS, OwnError, Tolerance
 
 Verdict = Literal["PASS", "FAIL", "AMBIGUOUS", "NOT RUN"]
 
@@ -48,6 +48,7 @@ class CaseResult:
         flips: Those that differ, each made behind layers that obeyed the reference's decisions.
         stream_errors: By layer, how far the residual streams are apart; empty where not looked at.
         first_diverging_layer: The first whose stream is off.
+        own_error: Of the reference on this case; measured only where the table's tolerance was exceeded.
     """
 
     case: str
@@ -58,8 +59,30 @@ class CaseResult:
     flips: tuple[Flip, ...]
     stream_errors: Mapping[int, float] = field(default_factory=dict)
     first_diverging_layer: int | None = None
+    own_error: OwnError | None = None
 
     def judge(self, tolerance: Tolerance) -> Judgement:
+        """Judges by the table, and where that fails, by the reference's own error.
+
+        Args:
+            tolerance: The table's.
+        """
+        strict = self._judge(tolerance)
+        if strict.verdict != "FAIL" or self.own_error is None:
+            return strict
+        own = self.own_error
+        said = (
+            f"its own fp32 is off float64 by mean {own.mean:.1e} and largest {own.largest:.1e} of the peak, "
+            f"scores {own.score:.1e}, and {OWN_ERRORS} times that is allowed"
+        )
+        by_own = self._judge(tolerance.widened(own))
+        if by_own.verdict != "FAIL":
+            return Judgement(by_own.verdict, f"{by_own.reason or 'as exact as the reference'}: {said}")
+        if self._judge(tolerance.widened(own, limit=math.inf)).verdict != "FAIL":
+            return Judgement("AMBIGUOUS", f"the model amplifies rounding so far that a wrong one might pass: {said}")
+        return Judgement("FAIL", f"{by_own.reason}; the reference: {said}")
+
+    def _judge(self, tolerance: Tolerance) -> Judgement:
         """Judges logits, then decisions, then the free run."""
         if not self.logits.compared:
             return Judgement("FAIL", "nothing was compared")

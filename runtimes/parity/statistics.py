@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from dlo_export.runtimes.errors import RuntimeInputError
-from dlo_export.runtimes.parity.tolerances import Tolerance
+from dlo_export.runtimes.parity.tolerances import OwnError, Tolerance
 from dlo_export.runtimes.runner import BoolArray, FloatArray
 
 
@@ -111,6 +111,27 @@ def flips(reference: Mapping[int, FloatArray], candidate: Mapping[int, FloatArra
         wanted, found = reference[layer], candidate[layer]
         for row, position in zip(*np.nonzero(((wanted > 0.5) != (found > 0.5)) & real), strict=True):
             yield Flip(layer, int(row), int(position), float(wanted[row, position]), float(found[row, position]))
+
+
+def own_error(
+    exact_logits: FloatArray,
+    logits: FloatArray,
+    exact_scores: Mapping[int, FloatArray],
+    scores: Mapping[int, FloatArray],
+    real: BoolArray,
+) -> OwnError:
+    """How far a reference is from itself in higher precision, under the same decisions.
+
+    Args:
+        exact_logits: In higher precision, [batch, sequence, vocab].
+        logits: The reference's.
+        exact_scores: By routed layer, [batch, sequence].
+        scores: The reference's.
+        real: bool [batch, sequence], False at padding.
+    """
+    statistics = logit_statistics(exact_logits, logits, real)
+    differences = [float(np.abs(exact_scores[layer] - scores[layer])[real].max(initial=0.0)) for layer in scores]
+    return OwnError(statistics.mean, statistics.largest, max(differences, default=0.0))
 
 
 def stream_errors(

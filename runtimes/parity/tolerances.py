@@ -3,6 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+
+# How often the reference's own error a candidate may be off: two independent roundings add up, and single tokens vary.
+OWN_ERRORS = 4
+# How far that may widen the table. A model that needs more amplifies rounding to where a wrong one would pass as well.
+MOST_WIDENED = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnError:
+    """How far the reference itself is off, measured against the same model in float64 under the same decisions.
+
+    Attributes:
+        mean: Of its logits, as `Tolerance.mean` counts.
+        largest: Of its logits, as `Tolerance.largest` counts.
+        score: Largest of its routers' scores.
+    """
+
+    mean: float
+    largest: float
+    score: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +45,24 @@ class Tolerance:
     largest: float
     margin: float
     why: str
+
+    def widened(self, own: OwnError, *, limit: float = MOST_WIDENED) -> Tolerance:
+        """What a candidate is allowed where the reference itself is off by `own`: `OWN_ERRORS` times that.
+
+        Args:
+            own: What was measured; what is not finite allows nothing.
+            limit: How many times the table's values at most.
+        """
+
+        def wider(allowed: float, error: float) -> float:
+            return max(allowed, min(OWN_ERRORS * error, limit * allowed)) if math.isfinite(error) else allowed
+
+        return dataclasses.replace(
+            self,
+            mean=wider(self.mean, own.mean),
+            largest=wider(self.largest, own.largest),
+            margin=wider(self.margin, own.score),
+        )
 
 
 # Measured on SmolLM2-135M (30 layers; its residual stream reaches 23,000) against PyTorch in float32: as it is, and at

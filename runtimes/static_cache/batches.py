@@ -55,7 +55,7 @@ class StaticCacheStep:
 
     @property
     def batch(self) -> int:
-        """Sequences."""
+        """How many sequences it feeds."""
         return int(self.real.shape[0])
 
     @property

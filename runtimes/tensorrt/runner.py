@@ -13,6 +13,7 @@ import numpy as np
 
 from dlo_export.checkpoints import interface as names
 from dlo_export.runtimes.artefact.engine_record import EngineRecord
+from dlo_export.runtimes.decoder_interface import DecoderInterface
 from dlo_export.runtimes.errors import ModelLoadError
 from dlo_export.runtimes.runner import StepRequest
 from dlo_export.runtimes.static_cache.batches import StaticCacheStep
@@ -130,11 +131,15 @@ def _one_model(engines: Sequence[EngineRecord]) -> EngineRecord:
         raise ModelLoadError("TensorRT: got no engines, expected at least one", hint="export the model with --trt")
     first = engines[0]
     for engine in engines[1:]:
-        here, there = ((e.build.backend, e.build.version, e.static_cache) for e in (engine, first))
-        if here != there:
+        if _kind(engine) != _kind(first):
             raise ModelLoadError(
                 f"{engine.file.name} and {first.file.name}: differ in backend, version or interface, expected engines "
                 "of one model",
                 hint="export the model again with --trt",
             )
     return first
+
+
+def _kind(engine: EngineRecord) -> tuple[str, str, DecoderInterface]:
+    """What engines of one model have in common."""
+    return engine.build.backend, engine.build.version, engine.static_cache

@@ -242,6 +242,9 @@ def entry(start: int = 0, stop: int = 8, dtype: Any = "F32", shape: Any = (2,)) 
         ({"a": entry(shape=[-2])}, r"a: shape is \[-2\], expected a list of sizes"),
         ({"a": entry(shape=[True, 2])}, "a: shape is"),
         ({"a": entry(shape=None)}, "a: shape is None"),
+        ({"a": entry(shape=[2**63])}, "a: shape is"),
+        ({"a": entry(shape=[1] * 33)}, "a: shape has 33 entries, expected at most 32"),
+        ({"a": entry(shape=[2**62] * 100_000)}, "a: shape has 100000 entries, expected at most 32"),
         ({"a": entry() | {"data_offsets": [0]}}, "a: data_offsets are"),
         ({"a": entry(stop=7)}, "a: takes 7 bytes, expected 8"),
         ({"a": entry(8, 0)}, "a: takes -8 bytes, expected 8"),
@@ -313,19 +316,104 @@ def test_index_is_refused_when_it_leaves_the_folder(sharded: Path, name: str) ->
         open_checkpoint(sharded)
 
 
-def test_tensor_is_named_when_its_shard_does_not_hold_it(sharded: Path) -> None:
-    first, *_ = sorted(sharded.glob("*.safetensors"))
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "\ud800", "", ".", "missing.safetensors", "config.json/x"])
+def test_index_is_refused_when_a_name_is_no_files(sharded: Path, name: str) -> None:
     index = json.loads((sharded / INDEX).read_text())
-    rewrite_json(sharded / INDEX, weight_map=index["weight_map"] | {NORM: first.name})
-    with pytest.raises(CheckpointError, match=rf"{NORM}: not in {first.name}"):
+    rewrite_json(sharded / INDEX, weight_map=index["weight_map"] | {NORM: name})
+    with pytest.raises(CheckpointError, match=r"index\.json: the shards are not what the index says\n  "):
         open_checkpoint(sharded)
 
 
-def test_tensor_is_named_when_two_shards_hold_it(sharded: Path) -> None:
+def check_read_as_transformers_does(folder: Path) -> None:
+    model, report = LlamaForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not report["missing_keys"]
+    reference = dict(model.named_parameters())
+    with open_checkpoint(folder) as checkpoint:
+        assert set(checkpoint.tensors) == set(reference)
+        for name, tensor in checkpoint.tensors.items():
+            np.testing.assert_array_equal(tensor.numpy(), reference[name].detach().numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("place", ["another shard", "nowhere", "a name that no shard has"])
+def test_tensors_equal_transformers_when_the_index_says_they_are_elsewhere(sharded: Path, place: str) -> None:
     first, *_ = sorted(sharded.glob("*.safetensors"))
-    save_file(load_file(first) | {NORM: torch.ones(32)}, first)
-    with pytest.raises(CheckpointError, match=rf"{NORM}: duplicated in {first.name} and "):
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    if place == "nowhere":
+        del weight_map[NORM]
+    else:
+        weight_map[NORM if place == "another shard" else "model.ghost.weight"] = first.name
+    rewrite_json(sharded / INDEX, weight_map=weight_map)
+    check_read_as_transformers_does(sharded)
+
+
+def test_tensor_without_a_place_is_left_out_with_a_warning_when_the_index_does_not_name_it(sharded: Path) -> None:
+    first, *_ = sorted(sharded.glob("*.safetensors"))
+    save_file(load_file(first) | {"value_head.weight": torch.ones(3)}, first)
+    check_read_as_transformers_does(sharded)
+    (warning,) = open_checkpoint(sharded).warnings
+    assert "does not name value_head.weight" in warning
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    rewrite_json(sharded / INDEX, weight_map=weight_map | {"value_head.weight": first.name})
+    with pytest.raises(CheckpointError, match=r"value_head\.weight: \[3\] in .* has no place in this model"):
         open_checkpoint(sharded)
+
+
+def test_tensor_is_read_once_when_two_shards_hold_it_equal(sharded: Path) -> None:
+    first, *_, last = sorted(sharded.glob("*.safetensors"))
+    save_file(load_file(first) | {NORM: load_file(last)[NORM]}, first)
+    check_read_as_transformers_does(sharded)
+
+
+@pytest.mark.parametrize("copy", [torch.ones(32), torch.ones(31), torch.ones(32, dtype=torch.float16)], ids=str)
+def test_tensor_is_refused_with_both_files_when_two_shards_hold_different_ones(
+    sharded: Path, copy: torch.Tensor
+) -> None:
+    first, *_, last = sorted(sharded.glob("*.safetensors"))
+    save_file(load_file(first) | {NORM: copy}, first)
+    with pytest.raises(CheckpointError, match=rf"{NORM} in {first.name} and {NORM} in {last.name}: are not equal"):
+        open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("prefixes", ["none", "some", "two"])
+def test_tensors_equal_transformers_when_names_have_other_prefixes(tmp_path: Path, tie: bool, prefixes: str) -> None:
+    folder = save_tiny_llama(tmp_path, tie=tie)
+    tensors = load_file(folder / WEIGHTS)
+    for index, name in enumerate(list(tensors)):
+        if prefixes == "two":
+            tensors[f"model.{name}"] = tensors.pop(name)
+        elif prefixes == "none" or index % 2:
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    check_read_as_transformers_does(folder)
+
+
+def test_routers_are_found_when_names_have_no_prefix(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path, routed=[True, False, True])
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / WEIGHTS)
+    assert set(open_checkpoint(folder).tensors) == set(tensors)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.lm_head.weight"])
+def test_tensors_equal_transformers_when_a_tied_matrix_is_stored_as_the_head_alone(tmp_path: Path, name: str) -> None:
+    folder = save_tiny_llama(tmp_path, tie=True)
+    tensors = load_file(folder / WEIGHTS)
+    tensors[name] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    check_read_as_transformers_does(folder)
+
+
+def test_head_is_missing_when_an_untied_model_has_the_embedding_alone(folder: Path) -> None:
+    rewrite_tensors(folder, {"lm_head.weight": None})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: missing"):
+        open_checkpoint(folder)
+
+
+def test_two_names_of_one_tensor_are_both_named_when_their_values_differ(folder: Path) -> None:
+    rewrite_tensors(folder, {"norm.weight": torch.zeros(32)})
+    with pytest.raises(CheckpointError, match=r"norm\.weight in model\.safetensors and .*norm\.weight in .*not equal"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {"a": 1}])
@@ -390,7 +478,42 @@ def test_hub_id_opens_its_snapshot_when_it_is_in_the_cache(
     assert not (tmp_path / "generation_config.json").is_symlink()
 
 
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "tokenizer.json"])
+def test_folder_is_refused_when_a_file_links_to_itself(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(name)
+    with pytest.raises(CheckpointError, match="hint: "):
+        open_checkpoint(folder)
+
+
 # -- companions
+
+
+def rewrite_tokenizer(folder: Path, largest: int) -> None:
+    """Adds a token of this id to the tokenizer of single bytes."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": largest, "content": "<last>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_tokenizer_is_refused_when_it_has_tokens_that_the_model_has_not(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path, vocab=BYTE_VOCABULARY, tokenizer=True)
+    rewrite_tokenizer(folder, BYTE_VOCABULARY)  # a padding token that the embedding has no row for
+    open_checkpoint(folder).close()
+    rewrite_tokenizer(folder, BYTE_VOCABULARY + 1)
+    with pytest.raises(CheckpointError, match=r"\.json: has tokens up to id 260, the model has vocab_size 259"):
+        open_checkpoint(folder)
+    unigram = {"model": {"type": "Unigram", "vocab": [["x", 0.0]] * (BYTE_VOCABULARY + 2)}, "added_tokens": None}
+    (folder / "tokenizer.json").write_text(json.dumps(unigram))
+    with pytest.raises(CheckpointError, match="has tokens up to id 260"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_tokenizer_is_refused_by_name_when_it_is_damaged(folder: Path, content: str) -> None:
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: "):
+        open_checkpoint(folder)
 
 
 def test_companions_load_in_transformers_when_saved(tmp_path: Path) -> None:

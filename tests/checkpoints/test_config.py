@@ -145,7 +145,7 @@ def test_routing_is_refused_when_a_key_is_missing(key: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral', expected one of llama, llama_dlo, llama_dlo_exattn"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2', expected one of llama, llama_dlo, llama_dlo_exattn, mistral"),
         ({"model_type": None}, "model_type is None"),
         ({"model_type": ["llama"]}, "model_type is"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
@@ -171,6 +171,18 @@ def test_routing_is_refused_when_a_key_is_missing(key: str) -> None:
         ({"attention_bias": 1}, "attention_bias is 1, expected true or false"),
         ({"eos_token_id": [2, "3"]}, "eos_token_id is"),
         ({"bos_token_id": 1.0}, "bos_token_id is 1.0, expected a token id"),
+        ({"bos_token_id": -2}, "bos_token_id is -2, expected a token id"),
+        ({"pad_token_id": 98}, r"pad_token_id is 98, expected at most vocab_size \(97\)"),
+        ({"initializer_range": "0.02"}, "initializer_range is '0.02', expected a finite number from 0 on"),
+        ({"initializer_range": -1}, "initializer_range is -1, expected a finite number from 0 on"),
+        ({"attn_implementation": "paged"}, "attn_implementation is 'paged', expected one of eager, sdpa"),
+        ({"attn_implementation": ["eager"]}, "attn_implementation is"),
+        ({"output_attentions": True}, "output_attentions is True, expected false"),
+        ({"output_hidden_states": "no"}, "output_hidden_states is 'no', expected false"),
+        ({"is_dlo": "yes"}, "is_dlo is 'yes', expected true, false or a list of them"),
+        ({"is_dlo": 1}, "is_dlo is 1, expected true, false or a list of them"),
+        ({"is_dlo": {}}, "is_dlo is {}, expected true, false or a list of them"),
+        ({"is_dlo": [False]}, r"is_dlo has 1 entries, expected num_hidden_layers \(4\)"),
         ({"is_dlo": True}, "is_dlo marks routed layers, but model_type 'llama'"),
         (ROUTED | {"is_dlo": [True]}, r"is_dlo has 1 entries, expected num_hidden_layers \(4\)"),
         (ROUTED | {"is_dlo": [1, 0, 1, 1]}, "expected true, false or a list of them"),
@@ -182,6 +194,68 @@ def test_config_is_refused_by_name_when_a_field_is_unsupported(keys: dict[str, A
         LlamaConfig.from_dict(MINIMAL | keys, origin="somewhere/config.json")
     assert str(caught.value).startswith("somewhere/config.json: ")
     assert "hint: " in str(caught.value)
+
+
+def injected(**changes: Any) -> dict[str, Any]:
+    return {"position": 1, "source": 0, "init": "copy"} | changes
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (5, "injected_layers is 5, expected a list"),
+        (0, "injected_layers is 0, expected a list"),
+        ("", "injected_layers is '', expected a list"),
+        ({}, "injected_layers is {}, expected a list"),
+        ([3], r"injected_layers\[0\] is 3, expected an object"),
+        ([None], r"injected_layers\[0\] is None, expected an object"),
+        ([{"position": 1}], r"injected_layers\[0\] is .*, expected an object with position, source and init"),
+        ([injected(more=1)], r"injected_layers\[0\] is .*, expected an object with position, source and init"),
+        ([injected(position="1")], r"injected_layers\[0\]\.position is '1', expected an integer from 0 to 3"),
+        ([injected(position=True)], r"injected_layers\[0\]\.position is True"),
+        ([injected(position=4)], r"injected_layers\[0\]\.position is 4"),
+        ([injected(source=-1)], r"injected_layers\[0\]\.source is -1, expected an integer from 0 to 2"),
+        ([injected(source=3)], r"injected_layers\[0\]\.source is 3"),
+        ([injected(init="magic")], r"injected_layers\[0\]\.init: .*found 'magic'"),
+        ([injected(init=["copy"])], r"injected_layers\[0\]\.init"),
+        ([injected(), injected()], r"injected_layers are at \[1, 1\], expected rising positions"),
+        ([injected(position=2), injected()], r"injected_layers are at \[2, 1\], expected rising positions"),
+        ([injected()] * 4, "injected_layers has 4 entries, expected fewer than the 4 layers"),
+    ],
+)
+def test_config_is_refused_when_injected_layers_have_a_wrong_form(entries: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        LlamaConfig.from_dict(MINIMAL | {"injected_layers": entries})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"pad_token_id": 97},  # one behind the vocabulary
+        {"hidden_act": None, "attention_bias": None, "mlp_bias": None, "tie_word_embeddings": None},
+        {"rope_theta": None, "rope_scaling": None, "rope_parameters": None, "head_dim": None},
+        {"num_key_value_heads": None, "rms_norm_eps": None, "max_position_embeddings": None, "dtype": None},
+        {"sliding_window": None, "quantization_config": None, "initializer_range": None, "injected_layers": None},
+        {"is_dlo": None, "attn_implementation": None, "output_attentions": None, "output_hidden_states": False},
+        {"attn_implementation": "flash_attention_2", "injected_layers": [], "is_dlo": [False] * 4},
+    ],
+)
+def test_config_means_the_same_when_fields_are_null_or_say_nothing_of_the_arithmetic(keys: dict[str, Any]) -> None:
+    assert LlamaConfig.from_dict(MINIMAL | keys).model_values() == LlamaConfig.from_dict(MINIMAL).model_values()
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_model_values_say_the_same_model_when_transformers_reads_them(rope: str) -> None:
+    config = LlamaConfig.from_dict(MINIMAL | {"rope_parameters": ROPES[rope], "num_key_value_heads": 2, "head_dim": 12})
+    read = transformers.LlamaConfig(**without(config.model_values(), "model_type")).to_dict()
+    again = LlamaConfig.from_dict(read)
+    assert again.model_values() == config.model_values()
+    assert (again.rope, again.tensor_shapes()) == (config.rope, config.tensor_shapes())
+
+
+def test_model_values_name_the_routing_when_layers_are_routed() -> None:
+    config = LlamaConfig.from_dict(ROUTED)
+    assert LlamaConfig.from_dict(config.model_values()).routing == config.routing
 
 
 def test_config_lists_every_problem_and_no_consequence_when_several_fields_are_wrong() -> None:

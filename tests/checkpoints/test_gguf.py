@@ -13,19 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.opening import Checkpoint, open_checkpoint
 from dlo_export.checkpoints.rope import RopeConfig
-from tests.tiny_gguf import UNWRITABLE, save_tiny_gguf
+from tests.tiny_gguf import TEXTS, UNWRITABLE, save_tiny_gguf
 from tests.tiny_models import save_tiny_llama
 
 FILE = "tiny.gguf"
-TEXTS = (
-    "Hello world",
-    "  The quick brown fox, 12345 jumps; it's 3.14!\n",
-    "naïve café — 日本語 🎉🎉",
-    "def f(x):\n    return x**2\n\n\n\tend  ",
-    "<|im_start|>user\nHi<|im_end|>\n",
-    "don't CAN'T we'll",
-    "",
-)
 
 
 @pytest.fixture

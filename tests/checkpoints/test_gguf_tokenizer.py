@@ -15,20 +15,11 @@ from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.formats.gguf_file import read_gguf
 from dlo_export.checkpoints.opening import open_checkpoint
-from tests.tiny_gguf import save_tiny_gguf
+from tests.tiny_gguf import TEXTS, save_tiny_gguf
 from tests.tiny_models import save_tiny_llama
 from tests.tiny_sentencepiece import VOCABULARY, many_texts, sentencepiece_of, train_sentencepiece
 
 FILE = "tiny.gguf"
-TEXTS = (
-    "Hello world",
-    "  The quick brown fox, 12345 jumps; it's 3.14!\n",
-    "naïve café — 日本語 🎉🎉",
-    "def f(x):\n    return x**2\n\n\n\tend  ",
-    "<|im_start|>user\nHi<|im_end|>\n",
-    "don't CAN'T we'll",
-    "",
-)
 
 
 @pytest.fixture

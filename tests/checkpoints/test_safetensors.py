@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from dlo_export.checkpoints import lazy_tensors
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.mapped_file import MappedFile
-from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
+from dlo_export.checkpoints.formats.safetensors_reader import MAX_HEADER_BYTES, tensors_of_safetensors
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 
@@ -76,3 +76,20 @@ def test_duplicates_are_named_when_the_header_is_long(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(CheckpointError, match=r"file: .*duplicated: tensor\.77\)"):
         tensors_of_safetensors(MappedFile(tmp_path / "file"))
+
+
+def test_header_is_refused_unread_when_it_is_longer_than_any(tmp_path: Path) -> None:
+    length = MAX_HEADER_BYTES + 1
+    with (tmp_path / "file").open("wb") as stream:  # takes no room on the disk
+        stream.write(length.to_bytes(8, "little"))
+        stream.truncate(8 + length)
+    with pytest.raises(CheckpointError, match=f"its header would be {length} bytes long"):
+        tensors_of_safetensors(MappedFile(tmp_path / "file"))
+
+
+def test_every_entry_is_read_when_the_header_is_long(tmp_path: Path) -> None:
+    # What compares each entry with each takes minutes here.
+    entry = json.dumps({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]})
+    header = ("{" + ",".join(f'"tensor.{index}":{entry}' for index in range(100_000)) + "}").encode()
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert len(tensors_of_safetensors(MappedFile(tmp_path / "file"))) == 100_000

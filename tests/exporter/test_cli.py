@@ -97,7 +97,7 @@ def test_export_names_tensors_when_shapes_are_wrong(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("model_type", "mistral"), ("hidden_act", "gelu"), ("rope_scaling", {"rope_type": "yarn"})]
+    ("key", "value"), [("model_type", "qwen2"), ("hidden_act", "gelu"), ("rope_scaling", {"rope_type": "yarn"})]
 )
 def test_export_names_the_field_when_the_configuration_is_unsupported(tmp_path, key, value):
     checkpoint = save_tiny_llama(tmp_path / "model", legacy_keys=True)
@@ -156,3 +156,12 @@ def test_exit_codes_tell_bugs_from_the_machines_and_the_users_faults():
     assert exit_code(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == MACHINE
     assert exit_code(ModuleNotFoundError(name="torch")) == MACHINE
     assert exit_code(ModuleNotFoundError(name="dlo_export.graph_passes.gone")) == OUR_BUG
+
+
+def test_commands_load_no_heavy_library_when_their_options_are_listed():
+    code = (
+        "import sys, dlo_export.exporter.app; "
+        "print(*sorted({'numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'torch'} & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not loaded.split()

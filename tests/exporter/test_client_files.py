@@ -101,7 +101,12 @@ def test_graph_says_who_made_it_from_what_when_exported(model, tmp_path):
     assert (proto.producer_name, proto.producer_version) == ("dlo-export", dlo_export.__version__)
     assert proto.graph.name == "model"
     assert "3 layers (0 injected, 2 routed, lowering compact)" in proto.doc_string
-    assert {entry.key: entry.value for entry in proto.metadata_props} == {
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    assert [run["name"] for run in json.loads(metadata.pop("dlo.passes"))][:2] == [
+        "RouteLayersPass",
+        "LowerSkipToCompactionPass",
+    ]
+    assert metadata == {
         "model_name": "model",
         "dlo_export_version": dlo_export.__version__,
         "dtype": "fp32",
@@ -138,7 +143,7 @@ def test_another_exporters_graph_opens_in_genai_and_names_its_origin_when_routed
 
 
 def test_tokenizer_gives_no_token_type_ids_when_written_from_gguf(tmp_path):
-    folder = save_tiny_llama(tmp_path / "model")
+    folder = save_tiny_llama(tmp_path / "model", vocab=320)
     artefact = exported(save_tiny_gguf(folder, tmp_path / "model.gguf", tokenizer="gpt-2"), tmp_path / "artefact")
     settings = json.loads((artefact / "tokenizer_config.json").read_text())
     assert settings["model_input_names"] == ["input_ids", "attention_mask"], "transformers 4 adds a third by default"

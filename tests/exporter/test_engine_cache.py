@@ -4,6 +4,8 @@ import dataclasses
 import io
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.tensorrt.engine_cache import VARIABLE, EngineCache, cache_folder
+from dlo_export.exporter.tensorrt.engine_cache import VARIABLE, EngineCache, cache_folder, cache_limit
 from dlo_export.exporter.tensorrt.engine_fingerprint import fingerprint
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 from dlo_export.exporter.tensorrt.engines import build_engine
@@ -179,6 +181,33 @@ def test_engine_cache_drops_what_was_unused_for_longest_when_it_is_full(place, m
     assert cache.fetch(keys[0], folder / "copy.engine") is not None  # used just now
     cache.store(dataclasses.replace(build, cache_key=keys[2]), asked.output)
     assert sorted(entry.name for entry in cache.folder.iterdir()) == [keys[0], keys[2]]
+
+
+def test_there_is_no_cache_when_nothing_tells_the_users_home():
+    """A container's user: no HOME, no line in /etc/passwd."""
+    code = (
+        "import os; from dlo_export.exporter.tensorrt.engine_cache import cache_folder; "
+        "os.setuid(54321); print(cache_folder())"
+    )
+    if os.getuid() != 0:
+        pytest.skip("only root can become a user that nobody knows")
+    kept = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_CACHE_HOME", VARIABLE)}
+    result = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, check=False)
+    assert result.stdout == "None\n", result.stderr
+
+
+@pytest.mark.parametrize("given", ["lots", "nan", "-1", "inf", "1,5", "0x10"])
+def test_cache_limit_is_refused_by_name_when_it_is_no_number(monkeypatch, given):
+    monkeypatch.setenv("DLO_EXPORT_CACHE_GB", given)
+    with pytest.raises(InputError, match=r"DLO_EXPORT_CACHE_GB is '.*', expected[\s\S]*hint: "):
+        cache_limit()
+
+
+def test_cache_limit_is_in_gigabytes_when_it_is_set(monkeypatch):
+    monkeypatch.setenv("DLO_EXPORT_CACHE_GB", "0.5")
+    assert cache_limit() == 2**29
+    monkeypatch.setenv("DLO_EXPORT_CACHE_GB", "")
+    assert cache_limit() == 50 * 2**30
 
 
 def test_cache_folder_is_the_users_when_nothing_is_set(monkeypatch, tmp_path):

@@ -69,7 +69,7 @@ def test_cast_is_refused_when_a_graph_has_another_dtype(foreign, tmp_path):
     dtype, _ = foreign
     assert _export(foreign, tmp_path, dtype=dtype, parity=False).description.dtype == dtype
     with pytest.raises(InputError, match=f"a graph keeps its own dtype, {dtype}"):
-        _export(foreign, tmp_path, dtype="fp32")
+        _export(foreign, tmp_path / "cast", dtype="fp32")
 
 
 def test_dtype_is_refused_when_there_is_no_such_type(tmp_path):

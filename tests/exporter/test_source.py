@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
-from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
+from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter
+from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.calibrate import CalibrationRequest, calibrate
+from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
@@ -102,16 +107,28 @@ def test_calibration_of_a_graph_is_refused_with_the_way_round(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("entries", [5, [3], [{"position": 1}], [{"position": "1", "source": 0, "init": "copy"}]])
-def test_checkpoint_is_refused_when_its_injected_layers_are_malformed(tmp_path, entries):
-    folder = save_tiny_llama(tmp_path / "model")
-    config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"injected_layers": entries}))
-    with pytest.raises(CheckpointError, match=r"injected_layers[\s\S]*hint: each entry has position"):
-        open_source(folder, None)
-
-
 def test_adapter_is_refused_when_the_base_has_routers(tmp_path):
     folder = save_tiny_llama(tmp_path / "model", routed=[True, False, True])
     with pytest.raises(InputError, match=r"already has routers[\s\S]*hint: "):
         open_source(folder, _routers(tmp_path / "routers", 3))
+
+
+def test_layers_injected_before_are_kept_when_an_adapter_adds_more(tmp_path):
+    with open_checkpoint(save_tiny_llama(tmp_path / "model")) as checkpoint:
+        once = placements("tli", 3, every=3)
+        changes = expanded_config({**checkpoint.config.raw, "layer_types": ["full_attention"] * 3}, once)
+        tensors = expanded_tensors(checkpoint.tensors, once)
+        save = checkpoint.save_companions
+        save_checkpoint(tensors, tmp_path / "deep", save_companions=save, config_changes=changes)
+    with open_checkpoint(tmp_path / "deep") as checkpoint:
+        save_adapter(expansion_adapter(checkpoint.tensors, placements("llama-pro", 4, groups=2)), tmp_path / "adapter")
+    result = export_model(
+        ExportRequest(str(tmp_path / "deep"), tmp_path / "out", adapter=tmp_path / "adapter"), Reporter()
+    )
+    assert result.description.parity.verdict == "PASS"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["layer_types"] == ["full_attention"] * 6
+    # 0 1 2 n2 becomes 0 1 [c1] 2 n2 [c2]: sources are layers of the model that was there first.
+    injected = [(layer.index, layer.source) for layer in result.description.layers if layer.injected]
+    assert injected == [(2, 1), (4, 2), (5, 2)]
+    assert [(entry["position"], entry["source"]) for entry in config["injected_layers"]] == injected

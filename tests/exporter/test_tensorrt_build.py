@@ -15,6 +15,7 @@ from dlo_export.checkpoints.errors import EngineBuildError, InputError
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.tensorrt.engines import build_engine, build_engines
 from dlo_export.exporter.tensorrt.export import optimization_profiles
+from dlo_export.plugins.contract import SIZES_HINT
 from dlo_export.runtimes.artefact.engine_record import EngineBuild
 from dlo_export.runtimes.artefact.typed_json import from_json, to_json
 from tests.exporter.tiny_engines import FILES, node, plan, save_request
@@ -198,7 +199,7 @@ def test_build_engine_says_what_a_plugin_refused_when_its_sizes_do_not_fit(tmp_p
         build_engine(save_request(tmp_path, "plugin", change=narrow), Reporter())
     text = str(caught.value)
     assert "node 'model.layers.0.mlp.skip_gate_up' (SkipGateUp) of decoder layer 0" in text
-    assert text.endswith("hint: use another lowering for this model: compact or if")
+    assert text.endswith(f"hint: {SIZES_HINT}")
 
 
 def test_build_engine_shows_a_bar_and_stages_when_on_a_terminal(tmp_path):

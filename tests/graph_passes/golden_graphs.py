@@ -7,6 +7,7 @@ After a deliberate change of a pass, write the golden files anew and read the di
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -91,5 +92,6 @@ def _typed(value: ir.Value) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Writes the goldens anew, to be read before they are committed.").parse_args()
     for golden in GOLDENS:
         (FOLDER / f"{golden}.txt").write_text(golden_text(golden_graph(golden)), encoding="utf-8")

@@ -9,6 +9,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
+import pytest
+
+from dlo_export.graph_passes.errors import GraphPassError
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -98,6 +101,16 @@ def make_session(
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def check_refused(text: str, pass_: ir.passes.PassBase, reason: str) -> None:
+    """Check that a pass refuses a graph, says why, and leaves it alone."""
+    model = ir.from_onnx_text(text)
+    before = str(model)
+    with pytest.raises(GraphPassError, match=f"{type(pass_).__name__}: ") as error:
+        pass_(model)
+    assert reason in str(error.value)
+    assert str(model) == before
 
 
 def as_text(model: ir.Model) -> str:

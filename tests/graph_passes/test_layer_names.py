@@ -3,7 +3,8 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from dlo_export.graph_passes.depth.layer_names import renumber_layers, renumbered, unique_names
+from dlo_export.graph_passes.depth.layer_names import renumber_layers, renumbered
+from dlo_export.graph_passes.naming import unique_names
 from tests.graph_passes.graphs import tiny_decoder
 
 NUMBERS = {1: 2, 2: 3, 11: 14}

@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from dlo_export.modeling.calibration.skip_labels import (
     protected_similarity,
 )
 from dlo_export.modeling.calibration.text import CalibrationTextError, Document, calibration_text, read_documents
+from dlo_export.modeling.perplexity import perplexity
 from tests.tiny_models import save_tiny_llama
 
 LAYERS, LENGTH = 6, 32
@@ -49,6 +51,20 @@ def words(count: int, seed: int) -> str:
 
 def encode(text: str) -> list[int]:
     return [len(word) for word in text.split()]
+
+
+def test_calibration_is_refused_when_the_stream_is_longer_than_float32_can_tell(
+    sequences: torch.Tensor, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path / "model", layers=2)).eval()
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = 1e30
+    with pytest.raises(CalibrationError, match="layer 1: the residual stream"):
+        calibrate_routers(model, sequences[:8])
+
+
+def test_perplexity_is_infinite_when_float64_cannot_hold_it() -> None:
+    assert perplexity(7_100.0, 10) == float("inf")
+    assert perplexity(20.0, 10) == pytest.approx(7.389, rel=1e-3)
 
 
 def test_text_comes_from_different_documents_when_split() -> None:
@@ -107,6 +123,21 @@ def test_documents_raise_when_there_are_none_or_not_utf8(tmp_path: Path) -> None
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(CalibrationTextError, match="calibration text is UTF-8"):
         read_documents(tmp_path / "latin.txt")
+
+
+def test_documents_raise_by_name_when_a_file_is_a_link_to_itself_or_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "real.txt").write_text("words")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "up").symlink_to("..")  # a loop of folders, which is not followed
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    with pytest.raises(CalibrationTextError, match=r"loop\.txt: is no regular file\n\nhint: "):
+        read_documents(tmp_path)
+    (tmp_path / "loop.txt").unlink()
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(CalibrationTextError, match=r"pipe\.txt: is no regular file"):
+        read_documents(tmp_path)
+    (tmp_path / "pipe.txt").unlink()
+    assert {document.name for document in read_documents(tmp_path)} == {"real.txt (beginning)", "real.txt (end)"}
 
 
 def test_label_rates_pool_all_layers_when_cos_global() -> None:

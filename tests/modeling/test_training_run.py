@@ -134,7 +134,7 @@ def test_lora_merged_equals_the_model_it_was_trained_in(folder: Path, data: Pack
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["full", "routers", "lora"])
+@pytest.mark.parametrize("mode", ["full", "routers"])
 def test_distillation_starts_at_the_dense_models_own_words_and_brings_the_model_back_to_them(
     folder: Path, data: PackedDocuments, tmp_path: Path, mode: str
 ) -> None:

@@ -118,7 +118,7 @@ def description(*engines: EngineRecord) -> ArtefactDescription:
         plugin_operators=(),
         format_version=FORMAT_VERSION,
         tools={"dlo-export": "0.1.0"},
-        source=SourceIdentity("checkpoint", "tiny", "0" * 64),
+        source=SourceIdentity("checkpoint", "tiny", "0" * 64, "llama"),
         files=tuple(describe_file(path) for engine in engines for path in (engine.file, engine.graph)),
         dtype="fp32",
         routing=RoutingDescription("mlp", "in words", tuple(range(LAYERS)), True, 2.0, 0.05),

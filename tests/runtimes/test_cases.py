@@ -26,6 +26,20 @@ def test_cases_are_deterministic_and_reach_padding_cache_and_decisions() -> None
     assert by_name["prefill"].forced([0, 3]) is None
 
 
+@pytest.mark.parametrize("longest", [1, 2, 3, 4, 8, 9, 31])
+def test_cases_keep_their_steps_as_far_as_they_fit_when_the_cache_is_small(longest: int) -> None:
+    cases = parity_cases(VOCAB, routed=True, longest=longest)
+    assert [case.name for case in cases] == [case.name for case in CASES]
+    for case in cases:
+        lengths = [feed.input_ids.shape[1] for feed in case.feeds]
+        assert min(lengths) >= 1
+        assert sum(lengths) == longest == case.feeds[-1].attention_mask.shape[1]
+        assert case.real.any(1).all(), "every sequence has a token"
+    steps = {case.name: len(case.feeds) for case in cases}
+    assert (steps["chunk and decode with a cache"] > 1) == (longest > 1)
+    assert (steps["left-padded batch with a cache"] > 1) == (longest > 2)
+
+
 def test_cases_are_made_of_a_text_when_its_tokens_are_given() -> None:
     cases = parity_cases(VOCAB, routed=False, token_ids=range(100))
     np.testing.assert_array_equal(cases[0].feeds[0].input_ids, [range(32)])

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from dlo_export.runtimes.parity.report import GreedyDifference, GreedyResult, ParityError, ParityReport
+from dlo_export.runtimes.parity.report import CaseResult, GreedyDifference, GreedyResult, ParityError, ParityReport
+from dlo_export.runtimes.parity.statistics import Flip, LogitStatistics
+from dlo_export.runtimes.parity.tolerances import TOLERANCES, OwnError
 
 
 def test_report_says_why_when_parity_was_not_run() -> None:
@@ -27,3 +31,33 @@ def test_greedy_difference_is_ambiguous_when_rounding_or_a_flip_explains_it(
     result = GreedyResult("onnx", ((1, 2, 3), (4, 5, 6)), (difference,))
     assert (result.identical, result.total) == (5, 6)
     assert result.judge().verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("difference", "own", "verdict", "words"),
+    [
+        (2e-5, None, "FAIL", "logits differ"),
+        (2e-5, OwnError(1e-7, 1e-7, 0.0), "FAIL", "logits differ"),
+        (2e-5, OwnError(1e-5, 1e-4, 0.0), "PASS", "as exact as the reference"),
+        (9e-5, OwnError(2e-5, 1e-4, 0.0), "FAIL", "logits differ"),
+        (2e-4, OwnError(1e-4, 1e-3, 0.0), "AMBIGUOUS", "a wrong one might pass"),
+        (2e-4, OwnError(float("nan"), float("nan"), float("nan")), "FAIL", "logits differ"),
+        (float("nan"), OwnError(1e-1, 1e-1, 1e-1), "FAIL", "logits differ"),
+    ],
+)
+def test_case_is_judged_by_the_reference_s_own_error_when_the_table_fails_it(
+    difference: float, own: OwnError | None, verdict: str, words: str
+) -> None:
+    logits = LogitStatistics(100, difference, difference, difference, 0, 0)
+    judgement = CaseResult("prefill", "onnx", logits, None, 0, (), own_error=own).judge(TOLERANCES["fp32"])
+    assert judgement.verdict == verdict
+    assert words in judgement.reason
+
+
+def test_flip_is_a_near_tie_when_the_reference_s_own_score_is_as_uncertain() -> None:
+    logits = LogitStatistics(100, 0.0, 0.0, 0.0, 0, 0)
+    flip = Flip(0, 0, 3, 0.5 + 3e-4, 0.49)
+    result = CaseResult("prefill", "onnx", logits, None, 10, (flip,), own_error=OwnError(0.0, 0.0, 1e-4))
+    assert result.judge(TOLERANCES["fp32"]).verdict == "AMBIGUOUS"
+    sure = dataclasses.replace(result, own_error=OwnError(0.0, 0.0, 5e-5))
+    assert sure.judge(TOLERANCES["fp32"]).verdict == "FAIL"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dlo_export.runtimes.generation.sampling import Sampler, Sampling, SamplingError, kept_tokens
+from dlo_export.runtimes.generation.sampling import LogitsError, Sampler, Sampling, SamplingError, kept_tokens
 
 
 def test_kept_tokens_shrink_when_top_k_and_top_p_are_given() -> None:
@@ -27,6 +27,19 @@ def test_sampler_draws_by_probability_when_the_temperature_is_above_zero() -> No
     np.testing.assert_allclose(drawn, [0.7, 0.2, 0.1], atol=0.05)
     tiny = Sampler(Sampling(temperature=1e-30), 1)
     assert tiny(logits * 1000).tolist() == [0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sampler_raises_when_a_logit_is_not_finite(temperature: float, value: float) -> None:
+    logits = np.array([[0.7, value, 0.1]], np.float32)
+    with pytest.raises(LogitsError, match="expected finite"):
+        Sampler(Sampling(temperature=temperature), 1)(logits)
+
+
+def test_sampler_draws_when_some_tokens_are_ruled_out() -> None:
+    logits = np.array([[-np.inf, 1.0, -np.inf]], np.float32)
+    assert Sampler(Sampling(temperature=1.0), 1)(logits).tolist() == [1]
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 
-from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError
+from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.session import DecoderSession
@@ -33,3 +34,13 @@ def test_session_is_refused_when_the_provider_does_not_know_an_option(builds: Bu
 def test_session_is_refused_when_the_cache_is_of_another_kind(builds: Builds) -> None:
     with pytest.raises(ModelInterfaceError, match=r"is not a decoder with a static KV cache: .*'kv_lengths'"):
         DecoderSession(builds.released, "model", "static", {})
+
+
+def test_session_says_nothing_beside_its_error_when_a_kernel_fails(
+    builds: Builds, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with OnnxRuntimeRunner(builds.released) as runner:
+        runner.reset(1)
+        with pytest.raises(StepError, match="out of data bounds"):
+            runner.step(np.array([[10**6]]), np.ones((1, 1), np.int64), np.zeros((1, 1), np.int64))
+    assert capfd.readouterr().err == ""

@@ -85,6 +85,26 @@ def test_chat_is_encoded_when_the_tokenizer_has_a_template(bytes_folder: Path, w
         Tokenizer(words_folder).encode_chat([{"role": "user", "content": "hi"}])
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('alternate') }}", "{% for %}", "{{ messages[9].content }}", "{{ 1 / 0 }}"]
+)
+def test_chat_is_refused_when_the_template_fails(tmp_path: Path, template: str) -> None:
+    save_byte_tokenizer(tmp_path, BYTE_VOCABULARY)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    with pytest.raises(TokenizerError, match=r"the chat template failed[\s\S]*hint: .*--raw"):
+        Tokenizer(tmp_path).encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_text_is_refused_when_it_is_not_unicode(bytes_folder: Path) -> None:
+    tokenizer = Tokenizer(bytes_folder)
+    for text in ("\udcff", "half \ud800 pair"):
+        with pytest.raises(TokenizerError, match="not Unicode text"):
+            tokenizer.encode(text)
+        with pytest.raises(TokenizerError, match="not Unicode text"):
+            tokenizer.encode_chat([{"role": "user", "content": text}])
+
+
 def test_empty_text_becomes_the_first_token_when_there_is_one(bytes_folder: Path) -> None:
     assert Tokenizer(bytes_folder).encode("") == [1]
 

@@ -1,0 +1,90 @@
+"""Model types whose arithmetic is Llama's: what their config.json means where it differs from a Llama's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dlo_export.checkpoints.files.json_fields import JsonFields
+
+FULL_ATTENTION = "full_attention"
+
+WindowRule = Literal["sliding_window", "layer_types", "use_sliding_window"]
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """How one `model_type` of config.json is read.
+
+    Attributes:
+        name: Of the type.
+        routing: What the routed layers of the DLO authors' types skip; None for a plain decoder.
+        window: The field that puts a sliding window in force: a `sliding_window` that is not null; a `layer_types` that
+            is not full attention for every layer; a `sliding_window` unless `use_sliding_window` is false.
+        defaults: Of fields that are left out, where they differ from Llama's.
+        unread: Fields of a Llama that this type's code does not read, whatever they say.
+    """
+
+    name: str
+    routing: Literal["mlp", "layer"] | None = None
+    window: WindowRule = "use_sliding_window"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+
+    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json as this type's code reads it: its defaults filled in, what it ignores left out."""
+        return {**self.defaults, **{name: value for name, value in values.items() if name not in self.unread}}
+
+    def note_window(self, fields: JsonFields, num_layers: int) -> None:
+        """Notes a sliding window that is in force as a problem.
+
+        Args:
+            fields: As `read` gave them.
+            num_layers: As many entries as `layer_types` must have.
+        """
+        window, layer_types = fields.values.get("sliding_window"), fields.values.get("layer_types")
+        if self.window == "layer_types" and layer_types is not None:
+            if layer_types != [FULL_ATTENTION] * num_layers:
+                fields.problem("layer_types", f"is {layer_types!r}, expected {FULL_ATTENTION!r} for every layer")
+        elif window is not None and not (
+            self.window == "use_sliding_window" and fields.values.get("use_sliding_window") is False
+        ):
+            default = (
+                f", as {self.name} takes it to be unless it is null"
+                if window == self.defaults.get("sliding_window")
+                else ""
+            )
+            fields.problem("sliding_window", f"is {window!r}{default}, expected full attention")
+
+    def as_llama(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The same model's config.json as a Llama's, so that no reader needs to know the type.
+
+        Args:
+            values: As `read` gave them, no window in force.
+
+        Returns:
+            The values themselves for Llama and what the DLO authors made of it.
+        """
+        if not self.defaults:
+            return dict(values)
+        kept = {name: value for name, value in values.items() if name not in ("sliding_window", "layer_types")}
+        return kept | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
+_MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096}
+# Neither class has biases, nor a switch for its window.
+_NO_BIASES = ("attention_bias", "mlp_bias", "use_sliding_window")
+
+# Each of these is compared with transformers' own class in tests/checkpoints/test_model_types.py.
+MODEL_TYPES: Mapping[str, ModelType] = {
+    kind.name: kind
+    for kind in (
+        ModelType("llama"),
+        # The DLO authors' code; `llama_dlo_exattn` keeps attention dense.
+        ModelType("llama_dlo", routing="layer"),
+        ModelType("llama_dlo_exattn", routing="mlp"),
+        ModelType("mistral", window="sliding_window", defaults=_MISTRAL, unread=_NO_BIASES),
+        ModelType("ministral", window="layer_types", defaults=_MISTRAL, unread=_NO_BIASES),
+    )
+}

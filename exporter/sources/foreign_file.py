@@ -1,0 +1,268 @@
+"""Reading a `.onnx` file of unknown origin: everything it refers to is checked before anything is computed from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.checkpoints.formats.huggingface_folder import file_inside
+from dlo_export.exporter.sources.model_proto import parsed_model
+from dlo_export.exporter.weight_file import INLINE_BYTES
+
+# onnx_ir logs what it finds strange, names as they are; what counts of it is refused here, in our words.
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
+
+_LARGEST_TENSOR = 2**62  # bytes; far beyond any file, and still an int64
+_OWN_METADATA = "dlo."
+# The field of a TensorProto that holds elements of a type where raw_data does not, and how many entries an element has.
+_ELEMENT_FIELDS = {
+    **dict.fromkeys(("FLOAT", "COMPLEX64"), "float_data"),
+    **dict.fromkeys(("DOUBLE", "COMPLEX128"), "double_data"),
+    **dict.fromkeys(("INT64",), "int64_data"),
+    **dict.fromkeys(("UINT32", "UINT64"), "uint64_data"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignFile:
+    """A model as it was read.
+
+    Attributes:
+        model: Its large external weights are mapped when they are asked for; small ones, which stay inside the file
+            that is written, were read.
+        data_files: The external data files it refers to, in the order of their names.
+        routed: Layers that it says have routers of this project already.
+    """
+
+    model: ir.Model
+    data_files: tuple[Path, ...]
+    routed: str
+
+
+def read_foreign_file(path: Path, *, for_inspection: bool = False) -> ForeignFile:
+    """Reads a graph that anybody may have written.
+
+    Metadata of this project's passes is left out: it tells what passes did to the graph, and for a graph from outside
+    nobody vouches for it.
+
+    Args:
+        path: The file.
+        for_inspection: Nothing is to be made of it: data files need not be there, and a graph that says it is of this
+            project may say what its passes did.
+
+    Raises:
+        InputError: It is no ONNX model, of a version this project does not know, or holds tensors or references that
+            cannot be; with all problems and their places.
+    """
+    proto = parsed_model(path)
+    problems = [*_version_problems(proto), *_name_problems(proto), *_attribute_problems(proto)]
+    data_files: set[Path] = set()
+    of_files: dict[str, str] = {}  # what is wrong with a file is said once, with the first tensor that refers to it
+    for place, tensor, in_constant in _tensors(proto):
+        try:
+            _check_tensor(tensor)
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                data_files.add(_settle_external(path, tensor, stays_external=in_constant))
+        except CheckpointError as err:
+            if for_inspection:
+                continue
+            of_files.setdefault(err.message, f"{place} '{tensor.name}'")
+        except (ValueError, OSError, RuntimeError) as err:  # of what a path can be: no name, too long, a loop of links
+            problems.append(f"{place} '{tensor.name}': {err}")
+    problems += [f"{first}: {said}" for said, first in of_files.items()]
+    if problems:
+        raise InputError(
+            f"{path}: is not usable:\n  " + "\n  ".join(problems),
+            hint="export it again, and keep all files of the export together in one folder",
+        )
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    routed = metadata.get("routed_layers", "") if proto.producer_name == "dlo-export" else ""
+    if proto.producer_name != "dlo-export" or not for_inspection:
+        _forget_own_metadata(proto)
+    if proto.producer_name == "dlo-export":
+        proto.ClearField("producer_name")  # whoever had the file since may have changed it: it is a stranger's graph
+    try:
+        model = ir.from_proto(proto)
+    except Exception as err:  # onnx_ir's own errors have no common base; each means that the model is not a graph
+        raise InputError(f"{path}: is no valid graph: {_root_cause(err)}", hint="export it again") from err
+    return ForeignFile(model, tuple(sorted(data_files)), routed)
+
+
+def _version_problems(proto: onnx.ModelProto) -> Iterator[str]:
+    if proto.ir_version > onnx.IR_VERSION:
+        yield f"its IR version is {proto.ir_version}, this version of onnx knows {onnx.IR_VERSION} and older"
+    newest = onnx.defs.onnx_opset_version()
+    for entry in proto.opset_import:
+        if entry.domain in ("", "ai.onnx") and not 1 <= entry.version <= newest:
+            yield f"its opset is {entry.version}, this version of onnx knows 1 to {newest}"
+
+
+def _name_problems(proto: onnx.ModelProto) -> Iterator[str]:
+    """What onnx_ir would silently give to the last of the same name, and an interface or shapes that no array has."""
+    for value in (*proto.graph.input, *proto.graph.output):
+        kind = value.type.tensor_type
+        if not kind.elem_type or not kind.HasField("shape"):
+            yield f"the graph's '{value.name}': has no element type or no shape, expected those of a tensor"
+    for graph in _graphs(proto):
+        kinds: Sequence[tuple[str, Iterable[str]]] = (
+            ("input", (value.name for value in graph.input)),
+            ("output", (value.name for value in graph.output)),
+            ("initializer", (tensor.name for tensor in graph.initializer)),
+        )
+        for kind, names in kinds:
+            for name, count in Counter(names).items():
+                if count > 1 or not name:
+                    yield f"graph '{graph.name}': {count} {kind}s are called '{name}'"
+        if graph.sparse_initializer:
+            yield f"graph '{graph.name}': has sparse initializers, expected dense ones"
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim if dim.HasField("dim_value")]
+            if any(dim < 0 for dim in dims):
+                yield f"value '{value.name}': has dimensions {dims}, expected none below 0"
+
+
+def _attribute_problems(proto: onnx.ModelProto) -> Iterator[str]:
+    for node in _nodes(proto):
+        for name, count in Counter(attribute.name for attribute in node.attribute).items():
+            if count > 1 or not name:
+                yield f"{node.op_type} node '{node.name}': {count} attributes are called '{name}'"
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.UNDEFINED:
+                yield f"{node.op_type} node '{node.name}': attribute '{attribute.name}' has no type"
+
+
+def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node, of subgraphs and functions too."""
+    for owner in (*proto.functions, *_graphs(proto)):
+        yield from owner.node
+
+
+def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The main graph and all subgraphs, those inside functions too."""
+    waiting = [proto.graph]
+    waiting += [graph for function in proto.functions for node in function.node for graph in _subgraphs(node)]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        waiting += [inner for node in graph.node for inner in _subgraphs(node)]
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto, bool]]:
+    """Every tensor with its place, and whether it is a constant of its own: an initializer, a Constant's value."""
+    for graph in _graphs(proto):
+        yield from (("initializer", tensor, True) for tensor in graph.initializer)
+    for node in _nodes(proto):
+        for attribute in node.attribute:
+            place = f"{attribute.name} of {node.op_type} node '{node.name}' ({', '.join(node.output)}), tensor"
+            is_constant = node.op_type == "Constant" and attribute.name == "value"
+            if attribute.HasField("t"):
+                yield place, attribute.t, is_constant
+            yield from ((place, tensor, False) for tensor in attribute.tensors)
+            sparse = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+            for tensor in (*sparse, *attribute.sparse_tensors):
+                yield from ((place, part, False) for part in (tensor.values, tensor.indices))
+
+
+def tensor_problems(proto: onnx.ModelProto) -> Iterator[str]:
+    """Tensors inside the file whose contents are not as long as their type and dimensions say, with their places."""
+    for place, tensor, _ in _tensors(proto):
+        try:
+            _check_tensor(tensor)
+        except ValueError as err:
+            yield f"{place} '{tensor.name}': {err}"
+
+
+def _check_tensor(tensor: onnx.TensorProto) -> None:
+    """That its contents are as long as its type and dimensions say.
+
+    Raises:
+        ValueError: They are not, or it has no such type or dimensions.
+    """
+    dims = list(tensor.dims)
+    if any(dim < 0 for dim in dims):
+        raise ValueError(f"has dimensions {dims}, expected none below 0")
+    if tensor.data_type == onnx.TensorProto.UNDEFINED or tensor.data_type not in set(ir.DataType):
+        raise ValueError(f"has element type {tensor.data_type}, which is none of ONNX's")
+    count, kind = math.prod(dims), ir.DataType(tensor.data_type)
+    if count * 16 > _LARGEST_TENSOR:
+        raise ValueError(f"has dimensions {dims}, more than any file holds")
+    if kind == ir.DataType.STRING:
+        raise ValueError("holds strings, expected numbers")
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return
+    if tensor.HasField("raw_data"):
+        expected = math.ceil(count * kind.itemsize)
+        if len(tensor.raw_data) != expected:
+            raise ValueError(f"{kind.name}{dims} has {len(tensor.raw_data)} bytes, expected {expected}")
+        return
+    field = _ELEMENT_FIELDS.get(kind.name, "int32_data")
+    packed = kind.bitwidth if kind.bitwidth < 8 and field == "int32_data" else 8
+    expected = math.ceil(count * packed / 8) * (2 if kind.name.startswith("COMPLEX") else 1)
+    if len(getattr(tensor, field)) != expected:
+        raise ValueError(f"{kind.name}{dims} has {len(getattr(tensor, field))} elements, expected {expected}")
+
+
+def _settle_external(path: Path, tensor: onnx.TensorProto, *, stays_external: bool) -> Path:
+    """Checks a reference to a data file, and makes it one that holds wherever the model is written.
+
+    A large constant refers to its file by the full path. What will be written inside the .onnx file, a small one or a
+    tensor in an attribute, is read: such a reference would mean other bytes beside the file that is written.
+
+    Returns:
+        The data file.
+
+    Raises:
+        ValueError: There is no such file inside the folder, or the tensor does not lie inside it.
+    """
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    if not location or "\0" in location or Path(location).is_absolute():
+        raise ValueError(f"its data lie at {location!r}, expected a path relative to the graph's folder")
+    file = file_inside(path.parent, location)
+    size = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize)
+    offset, length = int(entries.get("offset", 0)), int(entries.get("length", size))
+    if length != size:
+        raise ValueError(f"{list(tensor.dims)} says it has {length} bytes in {file}, expected {size}")
+    if offset < 0 or offset + size > (available := file.stat().st_size):
+        found = "" if offset < 0 else f", which has {available} bytes"
+        raise ValueError(f"lies at {offset} to {offset + size} of {file}{found}")
+    if stays_external and size > INLINE_BYTES:
+        del tensor.external_data[:]
+        for key, value in (("location", file.resolve()), ("offset", offset), ("length", size)):
+            tensor.external_data.add(key=key, value=str(value))
+    else:
+        with file.open("rb") as data:
+            data.seek(offset)
+            tensor.raw_data = data.read(size)
+        tensor.ClearField("external_data")
+        tensor.data_location = onnx.TensorProto.DEFAULT
+    return file
+
+
+def _forget_own_metadata(proto: onnx.ModelProto) -> None:
+    graphs = list(_graphs(proto))
+    values = [value for graph in graphs for value in (*graph.input, *graph.output, *graph.value_info)]
+    for holder in (proto, *proto.functions, *graphs, *_nodes(proto), *values):
+        for entry in [entry for entry in holder.metadata_props if entry.key.startswith(_OWN_METADATA)]:
+            holder.metadata_props.remove(entry)
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)

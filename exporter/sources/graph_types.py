@@ -1,0 +1,76 @@
+"""What ONNX's own checker and type inference say of a graph."""
+
+from __future__ import annotations
+
+import onnx
+import onnx.shape_inference
+import onnx_ir as ir
+
+from dlo_export.graph_passes.errors import GraphPassError
+
+_SMALL_BYTES = 1024  # axes, shapes, scalars: what inference computes with
+_VENDOR = "com.microsoft"
+# Operators of ONNX Runtime that it registers in ONNX's domain, where ONNX knows none of these names.
+_VENDOR_OPERATORS = frozenset({"SimplifiedLayerNormalization"})
+
+
+def infer_types(model: ir.Model) -> None:
+    """Checks a foreign graph against the operators' schemas, and gives its values the types and shapes that follow.
+
+    What the graph itself says of the values inside it is kept only where nothing follows: behind operators of other
+    domains. Types decide what is written around a layer, so what is said of them must be so.
+
+    Args:
+        model: Changed in place: types and shapes of its values.
+
+    Raises:
+        GraphPassError: A node has other inputs, attributes or types than its operator, or an output is not of the type
+            or shape that it is said to be.
+    """
+    proto = _without_weights(model)
+    try:
+        onnx.checker.check_model(proto)
+        inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+    except Exception as err:  # the checker's and the inference's errors have no common base
+        raise GraphPassError(
+            f"the graph is not valid ONNX: {str(err).strip()}",
+            hint="export it again; onnx.checker.check_model says the same of it",
+        ) from err
+    types = {value.name: value for value in inferred.graph.value_info}
+    for node in model.graph:
+        for output in node.outputs:
+            if (found := types.get(output.name or "")) is not None and not output.is_graph_output():
+                ir.serde.deserialize_value_info_proto(found, output)
+
+
+def _without_weights(model: ir.Model) -> onnx.ModelProto:
+    """The graph with inputs in place of its large initializers, and nothing said of the values inside it."""
+    graph = model.graph
+    inputs, initializers = list(graph.inputs), list(graph.initializers.values())
+    large = [value for value in initializers if _is_large(value.const_value)]
+    for value in large:
+        assert value.const_value is not None, "the reader has seen its contents"
+        value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(value.const_value.shape.numpy())
+        del graph.initializers[value.name]  # type: ignore[arg-type]  # initializers have names
+    graph.inputs.extend(large)
+    try:
+        proto = ir.to_proto(model)
+    finally:
+        graph.inputs[:] = inputs
+        graph.initializers.clear()
+        for value in initializers:  # all of them, in the order they were in, which the data file follows
+            graph.register_initializer(value)
+    del proto.graph.value_info[:]
+    for node in proto.graph.node:
+        if node.domain == "" and node.op_type in _VENDOR_OPERATORS:
+            node.domain = _VENDOR
+    if _VENDOR not in {entry.domain for entry in proto.opset_import}:
+        proto.opset_import.add(domain=_VENDOR, version=1)
+    return proto
+
+
+def _is_large(tensor: ir.TensorProtocol | None) -> bool:
+    """Whether inference does without its contents; those of a data file it would look for beside the graph."""
+    if tensor is None or tensor.dtype == ir.DataType.STRING:
+        return False
+    return isinstance(tensor, ir.ExternalTensor) or tensor.nbytes > _SMALL_BYTES

@@ -1,0 +1,198 @@
+"""LoRA adapters of PEFT's: merged as PEFT merges them, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dlo_export.checkpoints.adapter.adapter import AdapterError
+from dlo_export.checkpoints.adapter.lora import load_lora
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.base_model import check_use
+from dlo_export.exporter.sources.source import open_source
+from tests.foreign_graphs import save_foreign_graph
+from tests.tiny_models import save_tiny_llama
+
+RANK, ALPHA = 4, 6
+CONFIG: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": RANK,
+    "lora_alpha": ALPHA,
+    "use_rslora": False,
+    "use_dora": False,
+    "bias": "none",
+    "init_lora_weights": True,
+    "target_modules": ["q_proj", "down_proj"],
+    "modules_to_save": None,
+    "megatron_core": "megatron.core",
+    "lora_dropout": 0.1,
+}
+Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+SHAPES = {Q: (32, 32), DOWN: (32, 56)}
+
+
+def save_lora(folder: Path, *, more: dict[str, np.ndarray] | None = None, **changes: Any) -> Path:
+    """Writes an adapter on two projections of a tiny Llama, as PEFT does."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for module, (rows, columns) in SHAPES.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = rng.standard_normal((RANK, columns), np.float32)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = rng.standard_normal((rows, RANK), np.float32)
+    save_file(tensors | (more or {}), folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny_llama(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "scales"),
+    [
+        ({}, (ALPHA / RANK, ALPHA / RANK)),
+        ({"use_rslora": True}, (ALPHA / 2, ALPHA / 2)),
+        ({"alpha_pattern": {"q_proj": 10}}, (10 / RANK, ALPHA / RANK)),
+        ({"r": 8, "rank_pattern": {"q_proj|down_proj": RANK}}, (ALPHA / RANK, ALPHA / RANK)),
+    ],
+)
+def test_weights_are_merged_when_a_folder_is_lora(tmp_path: Path, model: Path, changes: Any, scales: Any) -> None:
+    folder = save_lora(tmp_path / "lora", **changes)
+    source = open_source(model, folder)
+    base, factors = load_file(model / "model.safetensors"), load_file(folder / "adapter_model.safetensors")
+    for module, scale in zip(SHAPES, scales, strict=True):
+        a, b = (factors[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "AB")
+        merged = source.tensors()[f"{module}.weight"]
+        expected = base[f"{module}.weight"] + np.float64(scale) * b.astype(np.float64) @ a
+        assert (merged.shape, merged.dtype, merged.nbytes) == (expected.shape, np.float32, expected.size * 4)
+        np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(merged.rows(3, 9), merged.numpy()[3:9])
+    untouched = "model.layers.0.self_attn.q_proj.weight"
+    np.testing.assert_array_equal(source.tensors()[untouched].numpy(), base[untouched])
+
+
+def test_saved_modules_take_the_place_of_the_base_s_when_the_adapter_has_them(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model", attention_bias=True)
+    new = {"lm_head.weight": np.ones((97, 32), np.float32), "model.norm.weight": np.full(32, 3, np.float32)}
+    bias = {f"base_model.model.{Q}.base_layer.bias": np.arange(32, dtype=np.float32)}
+    more = {f"base_model.model.{name}": tensor for name, tensor in new.items()} | bias
+    source = open_source(
+        model, save_lora(tmp_path / "lora", more=more, modules_to_save=["lm_head", "norm"], bias="all")
+    )
+    for name, tensor in new.items():
+        np.testing.assert_array_equal(source.tensors()[name].numpy(), tensor)
+    np.testing.assert_array_equal(source.tensors()[f"{Q}.bias"].numpy(), np.arange(32))
+
+
+@pytest.mark.parametrize("routed", [None, [True, False, True]])
+def test_artefact_is_equal_to_the_merged_model_when_lora_is_its_adapter(tmp_path: Path, routed: Any) -> None:
+    model = save_tiny_llama(tmp_path / "model", routed=routed, dtype="bfloat16")
+    folder = save_lora(tmp_path / "lora")
+    result = export_model(ExportRequest(str(model), tmp_path / "out", adapter=folder), Reporter())
+    assert result.description.parity.verdict == "PASS"
+    assert (result.description.source.adapter, result.description.source.adapter_base) == ("lora", "not stated")
+    assert result.description.source.sha256 not in (open_source(model, None).base.sha256(), "")
+
+
+def _factor(module: str, letter: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {f"base_model.model.{module}.lora_{letter}.weight": np.ones(shape, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "words"),
+    [
+        ({"peft_type": "IA3"}, {}, "kind 'IA3'"),
+        ({"peft_type": "PROMPT_TUNING"}, {}, "kind 'PROMPT_TUNING'"),
+        ({"use_dora": True}, {}, "DoRA rescales"),
+        ({"init_lora_weights": "pissa"}, {}, "init_lora_weights is 'pissa'"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, {}, "layer_replication is set"),
+        ({"trainable_token_indices": [1]}, {}, "trainable_token_indices is set"),
+        ({"of_the_future": "yes"}, {}, "of_the_future is set"),
+        ({"r": 0}, {}, "r is 0"),
+        ({"r": 8}, {}, "expected rank 8"),
+        ({"alpha_pattern": {"(": 1}}, {}, r"'\(' is no pattern"),
+        ({}, {f"base_model.model.{Q}.lora_magnitude_vector": np.ones(32, np.float32)}, "no A or B of a projection"),
+        ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 97), np.float32)}, "no A or B"),
+        ({}, _factor("lm_head", "A", (4, 32)) | _factor("lm_head", "B", (97, 4)), "only the projections"),
+        ({}, _factor("model.layers.2.mlp.up_proj", "A", (4, 32)), r"up_proj\.lora_B\.weight is missing"),
+        ({}, _factor(Q, "A", (4, 16)), r"B·A is \[32, 16\], the model's is \[32, 32\]"),
+        ({}, {"base_model.model.lm_head.weight": np.ones((98, 32), np.float32)}, r"weight is \[98, 32\], the mo"),
+        ({}, {"base_model.model.model.layers.1.self_attn.q_proj.bias": np.ones(32, np.float32)}, "is not in the model"),
+        ({}, _factor(Q, "A", (4, 32)) | _factor("model.layers.3.mlp.up_proj", "A", (4, 32))
+         | _factor("model.layers.3.mlp.up_proj", "B", (56, 4)), r"layers\.3\.mlp\.up_proj\.weight is not in the model"),
+    ],
+)  # fmt: skip
+def test_adapter_is_refused_by_name_when_it_cannot_be_merged(
+    tmp_path: Path, model: Path, changes: Any, more: Any, words: str
+) -> None:
+    folder = save_lora(tmp_path / "lora", more=more, **changes)
+    with pytest.raises(AdapterError, match=words) as info:
+        open_source(model, folder)
+    assert info.value.hint
+
+
+def test_adapter_is_refused_when_a_value_is_not_finite(tmp_path: Path, model: Path) -> None:
+    folder = save_lora(tmp_path / "lora", more=_factor(Q, "B", (32, 4)))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[f"base_model.model.{Q}.lora_B.weight"][31, 2] = np.inf
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"q_proj\.lora_B\.weight\[31, 2\] is inf"):
+        export_model(ExportRequest(str(model), tmp_path / "out", adapter=folder, parity=False), Reporter())
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickles_graphs_and_calibration_are_refused_when_the_adapter_is_lora(tmp_path: Path, model: Path) -> None:
+    folder = save_lora(tmp_path / "lora")
+    with pytest.raises(InputError, match="is a graph, the LoRA adapter"):
+        open_source(save_foreign_graph(tmp_path / "foreign", "fp32"), folder)
+    with pytest.raises(InputError, match="would be calibrated under the LoRA adapter"):
+        check_use(open_source(model, folder).base, "calibration")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors not found[\s\S]*pickles are not read"):
+        load_lora(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": "all-linear", "use_rslora": True},
+        {"target_modules": ["v_proj", "up_proj"], "rank_pattern": {"up_proj": 3}, "alpha_pattern": {"0.*v_proj": 9}},
+        {"target_modules": ["o_proj"], "modules_to_save": ["lm_head", "norm"]},
+        {"target_modules": ["k_proj"], "bias": "all", "layers_to_transform": [1]},
+    ],
+)
+def test_merged_weights_are_those_of_peft_when_it_is_installed(tmp_path: Path, options: Any) -> None:
+    peft = pytest.importorskip("peft")
+    import torch  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    model = save_tiny_llama(tmp_path / "model", attention_bias="bias" in options)
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model),
+        peft.LoraConfig(r=5, lora_alpha=7, task_type="CAUSAL_LM", **options),
+    )
+    torch.manual_seed(0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "lora")
+    merged = adapted.merge_and_unload().state_dict()
+    tensors = open_source(model, tmp_path / "lora").tensors()
+    assert tensors.keys() == merged.keys()
+    changed = 0
+    base = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        np.testing.assert_allclose(tensor.numpy(), merged[name].numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
+        changed += not np.array_equal(tensor.numpy(), base[name])
+    assert changed
