@@ -27,7 +27,6 @@ class Sampling:
         top_k: Keep only so many most likely tokens; 0 for all.
         top_p: Of those, keep the most likely ones whose probabilities sum to at least this.
         seed: The same seed, model and prompts give the same tokens.
-        refuse_nonfinite: Raise where a model computes no numbers; parity goes on, to say what they are.
 
     Raises:
         SamplingError: A value is out of range.
@@ -37,7 +36,6 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    refuse_nonfinite: bool = True
 
     def __post_init__(self) -> None:
         problems = []
@@ -73,10 +71,10 @@ class Sampler:
         """Chooses from logits float32 [batch, vocab]; returns int64 [batch].
 
         Raises:
-            LogitsError: A sequence's largest logit is not finite, and that is to be refused.
+            LogitsError: A sequence's largest logit is not finite.
         """
         highest = logits.max(-1)  # NaN where any is
-        if self._sampling.refuse_nonfinite and not np.isfinite(highest).all():
+        if not np.isfinite(highest).all():
             raise LogitsError(
                 f"logits: the largest are {highest.tolist()}, expected finite numbers",
                 hint="a weight is damaged, or fp16 too narrow for the model: export it again, with --dtype fp32",

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 from dlo_export.runtimes.generation.generate import generate
-from dlo_export.runtimes.generation.sampling import Sampling
 from dlo_export.runtimes.parity.cases import Case, step_feeds
 from dlo_export.runtimes.parity.report import CaseResult, GreedyDifference, GreedyResult, ParityReport
 from dlo_export.runtimes.parity.statistics import (
@@ -151,8 +150,7 @@ class _Comparison:
 
     def _generate(self, runner: Runner, prompts: Sequence[Sequence[int]], tokens: int) -> None:
         """Generates greedily, and makes what was fed meanwhile a case for the reference."""
-        greedy = Sampling(refuse_nonfinite=False)
-        self._tokens = generate(runner, prompts, max_new_tokens=tokens, sampling=greedy).sequences
+        self._tokens = generate(runner, prompts, max_new_tokens=tokens).sequences
         fed = [np.array([*prompt, *new[:-1]]) for prompt, new in zip(prompts, self._tokens, strict=True)]
         self._cases.append(Case("greedy tokens, refed", step_feeds(fed)))
         self._traces.append(trace_reference(self._reference, self._cases[-1]))
