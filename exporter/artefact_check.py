@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_ONNX
 from dlo_export.checkpoints.interface import parse_past
-from dlo_export.exporter.artifact import interface
+from dlo_export.exporter.artefact_description import interface
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.graph_passes.lowerings.record import Target, Workload
