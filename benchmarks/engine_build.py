@@ -26,6 +26,7 @@ from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from dlo_export.checkpoints.llama_layer import router_name
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
@@ -48,7 +49,7 @@ def save_adapters(folder: Path) -> dict[str, Path]:
         hidden = checkpoint.config.hidden_size
         layers = expansion_adapter(checkpoint.tensors, plan)
         routers = {
-            f"model.routers.{layer}.weight": ArrayTensor(rng.standard_normal((1, hidden), np.float32))
+            router_name(layer): ArrayTensor(rng.standard_normal((1, hidden), np.float32))
             for layer in range(plan.num_layers)
         }
         routed = dataclasses.replace(layers, is_dlo=(True,) * plan.num_layers, tensors={**layers.tensors, **routers})

@@ -21,8 +21,8 @@ from benchmarks.gpu_skip_proof import medians, mlp_share
 from benchmarks.gpu_subject import LayerSeconds, Phase, RoutedReference, Subject
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.interface import INPUT_IDS, LOGITS, force_active_name, layers_with
-from dlo_export.exporter.artifact import interface
-from dlo_export.exporter.artifact_runner import exposed_model
+from dlo_export.exporter.artefact_description import interface
+from dlo_export.exporter.artefact_runner import exposed_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest, intended_dtypes

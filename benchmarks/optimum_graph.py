@@ -31,7 +31,7 @@ from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.opening import open_checkpoint
-from dlo_export.exporter.artifact_runner import open_artifact
+from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.runtimes.parity.cases import Case, step_feeds
 from dlo_export.runtimes.runner import Runner
@@ -104,7 +104,7 @@ def main() -> None:
         for origin, source in graphs.items():
             for lowering in ("masked", "compact"):
                 artefact = export(source, folder / "artefact", folder / "adapter", lowering).parent
-                with open_artifact(artefact, allow_spinning=False) as runner:
+                with open_artefact(artefact, allow_spinning=False) as runner:
                     for case, (logits, decisions) in zip(cases, expected, strict=True):
                         found_logits, found_decisions = run(runner, case)
                         difference = float(np.abs(found_logits - logits).max())

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from benchmarks.onnxruntime_worker import DecoderStep
+from dlo_export.checkpoints.llama_layer import router_name
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.pipeline import exposed
 from dlo_export.exporter.progress import Reporter
@@ -34,7 +35,7 @@ def with_routers_of(model: LlamaDloForCausalLM, graph: Path, name: str) -> Path:
     variant = ir.load(graph)
     for layer, router in model.model.routers.items():
         weight = router.weight.detach().numpy()
-        initializer = variant.graph.initializers[f"model.routers.{layer}.weight"]
+        initializer = variant.graph.initializers[router_name(layer)]
         assert initializer.shape is not None
         column = weight.reshape(initializer.shape.numpy())
         initializer.const_value = ir.tensor(np.ascontiguousarray(column), name=initializer.name)

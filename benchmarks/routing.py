@@ -17,6 +17,7 @@ import torch
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
+from dlo_export.checkpoints.llama_layer import router_name
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 
@@ -43,9 +44,7 @@ def routable_model(config: Mapping[str, Any], tensors: Mapping[str, LazyTensor])
         tensors: Its weights under Hugging Face names.
     """
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    unfitted = {
-        f"model.routers.{layer}.weight": ArrayTensor(np.ones((1, hidden), np.float32)) for layer in range(layers)
-    }
+    unfitted = {router_name(layer): ArrayTensor(np.ones((1, hidden), np.float32)) for layer in range(layers)}
     return llama_dlo_from_tensors({**config, "is_dlo": True}, {**tensors, **unfitted})
 
 
@@ -84,7 +83,7 @@ def fit_routers(model: LlamaDloForCausalLM, tokens: np.ndarray, wanted: np.ndarr
 def router_tensors(model: LlamaDloForCausalLM) -> dict[str, LazyTensor]:
     """The routers under their checkpoint names."""
     return {
-        f"model.routers.{layer}.weight": ArrayTensor(router.weight.detach().numpy().copy())
+        router_name(layer): ArrayTensor(router.weight.detach().numpy().copy())
         for layer, router in model.model.routers.items()
     }
 

@@ -136,6 +136,8 @@ MAX_LAYERS = 10_000
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+ROUTERS = "model.routers"
+"""The module that holds all routers."""
 GGUF_OUTER_NAMES: Mapping[str, str] = {
     "token_embd.weight": EMBEDDING,
     "output_norm.weight": FINAL_NORM,
@@ -155,9 +157,14 @@ class LayerTensorName(NamedTuple):
     tensor: str
 
 
+def layer_path(layer: int) -> str:
+    """Name of a layer's module, and the prefix of what passes name after it."""
+    return f"model.layers.{layer}"
+
+
 def layer_tensor_name(layer: int, tensor: str) -> str:
     """Hugging Face name of a layer's tensor (or module) that has the name `tensor` inside the layer."""
-    return f"model.layers.{layer}.{tensor}"
+    return f"{layer_path(layer)}.{tensor}"
 
 
 def parse_layer_tensor(name: str) -> LayerTensorName | None:
@@ -166,9 +173,14 @@ def parse_layer_tensor(name: str) -> LayerTensorName | None:
     return None if match is None else LayerTensorName(int(match[1]), match[2])
 
 
+def router_path(layer: int) -> str:
+    """Name of a router's module, and the prefix of what passes name after it."""
+    return f"{ROUTERS}.{layer}"
+
+
 def router_name(layer: int) -> str:
     """Name of a layer's router, [1, hidden]."""
-    return f"model.routers.{layer}.weight"
+    return f"{router_path(layer)}.weight"
 
 
 def parse_router(name: str) -> int | None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_ONNX
 from dlo_export.checkpoints.interface import parse_past
-from dlo_export.exporter.artifact import interface
+from dlo_export.exporter.artefact_description import interface
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.graph_passes.lowerings.record import Target, Workload
@@ -21,6 +21,9 @@ from dlo_export.runtimes.artefact.engine_record import EngineRecord, GraphInterf
 from dlo_export.runtimes.artefact.files import verify_files
 from dlo_export.runtimes.decoder_interface import TensorSpec
 from dlo_export.runtimes.errors import ModelLoadError
+
+_RELEASED: Target = "onnxruntime-cpu"
+"""What model.onnx is lowered for."""
 
 
 def open_description(folder: Path) -> ArtefactDescription:
@@ -35,10 +38,12 @@ def open_description(folder: Path) -> ArtefactDescription:
     """
     description = load_description(folder)
     verify_files(description.files)
-    problems = list(graph_problems(load_graph(folder / MODEL_NAME), description, description, "", folder / MODEL_NAME))
+    problems = list(
+        graph_problems(load_graph(folder / MODEL_NAME), description, description, "", folder / MODEL_NAME, _RELEASED)
+    )
     for index, engine in enumerate(description.engines):
         graph = load_graph(engine.graph)
-        problems += graph_problems(graph, engine, description, f"engines[{index}].", engine.graph)
+        problems += graph_problems(graph, engine, description, f"engines[{index}].", engine.graph, "tensorrt")
     if problems:
         raise ModelLoadError(
             f"{folder}: its description contradicts its graphs:" + "".join(f"\n  {problem}" for problem in problems),
@@ -53,6 +58,7 @@ def graph_problems(
     description: ArtefactDescription,
     prefix: str,
     path: Path,
+    target: Target,
 ) -> Iterator[str]:
     """What of a description a graph contradicts; its weights are not read.
 
@@ -62,6 +68,7 @@ def graph_problems(
         description: What says its layers.
         prefix: Of the record's fields.
         path: Of the graph, for messages.
+        target: What the graph was lowered for.
     """
     found = interface(model.graph)
     yield from _interface_problems(found, record.interface, prefix, path)
@@ -73,7 +80,7 @@ def graph_problems(
     routed = tuple(sorted(role_values(model.graph, ROUTER_SCORES)))
     if routed != description.routed_layers:
         yield f"routing.layers are {list(description.routed_layers)}, {path.name} routes {list(routed)}"
-    yield from _lowering_problems(model, record, prefix, path)
+    yield from _lowering_problems(model, record, prefix, path, target)
     if plugin_operators(model) != record.plugin_operators:
         yield (
             f"{prefix}plugin_operators are {list(record.plugin_operators)}, {path.name} has "
@@ -91,10 +98,9 @@ def _weight_dtype(model: ir.Model) -> str | None:
 
 
 def _lowering_problems(
-    model: ir.Model, record: ArtefactDescription | EngineRecord, prefix: str, path: Path
+    model: ir.Model, record: ArtefactDescription | EngineRecord, prefix: str, path: Path, target: Target
 ) -> Iterator[str]:
     """A lowering is known by the tags its pass left on the nodes it made."""
-    target: Target = "tensorrt" if isinstance(record, EngineRecord) else "onnxruntime-cpu"
     passes = {name: _pass_name(name, target) for name in (*lowering_names(target), NOTHING_ROUTED)}
     if record.lowering not in passes:
         yield f"{prefix}lowering is {record.lowering}, expected one of {', '.join(passes)}"

@@ -15,7 +15,7 @@ from dlo_export.checkpoints.files.json_file import finite, save_json
 from dlo_export.checkpoints.files.output_check import check_output_folder
 from dlo_export.checkpoints.files.whole_folder import keep_aside, whole_folder
 from dlo_export.checkpoints.generation_config import GenerationConfig
-from dlo_export.exporter.artifact import complete_description, describe
+from dlo_export.exporter.artefact_description import complete_description, describe
 from dlo_export.exporter.client_config import client_config
 from dlo_export.exporter.genai_config import genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype

@@ -17,6 +17,7 @@ from dlo_export.exporter.sources.foreign_graph import load_graph, read_prepared
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, ArtefactDescription, description_json
 from dlo_export.runtimes.tensorrt.engine_check import obstacles
@@ -34,6 +35,8 @@ class Inspection:
         layers: Per decoder layer: index, injected, routed, identity (None where the graph alone does not tell), bytes.
         layers_problem: Why no layers were found; None where they were.
         description: dlo_artifact.json, where there is one.
+        skips: What a skipped token saves: "nothing", its own part of the MLP ("tokens"), or the MLP of a whole step
+            without an active token ("steps"); None where nothing is routed, or nothing says how.
         untrained_routers: Layers of an artefact that skip every token, because their routers are all zeros.
         engine_problems: Why engines cannot run on this machine; None where there are no engines.
     """
@@ -44,6 +47,7 @@ class Inspection:
     layers: list[dict[str, Any]]
     layers_problem: str | None
     description: ArtefactDescription | None
+    skips: str | None
     untrained_routers: list[int]
     engine_problems: list[str] | None
 
@@ -85,9 +89,16 @@ def inspect_model(path: Path) -> Inspection:
         [_layer_row(model.graph, layer, description) for layer in layers],
         problem,
         description,
+        _skips(description),
         _untrained_routers(model.graph, description),
         _engine_problems(description),
     )
+
+
+def _skips(description: ArtefactDescription | None) -> str | None:
+    if description is None or description.routing is None:
+        return None
+    return find_lowering(description.lowering, "onnxruntime-cpu").skips
 
 
 def _untrained_routers(graph: ir.Graph, description: ArtefactDescription | None) -> list[int]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.artifact_runner import exposed_model
+from dlo_export.exporter.artefact_runner import exposed_model
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import TensorRtOptions, build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph

@@ -102,6 +102,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer):
             The residual stream after the layer; if it is routed, the scores (float32 [batch, sequence]), or all that
             training needs where `select_tokens` is given.
         """
+        # The router sees the stream as it comes in: the MLP's decision does not wait for attention.
         scores = None if router is None else router(hidden_states)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_kwargs)
         hidden_states = hidden_states + attended
@@ -204,6 +205,8 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
                 f"\n\nhint: the routed layers are {list(self.config.routed_layers)}"
             )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        # As in transformers' Llama: a cache unless told otherwise, positions behind it, one mask and one pair of
+        # rotary tables for all layers.
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -218,6 +221,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
+        # Attention runs for every token, so that the cache is whole; scores are kept, since parity compares them.
         router_scores: dict[int, torch.Tensor] = {}
         training_routing: dict[int, TrainingRouting] = {}
         streams = []

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.graph_passes.spec.ops import WIDTH_MULTIPLE, PluginOp
 
-T_DTYPES: Final = ("float32", "float16", "bfloat16")
+T_DTYPES: Final = tuple(kind.name for kind in FLOATS)
 """What an operand of dtype "T" may be: one of these, the same for all operands of the node."""
 
 

@@ -6,13 +6,13 @@ import os
 import re
 from typing import Final
 
+from dlo_export.checkpoints.dtypes import BY_NAME
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS, WIDTH_MULTIPLE
 from dlo_export.plugins.contract import operand_dtypes
 from dlo_export.plugins.errors import PluginError
 from dlo_export.plugins.tiles import tile_of
 from dlo_export.plugins.variants import Variant
 
-_POINTEE: Final = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _POINTER_ALIGNMENT: Final = 16  # TensorRT aligns tensors to 256 bytes
 
 
@@ -35,7 +35,8 @@ def ptx_of(variant: Variant) -> tuple[str, str, int, int]:
         )
     op, kernel = PLUGIN_OPS[variant.op_name], KERNELS[variant.op_name]
     tile = tile_of(variant.op_name, variant.tile, variant.dtype)
-    pointers = [f"*{_POINTEE[dtype]}" for dtype in operand_dtypes(op, variant.dtype)]
+    # Triton has the same words for these types as `--dtype`.
+    pointers = [f"*{BY_NAME[dtype].option}" for dtype in operand_dtypes(op, variant.dtype)]
     inputs = len(op.inputs)
     types = [*pointers[:inputs], *["i32"] * INTEGERS, *pointers[inputs:]]
     constants = {**tile.constants(), "UPCAST": False}

@@ -15,9 +15,9 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
-import tensorrt as trt
 import tensorrt.plugin as trtp
 
+from dlo_export.checkpoints.dtypes import BY_NAME, BY_TENSORRT
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
 from dlo_export.plugins.contract import SIZES_HINT, T_DTYPES, size_problems, weight_input
 from dlo_export.plugins.errors import PluginError
@@ -27,9 +27,6 @@ from dlo_export.plugins.variants import Variant
 
 PTX_TARGET = 80
 Implementation = tuple[bytes, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
-
-_DTYPES = {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}
-_NAMES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 
 
 class Tactic(enum.IntEnum):
@@ -115,9 +112,16 @@ def skip_down_kernel(
 def _combination(op_name: str) -> trtp.AutoTuneCombination:
     """Row-major tensors; "FP32|FP16|BF16" ties all operands that say so to one choice."""
     op = PLUGIN_OPS[op_name]
-    any_t = "|".join(_NAMES[dtype] for dtype in T_DTYPES)
-    types = [any_t if operand.dtype == "T" else _NAMES[operand.dtype] for operand in (*op.inputs, *op.outputs)]
+    any_t = "|".join(map(_combination_word, T_DTYPES))
+    types = [
+        any_t if operand.dtype == "T" else _combination_word(operand.dtype) for operand in (*op.inputs, *op.outputs)
+    ]
     return trtp.AutoTuneCombination(", ".join(types), "LINEAR", [int(tactic) for tactic in Tactic])
+
+
+def _combination_word(dtype: str) -> str:
+    """What quick-deploy plugins call a type: "FP32", "FP16" or "BF16"."""
+    return (BY_NAME[dtype].option or "").upper()
 
 
 def _implementation(op_name: str, inputs: Sequence[Any], tactic: Tactic) -> Implementation:
@@ -126,7 +130,7 @@ def _implementation(op_name: str, inputs: Sequence[Any], tactic: Tactic) -> Impl
     shapes = [[size.constant_value() if size.is_constant else -1 for size in desc.shape_expr] for desc in inputs]
     if problems := size_problems(op, shapes):
         raise PluginError("\n".join(problems), hint=SIZES_HINT)
-    dtype = _DTYPES[inputs[0].dtype]
+    dtype = BY_TENSORRT[inputs[0].dtype.name].name
     entry, ptx, threads, shared_bytes = ptx_of(Variant(op_name, dtype, tactic.tile, PTX_TARGET))
     batch, sequence, _ = inputs[0].shape_expr
     tokens = batch * sequence

@@ -12,11 +12,12 @@ from typing import Any
 
 import tensorrt_rtx as trt
 
+from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.graph_passes.spec.ops import PluginOp
 from dlo_export.plugins.contract import SIZES_HINT, T_DTYPES, operand_dtypes, output_axes, size_problems
 from dlo_export.plugins.errors import PluginError
 
-DATA_TYPES = {"float32": trt.DataType.FLOAT, "float16": trt.DataType.HALF, "bfloat16": trt.DataType.BF16}
+DATA_TYPES = {kind.name: getattr(trt.DataType, kind.tensorrt or "") for kind in FLOATS}
 
 
 class PluginTwin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]

@@ -33,7 +33,6 @@ PACKAGES = {
     "checkpoints/formats": {"gguf", "huggingface_hub", "tokenizers"},
     "checkpoints/tokenization": {"tokenizers"},
     "graph_passes": {"ml_dtypes", "numpy", "onnx_ir"},
-    "graph_passes/spec/ops.py": {"onnx"},  # onnx.defs holds the operators' schemas
     "modeling": {"ml_dtypes", "numpy", "torch", "transformers"},
     "modeling/training": {"accelerate", "peft", "safetensors"},
     "plugins": {"numpy", "tensorrt", "tensorrt_rtx", "triton"},

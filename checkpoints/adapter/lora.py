@@ -160,7 +160,7 @@ class MergedTensor:
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop`."""
         if self._read is None:
-            a, b = (tensor.numpy().astype(np.float32) for tensor in (self._factors.a, self._factors.b))
+            a, b = self._factors.a.numpy().astype(np.float32), self._factors.b.numpy().astype(np.float32)
             self._read = a, b * np.float32(self._factors.scale)
         a, scaled_b = self._read
         values: np.ndarray = scaled_b[start:stop] @ a

@@ -67,6 +67,8 @@ def expanded_tensors(
     injected = {layer.position: layer for layer in plan.injected_layers}
     originals = iter(range(plan.num_base_layers))
     result: dict[str, LazyTensor] = {}
+    # Position by position in the deepened model: an injected layer is computed from its source and the layer that was
+    # before that, any other position holds the next original layer.
     for position in range(plan.num_layers):
         layer = injected.get(position)
         roles: Mapping[str, LazyTensor]
@@ -86,6 +88,7 @@ def expanded_tensors(
                 for role, source in layers[layer.source].items()
             }
         result |= {layer_tensor_name(position, role): tensor for role, tensor in roles.items()}
+    # Routers follow their layers.
     placed = {plan.original_positions[layer]: tensor for layer, tensor in routers.items()}
     if zero_routers:
         hidden = layers[0][LLAMA_LAYER["input_layernorm"].weight].shape[0]

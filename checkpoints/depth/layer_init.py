@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor, rows_at_once
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 
 LAYER_INITS: tuple[str, ...] = ("zero_out", "copy", "linear", "slerp", "random", "linear_zero_out", "slerp_zero_out")
@@ -59,16 +59,10 @@ def needs_previous(init: str) -> bool:
     return canonical_init(init).startswith(("linear", "slerp"))
 
 
-def init_tensor(
-    init: str,
-    tensor: str,
-    source: np.ndarray,
-    previous: np.ndarray | None = None,
-    *,
-    seed: int | Sequence[int] = 0,
-    initializer_range: float = 0.02,
-) -> np.ndarray:
-    """Computes one tensor of an injected layer.
+class InitialTensor:
+    """A tensor of an injected layer, computed from the originals' when it is read: a lazy tensor.
+
+    16-bit tensors are computed in float32 and rounded once. Arrays never share memory with the originals'.
 
     Args:
         init: One of `LAYER_INITS` or an alias of it.
@@ -76,33 +70,9 @@ def init_tensor(
         source: The tensor of the original layer the new one derives from, any floating dtype and shape.
         previous: The same tensor of the layer before the source; None for the first layer, where ``linear`` and
             ``slerp`` fall back to a copy.
-        seed: Seed of ``random``. Give each layer its own, for example ``(seed, position)``; tensors of one layer
-            already differ by their names.
+        seed: Of ``random``. Give each layer its own, for example ``(seed, position)``; tensors of one layer already
+            differ by their names.
         initializer_range: Standard deviation of ``random``.
-
-    Returns:
-        A new array of the source's shape and dtype.
-
-    Raises:
-        LayerInitError: Unknown init, or `previous` has another shape than `source`.
-    """
-    before = None if previous is None else ArrayTensor(previous)
-    initial = InitialTensor(init, tensor, ArrayTensor(source), before, seed=seed, initializer_range=initializer_range)
-    return initial.numpy()
-
-
-class InitialTensor:
-    """A tensor of an injected layer, computed from the originals' when it is read: a lazy tensor.
-
-    16-bit tensors are computed in float32 and rounded once. Arrays never share memory with the originals'.
-
-    Args:
-        init: See `init_tensor`, as for all of these.
-        tensor: The tensor's name inside its layer.
-        source: The tensor of the layer it derives from.
-        previous: And of the layer before that, None for the first layer.
-        seed: Of ``random``.
-        initializer_range: Of ``random``.
 
     Raises:
         LayerInitError: Unknown init, or the two layers differ in shape and cannot be mixed.

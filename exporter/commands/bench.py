@@ -33,7 +33,7 @@ def main(
     """Time prefill and decode of artefacts in alternating blocks, with their active rates on real text."""
     from dlo_export.checkpoints.generation_config import GenerationConfig  # noqa: PLC0415
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
-    from dlo_export.exporter.artifact_runner import open_artifact  # noqa: PLC0415
+    from dlo_export.exporter.artefact_runner import open_artefact  # noqa: PLC0415
     from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.runtimes.artefact.description import load_description, mean_active_rates  # noqa: PLC0415
@@ -55,7 +55,7 @@ def main(
         subjects = [
             Subject(
                 # As released: what its routers decide is measured apart, below.
-                stack.enter_context(open_artifact(folder, scores=False, threads=threads, allow_spinning=False)),
+                stack.enter_context(open_artefact(folder, scores=False, threads=threads, allow_spinning=False)),
                 ids.reshape(-1).tolist(),
             )
             for folder, ids in zip(artefacts, sequences, strict=True)
@@ -67,7 +67,7 @@ def main(
         row["prefill_ratio"] = ratio(timing.prefill, timings[0].prefill)
         row["decode_ratio"] = ratio(timing.decode, timings[0].decode)
         windows = ids[: max(1, perplexity_tokens // SEQUENCE)]
-        with open_artifact(folder, threads=threads) as runner, reporter.stage("perplexity"):
+        with open_artefact(folder, threads=threads) as runner, reporter.stage("perplexity"):
             measured = measure_perplexity(runner, windows)
         row["perplexity"] = measured.perplexity if perplexity_tokens else None
         row["active_rate"] = mean_active_rates(description, measured.active_rate)

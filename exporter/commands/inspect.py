@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
 NAME = "inspect"
 
+_SAVED = {
+    "nothing": "nothing: its MLP is computed and masked",
+    "tokens": "its part of the MLP",
+    "steps": "the MLP, in steps without an active token",
+}
+
 
 def main(
     path: Annotated[Path, typer.Argument(help="Artefact folder, or any .onnx file.")],
@@ -49,6 +55,8 @@ def _print_tables(inspection: Inspection) -> None:
             f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
             f"parity {description.parity.verdict}"
         )
+    if inspection.skips is not None:
+        tell(f"a token that skips a layer saves {_SAVED[inspection.skips]}")
     if inspection.untrained_routers:
         tell(f"warning: {untrained_router_warning(inspection.untrained_routers)}")
     if inspection.layers_problem:

@@ -44,7 +44,7 @@ def main(
     """Generate text: tokens stream to stdout, speed and active rate go to stderr."""
     from dlo_export.checkpoints.generation_config import GenerationConfig  # noqa: PLC0415
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
-    from dlo_export.exporter.artifact_runner import open_artifact, open_engines  # noqa: PLC0415
+    from dlo_export.exporter.artefact_runner import open_artefact, open_engines  # noqa: PLC0415
     from dlo_export.runtimes.artefact.description import load_description, mean_active_rates  # noqa: PLC0415
     from dlo_export.runtimes.generation.generate import Generation  # noqa: PLC0415
     from dlo_export.runtimes.generation.tokenizer import Tokenizer  # noqa: PLC0415
@@ -62,7 +62,7 @@ def main(
             f"of {context}: what it says there is not to be trusted",
             err=True,
         )
-    opened = open_engines(artefact, trt_plugin_library) if trt else open_artifact(artefact, threads=threads)
+    opened = open_engines(artefact, trt_plugin_library) if trt else open_artefact(artefact, threads=threads)
     with opened as runner:
         generation = Generation(
             runner,

@@ -23,7 +23,7 @@ from dlo_export.checkpoints.interface import (
     present_name,
 )
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
-from dlo_export.checkpoints.llama_layer import EMBEDDING, LLAMA_LAYER, layer_tensor_name
+from dlo_export.checkpoints.llama_layer import EMBEDDING, LLAMA_LAYER, layer_path, layer_tensor_name
 from dlo_export.exporter.plain_graph.graph_builder import GraphBuilder
 from dlo_export.graph_passes.checkpoint_weight import CheckpointWeight
 
@@ -150,7 +150,7 @@ class _DecoderGraph:
         self, index: int, hidden_states: ir.Value, past: list[ir.Value]
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """One layer; returns the residual stream behind it and the layer's keys and values."""
-        builder, name = self.builder, f"model.layers.{index}"
+        builder, name = self.builder, layer_path(index)
         normed = self._norm(hidden_states, self._path(index, "input_layernorm"))
         attended, key, value = self._attention(index, normed, past)
         residual = builder.op("Add", [hidden_states, attended], f"{name}.attention_residual")
@@ -158,7 +158,7 @@ class _DecoderGraph:
         return builder.op("Add", [residual, branch], f"{name}.mlp_residual"), key, value
 
     def _attention(self, index: int, normed: ir.Value, past: list[ir.Value]) -> tuple[ir.Value, ir.Value, ir.Value]:
-        builder, config, name = self.builder, self.config, f"model.layers.{index}.self_attn"
+        builder, config, name = self.builder, self.config, layer_tensor_name(index, "self_attn")
         query = self._projection(index, "q_proj", normed)
         key = self._projection(index, "k_proj", normed)
         value = self._projection(index, "v_proj", normed)
@@ -176,7 +176,7 @@ class _DecoderGraph:
         return self._projection(index, "o_proj", attended), present_key, present_value
 
     def _mlp(self, index: int, normed: ir.Value) -> ir.Value:
-        builder, name = self.builder, f"model.layers.{index}.mlp"
+        builder, name = self.builder, layer_tensor_name(index, "mlp")
         gate = self._projection(index, "gate_proj", normed)
         up = self._projection(index, "up_proj", normed)
         # SiLU in two nodes: Swish needs opset 24, and ONNX Runtime fuses these two into one kernel as fast.

@@ -69,12 +69,14 @@ def run_builds(
     with selectors.DefaultSelector() as selector:
         try:
             while waiting or running:
+                # In the order given: a large build that must wait is not overtaken for ever by small ones.
                 while waiting and _fits(waiting[0][1], running, jobs, budget):
                     position, plan = waiting.popleft()
                     build = BuildProcess(plan.request, plan.timing_cache, plan.listener)
                     running[position] = (build, plan.memory)
                     for descriptor in (build.events, build.output):
                         selector.register(descriptor, selectors.EVENT_READ, build)
+                # Sleeps until a build says something, ends, or has used up its time.
                 _read(selector, [build for build, _ in running.values()])
                 for position, (build, _) in list(running.items()):
                     if build.seconds_left == 0 and build.result is None:

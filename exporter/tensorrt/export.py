@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dlo_export.checkpoints.files.disk_space import check_disk_space
-from dlo_export.exporter.artifact import interface
+from dlo_export.exporter.artefact_description import interface
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest, intended_dtypes, plugin_operators
 from dlo_export.exporter.tensorrt.engines import build_engines

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import INPUT_IDS, CacheName, parse_past, past_name
+from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
@@ -50,7 +51,7 @@ class CachedAttention:
     @property
     def name(self) -> str:
         """Prefix of the names of new nodes."""
-        return f"model.layers.{self.layer}.self_attn"
+        return layer_tensor_name(self.layer, "self_attn")
 
 
 def cached_attentions(graph: ir.Graph, asking: str) -> list[CachedAttention]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import CACHE_PARTS, past_name
+from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.graph_passes.depth.injected_weights import WeightSource, checkpoint_shape, given_weight
 from dlo_export.graph_passes.depth.layer_copy import LayerCopy, copy_layer
 from dlo_export.graph_passes.depth.layer_names import renumber_layers, renumbered
@@ -206,7 +207,7 @@ class _Deepening:
 
     def _weight(self, injection: LayerInjection, role: str) -> ir.Value:
         source = self.projections[injection.source][role]
-        name = self.unique(f"model.layers.{injection.position}.{source.tensor}")
+        name = self.unique(layer_tensor_name(injection.position, source.tensor))
         tensor = given_weight(name, source, injection.weights[source.tensor])
         return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.graph_passes.find.data_flow import element_type, is_op
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.rewriting import remove_with_sources
@@ -48,8 +49,8 @@ def scale_rows(graph: ir.Graph, masked: MaskedMlp, new: TaggedNodes, scale: ir.V
         count: Name of the number of rows.
     """
     assert masked.scaling is not None, "called for scaled branches"
-    router, dtype = f"model.routers.{masked.layer.index}", element_type(scale)
-    axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
+    router, dtype = router_path(masked.layer.index), element_type(scale)
+    axis = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))
     # The factor of all tokens is replaced by the rows' own; what computed its column goes, if it served only here.
     column = new.add("Unsqueeze", scale, axis, name=f"{router}.scale_row_column", dtype=dtype, shape=(count, 1))
     position = 1 if masked.scaling.inputs[0] in {output for node in masked.nodes for output in node.outputs} else 0

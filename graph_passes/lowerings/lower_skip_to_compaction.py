@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
@@ -52,7 +53,7 @@ class LowerSkipToCompactionPass(LoweringPass):
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Run the branch of one layer on its active tokens."""
         layer, block, nodes = masked.layer, masked.layer.mlp, masked.nodes
-        router, mlp = f"model.routers.{layer.index}", f"model.layers.{layer.index}.mlp"
+        router, mlp = router_path(layer.index), layer_tensor_name(layer.index, "mlp")
         count, int64, dtype = f"active_tokens_{layer.index}", ir.DataType.INT64, element_type(block.stream_in)
         rank, _ = row_rank(nodes)
 
@@ -63,7 +64,7 @@ class LowerSkipToCompactionPass(LoweringPass):
         index = gather.add("Transpose", nonzero, name=f"{router}.index", dtype=int64, shape=(count, 2), perm=(1, 0))
         row_shape = (count, layer.hidden_size)
         rows = gather.add("GatherND", block.stream_in, index, name=f"{mlp}.rows", dtype=dtype, shape=row_shape)
-        first_axis = shared_constant(graph, "model.routers.first_axis", np.array([0], np.int64)) if rank == 3 else None
+        first_axis = shared_constant(graph, f"{ROUTERS}.first_axis", np.array([0], np.int64)) if rank == 3 else None
         if first_axis is not None:
             rows = gather.add("Unsqueeze", rows, first_axis, name=f"{mlp}.rows_3d", dtype=dtype, shape=(1, *row_shape))
         stream = stream_for_all_tokens(masked, gather)

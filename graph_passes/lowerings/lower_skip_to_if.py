@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_path
 from dlo_export.graph_passes.find.data_flow import element_type, is_op, node_order
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
@@ -56,10 +57,10 @@ class LowerSkipToIfPass(LoweringPass):
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Move the block of one layer into an If."""
         index, block = masked.layer.index, masked.layer.mlp
-        mlp, output, dtype = f"model.layers.{index}.mlp", block.stream_out, element_type(block.stream_operand)
+        mlp, output, dtype = layer_tensor_name(index, "mlp"), block.stream_out, element_type(block.stream_operand)
         shape = (*masked.layer.token_dims, masked.layer.hidden_size)
         decide = TaggedNodes(type(self).__name__, index)
-        condition = _add_any(decide, masked.active)
+        condition = _add_any(decide, masked)
 
         # Both branches: what is moved keeps its order, and ends in an addition of the branch's own, which closes the
         # block; else the stream passes through.
@@ -97,9 +98,9 @@ class LowerSkipToIfPass(LoweringPass):
         graph.remove(block.add, safe=True)
 
 
-def _add_any(nodes: TaggedNodes, active: ir.Value) -> ir.Value:
+def _add_any(nodes: TaggedNodes, masked: MaskedMlp) -> ir.Value:
     """Whether any token is active: bool, 0-D."""
-    router, float32 = f"model.routers.{nodes.layer}", ir.DataType.FLOAT
+    router, active, float32 = router_path(masked.layer.index), masked.active, ir.DataType.FLOAT
     numbers = nodes.add(
         "Cast", active, name=f"{router}.active_number", dtype=float32, shape=active.shape, to=int(float32)
     )
@@ -138,7 +139,7 @@ def _add_skip(nodes: TaggedNodes, masked: MaskedMlp, shape: Dims) -> ir.Value:
         source, to = cast.outputs[0], cast.attributes["to"].as_int()
         name = f"{source.name}.skipped"
         value = nodes.add("Cast", value, name=name, dtype=ir.DataType(to), shape=shape, to=to)
-    name = f"model.layers.{nodes.layer}.mlp.skipped_output"
+    name = layer_tensor_name(masked.layer.index, "mlp.skipped_output")
     return nodes.add("Identity", value, name=name, dtype=element_type(block.stream_operand), shape=shape)
 
 

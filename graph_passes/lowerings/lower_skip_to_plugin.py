@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import constant_scalar, element_type, is_op
@@ -142,7 +143,7 @@ def _silu_operand(value: ir.Value | None) -> ir.Node | None:
 
 def _write_plugins(graph: ir.Graph, masked: MaskedMlp, parts: _GatedMlp) -> None:
     layer, block = masked.layer, masked.layer.mlp
-    router, mlp = f"model.routers.{layer.index}", f"model.layers.{layer.index}.mlp"
+    router, mlp = router_path(layer.index), layer_tensor_name(layer.index, "mlp")
     dtype = element_type(block.stream_in)
     new = TaggedNodes(LowerSkipToPluginPass.__name__, layer.index)
     factor = _factor(graph, masked, new, f"{router}.factor")
@@ -193,8 +194,8 @@ def _factor(graph: ir.Graph, masked: MaskedMlp, new: TaggedNodes, name: str) -> 
     elif number == 1:
         return new.add("Cast", masked.active, name=name, dtype=float32, shape=tokens, to=int(float32))
     else:
-        scale = shared_constant(graph, f"model.routers.constant_factor_{number}", np.array(number, np.float32))
-    zero = shared_constant(graph, "model.routers.no_factor", np.array(0, np.float32))
+        scale = shared_constant(graph, f"{ROUTERS}.constant_factor_{number}", np.array(number, np.float32))
+    zero = shared_constant(graph, f"{ROUTERS}.no_factor", np.array(0, np.float32))
     return new.add("Where", masked.active, scale, zero, name=name, dtype=float32, shape=tokens)
 
 

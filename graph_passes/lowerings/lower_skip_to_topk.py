@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
@@ -86,7 +87,7 @@ class _Lowering:
     def __init__(self, graph: ir.Graph, masked: MaskedMlp, chunks: int) -> None:
         self.graph, self.masked, self.chunks = graph, masked, chunks
         self.layer = masked.layer
-        self.router, self.mlp = f"model.routers.{self.layer.index}", f"model.layers.{self.layer.index}.mlp"
+        self.router, self.mlp = router_path(self.layer.index), layer_tensor_name(self.layer.index, "mlp")
         self.count = f"active_tokens_{self.layer.index}"
         self.gather = TaggedNodes(LowerSkipToTopKPass.__name__, self.layer.index)
 
@@ -143,7 +144,7 @@ class _Lowering:
             return self._chosen(flags, "")
         # Chunks of constant size: behind the last token there are as many that are never active.
         size = self.chunks * MOST_SELECTED
-        padding = shared_constant(self.graph, f"model.routers.padding_{size}", np.zeros(size, np.float32))
+        padding = shared_constant(self.graph, f"{ROUTERS}.padding_{size}", np.zeros(size, np.float32))
         padded = self._add("Concat", flags, padding, name="padded_flags", dtype=ir.DataType.FLOAT, axis=0)
         parts = []
         for number in range(self.chunks):
@@ -167,7 +168,7 @@ class _Lowering:
         float32, int64, router = ir.DataType.FLOAT, ir.DataType.INT64, self.router
         # How many there are, and how many TopK is asked for: at least one, since its K must be positive.
         total = self._add("ReduceSum", flags, name=f"total{suffix}", dtype=float32, keepdims=1)
-        one = shared_constant(self.graph, "model.routers.one", np.array([1], np.float32))
+        one = shared_constant(self.graph, f"{ROUTERS}.one", np.array([1], np.float32))
         positive = self._add("Max", total, one, name=f"positive{suffix}", dtype=float32)
         count = self._add("Cast", total, name=f"count{suffix}", dtype=int64, to=int(int64))
         k = self._add("Cast", positive, name=f"k{suffix}", dtype=int64, to=int(int64))
@@ -210,7 +211,7 @@ class _Lowering:
         return self.gather.add(op_type, *inputs, name=f"{self.router}.{name}", dtype=dtype, shape=None, **attributes)
 
     def _constant(self, name: str, numbers: Sequence[int]) -> ir.Value:
-        return shared_constant(self.graph, f"model.routers.{name}", np.array(numbers, np.int64))
+        return shared_constant(self.graph, f"{ROUTERS}.{name}", np.array(numbers, np.int64))
 
 
 RECORD = LoweringRecord(

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
@@ -75,10 +76,10 @@ def _rewrite(graph: ir.Graph, layer: int, scores: ir.Value) -> None:
     assert stream is not None, "MatMul has two inputs"
     assert weight is not None, "MatMul has two inputs"
     assert weight.const_value is not None, "RouteLayersPass registers its weights with their tensors"
-    name, float32 = f"model.routers.{layer}", ir.DataType.FLOAT
+    name, float32 = router_path(layer), ir.DataType.FLOAT
     new = TaggedNodes(ReduceRouterProductsPass.__name__, layer)
     row = shared_constant(graph, f"{name}.weight_row", weight.const_value.numpy().reshape(-1).astype(np.float32))
-    axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
+    axis = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))
     products = new.add("Mul", stream, row, name=f"{name}.products", dtype=float32, shape=stream.shape)
     total = new.add("ReduceSum", products, axis, name=f"{name}.sum", dtype=float32, shape=logits.shape, keepdims=0)
     graph.insert_before(product, new.nodes)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import element_type
@@ -19,7 +20,6 @@ from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import (
     ROUTER_ACTIVE,
     ROUTER_SCORES,
-    Dims,
     TaggedNodes,
     role_values,
     shared_constant,
@@ -139,17 +139,17 @@ class RouteLayersPass(GraphPass):
         # The router reads the stream that enters the layer, before attention, as the authors' code does.
         add, branch = layer.mlp.add, layer.mlp.branch
         dtype, tokens = element_type(layer.mlp.stream_operand), layer.token_dims
-        router, mlp = f"model.routers.{layer.index}", f"model.layers.{layer.index}.mlp"
+        router, mlp = router_path(layer.index), layer_tensor_name(layer.index, "mlp")
         decide = TaggedNodes(type(self).__name__, layer.index)
         scores, active = _add_router(graph, decide, layer, weight)
-        scale = self._add_scale(graph, decide, scores, dtype, tokens)
+        scale = self._add_scale(graph, decide, scores, dtype, layer)
         # The decision comes before the branch it decides about, so that a lowering can gather in front of it.
         graph.insert_before(layer.mlp.nodes[0], decide.nodes)
 
         # Behind the branch, its result is scaled where the rule scales, and kept where the token is active. The
         # addition stays what it is and where it is: it closes the block as before.
         mask = TaggedNodes(type(self).__name__, layer.index)
-        axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
+        axis = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))
         masked = branch
         if scale is not None and scale.producer() is not None:
             scale = mask.add("Unsqueeze", scale, axis, name=f"{router}.scale_column", dtype=dtype, shape=(*tokens, 1))
@@ -164,7 +164,7 @@ class RouteLayersPass(GraphPass):
         add.replace_input_with(list(add.inputs).index(branch), masked)
 
     def _add_scale(
-        self, graph: ir.Graph, nodes: TaggedNodes, scores: ir.Value, dtype: ir.DataType | None, tokens: Dims
+        self, graph: ir.Graph, nodes: TaggedNodes, scores: ir.Value, dtype: ir.DataType | None, layer: DecoderLayer
     ) -> ir.Value | None:
         """The factor of the branch: per token [batch, sequence], one constant, or None where it is 1."""
         if not self.rescale or (self.scale_gap == 0 and self._offset == 1):
@@ -172,7 +172,7 @@ class RouteLayersPass(GraphPass):
         if self.scale_gap == 0:
             return _constant(graph, "scale", self._offset, dtype)
         # The rule multiplied out, a + score·gap: in fp32 as the score is, and rounded to the branch's type once.
-        router, float32 = f"model.routers.{nodes.layer}", ir.DataType.FLOAT
+        router, tokens, float32 = router_path(layer.index), layer.token_dims, ir.DataType.FLOAT
         gap = _constant(graph, "scale_gap", self.scale_gap)
         scale = nodes.add("Mul", scores, gap, name=f"{router}.scores_times_gap", dtype=float32, shape=tokens)
         if self._offset != 0:
@@ -187,7 +187,7 @@ def _add_router(
     graph: ir.Graph, nodes: TaggedNodes, layer: DecoderLayer, weight: np.ndarray
 ) -> tuple[ir.Value, ir.Value]:
     """Scores fp32 [batch, sequence] and active bool [batch, sequence], from the layer's input stream."""
-    router, tokens, float32 = f"model.routers.{layer.index}", layer.token_dims, ir.DataType.FLOAT
+    router, tokens, float32 = router_path(layer.index), layer.token_dims, ir.DataType.FLOAT
     stream = layer.input
     if element_type(stream) != float32:
         shape = (*tokens, layer.hidden_size)
@@ -196,7 +196,7 @@ def _add_router(
     router_weight = shared_constant(graph, f"{router}.weight", weight[:, np.newaxis])
     shape = (*tokens, 1)
     column = nodes.add("MatMul", stream, router_weight, name=f"{router}.logits_column", dtype=float32, shape=shape)
-    axis = shared_constant(graph, "model.routers.last_axis", np.array([-1], np.int64))
+    axis = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))
     logits = nodes.add("Squeeze", column, axis, name=f"{router}.logits", dtype=float32, shape=tokens)
     scores = nodes.add("Sigmoid", logits, name=f"{router}.scores", dtype=float32, shape=tokens, role=ROUTER_SCORES)
     # As the rule is written, on the score: by its sign, a tiny logit whose sigmoid rounds to 0.5 would be active.
@@ -216,4 +216,4 @@ def _add_router(
 def _constant(graph: ir.Graph, name: str, number: float, dtype: ir.DataType | None = ir.DataType.FLOAT) -> ir.Value:
     assert dtype is not None, "checked before routing"
     suffix = "" if dtype == ir.DataType.FLOAT else f"_{dtype.name.lower()}"
-    return shared_constant(graph, f"model.routers.{name}{suffix}", np.array(number, dtype.numpy()))
+    return shared_constant(graph, f"{ROUTERS}.{name}{suffix}", np.array(number, dtype.numpy()))

@@ -9,10 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import onnx.defs
 import onnx_ir as ir
-
-from dlo_export.checkpoints.dtypes import FLOATS
 
 DOMAIN = "dlo"
 VERSION = 1
@@ -20,7 +17,6 @@ VERSION = 1
 # kernel that serves every model may assume nothing narrower without loading weights element by element.
 WIDTH_MULTIPLE = 8
 _FUNCTION_OPSET = 23
-_FLOATS = tuple(f"tensor({kind.onnx})" for kind in FLOATS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +24,7 @@ class Operand:
     """An input or output of an operator.
 
     Attributes:
-        name: As in the schema.
+        name: In the body, and in messages.
         dtype: "T" is the operator's one type parameter: float32, float16 or bfloat16.
         dims: Names of its axes; equal names are equal sizes.
         doc: What it holds.
@@ -120,13 +116,6 @@ SKIP_DOWN = PluginOp(
 PLUGIN_OPS: dict[str, PluginOp] = {op.name: op for op in (SKIP_GATE_UP, SKIP_DOWN)}
 
 
-def register_schemas() -> None:
-    """Makes the operators known to onnx's checker (`check_custom_domain=True`); repeating it is harmless."""
-    for op in PLUGIN_OPS.values():
-        if not onnx.defs.has(op.name, DOMAIN):
-            onnx.defs.register_schema(_schema(op))
-
-
 def reference_function(op: PluginOp) -> ir.Function:
     """A model-local function that computes the operator in standard operators: with it any runtime runs the graph.
 
@@ -143,23 +132,3 @@ def reference_function(op: PluginOp) -> ir.Function:
         f"{op.name} <{attributes}> ({inputs}) => ({outputs}) {{{op.body}}}"
     )
     return next(iter(ir.from_onnx_text(text).functions.values()))
-
-
-def _schema(op: PluginOp) -> onnx.defs.OpSchema:
-    def formal(operand: Operand) -> onnx.defs.OpSchema.FormalParameter:
-        type_ = "T" if operand.dtype == "T" else "tensor(float)"
-        return onnx.defs.OpSchema.FormalParameter(operand.name, type_, operand.doc)
-
-    return onnx.defs.OpSchema(
-        op.name,
-        DOMAIN,
-        VERSION,
-        doc=op.doc,
-        inputs=[formal(operand) for operand in op.inputs],
-        outputs=[formal(operand) for operand in op.outputs],
-        type_constraints=[("T", list(_FLOATS), "Type of weights and streams.")],
-        attributes=[
-            onnx.defs.OpSchema.Attribute(name, onnx.defs.OpSchema.AttrType.STRING, "For TensorRT's parser.")
-            for name in op.attributes
-        ],
-    )

@@ -121,10 +121,12 @@ def calibrate_routers(
     steps = _Steps(2 * num_layers, progress)
     skipped_layers = (1 - settings.target_active) * (num_layers - len(identities))
     sample = sequences[:: settings.share_every]
+    # First pass, on a sample: how little each layer's MLP changes decides how many of the skips it gets.
     rates = _share_skips(_similarities(model, sample, candidates, steps), settings, skipped_layers)
 
     routers = {layer: torch.zeros(model.config.hidden_size) for layer in identities}
     agreement: dict[int, float] = {}
+    # Second pass, layer by layer: each router is fitted to the stream that the routers before it leave, as in use.
     stream = LayerStream(model, sequences)
     for layer in range(max(rates) + 1):
         output = stream.run_layer(layer)

@@ -58,6 +58,7 @@ def skip_down_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size
     kept = skipped[:, None] & column_used
     tl.store(output + kept_tile, tl.load(residual + kept_tile, mask=kept), mask=kept)
 
+    # Active tokens: their rows are gathered, multiplied, and added to the stream at their own places.
     index, remaining = active_rows(scale, tokens, tl.program_id(0) * ROWS, ROWS, SCAN)
     if remaining <= 0:
         return
@@ -76,6 +77,7 @@ def skip_down_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size
         branch = tl.dot(x, down_block, branch, input_precision="ieee")
         gated_tile += DEPTH
         down_tile += DEPTH * hidden
+    # The residual is added in float32, so that the sum is rounded once.
     factor = tl.load(scale + index, mask=row_used, other=0.0)
     output_tile = rows * hidden + column
     used = row_used[:, None] & column_used

@@ -51,17 +51,19 @@ def skip_gate_up_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, s
     index, remaining = active_rows(scale, tokens, tl.program_id(0) * ROWS, ROWS, SCAN)
     if remaining <= 0:
         return
+    # A tile has fewer active tokens, and fewer columns, than it has room for at the end: what is beyond is masked.
     row_used = (tl.arange(0, ROWS) < remaining)[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     column_used = column < intermediate
     depth = tl.arange(0, DEPTH)
-    rows = index.to(tl.int64)[:, None]
+    rows = index.to(tl.int64)[:, None]  # 32 bits do not reach the end of a long batch of wide rows
     x_tile = hidden_states + rows * hidden + depth[None, :]
     weight_offset = depth[:, None] * intermediate + column
     gate_tile = gate_weight + weight_offset
     up_tile = up_weight + weight_offset
     gate = tl.zeros([ROWS, COLUMNS], tl.float32)
     up = tl.zeros([ROWS, COLUMNS], tl.float32)
+    # Both products in one sweep over the rows of x, which are gathered once: no copy of them is ever written.
     for start in range(0, hidden, DEPTH):
         depth_used = start + depth < hidden
         weight_used = depth_used[:, None] & column_used
@@ -75,5 +77,6 @@ def skip_gate_up_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, s
         x_tile += DEPTH
         gate_tile += DEPTH * intermediate
         up_tile += DEPTH * intermediate
+    # SiLU in float32, rounded once; scattered back to the tokens' own rows.
     result = gate * tl.sigmoid(gate) * up
     tl.store(gated + rows * intermediate + column, result.to(gated.dtype.element_ty), mask=row_used & column_used)

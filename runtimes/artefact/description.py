@@ -16,7 +16,7 @@ from dlo_export.runtimes.artefact.engine_record import (
     EngineRecord,
     FloatOption,
     GraphInterface,
-    LoweringRecord,
+    LoweringDescription,
     ParityVerdict,
     Sha256,
 )
@@ -121,7 +121,7 @@ Layers = Annotated[
 
 
 @dataclasses.dataclass(frozen=True)
-class ArtefactDescription(LoweringRecord):
+class ArtefactDescription(LoweringDescription):
     """Everything dlo_artifact.json says; the lowering is that of model.onnx.
 
     Attributes:

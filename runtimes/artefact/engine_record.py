@@ -76,7 +76,7 @@ class ParityVerdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoweringRecord:
+class LoweringDescription:
     """What routed layers of a graph became, and what a runtime must know of it.
 
     Attributes:
@@ -197,7 +197,7 @@ class EngineBuild:
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineRecord(LoweringRecord):
+class EngineRecord(LoweringDescription):
     """An engine of an artefact.
 
     Attributes:

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 
-from dlo_export.runtimes.generation.generate import generate
+from dlo_export.runtimes.generation.generate import Generation
+from dlo_export.runtimes.generation.sampling import LogitsError
 from dlo_export.runtimes.parity.cases import Case, step_feeds
 from dlo_export.runtimes.parity.report import CaseResult, GreedyDifference, GreedyResult, ParityReport
 from dlo_export.runtimes.parity.statistics import (
@@ -109,6 +110,7 @@ class _Comparison:
         self._open_precise = open_precise
         self._free_logits: dict[str, LogitStatistics] = {}
         self._tokens: list[list[int]] = []
+        self._not_finite = False
         self.results: list[CaseResult] = []
         self.greedy: GreedyResult | None = None
 
@@ -150,7 +152,13 @@ class _Comparison:
 
     def _generate(self, runner: Runner, prompts: Sequence[Sequence[int]], tokens: int) -> None:
         """Generates greedily, and makes what was fed meanwhile a case for the reference."""
-        self._tokens = generate(runner, prompts, max_new_tokens=tokens).sequences
+        generation = Generation(runner, prompts, max_new_tokens=tokens)
+        try:
+            for _ in generation:
+                pass
+        except LogitsError:
+            self._not_finite = True  # a judgement like any other: the report says where, and what the cases show
+        self._tokens = generation.sequences
         fed = [np.array([*prompt, *new[:-1]]) for prompt, new in zip(prompts, self._tokens, strict=True)]
         self._cases.append(Case("greedy tokens, refed", step_feeds(fed)))
         self._traces.append(trace_reference(self._reference, self._cases[-1]))
@@ -201,7 +209,10 @@ class _Comparison:
                 )
             )
         return GreedyResult(
-            self._candidate.name, tuple(tuple(sequence) for sequence in tokens.tolist()), tuple(differences)
+            self._candidate.name,
+            tuple(tuple(sequence) for sequence in tokens.tolist()),
+            tuple(differences),
+            self._not_finite,
         )
 
     def _compare_streams(self, runner: Runner, index: int) -> None:

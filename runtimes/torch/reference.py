@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
-from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD
+from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD, layer_path
 from dlo_export.modeling.from_tensors import empty_llama_dlo, llama_dlo_from_tensors, released_parameter
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
 from dlo_export.runtimes.memory import available_memory
@@ -76,7 +76,7 @@ def streamed_llama_dlo(
     """
     model = empty_llama_dlo(config, tensors.keys(), dtype=dtype)
     blocks: dict[str, nn.Module] = {"model.embed_tokens": model.model.embed_tokens, "lm_head": model.lm_head}
-    blocks |= {f"model.layers.{index}": layer for index, layer in enumerate(model.model.layers)}
+    blocks |= {layer_path(index): layer for index, layer in enumerate(model.model.layers)}
     small = {"model.norm": model.model.norm, "model.routers": model.model.routers}
     for prefix, module in small.items():
         _load(module, _block_tensors(module, prefix, tensors), dtype)

@@ -24,7 +24,7 @@ from benchmarks.gpu_report import check_parity, examine, print_findings
 from benchmarks.gpu_skip_proof import medians, mlp_share, skip_proof
 from benchmarks.gpu_subject import LayerSeconds, RoutedReference, Subject
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.artifact_runner import exposed_model
+from dlo_export.exporter.artefact_runner import exposed_model
 from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source

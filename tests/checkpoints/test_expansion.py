@@ -22,9 +22,10 @@ from dlo_export.checkpoints.depth.expansion import (
     expansion_adapter,
     placements,
 )
-from dlo_export.checkpoints.depth.layer_init import LAYER_INITS, LayerInitError, init_tensor
+from dlo_export.checkpoints.depth.layer_init import LAYER_INITS, LayerInitError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.modeling.from_tensors import ModelTensorsError, llama_dlo_from_tensors
+from tests.initial_arrays import init_tensor
 from tests.tiny_models import save_tiny_llama
 
 

@@ -2,14 +2,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dlo_export.checkpoints.depth.layer_init import (
-    LayerInitError,
-    canonical_init,
-    init_tensor,
-    preserves_function,
-    slerp_shares,
-)
+from dlo_export.checkpoints.depth.layer_init import LayerInitError, canonical_init, preserves_function, slerp_shares
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from tests.initial_arrays import init_tensor
 
 ROLE = "self_attn.q_proj.weight"
 RNG = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
-from dlo_export.exporter.artifact_runner import open_artifact
+from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.commands import run
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
@@ -184,7 +184,7 @@ def test_genai_generates_when_a_special_token_is_null_or_beyond_the_vocabulary(m
 def test_run_ends_at_a_token_when_only_generation_config_has_it(model, tmp_path, capsys):
     artefact = exported(model, tmp_path / "artefact")
     prompt = Tokenizer(artefact).encode("skip it")
-    with open_artifact(artefact) as runner:
+    with open_artefact(artefact) as runner:
         tokens = generate(runner, [prompt], max_new_tokens=12).sequences[0]
     changed(artefact / "generation_config.json", eos_token_id=[tokens[5]])
     run.main(artefact, "skip it", raw=True, max_new_tokens=12)

@@ -30,10 +30,11 @@ def _export(folder, **options):
 
 
 @pytest.mark.parametrize("dtype", BYTES)
-@pytest.mark.parametrize("lowering", ["masked", "compact", "if"])
-def test_bytes_follow_from_the_sizes_when_a_routed_model_is_inspected(tmp_path, dtype, lowering):
+@pytest.mark.parametrize(("lowering", "skips"), [("masked", "nothing"), ("compact", "tokens"), ("if", "steps")])
+def test_bytes_follow_from_the_sizes_when_a_routed_model_is_inspected(tmp_path, dtype, lowering, skips):
     model = save_tiny_llama(tmp_path / "model", routed=[True, False, True])
     inspection = _export(tmp_path, model=str(model), dtype=dtype, lowering=lowering)
+    assert inspection.skips == skips
     size = BYTES[dtype]
     wanted = {
         "attention": 3 * ATTENTION * size,
@@ -61,6 +62,7 @@ def test_layers_are_marked_when_some_were_injected(tmp_path):
     assert [row["injected"] for row in inspection.layers] == [False, True] * 3
     assert [row["identity"] for row in inspection.layers] == [False, True] * 3
     assert not any(row["routed"] for row in inspection.layers)
+    assert inspection.skips is None
     document = json.loads(json.dumps(inspection.to_json()))
     assert document["description"]["lowering"] == "none"
     assert document["engine_problems"] is None

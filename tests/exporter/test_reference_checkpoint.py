@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlo_export.exporter.artifact_runner import open_artifact
+from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from tests.bare_session import BareSession, left_padded
@@ -46,7 +46,7 @@ def test_artefact_equals_the_authors_code_when_samples_share_a_left_padded_batch
 
 
 def test_routers_decide_as_the_authors_code_did(artefact):
-    with open_artifact(artefact) as runner:
+    with open_artefact(artefact) as runner:
         assert runner.routed_layers == ROUTED_LAYERS
         for b, ids in enumerate(SAMPLES):
             runner.reset(1)

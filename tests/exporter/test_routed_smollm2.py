@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dlo_export.exporter.artifact_runner import exposed_model, open_artifact
+from dlo_export.exporter.artefact_runner import exposed_model, open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.progress import Reporter
@@ -76,7 +76,7 @@ def check_equal(runner, steps, expected):
 
 
 def test_logits_and_decisions_equal_pytorch_when_routers_decide(artefact, steps, expected):
-    with open_artifact(artefact) as runner:
+    with open_artefact(artefact) as runner:
         check_equal(runner, steps, expected)
 
 

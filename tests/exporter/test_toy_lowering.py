@@ -105,6 +105,7 @@ def test_layers_are_found_and_inspected_when_saved_graph_has_the_toy_lowering(ar
         assert f"model.layers.{layer.index}.mlp.down_proj" in {node.name for node in layer.mlp.nodes}
     inspection = inspect_model(artefact.folder)
     assert inspection.layers_problem is None
+    assert inspection.skips == "nothing"
     assert [layer["routed"] for layer in inspection.layers] == list(ROUTED)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.depth.layer_init import init_tensor
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.find.projections import Projection
+from tests.initial_arrays import init_tensor
 
 
 def injected_weights(

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from dlo_export.checkpoints.depth.layer_init import LAYER_INITS, init_tensor
+from dlo_export.checkpoints.depth.layer_init import LAYER_INITS
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
@@ -14,6 +14,7 @@ from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from tests.graph_passes import golden_graphs
 from tests.graph_passes.harness import as_text, check_idempotence
 from tests.graph_passes.injections import injected_weights, injection_pass
+from tests.initial_arrays import init_tensor
 
 
 def _model(depth: int = 1) -> ir.Model:

@@ -11,7 +11,6 @@ import onnxruntime as ort
 import pytest
 from safetensors.numpy import load_file
 
-from dlo_export.checkpoints.depth.layer_init import init_tensor
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import RECORD, LowerSkipToCompactionPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
@@ -20,6 +19,7 @@ from dlo_export.graph_passes.spec.invariants import INJECTED, ROUTED, check_stag
 from tests.graph_passes.harness import make_session
 from tests.graph_passes.injections import injection_pass
 from tests.graph_passes.numpy_llama import NumpyLlama, Routing
+from tests.initial_arrays import init_tensor
 
 FOLDER = Path(__file__).parent.parent / "data" / "optimum_llama"
 LAYERS, HIDDEN, KV_HEADS, HEAD_DIM = 3, 32, 2, 8

@@ -13,10 +13,11 @@ from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_topk import LowerSkipToTopKPass
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
-from dlo_export.graph_passes.spec.ops import PLUGIN_OPS, reference_function, register_schemas
+from dlo_export.graph_passes.spec.ops import PLUGIN_OPS, reference_function
 from tests.graph_passes import golden_graphs
 from tests.graph_passes.graphs import MLP, masked_decoder, tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import Arrays, check_idempotence, check_pass, run_model
+from tests.graph_passes.plugin_schemas import register_schemas
 
 MIXED = np.array([[True, False, True], [False, False, True]])
 ALL, NONE = np.ones((2, 3), bool), np.zeros((2, 3), bool)

@@ -3,7 +3,7 @@
 import pytest
 
 from dlo_export.checkpoints.generation_config import GenerationConfig
-from dlo_export.exporter.artifact_runner import open_artifact
+from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.generation.tokenizer import Tokenizer
 from tests.interop.environments import CLIENTS
@@ -31,7 +31,7 @@ def expected(artefact, prompt):
 
 def tokens_of(artefact, prompts):
     """What the artefact's runner generates, some tokens skipping and some not."""
-    with open_artifact(artefact) as runner:
+    with open_artefact(artefact) as runner:
         generation = generate(
             runner,
             prompts,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
 from dlo_export.plugins.contract import T_DTYPES, operand_dtypes
 from dlo_export.plugins.ptx import ptx_of
@@ -22,7 +23,7 @@ if importlib.util.find_spec("tensorrt_bindings") is None or shutil.which("cc") i
 
 ROOT = Path(__file__).parents[2]
 BATCH, SEQUENCE, HIDDEN, INTERMEDIATE = 3, 40, 64, 96
-DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+DATA_TYPES = {kind.name: kind.tensorrt for kind in FLOATS}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from dlo_export.exporter.artifact_runner import exposed_model
+from dlo_export.exporter.artefact_runner import exposed_model
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import load_graph

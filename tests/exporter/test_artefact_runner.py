@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.artifact_runner import exposed_model, open_artifact, open_engines
+from dlo_export.exporter.artefact_runner import exposed_model, open_artefact, open_engines
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.runtimes.errors import RuntimeInputError
@@ -23,7 +23,7 @@ def artefact(tmp_path_factory):
 
 def test_artefact_shows_its_routers_when_scores_are_asked_for(artefact):
     ids = [np.arange(3, 11)[np.newaxis]]
-    with open_artifact(artefact, threads=1) as shown, open_artifact(artefact, scores=False, name="plain") as hidden:
+    with open_artefact(artefact, threads=1) as shown, open_artefact(artefact, scores=False, name="plain") as hidden:
         assert (shown.name, shown.routed_layers) == ("out", (0, 2))
         assert (hidden.name, hidden.routed_layers) == ("plain", ())
         (scored,), _ = feed(shown, ids)
@@ -36,7 +36,7 @@ def test_artefact_shows_its_routers_when_scores_are_asked_for(artefact):
 def test_dense_artefact_is_opened_as_released_when_scores_are_asked_for(tmp_path):
     checkpoint = save_tiny_llama(tmp_path / "model")
     folder = export_model(ExportRequest(str(checkpoint), tmp_path / "out", parity=False), Reporter()).folder
-    with open_artifact(folder) as runner:
+    with open_artefact(folder) as runner:
         assert (runner.num_layers, runner.routed_layers) == (3, ())
 
 
@@ -55,6 +55,6 @@ def test_released_graph_stays_as_it_is_when_it_is_exposed(artefact):
 def test_folder_is_refused_when_it_is_no_artefact_or_has_no_engines(artefact, tmp_path):
     for scores in (True, False):
         with pytest.raises(InputError, match=r"has no dlo_artifact\.json\s+hint: "):
-            open_artifact(tmp_path, scores=scores)
+            open_artefact(tmp_path, scores=scores)
     with pytest.raises(RuntimeInputError, match=r"engines[\s\S]*hint: .*--trt"):
         open_engines(artefact)

@@ -13,7 +13,7 @@ from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.runner import Runner
 
 
-def open_artifact(
+def open_artefact(
     folder: Path,
     *,
     scores: bool = True,
