@@ -15,6 +15,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from benchmarks.gpu_subject import LayerSeconds, Phase
+from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD
 
 # Nodes are named after their decoder layer, and a runtime's layers after the nodes they were fused from.
 _MLP = re.compile(r"model\.layers\.(\d+)\.mlp\b")
@@ -196,8 +197,8 @@ def mlp_share(model: ir.Model, routed_layers: Sequence[int]) -> float:
     """
     initializers = model.graph.initializers
     sizes = {name: value.const_value.nbytes for name, value in initializers.items() if value.const_value is not None}
-    if "lm_head.weight" in sizes:
-        sizes.pop("model.embed_tokens.weight", None)  # rows of it; a tied one is the head, and read whole
+    if HEAD in sizes:
+        sizes.pop(EMBEDDING, None)  # rows of it; a tied one is the head, and read whole
     found = {name: _MLP.match(name) for name in sizes}
     mlps = sum(size for name, size in sizes.items() if (match := found[name]) and int(match[1]) in routed_layers)
     return mlps / sum(sizes.values())

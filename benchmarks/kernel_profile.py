@@ -10,8 +10,9 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.onnxruntime_worker import DecoderStep
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_PROJECTIONS = tuple(module.role for module in LLAMA_LAYER if module.block == "mlp" and not module.is_norm)
 
 
 def mlp_matmul_seconds(graph: Path, tokens: np.ndarray, sequence: int, threads: int, runs: int = 10) -> float:

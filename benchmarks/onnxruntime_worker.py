@@ -10,6 +10,16 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.workers import serve
+from dlo_export.checkpoints.interface import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    continuation_of,
+    parse_past,
+    parse_present,
+    past_name,
+)
 
 
 class DecoderStep:
@@ -43,7 +53,7 @@ class DecoderStep:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
-        self.cache_names = [name for name in self.inputs if name.startswith("past_key_values.")]
+        self.cache_names = [name for name in self.inputs if parse_past(name) is not None]
         past = tokens.shape[1] - sequence
         self.cache = self._empty_cache(tokens.shape[1] if shared_cache else 0)
         self.shared_cache = shared_cache
@@ -52,7 +62,7 @@ class DecoderStep:
             self.session.run_with_iobinding(filled)
             if not shared_cache:
                 outputs = dict(zip(self._output_names(), filled.get_outputs(), strict=True))
-                self.cache = {name: outputs[_present(name)] for name in self.cache_names}
+                self.cache = {name: outputs[continuation_of(name)] for name in self.cache_names}
         self.step = self._bind(tokens[:, past:], past)
 
     def __call__(self) -> None:
@@ -76,9 +86,9 @@ class DecoderStep:
     def _bind(self, tokens: np.ndarray, past: int) -> ort.IOBinding:
         total = past + tokens.shape[1]
         feeds = {
-            "input_ids": tokens,
-            "attention_mask": np.ones((1, total), np.int64),
-            "position_ids": np.arange(past, total, dtype=np.int64)[np.newaxis],
+            INPUT_IDS: tokens,
+            ATTENTION_MASK: np.ones((1, total), np.int64),
+            POSITION_IDS: np.arange(past, total, dtype=np.int64)[np.newaxis],
         }
         binding = self.session.io_binding()
         for name, value in feeds.items():
@@ -87,19 +97,16 @@ class DecoderStep:
         for name in self.cache_names:
             binding.bind_ortvalue_input(name, self.cache[name])
         for name in self._output_names():
-            if not name.startswith("present."):
+            present = parse_present(name)
+            if present is None:
                 binding.bind_output(name)
                 continue
-            cache = self.cache[name.replace("present.", "past_key_values.", 1)]
+            cache = self.cache[past_name(present.layer, present.part)]
             if not self.shared_cache:
                 batch, heads, _, head_dim = cache.shape()
                 cache = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, total, head_dim), np.float32))
             binding.bind_ortvalue_output(name, cache)
         return binding
-
-
-def _present(name: str) -> str:
-    return name.replace("past_key_values.", "present.", 1)
 
 
 def main() -> None:
@@ -120,7 +127,7 @@ def main() -> None:
         spinning=given.spinning,
     )
     step()
-    serve(step, {"next_token": int(step.outputs()["logits"][0, -1].argmax())})
+    serve(step, {"next_token": int(step.outputs()[LOGITS][0, -1].argmax())})
 
 
 if __name__ == "__main__":

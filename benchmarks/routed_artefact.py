@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from benchmarks.onnxruntime_worker import DecoderStep
+from dlo_export.checkpoints.interface import router_scores_name
 from dlo_export.checkpoints.llama_layer import router_name
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.pipeline import exposed
@@ -56,6 +57,6 @@ def active_rate(graph: Path, tokens: np.ndarray, sequence: int) -> float:
     ir.save(exposed(ir.load(graph)), path)
     step = DecoderStep(path, tokens, sequence, threads=ort.SessionOptions().intra_op_num_threads)
     step()
-    scores = [value for name, value in step.outputs().items() if name.startswith("router_scores.")]
+    scores = [value for name, value in step.outputs().items() if name.startswith(router_scores_name(""))]
     path.unlink()
     return float(np.mean([score > 0.5 for score in scores]))
