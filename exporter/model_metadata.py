@@ -20,6 +20,8 @@ def set_model_metadata(model: ir.Model, source: ExportSource, *, dtype: str, low
         lowering: What routed layers became.
     """
     name = source.base.path.name or source.base.path.resolve().name
+    # ONNX's strings are UTF-8; a file's name may be any bytes.
+    name = name.encode("utf-8", "backslashreplace").decode("utf-8")
     if model.producer_name not in (None, "", PRODUCER):
         model.metadata_props["source_producer"] = f"{model.producer_name} {model.producer_version or ''}".strip()
     model.producer_name, model.producer_version = PRODUCER, __version__

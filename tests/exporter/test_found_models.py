@@ -1,9 +1,12 @@
 """Models and options as they are found in the world: exported, warned of, or refused by name."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -60,6 +63,18 @@ def test_export_is_refused_when_a_name_is_longer_than_any_files(tmp_path, option
     folder = save_tiny_llama(tmp_path / "model")
     given = ["y" * 5000] if option == "MODEL" else [folder, "--adapter", "y" * 5000]
     check_refused(dlo("export", *given, "-o", tmp_path / "out"), tmp_path, "File name too long")
+
+
+def test_artefact_is_written_and_read_when_no_name_is_unicode(tmp_path):
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    folder = save_tiny_llama(Path(strange))  # the tokenizers package opens no such path
+    artefact = Path(f"{strange}-dlo")
+    result = export_model(ExportRequest(str(folder), artefact), Reporter())
+    assert result.description.parity.verdict == "PASS"
+    assert onnx.load(artefact / "model.onnx", load_external_data=False).graph.name == r"caf\udce9"
+    for command in (("parity", artefact, folder), ("inspect", artefact)):
+        ended = dlo(*command)
+        assert ended.returncode == 0, ended.stderr
 
 
 def test_run_warns_when_prompt_and_answer_go_beyond_the_context(tmp_path):
