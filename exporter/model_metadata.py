@@ -8,6 +8,7 @@ from dlo_export import __version__
 from dlo_export.exporter.sources.source import ExportSource
 
 PRODUCER = "dlo-export"
+INJECTED_LAYERS = "injected_layers"  # key of their positions, in decimal
 
 
 def set_model_metadata(model: ir.Model, source: ExportSource, *, dtype: str, lowering: str) -> None:
@@ -38,7 +39,7 @@ def set_model_metadata(model: ir.Model, source: ExportSource, *, dtype: str, low
             "dtype": dtype,
             "lowering": lowering,
             "num_layers": str(source.num_layers),
-            "injected_layers": " ".join(str(layer.position) for layer in source.injected_layers),
+            INJECTED_LAYERS: " ".join(str(layer.position) for layer in source.injected_layers),
             "routed_layers": " ".join(map(str, source.routing.layers)) if source.routing is not None else "",
         }
     )

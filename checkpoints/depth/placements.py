@@ -186,7 +186,9 @@ def _check_parameters(method: str, given: Mapping[str, Any]) -> None:
     known = inspect.signature(METHODS[method]).parameters.values()
     own = [parameter for parameter in known if parameter.kind is parameter.KEYWORD_ONLY]
     names = [parameter.name for parameter in own]
-    missing = [parameter.name for parameter in own if parameter.default is parameter.empty and parameter.name not in given]
+    missing = [
+        parameter.name for parameter in own if parameter.default is parameter.empty and parameter.name not in given
+    ]
     problems = [f"needs {', '.join(missing)}"] if missing else []
     if unknown := [name for name in given if name not in names]:
         problems.append(f"has no {', '.join(unknown)}")

@@ -11,7 +11,6 @@ import typer
 from dlo_export.exporter.commands.numbers import MAX_COUNT, MAX_THREADS, finite
 
 if TYPE_CHECKING:
-    from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.checkpoints.generation_config import GenerationConfig
     from dlo_export.runtimes.generation.generate import GenerationStats
     from dlo_export.runtimes.generation.sampling import Sampling
@@ -43,6 +42,7 @@ def main(
     verify: Annotated[bool, typer.Option("--verify", help="First compare all files with their hashes.")] = False,
 ) -> None:
     """Generate text: tokens stream to stdout, speed and active rate go to stderr."""
+    from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.checkpoints.generation_config import GenerationConfig  # noqa: PLC0415
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.artifact_runner import open_artifact, open_engines  # noqa: PLC0415
