@@ -37,9 +37,10 @@ def open_description(folder: Path) -> ArtefactDescription:
     """
     description = load_description(folder)
     verify_files(description.files)
-    records = [("", folder / MODEL_NAME, description)]
+    records: list[tuple[str, Path, ArtefactDescription | EngineRecord]] = [("", folder / MODEL_NAME, description)]
     records += [(f"engines[{index}].", each.graph, each) for index, each in enumerate(description.engines)]
-    problems, files = [], {engine.file for engine in description.engines}
+    problems: list[str] = []
+    files: set[Path] = set()
     for prefix, path, record in records:
         model = load_graph(path)
         problems += graph_problems(model, record, description, prefix, path)
