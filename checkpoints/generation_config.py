@@ -44,16 +44,20 @@ class GenerationConfig:
     context_length: int | None = None
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Self:
+    def from_folder(cls, folder: Path, *, origin: Path | None = None) -> Self:
         """Reads a checkpoint's or an artefact's folder; either file may be missing.
+
+        Args:
+            folder: Holds the files.
+            origin: Folder they were copied from, to be named in its place.
 
         Raises:
             CheckpointError: A file is damaged, with everything that is wrong.
         """
         has_config = (folder / "config.json").is_file()
         config = LlamaConfig.from_json(folder / "config.json") if has_config else None
-        path = folder / FILE_NAME
-        fields = JsonFields(read_json(path, CheckpointError) if path.is_file() else {})
+        path, shown = folder / FILE_NAME, (origin or folder) / FILE_NAME
+        fields = JsonFields(read_json(path, CheckpointError, origin=shown) if path.is_file() else {})
         do_sample = fields.flag("do_sample", default=False)
         generation = cls(
             bos_token_id=_token(fields, "bos_token_id", config.bos_token_id if config else None),
@@ -69,7 +73,7 @@ class GenerationConfig:
         )
         if fields.problems:
             raise CheckpointError(
-                f"{path}: not a generation configuration\n  " + "\n  ".join(fields.problems),
+                f"{shown}: not a generation configuration\n  " + "\n  ".join(fields.problems),
                 hint="correct these fields, or remove the file: config.json's tokens are taken then",
             )
         return generation

@@ -11,8 +11,10 @@ import onnx_ir as ir
 from dlo_export.checkpoints.dtypes import BY_ONNX
 from dlo_export.checkpoints.interface import parse_past
 from dlo_export.exporter.artefact_description import interface
+from dlo_export.exporter.model_metadata import INJECTED_LAYERS
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.exporter.weight_file import external_tensors
 from dlo_export.graph_passes.lowerings.record import Target, Workload
 from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowering, lowering_names
 from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_SCORES, role_values
@@ -38,18 +40,29 @@ def open_description(folder: Path) -> ArtefactDescription:
     """
     description = load_description(folder)
     verify_files(description.files)
-    problems = list(
-        graph_problems(load_graph(folder / MODEL_NAME), description, description, "", folder / MODEL_NAME, _RELEASED)
-    )
-    for index, engine in enumerate(description.engines):
-        graph = load_graph(engine.graph)
-        problems += graph_problems(graph, engine, description, f"engines[{index}].", engine.graph, "tensorrt")
+    records: list[tuple[str, Path, ArtefactDescription | EngineRecord, Target]] = [
+        ("", folder / MODEL_NAME, description, _RELEASED)
+    ]
+    records += [(f"engines[{index}].", each.graph, each, "tensorrt") for index, each in enumerate(description.engines)]
+    problems: list[str] = []
+    files: set[Path] = set()
+    for prefix, path, record, target in records:
+        model = load_graph(path)
+        problems += graph_problems(model, record, description, prefix, path, target)
+        files |= {path, *_data_files(model, path.parent)}
+    # A file that nobody vouches for was not verified. Weights may be left out, but not be there unlisted.
+    listed = {file.name for file in description.files}
+    problems += [f"files does not list {path.relative_to(folder)}" for path in sorted(files - listed) if path.exists()]
     if problems:
         raise ModelLoadError(
             f"{folder}: its description contradicts its graphs:" + "".join(f"\n  {problem}" for problem in problems),
             hint="export the model again: dlo_artifact.json is not to be edited",
         )
     return description
+
+
+def _data_files(model: ir.Model, folder: Path) -> set[Path]:
+    return {folder / tensor.location for tensor in external_tensors(model.graph).values()}
 
 
 def graph_problems(
@@ -80,6 +93,9 @@ def graph_problems(
     routed = tuple(sorted(role_values(model.graph, ROUTER_SCORES)))
     if routed != description.routed_layers:
         yield f"routing.layers are {list(description.routed_layers)}, {path.name} routes {list(routed)}"
+    injected = " ".join(str(layer.index) for layer in description.layers if layer.injected)
+    if (noted := model.metadata_props.get(INJECTED_LAYERS, injected)) != injected:
+        yield f"layers are marked as injected: {injected or 'none'}, {path.name} has {noted or 'none'}"
     yield from _lowering_problems(model, record, prefix, path, target)
     if plugin_operators(model) != record.plugin_operators:
         yield (

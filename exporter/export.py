@@ -171,10 +171,17 @@ def _export_into(
     lowering, reason = lowering_and_reason
     # First, because a fault in one of these small files should not cost the time that weights take.
     source.base.save_companions(folder, client_config(source))
-    generation = GenerationConfig.from_folder(folder)
+    own = source.base.path
+    generation = GenerationConfig.from_folder(folder, origin=own if own.is_dir() else own.parent)
     with reporter.stage("graph"):
         model = build_model(source, lowering, graph_dtype(dtype))
         set_model_metadata(model, source, dtype=dtype, lowering=lowering)
+    if plan is not None:
+        # Imported here: only these exports need what builds engines.
+        from dlo_export.exporter.tensorrt.export import FOLDER, build_planned_engines, save_graphs  # noqa: PLC0415
+
+        # Before weights and parity, which take long: it finds what the engines' type cannot hold.
+        save_graphs(plan, folder / FOLDER, reporter)
     if request.weights:
         check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
     with reporter.bytes("weights") as progress:
@@ -192,14 +199,12 @@ def _export_into(
             values = genai_config(source.base.config, source.num_layers, generation, inputs)
             save_json(folder / "genai_config.json", values)
         description = describe(source, model, dtype=dtype, lowering=lowering, reason=reason)
+    peak = None if plan is None else _float16_peak(folder, request, source, plan, reporter)
     parity, summary = _run_parity(folder, request, source, description, plan, reporter)
     description = dataclasses.replace(description, parity=parity)
     if plan is not None:
-        # Imported here: only these exports need what builds engines.
-        from dlo_export.exporter.tensorrt.export import export_tensorrt  # noqa: PLC0415
-
-        peak = _float16_peak(folder, request, source, plan, reporter)
-        description = dataclasses.replace(description, engines=export_tensorrt(plan, folder, reporter, peak))
+        engines = build_planned_engines(plan, folder / FOLDER, reporter, peak)
+        description = dataclasses.replace(description, engines=engines)
     with reporter.stage("hashes"):
         complete_description(description, folder)
     return summary

@@ -8,6 +8,7 @@ from dlo_export import __version__
 from dlo_export.exporter.sources.source import ExportSource
 
 PRODUCER = "dlo-export"
+INJECTED_LAYERS = "injected_layers"  # key of their positions, in decimal
 
 
 def set_model_metadata(model: ir.Model, source: ExportSource, *, dtype: str, lowering: str) -> None:
@@ -20,6 +21,8 @@ def set_model_metadata(model: ir.Model, source: ExportSource, *, dtype: str, low
         lowering: What routed layers became.
     """
     name = source.base.path.name or source.base.path.resolve().name
+    # ONNX's strings are UTF-8; a file's name may be any bytes.
+    name = name.encode("utf-8", "backslashreplace").decode("utf-8")
     if model.producer_name not in (None, "", PRODUCER):
         model.metadata_props["source_producer"] = f"{model.producer_name} {model.producer_version or ''}".strip()
     model.producer_name, model.producer_version = PRODUCER, __version__
@@ -36,7 +39,7 @@ def set_model_metadata(model: ir.Model, source: ExportSource, *, dtype: str, low
             "dtype": dtype,
             "lowering": lowering,
             "num_layers": str(source.num_layers),
-            "injected_layers": " ".join(str(layer.position) for layer in source.injected_layers),
+            INJECTED_LAYERS: " ".join(str(layer.position) for layer in source.injected_layers),
             "routed_layers": " ".join(map(str, source.routing.layers)) if source.routing is not None else "",
         }
     )

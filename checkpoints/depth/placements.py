@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +74,8 @@ def placements(method: str, num_layers: int, **parameters: Any) -> ExpansionPlan
         raise ExpansionError(
             f"expansion: the model has {num_layers} layers, expected at least 1", hint="check the config"
         )
-    try:
-        return METHODS[method](num_layers, **parameters)
-    except TypeError as err:
-        names = ", ".join(_parameter_names(METHODS[method]))
-        raise ExpansionError(f"expansion {method}: {err}", hint=f"its parameters are {names}") from err
+    _check_parameters(method, parameters)
+    return METHODS[method](num_layers, **parameters)
 
 
 def tli(num_layers: int, *, every: int, offset: int = 0, source: str = "prev", init: str = "zero_out") -> ExpansionPlan:
@@ -184,8 +182,20 @@ def _grouped(num_layers: int, groups: int, per_group: int, init: str, method: st
     return ExpansionPlan(num_layers, tuple(layers))
 
 
-def _parameter_names(method: Callable[..., ExpansionPlan]) -> tuple[str, ...]:
-    return tuple(name for name in method.__annotations__ if name not in ("num_layers", "return"))
+def _check_parameters(method: str, given: Mapping[str, Any]) -> None:
+    known = inspect.signature(METHODS[method]).parameters.values()
+    own = [parameter for parameter in known if parameter.kind is parameter.KEYWORD_ONLY]
+    names = [parameter.name for parameter in own]
+    missing = [
+        parameter.name for parameter in own if parameter.default is parameter.empty and parameter.name not in given
+    ]
+    problems = [f"needs {', '.join(missing)}"] if missing else []
+    if unknown := [name for name in given if name not in names]:
+        problems.append(f"has no {', '.join(unknown)}")
+    if problems:
+        raise ExpansionError(
+            f"expansion {method}: {', and '.join(problems)}", hint=f"its parameters are {', '.join(names)}"
+        )
 
 
 METHODS: dict[str, Callable[..., ExpansionPlan]] = {

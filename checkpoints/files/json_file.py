@@ -19,27 +19,29 @@ _FLAT_LIST = re.compile(r"\[\n[^\[\]{}]*\n\s*\]")
 _LINE_BREAK = re.compile(r"\n\s*")
 
 
-def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
+def read_json(path: Path, error: type[InputError] = InputError, *, origin: Path | None = None) -> dict[str, Any]:
     """Reads a JSON object.
 
     Args:
         path: The file.
         error: What to raise.
+        origin: The file it is a copy of, to be named in its place.
 
     Raises:
         InputError: The file is missing, larger than `MAX_BYTES`, is not UTF-8 JSON, or holds something else than an
             object.
     """
+    name = origin or path
     try:
         size = regular_size(path)
         # Nothing is read of a file that is too large: parsed, it would take many times its size.
         values = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_BYTES else None
     except (OSError, ValueError, RecursionError) as err:
-        raise error(f"{path}: cannot be read as JSON ({err})", hint="is it complete?") from err
+        raise error(f"{name}: cannot be read as JSON ({err})", hint="is it complete?") from err
     if size > MAX_BYTES:
-        raise error(f"{path}: has {size} bytes, expected at most {MAX_BYTES}", hint="is it the right file?")
+        raise error(f"{name}: has {size} bytes, expected at most {MAX_BYTES}", hint="is it the right file?")
     if not isinstance(values, dict):
-        raise error(f"{path}: holds a JSON {type(values).__name__}, expected an object", hint="is it the right file?")
+        raise error(f"{name}: holds a JSON {type(values).__name__}, expected an object", hint="is it the right file?")
     return values
 
 

@@ -34,6 +34,7 @@ def check_output_folder(folder: Path, *, overwrite: bool = False, inputs: Iterab
     """
     if folder.name in ("", ".."):
         raise InputError(f"output {folder}: is no name of a folder to make", hint="give the new folder a name: -o NAME")
+    _check_unicode(folder)
     try:
         _check_place(folder)
         remove_leftovers(folder.parent)
@@ -87,6 +88,18 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
             f"output {folder}: {whose}, so --force does not replace it: {listed}{more}",
             hint="choose another name, or move these files away yourself",
         )
+
+
+def _check_unicode(folder: Path) -> None:
+    # A model may lie in such a place; what is written there could not be opened: ONNX Runtime and the tokenizers
+    # package take paths as UTF-8.
+    try:
+        str(folder.absolute()).encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise InputError(
+            f"output {folder}: its path is not UTF-8, ONNX Runtime could open nothing in it",
+            hint="give another folder with -o",
+        ) from err
 
 
 def _check_place(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlo_export.exporter.commands.numbers import MAX_THREADS, finite
+from dlo_export.exporter.commands.numbers import MAX_COUNT, MAX_THREADS, finite
 
 if TYPE_CHECKING:
     from dlo_export.checkpoints.generation_config import GenerationConfig
@@ -21,7 +21,7 @@ NAME = "run"
 def main(
     artefact: Annotated[Path, typer.Argument(help="Folder that dlo-export wrote.")],
     prompt: Annotated[str, typer.Argument(help="What to continue, or to answer where there is a chat template.")],
-    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", min=1, max=MAX_COUNT)] = 128,
     temperature: Annotated[
         float | None,
         typer.Option(min=0.0, callback=finite, help="0 takes the most likely token; by default the model's own."),
@@ -42,6 +42,7 @@ def main(
     verify: Annotated[bool, typer.Option("--verify", help="First compare all files with their hashes.")] = False,
 ) -> None:
     """Generate text: tokens stream to stdout, speed and active rate go to stderr."""
+    from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.checkpoints.generation_config import GenerationConfig  # noqa: PLC0415
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.artefact_runner import open_artefact, open_engines  # noqa: PLC0415
@@ -49,6 +50,8 @@ def main(
     from dlo_export.runtimes.generation.generate import Generation  # noqa: PLC0415
     from dlo_export.runtimes.generation.tokenizer import Tokenizer  # noqa: PLC0415
 
+    if trt_plugin_library is not None and not trt:
+        raise InputError("--trt-plugin-library is of an engine, but --trt is not given", hint="add --trt")
     description = open_description(artefact) if verify else load_description(artefact)
     generation_config = GenerationConfig.from_folder(artefact)
     sampling = _sampling(generation_config, temperature, top_k, top_p, seed)

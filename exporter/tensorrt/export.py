@@ -30,15 +30,15 @@ FLOAT32_NODES = {
 _ENGINE_BYTES_PER_WEIGHT_BYTE = 2
 
 
-def export_tensorrt(
-    plan: TensorRtPlan, folder: Path, reporter: Reporter, stream_peak: float | None = None
+def build_planned_engines(
+    plan: TensorRtPlan, target: Path, reporter: Reporter, stream_peak: float | None = None
 ) -> tuple[EngineRecord, ...]:
-    """Writes graphs and weights, builds the engines, and describes both.
+    """Builds the engines of graphs that `save_graphs` has written, and describes both.
 
     Args:
         plan: What to build.
-        folder: Of the artefact; `engines/` is made in it.
-        reporter: Told of bytes and of the builds' progress.
+        target: Folder of the graphs; the engines appear beside them.
+        reporter: Told of the builds' progress.
         stream_peak: Largest magnitude measured in the residual stream; None where it was not.
 
     Returns:
@@ -46,11 +46,8 @@ def export_tensorrt(
 
     Raises:
         EngineBuildError: A build failed.
-        MachineError: Disk or memory do not suffice.
+        MachineError: Memory does not suffice.
     """
-    target = folder / FOLDER
-    target.mkdir()
-    save_graphs(plan, target, reporter)
     requests = [engine_request(plan, engine, target) for engine in plan.engines]
     builds = build_engines(requests, reporter)
     return tuple(
@@ -62,9 +59,16 @@ def export_tensorrt(
 def save_graphs(plan: TensorRtPlan, target: Path, reporter: Reporter) -> None:
     """Writes the graphs of a plan and the one file that holds their weights.
 
+    Args:
+        plan: The graphs; their weights lie in that file afterwards.
+        target: Folder, made if need be.
+        reporter: Told of bytes.
+
     Raises:
+        InputError: A weight is too large for the engines' type, or no finite number.
         MachineError: The disk has no room for them and the engines.
     """
+    target.mkdir(exist_ok=True)
     first = plan.engines[0].model
     needed = weight_bytes(first) * (1 + len(plan.engines) * _ENGINE_BYTES_PER_WEIGHT_BYTE)
     check_disk_space(target, needed, target.parent.parent, "TensorRT's graphs and engines may need")

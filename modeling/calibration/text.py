@@ -63,7 +63,7 @@ def read_documents(path: Path | None = None) -> tuple[Document, ...]:
             raise CalibrationTextError(f"{path}: holds no .txt files\n\nhint: give one file, or a folder of .txt files")
         documents = tuple(Document(str(file.relative_to(path)), _read(file)) for file in files)
         return documents if len(documents) > 1 else _halves(documents[0])
-    if not path.is_file():
+    if not path.exists():
         raise CalibrationTextError(f"{path}: no such file or folder\n\nhint: give a .txt file, or a folder of them")
     return _halves(Document(path.name, _read(path)))
 

@@ -76,13 +76,14 @@ class Tokenizer:
                 "tokenizer: has no chat template, so a chat cannot be turned into tokens",
                 hint="give the prompt as plain text",
             )
+        for message in messages:
+            _check_unicode(message["content"])
         try:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as err:  # whatever a template of a checkpoint raises
             raise TokenizerError(
                 f"tokenizer: the chat template failed: {err}", hint="the model may not take such messages; try --raw"
             ) from err
-        _check_unicode(text)
         # The template has written the special tokens already.
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids

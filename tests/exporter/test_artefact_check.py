@@ -96,9 +96,22 @@ def _set_engine_dtype(values: Any) -> None:
     values["engines"][0]["dtype"] = "fp16"
 
 
+def _mark_as_injected(values: Any) -> None:
+    values["layers"][0]["injected"] = True
+
+
+def _vouch_for_engines_alone(values: Any) -> None:
+    values["files"] = [
+        file for file in values["files"] if file["name"] in ("engines/model.onnx", "engines/model.engine")
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
+        (_mark_as_injected, "layers are marked as injected: 0, model.onnx has none"),
+        (_vouch_for_engines_alone, "files does not list engines/model.onnx.data\n  files does not list model.onnx\n"),
+        (_vouch_for_engines_alone, "files does not list model.onnx.data"),
         (_set_dtype, "dtype is fp16, most weights of model.onnx are fp32"),
         (_drop_layer, "layers has 1 entries, model.onnx has 2 decoder layers"),
         (_move_router, "routing.layers are [1], model.onnx routes [0]"),

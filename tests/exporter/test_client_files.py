@@ -222,10 +222,14 @@ def test_run_warns_when_the_model_asks_for_what_it_does_not_do(chat_artefact, ca
 )
 def test_export_names_the_fields_when_generation_config_is_malformed(model, tmp_path, values, words):
     changed(model / "generation_config.json", **values)
-    with pytest.raises(CheckpointError, match=r"generation_config\.json: not a generation configuration") as caught:
+    # The model's file, not the copy that goes with everything half-written.
+    with pytest.raises(CheckpointError, match=f"{model}/generation_config.json: not a generation conf") as caught:
         exported(model, tmp_path / "out")
     for word in words:
         assert word in str(caught.value)
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=f"{model}/generation_config.json: cannot be read"):
+        exported(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

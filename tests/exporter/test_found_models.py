@@ -1,9 +1,12 @@
 """Models and options as they are found in the world: exported, warned of, or refused by name."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -60,6 +63,15 @@ def test_export_is_refused_when_a_name_is_longer_than_any_files(tmp_path, option
     folder = save_tiny_llama(tmp_path / "model")
     given = ["y" * 5000] if option == "MODEL" else [folder, "--adapter", "y" * 5000]
     check_refused(dlo("export", *given, "-o", tmp_path / "out"), tmp_path, "File name too long")
+
+
+def test_model_is_exported_to_a_place_that_can_be_read_when_its_name_is_not_utf8(tmp_path):
+    folder = save_tiny_llama(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
+    result = export_model(ExportRequest(str(folder), tmp_path / "out"), Reporter())
+    assert result.description.parity.verdict == "PASS"
+    assert onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.name == r"caf\udce9"
+    with pytest.raises(InputError, match=r"its path is not UTF-8[\s\S]*hint: give another folder"):
+        export_model(ExportRequest(str(folder), Path(f"{folder}-dlo")), Reporter())
 
 
 def test_run_warns_when_prompt_and_answer_go_beyond_the_context(tmp_path):

@@ -168,6 +168,8 @@ def test_export_names_its_output_after_the_folder_when_it_is_the_current_one(dlo
         (("calibrate", "x", "-o", "y", "--target", "inf"), "--target"),
         (("calibrate", "x", "-o", "y", "--seed", "-1"), "--seed"),
         (("run", "x", "y", "--temperature", "nan"), "--temperature"),
+        (("run", "x", "y", "-n", "99999999999"), "--max-new-tokens"),
+        (("run", "x", "y", "--trt-plugin-library", "z"), "--trt-plugin-library"),
         (("bench", "x", "--threads", "100000"), "--threads"),
         (("expand", "x"), "--output"),
     ],

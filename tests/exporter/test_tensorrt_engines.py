@@ -7,7 +7,7 @@ import pytest
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.engines import build_engines
-from dlo_export.exporter.tensorrt.export import engine_request, export_tensorrt, save_graphs
+from dlo_export.exporter.tensorrt.export import build_planned_engines, engine_request, save_graphs
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
 from dlo_export.runtimes.tensorrt.engine_check import obstacles
 
@@ -35,7 +35,8 @@ def source():
 )
 def test_build_engines_skips_in_every_routed_layer(source, tmp_path, lowering, dtype, options, mechanism):
     plan = plan_tensorrt(source, TensorRtRequest(backend="rtx", **SIZES, **options), lowering, dtype)
-    records = export_tensorrt(plan, tmp_path, Reporter())
+    save_graphs(plan, tmp_path, Reporter())
+    records = build_planned_engines(plan, tmp_path, Reporter())
     assert len(records) == len(plan.engines)
     for record in records:
         assert source.routing is not None

@@ -150,21 +150,30 @@ def test_run_says_what_is_missing_when_there_is_no_gpu(tmp_path):
     assert "hint:" in result.stderr
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(1, "recorded"), (2e4, "warned"), (1e6, "refused")])
-def test_export_measures_the_stream_when_engines_are_in_fp16(tmp_path, factor, expected):
+@pytest.mark.parametrize(
+    ("weight", "largest", "expected"),
+    [
+        # Norms undo the factor at once, so nothing but the stream grows.
+        ("embed_tokens", 2, "recorded"),
+        ("embed_tokens", 4e4, "warned"),
+        # A weight that fp16 holds, times as many inputs as the MLP has.
+        ("layers.0.mlp.down_proj", 6e4, "refused"),
+    ],
+)
+def test_export_measures_the_stream_when_engines_are_in_fp16(tmp_path, weight, largest, expected):
     model = save_tiny_llama(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
-    # Norms undo the factor at once, so nothing but the stream grows.
-    tensors["model.embed_tokens.weight"] *= factor / float(tensors["model.embed_tokens.weight"].abs().max()) * 2
+    tensor = tensors[f"model.{weight}.weight"]
+    tensor *= largest / float(tensor.abs().max())
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     result = dlo("export", model, "-o", tmp_path / "out", "--trt", "--dtype", "fp16")
     if expected == "refused":
-        check_refused(result, tmp_path, "--dtype fp16", "bf16")
+        check_refused(result, tmp_path, "--dtype fp16: the residual stream reaches", "bf16")
         return
     assert result.returncode == DONE, result.stderr
     assert ("bf16 is safer" in result.stderr) == (expected == "warned")
     (engine,) = description_of(tmp_path / "out").engines
-    assert factor < engine.float16_stream_peak < 65504
+    assert largest / 2 < engine.float16_stream_peak < 65504
 
 
 def test_export_explains_what_plugins_cannot_compute_when_the_mlp_has_biases(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
-from dlo_export.exporter.tensorrt.export import export_tensorrt
+from dlo_export.exporter.tensorrt.export import build_planned_engines, save_graphs
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
 
 pytestmark = pytest.mark.smollm2
@@ -20,7 +20,9 @@ def test_engine_is_built_with_the_skip_mechanism_in_every_routed_layer(
     monkeypatch.setenv("DLO_EXPORT_CACHE", "")
     source = open_source(str(smollm2_gguf), smollm2_tli_adapter)
     request = TensorRtRequest(backend="rtx", targets=("sm89", "sm120"))
-    (engine,) = export_tensorrt(plan_tensorrt(source, request, lowering, dtype), tmp_path, Reporter())
+    plan = plan_tensorrt(source, request, lowering, dtype)
+    save_graphs(plan, tmp_path, Reporter())
+    (engine,) = build_planned_engines(plan, tmp_path, Reporter())
     routed = set(source.routing.layers)
     source.close()
     assert len(routed) > 20

@@ -194,11 +194,17 @@ def test_cast_is_refused_when_a_weight_is_too_large_for_fp16(tmp_path: Path, sto
         export_model(ExportRequest(str(model), tmp_path / "bf16", dtype="bf16", parity=False), Reporter())
 
 
-def test_cast_is_refused_when_a_weight_is_too_large_for_an_engine_s_graph(tmp_path: Path) -> None:
+def test_cast_is_refused_before_parity_when_a_weight_is_too_large_for_an_engine_s_graph(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = spoil(save_tiny_llama(tmp_path / "model"), UP, (2, 1), 70_000.0)
     trt = TensorRtRequest("rtx", ("sm89",), max_batch=1, max_sequence=8, max_cache=16)
+    request = ExportRequest(str(model), tmp_path / "out", dtype="fp16", trt=trt)
     with pytest.raises(WeightOverflowError, match=f"{UP}: its largest value is 70000"):
-        export_model(ExportRequest(str(model), tmp_path / "out", dtype="fp16", parity=False, trt=trt), Reporter())
+        export_model(request, Reporter(verbose=True))
+    stages = capsys.readouterr().err
+    assert "graph" in stages
+    assert "parity" not in stages
     assert not (tmp_path / "out").exists()
 
 
