@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.graph_passes.depth.layer_copy import LayerCopy, copy_layer
+from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.find.projections import Projection
+from tests.graph_passes.golden_graphs import source_text
+from tests.graph_passes.graphs import tiny_decoder, tiny_feeds
+from tests.graph_passes.harness import run_model
+
+TURNED = source_text().replace(
+    '= MatMul ("model.layers.0.post_attention_layernorm", "model.layers.0.mlp.up_proj.weight")',
+    '= MatMul ("model.layers.0.post_attention_layernorm", turned)\n',
+)
+UP = '  "model.layers.0.mlp.up_proj" ='
+TURNED = TURNED.replace(
+    UP,
+    '  same = Identity ("model.layers.0.mlp.up_proj.weight")\n  cast = Cast <to = 1> (same)\n'
+    "  turned = Transpose <perm = [1, 0]> (cast)\n" + UP,
+).replace('float[4,3] "model.layers.0.mlp.up_proj.weight"', 'float[3,4] "model.layers.0.mlp.up_proj.weight"')
+
+
+def _named_copies() -> Callable[[str], str]:
+    """Renames each name once: nodes of the tiny decoder have their op's."""
+    counts: collections.Counter[str] = collections.Counter()
+
+    def rename(name: str) -> str:
+        counts[name] += 1
+        return f"{name}.copy" if counts[name] == 1 else f"{name}.copy_{counts[name]}"
+
+    return rename
+
+
+def _copy(layer: DecoderLayer, weights: dict[Projection, ir.Value] | None = None) -> LayerCopy:
+    same = {value: value for value in (layer.input, layer.past_key, layer.past_value)}
+    return copy_layer(layer, same, weights or {}, _named_copies(), {"made": "here"})
+
+
+def _new_weights(layer: DecoderLayer) -> dict[Projection, ir.Value]:
+    return {
+        projection: ir.Value(name=f"new.{projection.tensor}", const_value=projection.weight.const_value)
+        for projection in layer.projections.values()
+    }
+
+
+def test_copy_computes_the_same_when_it_reads_what_the_layer_reads() -> None:
+    model = ir.from_onnx_text(tiny_decoder())
+    expected = run_model(model, tiny_feeds())
+    (layer,) = find_decoder_layers(model.graph)
+    members, copy = set(layer.nodes), _copy(layer)
+    model.graph.insert_after(layer.nodes[-1], copy.nodes)
+    for old, new in zip(
+        (layer.output, layer.present_key, layer.present_value), (copy.output, *copy.cache[2:]), strict=True
+    ):
+        for use in [use for use in old.uses() if use.node not in members]:
+            use.node.replace_input_with(use.idx, new)
+        model.graph.outputs[:] = [new if output is old else output for output in model.graph.outputs]
+    found = run_model(model, tiny_feeds())
+    for array, name in zip(found.values(), expected, strict=True):
+        np.testing.assert_array_equal(array, expected[name])
+
+
+def test_copy_has_names_tags_and_shapes_of_its_own_when_made() -> None:
+    graph = ir.from_onnx_text(source_text()).graph
+    (layer,) = find_decoder_layers(graph)
+    before = str(graph)
+    copy = _copy(layer)
+    assert str(graph) == before
+    assert [node.op_type for node in copy.nodes] == [node.op_type for node in layer.nodes]
+    for old, new in zip(layer.nodes, copy.nodes, strict=True):
+        assert new.graph is None
+        assert new.metadata_props["made"] == "here"
+        assert "made" not in old.metadata_props
+        assert dict(new.attributes) == dict(old.attributes)
+        for old_output, output in zip(old.outputs, new.outputs, strict=True):
+            assert output.name == f"{old_output.name}.copy"
+            assert output.shape is None or output.shape is not old_output.shape
+            assert (output.shape, output.type) == (old_output.shape, old_output.type)
+
+
+def test_copy_reads_the_replacements_when_stream_and_cache_are_given() -> None:
+    graph = ir.from_onnx_text(source_text()).graph
+    (layer,) = find_decoder_layers(graph)
+    reads = {
+        value: ir.Value(name=f"given.{i}") for i, value in enumerate((layer.input, layer.past_key, layer.past_value))
+    }
+    copy = copy_layer(layer, reads, {}, lambda name: f"{name}.copy", {})
+    read = {value for node in copy.nodes for value in node.inputs}
+    assert set(reads.values()) <= read
+    assert not set(reads) & read
+    assert copy.cache[:2] == (reads[layer.past_key], reads[layer.past_value])
+    assert [value.name for value in copy.cache[2:]] == ["present.0.key.copy", "present.0.value.copy"]
+    assert copy.output.producer() is copy.nodes[-1]
+
+
+def test_new_weight_is_prepared_like_the_old_when_it_is_cast_and_transposed() -> None:
+    (layer,) = find_decoder_layers(ir.from_onnx_text(TURNED).graph)
+    weights = _new_weights(layer)
+    copy = _copy(layer, weights)
+    up = weights[layer.projections["up_proj"]]
+    (cast,) = up.consumers()
+    (transpose,) = cast.outputs[0].consumers()
+    (product,) = transpose.outputs[0].consumers()
+    assert [node.op_type for node in (cast, transpose, product)] == ["Cast", "Transpose", "MatMul"]
+    assert [copy.nodes.index(node) for node in (cast, transpose, product)] == sorted(
+        map(copy.nodes.index, (cast, transpose, product))
+    )
+    assert copy.initializers == tuple(weights.values())
+    assert not {p.weight for p in layer.projections.values()} & {v for node in copy.nodes for v in node.inputs}
