@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,8 @@ def float16_stream_peak(folder: Path, config: LlamaConfig) -> float:
         runner.reset(1)
         result = runner.step(tokens, np.ones_like(tokens), np.arange(_TOKENS)[np.newaxis], hidden_states=True)
     peaks = {layer: float(np.abs(stream).max()) for layer, stream in result.hidden_states.items()}
-    layer = max(peaks, key=lambda index: peaks[index])
+    # NaN is neither more nor less than any number: it is taken for the largest, or it would be passed over.
+    layer = max(peaks, key=lambda index: math.inf if math.isnan(peaks[index]) else peaks[index])
     if not peaks[layer] < LARGEST:
         raise InputError(
             f"--dtype fp16: the residual stream reaches {peaks[layer]:.0f} behind layer {layer}, float16 ends at "

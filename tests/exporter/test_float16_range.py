@@ -54,12 +54,12 @@ def test_stream_is_refused_with_its_layer_when_it_exceeds_float16(tmp_path):
     assert "hint: use --dtype bf16" in str(caught.value)
 
 
-def test_stream_is_refused_when_not_even_fp32_holds_it(tmp_path):
-    model = spoilt(
-        tmp_path / "model", {"model.layers.1.mlp.down_proj.weight": 1e37, "model.layers.1.mlp.up_proj.weight": 1e30}
-    )
-    with pytest.raises(InputError, match=r"--dtype fp16: the residual stream reaches (nan|inf) behind layer 1"):
-        measured(model, tmp_path / "out")
+# Products of inf in one place, sums of inf and -inf in the other.
+@pytest.mark.parametrize(("scaled", "peak"), [("down_proj", "inf"), ("up_proj", "nan")])
+def test_stream_is_refused_when_not_even_fp32_holds_it(tmp_path, scaled, peak):
+    factors = {f"model.layers.1.mlp.{scaled}.weight": 1e37, "model.layers.1.mlp.gate_proj.weight": 1e3}
+    with pytest.raises(InputError, match=f"the residual stream reaches {peak} behind layer 1"):
+        measured(spoilt(tmp_path / "model", factors), tmp_path / "out")
 
 
 def test_overflow_is_near_when_a_stream_takes_more_than_half_the_range():
