@@ -51,7 +51,17 @@ PACKAGES = {
     "benchmarks": {"benchmarks", "gguf", "ml_dtypes", "numpy", "onnx_ir", "onnxruntime", "torch", "transformers"},
     "tests": {
         *("gguf", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "pytest", "rich"),
-        *("safetensors", "sentencepiece", "tensorrt_rtx", "tests", "tokenizers", "torch", "transformers", "triton"),
+        *(
+            "safetensors",
+            "sentencepiece",
+            "tensorrt_rtx",
+            "tests",
+            "tokenizers",
+            "torch",
+            "transformers",
+            "triton",
+            "typer",
+        ),
     },
     "tests/benchmarks": {"benchmarks"},
     "tests/data": {"optimum"},

@@ -1,44 +1,29 @@
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable
-
 import numpy as np
 import onnx_ir as ir
 
 from dlo_export.graph_passes.depth.layer_copy import LayerCopy, copy_layer
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.find.projections import Projection
+from dlo_export.graph_passes.naming import make_node_names_unique
 from tests.graph_passes.golden_graphs import source_text
 from tests.graph_passes.graphs import tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import run_model
 
-TURNED = source_text().replace(
-    '= MatMul ("model.layers.0.post_attention_layernorm", "model.layers.0.mlp.up_proj.weight")',
-    '= MatMul ("model.layers.0.post_attention_layernorm", turned)\n',
-)
-UP = '  "model.layers.0.mlp.up_proj" ='
-TURNED = TURNED.replace(
-    UP,
-    '  same = Identity ("model.layers.0.mlp.up_proj.weight")\n  cast = Cast <to = 1> (same)\n'
-    "  turned = Transpose <perm = [1, 0]> (cast)\n" + UP,
-).replace('float[4,3] "model.layers.0.mlp.up_proj.weight"', 'float[3,4] "model.layers.0.mlp.up_proj.weight"')
-
-
-def _named_copies() -> Callable[[str], str]:
-    """Renames each name once: nodes of the tiny decoder have their op's."""
-    counts: collections.Counter[str] = collections.Counter()
-
-    def rename(name: str) -> str:
-        counts[name] += 1
-        return f"{name}.copy" if counts[name] == 1 else f"{name}.copy_{counts[name]}"
-
-    return rename
+UP = "model.layers.0.mlp.up_proj"
+# The same with the weight the other way round, behind an Identity and a Cast.
+PREPARED = f'''same = Identity ("{UP}.weight")
+  cast = Cast <to = 1> (same)
+  turned = Transpose <perm = [1, 0]> (cast)
+  "{UP}" = MatMul ("model.layers.0.post_attention_layernorm", turned)'''
+PLAIN = f'"{UP}" = MatMul ("model.layers.0.post_attention_layernorm", "{UP}.weight")'
+TURNED = source_text().replace(PLAIN, PREPARED).replace(f'float[4,3] "{UP}.weight"', f'float[3,4] "{UP}.weight"')
 
 
 def _copy(layer: DecoderLayer, weights: dict[Projection, ir.Value] | None = None) -> LayerCopy:
     same = {value: value for value in (layer.input, layer.past_key, layer.past_value)}
-    return copy_layer(layer, same, weights or {}, _named_copies(), {"made": "here"})
+    return copy_layer(layer, same, weights or {}, lambda name: f"{name}.copy", {"made": "here"})
 
 
 def _new_weights(layer: DecoderLayer) -> dict[Projection, ir.Value]:
@@ -54,12 +39,12 @@ def test_copy_computes_the_same_when_it_reads_what_the_layer_reads() -> None:
     (layer,) = find_decoder_layers(model.graph)
     members, copy = set(layer.nodes), _copy(layer)
     model.graph.insert_after(layer.nodes[-1], copy.nodes)
-    for old, new in zip(
-        (layer.output, layer.present_key, layer.present_value), (copy.output, *copy.cache[2:]), strict=True
-    ):
+    outputs = (layer.output, layer.present_key, layer.present_value)
+    for old, new in zip(outputs, (copy.output, *copy.cache[2:]), strict=True):
         for use in [use for use in old.uses() if use.node not in members]:
             use.node.replace_input_with(use.idx, new)
         model.graph.outputs[:] = [new if output is old else output for output in model.graph.outputs]
+    make_node_names_unique(model.graph)
     found = run_model(model, tiny_feeds())
     for array, name in zip(found.values(), expected, strict=True):
         np.testing.assert_array_equal(array, expected[name])
