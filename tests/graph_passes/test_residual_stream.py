@@ -55,7 +55,12 @@ def test_blocks_follow_each_other_when_operands_are_swapped_and_the_stream_is_ca
 
 @pytest.mark.parametrize(
     "end",
-    ["c = Cast <to = 1> (x)\n y = Add (x, c)", "y = Add (x, norm)", "y = Mul (x, half)", "a = Tanh (x)\n y = Neg (a)"],
+    [
+        "c = Cast <to = 1> (x)\n d = Identity (x)\n y = Add (c, d)",
+        "y = Add (x, norm)",
+        "y = Mul (x, half)",
+        "a = Tanh (x)\n y = Neg (a)",
+    ],
 )
 def test_stream_ends_when_nothing_computed_from_it_is_added(end: str) -> None:
     assert _blocks(end) == ()
