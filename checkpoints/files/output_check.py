@@ -13,19 +13,28 @@ from dlo_export.checkpoints.files.leftovers import NAME_GROWTH, remove_leftovers
 from dlo_export.checkpoints.files.written_files import is_ours, unfamiliar_files
 
 _NAMED_FILES = 5
+# Room that a name must leave: while the folder is written, or where a failed one is kept aside beside it.
+_KEPT_GROWTH = len(".failed-999")
 
 
 class FolderExistsError(InputError):
     """The folder to write exists, and must not or need not be replaced."""
 
 
-def check_output_folder(folder: Path, *, overwrite: bool = False, inputs: Iterable[Path | None] = ()) -> None:
+def check_output_folder(
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[Path | None] = (),
+    growth: int = NAME_GROWTH + _KEPT_GROWTH,
+) -> None:
     """Refuses an output that cannot be written or must not be replaced; removes what killed commands left beside it.
 
     Args:
         folder: The folder to make.
         overwrite: Whether it may be replaced, if this program wrote it and nothing else lies in it.
         inputs: Files and folders the command reads; those that are None or not there do not matter.
+        growth: Bytes that names made of the folder's are longer.
 
     Raises:
         FolderExistsError: The folder is not empty, and not to be replaced or not only this program's.
@@ -36,7 +45,7 @@ def check_output_folder(folder: Path, *, overwrite: bool = False, inputs: Iterab
         raise InputError(f"output {folder}: is no name of a folder to make", hint="give the new folder a name: -o NAME")
     _check_unicode(folder)
     try:
-        _check_place(folder)
+        _check_place(folder, growth)
         remove_leftovers(folder.parent)
         if os.path.lexists(folder):
             _check_not_in_use(folder, [path for path in inputs if path is not None and path.exists()])
@@ -102,7 +111,7 @@ def _check_unicode(folder: Path) -> None:
         ) from err
 
 
-def _check_place(folder: Path) -> None:
+def _check_place(folder: Path, growth: int) -> None:
     place = _existing_place(folder)
     if place.is_symlink() and not place.exists():
         raise InputError(f"output {folder}: {place} is a link to nothing", hint="mend the link, or give another folder")
@@ -112,14 +121,14 @@ def _check_place(folder: Path) -> None:
         raise MachineError(
             f"output {folder}: {place} cannot be written to", hint="mend its permissions, or give another folder"
         )
-    room = os.pathconf(place, "PC_NAME_MAX") - NAME_GROWTH
+    room = os.pathconf(place, "PC_NAME_MAX") - growth
     if len(os.fsencode(folder.name)) > room:
         raise InputError(
             f"output {folder.name[:40]}…: the name has {len(os.fsencode(folder.name))} bytes, at most {room} fit here",
             hint="choose a shorter name",
         )
     with contextlib.suppress(FileNotFoundError):
-        os.lstat(folder.with_name(folder.name + "x" * NAME_GROWTH))  # a path too long says so
+        os.lstat(folder.with_name(folder.name + "x" * growth))  # a path too long says so
 
 
 def _existing_place(folder: Path) -> Path:

@@ -20,6 +20,8 @@ from dlo_export.checkpoints.files.written_files import list_files, mark_unfinish
 
 __all__ = ["FolderExistsError", "keep_aside", "whole_folder"]
 
+_MOST_KEPT = 999  # as many digits as names leave room for
+
 
 @contextmanager
 def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
@@ -63,19 +65,23 @@ def keep_aside(staging: Path, wanted: Path, inputs: Iterable[Path | None] = ()) 
 
     Returns:
         Where it went.
+
+    Raises:
+        InputError: It can go nowhere there: the reason of the last place that was tried.
     """
-    kept, number = wanted, 1
     with uninterrupted(), _reported(wanted):
         list_files(staging)
-        while True:
+        for number in range(1, _MOST_KEPT + 1):
+            kept = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
             try:
-                check_output_folder(kept, overwrite=True, inputs=inputs)
+                check_output_folder(kept, overwrite=True, inputs=inputs, growth=0)
                 _put(staging, kept, overwrite=True)
             except InputError:
-                number += 1
-                kept = wanted.with_name(f"{wanted.name}-{number}")
+                if number == _MOST_KEPT:
+                    raise
             else:
                 return kept
+    raise AssertionError("the last place was taken or refused")
 
 
 def _new_staging(folder: Path) -> tuple[Path, FolderLock]:

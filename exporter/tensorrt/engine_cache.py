@@ -81,7 +81,7 @@ class EngineCache:
             The build that made it; None where the cache does not hold it.
         """
         entry = self.folder / key
-        if not entry.is_dir():
+        if not _is_entry(entry):
             return None
         partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
         try:
@@ -127,7 +127,8 @@ class EngineCache:
     def _prune(self, keep: Path) -> None:
         """Removes the entries unused for longest until the rest fits the limit."""
         limit = cache_limit()
-        entries = sorted(self.folder.glob("[0-9a-f]" * 64), key=lambda entry: entry.stat().st_mtime)
+        found = [entry for entry in self.folder.glob("[0-9a-f]" * 64) if _is_entry(entry)]
+        entries = sorted(found, key=lambda entry: entry.stat().st_mtime)
         sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for entry in entries}
         total = sum(sizes.values())
         for entry in entries:
@@ -147,6 +148,11 @@ class EngineCache:
             return  # another command has removed it
         except OSError as err:
             self._tell(f"engine cache: {entry} cannot be removed: {err.strerror}")
+
+
+def _is_entry(folder: Path) -> bool:
+    """Whether this is a folder, and no link to somebody's: what an entry holds is removed when its time comes."""
+    return folder.is_dir() and not folder.is_symlink()
 
 
 def _copy(source: Path, target: Path) -> str:

@@ -223,6 +223,31 @@ def test_keep_aside_numbers_the_folder_when_something_else_lies_there(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["out.failed", "out.failed-2"]
 
 
+def is_refused(folder):
+    try:
+        check_output_folder(folder)
+    except InputError:
+        return True
+    return False
+
+
+def test_keep_aside_finds_room_when_the_name_is_as_long_as_may_be(tmp_path):
+    name = "x" * 300
+    while is_refused(tmp_path / name):
+        name = name[1:]
+    fill(tmp_path / f"{name}.failed", {"model.safetensors": "mine"})
+    with whole_folder(tmp_path / name) as staging:
+        fill(staging, NEW)
+        assert keep_aside(staging, tmp_path / f"{name}.failed").name == f"{name}.failed-2"
+
+
+def test_keep_aside_gives_up_when_there_is_no_place_for_it(tmp_path):
+    with whole_folder(tmp_path / "out") as staging:
+        fill(staging, NEW)
+        with pytest.raises(InputError, match="bytes, at most"):
+            keep_aside(staging, tmp_path / ("x" * 300))
+
+
 SYSTEM_CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open", "chmod", "scandir")
 
 

@@ -223,3 +223,21 @@ def test_engine_request_survives_json(place):
     asked, _, folder = place
     asked = dataclasses.replace(asked, plugin_library=folder / "libdlo_plugins.so", timeout_s=3.5)
     assert EngineRequest.from_json(asked.to_json()) == asked
+
+
+def test_engine_cache_leaves_what_is_not_its_own_when_it_is_full(place, monkeypatch):
+    asked, build, folder = place
+    cache = EngineCache(folder / "crowded", print)
+    mine = folder / "mine"
+    mine.mkdir()
+    (mine / "model.engine").write_text("mine")
+    cache.folder.mkdir(parents=True)
+    (cache.folder / ("d" * 64)).symlink_to(mine)
+    (cache.folder / ("e" * 64)).write_text("a file of this name")
+    (cache.folder / "notes").mkdir()
+    monkeypatch.setenv("DLO_EXPORT_CACHE_GB", "0")
+    for key in ("a" * 64, "b" * 64):
+        cache.store(dataclasses.replace(build, cache_key=key), asked.output)
+    assert cache.fetch("d" * 64, folder / "copy.engine") is None
+    assert (mine / "model.engine").read_text() == "mine"
+    assert sorted(entry.name[:5] for entry in cache.folder.iterdir()) == ["bbbbb", "ddddd", "eeeee", "notes"]
