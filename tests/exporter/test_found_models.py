@@ -83,6 +83,16 @@ def test_run_warns_when_prompt_and_answer_go_beyond_the_context(tmp_path):
     assert "warning: a prompt of 100 tokens and up to 29 new ones go beyond the model's context of 128" in beyond.stderr
 
 
+def test_bench_warns_when_its_workload_goes_beyond_the_context(tmp_path):
+    folder = save_tiny_llama(tmp_path / "model", vocab=BYTE_VOCABULARY, tokenizer=True)
+    export_model(ExportRequest(str(folder), tmp_path / "out", parity=False), Reporter())
+    given = ("bench", tmp_path / "out", "--prompt-tokens", "120", "--rounds", "1", "--decode-tokens")
+    within, beyond = (dlo(*given, steps) for steps in (8, 9))
+    assert (within.returncode, beyond.returncode) == (0, 0)
+    assert "warning" not in within.stderr
+    assert "120 tokens and 9 steps go beyond its context of 128" in beyond.stderr
+
+
 def test_run_is_refused_when_the_prompt_is_not_utf8(tmp_path):
     folder = save_tiny_llama(tmp_path / "model", vocab=BYTE_VOCABULARY, tokenizer=True)
     export_model(ExportRequest(str(folder), tmp_path / "artefact", parity=False), Reporter())
