@@ -18,10 +18,17 @@ for command in (export, expand, train, calibrate, run, bench, inspect, parity):
     app.command(command.NAME)(command.main)
 
 
-@app.callback()
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"dlo-export {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    # By a callback of its own, which runs before a command is asked for.
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    del version

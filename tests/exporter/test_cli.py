@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dlo_export import __version__
 from dlo_export.exporter.exit_codes import BAD_INPUT, MACHINE, OUR_BUG, exit_code
 from tests.tiny_models import save_tiny_llama
 
@@ -165,3 +166,8 @@ def test_commands_load_no_heavy_library_when_their_options_are_listed():
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not loaded.split()
+
+
+def test_version_is_printed_when_no_command_is_given():
+    result = dlo("--version")
+    assert (result.returncode, result.stdout) == (0, f"dlo-export {__version__}\n")
