@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -49,8 +50,9 @@ class FuseSiblingMatMulsPass(GraphPass):
             if _is_fusible(node, model.graph):
                 siblings.setdefault(node.inputs[0], []).append(node)  # type: ignore[arg-type]  # MatMul has inputs
         groups = [nodes for nodes in siblings.values() if len(nodes) >= self.minimum]
+        unique = unique_names(model.graph)
         for nodes in groups:
-            _fuse(model.graph, nodes)
+            _fuse(model.graph, nodes, unique)
         return bool(groups)
 
 
@@ -82,13 +84,12 @@ def _is_fusible(node: ir.Node, graph: ir.Graph) -> bool:
     )
 
 
-def _fuse(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+def _fuse(graph: ir.Graph, nodes: list[ir.Node], unique: Callable[[str], str]) -> None:
     # One multiplication in the first one's place, its matrix joined row by row when it is written.
     first = nodes[0]
     weights = [node.inputs[1] for node in nodes]
     tensors = [weight.const_value for weight in weights if weight is not None and weight.const_value is not None]
     name = _joined_name([node.name or "" for node in nodes])
-    unique = unique_names(graph)
     weight = _initializer(graph, _SideBySide(unique(f"{name}.weight"), tensors))
     sizes = np.array([tensor.shape[1] for tensor in tensors], np.int64)
     split_sizes = _initializer(graph, ir.tensor(sizes, name=unique(f"{name}.sizes")))
