@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlo_export.exporter.commands.numbers import finite
+from dlo_export.exporter.commands.shared_options import Force, ForceBase
 
 if TYPE_CHECKING:
     from dlo_export.exporter.calibrate import CalibrationResult
@@ -43,10 +44,8 @@ def main(
         Path | None, typer.Option(help="Adapter on the model; the output is then an adapter too.")
     ] = None,
     as_adapter: Annotated[bool, typer.Option("--as-adapter", help="Write the routers alone, as an adapter.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
-    force_base: Annotated[
-        bool, typer.Option("--force-base", help="Take an adapter that was made from other weights.")
-    ] = False,
+    force: Force = False,
+    force_base: ForceBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
 ) -> None:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dlo_export.exporter.commands.shared_options import Force
+
 NAME = "expand"
 
 
@@ -36,7 +38,7 @@ def main(
     routers: Annotated[bool, typer.Option("--routers", help="Add an all-zero router to every layer.")] = False,
     as_adapter: Annotated[bool, typer.Option("--adapter", help="Write an adapter, not a checkpoint.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of random inits.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
+    force: Force = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
 ) -> None:
     """Deepen a checkpoint with new layers (TLI, DLO's interleave, LLaMA-Pro, depth up-scaling)."""

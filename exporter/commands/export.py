@@ -10,6 +10,7 @@ import typer
 
 from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
 from dlo_export.exporter.commands.numbers import MAX_COUNT, positive
+from dlo_export.exporter.commands.shared_options import AllowNonfinite, Force, ForceBase
 from dlo_export.graph_passes.lowerings.registry import lowering_names  # of names alone: keeps `dlo --help` quick
 
 NAME = "export"
@@ -91,13 +92,9 @@ def main(
     ] = None,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Do not compare with PyTorch.")] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Leave model.onnx.data out.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Take a model with NaN or infinity in its weights.")
-    ] = False,
-    force_base: Annotated[
-        bool, typer.Option("--force-base", help="Take an adapter that was made from other weights.")
-    ] = False,
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    force_base: ForceBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print dlo_artifact.json to stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dlo_export.exporter.commands.shared_options import AllowNonfinite, ForceBase
+
 NAME = "parity"
 
 
@@ -14,12 +16,8 @@ def main(
     artefact: Annotated[Path, typer.Argument(help="Folder that dlo-export wrote.")],
     model: Annotated[str, typer.Argument(help="What it was made from: checkpoint folder, .gguf, .onnx, hub id.")],
     adapter: Annotated[Path | None, typer.Option(help="The adapter it was made with.")] = None,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Take a model with NaN or infinity in its weights.")
-    ] = False,
-    force_base: Annotated[
-        bool, typer.Option("--force-base", help="Take an adapter that was made from other weights.")
-    ] = False,
+    allow_nonfinite: AllowNonfinite = False,
+    force_base: ForceBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dlo_export.exporter.commands.numbers import finite
+from dlo_export.exporter.commands.shared_options import Force, ForceBase
+from dlo_export.modeling.training.settings import Device, Dtype, Labels, LongChats, Mode, Selection
 
 if TYPE_CHECKING:
     from dlo_export.exporter.train import TrainRequest
@@ -17,58 +18,7 @@ if TYPE_CHECKING:
 NAME = "train"
 
 
-class Mode(StrEnum):
-    """Choices of --mode."""
-
-    FULL = "full"
-    ROUTERS = "routers"
-    NEW_LAYERS = "new-layers"
-    LORA = "lora"
-
-
-class Routers(StrEnum):
-    """Choices of --routers."""
-
-    KEEP = "keep"
-    ADD = "add"
-    NONE = "none"
-
-
-class Labels(StrEnum):
-    """Choices of --labels."""
-
-    COS_GLOBAL = "cos-global"
-    COS = "cos"
-    SELF = "self"
-
-
-class Selection(StrEnum):
-    """Choices of --selection."""
-
-    TOP_K = "top-k"
-    THRESHOLD = "threshold"
-
-
-class LongChats(StrEnum):
-    """Choices of --long-chats."""
-
-    ERROR = "error"
-    TRUNCATE = "truncate"
-    SKIP = "skip"
-
-
-class Dtype(StrEnum):
-    """Choices of --dtype."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-
-
-class Device(StrEnum):
-    """Choices of --device."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
+Routers = Literal["keep", "add", "none"]
 
 
 def main(
@@ -82,16 +32,16 @@ def main(
     adapter: Annotated[Path | None, typer.Option(help="Adapter on the model.")] = None,
     routers: Annotated[
         Routers, typer.Option(help="Those the model has, an all-zero one for each layer without, or none at all.")
-    ] = Routers.KEEP,
-    mode: Annotated[Mode, typer.Option(help="What learns; routers always do.")] = Mode.FULL,
+    ] = "keep",
+    mode: Annotated[Mode, typer.Option(help="What learns; routers always do.")] = "full",
     target: Annotated[
         float, typer.Option(callback=finite, help="Share of tokens whose MLP is to run, over the routed layers.")
     ] = 0.9,
     anneal_steps: Annotated[int, typer.Option(help="Steps over which the target falls from 1.")] = 1000,
-    labels: Annotated[Labels, typer.Option(help="How tokens are labelled for the routers.")] = Labels.COS_GLOBAL,
+    labels: Annotated[Labels, typer.Option(help="How tokens are labelled for the routers.")] = "cos-global",
     selection: Annotated[
         Selection, typer.Option(help="Which tokens' MLPs count in training; inference goes by the threshold.")
-    ] = Selection.TOP_K,
+    ] = "top-k",
     language_weight: Annotated[float, typer.Option(callback=finite, help="Of the language loss.")] = 1.0,
     distill_weight: Annotated[
         float, typer.Option(callback=finite, help="Of the divergence from the model as it was before, unrouted.")
@@ -108,7 +58,7 @@ def main(
         int | None,
         typer.Option(help="Tokens of a sequence, which short documents share; 1024 or what the model takes."),
     ] = None,
-    long_chats: Annotated[LongChats, typer.Option(help="Of chats longer than a sequence.")] = LongChats.ERROR,
+    long_chats: Annotated[LongChats, typer.Option(help="Of chats longer than a sequence.")] = "error",
     learning_rate: Annotated[float, typer.Option(callback=finite, help="Of all but the routers.")] = 2e-5,
     router_learning_rate: Annotated[float, typer.Option(callback=finite, help="Of the routers.")] = 1e-3,
     layer_wise: Annotated[
@@ -116,7 +66,7 @@ def main(
     ] = True,
     warmup: Annotated[float, typer.Option(callback=finite, help="Share of the steps learning rates rise in.")] = 0.03,
     max_grad_norm: Annotated[float, typer.Option(callback=finite, help="To which gradients are clipped.")] = 1.0,
-    dtype: Annotated[Dtype, typer.Option(help="bf16 by autocast; weights and routers stay fp32.")] = Dtype.FP32,
+    dtype: Annotated[Dtype, typer.Option(help="bf16 by autocast; weights and routers stay fp32.")] = "fp32",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
@@ -124,12 +74,10 @@ def main(
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 200,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints of the run.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the data's order and what is held out.")] = 0,
-    device: Annotated[Device, typer.Option(help="Where to train.")] = Device.CPU,
+    device: Annotated[Device, typer.Option(help="Where to train.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT.run.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")] = False,
-    force_base: Annotated[
-        bool, typer.Option("--force-base", help="Take an adapter that was made from other weights.")
-    ] = False,
+    force: Force = False,
+    force_base: ForceBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
 ) -> None:
@@ -141,11 +89,11 @@ def main(
     from dlo_export.modeling.training.settings import TrainingSettings  # noqa: PLC0415
 
     settings = TrainingSettings(
-        mode=mode.value,
+        mode=mode,
         target=target,
         anneal_steps=anneal_steps,
-        labels=labels.value,
-        selection=selection.value,
+        labels=labels,
+        selection=selection,
         language_weight=language_weight,
         distill_weight=distill_weight,
         skip_weight=skip_weight,
@@ -154,20 +102,20 @@ def main(
         max_steps=max_steps,
         batch=batch,
         accumulate=accumulate,
-        long_chats=long_chats.value,
+        long_chats=long_chats,
         learning_rate=learning_rate,
         router_learning_rate=router_learning_rate,
         layer_wise=layer_wise,
         warmup=warmup,
         max_grad_norm=max_grad_norm,
-        dtype=dtype.value,
+        dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
         lora_rank=lora_rank,
         held_out=held_out_share,
         eval_every=eval_every,
         save_every=save_every,
         seed=seed,
-        device=device.value,
+        device=device,
     )
     request = TrainRequest(
         model=model,
@@ -175,7 +123,7 @@ def main(
         data=data,
         held_out=held_out_data,
         adapter=adapter,
-        routers=routers.value,
+        routers=routers,
         settings=settings,
         sequence=sequence,
         resume=resume,

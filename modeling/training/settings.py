@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from dlo_export.modeling.training.errors import TrainingError
 
-MODES = ("full", "routers", "new-layers", "lora")
-LABELS = ("cos-global", "cos", "self")
-SELECTIONS = ("top-k", "threshold")
-LONG_CHATS = ("error", "truncate", "skip")
-DTYPES = ("fp32", "bf16")
-DEVICES = ("cpu", "cuda")
+# The words of settings that are choices, as the command offers them.
+Mode = Literal["full", "routers", "new-layers", "lora"]
+Labels = Literal["cos-global", "cos", "self"]
+Selection = Literal["top-k", "threshold"]
+LongChats = Literal["error", "truncate", "skip"]
+Dtype = Literal["fp32", "bf16"]
+Device = Literal["cpu", "cuda"]
 _RANGES: Mapping[tuple[str, ...], tuple[Callable[[float], bool], str]] = {
     ("target",): (lambda value: 0 < value <= 1, "a capacity above 0 and at most 1"),
     ("epochs", "learning_rate", "router_learning_rate", "max_grad_norm"): (lambda value: value > 0, "more than 0"),
@@ -109,12 +111,12 @@ class TrainingSettings:
 
     def _problems(self) -> Iterator[str]:
         choices = {
-            "mode": MODES,
-            "labels": LABELS,
-            "selection": SELECTIONS,
-            "long_chats": LONG_CHATS,
-            "dtype": DTYPES,
-            "device": DEVICES,
+            "mode": get_args(Mode),
+            "labels": get_args(Labels),
+            "selection": get_args(Selection),
+            "long_chats": get_args(LongChats),
+            "dtype": get_args(Dtype),
+            "device": get_args(Device),
         }
         for name, values in choices.items():
             if getattr(self, name) not in values:
