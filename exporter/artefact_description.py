@@ -32,12 +32,15 @@ from dlo_export.runtimes.decoder_interface import TensorSpec
 ROUTER_RULE = "active iff sigmoid(fp32(x) · w) > 0.5, x being the layer's input residual stream, all in fp32"
 
 
-def describe(source: ExportSource, model: ir.Model, *, dtype: str, lowering: str, reason: str) -> ArtefactDescription:
+def describe(
+    source: ExportSource, model: ir.Model, *, sha256: str, dtype: str, lowering: str, reason: str
+) -> ArtefactDescription:
     """Everything known before parity runs, engines are built and files are complete.
 
     Args:
         source: What was exported.
         model: The graph as it is released.
+        sha256: Of the source's weights, as its `sha256()` says.
         dtype: "fp32", "fp16" or "bf16".
         lowering: What routed layers became.
         reason: Why that one.
@@ -45,7 +48,7 @@ def describe(source: ExportSource, model: ir.Model, *, dtype: str, lowering: str
     return ArtefactDescription(
         format_version=FORMAT_VERSION,
         tools={"dlo-export": __version__, "python": platform.python_version(), **_tool_versions()},
-        source=_identity(source),
+        source=_identity(source, sha256),
         files=(),
         dtype=dtype,
         lowering=lowering,
@@ -89,12 +92,12 @@ def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
     )
 
 
-def _identity(source: ExportSource) -> SourceIdentity:
+def _identity(source: ExportSource, sha256: str) -> SourceIdentity:
     config = source.base.config
     return SourceIdentity(
         source.kind,
         source.base.path.name,
-        source.base.sha256(),
+        sha256,
         None if config is None else config.model_type,
         source.adapter_name,
         source.adapter_base,

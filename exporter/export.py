@@ -16,6 +16,7 @@ from dlo_export.checkpoints.files.output_check import check_output_folder
 from dlo_export.checkpoints.files.whole_folder import keep_aside, whole_folder
 from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.exporter.artefact_description import complete_description, describe
+from dlo_export.exporter.background import BackgroundValue
 from dlo_export.exporter.client_config import client_config
 from dlo_export.exporter.genai_config import genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype
@@ -173,6 +174,8 @@ def _export_into(
     source.base.save_companions(folder, client_config(source))
     own = source.base.path
     generation = GenerationConfig.from_folder(folder, origin=own if own.is_dir() else own.parent)
+    # Reads every weight once more, on another core than the one that writes them.
+    identity = BackgroundValue(source.base.sha256)
     with reporter.stage("graph"):
         model = build_model(source, lowering, graph_dtype(dtype))
         set_model_metadata(model, source, dtype=dtype, lowering=lowering)
@@ -198,7 +201,7 @@ def _export_into(
             inputs = [value.name or "" for value in model.graph.inputs]
             values = genai_config(source.base.config, source.num_layers, generation, inputs)
             save_json(folder / "genai_config.json", values)
-        description = describe(source, model, dtype=dtype, lowering=lowering, reason=reason)
+        description = describe(source, model, sha256=identity.result(), dtype=dtype, lowering=lowering, reason=reason)
     peak = None if plan is None else _float16_peak(folder, request, source, plan, reporter)
     parity, summary = _run_parity(folder, request, source, description, plan, reporter)
     description = dataclasses.replace(description, parity=parity)

@@ -67,7 +67,8 @@ class HashedFile:
 
     def pad_to(self, offset: int) -> None:
         """Appends zeros up to an offset, which lies ahead."""
-        self.write(bytes(offset - self._position))
+        if offset > self._position:  # else nothing to wait for
+            self.write(bytes(offset - self._position))
 
     def _wait(self) -> None:
         hashing, self._hashing = self._hashing, None
