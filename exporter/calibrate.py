@@ -12,8 +12,10 @@ import numpy as np
 
 import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
+from dlo_export.checkpoints.adapter.lora import is_peft_adapter
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
+from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_router, router_name
@@ -56,6 +58,11 @@ class CalibrationRequest:
     seed: int
     force: bool
     force_base: bool = False
+
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether the output is an adapter. A LoRA adapter is merged: what comes of it is a checkpoint."""
+        return self.as_adapter or (self.adapter is not None and not is_peft_adapter(self.adapter))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +111,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
         ValueError: Of our packages: the model, the text or the settings are not usable.
     """
     inputs = (Path(request.model), request.adapter, request.text)
-    check_output_folder(request.output, overwrite=request.force, inputs=inputs)
+    makes = FolderKind.ADAPTER if request.makes_adapter else FolderKind.CHECKPOINT
+    check_output_folder(request.output, overwrite=request.force, makes=makes, inputs=inputs)
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "calibration")
@@ -113,10 +121,10 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
         text = source_text(source, request)
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if parse_router(n) is None}
-            if source.adapter is None and not request.as_adapter:
-                sizes = [tensor.nbytes for tensor in tensors.values()]
-                check_output_space(request.output, sum(sizes))
             config = {**source.config_json(), "is_dlo": False}
+            kept = _kept_tensors(source, tensors, request)
+            routers = source.num_layers * config["hidden_size"] * np.dtype(np.float32).itemsize
+            check_output_space(request.output, sum(tensor.nbytes for tensor in kept.values()) + routers)
             model = llama_dlo_from_tensors(config | {"rescale_hidden_states": False}, tensors)
         with reporter.count("routers") as progress:
             fitted = calibrate_routers(model, text.calibration, request.settings, progress=progress)
@@ -124,7 +132,7 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             dense = evaluate(model, text.evaluation)
             routed = evaluate(with_routers(model, fitted.routers), text.evaluation)
         with reporter.bytes("writing") as written:
-            _save(source, fitted, tensors, request, written)
+            _save(source, fitted, kept, request, written)
         return CalibrationResult(fitted, tuple(layer.position for layer in source.injected_layers), dense, routed)
     finally:
         source.close()
@@ -144,10 +152,21 @@ def source_text(source: ExportSource, request: CalibrationRequest) -> Calibratio
     )
 
 
+def _kept_tensors(
+    source: ExportSource, tensors: dict[str, LazyTensor], request: CalibrationRequest
+) -> dict[str, LazyTensor]:
+    """What is written beside the routers: all of a checkpoint, the injected layers of an adapter."""
+    if not request.makes_adapter:
+        return tensors
+    injected = source.adapter.injected_layers if source.adapter is not None else ()
+    prefixes = tuple(layer_tensor_name(layer.position, "") for layer in injected)
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+
+
 def _save(
     source: ExportSource,
     fitted: CalibratedRouters,
-    tensors: dict[str, LazyTensor],
+    kept: dict[str, LazyTensor],
     request: CalibrationRequest,
     progress: Callable[[int, int], None],
 ) -> None:
@@ -156,17 +175,15 @@ def _save(
         for layer, router in fitted.routers.items()
     }
     is_dlo = tuple(layer in fitted.routers for layer in range(fitted.num_layers))
-    if source.adapter is not None or request.as_adapter:
+    if request.makes_adapter:
         injected = source.adapter.injected_layers if source.adapter is not None else ()
-        prefixes = tuple(layer_tensor_name(layer.position, "") for layer in injected)
-        kept = {name: tensor for name, tensor in tensors.items() if prefixes and name.startswith(prefixes)}
         adapter = DloAdapter(
             "mlp", is_dlo, injected_layers=injected, base_sha256=source.base.sha256(), tensors=kept | routers
         )
         save_adapter(adapter, request.output, overwrite=request.force)
         return
     save_checkpoint(
-        tensors | routers,
+        kept | routers,
         request.output,
         save_companions=source.base.save_companions,
         config_changes=routed_config(is_dlo),

@@ -24,6 +24,7 @@ from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.file_digest import file_sha256
+from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.files.uninterrupted import SIGNALS
@@ -93,7 +94,7 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
         MachineError: Of our packages: no room on the disk, no such device.
     """
     inputs = (Path(request.model), request.adapter, request.data, request.held_out)
-    check_output_folder(request.output, overwrite=request.force, inputs=inputs)
+    check_output_folder(request.output, overwrite=request.force, makes=FolderKind.TRAINED_CHECKPOINT, inputs=inputs)
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "training")

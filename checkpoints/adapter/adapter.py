@@ -20,13 +20,14 @@ from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.checkpoints.files.written_files import ADAPTER_FILE
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
 
 FORMAT_VERSION = 1
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = ADAPTER_FILE
 TENSORS_NAME = "adapter.safetensors"
 
 

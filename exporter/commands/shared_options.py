@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output of the same kind that dlo-export wrote.")]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Take a model with NaN or infinity in its weights.")
 ]

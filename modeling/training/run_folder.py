@@ -15,10 +15,16 @@ from typing import Any
 
 from dlo_export.checkpoints.errors import MachineError
 from dlo_export.checkpoints.files.json_file import finite, read_json, save_json
-from dlo_export.checkpoints.files.written_files import is_ours, remove_written_files, unfamiliar_files
+from dlo_export.checkpoints.files.written_files import (
+    RUN_FILE,
+    TRAINING_FILE,
+    is_ours,
+    remove_written_files,
+    unfamiliar_files,
+)
 from dlo_export.modeling.training.errors import TrainingError
 
-DESCRIPTION_NAME, LOG_NAME, CAPACITIES_NAME = "training.json", "log.jsonl", "capacities.json"
+DESCRIPTION_NAME, LOG_NAME, CAPACITIES_NAME = TRAINING_FILE, "log.jsonl", RUN_FILE
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _KEPT = 2
 # What a run may not change without becoming another run.

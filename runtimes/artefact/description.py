@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dlo_export.checkpoints.files.json_file import read_json, save_json
+from dlo_export.checkpoints.files.written_files import ARTEFACT_FILE
 from dlo_export.runtimes.artefact.engine_record import (
     Count,
     EngineRecord,
@@ -24,9 +25,10 @@ from dlo_export.runtimes.artefact.typed_json import JsonProblemsError, Rule, fro
 from dlo_export.runtimes.errors import ModelLoadError
 
 FORMAT_VERSION = 2
-FILE_NAME = "dlo_artifact.json"
+FILE_NAME = ARTEFACT_FILE
 MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
+ENGINES_NAME = "engines"
 
 _REWRITE = "export the model again, or use the dlo-export that wrote it"
 

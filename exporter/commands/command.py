@@ -1,0 +1,31 @@
+"""What all commands do with their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+# Text that may be empty: what to continue, and targets, of which none means every one.
+_MAY_BE_EMPTY = {"prompt", "trt_target"}
+
+
+class Command(TyperCommand):
+    """A command that takes no empty argument: as a path, it would mean the current folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses and converts all arguments.
+
+        Raises:
+            typer.BadParameter: One is empty, and must not be.
+        """
+        # As they stand on the command line: once converted, an empty path is a dot.
+        given, _, _ = self.make_parser(ctx).parse_args(list(args))
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            value = given.get(parameter.name or "")
+            values = value if isinstance(value, (list, tuple)) else (value,)
+            if "" in values and parameter.name not in _MAY_BE_EMPTY:
+                raise typer.BadParameter("it is empty", ctx=ctx, param=parameter)
+        return rest
