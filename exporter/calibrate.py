@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
+from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_router, router_name
 from dlo_export.checkpoints.tokenization.encoder import load_encoder
@@ -140,9 +140,9 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
 
 def source_text(source: ExportSource, request: CalibrationRequest) -> CalibrationText:
     """Tokens to fit on and to measure on, by the model's own tokenizer."""
-    with tempfile.TemporaryDirectory() as folder:
-        source.base.save_companions(Path(folder))
-        encode = load_encoder(Path(folder), source.base.path)
+    with scratch_folder() as folder:
+        source.base.save_companions(folder)
+        encode = load_encoder(folder, source.base.path)
     return calibration_text(
         read_documents(request.text),
         encode,
