@@ -23,6 +23,7 @@ class Command(TyperCommand):
         # As they stand on the command line: once converted, an empty path is a dot.
         given, _, _ = self.make_parser(ctx).parse_args(list(args))
         rest = super().parse_args(ctx, args)
+        parameter: Any  # typer's base class of it has no public name
         for parameter in self.params:
             value = given.get(parameter.name or "")
             values = value if isinstance(value, (list, tuple)) else (value,)

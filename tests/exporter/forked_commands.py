@@ -45,7 +45,8 @@ def start(arguments, messages: Path, *, working_folder: Path | None = None, limi
         privileged: Leave root its right to read and write whatever permissions say.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *(f"dlo_export.{module}" for module in _MODULES)])
+    # pytest, because every process imports the main module of the one that starts it.
+    context.set_forkserver_preload(["pytest", __name__, *(f"dlo_export.{module}" for module in _MODULES)])
     ready, begins = context.Pipe(duplex=False)
     process = context.Process(
         target=_run,

@@ -5,10 +5,14 @@ DLO_TEST_FUZZ_CASES is how many cases of each kind are tried, DLO_TEST_FUZZ_SEED
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import multiprocessing
 import os
 import shutil
+import signal
 import stat
+import time
 from random import Random
 
 import pytest
@@ -51,6 +55,24 @@ def test_commands_refuse_or_take_an_input_and_touch_nothing_else_when_it_is_dama
     assert not failures, "\n".join(failures)
     # Commands that are wrong in themselves, and damages that harm nothing, would show nothing.
     assert {DONE, BAD_INPUT} <= codes
+
+
+def compute():
+    end = time.process_time() + 1
+    while time.process_time() < end:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("work", "code"),
+    [(compute, 0), (functools.partial(time.sleep, 60), -signal.SIGKILL)],
+    ids=["computing", "sleeping"],
+)
+def test_process_is_ended_when_it_is_blocked_and_not_when_it_works(work, code):
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    forked_commands.join_unless_blocked(process, 0.5)
+    assert process.exitcode == code
 
 
 def run_case(kind, seed, originals, folder):
