@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 from pathlib import Path
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
-from dlo_export.checkpoints.errors import DloError, InputError, MachineError
-from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.checkpoints.errors import DloError, InputError
+from dlo_export.checkpoints.files.disk_space import check_disk_space, no_room_reported
 from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.json_file import finite, save_json
 from dlo_export.checkpoints.files.output_check import check_output_folder
@@ -146,17 +145,11 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
             routed=source.routing is not None,
             path=source.base.path,
         )
-        with whole_folder(request.output, overwrite=request.force) as folder:
+        with no_room_reported(request.output), whole_folder(request.output, overwrite=request.force) as folder:
             summary = _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
         size = sum(file.stat().st_size for file in request.output.rglob("*") if file.is_file())
         # Read back: what others will read is what is returned.
         return ExportResult(request.output, load_description(request.output), size, summary)
-    except OSError as err:
-        if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(
-                f"{request.output}: the disk is full", hint="free some space; nothing was left behind"
-            ) from err
-        raise
     finally:
         source.close()
 

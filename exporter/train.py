@@ -95,6 +95,7 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
     """
     inputs = (Path(request.model), request.adapter, request.data, request.held_out)
     check_output_folder(request.output, overwrite=request.force, makes=FolderKind.TRAINED_CHECKPOINT, inputs=inputs)
+    RunFolder(request.run_folder).check_place()
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "training")

@@ -17,6 +17,7 @@ import numpy as np
 from dlo_export.checkpoints.adapter.checks import CONFIG_FIELDS, config_problems, tensor_problems
 from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.checkpoints.files.disk_space import no_room_reported
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.files.whole_folder import whole_folder
@@ -153,6 +154,7 @@ def save_adapter(
     Raises:
         AdapterError: The adapter is inconsistent.
         FolderExistsError: The folder is not empty and `overwrite` is not set.
+        MachineError: The disk is full.
     """
     config: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -165,7 +167,7 @@ def save_adapter(
         "injected_layers": [asdict(layer) for layer in adapter.injected_layers],
     }
     _adapter_from_config(config, adapter.tensors, Path(folder))
-    with whole_folder(Path(folder), overwrite=overwrite) as staging:
+    with no_room_reported(Path(folder)), whole_folder(Path(folder), overwrite=overwrite) as staging:
         save_safetensors(adapter.tensors, staging / TENSORS_NAME, progress=progress)
         save_json(staging / CONFIG_NAME, config)
 

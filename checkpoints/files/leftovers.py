@@ -23,6 +23,11 @@ _NAME = re.compile(r"\.(?P<folder>.+)\.[a-z0-9_]{8}(?P<kind>\.partial|\.old)", r
 NAME_GROWTH = len(".") + len(".12345678") + len(PARTIAL)  # characters such a name has more than its folder's
 
 
+def is_name_under_way(name: str) -> bool:
+    """Whether a folder of this name is taken for one under way."""
+    return _NAME.fullmatch(name) is not None
+
+
 def remove_leftovers(parent: Path, inputs: Iterable[Path] = ()) -> None:
     """Removes folders under way whose process is dead, and puts back what such a one had moved aside.
 

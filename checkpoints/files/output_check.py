@@ -11,7 +11,7 @@ from pathlib import Path
 from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.folder_kind import FolderKind, folder_kind
-from dlo_export.checkpoints.files.leftovers import NAME_GROWTH, remove_leftovers
+from dlo_export.checkpoints.files.leftovers import NAME_GROWTH, is_name_under_way, remove_leftovers
 from dlo_export.checkpoints.files.written_files import is_ours, unfamiliar_files
 
 _NAMED_FILES = 5
@@ -49,9 +49,15 @@ def check_output_folder(
     if folder.name in ("", ".."):
         raise InputError(f"output {folder}: is no name of a folder to make", hint="give the new folder a name: -o NAME")
     _check_unicode(folder)
+    if is_name_under_way(folder.name):
+        raise InputError(
+            f"output {folder}: is called like what a killed command leaves, which the next one removes",
+            hint="choose another name",
+        )
     try:
         _check_place(folder, growth)
-        read = [path for path in inputs if path is not None and path.exists()]
+        # What cannot even be looked at is not there either: whoever opens it says so.
+        read = [path for path in inputs if path is not None and os.path.exists(path)]
         remove_leftovers(folder.parent, read)
         if os.path.lexists(folder):
             _check_not_in_use(folder, read)

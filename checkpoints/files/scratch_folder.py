@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dlo_export.checkpoints.errors import MachineError
+from dlo_export.checkpoints.files.disk_space import no_room_reported
 
 
 @contextmanager
@@ -15,7 +16,7 @@ def scratch_folder() -> Iterator[Path]:
     """Yields an empty folder, which is removed at the end with all it holds.
 
     Raises:
-        MachineError: There is no place for such folders.
+        MachineError: There is no place for such folders, or it is full.
     """
     try:
         folder = tempfile.TemporaryDirectory()
@@ -23,5 +24,5 @@ def scratch_folder() -> Iterator[Path]:
         raise MachineError(
             f"no place for temporary files: {err.strerror}", hint="set TMPDIR to a folder that can be written to"
         ) from err
-    with folder as name:
+    with folder as name, no_room_reported(Path(name).parent):
         yield Path(name)

@@ -8,6 +8,7 @@ checkpoint-{step}/  weights, optimiser, learning rates, random states, capacitie
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -49,6 +50,18 @@ class RunFolder:
         """The newest checkpoint; None where there is none."""
         return next(iter(self._checkpoints()), None)
 
+    def check_place(self) -> None:
+        """Refuses a place that holds something else than a folder.
+
+        Raises:
+            TrainingError: So.
+        """
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise TrainingError(
+                f"{self.path}: is no folder, expected the run's or nothing",
+                hint="the run of -o NAME lives in NAME.run: move that away, or choose another name",
+            )
+
     def begin(self, description: Mapping[str, Any], *, resume: bool) -> None:
         """Starts a run, or checks that the one that is there is the same.
 
@@ -57,8 +70,10 @@ class RunFolder:
             resume: Go on with the run that is there.
 
         Raises:
-            TrainingError: A run is there and `resume` is not set, or the other way round, or it is another run.
+            TrainingError: A run is there and `resume` is not set, or the other way round, or it is another run, or no
+                folder at all.
         """
+        self.check_place()
         file = self.path / DESCRIPTION_NAME
         if not resume:
             if self.path.exists() and any(self.path.iterdir()):

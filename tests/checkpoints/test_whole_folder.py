@@ -183,6 +183,8 @@ def test_check_refuses_names_and_places_that_cannot_be_written(tmp_path, monkeyp
         "dangling/out",
         "x" * 240,
         "x" * 5000,
+        ".out.abcdefgh.partial",
+        ".out.abcdefgh.old",
         "a\0b",
         "a/" * 3000,
     ):

@@ -178,6 +178,34 @@ def test_export_reads_a_model_that_is_read_only_and_names_a_file_that_it_may_not
     check_refused(dlo("export", model, "-o", tmp_path / "out2", privileged=False), "config.json", "Permission denied")
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_names_the_model_and_not_its_output_when_the_model_cannot_be_reached(dlo, tmp_path, command):
+    (tmp_path / "secret").mkdir(mode=0o600)
+    result = dlo(command, tmp_path / "secret" / "model", "-o", tmp_path / "out", privileged=False)
+    assert result.returncode == MACHINE, result.stderr
+    assert f"{tmp_path / 'secret' / 'model'}: Permission denied" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("export", "--no-parity"), ("expand", "--every", "1"), ("expand", "--every", "1", "--adapter")],
+    ids=" ".join,
+)
+def test_command_names_its_output_and_leaves_nothing_when_a_file_may_not_be_so_long(dlo, tmp_path, model, command):
+    limits = {"file_bytes": 4096}
+    result = dlo(command[0], model, "-o", tmp_path / "deep" / "out", *command[1:], limits=limits)
+    assert result.returncode == MACHINE, result.stderr
+    assert f"{tmp_path / 'deep' / 'out'}: cannot be written: File too large" in result.stderr
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo], ids=["file", "pipe"])
+def test_train_refuses_its_run_folder_before_the_work_when_it_is_none(dlo, tmp_path, make):
+    make(tmp_path / "out.run")
+    train = ("train", tmp_path / "nothing", "--data", tmp_path, "-o", tmp_path / "out")
+    check_refused(dlo(*train), "out.run: is no folder")
+
+
 class DamagingReporter(Reporter):
     """Damages the weights just before parity is measured."""
 

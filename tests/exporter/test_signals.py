@@ -1,7 +1,7 @@
 """Signals at any moment of a command: the old output or the new one, whole, and the exit code that says so.
 
-DLO_TEST_MOMENTS is how many moments of each command's run, and of a process's start, are tried with each signal. Runs are
-forks of a process that has everything imported; 60 moments of all of them take some minutes of one core.
+DLO_TEST_MOMENTS is how many moments of each command's run, and of a process's start, are tried with each signal. Runs
+are forks of a process that has everything imported; 60 moments of all of them take some minutes of one core.
 """
 
 import contextlib
