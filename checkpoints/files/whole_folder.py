@@ -111,8 +111,9 @@ def _new_staging(folder: Path) -> tuple[Path, FolderLock]:
         try:
             if lock.holds(staging):
                 mark_unfinished(staging)
-                # mkdtemp makes private folders; what is shared is decided by the user's umask, as for any other one.
-                staging.chmod(0o777 & ~_umask())
+                # mkdtemp makes private folders; what is shared is decided by the user's umask, as for any other one. It
+                # may take nothing from ourselves: the folder could not even be removed again.
+                staging.chmod(0o777 & ~_umask() | 0o700)
                 return staging, lock
         except BaseException:
             _discard(staging)
@@ -140,6 +141,13 @@ def _put(staging: Path, folder: Path, *, overwrite: bool) -> None:
         ) from err
     try:
         _replace(staging, folder)
+    except OSError as err:
+        if err.errno != errno.EXDEV:
+            raise
+        raise MachineError(
+            f"{folder}: cannot be moved: it lies in a lower layer of an overlay file system, as a container's image is",
+            hint="remove it yourself, or give another folder; nothing has changed",
+        ) from err
     finally:
         lock.release()
 

@@ -100,7 +100,7 @@ def unfamiliar_files(folder: Path) -> list[str]:
     """
     written, found = _written(folder), []
     for name, path in sorted(_entries(folder).items()):
-        if path.is_symlink():
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
             found.append(name)
         elif path.is_dir():
             found += [] if name in written.folders else [f"{name}/"]

@@ -72,6 +72,15 @@ def test_whole_folder_replaces_what_it_wrote_when_overwriting(out):
     assert os.listdir(out.parent) == ["out"]
 
 
+def test_whole_folder_is_its_owners_when_the_umask_takes_all(tmp_path):
+    before = os.umask(0o777)
+    try:
+        write(tmp_path / "out", {})
+        assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+
+
 def test_whole_folder_keeps_the_old_when_the_block_fails(out):
     with pytest.raises(ZeroDivisionError):
         write(out, NEW, overwrite=True, then=fail)
@@ -102,6 +111,13 @@ def test_whole_folder_refuses_its_own_folder_when_a_users_empty_folder_or_link_i
     (out / "results").rmdir()
     (out / "config.json").symlink_to(out / "model.onnx")
     check_refused(out, "config.json")
+
+
+def test_whole_folder_refuses_its_own_folder_when_a_file_became_a_pipe(out):
+    (out / "model.onnx").unlink()
+    os.mkfifo(out / "model.onnx")
+    with pytest.raises(FolderExistsError, match=r"not dlo-export's, .*: model\.onnx"):
+        check_output_folder(out, overwrite=True)
 
 
 def test_whole_folder_refuses_weights_when_they_were_trained_in_place(tmp_path):
@@ -352,6 +368,23 @@ class SystemCalls:
             return function(*arguments, **options)
 
         return call
+
+
+def test_whole_folder_says_so_when_the_old_one_lies_in_an_images_layer(tmp_path):
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "lower" / "out", OLD)
+    layers = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    mounting = ["mount", "-t", "overlay", "overlay", "-o", layers, str(tmp_path / "merged")]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        with pytest.raises(MachineError, match="in a lower layer of an overlay file system"):
+            write(tmp_path / "merged" / "out", NEW, overwrite=True)
+        assert written(tmp_path / "merged" / "out") == OLD
+        assert os.listdir(tmp_path / "merged") == ["out"]
+    finally:
+        subprocess.run(["umount", str(tmp_path / "merged")], check=True)
 
 
 @pytest.mark.parametrize("options", [("-t", "tmpfs", "tmpfs"), ("--bind", "{}")], ids=["another disk", "the same disk"])

@@ -178,6 +178,15 @@ def test_export_reads_a_model_that_is_read_only_and_names_a_file_that_it_may_not
     check_refused(dlo("export", model, "-o", tmp_path / "out2", privileged=False), "config.json", "Permission denied")
 
 
+def test_command_says_so_when_the_current_folder_is_gone(tmp_path):
+    (tmp_path / "gone").mkdir()
+    code = "import os; os.rmdir(os.getcwd()); from dlo_export.exporter.cli import main; main()"
+    command = [sys.executable, "-c", code, "export", str(tmp_path / "nothing")]
+    result = subprocess.run(command, cwd=tmp_path / "gone", capture_output=True, text=True, check=False)
+    assert result.returncode == MACHINE, result.stderr
+    assert "the current folder: No such file" in result.stderr
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_names_the_model_and_not_its_output_when_the_model_cannot_be_reached(dlo, tmp_path, command):
     (tmp_path / "secret").mkdir(mode=0o600)
