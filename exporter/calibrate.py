@@ -11,7 +11,6 @@ import numpy as np
 
 import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
-from dlo_export.checkpoints.adapter.lora import is_peft_adapter
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.files.folder_kind import FolderKind
@@ -61,8 +60,8 @@ class CalibrationRequest:
 
     @property
     def makes_adapter(self) -> bool:
-        """Whether the output is an adapter. A LoRA adapter is merged: what comes of it is a checkpoint."""
-        return self.as_adapter or (self.adapter is not None and not is_peft_adapter(self.adapter))
+        """Whether the output is an adapter."""
+        return self.as_adapter or self.adapter is not None
 
 
 @dataclasses.dataclass(frozen=True)
