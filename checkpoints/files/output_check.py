@@ -21,7 +21,7 @@ _KEPT_GROWTH = len(".failed-999")
 
 
 class FolderExistsError(InputError):
-    """The folder to write exists, and must not or need not be replaced."""
+    """The folder to write exists, and must not, need not or cannot be replaced."""
 
 
 def check_output_folder(
@@ -42,7 +42,8 @@ def check_output_folder(
         growth: Bytes that names made of the folder's are longer.
 
     Raises:
-        FolderExistsError: The folder is not empty, and not to be replaced or not only this program's.
+        FolderExistsError: The folder is not empty, and not to be replaced, not only this program's, of another kind, or
+            nothing can be removed from it.
         InputError: It is a file, a link, an input, holds one, or cannot be made of such a name.
         MachineError: Its place cannot be written to.
     """
@@ -93,7 +94,6 @@ def check_replaceable(folder: Path, *, overwrite: bool, makes: FolderKind | None
 
     Raises:
         FolderExistsError: So.
-        MachineError: Its files cannot be removed.
     """
     if folder.is_symlink():
         raise FolderExistsError(
@@ -124,7 +124,7 @@ def check_replaceable(folder: Path, *, overwrite: bool, makes: FolderKind | None
         )
     for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         if not os.access(place, os.W_OK | os.X_OK):
-            raise MachineError(
+            raise FolderExistsError(
                 f"output {folder}: nothing can be removed from {place}",
                 hint="mend its permissions, or choose another name",
             )

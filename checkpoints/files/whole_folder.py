@@ -144,7 +144,7 @@ def _put(staging: Path, folder: Path, *, overwrite: bool) -> None:
     except OSError as err:
         if err.errno != errno.EXDEV:
             raise
-        raise MachineError(
+        raise FolderExistsError(
             f"{folder}: cannot be moved: it lies in a lower layer of an overlay file system, as a container's image is",
             hint="remove it yourself, or give another folder; nothing has changed",
         ) from err

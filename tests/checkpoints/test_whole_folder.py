@@ -379,7 +379,7 @@ def test_whole_folder_says_so_when_the_old_one_lies_in_an_images_layer(tmp_path)
     if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
         pytest.skip("file systems cannot be mounted here")
     try:
-        with pytest.raises(MachineError, match="in a lower layer of an overlay file system"):
+        with pytest.raises(FolderExistsError, match="in a lower layer of an overlay file system"):
             write(tmp_path / "merged" / "out", NEW, overwrite=True)
         assert written(tmp_path / "merged" / "out") == OLD
         assert os.listdir(tmp_path / "merged") == ["out"]
