@@ -26,6 +26,7 @@ from dlo_export.runtimes.evaluation.scorer import RunnerScorer
 from dlo_export.runtimes.evaluation.texts import Text, read_text
 from dlo_export.runtimes.generation.tokenizer import Tokenizer
 
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationRequest:
     """Arguments of `dlo evaluate`.
@@ -97,7 +98,9 @@ def evaluate_model(request: EvaluationRequest, reporter: Reporter) -> ModelEvalu
     texts = tuple(read_text(path) for path in request.texts)
     tasks = tuple(read_task(path) for path in request.tasks)
     if not texts and not tasks:
-        raise InputError(f"{request.model}: nothing to measure", hint="add --text FILE_OR_FOLDER, --tasks FILE, or both")
+        raise InputError(
+            f"{request.model}: nothing to measure", hint="add --text FILE_OR_FOLDER, --tasks FILE, or both"
+        )
     run = _evaluate_on_torch if on_torch else _evaluate_artefact
     return run(request, texts, tasks, reporter)
 

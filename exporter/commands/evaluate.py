@@ -30,11 +30,11 @@ def main(
     tasks: Annotated[
         list[Path] | None, typer.Option(help="Measure accuracy on these requests, .jsonl or .jsonl.gz.")
     ] = None,
-    runner: Annotated[
-        RunnerChoice, typer.Option(help="ONNX Runtime for artefacts, PyTorch for checkpoints.")
-    ] = "auto",
+    runner: Annotated[RunnerChoice, typer.Option(help="ONNX Runtime for artefacts, PyTorch for checkpoints.")] = "auto",
     adapter: Annotated[Path | None, typer.Option(help="Adapter on a checkpoint.")] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Run every MLP of a checkpoint, whatever its routers say.")] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Run every MLP of a checkpoint, whatever its routers say.")
+    ] = False,
     active_rate: Annotated[
         bool, typer.Option("--active-rate", help="Show an artefact's active rates too; a checkpoint's always show.")
     ] = False,
@@ -127,7 +127,7 @@ def _task_table(evaluation: ModelEvaluation) -> Table:
 
     table = Table(
         *("task", "accuracy", "per character", "per byte", "gold, bits/byte", "questions", "active", "tokens/s"),
-        caption="± one standard error; left out: requests without context; cut: requests longer than the model's context",
+        caption="± one standard error; left out: requests without context; cut: those longer than the model's context",
     )
     for encoded, result in zip(evaluation.result.plan.tasks, evaluation.result.tasks, strict=True):
         asides = {"left out": result.unconditional, "cut": result.truncated}

