@@ -12,10 +12,6 @@ import numpy as np
 from dlo_export.runtimes.evaluation.errors import EvaluationError
 from dlo_export.runtimes.evaluation.scorer import Segment, SegmentScores, TokenScorer
 
-TOKENS_AT_ONCE = 1024
-"""Padding counted. More makes a processor no faster, and takes memory: logits of 1,024 tokens are 200 MB of 49,152
-words."""
-
 
 @dataclass(frozen=True)
 class ScoredSegments:
@@ -47,7 +43,7 @@ def score_segments(
     Args:
         scorer: The model.
         segments: At least one.
-        batch: Segments at once; None for as many as make `TOKENS_AT_ONCE`.
+        batch: Segments at once; None for as many as make the scorer's `tokens_at_once`.
         share_contexts: Run together what has the same tokens before the scored ones, where the scorer profits from it.
         progress: Called with (segments done, segments).
 
@@ -59,7 +55,7 @@ def score_segments(
     active: dict[int, int] = defaultdict(int)
     read = done = 0
     start = time.perf_counter()
-    for numbers in _batches(segments, batch, share=share_contexts and scorer.shares_contexts):
+    for numbers in _batches(scorer, segments, batch, share=share_contexts and scorer.shares_contexts):
         result = scorer.score([segments[number] for number in numbers])
         for number, scores in zip(numbers, result.segments, strict=True):
             if not np.isfinite(scores.losses).all():
@@ -79,9 +75,10 @@ def score_segments(
     return ScoredSegments(scored, rates, read, time.perf_counter() - start)
 
 
-def _batches(segments: Sequence[Segment], batch: int | None, *, share: bool) -> list[list[int]]:
+def _batches(scorer: TokenScorer, segments: Sequence[Segment], batch: int | None, *, share: bool) -> list[list[int]]:
     """Numbers of segments that run together."""
     alone = list(range(len(segments)))
+    at_once = scorer.tokens_at_once
     batches: list[list[int]] = []
     if share:
         groups: dict[bytes, list[int]] = defaultdict(list)
@@ -89,20 +86,20 @@ def _batches(segments: Sequence[Segment], batch: int | None, *, share: bool) -> 
             groups[segment.ids[: segment.start].tobytes()].append(number)
         for numbers in groups.values():
             if len(numbers) > 1:
-                batches += _cut(numbers, batch, [segments[number].scored for number in numbers])
+                batches += _cut(numbers, batch, at_once, [segments[number].scored for number in numbers])
         alone = [numbers[0] for numbers in groups.values() if len(numbers) == 1]
     alone.sort(key=lambda number: segments[number].read, reverse=True)
-    batches += _cut(alone, batch, [segments[number].read for number in alone])
+    batches += _cut(alone, batch, at_once, [segments[number].read for number in alone])
     return sorted(batches, key=lambda numbers: segments[numbers[0]].read, reverse=True)
 
 
-def _cut(numbers: Sequence[int], batch: int | None, lengths: Sequence[int]) -> Iterator[list[int]]:
-    """In pieces of `batch`, or of `TOKENS_AT_ONCE` when all are as long as the longest."""
+def _cut(numbers: Sequence[int], batch: int | None, tokens_at_once: int, lengths: Sequence[int]) -> Iterator[list[int]]:
+    """In pieces of `batch`, or of so many tokens when all are as long as the longest."""
     piece: list[int] = []
     longest = 0
     for number, length in zip(numbers, lengths, strict=True):
         longest = max(longest, length)
-        is_full = len(piece) == batch if batch else (len(piece) + 1) * longest > TOKENS_AT_ONCE
+        is_full = len(piece) == batch if batch else (len(piece) + 1) * longest > tokens_at_once
         if piece and is_full:
             yield piece
             piece, longest = [], length

@@ -14,6 +14,7 @@ from dlo_export.checkpoints.errors import MachineError
 from dlo_export.modeling.perplexity import TokenScores, score_hidden_states
 from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.evaluation.scorer import (
+    CPU_TOKENS_AT_ONCE,
     BatchScores,
     Segment,
     SegmentScores,
@@ -21,6 +22,8 @@ from dlo_export.runtimes.evaluation.scorer import (
     begin_alike,
     padded_ids,
 )
+
+_GPU_TOKENS_AT_ONCE = 16 * CPU_TOKENS_AT_ONCE  # logits are made in pieces, so these are hidden states alone
 
 
 class TorchScorer:
@@ -40,7 +43,9 @@ class TorchScorer:
         if device == "cuda" and not torch.cuda.is_available():
             raise MachineError("evaluation: PyTorch finds no CUDA device", hint="evaluate with --device cpu")
         self.name = name
-        self.shares_contexts = True
+        # A GPU would rather compute a context several times than run many small steps.
+        self.shares_contexts = device == "cpu"
+        self.tokens_at_once = CPU_TOKENS_AT_ONCE if device == "cpu" else _GPU_TOKENS_AT_ONCE
         self._model = model.eval().to(device)
         self._device = device
         self._head = model.get_output_embeddings()
