@@ -174,12 +174,15 @@ def test_active_rates_are_the_routers_decisions_whatever_runs(model: Any, evalua
         assert result.active_rate == {layer: count / result.read_tokens for layer, count in active.items()}
 
 
-@pytest.mark.parametrize("kind", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("kind", ["torch", "onnxruntime", "torch, whole layers skipped"])
 def test_scores_are_the_same_whether_contexts_are_shared_or_not(
-    place: Place, model: Any, plan: EvaluationPlan, kind: str
+    place: Place, model: Any, plan: EvaluationPlan, kind: str, tmp_path: Path
 ) -> None:
+    if kind == "torch, whole layers skipped":
+        folder = save_tiny_llama(tmp_path / "model", vocab=BYTE_VOCABULARY, routed=ROUTED, model_type="llama_dlo")
+        model = AutoModelForCausalLM.from_pretrained(folder)
     with open_artefact(place.artefact, scores=False) as runner:
-        scorer = TorchScorer(model) if kind == "torch" else RunnerScorer(runner)
+        scorer = RunnerScorer(runner) if kind == "onnxruntime" else TorchScorer(model)
         segments = [segment for choices in plan.tasks[0].segments for segment in choices]
         # A continuation of one token: nothing is left to be read behind the context.
         segments += [Segment(segments[0].ids[: segments[0].start + 1], segments[0].start)] * 2
