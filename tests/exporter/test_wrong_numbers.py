@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -104,8 +105,9 @@ def test_parity_names_the_option_when_the_model_holds_nan(tmp_path: Path) -> Non
     spoil(model, UP, (3, 4), float("nan"))
     result = run("parity", tmp_path / "artefact", model, said=tmp_path)
     check_refused(result, tmp_path, f"{UP}[3, 4] is nan", "; --allow-nonfinite takes it as it is")
-    result = run("parity", tmp_path / "artefact", model, "--allow-nonfinite", said=tmp_path)
+    result = run("parity", tmp_path / "artefact", model, "--allow-nonfinite", "--json", said=tmp_path)
     assert result.returncode == PARITY_FAILED, result.stderr
+    assert json.loads(result.stdout, parse_constant=pytest.fail)["verdict"] == "FAIL"
 
 
 @pytest.mark.parametrize("command", ["calibrate", "train"])
