@@ -432,6 +432,14 @@ def test_folder_is_refused_with_a_hint_when_it_holds_pickles_only(folder: Path) 
         open_checkpoint(folder)
 
 
+def test_folder_is_refused_with_a_hint_when_it_holds_a_graph_only(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "model.onnx")
+    with pytest.raises(
+        CheckpointError, match=rf"has neither {WEIGHTS}(.*\n)+hint: give the graph itself: .*/model\.onnx"
+    ):
+        open_checkpoint(folder)
+
+
 def test_folder_is_refused_with_a_hint_when_it_only_holds_a_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(CheckpointError, match=r"has no config\.json\n\nhint: give the GGUF file itself"):

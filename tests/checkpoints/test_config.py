@@ -236,6 +236,7 @@ def test_config_is_refused_when_injected_layers_have_a_wrong_form(entries: Any, 
         {"pad_token_id": 97},  # one behind the vocabulary
         {"hidden_act": None, "attention_bias": None, "mlp_bias": None, "tie_word_embeddings": None},
         {"rope_theta": None, "rope_scaling": None, "rope_parameters": None, "head_dim": None},
+        {"rope_parameters": {"rope_type": None, "type": None, "rope_theta": None}, "rope_scaling": {}},
         {"num_key_value_heads": None, "rms_norm_eps": None, "max_position_embeddings": None, "dtype": None},
         {"sliding_window": None, "quantization_config": None, "initializer_range": None, "injected_layers": None},
         {"is_dlo": None, "attn_implementation": None, "output_attentions": None, "output_hidden_states": False},
