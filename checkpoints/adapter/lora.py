@@ -124,8 +124,8 @@ class LoraAdapter:
         """
         if HEAD in tensors or not self.replaced.keys() & {EMBEDDING, HEAD}:
             return False
-        both = [self.replaced[name].numpy() for name in (EMBEDDING, HEAD) if name in self.replaced]
-        return len(both) == 1 or not np.array_equal(*both)
+        embedding, head = self.replaced.get(EMBEDDING), self.replaced.get(HEAD)
+        return embedding is None or head is None or not np.array_equal(embedding.numpy(), head.numpy())
 
     def _misfits(self, tensors: Mapping[str, LazyTensor]) -> Iterator[str]:
         if self._is_untied(tensors):
