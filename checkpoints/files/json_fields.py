@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 # Far above any count in a model; larger ones would overflow what they are used for.
 MAX_INTEGER = 2**31 - 1
-LARGEST_NUMBER = float(np.finfo(np.float32).max)
+LARGEST_NUMBER = (2 - 2.0**-23) * 2.0**127  # of float32
 
 
 class JsonFields:
