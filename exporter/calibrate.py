@@ -18,6 +18,7 @@ from dlo_export.checkpoints.files.output_check import check_output_folder, check
 from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_router, router_name
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
@@ -37,13 +38,14 @@ class CalibrationRequest:
         output: Folder to make.
         adapter: Adapter on the model; the output is then an adapter too.
         as_adapter: Write the routers alone, as an adapter on the model.
-        settings: Of the fit.
+        settings: Of the fit, but for what tokens skip.
         text: File or folder of .txt; Python's own documentation where None.
         tokens: To fit on.
         evaluation_tokens: To measure on, from other documents.
         seed: Of the choice of documents to fit on.
         force: Replace an output of this program's.
         force_base: Let the adapter be made from other weights.
+        routing: What tokens are to skip; None for what the model's routers skip, and MLPs where it has none.
     """
 
     model: str
@@ -57,6 +59,7 @@ class CalibrationRequest:
     seed: int
     force: bool
     force_base: bool = False
+    routing: RoutingKind | None = None
 
     @property
     def makes_adapter(self) -> bool:
@@ -70,12 +73,14 @@ class CalibrationResult:
 
     Attributes:
         fitted: The routers.
+        routing: What tokens skip.
         injected: Positions of injected layers.
         dense: Without routers, on the held-out text.
         routed: With them, on the same.
     """
 
     fitted: CalibratedRouters
+    routing: RoutingKind
     injected: tuple[int, ...]
     dense: Evaluation
     routed: Evaluation
@@ -89,6 +94,7 @@ class CalibrationResult:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return {
+            "routing": self.routing,
             "perplexity": {"dense": self.dense.perplexity, "routed": self.routed.perplexity},
             "evaluation_tokens": self.routed.tokens,
             "active_rate": {
@@ -117,6 +123,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
         check_use(source.base, "calibration")
         for warning in source.base.warnings:
             reporter.warn(warning)
+        # The routers that are there are replaced, so theirs is a default and no more.
+        routing = request.routing or (source.routing.kind if source.routing is not None else "mlp")
         text = source_text(source, request)
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if parse_router(n) is None}
@@ -126,13 +134,15 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             check_output_space(request.output, sum(tensor.nbytes for tensor in kept.values()) + routers)
             model = llama_dlo_from_tensors(config | {"rescale_hidden_states": False}, tensors)
         with reporter.count("routers") as progress:
-            fitted = calibrate_routers(model, text.calibration, request.settings, progress=progress)
+            settings = dataclasses.replace(request.settings, routing=routing)
+            fitted = calibrate_routers(model, text.calibration, settings, progress=progress)
         with reporter.stage("evaluation"):
             dense = evaluate(model, text.evaluation)
-            routed = evaluate(with_routers(model, fitted.routers), text.evaluation)
+            routed = evaluate(with_routers(model, fitted.routers, routing), text.evaluation)
         with reporter.bytes("writing") as written:
-            _save(source, fitted, kept, request, written)
-        return CalibrationResult(fitted, tuple(layer.position for layer in source.injected_layers), dense, routed)
+            _save(source, fitted, routing, kept, request, written)
+        injected = tuple(layer.position for layer in source.injected_layers)
+        return CalibrationResult(fitted, routing, injected, dense, routed)
     finally:
         source.close()
 
@@ -165,6 +175,7 @@ def _kept_tensors(
 def _save(
     source: ExportSource,
     fitted: CalibratedRouters,
+    routing: RoutingKind,
     kept: dict[str, LazyTensor],
     request: CalibrationRequest,
     progress: Callable[[int, int], None],
@@ -177,7 +188,7 @@ def _save(
     if request.makes_adapter:
         injected = source.adapter.injected_layers if source.adapter is not None else ()
         adapter = DloAdapter(
-            "mlp", is_dlo, injected_layers=injected, base_sha256=source.base.sha256(), tensors=kept | routers
+            routing, is_dlo, injected_layers=injected, base_sha256=source.base.sha256(), tensors=kept | routers
         )
         save_adapter(adapter, request.output, overwrite=request.force)
         return
@@ -185,7 +196,7 @@ def _save(
         kept | routers,
         request.output,
         save_companions=source.base.save_companions,
-        config_changes=routed_config(is_dlo),
+        config_changes=routed_config(is_dlo, routing=routing),
         overwrite=request.force,
         progress=progress,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from dlo_export.checkpoints.adapter.checks import CONFIG_FIELDS, config_problems
 from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.disk_space import no_room_reported
+from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.files.whole_folder import whole_folder
@@ -26,6 +27,7 @@ from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safeten
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
+from dlo_export.checkpoints.model_types import RoutingKind
 
 FORMAT_VERSION = 1
 CONFIG_NAME = ADAPTER_FILE
@@ -66,7 +68,7 @@ class DloAdapter:
         tensors: Names and tensors of the injected layers and routers, in checkpoint shapes ([out, in]).
     """
 
-    routing: Literal["mlp", "layer"]
+    routing: RoutingKind
     is_dlo: tuple[bool, ...]
     rescale_hidden_states: bool = False
     scale_factor: float = 2.0
@@ -128,6 +130,7 @@ def load_adapter(folder: str | Path) -> DloAdapter:
     Raises:
         AdapterError: A file is missing or corrupt, a field or shape is wrong, or the two files disagree. All problems
             found are listed.
+        CheckpointError: A file is a link that leads out of the folder.
     """
     folder = Path(folder)
     missing = [name for name in (CONFIG_NAME, TENSORS_NAME) if not (folder / name).is_file()]
@@ -136,6 +139,8 @@ def load_adapter(folder: str | Path) -> DloAdapter:
             f"adapter {folder}: {' and '.join(missing)} not found",
             hint=f"an adapter is a folder with {CONFIG_NAME} and {TENSORS_NAME}",
         )
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        file_inside(folder, name)
     config = read_json(folder / CONFIG_NAME, AdapterError)
     return _adapter_from_config(config, _open_tensors(folder / TENSORS_NAME), folder)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from dlo_export.checkpoints.depth.layer_init import LayerInitError, canonical_init
+from dlo_export.checkpoints.files.json_fields import is_number
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import (
     LLAMA_LAYER,
@@ -19,6 +19,7 @@ from dlo_export.checkpoints.llama_layer import (
     parse_router,
     router_name,
 )
+from dlo_export.checkpoints.model_types import RoutingKind
 
 CONFIG_FIELDS: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
@@ -45,8 +46,9 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     if problems:
         return problems
 
-    if config["routing"] not in ("mlp", "layer"):
-        problems.append(f'routing is {config["routing"]!r}, expected "mlp" or "layer"')
+    if config["routing"] not in get_args(RoutingKind):
+        kinds = " or ".join(f'"{kind}"' for kind in get_args(RoutingKind))
+        problems.append(f"routing is {config['routing']!r}, expected {kinds}")
     if not config["is_dlo"] or not all(isinstance(routed, bool) for routed in config["is_dlo"]):
         problems.append(f"is_dlo is {config['is_dlo']!r}, expected true or false for every layer")
     if len(config["is_dlo"]) > MAX_LAYERS:
@@ -55,7 +57,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     problems += [
         f"{key} is {config[key]!r}, expected a finite number"
         for key in ("scale_factor", "scale_gap")
-        if not math.isfinite(config[key])
+        if not is_number(config[key])
     ]
     sha256 = config.get("base_sha256")
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):

@@ -90,7 +90,7 @@ class EngineCache:
             regular_size(entry / _ENGINE)  # a pipe would be waited for
             found = _copy(entry / _ENGINE, partial)
             if found != build.sha256:
-                raise InputError(f"{entry / _ENGINE}: its sha256 is {found}, expected {build.sha256}")
+                raise ValueError(f"{entry / _ENGINE}: its sha256 is {found}, expected {build.sha256}")
             partial.rename(output)
         except (OSError, ValueError) as err:
             if isinstance(err, OSError) and err.filename != str(entry / _ENGINE):

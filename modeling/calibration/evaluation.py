@@ -7,21 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
-from dlo_export.modeling.configuration import LlamaDloConfig
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
-from dlo_export.modeling.perplexity import perplexity
+from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM
+from dlo_export.modeling.perplexity import perplexity, score_hidden_states
 from dlo_export.modeling.routing import is_active
 
 Decide = Callable[[int, torch.Size], Mapping[int, torch.Tensor]]
 """Decisions in place of the routers': of the number of a batch and its shape [batch, sequence], bools by layer."""
 
 _SEQUENCES_AT_ONCE = 4
-_LOGITS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Evaluation:
 
     Attributes:
         perplexity: exp of the mean loss of every token but each sequence's first.
-        active_rates: By routed layer, the share of tokens whose MLP ran.
+        active_rates: By routed layer, the share of tokens that did not skip.
         tokens: Tokens the model read.
     """
 
@@ -39,20 +37,26 @@ class Evaluation:
     tokens: int
 
 
-def with_routers(model: PreTrainedModel, routers: Mapping[int, np.ndarray]) -> LlamaDloForCausalLM:
+def with_routers(
+    model: PreTrainedModel, routers: Mapping[int, np.ndarray], routing: RoutingKind = "mlp"
+) -> LlamaDloForCausalLM:
     """The same model, sharing its weights, with these routers and no others.
 
     Args:
         model: transformers' Llama or ours.
         routers: By layer, float32 [1, hidden].
+        routing: What they let tokens skip.
     """
     num_layers = model.config.num_hidden_layers
     values = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "architectures")}
     changes = routed_config([layer in routers for layer in range(num_layers)])
-    config = LlamaDloConfig(**{**values, **{key: value for key, value in changes.items() if key != "model_type"}})
+    model_class = ROUTED_MODELS[routing]
+    config = model_class.config_class(
+        **{**values, **{key: value for key, value in changes.items() if key not in ("model_type", "architectures")}}
+    )
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
-        routed = LlamaDloForCausalLM(config)
+        routed = model_class(config)
     weights = {name: tensor for name, tensor in model.state_dict().items() if parse_router(name) is None}
     weights |= {router_name(layer): torch.from_numpy(router) for layer, router in routers.items()}
     routed.load_state_dict(weights, assign=True)
@@ -77,10 +81,7 @@ def evaluate(model: LlamaDloForCausalLM, sequences: torch.Tensor, decide: Decide
         for layer, scores in output.router_scores.items():
             active[layer] += int(forced.get(layer, is_active(scores)).sum())
         rows, targets = output.last_hidden_state[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
-        # In pieces: logits of a large vocabulary are the largest tensor of a small model.
-        at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
-        for row_piece, target_piece in zip(rows.split(at_once), targets.split(at_once), strict=True):
-            loss += float(F.cross_entropy(model.lm_head(row_piece).float(), target_piece, reduction="sum"))
+        loss += float(score_hidden_states(model.lm_head, rows, targets, model.config.vocab_size).losses.sum())
         count += len(targets)
     rates = {layer: number / sequences.numel() for layer, number in active.items()}
     return Evaluation(perplexity(loss, count), rates, sequences.numel())

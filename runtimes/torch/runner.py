@@ -1,4 +1,8 @@
-"""Runs a PyTorch Llama, plain or routed: transformers' LlamaForCausalLM, our LlamaDloForCausalLM."""
+"""Runs a PyTorch Llama, plain or routed: transformers' LlamaForCausalLM, our LlamaDloForCausalLM.
+
+Where tokens skip whole layers, the model itself has the cache remember which of its tokens were active: what a graph
+takes and gives as `past_active.{i}` and `present_active.{i}`.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,8 @@ class TorchRunner(Runner):
 
     Args:
         model: With `model.layers`, and a forward that takes `past_key_values`; `force_active` where it is routed.
-        masked: Compute every token's MLP and mask skipped ones, as routing is defined (the oracle), instead of really
-            skipping. Without routers there is no difference.
+        masked: Compute everything for every token and mask what skipped ones would get, as routing is defined (the
+            oracle), instead of really skipping. Without routers there is no difference.
         name: For reports.
     """
 
@@ -74,6 +78,9 @@ class TorchRunner(Runner):
 
     def _empty_cache(self, batch: int) -> None:
         self._cache = DynamicCache()
+
+    def _repeat_cache(self, branches: int) -> None:
+        self._cache.batch_repeat_interleave(branches)
 
     def _compute(self, request: StepRequest) -> StepResult:
         forced = {layer: torch.from_numpy(decisions) for layer, decisions in (request.force_active or {}).items()}

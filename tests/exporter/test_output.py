@@ -294,6 +294,7 @@ def test_command_replaces_nothing_of_another_kind_when_forced(dlo, tmp_path):
         (("run", "", "Hello"), "'artefact'"),
         (("bench", "x", ""), "'artefacts'"),
         (("inspect", ""), "'path'"),
+        (("evaluate", "x", "--text", ""), "'--text'"),
         (("parity", "x", ""), "'model'"),
     ],
 )

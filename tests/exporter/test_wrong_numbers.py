@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +23,14 @@ from dlo_export.checkpoints.finite_weights import NonFiniteWeightError, all_fini
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.opening import open_checkpoint
-from dlo_export.exporter.exit_codes import BAD_INPUT, DONE
+from dlo_export.exporter.exit_codes import BAD_INPUT, DONE, PARITY_FAILED
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.inspection import inspect_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.graph_passes.checkpoint_weight import WeightOverflowError
+from tests.exporter import forked_commands
 from tests.exporter.test_cli import check_refused, dlo
 from tests.foreign_graphs import save_foreign_graph, save_routed_adapter
 from tests.tiny_gguf import save_tiny_gguf
@@ -85,16 +87,43 @@ def test_checkpoint_is_refused_when_a_row_that_no_token_reads_is_not_finite(
 @pytest.mark.parametrize("command", ["export", "export --no-parity", "expand --every 1", "expand --every 1 --adapter"])
 def test_commands_refuse_a_checkpoint_by_tensor_when_it_holds_nan(tmp_path: Path, command: str) -> None:
     model = spoil(save_tiny_llama(tmp_path / "model"), UP, (3, 4), float("nan"))
-    check_refused(dlo(*command.split(), model, "-o", tmp_path / "out"), tmp_path, f"{UP}[3, 4] is nan")
+    result = dlo(*command.split(), model, "-o", tmp_path / "out")
+    check_refused(result, tmp_path, f"{UP}[3, 4] is nan")
+    # A hint names an option only where the command has it.
+    assert ("; --allow-nonfinite takes it as it is" in result.stderr) is command.startswith("export")
 
 
-def test_calibration_refuses_a_checkpoint_by_tensor_when_it_holds_nan(tmp_path: Path) -> None:
+def run(*arguments: object, said: Path) -> forked_commands.Ended:
+    """A command that imports much."""
+    (said / "said").mkdir(exist_ok=True)
+    return forked_commands.run(*arguments, messages=said / "said" / "run")
+
+
+def test_parity_names_the_option_when_the_model_holds_nan(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    export_model(ExportRequest(str(model), tmp_path / "artefact", parity=False), Reporter())
+    spoil(model, UP, (3, 4), float("nan"))
+    result = run("parity", tmp_path / "artefact", model, said=tmp_path)
+    check_refused(result, tmp_path, f"{UP}[3, 4] is nan", "; --allow-nonfinite takes it as it is")
+    result = run("parity", tmp_path / "artefact", model, "--allow-nonfinite", "--json", said=tmp_path)
+    assert result.returncode == PARITY_FAILED, result.stderr
+    assert json.loads(result.stdout, parse_constant=pytest.fail)["verdict"] == "FAIL"
+
+
+@pytest.mark.parametrize("command", ["calibrate", "train"])
+def test_fitting_refuses_a_checkpoint_by_tensor_when_it_holds_nan(tmp_path: Path, command: str) -> None:
     model = save_tiny_llama(tmp_path / "model", vocab=BYTE_VOCABULARY, tokenizer=True)
     spoil(model, UP, (3, 4), float("nan"))
-    (tmp_path / "text.txt").write_text("Numbers that are none.\n\n" * 100)
-    options = ["--text", tmp_path / "text.txt", "--tokens", 512, "--evaluation-tokens", 512]
-    result = dlo("calibrate", model, "-o", tmp_path / "out", *options)
+    (tmp_path / "texts").mkdir()
+    for name in ("1.txt", "2.txt"):
+        (tmp_path / "texts" / name).write_text("Numbers that are none.\n\n" * 100)
+    options = {
+        "calibrate": ["--text", tmp_path / "texts", "--tokens", 512, "--evaluation-tokens", 512],
+        "train": ["--data", tmp_path / "texts", "--routers", "add"],
+    }
+    result = run(command, model, "-o", tmp_path / "out", *options[command], said=tmp_path)
     check_refused(result, tmp_path, f"{UP}[3, 4] is nan")
+    assert "allow-nonfinite" not in result.stderr
 
 
 def test_checkpoint_is_exported_when_values_that_are_no_numbers_are_allowed(tmp_path: Path) -> None:
@@ -293,6 +322,22 @@ def test_expand_tells_of_the_zero_routers_that_it_adds(tmp_path: Path) -> None:
     result = dlo("expand", model, "-o", tmp_path / "out", "--every", 1, "--routers")
     assert result.returncode == DONE, result.stderr
     assert "warning: the routers of layers 0, 2, 4 are all zeros" in result.stderr
+    assert "every token skips those MLPs" in result.stderr
+
+
+def test_expand_makes_routers_of_whole_layers_when_asked(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    result = dlo("expand", model, "-o", tmp_path / "deep", "--every", 1, "--routers", "--routing", "layer")
+    assert result.returncode == DONE, result.stderr
+    assert "every token skips those layers" in result.stderr
+    assert json.loads((tmp_path / "deep" / "config.json").read_text())["model_type"] == "llama_dlo"
+    check_refused(
+        dlo("expand", tmp_path / "deep", "-o", tmp_path / "out", "--every", 1, "--routers", "--routing", "mlp"),
+        tmp_path,
+        "routing mlp was asked for, the model's routers are for routing layer",
+    )
+    alone = dlo("expand", model, "-o", tmp_path / "out", "--every", 1, "--routing", "layer")
+    check_refused(alone, tmp_path, "give --routers too")
 
 
 def test_zero_router_is_not_told_of_when_its_mlp_adds_nothing(tmp_path: Path) -> None:
@@ -304,6 +349,19 @@ def test_zero_router_is_not_told_of_when_its_mlp_adds_nothing(tmp_path: Path) ->
         adapter = dataclasses.replace(adapter, is_dlo=(False, False, True), tensors=dict(adapter.tensors) | zero)
         save_adapter(adapter, tmp_path / "adapter")
     assert open_source(model, tmp_path / "adapter").warnings == ()
+
+
+def test_zero_router_of_a_whole_layer_is_told_of_when_its_attention_adds_something(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model", routed=[True, False, False], model_type="llama_dlo")
+    tensors = load_file(model / "model.safetensors")
+    for name in ("model.routers.0.weight", "model.layers.0.mlp.down_proj.weight"):
+        tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    (warning,) = open_source(model, None).warnings
+    assert "the routers of layers 0 are all zeros" in warning
+    tensors["model.layers.0.self_attn.o_proj.weight"] = torch.zeros(32, 32)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert open_source(model, None).warnings == ()
 
 
 def test_errors_of_this_kind_are_bad_input() -> None:
