@@ -45,7 +45,9 @@ class Tokenizer:
             hint = "copy the checkpoint's tokenizer files into the folder"
             if "trust_remote_code" in str(err):
                 hint = "no code of a folder is run: remove auto_map from its tokenizer_config.json"
-            raise TokenizerError(f"{origin or folder}: transformers cannot read the tokenizer: {err}", hint=hint) from err
+            raise TokenizerError(
+                f"{origin or folder}: transformers cannot read the tokenizer: {err}", hint=hint
+            ) from err
 
     @property
     def has_chat_template(self) -> bool:
