@@ -11,7 +11,6 @@ namespace dlo {
 namespace {
 
 constexpr int64_t kDepthBlock = 256;  // rows of a packed weight block: it stays in the second-level cache
-constexpr int64_t kFewRows = 4;  // up to so many the weight is read once, where it lies
 
 // lanes floats, read and written wherever they lie
 template <int lanes>
@@ -70,8 +69,8 @@ DLO_INLINE void fewRows(float const* const* rows, int64_t depth, float const* we
 }
 
 // Prefill: bound by arithmetic. `count` rows times two vectors of columns stay in registers along the depth block.
-// packedRows: [depth][stepRows]; packedWeight: [depth][2 vectors].
-template <int lanes, int count, int stepRows>
+// packedRows: [depth][packRows]; packedWeight: [depth][2 vectors].
+template <int lanes, int count, int packRows>
 DLO_INLINE void addTile(float const* packedRows, float const* packedWeight, int64_t depth, float* sums) {
     using V = Vector<lanes>;
     V total[count][2];
@@ -85,7 +84,7 @@ DLO_INLINE void addTile(float const* packedRows, float const* packedWeight, int6
         V const second = *reinterpret_cast<V const*>(packedWeight + k * 2 * lanes + lanes);
 #pragma GCC unroll 16
         for (int row = 0; row < count; ++row) {
-            float const factor = packedRows[k * stepRows + row];
+            float const factor = packedRows[k * packRows + row];
             total[row][0] += factor * first;
             total[row][1] += factor * second;
         }
@@ -97,15 +96,13 @@ DLO_INLINE void addTile(float const* packedRows, float const* packedWeight, int6
     }
 }
 
-template <int lanes, int stepRows>
-DLO_INLINE void manyRows(float const* const* rows, int64_t count, int64_t depth, float const* weight, int64_t stride,
-    int64_t columns, float* sums) {
+template <int lanes, int packRows>
+DLO_INLINE void manyRows(RowBlock const& block, float const* weight, int64_t stride, int64_t columns, float* sums) {
     constexpr int64_t kTile = 2 * lanes;
     alignas(64) float packedWeight[kDepthBlock * kStrip];
-    alignas(64) float packedRows[kDepthBlock * stepRows];
     int64_t const tiles = (columns + kTile - 1) / kTile;
-    for (int64_t start = 0; start < depth; start += kDepthBlock) {
-        int64_t const steps = std::min(kDepthBlock, depth - start);
+    for (int64_t start = 0; start < block.depth; start += kDepthBlock) {
+        int64_t const steps = std::min(kDepthBlock, block.depth - start);
         // The weight block, tile by tile, zeros behind the last column.
         for (int64_t tile = 0; tile < tiles; ++tile) {
             int64_t const used = std::min(kTile, columns - tile * kTile);
@@ -120,39 +117,42 @@ DLO_INLINE void manyRows(float const* const* rows, int64_t count, int64_t depth,
                 }
             }
         }
-        for (int64_t first = 0; first < count; first += stepRows) {
-            int64_t const left = std::min<int64_t>(stepRows, count - first);
-            for (int64_t k = 0; k < steps; ++k) {
-                for (int64_t row = 0; row < stepRows; ++row) {
-                    packedRows[k * stepRows + row] = row < left ? rows[first + row][start + k] : 0.0F;
-                }
-            }
+        for (int64_t first = 0; first < block.count; first += packRows) {
+            int64_t const left = block.count - first;
+            float const* const packedRows = block.packed + first * block.depth + start * packRows;
             for (int64_t tile = 0; tile < tiles; ++tile) {
                 float const* const packed = packedWeight + tile * kDepthBlock * kTile;
                 float* const target = sums + first * kStrip + tile * kTile;
-                // fewer rows of a last group cost less, in steps of a third
-                if (left > stepRows * 2 / 3) {
-                    addTile<lanes, stepRows, stepRows>(packedRows, packed, steps, target);
-                } else if (left > stepRows / 3) {
-                    addTile<lanes, stepRows * 2 / 3, stepRows>(packedRows, packed, steps, target);
+                // a last group of fewer rows costs less, in steps of a third
+                if (left > packRows * 2 / 3) {
+                    addTile<lanes, packRows, packRows>(packedRows, packed, steps, target);
+                } else if (left > packRows / 3) {
+                    addTile<lanes, packRows * 2 / 3, packRows>(packedRows, packed, steps, target);
                 } else {
-                    addTile<lanes, stepRows / 3, stepRows>(packedRows, packed, steps, target);
+                    addTile<lanes, packRows / 3, packRows>(packedRows, packed, steps, target);
                 }
             }
         }
     }
 }
 
-template <int lanes, int stepRows>
-DLO_INLINE void productsOf(float const* const* rows, int64_t count, int64_t depth, float const* weight, int64_t stride,
-    int64_t columns, float* sums) {
-    std::memset(sums, 0, sizeof(float) * kStrip * ((count + stepRows - 1) / stepRows * stepRows));
-    switch (count) {
-    case 1: fewRows<lanes, 1>(rows, depth, weight, stride, columns, sums); break;
-    case 2: fewRows<lanes, 2>(rows, depth, weight, stride, columns, sums); break;
-    case 3: fewRows<lanes, 3>(rows, depth, weight, stride, columns, sums); break;
-    case kFewRows: fewRows<lanes, kFewRows>(rows, depth, weight, stride, columns, sums); break;
-    default: manyRows<lanes, stepRows>(rows, count, depth, weight, stride, columns, sums);
+template <int lanes, int packRows>
+DLO_INLINE void productsOf(RowBlock const& block, float const* weight, int64_t stride, int64_t columns, float* sums) {
+    std::memset(sums, 0, sizeof(float) * kStrip * ((block.count + packRows - 1) / packRows * packRows));
+    if (block.packed != nullptr) {
+        manyRows<lanes, packRows>(block, weight, stride, columns, sums);
+        return;
+    }
+    // in portions of what registers hold beside the weight, which the second portion finds in a cache
+    for (int64_t first = 0; first < block.count; first += 4) {
+        float const* const* const rows = block.rows + first;
+        float* const target = sums + first * kStrip;
+        switch (std::min<int64_t>(4, block.count - first)) {
+        case 1: fewRows<lanes, 1>(rows, block.depth, weight, stride, columns, target); break;
+        case 2: fewRows<lanes, 2>(rows, block.depth, weight, stride, columns, target); break;
+        case 3: fewRows<lanes, 3>(rows, block.depth, weight, stride, columns, target); break;
+        default: fewRows<lanes, 4>(rows, block.depth, weight, stride, columns, target);
+        }
     }
 }
 
@@ -190,13 +190,13 @@ DLO_INLINE void gatedOf(float* gate, float const* up, int64_t count) {
 }
 
 // One set of functions per processor. 32, 16 and 16 vector registers: rows of a tile are what they have room for.
-#define DLO_KERNELS(name, target, lanes, stepRows)                                                                      \
-    target void name##Products(float const* const* rows, int64_t count, int64_t depth, float const* weight,            \
-        int64_t stride, int64_t columns, float* sums) {                                                                \
-        productsOf<lanes, stepRows>(rows, count, depth, weight, stride, columns, sums);                                \
+#define DLO_KERNELS(name, target, lanes, packRows)                                                                     \
+    target void name##Products(                                                                                        \
+        RowBlock const& block, float const* weight, int64_t stride, int64_t columns, float* sums) {                    \
+        productsOf<lanes, packRows>(block, weight, stride, columns, sums);                                             \
     }                                                                                                                  \
     target void name##Gated(float* gate, float const* up, int64_t count) { gatedOf(gate, up, count); }                 \
-    constexpr RowKernels name##Kernels{name##Products, name##Gated};
+    constexpr RowKernels name##Kernels{name##Products, name##Gated, packRows};
 
 DLO_KERNELS(portable, , 4, 6)
 #if defined(__x86_64__)
