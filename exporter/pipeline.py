@@ -315,7 +315,9 @@ def choose_onnxruntime_lowering(choice: str, dtype: str, *, routed: bool, path: 
     if choice != "auto":
         return find_lowering(choice, target).name, "asked for"
     # The best for this target, or the best of the others where the provider lacks a kernel that it needs.
-    best, *others = dict.fromkeys((*suitable_lowerings(target, Workload()), *skipping_lowerings(target)))
+    # What needs a library that not everybody has is asked for by name.
+    own = (record for record in skipping_lowerings(target) if not record.domains)
+    best, *others = dict.fromkeys((*suitable_lowerings(target, Workload()), *own))
     kind = BY_OPTION[dtype]
     gap = CPU.why_not_run(kind, best.operators)
     if gap is None or CPU.why_not_run(kind) is not None:  # nothing of this type runs there: it is for another runtime

@@ -126,7 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m dlo_export.plugins.library.generate", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the generated sources")
-    parser.add_argument("--targets", type=_targets, default=TARGETS, help="compute capabilities, comma-separated, or none")
+    parser.add_argument(
+        "--targets", type=_targets, default=TARGETS, help="compute capabilities, comma-separated, or none"
+    )
     options = parser.parse_args(arguments)
     wanted = sorted({PORTABLE_TARGET, *options.targets}) if options.targets else []
     folder = options.output.resolve()
