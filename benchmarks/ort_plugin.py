@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,7 @@ def rows_of(model_folder: Path, library: Path, given: argparse.Namespace, folder
                 "compact": functools.partial(Worker, module, routed["compact"], *arguments),
                 "plugin": functools.partial(Worker, module, routed["plugin"], *arguments, "--plugin-library", library),
             },
-            launches=effort.launches,
+            launches=given.launches or effort.launches,
             blocks=effort.blocks,
             runs=effort.runs[phase],
             settle=effort.settle[phase],
@@ -104,12 +105,16 @@ def main() -> None:
     parser.add_argument("library", type=Path, help="libdlo_ort.so")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--busy", action="store_true", help="do not wait for other programs, nor repeat for them")
+    parser.add_argument("--launches", type=int, help="of the processes, per case; the model's own number unless given")
     given = parser.parse_args()
     library = given.library.resolve()
     model_folder = smollm2_folder() if given.model == "smollm2" else random_llama_folder("random-h2048", H2048)
     WORKSPACE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        rows = list(rows_of(model_folder, library, given, Path(temporary)))
+        rows = []
+        for row in rows_of(model_folder, library, given, Path(temporary)):
+            print(f"{row['phase']}, {row['pattern']}, {row['active_rate']:.3f}: {row['ratio']}", file=sys.stderr)
+            rows.append(row)
     print_report(
         f"Plugin lowering against compaction, {TITLES[given.model]}, fp32, {given.threads} threads",
         ["phase", "active", "compact, ms", "plugin, ms", "plugin / compact"],
@@ -124,6 +129,7 @@ def main() -> None:
         {
             "prompt": PROMPT,
             "busy": given.busy,
+            "launches": given.launches,
             "rows": [
                 {key: value.summary() if isinstance(value, Samples) else value for key, value in row.items()}
                 for row in rows

@@ -1,7 +1,7 @@
 """libdlo_ort.so on ONNX Runtime's CPU provider against NumPy; skipped where ORT_INCLUDE is not given."""
 
 import ctypes
-import os
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+import onnxruntime_genai as og
 import pytest
 
 from dlo_export.checkpoints.dtypes import BY_NAME
@@ -17,7 +18,7 @@ from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION
-from dlo_export.plugins.contract import SIZES_HINT
+from dlo_export.plugins.contract import SIZES_HINT, T_DTYPES
 from dlo_export.plugins.errors import PluginLibraryError
 from dlo_export.plugins.ort_registration import register_library
 from dlo_export.plugins.skip_down.reference import skip_down
@@ -184,31 +185,42 @@ def test_library_links_neither_onnxruntime_nor_cuda_when_built(library):
     assert not [name for name in needed if any(word in name for word in ("onnxruntime", "cuda"))]
 
 
-def test_library_names_both_versions_when_onnxruntime_is_older_than_its_interface(library):
-    """An ONNX Runtime that has version 16 of its C API and no later one, made of the installed one."""
+@pytest.fixture(scope="module")
+def answers(library):
+    """What ort_library_probe.cpp prints."""
+    build = ["cmake", "--build", str(library.parent), "--target", "ort_library_probe"]
+    subprocess.run(build, check=True, capture_output=True)
+    (runtime,) = Path(ort.__file__).parent.glob("capi/libonnxruntime.so*")
+    program = [library.with_name("ort_library_probe"), library, runtime]
+    result = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.splitlines()
 
-    class ApiBase(ctypes.Structure):
-        _fields_ = (
-            ("get_api", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)),
-            ("get_version", ctypes.CFUNCTYPE(ctypes.c_void_p)),
-        )
 
-    (path,) = Path(ort.__file__).parent.glob("capi/libonnxruntime.so*")
-    runtime = ctypes.CDLL(os.fspath(path))
-    runtime.OrtGetApiBase.restype = ctypes.POINTER(ApiBase)
-    real = runtime.OrtGetApiBase().contents
-    fields, version_text = dict(ApiBase._fields_), ctypes.create_string_buffer(b"1.16.0")
-    old = ApiBase(
-        fields["get_api"](lambda version: None if version > 16 else real.get_api(version)),
-        fields["get_version"](lambda: ctypes.addressof(version_text)),
-    )
-    register = ctypes.CDLL(os.fspath(library)).RegisterCustomOps
-    register.restype, register.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.POINTER(ApiBase))
-    status = register(None, ctypes.byref(old))
-    # OrtApi begins with CreateStatus, GetErrorCode, GetErrorMessage.
-    functions = ctypes.cast(real.get_api(1), ctypes.POINTER(ctypes.c_void_p))
-    message = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(functions[2])(status)
-    assert message == b"libdlo_ort.so: needs ONNX Runtime 1.17 or newer, this is 1.16.0"
+def test_library_names_both_versions_when_onnxruntime_is_older_than_its_interface(answers):
+    assert answers[0] == "old: libdlo_ort.so: needs ONNX Runtime 1.17 or newer, this is 1.16.0"
+
+
+@pytest.mark.parametrize("name", PLUGIN_OPS)
+def test_every_type_is_registered_for_both_providers_when_asked(answers, name):
+    registered = [line for line in answers if f"ExecutionProvider {name}: " in line]
+    assert sorted(line.split()[0] for line in registered) == [
+        *["CPUExecutionProvider"] * len(T_DTYPES),
+        *["CUDAExecutionProvider"] * len(T_DTYPES),
+    ]
+    assert [line for line in registered if line.endswith(": made")] == [f"CPUExecutionProvider {name}: made"]
+
+
+@pytest.mark.parametrize("name", PLUGIN_OPS)
+def test_cuda_refuses_by_name_when_there_is_no_driver(answers, name):
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        pass
+    else:
+        pytest.skip("libdlo_ort.so: a CUDA driver is here")
+    refused = [line for line in answers if line.startswith("CUDAExecutionProvider")]
+    assert any(f" {name}: dlo::{name}: no CUDA driver: libcuda.so.1: " in line for line in refused)
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +251,23 @@ def test_runner_asks_for_the_library_when_an_artefact_needs_one(exported):
     with pytest.raises(PluginLibraryError, match=r"libdlo_ort\.so alone, and none is given") as error:
         open_artefact(exported.folder)
     assert error.value.exit_code == 4
+
+
+def test_genai_generates_what_our_runner_does_when_the_library_lies_in_the_artefact(library, exported, tmp_path):
+    folder = tmp_path / "artefact"
+    shutil.copytree(exported.folder, folder)
+    shutil.copy(library, folder)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["custom_ops_library"] = library.name
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    prompt = np.array([[5, 6, 7, 8]], np.int32)
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=16, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    logits = generator.get_logits()[0, -1]
+    with open_artefact(exported.folder, plugin_library=library) as runner:
+        runner.reset(1)
+        result = runner.step(prompt.astype(np.int64), np.ones((1, 4), np.int64), np.arange(4).reshape(1, 4))
+    np.testing.assert_allclose(logits, result.logits[0, -1], atol=1e-5)

@@ -1,4 +1,5 @@
-// The operators on a CPU, in float32: as plugins/skip_gate_up/reference.py and plugins/skip_down/reference.py define them.
+// The operators on a CPU, in float32, as plugins/skip_gate_up/reference.py and plugins/skip_down/reference.py define
+// them.
 #pragma once
 
 #include <cstddef>

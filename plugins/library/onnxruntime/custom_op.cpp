@@ -105,7 +105,9 @@ void computeOnCpu(NodeKernel const& kernel, OrtKernelContext* context, void cons
     }
     auto const parallelFor = [&](size_t total, std::function<void(size_t)> const& work) {
         // ONNX Runtime's own threads, as many as the session has; 0: it cuts the range itself
-        auto const call = [](void* data, size_t item) { (*static_cast<std::function<void(size_t)> const*>(data))(item); };
+        auto const call = [](void* data, size_t item) {
+            (*static_cast<std::function<void(size_t)> const*>(data))(item);
+        };
         check(kernel.api.KernelContext_ParallelFor(
             context, call, total, 0, const_cast<std::function<void(size_t)>*>(&work)));
     };

@@ -21,7 +21,8 @@ struct VectorOf {
 template <int lanes>
 using Vector = typename VectorOf<lanes>::type;
 
-// Decode: bound by reading the weight. Several of its rows at a time, along the strip, so that memory is read as it lies.
+// Decode: bound by reading the weight. Several of its rows at a time, along the strip, so that memory is read as it
+// lies.
 template <int lanes, int count, int unroll>
 DLO_INLINE void addRows(float const* const* rows, int64_t k, float const* weight, int64_t stride, int64_t columns,
     float* sums) {

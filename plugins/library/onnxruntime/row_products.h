@@ -8,7 +8,7 @@ namespace dlo {
 // A block of rows as the kernels read it.
 struct RowBlock {
     float const* const* rows;  // `count` pointers to `depth` floats each: what up to kFewRows rows are read from
-    float const* packed;  // what more rows are read from: groups of packRows rows, each [depth][packRows], zeros at the end
+    float const* packed;  // what more rows are read from: groups of packRows, each [depth][packRows], zeros at the end
     int64_t count;  // kBlockRows at most
     int64_t depth;
 };
