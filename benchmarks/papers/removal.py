@@ -1,0 +1,78 @@
+"""What can be left out of a model for good: the static baselines of routing.
+
+Whole MLPs by similarity; whole layers by block influence (ShortGPT, arXiv 2403.03853); whole layers one after the other,
+each time the one that is missed least (SLEB, arXiv 2402.09025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_layer_tensor
+from dlo_export.modeling.calibration.evaluation import evaluate
+from dlo_export.modeling.calibration.layer_stream import LayerStream
+from dlo_export.modeling.configuration import LlamaDloConfig
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+
+
+@torch.no_grad()
+def by_block_influence(model: LlamaDloForCausalLM, sequences: torch.Tensor) -> list[int]:
+    """Layers in the order in which they can best be spared: by the mean cosine of their input and output, highest first.
+
+    Args:
+        model: Dense, on the CPU.
+        sequences: Text, int64 [sequences, length].
+    """
+    stream = LayerStream(model, sequences)
+    similarities = []
+    for layer in range(model.config.num_hidden_layers):
+        before = stream.hidden_states.float()
+        stream.advance(stream.run_layer(layer))
+        similarities.append(float(torch.cosine_similarity(before, stream.hidden_states.float(), dim=-1).mean()))
+    return sorted(range(len(similarities)), key=similarities.__getitem__, reverse=True)
+
+
+def greedily(
+    model: LlamaDloForCausalLM,
+    sequences: torch.Tensor,
+    count: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[int]:
+    """Layers to remove, in order: each time the one without which perplexity is lowest.
+
+    Args:
+        model: Dense.
+        sequences: Text, int64 [sequences, length].
+        count: How many layers; each takes a pass over the text per layer that is left.
+        should_stop: Asked before each; ends the search early.
+    """
+    removed: list[int] = []
+    while len(removed) < count and not should_stop():
+        left = [layer for layer in range(model.config.num_hidden_layers) if layer not in removed]
+        costs = {layer: evaluate(without_layers(model, [*removed, layer]), sequences).perplexity for layer in left}
+        removed.append(min(costs, key=costs.__getitem__))
+    return removed
+
+
+def without_layers(model: LlamaDloForCausalLM, removed: Sequence[int]) -> LlamaDloForCausalLM:
+    """The same dense model, sharing its weights, without these layers."""
+    kept = [layer for layer in range(model.config.num_hidden_layers) if layer not in removed]
+    places = {layer: place for place, layer in enumerate(kept)}
+    dropped = ("model_type", "architectures", "layer_types")
+    values = {key: value for key, value in model.config.to_dict().items() if key not in dropped}
+    values |= {"num_hidden_layers": len(kept), "is_dlo": False, "injected_layers": None}
+    with torch.device("meta"):
+        shorter = LlamaDloForCausalLM(LlamaDloConfig(**values))
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        place = parse_layer_tensor(name)
+        if place is None:
+            weights[name] = tensor
+        elif place.layer in places:
+            weights[layer_tensor_name(places[place.layer], place.tensor)] = tensor
+    shorter.load_state_dict(weights, assign=True)
+    shorter.model.rotary_emb = model.model.rotary_emb
+    shorter.eval()
+    return shorter
