@@ -53,7 +53,7 @@ class Request:
         model: What to start from; None for SmolLM2-135M.
         data: Chats to train on in place of the extracted ones.
         publish: Folder for copies of the tables and plots.
-        only: Stop behind table (a), which needs no training.
+        only_expansion: Stop behind table (a), which needs no training.
     """
 
     output: Path
@@ -219,11 +219,8 @@ def check(request: Request) -> None:
     Raises:
         InputError: A path is missing or a number out of range.
     """
-    problems = [
-        f"{path}: no such file or folder"
-        for path in (request.model, request.data)
-        if path is not None and not path.exists()
-    ]
+    given = [path for path in (request.model, request.data) if path is not None]
+    problems = [f"{path}: no such file or folder" for path in given if not path.exists()]
     if request.budget_s <= 0:
         problems.append(f"--budget-s {request.budget_s}: expected more than 0")
     if request.output.exists() and not request.output.is_dir():

@@ -1,4 +1,4 @@
-"""Mixture-of-experts upcycling (arXiv 2212.05055), the papers' baseline in width: every MLP becomes experts and a router.
+"""Mixture-of-experts upcycling (arXiv 2212.05055), the baseline in width: every MLP becomes experts and a router.
 
 In PyTorch only: nothing of it is exported.
 """

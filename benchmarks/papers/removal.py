@@ -1,7 +1,7 @@
 """What can be left out of a model for good: the static baselines of routing.
 
-Whole MLPs by similarity; whole layers by block influence (ShortGPT, arXiv 2403.03853); whole layers one after the other,
-each time the one that is missed least (SLEB, arXiv 2402.09025).
+Layers by block influence (ShortGPT, arXiv 2403.03853); layers one after the other, each time the one that is missed
+least (SLEB, arXiv 2402.09025). Whole MLPs are benchmarks.calibration_quality's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 
 @torch.no_grad()
 def by_block_influence(model: LlamaDloForCausalLM, sequences: torch.Tensor) -> list[int]:
-    """Layers in the order in which they can best be spared: by the mean cosine of their input and output, highest first.
+    """Layers in the order in which they can best be spared: by the mean cosine of input and output, highest first.
 
     Args:
         model: Dense, on the CPU.
