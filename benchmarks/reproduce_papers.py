@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from dlo_export.exporter.exit_codes import exit_code, report_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--form", default="hour", choices=[*FORMS], help="how large everything is")
     parser.add_argument("--quick", action="store_true", help="the same as --form quick")
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     request = Request(
         output=parsed.output or WORKSPACE / f"papers-{name}",
         form=(name, form),
+        started=started,
         budget_s=form.budget_s if parsed.budget_s is None else parsed.budget_s,
         device=parsed.device,
         model=parsed.model,

@@ -12,14 +12,14 @@ from benchmarks.papers.results import Results
 
 
 class Budget:
-    """Seconds from when it is made.
+    """Time up to a moment.
 
     Args:
-        seconds: How many.
+        end: The moment, on the monotonic clock.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
+    def __init__(self, end: float) -> None:
+        self._end = end
 
     @property
     def left(self) -> float:

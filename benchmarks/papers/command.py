@@ -48,6 +48,7 @@ class Request:
     Attributes:
         output: Folder of the results.
         form: Its name and sizes.
+        started: When the budget began, on the monotonic clock.
         budget_s: Seconds for everything.
         device: "cpu" or "cuda".
         model: What to start from; None for SmolLM2-135M.
@@ -58,6 +59,7 @@ class Request:
 
     output: Path
     form: tuple[str, Form]
+    started: float
     budget_s: float
     device: str
     model: Path | None
@@ -78,9 +80,9 @@ def reproduce(request: Request) -> dict[str, Any]:
     """
     import torch  # noqa: PLC0415 - behind the extraction's processes
 
-    started = time.monotonic()
     name, form = request.form
-    budget = Budget(request.budget_s - min(_FOR_THE_REPORT_S, 0.1 * request.budget_s))
+    end = request.started + request.budget_s
+    budget = Budget(end - min(_FOR_THE_REPORT_S, 0.1 * request.budget_s))
     if request.device == "cuda" and not torch.cuda.is_available():
         raise MachineError("reproduce_papers: PyTorch finds no CUDA device", hint="--device cpu --form hour")
     results = Results(request.output)
@@ -96,6 +98,7 @@ def reproduce(request: Request) -> dict[str, Any]:
             }
         )
         experiment = Experiment(base, form, results, request.device)
+        print(f"text: {experiment.prepare()}, {budget.left:.0f} s left", file=sys.stderr, flush=True)
         left_out = run_pieces(expansion_pieces(experiment), results, budget)
         if not request.only_expansion:
             left_out |= _run_others(experiment, budget)
@@ -115,7 +118,7 @@ def reproduce(request: Request) -> dict[str, Any]:
         "form": name,
         "device": request.device,
         "budget_s": request.budget_s,
-        "took_s": round(time.monotonic() - started, 1),
+        "took_s": round(time.monotonic() - request.started, 1),
         "left_out": left_out,
         "function_not_kept": broken,
         "passed": not broken,
@@ -188,8 +191,8 @@ def _training_piece(run: TrainingRun, experiment: Experiment, budget: Budget) ->
     flops = costs["flops"]
 
     def seconds() -> float:
-        slower = flops[run.kind] / flops[costs["kind"]]
-        training = steps * experiment.tokens_per_step / costs["tokens_per_second"] * slower
+        slower: float = flops[run.kind] / flops[costs["kind"]]
+        training: float = steps * experiment.tokens_per_step / costs["tokens_per_second"] * slower
         return 1.15 * training + 3 * pass_seconds(experiment) * slower
 
     needs = () if run.after is None else (run.after,)

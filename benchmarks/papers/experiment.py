@@ -46,6 +46,12 @@ class Experiment:
         self.device = device
         self._routers: dict[tuple[str, float], dict[int, np.ndarray]] = {}
 
+    def prepare(self) -> str:
+        """Turns all text into tokens, so that no measurement does; says how much there is."""
+        sequences = {"to learn": len(self.data.training), "held out": len(self.data.held_out)}
+        sequences |= {domain: len(windows) for domain, windows in self.windows.items()}
+        return ", ".join(f"{count} sequences {name}" for name, count in sequences.items())
+
     @functools.cached_property
     def windows(self) -> dict[str, torch.Tensor]:
         """Held-out text by domain, int64 [windows, sequence], as many windows in each."""
@@ -75,6 +81,11 @@ class Experiment:
         windows = len(tokens[:wanted]) // length
         return torch.tensor(tokens[: windows * length], dtype=torch.int64).reshape(windows, length)
 
+    def placed(self, model: LlamaDloForCausalLM) -> LlamaDloForCausalLM:
+        """The model, on the device."""
+        torch.nn.Module.to(model, self.device)  # PreTrainedModel's takes the same and says otherwise
+        return model
+
     def calibrated(self, name: str, model: LlamaDloForCausalLM, share: float) -> dict[int, np.ndarray]:
         """Routers fitted to a model; each model's once for each share.
 
@@ -101,7 +112,7 @@ class Experiment:
             model: Moved to the device.
             decide: Decisions to try in place of the routers', for a batch's shape.
         """
-        model.to(torch.device(self.device)).eval()
+        self.placed(model).eval()
         decide_batch = None if decide is None else lambda _batch, shape: decide(shape)
         found = {
             domain: as_json(evaluate(model, windows.to(self.device), decide_batch), model.config.num_hidden_layers)

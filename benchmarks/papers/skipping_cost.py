@@ -115,7 +115,7 @@ class _Measurements:
 
     def greedily(self, budget: Budget) -> dict[str, Any] | None:
         windows = self._at.calibration[: max(1, self._at.form.greedy_tokens // self._at.form.sequence)]
-        dense = self._dense().to(torch.device(self._at.device))
+        dense = self._at.placed(self._dense())
         order = greedily(dense, windows.to(self._at.device), self.most_removed, budget.is_over)
         return self._without(order) if len(order) == self.most_removed else None
 

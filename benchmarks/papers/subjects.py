@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 from benchmarks.papers.moe import upcycle
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
@@ -24,6 +23,11 @@ from dlo_export.modeling.training.parameters import merged_state
 
 MakeModel = Callable[["BaseModel"], LlamaDloForCausalLM]
 _EXPERTS, _CHOSEN = 4, 2
+# A new layer is made of its neighbours or of a mixture; with its outputs zeroed, of which makes no difference at first.
+_TLI_VARIANTS = (
+    *(("prev", "copy"), ("next", "copy"), ("mean", "copy"), ("slerp", "copy")),
+    *(("prev", "zero_out"), ("next", "zero_out")),
+)
 
 
 class BaseModel:
@@ -83,7 +87,7 @@ class BaseModel:
             name: ArrayTensor(np.ascontiguousarray(value.cpu().numpy())) for name, value in merged_state(model)
         }
         config = model.config
-        changes = {
+        changes: dict[str, Any] = {
             "num_hidden_layers": config.num_hidden_layers,
             "injected_layers": config.injected_layers,
             "dtype": "float32",
@@ -126,10 +130,9 @@ def expansions(layers: int, every: tuple[int, ...]) -> dict[str, ExpansionPlan]:
     plans["dus, as deep"] = dus_plan(layers)
     plans["dus, a quarter"] = placements("dus", layers, overlap=layers // 4)
     for distance in (distance for distance in every if distance <= layers):
-        for source in ("prev", "next", "mean", "slerp"):
-            for init in ("copy", "zero_out"):
-                name = f"tli every {distance}, {source} {init}"
-                plans[name] = placements("tli", layers, every=distance, source=source, init=init)
+        for source, init in _TLI_VARIANTS:
+            name = f"tli every {distance}, {source} {init}"
+            plans[name] = placements("tli", layers, every=distance, source=source, init=init)
     return plans
 
 
@@ -145,19 +148,10 @@ def mixtures() -> dict[str, MakeModel]:
         def make(base: BaseModel) -> LlamaDloForCausalLM:
             model = base.model()
             upcycle(model, experts=_EXPERTS, chosen=_CHOSEN, renormalise=renormalise, seed=0)
-            return model.eval()
+            model.eval()
+            return model
 
         return make
 
     name = f"moe, {_CHOSEN} of {_EXPERTS}"
     return {name: widened(True), f"{name}, not renormalised": widened(False)}
-
-
-def dense(model: LlamaDloForCausalLM) -> LlamaDloForCausalLM:
-    """Frozen and in evaluation mode, for measuring."""
-    return model.requires_grad_(False).eval()
-
-
-def device_of(model: LlamaDloForCausalLM) -> torch.device:
-    """Where a model's weights are."""
-    return next(model.parameters()).device

@@ -74,7 +74,7 @@ def _expansion(results: Results) -> Iterator[Sequence[str]]:
         yield [
             values["method"],
             str(values["layers"]),
-            f"{values['parameters'] / 1e6:.0f}",
+            f"{values['parameters'] / 1e6:.3g}",
             *(_number(values["domains"][domain]["loss"], ".4f") for domain in DOMAINS),
             _difference(values["all"]["loss"], base["all"]["loss"]),
         ]
@@ -84,8 +84,8 @@ def _training(results: Results) -> Iterator[Sequence[str]]:
     yield [
         "run",
         "tokens",
-        "GFLOPs per token",
-        "PFLOPs",
+        "FLOPs per token",
+        "FLOPs",
         "active MLPs",
         "chats, loss",
         *(f"{domain}, perplexity" for domain in DOMAINS),
@@ -102,8 +102,8 @@ def _training(results: Results) -> Iterator[Sequence[str]]:
         yield [
             name,
             f"{values['tokens']:,}",
-            f"{per_token / 1e9:.3f}",
-            f"{per_token * values['tokens'] / 1e15:.4f}",
+            f"{per_token:.3g}",
+            f"{per_token * values['tokens']:.3g}",
             f"{values['all']['active']:.1%}",
             _number(values["curve"][-1]["loss"], ".4f"),
             *(_number(values["domains"][domain]["perplexity"], ".2f") for domain in DOMAINS),

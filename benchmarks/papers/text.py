@@ -29,7 +29,7 @@ TRAINING, HELD_OUT_CHATS = "train.jsonl", "held-out.jsonl"
 DOMAINS = ("reference", "readme", "code")
 _CHARACTERS_PER_TOKEN = 5  # more than there are, so that there is text enough
 _SMALLEST_DOCUMENT, _LARGEST_MODULE = 1_000, 8_000
-_MODULES_TO_CHOOSE_FROM = 4  # times what is needed, so that windows come from many modules
+_SPARE = 4  # times what is needed: windows are to come from many modules, and long chats will be left out
 _FILES_AT_ONCE = 4_096
 _SMALL_CORPUS = 20_000_000  # characters; starting processes takes longer than parsing so much
 
@@ -57,8 +57,8 @@ def prepare_text(folder: Path, *, training_tokens: int, held_out_tokens: int, pa
     units = library_units() + (installed if packages else [])
     held_out = [unit for unit in units if unit.held_out]
     # What is held out comes first: of the rest, only functions that do not stand in it are learned.
-    modules = _modules(held_out, held_out_tokens * _CHARACTERS_PER_TOKEN * _MODULES_TO_CHOOSE_FROM)
-    asked = _enough(_distinct(held_out, set()), held_out_tokens * _CHARACTERS_PER_TOKEN)
+    spare = _SPARE * held_out_tokens * _CHARACTERS_PER_TOKEN
+    modules, asked = _modules(held_out, spare), _enough(_distinct(held_out, set()), spare)
     known = {chat.digest for module in modules for chat in function_chats(module["text"])}
     known |= {chat.digest for chat in asked}
     characters = training_tokens * _CHARACTERS_PER_TOKEN

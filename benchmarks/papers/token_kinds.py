@@ -37,7 +37,7 @@ def kind_pieces(experiment: Experiment, runs: list[TrainingRun]) -> list[Piece]:
 @torch.no_grad()
 def skipped_by_kind(experiment: Experiment, name: str) -> dict[str, Any]:
     """Share of skipped tokens by layer and kind, over all held-out text."""
-    model = saved_model(experiment.results.model(name)).to(torch.device(experiment.device))
+    model = experiment.placed(saved_model(experiment.results.model(name)))
     layers = model.config.routed_layers
     windows = torch.cat([*experiment.windows.values()])
     kinds = token_kinds(experiment.base.tokenizer, windows.numpy())

@@ -21,7 +21,7 @@ from benchmarks.papers.text import TRAINING
 from benchmarks.papers.training import TrainingRun, train
 from dlo_export.checkpoints.files.whole_folder import whole_folder
 
-_VOCABULARY, _LAYERS, _STEPS = 512, 10, 120
+_VOCABULARY, _LAYERS, _STEPS = 512, 5, 100
 _END = "<|endoftext|>"
 
 

@@ -264,12 +264,13 @@ def flops_per_token(runs: Sequence[TrainingRun], experiment: Experiment) -> dict
     for run in runs:
         if run.kind in found:
             continue
-        model = experiment.base.model() if run.after is not None else run.dense(experiment)
+        model = experiment.placed(experiment.base.model() if run.after is not None else run.dense(experiment))
         teacher = model if run.distilled else None
         if run.target is not None:
             zero = np.zeros((1, model.config.hidden_size), np.float32)
             model = with_routers(model, {layer: zero.copy() for layer in range(model.config.num_hidden_layers)})
             model.tie_weights()
+            experiment.placed(model)
         choose_parameters(model, settings_of(run, experiment, model, 1))
         found[run.kind] = training_flops(model, experiment.data.training, teacher)
     return found
