@@ -23,7 +23,7 @@ from benchmarks.papers.subjects import BaseModel
 from benchmarks.papers.tables import COSTS, all_tables, broken_promises
 from benchmarks.papers.text import prepare_text, use_other_chats
 from benchmarks.papers.token_kinds import kind_pieces
-from benchmarks.papers.toy import toy_model
+from benchmarks.papers.toy import TOY_TOKENS, toy_model
 from benchmarks.papers.training import (
     TrainingRun,
     flops_per_token,
@@ -134,7 +134,7 @@ def prepare(results: Results, request: Request) -> None:
         return
     prepare_text(
         results.text,
-        training_tokens=max(form.tokens, form.calibration_tokens),
+        training_tokens=max(form.tokens, form.calibration_tokens, TOY_TOKENS if form.toy else 0),
         held_out_tokens=form.held_out_tokens,
         packages=form.packages,
     )

@@ -22,6 +22,8 @@ from benchmarks.papers.training import TrainingRun, train
 from dlo_export.checkpoints.files.whole_folder import whole_folder
 
 _VOCABULARY, _LAYERS, _STEPS = 512, 5, 100
+TOY_TOKENS = 50_000
+"""Of text to teach it."""
 _END = "<|endoftext|>"
 
 

@@ -34,7 +34,7 @@ from tests.modeling.training_runs import opened, packed, save_chats, save_routed
 from tests.tiny_models import save_tiny_llama
 
 REPOSITORY = Path(__file__).parents[2]
-BUDGET_S = 45
+BUDGET_S = 900
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def test_methods_that_keep_the_function_have_the_loss_of_the_original(
     for values in kept.values():
         for domain in DOMAINS:
             assert values["domains"][domain]["loss"] == pytest.approx(base[domain]["loss"], abs=KEPT_WITHIN)
-    changed = found["interleave-random"]["all"]["loss"]
-    assert abs(changed - found["original"]["all"]["loss"]) > 100 * KEPT_WITHIN
+    for name in ("interleave-copy", "moe-2-of-4-not-renormalised"):
+        assert abs(found[name]["all"]["loss"] - found["original"]["all"]["loss"]) > 100 * KEPT_WITHIN
 
 
 def test_training_text_holds_nothing_of_what_is_held_out(finished: tuple[Path, dict[str, object]]) -> None:
