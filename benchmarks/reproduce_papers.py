@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.papers.forms import FORMS
 from dlo_export.checkpoints.errors import DloError
-from dlo_export.exporter.exit_codes import exit_code, report_error
+from dlo_export.exporter.exit_codes import INTERRUPTED, exit_code, report_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DloError as err:
         report_error(err)
         return exit_code(err)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
     print(json.dumps({"benchmark": "reproduce_papers", **report}), flush=True)
     return 0 if report["passed"] else 1
 

@@ -154,7 +154,7 @@ def _run_others(experiment: Experiment, budget: Budget) -> dict[str, str]:
     steps: dict[str, int] = results[COSTS]["steps"]
     planned = [run for run in runs if run.name in steps]
     left_out |= {
-        run.name: f"with it, no run would have {experiment.form.least_tokens:,} tokens"
+        run.name: f"with it, no run of the main table would have {experiment.form.least_tokens:,} tokens"
         for run in runs
         if run.name not in steps
     }

@@ -15,7 +15,7 @@ class Form:
         budget_s: Seconds that the command may take, where it is not told.
         training_share: Of the budget, what training runs may take; the rest is for measuring.
         tokens: To train each run on, at most.
-        least_tokens: Fewer are not worth a run: rather leave runs out.
+        least_tokens: Fewer are not worth a run: rather leave runs of the main table out.
         probe_steps: Of the run that measures tokens per second.
         batch: Sequences of a micro-batch.
         accumulate: Micro-batches of a step.
@@ -50,7 +50,7 @@ class Form:
     learning_rate: float = 3e-5
     router_learning_rate: float = 1e-3
     curve_points: int = 4
-    held_out_tokens: int = 4_096
+    held_out_tokens: int = 2_048
     calibration_tokens: int = 16_384
     greedy_tokens: int = 1_024
     tli_every: tuple[int, ...] = (3, 5, 10)

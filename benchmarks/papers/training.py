@@ -24,6 +24,9 @@ from dlo_export.modeling.training.run_folder import LOG_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.trainer import StepReport
 
+MAIN_RUNS = 10
+"""So many of `training_runs` make the main table."""
+_REFERENCE = "dlo"  # whose FLOPs the runs of equal FLOPs have
 MakeDense = Callable[[Experiment], LlamaDloForCausalLM]
 
 
@@ -116,7 +119,7 @@ def training_runs(experiment: Experiment) -> list[TrainingRun]:
         TrainingRun("moe", lambda at: mixture(at.base)),
         distilled(targets[0]),
     ]
-    unequal = [run for run in runs if run.kind in ("original", "llama-pro", "moe")]
+    unequal = [run for run in runs if run.kind in ("original", "llama-pro", "moe")]  # the original's comes first
     return [
         *runs,
         *(dataclasses.replace(run, suffix="-equal-flops", kept=False, equal_flops=True) for run in unequal),
@@ -279,25 +282,30 @@ def flops_per_token(runs: Sequence[TrainingRun], experiment: Experiment) -> dict
 def planned_steps(
     runs: Sequence[TrainingRun], experiment: Experiment, costs: Mapping[str, Any], seconds: float
 ) -> dict[str, int]:
-    """Steps by the name of the run: as many tokens for each as fit, or fewer runs where that would be too few.
+    """Steps by the name of the run: as many tokens as the main table's runs can have in the time there is.
+
+    Where that would be too few for a run, the main table loses runs. All others get as many tokens, if time is left.
 
     Args:
         runs: By falling importance.
         experiment: Says how many tokens are wanted.
         costs: FLOPs per token by kind, and tokens per second of one kind.
-        seconds: What training may take.
+        seconds: What training the main table may take.
     """
     form, flops = experiment.form, costs["flops"]
     per_second = flops[costs["kind"]] * costs["tokens_per_second"]
-    chosen = [*runs]
+    main = [*runs[:MAIN_RUNS]]
     while True:
         # A run of equal FLOPs costs what the reference does, whatever its own tokens cost.
-        per_token = sum(flops["dlo" if run.equal_flops else run.kind] for run in chosen) / per_second
+        per_token = sum(flops[_REFERENCE if run.equal_flops else run.kind] for run in main) / per_second
         tokens = min(form.tokens, int(seconds / per_token))
-        if tokens >= form.least_tokens or len(chosen) == 1:
+        if tokens >= form.least_tokens or len(main) == 1:
             break
-        chosen.pop()
+        main.pop()
     steps = max(1, tokens // experiment.tokens_per_step)
+    dropped = [] if len(main) == MAIN_RUNS else runs[len(main) :]
     return {
-        run.name: max(1, round(steps * flops["dlo"] / flops[run.kind])) if run.equal_flops else steps for run in chosen
+        run.name: max(1, round(steps * flops[_REFERENCE] / flops[run.kind])) if run.equal_flops else steps
+        for run in runs
+        if run not in dropped
     }
