@@ -36,7 +36,7 @@ def expansion_pieces(experiment: Experiment) -> list[Piece]:
 
         def seconds() -> float:
             if name == "original":
-                return 0.0  # nothing can be said about this machine yet
+                return 0.0  # nothing is known of this machine yet: the first measurement is made in any case
             return 2.0 * pass_seconds(experiment) * depth / deeper(layers)
 
         return Piece(f"{PREFIX}{_file_name(name)}", seconds, measure, () if name == "original" else (BASE,))

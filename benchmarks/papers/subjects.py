@@ -12,7 +12,13 @@ import numpy as np
 
 from benchmarks.papers.moe import upcycle
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
-from dlo_export.checkpoints.depth.expansion import ExpansionPlan, expanded_config, expanded_tensors, placements
+from dlo_export.checkpoints.depth.expansion import (
+    ExpansionPlan,
+    expanded_config,
+    expanded_tensors,
+    placements,
+    routed_config,
+)
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.opening import open_checkpoint
@@ -94,9 +100,7 @@ class BaseModel:
             "torch_dtype": "float32",
         }
         if config.routed_layers:
-            keys = ("is_dlo", "rescale_hidden_states", "scale_factor", "scale_gap")
-            changes |= {"model_type": config.model_type, "architectures": ["LlamaDloForCausalLM"]}
-            changes |= {key: getattr(config, key) for key in keys}
+            changes |= routed_config([layer in config.routed_layers for layer in range(config.num_hidden_layers)])
         save_checkpoint(
             tensors, folder, save_companions=self._checkpoint.save_companions, config_changes=changes, overwrite=True
         )

@@ -24,7 +24,7 @@ from benchmarks.papers.results import Results
 from benchmarks.papers.sources import Unit, is_permissive, library_units
 from benchmarks.papers.subjects import BaseModel, expansions
 from benchmarks.papers.tables import KEPT_WITHIN
-from benchmarks.papers.text import DOMAINS, HELD_OUT_CHATS, TRAINING, domain_file
+from benchmarks.papers.text import DOMAINS, HELD_OUT_CHATS, TRAINING, domain_file, use_other_chats
 from benchmarks.papers.token_kinds import KINDS, token_kinds
 from benchmarks.papers.training import MAIN_RUNS, planned_steps, training_runs
 from benchmarks.reproduce_papers import main
@@ -167,6 +167,19 @@ def test_results_are_refused_when_defined_otherwise(tmp_path: Path) -> None:
     Results(tmp_path).begin({"model": "x", "form": {"rates": (0.9,)}})
     with pytest.raises(InputError, match="model is 'y', was 'x'"):
         Results(tmp_path).begin({"model": "y", "form": {"rates": (0.9,)}})
+
+
+def test_other_chats_take_the_place_of_the_extracted_ones(tmp_path: Path) -> None:
+    chats = save_chats(tmp_path / "chats.jsonl", count=400)
+    for name in (TRAINING, HELD_OUT_CHATS):
+        (tmp_path / name).write_text("{}\n")
+    use_other_chats(tmp_path, chats)
+    learned, held_out = ((tmp_path / name).read_text().splitlines() for name in (TRAINING, HELD_OUT_CHATS))
+    assert sorted(learned + held_out) == sorted(chats.read_text().splitlines())
+    assert not set(learned) & set(held_out)
+    assert 0 < len(held_out) < len(learned)
+    with pytest.raises(InputError, match="too few to hold any out"):
+        use_other_chats(tmp_path, save_chats(tmp_path / "few.jsonl", count=1))
 
 
 SOURCE = '''
