@@ -17,6 +17,7 @@ keep the function does not; 2 bad arguments; 4 no such device. Nobody has run th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help=".jsonl chats to train on, in place of docstrings and functions")
     parser.add_argument("--output", type=Path, help="folder of the results; .peers/papers-FORM by default")
     parser.add_argument("--publish", type=Path, help="folder to copy tables and plots to")
+    parser.add_argument("--held-out-tokens", type=int, help="of each domain; each form has its own")
     parser.add_argument("--only-expansion", action="store_true", help="table (a) alone, which needs no training")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch on the CPU")
     parsed = parser.parse_args(arguments)
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(parsed.threads)
     name = "quick" if parsed.quick else parsed.form
     form = FORMS[name]
+    if parsed.held_out_tokens is not None:
+        form = dataclasses.replace(form, held_out_tokens=parsed.held_out_tokens)
     request = Request(
         output=parsed.output or WORKSPACE / f"papers-{name}",
         form=(name, form),

@@ -224,6 +224,9 @@ def check(request: Request) -> None:
     """
     given = [path for path in (request.model, request.data) if path is not None]
     problems = [f"{path}: no such file or folder" for path in given if not path.exists()]
+    _, form = request.form
+    if form.held_out_tokens < form.sequence:
+        problems.append(f"--held-out-tokens {form.held_out_tokens}: a window has {form.sequence}")
     if request.budget_s <= 0:
         problems.append(f"--budget-s {request.budget_s}: expected more than 0")
     if request.output.exists() and not request.output.is_dir():

@@ -46,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     output = tmp_path_factory.mktemp("papers") / "results"
     command = [sys.executable, "-m", "benchmarks.reproduce_papers", "--quick", "--budget-s", str(BUDGET_S)]
     result = subprocess.run(
-        [*command, "--output", str(output)],
+        [*command, "--output", str(output), "--publish", str(output / "published")],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
@@ -63,6 +63,7 @@ def test_quick_form_fills_every_table_when_run_once(finished: tuple[Path, dict[s
     for title in ("(a) Loss", "(b) Loss", "(c) Perplexity", "(c) Whole layers", "(d) What is shipped", "(e) Share"):
         assert f"## {title}" in tables
     assert "a tiny model" in tables
+    assert (output / "published" / "papers.md").read_text() == tables
     assert report["passed"] is True
     assert report["left_out"] == {}
 
@@ -137,6 +138,7 @@ def test_command_ends_with_2_when_results_were_run_otherwise(
     [
         (["--model", "nowhere"], 2, "nowhere: no such file or folder"),
         (["--budget-s", "0"], 2, "--budget-s 0.0: expected more than 0"),
+        (["--held-out-tokens", "100"], 2, "--held-out-tokens 100: a window has 256"),
     ],
 )
 def test_command_refuses_when_arguments_are_wrong(
