@@ -1,7 +1,7 @@
-"""What can be left out of a model for good: the static baselines of routing.
+"""A model without some of its layers, and which layers it misses least, found greedily (SLEB, arXiv 2402.09025).
 
-Layers by block influence (ShortGPT, arXiv 2403.03853); layers one after the other, each time the one that is missed
-least (SLEB, arXiv 2402.09025). Whole MLPs are benchmarks.calibration_quality's.
+The order of whole MLPs and of whole layers by similarity (ShortGPT's block influence, arXiv 2403.03853) is
+benchmarks.calibration_quality's.
 """
 
 from __future__ import annotations
@@ -12,26 +12,8 @@ import torch
 
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_layer_tensor
 from dlo_export.modeling.calibration.evaluation import evaluate
-from dlo_export.modeling.calibration.layer_stream import LayerStream
 from dlo_export.modeling.configuration import LlamaDloConfig
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
-
-
-@torch.no_grad()
-def by_block_influence(model: LlamaDloForCausalLM, sequences: torch.Tensor) -> list[int]:
-    """Layers in the order in which they can best be spared: by the mean cosine of input and output, highest first.
-
-    Args:
-        model: Dense, on the CPU.
-        sequences: Text, int64 [sequences, length].
-    """
-    stream = LayerStream(model, sequences)
-    similarities = []
-    for layer in range(model.config.num_hidden_layers):
-        before = stream.hidden_states.float()
-        stream.advance(stream.run_layer(layer))
-        similarities.append(float(torch.cosine_similarity(before, stream.hidden_states.float(), dim=-1).mean()))
-    return sorted(range(len(similarities)), key=similarities.__getitem__, reverse=True)
 
 
 def greedily(

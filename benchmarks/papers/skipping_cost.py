@@ -22,7 +22,7 @@ from benchmarks.calibration_quality import by_similarity, static_rates
 from benchmarks.papers.budget import Budget, Piece
 from benchmarks.papers.expansion_loss import pass_seconds
 from benchmarks.papers.experiment import DecideShape, Experiment
-from benchmarks.papers.removal import by_block_influence, greedily, without_layers
+from benchmarks.papers.removal import greedily, without_layers
 from benchmarks.papers.subjects import saved_model
 from benchmarks.papers.text import DOMAINS
 from dlo_export.modeling.calibration.evaluation import with_routers
@@ -110,8 +110,7 @@ class _Measurements:
         return {"of": name, "removed_mlps": self._order[: int(skipped)], **measured}
 
     def by_influence(self) -> dict[str, Any]:
-        order = by_block_influence(self._dense(), self._at.calibration[:: self._every])
-        return self._without(order)
+        return self._without(by_similarity(self._dense(), self._at.calibration[:: self._every], "layer"))
 
     def greedily(self, budget: Budget) -> dict[str, Any] | None:
         windows = self._at.calibration[: max(1, self._at.form.greedy_tokens // self._at.form.sequence)]
@@ -146,7 +145,7 @@ class _Measurements:
 
     @functools.cached_property
     def _order(self) -> list[int]:
-        return by_similarity(self._dense(), self._at.calibration[:: self._every])
+        return by_similarity(self._dense(), self._at.calibration[:: self._every], "mlp")
 
     @property
     def _every(self) -> int:

@@ -16,7 +16,7 @@ from benchmarks.papers.flops import training_flops
 from benchmarks.papers.subjects import deeper, dus_plan, mixtures, saved_model
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.modeling.calibration.evaluation import with_routers
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_mlps
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_layers
 from dlo_export.modeling.training.errors import TrainingDivergedError
 from dlo_export.modeling.training.parameters import choose_parameters
 from dlo_export.modeling.training.run import TrainingResult, train_model
@@ -140,7 +140,7 @@ def routed_start(dense: LlamaDloForCausalLM, name: str, experiment: Experiment, 
         target: Share of all MLPs that are to run. Where identity layers are enough to skip as much, only they are
             routed.
     """
-    layers, identities = dense.config.num_hidden_layers, [*identity_mlps(dense)]
+    layers, identities = dense.config.num_hidden_layers, [*identity_layers(dense, "mlp")]
     share = target * layers / (layers - len(identities))
     if share < 1:
         routers = experiment.calibrated(name, dense, share)
