@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import shutil
 import sys
 import time
@@ -159,11 +160,15 @@ def _run_others(experiment: Experiment, budget: Budget) -> dict[str, str]:
         if run.name not in steps
     }
     first, others = planned[:_FIRST_RUNS], planned[_FIRST_RUNS:]
+    shipped = shipped_pieces(experiment)
+    if importlib.util.find_spec("onnxruntime") is None:
+        left_out |= {piece.name: "ONNX Runtime is not installed" for piece in shipped}
+        shipped = []
     pieces = [
         *(_training_piece(run, experiment, budget) for run in first),
         *skipping_pieces(experiment, budget),
         *as_many_pieces(experiment, _routed(first)),
-        *shipped_pieces(experiment),
+        *shipped,
         *kind_pieces(experiment, first),
         *(_training_piece(run, experiment, budget) for run in others),
         *as_many_pieces(experiment, _routed(others)),

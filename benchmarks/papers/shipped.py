@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from pathlib import Path
+import functools
 from typing import Any
-
-import numpy as np
-import torch
 
 from benchmarks.papers.budget import Piece
 from benchmarks.papers.expansion_loss import BASE
 from benchmarks.papers.experiment import Experiment
-from dlo_export.exporter.artefact_runner import exposed_model, open_artefact
-from dlo_export.exporter.export import ExportRequest, export_model
-from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.sources.foreign_graph import load_graph
-from dlo_export.runtimes.artefact.description import MODEL_NAME, load_description, mean_active_rates
-from dlo_export.runtimes.bench import Subject, Timing, Workload, compare_speed, ratio
-from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
-from dlo_export.runtimes.perplexity import measure_perplexity
 
 SPEED = "shipped-speed"
 SHIPPED = ("train-original", "train-deepened", "train-dlo")
@@ -35,82 +23,28 @@ def shipped_pieces(experiment: Experiment) -> list[Piece]:
         return 4 + parameters / 4e6  # parity runs PyTorch and ONNX Runtime over several cases
 
     exported = [
-        Piece(f"shipped-{name}", export_seconds, lambda name=name: _exported(experiment, name), (name,))  # type: ignore[misc]
+        Piece(f"shipped-{name}", export_seconds, functools.partial(_exported, experiment, name), (name,))
         for name in SHIPPED
     ]
     timing = Piece(
         SPEED,
         lambda: export_seconds() + 4 * experiment.form.rounds * export_seconds() / 20,
-        lambda: _timed(experiment),
+        functools.partial(_timed, experiment),
         tuple(piece.name for piece in exported),
     )
     return [*exported, timing]
 
 
+# What needs ONNX Runtime is imported where it is used: everything else does without.
+
+
 def _exported(experiment: Experiment, name: str) -> dict[str, Any]:
-    folder = _artefact(experiment, name)
-    model = experiment.results.model(name)
-    export_model(ExportRequest(str(model), folder, dtype="fp32", force=True), Reporter())
-    description = load_description(folder)
-    windows = torch.cat([*experiment.windows.values()]).numpy()
-    with open_artefact(folder) as runner:
-        measured = measure_perplexity(runner, windows)
-    return {
-        "parity": description.parity.verdict if description.parity is not None else None,
-        "lowering": description.lowering,
-        "perplexity": measured.perplexity,
-        "active": mean_active_rates(description, measured.active_rate),
-        "active_by_layer": {str(layer): rate for layer, rate in measured.active_rate.items()},
-    }
+    from benchmarks.papers.artefacts import exported  # noqa: PLC0415 - see above
+
+    return exported(experiment, name)
 
 
 def _timed(experiment: Experiment) -> dict[str, Any]:
-    form = experiment.form
-    workload = Workload(prompt_tokens=form.prompt_tokens, decode_tokens=form.decode_tokens, rounds=form.rounds)
-    # A text's tokens: routers decide about them as they do in use.
-    tokens = torch.cat([*experiment.windows.values()]).reshape(-1).tolist()
-    with ExitStack() as stack:
-        runners = [
-            stack.enter_context(open_artefact(_artefact(experiment, name), scores=False, allow_spinning=False))
-            for name in SHIPPED
-        ]
-        routed = _artefact(experiment, ROUTED)
-        forced = stack.enter_context(
-            OnnxRuntimeRunner(
-                exposed_model(load_graph(routed / MODEL_NAME), force=True),
-                weights_folder=routed,
-                name="nothing active",
-                allow_spinning=False,
-            )
-        )
-        subjects = [*(Subject(runner, tokens) for runner in runners), Subject(forced, tokens, active_rate=0.0)]
-        timings = dict(zip([*SHIPPED, "nothing-active"], compare_speed(subjects, workload), strict=True))
-    return {
-        "workload": vars(workload),
-        "timings": {
-            name: {
-                **timing.summary(),
-                "prefill_ratio": ratio(timings[DENSE].prefill, timing.prefill),
-                "decode_ratio": ratio(timings[DENSE].decode, timing.decode),
-            }
-            for name, timing in timings.items()
-        },
-        "allowed": {
-            phase: _allowed(timings, phase, experiment.results[f"shipped-{ROUTED}"]["active_by_layer"])
-            for phase in ("prefill", "decode")
-        },
-    }
+    from benchmarks.papers.artefacts import timed  # noqa: PLC0415 - see above
 
-
-def _allowed(timings: dict[str, Timing], phase: str, active: dict[str, float]) -> dict[str, float]:
-    """How much faster than dense the routed model would be if a skipped MLP cost nothing, and a run one its share.
-
-    On the line from the time with nothing active to that of the dense model, which has as many layers.
-    """
-    dense, skipped = (np.asarray(getattr(timings[name], phase)) for name in (DENSE, "nothing-active"))
-    rate = float(np.mean([*active.values()]))
-    return ratio(dense, skipped + rate * (dense - skipped))
-
-
-def _artefact(experiment: Experiment, name: str) -> Path:
-    return experiment.results.folder / "artefacts" / name
+    return timed(experiment)
