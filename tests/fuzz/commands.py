@@ -121,6 +121,7 @@ def command(random: Random, damaged: str) -> list[str]:
     verify = random.choice(((), ("--verify",)))
     run = ["run", "artefact", "Hello", "-n", "3", *random.choice(((), ("--raw",))), *verify]
     inspect = ["inspect", "artefact", *random.choice(((), ("--json",)))]
+    evaluate = ["evaluate", "--text", "text", "--limit", "2", "--json"]
     few = ["--rounds", "1", "--prompt-tokens", "4", "--decode-tokens", "2", "--text", "text", "--json"]
     place = damaged.split("/", maxsplit=1)[0]
     checkpoint = place if place != "gguf" else damaged.replace("00002-of", "00001-of")
@@ -128,12 +129,12 @@ def command(random: Random, damaged: str) -> list[str]:
         "text": ([*calibrate, "routed"],),
         "adapter": ([*export, "dense", "--adapter", "adapter"],),
         "graph": ([*export, "graph/model.onnx", "--adapter", "adapter"],) * 2 + (["inspect", "graph/model.onnx"],),
-        "artefact": (run, inspect),
+        "artefact": (run, inspect, [*evaluate, "artefact"]),
     }
     if slow and place == "artefact":
         return random.choice((["bench", "artefact", *few, *verify], ["parity", "artefact", "routed"]))
     if slow and place in ("routed", "sharded") and random.random() < 0.5:
-        return [*calibrate, checkpoint]
+        return random.choice(([*calibrate, checkpoint], [*evaluate, checkpoint]))
     return random.choice(quick.get(place, ([*export, checkpoint], [*export, checkpoint], [*expand, checkpoint])))
 
 
