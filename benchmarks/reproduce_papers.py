@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of training and measuring")
     parser.add_argument("--model", type=Path, help="dense checkpoint to start from, in place of SmolLM2-135M")
     parser.add_argument("--data", type=Path, help=".jsonl chats to train on, in place of docstrings and functions")
+    parser.add_argument("--tasks", type=Path, help="folder of log-likelihood tasks, as `dlo evaluate` reads them")
     parser.add_argument("--output", type=Path, help="folder of the results; .peers/papers-FORM by default")
     parser.add_argument("--publish", type=Path, help="folder to copy tables and plots to")
     parser.add_argument("--held-out-tokens", type=int, help="of each domain; each form has its own")
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device=parsed.device,
         model=parsed.model,
         data=parsed.data,
+        tasks=parsed.tasks,
         publish=parsed.publish,
         only_expansion=parsed.only_expansion,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,29 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.runtimes.artefact.description import MODEL_NAME, load_description, mean_active_rates
 from dlo_export.runtimes.bench import Subject, Timing, Workload, compare_speed, ratio
+from dlo_export.runtimes.evaluation.encoding import Window
+from dlo_export.runtimes.evaluation.evaluate import EvaluationSettings, evaluate, plan_evaluation
+from dlo_export.runtimes.evaluation.perplexity import measure_perplexity
+from dlo_export.runtimes.evaluation.requests import read_task
+from dlo_export.runtimes.evaluation.scorer import RunnerScorer, Segment
+from dlo_export.runtimes.generation.tokenizer import Tokenizer
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
-from dlo_export.runtimes.perplexity import measure_perplexity
+
+
+def accuracy(experiment: Experiment, name: str, file: Path) -> dict[str, Any]:
+    """Measures an artefact on a log-likelihood task."""
+    folder = _artefact(experiment, name)
+    settings = EvaluationSettings(limit=experiment.form.questions)
+    plan = plan_evaluation(Tokenizer(folder), [], [read_task(file)], settings)
+    with open_artefact(folder) as runner:
+        (result,) = evaluate(RunnerScorer(runner), plan).tasks
+    return {
+        "model": name,
+        "task": plan.tasks[0].task.name,
+        "questions": result.questions,
+        "accuracy": dataclasses.asdict(result.accuracy),
+        "gold_bits_per_byte": dataclasses.asdict(result.gold_bits_per_byte),
+    }
 
 
 def exported(experiment: Experiment, name: str) -> dict[str, Any]:
@@ -27,13 +49,14 @@ def exported(experiment: Experiment, name: str) -> dict[str, Any]:
     model = experiment.results.model(name)
     export_model(ExportRequest(str(model), folder, dtype="fp32", force=True), Reporter())
     description = load_description(folder)
-    windows = torch.cat([*experiment.windows.values()]).numpy()
+    windows = [Window(Segment(ids, 1), 0) for ids in torch.cat([*experiment.windows.values()]).numpy()]
     with open_artefact(folder) as runner:
-        measured = measure_perplexity(runner, windows)
+        measured = measure_perplexity(RunnerScorer(runner), windows)
     return {
         "parity": description.parity.verdict if description.parity is not None else None,
         "lowering": description.lowering,
-        "perplexity": measured.perplexity,
+        "perplexity": measured.perplexity.value,
+        "standard_error": measured.perplexity.standard_error,
         "active": mean_active_rates(description, measured.active_rate),
         "active_by_layer": {str(layer): rate for layer, rate in measured.active_rate.items()},
     }

@@ -53,6 +53,7 @@ class Request:
         budget_s: Seconds for everything.
         device: "cpu" or "cuda".
         model: What to start from; None for SmolLM2-135M.
+        tasks: Folder of log-likelihood tasks to measure artefacts on.
         data: Chats to train on in place of the extracted ones.
         publish: Folder for copies of the tables and plots.
         only_expansion: Stop behind table (a), which needs no training.
@@ -64,6 +65,7 @@ class Request:
     budget_s: float
     device: str
     model: Path | None
+    tasks: Path | None
     data: Path | None
     publish: Path | None
     only_expansion: bool
@@ -98,7 +100,7 @@ def reproduce(request: Request) -> dict[str, Any]:
                 "text": {file.name: file_sha256(file) for file in sorted(results.text.iterdir())},
             }
         )
-        experiment = Experiment(base, form, results, request.device)
+        experiment = Experiment(base, form, results, request.device, request.tasks)
         print(f"text: {experiment.prepare()}, {budget.left:.0f} s left", file=sys.stderr, flush=True)
         left_out = run_pieces(expansion_pieces(experiment), results, budget)
         if not request.only_expansion:
@@ -227,7 +229,7 @@ def check(request: Request) -> None:
     Raises:
         InputError: A path is missing or a number out of range.
     """
-    given = [path for path in (request.model, request.data) if path is not None]
+    given = [path for path in (request.model, request.data, request.tasks) if path is not None]
     problems = [f"{path}: no such file or folder" for path in given if not path.exists()]
     _, form = request.form
     if form.held_out_tokens < form.sequence:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,15 @@ class Experiment:
         form: How large everything is.
         results: Where results go, and where the text is.
         device: "cpu" or "cuda".
+        tasks: Folder of log-likelihood tasks, or None.
     """
 
-    def __init__(self, base: BaseModel, form: Form, results: Results, device: str) -> None:
+    def __init__(self, base: BaseModel, form: Form, results: Results, device: str, tasks: Path | None = None) -> None:
         self.base = base
         self.form = form
         self.results = results
         self.device = device
+        self.tasks = tasks
         self._routers: dict[tuple[str, float], dict[int, np.ndarray]] = {}
 
     def prepare(self) -> str:

@@ -32,6 +32,7 @@ class Form:
         targets: Active rates of the routed original.
         seeds: Of the trained routers.
         packages: Train on installed packages besides the standard library.
+        questions: Of each log-likelihood task.
         rounds: Blocks of each artefact's timing.
         prompt_tokens: Of the timed prefill.
         decode_tokens: Timed steps behind it.
@@ -58,6 +59,7 @@ class Form:
     targets: tuple[float, ...] = (0.9, 0.8, 0.7)
     seeds: tuple[int, ...] = (0,)
     packages: bool = False
+    questions: int = 200
     rounds: int = 7
     prompt_tokens: int = 128
     decode_tokens: int = 32
@@ -80,6 +82,7 @@ FORMS: dict[str, Form] = {
         greedy_tokens=512,
         tli_every=(5,),
         targets=(0.8,),
+        questions=20,
         rounds=3,
         prompt_tokens=64,
         decode_tokens=8,
@@ -100,5 +103,6 @@ FORMS: dict[str, Form] = {
         greedy_tokens=4_096,
         seeds=(0, 1, 2),
         packages=True,
+        questions=1000,
     ),
 }

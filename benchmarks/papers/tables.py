@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.papers.expansion_loss import BASE
 from benchmarks.papers.expansion_loss import PREFIX as EXPANDED
 from benchmarks.papers.results import Results
-from benchmarks.papers.shipped import SHIPPED, SPEED
+from benchmarks.papers.shipped import SHIPPED, SPEED, TASKS
 from benchmarks.papers.skipping_cost import BASELINES, GREEDY, INFLUENCE
 from benchmarks.papers.text import DOMAINS
 from benchmarks.papers.token_kinds import KINDS
@@ -34,6 +34,7 @@ def all_tables(results: Results, heading: str, left_out: Mapping[str, str]) -> s
         ("(c) Perplexity against active rate", _skipping(results)),
         ("(c) Whole layers removed", _removed(results)),
         ("(d) What is shipped", _shipped(results)),
+        ("(d) Accuracy of what is shipped", _accuracies(results)),
         *_kinds(results),
     ):
         header, *cells = rows
@@ -172,6 +173,26 @@ def _shipped(results: Results) -> Iterator[Sequence[str]]:
     allowed = results[SPEED]["allowed"]
     bounds = [f"{allowed[phase]['median']:.2f}" for phase in ("prefill", "decode")]
     yield ["what its active rate allows", "", "", "", "", bounds[0], "", bounds[1]]
+
+
+def _accuracies(results: Results) -> Iterator[Sequence[str]]:
+    yield ["task", "questions", *(name.removeprefix("train-") for name in SHIPPED)]
+    found: dict[str, dict[str, Any]] = {}
+    for values in results.found(TASKS).values():
+        found.setdefault(values["task"], {})[values["model"]] = values
+    for task, by_model in found.items():
+        questions = next(iter(by_model.values()))["questions"]
+        yield [task, str(questions), *(_estimate(by_model.get(name)) for name in SHIPPED)]
+
+
+def _estimate(values: Mapping[str, Any] | None) -> str:
+    """Accuracy and its standard error."""
+    if values is None:
+        return ""
+    accuracy = values["accuracy"]
+    return f"{accuracy['value']:.1%}" + (
+        "" if accuracy["standard_error"] is None else f" ± {accuracy['standard_error']:.1%}"
+    )
 
 
 def _times(times: Mapping[str, Any], phase: str) -> list[str]:

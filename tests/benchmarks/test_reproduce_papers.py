@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -40,13 +41,26 @@ REPOSITORY = Path(__file__).parents[2]
 BUDGET_S = 900
 
 
+def _save_task(folder: Path) -> Path:
+    """A task that nobody can do without knowing numbers."""
+    folder.mkdir()
+    lines = [
+        {"doc_id": number, "context": f"Is {number} even?", "continuation": answer, "label": number % 2}
+        for number in range(8)
+        for answer in (" yes", " no")
+    ]
+    (folder / "parity.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
     """The output of the quick form, and its JSON line."""
     output = tmp_path_factory.mktemp("papers") / "results"
+    folders = {"--output": output, "--publish": output / "published", "--tasks": _save_task(output.with_name("tasks"))}
     command = [sys.executable, "-m", "benchmarks.reproduce_papers", "--quick", "--budget-s", str(BUDGET_S)]
     result = subprocess.run(
-        [*command, "--output", str(output), "--publish", str(output / "published")],
+        [*command, *(str(part) for option in folders.items() for part in option)],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
@@ -63,6 +77,7 @@ def test_quick_form_fills_every_table_when_run_once(finished: tuple[Path, dict[s
     for title in ("(a) Loss", "(b) Loss", "(c) Perplexity", "(c) Whole layers", "(d) What is shipped", "(e) Share"):
         assert f"## {title}" in tables
     assert "a tiny model" in tables
+    assert re.search(r"\| parity \| 8 \| \d", tables)
     assert (output / "published" / "papers.md").read_text() == tables
     assert report["passed"] is True
     assert report["left_out"] == {}
