@@ -18,7 +18,7 @@ from benchmarks.papers.experiment import Experiment
 from benchmarks.papers.forms import Form
 from benchmarks.papers.plots import save_plots
 from benchmarks.papers.results import Results
-from benchmarks.papers.shipped import shipped_pieces
+from benchmarks.papers.shipped import shipped_pieces, task_files
 from benchmarks.papers.skipping_cost import as_many_pieces, skipping_pieces
 from benchmarks.papers.subjects import BaseModel
 from benchmarks.papers.tables import COSTS, all_tables, broken_promises
@@ -240,3 +240,5 @@ def check(request: Request) -> None:
         problems.append(f"{request.output}: is no folder")
     if problems:
         raise InputError(f"reproduce_papers: {'; '.join(problems)}", hint="see --help")
+    if request.tasks is not None:
+        task_files(request.tasks)

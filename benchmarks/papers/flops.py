@@ -7,8 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.routing import is_active
 from dlo_export.modeling.training.packing import PackedDocuments, stacked
-from dlo_export.modeling.training.skip_loss import threshold_selection
 
 
 def training_flops(
@@ -28,7 +28,7 @@ def training_flops(
     sequence.pop("counted")
     device = next(model.parameters()).device
     batch = {name: values.to(device) for name, values in sequence.items()}
-    select = threshold_selection if model.config.routed_layers else None
+    select = (lambda _layer, scores: is_active(scores)) if model.config.routed_layers else None
     # PyTorch's counter does not know the CPU's fused attention, but the products that the plain form is made of.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**batch, use_cache=False, select_tokens=select).loss.backward()

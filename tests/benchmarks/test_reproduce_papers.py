@@ -153,6 +153,7 @@ def test_command_ends_with_2_when_results_were_run_otherwise(
     [
         (["--model", "nowhere"], 2, "nowhere: no such file or folder"),
         (["--budget-s", "0"], 2, "--budget-s 0.0: expected more than 0"),
+        (["--tasks", "docs"], 2, "docs: holds no .jsonl and no .jsonl.gz"),
         (["--held-out-tokens", "100"], 2, "--held-out-tokens 100: a window has 256"),
     ],
 )
