@@ -42,9 +42,11 @@ class Tokenizer:
                 str(folder), local_files_only=True, trust_remote_code=False
             )
         except Exception as err:  # tokenizers raises bare Exception, transformers whatever a bad file leads to
+            hint = "copy the checkpoint's tokenizer files into the folder"
+            if "trust_remote_code" in str(err):
+                hint = "no code of a folder is run: remove auto_map from its tokenizer_config.json"
             raise TokenizerError(
-                f"{origin or folder}: transformers cannot read the tokenizer: {err}",
-                hint="copy the checkpoint's tokenizer files into the folder",
+                f"{origin or folder}: transformers cannot read the tokenizer: {err}", hint=hint
             ) from err
 
     @property
