@@ -137,6 +137,11 @@ def expansions(layers: int, every: tuple[int, ...]) -> dict[str, ExpansionPlan]:
         for source, init in _TLI_VARIANTS:
             name = f"tli every {distance}, {source} {init}"
             plans[name] = placements("tli", layers, every=distance, source=source, init=init)
+        # Where K divides the layers, the last new layer is made of the model's last: what that alone costs.
+        if (offset := distance // 2) and offset + distance <= layers:
+            name = f"tli every {distance} from {offset}, prev copy"
+            plans[name] = placements("tli", layers, every=distance, offset=offset, init="copy")
+    plans["the last layer twice"] = placements("tli", layers, every=layers, init="copy")
     return plans
 
 
