@@ -111,7 +111,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer):
         offset, slope = branch_scale
         scale = None if (offset, slope) == (1.0, 0.0) else offset + slope * scores
         if select_tokens is not None:
-            active = select_tokens(self.self_attn.layer_idx, scores.detach())
+            active = select_tokens(scores.detach())
             hidden_states, similarity = add_trained_branch(hidden_states, self._mlp_branch, scores, active, scale)
             return hidden_states, TrainingRouting(scores, active, similarity)
         active = is_active(scores) if force_active is None else force_active
@@ -190,8 +190,8 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
             use_cache: Return a cache.
             force_active: Per layer, bool [batch, sequence]: decisions to use in place of the routers'.
             output_hidden_states: Return the residual stream before every layer, and the normalised one at the end.
-            kwargs: Passed on to the layers and their attention; `select_tokens` (see `RoutedDecoderLayer.forward`) is
-                training's decisions in place of the routers'.
+            kwargs: Passed on to the layers and their attention; but for `select_tokens`: by routed layer, training's
+                decision in place of the router's.
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`; `force_active` for a layer without router.
@@ -199,6 +199,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("LlamaDloModel: expected exactly one of input_ids and inputs_embeds")
         forced = dict(force_active or {})
+        selected: Mapping[int, SelectTokens] = kwargs.pop("select_tokens", None) or {}
         if unknown := sorted(forced.keys() - set(self.config.routed_layers)):
             raise ValueError(
                 f"LlamaDloModel: force_active names layers {unknown}, which are not routed"
@@ -233,6 +234,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
                 branch_scale=self.config.branch_scale,
                 force_active=forced.get(index),
                 masked=self.masked,
+                select_tokens=selected.get(index),
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,

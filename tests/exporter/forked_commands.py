@@ -31,7 +31,7 @@ class Ended:
     stderr: str
 
 
-def start(arguments, messages: Path, *, working_folder: Path | None = None, limits=None):
+def start(arguments, messages: Path, *, working_folder: Path | None = None, limits=None, environment=None):
     """Starts a command, and returns its process when it is about to begin.
 
     Args:
@@ -39,22 +39,30 @@ def start(arguments, messages: Path, *, working_folder: Path | None = None, limi
         messages: Files its stdout and stderr go to, with these as suffixes.
         working_folder: The current one by default.
         limits: Of the process: "cpu_seconds", "memory_bytes" and "file_bytes"; none by default.
+        environment: Variables it has beside this one's.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *(f"dlo_export.{module}" for module in _MODULES)])
     ready, begins = context.Pipe(duplex=False)
     process = context.Process(
         target=_run,
-        args=([*map(str, arguments)], str(messages), str(working_folder or os.getcwd()), limits or {}, begins),
+        args=(
+            [*map(str, arguments)],
+            str(messages),
+            str(working_folder or os.getcwd()),
+            limits or {},
+            environment or {},
+            begins,
+        ),
     )
     process.start()
     ready.recv()
     return process
 
 
-def run(*arguments, messages: Path):
-    """Runs a command to its end."""
-    process = start(arguments, messages)
+def run(*arguments, messages: Path, **options):
+    """Runs a command to its end; options as `start` takes them."""
+    process = start(arguments, messages, **options)
     process.join()
     return ended(process, messages)
 
@@ -65,9 +73,10 @@ def ended(process, messages: Path):
     return Ended(process.exitcode, stdout, stderr)
 
 
-def _run(arguments, messages, folder, limits, begins):
+def _run(arguments, messages, folder, limits, environment, begins):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a process that has just started
     os.chdir(folder)
+    os.environ |= environment
     for number, suffix in ((1, ".stdout"), (2, ".stderr")):
         os.dup2(os.open(messages + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     for name, limit in limits.items():

@@ -34,7 +34,12 @@ COMMANDS = {
     "export": (("--no-parity",), ("--no-parity", "--lowering", "masked")),
     "expand": (("--every", "1"), ("--every", "2")),
     "calibrate": (("--tokens", "512", "--evaluation-tokens", "512", "--text", "{text}"), ("--target", "0.5")),
+    "train": (
+        ("--data", "{text}", "--routers", "add", "--sequence", "64", "--save-every", "2", "--max-steps", "2"),
+        ("--max-steps", "5"),
+    ),
 }
+ADDS_TO_OLD = ("calibrate", "train")
 
 
 def start(arguments, **options):
@@ -63,7 +68,7 @@ def command(request, tmp_path_factory):
     for number in range(8):
         (folder / "text" / f"{number}.txt").write_text(f"One text of some words, number {number}. " * 40)
     old, new = ([part.format(text=folder / "text") for part in given] for given in COMMANDS[request.param])
-    if request.param == "calibrate":
+    if request.param in ADDS_TO_OLD:
         new = [*old, *new]
     for name, given in (("old", old), ("new", new)):
         began = time.monotonic()
@@ -98,7 +103,10 @@ def test_command_leaves_old_or_new_when_a_signal_comes_at_any_moment(command, tm
         assert digests(out) in made, said
         if number == signal.SIGKILL:
             check_output_folder(out, overwrite=True)  # as the next command does first
-        assert os.listdir(out.parent) == ["out"], said
+        assert {*os.listdir(out.parent)} - ({"out.run"} if arguments[0] == "train" else set()) == {"out"}, said
+        if arguments[0] == "train" and number == signal.SIGKILL and (out.parent / "out.run" / "training.json").exists():
+            again = forked_commands.run(*arguments, "-o", out, "--force", "--resume", messages=messages)
+            assert (again.returncode, digests(out)) == (DONE, made[1]), again.stderr
 
 
 @pytest.mark.parametrize("module", ["typer", "onnx_ir", "dlo_export.exporter.exit_codes"])

@@ -24,13 +24,13 @@ def routing(*layers: int, seed: int = 0) -> dict[int, TrainingRouting]:
 def test_top_k_takes_the_highest_scores_of_real_tokens() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.3, 0.8, 1.0], [0.2, 0.4, 0.7, 1.0, 1.0]])
     select = top_k_selection({3: 0.5, 4: 0.01, 5: 1.0}, COUNTED)
-    assert (select(3, scores) & COUNTED).nonzero().tolist() == [[0, 1], [0, 3], [1, 1], [1, 2]]  # ceil(7 · 0.5)
-    assert (select(4, scores) & COUNTED).nonzero().tolist() == [[0, 1]]
-    assert (select(5, scores) & COUNTED).equal(COUNTED)
+    assert (select[3](scores) & COUNTED).nonzero().tolist() == [[0, 1], [0, 3], [1, 1], [1, 2]]  # ceil(7 · 0.5)
+    assert (select[4](scores) & COUNTED).nonzero().tolist() == [[0, 1]]
+    assert (select[5](scores) & COUNTED).equal(COUNTED)
 
 
 def test_top_k_takes_all_equals_when_they_tie() -> None:
-    assert top_k_selection({0: 0.2}, COUNTED)(0, torch.full((2, 5), 0.5)).masked_select(COUNTED).all()
+    assert top_k_selection({0: 0.2}, COUNTED)[0](torch.full((2, 5), 0.5)).masked_select(COUNTED).all()
 
 
 @pytest.mark.parametrize(("rate", "count"), [(0.5, 7), (0.9, 13), (1.0, 14), (0.01, 1)])

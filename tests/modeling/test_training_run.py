@@ -152,6 +152,26 @@ def test_distillation_starts_at_the_dense_models_own_words_and_brings_the_model_
     assert log[-1]["distill_loss"] < 0.9 * log[0]["distill_loss"]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("mode", "distill"), [("full", 0.0), ("routers", 1.0)])
+def test_each_mlp_runs_once_per_micro_batch_for_output_and_labels(
+    folder: Path, data: PackedDocuments, tmp_path: Path, mode: str, distill: float, checkpointing: bool
+) -> None:
+    model, calls = opened(folder), dict.fromkeys(range(3), 0)
+    for number, layer in enumerate(model.model.layers):
+
+        def count(module: torch.nn.Module, _arguments: Any, _output: Any, number: int = number) -> None:
+            calls[number] += module.training
+
+        layer.mlp.register_forward_hook(count)
+    settings = dataclasses.replace(
+        SETTINGS, max_steps=3, accumulate=2, mode=mode, distill_weight=distill, gradient_checkpointing=checkpointing
+    )
+    run(model, data, tmp_path, settings)
+    # Recomputing a layer for its gradient is what checkpointing is; the last layer's norm needs none of it alone.
+    assert calls == dict.fromkeys(range(3), 12 if checkpointing else 6)
+
+
 def test_layers_learn_faster_the_more_of_their_tokens_are_kept(folder: Path) -> None:
     groups = parameter_groups(opened(folder), SETTINGS)
     rates = {group["layer"]: group["lr"] for group in groups if group["layer"] is not None}
@@ -170,6 +190,19 @@ def test_bf16_trains_in_fp32_weights_with_gradient_checkpointing(
     losses = [[entry["loss"] for entry in steps_of(tmp_path / name)] for name in ("bf16", "fp32")]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_compiled_layers_train_alike_and_are_compiled_once(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    settings = dataclasses.replace(SETTINGS, compile=True)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        compiled = torch._dynamo.utils.counters["stats"]
+        before = compiled["unique_graphs"]
+        run(opened(folder), data, tmp_path / "compiled", settings)
+    run(opened(folder), data, tmp_path / "eager")
+    print(compiled["unique_graphs"] - before)
+    for fast, slow in zip(steps_of(tmp_path / "compiled"), steps_of(tmp_path / "eager"), strict=True):
+        assert fast == pytest.approx(slow, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +249,20 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(folder: Path, data: Packe
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
     assert run(opened(folder), data, tmp_path, settings, resume=True).step == 6
+
+
+def test_a_run_is_followed_in_tensorboard_when_it_is_installed(
+    folder: Path, data: PackedDocuments, tmp_path: Path
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(opened(folder), data, tmp_path, dataclasses.replace(SETTINGS, eval_every=3))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for tag, key in (("train/loss", "loss"), ("train/active", "active"), ("eval/active", "eval_active")):
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert shown == [
+            (entry["step"], pytest.approx(entry[key], rel=1e-6)) for entry in log_of(tmp_path) if key in entry
+        ]
+    assert len(events.Scalars("train/tokens_per_second")) == 6
 
 
 def test_only_the_newest_checkpoints_stay(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
