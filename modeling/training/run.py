@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from dlo_export.checkpoints.errors import MachineError
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.training.compilation import compile_layers
 from dlo_export.modeling.training.distillation import dense_teacher
 from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.parameters import choose_parameters
@@ -81,8 +82,7 @@ def train_model(
     teacher = dense_teacher(model, settings.mode) if settings.distill_weight else None
     choose_parameters(model, settings)
     if settings.compile:
-        for layer in model.model.layers:  # each alone: they share one compilation, and the model keeps its names
-            layer.compile()
+        compile_layers(model)
     arguments = training_arguments(settings, folder.path)
     if arguments.process_index == 0:
         folder.begin(description, resume=resume)

@@ -23,6 +23,7 @@ from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.perplexity import perplexity
 from dlo_export.modeling.routing import SelectTokens, is_active
+from dlo_export.modeling.training.compilation import uncompiled
 from dlo_export.modeling.training.distillation import distillation_loss
 from dlo_export.modeling.training.errors import TrainingDivergedError
 from dlo_export.modeling.training.packing import IGNORED, PackedSets, stacked
@@ -282,7 +283,7 @@ class DloTrainer(Trainer):
         model.eval()
         layers = [*self.capacities]
         sums = torch.zeros(4 + len(layers), dtype=torch.float64, device=self.args.device)
-        with torch.compiler.set_stance("force_eager"):  # inference's active tokens are another number every time
+        with uncompiled():
             for batch in self._held_out_batches():
                 counted, labels = batch.pop("counted"), batch.pop("labels")
                 with self.accelerator.autocast():
@@ -413,7 +414,7 @@ class DloTrainer(Trainer):
 
     def _first_bad_gradient(self) -> str:
         for name, parameter in self._routed.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
+            if parameter.grad is not None and not whole(parameter.grad.isfinite().all()):
                 return f"{name} is the first whose gradient is not"
         return "its norm overflows"
 

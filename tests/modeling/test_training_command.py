@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dlo_export.checkpoints.files.written_files import LIST_NAME
+from dlo_export.modeling.training.settings import TrainingSettings
 from tests.exporter.forked_commands import Ended, ended, run, start
 from tests.modeling.training_runs import log_of, save_chats, save_routed
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
@@ -65,8 +67,11 @@ def test_a_terminated_run_goes_on_to_the_same_end_when_resumed(place: Path, tmp_
     assert json.loads(again.stdout) == json.loads(whole.stdout)
     description = json.loads((output / "training.json").read_text())
     assert description["result"]["held_out"]["active_rate"] == json.loads(whole.stdout)["held_out"]["active_rate"]
-    assert [file["name"] for file in description["data"]["training"]] == ["chats.jsonl"]
+    digest = hashlib.sha256((place / "chats.jsonl").read_bytes()).hexdigest()
+    assert description["data"] == {"training": [{"name": "chats.jsonl", "sha256": digest}]}
+    assert description["settings"].keys() == {field.name for field in dataclasses.fields(TrainingSettings)}
     assert description["settings"]["target"] == 0.7
+    assert description["versions"].keys() >= {"dlo-export", "torch", "transformers", "accelerate", "python"}
     # What was trained is what is exported, and proven equal to it.
     artefact = tmp_path / "artefact"
     exported = run("export", output, "-o", artefact, messages=tmp_path / "export")
