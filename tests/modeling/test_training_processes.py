@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from tests.documents import commands
@@ -36,7 +36,7 @@ def sharding() -> dict[str, str]:
         if command.arguments[0] == "accelerate" and "--use_fsdp" in command.arguments
     ]
     before = dict(os.environ)
-    described = prepare_multi_gpu_env(launch_command_parser().parse_args([*documented]))
+    described = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args([*documented]))[0])
     return {name: value for name, value in described.items() if before.get(name) != value and "FSDP" in name}
 
 
