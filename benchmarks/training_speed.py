@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.llama_layer import router_name
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
 from dlo_export.modeling.training.documents import TokenDocument
 from dlo_export.modeling.training.packing import PackedDocuments, PackedSets, stacked
 from dlo_export.modeling.training.run import train_model, training_arguments
@@ -76,10 +77,15 @@ class Steps:
 
     def __init__(self, train: Callable[[Callable[[], None]], object]) -> None:
         self._may_go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._error: BaseException | None = None
 
         def run() -> None:
             self._may_go.acquire()
-            train(self._stepped)
+            try:
+                train(self._stepped)
+            except BaseException as error:  # raised where the step is waited for
+                self._error = error
+            self._done.release()
 
         threading.Thread(target=run, daemon=True).start()
 
@@ -87,6 +93,8 @@ class Steps:
         """Returns when the step is done."""
         self._may_go.release()
         self._done.acquire()
+        if self._error is not None:
+            raise self._error
 
     def _stepped(self) -> None:
         self._done.release()
@@ -96,14 +104,16 @@ class Steps:
 def deepened_model(folder: Path, *, routed: bool) -> LlamaDloForCausalLM:
     """The checkpoint with a new layer after every five, and an all-zero router on each if asked for."""
     with open_checkpoint(folder) as checkpoint:
-        plan = placements("tli", checkpoint.config.num_hidden_layers, every=5)
+        plan = placements("tli", checkpoint.config.num_layers, every=5)
         config = checkpoint.config.raw | expanded_config(checkpoint.config.raw, plan)
         tensors = expanded_tensors(checkpoint.tensors, plan)
         if routed:
             config |= routed_config([True] * plan.num_layers)
             zeros = ArrayTensor(np.zeros((1, config["hidden_size"]), np.float32))
             tensors |= {router_name(layer): zeros for layer in range(plan.num_layers)}
-        return llama_dlo_from_tensors(config, tensors)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrainedRoutersWarning)  # they are about to be trained
+            return llama_dlo_from_tensors(config, tensors)
 
 
 def plain_model(folder: Path) -> LlamaForCausalLM:

@@ -168,7 +168,7 @@ def test_a_run_goes_on_from_its_last_checkpoint_when_the_disk_was_full(
     full = train(place, "routed", tmp_path / "out", *STEPS, "--resume", limits={"file_bytes": file_bytes})
     assert (full.returncode, "File too large" in full.stderr, "hint:" in full.stderr) == (4, True, True), full.stderr
     assert not (tmp_path / "out").exists()
-    assert [path.name for path in (tmp_path / "out.run").glob("*checkpoint-[^2]*")] == ["checkpoint-4"]
+    assert [path.name for path in (tmp_path / "out.run").glob("*checkpoint*")] == ["checkpoint-4"]
     assert digests(tmp_path / "out.run" / "checkpoint-4") == before
     again = train(place, "routed", tmp_path / "out", *STEPS, "--resume")
     assert again.returncode == 0, again.stderr
@@ -178,7 +178,7 @@ def test_a_run_goes_on_from_its_last_checkpoint_when_the_disk_was_full(
 
 def test_a_diverging_command_names_step_and_layer_and_keeps_its_last_checkpoint(place: Path, tmp_path: Path) -> None:
     # The first step's rate is 0: warming up, so the second one spoils the weights.
-    fast = ("--learning-rate", 1e25, "--warmup", 0.5, "--save-every", 1, "--uniform")
+    fast = ("--learning-rate", 1e14, "--warmup", 0.5, "--save-every", 1, "--uniform")
     result = train(place, "routed", tmp_path / "out", *STEPS, *fast)
     assert result.returncode == 2, result.stderr
     assert re.search(r"training: the loss of step 3 is not a finite number: layer \d is the first", result.stderr)
