@@ -209,8 +209,8 @@ class DloTrainer(Trainer):
         Raises:
             TrainingDivergedError: One is not.
         """
-        learning = [parameter for parameter in self._routed.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in learning])
+        learning = [*self._routed.parameters()]
+        norm = torch.nn.utils.get_total_norm([each.grad for each in learning if each.grad is not None])
         # A finite gradient is no proof: softmax has one where its logits overflow. No router's loss is large.
         losses = torch.stack([batch.loss for batch in self._micro_batches]).sum()
         found = torch.stack([whole(norm).double(), losses.double()])
