@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import AutocastKwargs, broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -176,7 +177,7 @@ class DloTrainer(Trainer):
         counted = inputs.pop("counted")
         rate = self.settings.rate(self.state.global_step)
         select = self._selection(counted) if self.capacities else None
-        with self.accelerator.autocast():  # Accelerate puts it around a model it wraps, and not around a sharded one
+        with self._autocast():
             outputs = model(**inputs, use_cache=False, select_tokens=select, num_items_in_batch=num_items_in_batch)
         language = outputs.loss
         self._micro_batches.append(_MicroBatch(inputs, select, language.detach()))
@@ -185,7 +186,7 @@ class DloTrainer(Trainer):
         distilled = torch.zeros_like(language)
         assert num_items_in_batch is not None, "the Trainer counts the labels of a model that takes their number"
         if self._teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), self._autocast():
                 values = {name: value for name, value in inputs.items() if name != "labels"}
                 wanted = self._teacher(**values, use_cache=False).logits
             distilled = distillation_loss(outputs.logits, wanted, inputs["labels"]) / num_items_in_batch
@@ -286,7 +287,7 @@ class DloTrainer(Trainer):
         with uncompiled():
             for batch in self._held_out_batches():
                 counted, labels = batch.pop("counted"), batch.pop("labels")
-                with self.accelerator.autocast():
+                with self._autocast():
                     outputs = model(**batch, use_cache=False)
                     loss = _summed_loss(outputs.logits, labels)
                     trained = loss
@@ -312,6 +313,13 @@ class DloTrainer(Trainer):
                 batch["labels"].fill_(IGNORED)
                 batch["counted"].fill_(False)
             yield {name: value.to(self.args.device) for name, value in batch.items()}
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        """Accelerate puts its own around a model that it wraps, and none around a sharded one."""
+        # A cache of casts would hold the 16-bit copy of every weight that shards are gathered into, all at once.
+        casts = AutocastKwargs(cache_enabled=not self.is_fsdp_enabled)
+        context: AbstractContextManager[None] = self.accelerator.autocast(casts)
+        return context
 
     def _selection(self, counted: torch.Tensor) -> dict[int, SelectTokens]:
         if self.settings.selection == "threshold":
@@ -399,7 +407,7 @@ class DloTrainer(Trainer):
         bad = [batch for batch in self._micro_batches if not batch.loss.isfinite()]
         batch = (bad or self._micro_batches)[0]
         values = {name: value for name, value in batch.inputs.items() if name != "labels"}
-        with self.accelerator.autocast():
+        with self._autocast():
             outputs = self._routed(
                 **values, use_cache=False, select_tokens=batch.select_tokens, output_hidden_states=True
             )
