@@ -101,7 +101,7 @@ def test_shards_train_as_copies_do(place: Path, tmp_path: Path, dtype: str) -> N
         assert [rank.returncode for rank in done] == [0, 0], done
         logs.append(log_of(tmp_path / f"{name}.run"))
     for copies, shards in zip(*logs, strict=True):
-        assert shards == pytest.approx(copies, rel=1e-3, abs=1e-4)
+        assert shards == pytest.approx(copies, rel=1e-5, abs=1e-7)  # a tenth of what bf16 changes
 
 
 @pytest.mark.parametrize(
