@@ -62,8 +62,13 @@ def top_k_selection(capacities: Mapping[int, float], counted: torch.Tensor) -> d
 
 
 def threshold_selection(capacities: Mapping[int, float]) -> dict[int, SelectTokens]:
-    """Activates in each layer what inference would."""
-    return dict.fromkeys(capacities, is_active)
+    """Activates in each layer what inference would, and what a router scores that has learned nothing yet."""
+    return dict.fromkeys(capacities, _is_active_or_unknown)
+
+
+def _is_active_or_unknown(scores: torch.Tensor) -> torch.Tensor:
+    # All-zero routers score exactly 0.5. Inference skips that; training would begin without any MLP.
+    return is_active(scores) | (scores == 0.5)
 
 
 def skip_labels(
