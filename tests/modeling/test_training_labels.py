@@ -35,7 +35,11 @@ def routing(model: LlamaDloForCausalLM) -> tuple[Mapping[int, object], Mapping[i
     before: dict[int, np.ndarray] = {}
     for layer in CAPACITIES:
         norm = model.model.layers[layer].post_attention_layernorm
-        norm.register_forward_pre_hook(lambda _, args, layer=layer: before.update({layer: args[0].detach().numpy()}))
+
+        def note(_norm: torch.nn.Module, given: tuple[torch.Tensor], layer: int = layer) -> None:
+            before[layer] = given[0].detach().numpy().reshape(*COUNTED.shape, -1)
+
+        norm.register_forward_pre_hook(note)
     ids = torch.arange(24).reshape(2, 12)
     select = top_k_selection(CAPACITIES, torch.from_numpy(COUNTED))
     output = model(ids, use_cache=False, select_tokens=select, output_hidden_states=True)
