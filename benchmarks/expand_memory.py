@@ -48,7 +48,7 @@ CONFIG: dict[str, Any] = {
     "hidden_act": "silu",
     "dtype": "bfloat16",
 }
-# What each way to make a new layer reads: one original, or two at once.
+# What each way to make a new layer reads: one original, or the two around it; the last one has none behind it.
 EXPANSIONS = {
     "copy": ("--init", "copy"),
     "zero_out, with routers": ("--init", "zero_out", "--routers"),
@@ -100,7 +100,7 @@ def save_synthetic_checkpoint(folder: Path, layers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4, help="of the model to deepen, at least 4")
+    parser.add_argument("--layers", type=int, default=5, help="of the model to deepen, at least 5")
     parser.add_argument("--write", type=Path, help="only write the checkpoint there")
     arguments = parser.parse_args()
     layers = arguments.layers
