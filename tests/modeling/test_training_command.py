@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from dlo_export.checkpoints.files.folder_kind import FolderKind, folder_kind
 from dlo_export.checkpoints.files.written_files import LIST_NAME
 from dlo_export.modeling.training.settings import TrainingSettings
 from tests.exporter.forked_commands import Ended, ended, run, start
@@ -85,6 +86,8 @@ def test_a_plain_model_is_trained_with_new_routers_or_without(
 ) -> None:
     result = train(place, "plain", tmp_path / "out", "--max-steps", 2, "--routers", routers)
     assert result.returncode == 0, result.stderr
+    assert folder_kind(tmp_path / "out") is FolderKind.TRAINED_CHECKPOINT
+    assert folder_kind(tmp_path / "out.run" / "checkpoint-2") is FolderKind.RUN_CHECKPOINT
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("is_dlo", False) == routed
     assert (config["dtype"], config["model_type"]) == ("float32", "llama_dlo_exattn" if routed else "llama")
