@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of the results; .peers/papers-FORM by default")
     parser.add_argument("--publish", type=Path, help="folder to copy tables and plots to")
     parser.add_argument("--held-out-tokens", type=int, help="of each domain; each form has its own")
+    parser.add_argument("--compile", action="store_true", help="compile layers in training, as `dlo train` does")
     parser.add_argument("--only-expansion", action="store_true", help="table (a) alone, which needs no training")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch on the CPU")
     parsed = parser.parse_args(arguments)
@@ -57,8 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(parsed.threads)
     name = "quick" if parsed.quick else parsed.form
     form = FORMS[name]
-    if parsed.held_out_tokens is not None:
-        form = dataclasses.replace(form, held_out_tokens=parsed.held_out_tokens)
+    form = dataclasses.replace(
+        form,
+        held_out_tokens=form.held_out_tokens if parsed.held_out_tokens is None else parsed.held_out_tokens,
+        compile=parsed.compile,
+    )
     request = Request(
         output=parsed.output or WORKSPACE / f"papers-{name}",
         form=(name, form),

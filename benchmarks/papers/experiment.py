@@ -22,6 +22,7 @@ from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate
 from dlo_export.modeling.calibration.router_calibration import CalibrationSettings, calibrate_routers
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.perplexity import perplexity
+from dlo_export.modeling.training.compilation import uncompiled
 from dlo_export.modeling.training.documents import TokenDocument, tokenize_records
 from dlo_export.modeling.training.packing import PackedDocuments, PackedSets
 from dlo_export.modeling.training.records import read_records
@@ -116,6 +117,10 @@ class Experiment:
             decide: Decisions to try in place of the routers', for a batch's shape.
         """
         self.placed(model).eval()
+        with uncompiled():
+            return self._measured(model, decide)
+
+    def _measured(self, model: LlamaDloForCausalLM, decide: DecideShape | None) -> dict[str, Any]:
         decide_batch = None if decide is None else lambda _batch, shape: decide(shape)
         found = {
             domain: as_json(evaluate(model, windows.to(self.device), decide_batch), model.config.num_hidden_layers)

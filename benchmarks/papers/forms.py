@@ -21,6 +21,7 @@ class Form:
         accumulate: Micro-batches of a step.
         sequence: Tokens of a sequence.
         dtype: Of training.
+        compile: Compile layers in training, but for those of experts, whose shapes depend on the tokens.
         learning_rate: Of weights.
         router_learning_rate: Of routers.
         curve_points: How often a run is measured on its way.
@@ -48,6 +49,7 @@ class Form:
     accumulate: int = 1
     sequence: int = 512
     dtype: str = "bf16"
+    compile: bool = False
     learning_rate: float = 3e-5
     router_learning_rate: float = 1e-3
     curve_points: int = 4

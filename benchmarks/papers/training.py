@@ -175,6 +175,7 @@ def settings_of(run: TrainingRun, experiment: Experiment, model: LlamaDloForCaus
         learning_rate=form.learning_rate,
         router_learning_rate=form.router_learning_rate,
         dtype=form.dtype,
+        compile=form.compile and run.kind != "moe",
         eval_every=max(1, steps // form.curve_points),
         save_every=steps,
         seed=run.seed,
