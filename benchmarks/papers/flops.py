@@ -28,7 +28,7 @@ def training_flops(
     sequence.pop("counted")
     device = next(model.parameters()).device
     batch = {name: values.to(device) for name, values in sequence.items()}
-    select = (lambda _layer, scores: is_active(scores)) if model.config.routed_layers else None
+    select = dict.fromkeys(model.config.routed_layers, is_active) or None
     # PyTorch's counter does not know the CPU's fused attention, but the products that the plain form is made of.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**batch, use_cache=False, select_tokens=select).loss.backward()
