@@ -22,12 +22,15 @@ class ModelType:
         routing: What the routed layers of the DLO authors' types skip; None for a plain decoder.
         window: The field that puts a sliding window in force: a `sliding_window` that is not null; a `layer_types` that
             is not full attention for every layer; a `sliding_window` unless `use_sliding_window` is false.
+        thresholds: Whether its routers may have thresholds of their own (`router_thresholds`). The authors' types have
+            none, and readers that know them would not look for any: the types of models that have are others.
         defaults: Of fields that are left out, where they differ from Llama's.
         unread: Fields of a Llama that this type's code does not read, whatever they say.
     """
 
     name: str
     routing: Literal["mlp", "layer"] | None = None
+    thresholds: bool = False
     window: WindowRule = "use_sliding_window"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
@@ -84,7 +87,20 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         # The DLO authors' code; `llama_dlo_exattn` keeps attention dense.
         ModelType("llama_dlo", routing="layer"),
         ModelType("llama_dlo_exattn", routing="mlp"),
+        # Ours: the same with thresholds, refused by readers that would take one half for all of them.
+        ModelType("llama_dlo_thresholds", routing="layer", thresholds=True),
+        ModelType("llama_dlo_exattn_thresholds", routing="mlp", thresholds=True),
         ModelType("mistral", window="sliding_window", defaults=_MISTRAL, unread=_NO_BIASES),
         ModelType("ministral", window="layer_types", defaults=_MISTRAL, unread=_NO_BIASES),
     )
 }
+
+
+def routed_model_type(routing: Literal["mlp", "layer"], *, thresholds: bool) -> str:
+    """What config.json calls a model that routes so.
+
+    Args:
+        routing: What its routed layers skip.
+        thresholds: Whether any of its routers has a threshold of its own.
+    """
+    return next(kind.name for kind in MODEL_TYPES.values() if (kind.routing, kind.thresholds) == (routing, thresholds))

@@ -371,7 +371,8 @@ def _inject_layers(source: GraphSource) -> InjectLayersPass:
 
 
 def _route_layers(source: GraphSource) -> RouteLayersPass:
-    assert source.routing is not None, "asked before"
+    routing = source.routing
+    assert routing is not None, "asked before"
     return RouteLayersPass(
-        source.routers(), source.routing.rescale, source.routing.scale_factor, source.routing.scale_gap
+        source.routers(), routing.rescale, routing.scale_factor, routing.scale_gap, routing.thresholds
     )

@@ -13,7 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import parse_router
-from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
+from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig, LlamaDloThresholdsConfig
 from dlo_export.modeling.float64_norm import use_float64_norms
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, LlamaDloLayerForCausalLM, warn_of_untrained_routers
 
@@ -64,7 +65,8 @@ def empty_llama_dlo(
     values = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
     if config.get("model_type") == LlamaDloLayerConfig.model_type:
         LlamaDloLayerForCausalLM(LlamaDloLayerConfig(**values))  # says that it is not supported
-    model_config = LlamaDloConfig(**values, dtype=dtype)
+    kind = LlamaDloThresholdsConfig if values.get(THRESHOLDS) else LlamaDloConfig
+    model_config = kind(**values, dtype=dtype)
     with torch.device("meta"):
         model = LlamaDloForCausalLM(model_config)
     if dtype == torch.float64:

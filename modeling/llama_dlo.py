@@ -32,7 +32,8 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
+from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig, LlamaDloThresholdsConfig
 from dlo_export.modeling.routing import (
     SelectTokens,
     TokenRouter,
@@ -82,6 +83,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer):
         hidden_states: torch.Tensor,
         router: TokenRouter | None = None,
         branch_scale: tuple[float, float] = (1.0, 0.0),
+        threshold: float = ONE_HALF,
         force_active: torch.Tensor | None = None,
         masked: bool = False,
         select_tokens: SelectTokens | None = None,
@@ -93,6 +95,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer):
             hidden_states: The residual stream, [batch, sequence, hidden].
             router: Decides from the residual stream as it comes in, before norm and attention.
             branch_scale: (a, b): the MLP branch is multiplied by a + b·score.
+            threshold: What the score of an active token exceeds.
             force_active: bool [batch, sequence], decisions to use in place of the router's. Scores stay the router's.
             masked: Compute every token's MLP and discard those of skipped tokens.
             select_tokens: Decides in place of the router's threshold, in training.
@@ -114,7 +117,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer):
             active = select_tokens(self.self_attn.layer_idx, scores.detach())
             hidden_states, similarity = add_trained_branch(hidden_states, self._mlp_branch, scores, active, scale)
             return hidden_states, TrainingRouting(scores, active, similarity)
-        active = is_active(scores) if force_active is None else force_active
+        active = is_active(scores, threshold) if force_active is None else force_active
         add_branch = add_masked_branch if masked else add_active_branch
         return add_branch(hidden_states, self._mlp_branch, active, scale), scores
 
@@ -222,6 +225,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
         # Attention runs for every token, so that the cache is whole; scores are kept, since parity compares them.
+        thresholds = self.config.thresholds
         router_scores: dict[int, torch.Tensor] = {}
         training_routing: dict[int, TrainingRouting] = {}
         streams = []
@@ -231,6 +235,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
                 hidden_states,
                 router=self.router(index),
                 branch_scale=self.config.branch_scale,
+                threshold=thresholds.get(index, ONE_HALF),
                 force_active=forced.get(index),
                 masked=self.masked,
                 attention_mask=causal_mask,
@@ -316,6 +321,13 @@ class LlamaDloForCausalLM(LlamaDloPreTrainedModel, GenerationMixin):
         )
 
 
+class LlamaDloThresholdsForCausalLM(LlamaDloForCausalLM):
+    """The same model, under the type of checkpoints with thresholds."""
+
+    config: LlamaDloThresholdsConfig
+    config_class = LlamaDloThresholdsConfig
+
+
 class LlamaDloLayerForCausalLM(LlamaDloPreTrainedModel):
     """The authors' LlamaDLOForCausalLM, which skips whole layers: it says so instead of computing something else."""
 
@@ -343,11 +355,16 @@ def adds_nothing(projection: nn.Linear) -> bool:
     return zero and (projection.bias is None or not projection.bias.any())
 
 
+def skipping_at_zero(config: LlamaDloConfig) -> tuple[int, ...]:
+    """Routed layers that an all-zero router makes skip every token: not those whose threshold is below one half."""
+    return tuple(layer for layer in config.routed_layers if config.threshold(layer) >= ONE_HALF)
+
+
 def warn_of_untrained_routers(model: LlamaDloForCausalLM) -> None:
     """Warns of layers that skip every token because their router is all zeros, except where that is harmless."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return
-    zero = {layer for layer in model.config.routed_layers if not model.model.router(layer).weight.any()}
+    zero = {layer for layer in skipping_at_zero(model.config) if not model.model.router(layer).weight.any()}
     if zero and (untrained := sorted(zero - set(identity_mlps(model)))):
         warnings.warn(
             f"the routers of layers {untrained} are all zeros: every score is exactly 0.5, so their MLPs are skipped "
@@ -358,4 +375,5 @@ def warn_of_untrained_routers(model: LlamaDloForCausalLM) -> None:
 
 
 AutoModelForCausalLM.register(LlamaDloConfig, LlamaDloForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(LlamaDloThresholdsConfig, LlamaDloThresholdsForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(LlamaDloLayerConfig, LlamaDloLayerForCausalLM, exist_ok=True)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
+
 SelectTokens = Callable[[int, torch.Tensor], torch.Tensor]
 """Training's decision in place of the threshold's: of a layer and its scores, bool of the scores' shape."""
 
@@ -46,9 +48,9 @@ class TokenRouter(nn.Linear):
             return torch.sigmoid(F.linear(hidden_states.to(precision), self.weight.to(precision))).squeeze(-1)
 
 
-def is_active(scores: torch.Tensor) -> torch.Tensor:
-    """The decision: bool, of the scores' shape. A score of exactly 0.5 skips."""
-    return scores > 0.5
+def is_active(scores: torch.Tensor, threshold: float = ONE_HALF) -> torch.Tensor:
+    """The decision: bool, of the scores' shape. A score of exactly the threshold, a float32 number, skips."""
+    return scores > threshold
 
 
 def add_masked_branch(

@@ -57,8 +57,8 @@ def measure_perplexity(
         runner.reset(1)
         result = runner.step(window[np.newaxis], np.ones((1, length), np.int64), positions)
         total += _negative_log_likelihood(result.logits[0, :-1], window[1:])
-        for layer, scores in result.router_scores.items():
-            active[layer] = active.get(layer, 0) + int((scores > 0.5).sum())
+        for layer, decided in runner.active(result.router_scores).items():
+            active[layer] = active.get(layer, 0) + int(decided.sum())
         if progress is not None:
             progress(done, len(windows))
     predicted = windows.shape[0] * (length - 1)

@@ -23,6 +23,9 @@ from dlo_export.checkpoints.llama_layer import (
     parse_router,
     router_name,
 )
+from dlo_export.checkpoints.model_types import routed_model_type
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
+from dlo_export.checkpoints.router_thresholds import thresholds_json
 
 __all__ = [
     "METHODS",
@@ -126,6 +129,10 @@ def expanded_config(config: Mapping[str, Any], plan: ExpansionPlan, *, zero_rout
     if routed is not None:
         # A new layer's router would be untrained: it has none unless it was asked for.
         changes["is_dlo"] = _placed(routed, plan, "is_dlo", injected=False)
+    if config.get(THRESHOLDS):
+        # They follow their routers; a new layer's, where it gets one, has the threshold of one half.
+        moved = {plan.original_positions[int(layer)]: threshold for layer, threshold in config[THRESHOLDS].items()}
+        changes[THRESHOLDS] = thresholds_json(moved)
     if zero_routers:
         is_dlo = [True] * plan.num_layers
         changes |= {"is_dlo": is_dlo} if routed and any(routed) else routed_config(is_dlo)
@@ -133,7 +140,12 @@ def expanded_config(config: Mapping[str, Any], plan: ExpansionPlan, *, zero_rout
 
 
 def routed_config(
-    is_dlo: Sequence[bool], *, rescale: bool = False, scale_factor: float = 2.0, scale_gap: float = 0.0
+    is_dlo: Sequence[bool],
+    *,
+    rescale: bool = False,
+    scale_factor: float = 2.0,
+    scale_gap: float = 0.0,
+    thresholds: Mapping[int, float] | None = None,
 ) -> dict[str, Any]:
     """The keys of config.json that make a model an MLP-routed one; by default, active branches are taken as they are.
 
@@ -143,14 +155,16 @@ def routed_config(
         scale_factor: Of the factor. With the defaults it is 1 by either reading, as it must be where the base model was
             not trained with a scale.
         scale_gap: Likewise.
+        thresholds: By routed layer, where it is not 0.5.
     """
     return {
-        "model_type": "llama_dlo_exattn",
+        "model_type": routed_model_type("mlp", thresholds=bool(thresholds)),
         "architectures": ["LlamaDloForCausalLM"],
         "is_dlo": list(is_dlo),
         "rescale_hidden_states": rescale,
         "scale_factor": scale_factor,
         "scale_gap": scale_gap,
+        **({THRESHOLDS: thresholds_json(thresholds)} if thresholds else {}),
     }
 
 

@@ -19,6 +19,7 @@ from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
 from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.sources.adapter_base import check_adapter_base
 from dlo_export.exporter.sources.base_model import BaseModel, check_use
 from dlo_export.exporter.sources.checkpoint_model import CheckpointModel
@@ -71,7 +72,10 @@ class ExportSource:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user is to be shown, one sentence each: the base model's, and of routers that skip everything."""
-        zero = [layer for layer, router in self.routers().items() if not router.any()]
+        thresholds = {} if self.routing is None else self.routing.thresholds
+        # An all-zero router's score is 0.5.
+        skip = {layer: router for layer, router in self.routers().items() if thresholds.get(layer, ONE_HALF) >= ONE_HALF}
+        zero = [layer for layer, router in skip.items() if not router.any()]
         tensors = self.tensors() if zero else {}
         # Where the MLP adds nothing, as a new layer's of zero_out, skipping it loses nothing.
         ends = [
@@ -115,6 +119,7 @@ class ExportSource:
                 rescale=self.adapter.rescale_hidden_states,
                 scale_factor=self.adapter.scale_factor,
                 scale_gap=self.adapter.scale_gap,
+                thresholds=self.adapter.router_thresholds,
             )
         return values
 
@@ -210,6 +215,7 @@ def _adapter_routing(adapter: DloAdapter) -> RoutingConfig | None:
         adapter.rescale_hidden_states,
         adapter.scale_factor,
         adapter.scale_gap,
+        adapter.router_thresholds,
     )
 
 

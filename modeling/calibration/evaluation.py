@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.modeling.configuration import LlamaDloConfig
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.perplexity import perplexity
@@ -39,16 +40,20 @@ class Evaluation:
     tokens: int
 
 
-def with_routers(model: PreTrainedModel, routers: Mapping[int, np.ndarray]) -> LlamaDloForCausalLM:
+def with_routers(
+    model: PreTrainedModel, routers: Mapping[int, np.ndarray], thresholds: Mapping[int, float] | None = None
+) -> LlamaDloForCausalLM:
     """The same model, sharing its weights, with these routers and no others.
 
     Args:
         model: transformers' Llama or ours.
         routers: By layer, float32 [1, hidden].
+        thresholds: By routed layer, where it is not one half.
     """
     num_layers = model.config.num_hidden_layers
-    values = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "architectures")}
-    changes = routed_config([layer in routers for layer in range(num_layers)])
+    replaced = ("model_type", "architectures", THRESHOLDS)
+    values = {key: value for key, value in model.config.to_dict().items() if key not in replaced}
+    changes = routed_config([layer in routers for layer in range(num_layers)], thresholds=thresholds)
     config = LlamaDloConfig(**{**values, **{key: value for key, value in changes.items() if key != "model_type"}})
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
@@ -75,7 +80,7 @@ def evaluate(model: LlamaDloForCausalLM, sequences: torch.Tensor, decide: Decide
         forced = {} if decide is None else dict(decide(number, batch.shape))
         output = model.model(batch, use_cache=False, force_active=forced)
         for layer, scores in output.router_scores.items():
-            active[layer] += int(forced.get(layer, is_active(scores)).sum())
+            active[layer] += int(forced.get(layer, is_active(scores, model.config.threshold(layer))).sum())
         rows, targets = output.last_hidden_state[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
         # In pieces: logits of a large vocabulary are the largest tensor of a small model.
         at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils.generic import maybe_autocast
 
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.modeling.routing import SelectTokens, TrainingRouting, is_active
 
 
@@ -49,9 +50,9 @@ def top_k_selection(capacities: Mapping[int, float], counted: torch.Tensor) -> S
     return select
 
 
-def threshold_selection(_layer: int, scores: torch.Tensor) -> torch.Tensor:
-    """Activates what inference would."""
-    return is_active(scores)
+def threshold_selection(thresholds: Mapping[int, float]) -> SelectTokens:
+    """Activates what inference would, by its thresholds where they are not one half."""
+    return lambda layer, scores: is_active(scores, thresholds.get(layer, ONE_HALF))
 
 
 def skip_labels(
@@ -78,7 +79,11 @@ def skip_labels(
 
 
 def router_losses(
-    routing: Mapping[int, TrainingRouting], labels: Mapping[int, torch.Tensor], counted: torch.Tensor, rate: float
+    routing: Mapping[int, TrainingRouting],
+    labels: Mapping[int, torch.Tensor],
+    counted: torch.Tensor,
+    rate: float,
+    thresholds: Mapping[int, float] | None = None,
 ) -> RouterLosses:
     """Losses of a micro-batch, and what there is to be reported.
 
@@ -87,13 +92,16 @@ def router_losses(
         labels: Of the same layers.
         counted: See above.
         rate: Wanted share of active tokens.
+        thresholds: By layer, of inference, where it is not one half.
     """
+    limits = [(thresholds or {}).get(layer, ONE_HALF) for layer in routing]
     scores = torch.stack([values.scores[counted] for values in routing.values()])
     targets = torch.stack([labels[layer][counted] for layer in routing])
     with maybe_autocast(scores.device.type, enabled=False):
         skip = F.binary_cross_entropy(scores, targets.to(scores.dtype))
         # Inference takes a step of the score. A penalty on the scores themselves leaves the steps where they are.
-        hard = is_active(scores.detach()).to(scores.dtype)
+        active = [is_active(each, limit) for each, limit in zip(scores.detach(), limits, strict=True)]
+        hard = torch.stack(active).to(scores.dtype)
         penalty = ((hard + scores - scores.detach()).mean() - rate).square()
     selected = torch.stack([values.active[counted] for values in routing.values()])
     return RouterLosses(

@@ -186,7 +186,7 @@ class DloTrainer(Trainer):
         routers = [torch.zeros(4 + len(self.capacities), dtype=torch.float64, device=counted.device)]
         if self.capacities:
             labels = skip_labels(self.settings.labels, outputs.training_routing, counted, rate)
-            losses = router_losses(outputs.training_routing, labels, counted, rate)
+            losses = router_losses(outputs.training_routing, labels, counted, rate, self._routed.config.thresholds)
             weighted = self.settings.skip_weight * losses.skip + self.settings.rate_weight * losses.rate
             loss = loss + weighted / self.current_gradient_accumulation_steps
             shares = (losses.skip.detach(), losses.rate.detach(), losses.active, losses.selected)
@@ -276,7 +276,9 @@ class DloTrainer(Trainer):
                 if layers:
                     select = self._selection(counted)
                     trained = _summed_loss(model(**batch, use_cache=False, select_tokens=select).logits, labels)
-            active = [is_active(outputs.router_scores[layer])[counted].sum() for layer in layers]
+            active = [
+                is_active(outputs.router_scores[layer], model.config.threshold(layer))[counted].sum() for layer in layers
+            ]
             found = [loss, trained, (labels != IGNORED).sum(), counted.sum(), *active]
             sums += torch.stack([value.double() for value in found])
         model.train(was_training)
@@ -286,7 +288,7 @@ class DloTrainer(Trainer):
 
     def _selection(self, counted: torch.Tensor) -> SelectTokens:
         if self.settings.selection == "threshold":
-            return threshold_selection
+            return threshold_selection(self._routed.config.thresholds)
         return top_k_selection(self.capacities, counted)
 
     # Learning rates and checkpoints, in place of the Trainer's.
