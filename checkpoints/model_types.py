@@ -87,11 +87,11 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         # The DLO authors' code; `llama_dlo_exattn` keeps attention dense.
         ModelType("llama_dlo", routing="layer"),
         ModelType("llama_dlo_exattn", routing="mlp"),
-        # Ours: the same with thresholds, refused by readers that would take one half for all of them.
-        ModelType("llama_dlo_thresholds", routing="layer", thresholds=True),
-        ModelType("llama_dlo_exattn_thresholds", routing="mlp", thresholds=True),
         ModelType("mistral", window="sliding_window", defaults=_MISTRAL, unread=_NO_BIASES),
         ModelType("ministral", window="layer_types", defaults=_MISTRAL, unread=_NO_BIASES),
+        # Ours: the authors' with thresholds, refused by readers that would take one half for all of them.
+        ModelType("llama_dlo_thresholds", routing="layer", thresholds=True),
+        ModelType("llama_dlo_exattn_thresholds", routing="mlp", thresholds=True),
     )
 }
 

@@ -1,7 +1,7 @@
 """Router thresholds: by layer, the score a token must exceed to be active.
 
-`router_thresholds` is an object of layers (in decimal, as JSON's keys are) and scores, in a checkpoint's config.json, an
-adapter's and an artefact's description. A routed layer that it does not name has the DLO authors' threshold of one half.
+`router_thresholds` is an object of layers (in decimal, as JSON's keys are) and scores, in a checkpoint's config.json,
+an adapter's and an artefact's description. A routed layer that it does not name has the DLO authors' one half.
 """
 
 from __future__ import annotations
@@ -57,6 +57,17 @@ def read_thresholds(entries: Mapping[str, float] | None) -> dict[int, float]:
 def thresholds_json(thresholds: Mapping[int, float]) -> dict[str, float]:
     """The inverse of `read_thresholds`."""
     return {str(layer): float(thresholds[layer]) for layer in sorted(thresholds)}
+
+
+def replaced_thresholds(config: Mapping[str, Any], thresholds: Mapping[int, float]) -> dict[str, Any]:
+    """What a model that had a config.json says of its thresholds once they are these.
+
+    Returns:
+        The key and its value; null, which is as good as left out, where a value is to go; nothing where there is none.
+    """
+    if thresholds:
+        return {KEY: thresholds_json(thresholds)}
+    return {KEY: None} if config.get(KEY) else {}
 
 
 def _is_in(layer: str, routed_layers: Collection[int]) -> bool:

@@ -35,6 +35,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig, LlamaDloThresholdsConfig
 from dlo_export.modeling.routing import (
+    GateTokens,
     SelectTokens,
     TokenRouter,
     TrainingRouting,
@@ -42,6 +43,7 @@ from dlo_export.modeling.routing import (
     add_masked_branch,
     add_trained_branch,
     is_active,
+    straight_through,
 )
 
 
@@ -87,6 +89,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer):
         force_active: torch.Tensor | None = None,
         masked: bool = False,
         select_tokens: SelectTokens | None = None,
+        gate_tokens: GateTokens = straight_through,
         **attention_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | TrainingRouting | None]:
         """Runs the layer.
@@ -99,6 +102,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer):
             force_active: bool [batch, sequence], decisions to use in place of the router's. Scores stay the router's.
             masked: Compute every token's MLP and discard those of skipped tokens.
             select_tokens: Decides in place of the router's threshold, in training.
+            gate_tokens: What the branch is multiplied by then.
             attention_kwargs: Whatever transformers' attention takes.
 
         Returns:
@@ -114,8 +118,10 @@ class RoutedDecoderLayer(LlamaDecoderLayer):
         offset, slope = branch_scale
         scale = None if (offset, slope) == (1.0, 0.0) else offset + slope * scores
         if select_tokens is not None:
-            active = select_tokens(self.self_attn.layer_idx, scores.detach())
-            hidden_states, similarity = add_trained_branch(hidden_states, self._mlp_branch, scores, active, scale)
+            index = self.self_attn.layer_idx
+            active = select_tokens(index, scores.detach())
+            gate = gate_tokens(index, scores, active)
+            hidden_states, similarity = add_trained_branch(hidden_states, self._mlp_branch, gate, scale)
             return hidden_states, TrainingRouting(scores, active, similarity)
         active = is_active(scores, threshold) if force_active is None else force_active
         add_branch = add_masked_branch if masked else add_active_branch
@@ -194,7 +200,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
             force_active: Per layer, bool [batch, sequence]: decisions to use in place of the routers'.
             output_hidden_states: Return the residual stream before every layer, and the normalised one at the end.
             kwargs: Passed on to the layers and their attention; `select_tokens` (see `RoutedDecoderLayer.forward`) is
-                training's decisions in place of the routers'.
+                training's decisions in place of the routers', `gate_tokens` what they come to.
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`; `force_active` for a layer without router.

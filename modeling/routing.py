@@ -15,6 +15,9 @@ from dlo_export.checkpoints.router_thresholds import ONE_HALF
 SelectTokens = Callable[[int, torch.Tensor], torch.Tensor]
 """Training's decision in place of the threshold's: of a layer and its scores, bool of the scores' shape."""
 
+GateTokens = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""What training multiplies a routed branch by: of a layer, its scores with their gradient, and the decisions."""
+
 
 class TrainingRouting(NamedTuple):
     """What a routed layer did in a training step, for the losses of its router. All [batch, sequence].
@@ -74,23 +77,29 @@ def add_masked_branch(
     return hidden_states + torch.where(active.unsqueeze(-1), added, torch.zeros_like(added))
 
 
+def straight_through(_layer: int, scores: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    """The decisions, with a gradient for the router: a `GateTokens`.
+
+    The decision is a step, which has no gradient: its straight-through estimate is the score's, so that a router also
+    learns from what the tokens it skips would have been given.
+    """
+    return active.to(scores.dtype) + (scores - scores.detach())
+
+
 def add_trained_branch(
     hidden_states: torch.Tensor,
     branch: Callable[[torch.Tensor], torch.Tensor],
-    scores: torch.Tensor,
-    active: torch.Tensor,
+    gate: torch.Tensor,
     scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values of `add_masked_branch`, with a gradient for the decisions, and what labels are made of.
+    """Returns h + gate·c·branch(h), and what labels are made of: one run of the MLP serves both.
 
-    The decision is a step, which has no gradient: its straight-through estimate is the score's, so that a router also
-    learns from what the tokens it skips would have been given. One run of the MLP serves this and the labels.
+    With `straight_through` gates, the values are those of `add_masked_branch`.
 
     Args:
         hidden_states: h, [batch, sequence, hidden].
         branch: Norm and MLP, a function of single tokens.
-        scores: float32 [batch, sequence].
-        active: bool [batch, sequence].
+        gate: float32 [batch, sequence], from 0 to 1, with a gradient for the router.
         scale: c, float32 [batch, sequence]; None where it is 1.
 
     Returns:
@@ -99,9 +108,7 @@ def add_trained_branch(
     added = branch(hidden_states)
     with torch.no_grad():
         similarity = torch.cosine_similarity(hidden_states.float(), hidden_states.float() + added.float(), dim=-1)
-    weight = active.to(scores.dtype) + (scores - scores.detach())
-    if scale is not None:
-        weight = weight * scale
+    weight = gate if scale is None else gate * scale
     return hidden_states + added * weight.unsqueeze(-1).to(added.dtype), similarity
 
 

@@ -203,7 +203,8 @@ def _adapter_from_config(config: dict[str, Any], tensors: Mapping[str, LazyTenso
         )
     if version == FORMAT_VERSION and THRESHOLDS in config:
         raise AdapterError(
-            f"adapter {origin}: format_version is {version}, but {THRESHOLDS} are of format {THRESHOLDS_FORMAT_VERSION}",
+            f"adapter {origin}: format_version is {version}, but {THRESHOLDS} are of format "
+            f"{THRESHOLDS_FORMAT_VERSION}",
             hint="a reader of format 1 would ignore them: say format_version 2, or remove them",
         )
     _raise_for(f"adapter {origin}", config_problems(config), f"the fields are {', '.join(CONFIG_FIELDS)}")

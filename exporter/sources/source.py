@@ -73,9 +73,8 @@ class ExportSource:
     def warnings(self) -> tuple[str, ...]:
         """What the user is to be shown, one sentence each: the base model's, and of routers that skip everything."""
         thresholds = {} if self.routing is None else self.routing.thresholds
-        # An all-zero router's score is 0.5.
-        skip = {layer: router for layer, router in self.routers().items() if thresholds.get(layer, ONE_HALF) >= ONE_HALF}
-        zero = [layer for layer, router in skip.items() if not router.any()]
+        zero = [layer for layer, router in self.routers().items() if not router.any()]
+        zero = [layer for layer in zero if thresholds.get(layer, ONE_HALF) >= ONE_HALF]  # their scores are one half
         tensors = self.tensors() if zero else {}
         # Where the MLP adds nothing, as a new layer's of zero_out, skipping it loses nothing.
         ends = [

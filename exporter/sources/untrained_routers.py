@@ -16,6 +16,6 @@ def untrained_router_warning(layers: Sequence[int]) -> str:
     shown = ", ".join(map(str, layers[:_SHOWN])) + (f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else "")
     return (
         f"the routers of layers {shown} are all zeros: every score is exactly 0.5, "
-        "which is not above their threshold, so every token skips those MLPs; fit the routers with `dlo calibrate`, train them, or "
-        "set is_dlo to false there"
+        "which is not above their threshold, so every token skips those MLPs; fit the routers with `dlo calibrate`, "
+        "train them, or set is_dlo to false there"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.parameters import choose_parameters
 from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
-from dlo_export.modeling.training.trainer import DloTrainer, HeldOut, StepReport
+from dlo_export.modeling.training.trainer import DloTrainer, HeldOut, RateControl, StepReport
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class TrainingResult:
         steps: Steps there are.
         stopped: It was asked to stop, and can be resumed.
         held_out: What held-out text says of the trained model; None for a stopped run.
+        rate_control: How its rate was brought to the target; None for a stopped run, without routers, or where that was
+            not asked for.
         is_main: Whether this process is the one that writes.
     """
 
@@ -38,6 +39,7 @@ class TrainingResult:
     steps: int
     stopped: bool
     held_out: HeldOut | None
+    rate_control: RateControl | None
     is_main: bool
 
 
@@ -76,7 +78,7 @@ def train_model(
     transformers_logging.disable_progress_bar()  # of its own, of each file it saves
     teacher = dense_teacher(model, settings.mode) if settings.distill_weight else None
     choose_parameters(model, settings)
-    arguments = _arguments(settings, folder.path)
+    arguments = _arguments(settings, folder)
     if arguments.process_index == 0:
         folder.begin(description, resume=resume)
     trainer = DloTrainer(
@@ -97,15 +99,20 @@ def train_model(
     trainer.train_from(folder.last_checkpoint() if resume else None)
     # A run that was resumed at its very end has nothing measured yet.
     measured = None if trainer.stopped else trainer.measured or trainer.measure()
+    controlled = None
+    if settings.exact_rate and trainer.capacities and not trainer.stopped:
+        controlled = trainer.control_rate()
+        if controlled.after != controlled.before:
+            measured = trainer.measure()
     state = trainer.state
     return TrainingResult(
-        state.global_step, state.max_steps, trainer.stopped, measured, trainer.is_world_process_zero()
+        state.global_step, state.max_steps, trainer.stopped, measured, controlled, trainer.is_world_process_zero()
     )
 
 
-def _arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
+def _arguments(settings: TrainingSettings, folder: RunFolder) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(folder.path),
         use_cpu=settings.device == "cpu",
         bf16=settings.dtype == "bf16",
         num_train_epochs=settings.epochs,
@@ -123,7 +130,7 @@ def _arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
         data_seed=settings.seed,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
-        save_strategy="steps",
+        save_strategy="steps" if folder.resumable else "no",
         save_steps=settings.save_every,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from transformers.utils.generic import maybe_autocast
 
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
-from dlo_export.modeling.routing import SelectTokens, TrainingRouting, is_active
+from dlo_export.modeling.routing import GateTokens, SelectTokens, TrainingRouting, is_active, straight_through
+
+_SATURATED = 1e-6  # scores so near to 0 or 1 are at the end of their gate whatever the temperature
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,26 @@ def top_k_selection(capacities: Mapping[int, float], counted: torch.Tensor) -> S
 def threshold_selection(thresholds: Mapping[int, float]) -> SelectTokens:
     """Activates what inference would, by its thresholds where they are not one half."""
     return lambda layer, scores: is_active(scores, thresholds.get(layer, ONE_HALF))
+
+
+def annealed_gates(thresholds: Mapping[int, float], temperature: float | None) -> GateTokens:
+    """Gates between 0 and 1 by how far a token's logit is above its layer's threshold; None gives hard decisions.
+
+    A soft gate's gradient says what more or less of a token's MLP would do, where a step has none.
+
+    Args:
+        thresholds: By layer, where it is not one half.
+        temperature: In logits; the lower, the harder.
+    """
+    if temperature is None:
+        return straight_through
+
+    def gate(layer: int, scores: torch.Tensor, _active: torch.Tensor) -> torch.Tensor:
+        threshold = thresholds.get(layer, ONE_HALF)
+        above = torch.logit(scores, eps=_SATURATED) - math.log(threshold / (1 - threshold))
+        return torch.sigmoid(above / temperature)
+
+    return gate
 
 
 def skip_labels(
