@@ -2,8 +2,8 @@
 
 A router has no bias, so its rate is what training or calibration left it at. Raising every layer's threshold by the
 same number of logits skips those tokens next that the routers themselves hold to be the least worth their MLPs,
-wherever in the model they are. Skipping more in one layer changes what the layers behind it score, so the shift is found
-by running the model again until the rate is the one asked for.
+wherever in the model they are. Skipping more in one layer changes what the layers behind it score, so the shift is
+found by running the model again until the rate is the one asked for.
 """
 
 from __future__ import annotations

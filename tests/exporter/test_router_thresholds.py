@@ -60,7 +60,7 @@ def expected_active(checkpoint: Path, ids: np.ndarray) -> dict[int, np.ndarray]:
         streams = model(torch.from_numpy(ids), output_hidden_states=True).hidden_states
     active = {}
     for layer in (0, 2, 3):
-        score = torch.sigmoid(streams[layer] @ model.model.router(layer).weight[0])
+        score = torch.sigmoid(streams[layer] @ model.model.router(layer).weight[0].detach())
         active[layer] = score.numpy() > np.float32(THRESHOLDS.get(layer, 0.5))
     return active
 

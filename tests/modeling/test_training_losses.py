@@ -1,12 +1,19 @@
+import itertools
 import math
 
 import pytest
 import torch
 
-from dlo_export.modeling.routing import TrainingRouting
+from dlo_export.modeling.routing import TrainingRouting, is_active
 from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.settings import TrainingSettings
-from dlo_export.modeling.training.skip_loss import router_losses, skip_labels, top_k_selection
+from dlo_export.modeling.training.skip_loss import (
+    annealed_gates,
+    router_losses,
+    skip_labels,
+    threshold_selection,
+    top_k_selection,
+)
 
 COUNTED = torch.tensor([[True, True, True, True, False], [True, True, True, False, False]])
 
@@ -111,3 +118,41 @@ def test_rate_falls_linearly_to_the_target_then_stays() -> None:
     settings = TrainingSettings(target=0.6, anneal_steps=4)
     assert [settings.rate(step) for step in (0, 1, 4, 9)] == pytest.approx([1.0, 0.9, 0.6, 0.6])
     assert TrainingSettings(target=0.6, anneal_steps=0).rate(0) == 0.6
+
+
+def test_annealed_gates_harden_into_the_decision_when_the_temperature_falls() -> None:
+    scores, threshold = torch.tensor([0.05, 0.29, 0.31, 0.9]), 0.3
+    active = is_active(scores, threshold)
+    gates = [annealed_gates({4: threshold}, t)(4, scores, active) for t in (1.0, 0.1, 0.001, None)]
+    for gate in gates:
+        assert ((gate > 0.5) == active).all()
+    distances = [(gate - active.float()).abs() for gate in gates]
+    assert all((later <= earlier).all() for earlier, later in itertools.pairwise(distances))
+    assert torch.equal(gates[-1], active.float())
+    # At a temperature of 1 and a threshold of one half, the gate is the score.
+    torch.testing.assert_close(annealed_gates({}, 1.0)(4, scores, active), scores)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, None])
+def test_annealed_gates_have_a_gradient_for_skipped_tokens_at_any_temperature(temperature: float | None) -> None:
+    scores = torch.tensor([0.2, 0.45, 0.8], requires_grad=True)
+    annealed_gates({}, temperature)(0, scores, is_active(scores)).sum().backward()
+    assert scores.grad is not None
+    assert (scores.grad > 0).all()
+
+
+def test_temperature_falls_geometrically_and_then_decisions_are_hard() -> None:
+    settings = TrainingSettings(soft_steps=10)
+    assert [settings.temperature(step) for step in (0, 10, 11)] == [1.0, None, None]
+    assert settings.temperature(5) == pytest.approx(math.sqrt(0.1))
+    assert TrainingSettings(soft_steps=0).temperature(0) is None
+
+
+def test_rate_is_that_of_the_thresholds_when_routers_have_their_own() -> None:
+    values = routing(0, 1)
+    labels = skip_labels("self", values, COUNTED, 0.5)
+    losses = router_losses(values, labels, COUNTED, 0.5, {1: 0.8})
+    scores = [values[layer].scores[COUNTED] for layer in (0, 1)]
+    active = (float((scores[0] > 0.5).double().mean()) + float((scores[1] > 0.8).double().mean())) / 2
+    assert float(losses.active) == pytest.approx(active)
+    assert threshold_selection({1: 0.8})(1, values[1].scores).equal(values[1].scores > 0.8)
