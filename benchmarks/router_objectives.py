@@ -5,10 +5,12 @@
 * static: as many whole MLPs removed, those that leave the stream most similar on the calibration text, and of the next
   one a random share of the tokens.
 
-A second table moves routers fitted at 90 % to other rates without fitting any: by one shift of all thresholds, as
-`dlo calibrate --retarget` does, and by thresholds layer by layer, each layer's rate moved alike.
+A second table moves fitted routers (those of the first rate, or an adapter's) to other rates without fitting any: by
+one shift of all thresholds, as `dlo calibrate --retarget` does, and by thresholds layer by layer, each layer's rate
+moved alike.
 
     python -m benchmarks.router_objectives [--rates 0.9,0.8] [--steps 40] [--retarget 0.95,0.8,0.7]
+    python -m benchmarks.router_objectives --rates "" --adapter tests/data/smollm2_routers --tokens 2048
 """
 
 from __future__ import annotations
@@ -29,13 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from benchmarks.calibration_quality import by_similarity, evaluate_at_rates, static_rates
 from benchmarks.measure import print_report, versions
 from benchmarks.smollm2 import smollm2_folder
+from dlo_export.checkpoints.adapter.adapter import load_adapter
 from dlo_export.modeling.calibration.evaluation import evaluate, with_routers
 from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_thresholds, use_thresholds
-from dlo_export.modeling.calibration.router_calibration import (
-    CalibratedRouters,
-    CalibrationSettings,
-    calibrate_routers,
-)
+from dlo_export.modeling.calibration.router_calibration import CalibrationSettings, calibrate_routers
 from dlo_export.modeling.calibration.text import CalibrationText, calibration_text, read_documents
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.router_distillation import DistillationSettings, distilled_routers
@@ -102,7 +101,11 @@ def main() -> None:
     parser.add_argument("--retarget", default="0.95,0.8,0.7")
     parser.add_argument("--steps", type=int, default=DistillationSettings.steps)
     parser.add_argument("--learning-rate", type=float, default=DistillationSettings.learning_rate)
-    parser.add_argument("--tokens", type=int, default=65_536, help="To distill on.")
+    parser.add_argument("--adapter", help="Routers for the second table.")
+    parser.add_argument(
+        "--tokens", type=int, default=65_536, help="To distill on; thresholds take up to 8,192 of them."
+    )
+    parser.add_argument("--evaluation-tokens", type=int, default=8_192)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -113,17 +116,22 @@ def main() -> None:
         read_documents(),
         lambda document: tokenizer(document, add_special_tokens=False).input_ids,
         calibration_tokens=arguments.tokens,
+        evaluation_tokens=arguments.evaluation_tokens,
         seed=arguments.seed,
     )
     fit = text.calibration[:FIT_SEQUENCES]
-    order = by_similarity(model, fit[::8])
+    rates = [float(rate) for rate in arguments.rates.split(",") if rate]
+    order = by_similarity(model, fit[::8]) if rates else []
     rows: list[list[Any]] = []
     record: dict[str, Any] = {}
-    fitted: CalibratedRouters | None = None
-    for rate in (float(rate) for rate in arguments.rates.split(",")):
+    fitted: Mapping[int, np.ndarray] = {}
+    if arguments.adapter is not None:
+        adapter = load_adapter(arguments.adapter)
+        fitted = {layer: adapter.router(layer) for layer in adapter.routed_layers}
+    for rate in rates:
         start = time.perf_counter()
         similar = calibrate_routers(model, fit, CalibrationSettings(target_active=rate))
-        fitted = fitted or similar
+        fitted = fitted or similar.routers
         fit_seconds = time.perf_counter() - start
         results = {"similarity": measured(model, similar.routers, rate, text)}
         start = time.perf_counter()
@@ -146,11 +154,11 @@ def main() -> None:
         print(rate, record[f"{rate}"], flush=True)
     moved: dict[str, Any] = {}
     for rate in (float(rate) for rate in arguments.retarget.split(",") if rate):
-        assert fitted is not None, "there is a rate"
         results = {
-            "one shift": measured(model, fitted.routers, rate, text),
-            "by layer": layer_by_layer(model, fitted.routers, rate, text),
+            "one shift": measured(model, fitted, rate, text),
+            "by layer": layer_by_layer(model, fitted, rate, text),
         }
+        print(rate, results, flush=True)
         rows += [[f"→ {rate:.2f}", name, f"{each['active']:.3f}", each["perplexity"]] for name, each in results.items()]
         moved[f"{rate}"] = results
     print_report(

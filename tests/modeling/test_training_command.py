@@ -54,6 +54,12 @@ def test_a_terminated_run_goes_on_to_the_same_end_when_resumed(place: Path, tmp_
     assert description["result"]["held_out"]["active_rate"] == json.loads(whole.stdout)["held_out"]["active_rate"]
     assert [file["name"] for file in description["data"]["training"]] == ["chats.jsonl"]
     assert description["settings"]["target"] == 0.7
+    control = description["result"]["rate_control"]
+    assert control == json.loads(whole.stdout)["rate_control"]
+    assert (control["target"], control["other_text"]) == (0.7, False)  # one held-out sequence
+    config = json.loads((output / "config.json").read_text())
+    assert control["thresholds"] == config.get("router_thresholds", {})
+    assert config["model_type"] == "llama_dlo_exattn" + ("_thresholds" if control["thresholds"] else "")
     # What was trained is what is exported, and proven equal to it.
     artefact = tmp_path / "artefact"
     exported = run("export", output, "-o", artefact, messages=tmp_path / "export")
@@ -65,7 +71,7 @@ def test_a_terminated_run_goes_on_to_the_same_end_when_resumed(place: Path, tmp_
 def test_a_plain_model_is_trained_with_new_routers_or_without(
     place: Path, tmp_path: Path, routers: str, routed: object
 ) -> None:
-    result = train(place, "plain", tmp_path / "out", "--max-steps", 2, "--routers", routers)
+    result = train(place, "plain", tmp_path / "out", "--max-steps", 2, "--routers", routers, "--trained-rate")
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("is_dlo", False) == routed
