@@ -9,7 +9,7 @@ A second table moves fitted routers (those of the first rate, or an adapter's) t
 one shift of all thresholds, as `dlo calibrate --retarget` does, and by thresholds layer by layer, each layer's rate
 moved alike.
 
-    python -m benchmarks.router_objectives [--rates 0.9,0.8] [--steps 40] [--retarget 0.95,0.8,0.7]
+    python -m benchmarks.router_objectives [--rates 0.9,0.8] [--steps 24] [--retarget 0.95,0.8,0.7]
     python -m benchmarks.router_objectives --rates "" --adapter tests/data/smollm2_routers --tokens 2048
 """
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=DistillationSettings.learning_rate)
     parser.add_argument("--adapter", help="Routers for the second table.")
     parser.add_argument(
-        "--tokens", type=int, default=65_536, help="To distill on; thresholds take up to 8,192 of them."
+        "--tokens", type=int, default=49_152, help="To distill on; thresholds take up to 8,192 of them."
     )
     parser.add_argument("--evaluation-tokens", type=int, default=8_192)
     parser.add_argument("--seed", type=int, default=0)

@@ -32,7 +32,7 @@ from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_mlps
 from dlo_export.modeling.training.router_distillation import DistillationSettings, distilled_routers
 
 _FIT_TOKENS = 16_384
-_DISTILLATION_TOKENS = 65_536
+_DISTILLATION_TOKENS = 49_152
 _SHIFT_TOKENS = 8_192  # to fit one number to
 _UNREACHED = 0.02
 

@@ -50,7 +50,7 @@ def main(
         Objective,
         typer.Option(help="Fit to the similarity of the stream alone, or train the routers on to keep the output."),
     ] = Objective.SIMILARITY,
-    steps: Annotated[int, typer.Option(min=1, help="Of --objective distill, 2,048 tokens each.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Of --objective distill, 2,048 tokens each.")] = 24,
     router_learning_rate: Annotated[
         float, typer.Option(callback=finite, help="Of distill: the share of its size a router's weight moves by.")
     ] = 0.02,
@@ -62,7 +62,7 @@ def main(
         Path | None, typer.Option(help="File or folder of .txt; Python's own documentation by default.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=512, help="To fit on; 16,384 by default, 65,536 to distill.", show_default=False)
+        int | None, typer.Option(min=512, help="To fit on; 16,384 by default, 49,152 to distill.", show_default=False)
     ] = None,
     evaluation_tokens: Annotated[int, typer.Option(min=512, help="To measure on, from other documents.")] = 8_192,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of documents to fit on.")] = 0,

@@ -37,7 +37,7 @@ class DistillationSettings:
         seed: Of the order of the text.
     """
 
-    steps: int = 40
+    steps: int = 24
     learning_rate: float = 0.02
     batch: int = 4
     seed: int = 0

@@ -196,6 +196,24 @@ def test_distilled_routers_have_the_rate_that_was_asked_for(place: Path, tmp_pat
     assert differing == {name for name in differing if name.startswith("model.routers.")} != set()
 
 
+def test_distilled_routers_go_on_an_adapters_layers_and_leave_its_identities_skipping(
+    place: Path, tmp_path: Path
+) -> None:
+    options = ("-o", tmp_path / "tli", "--every", 3, "--adapter")
+    made = run("expand", place / "plain", *options, messages=tmp_path / "expand")
+    assert made.returncode == 0, made.stderr
+    options = ("--adapter", tmp_path / "tli", "--objective", "distill", "--target", 0.8, "--steps", 1, "--tokens", 4096)
+    result = calibrate(place, "plain", tmp_path / "out", *options)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["injected_layers"], report["identity_layers"]) == ([3, 7], [3, 7])
+    assert report["active_rate"]["injected"] == 0.0
+    assert report["active_rate"]["original"] == pytest.approx(0.8, abs=0.03)
+    adapter = load_adapter(tmp_path / "out")
+    assert not {3, 7} & adapter.router_thresholds.keys()
+    assert not any(adapter.router(layer).any() for layer in (3, 7))
+
+
 # In the end of a training run
 
 
