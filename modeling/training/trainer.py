@@ -362,6 +362,7 @@ class DloTrainer(Trainer):
         """AdamW over the groups of `parameter_groups`."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self._routed)
+            options["weight_decay"] = self.args.weight_decay  # AdamW has one of its own
             self.optimizer = kind(parameter_groups(self._routed, self.settings), **options)
         return self.optimizer
 

@@ -254,3 +254,14 @@ def test_two_processes_equal_one_when_the_batch_is_the_same(
         assert second == pytest.approx(first, rel=1e-4)
     capacities = [(tmp_path / name / "checkpoint-6" / "capacities.json").read_text() for name in ("one", "two")]
     assert capacities[0] == capacities[1]
+
+
+def test_weights_without_a_gradient_stay_what_they_are(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+    model = opened(folder)
+    before = model.model.embed_tokens.weight.detach().clone()
+    run(model, data, tmp_path, dataclasses.replace(SETTINGS, max_steps=2, learning_rate=0.1))
+    fed = torch.zeros(len(before), dtype=torch.bool)
+    fed[torch.cat([data[index]["input_ids"] for index in range(len(data))]).unique()] = True
+    assert 0 < fed.sum() < len(before)
+    assert torch.equal(model.model.embed_tokens.weight[~fed], before[~fed])
+    assert not torch.equal(model.model.embed_tokens.weight[fed], before[fed])
