@@ -53,7 +53,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Of --objective distill, 2,048 tokens each.")] = 24,
     router_learning_rate: Annotated[
         float, typer.Option(callback=finite, help="Of distill: the share of its size a router's weight moves by.")
-    ] = 0.02,
+    ] = 0.05,
     retarget: Annotated[
         float | None,
         typer.Option(callback=finite, help="Fit nothing: move the rate of the routers there are, by their thresholds."),

@@ -23,6 +23,7 @@ from dlo_export.modeling.training.run import train_model
 from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 
+_LOGITS = 2.0  # of the median token at most as training starts: a score of 0.88, or of 0.12
 _HARD_SHARE = 0.25  # of the steps, at the end, in which decisions are inference's
 
 
@@ -38,7 +39,7 @@ class DistillationSettings:
     """
 
     steps: int = 24
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
     batch: int = 4
     seed: int = 0
 
@@ -68,7 +69,7 @@ def distilled_routers(
         TrainingDivergedError: A loss or gradient is not finite.
         MachineError: Of our packages: the temporary folder cannot be written to.
     """
-    routed = with_routers(model, {layer: router.copy() for layer, router in routers.items()})
+    routed = with_routers(model, _unsaturated(model, routers, sequences[: settings.batch]))
     training = TrainingSettings(
         mode="routers",
         target=rate,
@@ -101,6 +102,20 @@ def distilled_routers(
         )
     state = {layer: routed.model.router(layer) for layer in routers}
     return {layer: router.weight.detach().numpy() for layer, router in state.items() if router is not None}
+
+
+@torch.no_grad()
+def _unsaturated(
+    model: PreTrainedModel, routers: Mapping[int, np.ndarray], sequences: torch.Tensor
+) -> dict[int, np.ndarray]:
+    """The routers, scaled down where scores are all but 0 or 1: the same decisions, with a gradient to learn from."""
+    routed = with_routers(model, routers)
+    streams = routed.model(sequences, use_cache=False, output_hidden_states=True).hidden_states
+    scaled = {}
+    for layer, router in routers.items():
+        size = float((streams[layer].float() @ torch.from_numpy(router).flatten()).abs().median())
+        scaled[layer] = router * np.float32(min(1.0, _LOGITS / size) if size else 1.0)
+    return scaled
 
 
 def _packed(sequences: torch.Tensor) -> PackedDocuments:

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dlo_export.checkpoints.adapter.adapter import load_adapter
 from dlo_export.checkpoints.opening import open_checkpoint
-from dlo_export.modeling.calibration.evaluation import evaluate
+from dlo_export.modeling.calibration.evaluation import evaluate, with_routers
 from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_thresholds, use_thresholds
+from dlo_export.modeling.calibration.router_calibration import CalibrationSettings, calibrate_routers
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.training.router_distillation import DistillationSettings, distilled_routers
 from tests.exporter.forked_commands import Ended, run
 from tests.modeling.training_runs import SETTINGS, opened, packed, save_chats, save_routed
 from tests.modeling.training_runs import run as train
@@ -175,6 +178,32 @@ def test_retarget_says_so_when_routers_have_nothing_to_choose_by(place: Path, tm
 
 
 # `dlo calibrate --objective distill`
+
+
+@torch.no_grad()
+def divergence(model: LlamaDloForCausalLM, sequences: torch.Tensor) -> float:
+    """Of the dense model's next tokens from the routed one's, mean per token."""
+    wanted = F.log_softmax(with_routers(model, {})(sequences).logits, dim=-1)
+    found = F.log_softmax(model(sequences).logits, dim=-1)
+    return float(F.kl_div(found, wanted, reduction="sum", log_target=True)) / sequences.numel()
+
+
+def test_distilled_routers_diverge_less_than_similar_ones_at_the_same_rate(tmp_path: Path) -> None:
+    dense = opened(save_tiny_llama(tmp_path / "model", layers=6, vocab=BYTE_VOCABULARY))
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    sequences = torch.randint(0, BYTE_VOCABULARY, (400, 64), generator=torch.Generator().manual_seed(0))
+    others, text = sequences[:40], sequences[40:]
+    similar = calibrate_routers(dense, text[:128], CalibrationSettings(target_active=0.8))
+    start, rate = {layer: similar.routers[layer] for layer in similar.choosing}, similar.rate_of_choosing(0.8)
+    distilled = distilled_routers(dense, start, text, rate, DistillationSettings(batch=16), held_out=others[:2])
+    found = []
+    for routers in (start, distilled):
+        routed = with_routers(dense, routers)
+        shift_thresholds(routed, lambda routed=routed: sequence_scores(routed, text[:64]), rate)
+        assert mean_rate(routed, others) == pytest.approx(rate, abs=0.02)
+        found.append(divergence(routed, others))
+    assert found[1] < 0.85 * found[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
 
 
 def test_distilled_routers_have_the_rate_that_was_asked_for(place: Path, tmp_path: Path) -> None:
