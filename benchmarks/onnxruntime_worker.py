@@ -104,7 +104,8 @@ class DecoderStep:
             cache = self.cache[past_name(present.layer, present.part)]
             if not self.shared_cache:
                 batch, heads, _, head_dim = cache.shape()
-                cache = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, total, head_dim), np.float32))
+                # Memory of ONNX Runtime's own: it outlives the binding, as long as a next step reads it.
+                cache = ort.OrtValue.ortvalue_from_shape_and_type((batch, heads, total, head_dim), np.float32)
             binding.bind_ortvalue_output(name, cache)
         return binding
 

@@ -121,7 +121,7 @@ def main() -> None:
     )
     fit = text.calibration[:FIT_SEQUENCES]
     rates = [float(rate) for rate in arguments.rates.split(",") if rate]
-    order = by_similarity(model, fit[::8]) if rates else []
+    order = by_similarity(model, fit[::8], "mlp") if rates else []
     rows: list[list[Any]] = []
     record: dict[str, Any] = {}
     fitted: Mapping[int, np.ndarray] = {}
@@ -145,9 +145,8 @@ def main() -> None:
         )
         distill_seconds = time.perf_counter() - start
         results["distilled"] = measured(model, distilled, rate, text)
-        static = evaluate_at_rates(
-            model, text.evaluation, static_rates(order, (1 - rate) * model.config.num_hidden_layers)
-        )
+        removed = static_rates(order, (1 - rate) * model.config.num_hidden_layers)
+        static = evaluate_at_rates(model, text.evaluation, removed, "mlp")
         results["static"] = {"active": rate, "perplexity": round(static.perplexity, 3)}
         rows += [[f"{rate:.2f}", name, f"{each['active']:.3f}", each["perplexity"]] for name, each in results.items()]
         record[f"{rate}"] = results | {"seconds": {"fit": round(fit_seconds), "distill": round(distill_seconds)}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dlo_export.checkpoints.adapter.checks import injected_layer_problems
 from dlo_export.checkpoints.errors import CheckpointError
@@ -22,7 +22,7 @@ from dlo_export.checkpoints.llama_layer import (
     layer_tensor_name,
     router_name,
 )
-from dlo_export.checkpoints.model_types import MODEL_TYPES, ModelType, routed_model_type
+from dlo_export.checkpoints.model_types import MODEL_TYPES, ModelType, RoutingKind, routed_type
 from dlo_export.checkpoints.rope import RopeConfig, rope_of_fields
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import read_thresholds, threshold_problems, thresholds_json
@@ -54,7 +54,7 @@ class RoutingConfig:
         thresholds: By routed layer, where it is not 0.5; float32 numbers.
     """
 
-    kind: Literal["mlp", "layer"]
+    kind: RoutingKind
     layers: tuple[int, ...]
     rescale: bool
     scale_factor: float
@@ -64,7 +64,7 @@ class RoutingConfig:
     def values(self, num_layers: int) -> dict[str, Any]:
         """The keys of a config.json that say so, in the DLO authors' words as far as they have any."""
         return {
-            "model_type": routed_model_type(self.kind, thresholds=bool(self.thresholds)),
+            "model_type": routed_type(self.kind, thresholds=bool(self.thresholds)).name,
             "is_dlo": [layer in self.layers for layer in range(num_layers)],
             "rescale_hidden_states": self.rescale,
             "scale_factor": self.scale_factor,
@@ -316,7 +316,7 @@ def _thresholds(fields: JsonFields, model_type: ModelType, layers: tuple[int, ..
     if problems or not entries:
         return {}
     if model_type.routing is not None and not model_type.thresholds:
-        expected = routed_model_type(model_type.routing, thresholds=True)
+        expected = routed_type(model_type.routing, thresholds=True).name
         fields.problem(
             THRESHOLDS, f"is set, but readers of a {model_type.name} look for none: expected model_type {expected!r}"
         )

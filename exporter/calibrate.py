@@ -18,6 +18,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_router, router_name
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresholds_json
 from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
@@ -28,7 +29,7 @@ from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_
 from dlo_export.modeling.calibration.router_calibration import CalibratedRouters, CalibrationSettings, calibrate_routers
 from dlo_export.modeling.calibration.text import CalibrationText, calibration_text, read_documents
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_mlps
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_layers
 from dlo_export.modeling.training.router_distillation import DistillationSettings, distilled_routers
 
 _FIT_TOKENS = 16_384
@@ -46,7 +47,7 @@ class CalibrationRequest:
         output: Folder to make.
         adapter: Adapter on the model; the output is then an adapter too.
         as_adapter: Write the routers alone, as an adapter on the model.
-        settings: Of the fit.
+        settings: Of the fit, but for what tokens skip.
         distillation: Train the fitted routers on; None leaves them as they are fitted.
         retarget: Share of tokens that the routers the model has are to keep active, in place of fitting any.
         text: File or folder of .txt; Python's own documentation where None.
@@ -55,6 +56,7 @@ class CalibrationRequest:
         seed: Of the choice of documents to fit on.
         force: Replace an output of this program's.
         force_base: Let the adapter be made from other weights.
+        routing: What tokens are to skip; None for what the model's routers skip, and MLPs where it has none.
     """
 
     model: str
@@ -68,6 +70,7 @@ class CalibrationRequest:
     seed: int
     force: bool
     force_base: bool = False
+    routing: RoutingKind | None = None
     distillation: DistillationSettings | None = None
     retarget: float | None = None
 
@@ -93,6 +96,7 @@ class CalibrationResult:
 
     Attributes:
         fitted: The routers.
+        routing: What tokens skip.
         injected: Positions of injected layers.
         dense: Without routers, on the held-out text.
         routed: With them, on the same.
@@ -100,6 +104,7 @@ class CalibrationResult:
     """
 
     fitted: CalibratedRouters
+    routing: RoutingKind
     injected: tuple[int, ...]
     dense: Evaluation
     routed: Evaluation
@@ -114,6 +119,7 @@ class CalibrationResult:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return {
+            "routing": self.routing,
             "perplexity": {"dense": self.dense.perplexity, "routed": self.routed.perplexity},
             "evaluation_tokens": self.routed.tokens,
             "active_rate": {
@@ -145,6 +151,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             _check_retarget(source, request)
         for warning in source.base.warnings:
             reporter.warn(warning)
+        # The routers that are there are replaced, so theirs is a default and no more.
+        routing = request.routing or (source.routing.kind if source.routing is not None else "mlp")
         text = source_text(source, request)
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if parse_router(n) is None}
@@ -157,7 +165,7 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             else:
                 model = llama_dlo_from_tensors(source.config_json(), source.tensors())
         if request.retarget is None:
-            fitted, routed = _fitted(model, text, request, reporter)
+            fitted, routed = _fitted(model, text, request, routing, reporter)
         else:
             fitted, routed = _as_they_are(model, source), model
         target = request.settings.target_active if request.retarget is None else request.retarget
@@ -171,9 +179,9 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             routed_evaluation = evaluate(routed, text.evaluation)
         rate = None if before is None else RateChange(target, before, _rate(fitted, routed_evaluation))
         with reporter.bytes("writing") as written:
-            _save(source, fitted, tensors, request, written)
+            _save(source, fitted, routing, tensors, request, written)
         injected = tuple(layer.position for layer in source.injected_layers)
-        return CalibrationResult(fitted, injected, dense_evaluation, routed_evaluation, rate)
+        return CalibrationResult(fitted, routing, injected, dense_evaluation, routed_evaluation, rate)
     finally:
         source.close()
 
@@ -205,6 +213,11 @@ def _check_retarget(source: ExportSource, request: CalibrationRequest) -> None:
             f"calibration: --retarget is {request.retarget}, expected a share between 0 and 1",
             hint="0.8 keeps four fifths of the tokens active, as the mean over the layers",
         )
+    if request.routing not in (None, source.routing.kind):
+        raise InputError(
+            f"calibration: --routing {request.routing}, but the routers to retarget are for {source.routing.kind}",
+            hint="leave --routing out, or fit other routers without --retarget",
+        )
     if request.as_adapter:
         raise InputError(
             f"{source.base.path}: has its routers in the checkpoint, and an adapter goes on one without",
@@ -213,13 +226,18 @@ def _check_retarget(source: ExportSource, request: CalibrationRequest) -> None:
 
 
 def _fitted(
-    model: LlamaDloForCausalLM, text: CalibrationText, request: CalibrationRequest, reporter: Reporter
+    model: LlamaDloForCausalLM,
+    text: CalibrationText,
+    request: CalibrationRequest,
+    routing: RoutingKind,
+    reporter: Reporter,
 ) -> tuple[CalibratedRouters, LlamaDloForCausalLM]:
     """Routers by similarity, on request distilled, and the model with them."""
     length = text.calibration.shape[1]
     sequences = text.calibration if request.distillation is None else text.calibration[: _FIT_TOKENS // length]
     with reporter.count("routers") as progress:
-        fitted = calibrate_routers(model, sequences, request.settings, progress=progress)
+        settings = dataclasses.replace(request.settings, routing=routing)
+        fitted = calibrate_routers(model, sequences, settings, progress=progress)
     if request.distillation is not None:
         start = {layer: fitted.routers[layer] for layer in fitted.choosing}
         with reporter.count("distillation") as progress:
@@ -229,11 +247,12 @@ def _fitted(
                 text.calibration,
                 fitted.rate_of_choosing(request.settings.target_active),
                 request.distillation,
+                routing=routing,
                 held_out=text.evaluation,
                 progress=progress,
             )
         fitted = dataclasses.replace(fitted, routers=fitted.routers | learned)
-    return fitted, with_routers(model, fitted.routers)
+    return fitted, with_routers(model, fitted.routers, routing)
 
 
 def _as_they_are(model: LlamaDloForCausalLM, source: ExportSource) -> CalibratedRouters:
@@ -243,7 +262,7 @@ def _as_they_are(model: LlamaDloForCausalLM, source: ExportSource) -> Calibrated
         routers={layer: router.reshape(1, -1) for layer, router in source.routers().items()},
         label_rates={},
         agreement={},
-        identity_layers=tuple(identity_mlps(model)),
+        identity_layers=tuple(identity_layers(model, model.config.routing)),
         thresholds=model.config.thresholds,
     )
 
@@ -273,6 +292,7 @@ def _rate(fitted: CalibratedRouters, measured: Evaluation) -> float:
 def _save(
     source: ExportSource,
     fitted: CalibratedRouters,
+    routing: RoutingKind,
     tensors: dict[str, LazyTensor],
     request: CalibrationRequest,
     progress: Callable[[int, int], None],
@@ -294,7 +314,7 @@ def _save(
         prefixes = tuple(layer_tensor_name(layer.position, "") for layer in injected)
         kept = {name: tensor for name, tensor in tensors.items() if prefixes and name.startswith(prefixes)}
         adapter = DloAdapter(
-            "mlp",
+            routing,
             is_dlo,
             router_thresholds=fitted.thresholds,
             injected_layers=injected,
@@ -305,9 +325,9 @@ def _save(
         return
     rule: dict[str, Any] = {}
     if request.retarget is not None and source.routing is not None:
-        routing = source.routing
-        rule = {"rescale": routing.rescale, "scale_factor": routing.scale_factor, "scale_gap": routing.scale_gap}
-    changes = routed_config(is_dlo, thresholds=fitted.thresholds, **rule)
+        own = source.routing
+        rule = {"rescale": own.rescale, "scale_factor": own.scale_factor, "scale_gap": own.scale_gap}
+    changes = routed_config(is_dlo, routing=routing, thresholds=fitted.thresholds, **rule)
     save_checkpoint(
         tensors | routers,
         request.output,

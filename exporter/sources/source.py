@@ -18,6 +18,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.sources.adapter_base import check_adapter_base
@@ -75,13 +76,15 @@ class ExportSource:
         thresholds = {} if self.routing is None else self.routing.thresholds
         zero = [layer for layer, router in self.routers().items() if not router.any()]
         zero = [layer for layer in zero if thresholds.get(layer, ONE_HALF) >= ONE_HALF]  # their scores are one half
-        tensors = self.tensors() if zero else {}
-        # Where the MLP adds nothing, as a new layer's of zero_out, skipping it loses nothing.
-        ends = [
-            name for module in LLAMA_LAYER if module.block == "mlp" and module.ends_branch for name in module.tensors()
-        ]
+        if self.routing is None or not zero:
+            return self.base.warnings
+        # Where what is skipped adds nothing, as in a new layer of zero_out, skipping it loses nothing.
+        skipped = [module for module in LLAMA_LAYER if module.block in ROUTED_BLOCKS[self.routing.kind]]
+        ends = [name for module in skipped if module.ends_branch for name in module.tensors()]
+        tensors = self.tensors()
         untrained = [layer for layer in zero if not _are_zeros(tensors, layer, ends)]
-        return (*self.base.warnings, untrained_router_warning(untrained)) if untrained else self.base.warnings
+        own = [untrained_router_warning(untrained, self.routing.kind)] if untrained else []
+        return (*self.base.warnings, *own)
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
         """The base model's graph, before any pass: a new one with every call."""
@@ -115,6 +118,7 @@ class ExportSource:
         if self.routing is not None:
             values |= routed_config(
                 self.adapter.is_dlo,
+                routing=self.routing.kind,
                 rescale=self.adapter.rescale_hidden_states,
                 scale_factor=self.adapter.scale_factor,
                 scale_gap=self.adapter.scale_gap,
@@ -155,7 +159,7 @@ def open_source(
         force_base: Let the adapter be made from other weights.
 
     Raises:
-        InputError: The model cannot be read, or is routed in a way this version does not export.
+        InputError: The model cannot be read, or both it and the adapter are routed.
         dlo_export.checkpoints.adapter.adapter.AdapterError: The adapter is damaged or does not fit the model.
     """
     if adapter_folder is not None and is_peft_adapter(adapter_folder):
@@ -164,7 +168,6 @@ def open_source(
     base = _open_base(model, allow_nonfinite=allow_nonfinite)
     if adapter is None:
         check_use(base, "export without adapter")
-        _refuse_layer_routing(base.routing, base.path)
         return ExportSource(base, None, base.routing)
     assert adapter_folder is not None, "an adapter was loaded from it"
     if base.routing is not None:
@@ -174,7 +177,6 @@ def open_source(
         )
     adapter.check_fits(base.tensor_shapes(), base.num_layers)
     routing = _adapter_routing(adapter)
-    _refuse_layer_routing(routing, adapter_folder)
     adapter_base = check_adapter_base(adapter, base, adapter_folder, force=force_base)
     if not allow_nonfinite:
         adapter = dataclasses.replace(adapter, tensors=finite_tensors(adapter.tensors, adapter_folder))
@@ -190,7 +192,6 @@ def _merged_source(model: str | Path, adapter_folder: Path, *, allow_nonfinite: 
             hint="export the checkpoint with that adapter",
         )
     base = CheckpointModel(open_checkpoint(model), lora, allow_nonfinite)
-    _refuse_layer_routing(base.routing, base.path)
     return ExportSource(base, None, base.routing, adapter_folder.name, "not stated")
 
 
@@ -216,14 +217,6 @@ def _adapter_routing(adapter: DloAdapter) -> RoutingConfig | None:
         adapter.scale_gap,
         adapter.router_thresholds,
     )
-
-
-def _refuse_layer_routing(routing: RoutingConfig | None, origin: Path | None) -> None:
-    if routing is not None and routing.kind == "layer":
-        raise InputError(
-            f"{origin}: uses layer routing (model_type llama_dlo), this version exports mlp routing (llama_dlo_exattn)",
-            hint="train the routers with the authors' LlamaDLOExAttnForCausalLM, their default",
-        )
 
 
 def _renumbered(name: str, positions: list[int]) -> str:

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
-from dlo_export.modeling.configuration import LlamaDloConfig
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM
 from dlo_export.modeling.perplexity import perplexity
 from dlo_export.modeling.routing import is_active
 
@@ -31,7 +31,7 @@ class Evaluation:
 
     Attributes:
         perplexity: exp of the mean loss of every token but each sequence's first.
-        active_rates: By routed layer, the share of tokens whose MLP ran.
+        active_rates: By routed layer, the share of tokens that did not skip.
         tokens: Tokens the model read.
     """
 
@@ -41,23 +41,30 @@ class Evaluation:
 
 
 def with_routers(
-    model: PreTrainedModel, routers: Mapping[int, np.ndarray], thresholds: Mapping[int, float] | None = None
+    model: PreTrainedModel,
+    routers: Mapping[int, np.ndarray],
+    routing: RoutingKind = "mlp",
+    thresholds: Mapping[int, float] | None = None,
 ) -> LlamaDloForCausalLM:
     """The same model, sharing its weights, with these routers and no others.
 
     Args:
         model: transformers' Llama or ours.
         routers: By layer, float32 [1, hidden].
+        routing: What they let tokens skip.
         thresholds: By routed layer, where it is not one half.
     """
     num_layers = model.config.num_hidden_layers
-    replaced = ("model_type", "architectures", THRESHOLDS)
-    values = {key: value for key, value in model.config.to_dict().items() if key not in replaced}
+    named = ("model_type", "architectures")
+    values = {key: value for key, value in model.config.to_dict().items() if key not in (*named, THRESHOLDS)}
     changes = routed_config([layer in routers for layer in range(num_layers)], thresholds=thresholds)
-    config = LlamaDloConfig(**{**values, **{key: value for key, value in changes.items() if key != "model_type"}})
+    model_class = ROUTED_MODELS[routing]
+    config = model_class.config_class(
+        **{**values, **{key: value for key, value in changes.items() if key not in named}}
+    )
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
-        routed = LlamaDloForCausalLM(config)
+        routed = model_class(config)
     weights = {name: tensor for name, tensor in model.state_dict().items() if parse_router(name) is None}
     weights |= {router_name(layer): torch.from_numpy(router) for layer, router in routers.items()}
     routed.load_state_dict(weights, assign=True)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.modeling.calibration.evaluation import with_routers
 from dlo_export.modeling.training.documents import TokenDocument
 from dlo_export.modeling.training.packing import PackedDocuments, PackedSets
@@ -51,6 +52,7 @@ def distilled_routers(
     rate: float,
     settings: DistillationSettings,
     *,
+    routing: RoutingKind = "mlp",
     held_out: torch.Tensor,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> dict[int, np.ndarray]:
@@ -62,6 +64,7 @@ def distilled_routers(
         sequences: Text to learn from, int64 [sequences, length], without padding.
         rate: Wanted share of active tokens, over these layers.
         settings: Of the training.
+        routing: What they let tokens skip.
         held_out: Text to watch it on, likewise.
         progress: Called with (steps done, steps).
 
@@ -69,7 +72,7 @@ def distilled_routers(
         TrainingDivergedError: A loss or gradient is not finite.
         MachineError: Of our packages: the temporary folder cannot be written to.
     """
-    routed = with_routers(model, _unsaturated(model, routers, sequences[: settings.batch]))
+    routed = with_routers(model, _unsaturated(model, routers, routing, sequences[: settings.batch]), routing)
     training = TrainingSettings(
         mode="routers",
         target=rate,
@@ -106,10 +109,10 @@ def distilled_routers(
 
 @torch.no_grad()
 def _unsaturated(
-    model: PreTrainedModel, routers: Mapping[int, np.ndarray], sequences: torch.Tensor
+    model: PreTrainedModel, routers: Mapping[int, np.ndarray], routing: RoutingKind, sequences: torch.Tensor
 ) -> dict[int, np.ndarray]:
     """The routers, scaled down where scores are all but 0 or 1: the same decisions, with a gradient to learn from."""
-    routed = with_routers(model, routers)
+    routed = with_routers(model, routers, routing)
     streams = routed.model(sequences, use_cache=False, output_hidden_states=True).hidden_states
     scaled = {}
     for layer, router in routers.items():

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers.utils.generic import maybe_autocast
 
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
-from dlo_export.modeling.routing import GateTokens, SelectTokens, TrainingRouting, is_active, straight_through
+from dlo_export.modeling.routing import GateTokens, SelectTokens, TrainingRouting, is_active
 
 _SATURATED = 1e-6  # scores so near to 0 or 1 are at the end of their gate whatever the temperature
 
@@ -57,19 +57,19 @@ def threshold_selection(thresholds: Mapping[int, float]) -> SelectTokens:
     return lambda layer, scores: is_active(scores, thresholds.get(layer, ONE_HALF))
 
 
-def annealed_gates(thresholds: Mapping[int, float], temperature: float | None) -> GateTokens:
-    """Gates between 0 and 1 by how far a token's logit is above its layer's threshold; None gives hard decisions.
+def annealed_gates(thresholds: Mapping[int, float], temperature: float | None) -> GateTokens | None:
+    """Gates between 0 and 1 by how far a token's logit is above its layer's threshold; None where decisions are hard.
 
-    A soft gate's gradient says what more or less of a token's MLP would do, where a step has none.
+    A soft gate's gradient says what more or less of what a token would skip would do, where a step has none.
 
     Args:
         thresholds: By layer, where it is not one half.
-        temperature: In logits; the lower, the harder.
+        temperature: In logits; the lower, the harder. None for hard decisions.
     """
     if temperature is None:
-        return straight_through
+        return None
 
-    def gate(layer: int, scores: torch.Tensor, _active: torch.Tensor) -> torch.Tensor:
+    def gate(layer: int, scores: torch.Tensor) -> torch.Tensor:
         threshold = thresholds.get(layer, ONE_HALF)
         above = torch.logit(scores, eps=_SATURATED) - math.log(threshold / (1 - threshold))
         return torch.sigmoid(above / temperature)
@@ -80,7 +80,7 @@ def annealed_gates(thresholds: Mapping[int, float], temperature: float | None) -
 def skip_labels(
     kind: str, routing: Mapping[int, TrainingRouting], counted: torch.Tensor, rate: float
 ) -> dict[int, torch.Tensor]:
-    """Labels by layer, bool [batch, sequence]: True where the MLP should run.
+    """Labels by layer, bool [batch, sequence]: True where a token should not skip.
 
     Args:
         kind: ``cos-global``: of all layers' tokens together, exactly the ceil(tokens·layers·rate) with the lowest

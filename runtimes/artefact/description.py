@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dlo_export.checkpoints.files.json_file import read_json, save_json
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.runtimes.artefact.engine_record import (
     Count,
     EngineRecord,
@@ -89,7 +90,7 @@ class RoutingDescription:
         router_thresholds: By layer, the score an active token exceeds, where it is not 0.5.
     """
 
-    kind: str
+    kind: RoutingKind
     rule: str
     layers: tuple[Count, ...]
     rescale_hidden_states: bool

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from dlo_export.modeling.routing import TrainingRouting, is_active
+from dlo_export.modeling.routing import TrainingRouting, is_active, mixed
 from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.skip_loss import (
@@ -123,20 +123,28 @@ def test_rate_falls_linearly_to_the_target_then_stays() -> None:
 def test_annealed_gates_harden_into_the_decision_when_the_temperature_falls() -> None:
     scores, threshold = torch.tensor([0.05, 0.29, 0.31, 0.9]), 0.3
     active = is_active(scores, threshold)
-    gates = [annealed_gates({4: threshold}, t)(4, scores, active) for t in (1.0, 0.1, 0.001, None)]
+    found = [annealed_gates({4: threshold}, temperature) for temperature in (1.0, 0.1, 0.001)]
+    gates = [gate(4, scores) for gate in found if gate is not None]
     for gate in gates:
         assert ((gate > 0.5) == active).all()
     distances = [(gate - active.float()).abs() for gate in gates]
     assert all((later <= earlier).all() for earlier, later in itertools.pairwise(distances))
-    assert torch.equal(gates[-1], active.float())
+    assert annealed_gates({4: threshold}, None) is None  # decisions are hard
     # At a temperature of 1 and a threshold of one half, the gate is the score.
-    torch.testing.assert_close(annealed_gates({}, 1.0)(4, scores, active), scores)
+    half = annealed_gates({}, 1.0)
+    assert half is not None
+    torch.testing.assert_close(half(4, scores), scores)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.1, None])
-def test_annealed_gates_have_a_gradient_for_skipped_tokens_at_any_temperature(temperature: float | None) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_annealed_gates_have_a_gradient_for_skipped_tokens(temperature: float) -> None:
     scores = torch.tensor([0.2, 0.45, 0.8], requires_grad=True)
-    annealed_gates({}, temperature)(0, scores, is_active(scores)).sum().backward()
+    gates = annealed_gates({}, temperature)
+    assert gates is not None
+    computed, kept = torch.ones(1, 3, 2), torch.zeros(1, 3, 2)
+    chosen = mixed(computed, kept, gates(0, scores).unsqueeze(0))
+    torch.testing.assert_close(chosen[0, :, 0], gates(0, scores))
+    chosen.sum().backward()
     assert scores.grad is not None
     assert (scores.grad > 0).all()
 

@@ -1,0 +1,30 @@
+"""What benchmarks time is what the graph computes."""
+
+import gc
+
+import numpy as np
+import pytest
+
+from benchmarks.onnxruntime_worker import DecoderStep
+from dlo_export.checkpoints.interface import LOGITS
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from tests.tiny_models import save_tiny_llama
+
+
+@pytest.mark.parametrize("sequence", [1, 3])
+def test_step_reads_the_cache_that_its_first_tokens_wrote(tmp_path, sequence):
+    model = save_tiny_llama(tmp_path / "model", heads=3, kv_heads=3, hidden=96, head_dim=64, layers=8)
+    export_model(ExportRequest(str(model), tmp_path / "out", parity=False), Reporter())
+    graph = tmp_path / "out" / "model.onnx"
+    tokens = np.random.default_rng(0).integers(0, 97, (1, 101))
+    step = DecoderStep(graph, tokens, sequence, threads=1)
+    gc.collect()
+    _reused = [np.full((1, 3, 100, 64), 7, np.float32) for _ in range(64)]  # where freed memory would be given away
+    step()
+    with OnnxRuntimeRunner(graph, threads=1) as runner:
+        runner.reset(1)
+        ones, positions = np.ones_like(tokens), np.arange(tokens.shape[1])[np.newaxis]
+        expected = runner.step(tokens, ones, positions).logits[:, -sequence:]
+    np.testing.assert_allclose(step.outputs()[LOGITS], expected, atol=1e-5)
