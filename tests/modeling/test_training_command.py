@@ -89,7 +89,9 @@ def test_a_plain_model_is_trained_with_routers_of_whole_layers(place: Path, tmp_
     assert config["architectures"] == ["LlamaDloLayerForCausalLM"]
     description = json.loads((tmp_path / "out" / "training.json").read_text())
     assert description["model"]["routing"] == "layer"
-    again = train(tmp_path, "out", tmp_path / "more", "--max-steps", 1, "--data", place / "chats.jsonl")
+    again = train(
+        tmp_path, "out", tmp_path / "more", "--max-steps", 1, "--data", place / "chats.jsonl", "--trained-rate"
+    )
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "more" / "config.json").read_text())["model_type"] == "llama_dlo"
 
