@@ -29,6 +29,7 @@ from dlo_export.exporter.weight_file import save_weights, weight_bytes
 from dlo_export.graph_passes.lowerings.registry import lowering_names
 from dlo_export.runtimes.artefact.description import (
     MODEL_NAME,
+    PARITY_NAME,
     WEIGHTS_NAME,
     ArtefactDescription,
     load_description,
@@ -245,7 +246,7 @@ def _run_parity(
             reporter.warn(f"--trt-max-cache is below {MOST_TOKENS}: parity's cases are cut to fit")
         report = check_parity(source, folder, description, graphs)
     parity = ParityVerdict(report.verdict, report.reason or None)
-    save_json(folder / "parity.json", finite(report.to_json()))
+    save_json(folder / PARITY_NAME, finite(report.to_json()))
     if report.verdict == "FAIL":
         complete_description(dataclasses.replace(description, parity=parity), folder)
         failed = keep_aside(folder, request.output.with_name(f"{request.output.name}.failed"), request.inputs)

@@ -17,6 +17,7 @@ import numpy as np
 from dlo_export.checkpoints.adapter.checks import CONFIG_FIELDS, config_problems, tensor_problems
 from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.files.whole_folder import whole_folder
@@ -132,6 +133,7 @@ def load_adapter(folder: str | Path) -> DloAdapter:
     Raises:
         AdapterError: A file is missing or corrupt, a field or shape is wrong, or the two files disagree. All problems
             found are listed.
+        CheckpointError: A file is a link that leads out of the folder.
     """
     folder = Path(folder)
     missing = [name for name in (CONFIG_NAME, TENSORS_NAME) if not (folder / name).is_file()]
@@ -140,6 +142,8 @@ def load_adapter(folder: str | Path) -> DloAdapter:
             f"adapter {folder}: {' and '.join(missing)} not found",
             hint=f"an adapter is a folder with {CONFIG_NAME} and {TENSORS_NAME}",
         )
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        file_inside(folder, name)
     config = read_json(folder / CONFIG_NAME, AdapterError)
     return _adapter_from_config(config, _open_tensors(folder / TENSORS_NAME), folder)
 

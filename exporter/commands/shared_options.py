@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -17,3 +19,15 @@ Routing = Annotated[
     RoutingKind | None,
     typer.Option(help="What a token skips: the MLP, or the whole layer. As the model's routers do, else mlp."),
 ]
+
+
+@contextmanager
+def naming_allow_nonfinite() -> Iterator[None]:
+    """Adds --allow-nonfinite to the hint of the refusals that it lifts: around what a command that has it does."""
+    from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.checkpoints.finite_weights import NonFiniteWeightError  # noqa: PLC0415
+
+    try:
+        yield
+    except NonFiniteWeightError as err:
+        raise InputError(err.message, hint=f"{err.hint}; --allow-nonfinite takes it as it is") from err

@@ -88,7 +88,7 @@ class EngineCache:
             build = from_json(EngineBuild, read_json(entry / _BUILD), entry)
             found = _copy(entry / _ENGINE, partial)
             if found != build.sha256:
-                raise InputError(f"{entry / _ENGINE}: its sha256 is {found}, expected {build.sha256}")
+                raise ValueError(f"{entry / _ENGINE}: its sha256 is {found}, expected {build.sha256}")
             partial.rename(output)
         except (FileNotFoundError, ValueError) as err:
             self._tell(f"engine cache: removed a damaged entry, building again: {err}")

@@ -12,6 +12,7 @@ from dlo_export.exporter.cli import main
 # What commands import when they need it.
 _MODULES = (
     *("exporter.app", "exporter.artefact_check", "exporter.artefact_runner", "exporter.calibrate", "exporter.export"),
+    *("exporter.evaluate", "runtimes.torch.scorer"),
     *("exporter.commands.expand", "exporter.inspection", "exporter.parity_check", "exporter.train"),
     *("runtimes.bench", "runtimes.generation.generate", "runtimes.generation.tokenizer", "runtimes.torch.reference"),
 )

@@ -27,9 +27,10 @@ from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.runtimes.errors import ModelLoadError
+from dlo_export.runtimes.evaluation.scorer import RunnerScorer, Segment
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.parity.statistics import flips
-from dlo_export.runtimes.perplexity import measure_perplexity
+from dlo_export.runtimes.torch.scorer import TorchScorer
 from tests.exporter.forked_commands import run
 from tests.tiny_models import save_tiny_llama
 
@@ -81,17 +82,19 @@ def test_parity_passes_for_tensorrts_graphs(checkpoint: Path, artefact: Path) ->
 def test_decisions_are_by_the_layers_thresholds(checkpoint: Path, artefact: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 97, (2, 40))
     active = expected_active(checkpoint, ids)
+    segments = [Segment(row, 1) for row in ids]
+    in_torch = TorchScorer(AutoModelForCausalLM.from_pretrained(checkpoint)).score(segments)
     with open_artefact(artefact) as runner:
         runner.reset(2)
         result = runner.step(ids, np.ones_like(ids), np.tile(np.arange(40), (2, 1)))
         decided = runner.active(result.router_scores)
         halves = {layer: scores > 0.5 for layer, scores in result.router_scores.items()}
-        rates = measure_perplexity(runner, ids).active_rate
+        scored = RunnerScorer(runner).score(segments)
         stats = generate(runner, ids.tolist(), max_new_tokens=1).stats
     for layer in (0, 2, 3):
         np.testing.assert_array_equal(decided[layer], active[layer])
         assert (layer == 2) == bool((halves[layer] == active[layer]).all())
-        assert rates[layer] == pytest.approx(active[layer].mean())
+        assert scored.active[layer] == in_torch.active[layer] == active[layer][:, :-1].sum()
         assert stats.active_rate[layer] == pytest.approx(active[layer].mean())
 
 
