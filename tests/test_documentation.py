@@ -18,7 +18,7 @@ from tests.documents import DOCUMENTS, ROOT, commands, inline_code, python_block
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 OURS = ("dlo", "dlo-export")
-COMMANDS = ("expand", "calibrate", "train", "export", "run", "bench", "inspect", "parity")
+COMMANDS = ("expand", "calibrate", "train", "export", "run", "bench", "evaluate", "inspect", "parity")
 # Commands that do not end with 0 everywhere: what they end with where something is missing, and what that is.
 ENDINGS = {
     "dlo-export my-model/ --trt --lowering plugin --trt-plugin-library build/plugins/libdlo_plugins.so": (
