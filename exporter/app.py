@@ -6,6 +6,7 @@ import typer
 
 from dlo_export import __version__
 from dlo_export.exporter.commands import bench, calibrate, evaluate, expand, export, inspect, parity, run, train
+from dlo_export.exporter.commands.command import Command
 
 app = typer.Typer(
     name="dlo",
@@ -15,7 +16,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (export, expand, train, calibrate, run, bench, evaluate, inspect, parity):
-    app.command(command.NAME)(command.main)
+    app.command(command.NAME, cls=Command)(command.main)
 
 
 def _print_version(asked: bool) -> None:

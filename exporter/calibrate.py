@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
+from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_router, router_name
 from dlo_export.checkpoints.model_types import RoutingKind
@@ -73,6 +74,11 @@ class CalibrationRequest:
     routing: RoutingKind | None = None
     distillation: DistillationSettings | None = None
     retarget: float | None = None
+
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether the output is an adapter."""
+        return self.as_adapter or self.adapter is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +149,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
         ValueError: Of our packages: the model, the text or the settings are not usable.
     """
     inputs = (Path(request.model), request.adapter, request.text)
-    check_output_folder(request.output, overwrite=request.force, inputs=inputs)
+    makes = FolderKind.ADAPTER if request.makes_adapter else FolderKind.CHECKPOINT
+    check_output_folder(request.output, overwrite=request.force, makes=makes, inputs=inputs)
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "calibration")
@@ -156,14 +163,15 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
         text = source_text(source, request)
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if parse_router(n) is None}
-            if source.adapter is None and not request.as_adapter:
-                sizes = [tensor.nbytes for tensor in tensors.values()]
-                check_output_space(request.output, sum(sizes))
+            kept = _kept_tensors(source, tensors, request)
+            config = source.config_json()
+            routers = source.num_layers * config["hidden_size"] * np.dtype(np.float32).itemsize
+            check_output_space(request.output, sum(tensor.nbytes for tensor in kept.values()) + routers)
             if request.retarget is None:
-                config = {**source.config_json(), "is_dlo": False, **replaced_thresholds(source.config_json(), {})}
-                model = llama_dlo_from_tensors(config | {"rescale_hidden_states": False}, tensors)
+                dense = {"is_dlo": False, "rescale_hidden_states": False, **replaced_thresholds(config, {})}
+                model = llama_dlo_from_tensors(config | dense, tensors)
             else:
-                model = llama_dlo_from_tensors(source.config_json(), source.tensors())
+                model = llama_dlo_from_tensors(config, source.tensors())
         if request.retarget is None:
             fitted, routed = _fitted(model, text, request, routing, reporter)
         else:
@@ -179,7 +187,7 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             routed_evaluation = evaluate(routed, text.evaluation)
         rate = None if before is None else RateChange(target, before, _rate(fitted, routed_evaluation))
         with reporter.bytes("writing") as written:
-            _save(source, fitted, routing, tensors, request, written)
+            _save(source, fitted, routing, kept, request, written)
         injected = tuple(layer.position for layer in source.injected_layers)
         return CalibrationResult(fitted, routing, injected, dense_evaluation, routed_evaluation, rate)
     finally:
@@ -188,9 +196,9 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
 
 def source_text(source: ExportSource, request: CalibrationRequest) -> CalibrationText:
     """Tokens to fit on and to measure on, by the model's own tokenizer."""
-    with tempfile.TemporaryDirectory() as folder:
-        source.base.save_companions(Path(folder))
-        encode = load_encoder(Path(folder), source.base.path)
+    with scratch_folder() as folder:
+        source.base.save_companions(folder)
+        encode = load_encoder(folder, source.base.path)
     usual = _FIT_TOKENS if request.distillation is None else _DISTILLATION_TOKENS
     return calibration_text(
         read_documents(request.text),
@@ -199,6 +207,17 @@ def source_text(source: ExportSource, request: CalibrationRequest) -> Calibratio
         evaluation_tokens=request.evaluation_tokens,
         seed=request.seed,
     )
+
+
+def _kept_tensors(
+    source: ExportSource, tensors: dict[str, LazyTensor], request: CalibrationRequest
+) -> dict[str, LazyTensor]:
+    """What is written beside the routers: all of a checkpoint, the injected layers of an adapter."""
+    if not request.makes_adapter:
+        return tensors
+    injected = source.adapter.injected_layers if source.adapter is not None else ()
+    prefixes = tuple(layer_tensor_name(layer.position, "") for layer in injected)
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
 
 
 def _check_retarget(source: ExportSource, request: CalibrationRequest) -> None:
@@ -293,7 +312,7 @@ def _save(
     source: ExportSource,
     fitted: CalibratedRouters,
     routing: RoutingKind,
-    tensors: dict[str, LazyTensor],
+    kept: dict[str, LazyTensor],
     request: CalibrationRequest,
     progress: Callable[[int, int], None],
 ) -> None:
@@ -309,10 +328,8 @@ def _save(
             overwrite=request.force,
         )
         return
-    if source.adapter is not None or request.as_adapter:
+    if request.makes_adapter:
         injected = source.adapter.injected_layers if source.adapter is not None else ()
-        prefixes = tuple(layer_tensor_name(layer.position, "") for layer in injected)
-        kept = {name: tensor for name, tensor in tensors.items() if prefixes and name.startswith(prefixes)}
         adapter = DloAdapter(
             routing,
             is_dlo,
@@ -329,7 +346,7 @@ def _save(
         rule = {"rescale": own.rescale, "scale_factor": own.scale_factor, "scale_gap": own.scale_gap}
     changes = routed_config(is_dlo, routing=routing, thresholds=fitted.thresholds, **rule)
     save_checkpoint(
-        tensors | routers,
+        kept | routers,
         request.output,
         save_companions=source.base.save_companions,
         config_changes=changes | replaced_thresholds(source.config_json(), fitted.thresholds),

@@ -17,10 +17,12 @@ import numpy as np
 from dlo_export.checkpoints.adapter.checks import CONFIG_FIELDS, config_problems, tensor_problems
 from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.checkpoints.files.disk_space import no_room_reported
 from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.checkpoints.files.written_files import ADAPTER_FILE
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress
@@ -31,7 +33,7 @@ from dlo_export.checkpoints.router_thresholds import read_thresholds, thresholds
 
 # Format 2 has thresholds, which a reader of format 1 would not look for; what has none is written as format 1.
 FORMAT_VERSION, THRESHOLDS_FORMAT_VERSION = 1, 2
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = ADAPTER_FILE
 TENSORS_NAME = "adapter.safetensors"
 
 
@@ -162,6 +164,7 @@ def save_adapter(
     Raises:
         AdapterError: The adapter is inconsistent.
         FolderExistsError: The folder is not empty and `overwrite` is not set.
+        MachineError: The disk is full.
     """
     config: dict[str, Any] = {
         "format_version": THRESHOLDS_FORMAT_VERSION if adapter.router_thresholds else FORMAT_VERSION,
@@ -175,7 +178,7 @@ def save_adapter(
         **({THRESHOLDS: thresholds_json(adapter.router_thresholds)} if adapter.router_thresholds else {}),
     }
     _adapter_from_config(config, adapter.tensors, Path(folder))
-    with whole_folder(Path(folder), overwrite=overwrite) as staging:
+    with no_room_reported(Path(folder)), whole_folder(Path(folder), overwrite=overwrite) as staging:
         save_safetensors(adapter.tensors, staging / TENSORS_NAME, progress=progress)
         save_json(staging / CONFIG_NAME, config)
 

@@ -10,7 +10,7 @@ import typer
 
 from dlo_export.checkpoints.model_types import RoutingKind
 
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output of the same kind that dlo-export wrote.")]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Take a model with NaN or infinity in its weights.")
 ]

@@ -8,14 +8,13 @@ the divergence from the model without routing, and a penalty on the active rate 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.modeling.calibration.evaluation import with_routers
 from dlo_export.modeling.training.documents import TokenDocument
@@ -70,7 +69,7 @@ def distilled_routers(
 
     Raises:
         TrainingDivergedError: A loss or gradient is not finite.
-        MachineError: Of our packages: the temporary folder cannot be written to.
+        MachineError: The temporary folder cannot be written to.
     """
     routed = with_routers(model, _unsaturated(model, routers, routing, sequences[: settings.batch]), routing)
     training = TrainingSettings(
@@ -94,12 +93,12 @@ def distilled_routers(
         save_every=settings.steps,
         seed=settings.seed,
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         train_model(
             routed,
             training,
             PackedSets(_packed(sequences), _packed(held_out)),
-            folder=RunFolder(Path(folder), resumable=False),
+            folder=RunFolder(folder, resumable=False),
             description={"settings": dataclasses.asdict(training)},
             report=lambda step: progress(step.step, step.steps),
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dlo_export.checkpoints.files.json_file import read_json, save_json
+from dlo_export.checkpoints.files.written_files import ARTEFACT_FILE
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.runtimes.artefact.engine_record import (
     Count,
@@ -27,9 +28,10 @@ from dlo_export.runtimes.artefact.typed_json import JsonProblemsError, Rule, fro
 from dlo_export.runtimes.errors import ModelLoadError
 
 FORMAT_VERSION = 3  # 3 says each router's threshold
-FILE_NAME = "dlo_artifact.json"
+FILE_NAME = ARTEFACT_FILE
 MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
+ENGINES_NAME = "engines"
 PARITY_NAME = "parity.json"
 
 # The last field of dlo_artifact.json: a hash of all others.
