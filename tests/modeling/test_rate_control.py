@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
+import string
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +89,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_llama(folder / "routed", routed=[True] * 5 + [False], scale_gap=0.7, **options)
     save_tiny_llama(folder / "plain", **options)
     (folder / "texts").mkdir()
-    root = Path(__file__).parents[2]
-    for position, source in enumerate(sorted((root / "docs").glob("*.md"))):
-        (folder / "texts" / f"{position}.txt").write_text(source.read_text())
+    chooser = random.Random(0)
+    words = ["".join(chooser.choices(string.ascii_letters, k=chooser.randint(1, 9))) for _ in range(300)]
+    for position in range(16):
+        (folder / "texts" / f"{position}.txt").write_text(" ".join(chooser.choices(words, k=800)))
     made = calibrate(folder, "plain", folder / "routers", "--as-adapter", "--target", 0.85, "--tokens", 2048)
     assert made.returncode == 0, made.stderr
     return folder
