@@ -371,13 +371,14 @@ def _inject_layers(source: GraphSource) -> InjectLayersPass:
 
 
 def _route_layers(source: GraphSource) -> RouteLayersPass:
-    assert source.routing is not None, "asked before"
-    if source.routing.kind == "layer":
+    routing = source.routing
+    assert routing is not None, "asked before"
+    if routing.kind == "layer":
         raise InputError(
             "export: the model uses layer routing (model_type llama_dlo), this version exports mlp routing "
             "(llama_dlo_exattn)",
             hint="`dlo calibrate --routing mlp` makes MLP routers in their place",
         )
     return RouteLayersPass(
-        source.routers(), source.routing.rescale, source.routing.scale_factor, source.routing.scale_gap
+        source.routers(), routing.rescale, routing.scale_factor, routing.scale_gap, routing.thresholds
     )

@@ -39,6 +39,7 @@ def _print_tables(inspection: Inspection) -> None:
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
+    from dlo_export.checkpoints.router_thresholds import ONE_HALF  # noqa: PLC0415
     from dlo_export.exporter.messages import escaped, printable  # noqa: PLC0415
     from dlo_export.exporter.sources.untrained_routers import untrained_router_warning  # noqa: PLC0415
 
@@ -67,6 +68,8 @@ def _print_tables(inspection: Inspection) -> None:
         table = Table("layer", "injected", "routed", "identity", "MB")
         for row in inspection.layers:
             marks = [{True: "yes", False: "", None: "?"}[row[kind]] for kind in ("injected", "routed", "identity")]
+            if row["threshold"] not in (None, ONE_HALF):
+                marks[1] = f"above {row['threshold']:.4f}"
             table.add_row(str(row["index"]), *marks, f"{row['bytes'] / 2**20:.2f}")
         console.print(table)
     for engine in description.engines if description is not None else ():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
+from dlo_export.checkpoints.router_thresholds import ONE_HALF, threshold_problems, thresholds_json
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import element_type
@@ -40,7 +42,7 @@ class RouteLayersPass(GraphPass):
 
         logits = Squeeze(MatMul(x, w), -1)     # w [hidden, 1]; fp32 whatever the dtype: only x is cast
         scores = Sigmoid(logits)
-        active = Greater(scores, 0.5)
+        active = Greater(scores, 0.5)          # or the layer's own threshold
         scale  = Add(Mul(scores, gap), a)      # a = 0.5·scale_factor − 0.5·gap; left out where scale ≡ 1
         masked = Where(Unsqueeze(active, -1), Mul(Unsqueeze(scale, -1), d), 0)
         y      = Add(h, masked)
@@ -53,12 +55,14 @@ class RouteLayersPass(GraphPass):
         rescale: Multiply the branch by 0.5·scale_factor + (score − 0.5)·scale_gap.
         scale_factor: Of the checkpoint's configuration; read only when `rescale`.
         scale_gap: Likewise.
+        thresholds: By routed layer, the score an active token exceeds, where it is not 0.5; float32 numbers.
     """
 
     routers: Mapping[int, np.ndarray]
     rescale: bool = False
     scale_factor: float = 2.0
     scale_gap: float = 0.0
+    thresholds: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass,)
     nodes_from: ClassVar[Border | None] = "routed"
@@ -71,7 +75,8 @@ class RouteLayersPass(GraphPass):
             for index, weight in sorted(self._weights.items())
         }
         rule = [self.scale_factor, self.scale_gap] if self.rescale else None
-        return {"routers": digests, "rescale": rule}
+        thresholds = thresholds_json(self.thresholds)
+        return {"routers": digests, "rescale": rule, **({THRESHOLDS: thresholds} if thresholds else {})}
 
     def rewrite(self, model: ir.Model) -> bool:
         """Route every layer of `routers`.
@@ -81,7 +86,8 @@ class RouteLayersPass(GraphPass):
         """
         graph, weights = model.graph, self._weights
         layers = find_decoder_layers(graph)
-        self._refuse(graph, layers, weights)
+        wrong = threshold_problems(thresholds_json(self.thresholds), weights.keys())
+        self._refuse(graph, layers, weights, wrong)
         for index, weight in sorted(weights.items()):
             self._route(graph, layers[index], weight)
         self._refuse_unmasked(graph, weights)
@@ -97,14 +103,21 @@ class RouteLayersPass(GraphPass):
 
     @property
     def _largest_scale(self) -> float:
-        """Of an active token, whose score lies between a half and one; and of what it is computed from."""
-        ends = (0.5 * self.scale_factor, 0.5 * self.scale_factor + 0.5 * self.scale_gap)
+        """Of an active token, whose score lies between its threshold and one; and of what it is computed from."""
+        lowest = min((ONE_HALF, *self.thresholds.values()))
+        ends = (0.5 * self.scale_factor + share * self.scale_gap for share in (lowest - 0.5, 0.0, 0.5))
         return max(map(abs, ends)) if self.rescale else 1.0
 
-    def _refuse(self, graph: ir.Graph, layers: tuple[DecoderLayer, ...], weights: Mapping[int, np.ndarray]) -> None:
+    def _refuse(
+        self,
+        graph: ir.Graph,
+        layers: tuple[DecoderLayer, ...],
+        weights: Mapping[int, np.ndarray],
+        wrong_thresholds: Sequence[str],
+    ) -> None:
         routed = role_values(graph, ROUTER_SCORES)
         # All layers are asked before the first is routed.
-        problems = [] if weights else ["no routers were given"]
+        problems = [*wrong_thresholds] if weights else ["no routers were given"]
         if graph.opset_imports.get("", 0) < _OLDEST_OPSET:
             problems.append(f"the graph uses opset {graph.opset_imports.get('')}, expected {_OLDEST_OPSET} or newer")
         for index, weight in sorted(weights.items()):
@@ -150,7 +163,7 @@ class RouteLayersPass(GraphPass):
         dtype, tokens = element_type(layer.mlp.stream_operand), layer.token_dims
         router, mlp = router_path(layer.index), layer_tensor_name(layer.index, "mlp")
         decide = TaggedNodes(type(self).__name__, layer.index)
-        scores, active = _add_router(graph, decide, layer, weight)
+        scores, active = _add_router(graph, decide, layer, weight, self.thresholds.get(layer.index, ONE_HALF))
         scale = self._add_scale(graph, decide, scores, dtype, layer)
         # The decision comes before the branch it decides about, so that a lowering can gather in front of it.
         graph.insert_before(layer.mlp.nodes[0], decide.nodes)
@@ -193,7 +206,7 @@ class RouteLayersPass(GraphPass):
 
 
 def _add_router(
-    graph: ir.Graph, nodes: TaggedNodes, layer: DecoderLayer, weight: np.ndarray
+    graph: ir.Graph, nodes: TaggedNodes, layer: DecoderLayer, weight: np.ndarray, threshold: float
 ) -> tuple[ir.Value, ir.Value]:
     """Scores fp32 [batch, sequence] and active bool [batch, sequence], from the layer's input stream."""
     router, tokens, float32 = router_path(layer.index), layer.token_dims, ir.DataType.FLOAT
@@ -209,11 +222,13 @@ def _add_router(
     logits = nodes.add("Squeeze", column, axis, name=f"{router}.logits", dtype=float32, shape=tokens)
     scores = nodes.add("Sigmoid", logits, name=f"{router}.scores", dtype=float32, shape=tokens, role=ROUTER_SCORES)
     # As the rule is written, on the score: by its sign, a tiny logit whose sigmoid rounds to 0.5 would be active.
-    threshold = _constant(graph, "threshold", 0.5)
+    # Most layers share one constant; a layer's own threshold has a name that says whose it is.
+    own = threshold != ONE_HALF
+    limit = shared_constant(graph, f"{router if own else ROUTERS}.threshold", np.array(threshold, np.float32))
     active = nodes.add(
         "Greater",
         scores,
-        threshold,
+        limit,
         name=f"{router}.active",
         dtype=ir.DataType.BOOL,
         shape=tokens,

@@ -50,15 +50,18 @@ def parameter_groups(model: LlamaDloForCausalLM, settings: TrainingSettings) -> 
 
     Each has its `lr`, and `layer`: the layer whose capacity scales it, None for routers, embedding, norm and head.
     """
-    groups: dict[tuple[float, int | None], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, int | None, int | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_router = parse_router(name) is not None
-            rate = settings.router_learning_rate if is_router else settings.learning_rate
+            router = parse_router(name)
+            rate = settings.learning_rate if router is None else settings.router_learning_rate
+            alone = router if settings.relative_router_rate else None
+            if alone is not None and (size := float(parameter.detach().square().mean().sqrt())):
+                rate *= size
             place = parse_layer_tensor(name)
             layer = None if place is None else place.layer
-            groups.setdefault((rate, layer), []).append(parameter)
-    return [{"params": parameters, "lr": rate, "layer": layer} for (rate, layer), parameters in groups.items()]
+            groups.setdefault((rate, layer, alone), []).append(parameter)
+    return [{"params": parameters, "lr": rate, "layer": layer} for (rate, layer, _), parameters in groups.items()]
 
 
 def merged_state(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:

@@ -23,7 +23,7 @@ from dlo_export.modeling.training.parameters import choose_parameters
 from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.sharding import check_sharding
-from dlo_export.modeling.training.trainer import DloTrainer, HeldOut, StepReport
+from dlo_export.modeling.training.trainer import DloTrainer, HeldOut, RateControl, StepReport
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class TrainingResult:
         steps: Steps there are.
         stopped: It was asked to stop, and can be resumed.
         held_out: What held-out text says of the trained model; None for a stopped run.
+        rate_control: How its rate was brought to the target; None for a stopped run, without routers, or where that was
+            not asked for.
         is_main: Whether this process is the one that writes.
     """
 
@@ -42,6 +44,7 @@ class TrainingResult:
     steps: int
     stopped: bool
     held_out: HeldOut | None
+    rate_control: RateControl | None
     is_main: bool
 
 
@@ -83,7 +86,7 @@ def train_model(
     choose_parameters(model, settings)
     if settings.compile:
         compile_layers(model)
-    arguments = training_arguments(settings, folder.path)
+    arguments = training_arguments(settings, folder.path, saves=folder.resumable)
     if arguments.process_index == 0:
         folder.begin(description, resume=resume)
     trainer = DloTrainer(
@@ -110,18 +113,24 @@ def train_model(
         ) from err
     # A run that was resumed at its very end has nothing measured yet.
     measured = None if trainer.stopped else trainer.measured or trainer.measure()
+    controlled = None
+    if settings.exact_rate and trainer.capacities and not trainer.stopped:
+        controlled = trainer.control_rate()
+        if controlled.after != controlled.before:
+            measured = trainer.measure()
     state = trainer.state
     return TrainingResult(
-        state.global_step, state.max_steps, trainer.stopped, measured, trainer.is_world_process_zero()
+        state.global_step, state.max_steps, trainer.stopped, measured, controlled, trainer.is_world_process_zero()
     )
 
 
-def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
+def training_arguments(settings: TrainingSettings, folder: Path, *, saves: bool = True) -> TrainingArguments:
     """The settings in transformers' words.
 
     Args:
         settings: Of the run.
         folder: Of the run.
+        saves: Whether there are checkpoints to go on from.
     """
     return TrainingArguments(
         output_dir=str(folder),
@@ -142,7 +151,7 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
         data_seed=settings.seed,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
-        save_strategy="steps",
+        save_strategy="steps" if saves else "no",
         save_steps=settings.save_every,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,

@@ -37,10 +37,11 @@ class RunFolder:
 
     Args:
         path: Of the folder; made by `begin`.
+        resumable: Whether checkpoints are written, to go on from.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, resumable: bool = True) -> None:
+        self.path, self.resumable = path, resumable
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step is or will be."""

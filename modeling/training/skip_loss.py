@@ -5,13 +5,17 @@ Tokens of padding count nowhere: `counted` is bool [batch, sequence], False for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers.utils.generic import maybe_autocast
 
-from dlo_export.modeling.routing import SelectTokens, TrainingRouting, is_active
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
+from dlo_export.modeling.routing import GateTokens, SelectTokens, TrainingRouting, is_active
+
+_SATURATED = 1e-6  # scores so near to 0 or 1 are at the end of their gate whatever the temperature
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,67 @@ def top_k_selection(capacities: Mapping[int, float], counted: torch.Tensor) -> d
     return {layer: TopKSelection(counted, number) for layer, number in zip(capacities, wanted, strict=True)}
 
 
-def threshold_selection(capacities: Mapping[int, float]) -> dict[int, SelectTokens]:
-    """Activates in each layer what inference would, and what a router scores that has learned nothing yet."""
-    return dict.fromkeys(capacities, _is_active_or_unknown)
+def threshold_selection(capacities: Mapping[int, float], thresholds: Mapping[int, float]) -> dict[int, SelectTokens]:
+    """Activates in each layer what inference would, and what a router scores that has learned nothing yet.
+
+    Args:
+        capacities: By layer.
+        thresholds: By layer, where it is not one half.
+    """
+    return {layer: ThresholdSelection(thresholds.get(layer, ONE_HALF)) for layer in capacities}
 
 
-def _is_active_or_unknown(scores: torch.Tensor) -> torch.Tensor:
-    # All-zero routers score exactly 0.5. Inference skips that; training would begin without any MLP.
-    return is_active(scores) | (scores == 0.5)
+@dataclass(frozen=True)
+class ThresholdSelection:
+    """Activates what scores above a threshold.
+
+    Attributes:
+        threshold: Of inference.
+    """
+
+    threshold: float
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        """Bool, of the scores' shape."""
+        # All-zero routers score exactly 0.5. Inference skips that; training would begin without any MLP.
+        return is_active(scores, self.threshold) | (scores == ONE_HALF)
+
+
+def annealed_gates(
+    capacities: Mapping[int, float], thresholds: Mapping[int, float], temperature: float | None
+) -> dict[int, GateTokens] | None:
+    """Gates between 0 and 1 by how far a token's logit is above its layer's threshold; None where decisions are hard.
+
+    A soft gate's gradient says what more or less of what a token would skip would do, where a step has none.
+
+    Args:
+        capacities: By layer.
+        thresholds: By layer, where it is not one half.
+        temperature: In logits; the lower, the harder. None for hard decisions.
+    """
+    if temperature is None:
+        return None
+    # A tensor: it changes from step to step, and a compiled layer is compiled for all of them at once.
+    shared = torch.tensor(temperature)
+    return {layer: AnnealedGate(thresholds.get(layer, ONE_HALF), shared) for layer in capacities}
+
+
+@dataclass(frozen=True)
+class AnnealedGate:
+    """A soft decision.
+
+    Attributes:
+        threshold: Where it is one half.
+        temperature: In logits, 0-D.
+    """
+
+    threshold: float
+    temperature: torch.Tensor
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        """From 0 to 1, of the scores' shape."""
+        above = torch.logit(scores, eps=_SATURATED) - math.log(self.threshold / (1 - self.threshold))
+        return torch.sigmoid(above / self.temperature)
 
 
 def skip_labels(
@@ -95,7 +152,11 @@ def skip_labels(
 
 
 def router_losses(
-    routing: Mapping[int, TrainingRouting], labels: Mapping[int, torch.Tensor], counted: torch.Tensor, rate: float
+    routing: Mapping[int, TrainingRouting],
+    labels: Mapping[int, torch.Tensor],
+    counted: torch.Tensor,
+    rate: float,
+    thresholds: Mapping[int, float] | None = None,
 ) -> RouterLosses:
     """Losses of a micro-batch, and what there is to be reported.
 
@@ -104,18 +165,20 @@ def router_losses(
         labels: Of the same layers.
         counted: See above.
         rate: Wanted share of active tokens.
+        thresholds: By layer, of inference, where it is not one half.
     """
     scores = torch.stack([values.scores for values in routing.values()])  # [layers, batch, sequence]
     targets = torch.stack([labels[layer] for layer in routing])
     selected = torch.stack([values.active for values in routing.values()]) & counted
     tokens = counted.sum()
     every = tokens * len(routing)
+    limits = scores.new_tensor([(thresholds or {}).get(layer, ONE_HALF) for layer in routing]).reshape(-1, 1, 1)
     with maybe_autocast(scores.device.type, enabled=False):
         # Not F.binary_cross_entropy: a score that is no number stops the process there, on a GPU without a word.
         likelihood = torch.where(targets, scores, 1 - scores).clamp(min=torch.finfo(scores.dtype).tiny)
         skip = -(likelihood.log() * counted).sum() / every
         # Inference takes a step of the score. A penalty on the scores themselves leaves the steps where they are.
-        hard = is_active(scores.detach()).to(scores.dtype)
+        hard = is_active(scores.detach(), limits).to(scores.dtype)
         penalty = (((hard + scores - scores.detach()) * counted).sum() / every - rate).square()
     return RouterLosses(
         skip,

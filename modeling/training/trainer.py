@@ -20,9 +20,10 @@ from dlo_export.checkpoints.errors import MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.modeling.calibration.rate_control import shift_thresholds
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.perplexity import perplexity, score_tokens
-from dlo_export.modeling.routing import SelectTokens, is_active
+from dlo_export.modeling.routing import is_active
 from dlo_export.modeling.training.compilation import uncompiled
 from dlo_export.modeling.training.distillation import distillation_loss
 from dlo_export.modeling.training.errors import TrainingDivergedError
@@ -32,6 +33,7 @@ from dlo_export.modeling.training.run_folder import CAPACITIES_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.sharding import keep_weights_in_fp32, whole
 from dlo_export.modeling.training.skip_loss import (
+    annealed_gates,
     router_losses,
     skip_labels,
     threshold_selection,
@@ -39,6 +41,7 @@ from dlo_export.modeling.training.skip_loss import (
 )
 
 _SLACK_BYTES = 1 << 20
+_RATE_TOLERANCE = 0.01  # half of what a user may expect, since held-out text is a sample
 _STATE_NAME = "trainer_state.json"
 
 
@@ -86,11 +89,31 @@ class HeldOut:
         return sum(self.active.values()) / len(self.active) if self.active else None
 
 
+@dataclass(frozen=True)
+class RateControl:
+    """How the active rate at inference was brought to the target when training was over.
+
+    Attributes:
+        target: What was asked for, as the mean over the routed layers.
+        before: What training came to.
+        after: What it is.
+        thresholds: By routed layer, where it is not one half; as before where training came near enough.
+        other_text: Whether both rates were measured on other held-out text than thresholds are fitted on; False where
+            there is a single sequence of it.
+    """
+
+    target: float
+    before: float
+    after: float
+    thresholds: dict[int, float]
+    other_text: bool
+
+
 class _MicroBatch(NamedTuple):
     """What a micro-batch was run with, and its language loss."""
 
     inputs: dict[str, torch.Tensor]
-    select_tokens: dict[int, SelectTokens] | None
+    routing: dict[str, Any]
     loss: torch.Tensor
 
 
@@ -175,11 +198,11 @@ class DloTrainer(Trainer):
         """The loss of a micro-batch: language, skip labels, rate. Nothing here waits for a GPU."""
         counted = inputs.pop("counted")
         rate = self.settings.rate(self.state.global_step)
-        select = self._selection(counted) if self.capacities else None
+        routing = self._training_routing(counted)
         with self._autocast():
-            outputs = model(**inputs, use_cache=False, select_tokens=select, num_items_in_batch=num_items_in_batch)
+            outputs = model(**inputs, **routing, use_cache=False, num_items_in_batch=num_items_in_batch)
         language = outputs.loss
-        self._micro_batches.append(_MicroBatch(inputs, select, language.detach()))
+        self._micro_batches.append(_MicroBatch(inputs, routing, language.detach()))
         # Gradients are averaged over processes and summed over micro-batches; `language` is divided by all tokens.
         loss = self.settings.language_weight * language * self.accelerator.num_processes
         distilled = torch.zeros_like(language)
@@ -195,7 +218,7 @@ class DloTrainer(Trainer):
         routers = [torch.zeros(4 + len(self.capacities), dtype=torch.float64, device=counted.device)]
         if self.capacities:
             labels = skip_labels(self.settings.labels, outputs.training_routing, counted, rate)
-            losses = router_losses(outputs.training_routing, labels, counted, rate)
+            losses = router_losses(outputs.training_routing, labels, counted, rate, self._routed.config.thresholds)
             weighted = self.settings.skip_weight * losses.skip + self.settings.rate_weight * losses.rate
             loss = loss + weighted / self.current_gradient_accumulation_steps
             shares = (losses.skip.detach(), losses.rate.detach(), losses.active, losses.selected)
@@ -275,6 +298,41 @@ class DloTrainer(Trainer):
         self.log(dict(metrics))
         return metrics
 
+    def control_rate(self) -> RateControl:
+        """Shifts the thresholds where the rate is off the target: fitted on every other held-out sequence."""
+        model, target = self._routed, self.settings.target
+        count = len(self._held_out)
+        fitted, others = range(0, count, 2), range(1, count, 2) or range(count)
+        was_training = model.training
+        model.eval()
+        before = after = self._rate(others)
+        if abs(before - target) > _RATE_TOLERANCE:
+            shift_thresholds(model, lambda: self._held_out_scores(fitted), target)
+            after = self._rate(others)
+        model.train(was_training)
+        return RateControl(target, before, after, model.config.thresholds, count > 1)
+
+    def _rate(self, sequences: range) -> float:
+        """Mean active rate at inference over the routed layers."""
+        config = self._routed.config
+        scores = self._held_out_scores(sequences)
+        rates = [is_active(values, config.threshold(layer)).double().mean() for layer, values in scores.items()]
+        return float(torch.stack(rates).mean())
+
+    @torch.no_grad()
+    def _held_out_scores(self, sequences: range) -> dict[int, torch.Tensor]:
+        """Of all that is not padding. Each process runs all of the sequences, and so comes to the same thresholds."""
+        scores: dict[int, list[torch.Tensor]] = {layer: [] for layer in self.capacities}
+        for start in range(0, len(sequences), self.settings.batch):
+            chosen = stacked([self._held_out[index] for index in sequences[start : start + self.settings.batch]])
+            batch = {name: value.to(self.args.device) for name, value in chosen.items() if name != "labels"}
+            counted = batch.pop("counted")
+            with self._autocast(), uncompiled():
+                found = self._routed(**batch, use_cache=False, logits_to_keep=1).router_scores
+            for layer, values in scores.items():
+                values.append(found[layer][counted].cpu())
+        return {layer: torch.cat(values) for layer, values in scores.items()}
+
     @torch.no_grad()
     def measure(self) -> HeldOut:
         """Runs the model over held-out text, routed as at inference and, beside it, as in training."""
@@ -283,6 +341,7 @@ class DloTrainer(Trainer):
         model.eval()
         layers = [*self.capacities]
         sums = torch.zeros(4 + len(layers), dtype=torch.float64, device=self.args.device)
+        config = model.config
         with uncompiled():
             for batch in self._held_out_batches():
                 counted, labels = batch.pop("counted"), batch.pop("labels")
@@ -291,9 +350,10 @@ class DloTrainer(Trainer):
                     loss = _summed_loss(outputs.logits, labels)
                     trained = loss
                     if layers:
-                        select = self._selection(counted)
-                        trained = _summed_loss(model(**batch, use_cache=False, select_tokens=select).logits, labels)
-                active = [(is_active(outputs.router_scores[layer]) & counted).sum() for layer in layers]
+                        routing = self._training_routing(counted)
+                        trained = _summed_loss(model(**batch, **routing, use_cache=False).logits, labels)
+                scores = outputs.router_scores
+                active = [(is_active(scores[layer], config.threshold(layer)) & counted).sum() for layer in layers]
                 found = [loss, trained, (labels != IGNORED).sum(), counted.sum(), *active]
                 sums += torch.stack([value.double() for value in found])
         model.train(was_training)
@@ -320,10 +380,18 @@ class DloTrainer(Trainer):
         context: AbstractContextManager[None] = self.accelerator.autocast(casts)
         return context
 
-    def _selection(self, counted: torch.Tensor) -> dict[int, SelectTokens]:
+    def _training_routing(self, counted: torch.Tensor) -> dict[str, Any]:
+        """What the model is to be told of how training routes; nothing where nothing is routed."""
+        if not self.capacities:
+            return {}
+        thresholds = self._routed.config.thresholds
+        if self.settings.selection == "top-k":
+            return {"select_tokens": top_k_selection(self.capacities, counted)}
+        select = threshold_selection(self.capacities, thresholds)
         if self.settings.selection == "threshold":
-            return threshold_selection(self.capacities)
-        return top_k_selection(self.capacities, counted)
+            return {"select_tokens": select}
+        gates = annealed_gates(self.capacities, thresholds, self.settings.temperature(self.state.global_step))
+        return {"select_tokens": select, "gate_tokens": gates}
 
     # Learning rates and checkpoints, in place of the Trainer's.
 
@@ -331,6 +399,7 @@ class DloTrainer(Trainer):
         """AdamW over the groups of `parameter_groups`."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self._routed)
+            options["weight_decay"] = self.args.weight_decay  # AdamW has one of its own
             self.optimizer = kind(parameter_groups(self._routed, self.settings), **options)
         return self.optimizer
 
@@ -407,9 +476,7 @@ class DloTrainer(Trainer):
         batch = (bad or self._micro_batches)[0]
         values = {name: value for name, value in batch.inputs.items() if name != "labels"}
         with self._autocast():
-            outputs = self._routed(
-                **values, use_cache=False, select_tokens=batch.select_tokens, output_hidden_states=True
-            )
+            outputs = self._routed(**values, **batch.routing, use_cache=False, output_hidden_states=True)
         streams = outputs.hidden_states
         is_bad = torch.stack([~stream.isfinite().all() for stream in streams] + [torch.ones_like(batch.loss).bool()])
         position = int(self.accelerator.gather(is_bad.int().argmax().reshape(1)).min())

@@ -73,6 +73,12 @@ def test_a_terminated_run_goes_on_to_the_same_end_when_resumed(place: Path, tmp_
     assert description["settings"].keys() == {field.name for field in dataclasses.fields(TrainingSettings)}
     assert description["settings"]["target"] == 0.7
     assert description["versions"].keys() >= {"dlo-export", "torch", "transformers", "accelerate", "python"}
+    control = description["result"]["rate_control"]
+    assert control == json.loads(whole.stdout)["rate_control"]
+    assert (control["target"], control["other_text"]) == (0.7, False)  # one held-out sequence
+    config = json.loads((output / "config.json").read_text())
+    assert control["thresholds"] == config.get("router_thresholds", {})
+    assert config["model_type"] == "llama_dlo_exattn" + ("_thresholds" if control["thresholds"] else "")
     # What was trained is what is exported, and proven equal to it.
     artefact = tmp_path / "artefact"
     exported = run("export", output, "-o", artefact, messages=tmp_path / "export")
@@ -84,7 +90,7 @@ def test_a_terminated_run_goes_on_to_the_same_end_when_resumed(place: Path, tmp_
 def test_a_plain_model_is_trained_with_new_routers_or_without(
     place: Path, tmp_path: Path, routers: str, routed: object
 ) -> None:
-    result = train(place, "plain", tmp_path / "out", "--max-steps", 2, "--routers", routers)
+    result = train(place, "plain", tmp_path / "out", "--max-steps", 2, "--routers", routers, "--trained-rate")
     assert result.returncode == 0, result.stderr
     assert folder_kind(tmp_path / "out") is FolderKind.TRAINED_CHECKPOINT
     assert folder_kind(tmp_path / "out.run" / "checkpoint-2") is FolderKind.RUN_CHECKPOINT
@@ -96,7 +102,7 @@ def test_a_plain_model_is_trained_with_new_routers_or_without(
 
 
 def test_a_plain_model_is_trained_with_routers_of_whole_layers(place: Path, tmp_path: Path) -> None:
-    options = ("--max-steps", 2, "--routers", "add", "--routing", "layer")
+    options = ("--max-steps", 2, "--routers", "add", "--routing", "layer", "--trained-rate")
     result = train(place, "plain", tmp_path / "out", *options)
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -104,7 +110,9 @@ def test_a_plain_model_is_trained_with_routers_of_whole_layers(place: Path, tmp_
     assert config["architectures"] == ["LlamaDloLayerForCausalLM"]
     description = json.loads((tmp_path / "out" / "training.json").read_text())
     assert description["model"]["routing"] == "layer"
-    again = train(tmp_path, "out", tmp_path / "more", "--max-steps", 1, "--data", place / "chats.jsonl")
+    again = train(
+        tmp_path, "out", tmp_path / "more", "--max-steps", 1, "--data", place / "chats.jsonl", "--trained-rate"
+    )
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "more" / "config.json").read_text())["model_type"] == "llama_dlo"
 

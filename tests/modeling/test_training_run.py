@@ -146,6 +146,7 @@ def test_lora_merged_equals_the_model_it_was_trained_in(folder: Path, data: Pack
         expected = model.eval()(ids).logits
         merged = opened(folder)
         merged.load_state_dict(dict(merged_state(model)))
+        merged.config.router_thresholds = model.config.router_thresholds
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -220,7 +221,9 @@ def test_evaluation_routes_as_inference_and_beside_it_as_training(
     loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert held_out.loss == pytest.approx(float(loss), rel=1e-5)
     for layer, scores in outputs.router_scores.items():
-        assert held_out.active[layer] == pytest.approx(float((scores > 0.5)[counted].double().mean()), abs=1e-9)
+        assert held_out.active[layer] == pytest.approx(
+            float((scores > model.config.threshold(layer))[counted].double().mean()), abs=1e-9
+        )
     assert (held_out.training_loss == held_out.loss) == (selection == "threshold")
 
 
@@ -352,3 +355,14 @@ def test_two_processes_equal_one_when_the_batch_is_the_same(
         assert second == pytest.approx(first, rel=1e-4)
     capacities = [(tmp_path / name / "checkpoint-6" / "capacities.json").read_text() for name in ("one", "two")]
     assert capacities[0] == capacities[1]
+
+
+def test_weights_without_a_gradient_stay_what_they_are(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+    model = opened(folder)
+    before = model.model.embed_tokens.weight.detach().clone()
+    run(model, data, tmp_path, dataclasses.replace(SETTINGS, max_steps=2, learning_rate=0.1))
+    fed = torch.zeros(len(before), dtype=torch.bool)
+    fed[torch.cat([data[index]["input_ids"] for index in range(len(data))]).unique()] = True
+    assert 0 < fed.sum() < len(before)
+    assert torch.equal(model.model.embed_tokens.weight[~fed], before[~fed])
+    assert not torch.equal(model.model.embed_tokens.weight[fed], before[fed])
