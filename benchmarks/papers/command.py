@@ -19,7 +19,7 @@ from benchmarks.papers.forms import Form
 from benchmarks.papers.plots import save_plots
 from benchmarks.papers.results import Results
 from benchmarks.papers.shipped import shipped_pieces, task_files
-from benchmarks.papers.skipping_cost import as_many_pieces, skipping_pieces
+from benchmarks.papers.skipping_cost import as_many_pieces, retargeted_pieces, skipping_pieces
 from benchmarks.papers.subjects import BaseModel
 from benchmarks.papers.tables import COSTS, all_tables, broken_promises
 from benchmarks.papers.text import prepare_text, use_other_chats
@@ -169,18 +169,20 @@ def _run_others(experiment: Experiment, budget: Budget) -> dict[str, str]:
     pieces = [
         *(_training_piece(run, experiment, budget) for run in first),
         *skipping_pieces(experiment, budget),
-        *as_many_pieces(experiment, _routed(first)),
+        *_rate_pieces(experiment, first),
         *shipped,
         *kind_pieces(experiment, first),
         *(_training_piece(run, experiment, budget) for run in others),
-        *as_many_pieces(experiment, _routed(others)),
+        *_rate_pieces(experiment, others),
     ]
     return left_out | run_pieces(pieces, results, budget)
 
 
-def _routed(runs: list[TrainingRun]) -> list[str]:
-    """Routed runs at the original's depth."""
-    return [run.name for run in runs if run.kind in ("routed", "distilled")]
+def _rate_pieces(experiment: Experiment, runs: list[TrainingRun]) -> list[Piece]:
+    """What skips as much as runs that are routed at the original's depth, as trained and at the other rates."""
+    retargeted = retargeted_pieces(experiment, runs)
+    routed = [run.name for run in runs if run.kind in ("routed", "distilled")]
+    return [*retargeted, *as_many_pieces(experiment, [*routed, *(piece.name for piece in retargeted)])]
 
 
 def _training_costs(runs: list[TrainingRun], experiment: Experiment, budget: Budget) -> dict[str, Any]:

@@ -12,6 +12,7 @@ Layers are removed whole as well, attention included: by block influence, and gr
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,10 +26,12 @@ from benchmarks.papers.experiment import DecideShape, Experiment
 from benchmarks.papers.removal import greedily, without_layers
 from benchmarks.papers.subjects import saved_model
 from benchmarks.papers.text import DOMAINS
+from benchmarks.papers.training import TrainingRun
 from dlo_export.modeling.calibration.evaluation import with_routers
+from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_thresholds
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 
-CALIBRATED, BASELINES = "skipping-calibrated-", "skipping-as-much-as-"
+CALIBRATED, RETARGETED, BASELINES = "skipping-calibrated-", "skipping-retargeted-", "skipping-as-much-as-"
 INFLUENCE, GREEDY = "skipping-layers-by-influence", "skipping-layers-greedily"
 _DENSE = "train-original"
 
@@ -53,6 +56,28 @@ def skipping_pieces(experiment: Experiment, budget: Budget) -> list[Piece]:
         *as_many_pieces(experiment, [piece.name for piece in calibrated]),
         Piece(INFLUENCE, _passes(experiment, len(form.targets) + calibration), measure.by_influence, (_DENSE,)),
         Piece(GREEDY, _passes(experiment, greedy), functools.partial(measure.greedily, budget), (_DENSE,)),
+    ]
+
+
+def retargeted_pieces(experiment: Experiment, runs: Sequence[TrainingRun]) -> list[Piece]:
+    """Trained routers at the form's other rates, by thresholds alone.
+
+    Args:
+        experiment: Where.
+        runs: Those of them that are routed and kept at the original's depth count.
+    """
+    measure, calibration = _Measurements(experiment), experiment.form.calibration_tokens / _held_out_tokens(experiment)
+    return [
+        Piece(
+            f"{RETARGETED}{run.name}-{target:.2f}",
+            _passes(experiment, 1 + 3 * calibration),
+            functools.partial(measure.retargeted, run.name, target),
+            (run.name,),
+        )
+        for run in runs
+        if run.kind == "routed" and run.kept
+        for target in experiment.form.targets
+        if target != run.target
     ]
 
 
@@ -94,6 +119,14 @@ class _Measurements:
         dense = self._dense()
         routers = self._at.calibrated(_DENSE, dense, target)
         return {"target": target, **self._at.measured(with_routers(dense, routers))}
+
+    def retargeted(self, name: str, target: float) -> dict[str, Any]:
+        model = self._at.placed(saved_model(self._at.results.model(name)))
+        layers, routed = model.config.num_hidden_layers, model.config.routed_layers
+        rate = 1 - (1 - target) * layers / len(routed)  # of the layers that have thresholds to move
+        text = self._at.calibration[:: self._every].to(self._at.device)
+        shift = shift_thresholds(model, lambda: sequence_scores(model, text), rate)
+        return {"target": target, "of": name, "rate_of_routed": dataclasses.asdict(shift), **self._at.measured(model)}
 
     def baselines(self, name: str) -> dict[str, Any]:
         found = self._at.results[name]

@@ -100,7 +100,8 @@ class BaseModel:
             "torch_dtype": "float32",
         }
         if config.routed_layers:
-            changes |= routed_config([layer in config.routed_layers for layer in range(config.num_hidden_layers)])
+            routed = [layer in config.routed_layers for layer in range(config.num_hidden_layers)]
+            changes |= routed_config(routed, thresholds=config.thresholds)
         save_checkpoint(
             tensors, folder, save_companions=self._checkpoint.save_companions, config_changes=changes, overwrite=True
         )

@@ -46,7 +46,7 @@ def skipped_by_kind(experiment: Experiment, name: str) -> dict[str, Any]:
     for window, kinds_of_window in zip(windows, kinds, strict=True):
         scores = model(window.unsqueeze(0).to(experiment.device), use_cache=False).router_scores
         for row, layer in enumerate(layers):
-            skips = ~is_active(scores[layer])[0].cpu().numpy()
+            skips = ~is_active(scores[layer], model.config.threshold(layer))[0].cpu().numpy()
             skipped[row] += np.bincount(kinds_of_window[skips], minlength=len(KINDS))
     shares = skipped / np.maximum(counts, 1)
     return {

@@ -19,6 +19,7 @@ from dlo_export.modeling.calibration.evaluation import with_routers
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_layers
 from dlo_export.modeling.training.errors import TrainingDivergedError
 from dlo_export.modeling.training.parameters import choose_parameters
+from dlo_export.modeling.training.router_distillation import DistillationSettings
 from dlo_export.modeling.training.run import TrainingResult, train_model
 from dlo_export.modeling.training.run_folder import LOG_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
@@ -27,6 +28,7 @@ from dlo_export.modeling.training.trainer import StepReport
 MAIN_RUNS = 10
 """So many of `training_runs` make the main table."""
 _REFERENCE = "dlo"  # whose FLOPs the runs of equal FLOPs have
+_SOFT_SHARE = 0.75  # of the steps in which distilled routers' gates harden
 MakeDense = Callable[[Experiment], LlamaDloForCausalLM]
 
 
@@ -94,7 +96,7 @@ def training_runs(experiment: Experiment) -> list[TrainingRun]:
         return at.base.expanded(interleaved)
 
     def routed(target: float, seed: int) -> TrainingRun:
-        kept = (target, seed) == (targets[0], first)
+        kept = target == targets[0]  # to be moved to the other rates
         return TrainingRun("routed", original, f"-{target:.2f}-seed-{seed}", target=target, seed=seed, kept=kept)
 
     def distilled(target: float) -> TrainingRun:
@@ -123,9 +125,9 @@ def training_runs(experiment: Experiment) -> list[TrainingRun]:
     return [
         *runs,
         *(dataclasses.replace(run, suffix="-equal-flops", kept=False, equal_flops=True) for run in unequal),
-        *(routed(target, first) for target in targets[1:]),
+        *(routed(targets[0], seed) for seed in others),
         *(distilled(target) for target in targets[1:]),
-        *(routed(target, seed) for seed in others for target in targets),
+        *(routed(target, first) for target in targets[1:]),
     ]
 
 
@@ -154,19 +156,18 @@ def routed_start(dense: LlamaDloForCausalLM, name: str, experiment: Experiment, 
 def settings_of(run: TrainingRun, experiment: Experiment, model: LlamaDloForCausalLM, steps: int) -> TrainingSettings:
     """Of a run over so many steps.
 
-    Routers start calibrated, so tokens are selected as at inference from the first step on, and nothing is annealed.
+    Routers start calibrated, so tokens are selected as at inference from the first step on, and nothing is annealed but
+    the gates of routers that learn alone (`router_distillation`). What the rate lacks in the end, thresholds make up.
     """
     form, target = experiment.form, 1.0
     if run.target is not None:  # of all layers; training's is of those that are routed
         target = 1 - (1 - run.target) * model.config.num_hidden_layers / len(model.config.routed_layers)
-    return TrainingSettings(
+    settings = TrainingSettings(
         mode=run.mode,
         target=target,
         anneal_steps=0,
         selection="threshold",
-        language_weight=0.0 if run.distilled else 1.0,
-        distill_weight=1.0 if run.distilled else 0.0,
-        skip_weight=0.0 if run.distilled else 0.1,
+        skip_weight=0.1,
         max_steps=steps,
         batch=form.batch,
         accumulate=form.accumulate,
@@ -180,6 +181,20 @@ def settings_of(run: TrainingRun, experiment: Experiment, model: LlamaDloForCaus
         save_every=steps,
         seed=run.seed,
         device=experiment.device,
+    )
+    if not run.distilled:
+        return settings
+    return dataclasses.replace(  # as `dlo calibrate --objective distill` does
+        settings,
+        labels="self",
+        selection="annealed",
+        soft_steps=round(_SOFT_SHARE * steps),
+        language_weight=0.0,
+        distill_weight=1.0,
+        skip_weight=0.0,
+        router_learning_rate=DistillationSettings().learning_rate,
+        relative_router_rate=True,
+        layer_wise=False,
     )
 
 
@@ -217,6 +232,7 @@ def train(
         "steps": steps,
         "tokens": steps * per_step,
         "tokens_per_second": float(np.median(speeds)),
+        "rate_control": None if result.rate_control is None else dataclasses.asdict(result.rate_control),
         "curve": [{"tokens": entry["step"] * per_step, "loss": entry["eval_loss"]} for entry in measured],
         **experiment.measured(model),
         "settings": dataclasses.asdict(settings),
@@ -239,7 +255,8 @@ def _trained(
     should_stop: Callable[[], bool],
 ) -> tuple[TrainingResult, list[float], list[dict[str, Any]]]:
     """The result, each step's tokens per second, and the log."""
-    folder = RunFolder(experiment.results.folder / "work" / run.name)
+    # Without checkpoints: a run is resumed by running it again, and they take longer than the steps between them.
+    folder = RunFolder(experiment.results.folder / "work" / run.name, resumable=False)
     shutil.rmtree(folder.path, ignore_errors=True)  # of a run that was broken off
     speeds: list[float] = []
 
