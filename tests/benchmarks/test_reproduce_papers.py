@@ -125,6 +125,19 @@ def test_runs_have_equal_tokens_or_equal_flops(finished: tuple[Path, dict[str, o
     assert flops["llama-pro"] < flops["deepened"] < flops["moe"]
 
 
+def test_thresholds_move_trained_routers_when_another_rate_is_asked_for(
+    finished: tuple[Path, dict[str, object]],
+) -> None:
+    results = Results(finished[0])
+    trained = results["train-routed-0.80-seed-0"]["all"]
+    moved = results["skipping-retargeted-train-routed-0.80-seed-0-0.90"]["all"]
+    assert moved["active"] > trained["active"]
+    assert moved["loss"] != trained["loss"]
+    assert results["skipping-as-much-as-train-routed-0.80-seed-0"]["static"]["all"]["active"] == pytest.approx(
+        trained["active"], abs=0.02
+    )
+
+
 def test_command_repeats_nothing_when_results_are_there(
     finished: tuple[Path, dict[str, object]], capsys: pytest.CaptureFixture[str]
 ) -> None:
