@@ -63,6 +63,11 @@ class GraphSource(Protocol):
         ...
 
     @property
+    def remembers_activity(self) -> bool:
+        """Whether its graph has a state that says which cached tokens were active in a layer."""
+        ...
+
+    @property
     def tensorrt_refusal(self) -> str | None:
         """Why its graph cannot be given TensorRT's interface; None where it can."""
         ...
@@ -281,6 +286,11 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         InputError: With all reasons.
     """
     problems = [] if source.tensorrt_refusal is None else [source.tensorrt_refusal]
+    if source.remembers_activity:
+        problems.append(
+            "layer routing is for ONNX Runtime so far: a static cache has no state yet that says which slots a routed "
+            "layer may see"
+        )
     for name in ("max_batch", "max_sequence", "max_cache"):
         if getattr(options, name) < 1:
             problems.append(f"--trt-{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
@@ -373,5 +383,9 @@ def _inject_layers(source: GraphSource) -> InjectLayersPass:
 def _route_layers(source: GraphSource) -> RouteLayersPass:
     assert source.routing is not None, "asked before"
     return RouteLayersPass(
-        source.routers(), source.routing.rescale, source.routing.scale_factor, source.routing.scale_gap
+        source.routers(),
+        source.routing.rescale,
+        source.routing.scale_factor,
+        source.routing.scale_gap,
+        source.routing.kind,
     )

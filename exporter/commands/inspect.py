@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 NAME = "inspect"
 
 _SAVED = {
-    "nothing": "nothing: its MLP is computed and masked",
-    "tokens": "its part of the MLP",
-    "steps": "the MLP, in steps without an active token",
+    "nothing": "nothing: its {part} is computed and masked",
+    "tokens": "its part of the {part}",
+    "steps": "the {part}, in steps without an active token",
 }
+_PARTS = {"mlp": "MLP", "layer": "layer"}
 
 
 def main(
@@ -56,7 +57,10 @@ def _print_tables(inspection: Inspection) -> None:
             f"parity {description.parity.verdict}"
         )
     if inspection.skips is not None:
-        tell(f"a token that skips a layer saves {_SAVED[inspection.skips]}")
+        assert description is not None, "or nothing would say what is skipped"
+        assert description.routing is not None, "or nothing would be skipped"
+        saved = _SAVED[inspection.skips].format(part=_PARTS[description.routing.kind])
+        tell(f"a token that skips a layer saves {saved}")
     if inspection.untrained_routers:
         tell(f"warning: {untrained_router_warning(inspection.untrained_routers)}")
     if inspection.layers_problem:

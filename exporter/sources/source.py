@@ -62,6 +62,11 @@ class ExportSource:
         return None if refusal is None else f"{self.base.path.name} {refusal.reason}"
 
     @property
+    def remembers_activity(self) -> bool:
+        """Whether its graph has a state beside the KV cache: which cached tokens were active in a layer."""
+        return self.routing is not None and self.routing.kind == "layer"
+
+    @property
     def injected_layers(self) -> tuple[InjectedLayer, ...]:
         """All that are not the first model's, in the order of their positions; sources count in the first model."""
         if self.adapter is None:
@@ -151,7 +156,7 @@ def open_source(
         force_base: Let the adapter be made from other weights.
 
     Raises:
-        InputError: The model cannot be read, or is routed in a way this version does not export.
+        InputError: The model cannot be read.
         dlo_export.checkpoints.adapter.adapter.AdapterError: The adapter is damaged or does not fit the model.
     """
     if adapter_folder is not None and is_peft_adapter(adapter_folder):
@@ -160,7 +165,6 @@ def open_source(
     base = _open_base(model, allow_nonfinite=allow_nonfinite)
     if adapter is None:
         check_use(base, "export without adapter")
-        _refuse_layer_routing(base.routing, base.path)
         return ExportSource(base, None, base.routing)
     assert adapter_folder is not None, "an adapter was loaded from it"
     if base.routing is not None:
@@ -170,7 +174,6 @@ def open_source(
         )
     adapter.check_fits(base.tensor_shapes(), base.num_layers)
     routing = _adapter_routing(adapter)
-    _refuse_layer_routing(routing, adapter_folder)
     adapter_base = check_adapter_base(adapter, base, adapter_folder, force=force_base)
     if not allow_nonfinite:
         adapter = dataclasses.replace(adapter, tensors=finite_tensors(adapter.tensors, adapter_folder))
@@ -186,7 +189,6 @@ def _merged_source(model: str | Path, adapter_folder: Path, *, allow_nonfinite: 
             hint="export the checkpoint with that adapter",
         )
     base = CheckpointModel(open_checkpoint(model), lora, allow_nonfinite)
-    _refuse_layer_routing(base.routing, base.path)
     return ExportSource(base, None, base.routing, adapter_folder.name, "not stated")
 
 
@@ -211,14 +213,6 @@ def _adapter_routing(adapter: DloAdapter) -> RoutingConfig | None:
         adapter.scale_factor,
         adapter.scale_gap,
     )
-
-
-def _refuse_layer_routing(routing: RoutingConfig | None, origin: Path | None) -> None:
-    if routing is not None and routing.kind == "layer":
-        raise InputError(
-            f"{origin}: uses layer routing (model_type llama_dlo), this version exports mlp routing (llama_dlo_exattn)",
-            hint="train the routers with the authors' LlamaDLOExAttnForCausalLM, their default",
-        )
 
 
 def _renumbered(name: str, positions: list[int]) -> str:

@@ -1,21 +1,26 @@
-"""Make routed layers skip: run the MLP block only in steps where some token is active."""
+"""Make routed layers skip: run a block only in steps where some token is active."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_path
+from dlo_export.checkpoints.interface import CACHE_PARTS
+from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
 from dlo_export.graph_passes.find.data_flow import element_type, is_op, node_order
+from dlo_export.graph_passes.find.masked_attention import MaskedAttention
+from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
+from dlo_export.graph_passes.lowerings.active_rows import token_zeros
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
-from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes
+from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes, shared_constant, shared_node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,18 @@ class LowerSkipToIfPass(LoweringPass):
             skipped = Identity(h)
           } => (skipped)
 
+    Where attention is masked too (`RouteLayersPass`, kind "layer"), it moves into an If of its own, with its cache::
+
+        h, pk, pv = If(any) <
+          then_branch = {                                                # the same nodes, all of them
+            a, pk, pv = Attention(q, Where(…, k, 0), Where(…, v, 0), Where(…, bias, lowest), past_key, past_value)
+            h         = Add(x, Where(Unsqueeze(active, -1), a·Wo, 0))
+          } => (h, pk, pv)
+          else_branch = {
+            h         = Identity(x)
+            pk        = Concat(past_key, zeros)                          # what a skipped token leaves; pv likewise
+          } => (h, pk, pv)
+
     A step skips a layer only where none of its tokens is active: with a share p of tokens skipping, p to the power of
     batch·sequence. So it pays for single-token decode at batch 1, and in prefill and batches it saves nothing.
 
@@ -48,7 +65,7 @@ class LowerSkipToIfPass(LoweringPass):
     initializers cost several times their memory at load); no node that depends on h and serves the MLP stays outside
     (TensorRT runs lazily only what hangs on the conditional's inputs); each branch produces its output itself (so no
     pass may eliminate Identity nodes afterwards), of equal rank and type and under a name of its own. The router and
-    its scale, attention, the KV cache and what prepares constants (runtimes fold it) stay outside. The condition goes
+    its scale, the state of activity and what prepares constants (runtimes fold it) stay outside. The condition goes
     through fp32 because TensorRT reduces numbers only, and ONNX reduces bool from opset 20 on only.
 
     Scope: every routed decoder layer of the main graph. Source: ONNX If-1, ReduceMax-1; TensorRT IIfConditional.
@@ -59,8 +76,8 @@ class LowerSkipToIfPass(LoweringPass):
         index, block = masked.layer.index, masked.layer.mlp
         mlp, output, dtype = layer_tensor_name(index, "mlp"), block.stream_out, element_type(block.stream_operand)
         shape = (*masked.layer.token_dims, masked.layer.hidden_size)
-        decide = TaggedNodes(type(self).__name__, index)
-        condition = _add_any(decide, masked)
+        tags = TaggedNodes(type(self).__name__, index).tags
+        condition = _any_active(graph, masked, block.add, tags)
 
         # Both branches: what is moved keeps its order, and ends in an addition of the branch's own, which closes the
         # block; else the stream passes through.
@@ -87,26 +104,136 @@ class LowerSkipToIfPass(LoweringPass):
                 "else_branch": ir.Graph([], [skipped], nodes=keep.nodes, name=f"{mlp}.else_branch"),
             },
             name=f"{mlp}.if",
-            metadata_props=dict(decide.tags),
+            metadata_props=dict(tags),
         )
 
         # The If stands where the addition stood, and gives the stream under its name.
-        graph.insert_before(block.add, [*decide.nodes, conditional])
+        graph.insert_before(block.add, conditional)
         result = conditional.outputs[0]
         result.type, result.shape = added.type, ir.Shape(shape)
         replace_value(output, result)
         graph.remove(block.add, safe=True)
 
+    def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
+        """A cast between stream and sum, or a cache of unknown size."""
+        layer, problems = masked.layer, []
+        if layer.attention.stream_operand is not layer.input:
+            problems.append(f"adds to '{layer.attention.stream_operand.name}', a cast of the stream")
+        if _cache_sizes(masked) is None:
+            problems.append("the graph does not say how many heads its cache has, or how wide they are")
+        return problems
 
-def _add_any(nodes: TaggedNodes, masked: MaskedMlp) -> ir.Value:
-    """Whether any token is active: bool, 0-D."""
-    router, active, float32 = router_path(masked.layer.index), masked.active, ir.DataType.FLOAT
-    numbers = nodes.add(
-        "Cast", active, name=f"{router}.active_number", dtype=float32, shape=active.shape, to=int(float32)
+    def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
+        """Move the attention of one layer, and what it appends to the cache, into an If."""
+        layer, block = masked.layer, masked.layer.attention
+        name, dtype = layer_tensor_name(layer.index, "self_attn"), element_type(block.stream_operand)
+        shape = (*layer.token_dims, layer.hidden_size)
+        tags = TaggedNodes(type(self).__name__, layer.index).tags
+        condition = _any_active(graph, masked, block.add, tags)
+        zeros = _zero_rows(graph, masked, block.add)
+
+        # What the If gives out takes the place of stream and cache first: the branch's own values get other names,
+        # since names are unique across a graph and its branches.
+        kept = (block.stream_out, layer.present_key, layer.present_value)
+        results = [
+            ir.Value(type=value.type, shape=None if value.shape is None else value.shape.copy()) for value in kept
+        ]
+        results[0].type, results[0].shape = ir.TensorType(dtype), ir.Shape(shape)  # type: ignore[arg-type]  # known since routing
+        for old, new in zip(kept, results, strict=True):
+            replace_value(old, new)
+        inner = [f"{name}.active_{part}" for part in ("output", *CACHE_PARTS)]
+
+        # Both branches: all of the block, which ends in an addition of its own; or the stream as it is, and zeros.
+        order = node_order(graph)
+        moved = sorted(masked.nodes, key=order.__getitem__)
+        add = TaggedNodes(type(self).__name__, layer.index)
+        operands = [value for value in block.add.inputs if value is not None]
+        closes = operands.index(block.branch)
+        outputs = [add.add("Add", *operands, name=inner[0], dtype=dtype, shape=shape, closes=closes), *kept[1:]]
+        for value, own_name in zip(outputs, inner, strict=True):
+            value.name = own_name
+        keep = TaggedNodes(type(self).__name__, layer.index)
+        skipped = [keep.add("Identity", layer.input, name=f"{name}.skipped_output", dtype=dtype, shape=shape)]
+        for past, present, part in zip((layer.past_key, layer.past_value), kept[1:], CACHE_PARTS, strict=True):
+            skipped.append(
+                keep.add(
+                    "Concat",
+                    past,
+                    zeros,
+                    name=f"{name}.skipped_{part}",
+                    dtype=present.dtype,
+                    shape=present.shape,
+                    axis=2,
+                )
+            )
+        graph.remove(moved)
+        conditional = ir.node(
+            "If",
+            [condition],
+            {
+                "then_branch": ir.Graph([], outputs, nodes=[*moved, *add.nodes], name=f"{name}.then_branch"),
+                "else_branch": ir.Graph([], skipped, nodes=keep.nodes, name=f"{name}.else_branch"),
+            },
+            outputs=results,
+            name=f"{name}.if",
+            metadata_props=dict(tags),
+        )
+        graph.insert_before(block.add, conditional)
+        graph.remove(block.add, safe=True)
+
+
+def _any_active(graph: ir.Graph, masked: MaskedBlock, before: ir.Node, tags: Mapping[str, str]) -> ir.Value:
+    """Whether any token is active: bool, 0-D; once per layer, whatever of it is routed."""
+    router, float32, boolean = router_path(masked.layer.index), ir.DataType.FLOAT, ir.DataType.BOOL
+    steps: tuple[tuple[str, str, ir.DataType, Dims | None, dict[str, int]], ...] = (
+        ("Cast", "active_number", float32, masked.active.shape, {"to": int(float32)}),
+        ("ReduceMax", "any_number", float32, (), {"keepdims": 0}),
+        ("Cast", "any_active", boolean, (), {"to": int(boolean)}),
     )
-    largest = nodes.add("ReduceMax", numbers, name=f"{router}.any_number", dtype=float32, shape=(), keepdims=0)
-    boolean = ir.DataType.BOOL
-    return nodes.add("Cast", largest, name=f"{router}.any_active", dtype=boolean, shape=(), to=int(boolean))
+    value = masked.active
+    for op_type, name, dtype, shape, attributes in steps:
+        value = shared_node(
+            graph,
+            op_type,
+            value,
+            name=f"{router}.{name}",
+            tags=tags,
+            dtype=dtype,
+            shape=shape,
+            before=before,
+            **attributes,
+        )
+    return value
+
+
+def _cache_sizes(masked: MaskedAttention) -> tuple[int, int] | None:
+    """Number of key-value heads and their width."""
+    shape = masked.layer.past_key.shape
+    if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
+        return None
+    return shape[1], shape[3]
+
+
+def _zero_rows(graph: ir.Graph, masked: MaskedAttention, before: ir.Node) -> ir.Value:
+    """Keys or values of a step whose tokens all skip, [batch, kv_heads, sequence, head_dim]: once for all layers."""
+    sizes, dtype = _cache_sizes(masked), masked.layer.past_key.dtype
+    assert sizes is not None, "asked by attention_problems"
+    assert dtype is not None, "of a graph input"
+    heads, width = sizes
+    made_by, (batch, sequence) = LowerSkipToIfPass.__name__, masked.layer.token_dims
+    zeros = token_zeros(graph, made_by, heads * width, dtype, before)
+    shape = shared_constant(graph, f"{ROUTERS}.heads_{heads}x{width}", np.array([0, heads, -1, width], np.int64))
+    return shared_node(
+        graph,
+        "Reshape",
+        zeros,
+        shape,
+        name=f"{zeros.name}_{heads}x{width}",
+        tags=TaggedNodes(made_by, None).tags,
+        dtype=dtype,
+        shape=(batch, heads, sequence, width),
+        before=before,
+    )
 
 
 def _columns(masked: MaskedMlp) -> Iterator[ir.Node]:
