@@ -43,7 +43,7 @@ def by_similarity(model: PreTrainedModel, sequences: torch.Tensor) -> list[int]:
         for layer in range(model.config.num_hidden_layers):
             output = stream.run_layer(layer)
             means.append(float(output.similarity.mean()))
-            stream.advance(output)
+            stream.advance(layer, output)
     return sorted(range(len(means)), key=means.__getitem__, reverse=True)
 
 

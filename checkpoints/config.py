@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dlo_export.checkpoints.adapter.checks import injected_layer_problems
 from dlo_export.checkpoints.errors import CheckpointError
@@ -22,7 +22,7 @@ from dlo_export.checkpoints.llama_layer import (
     layer_tensor_name,
     router_name,
 )
-from dlo_export.checkpoints.model_types import MODEL_TYPES
+from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, routed_type
 from dlo_export.checkpoints.rope import RopeConfig, rope_of_fields
 
 __all__ = ["LlamaConfig", "RopeConfig", "RoutingConfig"]
@@ -51,7 +51,7 @@ class RoutingConfig:
         scale_gap: 0.0 where rescale is False.
     """
 
-    kind: Literal["mlp", "layer"]
+    kind: RoutingKind
     layers: tuple[int, ...]
     rescale: bool
     scale_factor: float
@@ -60,7 +60,7 @@ class RoutingConfig:
     def values(self, num_layers: int) -> dict[str, Any]:
         """The keys of a config.json that say so, in the DLO authors' words."""
         return {
-            "model_type": next(name for name, kind in MODEL_TYPES.items() if kind.routing == self.kind),
+            "model_type": routed_type(self.kind).name,
             "is_dlo": [layer in self.layers for layer in range(num_layers)],
             "rescale_hidden_states": self.rescale,
             "scale_factor": self.scale_factor,
@@ -281,7 +281,7 @@ def _head_dim(fields: JsonFields, hidden_size: int, num_heads: int) -> int:
     return head_dim
 
 
-def _routing(fields: JsonFields, kind: Literal["mlp", "layer"] | None, num_layers: int) -> RoutingConfig | None:
+def _routing(fields: JsonFields, kind: RoutingKind | None, num_layers: int) -> RoutingConfig | None:
     layers = _routed_layers(fields, num_layers, optional=kind is None)
     if not layers:
         return None

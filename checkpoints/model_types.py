@@ -6,11 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.json_fields import JsonFields
+from dlo_export.checkpoints.llama_layer import Block
 
 FULL_ATTENTION = "full_attention"
 
 WindowRule = Literal["sliding_window", "layer_types", "use_sliding_window"]
+
+RoutingKind = Literal["mlp", "layer"]
+"""What a token skips in a routed layer: the MLP, or the whole layer."""
+
+ROUTED_BLOCKS: Mapping[RoutingKind, tuple[Block, ...]] = {"mlp": ("mlp",), "layer": ("self_attn", "mlp")}
+"""The residual blocks that a skipped token skips."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,7 @@ class ModelType:
     Attributes:
         name: Of the type.
         routing: What the routed layers of the DLO authors' types skip; None for a plain decoder.
+        architecture: Of the routed types: our PyTorch class for it, which config.json names.
         window: The field that puts a sliding window in force: a `sliding_window` that is not null; a `layer_types` that
             is not full attention for every layer; a `sliding_window` unless `use_sliding_window` is false.
         defaults: Of fields that are left out, where they differ from Llama's.
@@ -27,7 +36,8 @@ class ModelType:
     """
 
     name: str
-    routing: Literal["mlp", "layer"] | None = None
+    routing: RoutingKind | None = None
+    architecture: str | None = None
     window: WindowRule = "use_sliding_window"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
@@ -82,9 +92,32 @@ MODEL_TYPES: Mapping[str, ModelType] = {
     for kind in (
         ModelType("llama"),
         # The DLO authors' code; `llama_dlo_exattn` keeps attention dense.
-        ModelType("llama_dlo", routing="layer"),
-        ModelType("llama_dlo_exattn", routing="mlp"),
+        ModelType("llama_dlo", routing="layer", architecture="LlamaDloLayerForCausalLM"),
+        ModelType("llama_dlo_exattn", routing="mlp", architecture="LlamaDloForCausalLM"),
         ModelType("mistral", window="sliding_window", defaults=_MISTRAL, unread=_NO_BIASES),
         ModelType("ministral", window="layer_types", defaults=_MISTRAL, unread=_NO_BIASES),
     )
 }
+
+
+def routed_type(routing: RoutingKind) -> ModelType:
+    """The model type whose routed layers skip this."""
+    return next(kind for kind in MODEL_TYPES.values() if kind.routing == routing)
+
+
+def agreed_routing(own: RoutingKind | None, wanted: RoutingKind | None) -> RoutingKind:
+    """What a model's routers skip once it gets more of them; MLPs where nothing says otherwise.
+
+    Args:
+        own: What those it has skip; None where it has none.
+        wanted: What the new ones are to skip; None for the same.
+
+    Raises:
+        CheckpointError: The two differ.
+    """
+    if own is not None and wanted not in (None, own):
+        raise CheckpointError(
+            f"routing {wanted} was asked for, the model's routers are for routing {own}",
+            hint="all routed layers of a model skip the same; `dlo calibrate` makes new routers, for either",
+        )
+    return own or wanted or "mlp"

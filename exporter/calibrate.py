@@ -17,6 +17,7 @@ from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_router, router_name
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
@@ -36,13 +37,14 @@ class CalibrationRequest:
         output: Folder to make.
         adapter: Adapter on the model; the output is then an adapter too.
         as_adapter: Write the routers alone, as an adapter on the model.
-        settings: Of the fit.
+        settings: Of the fit, but for what tokens skip.
         text: File or folder of .txt; Python's own documentation where None.
         tokens: To fit on.
         evaluation_tokens: To measure on, from other documents.
         seed: Of the choice of documents to fit on.
         force: Replace an output of this program's.
         force_base: Let the adapter be made from other weights.
+        routing: What tokens are to skip; None for what the model's routers skip, and MLPs where it has none.
     """
 
     model: str
@@ -56,6 +58,7 @@ class CalibrationRequest:
     seed: int
     force: bool
     force_base: bool = False
+    routing: RoutingKind | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +67,14 @@ class CalibrationResult:
 
     Attributes:
         fitted: The routers.
+        routing: What tokens skip.
         injected: Positions of injected layers.
         dense: Without routers, on the held-out text.
         routed: With them, on the same.
     """
 
     fitted: CalibratedRouters
+    routing: RoutingKind
     injected: tuple[int, ...]
     dense: Evaluation
     routed: Evaluation
@@ -83,6 +88,7 @@ class CalibrationResult:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return {
+            "routing": self.routing,
             "perplexity": {"dense": self.dense.perplexity, "routed": self.routed.perplexity},
             "evaluation_tokens": self.routed.tokens,
             "active_rate": {
@@ -110,6 +116,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
         check_use(source.base, "calibration")
         for warning in source.base.warnings:
             reporter.warn(warning)
+        # The routers that are there are replaced, so theirs is a default and no more.
+        routing = request.routing or (source.routing.kind if source.routing is not None else "mlp")
         text = source_text(source, request)
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if parse_router(n) is None}
@@ -119,13 +127,15 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             config = {**source.config_json(), "is_dlo": False}
             model = llama_dlo_from_tensors(config | {"rescale_hidden_states": False}, tensors)
         with reporter.count("routers") as progress:
-            fitted = calibrate_routers(model, text.calibration, request.settings, progress=progress)
+            settings = dataclasses.replace(request.settings, routing=routing)
+            fitted = calibrate_routers(model, text.calibration, settings, progress=progress)
         with reporter.stage("evaluation"):
             dense = evaluate(model, text.evaluation)
-            routed = evaluate(with_routers(model, fitted.routers), text.evaluation)
+            routed = evaluate(with_routers(model, fitted.routers, routing), text.evaluation)
         with reporter.bytes("writing") as written:
-            _save(source, fitted, tensors, request, written)
-        return CalibrationResult(fitted, tuple(layer.position for layer in source.injected_layers), dense, routed)
+            _save(source, fitted, routing, tensors, request, written)
+        injected = tuple(layer.position for layer in source.injected_layers)
+        return CalibrationResult(fitted, routing, injected, dense, routed)
     finally:
         source.close()
 
@@ -147,6 +157,7 @@ def source_text(source: ExportSource, request: CalibrationRequest) -> Calibratio
 def _save(
     source: ExportSource,
     fitted: CalibratedRouters,
+    routing: RoutingKind,
     tensors: dict[str, LazyTensor],
     request: CalibrationRequest,
     progress: Callable[[int, int], None],
@@ -161,7 +172,7 @@ def _save(
         prefixes = tuple(layer_tensor_name(layer.position, "") for layer in injected)
         kept = {name: tensor for name, tensor in tensors.items() if prefixes and name.startswith(prefixes)}
         adapter = DloAdapter(
-            "mlp", is_dlo, injected_layers=injected, base_sha256=source.base.sha256(), tensors=kept | routers
+            routing, is_dlo, injected_layers=injected, base_sha256=source.base.sha256(), tensors=kept | routers
         )
         save_adapter(adapter, request.output, overwrite=request.force)
         return
@@ -169,7 +180,7 @@ def _save(
         tensors | routers,
         request.output,
         save_companions=source.base.save_companions,
-        config_changes=routed_config(is_dlo),
+        config_changes=routed_config(is_dlo, routing=routing),
         overwrite=request.force,
         progress=progress,
     )

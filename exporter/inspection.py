@@ -103,7 +103,7 @@ def _skips(description: ArtefactDescription | None) -> str | None:
 
 def _untrained_routers(graph: ir.Graph, description: ArtefactDescription | None) -> list[int]:
     """Those of an artefact, whose weights are there; where the layer is the identity, skipping loses nothing."""
-    if description is None:
+    if description is None or description.routing is None:
         return []
     return [
         int(node.metadata_props[LAYER_KEY])

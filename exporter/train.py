@@ -29,6 +29,7 @@ from dlo_export.checkpoints.files.output_check import check_output_folder, check
 from dlo_export.checkpoints.files.uninterrupted import SIGNALS
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
+from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, agreed_routing
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
@@ -60,6 +61,7 @@ class TrainRequest:
         adapter: Adapter on the model.
         routers: ``keep`` those the model has, ``add`` an all-zero one to each layer without, or ``none``: train it
             without any.
+        routing: What tokens skip; None for what the model's routers skip, and MLPs where it has none.
         settings: Of the run, but for its sequence.
         sequence: Tokens of a sequence; None for 1024, or what the model takes if that is less.
         resume: Go on with the run that is there.
@@ -73,6 +75,7 @@ class TrainRequest:
     held_out: Path | None
     adapter: Path | None
     routers: str
+    routing: RoutingKind | None
     settings: TrainingSettings
     sequence: int | None
     resume: bool
@@ -99,7 +102,7 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
         check_use(source.base, "training")
         for warning in source.base.warnings:
             reporter.warn(warning)
-        config, tensors = _trained_model(source, request.routers)
+        config, tensors = _trained_model(source, request.routers, request.routing)
         request = _with_sequence(request, config["max_position_embeddings"])
         check_output_space(request.output, 4 * sum(math.prod(tensor.shape) for tensor in tensors.values()))
         with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +115,7 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
         with reporter.stage("model"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UntrainedRoutersWarning)  # they are about to be trained
             model = llama_dlo_from_tensors(config, tensors)
-        description = _description(request, source)
+        description = _description(request, source, config)
         with _stop_between_steps() as should_stop:
             result = train_model(
                 model,
@@ -151,16 +154,21 @@ def report_json(result: TrainingResult) -> dict[str, Any]:
     }
 
 
-def _trained_model(source: ExportSource, routers: str) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+def _trained_model(
+    source: ExportSource, routers: str, routing: RoutingKind | None
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """The config.json and tensors of the model as training starts."""
     injected = [dataclasses.asdict(layer) for layer in source.injected_layers]
     config, tensors = source.config_json() | {"injected_layers": injected}, source.tensors()
     if routers == "none":
+        if routing is not None:
+            raise TrainingError(f"--routing {routing}: --routers none leaves none", hint="leave one of the two out")
         plain = {name: tensor for name, tensor in tensors.items() if parse_router(name) is None}
         return config | {"is_dlo": False, "rescale_hidden_states": False}, plain
+    agreed = agreed_routing(source.routing and source.routing.kind, routing)
     if routers == "add":
         if source.routing is None:
-            config |= routed_config([True] * source.num_layers)
+            config |= routed_config([True] * source.num_layers, routing=agreed)
         config["is_dlo"] = [True] * source.num_layers
         zeros: dict[str, LazyTensor] = {
             router_name(layer): ArrayTensor(np.zeros((1, config["hidden_size"]), np.float32))
@@ -226,7 +234,7 @@ def _check_vocabulary(data: TokenizedData, vocabulary: int) -> None:
             )
 
 
-def _description(request: TrainRequest, source: ExportSource) -> dict[str, Any]:
+def _description(request: TrainRequest, source: ExportSource, config: Mapping[str, Any]) -> dict[str, Any]:
     """What `training.json` says."""
     adapter = None
     if request.adapter is not None and source.adapter is not None:  # a LoRA adapter is part of the base, and its hash
@@ -234,9 +242,10 @@ def _description(request: TrainRequest, source: ExportSource) -> dict[str, Any]:
     data = {"training": [dataclasses.asdict(file) for file in described_files(request.data)]}
     if request.held_out is not None:
         data["held_out"] = [dataclasses.asdict(file) for file in described_files(request.held_out)]
+    routing = None if request.routers == "none" else MODEL_TYPES[config["model_type"]].routing
     return {
         "format_version": 1,
-        "model": {"sha256": source.base.sha256(), "adapter": adapter, "routers": request.routers},
+        "model": {"sha256": source.base.sha256(), "adapter": adapter, "routers": request.routers, "routing": routing},
         "data": data,
         "settings": dataclasses.asdict(request.settings),
         "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},

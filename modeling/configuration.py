@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, LlamaConfig
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.model_types import RoutingKind, routed_type
 
 
 class RoutingConfigError(InputError):
@@ -14,7 +15,7 @@ class RoutingConfigError(InputError):
 
 
 class LlamaDloConfig(LlamaConfig):
-    """A Llama whose routed layers skip their MLP token by token (DLO, arXiv 2407.11030).
+    """A Llama of whose routed layers each token may skip the MLP (DLO, arXiv 2407.11030).
 
     A token is active in routed layer l iff ``sigmoid(router_l · x) > 0.5``, x being the layer's input; an active
     token's MLP branch is multiplied by ``0.5·scale_factor + (score - 0.5)·scale_gap`` if `rescale_hidden_states`.
@@ -31,7 +32,9 @@ class LlamaDloConfig(LlamaConfig):
         injected_layers: The layers that were added to a trained model, as dicts of position, source and init.
     """
 
-    model_type = "llama_dlo_exattn"
+    model_type = routed_type("mlp").name
+    # Of the class and not of config.json: there model_type says it.
+    routing: ClassVar[RoutingKind] = "mlp"
 
     is_dlo: list[bool] | bool | None = None
     rescale_hidden_states: bool = False
@@ -90,9 +93,10 @@ class LlamaDloConfig(LlamaConfig):
 
 
 class LlamaDloLayerConfig(LlamaDloConfig):
-    """A Llama whose routed layers skip attention too. Its configuration can be read; the model is not supported yet."""
+    """A Llama whose routed layers each token may skip whole, attention and its cache included."""
 
-    model_type = "llama_dlo"
+    model_type = routed_type("layer").name
+    routing: ClassVar[RoutingKind] = "layer"
 
 
 # Here rather than beside the models: a tokenizer needs to know the configuration's type, and no PyTorch.

@@ -13,9 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import parse_router
-from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
+from dlo_export.checkpoints.model_types import MODEL_TYPES
 from dlo_export.modeling.float64_norm import use_float64_norms
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, LlamaDloLayerForCausalLM, warn_of_untrained_routers
+from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM, warn_of_untrained_routers
 
 
 class ModelTensorsError(InputError):
@@ -36,7 +36,6 @@ def llama_dlo_from_tensors(
     Raises:
         ModelTensorsError: Tensors are missing or unexpected.
         RoutingConfigError: The routing keys contradict each other.
-        LayerRoutingNotSupportedError: The model routes whole layers.
     """
     model = empty_llama_dlo(config, tensors.keys(), dtype=dtype)
     for name in sorted({name for name, _ in model.named_parameters()}):
@@ -62,11 +61,10 @@ def empty_llama_dlo(
         ValueError: As `llama_dlo_from_tensors`.
     """
     values = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
-    if config.get("model_type") == LlamaDloLayerConfig.model_type:
-        LlamaDloLayerForCausalLM(LlamaDloLayerConfig(**values))  # says that it is not supported
-    model_config = LlamaDloConfig(**values, dtype=dtype)
+    model_class = ROUTED_MODELS[MODEL_TYPES[config.get("model_type", "llama")].routing or "mlp"]
+    model_config = model_class.config_class(**values, dtype=dtype)
     with torch.device("meta"):
-        model = LlamaDloForCausalLM(model_config)
+        model = model_class(model_config)
     if dtype == torch.float64:
         use_float64_norms(model)
     expected = {name for name, _ in model.named_parameters()}

@@ -7,7 +7,7 @@ Importing this module registers the model with transformers' Auto classes, so th
     model = AutoModelForCausalLM.from_pretrained("routed-model")
 
 Attention, MLP, norms and rotary embedding are transformers' own; what is added is one router per routed layer
-(``model.routers.{layer}.weight`` [1, hidden]) and the choice, per token, whether the MLP runs.
+(``model.routers.{layer}.weight`` [1, hidden]) and the choice, per token, whether the MLP, or the whole layer, runs.
 """
 
 from __future__ import annotations
@@ -23,33 +23,18 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, Pr
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaPreTrainedModel,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.modeling.active_cache import add_active_state
 from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
-from dlo_export.modeling.routing import (
-    SelectTokens,
-    TokenRouter,
-    TrainingRouting,
-    add_active_branch,
-    add_masked_branch,
-    add_trained_branch,
-    is_active,
-)
+from dlo_export.modeling.decoder_layer import ROUTED_LAYERS
+from dlo_export.modeling.routing import TokenRouter, TrainingRouting
 
 
 class UntrainedRoutersWarning(UserWarning):
-    """Routers that are all zeros skip every token's MLP."""
-
-
-class LayerRoutingNotSupportedError(InputError):
-    """The checkpoint routes whole layers, attention included."""
+    """Routers that are all zeros make every token skip."""
 
 
 @dataclass
@@ -74,61 +59,12 @@ class LlamaDloCausalLMOutput(CausalLMOutputWithPast):
     training_routing: dict[int, TrainingRouting] | None = None
 
 
-class RoutedDecoderLayer(LlamaDecoderLayer):
-    """A decoder layer whose MLP may be skipped per token; without a router, a Llama's."""
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: torch.Tensor,
-        router: TokenRouter | None = None,
-        branch_scale: tuple[float, float] = (1.0, 0.0),
-        force_active: torch.Tensor | None = None,
-        masked: bool = False,
-        select_tokens: SelectTokens | None = None,
-        **attention_kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | TrainingRouting | None]:
-        """Runs the layer.
-
-        Args:
-            hidden_states: The residual stream, [batch, sequence, hidden].
-            router: Decides from the residual stream as it comes in, before norm and attention.
-            branch_scale: (a, b): the MLP branch is multiplied by a + b·score.
-            force_active: bool [batch, sequence], decisions to use in place of the router's. Scores stay the router's.
-            masked: Compute every token's MLP and discard those of skipped tokens.
-            select_tokens: Decides in place of the router's threshold, in training.
-            attention_kwargs: Whatever transformers' attention takes.
-
-        Returns:
-            The residual stream after the layer; if it is routed, the scores (float32 [batch, sequence]), or all that
-            training needs where `select_tokens` is given.
-        """
-        # The router sees the stream as it comes in: the MLP's decision does not wait for attention.
-        scores = None if router is None else router(hidden_states)
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_kwargs)
-        hidden_states = hidden_states + attended
-        if scores is None:
-            return hidden_states + self._mlp_branch(hidden_states), None
-        offset, slope = branch_scale
-        scale = None if (offset, slope) == (1.0, 0.0) else offset + slope * scores
-        if select_tokens is not None:
-            active = select_tokens(self.self_attn.layer_idx, scores.detach())
-            hidden_states, similarity = add_trained_branch(hidden_states, self._mlp_branch, scores, active, scale)
-            return hidden_states, TrainingRouting(scores, active, similarity)
-        active = is_active(scores) if force_active is None else force_active
-        add_branch = add_masked_branch if masked else add_active_branch
-        return add_branch(hidden_states, self._mlp_branch, active, scale), scores
-
-    def _mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        branch: torch.Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
-        return branch
-
-
 class LlamaDloPreTrainedModel(LlamaPreTrainedModel):
     """What the routed models share with each other."""
 
     config: LlamaDloConfig
     config_class = LlamaDloConfig
-    _no_split_modules = ["RoutedDecoderLayer"]  # noqa: RUF012 (transformers' own declaration)
+    _no_split_modules = [layer.__name__ for layer in ROUTED_LAYERS.values()]  # noqa: RUF012 (transformers' own)
     _keep_in_fp32_modules_strict = ["routers"]  # noqa: RUF012
     _can_compile_fullgraph = False
 
@@ -143,14 +79,15 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
     """The decoder without its head.
 
     Attributes:
-        masked: Compute every token's MLP and discard those of skipped tokens, instead of really skipping. It is how the
-            routing is defined, and never saved.
+        masked: Compute everything for every token and discard what skipped tokens would get, instead of really
+            skipping. It is how the routing is defined, and never saved.
     """
 
     def __init__(self, config: LlamaDloConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(RoutedDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        layer_class = ROUTED_LAYERS[config.routing]
+        self.layers = nn.ModuleList(layer_class(config, index) for index in range(config.num_hidden_layers))
         # Keyed by layer: the numbers of layers without a router are missing from the tensors' names.
         self.routers = nn.ModuleDict({str(layer): TokenRouter(config.hidden_size) for layer in config.routed_layers})
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -185,7 +122,8 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
             input_ids: int64 [batch, sequence]; or `inputs_embeds`.
             attention_mask: int64 [batch, past + sequence], 0 at padding; left padding works.
             position_ids: int64 [batch, sequence].
-            past_key_values: The cache of the tokens before. Every token writes it, skipped or not.
+            past_key_values: The cache of the tokens before. Every token writes it where MLPs are skipped. Where whole
+                layers are, it is a DynamicCache that remembers who was active (see `add_active_state`).
             inputs_embeds: [batch, sequence, hidden].
             use_cache: Return a cache.
             force_active: Per layer, bool [batch, sequence]: decisions to use in place of the routers'.
@@ -194,7 +132,9 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
                 training's decisions in place of the routers'.
 
         Raises:
-            ValueError: Both or neither of `input_ids` and `inputs_embeds`; `force_active` for a layer without router.
+            ValueError: Both or neither of `input_ids` and `inputs_embeds`; `force_active` for a layer without router;
+                `select_tokens` behind cached tokens.
+            CacheError: The cache is of a kind that cannot remember who was active.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("LlamaDloModel: expected exactly one of input_ids and inputs_embeds")
@@ -204,11 +144,16 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
                 f"LlamaDloModel: force_active names layers {unknown}, which are not routed"
                 f"\n\nhint: the routed layers are {list(self.config.routed_layers)}"
             )
+        if kwargs.get("select_tokens") is not None and past_key_values is not None and past_key_values.get_seq_length():
+            raise ValueError("LlamaDloModel: select_tokens is for training, which takes no cached tokens")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # As in transformers' Llama: a cache unless told otherwise, positions behind it, one mask and one pair of
         # rotary tables for all layers.
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
+        skips_attention = self.config.routing == "layer"
+        if skips_attention and past_key_values is not None:
+            add_active_state(past_key_values, self.config.routed_layers, self.config.num_hidden_layers)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
@@ -218,10 +163,12 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            # A layer that hides its skipped tokens needs the mask as numbers, not as the wish to be causal.
+            allow_is_causal_skip=not skips_attention,
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
-        # Attention runs for every token, so that the cache is whole; scores are kept, since parity compares them.
+        # Scores are kept, since parity compares them.
         router_scores: dict[int, torch.Tensor] = {}
         training_routing: dict[int, TrainingRouting] = {}
         streams = []
@@ -274,7 +221,7 @@ class LlamaDloForCausalLM(LlamaDloPreTrainedModel, GenerationMixin):
 
     @property
     def masked(self) -> bool:
-        """Whether skipped tokens' MLPs are computed and discarded, see `LlamaDloModel`."""
+        """Whether all is computed for skipped tokens too, and discarded, see `LlamaDloModel`."""
         return bool(self.model.masked)
 
     @masked.setter
@@ -316,23 +263,32 @@ class LlamaDloForCausalLM(LlamaDloPreTrainedModel, GenerationMixin):
         )
 
 
-class LlamaDloLayerForCausalLM(LlamaDloPreTrainedModel):
-    """The authors' LlamaDLOForCausalLM, which skips whole layers: it says so instead of computing something else."""
+class LlamaDloLayerForCausalLM(LlamaDloForCausalLM):
+    """The same where tokens skip whole layers: the authors' LlamaDLOForCausalLM, here with a KV cache."""
 
     config: LlamaDloLayerConfig
     config_class = LlamaDloLayerConfig
-
-    def __init__(self, config: LlamaDloLayerConfig) -> None:
-        raise LayerRoutingNotSupportedError(
-            f"model_type {config.model_type}: layer routing is not supported yet, only MLP routing "
-            f"({LlamaDloConfig.model_type}) is\n\nhint: train or calibrate the model with MLP routing"
-        )
+    # Kernels that take no mask of numbers cannot hide a layer's skipped tokens.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
 
 
-def identity_mlps(model: PreTrainedModel) -> Iterator[int]:
-    """Layers whose MLP adds exactly nothing, as an untrained zero_out layer's: skipping them loses nothing."""
+ROUTED_MODELS: Mapping[RoutingKind, type[LlamaDloForCausalLM]] = {
+    "mlp": LlamaDloForCausalLM,
+    "layer": LlamaDloLayerForCausalLM,
+}
+"""The model of each kind of routing."""
+
+
+def identity_layers(model: PreTrainedModel, routing: RoutingKind) -> Iterator[int]:
+    """Layers of which what can be skipped adds exactly nothing, as in an untrained zero_out layer.
+
+    Args:
+        model: A causal Llama, transformers' or ours.
+        routing: What can be skipped.
+    """
     for index, layer in enumerate(model.model.layers):
-        if adds_nothing(layer.mlp.down_proj):
+        if adds_nothing(layer.mlp.down_proj) and (routing == "mlp" or adds_nothing(layer.self_attn.o_proj)):
             yield index
 
 
@@ -348,14 +304,16 @@ def warn_of_untrained_routers(model: LlamaDloForCausalLM) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     zero = {layer for layer in model.config.routed_layers if not model.model.router(layer).weight.any()}
-    if zero and (untrained := sorted(zero - set(identity_mlps(model)))):
+    routing = model.config.routing
+    if zero and (untrained := sorted(zero - set(identity_layers(model, routing)))):
+        skipped = "their MLPs" if routing == "mlp" else "they"
         warnings.warn(
-            f"the routers of layers {untrained} are all zeros: every score is exactly 0.5, so their MLPs are skipped "
+            f"the routers of layers {untrained} are all zeros: every score is exactly 0.5, so {skipped} are skipped "
             "for every token\n\nhint: fit them with `dlo calibrate`, train them, or set is_dlo to false there",
             UntrainedRoutersWarning,
             stacklevel=3,
         )
 
 
-AutoModelForCausalLM.register(LlamaDloConfig, LlamaDloForCausalLM, exist_ok=True)
-AutoModelForCausalLM.register(LlamaDloLayerConfig, LlamaDloLayerForCausalLM, exist_ok=True)
+for routed_model in ROUTED_MODELS.values():
+    AutoModelForCausalLM.register(routed_model.config_class, routed_model, exist_ok=True)

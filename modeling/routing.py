@@ -1,4 +1,4 @@
-"""A routed layer's decision per token, and the MLP branch under it."""
+"""A routed layer's decision per token."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class TrainingRouting(NamedTuple):
     Attributes:
         scores: float32, with gradient.
         active: bool, as selected.
-        similarity: float32 without gradient: cosine of the residual stream before and after the whole, unscaled MLP
-            branch (DLO, arXiv 2407.11030). Low where the MLP matters.
+        similarity: float32 without gradient: cosine of the residual stream before and after what can be skipped,
+            unscaled and computed for every token (DLO, arXiv 2407.11030). Low where that matters.
     """
 
     scores: torch.Tensor
@@ -51,71 +51,20 @@ def is_active(scores: torch.Tensor) -> torch.Tensor:
     return scores > 0.5
 
 
-def add_masked_branch(
-    hidden_states: torch.Tensor,
-    branch: Callable[[torch.Tensor], torch.Tensor],
-    active: torch.Tensor,
-    scale: torch.Tensor | None,
+def straight_through(
+    computed: torch.Tensor, kept: torch.Tensor, scores: torch.Tensor, active: torch.Tensor
 ) -> torch.Tensor:
-    """Returns h + [active]·c·branch(h), computing the branch for every token: exact, saves nothing.
-
-    Args:
-        hidden_states: h, [batch, sequence, hidden].
-        branch: Norm and MLP, a function of single tokens.
-        active: bool [batch, sequence].
-        scale: c, float32 [batch, sequence]; None where it is 1.
-    """
-    added = branch(hidden_states)
-    if scale is not None:
-        added = added * scale.unsqueeze(-1).to(added.dtype)
-    # A product with 0 would let a skipped token's infinities through as NaN.
-    return hidden_states + torch.where(active.unsqueeze(-1), added, torch.zeros_like(added))
-
-
-def add_trained_branch(
-    hidden_states: torch.Tensor,
-    branch: Callable[[torch.Tensor], torch.Tensor],
-    scores: torch.Tensor,
-    active: torch.Tensor,
-    scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values of `add_masked_branch`, with a gradient for the decisions, and what labels are made of.
+    """`computed` where a token is active, `kept` where not, with a gradient for the decision.
 
     The decision is a step, which has no gradient: its straight-through estimate is the score's, so that a router also
-    learns from what the tokens it skips would have been given. One run of the MLP serves this and the labels.
+    learns from what the tokens that skip would have been given.
 
     Args:
-        hidden_states: h, [batch, sequence, hidden].
-        branch: Norm and MLP, a function of single tokens.
-        scores: float32 [batch, sequence].
+        computed: What active tokens get, [batch, sequence, hidden].
+        kept: What the others keep.
+        scores: float32 [batch, sequence], with gradient.
         active: bool [batch, sequence].
-        scale: c, float32 [batch, sequence]; None where it is 1.
-
-    Returns:
-        The residual stream, and `TrainingRouting.similarity`.
     """
-    added = branch(hidden_states)
-    with torch.no_grad():
-        similarity = torch.cosine_similarity(hidden_states.float(), hidden_states.float() + added.float(), dim=-1)
-    weight = active.to(scores.dtype) + (scores - scores.detach())
-    if scale is not None:
-        weight = weight * scale
-    return hidden_states + added * weight.unsqueeze(-1).to(added.dtype), similarity
-
-
-def add_active_branch(
-    hidden_states: torch.Tensor,
-    branch: Callable[[torch.Tensor], torch.Tensor],
-    active: torch.Tensor,
-    scale: torch.Tensor | None,
-) -> torch.Tensor:
-    """The same as `add_masked_branch`, computing the branch for the active tokens only."""
-    indices = active.reshape(-1).nonzero().squeeze(-1)
-    if indices.numel() == 0:
-        return hidden_states
-    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-    added = branch(tokens if indices.numel() == tokens.shape[0] else tokens.index_select(0, indices))
-    if scale is not None:
-        added = added * scale.reshape(-1, 1).index_select(0, indices).to(added.dtype)
-    # Under autocast the branch has 16 bits where the residual stream has 32.
-    return tokens.index_add(0, indices, added.to(tokens.dtype)).reshape(hidden_states.shape)
+    chosen = torch.where(active.unsqueeze(-1), computed, kept)
+    step = (scores - scores.detach()).unsqueeze(-1)  # 0, with the score's gradient
+    return chosen + step.to(chosen.dtype) * (computed - kept).detach()

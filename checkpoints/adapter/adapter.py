@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safeten
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
+from dlo_export.checkpoints.model_types import RoutingKind
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
@@ -64,7 +65,7 @@ class DloAdapter:
         tensors: Names and tensors of the injected layers and routers, in checkpoint shapes ([out, in]).
     """
 
-    routing: Literal["mlp", "layer"]
+    routing: RoutingKind
     is_dlo: tuple[bool, ...]
     rescale_hidden_states: bool = False
     scale_factor: float = 2.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from dlo_export.checkpoints.llama_layer import (
     parse_router,
     router_name,
 )
+from dlo_export.checkpoints.model_types import RoutingKind
 
 CONFIG_FIELDS: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
@@ -45,8 +46,9 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     if problems:
         return problems
 
-    if config["routing"] not in ("mlp", "layer"):
-        problems.append(f'routing is {config["routing"]!r}, expected "mlp" or "layer"')
+    if config["routing"] not in get_args(RoutingKind):
+        kinds = " or ".join(f'"{kind}"' for kind in get_args(RoutingKind))
+        problems.append(f"routing is {config['routing']!r}, expected {kinds}")
     if not config["is_dlo"] or not all(isinstance(routed, bool) for routed in config["is_dlo"]):
         problems.append(f"is_dlo is {config['is_dlo']!r}, expected true or false for every layer")
     if len(config["is_dlo"]) > MAX_LAYERS:

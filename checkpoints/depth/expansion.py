@@ -23,6 +23,7 @@ from dlo_export.checkpoints.llama_layer import (
     parse_router,
     router_name,
 )
+from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, agreed_routing, routed_type
 
 __all__ = [
     "METHODS",
@@ -98,7 +99,13 @@ def expanded_tensors(
     return others | result
 
 
-def expanded_config(config: Mapping[str, Any], plan: ExpansionPlan, *, zero_routers: bool = False) -> dict[str, Any]:
+def expanded_config(
+    config: Mapping[str, Any],
+    plan: ExpansionPlan,
+    *,
+    zero_routers: bool = False,
+    routing: RoutingKind | None = None,
+) -> dict[str, Any]:
     """The keys of config.json that the deepened model changes.
 
     A model without routers stays a ``llama``; one with routers gets the DLO authors' keys. Per-layer lists follow
@@ -109,9 +116,11 @@ def expanded_config(config: Mapping[str, Any], plan: ExpansionPlan, *, zero_rout
         config: The base model's config.json.
         plan: The new layers.
         zero_routers: Whether every layer gets a router, see `expanded_tensors`.
+        routing: What these skip; None for what the model's routers skip, and MLPs where it has none.
 
     Raises:
         ExpansionError: A per-layer list has another length than the model.
+        CheckpointError: The model's routers skip something else.
     """
     changes: dict[str, Any] = {
         "num_hidden_layers": plan.num_layers,
@@ -128,25 +137,34 @@ def expanded_config(config: Mapping[str, Any], plan: ExpansionPlan, *, zero_rout
         changes["is_dlo"] = _placed(routed, plan, "is_dlo", injected=False)
     if zero_routers:
         is_dlo = [True] * plan.num_layers
-        changes |= {"is_dlo": is_dlo} if routed and any(routed) else routed_config(is_dlo)
+        own = MODEL_TYPES[config["model_type"]].routing if routed and any(routed) else None
+        agreed = agreed_routing(own, routing)
+        changes |= {"is_dlo": is_dlo} if own is not None else routed_config(is_dlo, routing=agreed)
     return changes
 
 
 def routed_config(
-    is_dlo: Sequence[bool], *, rescale: bool = False, scale_factor: float = 2.0, scale_gap: float = 0.0
+    is_dlo: Sequence[bool],
+    *,
+    routing: RoutingKind = "mlp",
+    rescale: bool = False,
+    scale_factor: float = 2.0,
+    scale_gap: float = 0.0,
 ) -> dict[str, Any]:
-    """The keys of config.json that make a model an MLP-routed one; by default, active branches are taken as they are.
+    """The keys of config.json that make a model a routed one; by default, active branches are taken as they are.
 
     Args:
         is_dlo: Per layer, whether it is routed.
+        routing: What a token skips there.
         rescale: Whether an active branch is multiplied, see `RoutingConfig`.
         scale_factor: Of the factor. With the defaults it is 1 by either reading, as it must be where the base model was
             not trained with a scale.
         scale_gap: Likewise.
     """
+    kind = routed_type(routing)
     return {
-        "model_type": "llama_dlo_exattn",
-        "architectures": ["LlamaDloForCausalLM"],
+        "model_type": kind.name,
+        "architectures": [kind.architecture],
         "is_dlo": list(is_dlo),
         "rescale_hidden_states": rescale,
         "scale_factor": scale_factor,
@@ -161,11 +179,13 @@ def expansion_adapter(
     zero_routers: bool = False,
     seed: int = 0,
     initializer_range: float = 0.02,
+    routing: RoutingKind = "mlp",
     base_sha256: str | None = None,
 ) -> DloAdapter:
     """The deepening as an adapter on the base model: injected layers, and routers if asked for.
 
-    Arguments are those of `expanded_tensors`; `base_sha256` identifies the base model's weights.
+    Arguments are those of `expanded_tensors`; `routing` says what the routers skip, `base_sha256` identifies the base
+    model's weights.
 
     Raises:
         ExpansionError: The base model is routed, or not the one the plan was made for.
@@ -181,7 +201,7 @@ def expansion_adapter(
         tensors, plan, zero_routers=zero_routers, seed=seed, initializer_range=initializer_range
     )
     return DloAdapter(
-        routing="mlp",
+        routing=routing,
         is_dlo=(zero_routers,) * plan.num_layers,
         injected_layers=plan.injected_layers,
         base_sha256=base_sha256,

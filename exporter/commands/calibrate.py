@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlo_export.exporter.commands.numbers import finite
-from dlo_export.exporter.commands.shared_options import Force, ForceBase
+from dlo_export.exporter.commands.shared_options import Force, ForceBase, Routing
 
 if TYPE_CHECKING:
     from dlo_export.exporter.calibrate import CalibrationResult
@@ -28,8 +28,9 @@ def main(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, .gguf file, or hub id in the local cache.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Routed checkpoint (or adapter) to make.")],
     target: Annotated[
-        float, typer.Option(callback=finite, help="Share of tokens whose MLP runs, over the original layers.")
+        float, typer.Option(callback=finite, help="Share of tokens that do not skip, over the original layers.")
     ] = 0.9,
+    routing: Routing = None,
     labels: Annotated[
         Labels, typer.Option(help="Share the skips out over all layers by similarity, or evenly.")
     ] = Labels.COS_GLOBAL,
@@ -71,6 +72,7 @@ def main(
         seed=seed,
         force=force,
         force_base=force_base,
+        routing=routing,
     )
     result = calibrate(request, Reporter(verbose=verbose))
     if as_json:

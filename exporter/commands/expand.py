@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dlo_export.exporter.commands.shared_options import Force
+from dlo_export.exporter.commands.shared_options import Force, Routing
 
 NAME = "expand"
 
@@ -36,6 +36,7 @@ def main(
     overlap: Annotated[int | None, typer.Option(help="dus: layers dropped on each side of the seam.")] = None,
     init: Annotated[str | None, typer.Option(help="tli, interleave: zero_out, copy, linear, slerp or random.")] = None,
     routers: Annotated[bool, typer.Option("--routers", help="Add an all-zero router to every layer.")] = False,
+    routing: Routing = None,
     as_adapter: Annotated[bool, typer.Option("--adapter", help="Write an adapter, not a checkpoint.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of random inits.")] = 0,
     force: Force = False,
@@ -46,13 +47,17 @@ def main(
     from dlo_export.checkpoints.checkpoint_folder import save_checkpoint  # noqa: PLC0415
     from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter  # noqa: PLC0415
     from dlo_export.checkpoints.depth.placements import placements  # noqa: PLC0415
+    from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space  # noqa: PLC0415
     from dlo_export.checkpoints.finite_weights import finite_tensors  # noqa: PLC0415
     from dlo_export.checkpoints.llama_layer import router_name  # noqa: PLC0415
+    from dlo_export.checkpoints.model_types import agreed_routing  # noqa: PLC0415
     from dlo_export.checkpoints.opening import open_checkpoint  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.exporter.sources.untrained_routers import untrained_router_warning  # noqa: PLC0415
 
+    if routing is not None and not routers:
+        raise InputError(f"--routing {routing}: no routers are added", hint="give --routers too")
     given: dict[str, Any] = {
         "every": every,
         "offset": offset,
@@ -76,16 +81,18 @@ def main(
             checkpoint.config.num_layers,
             **{name: value for name, value in given.items() if value is not None},
         )
+        own = checkpoint.config.routing
+        kind = agreed_routing(own and own.kind, routing)
         untrained = [at for layer, at in enumerate(plan.original_positions) if router_name(layer) not in tensors]
         if routers and untrained:
-            reporter.warn(untrained_router_warning(untrained))
+            reporter.warn(untrained_router_warning(untrained, kind))
         options: dict[str, Any] = {
             "zero_routers": routers,
             "seed": seed,
             "initializer_range": checkpoint.config.initializer_range,
         }
         if as_adapter:
-            adapter = expansion_adapter(tensors, plan, base_sha256=checkpoint.sha256(), **options)
+            adapter = expansion_adapter(tensors, plan, routing=kind, base_sha256=checkpoint.sha256(), **options)
             with reporter.stage("adapter"):
                 save_adapter(adapter, output, overwrite=force)
         else:
@@ -97,7 +104,7 @@ def main(
                     deepened,
                     output,
                     save_companions=checkpoint.save_companions,
-                    config_changes=expanded_config(raw, plan, zero_routers=routers),
+                    config_changes=expanded_config(raw, plan, zero_routers=routers, routing=routing),
                     overwrite=force,
                     progress=progress,
                 )

@@ -62,7 +62,9 @@ def _print_tables(inspection: Inspection) -> None:
         saved = _SAVED[inspection.skips].format(part=_PARTS[description.routing.kind])
         tell(f"a token that skips a layer saves {saved}")
     if inspection.untrained_routers:
-        tell(f"warning: {untrained_router_warning(inspection.untrained_routers)}")
+        assert description is not None, "or no router could be named"
+        assert description.routing is not None, "or no router could be named"
+        tell(f"warning: {untrained_router_warning(inspection.untrained_routers, description.routing.kind)}")
     if inspection.layers_problem:
         tell(f"no decoder layers: {inspection.layers_problem}")
     else:

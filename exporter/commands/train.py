@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dlo_export.exporter.commands.numbers import finite
-from dlo_export.exporter.commands.shared_options import Force, ForceBase
+from dlo_export.exporter.commands.shared_options import Force, ForceBase, Routing
 from dlo_export.modeling.training.settings import Device, Dtype, Labels, LongChats, Mode, Selection
 
 if TYPE_CHECKING:
@@ -33,14 +33,15 @@ def main(
     routers: Annotated[
         Routers, typer.Option(help="Those the model has, an all-zero one for each layer without, or none at all.")
     ] = "keep",
+    routing: Routing = None,
     mode: Annotated[Mode, typer.Option(help="What learns; routers always do.")] = "full",
     target: Annotated[
-        float, typer.Option(callback=finite, help="Share of tokens whose MLP is to run, over the routed layers.")
+        float, typer.Option(callback=finite, help="Share of tokens that are not to skip, over the routed layers.")
     ] = 0.9,
     anneal_steps: Annotated[int, typer.Option(help="Steps over which the target falls from 1.")] = 1000,
     labels: Annotated[Labels, typer.Option(help="How tokens are labelled for the routers.")] = "cos-global",
     selection: Annotated[
-        Selection, typer.Option(help="Which tokens' MLPs count in training; inference goes by the threshold.")
+        Selection, typer.Option(help="Which tokens do not skip in training; inference goes by the threshold.")
     ] = "top-k",
     language_weight: Annotated[float, typer.Option(callback=finite, help="Of the language loss.")] = 1.0,
     distill_weight: Annotated[
@@ -124,6 +125,7 @@ def main(
         held_out=held_out_data,
         adapter=adapter,
         routers=routers,
+        routing=routing,
         settings=settings,
         sequence=sequence,
         resume=resume,

@@ -18,6 +18,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.sources.adapter_base import check_adapter_base
 from dlo_export.exporter.sources.base_model import BaseModel, check_use
@@ -77,13 +78,15 @@ class ExportSource:
     def warnings(self) -> tuple[str, ...]:
         """What the user is to be shown, one sentence each: the base model's, and of routers that skip everything."""
         zero = [layer for layer, router in self.routers().items() if not router.any()]
-        tensors = self.tensors() if zero else {}
-        # Where the MLP adds nothing, as a new layer's of zero_out, skipping it loses nothing.
-        ends = [
-            name for module in LLAMA_LAYER if module.block == "mlp" and module.ends_branch for name in module.tensors()
-        ]
+        if self.routing is None or not zero:
+            return self.base.warnings
+        # Where what is skipped adds nothing, as in a new layer of zero_out, skipping it loses nothing.
+        skipped = [module for module in LLAMA_LAYER if module.block in ROUTED_BLOCKS[self.routing.kind]]
+        ends = [name for module in skipped if module.ends_branch for name in module.tensors()]
+        tensors = self.tensors()
         untrained = [layer for layer in zero if not _are_zeros(tensors, layer, ends)]
-        return (*self.base.warnings, untrained_router_warning(untrained)) if untrained else self.base.warnings
+        own = [untrained_router_warning(untrained, self.routing.kind)] if untrained else []
+        return (*self.base.warnings, *own)
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
         """The base model's graph, before any pass: a new one with every call."""
@@ -117,6 +120,7 @@ class ExportSource:
         if self.routing is not None:
             values |= routed_config(
                 self.adapter.is_dlo,
+                routing=self.routing.kind,
                 rescale=self.adapter.rescale_hidden_states,
                 scale_factor=self.adapter.scale_factor,
                 scale_gap=self.adapter.scale_gap,
@@ -156,7 +160,7 @@ def open_source(
         force_base: Let the adapter be made from other weights.
 
     Raises:
-        InputError: The model cannot be read.
+        InputError: The model cannot be read, or both it and the adapter are routed.
         dlo_export.checkpoints.adapter.adapter.AdapterError: The adapter is damaged or does not fit the model.
     """
     if adapter_folder is not None and is_peft_adapter(adapter_folder):

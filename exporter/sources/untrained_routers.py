@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dlo_export.checkpoints.model_types import RoutingKind
+
 _SHOWN = 8
+_SKIPPED = {"mlp": "MLPs", "layer": "layers"}
 
 
-def untrained_router_warning(layers: Sequence[int]) -> str:
+def untrained_router_warning(layers: Sequence[int], routing: RoutingKind) -> str:
     """What to tell the user of layers that skip everything.
 
     Args:
-        layers: Whose routers are all zeros, and whose MLPs are not.
+        layers: Whose routers are all zeros, and what they skip is not.
+        routing: What they skip.
     """
     shown = ", ".join(map(str, layers[:_SHOWN])) + (f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else "")
     return (
         f"the routers of layers {shown} are all zeros: every score is exactly 0.5, "
-        "which is not above 0.5, so every token skips those MLPs; fit the routers with `dlo calibrate`, train them, or "
-        "set is_dlo to false there"
+        f"which is not above 0.5, so every token skips those {_SKIPPED[routing]}; "
+        "fit the routers with `dlo calibrate`, train them, or set is_dlo to false there"
     )

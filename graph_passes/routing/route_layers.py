@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.cache.attention_cache import CachedAttention, cached_attentions
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
@@ -76,7 +77,7 @@ class RouteLayersPass(GraphPass):
     rescale: bool = False
     scale_factor: float = 2.0
     scale_gap: float = 0.0
-    kind: Literal["mlp", "layer"] = "mlp"
+    kind: RoutingKind = "mlp"
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass,)
     nodes_from: ClassVar[Border | None] = "routed"

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
-from dlo_export.modeling.configuration import LlamaDloConfig
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM
 from dlo_export.modeling.perplexity import perplexity
 from dlo_export.modeling.routing import is_active
 
@@ -30,7 +30,7 @@ class Evaluation:
 
     Attributes:
         perplexity: exp of the mean loss of every token but each sequence's first.
-        active_rates: By routed layer, the share of tokens whose MLP ran.
+        active_rates: By routed layer, the share of tokens that did not skip.
         tokens: Tokens the model read.
     """
 
@@ -39,20 +39,26 @@ class Evaluation:
     tokens: int
 
 
-def with_routers(model: PreTrainedModel, routers: Mapping[int, np.ndarray]) -> LlamaDloForCausalLM:
+def with_routers(
+    model: PreTrainedModel, routers: Mapping[int, np.ndarray], routing: RoutingKind = "mlp"
+) -> LlamaDloForCausalLM:
     """The same model, sharing its weights, with these routers and no others.
 
     Args:
         model: transformers' Llama or ours.
         routers: By layer, float32 [1, hidden].
+        routing: What they let tokens skip.
     """
     num_layers = model.config.num_hidden_layers
     values = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "architectures")}
     changes = routed_config([layer in routers for layer in range(num_layers)])
-    config = LlamaDloConfig(**{**values, **{key: value for key, value in changes.items() if key != "model_type"}})
+    model_class = ROUTED_MODELS[routing]
+    config = model_class.config_class(
+        **{**values, **{key: value for key, value in changes.items() if key not in ("model_type", "architectures")}}
+    )
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
-        routed = LlamaDloForCausalLM(config)
+        routed = model_class(config)
     weights = {name: tensor for name, tensor in model.state_dict().items() if parse_router(name) is None}
     weights |= {router_name(layer): torch.from_numpy(router) for layer, router in routers.items()}
     routed.load_state_dict(weights, assign=True)

@@ -9,6 +9,9 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.modeling.active_attention import attend_among_active
+from dlo_export.modeling.active_tokens import ActiveTokens
 from dlo_export.modeling.llama_dlo import adds_nothing
 
 _SEQUENCES_AT_ONCE = 8
@@ -16,31 +19,32 @@ _SEQUENCES_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """What a layer computes for every token of the stream.
+    """What a layer computes for every token of the stream where nobody skips it.
 
     Attributes:
-        attended: The residual stream after attention, [sequences, length, hidden].
-        branch: What the MLP adds to it, of the same shape.
+        kept: What a token keeps that skips: the stream after attention, or the layer's input where tokens skip all of
+            it; [sequences, length, hidden].
+        added: What is added to it for a token that does not, of the same shape.
     """
 
-    attended: torch.Tensor
-    branch: torch.Tensor
+    kept: torch.Tensor
+    added: torch.Tensor
 
     @property
     def similarity(self) -> torch.Tensor:
-        """Cosine of the stream before and after the MLP, float32 [tokens] (DLO, arXiv 2407.11030)."""
+        """Cosine of the stream with and without what can be skipped, float32 [tokens] (DLO, arXiv 2407.11030)."""
         return torch.cat(
             [
                 torch.cosine_similarity(before.float(), before.float() + added.float(), dim=-1)
-                for before, added in zip(self.attended, self.branch, strict=True)
+                for before, added in zip(self.kept, self.added, strict=True)
             ]
         )
 
     @property
     def relative_size(self) -> torch.Tensor:
-        """Length of what the MLP adds over that of the stream it is added to, float32 [tokens]."""
-        added: torch.Tensor = self.branch.float().norm(dim=-1)
-        return added.div(self.attended.float().norm(dim=-1)).reshape(-1)
+        """Length of what is added over that of the stream it is added to, float32 [tokens]."""
+        added: torch.Tensor = self.added.float().norm(dim=-1)
+        return added.div(self.kept.float().norm(dim=-1)).reshape(-1)
 
 
 class LayerStream:
@@ -51,52 +55,90 @@ class LayerStream:
     Args:
         model: A causal Llama.
         sequences: int64 [sequences, length], without padding.
+        routing: What tokens skip.
 
     Attributes:
         hidden_states: The next layer's input, [sequences, length, hidden].
     """
 
-    def __init__(self, model: PreTrainedModel, sequences: torch.Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, sequences: torch.Tensor, routing: RoutingKind = "mlp") -> None:
         self._decoder = model.model
+        self._routing = routing
         self.hidden_states: torch.Tensor = self._decoder.embed_tokens(sequences)
         self._position_ids = torch.arange(sequences.shape[1]).unsqueeze(0)
         self._position_embeddings = self._decoder.rotary_emb(self.hidden_states[:1], position_ids=self._position_ids)
 
     def run_layer(self, index: int) -> LayerOutput:
-        """Computes a layer for all sequences, the MLP for every token. The stream stays where it is."""
+        """Computes a layer for all sequences, all of it for every token. The stream stays where it is."""
         layer = self._decoder.layers[index]
-        attended, branch = self.hidden_states.clone(), torch.zeros_like(self.hidden_states)
+        kept = self.hidden_states if self._routing == "layer" else torch.empty_like(self.hidden_states)
+        added = torch.zeros_like(self.hidden_states)
         # What zero_out layers add need not be computed.
         attends, adds = not adds_nothing(layer.self_attn.o_proj), not adds_nothing(layer.mlp.down_proj)
         for start in range(0, len(self.hidden_states), _SEQUENCES_AT_ONCE):
             batch = slice(start, start + _SEQUENCES_AT_ONCE)
+            attended = self.hidden_states[batch]
             if attends:
-                attended[batch] += self._attention(layer, self.hidden_states[batch])
+                attention = self._attention(layer, attended)
+                attended = attended + attention
+                if self._routing == "layer":
+                    added[batch] += attention
             if adds:
-                branch[batch] = layer.mlp(layer.post_attention_layernorm(attended[batch]))
-        return LayerOutput(attended, branch)
+                added[batch] += layer.mlp(layer.post_attention_layernorm(attended))
+            if self._routing == "mlp":
+                kept[batch] = attended
+        return LayerOutput(kept, added)
 
-    def advance(self, output: LayerOutput, active: torch.Tensor | None = None) -> None:
-        """Moves the stream past a layer, adding the MLP's branch to the active tokens (bool [tokens]; None for all)."""
+    def advance(self, index: int, output: LayerOutput, active: torch.Tensor | None = None) -> None:
+        """Moves the stream past a layer.
+
+        Args:
+            index: Of the layer.
+            output: What `run_layer` gave for it; used up.
+            active: bool [tokens], who does not skip it; None for all.
+        """
         if active is None:
-            self.hidden_states = output.attended.add_(output.branch)
+            self.hidden_states = output.added.add_(output.kept)
+        elif self._routing == "layer":
+            # Those that stay see each other only, so what they get is not what `run_layer` computed.
+            self._run_active(self._decoder.layers[index], active.reshape(self.hidden_states.shape[:2]))
         else:
-            added = output.branch.masked_fill_(~active.reshape(*output.branch.shape[:2], 1), 0)
-            self.hidden_states = output.attended.add_(added)
+            added = output.added.masked_fill_(~active.reshape(*output.added.shape[:2], 1), 0)
+            self.hidden_states = output.kept.add_(added)
+
+    def _run_active(self, layer: LlamaDecoderLayer, active: torch.Tensor) -> None:
+        for start in range(0, len(self.hidden_states), _SEQUENCES_AT_ONCE):
+            batch = slice(start, start + _SEQUENCES_AT_ONCE)
+            tokens, stream = ActiveTokens(active[batch]), self.hidden_states[batch]
+            rows = tokens.gather(stream)
+            rows = rows + attend_among_active(
+                layer.self_attn,
+                layer.input_layernorm(rows),
+                tokens,
+                active[batch],
+                attention_mask=self._causal_mask(stream, as_numbers=True),
+                position_embeddings=self._position_embeddings,
+            )
+            rows = rows + layer.mlp(layer.post_attention_layernorm(rows))
+            self.hidden_states[batch] = tokens.put(rows, stream)
 
     def _attention(self, layer: LlamaDecoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
-        mask = create_causal_mask(
+        branch: torch.Tensor
+        branch, _ = layer.self_attn(
+            hidden_states=layer.input_layernorm(hidden_states),
+            attention_mask=self._causal_mask(hidden_states),
+            position_ids=self._position_ids,
+            position_embeddings=self._position_embeddings,
+        )
+        return branch
+
+    def _causal_mask(self, hidden_states: torch.Tensor, *, as_numbers: bool = False) -> torch.Tensor:
+        mask: torch.Tensor = create_causal_mask(
             config=self._decoder.config,
             inputs_embeds=hidden_states,
             attention_mask=None,
             past_key_values=None,
             position_ids=self._position_ids,
+            allow_is_causal_skip=not as_numbers,
         )
-        branch: torch.Tensor
-        branch, _ = layer.self_attn(
-            hidden_states=layer.input_layernorm(hidden_states),
-            attention_mask=mask,
-            position_ids=self._position_ids,
-            position_embeddings=self._position_embeddings,
-        )
-        return branch
+        return mask

@@ -1,9 +1,9 @@
 """Fits routers to a frozen model from forward passes over real text.
 
 Layer by layer, so that memory does not grow with depth. A first pass over a part of the text measures how similar each
-MLP leaves the residual stream and shares the skips out among the layers; a second pass fits each layer's router on the
-stream as it arrives there, that is, with the layers below already skipping. Fitted on the undisturbed stream instead,
-routers meet inputs they never saw and lose most of their quality.
+MLP (or whole layer, where tokens are to skip that) leaves the residual stream and shares the skips out among the
+layers; a second pass fits each layer's router on the stream as it arrives there, that is, with the layers below already
+skipping. Fitted on the undisturbed stream instead, routers meet inputs they never saw and lose most of their quality.
 
 What calibration cannot do is make the model robust to being skipped: that is what training with the routers in place is
 for (DLO, arXiv 2407.11030, is part of supervised fine-tuning). On SmolLM2-135M perplexity rises by a quarter
@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.modeling.calibration.layer_stream import LayerStream
 from dlo_export.modeling.calibration.router_fit import fit_router
 from dlo_export.modeling.calibration.skip_labels import (
@@ -30,7 +31,7 @@ from dlo_export.modeling.calibration.skip_labels import (
     lowest,
     protected_similarity,
 )
-from dlo_export.modeling.llama_dlo import identity_mlps
+from dlo_export.modeling.llama_dlo import identity_layers
 
 CalibrationProgress = Callable[[int, int], None]
 """Called with (layers run, layers to run)."""
@@ -45,7 +46,8 @@ class CalibrationSettings:
     """How routers are fitted.
 
     Attributes:
-        target_active: Share of tokens whose MLP runs, averaged over the layers that are not identities.
+        target_active: Share of tokens that do not skip, averaged over the layers that are not identities.
+        routing: What tokens skip.
         labels: ``cos-global`` shares skips out over all layers by similarity, ``cos`` gives each layer the same,
             which costs far more: some layers, often the first, can spare nothing.
         layers: Layers to route; None for all. Identity layers are routed in any case.
@@ -54,6 +56,7 @@ class CalibrationSettings:
     """
 
     target_active: float = 0.9
+    routing: RoutingKind = "mlp"
     labels: str = "cos-global"
     layers: tuple[int, ...] | None = None
     min_skipped: float = 0.01
@@ -82,7 +85,7 @@ class CalibratedRouters:
         routers: By layer, float32 [1, hidden]; all zeros, so always skipping, for identity layers.
         label_rates: For the fitted layers, the share of calibration tokens labelled active.
         agreement: For the fitted layers, the share of calibration tokens on which router and label agree.
-        identity_layers: Layers whose MLP adds exactly nothing.
+        identity_layers: Layers of which what can be skipped adds exactly nothing.
     """
 
     num_layers: int
@@ -116,18 +119,18 @@ def calibrate_routers(
     """
     settings = settings or CalibrationSettings()
     num_layers = len(model.model.layers)
-    identities = tuple(identity_mlps(model))
+    identities = tuple(identity_layers(model, settings.routing))
     candidates = _candidates(settings, num_layers, identities)
     steps = _Steps(2 * num_layers, progress)
     skipped_layers = (1 - settings.target_active) * (num_layers - len(identities))
     sample = sequences[:: settings.share_every]
-    # First pass, on a sample: how little each layer's MLP changes decides how many of the skips it gets.
-    rates = _share_skips(_similarities(model, sample, candidates, steps), settings, skipped_layers)
+    # First pass, on a sample: how little each layer changes decides how many of the skips it gets.
+    rates = _share_skips(_similarities(model, sample, candidates, settings, steps), settings, skipped_layers)
 
     routers = {layer: torch.zeros(model.config.hidden_size) for layer in identities}
     agreement: dict[int, float] = {}
     # Second pass, layer by layer: each router is fitted to the stream that the routers before it leave, as in use.
-    stream = LayerStream(model, sequences)
+    stream = LayerStream(model, sequences, settings.routing)
     for layer in range(max(rates) + 1):
         output = stream.run_layer(layer)
         active = None
@@ -139,7 +142,7 @@ def calibrate_routers(
             routers[layer] = fit_router(inputs, labels, label_weights(labels, output.relative_size, massive))
             active = inputs @ routers[layer] > 0
             agreement[layer] = float((active == labels).float().mean())
-        stream.advance(output, active)
+        stream.advance(layer, output, active)
         steps.done()
     steps.finish()
     return CalibratedRouters(
@@ -179,26 +182,30 @@ def _candidates(settings: CalibrationSettings, num_layers: int, identities: tupl
     skipped = (1 - settings.target_active) * (num_layers - len(identities))
     if not skipped < len(candidates):
         raise CalibrationError(
-            f"calibration: {settings.target_active:.0%} active would skip {skipped:.1f} layers' MLPs, but only "
-            f"{len(candidates)} layers are to be routed (identity layers: {list(identities)})"
+            f"calibration: {settings.target_active:.0%} active would skip as much as {skipped:.1f} layers have, but "
+            f"only {len(candidates)} layers are to be routed (identity layers: {list(identities)})"
             "\n\nhint: route more layers or raise the target"
         )
     return candidates
 
 
 def _similarities(
-    model: PreTrainedModel, sequences: torch.Tensor, layers: tuple[int, ...], steps: _Steps
+    model: PreTrainedModel,
+    sequences: torch.Tensor,
+    layers: tuple[int, ...],
+    settings: CalibrationSettings,
+    steps: _Steps,
 ) -> dict[int, torch.Tensor]:
     """By layer, the similarities of the undisturbed stream, float32 [tokens], massive tokens ranked last."""
     similarities = {}
-    stream = LayerStream(model, sequences)
+    stream = LayerStream(model, sequences, settings.routing)
     for layer in range(len(model.model.layers)):
         output = stream.run_layer(layer)
         if layer in layers:
             inputs = stream.hidden_states.reshape(-1, stream.hidden_states.shape[-1])
             _check_lengths(layer, inputs)
             similarities[layer] = protected_similarity(output.similarity, is_massive(inputs))
-        stream.advance(output)
+        stream.advance(layer, output)
         steps.done()
     return similarities
 

@@ -1,4 +1,4 @@
-"""Which tokens a layer may skip: labels by the similarity of the stream before and after the MLP.
+"""Which tokens may skip a layer (its MLP, or all of it): labels by the similarity of the stream before and after.
 
 DLO labels a token active where its similarity is low, either per layer (``cos``) or over all layers together
 (``cos-global``), and exactly a given share of them (arXiv 2407.11030; the authors' code).
@@ -44,7 +44,7 @@ def label_rates(similarities: Mapping[int, torch.Tensor], labels: str, skipped_l
         similarities: By layer, float32 [tokens], the same tokens everywhere.
         labels: ``cos-global``: the tokens with the highest similarities of all layers are skipped; ``cos``: as many
             tokens in every layer.
-        skipped_layers: How much is skipped, in layers: 3.0 skips as many MLPs as three whole layers have.
+        skipped_layers: How much is skipped, in layers: 3.0 skips as much as three layers have to skip.
     """
     kept = 1 - skipped_layers / len(similarities)
     if labels == "cos":
@@ -70,7 +70,7 @@ def label_weights(active: torch.Tensor, relative_size: torch.Tensor, massive: to
 
     Args:
         active: Labels, bool [tokens].
-        relative_size: Length of the MLP's output over that of the stream, float32 [tokens].
+        relative_size: Length of what is added over that of the stream, float32 [tokens].
         massive: bool [tokens].
 
     Returns:

@@ -39,11 +39,11 @@ class TrainingSettings:
     Attributes:
         mode: What learns: ``full``: all; ``routers``: these alone; ``new-layers``: they and the injected layers;
             ``lora``: they and low-rank matrices beside the projections of attention and MLP, merged at the end.
-        target: Share of tokens whose MLP is to run, over the routed layers.
+        target: Share of tokens that are not to skip, over the routed layers.
         anneal_steps: Steps over which the target falls from 1.
         labels: How tokens are labelled: ``cos-global`` pools the layers' similarities, ``cos`` takes each layer alone,
             ``self`` takes the tokens that were selected.
-        selection: Which tokens' MLPs count in training: ``top-k`` as DLO has it, or ``threshold`` as inference does.
+        selection: Which tokens do not skip in training: ``top-k`` as DLO has it, or ``threshold`` as inference does.
         language_weight: Of the language loss.
         distill_weight: Of the divergence, on the learned tokens, from the model as it is before the run, unrouted.
         skip_weight: Of the cross entropy between scores and labels.

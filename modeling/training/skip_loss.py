@@ -57,7 +57,7 @@ def threshold_selection(_layer: int, scores: torch.Tensor) -> torch.Tensor:
 def skip_labels(
     kind: str, routing: Mapping[int, TrainingRouting], counted: torch.Tensor, rate: float
 ) -> dict[int, torch.Tensor]:
-    """Labels by layer, bool [batch, sequence]: True where the MLP should run.
+    """Labels by layer, bool [batch, sequence]: True where a token should not skip.
 
     Args:
         kind: ``cos-global``: of all layers' tokens together, exactly the ceil(tokens·layers·rate) with the lowest

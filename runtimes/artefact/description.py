@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dlo_export.checkpoints.files.json_file import read_json, save_json
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.runtimes.artefact.engine_record import (
     Count,
     EngineRecord,
@@ -85,7 +86,7 @@ class RoutingDescription:
         scale_gap: Likewise.
     """
 
-    kind: str
+    kind: RoutingKind
     rule: str
     layers: tuple[Count, ...]
     rescale_hidden_states: bool

@@ -1,4 +1,8 @@
-"""Runs a PyTorch Llama, plain or routed: transformers' LlamaForCausalLM, our LlamaDloForCausalLM."""
+"""Runs a PyTorch Llama, plain or routed: transformers' LlamaForCausalLM, our LlamaDloForCausalLM.
+
+Where tokens skip whole layers, the model itself has the cache remember which of its tokens were active: what a graph
+takes and gives as `past_active.{i}` and `present_active.{i}`.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,8 @@ class TorchRunner(Runner):
 
     Args:
         model: With `model.layers`, and a forward that takes `past_key_values`; `force_active` where it is routed.
-        masked: Compute every token's MLP and mask skipped ones, as routing is defined (the oracle), instead of really
-            skipping. Without routers there is no difference.
+        masked: Compute everything for every token and mask what skipped ones would get, as routing is defined (the
+            oracle), instead of really skipping. Without routers there is no difference.
         name: For reports.
     """
 

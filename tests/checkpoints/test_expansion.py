@@ -23,6 +23,7 @@ from dlo_export.checkpoints.depth.expansion import (
     placements,
 )
 from dlo_export.checkpoints.depth.layer_init import LAYER_INITS, LayerInitError
+from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.modeling.from_tensors import ModelTensorsError, llama_dlo_from_tensors
 from tests.initial_arrays import init_tensor
@@ -280,6 +281,25 @@ def test_expansion_holds_at_most_two_chunks_when_streaming(
     for name, array in whole.items():
         # The angle of slerp is a sum of chunks; all else is the same to the bit.
         np.testing.assert_allclose(chunked[name], array, rtol=1e-5 if "slerp" in init else 0, err_msg=name)
+
+
+def test_expansion_routes_whole_layers_when_asked(tmp_path: Path) -> None:
+    config, tensors = open_tiny(tmp_path / "plain", layers=2)
+    plan = placements("tli", 2, every=2)
+    assert expanded_config(config, plan, zero_routers=True, routing="layer")["model_type"] == "llama_dlo"
+    adapter = expansion_adapter(tensors, plan, zero_routers=True, routing="layer")
+    assert (adapter.routing, adapter.routed_layers) == ("layer", (0, 1, 2))
+
+
+def test_expansion_keeps_what_routers_skip_when_the_model_has_some(tmp_path: Path) -> None:
+    config, _ = open_tiny(tmp_path / "model", layers=2, routed=[True, False], model_type="llama_dlo")
+    plan = placements("tli", 2, every=1)
+    changes = expanded_config(config, plan)
+    assert changes["is_dlo"] == [True, False, False, False]
+    assert "model_type" not in changes
+    assert "model_type" not in expanded_config(config, plan, zero_routers=True)
+    with pytest.raises(CheckpointError, match="routing mlp was asked for, the model's routers are for routing layer"):
+        expanded_config(config, plan, zero_routers=True, routing="mlp")
 
 
 def test_expansion_leaves_nothing_behind_when_writing_fails(tmp_path: Path) -> None:

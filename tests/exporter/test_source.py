@@ -27,10 +27,10 @@ from tests.tiny_models import save_tiny_llama
 HIDDEN = 32
 
 
-def _routers(folder, layers):
+def _routers(folder, layers, routing="mlp"):
     tensors = {"model.routers.0.weight": ArrayTensor(np.ones((1, HIDDEN), np.float32))}
     is_dlo = (True,) + (False,) * (layers - 1)
-    save_adapter(DloAdapter("mlp", is_dlo, injected_layers=(), tensors=tensors), folder)
+    save_adapter(DloAdapter(routing, is_dlo, injected_layers=(), tensors=tensors), folder)
     return folder
 
 
@@ -132,3 +132,11 @@ def test_layers_injected_before_are_kept_when_an_adapter_adds_more(tmp_path):
     injected = [(layer.index, layer.source) for layer in result.description.layers if layer.injected]
     assert injected == [(2, 1), (4, 2), (5, 2)]
     assert [(entry["position"], entry["source"]) for entry in config["injected_layers"]] == injected
+
+
+@pytest.mark.parametrize(("routing", "model_type"), [("mlp", "llama_dlo_exattn"), ("layer", "llama_dlo")])
+def test_config_says_what_an_adapters_routers_skip(tmp_path, routing, model_type):
+    folder = save_tiny_llama(tmp_path / "model")
+    source = open_source(folder, _routers(tmp_path / "routers", 3, routing))
+    assert source.routing.kind == routing
+    assert (source.config_values()["model_type"], source.config_json()["model_type"]) == (model_type, model_type)

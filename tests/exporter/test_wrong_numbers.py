@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -293,6 +294,22 @@ def test_expand_tells_of_the_zero_routers_that_it_adds(tmp_path: Path) -> None:
     result = dlo("expand", model, "-o", tmp_path / "out", "--every", 1, "--routers")
     assert result.returncode == DONE, result.stderr
     assert "warning: the routers of layers 0, 2, 4 are all zeros" in result.stderr
+    assert "every token skips those MLPs" in result.stderr
+
+
+def test_expand_makes_routers_of_whole_layers_when_asked(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    result = dlo("expand", model, "-o", tmp_path / "deep", "--every", 1, "--routers", "--routing", "layer")
+    assert result.returncode == DONE, result.stderr
+    assert "every token skips those layers" in result.stderr
+    assert json.loads((tmp_path / "deep" / "config.json").read_text())["model_type"] == "llama_dlo"
+    check_refused(
+        dlo("expand", tmp_path / "deep", "-o", tmp_path / "out", "--every", 1, "--routers", "--routing", "mlp"),
+        tmp_path,
+        "routing mlp was asked for, the model's routers are for routing layer",
+    )
+    alone = dlo("expand", model, "-o", tmp_path / "out", "--every", 1, "--routing", "layer")
+    check_refused(alone, tmp_path, "give --routers too")
 
 
 def test_zero_router_is_not_told_of_when_its_mlp_adds_nothing(tmp_path: Path) -> None:
@@ -304,6 +321,19 @@ def test_zero_router_is_not_told_of_when_its_mlp_adds_nothing(tmp_path: Path) ->
         adapter = dataclasses.replace(adapter, is_dlo=(False, False, True), tensors=dict(adapter.tensors) | zero)
         save_adapter(adapter, tmp_path / "adapter")
     assert open_source(model, tmp_path / "adapter").warnings == ()
+
+
+def test_zero_router_of_a_whole_layer_is_told_of_when_its_attention_adds_something(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model", routed=[True, False, False], model_type="llama_dlo")
+    tensors = load_file(model / "model.safetensors")
+    for name in ("model.routers.0.weight", "model.layers.0.mlp.down_proj.weight"):
+        tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    (warning,) = open_source(model, None).warnings
+    assert "the routers of layers 0 are all zeros" in warning
+    tensors["model.layers.0.self_attn.o_proj.weight"] = torch.zeros(32, 32)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert open_source(model, None).warnings == ()
 
 
 def test_errors_of_this_kind_are_bad_input() -> None:

@@ -201,9 +201,31 @@ def test_layer_stream_equals_the_model_when_every_layer_runs(tiny: LlamaForCausa
     for layer in range(LAYERS):
         np.testing.assert_allclose(stream.hidden_states, expected[layer], atol=1e-5)
         output = stream.run_layer(layer)
-        similarity = F.cosine_similarity(output.attended, output.attended + output.branch, dim=-1).reshape(-1)
+        similarity = F.cosine_similarity(output.kept, output.kept + output.added, dim=-1).reshape(-1)
         np.testing.assert_allclose(output.similarity, similarity, atol=1e-6)
-        stream.advance(output)
+        stream.advance(layer, output)
+    np.testing.assert_allclose(tiny.model.norm(stream.hidden_states), expected[LAYERS], atol=1e-5)
+
+
+@torch.no_grad()
+def test_layer_stream_goes_on_with_what_is_left_when_tokens_skip_whole_layers(
+    tiny: LlamaForCausalLM, sequences: torch.Tensor
+) -> None:
+    active = {layer: torch.rand(sequences[:3].shape) < 0.7 for layer in range(LAYERS)}
+    routers = {layer: np.zeros((1, 32), np.float32) for layer in range(LAYERS)}
+    routed = with_routers(tiny, routers, "layer")
+    expected = routed.model(sequences[:3], force_active=active, output_hidden_states=True).hidden_states
+    stream = LayerStream(tiny, sequences[:3], "layer")
+    for layer in range(LAYERS):
+        np.testing.assert_allclose(stream.hidden_states, expected[layer], atol=1e-5)
+        output = stream.run_layer(layer)
+        whole = tiny.model.layers[layer](
+            stream.hidden_states, position_embeddings=tiny.model.rotary_emb(sequences, torch.arange(LENGTH)[None])
+        )
+        np.testing.assert_allclose(output.kept + output.added, whole, atol=1e-5)
+        similarity = F.cosine_similarity(stream.hidden_states, whole, dim=-1).reshape(-1)
+        np.testing.assert_allclose(output.similarity, similarity, atol=1e-6)
+        stream.advance(layer, output, active[layer].reshape(-1))
     np.testing.assert_allclose(tiny.model.norm(stream.hidden_states), expected[LAYERS], atol=1e-5)
 
 
@@ -232,6 +254,19 @@ def test_calibration_reaches_the_target_when_measured_on_its_own_text(
         assert set(sorted(calibrated.label_rates, key=calibrated.label_rates.__getitem__)[:2]) == {1, 4}
     assert calls[-1] == (2 * LAYERS, 2 * LAYERS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
+
+
+def test_calibration_reaches_the_target_when_tokens_skip_whole_layers(
+    tiny: LlamaForCausalLM, sequences: torch.Tensor
+) -> None:
+    settings = CalibrationSettings(target_active=0.8, routing="layer", share_every=1)
+    calibrated = calibrate_routers(tiny, sequences, settings)
+    assert calibrated.identity_layers == (), "its attention adds something"
+    measured = evaluate(with_routers(tiny, calibrated.routers, "layer"), sequences)
+    rates = [measured.active_rates.get(layer, 1.0) for layer in range(LAYERS)]
+    assert np.mean(rates) == pytest.approx(0.8, abs=0.03)
+    for layer, rate in calibrated.label_rates.items():
+        assert measured.active_rates[layer] == pytest.approx(rate, abs=0.02 if layer else 0.1)
 
 
 def test_calibration_is_reproducible_when_repeated(tiny: LlamaForCausalLM, sequences: torch.Tensor) -> None:
@@ -296,7 +331,7 @@ def test_settings_raise_when_out_of_range(settings: dict, message: str) -> None:
         (CalibrationSettings(layers=(1, 9)), r"layers \[9\] do not exist, expected 0 to 5"),
         (
             CalibrationSettings(target_active=0.5, layers=(1, 2, 3)),
-            "50% active would skip 2.5 layers' MLPs, but only 2",
+            "50% active would skip as much as 2.5 layers have, but only 2",
         ),
     ],
 )

@@ -1,3 +1,4 @@
+import json
 import warnings
 from pathlib import Path
 
@@ -8,48 +9,32 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import dlo_export.modeling.llama_dlo
+from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, routed_type
 from dlo_export.modeling.configuration import LlamaDloConfig, RoutingConfigError
-from dlo_export.modeling.llama_dlo import LayerRoutingNotSupportedError, LlamaDloForCausalLM, UntrainedRoutersWarning
+from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM, UntrainedRoutersWarning
+from tests.modeling.tiny_routed import TINY, decisions, padded, tiny_model
 
 DATA = Path(__file__).parents[1] / "data"
 REFERENCE = DATA / "reference_mlp_routed"
-ROUTED = (0, 1, 3)
-TINY = {
-    "vocab_size": 60,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[str, np.ndarray]:
-    with np.load(REFERENCE / "expected.npz") as arrays:
+@pytest.fixture(params=["mlp", "layer"], scope="module")
+def authors(request: pytest.FixtureRequest) -> Path:
+    """A checkpoint of the DLO authors' own code, and what that code computes with it."""
+    return DATA / f"reference_{request.param}_routed"
+
+
+@pytest.fixture
+def expected(authors: Path) -> dict[str, np.ndarray]:
+    with np.load(authors / "expected.npz") as arrays:
         return dict(arrays)
 
 
 @pytest.fixture(params=["skipping", "masked"])
-def reference(request: pytest.FixtureRequest) -> LlamaDloForCausalLM:
-    model = AutoModelForCausalLM.from_pretrained(REFERENCE).eval()
+def reference(authors: Path, request: pytest.FixtureRequest) -> LlamaDloForCausalLM:
+    model = AutoModelForCausalLM.from_pretrained(authors).eval()
     model.masked = request.param == "masked"
     return model
-
-
-def tiny_model(**changes: object) -> LlamaDloForCausalLM:
-    """A random model with random routers, which a new model does not have."""
-    torch.manual_seed(0)
-    model = LlamaDloForCausalLM(LlamaDloConfig(**{**TINY, "is_dlo": True, **changes})).eval()
-    for router in model.model.routers.values():
-        torch.nn.init.normal_(router.weight)
-    return model
-
-
-def decisions(scores: dict[int, torch.Tensor]) -> np.ndarray:
-    """Bool [routed layers, batch, sequence]."""
-    return np.stack([(scores[layer] > 0.5).numpy() for layer in ROUTED])
 
 
 @torch.no_grad()
@@ -63,18 +48,20 @@ def test_model_equals_the_authors_when_a_sample_runs_alone(
 
 
 @torch.no_grad()
-def test_model_equals_the_authors_when_decoding_token_by_token(
-    reference: LlamaDloForCausalLM, expected: dict[str, np.ndarray]
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_model_equals_the_authors_when_decoding_with_a_cache(
+    reference: LlamaDloForCausalLM, expected: dict[str, np.ndarray], chunk: int
 ) -> None:
     for sample in range(3):
-        cache = None
-        for index, token in enumerate(torch.from_numpy(expected[f"ids_{sample}"])[0]):
-            output = reference(token.reshape(1, 1), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            np.testing.assert_allclose(output.logits[0, 0], expected[f"logits_{sample}"][0, index], atol=1e-5)
+        cache, start = None, 0
+        for tokens in torch.from_numpy(expected[f"ids_{sample}"]).split(chunk, dim=1):
+            output = reference(tokens, past_key_values=cache, use_cache=True)
+            cache, stop = output.past_key_values, start + tokens.shape[1]
+            np.testing.assert_allclose(output.logits, expected[f"logits_{sample}"][:, start:stop], atol=1e-5)
             np.testing.assert_array_equal(
-                decisions(output.router_scores)[..., 0], expected[f"active_{sample}"][..., index]
+                decisions(output.router_scores), expected[f"active_{sample}"][..., start:stop]
             )
+            start = stop
 
 
 @torch.no_grad()
@@ -82,13 +69,9 @@ def test_model_equals_the_authors_when_decoding_token_by_token(
 def test_model_equals_the_authors_when_the_batch_is_left_padded(
     reference: LlamaDloForCausalLM, expected: dict[str, np.ndarray], cached: bool
 ) -> None:
-    lengths = [expected[f"ids_{sample}"].shape[1] for sample in range(3)]
-    width = max(lengths)
-    ids, mask = torch.full((3, width), 7), torch.zeros(3, width, dtype=torch.long)
-    for sample, length in enumerate(lengths):
-        ids[sample, width - length :] = torch.from_numpy(expected[f"ids_{sample}"][0])
-        mask[sample, width - length :] = 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    samples = [torch.from_numpy(expected[f"ids_{sample}"][0]) for sample in range(3)]
+    ids, mask, positions = padded(samples)
+    width = ids.shape[1]
     split = width - 4 if cached else width
     first = reference(ids[:, :split], attention_mask=mask[:, :split], position_ids=positions[:, :split], use_cache=True)
     logits, active = [first.logits], [decisions(first.router_scores)]
@@ -103,15 +86,16 @@ def test_model_equals_the_authors_when_the_batch_is_left_padded(
         active.append(decisions(output.router_scores))
     all_logits, all_active = torch.cat(logits, dim=1), np.concatenate(active, axis=-1)
     assert all_logits.isfinite().all()
-    for sample, length in enumerate(lengths):
+    for sample, length in enumerate(map(len, samples)):
         np.testing.assert_allclose(all_logits[sample, -length:], expected[f"logits_{sample}"][0], atol=1e-5)
         np.testing.assert_array_equal(all_active[:, sample, -length:], expected[f"active_{sample}"][:, 0])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("forced", ["nothing", "everything", "mixed"])
-def test_skipping_equals_the_masked_form_when_decisions_are_forced(forced: str) -> None:
-    model = tiny_model(rescale_hidden_states=True, scale_factor=1.5, scale_gap=0.4)
+@pytest.mark.parametrize("routing", ROUTED_MODELS)
+def test_skipping_equals_the_masked_form_when_decisions_are_forced(routing: RoutingKind, forced: str) -> None:
+    model = tiny_model(routing, rescale_hidden_states=True, scale_factor=1.5, scale_gap=0.4)
     ids = torch.arange(14).reshape(2, 7)
     choices = {
         "nothing": torch.zeros(2, 7),
@@ -140,8 +124,9 @@ def test_mlp_gets_only_active_tokens_when_skipping() -> None:
     assert rows == [2]
 
 
-def test_model_learns_through_the_routed_branch_when_trained() -> None:
-    model = tiny_model(rescale_hidden_states=True, scale_factor=2.0, scale_gap=0.5)
+@pytest.mark.parametrize("routing", ROUTED_MODELS)
+def test_model_learns_through_the_routed_branch_when_trained(routing: RoutingKind) -> None:
+    model = tiny_model(routing, rescale_hidden_states=True, scale_factor=2.0, scale_gap=0.5)
     ids = torch.arange(10).reshape(2, 5)
     loss = model(ids, labels=ids).loss
     loss.backward()
@@ -150,8 +135,9 @@ def test_model_learns_through_the_routed_branch_when_trained() -> None:
 
 
 @torch.no_grad()
-def test_generate_agrees_with_full_recompute_when_batch_is_left_padded() -> None:
-    model = tiny_model(eos_token_id=None)
+@pytest.mark.parametrize("routing", ROUTED_MODELS)
+def test_generate_agrees_with_full_recompute_when_batch_is_left_padded(routing: RoutingKind) -> None:
+    model = tiny_model(routing, eos_token_id=None)
     ids = torch.tensor([[0, 0, 5, 9, 2], [4, 8, 15, 16, 23]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     generated = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -163,8 +149,9 @@ def test_generate_agrees_with_full_recompute_when_batch_is_left_padded() -> None
 
 
 @torch.no_grad()
-def test_model_equals_llama_when_nothing_is_routed() -> None:
-    model = tiny_model(is_dlo=False, tie_word_embeddings=True)
+@pytest.mark.parametrize("routing", ROUTED_MODELS)
+def test_model_equals_llama_when_nothing_is_routed(routing: RoutingKind) -> None:
+    model = tiny_model(routing, is_dlo=False, tie_word_embeddings=True)
     plain = LlamaForCausalLM(model.config).eval()
     plain.load_state_dict(model.state_dict())
     ids = torch.arange(12).reshape(2, 6)
@@ -173,14 +160,16 @@ def test_model_equals_llama_when_nothing_is_routed() -> None:
 
 
 @torch.no_grad()
-def test_checkpoint_round_trips_when_saved(tmp_path: Path, expected: dict[str, np.ndarray]) -> None:
-    AutoModelForCausalLM.from_pretrained(REFERENCE).save_pretrained(tmp_path)
-    stored, original = load_file(tmp_path / "model.safetensors"), load_file(REFERENCE / "model.safetensors")
+def test_checkpoint_round_trips_when_saved(authors: Path, tmp_path: Path, expected: dict[str, np.ndarray]) -> None:
+    AutoModelForCausalLM.from_pretrained(authors).save_pretrained(tmp_path)
+    stored, original = load_file(tmp_path / "model.safetensors"), load_file(authors / "model.safetensors")
     assert stored.keys() == original.keys()
     assert all(torch.equal(stored[name], original[name]) for name in stored)
-    config = AutoConfig.from_pretrained(tmp_path)
+    config, written = AutoConfig.from_pretrained(tmp_path), json.loads((tmp_path / "config.json").read_text())
     assert isinstance(config, LlamaDloConfig)
-    assert config.is_dlo == [True, True, False, True]
+    assert written["architectures"] == [MODEL_TYPES[written["model_type"]].architecture]
+    assert config.is_dlo == json.loads((authors / "config.json").read_text())["is_dlo"]
+    assert "routing" not in written
     assert (config.rescale_hidden_states, config.scale_factor, config.scale_gap) == (True, 2.0, 0.05)
     logits = AutoModelForCausalLM.from_pretrained(tmp_path)(torch.from_numpy(expected["ids_0"])).logits
     np.testing.assert_allclose(logits, expected["logits_0"], atol=1e-5)
@@ -191,12 +180,6 @@ def test_routers_stay_fp32_when_the_model_is_opened_in_bf16() -> None:
     assert {parameter.dtype for parameter in model.model.routers.parameters()} == {torch.float32}
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert model(torch.tensor([[1, 2, 3]])).router_scores[0].dtype == torch.float32
-
-
-def test_model_refuses_when_whole_layers_are_routed() -> None:
-    assert AutoConfig.from_pretrained(DATA / "reference_layer_routed").model_type == "llama_dlo"
-    with pytest.raises(LayerRoutingNotSupportedError, match="layer routing is not supported yet"):
-        AutoModelForCausalLM.from_pretrained(DATA / "reference_layer_routed")
 
 
 def test_from_pretrained_warns_when_routers_are_all_zeros(tmp_path: Path) -> None:
@@ -240,12 +223,15 @@ def test_model_raises_when_an_unrouted_layer_is_forced() -> None:
 
 def test_importing_the_module_is_what_registers_the_model() -> None:
     assert dlo_export.modeling.llama_dlo.LlamaDloForCausalLM is LlamaDloForCausalLM
-    assert AutoModelForCausalLM._model_mapping[LlamaDloConfig] is LlamaDloForCausalLM
+    for routing, model in ROUTED_MODELS.items():
+        assert AutoModelForCausalLM._model_mapping[model.config_class] is model
+        assert (model.config_class.routing, model.__name__) == (routing, routed_type(routing).architecture)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_routing_stays_in_fp32_when_autocast_is_on(masked: bool) -> None:
-    model = tiny_model(rescale_hidden_states=True, scale_factor=2.0, scale_gap=0.5)
+@pytest.mark.parametrize("routing", ROUTED_MODELS)
+def test_routing_stays_in_fp32_when_autocast_is_on(routing: RoutingKind, masked: bool) -> None:
+    model = tiny_model(routing, rescale_hidden_states=True, scale_factor=2.0, scale_gap=0.5)
     model.masked = masked
     ids = torch.arange(14).reshape(2, 7)
     exact = model(ids).router_scores[0]
@@ -259,8 +245,11 @@ def test_routing_stays_in_fp32_when_autocast_is_on(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_step_equals_the_masked_form_when_the_same_tokens_are_selected(checkpointing: bool) -> None:
-    model = tiny_model(rescale_hidden_states=True, scale_factor=2.0, scale_gap=0.5)
+@pytest.mark.parametrize(("routing", "mlp_runs"), [("mlp", 1), ("layer", 2)])
+def test_training_step_equals_the_masked_form_when_the_same_tokens_are_selected(
+    routing: RoutingKind, mlp_runs: int, checkpointing: bool
+) -> None:
+    model = tiny_model(routing, rescale_hidden_states=True, scale_factor=2.0, scale_gap=0.5)
     ids = torch.arange(14).reshape(2, 7)
     active = torch.arange(14).reshape(2, 7) % 3 > 0
     forced = model(ids, force_active=dict.fromkeys(range(3), active))
@@ -270,7 +259,7 @@ def test_training_step_equals_the_masked_form_when_the_same_tokens_are_selected(
     runs = []
     model.model.layers[1].mlp.register_forward_hook(lambda _module, args, _output: runs.append(args[0].shape))
     output = model(ids, labels=ids, use_cache=False, select_tokens=lambda _layer, _scores: active)
-    assert len(runs) == 1
+    assert len(runs) == mlp_runs, "a whole layer's labels need a run of their own"
     np.testing.assert_allclose(output.logits.detach(), forced.logits.detach(), atol=1e-5)
     assert all(torch.equal(routing.active, active) for routing in output.training_routing.values())
     assert all((routing.similarity.abs() <= 1 + 1e-6).all() for routing in output.training_routing.values())
@@ -278,8 +267,9 @@ def test_training_step_equals_the_masked_form_when_the_same_tokens_are_selected(
     assert all(router.weight.grad.abs().sum() > 0 for router in model.model.routers.values())
 
 
-def test_router_learns_from_skipped_tokens_when_nothing_is_active() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("routing", ROUTED_MODELS)
+def test_router_learns_from_skipped_tokens_when_nothing_is_active(routing: RoutingKind) -> None:
+    model = tiny_model(routing)
     ids = torch.arange(14).reshape(2, 7)
     none = torch.zeros(2, 7, dtype=torch.bool)
     model(ids, labels=ids, select_tokens=lambda _layer, _scores: none).loss.backward()

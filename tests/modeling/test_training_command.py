@@ -74,10 +74,26 @@ def test_a_plain_model_is_trained_with_new_routers_or_without(
     assert exported.returncode == 0, exported.stderr
 
 
+def test_a_plain_model_is_trained_with_routers_of_whole_layers(place: Path, tmp_path: Path) -> None:
+    options = ("--max-steps", 2, "--routers", "add", "--routing", "layer")
+    result = train(place, "plain", tmp_path / "out", *options)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["is_dlo"]) == ("llama_dlo", [True, True])
+    assert config["architectures"] == ["LlamaDloLayerForCausalLM"]
+    description = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert description["model"]["routing"] == "layer"
+    again = train(tmp_path, "out", tmp_path / "more", "--max-steps", 1, "--data", place / "chats.jsonl")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "more" / "config.json").read_text())["model_type"] == "llama_dlo"
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
         ("plain", (), "has no routed layer"),
+        ("plain", ("--routers", "none", "--routing", "layer"), "--routing layer: --routers none leaves none"),
+        ("routed", ("--routing", "layer"), "routing layer was asked for, the model's routers are for routing mlp"),
         ("routed", ("--target", 1.2), "target is 1.2, expected a capacity above 0 and at most 1"),
         ("routed", ("--sequence", 129), "a sequence of 129 tokens is longer than the model's max_position_embeddings"),
         ("routed", ("--sequence", 16), "tokens, a sequence 16"),

@@ -65,6 +65,18 @@ def test_training_learns_and_takes_the_labels_shares_as_capacities(
     assert result.held_out.loss < log[0]["loss"]
 
 
+def test_whole_layers_are_trained_as_mlps_are(data: PackedDocuments, tmp_path: Path) -> None:
+    folder = save_routed(tmp_path / "model", model_type="llama_dlo")
+    model = opened(folder)
+    result = run(model, data, tmp_path / "run", dataclasses.replace(SETTINGS, max_steps=30, learning_rate=5e-3))
+    log = steps_of(tmp_path / "run")
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    assert log[-1]["selected"] == pytest.approx(0.7, abs=0.05)
+    assert result.held_out is not None
+    assert result.held_out.active_rate == pytest.approx(0.7, abs=0.15)
+    assert changed(folder, model) == {name for name, _ in model.named_parameters()}
+
+
 @pytest.mark.parametrize(("labels", "mode"), [("cos-global", "full"), ("self", "lora")])
 def test_a_resumed_run_equals_one_that_never_stopped(
     folder: Path, data: PackedDocuments, tmp_path: Path, labels: str, mode: str

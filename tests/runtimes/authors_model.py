@@ -13,6 +13,8 @@ from tests.runtimes.graphs import DATA
 
 AUTHORS = DATA / "reference_mlp_routed"
 ROUTED = (0, 1, 3)
+WHOLE_LAYERS = DATA / "reference_layer_routed"
+"""The same where tokens skip whole layers."""
 
 
 def tensors_of(folder: Path) -> dict[str, ArrayTensor]:

@@ -11,29 +11,31 @@ from transformers import AutoModelForCausalLM
 from dlo_export.runtimes.errors import ModelLoadError, StepError
 from dlo_export.runtimes.torch.reference import open_reference
 from dlo_export.runtimes.torch.runner import TorchRunner
-from tests.runtimes.authors_model import AUTHORS, ROUTED, config_of, tensors_of
+from tests.runtimes.authors_model import AUTHORS, WHOLE_LAYERS, config_of, tensors_of
 from tests.runtimes.feeding import feed, joined_logits, joined_scores, reference_samples
 from tests.tiny_models import save_tiny_llama
 
 
-def _runner(kind: str) -> TorchRunner:
+def _runner(kind: str, folder: Path = AUTHORS) -> TorchRunner:
     if kind in ("masked", "gathered"):
-        return TorchRunner.from_folder(AUTHORS, masked=kind == "masked")
-    return open_reference(config_of(AUTHORS), tensors_of(AUTHORS), stream=kind == "streamed")
+        return TorchRunner.from_folder(folder, masked=kind == "masked")
+    return open_reference(config_of(folder), tensors_of(folder), stream=kind == "streamed")
 
 
 @pytest.mark.parametrize("kind", ["masked", "gathered", "resident", "streamed"])
-def test_runner_matches_the_authors_when_fed_their_samples(kind: str, expected: np.lib.npyio.NpzFile) -> None:
+@pytest.mark.parametrize("folder", [AUTHORS, WHOLE_LAYERS], ids=["mlp", "layer"])
+def test_runner_matches_the_authors_when_fed_their_samples(folder: Path, kind: str) -> None:
+    expected, routed = np.load(folder / "expected.npz"), np.flatnonzero(config_of(folder)["is_dlo"])
     samples = reference_samples(expected)
-    with _runner(kind) as runner:
-        assert (runner.num_layers, runner.routed_layers) == (4, ROUTED)
+    with _runner(kind, folder) as runner:
+        assert (runner.num_layers, runner.routed_layers) == (4, tuple(routed))
         for cached in (0, 3):
             results, _ = feed(runner, samples, cached)
             logits, scores = joined_logits(results), joined_scores(results)
             for row, sample in enumerate(samples):
                 length = sample.shape[1]
                 np.testing.assert_allclose(logits[row, -length:], expected[f"logits_{row}"][0], atol=1e-4, rtol=0)
-                active = np.stack([scores[layer][row, -length:] > 0.5 for layer in ROUTED])
+                active = np.stack([scores[layer][row, -length:] > 0.5 for layer in routed])
                 np.testing.assert_array_equal(active, expected[f"active_{row}"][:, 0])
 
 
@@ -54,10 +56,13 @@ def test_runner_matches_transformers_when_the_model_is_dense(tmp_path: Path) -> 
             np.testing.assert_allclose(joined_logits(feed(runner, [ids], 4)[0]), wanted, atol=1e-5, rtol=0)
 
 
-def test_runner_obeys_decisions_when_they_are_forced(expected: np.lib.npyio.NpzFile) -> None:
+@pytest.mark.parametrize("folder", [AUTHORS, WHOLE_LAYERS], ids=["mlp", "layer"])
+def test_runner_obeys_decisions_when_they_are_forced(folder: Path) -> None:
+    expected = np.load(folder / "expected.npz")
     samples = reference_samples(expected)[:1]
-    others = {layer: ~expected["active_0"][i] for i, layer in enumerate(ROUTED)}
-    with _runner("masked") as masked, _runner("gathered") as gathered:
+    routed = np.flatnonzero(config_of(folder)["is_dlo"])
+    others = {int(layer): ~expected["active_0"][i] for i, layer in enumerate(routed)}
+    with _runner("masked", folder) as masked, _runner("gathered", folder) as gathered:
         wanted = joined_logits(feed(masked, samples, 2, force=others)[0])
         got = joined_logits(feed(gathered, samples, 2, force=others)[0])
     np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=0)

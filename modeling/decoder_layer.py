@@ -1,0 +1,168 @@
+"""A decoder layer of which tokens skip a part: the MLP, or all of it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.modeling.active_attention import attend_among_active
+from dlo_export.modeling.active_tokens import ActiveTokens, MaskedTokens, TokenRows, every_token
+from dlo_export.modeling.routing import (
+    SelectTokens,
+    TokenRouter,
+    TrainingRouting,
+    is_active,
+    straight_through,
+)
+
+
+class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
+    """A decoder layer that tokens may skip in part; without a router, a Llama's."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        router: TokenRouter | None = None,
+        branch_scale: tuple[float, float] = (1.0, 0.0),
+        force_active: torch.Tensor | None = None,
+        masked: bool = False,
+        select_tokens: SelectTokens | None = None,
+        **attention_kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | TrainingRouting | None]:
+        """Runs the layer.
+
+        Args:
+            hidden_states: The residual stream, [batch, sequence, hidden].
+            router: Decides from the residual stream as it comes in, before norm and attention.
+            branch_scale: (a, b): the MLP branch is multiplied by a + b·score.
+            force_active: bool [batch, sequence], decisions to use in place of the router's. Scores stay the router's.
+            masked: Compute all for every token and discard it for those that skip.
+            select_tokens: Decides in place of the router's threshold, in training.
+            attention_kwargs: Whatever transformers' attention takes.
+
+        Returns:
+            The residual stream after the layer; if it is routed, the scores (float32 [batch, sequence]), or all that
+            training needs where `select_tokens` is given.
+        """
+        # The router sees the stream as it comes in: no decision waits for attention.
+        scores = None if router is None else router(hidden_states)
+        if scores is None:
+            attended = self._attended(hidden_states, **attention_kwargs)
+            return attended + self._mlp_branch(attended), None
+        offset, slope = branch_scale
+        scale = None if (offset, slope) == (1.0, 0.0) else offset + slope * scores
+        if select_tokens is not None:
+            active = select_tokens(self.self_attn.layer_idx, scores.detach())
+            return self._trained(hidden_states, scores, active, scale, **attention_kwargs)
+        active = is_active(scores) if force_active is None else force_active
+        tokens = MaskedTokens(active) if masked else ActiveTokens(active)
+        kept, before, branch = self._routed(hidden_states, tokens, active, **attention_kwargs)
+        return tokens.put(before + _scaled(branch, scale, tokens), kept), scores
+
+    @abc.abstractmethod
+    def _routed(
+        self, hidden_states: torch.Tensor, tokens: TokenRows, active: torch.Tensor, **attention_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Computes for some tokens what can be skipped.
+
+        Args:
+            hidden_states: The layer's input, [batch, sequence, hidden].
+            tokens: For whom.
+            active: bool [batch, sequence]: whom they see.
+            attention_kwargs: As above.
+
+        Returns:
+            What a token keeps that skips, [batch, sequence, hidden]; for `tokens`, the stream before the MLP, and what
+            the MLP adds to it, [n, hidden] both.
+        """
+
+    @abc.abstractmethod
+    def _similarity(
+        self, hidden_states: torch.Tensor, kept: torch.Tensor, output: torch.Tensor, **attention_kwargs: Any
+    ) -> torch.Tensor:
+        """`TrainingRouting.similarity`; `output` is `kept` with everything added to it, unscaled."""
+
+    def _trained(
+        self,
+        hidden_states: torch.Tensor,
+        scores: torch.Tensor,
+        active: torch.Tensor,
+        scale: torch.Tensor | None,
+        **attention_kwargs: Any,
+    ) -> tuple[torch.Tensor, TrainingRouting]:
+        """Computes every token as if it were active: routers also learn from what the tokens that skip would get."""
+        tokens = every_token(hidden_states)
+        kept, before, branch = self._routed(hidden_states, tokens, active, **attention_kwargs)
+        computed = tokens.put(before + _scaled(branch, scale, tokens), kept)
+        with torch.no_grad():
+            similarity = self._similarity(hidden_states, kept, tokens.put(before + branch, kept), **attention_kwargs)
+        return straight_through(computed, kept, scores, active), TrainingRouting(scores, active, similarity)
+
+    def _attended(self, hidden_states: torch.Tensor, **attention_kwargs: Any) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_kwargs)
+        return hidden_states + attended
+
+    def _mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not hidden_states.numel():
+            return hidden_states
+        branch: torch.Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
+        return branch
+
+
+class MlpRoutedLayer(RoutedDecoderLayer):
+    """Attention runs for every token, so that the cache is whole; a token that skips goes without the MLP."""
+
+    def _routed(
+        self, hidden_states: torch.Tensor, tokens: TokenRows, active: torch.Tensor, **attention_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        attended = self._attended(hidden_states, **attention_kwargs)
+        rows = tokens.gather(attended)
+        return attended, rows, self._mlp_branch(rows)
+
+    def _similarity(
+        self, hidden_states: torch.Tensor, kept: torch.Tensor, output: torch.Tensor, **attention_kwargs: Any
+    ) -> torch.Tensor:
+        # The MLP of a token depends on no other token: the one run serves the labels too.
+        return _cosine(kept, output)
+
+
+class WhollyRoutedLayer(RoutedDecoderLayer):
+    """A token that skips stays what it was, and is not seen by those that do not."""
+
+    def _routed(
+        self, hidden_states: torch.Tensor, tokens: TokenRows, active: torch.Tensor, **attention_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows = tokens.gather(hidden_states)
+        rows = rows + attend_among_active(
+            self.self_attn, self.input_layernorm(rows), tokens, active, **attention_kwargs
+        )
+        return hidden_states, rows, self._mlp_branch(rows)
+
+    def _similarity(
+        self, hidden_states: torch.Tensor, kept: torch.Tensor, output: torch.Tensor, **attention_kwargs: Any
+    ) -> torch.Tensor:
+        # What the layer does where nobody skips it, as the DLO authors have it. The run that the stream goes on with
+        # saw the selected tokens only: once a token is hidden, its similarity would depend on who was selected.
+        tokens = every_token(hidden_states)
+        all_active = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+        # The first run has written the cache, if there is one.
+        attention_kwargs = {**attention_kwargs, "past_key_values": None}
+        _, rows, branch = self._routed(hidden_states, tokens, all_active, **attention_kwargs)
+        return _cosine(hidden_states, tokens.put(rows + branch, hidden_states))
+
+
+ROUTED_LAYERS: Mapping[RoutingKind, type[RoutedDecoderLayer]] = {"mlp": MlpRoutedLayer, "layer": WhollyRoutedLayer}
+"""The decoder layer of each kind of routing."""
+
+
+def _scaled(branch: torch.Tensor, scale: torch.Tensor | None, tokens: TokenRows) -> torch.Tensor:
+    return branch if scale is None else branch * tokens.gather(scale).unsqueeze(-1).to(branch.dtype)
+
+
+def _cosine(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return torch.cosine_similarity(before.float(), after.float(), dim=-1)
