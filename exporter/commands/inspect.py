@@ -13,11 +13,17 @@ if TYPE_CHECKING:
 NAME = "inspect"
 
 _SAVED = {
-    "nothing": "nothing: its {part} is computed and masked",
-    "tokens": "its part of the {part}",
-    "steps": "the {part}, in steps without an active token",
+    "mlp": {
+        "nothing": "nothing: its MLP is computed and masked",
+        "tokens": "its part of the MLP",
+        "steps": "the MLP, in steps without an active token",
+    },
+    "layer": {
+        "nothing": "nothing: the layer is computed and masked",
+        "tokens": "its part of the layer's projections and MLP",
+        "steps": "the layer, in steps without an active token",
+    },
 }
-_PARTS = {"mlp": "MLP", "layer": "layer"}
 
 
 def main(
@@ -59,8 +65,7 @@ def _print_tables(inspection: Inspection) -> None:
     if inspection.skips is not None:
         assert description is not None, "or nothing would say what is skipped"
         assert description.routing is not None, "or nothing would be skipped"
-        saved = _SAVED[inspection.skips].format(part=_PARTS[description.routing.kind])
-        tell(f"a token that skips a layer saves {saved}")
+        tell(f"a token that skips a layer saves {_SAVED[description.routing.kind][inspection.skips]}")
     if inspection.untrained_routers:
         assert description is not None, "or no router could be named"
         assert description.routing is not None, "or no router could be named"
