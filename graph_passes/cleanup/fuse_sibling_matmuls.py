@@ -32,7 +32,7 @@ class FuseSiblingMatMulsPass(GraphPass):
         fused   = MatMul(x, W)          # W = Wq, Wk and Wv side by side
         q, k, v = Split(fused, sizes)   # along the last axis
 
-    Optional: a graph without such siblings is left alone. Scope: main graph and branches; siblings stand in one of them.
+    Optional: a graph without such siblings is left alone. Scope: main graph and branches; siblings share one.
 
     Attributes:
         minimum: Smallest group that is fused. Three by default: query, key and value. Two siblings (gate and up) gain
@@ -85,8 +85,8 @@ def _is_fusible(node: ir.Node, graph: ir.Graph) -> bool:
 
 
 def _fuse(graph: ir.Graph, nodes: list[ir.Node], unique: Callable[[str], str]) -> None:
-    # One multiplication in the first one's place, its matrix joined row by row when it is written; matrices are the main
-    # graph's wherever they are read.
+    # One multiplication in the first one's place, its matrix joined row by row when it is written. Matrices belong to
+    # the main graph wherever they are read.
     first, scope = nodes[0], nodes[0].graph
     assert isinstance(scope, ir.Graph), "weights of functions are no initializers"
     weights = [node.inputs[1] for node in nodes]
