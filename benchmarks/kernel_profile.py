@@ -17,7 +17,7 @@ from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, Block
 def matmul_seconds(
     blocks: Collection[Block], graph: Path, tokens: np.ndarray, sequence: int, threads: int, runs: int = 10
 ) -> float:
-    """Time that one step spends in the MatMuls of all layers' MLPs, or attention blocks too, the median of several runs.
+    """Time that one step spends in the MatMuls of all MLPs, or attention blocks too, the median of several runs.
 
     Args:
         blocks: Which.

@@ -1,9 +1,9 @@
 """How much of the work that routing skips is time saved.
 
 Efficiency = (T_dense / T − 1) / (T_dense / T_ideal − 1). T_ideal lies on the line between the dense artefact and the
-routed one that skips every MLP (with `--routing layer`, every layer), at the measured active rate. Decode is one token of batch 1 behind 128 tokens; prefill
-is 128 tokens. Routers are part of the graph and decide by themselves; their weights were fitted so that they decide as
-a pattern wants (benchmarks/routing.py):
+routed one that skips every MLP (with `--routing layer`, every layer), at the measured active rate. Decode is one token
+of batch 1 behind 128 tokens; prefill is 128 tokens. Routers are part of the graph and decide by themselves; their
+weights were fitted so that they decide as a pattern wants (benchmarks/routing.py):
 
 * layers: that share of the layers runs, for all tokens (in decode there is one);
 * tokens: in every layer, that share of the tokens, chosen at random.

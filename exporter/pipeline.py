@@ -302,7 +302,8 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
     if options.last_logits and options.cache != "static":
         problems.append("--trt-last-logits needs --trt-cache static, which tells where a sequence ends")
     if problems:
-        raise InputError("TensorRT: " + "; ".join(problems), hint="export the checkpoint with other --trt options")
+        hint = "leave --trt out" if source.remembers_activity else "export the checkpoint with other --trt options"
+        raise InputError("TensorRT: " + "; ".join(problems), hint=hint)
 
 
 def choose_onnxruntime_lowering(choice: str, dtype: str, *, routed: bool, path: Path) -> tuple[str, str]:
