@@ -141,7 +141,7 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         lowering, reason = choose_onnxruntime_lowering(
             "auto" if engines_only else request.lowering,
             dtype,
-            routed=source.routing is not None,
+            routing=None if source.routing is None else source.routing.kind,
             path=source.base.path,
         )
         with whole_folder(request.output, overwrite=request.force) as folder:

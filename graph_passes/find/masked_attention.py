@@ -73,7 +73,7 @@ def match_masked_attention(layer: DecoderLayer) -> MaskedAttention | Mismatch:
     mask = _hidden(attention.inputs[_MASK], layer, branch)
     for part, found in (("keys", key), ("values", value), ("mask", mask)):
         if found is None:
-            reason = f"layer {layer.index}: {place(attention)}: its {part} do not leave skipped tokens out"
+            reason = f"layer {layer.index}: skipped tokens are not kept out of the {part} of {place(attention)}"
             return Mismatch(reason, masked=True)
     assert key is not None, "asked in the loop, as are the others"
     assert value is not None, "asked"

@@ -258,5 +258,6 @@ RECORD = LoweringRecord(
     not_capturable="the number of active tokens is read back by the host",
     reason="compaction skips work in prefill, batches and decode alike on ONNX Runtime's CPU kernels",
     suits=lambda workload: True,
+    routing=("mlp", "layer"),
     operators=("ScatterND(add)",),
 )

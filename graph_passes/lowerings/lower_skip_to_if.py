@@ -279,6 +279,7 @@ RECORD = LoweringRecord(
     not_capturable="the host decides which branch runs",
     reason="decode of one sequence: a skipped layer runs nothing, in native operators",
     suits=lambda workload: workload.phase == "decode" and workload.max_batch == 1,
+    routing=("mlp", "layer"),
     tensorrt_layers=frozenset({"CONDITION", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT"}),
     tensorrt_start="CONDITIONAL_INPUT",
 )
