@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.interface import CACHE_PARTS
-from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
+from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_path
 from dlo_export.graph_passes.find.data_flow import element_type, is_op, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
-from dlo_export.graph_passes.lowerings.active_rows import token_zeros
+from dlo_export.graph_passes.lowerings.attention_in_branch import branch_problems, move_into_branch
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
-from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes, shared_constant, shared_node
+from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes, shared_node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,70 +114,13 @@ class LowerSkipToIfPass(LoweringPass):
 
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
         """A cast between stream and sum, or a cache of unknown size."""
-        layer, problems = masked.layer, []
-        if layer.attention.stream_operand is not layer.input:
-            problems.append(f"adds to '{layer.attention.stream_operand.name}', a cast of the stream")
-        if _cache_sizes(masked) is None:
-            problems.append("the graph does not say how many heads its cache has, or how wide they are")
-        return problems
+        return branch_problems(masked)
 
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Move the attention of one layer, and what it appends to the cache, into an If."""
-        layer, block = masked.layer, masked.layer.attention
-        name, dtype = layer_tensor_name(layer.index, "self_attn"), element_type(block.stream_operand)
-        shape = (*layer.token_dims, layer.hidden_size)
-        tags = TaggedNodes(type(self).__name__, layer.index).tags
-        condition = _any_active(graph, masked, block.add, tags)
-        zeros = _zero_rows(graph, masked, block.add)
-
-        # What the If gives out takes the place of stream and cache first: the branch's own values get other names,
-        # since names are unique across a graph and its branches.
-        kept = (block.stream_out, layer.present_key, layer.present_value)
-        results = [
-            ir.Value(type=value.type, shape=None if value.shape is None else value.shape.copy()) for value in kept
-        ]
-        results[0].type, results[0].shape = ir.TensorType(dtype), ir.Shape(shape)  # type: ignore[arg-type]  # known since routing
-        for old, new in zip(kept, results, strict=True):
-            replace_value(old, new)
-        inner = [f"{name}.active_{part}" for part in ("output", *CACHE_PARTS)]
-
-        # Both branches: all of the block, which ends in an addition of its own; or the stream as it is, and zeros.
-        order = node_order(graph)
-        moved = sorted(masked.nodes, key=order.__getitem__)
-        add = TaggedNodes(type(self).__name__, layer.index)
-        operands = [value for value in block.add.inputs if value is not None]
-        closes = operands.index(block.branch)
-        outputs = [add.add("Add", *operands, name=inner[0], dtype=dtype, shape=shape, closes=closes), *kept[1:]]
-        for value, own_name in zip(outputs, inner, strict=True):
-            value.name = own_name
-        keep = TaggedNodes(type(self).__name__, layer.index)
-        skipped = [keep.add("Identity", layer.input, name=f"{name}.skipped_output", dtype=dtype, shape=shape)]
-        for past, present, part in zip((layer.past_key, layer.past_value), kept[1:], CACHE_PARTS, strict=True):
-            skipped.append(
-                keep.add(
-                    "Concat",
-                    past,
-                    zeros,
-                    name=f"{name}.skipped_{part}",
-                    dtype=present.dtype,
-                    shape=present.shape,
-                    axis=2,
-                )
-            )
-        graph.remove(moved)
-        conditional = ir.node(
-            "If",
-            [condition],
-            {
-                "then_branch": ir.Graph([], outputs, nodes=[*moved, *add.nodes], name=f"{name}.then_branch"),
-                "else_branch": ir.Graph([], skipped, nodes=keep.nodes, name=f"{name}.else_branch"),
-            },
-            outputs=results,
-            name=f"{name}.if",
-            metadata_props=dict(tags),
-        )
-        graph.insert_before(block.add, conditional)
-        graph.remove(block.add, safe=True)
+        tags = TaggedNodes(type(self).__name__, masked.layer.index).tags
+        condition = _any_active(graph, masked, masked.layer.attention.add, tags)
+        move_into_branch(graph, masked, condition, type(self).__name__)
 
 
 def _any_active(graph: ir.Graph, masked: MaskedBlock, before: ir.Node, tags: Mapping[str, str]) -> ir.Value:
@@ -204,36 +145,6 @@ def _any_active(graph: ir.Graph, masked: MaskedBlock, before: ir.Node, tags: Map
             **attributes,
         )
     return value
-
-
-def _cache_sizes(masked: MaskedAttention) -> tuple[int, int] | None:
-    """Number of key-value heads and their width."""
-    shape = masked.layer.past_key.shape
-    if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
-        return None
-    return shape[1], shape[3]
-
-
-def _zero_rows(graph: ir.Graph, masked: MaskedAttention, before: ir.Node) -> ir.Value:
-    """Keys or values of a step whose tokens all skip, [batch, kv_heads, sequence, head_dim]: once for all layers."""
-    sizes, dtype = _cache_sizes(masked), masked.layer.past_key.dtype
-    assert sizes is not None, "asked by attention_problems"
-    assert dtype is not None, "of a graph input"
-    heads, width = sizes
-    made_by, (batch, sequence) = LowerSkipToIfPass.__name__, masked.layer.token_dims
-    zeros = token_zeros(graph, made_by, heads * width, dtype, before)
-    shape = shared_constant(graph, f"{ROUTERS}.heads_{heads}x{width}", np.array([0, heads, -1, width], np.int64))
-    return shared_node(
-        graph,
-        "Reshape",
-        zeros,
-        shape,
-        name=f"{zeros.name}_{heads}x{width}",
-        tags=TaggedNodes(made_by, None).tags,
-        dtype=dtype,
-        shape=(batch, heads, sequence, width),
-        before=before,
-    )
 
 
 def _columns(masked: MaskedMlp) -> Iterator[ir.Node]:

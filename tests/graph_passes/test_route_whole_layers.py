@@ -28,6 +28,7 @@ from tests.bare_session import left_padded
 from tests.graph_passes.harness import make_session, run_model
 from tests.graph_passes.injections import injection_pass
 from tests.graph_passes.numpy_llama import NumpyLlama, Routing
+from tests.graph_passes.test_skipping_profile import profiled_shapes
 from tests.tiny_models import save_tiny_llama
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, VOCAB = 3, 32, 4, 2, 97
@@ -192,6 +193,22 @@ def test_skipped_tokens_leave_zeros_when_their_keys_are_no_numbers(folder: Path,
     assert np.isfinite(logits).all()
     assert not state["past_key_values.0.key"].any()
     assert not state["past_key_values.0.value"].any()
+
+
+@pytest.mark.parametrize("lowering", ["compact", "if"])
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["none", "some"])
+def test_projections_process_active_rows_only_when_tokens_skip_whole_layers(
+    folder: Path, lowering: str, share: float, tmp_path: Path
+) -> None:
+    model = _built(folder, lowering, force=True).graph
+    feeds, active = _empty_feeds(model), np.random.default_rng(2).random(_batch()[0].shape) < share
+    feeds |= {f"force_active.{layer}": active for layer in ROUTED_LAYERS}
+    shapes = profiled_shapes(model, feeds, tmp_path)
+    for layer in range(LAYERS):
+        for role in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"):
+            found = [shape[:-1] for shape in shapes.get(f"model.layers.{layer}.{role}", [])]
+            rows = [[int(active.sum())]] if lowering == "compact" else [list(active.shape)] * bool(active.any())
+            assert found == (rows if layer in ROUTED_LAYERS else [list(active.shape)]), (layer, role)
 
 
 @pytest.mark.parametrize("pass_", [LowerSkipToPluginPass(), LowerSkipToTopKPass(64)], ids=["plugin", "compact"])
