@@ -165,7 +165,7 @@ def _trained_model(
             raise TrainingError(f"--routing {routing}: --routers none leaves none", hint="leave one of the two out")
         plain = {name: tensor for name, tensor in tensors.items() if parse_router(name) is None}
         return config | {"is_dlo": False, "rescale_hidden_states": False}, plain
-    agreed = agreed_routing(source.routing and source.routing.kind, routing)
+    agreed = agreed_routing(None if source.routing is None else source.routing.kind, routing)
     if routers == "add":
         if source.routing is None:
             config |= routed_config([True] * source.num_layers, routing=agreed)

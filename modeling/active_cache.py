@@ -62,7 +62,7 @@ class ActiveLayerCache(DynamicLayer):
         if tokens_to_remove and self.active is not None:
             self.active = self.active[:, :tokens_to_remove]
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes these sequences in place of the ones it has, for beam search."""
         super().reorder_cache(beam_idx)
         if self.active is not None:

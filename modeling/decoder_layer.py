@@ -104,6 +104,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
         return straight_through(computed, kept, scores, active), TrainingRouting(scores, active, similarity)
 
     def _attended(self, hidden_states: torch.Tensor, **attention_kwargs: Any) -> torch.Tensor:
+        attended: torch.Tensor
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_kwargs)
         return hidden_states + attended
 

@@ -82,7 +82,7 @@ def main(
             **{name: value for name, value in given.items() if value is not None},
         )
         own = checkpoint.config.routing
-        kind = agreed_routing(own and own.kind, routing)
+        kind = agreed_routing(None if own is None else own.kind, routing)
         untrained = [at for layer, at in enumerate(plan.original_positions) if router_name(layer) not in tensors]
         if routers and untrained:
             reporter.warn(untrained_router_warning(untrained, kind))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -110,13 +111,15 @@ class LayerStream:
         for start in range(0, len(self.hidden_states), _SEQUENCES_AT_ONCE):
             batch = slice(start, start + _SEQUENCES_AT_ONCE)
             tokens, stream = ActiveTokens(active[batch]), self.hidden_states[batch]
+            mask = self._causal_mask(stream, as_numbers=True)
+            assert isinstance(mask, torch.Tensor), "sdpa and eager attention take numbers"
             rows = tokens.gather(stream)
             rows = rows + attend_among_active(
                 layer.self_attn,
                 layer.input_layernorm(rows),
                 tokens,
                 active[batch],
-                attention_mask=self._causal_mask(stream, as_numbers=True),
+                attention_mask=mask,
                 position_embeddings=self._position_embeddings,
             )
             rows = rows + layer.mlp(layer.post_attention_layernorm(rows))
@@ -132,8 +135,9 @@ class LayerStream:
         )
         return branch
 
-    def _causal_mask(self, hidden_states: torch.Tensor, *, as_numbers: bool = False) -> torch.Tensor:
-        mask: torch.Tensor = create_causal_mask(
+    def _causal_mask(self, hidden_states: torch.Tensor, *, as_numbers: bool = False) -> Any:
+        """The mask of transformers: of numbers, or whatever its attention takes for causal order."""
+        return create_causal_mask(
             config=self._decoder.config,
             inputs_embeds=hidden_states,
             attention_mask=None,
@@ -141,4 +145,3 @@ class LayerStream:
             position_ids=self._position_ids,
             allow_is_causal_skip=not as_numbers,
         )
-        return mask

@@ -16,6 +16,8 @@ from tests.modeling.tiny_routed import decisions, padded, tiny_model
 
 ROUTED = [True, False, True]
 SCALED = {"rescale_hidden_states": True, "scale_factor": 1.5, "scale_gap": 0.4}
+# Weights with which attention matters: at the default of 0.02 it hardly does.
+LARGE = {"initializer_range": 0.2}
 IDS = torch.arange(22).reshape(2, 11) * 7 % 60
 MIXED = {0: torch.arange(22).reshape(2, 11) % 3 > 0, 2: torch.arange(22).reshape(2, 11) % 4 == 1}
 
@@ -23,7 +25,7 @@ MIXED = {0: torch.arange(22).reshape(2, 11) % 3 > 0, 2: torch.arange(22).reshape
 @pytest.fixture(params=["sdpa", "eager"])
 def model(request: pytest.FixtureRequest) -> LlamaDloForCausalLM:
     """Deep enough that a wrong cache of one layer shows in the decisions of another."""
-    return tiny_model("layer", is_dlo=ROUTED, attn_implementation=request.param, eos_token_id=None, **SCALED)
+    return tiny_model("layer", is_dlo=ROUTED, attn_implementation=request.param, eos_token_id=None, **LARGE, **SCALED)
 
 
 def chunks(ids: torch.Tensor, *sizes: int) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -85,7 +87,7 @@ def test_model_equals_a_llama_when_every_token_is_active(model: LlamaDloForCausa
 @torch.no_grad()
 def test_a_skipped_token_changes_nobody_else() -> None:
     # Of one layer, the others' outputs are those of a sequence without it, at their own positions.
-    single = tiny_model("layer", num_hidden_layers=1, is_dlo=[True])
+    single = tiny_model("layer", num_hidden_layers=1, is_dlo=[True], **LARGE)
     active = torch.tensor([[True, False, True, True, False, True]])
     ids = torch.tensor([[5, 9, 2, 44, 31, 8]])
     logits = single(ids, force_active={0: active}).logits
@@ -206,7 +208,7 @@ def test_caches_that_cannot_remember_are_refused_by_name(model: LlamaDloForCausa
 
 
 def test_similarity_is_that_of_a_layer_that_nobody_skips() -> None:
-    model = tiny_model("layer", num_hidden_layers=1, is_dlo=[True], **SCALED)
+    model = tiny_model("layer", num_hidden_layers=1, is_dlo=[True], **LARGE, **SCALED)
     selected = torch.arange(22).reshape(2, 11) % 2 > 0
     output = model(IDS, use_cache=False, select_tokens=lambda _layer, _scores: selected)
     plain = LlamaForCausalLM(model.config).eval()
@@ -227,7 +229,7 @@ def test_selection_is_refused_behind_cached_tokens() -> None:
 
 
 def test_documents_that_share_a_sequence_do_not_see_each_other_in_training() -> None:
-    model = tiny_model("layer")
+    model = tiny_model("layer", **LARGE)
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]]).expand(2, -1)
     active = torch.arange(22).reshape(2, 11) % 3 > 0
     both = model(IDS, position_ids=positions, use_cache=False, select_tokens=lambda _layer, _scores: active)

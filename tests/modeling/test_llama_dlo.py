@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 import dlo_export.modeling.llama_dlo
 from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, routed_type
 from dlo_export.modeling.configuration import LlamaDloConfig, RoutingConfigError
+from dlo_export.modeling.decoder_layer import ROUTED_LAYERS
 from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM, UntrainedRoutersWarning
 from tests.modeling.tiny_routed import TINY, decisions, padded, tiny_model
 
@@ -223,6 +224,7 @@ def test_model_raises_when_an_unrouted_layer_is_forced() -> None:
 
 def test_importing_the_module_is_what_registers_the_model() -> None:
     assert dlo_export.modeling.llama_dlo.LlamaDloForCausalLM is LlamaDloForCausalLM
+    assert [layer.__name__ for layer in ROUTED_LAYERS.values()] == LlamaDloForCausalLM._no_split_modules
     for routing, model in ROUTED_MODELS.items():
         assert AutoModelForCausalLM._model_mapping[model.config_class] is model
         assert (model.config_class.routing, model.__name__) == (routing, routed_type(routing).architecture)
