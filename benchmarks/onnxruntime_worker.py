@@ -54,6 +54,8 @@ class DecoderStep:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.cache_names = [name for name in self.inputs if is_state_input(name)]
         self.past_of = {continuation_of(name): name for name in self.cache_names}
+        # ONNX Runtime writes into NumPy's memory, which lives as long as these values do.
+        self.buffers: list[ort.OrtValue] = []
         past = tokens.shape[1] - sequence
         self.cache = self._empty_cache(tokens.shape[1] if shared_cache else 0)
         self.shared_cache = shared_cache
@@ -120,6 +122,7 @@ class DecoderStep:
                 cache = ort.OrtValue.ortvalue_from_numpy(
                     np.zeros(self._shape(past_name, total), self._dtype(past_name))
                 )
+            self.buffers.append(cache)
             binding.bind_ortvalue_output(name, cache)
         return binding
 
