@@ -151,7 +151,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         # rotary tables for all layers.
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
-        skips_attention = self.config.routing == "layer"
+        skips_attention = self.config.routing == "layer" and bool(self.config.routed_layers)
         if skips_attention and past_key_values is not None:
             add_active_state(past_key_values, self.config.routed_layers, self.config.num_hidden_layers)
         if position_ids is None:

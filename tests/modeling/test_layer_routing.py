@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from dlo_export.modeling.active_cache import ActiveLayerCache, CacheError, active_tokens_of
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning, warn_of_untrained_routers
 from tests.modeling.tiny_routed import decisions, padded, tiny_model
 
 ROUTED = [True, False, True]
@@ -202,6 +203,21 @@ def test_caches_that_cannot_remember_are_refused_by_name(model: LlamaDloForCausa
     tiny_model("mlp")(IDS, past_key_values=others)
     with pytest.raises(CacheError, match="layer 0 holds 11 tokens and does not say which of them were active"):
         model(IDS, past_key_values=others)
+
+
+def test_a_zero_router_is_told_of_unless_all_that_is_skipped_adds_nothing() -> None:
+    model = tiny_model("layer")
+    layer = model.model.layers[1]
+    for weight in (model.model.routers["1"].weight, layer.mlp.down_proj.weight):
+        torch.nn.init.zeros_(weight)
+    with pytest.warns(
+        UntrainedRoutersWarning, match=r"layers \[1\] are all zeros.*so they are skipped for every token"
+    ):
+        warn_of_untrained_routers(model)
+    torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UntrainedRoutersWarning)
+        warn_of_untrained_routers(model)
 
 
 # Training.
