@@ -54,8 +54,6 @@ class DecoderStep:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.cache_names = [name for name in self.inputs if is_state_input(name)]
         self.past_of = {continuation_of(name): name for name in self.cache_names}
-        # ONNX Runtime writes into NumPy's memory, which lives as long as these values do.
-        self.buffers: list[ort.OrtValue] = []
         past = tokens.shape[1] - sequence
         self.cache = self._empty_cache(tokens.shape[1] if shared_cache else 0)
         self.shared_cache = shared_cache
@@ -119,10 +117,9 @@ class DecoderStep:
                 continue
             cache = self.cache[past_name]
             if not self.shared_cache:
-                cache = ort.OrtValue.ortvalue_from_numpy(
-                    np.zeros(self._shape(past_name, total), self._dtype(past_name))
-                )
-            self.buffers.append(cache)
+                # Memory of ONNX Runtime's own: it outlives the binding, as long as a next step reads it.
+                shape, dtype = self._shape(past_name, total), self._dtype(past_name)
+                cache = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype)
             binding.bind_ortvalue_output(name, cache)
         return binding
 

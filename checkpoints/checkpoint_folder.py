@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dlo_export.checkpoints.files.disk_space import no_room_reported
 from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.checkpoints.formats.huggingface_folder import INDEX_FILE, SINGLE_FILE
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
@@ -40,8 +41,9 @@ def save_checkpoint(
     Raises:
         FolderExistsError: The folder is not empty and `overwrite` is not set.
         InputError: A tensor's dtype does not belong into a checkpoint.
+        MachineError: The disk is full.
     """
-    with whole_folder(folder, overwrite=overwrite) as staging:
+    with no_room_reported(folder), whole_folder(folder, overwrite=overwrite) as staging:
         save_model_tensors(tensors, staging, max_shard_bytes=max_shard_bytes, progress=progress)
         save_companions(staging, config_changes)
 

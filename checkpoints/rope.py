@@ -103,7 +103,7 @@ def rope_of_fields(fields: JsonFields, max_position_embeddings: int) -> RopeConf
         share = source.values.get("partial_rotary_factor")
         if share is not None and share != 1:
             source.problem("partial_rotary_factor", f"is {share!r}, expected 1 (the whole head is rotated)")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return RopeConfig("default", theta)
     if kind == "linear":

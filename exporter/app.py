@@ -5,17 +5,18 @@ from __future__ import annotations
 import typer
 
 from dlo_export import __version__
-from dlo_export.exporter.commands import bench, calibrate, expand, export, inspect, parity, run, train
+from dlo_export.exporter.commands import bench, calibrate, evaluate, expand, export, inspect, parity, run, train
+from dlo_export.exporter.commands.command import Command
 
 app = typer.Typer(
     name="dlo",
-    help="Export, deepen, train, calibrate and run dynamically routed Llama models.",
+    help="Export, deepen, train, calibrate, run and evaluate dynamically routed Llama models.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (export, expand, train, calibrate, run, bench, inspect, parity):
-    app.command(command.NAME)(command.main)
+for command in (export, expand, train, calibrate, run, bench, evaluate, inspect, parity):
+    app.command(command.NAME, cls=Command)(command.main)
 
 
 def _print_version(asked: bool) -> None:

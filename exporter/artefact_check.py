@@ -1,14 +1,16 @@
-"""Whether an artefact is what its description says: files by their hashes, graphs by their structure."""
+"""Whether an artefact is what its description says: its files by hashes, graphs by structure, parity by its report."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_ONNX
+from dlo_export.checkpoints.files.json_file import read_json
 from dlo_export.checkpoints.interface import parse_past
 from dlo_export.exporter.artefact_description import interface
 from dlo_export.exporter.model_metadata import INJECTED_LAYERS
@@ -18,7 +20,13 @@ from dlo_export.exporter.weight_file import external_tensors
 from dlo_export.graph_passes.lowerings.record import Target, Workload
 from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowering, lowering_names
 from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_SCORES, role_values
-from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription, load_description
+from dlo_export.runtimes.artefact.description import (
+    MODEL_NAME,
+    PARITY_NAME,
+    ArtefactDescription,
+    load_description,
+    verify_description,
+)
 from dlo_export.runtimes.artefact.engine_record import EngineRecord, GraphInterface
 from dlo_export.runtimes.artefact.files import verify_files
 from dlo_export.runtimes.decoder_interface import TensorSpec
@@ -35,8 +43,8 @@ def open_description(folder: Path) -> ArtefactDescription:
         folder: The artefact.
 
     Raises:
-        InputError: The folder is no artefact, fields are missing or wrong, files were changed, or a graph is not the
-            described one; naming every field or file.
+        InputError: The folder is no artefact, fields are missing, wrong or changed, files were changed, or a graph or
+            parity.json is not the described one; naming every field or file.
     """
     description = load_description(folder)
     verify_files(description.files)
@@ -53,12 +61,26 @@ def open_description(folder: Path) -> ArtefactDescription:
     # A file that nobody vouches for was not verified. Weights may be left out, but not be there unlisted.
     listed = {file.name for file in description.files}
     problems += [f"files does not list {path.relative_to(folder)}" for path in sorted(files - listed) if path.exists()]
+    if (report := parity_report(folder)) is not None and report.get("verdict") != description.parity.verdict:
+        problems.append(f"parity.verdict is {description.parity.verdict}, {PARITY_NAME} says {report.get('verdict')!r}")
     if problems:
         raise ModelLoadError(
-            f"{folder}: its description contradicts its graphs:" + "".join(f"\n  {problem}" for problem in problems),
+            f"{folder}: its description contradicts its files:" + "".join(f"\n  {problem}" for problem in problems),
             hint="export the model again: dlo_artifact.json is not to be edited",
         )
+    # Last, because what contradicts a file is named by its field above; this finds what no file tells.
+    verify_description(folder)
     return description
+
+
+def parity_report(folder: Path) -> dict[str, Any] | None:
+    """What parity.json says; None where it is not there, as without parity, or where its reader threw it away.
+
+    Raises:
+        ModelLoadError: It is no JSON object.
+    """
+    path = folder / PARITY_NAME
+    return read_json(path, ModelLoadError) if path.is_file() else None
 
 
 def _data_files(model: ir.Model, folder: Path) -> set[Path]:

@@ -15,6 +15,7 @@ from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.runtimes.artefact.description import (
+    ENGINES_NAME,
     FORMAT_VERSION,
     MODEL_NAME,
     WEIGHTS_NAME,
@@ -67,12 +68,12 @@ def complete_description(description: ArtefactDescription, folder: Path) -> None
     """Writes dlo_artifact.json, once the files it vouches for are complete.
 
     Args:
-        description: Its `files` are filled here.
+        description: Its `files` are filled here: all that are there, of graphs whose engines were not built too.
         folder: The artefact.
     """
     graphs = [path for name in (MODEL_NAME, WEIGHTS_NAME) if (path := folder / name).is_file()]
-    engines = sorted({engine.file.parent for engine in description.engines})
-    paths = [*graphs, *(path for each in engines for path in sorted(each.iterdir()))]
+    engines = folder / ENGINES_NAME
+    paths = [*graphs, *(sorted(engines.iterdir()) if engines.is_dir() else ())]
     save_description(dataclasses.replace(description, files=tuple(map(describe_file, paths))), folder)
 
 

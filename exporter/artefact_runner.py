@@ -9,6 +9,7 @@ import onnx_ir as ir
 from dlo_export.exporter.pipeline import exposed
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.runtimes.artefact.description import MODEL_NAME, load_description
+from dlo_export.runtimes.artefact.files import check_model_files
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.runner import Runner
 
@@ -31,10 +32,11 @@ def open_artefact(
         allow_spinning: Let idle threads spin; False where several runners share a process.
 
     Raises:
-        InputError: The folder is no artefact.
+        InputError: The folder is no artefact, or its files are not of the sizes its description says.
         dlo_export.runtimes.errors.RuntimeInputError: ONNX Runtime refuses the graph.
     """
-    description = load_description(folder)  # read whatever `scores` is: it refuses what is no artefact
+    description = load_description(folder)
+    check_model_files(description, folder)
     shown = scores and description.routing is not None
     return OnnxRuntimeRunner(
         exposed_model(load_graph(folder / MODEL_NAME)) if shown else folder / MODEL_NAME,

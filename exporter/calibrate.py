@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wa
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
+from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
+from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_router, router_name
 from dlo_export.checkpoints.model_types import RoutingKind
@@ -59,6 +60,11 @@ class CalibrationRequest:
     force: bool
     force_base: bool = False
     routing: RoutingKind | None = None
+
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether the output is an adapter."""
+        return self.as_adapter or self.adapter is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +116,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
         ValueError: Of our packages: the model, the text or the settings are not usable.
     """
     inputs = (Path(request.model), request.adapter, request.text)
-    check_output_folder(request.output, overwrite=request.force, inputs=inputs)
+    makes = FolderKind.ADAPTER if request.makes_adapter else FolderKind.CHECKPOINT
+    check_output_folder(request.output, overwrite=request.force, makes=makes, inputs=inputs)
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "calibration")
@@ -121,10 +128,10 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
         text = source_text(source, request)
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if parse_router(n) is None}
-            if source.adapter is None and not request.as_adapter:
-                sizes = [tensor.nbytes for tensor in tensors.values()]
-                check_output_space(request.output, sum(sizes))
             config = {**source.config_json(), "is_dlo": False}
+            kept = _kept_tensors(source, tensors, request)
+            routers = source.num_layers * config["hidden_size"] * np.dtype(np.float32).itemsize
+            check_output_space(request.output, sum(tensor.nbytes for tensor in kept.values()) + routers)
             model = llama_dlo_from_tensors(config | {"rescale_hidden_states": False}, tensors)
         with reporter.count("routers") as progress:
             settings = dataclasses.replace(request.settings, routing=routing)
@@ -133,7 +140,7 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             dense = evaluate(model, text.evaluation)
             routed = evaluate(with_routers(model, fitted.routers, routing), text.evaluation)
         with reporter.bytes("writing") as written:
-            _save(source, fitted, routing, tensors, request, written)
+            _save(source, fitted, routing, kept, request, written)
         injected = tuple(layer.position for layer in source.injected_layers)
         return CalibrationResult(fitted, routing, injected, dense, routed)
     finally:
@@ -142,9 +149,9 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
 
 def source_text(source: ExportSource, request: CalibrationRequest) -> CalibrationText:
     """Tokens to fit on and to measure on, by the model's own tokenizer."""
-    with tempfile.TemporaryDirectory() as folder:
-        source.base.save_companions(Path(folder))
-        encode = load_encoder(Path(folder), source.base.path)
+    with scratch_folder() as folder:
+        source.base.save_companions(folder)
+        encode = load_encoder(folder, source.base.path)
     return calibration_text(
         read_documents(request.text),
         encode,
@@ -154,11 +161,22 @@ def source_text(source: ExportSource, request: CalibrationRequest) -> Calibratio
     )
 
 
+def _kept_tensors(
+    source: ExportSource, tensors: dict[str, LazyTensor], request: CalibrationRequest
+) -> dict[str, LazyTensor]:
+    """What is written beside the routers: all of a checkpoint, the injected layers of an adapter."""
+    if not request.makes_adapter:
+        return tensors
+    injected = source.adapter.injected_layers if source.adapter is not None else ()
+    prefixes = tuple(layer_tensor_name(layer.position, "") for layer in injected)
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+
+
 def _save(
     source: ExportSource,
     fitted: CalibratedRouters,
     routing: RoutingKind,
-    tensors: dict[str, LazyTensor],
+    kept: dict[str, LazyTensor],
     request: CalibrationRequest,
     progress: Callable[[int, int], None],
 ) -> None:
@@ -167,17 +185,15 @@ def _save(
         for layer, router in fitted.routers.items()
     }
     is_dlo = tuple(layer in fitted.routers for layer in range(fitted.num_layers))
-    if source.adapter is not None or request.as_adapter:
+    if request.makes_adapter:
         injected = source.adapter.injected_layers if source.adapter is not None else ()
-        prefixes = tuple(layer_tensor_name(layer.position, "") for layer in injected)
-        kept = {name: tensor for name, tensor in tensors.items() if prefixes and name.startswith(prefixes)}
         adapter = DloAdapter(
             routing, is_dlo, injected_layers=injected, base_sha256=source.base.sha256(), tensors=kept | routers
         )
         save_adapter(adapter, request.output, overwrite=request.force)
         return
     save_checkpoint(
-        tensors | routers,
+        kept | routers,
         request.output,
         save_companions=source.base.save_companions,
         config_changes=routed_config(is_dlo, routing=routing),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 from pathlib import Path
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
-from dlo_export.checkpoints.errors import DloError, InputError, MachineError
-from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.checkpoints.errors import DloError, InputError
+from dlo_export.checkpoints.files.disk_space import check_disk_space, no_room_reported
+from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.json_file import finite, save_json
 from dlo_export.checkpoints.files.output_check import check_output_folder
 from dlo_export.checkpoints.files.whole_folder import keep_aside, whole_folder
@@ -28,7 +28,9 @@ from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, pla
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
 from dlo_export.graph_passes.lowerings.registry import lowering_names
 from dlo_export.runtimes.artefact.description import (
+    ENGINES_NAME,
     MODEL_NAME,
+    PARITY_NAME,
     WEIGHTS_NAME,
     ArtefactDescription,
     load_description,
@@ -67,7 +69,7 @@ class ExportRequest:
             the same where ONNX Runtime has it, else what "auto" chooses.
         parity: Compare with PyTorch before the artefact appears.
         weights: False leaves `model.onnx.data` out: a graph to look at.
-        force: Replace an output of this program's.
+        force: Replace an artefact of this program's.
         allow_nonfinite: Let weights be NaN or infinite.
         force_base: Let the adapter be made from other weights.
         trt: Build TensorRT engines too; None builds none.
@@ -127,7 +129,7 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         MachineError: The disk is full.
         ParityFailedError: The artefact is not equal to its reference.
     """
-    check_output_folder(request.output, overwrite=request.force, inputs=request.inputs)
+    check_output_folder(request.output, overwrite=request.force, makes=FolderKind.ARTEFACT, inputs=request.inputs)
     source = open_source(
         request.model, request.adapter, allow_nonfinite=request.allow_nonfinite, force_base=request.force_base
     )
@@ -144,17 +146,11 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
             routing=None if source.routing is None else source.routing.kind,
             path=source.base.path,
         )
-        with whole_folder(request.output, overwrite=request.force) as folder:
+        with no_room_reported(request.output), whole_folder(request.output, overwrite=request.force) as folder:
             summary = _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
         size = sum(file.stat().st_size for file in request.output.rglob("*") if file.is_file())
         # Read back: what others will read is what is returned.
         return ExportResult(request.output, load_description(request.output), size, summary)
-    except OSError as err:
-        if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(
-                f"{request.output}: the disk is full", hint="free some space; nothing was left behind"
-            ) from err
-        raise
     finally:
         source.close()
 
@@ -181,10 +177,10 @@ def _export_into(
         set_model_metadata(model, source, dtype=dtype, lowering=lowering)
     if plan is not None:
         # Imported here: only these exports need what builds engines.
-        from dlo_export.exporter.tensorrt.export import FOLDER, build_planned_engines, save_graphs  # noqa: PLC0415
+        from dlo_export.exporter.tensorrt.export import build_planned_engines, save_graphs  # noqa: PLC0415
 
         # Before weights and parity, which take long: it finds what the engines' type cannot hold.
-        save_graphs(plan, folder / FOLDER, reporter)
+        save_graphs(plan, folder / ENGINES_NAME, reporter)
     if request.weights:
         check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
     with reporter.bytes("weights") as progress:
@@ -208,7 +204,7 @@ def _export_into(
     parity, summary = _run_parity(folder, request, source, description, plan, reporter)
     description = dataclasses.replace(description, parity=parity)
     if plan is not None:
-        engines = build_planned_engines(plan, folder / FOLDER, reporter, peak)
+        engines = build_planned_engines(plan, folder / ENGINES_NAME, reporter, peak)
         description = dataclasses.replace(description, engines=engines)
     with reporter.stage("hashes"):
         complete_description(description, folder)
@@ -247,7 +243,7 @@ def _run_parity(
             reporter.warn(f"--trt-max-cache is below {MOST_TOKENS}: parity's cases are cut to fit")
         report = check_parity(source, folder, description, graphs)
     parity = ParityVerdict(report.verdict, report.reason or None)
-    save_json(folder / "parity.json", finite(report.to_json()))
+    save_json(folder / PARITY_NAME, finite(report.to_json()))
     if report.verdict == "FAIL":
         complete_description(dataclasses.replace(description, parity=parity), folder)
         failed = keep_aside(folder, request.output.with_name(f"{request.output.name}.failed"), request.inputs)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
-from dlo_export.exporter.artefact_check import open_description
+from dlo_export.exporter.artefact_check import open_description, parity_report
 from dlo_export.exporter.sources.foreign_graph import load_graph, read_prepared
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
@@ -35,6 +35,7 @@ class Inspection:
         layers: Per decoder layer: index, injected, routed, identity (None where the graph alone does not tell), bytes.
         layers_problem: Why no layers were found; None where they were.
         description: dlo_artifact.json, where there is one.
+        parity_report: The verdict in an artefact's parity.json; None where there is none.
         skips: What a skipped token saves: "nothing", its own part of the MLP ("tokens"), or the MLP of a whole step
             without an active token ("steps"); None where nothing is routed, or nothing says how.
         untrained_routers: Layers of an artefact that skip every token, because their routers are all zeros.
@@ -47,6 +48,7 @@ class Inspection:
     layers: list[dict[str, Any]]
     layers_problem: str | None
     description: ArtefactDescription | None
+    parity_report: str | None
     skips: str | None
     untrained_routers: list[int]
     engine_problems: list[str] | None
@@ -89,10 +91,16 @@ def inspect_model(path: Path) -> Inspection:
         [_layer_row(model.graph, layer, description) for layer in layers],
         problem,
         description,
+        _parity_verdict(description, graph_path.parent),
         _skips(description),
         _untrained_routers(model.graph, description),
         _engine_problems(description),
     )
+
+
+def _parity_verdict(description: ArtefactDescription | None, folder: Path) -> str | None:
+    report = None if description is None else parity_report(folder)
+    return None if report is None else str(report["verdict"])  # the description's, or it would have been refused
 
 
 def _skips(description: ArtefactDescription | None) -> str | None:

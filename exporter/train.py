@@ -7,7 +7,6 @@ import math
 import platform
 import random
 import signal
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +23,10 @@ from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.file_digest import file_sha256
+from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
+from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.files.uninterrupted import SIGNALS
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
@@ -96,7 +97,8 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
         MachineError: Of our packages: no room on the disk, no such device.
     """
     inputs = (Path(request.model), request.adapter, request.data, request.held_out)
-    check_output_folder(request.output, overwrite=request.force, inputs=inputs)
+    check_output_folder(request.output, overwrite=request.force, makes=FolderKind.TRAINED_CHECKPOINT, inputs=inputs)
+    RunFolder(request.run_folder).check_place()
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "training")
@@ -105,9 +107,9 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
         config, tensors = _trained_model(source, request.routers, request.routing)
         request = _with_sequence(request, config["max_position_embeddings"])
         check_output_space(request.output, 4 * sum(math.prod(tensor.shape) for tensor in tensors.values()))
-        with tempfile.TemporaryDirectory() as folder:
-            source.base.save_companions(Path(folder))
-            tokenizer, lacks_template = open_tokenizer(Path(folder), source.base.path)
+        with scratch_folder() as folder:
+            source.base.save_companions(folder)
+            tokenizer, lacks_template = open_tokenizer(folder, source.base.path)
         if lacks_template:
             reporter.warn(f"{source.base.path}: has no chat template; a plain one is used, and saved with the model")
         with reporter.stage("data"):

@@ -6,6 +6,11 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
 
+_FORM = (
+    "expected a decoder-only model with a KV cache, each layer attention and then an MLP, as optimum "
+    "(--task text-generation-with-past) exports one"
+)
+
 
 class GraphPassError(InputError, ir.passes.PreconditionError):
     """A graph does not have the form a pass needs, or a request does not fit the graph.
@@ -15,7 +20,15 @@ class GraphPassError(InputError, ir.passes.PreconditionError):
 
 
 class DecoderLayersNotFound(GraphPassError):  # noqa: N818 - says what happened, as FileNotFoundError's family does
-    """The residual stream could not be followed from the embedding to the last layer."""
+    """The residual stream could not be followed from the embedding to the last layer.
+
+    Args:
+        message: Where it ended, and what was expected there.
+        hint: What to do about it, where that is not the same as for all graphs.
+    """
+
+    def __init__(self, message: str, *, hint: str = _FORM) -> None:
+        super().__init__(message, hint=hint)
 
 
 def place(node: ir.Node) -> str:

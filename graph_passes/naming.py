@@ -18,10 +18,14 @@ def unique_names(graph: ir.Graph) -> Callable[[str], str]:
     for subgraph in graph.subgraphs():
         taken.update(value.name for value in (*subgraph.inputs, *subgraph.initializers.values()))
 
+    numbers: dict[str, int] = {}
+
     def unique(name: str) -> str:
-        candidate, number = name, 1
+        candidate, number = name, numbers.get(name, 1)
         while candidate in taken:
             candidate, number = f"{name}_{number}", number + 1
+        # Where all nodes have one name, each would try all numbers again.
+        numbers[name] = number
         taken.add(candidate)
         return candidate
 

@@ -134,6 +134,21 @@ class Runner(abc.ABC):
         self._past += request.sequence
         return result
 
+    def fork(self, branches: int) -> None:
+        """Turns the one cached sequence into so many equal ones, which the next steps continue differently.
+
+        Raises:
+            StepError: The runner was closed, has not one sequence, or cannot copy its cache.
+        """
+        self._check_open()
+        if self._batch != 1:
+            raise StepError(
+                f"{self.name}: was asked to fork {self._batch or 'no'} sequences, expected one",
+                hint="call reset(1) and step before it",
+            )
+        self._repeat_cache(branches)
+        self._batch = branches
+
     def close(self) -> None:
         """Frees the model; arrays handed out stay valid. Once is enough, twice does no harm."""
         if not self._closed:
@@ -151,6 +166,12 @@ class Runner(abc.ABC):
     @abc.abstractmethod
     def _empty_cache(self, batch: int) -> None:
         """Starts over with so many sequences; raises StepError, the old cache untouched, where they do not fit."""
+
+    def _repeat_cache(self, branches: int) -> None:
+        """Copies the one sequence's cache for each branch; raises StepError where the runtime has no way to."""
+        raise StepError(
+            f"{self.name}: cannot copy its cache for {branches} branches", hint="run the sequences one by one"
+        )
 
     @abc.abstractmethod
     def _compute(self, request: StepRequest) -> StepResult:

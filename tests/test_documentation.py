@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from dlo_export.exporter.app import app
 from tests.documents import DOCUMENTS, ROOT, commands, inline_code, python_blocks, text_of
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 OURS = ("dlo", "dlo-export")
-COMMANDS = ("expand", "calibrate", "train", "export", "run", "bench", "inspect", "parity")
+COMMANDS = ("expand", "calibrate", "train", "export", "run", "bench", "evaluate", "inspect", "parity")
 # Commands that do not end with 0 everywhere: what they end with where something is missing, and what that is.
 ENDINGS = {
     "dlo-export my-model/ --trt --lowering plugin --trt-plugin-library build/plugins/libdlo_plugins.so": (
@@ -150,7 +151,8 @@ def options_in(text):
 @pytest.fixture(scope="module")
 def our_options():
     """Of our commands, and those that other programs of the repository name in their source."""
-    helps = [run([installed("dlo"), *command, "--help"]).stdout for command in ([], *([name] for name in COMMANDS))]
+    every = [command.name for command in app.registered_commands]
+    helps = [run([installed("dlo"), *command, "--help"]).stdout for command in ([], *([name] for name in every))]
     sources = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("plugins/**/*.py"), *ROOT.glob("samples/**/*.cpp")]
     literals = [" ".join(re.findall(r'"(--[a-z-]+)"', source.read_text())) for source in sources]
     return options_in(" ".join([*helps, *literals]))

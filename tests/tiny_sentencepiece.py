@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -58,6 +59,20 @@ def train_sentencepiece(folder: Path, *, algorithm: str = "bpe", **options: obje
             },
         )
     return SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def gguf_metadata(model: SentencePieceProcessor) -> dict[str, Any]:
+    """A model's vocabulary as llama.cpp's converter writes it."""
+    ids = range(model.get_piece_size())
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [model.id_to_piece(index) for index in ids],
+        "tokenizer.ggml.scores": [model.get_score(index) for index in ids],
+        "tokenizer.ggml.token_type": [
+            6 if model.is_byte(index) else 3 if model.is_control(index) else 2 if model.is_unknown(index) else 1
+            for index in ids
+        ],
+    }
 
 
 def sentencepiece_of(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> SentencePieceProcessor:

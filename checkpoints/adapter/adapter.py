@@ -17,9 +17,12 @@ import numpy as np
 from dlo_export.checkpoints.adapter.checks import CONFIG_FIELDS, config_problems, tensor_problems
 from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.checkpoints.files.disk_space import no_room_reported
+from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.checkpoints.files.written_files import ADAPTER_FILE
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress
@@ -27,7 +30,7 @@ from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, p
 from dlo_export.checkpoints.model_types import RoutingKind
 
 FORMAT_VERSION = 1
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = ADAPTER_FILE
 TENSORS_NAME = "adapter.safetensors"
 
 
@@ -127,6 +130,7 @@ def load_adapter(folder: str | Path) -> DloAdapter:
     Raises:
         AdapterError: A file is missing or corrupt, a field or shape is wrong, or the two files disagree. All problems
             found are listed.
+        CheckpointError: A file is a link that leads out of the folder.
     """
     folder = Path(folder)
     missing = [name for name in (CONFIG_NAME, TENSORS_NAME) if not (folder / name).is_file()]
@@ -135,6 +139,8 @@ def load_adapter(folder: str | Path) -> DloAdapter:
             f"adapter {folder}: {' and '.join(missing)} not found",
             hint=f"an adapter is a folder with {CONFIG_NAME} and {TENSORS_NAME}",
         )
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        file_inside(folder, name)
     config = read_json(folder / CONFIG_NAME, AdapterError)
     return _adapter_from_config(config, _open_tensors(folder / TENSORS_NAME), folder)
 
@@ -153,6 +159,7 @@ def save_adapter(
     Raises:
         AdapterError: The adapter is inconsistent.
         FolderExistsError: The folder is not empty and `overwrite` is not set.
+        MachineError: The disk is full.
     """
     config: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -165,7 +172,7 @@ def save_adapter(
         "injected_layers": [asdict(layer) for layer in adapter.injected_layers],
     }
     _adapter_from_config(config, adapter.tensors, Path(folder))
-    with whole_folder(Path(folder), overwrite=overwrite) as staging:
+    with no_room_reported(Path(folder)), whole_folder(Path(folder), overwrite=overwrite) as staging:
         save_safetensors(adapter.tensors, staging / TENSORS_NAME, progress=progress)
         save_json(staging / CONFIG_NAME, config)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -10,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 
 from dlo_export.checkpoints.depth.layer_init import LayerInitError, canonical_init
+from dlo_export.checkpoints.files.json_fields import is_number
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import (
     LLAMA_LAYER,
@@ -57,7 +57,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     problems += [
         f"{key} is {config[key]!r}, expected a finite number"
         for key in ("scale_factor", "scale_gap")
-        if not math.isfinite(config[key])
+        if not is_number(config[key])
     ]
     sha256 = config.get("base_sha256")
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):

@@ -21,12 +21,14 @@ import numpy as np
 from dlo_export.checkpoints.adapter.adapter import CONFIG_NAME, AdapterError
 from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
 from dlo_export.checkpoints.files.file_digest import file_sha256
+from dlo_export.checkpoints.files.file_inside import file_inside
+from dlo_export.checkpoints.files.json_fields import is_number
 from dlo_export.checkpoints.files.json_file import read_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
-from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, parse_layer_tensor
+from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD, LLAMA_LAYER, parse_layer_tensor
 
 TENSORS_NAME = "adapter_model.safetensors"
 
@@ -102,7 +104,7 @@ class LoraAdapter:
         Args:
             tensors: The base model's, by Hugging Face name, which it fits.
         """
-        merged: dict[str, LazyTensor] = {**tensors, **self.replaced}
+        merged: dict[str, LazyTensor] = {**tensors, **self._replaced_in(tensors)}
         for name, factors in self.factors.items():
             merged[name] = MergedTensor(merged[name], factors)
         return merged
@@ -111,16 +113,32 @@ class LoraAdapter:
         """Of its weights file."""
         return file_sha256(self.path / TENSORS_NAME)
 
+    def _replaced_in(self, tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+        """What takes a place in the model: of a tied one, which has one matrix, not the second copy of it."""
+        return {name: tensor for name, tensor in self.replaced.items() if name != HEAD or HEAD in tensors}
+
+    def _is_untied(self, tensors: Mapping[str, LazyTensor]) -> bool:
+        """Whether the head of a tied model would be another matrix than its embedding.
+
+        PEFT trains copies: of both, and the same one for both only where it was asked to (`ensure_weight_tying`).
+        """
+        if HEAD in tensors or not self.replaced.keys() & {EMBEDDING, HEAD}:
+            return False
+        embedding, head = self.replaced.get(EMBEDDING), self.replaced.get(HEAD)
+        return embedding is None or head is None or not np.array_equal(embedding.numpy(), head.numpy())
+
     def _misfits(self, tensors: Mapping[str, LazyTensor]) -> Iterator[str]:
+        if self._is_untied(tensors):
+            yield f"{EMBEDDING} and {HEAD} are one matrix in the model, and were not trained as one"
         for name, factors in self.factors.items():
             shape = (factors.b.shape[0], factors.a.shape[1])
             if name not in tensors:
                 yield f"{name} is not in the model"
             elif tensors[name].shape != shape:
                 yield f"{name}: B·A is {list(shape)}, the model's is {list(tensors[name].shape)}"
-        for name, tensor in self.replaced.items():
+        for name, tensor in self._replaced_in(tensors).items():
             if name not in tensors:
-                yield f"{name} is not in the model (a tied head has no weights of its own)"
+                yield f"{name} is not in the model"
             elif tensors[name].shape != tensor.shape:
                 yield f"{name} is {list(tensor.shape)}, the model's is {list(tensors[name].shape)}"
 
@@ -178,12 +196,18 @@ def is_peft_adapter(folder: Path) -> bool:
     return path.is_file() and "peft_type" in read_json(path, AdapterError)
 
 
-def load_lora(folder: Path) -> LoraAdapter:
+def load_lora(folder: Path, *, allow_nonfinite: bool = False) -> LoraAdapter:
     """Opens a LoRA adapter; values are read when asked for.
+
+    Args:
+        folder: As PEFT saved it.
+        allow_nonfinite: Let weights be NaN or infinite.
 
     Raises:
         AdapterError: It is damaged, or of a kind that cannot be merged, with all reasons.
+        CheckpointError: A file is a link that leads out of the folder.
     """
+    file_inside(folder, CONFIG_NAME)
     config = read_json(folder / CONFIG_NAME, AdapterError)
     if problems := [*_config_problems(config)]:
         raise AdapterError(f"adapter {folder}: {'; '.join(problems)}", hint=_UNMERGED_HINT)
@@ -191,7 +215,10 @@ def load_lora(folder: Path) -> LoraAdapter:
         raise AdapterError(
             f"adapter {folder}: {TENSORS_NAME} not found", hint="pickles are not read: save it again as safetensors"
         )
-    stored = finite_tensors(tensors_of_safetensors(MappedFile(folder / TENSORS_NAME)), folder)
+    file_inside(folder, TENSORS_NAME)
+    stored: Mapping[str, LazyTensor] = tensors_of_safetensors(MappedFile(folder / TENSORS_NAME))
+    if not allow_nonfinite:
+        stored = finite_tensors(stored, folder)
     tensors = {name.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor for name, tensor in stored.items()}
     problems = [*_tensor_problems(tensors)] or ([] if tensors else [f"{TENSORS_NAME} holds no tensors"])
     factors: dict[str, LoraFactors] = {}
@@ -225,12 +252,16 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{key} is set, which is no plain LoRA" for key in config if key not in known and config[key])
     for key in ("r", "lora_alpha"):
         value = config.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        if not _is_positive(value):
             yield f"{key} is {value!r}, expected a number above 0"
     for key in ("rank_pattern", "alpha_pattern"):
         entries = config.get(key) or {}
-        if not isinstance(entries, dict) or not all(type(value) in (int, float) for value in entries.values()):
-            yield f"{key} is {entries!r}, expected numbers by module"
+        if not isinstance(entries, dict) or not all(map(_is_positive, entries.values())):
+            yield f"{key} is {entries!r}, expected numbers above 0 by module"
+
+
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
 
 
 def _tensor_problems(tensors: Mapping[str, LazyTensor]) -> Iterator[str]:

@@ -1,8 +1,11 @@
-"""Whether a disk has room for what is about to be written."""
+"""Whether a disk has room for what is about to be written, and what is said where it had none."""
 
 from __future__ import annotations
 
+import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dlo_export.checkpoints.errors import MachineError
@@ -26,3 +29,24 @@ def check_disk_space(folder: Path, needed: int, shown: Path, wish: str) -> None:
             f"{shown}: has {free / 2**20:.0f} MB free, {wish} {needed / 2**20:.0f} MB",
             hint="free some space, or give another folder with -o",
         )
+
+
+@contextmanager
+def no_room_reported(folder: Path) -> Iterator[None]:
+    """Says which folder it is that cannot hold what is written, where a write says nothing of its place.
+
+    Args:
+        folder: Written into, and removed again: to the reader nothing is left of it.
+
+    Raises:
+        MachineError: The disk is full, a quota is used up, or a file is longer than the process may write.
+    """
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise MachineError(
+            f"{folder}: cannot be written: {err.strerror}",
+            hint="free some space, or lift the limit; nothing was left behind",
+        ) from err

@@ -8,6 +8,7 @@ from typing import Any
 
 # Far above any count in a model; larger ones would overflow what they are used for.
 MAX_INTEGER = 2**31 - 1
+LARGEST_NUMBER = (2 - 2.0**-23) * 2.0**127  # of float32
 
 
 class JsonFields:
@@ -51,12 +52,12 @@ class JsonFields:
 
     def positive_number(self, name: str, default: float | None = None) -> float:
         """A number above zero."""
-        return float(self._checked(name, default, lambda v: _is_number(v) and v > 0, "a positive number", 1.0))
+        return float(self._checked(name, default, lambda v: is_number(v) and v > 0, "a positive number", 1.0))
 
     def number(self, name: str, default: float | None = None, least: float = -math.inf) -> float:
         """Any finite number from `least` on."""
         expected = "a finite number" if least == -math.inf else f"a finite number from {least} on"
-        return float(self._checked(name, default, lambda v: _is_number(v) and v >= least, expected, 1.0))
+        return float(self._checked(name, default, lambda v: is_number(v) and v >= least, expected, 1.0))
 
     def flag(self, name: str, default: bool | None = None) -> bool:
         """True or false."""
@@ -100,5 +101,6 @@ def _is_token(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_INTEGER
 
 
-def _is_number(value: object) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number, and one that float32 holds: in a model's arithmetic it will be that."""
+    return _is_int(value) or (isinstance(value, float) and abs(value) <= LARGEST_NUMBER)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from dlo_export.checkpoints.files.folder_lock import FolderLock
@@ -22,7 +23,12 @@ _NAME = re.compile(r"\.(?P<folder>.+)\.[a-z0-9_]{8}(?P<kind>\.partial|\.old)", r
 NAME_GROWTH = len(".") + len(".12345678") + len(PARTIAL)  # characters such a name has more than its folder's
 
 
-def remove_leftovers(parent: Path) -> None:
+def is_name_under_way(name: str) -> bool:
+    """Whether a folder of this name is taken for one under way."""
+    return _NAME.fullmatch(name) is not None
+
+
+def remove_leftovers(parent: Path, inputs: Iterable[Path] = ()) -> None:
     """Removes folders under way whose process is dead, and puts back what such a one had moved aside.
 
     Only what this program wrote is removed.
@@ -31,13 +37,18 @@ def remove_leftovers(parent: Path) -> None:
 
     Args:
         parent: The folder they lie in.
+        inputs: What is read: it stays where it is.
     """
+    read = [path.resolve() for path in inputs]
     with contextlib.suppress(OSError):  # a folder that cannot be listed is reported by whoever writes to it
         for entry in os.scandir(parent):
             match = _NAME.fullmatch(entry.name)
-            if match is not None and entry.is_dir(follow_symlinks=False):
-                with contextlib.suppress(OSError):
-                    _settle(Path(entry.path), parent / match["folder"], match["kind"])
+            if match is None or not entry.is_dir(follow_symlinks=False):
+                continue
+            with contextlib.suppress(OSError):
+                leftover = Path(entry.path)
+                if not any(path.is_relative_to(leftover.resolve()) for path in read):
+                    _settle(leftover, parent / match["folder"], match["kind"])
 
 
 def _settle(leftover: Path, folder: Path, kind: str) -> None:

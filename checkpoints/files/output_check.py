@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
-from dlo_export.checkpoints.files.leftovers import NAME_GROWTH, remove_leftovers
+from dlo_export.checkpoints.files.folder_kind import FolderKind, folder_kind
+from dlo_export.checkpoints.files.leftovers import NAME_GROWTH, is_name_under_way, remove_leftovers
 from dlo_export.checkpoints.files.written_files import is_ours, unfamiliar_files
 
 _NAMED_FILES = 5
+_OCTAL = re.compile(rb"\\([0-7]{3})")  # how spaces and the like are written there
 # Room that a name must leave: while the folder is written, or where a failed one is kept aside beside it.
 _KEPT_GROWTH = len(".failed-999")
 
 
 class FolderExistsError(InputError):
-    """The folder to write exists, and must not or need not be replaced."""
+    """The folder to write exists, and must not, need not or cannot be replaced."""
 
 
 def check_output_folder(
     folder: Path,
     *,
     overwrite: bool = False,
+    makes: FolderKind | None = None,
     inputs: Iterable[Path | None] = (),
     growth: int = NAME_GROWTH + _KEPT_GROWTH,
 ) -> None:
@@ -33,23 +37,33 @@ def check_output_folder(
     Args:
         folder: The folder to make.
         overwrite: Whether it may be replaced, if this program wrote it and nothing else lies in it.
+        makes: What will be in it, which decides what it may replace; None where that is not known yet.
         inputs: Files and folders the command reads; those that are None or not there do not matter.
         growth: Bytes that names made of the folder's are longer.
 
     Raises:
-        FolderExistsError: The folder is not empty, and not to be replaced or not only this program's.
+        FolderExistsError: The folder is not empty, and not to be replaced, not only this program's, of another kind, or
+            nothing can be removed from it.
         InputError: It is a file, a link, an input, holds one, or cannot be made of such a name.
         MachineError: Its place cannot be written to.
     """
     if folder.name in ("", ".."):
         raise InputError(f"output {folder}: is no name of a folder to make", hint="give the new folder a name: -o NAME")
     _check_unicode(folder)
+    if is_name_under_way(folder.name):
+        raise InputError(
+            f"output {folder}: is called like what a killed command leaves, which the next one removes",
+            hint="choose another name",
+        )
     try:
         _check_place(folder, growth)
-        remove_leftovers(folder.parent)
+        # What cannot even be looked at is not there either: whoever opens it says so.
+        read = [path for path in inputs if path is not None and os.path.exists(path)]
+        remove_leftovers(folder.parent, read)
         if os.path.lexists(folder):
-            _check_not_in_use(folder, [path for path in inputs if path is not None and path.exists()])
-            check_replaceable(folder, overwrite=overwrite)
+            _check_not_in_use(folder, read)
+            _check_no_mount_point(folder)
+            check_replaceable(folder, overwrite=overwrite, makes=makes)
     except (OSError, ValueError) as err:  # too long a path, a null byte, too many links
         if isinstance(err, InputError):
             raise
@@ -70,8 +84,13 @@ def check_output_space(folder: Path, needed: int) -> None:
     check_disk_space(_existing_place(folder), needed, folder, "the weights need")
 
 
-def check_replaceable(folder: Path, *, overwrite: bool) -> None:
+def check_replaceable(folder: Path, *, overwrite: bool, makes: FolderKind | None) -> None:
     """Refuses a folder that holds something, unless it may be replaced and holds only what this program wrote.
+
+    Args:
+        folder: Which is there.
+        overwrite: Whether it may be replaced.
+        makes: By what; None where that is not known yet.
 
     Raises:
         FolderExistsError: So.
@@ -97,6 +116,18 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
             f"output {folder}: {whose}, so --force does not replace it: {listed}{more}",
             hint="choose another name, or move these files away yourself",
         )
+    found = folder_kind(folder)
+    if makes is not None and not makes.may_replace(found):
+        raise FolderExistsError(
+            f"output {folder}: is {found}, which --force does not replace with {makes}",
+            hint="choose another name, or move it away yourself",
+        )
+    for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise FolderExistsError(
+                f"output {folder}: nothing can be removed from {place}",
+                hint="mend its permissions, or choose another name",
+            )
 
 
 def _check_unicode(folder: Path) -> None:
@@ -147,6 +178,24 @@ def _check_not_in_use(folder: Path, inputs: list[Path]) -> None:
     here = Path.cwd()
     if any(os.path.samefile(folder, place) for place in (here, *here.parents)):
         raise InputError(f"output {folder}: is or holds the current folder", hint="choose another name")
+
+
+def _check_no_mount_point(folder: Path) -> None:
+    # A container's volume: the new folder could not take its place.
+    if os.path.ismount(folder) or Path(os.path.realpath(folder)) in _mount_points():
+        raise InputError(
+            f"output {folder}: is a mount point, which no folder can replace",
+            hint=f"give a folder in it: -o {folder / 'model'}",
+        )
+
+
+def _mount_points() -> set[Path]:
+    """Of Linux, proc_pid_mountinfo(5): of folders of the same file system too, which `os.path.ismount` overlooks."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except FileNotFoundError:
+        return set()
+    return {Path(os.fsdecode(_OCTAL.sub(lambda code: bytes([int(code[1], 8)]), line.split(b" ")[4]))) for line in lines}
 
 
 def _files_read(path: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.exchange import exchange
+from dlo_export.checkpoints.files.folder_kind import folder_kind
 from dlo_export.checkpoints.files.folder_lock import FolderLock
 from dlo_export.checkpoints.files.leftovers import PARTIAL, REPLACED, remove_leftover
 from dlo_export.checkpoints.files.output_check import FolderExistsError, check_output_folder, check_replaceable
@@ -32,11 +33,12 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         folder: Where the result appears. Its parents are made.
-        overwrite: Replace a folder that this program wrote; it stays untouched until the new one is complete.
+        overwrite: Replace a folder of the same kind (see `FolderKind`) that this program wrote; it stays untouched
+            until the new one is complete.
 
     Raises:
-        FolderExistsError: The folder holds something, now or at the end, and `overwrite` is not set or it is not only
-            this program's.
+        FolderExistsError: The folder holds something, now or at the end, and `overwrite` is not set, it is not only
+            this program's, or it is of another kind.
         InputError: The folder cannot be made of that name.
         MachineError: The system refuses; nothing has changed, unless the message says so.
     """
@@ -48,19 +50,29 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             staging, lock = _new_staging(folder)
             stack.callback(lock.release)
             stack.callback(_discard, staging)
-        yield staging
-        if staging.exists():  # else it was kept aside
+        try:
+            yield staging
             with uninterrupted(), _reported(folder):
                 list_files(staging)
                 _put(staging, folder, overwrite=overwrite)
+        except (OSError, MachineError) as err:
+            if lock.holds(staging) or lock.holds(folder):
+                raise
+            raise MachineError(
+                f"{folder}: {staging.name}, in which it was being written, was moved or removed by somebody",
+                hint="run again, and leave that folder alone until the command has ended",
+            ) from err
 
 
 def keep_aside(staging: Path, wanted: Path, inputs: Iterable[Path | None] = ()) -> Path:
     """Makes a folder that `whole_folder` yielded into one of its own: what was made is wrong, but worth looking at.
 
+    The block must end by an exception then: there is nothing left to put into place.
+
     Args:
         staging: What was yielded.
-        wanted: Where it goes. What this program wrote there is replaced; where anything else lies, a number is added.
+        wanted: Where it goes. What this program kept aside there is replaced; where anything else lies, a number is
+            added.
         inputs: Never replaced either.
 
     Returns:
@@ -74,7 +86,7 @@ def keep_aside(staging: Path, wanted: Path, inputs: Iterable[Path | None] = ()) 
         for number in range(1, _MOST_KEPT + 1):
             kept = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
             try:
-                check_output_folder(kept, overwrite=True, inputs=inputs, growth=0)
+                check_output_folder(kept, overwrite=True, makes=folder_kind(staging), inputs=inputs, growth=0)
                 _put(staging, kept, overwrite=True)
             except InputError:
                 if number == _MOST_KEPT:
@@ -99,8 +111,9 @@ def _new_staging(folder: Path) -> tuple[Path, FolderLock]:
         try:
             if lock.holds(staging):
                 mark_unfinished(staging)
-                # mkdtemp makes private folders; what is shared is decided by the user's umask, as for any other one.
-                staging.chmod(0o777 & ~_umask())
+                # mkdtemp makes private folders; what is shared is decided by the user's umask, as for any other one. It
+                # may take nothing from ourselves: the folder could not even be removed again.
+                staging.chmod(0o777 & ~_umask() | 0o700)
                 return staging, lock
         except BaseException:
             _discard(staging)
@@ -119,7 +132,7 @@ def _put(staging: Path, folder: Path, *, overwrite: bool) -> None:
             raise
     else:
         return
-    check_replaceable(folder, overwrite=overwrite)
+    check_replaceable(folder, overwrite=overwrite, makes=folder_kind(staging))
     try:
         lock = FolderLock(folder)
     except BlockingIOError as err:
@@ -128,6 +141,13 @@ def _put(staging: Path, folder: Path, *, overwrite: bool) -> None:
         ) from err
     try:
         _replace(staging, folder)
+    except OSError as err:
+        if err.errno != errno.EXDEV:
+            raise
+        raise FolderExistsError(
+            f"{folder}: cannot be moved: it lies in a lower layer of an overlay file system, as a container's image is",
+            hint="remove it yourself, or give another folder; nothing has changed",
+        ) from err
     finally:
         lock.release()
 

@@ -9,12 +9,18 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.json_file import read_json
+
 LIST_NAME = "dlo_files.json"
 FORMAT_VERSION = 1
 _PARTIAL_LIST = f"{LIST_NAME}.partial"
+# The files that tell what a folder of ours holds: an artefact, an adapter, a trained checkpoint, one of a training run.
+ARTEFACT_FILE, ADAPTER_FILE = "dlo_artifact.json", "adapter_config.json"
+TRAINING_FILE, RUN_FILE = "training.json", "capacities.json"
 # What may lie beside a description where there is no list: an adapter is two files by its format, and version 0.1
 # wrote artefacts without one.
-_ADAPTER = ("adapter.safetensors", "adapter_config.json")
+_ADAPTER = ("adapter.safetensors", ADAPTER_FILE)
 _ARTEFACT = (
     "model.onnx",
     "model.onnx.data",
@@ -33,7 +39,7 @@ _ARTEFACT = (
     "chat_template.json",
     "engines/model.onnx.data",
     *(f"engines/{name}.{kind}" for name in ("model", "prefill", "decode") for kind in ("onnx", "engine")),
-    "dlo_artifact.json",
+    ARTEFACT_FILE,
 )
 # Fields that tell our adapter_config.json from other tools' files of that name.
 _ADAPTER_FIELDS = {"format_version", "routing", "is_dlo", "injected_layers"}
@@ -68,7 +74,7 @@ def list_files(folder: Path) -> None:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether the folder was never finished: marked so, or its writer was stopped before it could do even that."""
-    content = _read(folder / LIST_NAME)
+    content = read_object(folder / LIST_NAME)
     if content is not None:
         return "files" in content and content["files"] is None
     return {path.name for path in folder.iterdir()} <= {_PARTIAL_LIST}
@@ -76,7 +82,12 @@ def is_unfinished(folder: Path) -> bool:
 
 def is_ours(folder: Path) -> bool:
     """Whether this program wrote the folder; others may have put files into it."""
-    return bool(_written(folder).names)
+    return bool(written_names(folder))
+
+
+def written_names(folder: Path) -> tuple[str, ...]:
+    """The files this program wrote into a folder, whether they are still there or not; none in another's folder."""
+    return _written(folder).names
 
 
 def unfamiliar_files(folder: Path) -> list[str]:
@@ -89,7 +100,7 @@ def unfamiliar_files(folder: Path) -> list[str]:
     """
     written, found = _written(folder), []
     for name, path in sorted(_entries(folder).items()):
-        if path.is_symlink():
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
             found.append(name)
         elif path.is_dir():
             found += [] if name in written.folders else [f"{name}/"]
@@ -120,6 +131,16 @@ def remove_written_files(folder: Path) -> None:
     folder.rmdir()
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None for whatever else is there, a link or too large a file too: it says nothing of the folder."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    try:
+        return read_json(path)
+    except InputError:
+        return None
+
+
 def _entries(folder: Path) -> dict[str, Path]:
     """Everything in a folder and in its folders by relative name; links are not followed."""
     walk = os.walk(folder, onerror=_raise)  # which would leave out what it cannot list
@@ -138,29 +159,18 @@ def _stamp(path: Path) -> dict[str, int]:
 
 
 def _written(folder: Path) -> _Written:
-    content = _read(folder / LIST_NAME)
+    content = read_object(folder / LIST_NAME)
     if content is not None and isinstance(content.get("files"), dict):
         return _Written((*content["files"], LIST_NAME), content["files"])
     if _is_adapter(folder):
         return _Written(_ADAPTER)
-    description = _read(folder / _ARTEFACT[-1])
+    description = read_object(folder / ARTEFACT_FILE)
     return _Written(_ARTEFACT) if description is not None and "format_version" in description else _Written()
 
 
 def _is_adapter(folder: Path) -> bool:
-    content = _read(folder / _ADAPTER[-1])
+    content = read_object(folder / ADAPTER_FILE)
     return content is not None and content.keys() >= _ADAPTER_FIELDS
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None for whatever else is there, which says nothing about the folder."""
-    if path.is_symlink() or not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _save_list(folder: Path, files: dict[str, Any] | None) -> None:

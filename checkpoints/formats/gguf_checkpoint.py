@@ -43,6 +43,9 @@ CONFIG_KEYS = {
     "vocab_size": "vocab_size",
 }
 
+# What llama.cpp reads of every Llama; what config.json takes for a missing one may be another number.
+REQUIRED_KEYS = ("context_length", "attention.layer_norm_rms_epsilon")
+
 
 def open_gguf(path: Path) -> Checkpoint:
     """Opens a GGUF file of a Llama model.
@@ -119,6 +122,7 @@ def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor]
         )
         if metadata.get(f"llama.{key}", expected) != expected
     ]
+    unsupported += [f"llama.{key} is missing" for key in REQUIRED_KEYS if f"llama.{key}" not in metadata]
     if unsupported:
         raise CheckpointError(
             f"{path}: not a model this version can export\n  " + "\n  ".join(unsupported),

@@ -76,6 +76,9 @@ class GgufTokenizer:
         self.tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(self._strings("tokens"))]
         if len(set(self.tokens)) != len(self.tokens):
             raise self._error(f"{PREFIX}tokens has {len(self.tokens) - len(set(self.tokens))} duplicates")
+        self._template = self._metadata.get("tokenizer.chat_template")
+        if not isinstance(self._template, str | None):
+            raise self._error(f"tokenizer.chat_template is {self._template!r}, expected text")
         self._special = {role: self._special_token(name) for role, name in ROLES.items()}
         self._backend = self._byte_level() if self._get("model") == BYTE_LEVEL else self._sentencepiece()
         self._backend.add_special_tokens([token for token in self._special.values() if token is not None])
@@ -96,9 +99,8 @@ class GgufTokenizer:
         context = self._metadata.get(f"{architecture}.context_length")
         if context is not None:
             settings["model_max_length"] = context
-        template = self._metadata.get("tokenizer.chat_template")
-        if template is not None:
-            settings["chat_template"] = template
+        if self._template is not None:
+            settings["chat_template"] = self._template
         save_json(folder / "tokenizer_config.json", settings)
 
     def _byte_level(self) -> Tokenizer:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.errors import CheckpointError, InputError
+from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import read_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
@@ -113,33 +114,6 @@ def _config_file(folder: Path) -> Path:
     return file_inside(folder, "config.json")
 
 
-def file_inside(folder: Path, name: str) -> Path:
-    """The path of a regular file of a checkpoint.
-
-    Links are followed within the folder, and within the repository's cache that a hub snapshot consists of links into.
-
-    Raises:
-        CheckpointError: It does not exist, is not a regular file, or lies outside.
-    """
-    path = folder / name
-    try:
-        root = folder.resolve()
-        if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
-            root = root.parent.parent
-        real = path.resolve()
-        is_file = real.is_file()
-    except (OSError, ValueError, RuntimeError) as err:  # a name that no file can have, links in a circle
-        raise CheckpointError(f"{path}: is no file's name here ({err})", hint="is the checkpoint complete?") from err
-    if not real.is_relative_to(root):
-        raise CheckpointError(
-            f"{path}: leads to {real}, outside the checkpoint",
-            hint="only files inside the checkpoint's folder are read: replace the link by the file",
-        )
-    if not is_file:
-        raise CheckpointError(f"{path}: no such file", hint="is the checkpoint complete?")
-    return path
-
-
 def _open_weights(folder: Path) -> tuple[list[MappedFile], list[StoredName], Collection[str] | None]:
     """The files, every tensor of each, and the names in the index, if there is one."""
     # The order transformers looks in.
@@ -152,7 +126,9 @@ def _open_weights(folder: Path) -> tuple[list[MappedFile], list[StoredName], Col
     raise CheckpointError(
         f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}"
         + (f", only {', '.join(pickled)}, which are Python pickles and never read" if pickled else ""),
-        hint="convert it: AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(TARGET) writes safetensors",
+        hint=f"give the graph itself: {folder / graphs[0]}"
+        if (graphs := sorted(path.name for path in folder.glob("*.onnx")))
+        else "convert it: AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(TARGET) writes safetensors",
     )
 
 

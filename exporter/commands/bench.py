@@ -38,7 +38,9 @@ def main(
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.runtimes.artefact.description import load_description, mean_active_rates  # noqa: PLC0415
     from dlo_export.runtimes.bench import Subject, Workload, compare_speed, ratio  # noqa: PLC0415
-    from dlo_export.runtimes.perplexity import measure_perplexity  # noqa: PLC0415
+    from dlo_export.runtimes.evaluation.encoding import Window  # noqa: PLC0415
+    from dlo_export.runtimes.evaluation.perplexity import measure_perplexity  # noqa: PLC0415
+    from dlo_export.runtimes.evaluation.scorer import RunnerScorer, Segment  # noqa: PLC0415
 
     reporter = Reporter()
     descriptions = [open_description(folder) if verify else load_description(folder) for folder in artefacts]
@@ -66,10 +68,10 @@ def main(
         row: dict[str, Any] = {"artefact": str(folder), **timing.summary()}
         row["prefill_ratio"] = ratio(timing.prefill, timings[0].prefill)
         row["decode_ratio"] = ratio(timing.decode, timings[0].decode)
-        windows = ids[: max(1, perplexity_tokens // SEQUENCE)]
+        windows = [Window(Segment(sequence, 1), 0) for sequence in ids[: max(1, perplexity_tokens // SEQUENCE)]]
         with open_artefact(folder, threads=threads) as runner, reporter.stage("perplexity"):
-            measured = measure_perplexity(runner, windows)
-        row["perplexity"] = measured.perplexity if perplexity_tokens else None
+            measured = measure_perplexity(RunnerScorer(runner), windows)
+        row["perplexity"] = measured.perplexity.value if perplexity_tokens else None
         row["active_rate"] = mean_active_rates(description, measured.active_rate)
         rows.append(row)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from enum import StrEnum
 from pathlib import Path
@@ -48,6 +49,7 @@ def main(
     from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter  # noqa: PLC0415
     from dlo_export.checkpoints.depth.placements import placements  # noqa: PLC0415
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
+    from dlo_export.checkpoints.files.folder_kind import FolderKind  # noqa: PLC0415
     from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space  # noqa: PLC0415
     from dlo_export.checkpoints.finite_weights import finite_tensors  # noqa: PLC0415
     from dlo_export.checkpoints.llama_layer import router_name  # noqa: PLC0415
@@ -69,7 +71,8 @@ def main(
         "init": init,
     }
     reporter = Reporter(verbose=verbose)
-    check_output_folder(output, overwrite=force, inputs=[Path(model)])
+    makes = FolderKind.ADAPTER if as_adapter else FolderKind.CHECKPOINT
+    check_output_folder(output, overwrite=force, makes=makes, inputs=[Path(model)])
     with open_checkpoint(model) as checkpoint:
         for warning in checkpoint.warnings:
             reporter.warn(warning)
@@ -91,17 +94,18 @@ def main(
             "seed": seed,
             "initializer_range": checkpoint.config.initializer_range,
         }
-        if as_adapter:
-            adapter = expansion_adapter(tensors, plan, routing=kind, base_sha256=checkpoint.sha256(), **options)
+        adapter = expansion_adapter(tensors, plan, routing=kind, **options) if as_adapter else None
+        written = expanded_tensors(tensors, plan, **options) if adapter is None else adapter.tensors
+        sizes = [math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in written.values()]
+        check_output_space(output, sum(sizes))
+        if adapter is not None:
             with reporter.stage("adapter"):
+                adapter = dataclasses.replace(adapter, base_sha256=checkpoint.sha256())
                 save_adapter(adapter, output, overwrite=force)
         else:
-            deepened = expanded_tensors(tensors, plan, **options)
-            sizes = [math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in deepened.values()]
-            check_output_space(output, sum(sizes))
             with reporter.bytes("checkpoint") as progress:
                 save_checkpoint(
-                    deepened,
+                    written,
                     output,
                     save_companions=checkpoint.save_companions,
                     config_changes=expanded_config(raw, plan, zero_routers=routers, routing=routing),

@@ -10,7 +10,7 @@ import typer
 
 from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
 from dlo_export.exporter.commands.numbers import MAX_COUNT, positive
-from dlo_export.exporter.commands.shared_options import AllowNonfinite, Force, ForceBase
+from dlo_export.exporter.commands.shared_options import AllowNonfinite, Force, ForceBase, naming_allow_nonfinite
 from dlo_export.graph_passes.lowerings.registry import lowering_names  # of names alone: keeps `dlo --help` quick
 
 NAME = "export"
@@ -134,7 +134,8 @@ def main(
         force_base=force_base,
         trt=tensorrt if trt else None,
     )
-    result = export_model(request, reporter)
+    with naming_allow_nonfinite():
+        result = export_model(request, reporter)
     description = result.description
     if description.parity.verdict == "AMBIGUOUS":
         typer.echo("warning: parity is ambiguous: near-ties of routers fell the other way, see parity.json", err=True)

@@ -60,7 +60,7 @@ def _print_tables(inspection: Inspection) -> None:
         tell(
             f"{inspection.path.parent}: {description.source.kind} {description.source.name}, "
             f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
-            f"parity {description.parity.verdict}"
+            f"parity {description.parity.verdict} (parity.json: {inspection.parity_report or 'not there'})"
         )
     if inspection.skips is not None:
         assert description is not None, "or nothing would say what is skipped"

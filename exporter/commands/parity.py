@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dlo_export.exporter.commands.shared_options import AllowNonfinite, ForceBase
+from dlo_export.exporter.commands.shared_options import AllowNonfinite, ForceBase, naming_allow_nonfinite
 
 NAME = "parity"
 
@@ -29,17 +30,18 @@ def main(
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.exporter.sources.source import open_source  # noqa: PLC0415
     from dlo_export.exporter.tensorrt.plan import graph_options  # noqa: PLC0415
+    from dlo_export.runtimes.artefact.files import check_model_files  # noqa: PLC0415
 
     description = open_description(artefact)
-    source = open_source(model, adapter, allow_nonfinite=allow_nonfinite, force_base=force_base)
+    check_model_files(description, artefact)
     reporter = Reporter(verbose=verbose)
-    try:
-        for warning in source.warnings:
-            reporter.warn(warning)
-        with reporter.stage("parity"):
-            report = check_parity(source, artefact, description, map(graph_options, description.engines))
-    finally:
-        source.close()
+    with naming_allow_nonfinite():
+        source = open_source(model, adapter, allow_nonfinite=allow_nonfinite, force_base=force_base)
+        with contextlib.closing(source):
+            for warning in source.warnings:
+                reporter.warn(warning)
+            with reporter.stage("parity"):
+                report = check_parity(source, artefact, description, map(graph_options, description.engines))
     if as_json:
         print_json(report.to_json())
     else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from dlo_export.checkpoints.model_types import RoutingKind
 
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that dlo-export wrote.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output of the same kind that dlo-export wrote.")]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Take a model with NaN or infinity in its weights.")
 ]
@@ -17,3 +19,15 @@ Routing = Annotated[
     RoutingKind | None,
     typer.Option(help="What a token skips: the MLP, or the whole layer. As the model's routers do, else mlp."),
 ]
+
+
+@contextmanager
+def naming_allow_nonfinite() -> Iterator[None]:
+    """Adds --allow-nonfinite to the hint of the refusals that it lifts: around what a command that has it does."""
+    from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415 - keeps `dlo --help` quick
+    from dlo_export.checkpoints.finite_weights import NonFiniteWeightError  # noqa: PLC0415
+
+    try:
+        yield
+    except NonFiniteWeightError as err:
+        raise InputError(err.message, hint=f"{err.hint}; --allow-nonfinite takes it as it is") from err

@@ -74,9 +74,10 @@ class CheckpointModel:
     def tensors(self) -> Mapping[str, LazyTensor]:
         """Weights with the LoRA adapter merged in, which refuse to be NaN or infinite."""
         tensors = self.checkpoint.tensors
-        if not self.allow_nonfinite:
-            tensors = finite_tensors(tensors, self.path)
-        return tensors if self.lora is None else self.lora.merged(tensors)
+        if self.lora is not None:
+            tensors = self.lora.merged(tensors)
+        # Of the sums, because B·A may overflow where none of the three does.
+        return tensors if self.allow_nonfinite else finite_tensors(tensors, self.path)
 
     @property
     def warnings(self) -> tuple[str, ...]:  # noqa: D102

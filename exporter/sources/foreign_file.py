@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import CheckpointError, InputError
-from dlo_export.checkpoints.formats.huggingface_folder import file_inside
+from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.exporter.weight_file import INLINE_BYTES
 
@@ -21,6 +21,7 @@ from dlo_export.exporter.weight_file import INLINE_BYTES
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
 _LARGEST_TENSOR = 2**62  # bytes; far beyond any file, and still an int64
+_ONNX = "ai.onnx"
 _OWN_METADATA = "dlo."
 # The field of a TensorProto that holds elements of a type where raw_data does not, and how many entries an element has.
 _ELEMENT_FIELDS = {
@@ -63,6 +64,7 @@ def read_foreign_file(path: Path, *, for_inspection: bool = False) -> ForeignFil
             cannot be; with all problems and their places.
     """
     proto = parsed_model(path)
+    _use_one_name_of_onnx(proto)
     problems = [*_version_problems(proto), *_name_problems(proto), *_attribute_problems(proto)]
     data_files: set[Path] = set()
     of_files: dict[str, str] = {}  # what is wrong with a file is said once, with the first tensor that refers to it
@@ -101,7 +103,7 @@ def _version_problems(proto: onnx.ModelProto) -> Iterator[str]:
         yield f"its IR version is {proto.ir_version}, this version of onnx knows {onnx.IR_VERSION} and older"
     newest = onnx.defs.onnx_opset_version()
     for entry in proto.opset_import:
-        if entry.domain in ("", "ai.onnx") and not 1 <= entry.version <= newest:
+        if not entry.domain and not 1 <= entry.version <= newest:
             yield f"its opset is {entry.version}, this version of onnx knows 1 to {newest}"
 
 
@@ -252,6 +254,20 @@ def _settle_external(path: Path, tensor: onnx.TensorProto, *, stays_external: bo
         tensor.ClearField("external_data")
         tensor.data_location = onnx.TensorProto.DEFAULT
     return file
+
+
+def _use_one_name_of_onnx(proto: onnx.ModelProto) -> None:
+    """ONNX's own domain has two names, "" and "ai.onnx": passes look for the shorter one."""
+    for node in _nodes(proto):
+        if node.domain == _ONNX:
+            node.domain = ""
+    for holder in (proto, *proto.functions):
+        imported = {entry.version for entry in holder.opset_import if not entry.domain}
+        for entry in [entry for entry in holder.opset_import if entry.domain == _ONNX]:
+            if entry.version in imported:
+                holder.opset_import.remove(entry)
+            else:
+                entry.domain = ""  # beside another version, which the checker tells of
 
 
 def _forget_own_metadata(proto: onnx.ModelProto) -> None:

@@ -21,8 +21,10 @@ from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
 from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.file_digest import file_sha256
+from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import save_json
-from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer, file_inside
+from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer
+from dlo_export.checkpoints.interface import TOKEN_INPUTS
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import EMBEDDING, FINAL_NORM, HEAD, layer_tensor_name
 from dlo_export.exporter.pipeline import prepare_foreign
@@ -131,9 +133,15 @@ class ForeignGraph:
         """Refuses what cannot be exported, before anything is made of it.
 
         Raises:
-            InputError: It is routed already.
+            InputError: It is routed already, or counts its tokens in another type than the interface's.
             CheckpointError: The config.json beside it is of another model.
         """
+        for value in self._file.model.graph.inputs:
+            if value.name in TOKEN_INPUTS and value.dtype not in (None, ir.DataType.INT64):
+                raise InputError(
+                    f"{self.path}: input {value.name} is {value.dtype.name.lower()}, expected int64",
+                    hint="export it again with 64-bit token ids, masks and positions, which is what runtimes feed",
+                )
         routed = self._file.routed or (self.config is not None and self.config.routing is not None)
         if routed:
             raise InputError(

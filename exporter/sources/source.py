@@ -186,7 +186,7 @@ def open_source(
 
 def _merged_source(model: str | Path, adapter_folder: Path, *, allow_nonfinite: bool) -> ExportSource:
     """A checkpoint with a LoRA adapter in its weights: plain, deepened or routed, as the checkpoint is."""
-    lora = load_lora(adapter_folder)
+    lora = load_lora(adapter_folder, allow_nonfinite=allow_nonfinite)
     if _is_graph(model):
         raise InputError(
             f"{model}: is a graph, the LoRA adapter {adapter_folder} is merged into a checkpoint's weights",

@@ -21,6 +21,7 @@ from dlo_export.checkpoints.errors import DloError, EngineBuildError, MachineErr
 from dlo_export.exporter.tensorrt.build import Workplace, build
 from dlo_export.exporter.tensorrt.build_events import EventPipe
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
+from dlo_export.plugins.errors import PluginError
 
 _PR_SET_PDEATHSIG = 1
 # Disk full, quota, file larger than the file system or the process's limit allows, no right to write.
@@ -63,8 +64,8 @@ def die_with_parent(parent: int) -> None:
 
 
 def _failure(error: BaseException, request: EngineRequest) -> dict[str, Any]:
-    if type(error).__module__.startswith("dlo_export.plugins."):
-        return _failure(EngineBuildError(str(error)), request)
+    if isinstance(error, PluginError):
+        return _failure(EngineBuildError(error.message, hint=error.hint), request)
     if isinstance(error, DloError):
         return {"kind": type(error).__name__, "message": str(error)}
     if isinstance(error, MemoryError):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.json_file import read_json, save_json
+from dlo_export.checkpoints.files.regular_file import regular_size
 from dlo_export.checkpoints.files.whole_folder import FolderExistsError, whole_folder
 from dlo_export.checkpoints.files.written_files import LIST_NAME
 from dlo_export.runtimes.artefact.engine_record import EngineBuild
@@ -86,11 +87,14 @@ class EngineCache:
         partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
         try:
             build = from_json(EngineBuild, read_json(entry / _BUILD), entry)
+            regular_size(entry / _ENGINE)  # a pipe would be waited for
             found = _copy(entry / _ENGINE, partial)
             if found != build.sha256:
-                raise InputError(f"{entry / _ENGINE}: its sha256 is {found}, expected {build.sha256}")
+                raise ValueError(f"{entry / _ENGINE}: its sha256 is {found}, expected {build.sha256}")
             partial.rename(output)
-        except (FileNotFoundError, ValueError) as err:
+        except (OSError, ValueError) as err:
+            if isinstance(err, OSError) and err.filename != str(entry / _ENGINE):
+                raise  # of the copy: the disk is full, say
             self._tell(f"engine cache: removed a damaged entry, building again: {err}")
             self._remove(entry)
             return None

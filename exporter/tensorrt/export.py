@@ -18,7 +18,6 @@ from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.engine_record import EngineBuild, EngineRecord, OptimizationProfile, ParityVerdict
 
-FOLDER = "engines"
 WEIGHTS = "model.onnx.data"
 # Why some nodes of a 16-bit graph compute in float32.
 FLOAT32_NODES = {

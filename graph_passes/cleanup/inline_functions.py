@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+from graphlib import CycleError, TopologicalSorter
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
+
+# A hundred times what the largest graphs have. Functions that call each other twice make billions of a few lines.
+MOST_NODES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +38,15 @@ class InlineFunctionsPass(GraphPass):
 
         Raises:
             GraphPassError: A function calls itself, or of two domains' operator sets one function needs another version
-                than the graph.
+                than the graph; or they would make more than `MOST_NODES` nodes.
         """
         if not model.functions:
             return False
+        if (count := _inlined_nodes(model)) > MOST_NODES:
+            raise GraphPassError(
+                f"InlineFunctionsPass: the model-local functions make {count} nodes, expected at most {MOST_NODES}",
+                hint="export the graph without functions",
+            )
         try:
             InlinePass()(model)
         except (ir.passes.InvariantError, ir.passes.PassError, ValueError) as err:
@@ -46,3 +56,20 @@ class InlineFunctionsPass(GraphPass):
             ) from err
         model.functions.clear()
         return True
+
+
+def _inlined_nodes(model: ir.Model) -> int:
+    """Nodes there would be; those of the graph as it is where a function calls itself, which the inliner tells of."""
+    operators = {
+        name: collections.Counter(node.op_identifier() for node in function.all_nodes())
+        for name, function in model.functions.items()
+    }
+    sizes: dict[ir.OperatorIdentifier, int] = {}
+    try:
+        # Those that are called come first.
+        for name in TopologicalSorter({name: calls.keys() for name, calls in operators.items()}).static_order():
+            if name in operators:
+                sizes[name] = sum(count * sizes.get(called, 1) for called, count in operators[name].items())
+    except CycleError:
+        return len([*model.graph.all_nodes()])
+    return sum(sizes.get(node.op_identifier(), 1) for node in model.graph.all_nodes())

@@ -195,6 +195,7 @@ class _Deepening:
             new = renumbered(name, numbers)
             return self.unique(new if new != name else f"{name}.copy_{position}")
 
+        # Weights of its own for every projection, even where they are equal to the source's: it will be trained apart.
         weights = {
             projection: self._weight(injection, role) for role, projection in self.projections[source.index].items()
         }

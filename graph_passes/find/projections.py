@@ -102,8 +102,10 @@ def find_projections(
         "up_proj": frozenset(mlp_flow.first()) - gate,
         "down_proj": mlp_flow.of(mlp.branch),
     }
+    # A norm's weight is a vector that scales what no linear node of the block has touched yet.
     traced = {"self_attn": (attention.nodes, flow), "mlp": (mlp.nodes, mlp_flow)}
     norms = {module.role: dict(_norm_weights(*traced[module.block])) for module in LLAMA_LAYER if module.is_norm}
+    # A role is one weight. None or several, or a weight without a role: then nothing is taken for granted.
     problems = ["query, key and value share one MatMul (fused projections)"] if key & value else []
     for role, candidates in (*linears.items(), *norms.items()):
         if len(candidates) != 1:

@@ -82,6 +82,7 @@ def _rewrite(graph: ir.Graph, layer: int, scores: ir.Value) -> None:
     axis = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))
     products = new.add("Mul", stream, row, name=f"{name}.products", dtype=float32, shape=stream.shape)
     total = new.add("ReduceSum", products, axis, name=f"{name}.sum", dtype=float32, shape=logits.shape, keepdims=0)
+    # The old product goes only when nothing else reads it: another pass may have exposed the logits.
     graph.insert_before(product, new.nodes)
     replace_value(logits, total)
     remove_with_sources(graph, squeeze)

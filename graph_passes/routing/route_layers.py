@@ -117,6 +117,12 @@ class RouteLayersPass(GraphPass):
     def _offset(self) -> float:
         return 0.5 * self.scale_factor - 0.5 * self.scale_gap
 
+    @property
+    def _largest_scale(self) -> float:
+        """Of an active token, whose score lies between a half and one; and of what it is computed from."""
+        ends = (0.5 * self.scale_factor, 0.5 * self.scale_factor + 0.5 * self.scale_gap)
+        return max(map(abs, ends)) if self.rescale else 1.0
+
     def _attentions(self, graph: ir.Graph) -> list[CachedAttention]:
         """What is masked besides the MLPs."""
         return cached_attentions(graph, type(self).__name__) if self.kind == "layer" else []
@@ -142,8 +148,12 @@ class RouteLayersPass(GraphPass):
                 problems.append(f"router {index} has {weight.size} weights, expected {layer.hidden_size}")
             if not np.isfinite(weight).all():
                 problems.append(f"router {index} holds NaN or infinity, expected finite weights")
-            if element_type(layer.input) is None or element_type(layer.mlp.stream_operand) is None:
+            dtype = element_type(layer.mlp.stream_operand)
+            if element_type(layer.input) is None or dtype is None:
                 problems.append(f"layer {index}: the element type of '{layer.input.name}' is unknown")
+            elif self._largest_scale > float(dtype.max):
+                largest = f"{self._largest_scale:g}, {dtype.name.lower()} ends at {float(dtype.max):g}"
+                problems.append(f"layer {index}: the rule scales its MLP by up to {largest}")
             if layer.mlp.conditional is not None:
                 problems.append(f"layer {index}: {place(layer.mlp.conditional)} skips its MLP branch already")
             if index in routed:

@@ -96,6 +96,7 @@ def check_stage(model: ir.Model, stage: StageSpec) -> None:
             violations.append(f"{place(node)} was made by {maker}")
         if (ours or maker is not None) and node.domain not in stage.domains and ORIGIN_KEY not in node.metadata_props:
             violations.append(f"{place(node)} is of domain '{node.domain}'")
+    # Then what the stage promises of the graph as a whole.
     for check in stage.checks:
         violations += check(model.graph)
     if not violations:

@@ -7,21 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM
-from dlo_export.modeling.perplexity import perplexity
+from dlo_export.modeling.perplexity import perplexity, score_hidden_states
 from dlo_export.modeling.routing import is_active
 
 Decide = Callable[[int, torch.Size], Mapping[int, torch.Tensor]]
 """Decisions in place of the routers': of the number of a batch and its shape [batch, sequence], bools by layer."""
 
 _SEQUENCES_AT_ONCE = 4
-_LOGITS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,7 @@ def evaluate(model: LlamaDloForCausalLM, sequences: torch.Tensor, decide: Decide
         for layer, scores in output.router_scores.items():
             active[layer] += int(forced.get(layer, is_active(scores)).sum())
         rows, targets = output.last_hidden_state[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
-        # In pieces: logits of a large vocabulary are the largest tensor of a small model.
-        at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
-        for row_piece, target_piece in zip(rows.split(at_once), targets.split(at_once), strict=True):
-            loss += float(F.cross_entropy(model.lm_head(row_piece).float(), target_piece, reduction="sum"))
+        loss += float(score_hidden_states(model.lm_head, rows, targets, model.config.vocab_size).losses.sum())
         count += len(targets)
     rates = {layer: number / sequences.numel() for layer, number in active.items()}
     return Evaluation(perplexity(loss, count), rates, sequences.numel())

@@ -8,6 +8,7 @@ checkpoint-{step}/  weights, optimiser, learning rates, random states, capacitie
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,10 +16,16 @@ from typing import Any
 
 from dlo_export.checkpoints.errors import MachineError
 from dlo_export.checkpoints.files.json_file import finite, read_json, save_json
-from dlo_export.checkpoints.files.written_files import is_ours, remove_written_files, unfamiliar_files
+from dlo_export.checkpoints.files.written_files import (
+    RUN_FILE,
+    TRAINING_FILE,
+    is_ours,
+    remove_written_files,
+    unfamiliar_files,
+)
 from dlo_export.modeling.training.errors import TrainingError
 
-DESCRIPTION_NAME, LOG_NAME, CAPACITIES_NAME = "training.json", "log.jsonl", "capacities.json"
+DESCRIPTION_NAME, LOG_NAME, CAPACITIES_NAME = TRAINING_FILE, "log.jsonl", RUN_FILE
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _KEPT = 2
 # What a run may not change without becoming another run.
@@ -43,6 +50,18 @@ class RunFolder:
         """The newest checkpoint; None where there is none."""
         return next(iter(self._checkpoints()), None)
 
+    def check_place(self) -> None:
+        """Refuses a place that holds something else than a folder.
+
+        Raises:
+            TrainingError: So.
+        """
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise TrainingError(
+                f"{self.path}: is no folder, expected the run's or nothing",
+                hint="the run of -o NAME lives in NAME.run: move that away, or choose another name",
+            )
+
     def begin(self, description: Mapping[str, Any], *, resume: bool) -> None:
         """Starts a run, or checks that the one that is there is the same.
 
@@ -51,8 +70,10 @@ class RunFolder:
             resume: Go on with the run that is there.
 
         Raises:
-            TrainingError: A run is there and `resume` is not set, or the other way round, or it is another run.
+            TrainingError: A run is there and `resume` is not set, or the other way round, or it is another run, or no
+                folder at all.
         """
+        self.check_place()
         file = self.path / DESCRIPTION_NAME
         if not resume:
             if self.path.exists() and any(self.path.iterdir()):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
@@ -22,7 +21,7 @@ from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
-from dlo_export.modeling.perplexity import perplexity
+from dlo_export.modeling.perplexity import perplexity, score_tokens
 from dlo_export.modeling.routing import SelectTokens, is_active
 from dlo_export.modeling.training.distillation import distillation_loss
 from dlo_export.modeling.training.errors import TrainingDivergedError
@@ -415,5 +414,5 @@ class _StepCallback(TrainerCallback):
 
 
 def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    targets = labels[:, 1:].flatten()
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+    learned = labels[:, 1:] != IGNORED
+    return score_tokens(logits[:, :-1][learned], labels[:, 1:][learned]).losses.sum()

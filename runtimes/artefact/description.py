@@ -6,11 +6,14 @@ The exporter fills an `ArtefactDescription`, everybody reads one; both through t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dlo_export.checkpoints.files.json_file import read_json, save_json
+from dlo_export.checkpoints.files.written_files import ARTEFACT_FILE
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.runtimes.artefact.engine_record import (
     Count,
@@ -25,9 +28,14 @@ from dlo_export.runtimes.artefact.typed_json import JsonProblemsError, Rule, fro
 from dlo_export.runtimes.errors import ModelLoadError
 
 FORMAT_VERSION = 2
-FILE_NAME = "dlo_artifact.json"
+FILE_NAME = ARTEFACT_FILE
 MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
+ENGINES_NAME = "engines"
+PARITY_NAME = "parity.json"
+
+# The last field of dlo_artifact.json: a hash of all others.
+_CONTENT = "content_sha256"
 
 _REWRITE = "export the model again, or use the dlo-export that wrote it"
 
@@ -161,14 +169,15 @@ def save_description(description: ArtefactDescription, folder: Path) -> None:
 
 
 def description_json(description: ArtefactDescription, folder: Path) -> dict[str, Any]:
-    """What dlo_artifact.json holds.
+    """What dlo_artifact.json holds, a hash of it included.
 
     Args:
         description: Of the artefact.
         folder: The artefact.
     """
     # The version first, for whoever reads the file to know what to expect of the rest.
-    return {"format_version": description.format_version, **to_json(description, folder)}
+    values = {"format_version": description.format_version, **to_json(description, folder)}
+    return values | {_CONTENT: content_sha256(values)}
 
 
 def load_description(folder: Path) -> ArtefactDescription:
@@ -192,6 +201,38 @@ def load_description(folder: Path) -> ArtefactDescription:
     if problems := list(_contradictions(description)):
         raise ModelLoadError(f"{path}: {_listed(problems)}", hint=_REWRITE)
     return description
+
+
+def verify_description(folder: Path) -> None:
+    """Compares what dlo_artifact.json says with the hash of it that it ends with.
+
+    That finds accidents and edits. It is no signature: who edits the file can write another hash into it too.
+
+    Args:
+        folder: An artefact whose description can be read.
+
+    Raises:
+        ModelLoadError: A field was changed since it was written, or there is no hash.
+    """
+    path = folder / FILE_NAME
+    values = read_json(path, ModelLoadError)
+    said, found = values.get(_CONTENT), content_sha256(values)
+    if said != found:
+        shown = f"is {said[:12]}…" if isinstance(said, str) else "is missing or no text"
+        raise ModelLoadError(
+            f"{path}: was changed since it was written: {_CONTENT} {shown}, its fields have {found[:12]}…",
+            hint="copy the artefact again, or export the model again: it is not to be edited",
+        )
+
+
+def content_sha256(values: Mapping[str, Any]) -> str:
+    """Of a description's fields and their values but the hash itself, in whatever order and layout a file has them.
+
+    Args:
+        values: As read.
+    """
+    others = {name: value for name, value in values.items() if name != _CONTENT}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def mean_active_rates(description: ArtefactDescription, rates: Mapping[int, float]) -> dict[str, float | None]:

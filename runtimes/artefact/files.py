@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlo_export.checkpoints.files.file_digest import known_sha256
-from dlo_export.runtimes.artefact.description import ArtefactFile
+from dlo_export.runtimes.artefact.description import WEIGHTS_NAME, ArtefactDescription, ArtefactFile
 from dlo_export.runtimes.errors import ModelLoadError
 
 
@@ -21,16 +21,48 @@ def verify_files(files: Iterable[ArtefactFile]) -> None:
     Raises:
         ModelLoadError: Files are missing or were changed, with all of them.
     """
-    if problems := list(changes(files)):
-        raise ModelLoadError("; ".join(problems), hint="copy the artefact again, or export the model again")
+    _refuse(changes(files))
+
+
+def check_model_files(description: ArtefactDescription, folder: Path) -> None:
+    """Compares the sizes of model.onnx and its weights with their entries, which reads nothing of them.
+
+    A copy that was cut short is found so; what else may have happened to the files, `verify_files` finds.
+
+    Args:
+        description: Of the artefact.
+        folder: The artefact.
+
+    Raises:
+        ModelLoadError: A file is missing or of another size, or the artefact was made without weights.
+    """
+    files = [file for file in description.files if file.name.parent == folder]
+    if folder / WEIGHTS_NAME not in [file.name for file in files]:
+        raise ModelLoadError(
+            f"{folder}: has no weights, {WEIGHTS_NAME} was left out",
+            hint="export the model again, without --no-weights",
+        )
+    _refuse(size_changes(files))
 
 
 def changes(files: Iterable[ArtefactFile]) -> Iterator[str]:
     """What is not as described, one sentence per file."""
     for file in files:
+        if different := list(size_changes([file])):
+            yield from different
+        elif (found := known_sha256(file.name)) != file.sha256:
+            yield f"{file.name}: was changed: its sha256 is {found[:12]}…, expected {file.sha256[:12]}…"
+
+
+def size_changes(files: Iterable[ArtefactFile]) -> Iterator[str]:
+    """What is missing or of another size than described, one sentence per file."""
+    for file in files:
         if not file.name.is_file():
             yield f"{file.name}: does not exist"
         elif (size := file.name.stat().st_size) != file.bytes:
             yield f"{file.name}: was changed: it has {size} bytes, expected {file.bytes}"
-        elif (found := known_sha256(file.name)) != file.sha256:
-            yield f"{file.name}: was changed: its sha256 is {found[:12]}…, expected {file.sha256[:12]}…"
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    if found := list(problems):
+        raise ModelLoadError("; ".join(found), hint="copy the artefact again, or export the model again")

@@ -23,16 +23,17 @@ class Tokenizer:
 
     Args:
         folder: Artefact or checkpoint; nothing is downloaded, no code of the folder runs.
+        origin: What its files were copied from, to be named in its place.
 
     Raises:
         TokenizerError: There is none, or transformers cannot read it.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, origin: Path | None = None) -> None:
         files = ("tokenizer.json", "tokenizer.model", "vocab.json")
         if not any((Path(folder) / file).is_file() for file in files):
             raise TokenizerError(
-                f"{folder}: has no tokenizer, expected one of {', '.join(files)}",
+                f"{origin or folder}: has no tokenizer, expected one of {', '.join(files)}",
                 hint="copy the tokenizer files of the checkpoint the model was made from",
             )
         try:
@@ -41,9 +42,11 @@ class Tokenizer:
                 str(folder), local_files_only=True, trust_remote_code=False
             )
         except Exception as err:  # tokenizers raises bare Exception, transformers whatever a bad file leads to
+            hint = "copy the checkpoint's tokenizer files into the folder"
+            if "trust_remote_code" in str(err):
+                hint = "no code of a folder is run: remove auto_map from its tokenizer_config.json"
             raise TokenizerError(
-                f"{folder}: transformers cannot read the tokenizer: {err}",
-                hint="copy the checkpoint's tokenizer files into the folder",
+                f"{origin or folder}: transformers cannot read the tokenizer: {err}", hint=hint
             ) from err
 
     @property
@@ -58,9 +61,32 @@ class Tokenizer:
             TokenizerError: The text is not Unicode: it holds half a surrogate pair, or bytes that are not UTF-8.
         """
         _check_unicode(text)
-        ids: list[int] = self._tokenizer.encode(text)
+        # Not verbose: whether a text is too long for the model is for others to say.
+        ids: list[int] = self._tokenizer.encode(text, verbose=False)
         bos = self._tokenizer.bos_token_id
         return ids or ([bos] if bos is not None else [])
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of a text as `encode` gives them, and how much of the text each ends behind, in characters.
+
+        Raises:
+            TokenizerError: The text is not Unicode, or the tokenizer does not tell where in a text its tokens are.
+        """
+        _check_unicode(text)
+        if not self._tokenizer.is_fast:
+            raise TokenizerError(
+                "tokenizer: does not tell where in a text its tokens are",
+                hint="save it as tokenizer.json with transformers",
+            )
+        encoded = self._tokenizer(text, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+
+    @property
+    def start_token(self) -> int | None:
+        """What a text without context stands behind: the token that starts texts, or else the one that ends them."""
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        token: int | None = eos if bos is None else bos
+        return token
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a chat, up to where the model answers.

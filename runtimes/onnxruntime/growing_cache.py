@@ -48,5 +48,13 @@ class GrowingCache:
         self._past = self._next
         self._read, self._write = self._write, self._read
 
+    def repeat(self, branches: int) -> None:
+        """Makes so many equal sequences of one."""
+        for name, array in self._read.items():
+            shape = self._shape(name, self._past)
+            past = array[: math.prod(shape)].reshape(shape)
+            self._read[name] = np.repeat(past, branches, 0).reshape(-1)
+        self._states = {name: ((branches, *shape[1:]), dtype) for name, (shape, dtype) in self._states.items()}
+
     def _shape(self, name: str, tokens: int) -> list[int]:
         return [size or tokens for size in self._states[name][0]]

@@ -42,6 +42,11 @@ class OnnxRuntimeRunner(GrowingRunner):
         states = {key: (shape, self._session.state_type(key)) for key, shape in shapes.items()}
         self._cache = GrowingCache(states, self._interface.present_of)
 
+    def _repeat_cache(self, branches: int) -> None:
+        assert self._cache is not None, "a fork comes after a reset"
+        self._interface.state_shapes(branches)  # refuses a graph of a fixed batch
+        self._cache.repeat(branches)
+
     def _run(self, feeds: Mapping[str, np.ndarray], request: StepRequest) -> Mapping[str, np.ndarray]:
         assert self._cache is not None, "a step comes after a reset"
         binding = self._session.binding()

@@ -6,15 +6,19 @@ What follows `Device.__init__` needs a GPU and has not been run on one yet.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from dlo_export.runtimes.errors import BackendUnavailableError, RuntimeInputError
 
+_CUDA_HINT = "`nvidia-smi` shows whether the GPU works and how much of its memory others use"
+
 
 class CudaError(RuntimeInputError):
     """A CUDA call failed: out of memory, a lost device, or a capture that is not allowed."""
+
+    exit_code: ClassVar[int] = 4
 
 
 class Device:
@@ -128,9 +132,9 @@ class Device:
         try:
             return int(self._call("cudaGetDeviceCount"))
         except CudaError as err:
-            text, no_device = str(err), "cudaErrorNoDevice" in str(err)
+            no_device = "cudaErrorNoDevice" in err.message
             raise BackendUnavailableError(
-                f"TensorRT: no GPU can be used: {text}",
+                f"TensorRT: no GPU can be used: {err.message}",
                 hint="run it on a machine with an NVIDIA GPU"
                 + ("" if no_device else ", and install or update its driver: `nvidia-smi` must work"),
             ) from err
@@ -144,10 +148,10 @@ class Device:
         try:
             status, *results = getattr(self._cuda, function)(*arguments)
         except RuntimeError as err:  # the bindings raise where the driver's library cannot be loaded
-            raise CudaError(f"{function}: {err}") from err
+            raise CudaError(f"{function}: {err}", hint=_CUDA_HINT) from err
         if int(status) != 0:
             _, text = self._cuda.cudaGetErrorString(status)
-            raise CudaError(f"{function} failed with {status.name} ({int(status)}): {text.decode()}")
+            raise CudaError(f"{function} failed with {status.name} ({int(status)}): {text.decode()}", hint=_CUDA_HINT)
         return results[0] if results else None
 
 

@@ -22,6 +22,7 @@ from dlo_export.runtimes.tensorrt.shapes import ProfileChoice, choose_profile, p
 
 # One step runs before the capture: kernels load, and TensorRT allocates, when a shape is first enqueued.
 _WARM_UP_STEPS = 1
+_STEP_HINT = "dlo_artifact.json says what each engine was built for; build it again where that is not this GPU"
 _Key = tuple[int, int]  # a context: engine, profile
 
 
@@ -135,13 +136,15 @@ class Execution:
             self._engines[choice.engine], eager_kernels=self._capture and choice.largest[1] == 1
         )
         if not context.set_optimization_profile_async(choice.index, self._device.stream):
-            raise StepError(f"TensorRT refuses profile {choice.profile.name}{self._runtime.explanation()}")
+            raise StepError(
+                f"TensorRT refuses profile {choice.profile.name}{self._runtime.explanation()}", hint=_STEP_HINT
+            )
         self._device.synchronize()
         if self._profiler is not None:
             context.profiler = self._profiler
         for name, address in self._addresses.items():
             if not context.set_tensor_address(name, address):
-                raise StepError(f"TensorRT refuses memory for {name}{self._runtime.explanation()}")
+                raise StepError(f"TensorRT refuses memory for {name}{self._runtime.explanation()}", hint=_STEP_HINT)
         return context
 
     def _set_shape(self, key: _Key, batch: int, sequence: int) -> None:
@@ -152,11 +155,13 @@ class Execution:
         for name, spec in self._interface.inputs.items():
             shape = step_shape(spec, batch, sequence)
             if not self._contexts[key].set_input_shape(name, shape):
-                raise StepError(f"TensorRT refuses {name} of shape {list(shape)}{self._runtime.explanation()}")
+                raise StepError(
+                    f"TensorRT refuses {name} of shape {list(shape)}{self._runtime.explanation()}", hint=_STEP_HINT
+                )
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self._device.stream):
-            raise StepError(f"TensorRT failed to run a step{self._runtime.explanation()}")
+            raise StepError(f"TensorRT failed to run a step{self._runtime.explanation()}", hint=_STEP_HINT)
 
     def _try_capture(self, key: _Key) -> None:
         """Captures the step; where that fails, says so once and goes on without."""
@@ -168,7 +173,7 @@ class Execution:
         try:
             self._graphs[key] = self._device.capture(lambda: self._enqueue(context))
         except (CudaError, StepError) as err:
-            self._give_up_capturing(str(err))
+            self._give_up_capturing(err.message)
             return
         self.cuda_graph = "captured"
 

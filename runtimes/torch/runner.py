@@ -79,6 +79,9 @@ class TorchRunner(Runner):
     def _empty_cache(self, batch: int) -> None:
         self._cache = DynamicCache()
 
+    def _repeat_cache(self, branches: int) -> None:
+        self._cache.batch_repeat_interleave(branches)
+
     def _compute(self, request: StepRequest) -> StepResult:
         forced = {layer: torch.from_numpy(decisions) for layer, decisions in (request.force_active or {}).items()}
         streams: dict[int, torch.Tensor] = {}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dlo_export.checkpoints.adapter.adapter import AdapterError, DloAdapter, InjectedLayer, load_adapter, save_adapter
-from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.whole_folder import FolderExistsError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
@@ -95,6 +95,8 @@ def test_adapter_config_has_the_documented_fields_when_saved(tmp_path: Path) -> 
         ({"routing": "token"}, 'routing is \'token\', expected "mlp" or "layer"'),
         ({"scale_gap": True}, "scale_gap is True, expected int or float"),
         ({"scale_factor": float("nan")}, "scale_factor is nan, expected a finite number"),
+        ({"scale_factor": 10**400}, "scale_factor is 1000.*, expected a finite number"),
+        ({"scale_gap": -1e39}, r"scale_gap is -1e\+39, expected a finite number"),
         ({"base_sha256": "abc"}, "base_sha256 is 'abc', expected 64 hexadecimal digits"),
         ({"lora_alpha": 16}, "lora_alpha is not a field of an adapter"),
     ],
@@ -105,6 +107,15 @@ def test_load_adapter_names_the_field_when_config_is_wrong(tmp_path: Path, chang
     with pytest.raises(AdapterError, match=message) as caught:
         load_adapter(tmp_path / "adapter")
     assert "\n\nhint: " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter.safetensors"])
+def test_load_adapter_refuses_a_file_when_it_is_a_link_that_leads_out(tmp_path: Path, name: str) -> None:
+    save_adapter(make_adapter(), tmp_path / "adapter")
+    (tmp_path / "adapter" / name).rename(tmp_path / "elsewhere")
+    (tmp_path / "adapter" / name).symlink_to("../elsewhere")
+    with pytest.raises(CheckpointError, match=rf"adapter/{name}: leads to .*elsewhere, outside its folder"):
+        load_adapter(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter.safetensors"])

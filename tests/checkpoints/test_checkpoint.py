@@ -312,7 +312,7 @@ def test_index_is_refused_when_it_leaves_the_folder(sharded: Path, name: str) ->
     shutil.copy(next(sharded.glob("*.safetensors")), sharded.parent / WEIGHTS)
     index = json.loads((sharded / INDEX).read_text())
     rewrite_json(sharded / INDEX, weight_map=index["weight_map"] | {NORM: name})
-    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+    with pytest.raises(CheckpointError, match="outside its folder"):
         open_checkpoint(sharded)
 
 
@@ -432,6 +432,14 @@ def test_folder_is_refused_with_a_hint_when_it_holds_pickles_only(folder: Path) 
         open_checkpoint(folder)
 
 
+def test_folder_is_refused_with_a_hint_when_it_holds_a_graph_only(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "model.onnx")
+    with pytest.raises(
+        CheckpointError, match=rf"has neither {WEIGHTS}(.*\n)+hint: give the graph itself: .*/model\.onnx"
+    ):
+        open_checkpoint(folder)
+
+
 def test_folder_is_refused_with_a_hint_when_it_only_holds_a_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(CheckpointError, match=r"has no config\.json\n\nhint: give the GGUF file itself"):
@@ -443,7 +451,7 @@ def test_folder_is_refused_when_a_file_links_outside(folder: Path, name: str) ->
     outside = folder.parent / "outside"
     (folder / name).rename(outside)
     (folder / name).symlink_to(outside)
-    with pytest.raises(CheckpointError, match=f"{name}: leads to .*outside, outside the checkpoint"):
+    with pytest.raises(CheckpointError, match=f"{name}: leads to .*outside, outside its folder"):
         open_checkpoint(folder)
 
 
@@ -556,6 +564,6 @@ def test_companion_is_refused_when_it_links_outside(folder: Path, tmp_path: Path
     (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
     target = tmp_path / "artefact"
     target.mkdir()
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: leads to .*secret, outside the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: leads to .*secret, outside its folder"):
         open_checkpoint(folder).save_companions(target)
     assert not (target / "tokenizer.json").exists()

@@ -186,6 +186,8 @@ def test_routing_is_refused_when_a_key_is_missing(key: str) -> None:
         ({"is_dlo": True}, "is_dlo marks routed layers, but model_type 'llama'"),
         (ROUTED | {"is_dlo": [True]}, r"is_dlo has 1 entries, expected num_hidden_layers \(4\)"),
         (ROUTED | {"is_dlo": [1, 0, 1, 1]}, "expected true, false or a list of them"),
+        (ROUTED | {"scale_factor": 1e39}, r"scale_factor is 1e\+39, expected a finite number"),
+        ({"rms_norm_eps": 1e300}, r"rms_norm_eps is 1e\+300, expected a positive number"),
         (ROUTED | {"scale_gap": "0.1"}, "scale_gap is '0.1', expected a finite number"),
     ],
 )
@@ -234,6 +236,7 @@ def test_config_is_refused_when_injected_layers_have_a_wrong_form(entries: Any, 
         {"pad_token_id": 97},  # one behind the vocabulary
         {"hidden_act": None, "attention_bias": None, "mlp_bias": None, "tie_word_embeddings": None},
         {"rope_theta": None, "rope_scaling": None, "rope_parameters": None, "head_dim": None},
+        {"rope_parameters": {"rope_type": None, "type": None, "rope_theta": None}, "rope_scaling": {}},
         {"num_key_value_heads": None, "rms_norm_eps": None, "max_position_embeddings": None, "dtype": None},
         {"sliding_window": None, "quantization_config": None, "initializer_range": None, "injected_layers": None},
         {"is_dlo": None, "attn_implementation": None, "output_attentions": None, "output_hidden_states": False},

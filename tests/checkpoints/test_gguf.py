@@ -185,6 +185,8 @@ def test_gguf_is_refused_when_frequency_divisors_are_of_another_rule(
         ({"llama.attention.sliding_window": 64}, "sliding_window is 64"),
         ({"llama.block_count": None}, "num_hidden_layers is missing"),
         ({"llama.block_count": 2}, r"model\.layers\.1\.mlp\.down_proj\.weight: missing"),
+        ({"llama.context_length": None}, "llama.context_length is missing"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, "llama.attention.layer_norm_rms_epsilon is missing"),
         ({"general.alignment": 48}, "general.alignment is 48, expected a power of two"),
     ],
 )

@@ -17,7 +17,7 @@ from dlo_export.checkpoints.formats.gguf_file import read_gguf
 from dlo_export.checkpoints.opening import open_checkpoint
 from tests.tiny_gguf import TEXTS, save_tiny_gguf
 from tests.tiny_models import save_tiny_llama
-from tests.tiny_sentencepiece import VOCABULARY, many_texts, sentencepiece_of, train_sentencepiece
+from tests.tiny_sentencepiece import VOCABULARY, gguf_metadata, many_texts, sentencepiece_of, train_sentencepiece
 
 FILE = "tiny.gguf"
 
@@ -169,6 +169,7 @@ def test_tokenizer_adds_no_token_type_ids_when_loaded(folder: Path, tmp_path: Pa
     ("metadata", "message"),
     [
         ({"tokenizer.ggml.bos_token_id": 300}, "bos_token_id is 300, expected one of 300 tokens"),
+        ({"tokenizer.chat_template": 7}, "tokenizer.chat_template is 7, expected text"),
         ({"tokenizer.ggml.add_bos_token": 3}, "add_bos_token is 3, expected true or false"),
     ],
     ids=str,
@@ -186,15 +187,7 @@ def test_gguf_is_refused_when_its_tokenizer_contradicts_itself(
 @pytest.fixture
 def metadata(tmp_path: Path) -> dict[str, Any]:
     """A trained SentencePiece model as llama.cpp's converter writes it."""
-    model = train_sentencepiece(tmp_path)
-    ids = range(model.get_piece_size())
-    kinds = [6 if model.is_byte(i) else 3 if model.is_control(i) else 2 if model.is_unknown(i) else 1 for i in ids]
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [model.id_to_piece(index) for index in ids],
-        "tokenizer.ggml.scores": [model.get_score(index) for index in ids],
-        "tokenizer.ggml.token_type": kinds,
-    }
+    return gguf_metadata(train_sentencepiece(tmp_path))
 
 
 @pytest.fixture

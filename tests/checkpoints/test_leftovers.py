@@ -74,6 +74,16 @@ def test_replaced_folder_is_put_back_when_nothing_took_its_place(tmp_path):
     assert (tmp_path / "out" / "model.onnx").read_text() == "whole"
 
 
+def test_leftover_stays_when_it_is_what_is_read(tmp_path):
+    finished(tmp_path / "out", "new")
+    finished(tmp_path / OLD)
+    for read in (tmp_path / OLD, tmp_path / OLD / "model.onnx"):
+        remove_leftovers(tmp_path, [read])
+        assert sorted(os.listdir(tmp_path)) == [OLD, "out"]
+    remove_leftovers(tmp_path, [tmp_path / "out"])
+    assert os.listdir(tmp_path) == ["out"]
+
+
 @pytest.mark.parametrize("dangling", [False, True])
 def test_replaced_folder_is_removed_when_its_place_is_taken(tmp_path, dangling):
     if dangling:

@@ -120,6 +120,11 @@ def _factor(module: str, letter: str, shape: tuple[int, ...]) -> dict[str, np.nd
         ({"of_the_future": "yes"}, {}, "of_the_future is set"),
         ({"r": 0}, {}, "r is 0"),
         ({"r": 8}, {}, "expected rank 8"),
+        ({"r": 10**400}, {}, "r is 1000.*, expected a number above 0"),
+        ({"lora_alpha": 10**400}, {}, "lora_alpha is 1000.*, expected a number above 0"),
+        ({"lora_alpha": 1e39}, {}, r"lora_alpha is 1e\+39, expected a number above 0"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, {}, "alpha_pattern is .*inf.*, expected numbers above 0"),
+        ({"rank_pattern": {"q_proj": 0}}, _factor(Q, "A", (0, 32)) | _factor(Q, "B", (32, 0)), "numbers above 0"),
         ({"alpha_pattern": {"(": 1}}, {}, r"'\(' is no pattern"),
         ({}, {f"base_model.model.{Q}.lora_magnitude_vector": np.ones(32, np.float32)}, "no A or B of a projection"),
         ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 97), np.float32)}, "no A or B"),
@@ -141,6 +146,30 @@ def test_adapter_is_refused_by_name_when_it_cannot_be_merged(
     assert info.value.hint
 
 
+def test_trained_embedding_is_refused_when_the_head_that_is_tied_to_it_would_be_another(tmp_path: Path) -> None:
+    """PEFT trains a copy, and the head stays the base's: no tied model computes that."""
+    tied, untied = (save_tiny_llama(tmp_path / name, tie=name == "tied") for name in ("tied", "untied"))
+    embedding, head = (f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head"))
+    ones = np.ones((97, 32), np.float32)
+    for number, saved in enumerate(({embedding: ones}, {head: ones}, {embedding: ones, head: 2 * ones})):
+        folder = save_lora(tmp_path / str(number), more=saved, modules_to_save=["embed_tokens", "lm_head"])
+        with pytest.raises(AdapterError, match=r"embed_tokens\.weight and lm_head\.weight are one matrix in the model"):
+            open_source(tied, folder)
+        assert open_source(untied, folder)
+    same = open_source(tied, save_lora(tmp_path / "same", more={embedding: ones, head: ones.copy()}))
+    assert "lm_head.weight" not in same.tensors()
+    np.testing.assert_array_equal(same.tensors()["model.embed_tokens.weight"].numpy(), ones)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_adapter_is_refused_when_a_file_is_a_link_that_leads_out(tmp_path: Path, model: Path, name: str) -> None:
+    folder = save_lora(tmp_path / "lora")
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to("../elsewhere")
+    with pytest.raises(InputError, match=rf"lora/{name}: leads to .*elsewhere, outside its folder"):
+        open_source(model, folder)
+
+
 def test_adapter_is_refused_when_a_value_is_not_finite(tmp_path: Path, model: Path) -> None:
     folder = save_lora(tmp_path / "lora", more=_factor(Q, "B", (32, 4)))
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -149,6 +178,18 @@ def test_adapter_is_refused_when_a_value_is_not_finite(tmp_path: Path, model: Pa
     with pytest.raises(InputError, match=r"q_proj\.lora_B\.weight\[31, 2\] is inf"):
         export_model(ExportRequest(str(model), tmp_path / "out", adapter=folder, parity=False), Reporter())
     assert not (tmp_path / "out").exists()
+    allowed = ExportRequest(str(model), tmp_path / "out", adapter=folder, parity=False, allow_nonfinite=True)
+    assert export_model(allowed, Reporter()).folder.is_dir()
+
+
+def test_merged_weight_is_refused_when_it_overflows_though_its_parts_do_not(tmp_path: Path, model: Path) -> None:
+    folder = save_lora(tmp_path / "lora")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for letter in "AB":
+        tensors[f"base_model.model.{Q}.lora_{letter}.weight"][:] = 1e30
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"model: model\.layers\.1\.self_attn\.q_proj\.weight\[0, 0\] is inf"):
+        export_model(ExportRequest(str(model), tmp_path / "out", adapter=folder, parity=False), Reporter())
 
 
 def test_pickles_graphs_and_calibration_are_refused_when_the_adapter_is_lora(tmp_path: Path, model: Path) -> None:
@@ -170,6 +211,7 @@ def test_pickles_graphs_and_calibration_are_refused_when_the_adapter_is_lora(tmp
         {"target_modules": ["v_proj", "up_proj"], "rank_pattern": {"up_proj": 3}, "alpha_pattern": {"0.*v_proj": 9}},
         {"target_modules": ["o_proj"], "modules_to_save": ["lm_head", "norm"]},
         {"target_modules": ["k_proj"], "bias": "all", "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ],
 )
 def test_merged_weights_are_those_of_peft_when_it_is_installed(tmp_path: Path, options: Any) -> None:
@@ -177,7 +219,8 @@ def test_merged_weights_are_those_of_peft_when_it_is_installed(tmp_path: Path, o
     import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-    model = save_tiny_llama(tmp_path / "model", attention_bias="bias" in options)
+    tied = options.get("ensure_weight_tying", False)
+    model = save_tiny_llama(tmp_path / "model", attention_bias="bias" in options, tie=tied)
     adapted = peft.get_peft_model(
         AutoModelForCausalLM.from_pretrained(model),
         peft.LoraConfig(r=5, lora_alpha=7, task_type="CAUSAL_LM", **options),
@@ -189,7 +232,7 @@ def test_merged_weights_are_those_of_peft_when_it_is_installed(tmp_path: Path, o
     adapted.save_pretrained(tmp_path / "lora")
     merged = adapted.merge_and_unload().state_dict()
     tensors = open_source(model, tmp_path / "lora").tensors()
-    assert tensors.keys() == merged.keys()
+    assert tensors.keys() == merged.keys() - ({"lm_head.weight"} if tied else set())
     changed = 0
     base = load_file(model / "model.safetensors")
     for name, tensor in tensors.items():

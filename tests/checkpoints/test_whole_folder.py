@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 
 from dlo_export.checkpoints.errors import DloError, InputError, MachineError
 from dlo_export.checkpoints.files import whole_folder as module
+from dlo_export.checkpoints.files.folder_kind import FolderKind, folder_kind
+from dlo_export.checkpoints.files.json_file import MAX_BYTES
 from dlo_export.checkpoints.files.output_check import check_output_folder
 from dlo_export.checkpoints.files.whole_folder import FolderExistsError, keep_aside, whole_folder
 from dlo_export.checkpoints.files.written_files import LIST_NAME
@@ -69,6 +72,15 @@ def test_whole_folder_replaces_what_it_wrote_when_overwriting(out):
     assert os.listdir(out.parent) == ["out"]
 
 
+def test_whole_folder_is_its_owners_when_the_umask_takes_all(tmp_path):
+    before = os.umask(0o777)
+    try:
+        write(tmp_path / "out", {})
+        assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+
+
 def test_whole_folder_keeps_the_old_when_the_block_fails(out):
     with pytest.raises(ZeroDivisionError):
         write(out, NEW, overwrite=True, then=fail)
@@ -101,6 +113,13 @@ def test_whole_folder_refuses_its_own_folder_when_a_users_empty_folder_or_link_i
     check_refused(out, "config.json")
 
 
+def test_whole_folder_refuses_its_own_folder_when_a_file_became_a_pipe(out):
+    (out / "model.onnx").unlink()
+    os.mkfifo(out / "model.onnx")
+    with pytest.raises(FolderExistsError, match=r"not dlo-export's, .*: model\.onnx"):
+        check_output_folder(out, overwrite=True)
+
+
 def test_whole_folder_refuses_weights_when_they_were_trained_in_place(tmp_path):
     write(tmp_path / "out", {"model.safetensors": "weights"})
     os.utime(tmp_path / "out" / "model.safetensors", (1, 1))
@@ -115,8 +134,8 @@ def test_whole_folder_names_few_files_when_there_are_many(tmp_path):
 @pytest.mark.parametrize("version", [0, 1, 99])
 def test_whole_folder_replaces_an_artefact_of_any_version_when_it_has_no_list(tmp_path, version):
     fill(tmp_path / "out", {**OLD, "dlo_artifact.json": json.dumps({"format_version": version})})
-    write(tmp_path / "out", NEW, overwrite=True)
-    assert written(tmp_path / "out") == NEW
+    write(tmp_path / "out", NEW | PASSED, overwrite=True)
+    assert written(tmp_path / "out") == NEW | PASSED
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -180,6 +199,8 @@ def test_check_refuses_names_and_places_that_cannot_be_written(tmp_path, monkeyp
         "dangling/out",
         "x" * 240,
         "x" * 5000,
+        ".out.abcdefgh.partial",
+        ".out.abcdefgh.old",
         "a\0b",
         "a/" * 3000,
     ):
@@ -190,13 +211,6 @@ def test_check_refuses_names_and_places_that_cannot_be_written(tmp_path, monkeyp
     with pytest.raises(InputError, match="current folder"):
         check_output_folder(tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["dangling", "file", "out"]
-
-
-def test_check_refuses_a_folder_when_its_place_is_read_only(tmp_path, monkeypatch):
-    # Root may write everywhere; what the system would say to anybody else is put in its place.
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(MachineError, match="cannot be written to"):
-        check_output_folder(tmp_path / "out")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -213,14 +227,102 @@ def test_one_of_two_writers_is_refused_when_both_make_one_folder(tmp_path):
     assert written(tmp_path / "out") == OLD
 
 
+PASSED, FAILED = ({"dlo_artifact.json": json.dumps({"parity": {"verdict": verdict}})} for verdict in ("PASS", "FAIL"))
+CHECKPOINT = {"config.json": "{}", "model-00001-of-00002.safetensors": "x"}
+ADAPTER_FIELDS = {"format_version": 1, "routing": "mlp", "is_dlo": [], "injected_layers": []}
+KINDS = {
+    FolderKind.ARTEFACT: PASSED,
+    FolderKind.FAILED_ARTEFACT: FAILED,
+    FolderKind.ADAPTER: {"adapter_config.json": json.dumps(ADAPTER_FIELDS), "adapter.safetensors": "x"},
+    FolderKind.CHECKPOINT: CHECKPOINT,
+    FolderKind.TRAINED_CHECKPOINT: CHECKPOINT | {"training.json": "{}"},
+    FolderKind.RUN_CHECKPOINT: CHECKPOINT | {"capacities.json": "{}"},
+    FolderKind.OTHER: {"engine.json": "{}"},
+}
+REPLACED = {(kind, kind) for kind in FolderKind} | {
+    (FolderKind.ARTEFACT, FolderKind.FAILED_ARTEFACT),
+    (FolderKind.TRAINED_CHECKPOINT, FolderKind.CHECKPOINT),
+}
+
+
+@pytest.mark.parametrize("old", KINDS)
+@pytest.mark.parametrize("new", KINDS)
+def test_whole_folder_replaces_a_folder_when_it_is_of_its_kind(tmp_path, new, old):
+    write(tmp_path / "out", KINDS[old])
+    assert folder_kind(tmp_path / "out") is old
+    if (new, old) in REPLACED:
+        check_output_folder(tmp_path / "out", overwrite=True, makes=new)
+        write(tmp_path / "out", KINDS[new], overwrite=True)
+        assert folder_kind(tmp_path / "out") is new
+        return
+    before = content(tmp_path / "out")
+    message = f"out: is {old}, which --force does not replace with {new}"
+    with pytest.raises(FolderExistsError, match=message):  # before the work
+        check_output_folder(tmp_path / "out", overwrite=True, makes=new)
+    with pytest.raises(FolderExistsError, match=message):  # and after it
+        write(tmp_path / "out", KINDS[new], overwrite=True)
+    assert content(tmp_path / "out") == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_kind_of_a_folder_stays_when_its_files_are_gone(tmp_path):
+    write(tmp_path / "out", KINDS[FolderKind.TRAINED_CHECKPOINT])
+    for name in KINDS[FolderKind.TRAINED_CHECKPOINT]:
+        (tmp_path / "out" / name).unlink()
+    assert folder_kind(tmp_path / "out") is FolderKind.TRAINED_CHECKPOINT
+
+
+def test_folder_is_a_strangers_when_its_list_is_too_large(out):
+    listed = (out / LIST_NAME).read_text()
+    with (out / LIST_NAME).open("a") as file:
+        file.truncate(MAX_BYTES + 1)  # a hole: nothing of it is on the disk
+    with pytest.raises(FolderExistsError, match="is not a folder that dlo-export wrote"):
+        check_output_folder(out, overwrite=True)
+    (out / LIST_NAME).write_text(listed + " " * 1000)
+    check_output_folder(out, overwrite=True)
+
+
+def kept_aside(out, files):
+    """Writes a folder that turns out to be wrong; returns the name it was kept under."""
+
+    def keep():
+        (staging,) = out.parent.glob(f".{out.name}.*")
+        kept.append(keep_aside(staging, out.with_name(f"{out.name}.failed")).name)
+        fail()
+
+    kept = []
+    with pytest.raises(ZeroDivisionError):
+        write(out, files, then=keep)
+    return kept[0]
+
+
+def test_keep_aside_keeps_what_passed_when_it_lies_there(tmp_path):
+    write(tmp_path / "out.failed", PASSED)
+    for _ in range(2):
+        assert kept_aside(tmp_path / "out", FAILED) == "out.failed-2"
+    assert written(tmp_path / "out.failed") == PASSED
+    assert sorted(os.listdir(tmp_path)) == ["out.failed", "out.failed-2"]
+
+
 def test_keep_aside_numbers_the_folder_when_something_else_lies_there(tmp_path):
     fill(tmp_path / "out.failed", {"model.safetensors": "mine"})
-    for expected in ("out.failed-2", "out.failed-2"):
-        with whole_folder(tmp_path / "out") as staging:
-            fill(staging, NEW)
-            assert keep_aside(staging, tmp_path / "out.failed").name == expected
+    for _ in range(2):
+        assert kept_aside(tmp_path / "out", NEW) == "out.failed-2"
     assert content(tmp_path / "out.failed") == {"model.safetensors": "mine"}
     assert sorted(os.listdir(tmp_path)) == ["out.failed", "out.failed-2"]
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["while it is filled", "when it is full"])
+def test_whole_folder_says_so_when_somebody_removes_the_unfinished_one(tmp_path, ended):
+    def remove():
+        (unfinished,) = tmp_path.iterdir()
+        shutil.rmtree(unfinished)
+        if not ended:
+            (unfinished / "more").write_text("")
+
+    with pytest.raises(MachineError, match="was moved or removed by somebody"):
+        write(tmp_path / "out", NEW, then=remove)
+    assert os.listdir(tmp_path) == []
 
 
 def is_refused(folder):
@@ -236,9 +338,7 @@ def test_keep_aside_finds_room_when_the_name_is_as_long_as_may_be(tmp_path):
     while is_refused(tmp_path / name):
         name = name[1:]
     fill(tmp_path / f"{name}.failed", {"model.safetensors": "mine"})
-    with whole_folder(tmp_path / name) as staging:
-        fill(staging, NEW)
-        assert keep_aside(staging, tmp_path / f"{name}.failed").name == f"{name}.failed-2"
+    assert kept_aside(tmp_path / name, NEW) == f"{name}.failed-2"
 
 
 def test_keep_aside_gives_up_when_there_is_no_place_for_it(tmp_path):
@@ -268,6 +368,39 @@ class SystemCalls:
             return function(*arguments, **options)
 
         return call
+
+
+def test_whole_folder_says_so_when_the_old_one_lies_in_an_images_layer(tmp_path):
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "lower" / "out", OLD)
+    layers = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    mounting = ["mount", "-t", "overlay", "overlay", "-o", layers, str(tmp_path / "merged")]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        with pytest.raises(FolderExistsError, match="in a lower layer of an overlay file system"):
+            write(tmp_path / "merged" / "out", NEW, overwrite=True)
+        assert written(tmp_path / "merged" / "out") == OLD
+        assert os.listdir(tmp_path / "merged") == ["out"]
+    finally:
+        subprocess.run(["umount", str(tmp_path / "merged")], check=True)
+
+
+@pytest.mark.parametrize("options", [("-t", "tmpfs", "tmpfs"), ("--bind", "{}")], ids=["another disk", "the same disk"])
+def test_check_refuses_a_mount_point_before_the_work(tmp_path, options):
+    out = tmp_path / "a volume"
+    out.mkdir()
+    (tmp_path / "other").mkdir()
+    mounting = ["mount", *(option.format(tmp_path / "other") for option in options), str(out)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        with pytest.raises(InputError, match="is a mount point"):
+            check_output_folder(out)
+        check_output_folder(out / "model")
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
 
 
 @pytest.fixture
@@ -346,24 +479,35 @@ def test_leftovers_stay_when_their_writer_lives_or_they_are_not_ours(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".out.abcdefgh.old", ".out.abcdefgh.partial", "other", "out"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_whole_folder_is_new_when_a_signal_comes_during_the_swap(out, monkeypatch, number):
+@pytest.mark.parametrize("exchanging", [True, False], ids=["exchange", "renames"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_whole_folder_is_new_when_signals_come_before_any_step_of_the_swap(out, monkeypatch, number, exchanging):
     def stop(number, frame):
         raise KeyboardInterrupt
 
+    came = []
+
+    def interrupted(function):
+        def call(*arguments):
+            came.append(function.__name__)
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            return function(*arguments)
+
+        return call
+
+    def refuse(first, second):
+        return False
+
     before = signal.signal(number, stop)
-    real = module.exchange
-
-    def exchange(first, second):
-        signal.raise_signal(number)
-        signal.raise_signal(number)
-        return real(first, second)
-
-    monkeypatch.setattr(module, "exchange", exchange)
+    monkeypatch.setattr(module, "exchange", interrupted(module.exchange if exchanging else refuse))
+    monkeypatch.setattr(os, "rename", interrupted(os.rename))
     try:
         with pytest.raises(KeyboardInterrupt):
             write(out, NEW, overwrite=True)
     finally:
         signal.signal(number, before)
+    # The first rename finds the old folder in its way.
+    assert came == ["rename", "exchange"] if exchanging else ["rename", "refuse", "rename", "rename"]
     assert written(out) == NEW
     assert os.listdir(out.parent) == ["out"]

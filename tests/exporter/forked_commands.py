@@ -1,5 +1,6 @@
 """Commands in processes that have everything imported: quick to start, and every moment is one of their work."""
 
+import ctypes
 import dataclasses
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ from dlo_export.exporter.cli import main
 # What commands import when they need it.
 _MODULES = (
     *("exporter.app", "exporter.artefact_check", "exporter.artefact_runner", "exporter.calibrate", "exporter.export"),
+    *("exporter.evaluate", "runtimes.torch.scorer"),
     *("exporter.commands.expand", "exporter.inspection", "exporter.parity_check", "exporter.train"),
     *("runtimes.bench", "runtimes.generation.generate", "runtimes.generation.tokenizer", "runtimes.torch.reference"),
 )
@@ -20,6 +22,8 @@ _LIMITED = {
     "memory_bytes": resource.RLIMIT_AS,
     "file_bytes": resource.RLIMIT_FSIZE,
 }
+
+_SAMPLE_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Ended:
     stderr: str
 
 
-def start(arguments, messages: Path, *, working_folder: Path | None = None, limits=None):
+def start(arguments, messages: Path, *, working_folder: Path | None = None, limits=None, privileged=True):
     """Starts a command, and returns its process when it is about to begin.
 
     Args:
@@ -39,22 +43,31 @@ def start(arguments, messages: Path, *, working_folder: Path | None = None, limi
         messages: Files its stdout and stderr go to, with these as suffixes.
         working_folder: The current one by default.
         limits: Of the process: "cpu_seconds", "memory_bytes" and "file_bytes"; none by default.
+        privileged: Leave root its right to read and write whatever permissions say.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *(f"dlo_export.{module}" for module in _MODULES)])
+    # pytest, because every process imports the main module of the one that starts it.
+    context.set_forkserver_preload(["pytest", __name__, *(f"dlo_export.{module}" for module in _MODULES)])
     ready, begins = context.Pipe(duplex=False)
     process = context.Process(
         target=_run,
-        args=([*map(str, arguments)], str(messages), str(working_folder or os.getcwd()), limits or {}, begins),
+        args=(
+            [*map(str, arguments)],
+            str(messages),
+            str(working_folder or os.getcwd()),
+            limits or {},
+            privileged,
+            begins,
+        ),
     )
     process.start()
     ready.recv()
     return process
 
 
-def run(*arguments, messages: Path):
-    """Runs a command to its end."""
-    process = start(arguments, messages)
+def run(*arguments, messages: Path, **options):
+    """Runs a command to its end; options are those of `start`."""
+    process = start(arguments, messages, **options)
     process.join()
     return ended(process, messages)
 
@@ -65,12 +78,49 @@ def ended(process, messages: Path):
     return Ended(process.exitcode, stdout, stderr)
 
 
-def _run(arguments, messages, folder, limits, begins):
+def join_unless_blocked(process, seconds):
+    """Waits for a command's end, and kills it when it has been blocked for so long in all.
+
+    Blocked is a process without a thread that runs, is ready to, or waits for a disk: an overloaded machine makes it
+    wait for a core, where it is ready. What works without an end the limit on processor time ends.
+    """
+    blocked = 0.0
+    while process.is_alive() and blocked < seconds:
+        process.join(_SAMPLE_SECONDS)
+        blocked += _SAMPLE_SECONDS if _is_blocked(process.pid) else 0
+    if process.is_alive():
+        process.kill()
+    process.join()
+
+
+def _is_blocked(pid):
+    try:
+        threads = [(thread / "stat").read_text() for thread in Path(f"/proc/{pid}/task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return False
+    # "pid (name) state …", where a name may hold anything; proc_pid_stat(5).
+    return not any(thread.rpartition(")")[2].split()[0] in "RD" for thread in threads)
+
+
+def _give_up_privileges():
+    """Lets permissions count for root as they do for anybody who owns the files; capabilities(7), capget(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable; the upper halves behind
+    assert libc.capget(header, sets) == 0, os.strerror(ctypes.get_errno())
+    for which in range(3):
+        sets[which] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
+
+
+def _run(arguments, messages, folder, limits, privileged, begins):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a process that has just started
     os.chdir(folder)
     for number, suffix in ((1, ".stdout"), (2, ".stderr")):
         os.dup2(os.open(messages + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     for name, limit in limits.items():
         resource.setrlimit(_LIMITED[name], (limit, limit))
+    if not privileged:
+        _give_up_privileges()
     begins.send(None)
     main(arguments)

@@ -29,6 +29,7 @@ from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.generation.tokenizer import Tokenizer
 from tests.tiny_gguf import save_tiny_gguf
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
+from tests.tiny_sentencepiece import VOCABULARY, gguf_metadata, train_sentencepiece
 
 OPTIMUM = Path(__file__).parents[1] / "data" / "optimum_llama" / "model.onnx"
 # Llama 3 Instruct's: the end of a turn is in generation_config.json alone.
@@ -163,9 +164,13 @@ def test_another_exporters_graph_opens_in_genai_and_names_its_origin_when_routed
     og.Model(str(tmp_path / "artefact"))
 
 
-def test_tokenizer_gives_no_token_type_ids_when_written_from_gguf(tmp_path):
-    folder = save_tiny_llama(tmp_path / "model", vocab=320)
-    artefact = exported(save_tiny_gguf(folder, tmp_path / "model.gguf", tokenizer="gpt-2"), tmp_path / "artefact")
+@pytest.mark.parametrize("kind", ["gpt-2", "llama-bpe", "sentencepiece"])
+def test_tokenizer_gives_no_token_type_ids_when_written_from_gguf(tmp_path, kind):
+    folder = save_tiny_llama(tmp_path / "model", vocab=VOCABULARY)
+    given = (
+        {"metadata": gguf_metadata(train_sentencepiece(tmp_path))} if kind == "sentencepiece" else {"tokenizer": kind}
+    )
+    artefact = exported(save_tiny_gguf(folder, tmp_path / "model.gguf", **given), tmp_path / "artefact")
     settings = json.loads((artefact / "tokenizer_config.json").read_text())
     assert settings["model_input_names"] == ["input_ids", "attention_mask"], "transformers 4 adds a third by default"
 

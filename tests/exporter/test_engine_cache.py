@@ -153,6 +153,19 @@ def test_build_engine_says_so_and_builds_again_when_cache_entry_is_damaged(place
     assert build_engine(asked, reporter).from_cache
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_engine_cache_counts_an_entry_as_damaged_when_its_engine_is_no_file(place, make):
+    asked, build, folder = place
+    engine = folder / "cache" / "engines" / build.cache_key / "model.engine"
+    engine.unlink()
+    make(engine)
+    told = []
+    asked.output.unlink()
+    assert EngineCache(folder / "cache", told.append).fetch(build.cache_key, asked.output) is None
+    assert "removed a damaged entry" in told[0]
+    assert not asked.output.exists()
+
+
 def test_build_engine_builds_when_cache_is_not_to_be_used(place, reporter, monkeypatch):
     asked, _, folder = place
     assert not build_engine(dataclasses.replace(asked, use_cache=False), reporter).from_cache

@@ -286,6 +286,23 @@ def _typed_fields(proto, folder):
             tensor.CopyFrom(helper.make_tensor(tensor.name, tensor.data_type, array.shape, array.reshape(-1).tolist()))
 
 
+def _other_name_of_onnx(proto, folder):
+    """ONNX's own domain by its longer name, in nodes, functions and imports."""
+    _functions(proto, folder)
+    for holder in (proto, *proto.functions):
+        for entry in holder.opset_import:
+            entry.domain = entry.domain or "ai.onnx"
+    for node in (*proto.graph.node, *(node for function in proto.functions for node in function.node)):
+        node.domain = node.domain or "ai.onnx"
+
+
+def _both_names_of_onnx(proto, folder):
+    proto.opset_import.append(
+        helper.make_opsetid("ai.onnx", next(o.version for o in proto.opset_import if not o.domain))
+    )
+    proto.graph.node[0].domain = "ai.onnx"
+
+
 def _weight_as_output(proto, folder):
     _external_constants(proto, folder)
     proto.graph.output.append(helper.make_tensor_value_info("model.norm.weight", TensorProto.FLOAT, [32]))
@@ -297,7 +314,14 @@ LEGAL = [
     *(_unused_things, _unused_mask_and_more, _no_node_names, _one_node_name),
     *(_initializers_as_inputs, _names_of_passes, _stray_metadata, _hard_links, _link_inside, _folder_of_data),
     *(_config_through_hub, _shadowed_names, _functions, _fused_skip_norms, _fused_skip_norms_without_names),
-    *(_as_mobius_writes, _wrong_annotations, _typed_fields, _weight_as_output),
+    *(
+        _other_name_of_onnx,
+        _both_names_of_onnx,
+        _as_mobius_writes,
+        _wrong_annotations,
+        _typed_fields,
+        _weight_as_output,
+    ),
 ]
 
 

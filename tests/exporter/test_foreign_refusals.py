@@ -424,6 +424,18 @@ def test_graph_is_refused_by_what_it_lacks_when_it_is_no_llama(foreign, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def _ids_of_32_bits(proto, folder):
+    ids = next(value for value in proto.graph.input if value.name == "input_ids")
+    ids.type.tensor_type.elem_type = TensorProto.INT32
+
+
+def test_graph_is_refused_when_its_tokens_are_counted_in_32_bits(foreign, tmp_path):
+    graph = foreign.changed(tmp_path / "model", _ids_of_32_bits)
+    with pytest.raises(InputError, match="input input_ids is int32, expected int64"):
+        foreign.export(graph, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_graph_is_refused_when_its_layers_are_routed_already(foreign, tmp_path):
     graph = foreign.changed(tmp_path / "model", lambda proto, folder: None)
     artefact = foreign.export(graph, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,18 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.modeling.calibration.router_calibration import CalibrationSettings
+from tests.exporter import forked_commands
 from tests.exporter.test_cli import check_refused, dlo
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def artefact_folder(tmp_path_factory):
+    """An artefact with a tokenizer and a chat template."""
+    root = tmp_path_factory.mktemp("found")
+    folder = save_tiny_llama(root / "model", vocab=BYTE_VOCABULARY, tokenizer=True)
+    export_model(ExportRequest(str(folder), root / "artefact", parity=False), Reporter())
+    return root / "artefact"
 
 
 def rewrite_config(folder, **changes):
@@ -99,6 +110,30 @@ def test_run_is_refused_when_the_prompt_is_not_utf8(tmp_path):
     code = "from dlo_export.exporter.cli import main; main()"
     command = [sys.executable, "-c", code, "run", str(tmp_path / "artefact"), b"caf\xe9", "--raw"]
     check_refused(subprocess.run(command, capture_output=True, text=True, check=False), tmp_path, "UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('Conversation roles must alternate') }}", "Conversation roles must alternate"),
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ("{{ messages[9].content }}", "has no element 9"),
+        ("{{ messages.__class__.__base__.__subclasses__() }}", "is unsafe"),
+    ],
+)
+def test_run_is_refused_when_the_chat_template_fails_and_takes_the_prompt_raw(
+    tmp_path, artefact_folder, template, said
+):
+    folder = shutil.copytree(artefact_folder, tmp_path / "artefact")
+    (tmp_path / "said").mkdir()
+    said_in = tmp_path / "said" / "run"
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    result = forked_commands.run("run", folder, "hello", "-n", "1", messages=said_in)
+    check_refused(result, tmp_path, "the chat template failed: ", said, "try --raw")
+    assert result.stdout == ""
+    raw = forked_commands.run("run", folder, "hello", "-n", "1", "--raw", messages=said_in)
+    assert raw.returncode == 0, raw.stderr
 
 
 @pytest.mark.parametrize("content", [None, {"model": 3}])

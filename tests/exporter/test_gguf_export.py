@@ -6,14 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import onnxruntime_genai
 from tokenizers import Tokenizer
 
 from tests.tiny_gguf import save_tiny_gguf
 from tests.tiny_models import save_tiny_llama
-from tests.tiny_sentencepiece import VOCABULARY, many_texts, train_sentencepiece
+from tests.tiny_sentencepiece import VOCABULARY, gguf_metadata, many_texts, train_sentencepiece
 
 BASIC_TEXTS = 100
 
@@ -26,18 +25,7 @@ def export(model: Path, output: Path, *options: str) -> subprocess.CompletedProc
 
 def test_gguf_is_exported_whole_when_split_biased_and_with_sentencepiece(tmp_path: Path) -> None:
     model = train_sentencepiece(tmp_path)
-    ids = range(model.get_piece_size())
-    metadata: dict[str, Any] = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [model.id_to_piece(index) for index in ids],
-        "tokenizer.ggml.scores": [model.get_score(index) for index in ids],
-        "tokenizer.ggml.token_type": [
-            6 if model.is_byte(index) else 3 if model.is_control(index) else 2 if model.is_unknown(index) else 1
-            for index in ids
-        ],
-        "tokenizer.ggml.eot_token_id": 5,
-        "llama.rope.freq_base": None,
-    }
+    metadata = gguf_metadata(model) | {"tokenizer.ggml.eot_token_id": 5, "llama.rope.freq_base": None}
     folder = save_tiny_llama(
         tmp_path / "tiny", layers=2, vocab=VOCABULARY, hidden=64, intermediate=96, attention_bias=True
     )

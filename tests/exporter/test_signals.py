@@ -1,6 +1,7 @@
 """Signals at any moment of a command: the old output or the new one, whole, and the exit code that says so.
 
-DLO_TEST_MOMENTS is how many moments of each command's run are tried with each signal.
+DLO_TEST_MOMENTS is how many moments of each command's run, and of a process's start, are tried with each signal. Runs
+are forks of a process that has everything imported; 60 moments of all of them take some minutes of one core.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ ENDINGS = {
     signal.SIGHUP: TERMINATED,
     signal.SIGKILL: -signal.SIGKILL,
 }
+START_SECONDS = 0.05
 CODE = "from dlo_export.exporter.cli import main; main()"
 # The new output differs from the old one; a text of few words makes calibration short.
 COMMANDS = {
@@ -66,9 +68,11 @@ def command(request, tmp_path_factory):
     if request.param == "calibrate":
         new = [*old, *new]
     for name, given in (("old", old), ("new", new)):
-        began = time.monotonic()
-        result = forked_commands.run(request.param, model, "-o", folder / name, *given, messages=folder / "messages")
+        process = forked_commands.start([request.param, model, "-o", folder / name, *given], folder / "messages")
+        began = time.monotonic()  # of its work, as below
+        process.join()
         seconds = time.monotonic() - began
+        result = forked_commands.ended(process, folder / "messages")
         assert result.returncode == DONE, result.stderr
     made = [digests(folder / name) for name in ("old", "new")]
     assert made[0] != made[1]
@@ -99,6 +103,37 @@ def test_command_leaves_old_or_new_when_a_signal_comes_at_any_moment(command, tm
         if number == signal.SIGKILL:
             check_output_folder(out, overwrite=True)  # as the next command does first
         assert os.listdir(out.parent) == ["out"], said
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("artefact")
+    process = start(["export", save_tiny_llama(folder / "model"), "-o", folder / "out", "--no-parity"])
+    assert process.communicate()[1] == ""
+    return folder / "out"
+
+
+@pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
+def test_export_leaves_the_old_when_a_signal_comes_as_its_process_starts(tmp_path, artefact, number):
+    """In a process of its own, whose first line says that Python has begun; what comes before is Python's alone."""
+    out = tmp_path / "out"
+    shutil.copytree(artefact, out)
+    before = digests(out)
+    command = [sys.executable, "-c", f"print('begun', flush=True); {CODE}"]
+    for moment in range(MOMENTS):
+        process = subprocess.Popen(
+            [*command, "export", artefact.with_name("model"), "-o", out, "--force"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(START_SECONDS * (moment + 0.5) / MOMENTS)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+        if stdout:
+            assert process.returncode in (ENDINGS[number], -number), stderr
+        assert digests(out) == before
+        assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("module", ["typer", "onnx_ir", "dlo_export.exporter.exit_codes"])
@@ -180,14 +215,6 @@ checkpoint_folder.save_model_tensors = cut
     assert "hint:" in process.stderr
     check_output_folder(tmp_path / "out")
     assert os.listdir(tmp_path) == ["model"]
-
-
-@pytest.fixture(scope="module")
-def artefact(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("artefact")
-    process = start(["export", save_tiny_llama(folder / "model"), "-o", folder / "out", "--no-parity"])
-    assert process.communicate()[1] == ""
-    return folder / "out"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`dlo-export --trt` as a user runs it: engines built by TensorRT-RTX, or a reason before anything starts."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,27 @@ def test_export_builds_an_engine_that_skips_in_every_routed_layer(tmp_path, lowe
     model = onnx.load(out / "model.onnx", load_external_data=False)
     assert model.graph.input[3].type.tensor_type.elem_type == onnx.TensorProto.FLOAT, "model.onnx stays fp32"
     assert not list(out.glob("**/*.partial"))
+
+
+def test_export_cuts_paritys_cases_to_the_cache_when_the_graph_is_masked(tmp_path):
+    out = tmp_path / "out"
+    sizes = ["--trt-max-batch", "3", "--trt-max-sequence", "16", "--trt-max-cache", "20"]
+    result = dlo("export", REFERENCE, "-o", out, "--trt", "--lowering", "masked", *sizes)
+    assert result.returncode == DONE, result.stderr
+    assert "warning: --trt-max-cache is below 56: parity's cases are cut to fit" in result.stderr
+    description = description_of(out)
+    (engine,) = description.engines
+    assert (description.lowering, engine.lowering, engine.max_cache) == ("masked", "masked", 20)
+    assert not any(engine.build.census.skipping.values()), "a masked layer has no skip mechanism"
+    assert engine.file.stat().st_size == engine.build.bytes
+    report = json.loads((out / "parity.json").read_text())
+    assert (report["verdict"], description.parity.verdict) == ("PASS", "PASS")
+    # A static cache refuses a token more: that they all ran is what says that they fit.
+    cases = [case for case in report["cases"] if case["candidate"] == "trt masked"]
+    assert {case["verdict"] for case in cases} == {"PASS"}
+    assert {"prefill", "left-padded batch with a cache", "mixed decisions"} <= {case["case"] for case in cases}
+    (greedy,) = [run for run in report["greedy"] if run["candidate"] == "trt masked"]
+    assert greedy["identical"] > 0
 
 
 def test_export_builds_two_engines_on_one_weight_file_when_split(tmp_path):

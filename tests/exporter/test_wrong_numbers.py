@@ -23,13 +23,14 @@ from dlo_export.checkpoints.finite_weights import NonFiniteWeightError, all_fini
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.opening import open_checkpoint
-from dlo_export.exporter.exit_codes import BAD_INPUT, DONE
+from dlo_export.exporter.exit_codes import BAD_INPUT, DONE, PARITY_FAILED
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.inspection import inspect_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.graph_passes.checkpoint_weight import WeightOverflowError
+from tests.exporter import forked_commands
 from tests.exporter.test_cli import check_refused, dlo
 from tests.foreign_graphs import save_foreign_graph, save_routed_adapter
 from tests.tiny_gguf import save_tiny_gguf
@@ -86,16 +87,43 @@ def test_checkpoint_is_refused_when_a_row_that_no_token_reads_is_not_finite(
 @pytest.mark.parametrize("command", ["export", "export --no-parity", "expand --every 1", "expand --every 1 --adapter"])
 def test_commands_refuse_a_checkpoint_by_tensor_when_it_holds_nan(tmp_path: Path, command: str) -> None:
     model = spoil(save_tiny_llama(tmp_path / "model"), UP, (3, 4), float("nan"))
-    check_refused(dlo(*command.split(), model, "-o", tmp_path / "out"), tmp_path, f"{UP}[3, 4] is nan")
+    result = dlo(*command.split(), model, "-o", tmp_path / "out")
+    check_refused(result, tmp_path, f"{UP}[3, 4] is nan")
+    # A hint names an option only where the command has it.
+    assert ("; --allow-nonfinite takes it as it is" in result.stderr) is command.startswith("export")
 
 
-def test_calibration_refuses_a_checkpoint_by_tensor_when_it_holds_nan(tmp_path: Path) -> None:
+def run(*arguments: object, said: Path) -> forked_commands.Ended:
+    """A command that imports much."""
+    (said / "said").mkdir(exist_ok=True)
+    return forked_commands.run(*arguments, messages=said / "said" / "run")
+
+
+def test_parity_names_the_option_when_the_model_holds_nan(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    export_model(ExportRequest(str(model), tmp_path / "artefact", parity=False), Reporter())
+    spoil(model, UP, (3, 4), float("nan"))
+    result = run("parity", tmp_path / "artefact", model, said=tmp_path)
+    check_refused(result, tmp_path, f"{UP}[3, 4] is nan", "; --allow-nonfinite takes it as it is")
+    result = run("parity", tmp_path / "artefact", model, "--allow-nonfinite", "--json", said=tmp_path)
+    assert result.returncode == PARITY_FAILED, result.stderr
+    assert json.loads(result.stdout, parse_constant=pytest.fail)["verdict"] == "FAIL"
+
+
+@pytest.mark.parametrize("command", ["calibrate", "train"])
+def test_fitting_refuses_a_checkpoint_by_tensor_when_it_holds_nan(tmp_path: Path, command: str) -> None:
     model = save_tiny_llama(tmp_path / "model", vocab=BYTE_VOCABULARY, tokenizer=True)
     spoil(model, UP, (3, 4), float("nan"))
-    (tmp_path / "text.txt").write_text("Numbers that are none.\n\n" * 100)
-    options = ["--text", tmp_path / "text.txt", "--tokens", 512, "--evaluation-tokens", 512]
-    result = dlo("calibrate", model, "-o", tmp_path / "out", *options)
+    (tmp_path / "texts").mkdir()
+    for name in ("1.txt", "2.txt"):
+        (tmp_path / "texts" / name).write_text("Numbers that are none.\n\n" * 100)
+    options = {
+        "calibrate": ["--text", tmp_path / "texts", "--tokens", 512, "--evaluation-tokens", 512],
+        "train": ["--data", tmp_path / "texts", "--routers", "add"],
+    }
+    result = run(command, model, "-o", tmp_path / "out", *options[command], said=tmp_path)
     check_refused(result, tmp_path, f"{UP}[3, 4] is nan")
+    assert "allow-nonfinite" not in result.stderr
 
 
 def test_checkpoint_is_exported_when_values_that_are_no_numbers_are_allowed(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import onnx
 
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
-from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, WEIGHTS_NAME
+from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, WEIGHTS_NAME, content_sha256
 from dlo_export.runtimes.artefact.files import describe_file
 from tests.foreign_graphs import save_foreign_graph, save_routed_adapter
 from tests.fuzz.mutations import (
@@ -121,6 +121,7 @@ def command(random: Random, damaged: str) -> list[str]:
     verify = random.choice(((), ("--verify",)))
     run = ["run", "artefact", "Hello", "-n", "3", *random.choice(((), ("--raw",))), *verify]
     inspect = ["inspect", "artefact", *random.choice(((), ("--json",)))]
+    evaluate = ["evaluate", "--text", "text", "--limit", "2", "--json"]
     few = ["--rounds", "1", "--prompt-tokens", "4", "--decode-tokens", "2", "--text", "text", "--json"]
     place = damaged.split("/", maxsplit=1)[0]
     checkpoint = place if place != "gguf" else damaged.replace("00002-of", "00001-of")
@@ -128,22 +129,31 @@ def command(random: Random, damaged: str) -> list[str]:
         "text": ([*calibrate, "routed"],),
         "adapter": ([*export, "dense", "--adapter", "adapter"],),
         "graph": ([*export, "graph/model.onnx", "--adapter", "adapter"],) * 2 + (["inspect", "graph/model.onnx"],),
-        "artefact": (run, inspect),
+        "artefact": (run, inspect, [*evaluate, "artefact"]),
     }
     if slow and place == "artefact":
         return random.choice((["bench", "artefact", *few, *verify], ["parity", "artefact", "routed"]))
     if slow and place in ("routed", "sharded") and random.random() < 0.5:
-        return [*calibrate, checkpoint]
+        return random.choice(([*calibrate, checkpoint], [*evaluate, checkpoint]))
     return random.choice(quick.get(place, ([*export, checkpoint], [*export, checkpoint], [*expand, checkpoint])))
 
 
 def vouch_for(path: Path) -> None:
     """Makes an artefact's description say of a damaged file that it is the right one, so that it is read at all."""
     description = path.parent / FILE_NAME
-    if path.name in (MODEL_NAME, WEIGHTS_NAME) and description.exists():
+    if path.name == FILE_NAME:
+        try:
+            values = json.loads(description.read_text())
+        except (OSError, ValueError, RecursionError):
+            return
+        if isinstance(values, dict):
+            values["content_sha256"] = content_sha256(values)
+            description.write_text(json.dumps(values))
+    elif path.name in (MODEL_NAME, WEIGHTS_NAME) and description.exists():
         values = json.loads(description.read_text())
         described = describe_file(path)
         for entry in values["files"]:
             if entry["name"] == path.name:
                 entry |= {"bytes": described.bytes, "sha256": described.sha256}
+        values["content_sha256"] = content_sha256(values)
         description.write_text(json.dumps(values))

@@ -5,10 +5,14 @@ DLO_TEST_FUZZ_CASES is how many cases of each kind are tried, DLO_TEST_FUZZ_SEED
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import multiprocessing
 import os
 import shutil
+import signal
 import stat
+import time
 from random import Random
 
 import pytest
@@ -22,9 +26,11 @@ from tests.fuzz.mutations import damage_place
 
 CASES = int(os.environ.get("DLO_TEST_FUZZ_CASES", "50"))
 FIRST_SEED = int(os.environ.get("DLO_TEST_FUZZ_SEED", "0"))
+# No command may hang for 20 s: neither compute so long, nor be blocked so long, on whatever it waits for. Time in which
+# it waits for a core counts as neither: that is the machine's load, and no fault of the command's.
+HANGING_SECONDS = 20
 # Of a process: far above what any of these tiny models takes, far below what a test machine has.
-LIMITS = {"cpu_seconds": 20, "memory_bytes": 12 * 2**30, "file_bytes": 64 * 2**20}
-BLOCKED_SECONDS = 60
+LIMITS = {"cpu_seconds": HANGING_SECONDS, "memory_bytes": 12 * 2**30, "file_bytes": 64 * 2**20}
 SCREEN_ROWS = 40
 
 
@@ -49,6 +55,24 @@ def test_commands_refuse_or_take_an_input_and_touch_nothing_else_when_it_is_dama
     assert not failures, "\n".join(failures)
     # Commands that are wrong in themselves, and damages that harm nothing, would show nothing.
     assert {DONE, BAD_INPUT} <= codes
+
+
+def compute():
+    end = time.process_time() + 1
+    while time.process_time() < end:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("work", "code"),
+    [(compute, 0), (functools.partial(time.sleep, 60), -signal.SIGKILL)],
+    ids=["computing", "sleeping"],
+)
+def test_process_is_ended_when_it_is_blocked_and_not_when_it_works(work, code):
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    forked_commands.join_unless_blocked(process, 0.5)
+    assert process.exitcode == code
 
 
 def run_case(kind, seed, originals, folder):
@@ -82,10 +106,7 @@ def run(arguments, folder):
     """Runs a command in the folder of a case; a negative exit code is the signal that ended it."""
     messages = folder / "messages"
     process = forked_commands.start(arguments, messages, working_folder=folder / "case", limits=LIMITS)
-    process.join(BLOCKED_SECONDS)
-    if process.is_alive():
-        process.kill()
-        process.join()
+    forked_commands.join_unless_blocked(process, HANGING_SECONDS)
     return forked_commands.ended(process, messages)
 
 

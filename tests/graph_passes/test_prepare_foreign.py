@@ -116,6 +116,22 @@ def test_functions_are_refused_when_one_calls_itself() -> None:
         InlineFunctionsPass()(model)
 
 
+@pytest.mark.parametrize("depth", [18, 64])
+def test_functions_are_refused_at_once_when_they_make_millions_of_nodes(depth: int) -> None:
+    doubling = "".join(
+        f"<domain: 'd', opset_import: ['' : 23, 'd' : 1]> f{i} (a) => (c) {{ b = d.f{i + 1} (a) c = d.f{i + 1} (b) }}\n"
+        for i in range(depth)
+    ).replace("'", '"')
+    last = f'<domain: "d", opset_import: ["" : 23]> f{depth} (a) => (c) {{ c = Neg (a) }}'
+    head = '<ir_version: 10, opset_import: ["" : 23, "d" : 1]>'
+    model = ir.from_onnx_text(
+        f"{head} g (float[2] x) => (float[2] y) {{ a = d.f0 (x) b = d.f0 (x) c = d.f0 (x) y = d.f0 (x) }}\n"
+        f"{doubling}{last}"
+    )
+    with pytest.raises(GraphPassError, match=f"functions make {4 * 2**depth} nodes, expected at most 1000000"):
+        InlineFunctionsPass()(model)
+
+
 @pytest.mark.parametrize(
     "pass_", [InlineFunctionsPass(), LiftConstantsPass(), RemoveUnusedPass()], ids=lambda pass_: type(pass_).__name__
 )

@@ -85,6 +85,15 @@ def test_routing_computes_in_float32_when_graph_is_float16() -> None:
     np.testing.assert_array_equal(masked[active.name], first_column[feeds["ids"]] > 0)
 
 
+@pytest.mark.parametrize("gap", [0.0, 2.0])
+def test_routing_refuses_when_the_scale_is_more_than_the_branch_s_type_holds(gap: float) -> None:
+    within, beyond = 2 * 65504.0 - gap, 2 * 65504.0 - gap + 64
+    RouteLayersPass({0: ROUTER}, True, within, gap)(_in_float16(ir.from_onnx_text(tiny_decoder())))
+    with pytest.raises(GraphPassError, match="layer 0: the rule scales its MLP by up to 65536, float16 ends at 65504"):
+        RouteLayersPass({0: ROUTER}, True, beyond, gap)(_in_float16(ir.from_onnx_text(tiny_decoder())))
+    RouteLayersPass({0: ROUTER}, True, beyond, gap)(ir.from_onnx_text(tiny_decoder()))
+
+
 def test_routing_reports_all_problems_when_routers_do_not_fit() -> None:
     with pytest.raises(GraphPassError) as error:
         RouteLayersPass({0: np.array([0, np.nan, 0]), 5: np.zeros(2)})(ir.from_onnx_text(tiny_decoder(opset=12)))

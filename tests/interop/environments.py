@@ -66,14 +66,14 @@ class Client:
         subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=NPM_FOLDER, check=True)
 
     def run(self, artefact: Path, **request: Any) -> dict[str, Any]:
-        """Lets it generate.
+        """Lets it generate, or tokenize where it does no more.
 
         Args:
             artefact: The folder.
             **request: `prompt` (text or token ids) and `new_tokens`.
 
         Returns:
-            What the script prints: `prompt` and `tokens`, ids.
+            What the script prints: `prompt` and `tokens`, ids; else what a tokenizer gives.
         """
         if self.requirements is not None:
             # -P: the scripts' folder is not searched for modules, or a script would hide the package of its name.
@@ -104,8 +104,11 @@ CLIENTS = {
         # The oldest version whose CPU provider has these operators and computes them right.
         Client("onnxruntime_least", REQUIREMENTS / "onnxruntime_least.txt"),
         Client("transformers_js", None),
+        # No PyTorch: it reads tokenizers, and runs nothing.
+        Client("transformers_4", REQUIREMENTS / "transformers_4.txt"),
     )
 }
+GENERATING = [name for name in CLIENTS if name != "transformers_4"]
 
 
 def main() -> None:

@@ -4,14 +4,20 @@ import pytest
 
 from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.exporter.artefact_runner import open_artefact
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.generation.tokenizer import Tokenizer
-from tests.interop.environments import CLIENTS
+from tests.interop.environments import CLIENTS, GENERATING
+from tests.tiny_gguf import save_tiny_gguf
+from tests.tiny_models import save_tiny_llama
+from tests.tiny_sentencepiece import VOCABULARY, gguf_metadata, train_sentencepiece
 
 pytestmark = pytest.mark.interop
 
 PROMPT = "The capital of France is"
 NEW_TOKENS = 24
+TEXTS = ("Hello world", "  naïve café — 日本語 🎉", "def f(x):\n    return x**2\n")
 
 
 @pytest.fixture(scope="module", params=["routed", "deepened", pytest.param("smollm2", marks=pytest.mark.smollm2)])
@@ -49,7 +55,7 @@ def client(name):
     return CLIENTS[name]
 
 
-@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize("name", GENERATING)
 def test_client_generates_the_runners_tokens_when_given_a_routed_artefact(name, artefact, prompt, expected):
     answer = client(name).run(artefact, prompt=prompt, new_tokens=NEW_TOKENS)
     assert answer["tokens"] == expected
@@ -66,6 +72,25 @@ def test_optimum_generates_the_runners_tokens_when_a_batch_is_left_padded(artefa
     answer = client("optimum").run(artefact, prompt=prompts, new_tokens=NEW_TOKENS)
     for row, wanted in zip(answer["tokens"], tokens_of(artefact, prompts), strict=True):
         assert row[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "llama-bpe", "sentencepiece"])
+def test_transformers_4_gives_the_graphs_inputs_when_the_tokenizer_is_written_from_gguf(kind, tmp_path):
+    artefact = gguf_artefact(kind, tmp_path)
+    for text in TEXTS:
+        answer = client("transformers_4").run(artefact, prompt=text)
+        assert answer["inputs"] == ["attention_mask", "input_ids"], "token_type_ids would be one too many"
+        assert answer["ids"] == Tokenizer(artefact).encode(text)
+
+
+def gguf_artefact(kind, folder):
+    """An artefact of a tiny GGUF file with a tokenizer of that kind."""
+    model = save_tiny_llama(folder / "model", vocab=VOCABULARY)
+    metadata = gguf_metadata(train_sentencepiece(folder)) if kind == "sentencepiece" else None
+    tokenizer = None if kind == "sentencepiece" else kind
+    file = save_tiny_gguf(model, folder / "model.gguf", metadata=metadata, tokenizer=tokenizer)
+    export_model(ExportRequest(str(file), folder / "artefact", parity=False), Reporter())
+    return folder / "artefact"
 
 
 def test_least_onnxruntime_is_the_version_the_documentation_names(routed_artefact):

@@ -23,7 +23,6 @@ from dlo_export.modeling.calibration.skip_labels import (
     protected_similarity,
 )
 from dlo_export.modeling.calibration.text import CalibrationTextError, Document, calibration_text, read_documents
-from dlo_export.modeling.perplexity import perplexity
 from tests.tiny_models import save_tiny_llama
 
 LAYERS, LENGTH = 6, 32
@@ -60,11 +59,6 @@ def test_calibration_is_refused_when_the_stream_is_longer_than_float32_can_tell(
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = 1e30
     with pytest.raises(CalibrationError, match="layer 1: the residual stream"):
         calibrate_routers(model, sequences[:8])
-
-
-def test_perplexity_is_infinite_when_float64_cannot_hold_it() -> None:
-    assert perplexity(7_100.0, 10) == float("inf")
-    assert perplexity(20.0, 10) == pytest.approx(7.389, rel=1e-3)
 
 
 def test_text_comes_from_different_documents_when_split() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dlo_export.checkpoints.files.folder_kind import FolderKind, folder_kind
 from tests.exporter.forked_commands import Ended, ended, run, start
 from tests.modeling.training_runs import log_of, save_chats, save_routed
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
@@ -67,6 +68,8 @@ def test_a_plain_model_is_trained_with_new_routers_or_without(
 ) -> None:
     result = train(place, "plain", tmp_path / "out", "--max-steps", 2, "--routers", routers)
     assert result.returncode == 0, result.stderr
+    assert folder_kind(tmp_path / "out") is FolderKind.TRAINED_CHECKPOINT
+    assert folder_kind(tmp_path / "out.run" / "checkpoint-2") is FolderKind.RUN_CHECKPOINT
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("is_dlo", False) == routed
     assert (config["dtype"], config["model_type"]) == ("float32", "llama_dlo_exattn" if routed else "llama")

@@ -17,6 +17,7 @@ from dlo_export.runtimes.artefact.description import (
     load_description,
     mean_active_rates,
     save_description,
+    verify_description,
 )
 from dlo_export.runtimes.artefact.files import verify_files
 from dlo_export.runtimes.artefact.name_ranges import collapse, expand
@@ -177,13 +178,18 @@ def test_description_is_read_or_refused_whatever_a_field_holds(folder: Path, hos
             load_description(folder)
         except ModelLoadError:
             refused += 1
+        else:
+            if changed != values:
+                with pytest.raises(ModelLoadError, match="was changed since it was written"):
+                    verify_description(folder)
     assert refused > 100
 
 
 def test_description_is_refused_when_a_field_is_missing(folder: Path) -> None:
     values = json.loads((folder / FILE_NAME).read_text())
     names = {field.name for field in dataclasses.fields(ArtefactDescription)}
-    assert names == values.keys()
+    assert [*values][-1] == "content_sha256", "which verify_description asks for"
+    assert names | {"content_sha256"} == values.keys()
     for name in names - {"format_version"}:
         (folder / FILE_NAME).write_text(json.dumps({key: value for key, value in values.items() if key != name}))
         assert f"{FILE_NAME}: {name} is missing" in refusal(folder)

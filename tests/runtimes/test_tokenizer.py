@@ -118,6 +118,16 @@ def test_tokenizer_loads_when_config_json_is_of_a_type_transformers_does_not_kno
     assert Tokenizer(tmp_path).decode(Tokenizer(tmp_path).encode("deep")) == "deep"
 
 
+def test_tokenizer_runs_no_code_of_its_folder_and_says_so_when_it_has_some(tmp_path: Path) -> None:
+    save_byte_tokenizer(tmp_path, BYTE_VOCABULARY)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | own))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(TokenizerError, match=r"custom code[\s\S]*hint: no code of a folder is run: remove auto_map"):
+        Tokenizer(tmp_path)
+
+
 def test_tokenizer_raises_when_files_are_missing_or_damaged(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"has no tokenizer.*tokenizer\.json"):
         Tokenizer(tmp_path)
