@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_ONNX
 from dlo_export.checkpoints.files.json_file import read_json
-from dlo_export.checkpoints.interface import parse_past
+from dlo_export.checkpoints.interface import layers_with, parse_past, past_active_name
 from dlo_export.exporter.artefact_description import interface
 from dlo_export.exporter.model_metadata import INJECTED_LAYERS
 from dlo_export.exporter.sources.foreign_graph import load_graph
@@ -115,6 +115,10 @@ def graph_problems(
     routed = tuple(sorted(role_values(model.graph, ROUTER_SCORES)))
     if routed != description.routed_layers:
         yield f"routing.layers are {list(description.routed_layers)}, {path.name} routes {list(routed)}"
+    remembering = layers_with((spec.name for spec in found.inputs), past_active_name("{i}"))
+    if description.routing is not None and (description.routing.kind == "layer") != bool(remembering):
+        states = f"{'' if remembering else 'no '}inputs {past_active_name('{i}')}"
+        yield f"routing.kind is {description.routing.kind}, {path.name} has {states}"
     injected = " ".join(str(layer.index) for layer in description.layers if layer.injected)
     if (noted := model.metadata_props.get(INJECTED_LAYERS, injected)) != injected:
         yield f"layers are marked as injected: {injected or 'none'}, {path.name} has {noted or 'none'}"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, load_adapter, save_adapter
+from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.llama_layer import parse_router
+from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.progress import Reporter
@@ -66,6 +69,30 @@ def test_commands_take_the_artefact_when_layers_are_skipped_whole(exported: Expo
     assert (run.returncode, "active, original layers:" in run.stderr) == (0, True), run.stderr
     bench = dlo("bench", exported.folder, "--prompt-tokens", "8", "--decode-tokens", "2", "--rounds", "1")
     assert bench.returncode == 0, bench.stderr
+
+
+@pytest.mark.parametrize("exported", ["auto"], indirect=True)
+def test_sequences_go_on_apart_when_they_were_forked_from_one(exported: ExportResult) -> None:
+    ids = np.random.default_rng(1).integers(3, 200, (2, 9))
+    ids[1, :6] = ids[0, :6]
+    mask, positions = np.ones_like(ids), np.tile(np.arange(9), (2, 1))
+    with open_artefact(exported.folder) as runner:
+        runner.reset(2)
+        expected = runner.step(ids, mask, positions).logits[:, 6:]
+        runner.reset(1)
+        runner.step(ids[:1, :6], mask[:1, :6], positions[:1, :6])
+        runner.fork(2)
+        found = runner.step(ids[:, 6:], mask, positions[:, 6:]).logits
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("exported", ["auto"], indirect=True)
+def test_artefact_is_refused_when_its_description_says_another_routing(exported: ExportResult, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported.folder, tmp_path / "edited")
+    text = (folder / "dlo_artifact.json").read_text()
+    (folder / "dlo_artifact.json").write_text(text.replace('"kind": "layer"', '"kind": "mlp"'))
+    with pytest.raises(InputError, match=r"routing\.kind is mlp, model\.onnx has inputs past_active\.\{i\}"):
+        open_description(folder)
 
 
 def _routed_adapter(base: Path, folder: Path) -> Path:
