@@ -34,7 +34,7 @@ from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, agreed_
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
-from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
+from dlo_export.modeling.from_tensors import llama_dlo_from_tensors, unfilled_llama_dlo
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
 from dlo_export.modeling.training.documents import TokenizedData, open_tokenizer, tokenize_records
 from dlo_export.modeling.training.errors import TrainingDataError, TrainingError
@@ -44,6 +44,7 @@ from dlo_export.modeling.training.records import Record, described_files, read_r
 from dlo_export.modeling.training.run import TrainingResult, train_model
 from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.modeling.training.sharding import receives_weights
 from dlo_export.modeling.training.trainer import StepReport
 
 _SEQUENCE = 1024
@@ -116,7 +117,9 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
             data = _packed(request, tokenizer, config, reporter)
         with reporter.stage("model"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UntrainedRoutersWarning)  # they are about to be trained
-            model = llama_dlo_from_tensors(config, tensors)
+            model = (
+                unfilled_llama_dlo(config, tensors) if receives_weights() else llama_dlo_from_tensors(config, tensors)
+            )
         description = _description(request, source, config)
         with _stop_between_steps() as should_stop:
             result = train_model(
@@ -131,10 +134,12 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
             )
             if result.stopped and result.is_main:
                 reporter.warn(f"stopped after step {result.step} of {result.steps}; go on with --resume")
+        if not result.stopped:
+            tensors = _trained_tensors(model, is_main=result.is_main)
         if not result.stopped and result.is_main:
             template = tokenizer.chat_template if lacks_template else None
             changes = _config_changes(source, config, request.settings)
-            _save(model, source, request, changes, description | {"result": report_json(result)}, template)
+            _save(tensors, source, request, changes, description | {"result": report_json(result)}, template)
         return result
     finally:
         source.close()
@@ -299,16 +304,23 @@ def _config_changes(source: ExportSource, config: Mapping[str, Any], settings: T
     }
 
 
+def _trained_tensors(model: LlamaDloForCausalLM, *, is_main: bool) -> dict[str, LazyTensor]:
+    """The weights in the main process; every other one has to hand over its shards, where it has some."""
+    tensors: dict[str, LazyTensor] = {}
+    for name, value in merged_state(model):
+        if is_main:
+            tensors[name] = ArrayTensor(value.cpu().numpy())
+    return tensors
+
+
 def _save(
-    model: LlamaDloForCausalLM,
+    tensors: Mapping[str, LazyTensor],
     source: ExportSource,
     request: TrainRequest,
     changes: Mapping[str, Any],
     description: Mapping[str, Any],
     chat_template: str | None,
 ) -> None:
-    tensors: dict[str, LazyTensor] = {name: ArrayTensor(value.cpu().numpy()) for name, value in merged_state(model)}
-
     def save_companions(folder: Path, config_changes: Mapping[str, Any]) -> None:
         source.base.save_companions(folder, config_changes)
         save_json(folder / DESCRIPTION_NAME, description)

@@ -57,7 +57,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
         offset, slope = branch_scale
         scale = None if (offset, slope) == (1.0, 0.0) else offset + slope * scores
         if select_tokens is not None:
-            active = select_tokens(self.self_attn.layer_idx, scores.detach())
+            active = select_tokens(scores.detach())
             return self._trained(hidden_states, scores, active, scale, **attention_kwargs)
         active = is_active(scores) if force_active is None else force_active
         tokens = MaskedTokens(active) if masked else ActiveTokens(active)

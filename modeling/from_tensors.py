@@ -76,6 +76,25 @@ def empty_llama_dlo(
     return model
 
 
+def unfilled_llama_dlo(config: Mapping[str, Any], names: Iterable[str]) -> LlamaDloForCausalLM:
+    """Builds the model in evaluation mode with whatever memory holds, for somebody else to fill.
+
+    Until then it takes next to no memory: the system gives pages to what is written, and nothing is.
+
+    Args:
+        config: Of config.json.
+        names: Of the tensors that are to become its parameters, in float32.
+
+    Raises:
+        ValueError: As `llama_dlo_from_tensors`.
+    """
+    model = empty_llama_dlo(config, names)
+    unfilled = {name: torch.empty(value.shape) for name, value in model.named_parameters()}
+    model.load_state_dict(unfilled, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
 def released_parameter(tensor: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
     """Reads a tensor into memory of its own, and gives back what reading took."""
     values = _to_torch(tensor.numpy(), dtype)

@@ -30,7 +30,7 @@ from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.modeling.active_cache import add_active_state
 from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
 from dlo_export.modeling.decoder_layer import ROUTED_LAYERS
-from dlo_export.modeling.routing import TokenRouter, TrainingRouting
+from dlo_export.modeling.routing import SelectTokens, TokenRouter, TrainingRouting
 
 
 class UntrainedRoutersWarning(UserWarning):
@@ -128,8 +128,8 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
             use_cache: Return a cache.
             force_active: Per layer, bool [batch, sequence]: decisions to use in place of the routers'.
             output_hidden_states: Return the residual stream before every layer, and the normalised one at the end.
-            kwargs: Passed on to the layers and their attention; `select_tokens` (see `RoutedDecoderLayer.forward`) is
-                training's decisions in place of the routers'.
+            kwargs: Passed on to the layers and their attention; but for `select_tokens`: by routed layer, training's
+                decision in place of the router's.
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`; `force_active` for a layer without router;
@@ -139,12 +139,13 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("LlamaDloModel: expected exactly one of input_ids and inputs_embeds")
         forced = dict(force_active or {})
+        selected: Mapping[int, SelectTokens] = kwargs.pop("select_tokens", None) or {}
         if unknown := sorted(forced.keys() - set(self.config.routed_layers)):
             raise ValueError(
                 f"LlamaDloModel: force_active names layers {unknown}, which are not routed"
                 f"\n\nhint: the routed layers are {list(self.config.routed_layers)}"
             )
-        if kwargs.get("select_tokens") is not None and past_key_values is not None and past_key_values.get_seq_length():
+        if selected and past_key_values is not None and past_key_values.get_seq_length():
             raise ValueError("LlamaDloModel: select_tokens is for training, which takes no cached tokens")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # As in transformers' Llama: a cache unless told otherwise, positions behind it, one mask and one pair of
@@ -180,6 +181,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
                 branch_scale=self.config.branch_scale,
                 force_active=forced.get(index),
                 masked=self.masked,
+                select_tokens=selected.get(index),
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
-SelectTokens = Callable[[int, torch.Tensor], torch.Tensor]
-"""Training's decision in place of the threshold's: of a layer and its scores, bool of the scores' shape."""
+SelectTokens = Callable[[torch.Tensor], torch.Tensor]
+"""Training's decision of a layer in place of the threshold's: of its scores, bool of their shape."""
 
 
 class TrainingRouting(NamedTuple):

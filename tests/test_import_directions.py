@@ -52,6 +52,7 @@ PACKAGES = {
     "tests": {
         *("gguf", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "pytest", "rich"),
         *(
+            "accelerate",
             "safetensors",
             "sentencepiece",
             "tensorrt_rtx",

@@ -71,6 +71,9 @@ def main(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
+    compile_layers: Annotated[
+        bool, typer.Option("--compile", help="Compile the layers: pays for long runs, needs a compiler.")
+    ] = False,
     lora_rank: Annotated[int, typer.Option(help="Of --mode lora.")] = 16,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 200,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints of the run.")] = 200,
@@ -111,6 +114,7 @@ def main(
         max_grad_norm=max_grad_norm,
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
+        compile=compile_layers,
         lora_rank=lora_rank,
         held_out=held_out_share,
         eval_every=eval_every,

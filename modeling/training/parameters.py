@@ -13,6 +13,7 @@ from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, parse_layer_tensor, 
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.modeling.training.sharding import whole
 
 _LORA_MARK = ".lora_"
 
@@ -63,7 +64,7 @@ def parameter_groups(model: LlamaDloForCausalLM, settings: TrainingSettings) -> 
 def merged_state(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
     """The trained weights under the names a checkpoint has, LoRA's products added to what they lie beside.
 
-    A tied head is left out.
+    A tied head is left out. Each process has to go through all of them where the model is sharded.
     """
     lora = {
         f"{name}.base_layer": module.get_delta_weight
@@ -74,9 +75,9 @@ def merged_state(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor
         if _LORA_MARK in name:
             continue
         module, _, kind = name.rpartition(".")
-        value = parameter.detach()
+        value = whole(parameter.detach())
         if module in lora and kind == "weight":
-            value = value + lora[module]("default").detach()
+            value = value + whole(lora[module]("default").detach())
         yield f"{module.removesuffix('.base_layer')}.{kind}", value
 
 

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InductorError
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from dlo_export.checkpoints.errors import MachineError
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.training.compilation import compile_layers
 from dlo_export.modeling.training.distillation import dense_teacher
 from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.parameters import choose_parameters
 from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.modeling.training.sharding import check_sharding
 from dlo_export.modeling.training.trainer import DloTrainer, HeldOut, StepReport
 
 
@@ -73,10 +77,13 @@ def train_model(
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise MachineError("training: PyTorch finds no CUDA device", hint="train with --device cpu")
+    check_sharding(settings)
     transformers_logging.disable_progress_bar()  # of its own, of each file it saves
     teacher = dense_teacher(model, settings.mode) if settings.distill_weight else None
     choose_parameters(model, settings)
-    arguments = _arguments(settings, folder.path)
+    if settings.compile:
+        compile_layers(model)
+    arguments = training_arguments(settings, folder.path)
     if arguments.process_index == 0:
         folder.begin(description, resume=resume)
     trainer = DloTrainer(
@@ -94,7 +101,13 @@ def train_model(
         from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: PLC0415
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(folder.path / "tensorboard"))))
-    trainer.train_from(folder.last_checkpoint() if resume else None)
+    try:
+        trainer.train_from(folder.last_checkpoint() if resume else None)
+    except (BackendCompilerFailed, InductorError) as err:
+        raise MachineError(
+            f"training: torch.compile failed: {str(err).splitlines()[0]}",
+            hint="it needs a C++ compiler, and Triton on a GPU; or train without --compile",
+        ) from err
     # A run that was resumed at its very end has nothing measured yet.
     measured = None if trainer.stopped else trainer.measured or trainer.measure()
     state = trainer.state
@@ -103,7 +116,13 @@ def train_model(
     )
 
 
-def _arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
+def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
+    """The settings in transformers' words.
+
+    Args:
+        settings: Of the run.
+        folder: Of the run.
+    """
     return TrainingArguments(
         output_dir=str(folder),
         use_cpu=settings.device == "cpu",

@@ -76,13 +76,15 @@ class RunFolder:
         self.check_place()
         file = self.path / DESCRIPTION_NAME
         if not resume:
-            if self.path.exists() and any(self.path.iterdir()):
+            partial = file.with_name(f"{DESCRIPTION_NAME}.partial")  # what a kill may have left
+            if self.path.exists() and {*self.path.iterdir()} - {partial}:
                 raise TrainingError(
                     f"{self.path}: holds a training run already",
                     hint="go on with it by --resume, or remove the folder to start anew",
                 )
             self.path.mkdir(parents=True, exist_ok=True)
-            save_json(file, description)
+            save_json(partial, description)
+            partial.replace(file)
             return
         if not file.is_file():
             raise TrainingError(f"{self.path}: holds no training run to resume", hint="start it without --resume")

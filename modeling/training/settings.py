@@ -61,6 +61,7 @@ class TrainingSettings:
         max_grad_norm: To which gradients are clipped.
         dtype: ``fp32``, or ``bf16``: by autocast, with weights and routers in fp32.
         gradient_checkpointing: Compute each layer twice instead of keeping its activations.
+        compile: Compile the layers by torch.compile, in training; evaluation runs them as they are.
         lora_rank: Of ``lora``'s matrices.
         held_out: Share of the documents kept for evaluation where no others are given.
         eval_every: Steps between evaluations.
@@ -91,6 +92,7 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     dtype: str = "fp32"
     gradient_checkpointing: bool = False
+    compile: bool = False
     lora_rank: int = 16
     held_out: float = 0.02
     eval_every: int = 200

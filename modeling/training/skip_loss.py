@@ -5,12 +5,10 @@ Tokens of padding count nowhere: `counted` is bool [batch, sequence], False for 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from transformers.utils.generic import maybe_autocast
 
 from dlo_export.modeling.routing import SelectTokens, TrainingRouting, is_active
@@ -36,22 +34,41 @@ class RouterLosses:
     selected: torch.Tensor
 
 
-def top_k_selection(capacities: Mapping[int, float], counted: torch.Tensor) -> SelectTokens:
+@dataclass(frozen=True)
+class TopKSelection:
+    """Activates a number of the highest scores, ties included.
+
+    The number is a tensor: it changes from step to step, and a compiled layer is compiled for all numbers at once.
+
+    Attributes:
+        counted: See above.
+        wanted: int64, 0-D.
+    """
+
+    counted: torch.Tensor
+    wanted: torch.Tensor
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        """Bool, of the scores' shape."""
+        candidates = scores.masked_fill(~self.counted, -1.0).flatten()
+        return scores >= candidates.sort(descending=True).values.gather(0, self.wanted.reshape(1) - 1)
+
+
+def top_k_selection(capacities: Mapping[int, float], counted: torch.Tensor) -> dict[int, SelectTokens]:
     """Activates in each layer the ceil(N·capacity) tokens with the highest scores, at least one, ties included."""
-    tokens = int(counted.sum())
-
-    def select(layer: int, scores: torch.Tensor) -> torch.Tensor:
-        wanted = max(1, math.ceil(tokens * min(1.0, capacities[layer])))
-        candidates = scores.masked_fill(~counted, -1.0).flatten()
-        lowest = candidates.kthvalue(candidates.numel() - wanted + 1).values
-        return scores >= lowest
-
-    return select
+    shares = torch.tensor([min(1.0, share) for share in capacities.values()], dtype=torch.float64)
+    wanted = (counted.sum() * shares.to(counted.device)).ceil().long().clamp(min=1)
+    return {layer: TopKSelection(counted, number) for layer, number in zip(capacities, wanted, strict=True)}
 
 
-def threshold_selection(_layer: int, scores: torch.Tensor) -> torch.Tensor:
-    """Activates what inference would."""
-    return is_active(scores)
+def threshold_selection(capacities: Mapping[int, float]) -> dict[int, SelectTokens]:
+    """Activates in each layer what inference would, and what a router scores that has learned nothing yet."""
+    return dict.fromkeys(capacities, _is_active_or_unknown)
+
+
+def _is_active_or_unknown(scores: torch.Tensor) -> torch.Tensor:
+    # All-zero routers score exactly 0.5. Inference skips that; training would begin without any MLP.
+    return is_active(scores) | (scores == 0.5)
 
 
 def skip_labels(
@@ -68,13 +85,13 @@ def skip_labels(
     """
     if kind == "self":
         return {layer: values.active & counted for layer, values in routing.items()}
-    similarities = {layer: values.similarity[counted] for layer, values in routing.items()}
+    similarity = torch.stack([values.similarity for values in routing.values()])
+    pools = similarity.masked_fill(~counted, torch.inf).flatten(1)  # padding comes after every cosine
+    tokens = counted.sum()
     if kind == "cos-global":
-        pooled = _lowest(torch.cat(list(similarities.values())), rate)
-        chosen = dict(zip(similarities, pooled.split([len(values) for values in similarities.values()]), strict=True))
-    else:
-        chosen = {layer: _lowest(values, rate) for layer, values in similarities.items()}
-    return {layer: torch.zeros_like(counted).masked_scatter(counted, labels) for layer, labels in chosen.items()}
+        pools, tokens = pools.reshape(1, -1), tokens * len(routing)
+    labels = _lowest(pools, tokens, rate).view_as(similarity)
+    return dict(zip(routing, labels, strict=True))
 
 
 def router_losses(
@@ -88,27 +105,37 @@ def router_losses(
         counted: See above.
         rate: Wanted share of active tokens.
     """
-    scores = torch.stack([values.scores[counted] for values in routing.values()])
-    targets = torch.stack([labels[layer][counted] for layer in routing])
+    scores = torch.stack([values.scores for values in routing.values()])  # [layers, batch, sequence]
+    targets = torch.stack([labels[layer] for layer in routing])
+    selected = torch.stack([values.active for values in routing.values()]) & counted
+    tokens = counted.sum()
+    every = tokens * len(routing)
     with maybe_autocast(scores.device.type, enabled=False):
-        skip = F.binary_cross_entropy(scores, targets.to(scores.dtype))
+        # Not F.binary_cross_entropy: a score that is no number stops the process there, on a GPU without a word.
+        likelihood = torch.where(targets, scores, 1 - scores).clamp(min=torch.finfo(scores.dtype).tiny)
+        skip = -(likelihood.log() * counted).sum() / every
         # Inference takes a step of the score. A penalty on the scores themselves leaves the steps where they are.
         hard = is_active(scores.detach()).to(scores.dtype)
-        penalty = ((hard + scores - scores.detach()).mean() - rate).square()
-    selected = torch.stack([values.active[counted] for values in routing.values()])
+        penalty = (((hard + scores - scores.detach()) * counted).sum() / every - rate).square()
     return RouterLosses(
         skip,
         penalty,
-        targets.double().mean(dim=1),
-        hard.double().mean(),
-        selected.double().mean(),
+        (targets & counted).sum(dim=(1, 2)).double() / tokens,
+        (hard * counted).sum().double() / every,
+        selected.sum().double() / every,
     )
 
 
-def _lowest(values: torch.Tensor, rate: float) -> torch.Tensor:
-    """Exactly ceil(count·rate) of the values are chosen, among equals the first: identity layers are full of them."""
+def _lowest(values: torch.Tensor, number: torch.Tensor, rate: float) -> torch.Tensor:
+    """Of each row exactly ceil(number·rate) are chosen, among equals the first: identity layers are full of them.
+
+    Args:
+        values: [rows, candidates], as many in each row as are not to be chosen at infinity.
+        number: int64, 0-D: of the others in a row.
+        rate: See above.
+    """
     # Beyond the precision of the product, so that 10·0.9 is 9 and not 10.
-    count = min(len(values), math.ceil(len(values) * rate - 1e-9))
-    chosen = torch.zeros_like(values, dtype=torch.bool)
-    chosen[values.argsort(stable=True)[:count]] = True
-    return chosen
+    count = (number.double() * rate - 1e-9).ceil()
+    order = values.argsort(dim=-1, stable=True)
+    first = (torch.arange(values.shape[-1], device=values.device) < count).expand_as(order)
+    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order, first)

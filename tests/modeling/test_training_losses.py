@@ -6,7 +6,7 @@ import torch
 from dlo_export.modeling.routing import TrainingRouting
 from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.settings import TrainingSettings
-from dlo_export.modeling.training.skip_loss import router_losses, skip_labels, top_k_selection
+from dlo_export.modeling.training.skip_loss import router_losses, skip_labels, threshold_selection, top_k_selection
 
 COUNTED = torch.tensor([[True, True, True, True, False], [True, True, True, False, False]])
 
@@ -24,13 +24,18 @@ def routing(*layers: int, seed: int = 0) -> dict[int, TrainingRouting]:
 def test_top_k_takes_the_highest_scores_of_real_tokens() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.3, 0.8, 1.0], [0.2, 0.4, 0.7, 1.0, 1.0]])
     select = top_k_selection({3: 0.5, 4: 0.01, 5: 1.0}, COUNTED)
-    assert (select(3, scores) & COUNTED).nonzero().tolist() == [[0, 1], [0, 3], [1, 1], [1, 2]]  # ceil(7 · 0.5)
-    assert (select(4, scores) & COUNTED).nonzero().tolist() == [[0, 1]]
-    assert (select(5, scores) & COUNTED).equal(COUNTED)
+    assert (select[3](scores) & COUNTED).nonzero().tolist() == [[0, 1], [0, 3], [1, 1], [1, 2]]  # ceil(7 · 0.5)
+    assert (select[4](scores) & COUNTED).nonzero().tolist() == [[0, 1]]
+    assert (select[5](scores) & COUNTED).equal(COUNTED)
 
 
 def test_top_k_takes_all_equals_when_they_tie() -> None:
-    assert top_k_selection({0: 0.2}, COUNTED)(0, torch.full((2, 5), 0.5)).masked_select(COUNTED).all()
+    assert top_k_selection({0: 0.2}, COUNTED)[0](torch.full((2, 5), 0.5)).masked_select(COUNTED).all()
+
+
+def test_threshold_takes_what_inference_takes_and_what_a_new_router_scores() -> None:
+    scores = torch.tensor([[0.4, 0.5, 0.5000001, 0.9]])
+    assert threshold_selection({3: 0.5})[3](scores).tolist() == [[False, True, True, True]]
 
 
 @pytest.mark.parametrize(("rate", "count"), [(0.5, 7), (0.9, 13), (1.0, 14), (0.01, 1)])
