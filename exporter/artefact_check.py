@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_ONNX
 from dlo_export.checkpoints.files.json_file import read_json
-from dlo_export.checkpoints.interface import parse_past
+from dlo_export.checkpoints.interface import layers_with, parse_past, past_active_name
 from dlo_export.checkpoints.router_thresholds import ONE_HALF, thresholds_json
 from dlo_export.exporter.artefact_description import interface
 from dlo_export.exporter.model_metadata import INJECTED_LAYERS
@@ -121,6 +121,10 @@ def graph_problems(
     if (compared := compared_thresholds(model.graph)) != dict(description.router_thresholds):
         said = thresholds_json(description.router_thresholds)
         yield f"routing.router_thresholds are {said}, {path.name} compares with {thresholds_json(compared)}"
+    remembering = layers_with((spec.name for spec in found.inputs), past_active_name("{i}"))
+    if description.routing is not None and (description.routing.kind == "layer") != bool(remembering):
+        states = f"{'' if remembering else 'no '}inputs {past_active_name('{i}')}"
+        yield f"routing.kind is {description.routing.kind}, {path.name} has {states}"
     injected = " ".join(str(layer.index) for layer in description.layers if layer.injected)
     if (noted := model.metadata_props.get(INJECTED_LAYERS, injected)) != injected:
         yield f"layers are marked as injected: {injected or 'none'}, {path.name} has {noted or 'none'}"

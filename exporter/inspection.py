@@ -166,7 +166,9 @@ def _is_identity(layer: DecoderLayer) -> bool | None:
 def _bytes_by_part(graph: ir.Graph, layers: tuple[DecoderLayer, ...]) -> dict[str, int]:
     routers = set(_routers(graph))
     parts: dict[str, dict[str, int]] = {
-        "attention": _weight_bytes(graph, [node for layer in layers for node in layer.attention.nodes]),
+        "attention": _weight_bytes(
+            graph, [node for layer in layers for node in layer.attention.nodes if node not in routers]
+        ),
         "mlp": _weight_bytes(graph, [node for layer in layers for node in layer.mlp.nodes if node not in routers]),
         "routers": _weight_bytes(graph, routers),
     }

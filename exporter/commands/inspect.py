@@ -13,9 +13,16 @@ if TYPE_CHECKING:
 NAME = "inspect"
 
 _SAVED = {
-    "nothing": "nothing: its MLP is computed and masked",
-    "tokens": "its part of the MLP",
-    "steps": "the MLP, in steps without an active token",
+    "mlp": {
+        "nothing": "nothing: its MLP is computed and masked",
+        "tokens": "its part of the MLP",
+        "steps": "the MLP, in steps without an active token",
+    },
+    "layer": {
+        "nothing": "nothing: the layer is computed and masked",
+        "tokens": "its part of the layer's projections and MLP",
+        "steps": "the layer, in steps without an active token",
+    },
 }
 
 
@@ -57,7 +64,9 @@ def _print_tables(inspection: Inspection) -> None:
             f"parity {description.parity.verdict} (parity.json: {inspection.parity_report or 'not there'})"
         )
     if inspection.skips is not None:
-        tell(f"a token that skips a layer saves {_SAVED[inspection.skips]}")
+        assert description is not None, "or nothing would say what is skipped"
+        assert description.routing is not None, "or nothing would be skipped"
+        tell(f"a token that skips a layer saves {_SAVED[description.routing.kind][inspection.skips]}")
     if inspection.untrained_routers:
         assert description is not None, "or no router could be named"
         assert description.routing is not None, "or no router could be named"

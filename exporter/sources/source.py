@@ -64,6 +64,11 @@ class ExportSource:
         return None if refusal is None else f"{self.base.path.name} {refusal.reason}"
 
     @property
+    def remembers_activity(self) -> bool:
+        """Whether its graph has a state beside the KV cache: which cached tokens were active in a layer."""
+        return self.routing is not None and self.routing.kind == "layer"
+
+    @property
     def injected_layers(self) -> tuple[InjectedLayer, ...]:
         """All that are not the first model's, in the order of their positions; sources count in the first model."""
         if self.adapter is None:

@@ -67,9 +67,17 @@ def expected_active(checkpoint: Path, ids: np.ndarray) -> dict[int, np.ndarray]:
 
 
 @pytest.mark.parametrize("lowering", ["masked", "compact", "if"])
-def test_parity_passes_when_exported_as(checkpoint: Path, tmp_path: Path, lowering: str) -> None:
+@pytest.mark.parametrize("kind", ["mlp", "layer"])
+def test_parity_passes_when_exported_as(checkpoint: Path, tmp_path: Path, kind: str, lowering: str) -> None:
+    if kind == "layer":
+        checkpoint = save_tiny_llama(
+            tmp_path / "model", layers=4, routed=ROUTED, thresholds=THRESHOLDS, model_type="llama_dlo"
+        )
     result = export_model(ExportRequest(str(checkpoint), tmp_path / "out", lowering=lowering), Reporter())
     assert result.description.parity.verdict == "PASS"
+    assert result.description.routing is not None
+    assert result.description.routing.kind == kind
+    assert len(result.description.router_thresholds) == 2
 
 
 def test_parity_passes_for_tensorrts_graphs(checkpoint: Path, artefact: Path) -> None:

@@ -77,6 +77,7 @@ def test_cache_tensors_are_one_entry_in_the_file(folder: Path) -> None:
         ["input_ids", "past_key_values.0.key", "past_key_values.0.value", "past_key_values.1.key"],
         ["past_key_values.3.key", "past_key_values.3.value", "past_key_values.4.key", "past_key_values.4.value"],
         ["past_key_values.0.value", "past_key_values.0.key", "present.0.key", "present.0.value", "present.2.key"],
+        ["past_active.0", "past_active.2", "past_active.3", "past_active.4", "present_active.0", "present_active.1"],
         [],
     ],
 )
