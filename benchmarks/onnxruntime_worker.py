@@ -16,9 +16,7 @@ from dlo_export.checkpoints.interface import (
     LOGITS,
     POSITION_IDS,
     continuation_of,
-    parse_past,
-    parse_present,
-    past_name,
+    is_state_input,
 )
 from dlo_export.plugins.ort_registration import register_library
 
@@ -27,7 +25,8 @@ class DecoderStep:
     """One step with everything bound: feeds, cache, and buffers for the new cache, as `OnnxRuntimeRunner` binds them.
 
     Args:
-        graph: A .onnx with the graph interface optimum and onnxruntime-genai use, beside its genai_config.json.
+        graph: A .onnx with the graph interface optimum and onnxruntime-genai use; beside its genai_config.json where it
+            does not say itself how large its cache is.
         tokens: int64 [1, past + sequence]; the first `past` fill the cache with a step of their own.
         sequence: Tokens of the step.
         threads: Of the session.
@@ -54,7 +53,8 @@ class DecoderStep:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
-        self.cache_names = [name for name in self.inputs if parse_past(name) is not None]
+        self.cache_names = [name for name in self.inputs if is_state_input(name)]
+        self.past_of = {continuation_of(name): name for name in self.cache_names}
         past = tokens.shape[1] - sequence
         self.cache = self._empty_cache(tokens.shape[1] if shared_cache else 0)
         self.shared_cache = shared_cache
@@ -79,10 +79,24 @@ class DecoderStep:
         return [value.name for value in self.session.get_outputs()]
 
     def _empty_cache(self, length: int) -> dict[str, ort.OrtValue]:
+        return {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(self._shape(name, length), self._dtype(name)))
+            for name in self.cache_names
+        }
+
+    def _shape(self, name: str, length: int) -> tuple[int, ...]:
+        """Of a state of so many tokens: keys and values, or which tokens were active in a layer."""
+        dims = self.inputs[name].shape
+        if len(dims) == 2:
+            return 1, length
+        if isinstance(dims[1], int):
+            return 1, dims[1], length, dims[3]
         # onnxruntime-genai's own graphs name all dimensions of the cache; the file beside them has the numbers.
         decoder = json.loads((self.graph.parent / "genai_config.json").read_text())["model"]["decoder"]
-        shape = (1, decoder["num_key_value_heads"], length, decoder["head_size"])
-        return {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in self.cache_names}
+        return 1, decoder["num_key_value_heads"], length, decoder["head_size"]
+
+    def _dtype(self, name: str) -> type[np.generic]:
+        return np.bool_ if self.inputs[name].type == "tensor(bool)" else np.float32
 
     def _bind(self, tokens: np.ndarray, past: int) -> ort.IOBinding:
         total = past + tokens.shape[1]
@@ -98,15 +112,15 @@ class DecoderStep:
         for name in self.cache_names:
             binding.bind_ortvalue_input(name, self.cache[name])
         for name in self._output_names():
-            present = parse_present(name)
-            if present is None:
+            past_name = self.past_of.get(name)
+            if past_name is None:
                 binding.bind_output(name)
                 continue
-            cache = self.cache[past_name(present.layer, present.part)]
+            cache = self.cache[past_name]
             if not self.shared_cache:
-                batch, heads, _, head_dim = cache.shape()
                 # Memory of ONNX Runtime's own: it outlives the binding, as long as a next step reads it.
-                cache = ort.OrtValue.ortvalue_from_shape_and_type((batch, heads, total, head_dim), np.float32)
+                shape, dtype = self._shape(past_name, total), self._dtype(past_name)
+                cache = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype)
             binding.bind_ortvalue_output(name, cache)
         return binding
 

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
+from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import router_name
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 
@@ -36,16 +38,21 @@ def tokens_active(rate: float, layers: int, tokens: int, seed: int = 0) -> np.nd
     return ranks < round(rate * tokens)
 
 
-def routable_model(config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> LlamaDloForCausalLM:
+def routable_model(
+    config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], routing: RoutingKind = "mlp"
+) -> LlamaDloForCausalLM:
     """The PyTorch model with a router on every layer, still to be fitted.
 
     Args:
         config: A plain Llama's.
         tensors: Its weights under Hugging Face names.
+        routing: What a token skips.
     """
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     unfitted = {router_name(layer): ArrayTensor(np.ones((1, hidden), np.float32)) for layer in range(layers)}
-    return llama_dlo_from_tensors({**config, "is_dlo": True}, {**tensors, **unfitted})
+    return llama_dlo_from_tensors(
+        {**config, **routed_config([True] * layers, routing=routing)}, {**tensors, **unfitted}
+    )
 
 
 def fit_routers(model: LlamaDloForCausalLM, tokens: np.ndarray, wanted: np.ndarray) -> None:
@@ -91,5 +98,7 @@ def router_tensors(model: LlamaDloForCausalLM) -> dict[str, LazyTensor]:
 def save_routers(model: LlamaDloForCausalLM, folder: Path) -> Path:
     """Writes the routers as an adapter for the plain checkpoint."""
     routers = router_tensors(model)
-    save_adapter(DloAdapter("mlp", is_dlo=(True,) * len(routers), tensors=routers), folder, overwrite=True)
+    save_adapter(
+        DloAdapter(model.config.routing, is_dlo=(True,) * len(routers), tensors=routers), folder, overwrite=True
+    )
     return folder

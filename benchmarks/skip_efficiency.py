@@ -1,11 +1,11 @@
 """How much of the work that routing skips is time saved.
 
 Efficiency = (T_dense / T − 1) / (T_dense / T_ideal − 1). T_ideal lies on the line between the dense artefact and the
-routed one that skips every MLP, at the measured active rate. Decode is one token of batch 1 behind 128 tokens; prefill
-is 128 tokens. Routers are part of the graph and decide by themselves; their weights were fitted so that they decide as
-a pattern wants (benchmarks/routing.py):
+routed one that skips every MLP (with `--routing layer`, every layer), at the measured active rate. Decode is one token
+of batch 1 behind 128 tokens; prefill is 128 tokens. Routers are part of the graph and decide by themselves; their
+weights were fitted so that they decide as a pattern wants (benchmarks/routing.py):
 
-* layers: that share of the layers runs its MLP, for all tokens (in decode there is one);
+* layers: that share of the layers runs, for all tokens (in decode there is one);
 * tokens: in every layer, that share of the tokens, chosen at random.
 
 What the second pattern loses is mostly not overhead: a MatMul on half of the rows takes more than half of the time,
@@ -18,6 +18,8 @@ benchmarks/workers.py.
 
     python -m benchmarks.skip_efficiency smollm2
     python -m benchmarks.skip_efficiency h2048
+    python -m benchmarks.skip_efficiency smollm2 --routing layer
+    python -m benchmarks.skip_efficiency smollm2 --routing layer --lowering if --phase decode
 
 `h2048` is a random model of hidden size 2048, intermediate size 8192 and 8 layers; it takes 6 GB of disk and 9 of
 memory.
@@ -36,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.kernel_profile import mlp_matmul_seconds
+from benchmarks.kernel_profile import matmul_seconds
 from benchmarks.measure import Samples, print_report, versions
 from benchmarks.random_llama import H2048, random_llama_folder
 from benchmarks.routed_artefact import active_rate, export, with_routers_of
@@ -44,11 +46,14 @@ from benchmarks.routing import fit_routers, layers_active, routable_model, save_
 from benchmarks.smollm2 import distinct_tokens, smollm2_folder
 from benchmarks.workers import Worker, alternate_workers
 from benchmarks.workspace import WORKSPACE
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind
 from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.graph_passes.lowerings.registry import lowering_names
 
 PROMPT = 128
 RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
-BARS = {"smollm2": 0.75, "h2048": 0.85}
+PHASES = ("decode", "prefill")
+BARS = {"mlp": {"smollm2": 0.75, "h2048": 0.85}, "layer": {"smollm2": 0.8, "h2048": 0.8}}
 TITLES = {"smollm2": "SmolLM2-135M", "h2048": "H=2048, I=8192, 8 layers, random weights"}
 
 
@@ -62,7 +67,7 @@ class Case:
         graph: Routed accordingly.
         tokens: .npy of the step and of what is before it.
         sequence: Tokens of the step.
-        rate: Measured share of active MLPs.
+        rate: Measured share of active pairs of token and layer.
     """
 
     phase: str
@@ -71,6 +76,25 @@ class Case:
     tokens: Path
     sequence: int
     rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        model: A key of TITLES.
+        routing: What a token skips.
+        lowering: Of the routed graphs.
+        phases: Of PHASES.
+        threads: Of ONNX Runtime.
+    """
+
+    model: str
+    routing: RoutingKind
+    lowering: str
+    phases: tuple[str, ...]
+    threads: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,21 +120,23 @@ EFFORTS = {
 }
 
 
-def make_cases(model_folder: Path, folder: Path) -> tuple[Path, list[Case]]:
+def make_cases(subject: Subject, model_folder: Path, folder: Path) -> tuple[Path, list[Case]]:
     """Exports the dense artefact and the routed one, and writes a variant per case; returns the dense graph first."""
     with open_checkpoint(str(model_folder)) as checkpoint:
-        model = routable_model(checkpoint.config.raw, checkpoint.tensors)
+        model = routable_model(checkpoint.config.raw, checkpoint.tensors, subject.routing)
         layers, vocabulary = checkpoint.config.num_layers, checkpoint.config.vocab_size
     tokens = distinct_tokens(PROMPT + 1, vocabulary)
     files = {"decode": folder / "decode.npy", "prefill": folder / "prefill.npy"}
     np.save(files["decode"], tokens)
     np.save(files["prefill"], tokens[:, :PROMPT])
     dense = export(model_folder, folder / "dense")
-    routed = export(model_folder, folder / "routed", save_routers(model, folder / "adapter"))
+    routed = export(model_folder, folder / "routed", save_routers(model, folder / "adapter"), subject.lowering)
     patterns = {"layers": layers_active, "tokens": tokens_active}
     wanted = [("decode", "layers", rate) for rate in RATES] + [("prefill", "tokens", rate) for rate in RATES]
     cases = []
     for phase, pattern, rate in [*wanted, ("prefill", "layers", 0.5)]:
+        if phase not in subject.phases:
+            continue
         graph = routed.with_name(f"{pattern}-{rate:.2f}.onnx")
         if not graph.exists():
             fit_routers(model, tokens, patterns[pattern](rate, layers, PROMPT + 1))
@@ -121,15 +147,16 @@ def make_cases(model_folder: Path, folder: Path) -> tuple[Path, list[Case]]:
     return dense, cases
 
 
-def rows_of(cases: list[Case], dense: Path, effort: Effort, threads: int) -> Iterator[dict[str, Any]]:
+def rows_of(subject: Subject, cases: list[Case], dense: Path) -> Iterator[dict[str, Any]]:
     """Measures the cases, each against the dense artefact and the all-skipped one of its phase."""
+    effort = EFFORTS[subject.model]
     nothing = {case.phase: case for case in cases if case.rate == 0}
     for case in cases:
         graphs = {"dense": dense, "none": nothing[case.phase].graph, "routed": case.graph}
         if case.rate == 0:
             del graphs["routed"]
         start: dict[str, Callable[[], Worker]] = {
-            name: functools.partial(_worker, graph, case, threads) for name, graph in graphs.items()
+            name: functools.partial(_worker, graph, case, subject.threads) for name, graph in graphs.items()
         }
         times = alternate_workers(
             start,
@@ -143,7 +170,7 @@ def rows_of(cases: list[Case], dense: Path, effort: Effort, threads: int) -> Ite
         if 0 < case.rate < 1:
             ideal = Samples(none.values + case.rate * (dense_time.values - none.values))
             row["efficiency"] = _efficiency(dense_time, routed, ideal)
-            slower_matmuls = Samples(ideal.values + _lost_in_matmul(case, dense, threads))
+            slower_matmuls = Samples(ideal.values + _lost_in_matmul(subject, case, dense))
             row["matmul_bound"] = _efficiency(dense_time, slower_matmuls, ideal).median
         yield row
 
@@ -152,11 +179,11 @@ def _efficiency(dense: Samples, routed: Samples, ideal: Samples) -> Samples:
     return Samples((dense.values / routed.values - 1) / (dense.values / ideal.values - 1))
 
 
-def _lost_in_matmul(case: Case, dense: Path, threads: int) -> float:
-    """Milliseconds that the MLPs' MatMuls take beyond their share of rows."""
-    tokens = np.load(case.tokens)
-    all_rows = mlp_matmul_seconds(dense, tokens, case.sequence, threads)
-    some_rows = mlp_matmul_seconds(case.graph, tokens, case.sequence, threads)
+def _lost_in_matmul(subject: Subject, case: Case, dense: Path) -> float:
+    """Milliseconds that the routed blocks' MatMuls take beyond their share of rows."""
+    tokens, blocks = np.load(case.tokens), ROUTED_BLOCKS[subject.routing]
+    all_rows = matmul_seconds(blocks, dense, tokens, case.sequence, subject.threads)
+    some_rows = matmul_seconds(blocks, case.graph, tokens, case.sequence, subject.threads)
     return (some_rows - case.rate * all_rows) * 1e3
 
 
@@ -167,21 +194,29 @@ def _worker(graph: Path, case: Case, threads: int) -> Worker:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=sorted(BARS))
+    parser.add_argument("model", choices=sorted(TITLES))
+    parser.add_argument("--routing", choices=sorted(BARS), default="mlp")
+    parser.add_argument("--lowering", choices=("auto", *lowering_names("onnxruntime-cpu")), default="auto")
+    parser.add_argument("--phase", choices=PHASES, help="Measure one only.")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
+    phases = PHASES if given.phase is None else (given.phase,)
+    subject = Subject(given.model, given.routing, given.lowering, phases, given.threads)
     folder = smollm2_folder() if given.model == "smollm2" else random_llama_folder("random-h2048", H2048)
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        dense, cases = make_cases(folder, Path(temporary))
-        rows = list(rows_of(cases, dense, EFFORTS[given.model], given.threads))
+        dense, cases = make_cases(subject, folder, Path(temporary))
+        rows = list(rows_of(subject, cases, dense))
     print_report(
-        f"Skip efficiency, {TITLES[given.model]}, fp32, {given.threads} threads",
+        f"Skip efficiency, {TITLES[given.model]}, {given.routing} routing, lowering {given.lowering}, fp32, "
+        f"{given.threads} threads",
         ["phase", "active", "dense, ms", "routed, ms", "speed-up", "efficiency", "bar", "MatMul's bound"],
-        [_cells(row, BARS[given.model]) for row in rows],
+        [_cells(row, BARS[given.routing][given.model]) for row in rows],
         {
             "dtype": "float32",
             "batch": 1,
             "prompt": PROMPT,
+            "routing": given.routing,
+            "lowering": given.lowering,
             "effort": dataclasses.asdict(EFFORTS[given.model]),
             "warm_up": EFFORTS[given.model].settle,
             "rows": [_record(row) for row in rows],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from dlo_export.checkpoints.llama_layer import (
     layer_tensor_name,
     router_name,
 )
-from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, routed_type
+from dlo_export.checkpoints.model_types import MODEL_TYPES, ModelType, RoutingKind, routed_type
 from dlo_export.checkpoints.rope import RopeConfig, rope_of_fields
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
+from dlo_export.checkpoints.router_thresholds import read_thresholds, threshold_problems, thresholds_json
 
 __all__ = ["LlamaConfig", "RopeConfig", "RoutingConfig"]
 
@@ -40,8 +42,8 @@ _EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_lo
 class RoutingConfig:
     """Which layers decide per token whether to run, and by what rule.
 
-    A token is active in a routed layer iff sigmoid(router · layer input) > 0.5; an active token's MLP branch is
-    multiplied by 0.5·scale_factor + (score - 0.5)·scale_gap (DLO, arXiv 2407.11030).
+    A token is active in a routed layer iff sigmoid(router · layer input) exceeds the layer's threshold; an active
+    token's MLP branch is multiplied by 0.5·scale_factor + (score - 0.5)·scale_gap (DLO, arXiv 2407.11030).
 
     Attributes:
         kind: "mlp" skips the MLP branch, "layer" skips attention too.
@@ -49,6 +51,7 @@ class RoutingConfig:
         rescale: Whether the branch is multiplied at all.
         scale_factor: 2.0 where rescale is False: the multiplier is then 1.
         scale_gap: 0.0 where rescale is False.
+        thresholds: By routed layer, where it is not 0.5; float32 numbers.
     """
 
     kind: RoutingKind
@@ -56,15 +59,17 @@ class RoutingConfig:
     rescale: bool
     scale_factor: float
     scale_gap: float
+    thresholds: Mapping[int, float] = field(default_factory=dict)
 
     def values(self, num_layers: int) -> dict[str, Any]:
-        """The keys of a config.json that say so, in the DLO authors' words."""
+        """The keys of a config.json that say so, in the DLO authors' words as far as they have any."""
         return {
-            "model_type": routed_type(self.kind).name,
+            "model_type": routed_type(self.kind, thresholds=bool(self.thresholds)).name,
             "is_dlo": [layer in self.layers for layer in range(num_layers)],
             "rescale_hidden_states": self.rescale,
             "scale_factor": self.scale_factor,
             "scale_gap": self.scale_gap,
+            **({THRESHOLDS: thresholds_json(self.thresholds)} if self.thresholds else {}),
         }
 
 
@@ -163,7 +168,7 @@ class LlamaConfig:
             pad_token_id=_pad_token(fields, vocab_size),
             initializer_range=fields.number("initializer_range", default=0.02, least=0),
             dtype=_dtype(values),
-            routing=_routing(fields, kind.routing, num_layers),
+            routing=_routing(fields, kind, num_layers),
             model_type=model_type,
             raw=kind.as_llama(fields.values),
         )
@@ -281,8 +286,10 @@ def _head_dim(fields: JsonFields, hidden_size: int, num_heads: int) -> int:
     return head_dim
 
 
-def _routing(fields: JsonFields, kind: RoutingKind | None, num_layers: int) -> RoutingConfig | None:
+def _routing(fields: JsonFields, model_type: ModelType, num_layers: int) -> RoutingConfig | None:
+    kind = model_type.routing
     layers = _routed_layers(fields, num_layers, optional=kind is None)
+    thresholds = _thresholds(fields, model_type, layers)
     if not layers:
         return None
     if kind is None:
@@ -291,10 +298,30 @@ def _routing(fields: JsonFields, kind: RoutingKind | None, num_layers: int) -> R
         return None
     # No defaults here: the authors' code has four contradicting sets of them, and a wrong one changes every output.
     if not fields.flag("rescale_hidden_states"):
-        return RoutingConfig(kind, layers, rescale=False, scale_factor=2.0, scale_gap=0.0)
+        return RoutingConfig(kind, layers, rescale=False, scale_factor=2.0, scale_gap=0.0, thresholds=thresholds)
     return RoutingConfig(
-        kind, layers, rescale=True, scale_factor=fields.number("scale_factor"), scale_gap=fields.number("scale_gap")
+        kind,
+        layers,
+        rescale=True,
+        scale_factor=fields.number("scale_factor"),
+        scale_gap=fields.number("scale_gap"),
+        thresholds=thresholds,
     )
+
+
+def _thresholds(fields: JsonFields, model_type: ModelType, layers: tuple[int, ...]) -> dict[int, float]:
+    entries = fields.values.get(THRESHOLDS)
+    problems = threshold_problems(entries, layers if fields.are_valid("is_dlo", "num_hidden_layers") else None)
+    fields.problems += problems
+    if problems or not entries:
+        return {}
+    if model_type.routing is not None and not model_type.thresholds:
+        expected = routed_type(model_type.routing, thresholds=True).name
+        fields.problem(
+            THRESHOLDS, f"is set, but readers of a {model_type.name} look for none: expected model_type {expected!r}"
+        )
+        return {}
+    return read_thresholds(entries)
 
 
 def _routed_layers(fields: JsonFields, num_layers: int, *, optional: bool) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ or reads a graph's interface, in whatever runtime, takes the names from here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 INPUT_IDS = "input_ids"
@@ -85,6 +85,17 @@ def continuation_of(past: str) -> str:
     if layer is None:
         raise ValueError(f"{past}: is no state input")
     return present_active_name(layer)
+
+
+def renumbered_name(name: str, numbers: Mapping[int, int]) -> str | None:
+    """A state's name with its layer's new number, the old one where `numbers` has none; None for every other name."""
+    for parse, name_of in ((parse_past, past_name), (parse_present, present_name)):
+        if (cache := parse(name)) is not None:
+            return name_of(numbers.get(cache.layer, cache.layer), cache.part)
+    for active_name in (past_active_name, present_active_name):
+        if (layer := _layer_of(active_name(""), name)) is not None:
+            return active_name(numbers.get(layer, layer))
+    return None
 
 
 def router_scores_name(layer: int | str) -> str:

@@ -31,6 +31,8 @@ class ModelType:
         architecture: Of the routed types: our PyTorch class for it, which config.json names.
         window: The field that puts a sliding window in force: a `sliding_window` that is not null; a `layer_types` that
             is not full attention for every layer; a `sliding_window` unless `use_sliding_window` is false.
+        thresholds: Whether its routers may have thresholds of their own (`router_thresholds`). The authors' types have
+            none, and readers that know them would not look for any: the types of models that have are others.
         defaults: Of fields that are left out, where they differ from Llama's.
         unread: Fields of a Llama that this type's code does not read, whatever they say.
     """
@@ -38,6 +40,7 @@ class ModelType:
     name: str
     routing: RoutingKind | None = None
     architecture: str | None = None
+    thresholds: bool = False
     window: WindowRule = "use_sliding_window"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
@@ -96,13 +99,31 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         ModelType("llama_dlo_exattn", routing="mlp", architecture="LlamaDloForCausalLM"),
         ModelType("mistral", window="sliding_window", defaults=_MISTRAL, unread=_NO_BIASES),
         ModelType("ministral", window="layer_types", defaults=_MISTRAL, unread=_NO_BIASES),
+        # Ours: the authors' with thresholds, refused by readers that would take one half for all of them.
+        ModelType(
+            "llama_dlo_thresholds",
+            routing="layer",
+            architecture="LlamaDloLayerThresholdsForCausalLM",
+            thresholds=True,
+        ),
+        ModelType(
+            "llama_dlo_exattn_thresholds",
+            routing="mlp",
+            architecture="LlamaDloThresholdsForCausalLM",
+            thresholds=True,
+        ),
     )
 }
 
 
-def routed_type(routing: RoutingKind) -> ModelType:
-    """The model type whose routed layers skip this."""
-    return next(kind for kind in MODEL_TYPES.values() if kind.routing == routing)
+def routed_type(routing: RoutingKind, *, thresholds: bool = False) -> ModelType:
+    """The model type whose routed layers skip this.
+
+    Args:
+        routing: What they skip.
+        thresholds: Whether any router has a threshold of its own.
+    """
+    return next(kind for kind in MODEL_TYPES.values() if (kind.routing, kind.thresholds) == (routing, thresholds))
 
 
 def agreed_routing(own: RoutingKind | None, wanted: RoutingKind | None) -> RoutingKind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_ONNX
 from dlo_export.checkpoints.files.json_file import read_json
-from dlo_export.checkpoints.interface import parse_past
+from dlo_export.checkpoints.interface import layers_with, parse_past, past_active_name
+from dlo_export.checkpoints.router_thresholds import ONE_HALF, thresholds_json
 from dlo_export.exporter.artefact_description import interface
 from dlo_export.exporter.model_metadata import INJECTED_LAYERS
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.weight_file import external_tensors
+from dlo_export.graph_passes.find.data_flow import constant_scalar
 from dlo_export.graph_passes.lowerings.record import Target, Workload
 from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowering, lowering_names
-from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_SCORES, role_values
+from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_ACTIVE, ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.description import (
     MODEL_NAME,
     PARITY_NAME,
@@ -115,6 +118,13 @@ def graph_problems(
     routed = tuple(sorted(role_values(model.graph, ROUTER_SCORES)))
     if routed != description.routed_layers:
         yield f"routing.layers are {list(description.routed_layers)}, {path.name} routes {list(routed)}"
+    if (compared := compared_thresholds(model.graph)) != dict(description.router_thresholds):
+        said = thresholds_json(description.router_thresholds)
+        yield f"routing.router_thresholds are {said}, {path.name} compares with {thresholds_json(compared)}"
+    remembering = layers_with((spec.name for spec in found.inputs), past_active_name("{i}"))
+    if description.routing is not None and (description.routing.kind == "layer") != bool(remembering):
+        states = f"{'' if remembering else 'no '}inputs {past_active_name('{i}')}"
+        yield f"routing.kind is {description.routing.kind}, {path.name} has {states}"
     injected = " ".join(str(layer.index) for layer in description.layers if layer.injected)
     if (noted := model.metadata_props.get(INJECTED_LAYERS, injected)) != injected:
         yield f"layers are marked as injected: {injected or 'none'}, {path.name} has {noted or 'none'}"
@@ -124,6 +134,16 @@ def graph_problems(
             f"{prefix}plugin_operators are {list(record.plugin_operators)}, {path.name} has "
             f"{list(plugin_operators(model))}"
         )
+
+
+def compared_thresholds(graph: ir.Graph) -> dict[int, float]:
+    """What a graph compares its routers' scores with, where that is not one half; NaN where it cannot be told."""
+    found = {}
+    for layer, active in role_values(graph, ROUTER_ACTIVE).items():
+        decision = active.producer()
+        threshold = constant_scalar(decision.inputs[1]) if decision is not None and len(decision.inputs) == 2 else None
+        found[layer] = math.nan if threshold is None else float(threshold)
+    return {layer: threshold for layer, threshold in sorted(found.items()) if threshold != ONE_HALF}
 
 
 def _weight_dtype(model: ir.Model) -> str | None:

@@ -30,7 +30,7 @@ from dlo_export.runtimes.artefact.files import describe_file
 from dlo_export.runtimes.decoder_interface import TensorSpec
 
 # What decides whether a token is active; implementations in lower precision differ near the threshold.
-ROUTER_RULE = "active iff sigmoid(fp32(x) · w) > 0.5, x being the layer's input residual stream, all in fp32"
+ROUTER_RULE = "active iff sigmoid(fp32(x) · w) > {threshold}, x being the layer's input residual stream, all in fp32"
 
 
 def describe(
@@ -108,13 +108,17 @@ def _identity(source: ExportSource, sha256: str) -> SourceIdentity:
 def _routing(source: ExportSource) -> RoutingDescription | None:
     if source.routing is None:
         return None
+    thresholds = source.routing.thresholds
     return RoutingDescription(
         kind=source.routing.kind,
-        rule=ROUTER_RULE,
+        rule=ROUTER_RULE.format(
+            threshold="the layer's threshold (0.5 where router_thresholds has none)" if thresholds else "0.5"
+        ),
         layers=tuple(source.routing.layers),
         rescale_hidden_states=source.routing.rescale,
         scale_factor=source.routing.scale_factor,
         scale_gap=source.routing.scale_gap,
+        router_thresholds=thresholds,
     )
 
 

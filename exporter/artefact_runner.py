@@ -49,6 +49,7 @@ def open_artefact(
         exposed_model(load_graph(folder / MODEL_NAME)) if shown else folder / MODEL_NAME,
         weights_folder=folder if shown else None,
         name=name or folder.name,
+        thresholds=description.router_thresholds,
         threads=threads,
         allow_spinning=allow_spinning,
         plugin_library=plugin_library if operators else None,

@@ -1,4 +1,4 @@
-"""`dlo calibrate`: routers for a model, fitted to text, and what they cost on other text."""
+"""`dlo calibrate`: routers for a model, fitted to text or given another rate, and what they cost on other text."""
 
 from __future__ import annotations
 
@@ -13,20 +13,30 @@ import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wa
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
+from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_router, router_name
 from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresholds_json
 from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate, with_routers
+from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_thresholds
 from dlo_export.modeling.calibration.router_calibration import CalibratedRouters, CalibrationSettings, calibrate_routers
 from dlo_export.modeling.calibration.text import CalibrationText, calibration_text, read_documents
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_layers
+from dlo_export.modeling.training.router_distillation import DistillationSettings, distilled_routers
+
+_FIT_TOKENS = 16_384
+_DISTILLATION_TOKENS = 49_152
+_SHIFT_TOKENS = 8_192  # to fit one number to
+_UNREACHED = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +49,10 @@ class CalibrationRequest:
         adapter: Adapter on the model; the output is then an adapter too.
         as_adapter: Write the routers alone, as an adapter on the model.
         settings: Of the fit, but for what tokens skip.
+        distillation: Train the fitted routers on; None leaves them as they are fitted.
+        retarget: Share of tokens that the routers the model has are to keep active, in place of fitting any.
         text: File or folder of .txt; Python's own documentation where None.
-        tokens: To fit on.
+        tokens: To fit on; None for a number that suits what is done.
         evaluation_tokens: To measure on, from other documents.
         seed: Of the choice of documents to fit on.
         force: Replace an output of this program's.
@@ -54,17 +66,34 @@ class CalibrationRequest:
     as_adapter: bool
     settings: CalibrationSettings
     text: Path | None
-    tokens: int
+    tokens: int | None
     evaluation_tokens: int
     seed: int
     force: bool
     force_base: bool = False
     routing: RoutingKind | None = None
+    distillation: DistillationSettings | None = None
+    retarget: float | None = None
 
     @property
     def makes_adapter(self) -> bool:
         """Whether the output is an adapter."""
         return self.as_adapter or self.adapter is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class RateChange:
+    """How thresholds moved the active rate, over all layers but identities.
+
+    Attributes:
+        target: What was asked for.
+        before: What it was, on the held-out text.
+        after: What it is there. Thresholds are fitted on other text.
+    """
+
+    target: float
+    before: float
+    after: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +106,7 @@ class CalibrationResult:
         injected: Positions of injected layers.
         dense: Without routers, on the held-out text.
         routed: With them, on the same.
+        rate: How thresholds moved their rate; None where they did not.
     """
 
     fitted: CalibratedRouters
@@ -84,6 +114,7 @@ class CalibrationResult:
     injected: tuple[int, ...]
     dense: Evaluation
     routed: Evaluation
+    rate: RateChange | None = None
 
     def active_rate(self, *, injected: bool) -> float | None:
         """Mean over original or injected layers, a layer without router counting as always active."""
@@ -104,13 +135,15 @@ class CalibrationResult:
             },
             "label_rates": self.fitted.label_rates,
             "agreement": self.fitted.agreement,
+            "router_thresholds": thresholds_json(self.fitted.thresholds),
+            "rate_control": None if self.rate is None else dataclasses.asdict(self.rate),
             "injected_layers": list(self.injected),
             "identity_layers": list(self.fitted.identity_layers),
         }
 
 
 def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationResult:
-    """Fits routers and writes the routed model.
+    """Fits routers, or moves the rate of those there are, and writes the routed model.
 
     Raises:
         ValueError: Of our packages: the model, the text or the settings are not usable.
@@ -121,6 +154,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "calibration")
+        if request.retarget is not None:
+            _check_retarget(source, request)
         for warning in source.base.warnings:
             reporter.warn(warning)
         # The routers that are there are replaced, so theirs is a default and no more.
@@ -128,21 +163,33 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
         text = source_text(source, request)
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if parse_router(n) is None}
-            config = {**source.config_json(), "is_dlo": False}
             kept = _kept_tensors(source, tensors, request)
+            config = source.config_json()
             routers = source.num_layers * config["hidden_size"] * np.dtype(np.float32).itemsize
             check_output_space(request.output, sum(tensor.nbytes for tensor in kept.values()) + routers)
-            model = llama_dlo_from_tensors(config | {"rescale_hidden_states": False}, tensors)
-        with reporter.count("routers") as progress:
-            settings = dataclasses.replace(request.settings, routing=routing)
-            fitted = calibrate_routers(model, text.calibration, settings, progress=progress)
+            if request.retarget is None:
+                dense = {"is_dlo": False, "rescale_hidden_states": False, **replaced_thresholds(config, {})}
+                model = llama_dlo_from_tensors(config | dense, tensors)
+            else:
+                model = llama_dlo_from_tensors(config, source.tensors())
+        if request.retarget is None:
+            fitted, routed = _fitted(model, text, request, routing, reporter)
+        else:
+            fitted, routed = _as_they_are(model, source), model
+        target = request.settings.target_active if request.retarget is None else request.retarget
+        before = None
+        if request.retarget is not None or request.distillation is not None:
+            with reporter.stage("thresholds"):
+                before = _rate(fitted, evaluate(routed, text.evaluation))
+                fitted = _shifted(routed, fitted, target, text)
         with reporter.stage("evaluation"):
-            dense = evaluate(model, text.evaluation)
-            routed = evaluate(with_routers(model, fitted.routers, routing), text.evaluation)
+            dense_evaluation = evaluate(with_routers(model, {}), text.evaluation)
+            routed_evaluation = evaluate(routed, text.evaluation)
+        rate = None if before is None else RateChange(target, before, _rate(fitted, routed_evaluation))
         with reporter.bytes("writing") as written:
             _save(source, fitted, routing, kept, request, written)
         injected = tuple(layer.position for layer in source.injected_layers)
-        return CalibrationResult(fitted, routing, injected, dense, routed)
+        return CalibrationResult(fitted, routing, injected, dense_evaluation, routed_evaluation, rate)
     finally:
         source.close()
 
@@ -152,10 +199,11 @@ def source_text(source: ExportSource, request: CalibrationRequest) -> Calibratio
     with scratch_folder() as folder:
         source.base.save_companions(folder)
         encode = load_encoder(folder, source.base.path)
+    usual = _FIT_TOKENS if request.distillation is None else _DISTILLATION_TOKENS
     return calibration_text(
         read_documents(request.text),
         encode,
-        calibration_tokens=request.tokens,
+        calibration_tokens=usual if request.tokens is None else request.tokens,
         evaluation_tokens=request.evaluation_tokens,
         seed=request.seed,
     )
@@ -172,6 +220,94 @@ def _kept_tensors(
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
 
 
+def _check_retarget(source: ExportSource, request: CalibrationRequest) -> None:
+    if source.routing is None:
+        raise InputError(
+            f"{source.base.path}: has no routers whose rate could be moved",
+            hint="fit some without --retarget, or name the adapter that holds them with --adapter",
+        )
+    assert request.retarget is not None, "or nothing asks"
+    if not 0 < request.retarget < 1:
+        raise InputError(
+            f"calibration: --retarget is {request.retarget}, expected a share between 0 and 1",
+            hint="0.8 keeps four fifths of the tokens active, as the mean over the layers",
+        )
+    if request.routing not in (None, source.routing.kind):
+        raise InputError(
+            f"calibration: --routing {request.routing}, but the routers to retarget are for {source.routing.kind}",
+            hint="leave --routing out, or fit other routers without --retarget",
+        )
+    if request.as_adapter:
+        raise InputError(
+            f"{source.base.path}: has its routers in the checkpoint, and an adapter goes on one without",
+            hint="leave --as-adapter out: of a checkpoint with routers another one is written",
+        )
+
+
+def _fitted(
+    model: LlamaDloForCausalLM,
+    text: CalibrationText,
+    request: CalibrationRequest,
+    routing: RoutingKind,
+    reporter: Reporter,
+) -> tuple[CalibratedRouters, LlamaDloForCausalLM]:
+    """Routers by similarity, on request distilled, and the model with them."""
+    length = text.calibration.shape[1]
+    sequences = text.calibration if request.distillation is None else text.calibration[: _FIT_TOKENS // length]
+    with reporter.count("routers") as progress:
+        settings = dataclasses.replace(request.settings, routing=routing)
+        fitted = calibrate_routers(model, sequences, settings, progress=progress)
+    if request.distillation is not None:
+        start = {layer: fitted.routers[layer] for layer in fitted.choosing}
+        with reporter.count("distillation") as progress:
+            learned = distilled_routers(
+                model,
+                start,
+                text.calibration,
+                fitted.rate_of_choosing(request.settings.target_active),
+                request.distillation,
+                routing=routing,
+                held_out=text.evaluation,
+                progress=progress,
+            )
+        fitted = dataclasses.replace(fitted, routers=fitted.routers | learned)
+    return fitted, with_routers(model, fitted.routers, routing)
+
+
+def _as_they_are(model: LlamaDloForCausalLM, source: ExportSource) -> CalibratedRouters:
+    """The routers a model has."""
+    return CalibratedRouters(
+        num_layers=source.num_layers,
+        routers={layer: router.reshape(1, -1) for layer, router in source.routers().items()},
+        label_rates={},
+        agreement={},
+        identity_layers=tuple(identity_layers(model, model.config.routing)),
+        thresholds=model.config.thresholds,
+    )
+
+
+def _shifted(
+    routed: LlamaDloForCausalLM, fitted: CalibratedRouters, target: float, text: CalibrationText
+) -> CalibratedRouters:
+    """Brings the model's rate to the target by its thresholds, on the text that routers are fitted on."""
+    wanted = fitted.rate_of_choosing(target)
+    sequences = text.calibration[: max(1, _SHIFT_TOKENS // text.calibration.shape[1])]
+    shift = shift_thresholds(routed, lambda: sequence_scores(routed, sequences), wanted, fitted.choosing)
+    if abs(shift.after - wanted) > _UNREACHED:
+        raise InputError(
+            f"calibration: no thresholds let {wanted:.1%} of the tokens through routers {list(fitted.choosing)}: "
+            f"the nearest is {shift.after:.1%}, since too many scores are the same",
+            hint="are these routers trained? `dlo calibrate` without --retarget fits new ones",
+        )
+    return dataclasses.replace(fitted, thresholds=shift.thresholds)
+
+
+def _rate(fitted: CalibratedRouters, measured: Evaluation) -> float:
+    """Active rate over all layers but identities, one without router counting as always active."""
+    layers = [layer for layer in range(fitted.num_layers) if layer not in fitted.identity_layers]
+    return sum(measured.active_rates.get(layer, 1.0) for layer in layers) / len(layers)
+
+
 def _save(
     source: ExportSource,
     fitted: CalibratedRouters,
@@ -185,18 +321,35 @@ def _save(
         for layer, router in fitted.routers.items()
     }
     is_dlo = tuple(layer in fitted.routers for layer in range(fitted.num_layers))
+    if request.retarget is not None and source.adapter is not None:
+        save_adapter(
+            dataclasses.replace(source.adapter, router_thresholds=fitted.thresholds),
+            request.output,
+            overwrite=request.force,
+        )
+        return
     if request.makes_adapter:
         injected = source.adapter.injected_layers if source.adapter is not None else ()
         adapter = DloAdapter(
-            routing, is_dlo, injected_layers=injected, base_sha256=source.base.sha256(), tensors=kept | routers
+            routing,
+            is_dlo,
+            router_thresholds=fitted.thresholds,
+            injected_layers=injected,
+            base_sha256=source.base.sha256(),
+            tensors=kept | routers,
         )
         save_adapter(adapter, request.output, overwrite=request.force)
         return
+    rule: dict[str, Any] = {}
+    if request.retarget is not None and source.routing is not None:
+        own = source.routing
+        rule = {"rescale": own.rescale, "scale_factor": own.scale_factor, "scale_gap": own.scale_gap}
+    changes = routed_config(is_dlo, routing=routing, thresholds=fitted.thresholds, **rule)
     save_checkpoint(
         kept | routers,
         request.output,
         save_companions=source.base.save_companions,
-        config_changes=routed_config(is_dlo, routing=routing),
+        config_changes=changes | replaced_thresholds(source.config_json(), fitted.thresholds),
         overwrite=request.force,
         progress=progress,
     )

@@ -15,6 +15,9 @@ def client_config(source: ExportSource) -> dict[str, Any]:
     what is needed to make an empty cache is said outright, not left to a default. Depth and routing stay beside it in
     the keys they have in checkpoints, with the model's own type, which is what `LlamaConfig` reads.
 
+    Where layers are skipped whole, their state of activity has to be carried from step to step besides, which those
+    programs do not: the model keeps its own type, so that they refuse it when they open it.
+
     Args:
         source: What is exported.
 
@@ -24,12 +27,13 @@ def client_config(source: ExportSource) -> dict[str, Any]:
     values, config = source.config_values(), source.base.config
     if config is None:
         return values
+    values = {**values, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim}
+    if source.remembers_activity:
+        return values
     own_type = values.get("model_type", config.raw["model_type"])
     return {
         **values,
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
         **({OWN_MODEL_TYPE: own_type} if own_type != "llama" else {}),
     }

@@ -18,7 +18,7 @@ from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.exporter.artefact_description import complete_description, describe
 from dlo_export.exporter.background import BackgroundValue
 from dlo_export.exporter.client_config import client_config
-from dlo_export.exporter.genai_config import genai_config
+from dlo_export.exporter.genai_config import WHY_NONE, genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.model_metadata import set_model_metadata
 from dlo_export.exporter.pipeline import build_model, choose_onnxruntime_lowering
@@ -150,7 +150,7 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         lowering, reason = choose_onnxruntime_lowering(
             "auto" if engines_only else request.lowering,
             dtype,
-            routed=source.routing is not None,
+            routing=None if source.routing is None else source.routing.kind,
             path=source.base.path,
         )
         if request.ort_plugin_library is not None and find_lowering(lowering, _TARGET).domains:
@@ -202,7 +202,9 @@ def _export_into(
         )
     ir.save(model, folder / MODEL_NAME)
     with reporter.stage("description"):
-        if source.base.config is not None:
+        if source.remembers_activity:
+            reporter.warn(WHY_NONE)
+        elif source.base.config is not None:
             inputs = [value.name or "" for value in model.graph.inputs]
             values = genai_config(source.base.config, source.num_layers, generation, inputs)
             save_json(folder / "genai_config.json", values)

@@ -7,7 +7,22 @@ from typing import Any
 
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.generation_config import GenerationConfig
-from dlo_export.checkpoints.interface import LOGITS, TOKEN_INPUTS, past_name, present_name
+from dlo_export.checkpoints.interface import (
+    LOGITS,
+    TOKEN_INPUTS,
+    past_active_name,
+    past_name,
+    present_active_name,
+    present_name,
+)
+
+WHY_NONE = (
+    "layer routing: besides the KV cache, each step hands on which tokens every routed layer skipped "
+    f"({past_active_name('{i}')}, {present_active_name('{i}')}). onnxruntime-genai, optimum and transformers.js carry "
+    "no such state: genai_config.json is left out, and config.json names a model_type that they refuse. `dlo run` and "
+    "programs that feed ONNX Runtime themselves run the graph, see docs/artefact.md"
+)
+"""Why an artefact has no genai_config.json, for the user to be told."""
 
 
 def genai_config(

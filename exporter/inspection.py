@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
-from dlo_export.exporter.artefact_check import open_description, parity_report
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
+from dlo_export.exporter.artefact_check import compared_thresholds, open_description, parity_report
 from dlo_export.exporter.sources.foreign_graph import load_graph, read_prepared
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
@@ -32,7 +33,8 @@ class Inspection:
         path: The graph.
         ops: Count of every operator, subgraphs included, most frequent first.
         bytes: Of the weights by part: embedding and head, attention, MLP, routers, other.
-        layers: Per decoder layer: index, injected, routed, identity (None where the graph alone does not tell), bytes.
+        layers: Per decoder layer: index, injected, routed, identity (None where the graph alone does not tell), bytes,
+            and threshold: the score that an active token's exceeds, None where nothing is routed.
         layers_problem: Why no layers were found; None where they were.
         description: dlo_artifact.json, where there is one.
         parity_report: The verdict in an artefact's parity.json; None where there is none.
@@ -116,7 +118,8 @@ def _untrained_routers(graph: ir.Graph, description: ArtefactDescription | None)
     return [
         int(node.metadata_props[LAYER_KEY])
         for node in _routers(graph)
-        if not description.layers[int(node.metadata_props[LAYER_KEY])].identity
+        if not description.layers[layer := int(node.metadata_props[LAYER_KEY])].identity
+        and description.router_thresholds.get(layer, ONE_HALF) >= ONE_HALF
         and any(
             value.const_value is not None and not value.const_value.numpy().any() for value in consumed_values(node)
         )
@@ -136,10 +139,12 @@ def _engine_problems(description: ArtefactDescription | None) -> list[str] | Non
 def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: ArtefactDescription | None) -> dict[str, Any]:
     said = None if description is None else description.layers[layer.index]
     injected = any(node.metadata_props.get(ORIGIN_KEY) for node in layer.nodes)
+    routed = layer.index in role_values(graph, ROUTER_SCORES)
     return {
         "index": layer.index,
         "injected": injected if said is None else said.injected,
-        "routed": layer.index in role_values(graph, ROUTER_SCORES),
+        "routed": routed,
+        "threshold": compared_thresholds(graph).get(layer.index, ONE_HALF) if routed else None,
         "identity": _is_identity(layer) if said is None else said.identity,
         "bytes": sum(_weight_bytes(graph, layer.nodes).values()),
     }
@@ -161,7 +166,9 @@ def _is_identity(layer: DecoderLayer) -> bool | None:
 def _bytes_by_part(graph: ir.Graph, layers: tuple[DecoderLayer, ...]) -> dict[str, int]:
     routers = set(_routers(graph))
     parts: dict[str, dict[str, int]] = {
-        "attention": _weight_bytes(graph, [node for layer in layers for node in layer.attention.nodes]),
+        "attention": _weight_bytes(
+            graph, [node for layer in layers for node in layer.attention.nodes if node not in routers]
+        ),
         "mlp": _weight_bytes(graph, [node for layer in layers for node in layer.mlp.nodes if node not in routers]),
         "routers": _weight_bytes(graph, routers),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from dlo_export import __version__
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.exporter.sources.source import ExportSource
 
 PRODUCER = "dlo-export"
@@ -43,3 +44,6 @@ def set_model_metadata(model: ir.Model, source: ExportSource, *, dtype: str, low
             "routed_layers": " ".join(map(str, source.routing.layers)) if source.routing is not None else "",
         }
     )
+    if source.routing is not None and source.routing.thresholds:
+        listed = (f"{layer}:{threshold!r}" for layer, threshold in source.routing.thresholds.items())
+        model.metadata_props[THRESHOLDS] = " ".join(listed)

@@ -17,6 +17,7 @@ from dlo_export.checkpoints.adapter.adapter import DloAdapter
 from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
@@ -60,6 +61,11 @@ class GraphSource(Protocol):
     @property
     def routing(self) -> RoutingConfig | None:
         """None where nothing is routed."""
+        ...
+
+    @property
+    def remembers_activity(self) -> bool:
+        """Whether its graph has a state that says which cached tokens were active in a layer."""
         ...
 
     @property
@@ -281,6 +287,11 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         InputError: With all reasons.
     """
     problems = [] if source.tensorrt_refusal is None else [source.tensorrt_refusal]
+    if source.remembers_activity:
+        problems.append(
+            "layer routing is for ONNX Runtime so far: a static cache has no state yet that says which slots a routed "
+            "layer may see"
+        )
     for name in ("max_batch", "max_sequence", "max_cache"):
         if getattr(options, name) < 1:
             problems.append(f"--trt-{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
@@ -292,32 +303,42 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
     if options.last_logits and options.cache != "static":
         problems.append("--trt-last-logits needs --trt-cache static, which tells where a sequence ends")
     if problems:
-        raise InputError("TensorRT: " + "; ".join(problems), hint="export the checkpoint with other --trt options")
+        hint = "leave --trt out" if source.remembers_activity else "export the checkpoint with other --trt options"
+        raise InputError("TensorRT: " + "; ".join(problems), hint=hint)
 
 
-def choose_onnxruntime_lowering(choice: str, dtype: str, *, routed: bool, path: Path) -> tuple[str, str]:
+def choose_onnxruntime_lowering(choice: str, dtype: str, *, routing: RoutingKind | None, path: Path) -> tuple[str, str]:
     """The lowering for ONNX Runtime's CPU provider, and why.
 
     Args:
         choice: "auto" or the name of one.
         dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
-        routed: Whether the source has routers.
+        routing: What tokens of the source skip; None where it has no routers.
         path: Of the source, for messages.
 
     Raises:
-        InputError: A lowering is asked for and nothing is routed, or ONNX Runtime has none of that name.
+        InputError: A lowering is asked for and nothing is routed, or not what it takes, or ONNX Runtime has none so
+            called.
     """
     target: Target = "onnxruntime-cpu"
-    if not routed:
+    if routing is None:
         nothing_routed = find_lowering(NOTHING_ROUTED, target)
         check_nothing_asked(choice, path)
         return nothing_routed.name, nothing_routed.reason
     if choice != "auto":
-        return find_lowering(choice, target).name, "asked for"
+        asked = find_lowering(choice, target)
+        if routing not in asked.routing:
+            takes = " and ".join(asked.routing)
+            choices = ", ".join(record.name for record in skipping_lowerings(target, routing))
+            raise InputError(
+                f"{path}: is of {routing} routing, --lowering {choice} takes {takes} routing", hint=f"choose {choices}"
+            )
+        return asked.name, "asked for"
     # The best for this target, or the best of the others where the provider lacks a kernel that it needs.
+    suitable = suitable_lowerings(target, Workload(routing=routing))
     # What needs a library that not everybody has is asked for by name.
-    own = (record for record in skipping_lowerings(target) if not record.domains)
-    best, *others = dict.fromkeys((*suitable_lowerings(target, Workload()), *own))
+    own = (record for record in skipping_lowerings(target, routing) if not record.domains)
+    best, *others = dict.fromkeys((*suitable, *own))
     kind = BY_OPTION[dtype]
     gap = CPU.why_not_run(kind, best.operators)
     if gap is None or CPU.why_not_run(kind) is not None:  # nothing of this type runs there: it is for another runtime
@@ -374,12 +395,11 @@ def _inject_layers(source: GraphSource) -> InjectLayersPass:
 
 def _route_layers(source: GraphSource) -> RouteLayersPass:
     assert source.routing is not None, "asked before"
-    if source.routing.kind == "layer":
-        raise InputError(
-            "export: the model uses layer routing (model_type llama_dlo), this version exports mlp routing "
-            "(llama_dlo_exattn)",
-            hint="`dlo calibrate --routing mlp` makes MLP routers in their place",
-        )
     return RouteLayersPass(
-        source.routers(), source.routing.rescale, source.routing.scale_factor, source.routing.scale_gap
+        source.routers(),
+        rescale=source.routing.rescale,
+        scale_factor=source.routing.scale_factor,
+        scale_gap=source.routing.scale_gap,
+        kind=source.routing.kind,
+        thresholds=source.routing.thresholds,
     )

@@ -30,11 +30,13 @@ from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.files.uninterrupted import SIGNALS
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
-from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, agreed_routing
+from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, agreed_routing, routed_type
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
+from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresholds_json
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
-from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
+from dlo_export.modeling.from_tensors import llama_dlo_from_tensors, unfilled_llama_dlo
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
 from dlo_export.modeling.training.documents import TokenizedData, open_tokenizer, tokenize_records
 from dlo_export.modeling.training.errors import TrainingDataError, TrainingError
@@ -44,6 +46,7 @@ from dlo_export.modeling.training.records import Record, described_files, read_r
 from dlo_export.modeling.training.run import TrainingResult, train_model
 from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.modeling.training.sharding import receives_weights
 from dlo_export.modeling.training.trainer import StepReport
 
 _SEQUENCE = 1024
@@ -116,7 +119,9 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
             data = _packed(request, tokenizer, config, reporter)
         with reporter.stage("model"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UntrainedRoutersWarning)  # they are about to be trained
-            model = llama_dlo_from_tensors(config, tensors)
+            model = (
+                unfilled_llama_dlo(config, tensors) if receives_weights() else llama_dlo_from_tensors(config, tensors)
+            )
         description = _description(request, source, config)
         with _stop_between_steps() as should_stop:
             result = train_model(
@@ -131,10 +136,12 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
             )
             if result.stopped and result.is_main:
                 reporter.warn(f"stopped after step {result.step} of {result.steps}; go on with --resume")
+        if not result.stopped:
+            tensors = _trained_tensors(model, is_main=result.is_main)
         if not result.stopped and result.is_main:
             template = tokenizer.chat_template if lacks_template else None
-            changes = _config_changes(source, config, request.settings)
-            _save(model, source, request, changes, description | {"result": report_json(result)}, template)
+            changes = _config_changes(source, config, request.settings, model.config.thresholds)
+            _save(tensors, source, request, changes, description | {"result": report_json(result)}, template)
         return result
     finally:
         source.close()
@@ -142,8 +149,11 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
 
 def report_json(result: TrainingResult) -> dict[str, Any]:
     """What a finished run reports, as JSON values."""
-    held_out = result.held_out
+    held_out, control = result.held_out, result.rate_control
     assert held_out is not None, "stopped runs report nothing"
+    controlled = None
+    if control is not None:
+        controlled = dataclasses.asdict(control) | {"thresholds": thresholds_json(control.thresholds)}
     return {
         "steps": result.step,
         "held_out": {
@@ -153,6 +163,7 @@ def report_json(result: TrainingResult) -> dict[str, Any]:
             "active_rate": held_out.active_rate,
             "active_rate_by_layer": {str(layer): rate for layer, rate in held_out.active.items()},
         },
+        "rate_control": controlled,
     }
 
 
@@ -166,7 +177,7 @@ def _trained_model(
         if routing is not None:
             raise TrainingError(f"--routing {routing}: --routers none leaves none", hint="leave one of the two out")
         plain = {name: tensor for name, tensor in tensors.items() if parse_router(name) is None}
-        return config | {"is_dlo": False, "rescale_hidden_states": False}, plain
+        return config | {"is_dlo": False, "rescale_hidden_states": False, THRESHOLDS: None}, plain
     agreed = agreed_routing(None if source.routing is None else source.routing.kind, routing)
     if routers == "add":
         if source.routing is None:
@@ -284,31 +295,46 @@ def _stop_between_steps() -> Iterator[Callable[[], bool]]:
         signal.raise_signal(came[0])
 
 
-def _config_changes(source: ExportSource, config: Mapping[str, Any], settings: TrainingSettings) -> dict[str, Any]:
+def _config_changes(
+    source: ExportSource, config: Mapping[str, Any], settings: TrainingSettings, thresholds: Mapping[int, float]
+) -> dict[str, Any]:
     """What config.json says of the trained model beyond the base model's."""
     changes = source.config_values() | {"dtype": "float32", "torch_dtype": "float32"}
+    changes |= replaced_thresholds(source.config_json(), thresholds)
     if config.get("is_dlo") is False:  # --routers none
         dense = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "is_dlo": False}
         return changes | (dense if source.routing is not None else {})
-    kept = ("model_type", "architectures", "is_dlo", "rescale_hidden_states", "scale_factor", "scale_gap")
+    routing = MODEL_TYPES[config["model_type"]].routing
+    assert routing is not None, "or it was not routed"
+    kind = routed_type(routing, thresholds=bool(thresholds))
+    kept = ("architectures", "is_dlo", "rescale_hidden_states", "scale_factor", "scale_gap")
     return changes | {
         **{key: config[key] for key in kept if key in config},
+        "model_type": kind.name,
+        **({"architectures": [kind.architecture]} if thresholds else {}),
         "dlo_capacity": settings.target,
         "dlo_loss_type": settings.labels,
         "dlo_loss_coefficient": settings.skip_weight,
     }
 
 
+def _trained_tensors(model: LlamaDloForCausalLM, *, is_main: bool) -> dict[str, LazyTensor]:
+    """The weights in the main process; every other one has to hand over its shards, where it has some."""
+    tensors: dict[str, LazyTensor] = {}
+    for name, value in merged_state(model):
+        if is_main:
+            tensors[name] = ArrayTensor(value.cpu().numpy())
+    return tensors
+
+
 def _save(
-    model: LlamaDloForCausalLM,
+    tensors: Mapping[str, LazyTensor],
     source: ExportSource,
     request: TrainRequest,
     changes: Mapping[str, Any],
     description: Mapping[str, Any],
     chat_template: str | None,
 ) -> None:
-    tensors: dict[str, LazyTensor] = {name: ArrayTensor(value.cpu().numpy()) for name, value in merged_state(model)}
-
     def save_companions(folder: Path, config_changes: Mapping[str, Any]) -> None:
         source.base.save_companions(folder, config_changes)
         save_json(folder / DESCRIPTION_NAME, description)

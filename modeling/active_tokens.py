@@ -59,6 +59,16 @@ class MaskedTokens(TokenRows):
         return torch.where(self._active.unsqueeze(-1), rows.reshape(values.shape), values)
 
 
+class EveryToken(TokenRows):
+    """All tokens, without asking which: nothing waits for a GPU, and shapes do not depend on data."""
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return values.flatten(0, 1)
+
+    def put(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return rows.reshape(values.shape)
+
+
 def every_token(hidden_states: torch.Tensor) -> TokenRows:
     """All tokens of [batch, sequence, hidden]."""
-    return ActiveTokens(torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device))
+    return EveryToken(torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device))

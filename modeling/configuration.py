@@ -8,6 +8,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.model_types import RoutingKind, routed_type
+from dlo_export.checkpoints.router_thresholds import ONE_HALF, read_thresholds, threshold_problems
 
 
 class RoutingConfigError(InputError):
@@ -17,7 +18,7 @@ class RoutingConfigError(InputError):
 class LlamaDloConfig(LlamaConfig):
     """A Llama of whose routed layers each token may skip the MLP (DLO, arXiv 2407.11030).
 
-    A token is active in routed layer l iff ``sigmoid(router_l · x) > 0.5``, x being the layer's input; an active
+    A token is active in routed layer l iff ``sigmoid(router_l · x) > t_l``, x being the layer's input; an active
     token's MLP branch is multiplied by ``0.5·scale_factor + (score - 0.5)·scale_gap`` if `rescale_hidden_states`.
 
     Args:
@@ -25,6 +26,8 @@ class LlamaDloConfig(LlamaConfig):
         rescale_hidden_states: See above.
         scale_factor: See above. No default: the authors' code has four that disagree.
         scale_gap: See above.
+        router_thresholds: By layer, in decimal, t_l; one half where it is left out. A model with any is saved as a
+            `LlamaDloThresholdsConfig`: readers of the authors' type would take one half for all of them.
         dlo_capacity: Share of tokens that training keeps active; inference ignores it.
         dlo_loss_type: How training labels tokens, for example ``cos-global``.
         dlo_loss_coefficient: Weight of the skip loss in training.
@@ -40,6 +43,7 @@ class LlamaDloConfig(LlamaConfig):
     rescale_hidden_states: bool = False
     scale_factor: float | int | None = None
     scale_gap: float | int | None = None
+    router_thresholds: dict[str, float] | None = None
     dlo_capacity: float | int | list[float] | None = None
     dlo_loss_type: str | None = None
     dlo_loss_coefficient: float | int | None = None
@@ -50,7 +54,8 @@ class LlamaDloConfig(LlamaConfig):
         """Expands `is_dlo` to a list and checks the routing keys.
 
         Raises:
-            RoutingConfigError: `is_dlo` has another length than the model, or the scale is not given.
+            RoutingConfigError: `is_dlo` has another length than the model, the scale is not given, or a threshold is no
+                score or a layer's that is not routed.
         """
         super().__post_init__(**kwargs)
         # Training switches the cache off and its checkpoints keep the switch; inference needs it on.
@@ -72,6 +77,15 @@ class LlamaDloConfig(LlamaConfig):
             return 1.0, 0.0
         return 0.5 * self.scale_factor - 0.5 * self.scale_gap, float(self.scale_gap)
 
+    @property
+    def thresholds(self) -> dict[int, float]:
+        """By routed layer, where it is not one half."""
+        return read_thresholds(self.router_thresholds)
+
+    def threshold(self, layer: int) -> float:
+        """What a layer's score must exceed."""
+        return self.thresholds.get(layer, ONE_HALF)
+
     def _check_routing(self) -> None:
         assert isinstance(self.is_dlo, list)
         problems = []
@@ -85,11 +99,18 @@ class LlamaDloConfig(LlamaConfig):
                 for key in ("scale_factor", "scale_gap")
                 if getattr(self, key) is None
             ]
+        problems += threshold_problems(self.router_thresholds, self.routed_layers)
         if problems:
             raise RoutingConfigError(
                 f"{self.model_type} configuration: {'; '.join(problems)}"
                 "\n\nhint: take the values the model was trained with"
             )
+
+
+class LlamaDloThresholdsConfig(LlamaDloConfig):
+    """The same, of a model whose routers have thresholds of their own."""
+
+    model_type = routed_type("mlp", thresholds=True).name
 
 
 class LlamaDloLayerConfig(LlamaDloConfig):
@@ -99,6 +120,12 @@ class LlamaDloLayerConfig(LlamaDloConfig):
     routing: ClassVar[RoutingKind] = "layer"
 
 
+class LlamaDloLayerThresholdsConfig(LlamaDloLayerConfig):
+    """The same, of a model whose routers have thresholds of their own."""
+
+    model_type = routed_type("layer", thresholds=True).name
+
+
 # Here rather than beside the models: a tokenizer needs to know the configuration's type, and no PyTorch.
-AutoConfig.register(LlamaDloConfig.model_type, LlamaDloConfig, exist_ok=True)
-AutoConfig.register(LlamaDloLayerConfig.model_type, LlamaDloLayerConfig, exist_ok=True)
+for config_class in (LlamaDloConfig, LlamaDloThresholdsConfig, LlamaDloLayerConfig, LlamaDloLayerThresholdsConfig):
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

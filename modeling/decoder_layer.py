@@ -10,13 +10,16 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.modeling.active_attention import attend_among_active
 from dlo_export.modeling.active_tokens import ActiveTokens, MaskedTokens, TokenRows, every_token
 from dlo_export.modeling.routing import (
+    GateTokens,
     SelectTokens,
     TokenRouter,
     TrainingRouting,
     is_active,
+    mixed,
     straight_through,
 )
 
@@ -29,9 +32,11 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
         hidden_states: torch.Tensor,
         router: TokenRouter | None = None,
         branch_scale: tuple[float, float] = (1.0, 0.0),
+        threshold: float = ONE_HALF,
         force_active: torch.Tensor | None = None,
         masked: bool = False,
         select_tokens: SelectTokens | None = None,
+        gate_tokens: GateTokens | None = None,
         **attention_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | TrainingRouting | None]:
         """Runs the layer.
@@ -40,9 +45,11 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
             hidden_states: The residual stream, [batch, sequence, hidden].
             router: Decides from the residual stream as it comes in, before norm and attention.
             branch_scale: (a, b): the MLP branch is multiplied by a + b·score.
+            threshold: What the score of an active token exceeds.
             force_active: bool [batch, sequence], decisions to use in place of the router's. Scores stay the router's.
             masked: Compute all for every token and discard it for those that skip.
             select_tokens: Decides in place of the router's threshold, in training.
+            gate_tokens: Softens these decisions into shares of what is skipped.
             attention_kwargs: Whatever transformers' attention takes.
 
         Returns:
@@ -57,9 +64,10 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
         offset, slope = branch_scale
         scale = None if (offset, slope) == (1.0, 0.0) else offset + slope * scores
         if select_tokens is not None:
-            active = select_tokens(self.self_attn.layer_idx, scores.detach())
-            return self._trained(hidden_states, scores, active, scale, **attention_kwargs)
-        active = is_active(scores) if force_active is None else force_active
+            active = select_tokens(scores.detach())
+            gate = None if gate_tokens is None else gate_tokens(scores)
+            return self._trained(hidden_states, scores, active, scale, gate, **attention_kwargs)
+        active = is_active(scores, threshold) if force_active is None else force_active
         tokens = MaskedTokens(active) if masked else ActiveTokens(active)
         kept, before, branch = self._routed(hidden_states, tokens, active, **attention_kwargs)
         return tokens.put(before + _scaled(branch, scale, tokens), kept), scores
@@ -93,6 +101,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
         scores: torch.Tensor,
         active: torch.Tensor,
         scale: torch.Tensor | None,
+        gate: torch.Tensor | None,
         **attention_kwargs: Any,
     ) -> tuple[torch.Tensor, TrainingRouting]:
         """Computes every token as if it were active: routers also learn from what the tokens that skip would get."""
@@ -101,7 +110,8 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
         computed = tokens.put(before + _scaled(branch, scale, tokens), kept)
         with torch.no_grad():
             similarity = self._similarity(hidden_states, kept, tokens.put(before + branch, kept), **attention_kwargs)
-        return straight_through(computed, kept, scores, active), TrainingRouting(scores, active, similarity)
+        chosen = straight_through(computed, kept, scores, active) if gate is None else mixed(computed, kept, gate)
+        return chosen, TrainingRouting(scores, active, similarity)
 
     def _attended(self, hidden_states: torch.Tensor, **attention_kwargs: Any) -> torch.Tensor:
         attended: torch.Tensor

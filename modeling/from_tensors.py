@@ -14,8 +14,14 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import parse_router
 from dlo_export.checkpoints.model_types import MODEL_TYPES
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.modeling.float64_norm import use_float64_norms
-from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM, warn_of_untrained_routers
+from dlo_export.modeling.llama_dlo import (
+    ROUTED_MODELS,
+    THRESHOLD_MODELS,
+    LlamaDloForCausalLM,
+    warn_of_untrained_routers,
+)
 
 
 class ModelTensorsError(InputError):
@@ -61,7 +67,8 @@ def empty_llama_dlo(
         ValueError: As `llama_dlo_from_tensors`.
     """
     values = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
-    model_class = ROUTED_MODELS[MODEL_TYPES[config.get("model_type", "llama")].routing or "mlp"]
+    models = THRESHOLD_MODELS if values.get(THRESHOLDS) else ROUTED_MODELS
+    model_class = models[MODEL_TYPES[config.get("model_type", "llama")].routing or "mlp"]
     model_config = model_class.config_class(**values, dtype=dtype)
     with torch.device("meta"):
         model = model_class(model_config)
@@ -73,6 +80,25 @@ def empty_llama_dlo(
     # Its frequencies are computed, not stored, and were left on the meta device.
     model.model.rotary_emb = LlamaRotaryEmbedding(config=model_config)
     model.eval()
+    return model
+
+
+def unfilled_llama_dlo(config: Mapping[str, Any], names: Iterable[str]) -> LlamaDloForCausalLM:
+    """Builds the model in evaluation mode with whatever memory holds, for somebody else to fill.
+
+    Until then it takes next to no memory: the system gives pages to what is written, and nothing is.
+
+    Args:
+        config: Of config.json.
+        names: Of the tensors that are to become its parameters, in float32.
+
+    Raises:
+        ValueError: As `llama_dlo_from_tensors`.
+    """
+    model = empty_llama_dlo(config, names)
+    unfilled = {name: torch.empty(value.shape) for name, value in model.named_parameters()}
+    model.load_state_dict(unfilled, strict=False, assign=True)
+    model.tie_weights()
     return model
 
 

@@ -27,10 +27,16 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, Llama
 from transformers.utils.generic import can_return_tuple
 
 from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.modeling.active_cache import add_active_state
-from dlo_export.modeling.configuration import LlamaDloConfig, LlamaDloLayerConfig
+from dlo_export.modeling.configuration import (
+    LlamaDloConfig,
+    LlamaDloLayerConfig,
+    LlamaDloLayerThresholdsConfig,
+    LlamaDloThresholdsConfig,
+)
 from dlo_export.modeling.decoder_layer import ROUTED_LAYERS
-from dlo_export.modeling.routing import TokenRouter, TrainingRouting
+from dlo_export.modeling.routing import GateTokens, SelectTokens, TokenRouter, TrainingRouting
 
 
 class UntrainedRoutersWarning(UserWarning):
@@ -128,8 +134,8 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
             use_cache: Return a cache.
             force_active: Per layer, bool [batch, sequence]: decisions to use in place of the routers'.
             output_hidden_states: Return the residual stream before every layer, and the normalised one at the end.
-            kwargs: Passed on to the layers and their attention; `select_tokens` (see `RoutedDecoderLayer.forward`) is
-                training's decisions in place of the routers'.
+            kwargs: Passed on to the layers and their attention; but for `select_tokens`, by routed layer training's
+                decision in place of the router's, and `gate_tokens`, what it comes to.
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`; `force_active` for a layer without router;
@@ -139,12 +145,14 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("LlamaDloModel: expected exactly one of input_ids and inputs_embeds")
         forced = dict(force_active or {})
+        selected: Mapping[int, SelectTokens] = kwargs.pop("select_tokens", None) or {}
+        gates: Mapping[int, GateTokens] = kwargs.pop("gate_tokens", None) or {}
         if unknown := sorted(forced.keys() - set(self.config.routed_layers)):
             raise ValueError(
                 f"LlamaDloModel: force_active names layers {unknown}, which are not routed"
                 f"\n\nhint: the routed layers are {list(self.config.routed_layers)}"
             )
-        if kwargs.get("select_tokens") is not None and past_key_values is not None and past_key_values.get_seq_length():
+        if selected and past_key_values is not None and past_key_values.get_seq_length():
             raise ValueError("LlamaDloModel: select_tokens is for training, which takes no cached tokens")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # As in transformers' Llama: a cache unless told otherwise, positions behind it, one mask and one pair of
@@ -168,6 +176,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
+        thresholds = self.config.thresholds
         # Scores are kept, since parity compares them.
         router_scores: dict[int, torch.Tensor] = {}
         training_routing: dict[int, TrainingRouting] = {}
@@ -178,8 +187,11 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
                 hidden_states,
                 router=self.router(index),
                 branch_scale=self.config.branch_scale,
+                threshold=thresholds.get(index, ONE_HALF),
                 force_active=forced.get(index),
                 masked=self.masked,
+                select_tokens=selected.get(index),
+                gate_tokens=gates.get(index),
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
@@ -280,6 +292,27 @@ ROUTED_MODELS: Mapping[RoutingKind, type[LlamaDloForCausalLM]] = {
 """The model of each kind of routing."""
 
 
+class LlamaDloThresholdsForCausalLM(LlamaDloForCausalLM):
+    """The same model, under the type of checkpoints whose routers have thresholds."""
+
+    config: LlamaDloThresholdsConfig
+    config_class = LlamaDloThresholdsConfig
+
+
+class LlamaDloLayerThresholdsForCausalLM(LlamaDloLayerForCausalLM):
+    """The same model, under the type of checkpoints whose routers have thresholds."""
+
+    config: LlamaDloLayerThresholdsConfig
+    config_class = LlamaDloLayerThresholdsConfig
+
+
+THRESHOLD_MODELS: Mapping[RoutingKind, type[LlamaDloForCausalLM]] = {
+    "mlp": LlamaDloThresholdsForCausalLM,
+    "layer": LlamaDloLayerThresholdsForCausalLM,
+}
+"""The same where routers have thresholds."""
+
+
 def identity_layers(model: PreTrainedModel, routing: RoutingKind) -> Iterator[int]:
     """Layers of which what can be skipped adds exactly nothing, as in an untrained zero_out layer.
 
@@ -299,11 +332,16 @@ def adds_nothing(projection: nn.Linear) -> bool:
     return zero and (projection.bias is None or not projection.bias.any())
 
 
+def skipping_at_zero(config: LlamaDloConfig) -> tuple[int, ...]:
+    """Routed layers that an all-zero router makes skip every token: not those whose threshold is below one half."""
+    return tuple(layer for layer in config.routed_layers if config.threshold(layer) >= ONE_HALF)
+
+
 def warn_of_untrained_routers(model: LlamaDloForCausalLM) -> None:
     """Warns of layers that skip every token because their router is all zeros, except where that is harmless."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return
-    zero = {layer for layer in model.config.routed_layers if not model.model.router(layer).weight.any()}
+    zero = {layer for layer in skipping_at_zero(model.config) if not model.model.router(layer).weight.any()}
     routing = model.config.routing
     if zero and (untrained := sorted(zero - set(identity_layers(model, routing)))):
         skipped = "their MLPs" if routing == "mlp" else "they"
@@ -315,5 +353,5 @@ def warn_of_untrained_routers(model: LlamaDloForCausalLM) -> None:
         )
 
 
-for routed_model in ROUTED_MODELS.values():
+for routed_model in (*ROUTED_MODELS.values(), *THRESHOLD_MODELS.values()):
     AutoModelForCausalLM.register(routed_model.config_class, routed_model, exist_ok=True)

@@ -10,8 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
-SelectTokens = Callable[[int, torch.Tensor], torch.Tensor]
-"""Training's decision in place of the threshold's: of a layer and its scores, bool of the scores' shape."""
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
+
+SelectTokens = Callable[[torch.Tensor], torch.Tensor]
+"""Training's decision of a layer in place of the threshold's: of its scores, bool of their shape."""
+
+GateTokens = Callable[[torch.Tensor], torch.Tensor]
+"""Training's soft decision of a layer: of its scores with their gradient, from 0 to 1, of their shape."""
 
 
 class TrainingRouting(NamedTuple):
@@ -46,9 +51,9 @@ class TokenRouter(nn.Linear):
             return torch.sigmoid(F.linear(hidden_states.to(precision), self.weight.to(precision))).squeeze(-1)
 
 
-def is_active(scores: torch.Tensor) -> torch.Tensor:
-    """The decision: bool, of the scores' shape. A score of exactly 0.5 skips."""
-    return scores > 0.5
+def is_active(scores: torch.Tensor, threshold: float | torch.Tensor = ONE_HALF) -> torch.Tensor:
+    """The decision: bool, of the scores' shape. A score of exactly the threshold, a float32 number, skips."""
+    return scores > threshold
 
 
 def straight_through(
@@ -68,3 +73,8 @@ def straight_through(
     chosen = torch.where(active.unsqueeze(-1), computed, kept)
     step = (scores - scores.detach()).unsqueeze(-1)  # 0, with the score's gradient
     return chosen + step.to(chosen.dtype) * (computed - kept).detach()
+
+
+def mixed(computed: torch.Tensor, kept: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """`computed` and `kept` of every token, by a gate from 0 to 1: float32 [batch, sequence], with gradient."""
+    return kept + gate.unsqueeze(-1).to(computed.dtype) * (computed - kept)

@@ -163,7 +163,7 @@ class _Clock:
         result = self._runner.step(ids, mask, positions, force_active=forced, last_logits=True)
         seconds = time.perf_counter() - begin
         self._fed += ids.size
-        active = forced or {layer: scores > 0.5 for layer, scores in result.router_scores.items()}
+        active = forced or self._runner.active(result.router_scores)
         for layer, decisions in active.items():
             self._active[layer] = self._active.get(layer, 0) + int(decisions.sum())
         return seconds

@@ -182,10 +182,13 @@ def _missing_and_unknown(interface: DecoderInterface) -> Iterator[str]:
 
 
 def _wrong_types(interface: DecoderInterface) -> Iterator[str]:
-    floats = [key for key in (*interface.present_of, *interface.present_of.values()) if not _is_active_mask(key)]
+    states = (*interface.present_of, *interface.present_of.values())
+    masks = [key for key in states if _is_active_mask(key)]
+    floats = [key for key in states if not _is_active_mask(key)]
     expected: dict[str, tuple[ElementType, ...]] = {
         **dict.fromkeys(interface.step_inputs, (INT64,)),
         **dict.fromkeys((names.force_active_name(layer) for layer in interface.forced_layers), (BOOL,)),
+        **dict.fromkeys(masks, (BOOL,)),
         **dict.fromkeys((*interface.observed(hidden_states=True), *floats), FLOATS),
     }
     for key, types in expected.items():
@@ -207,6 +210,9 @@ def _wrong_shapes(interface: DecoderInterface, lengths: set[int | str | None]) -
             what = "numbers for kv_heads, length and head_dim" if static else "numbers for kv_heads and head_dim"
             yield f"input {key} has shape {list(shape)}, expected {what}"
             break  # the others will be alike
+    for key in sorted(key for key in interface.present_of if _is_active_mask(key)):
+        if len(shape := interface.inputs[key].shape) != 2:
+            yield f"input {key} has shape {list(shape)}, expected [batch, past]"
 
 
 def _is_active_mask(state: str) -> bool:

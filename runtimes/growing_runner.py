@@ -18,13 +18,17 @@ class GrowingRunner(Runner):
     Args:
         name: For reports.
         interface: Of the graph.
+        thresholds: Of its routers, see `Runner`; the graph compares with them itself and does not show them.
     """
 
-    def __init__(self, name: str, interface: DecoderInterface) -> None:
+    def __init__(
+        self, name: str, interface: DecoderInterface, *, thresholds: Mapping[int, float] | None = None
+    ) -> None:
         super().__init__(
             name,
             num_layers=interface.num_layers,
             routed_layers=interface.routed_layers,
+            thresholds=thresholds,
             forcing=interface.forcing,
         )
         self._interface = interface

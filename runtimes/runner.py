@@ -11,6 +11,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.runtimes.errors import StepError
 
 Int64Array = NDArray[np.int64]
@@ -25,6 +26,16 @@ Forcing = Literal["possible", "required", "impossible"]
 def float32(array: np.ndarray) -> FloatArray:
     """The same numbers in float32; the array itself where they are."""
     return array if array.dtype == np.float32 else array.astype(np.float32)
+
+
+def decisions(router_scores: Mapping[int, FloatArray], thresholds: Mapping[int, float]) -> Decisions:
+    """Whose MLP runs, by the rule: a score above its layer's threshold, compared in the scores' own type.
+
+    Args:
+        router_scores: By routed layer, float32 [batch, sequence].
+        thresholds: By layer, where it is not one half.
+    """
+    return {layer: scores > np.float32(thresholds.get(layer, ONE_HALF)) for layer, scores in router_scores.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +90,22 @@ class Runner(abc.ABC):
         name: For reports.
         num_layers: Decoder layers.
         routed_layers: Layers whose routing the model exposes, ascending. A released graph hides its routers.
+        thresholds: By routed layer, the score that an active token's exceeds, where it is not one half.
     """
 
     def __init__(
-        self, name: str, *, num_layers: int, routed_layers: tuple[int, ...] = (), forcing: Forcing = "possible"
+        self,
+        name: str,
+        *,
+        num_layers: int,
+        routed_layers: tuple[int, ...] = (),
+        thresholds: Mapping[int, float] | None = None,
+        forcing: Forcing = "possible",
     ) -> None:
         self.name = name
         self.num_layers = num_layers
         self.routed_layers = routed_layers
+        self.thresholds = dict(thresholds or {})
         self._forcing = forcing
         self._batch: int | None = None
         self._past = 0
@@ -148,6 +167,10 @@ class Runner(abc.ABC):
             )
         self._repeat_cache(branches)
         self._batch = branches
+
+    def active(self, router_scores: Mapping[int, FloatArray]) -> Decisions:
+        """The decisions that these scores mean, by layer."""
+        return decisions(router_scores, self.thresholds)
 
     def close(self) -> None:
         """Frees the model; arrays handed out stay valid. Once is enough, twice does no harm."""

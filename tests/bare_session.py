@@ -3,7 +3,7 @@
 import numpy as np
 import onnxruntime as ort
 
-TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bool)": np.bool_}
 
 
 class BareSession:
@@ -14,12 +14,15 @@ class BareSession:
         options.intra_op_num_threads = 2
         options.log_severity_level = 3
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.past = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
+        self.past = [value for value in self.session.get_inputs() if value.name.startswith("past_")]
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def reset(self, batch):
         self.state = {
-            value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), TYPES[value.type]) for value in self.past
+            value.name: np.zeros(
+                (batch, *(size if isinstance(size, int) else 0 for size in value.shape[1:])), TYPES[value.type]
+            )
+            for value in self.past
         }
 
     def step(self, ids, mask, positions):
@@ -29,7 +32,10 @@ class BareSession:
             "position_ids": np.asarray(positions, np.int64),
         }
         outputs = dict(zip(self.outputs, self.session.run(None, feeds | self.state), strict=True))
-        self.state = {name: outputs[name.replace("past_key_values", "present")] for name in self.state}
+        self.state = {
+            name: outputs[name.replace("past_key_values", "present").replace("past_active", "present_active")]
+            for name in self.state
+        }
         return outputs
 
     def logits_of(self, ids, mask, positions, cuts):

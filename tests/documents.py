@@ -11,11 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     str(file.relative_to(ROOT))
-    for pattern in ("README.md", "docs/*.md", "plugins/**/*.md", "samples/**/*.md")
+    for pattern in ("README.md", "docs/**/*.md", "plugins/**/*.md", "samples/**/*.md")
     for file in ROOT.glob(pattern)
 )
 # What a line or a piece of inline code begins with when it is a command.
-PROGRAMS = ("dlo", "dlo-export", "python", "pip", "make", "cmake", "polygraphy", "build/dlo_generate")
+PROGRAMS = ("dlo", "dlo-export", "accelerate", "python", "pip", "make", "cmake", "polygraphy", "build/dlo_generate")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -59,5 +59,6 @@ def save_routed_adapter(graph: Path, folder: Path, seed: int = 0) -> Path:
         for layer in range(plan.num_layers)
     }
     tensors = {**injection.tensors, **routers}
-    save_adapter(dataclasses.replace(injection, is_dlo=(True,) * plan.num_layers, tensors=tensors), folder)
+    is_dlo, thresholds = (True,) * plan.num_layers, {1: 0.25}
+    save_adapter(dataclasses.replace(injection, is_dlo=is_dlo, router_thresholds=thresholds, tensors=tensors), folder)
     return folder

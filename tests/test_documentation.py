@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from dlo_export.exporter.app import app
 from tests.documents import DOCUMENTS, ROOT, commands, inline_code, python_blocks, text_of
@@ -41,8 +42,9 @@ NOT_OURS = [command for command in SHOWN if command.arguments[0] not in OURS]
 WITH_COMMANDS = sorted({shown.document for shown in SHOWN if shown.to_run and shown.arguments[0] in OURS})
 WITH_PYTHON = [document for document in DOCUMENTS if python_blocks(document)]
 # Options of programs that are not ours.
-OTHERS_OPTIONS = {"--build", "--ep", "--model-type", "--display-as", "--num-processes"}
+OTHERS_OPTIONS = {"--build", "--ep", "--model-type", "--display-as"}
 OTHERS_OPTIONS |= {option for command in SHOWN if command.arguments[0] == "polygraphy" for option in command.options}
+OTHERS_OPTIONS |= set(launch_command_parser()._option_string_actions)
 
 
 def run(arguments, folder=ROOT):
@@ -127,6 +129,11 @@ def test_other_programs_take_what_is_shown_when_asked_for_their_help(command, mo
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
             for extras in re.findall(r"dlo-export\[([a-z,]+)\]", " ".join(arguments)):
                 assert set(extras.split(",")) <= set(project["optional-dependencies"])
+        case "accelerate":
+            given = launch_command_parser().parse_args(arguments[1:])
+            assert (arguments[0], given.training_script) == ("launch", "$(which dlo)")
+            described = run([installed("dlo"), given.training_script_args[0], "--help"]).stdout
+            assert options_in(" ".join(given.training_script_args)) <= options_in(described)
         case "make":
             shown = run(["make", "--dry-run", *arguments])
             assert shown.returncode == 0, shown.stderr
@@ -150,7 +157,7 @@ def test_other_programs_take_what_is_shown_when_asked_for_their_help(command, mo
 
 def options_in(text):
     """Long options that a text names."""
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text))
 
 
 @pytest.fixture(scope="module")

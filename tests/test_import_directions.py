@@ -48,10 +48,12 @@ PACKAGES = {
     "exporter/tensorrt": {"tensorrt", "tensorrt_rtx"},
     "dlo_export": set(),
     "samples": set(),
-    "benchmarks": {"benchmarks", "gguf", "ml_dtypes", "numpy", "onnx_ir", "onnxruntime", "torch", "transformers"},
+    "benchmarks": {"benchmarks", "gguf", "ml_dtypes", "numpy", "onnx_ir", "onnxruntime", "torch", "transformers"}
+    | {"matplotlib", "tokenizers"},
     "tests": {
         *("gguf", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "pytest", "rich"),
         *(
+            "accelerate",
             "safetensors",
             "sentencepiece",
             "tensorrt_rtx",

@@ -7,7 +7,7 @@ readers under test are not checked against themselves.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ def save_tiny_llama(
     rescale: bool = True,
     scale_factor: float = 2.0,
     scale_gap: float = 0.05,
+    thresholds: Mapping[int, float] | None = None,
     legacy_keys: bool = False,
     tokenizer: bool = False,
     seed: int = 0,
@@ -83,6 +84,7 @@ def save_tiny_llama(
         rescale: Of a routed checkpoint: rescale_hidden_states.
         scale_factor: Of a routed checkpoint.
         scale_gap: Of a routed checkpoint.
+        thresholds: Of a routed checkpoint: not None writes them, and the model type that has them.
         legacy_keys: Write rope_theta, rope_scaling and torch_dtype as transformers 4 did.
         tokenizer: Add a byte-level tokenizer with a chat template (needs vocab >= BYTE_VOCABULARY).
         seed: Of all weights.
@@ -124,6 +126,9 @@ def save_tiny_llama(
             "dlo_capacity": 0.7,
             "transformers_version": "4.40.1",
         }
+        if thresholds is not None:
+            values["model_type"] += "_thresholds"
+            values["router_thresholds"] = {str(layer): threshold for layer, threshold in thresholds.items()}
         tensors |= _random_routers(routed, hidden, seed)
     stored = {name: torch.from_numpy(array).to(getattr(torch, dtype)) for name, array in tensors.items()}
     _save_json(folder / "config.json", values)

@@ -28,8 +28,11 @@ from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
 from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
+from dlo_export.checkpoints.router_thresholds import read_thresholds, thresholds_json
 
-FORMAT_VERSION = 1
+# Format 2 has thresholds, which a reader of format 1 would not look for; what has none is written as format 1.
+FORMAT_VERSION, THRESHOLDS_FORMAT_VERSION = 1, 2
 CONFIG_NAME = ADAPTER_FILE
 TENSORS_NAME = "adapter.safetensors"
 
@@ -63,6 +66,7 @@ class DloAdapter:
         rescale_hidden_states: Whether the routed branch is multiplied by 0.5·scale_factor + (score − 0.5)·scale_gap.
         scale_factor: Of that multiplier.
         scale_gap: Of that multiplier.
+        router_thresholds: By routed layer, the score a token must exceed to be active, where it is not 0.5.
         injected_layers: The new layers, by rising position.
         base_sha256: Hash of the base checkpoint the adapter was made from, where known.
         tensors: Names and tensors of the injected layers and routers, in checkpoint shapes ([out, in]).
@@ -73,6 +77,7 @@ class DloAdapter:
     rescale_hidden_states: bool = False
     scale_factor: float = 2.0
     scale_gap: float = 0.0
+    router_thresholds: Mapping[int, float] = field(default_factory=dict)
     injected_layers: tuple[InjectedLayer, ...] = ()
     base_sha256: str | None = None
     tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
@@ -162,7 +167,7 @@ def save_adapter(
         MachineError: The disk is full.
     """
     config: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
+        "format_version": THRESHOLDS_FORMAT_VERSION if adapter.router_thresholds else FORMAT_VERSION,
         "base_sha256": adapter.base_sha256,
         "routing": adapter.routing,
         "is_dlo": list(adapter.is_dlo),
@@ -170,6 +175,7 @@ def save_adapter(
         "scale_factor": adapter.scale_factor,
         "scale_gap": adapter.scale_gap,
         "injected_layers": [asdict(layer) for layer in adapter.injected_layers],
+        **({THRESHOLDS: thresholds_json(adapter.router_thresholds)} if adapter.router_thresholds else {}),
     }
     _adapter_from_config(config, adapter.tensors, Path(folder))
     with no_room_reported(Path(folder)), whole_folder(Path(folder), overwrite=overwrite) as staging:
@@ -197,11 +203,17 @@ def _adapter_from_config(config: dict[str, Any], tensors: Mapping[str, LazyTenso
     Raises:
         AdapterError: With all the problems found.
     """
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
+    version, known = config.get("format_version"), (FORMAT_VERSION, THRESHOLDS_FORMAT_VERSION)
+    if type(version) is not int or version not in known:
         raise AdapterError(
-            f"adapter {origin}: format_version is {version!r}, expected {FORMAT_VERSION}",
+            f"adapter {origin}: format_version is {version!r}, expected {' or '.join(map(str, known))}",
             hint="the adapter was made by another version of dlo-export",
+        )
+    if version == FORMAT_VERSION and THRESHOLDS in config:
+        raise AdapterError(
+            f"adapter {origin}: format_version is {version}, but {THRESHOLDS} are of format "
+            f"{THRESHOLDS_FORMAT_VERSION}",
+            hint="a reader of format 1 would ignore them: say format_version 2, or remove them",
         )
     _raise_for(f"adapter {origin}", config_problems(config), f"the fields are {', '.join(CONFIG_FIELDS)}")
     adapter = DloAdapter(
@@ -210,6 +222,7 @@ def _adapter_from_config(config: dict[str, Any], tensors: Mapping[str, LazyTenso
         rescale_hidden_states=config["rescale_hidden_states"],
         scale_factor=float(config["scale_factor"]),
         scale_gap=float(config["scale_gap"]),
+        router_thresholds=read_thresholds(config.get(THRESHOLDS)),
         injected_layers=tuple(InjectedLayer(**entry) for entry in config["injected_layers"]),
         base_sha256=config.get("base_sha256"),
         tensors=tensors,

@@ -20,6 +20,8 @@ from dlo_export.checkpoints.llama_layer import (
     router_name,
 )
 from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
+from dlo_export.checkpoints.router_thresholds import threshold_problems
 
 CONFIG_FIELDS: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
@@ -30,8 +32,9 @@ CONFIG_FIELDS: dict[str, tuple[type, ...]] = {
     "scale_factor": (int, float),
     "scale_gap": (int, float),
     "injected_layers": (list,),
+    THRESHOLDS: (dict,),
 }
-_OPTIONAL_FIELDS = {"base_sha256"}
+_OPTIONAL_FIELDS = {"base_sha256", THRESHOLDS}
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
@@ -62,6 +65,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     sha256 = config.get("base_sha256")
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
         problems.append(f"base_sha256 is {sha256!r}, expected 64 hexadecimal digits")
+    problems += threshold_problems(config.get(THRESHOLDS), [i for i, routed in enumerate(config["is_dlo"]) if routed])
     return problems + injected_layer_problems(config["injected_layers"], len(config["is_dlo"]))
 
 

@@ -24,6 +24,8 @@ from dlo_export.checkpoints.llama_layer import (
     router_name,
 )
 from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, agreed_routing, routed_type
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
+from dlo_export.checkpoints.router_thresholds import thresholds_json
 
 __all__ = [
     "METHODS",
@@ -135,6 +137,10 @@ def expanded_config(
     if routed is not None:
         # A new layer's router would be untrained: it has none unless it was asked for.
         changes["is_dlo"] = _placed(routed, plan, "is_dlo", injected=False)
+    if config.get(THRESHOLDS):
+        # They follow their routers; a new layer's, where it gets one, has the threshold of one half.
+        moved = {plan.original_positions[int(layer)]: threshold for layer, threshold in config[THRESHOLDS].items()}
+        changes[THRESHOLDS] = thresholds_json(moved)
     if zero_routers:
         is_dlo = [True] * plan.num_layers
         own = MODEL_TYPES[config["model_type"]].routing if routed and any(routed) else None
@@ -150,6 +156,7 @@ def routed_config(
     rescale: bool = False,
     scale_factor: float = 2.0,
     scale_gap: float = 0.0,
+    thresholds: Mapping[int, float] | None = None,
 ) -> dict[str, Any]:
     """The keys of config.json that make a model a routed one; by default, active branches are taken as they are.
 
@@ -160,8 +167,9 @@ def routed_config(
         scale_factor: Of the factor. With the defaults it is 1 by either reading, as it must be where the base model was
             not trained with a scale.
         scale_gap: Likewise.
+        thresholds: By routed layer, where it is not 0.5.
     """
-    kind = routed_type(routing)
+    kind = routed_type(routing, thresholds=bool(thresholds))
     return {
         "model_type": kind.name,
         "architectures": [kind.architecture],
@@ -169,6 +177,7 @@ def routed_config(
         "rescale_hidden_states": rescale,
         "scale_factor": scale_factor,
         "scale_gap": scale_gap,
+        **({THRESHOLDS: thresholds_json(thresholds)} if thresholds else {}),
     }
 
 

@@ -13,9 +13,16 @@ if TYPE_CHECKING:
 NAME = "inspect"
 
 _SAVED = {
-    "nothing": "nothing: its MLP is computed and masked",
-    "tokens": "its part of the MLP",
-    "steps": "the MLP, in steps without an active token",
+    "mlp": {
+        "nothing": "nothing: its MLP is computed and masked",
+        "tokens": "its part of the MLP",
+        "steps": "the MLP, in steps without an active token",
+    },
+    "layer": {
+        "nothing": "nothing: the layer is computed and masked",
+        "tokens": "its part of the layer's projections and MLP",
+        "steps": "the layer, in steps without an active token",
+    },
 }
 
 
@@ -39,6 +46,7 @@ def _print_tables(inspection: Inspection) -> None:
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
+    from dlo_export.checkpoints.router_thresholds import ONE_HALF  # noqa: PLC0415
     from dlo_export.exporter.messages import escaped, printable  # noqa: PLC0415
     from dlo_export.exporter.sources.untrained_routers import untrained_router_warning  # noqa: PLC0415
 
@@ -56,7 +64,9 @@ def _print_tables(inspection: Inspection) -> None:
             f"parity {description.parity.verdict} (parity.json: {inspection.parity_report or 'not there'})"
         )
     if inspection.skips is not None:
-        tell(f"a token that skips a layer saves {_SAVED[inspection.skips]}")
+        assert description is not None, "or nothing would say what is skipped"
+        assert description.routing is not None, "or nothing would be skipped"
+        tell(f"a token that skips a layer saves {_SAVED[description.routing.kind][inspection.skips]}")
     if inspection.untrained_routers:
         assert description is not None, "or no router could be named"
         assert description.routing is not None, "or no router could be named"
@@ -67,6 +77,8 @@ def _print_tables(inspection: Inspection) -> None:
         table = Table("layer", "injected", "routed", "identity", "MB")
         for row in inspection.layers:
             marks = [{True: "yes", False: "", None: "?"}[row[kind]] for kind in ("injected", "routed", "identity")]
+            if row["threshold"] not in (None, ONE_HALF):
+                marks[1] = f"above {row['threshold']:.4f}"
             table.add_row(str(row["index"]), *marks, f"{row['bytes'] / 2**20:.2f}")
         console.print(table)
     for engine in description.engines if description is not None else ():

@@ -43,6 +43,7 @@ def main(
     selection: Annotated[
         Selection, typer.Option(help="Which tokens do not skip in training; inference goes by the threshold.")
     ] = "top-k",
+    soft_steps: Annotated[int, typer.Option(help="Steps over which --selection annealed hardens its gates.")] = 100,
     language_weight: Annotated[float, typer.Option(callback=finite, help="Of the language loss.")] = 1.0,
     distill_weight: Annotated[
         float, typer.Option(callback=finite, help="Of the divergence from the model as it was before, unrouted.")
@@ -51,6 +52,12 @@ def main(
     rate_weight: Annotated[
         float, typer.Option(callback=finite, help="Of the distance of inference's active rate from the target.")
     ] = 10.0,
+    exact_rate: Annotated[
+        bool,
+        typer.Option(
+            "--exact-rate/--trained-rate", help="Shift thresholds to the target on held-out text, or leave them."
+        ),
+    ] = True,
     epochs: Annotated[float, typer.Option(callback=finite, help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of --epochs.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once, per process.")] = 4,
@@ -70,6 +77,9 @@ def main(
     dtype: Annotated[Dtype, typer.Option(help="bf16 by autocast; weights and routers stay fp32.")] = "fp32",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    compile_layers: Annotated[
+        bool, typer.Option("--compile", help="Compile the layers: pays for long runs, needs a compiler.")
     ] = False,
     lora_rank: Annotated[int, typer.Option(help="Of --mode lora.")] = 16,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 200,
@@ -95,10 +105,12 @@ def main(
         anneal_steps=anneal_steps,
         labels=labels,
         selection=selection,
+        soft_steps=soft_steps,
         language_weight=language_weight,
         distill_weight=distill_weight,
         skip_weight=skip_weight,
         rate_weight=rate_weight,
+        exact_rate=exact_rate,
         epochs=epochs,
         max_steps=max_steps,
         batch=batch,
@@ -111,6 +123,7 @@ def main(
         max_grad_norm=max_grad_norm,
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
+        compile=compile_layers,
         lora_rank=lora_rank,
         held_out=held_out_share,
         eval_every=eval_every,
@@ -155,4 +168,6 @@ def _print_report(result: TrainingResult, request: TrainRequest) -> None:
         Console().print(table)
     mean, target = result.held_out.active_rate, request.settings.target
     active = "" if mean is None else f", active {mean:.1%} over the routed layers (target {target:.0%})"
+    if result.rate_control is not None and result.rate_control.after != result.rate_control.before:
+        active += f", {result.rate_control.before:.1%} before its thresholds were shifted"
     typer.echo(f"{request.output}: {result.step} steps, held-out perplexity {result.held_out.perplexity:.2f}{active}")

@@ -20,6 +20,7 @@ from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
 from dlo_export.checkpoints.model_types import ROUTED_BLOCKS
 from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.sources.adapter_base import check_adapter_base
 from dlo_export.exporter.sources.base_model import BaseModel, check_use
 from dlo_export.exporter.sources.checkpoint_model import CheckpointModel
@@ -63,6 +64,11 @@ class ExportSource:
         return None if refusal is None else f"{self.base.path.name} {refusal.reason}"
 
     @property
+    def remembers_activity(self) -> bool:
+        """Whether its graph has a state beside the KV cache: which cached tokens were active in a layer."""
+        return self.routing is not None and self.routing.kind == "layer"
+
+    @property
     def injected_layers(self) -> tuple[InjectedLayer, ...]:
         """All that are not the first model's, in the order of their positions; sources count in the first model."""
         if self.adapter is None:
@@ -72,7 +78,9 @@ class ExportSource:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user is to be shown, one sentence each: the base model's, and of routers that skip everything."""
+        thresholds = {} if self.routing is None else self.routing.thresholds
         zero = [layer for layer, router in self.routers().items() if not router.any()]
+        zero = [layer for layer in zero if thresholds.get(layer, ONE_HALF) >= ONE_HALF]  # their scores are one half
         if self.routing is None or not zero:
             return self.base.warnings
         # Where what is skipped adds nothing, as in a new layer of zero_out, skipping it loses nothing.
@@ -119,6 +127,7 @@ class ExportSource:
                 rescale=self.adapter.rescale_hidden_states,
                 scale_factor=self.adapter.scale_factor,
                 scale_gap=self.adapter.scale_gap,
+                thresholds=self.adapter.router_thresholds,
             )
         return values
 
@@ -211,6 +220,7 @@ def _adapter_routing(adapter: DloAdapter) -> RoutingConfig | None:
         adapter.rescale_hidden_states,
         adapter.scale_factor,
         adapter.scale_gap,
+        adapter.router_thresholds,
     )
 
 

@@ -20,6 +20,6 @@ def untrained_router_warning(layers: Sequence[int], routing: RoutingKind) -> str
     shown = ", ".join(map(str, layers[:_SHOWN])) + (f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else "")
     return (
         f"the routers of layers {shown} are all zeros: every score is exactly 0.5, "
-        f"which is not above 0.5, so every token skips those {_SKIPPED[routing]}; "
+        f"which is not above their threshold, so every token skips those {_SKIPPED[routing]}; "
         "fit the routers with `dlo calibrate`, train them, or set is_dlo to false there"
     )

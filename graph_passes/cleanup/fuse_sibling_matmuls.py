@@ -32,7 +32,7 @@ class FuseSiblingMatMulsPass(GraphPass):
         fused   = MatMul(x, W)          # W = Wq, Wk and Wv side by side
         q, k, v = Split(fused, sizes)   # along the last axis
 
-    Optional: a graph without such siblings is left alone. Scope: main graph.
+    Optional: a graph without such siblings is left alone. Scope: main graph and branches; siblings share one.
 
     Attributes:
         minimum: Smallest group that is fused. Three by default: query, key and value. Two siblings (gate and up) gain
@@ -45,10 +45,10 @@ class FuseSiblingMatMulsPass(GraphPass):
 
     def rewrite(self, model: ir.Model) -> bool:
         """Fuses every group of at least `minimum` siblings."""
-        siblings: dict[ir.Value, list[ir.Node]] = {}
-        for node in model.graph:
+        siblings: dict[tuple[object, ir.Value | None], list[ir.Node]] = {}
+        for node in model.graph.all_nodes():
             if _is_fusible(node, model.graph):
-                siblings.setdefault(node.inputs[0], []).append(node)  # type: ignore[arg-type]  # MatMul has inputs
+                siblings.setdefault((node.graph, node.inputs[0]), []).append(node)
         groups = [nodes for nodes in siblings.values() if len(nodes) >= self.minimum]
         unique = unique_names(model.graph)
         for nodes in groups:
@@ -85,8 +85,10 @@ def _is_fusible(node: ir.Node, graph: ir.Graph) -> bool:
 
 
 def _fuse(graph: ir.Graph, nodes: list[ir.Node], unique: Callable[[str], str]) -> None:
-    # One multiplication in the first one's place, its matrix joined row by row when it is written.
-    first = nodes[0]
+    # One multiplication in the first one's place, its matrix joined row by row when it is written. Matrices belong to
+    # the main graph wherever they are read.
+    first, scope = nodes[0], nodes[0].graph
+    assert isinstance(scope, ir.Graph), "weights of functions are no initializers"
     weights = [node.inputs[1] for node in nodes]
     tensors = [weight.const_value for weight in weights if weight is not None and weight.const_value is not None]
     name = _joined_name([node.name or "" for node in nodes])
@@ -105,7 +107,7 @@ def _fuse(graph: ir.Graph, nodes: list[ir.Node], unique: Callable[[str], str]) -
         name=f"{name}.split",
         metadata_props=dict(made_by),
     )
-    graph.insert_before(first, [fused, split])
+    scope.insert_before(first, [fused, split])
 
     # The parts of the split take the place, type and name of the old outputs; the old nodes and weights are gone.
     for node, output in zip(nodes, split.outputs, strict=True):
@@ -113,7 +115,7 @@ def _fuse(graph: ir.Graph, nodes: list[ir.Node], unique: Callable[[str], str]) -
         output.type, output.shape = old.type, old.shape
         ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
         output.name, old.name = old.name, None
-    graph.remove(nodes, safe=True)
+    scope.remove(nodes, safe=True)
     for value in weights:
         del graph.initializers[value.name]  # type: ignore[union-attr,arg-type]  # checked by _is_fusible
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.interface import parse_past, parse_present, past_name, present_name
+from dlo_export.checkpoints.interface import renumbered_name
 from dlo_export.graph_passes.naming import unique_names
 
 # `model.layers.1.mlp`, `/model/layers.1/mlp` and a name that ends in the number; not `layers.11`, not `my_layers.1`.
@@ -16,10 +16,8 @@ _LAYER_NUMBER = re.compile(r"(?<![A-Za-z0-9_])layers\.(0|[1-9]\d*)(?=[./]|$)")
 
 def renumbered(name: str, numbers: Mapping[int, int]) -> str:
     """The name with its layer number replaced, all numbers at once; numbers not in the mapping stay."""
-    if (past := parse_past(name)) is not None:
-        return past_name(numbers.get(past.layer, past.layer), past.part)
-    if (present := parse_present(name)) is not None:
-        return present_name(numbers.get(present.layer, present.layer), present.part)
+    if (state := renumbered_name(name, numbers)) is not None:
+        return state
     return _LAYER_NUMBER.sub(lambda match: f"layers.{numbers.get(int(match[1]), int(match[1]))}", name)
 
 

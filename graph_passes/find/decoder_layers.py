@@ -17,7 +17,9 @@ from dlo_export.checkpoints.interface import (
     CachePart,
     parse_past,
     parse_present,
+    past_active_name,
     past_name,
+    present_active_name,
     present_name,
 )
 from dlo_export.graph_passes.errors import DecoderLayersNotFound
@@ -28,10 +30,10 @@ from dlo_export.graph_passes.find.data_flow import (
     is_op,
     node_order,
     nodes_between,
+    pass_through_values,
 )
 from dlo_export.graph_passes.find.projections import Projection, find_projections
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock, embedding_values, residual_blocks
-from dlo_export.graph_passes.spec.provenance import closed_branch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +46,8 @@ class DecoderLayer:
         mlp: Block after it.
         past_key: Graph input [batch, kv_heads, past, head_dim]; likewise `past_value`.
         present_key: Graph output [batch, kv_heads, past + sequence, head_dim]; likewise `present_value`.
+        past_active: Graph input bool [batch, past] of a layer that tokens skip whole, None in every other layer;
+            likewise `present_active`.
         token_dims: The graph's names or numbers for [batch, sequence].
         hidden_size: Width of the residual stream.
     """
@@ -55,6 +59,8 @@ class DecoderLayer:
     past_value: ir.Value
     present_key: ir.Value
     present_value: ir.Value
+    past_active: ir.Value | None
+    present_active: ir.Value | None
     token_dims: tuple[int | str | None, int | str | None]
     hidden_size: int
 
@@ -106,6 +112,7 @@ def find_decoder_layers(graph: ir.Graph) -> tuple[DecoderLayer, ...]:
     present, tails = _present_owners(graph.outputs, owner, order)
     attention_blocks = {number for number, _ in (*past.values(), *present.values())}
     _check_alternation(blocks, attention_blocks)
+    active_inputs, active_outputs = ({value.name: value for value in side} for side in (graph.inputs, graph.outputs))
     layers = []
     # Two blocks are a layer. What lies behind attention and only leads to its present values belongs to it too.
     for index, (attention, mlp) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
@@ -119,6 +126,8 @@ def find_decoder_layers(graph: ir.Graph) -> tuple[DecoderLayer, ...]:
                 past_value=_cache_value(past, index, "value", past_name(index, "value")),
                 present_key=_cache_value(present, index, "key", present_name(index, "key")),
                 present_value=_cache_value(present, index, "value", present_name(index, "value")),
+                past_active=active_inputs.get(past_active_name(index)),
+                present_active=active_outputs.get(present_active_name(index)),
                 token_dims=token_dims,
                 hidden_size=hidden_size,
             )
@@ -131,9 +140,9 @@ def _stream_blocks(graph: ir.Graph, order: Mapping[ir.Node, int]) -> tuple[Resid
     # are added to.
     roots = embedding_values(graph)
     # Rotary tables are looked up by positions, and what is computed from them ends in a tagged node too, as does all of
-    # a layer. But a stream begins with an attention block, which an addition closes.
+    # a layer. But what closes a block of the stream joins the branch with the stream itself.
     found_blocks = (residual_blocks(order, root) for root in roots)
-    streams = [blocks for blocks in found_blocks if blocks and closed_branch(blocks[0].add) is None]
+    streams = [blocks for blocks in found_blocks if blocks and _joins_stream(blocks[0])]
     if len(streams) == 1:
         return streams[0]
     if not roots:
@@ -147,6 +156,10 @@ def _stream_blocks(graph: ir.Graph, order: Mapping[ir.Node, int]) -> tuple[Resid
         "expected one token embedding followed by additions of attention and MLP branches.",
         hint="only decoder-only language models that read input_ids are supported",
     )
+
+
+def _joins_stream(block: ResidualBlock) -> bool:
+    return not pass_through_values(block.stream_in).keys().isdisjoint(block.add.inputs)
 
 
 def _stream_dims(embedding: ir.Value) -> tuple[tuple[int | str | None, int | str | None], int]:

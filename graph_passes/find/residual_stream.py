@@ -184,7 +184,8 @@ class _Walk:
         if block.conditional is None:
             return False
         others = [graph for graph in subgraphs_of(block.conditional) if graph is not block.add.graph]
-        return all(list(graph.outputs) == [graph.outputs[0]] and graph.outputs[0] in aliases for graph in others)
+        position = block.conditional.outputs.index(block.stream_out)
+        return all(graph.outputs[position] in aliases for graph in others)
 
 
 def _added_branch(node: ir.Node, stream_index: int) -> ir.Value | None:

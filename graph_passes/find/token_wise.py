@@ -30,6 +30,23 @@ def row_rank(nodes: Iterable[ir.Node]) -> tuple[int, list[str]]:
     return needed, problems
 
 
+def token_wise_nodes(nodes: Iterable[ir.Node], source: ir.Value) -> tuple[ir.Node, ...]:
+    """Those nodes, in order, that can run on rows [rows, hidden] of `source`.
+
+    Args:
+        nodes: In topological order; what else they read is left to the others.
+        source: [batch, sequence, hidden].
+    """
+    found: list[ir.Node] = []
+    reached = {source}
+    for node in nodes:
+        computed = [value for value in node.inputs if value is not None and not is_constant(value)]
+        if reached.issuperset(computed) and _node_rank(node) == 2:
+            found.append(node)
+            reached.update(node.outputs)
+    return tuple(found)
+
+
 def _node_rank(node: ir.Node) -> int | None:
     rule = _RULES.get((node.domain, node.op_type))
     return None if rule is None else rule(node)

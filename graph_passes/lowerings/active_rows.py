@@ -1,34 +1,41 @@
-"""What every lowering that runs the MLP on gathered rows shares."""
+"""What every lowering that runs a block on gathered rows shares."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.interface import INPUT_IDS
 from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.graph_passes.find.data_flow import element_type, is_op
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
+from dlo_export.graph_passes.find.residual_stream import ResidualBlock
 from dlo_export.graph_passes.rewriting import remove_with_sources
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
 
 
-def stream_for_all_tokens(masked: MaskedMlp, new: TaggedNodes) -> ir.Value:
-    """The stream operand of the addition, for all tokens.
+def stream_for_all_tokens(block: ResidualBlock, nodes: Collection[ir.Node], new: TaggedNodes) -> ir.Value:
+    """The stream operand of a block's addition, for all tokens.
 
-    Casts between h and the addition that also feed the branch are about to run on rows: they get a copy.
+    Casts between the stream and the addition that also feed the branch are about to run on rows: they get a copy.
+
+    Args:
+        block: To run on rows.
+        nodes: Of the branch.
+        new: Takes the copies.
     """
     # From the operand back to h. Casts on that way which the branch does not read stay as they are: for all tokens.
     chain: list[ir.Node] = []
-    value = operand = masked.layer.mlp.stream_operand
-    while value is not masked.layer.mlp.stream_in:
+    value = operand = block.stream_operand
+    while value is not block.stream_in:
         node = value.producer()
         assert node is not None, "the operand is the stream behind Cast and Identity"
         chain.append(node)
         value = node.inputs[0] or value
-    if not set(chain) & set(masked.nodes):
+    if not set(chain) & set(nodes):
         return operand
     for node in reversed(chain):
         source = node.outputs[0]
@@ -58,6 +65,39 @@ def scale_rows(graph: ir.Graph, masked: MaskedMlp, new: TaggedNodes, scale: ir.V
     masked.scaling.replace_input_with(position, column)
     if old is not None and not old.uses() and (producer := old.producer()) is not None:
         remove_with_sources(graph, producer)
+
+
+def token_zeros(graph: ir.Graph, made_by: str, width: int, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+    """Zeros for all tokens of a step, [batch, sequence, width]: one node for all layers.
+
+    Args:
+        graph: With an input of token ids, as whoever masked its attention has seen.
+        made_by: Name of the pass.
+        width: Of the last axis.
+        dtype: Of the zeros.
+        before: Where the node is inserted on first use.
+    """
+    tokens = next(value for value in graph.inputs if value.name == INPUT_IDS)
+    tags, int64, batch_and_sequence = TaggedNodes(made_by, None).tags, ir.DataType.INT64, (tokens.shape or (None, None))
+    sizes = shared_node(
+        graph, "Shape", tokens, name=f"{ROUTERS}.token_sizes", tags=tags, dtype=int64, shape=(2,), before=before
+    )
+    last = shared_constant(graph, f"{ROUTERS}.width_{width}", np.array([width], np.int64))
+    name = f"{ROUTERS}.shape_{width}"
+    shape = shared_node(
+        graph, "Concat", sizes, last, name=name, tags=tags, dtype=int64, shape=(3,), before=before, axis=0
+    )
+    return shared_node(
+        graph,
+        "ConstantOfShape",
+        shape,
+        name=f"{ROUTERS}.zeros_{width}_{dtype.name.lower()}",
+        tags=tags,
+        dtype=dtype,
+        shape=(*batch_and_sequence, width),
+        before=before,
+        value=ir.tensor(np.zeros(1, dtype.numpy())),
+    )
 
 
 def run_on_rows(nodes: Sequence[ir.Node], stream: ir.Value, rows: ir.Value, leading: tuple[int | str, ...]) -> None:

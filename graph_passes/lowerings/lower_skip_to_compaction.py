@@ -1,4 +1,4 @@
-"""Make routed layers skip: run the MLP branch on the rows of active tokens only."""
+"""Make routed layers skip: run their branches on the rows of active tokens only."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
 from dlo_export.graph_passes.find.data_flow import element_type
+from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
 from dlo_export.graph_passes.lowerings.active_rows import run_on_rows, scale_rows, stream_for_all_tokens
+from dlo_export.graph_passes.lowerings.attention_on_rows import row_problems, run_on_active_rows
+from dlo_export.graph_passes.lowerings.compacted_rows import active_index, add_rows, row_count
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
-from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.spec.invariants import lowered_stage
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
@@ -39,7 +41,15 @@ class LowerSkipToCompactionPass(LoweringPass):
         kept = Mul(Unsqueeze(GatherND(scale, idx), -1), d)
         y    = ScatterND(h, idx, kept, reduction="add")      # indices are unique: one addition per element
 
-    Rows are [1, n, hidden] instead where a node of the branch counts its axes from the front. ONNX Runtime's CPU kernel
+    Where attention is masked too (`RouteLayersPass`, kind "layer"), its projections run on rows; attention itself stays
+    [batch, sequence] under its mask, with zeros for skipped tokens::
+
+        n    = RMSNormalization(GatherND(x, idx))            # the same nodes, on rows
+        q    = RotaryEmbedding(ScatterND(zeros, idx, n·Wq))  # k and v likewise: the zeros that Where wrote before
+        a    = Attention(q, k, v, bias, past_key, past_value)
+        h    = ScatterND(x, idx, GatherND(a, idx)·Wo, reduction="add")
+
+    Rows are [1, n, hidden] instead where a node of the MLP counts its axes from the front. ONNX Runtime's CPU kernel
     of ScatterND adds in float32 and float64 only, so a 16-bit graph lowered this way needs another runtime. Scope:
     every routed decoder layer of the main graph. Source: ONNX ScatterND-16.
     """
@@ -50,24 +60,27 @@ class LowerSkipToCompactionPass(LoweringPass):
         """Nodes of the branch that do not compute each token by itself."""
         return row_rank(masked.nodes)[1]
 
+    def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
+        """Projections that do not compute each token by itself."""
+        return row_problems(masked)
+
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
-        """Run the branch of one layer on its active tokens."""
+        """Run the MLP of one layer on its active tokens."""
         layer, block, nodes = masked.layer, masked.layer.mlp, masked.nodes
         router, mlp = router_path(layer.index), layer_tensor_name(layer.index, "mlp")
-        count, int64, dtype = f"active_tokens_{layer.index}", ir.DataType.INT64, element_type(block.stream_in)
+        count, dtype = row_count(masked), element_type(block.stream_in)
         rank, _ = row_rank(nodes)
 
         # In front of the branch: where the active tokens are, and their rows. A branch that counts its axes from the
         # front gets them as a batch of one.
+        index = active_index(graph, masked, type(self).__name__, nodes[0])
         gather = TaggedNodes(type(self).__name__, layer.index)
-        nonzero = gather.add("NonZero", masked.active, name=f"{router}.nonzero", dtype=int64, shape=(2, count))
-        index = gather.add("Transpose", nonzero, name=f"{router}.index", dtype=int64, shape=(count, 2), perm=(1, 0))
         row_shape = (count, layer.hidden_size)
         rows = gather.add("GatherND", block.stream_in, index, name=f"{mlp}.rows", dtype=dtype, shape=row_shape)
         first_axis = shared_constant(graph, f"{ROUTERS}.first_axis", np.array([0], np.int64)) if rank == 3 else None
         if first_axis is not None:
             rows = gather.add("Unsqueeze", rows, first_axis, name=f"{mlp}.rows_3d", dtype=dtype, shape=(1, *row_shape))
-        stream = stream_for_all_tokens(masked, gather)
+        stream = stream_for_all_tokens(block, nodes, gather)
 
         # The branch itself stays, node by node: it reads rows now, and each row is scaled by its own token's factor.
         if masked.scale is not None and masked.scaling is not None:
@@ -79,26 +92,17 @@ class LowerSkipToCompactionPass(LoweringPass):
         run_on_rows(nodes, block.stream_in, rows, (count,) if rank == 2 else (1, count))
         graph.insert_before(nodes[0], gather.nodes)
 
-        # Behind it: the results are added to the stream in place, which closes the block. Where and Add, and what
-        # served only them, are gone: a skipped token keeps h because nothing is added to it.
+        # Behind it: the results are added to the stream in place of Where and Add: a skipped token keeps h because
+        # nothing is added to it.
         scatter = TaggedNodes(type(self).__name__, layer.index)
-        kept, dtype = masked.kept, element_type(block.stream_operand)
+        kept = masked.kept
         if first_axis is not None:
             kept = scatter.add("Squeeze", kept, first_axis, name=f"{mlp}.kept_rows", dtype=dtype, shape=row_shape)
-        total = scatter.add(
-            "ScatterND",
-            stream,
-            index,
-            kept,
-            name=block.stream_out.name or f"{mlp}.added_rows",
-            dtype=dtype,
-            shape=block.stream_out.shape,
-            closes=2,
-            reduction="add",
-        )
-        graph.insert_before(block.add, scatter.nodes)
-        replace_value(block.stream_out, total)
-        remove_with_sources(graph, block.add)
+        add_rows(graph, masked, scatter, stream, index, kept)
+
+    def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
+        """Run the projections of one layer's attention on its active tokens."""
+        run_on_active_rows(graph, masked, type(self).__name__)
 
 
 RECORD = LoweringRecord(
@@ -110,5 +114,6 @@ RECORD = LoweringRecord(
     not_capturable="the number of active tokens is read back by the host",
     reason="compaction skips work in prefill, batches and decode alike on ONNX Runtime's CPU kernels",
     suits=lambda workload: True,
+    routing=("mlp", "layer"),
     operators=("ScatterND(add)",),
 )

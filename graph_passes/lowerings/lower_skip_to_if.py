@@ -1,21 +1,24 @@
-"""Make routed layers skip: run the MLP block only in steps where some token is active."""
+"""Make routed layers skip: run a block only in steps where some token is active."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_path
 from dlo_export.graph_passes.find.data_flow import element_type, is_op, node_order
+from dlo_export.graph_passes.find.masked_attention import MaskedAttention
+from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
+from dlo_export.graph_passes.lowerings.attention_in_branch import branch_problems, move_into_branch
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
-from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes
+from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes, shared_node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,18 @@ class LowerSkipToIfPass(LoweringPass):
             skipped = Identity(h)
           } => (skipped)
 
+    Where attention is masked too (`RouteLayersPass`, kind "layer"), it moves into an If of its own, with its cache::
+
+        h, pk, pv = If(any) <
+          then_branch = {                                                # the same nodes, all of them
+            a, pk, pv = Attention(q, Where(…, k, 0), Where(…, v, 0), Where(…, bias, lowest), past_key, past_value)
+            h         = Add(x, Where(Unsqueeze(active, -1), a·Wo, 0))
+          } => (h, pk, pv)
+          else_branch = {
+            h         = Identity(x)
+            pk        = Concat(past_key, zeros)                          # what a skipped token leaves; pv likewise
+          } => (h, pk, pv)
+
     A step skips a layer only where none of its tokens is active: with a share p of tokens skipping, p to the power of
     batch·sequence. So it pays for single-token decode at batch 1, and in prefill and batches it saves nothing.
 
@@ -48,7 +63,7 @@ class LowerSkipToIfPass(LoweringPass):
     initializers cost several times their memory at load); no node that depends on h and serves the MLP stays outside
     (TensorRT runs lazily only what hangs on the conditional's inputs); each branch produces its output itself (so no
     pass may eliminate Identity nodes afterwards), of equal rank and type and under a name of its own. The router and
-    its scale, attention, the KV cache and what prepares constants (runtimes fold it) stay outside. The condition goes
+    its scale, the state of activity and what prepares constants (runtimes fold it) stay outside. The condition goes
     through fp32 because TensorRT reduces numbers only, and ONNX reduces bool from opset 20 on only.
 
     Scope: every routed decoder layer of the main graph. Source: ONNX If-1, ReduceMax-1; TensorRT IIfConditional.
@@ -59,8 +74,8 @@ class LowerSkipToIfPass(LoweringPass):
         index, block = masked.layer.index, masked.layer.mlp
         mlp, output, dtype = layer_tensor_name(index, "mlp"), block.stream_out, element_type(block.stream_operand)
         shape = (*masked.layer.token_dims, masked.layer.hidden_size)
-        decide = TaggedNodes(type(self).__name__, index)
-        condition = _add_any(decide, masked)
+        tags = TaggedNodes(type(self).__name__, index).tags
+        condition = _any_active(graph, masked, block.add, tags)
 
         # Both branches: what is moved keeps its order, and ends in an addition of the branch's own, which closes the
         # block; else the stream passes through.
@@ -87,26 +102,49 @@ class LowerSkipToIfPass(LoweringPass):
                 "else_branch": ir.Graph([], [skipped], nodes=keep.nodes, name=f"{mlp}.else_branch"),
             },
             name=f"{mlp}.if",
-            metadata_props=dict(decide.tags),
+            metadata_props=dict(tags),
         )
 
         # The If stands where the addition stood, and gives the stream under its name.
-        graph.insert_before(block.add, [*decide.nodes, conditional])
+        graph.insert_before(block.add, conditional)
         result = conditional.outputs[0]
         result.type, result.shape = added.type, ir.Shape(shape)
         replace_value(output, result)
         graph.remove(block.add, safe=True)
 
+    def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
+        """A cast between stream and sum, or a cache of unknown size."""
+        return branch_problems(masked)
 
-def _add_any(nodes: TaggedNodes, masked: MaskedMlp) -> ir.Value:
-    """Whether any token is active: bool, 0-D."""
-    router, active, float32 = router_path(masked.layer.index), masked.active, ir.DataType.FLOAT
-    numbers = nodes.add(
-        "Cast", active, name=f"{router}.active_number", dtype=float32, shape=active.shape, to=int(float32)
+    def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
+        """Move the attention of one layer, and what it appends to the cache, into an If."""
+        tags = TaggedNodes(type(self).__name__, masked.layer.index).tags
+        condition = _any_active(graph, masked, masked.layer.attention.add, tags)
+        move_into_branch(graph, masked, condition, type(self).__name__)
+
+
+def _any_active(graph: ir.Graph, masked: MaskedBlock, before: ir.Node, tags: Mapping[str, str]) -> ir.Value:
+    """Whether any token is active: bool, 0-D; once per layer, whatever of it is routed."""
+    router, float32, boolean = router_path(masked.layer.index), ir.DataType.FLOAT, ir.DataType.BOOL
+    steps: tuple[tuple[str, str, ir.DataType, Dims | None, dict[str, int]], ...] = (
+        ("Cast", "active_number", float32, masked.active.shape, {"to": int(float32)}),
+        ("ReduceMax", "any_number", float32, (), {"keepdims": 0}),
+        ("Cast", "any_active", boolean, (), {"to": int(boolean)}),
     )
-    largest = nodes.add("ReduceMax", numbers, name=f"{router}.any_number", dtype=float32, shape=(), keepdims=0)
-    boolean = ir.DataType.BOOL
-    return nodes.add("Cast", largest, name=f"{router}.any_active", dtype=boolean, shape=(), to=int(boolean))
+    value = masked.active
+    for op_type, name, dtype, shape, attributes in steps:
+        value = shared_node(
+            graph,
+            op_type,
+            value,
+            name=f"{router}.{name}",
+            tags=tags,
+            dtype=dtype,
+            shape=shape,
+            before=before,
+            **attributes,
+        )
+    return value
 
 
 def _columns(masked: MaskedMlp) -> Iterator[ir.Node]:
@@ -152,6 +190,7 @@ RECORD = LoweringRecord(
     not_capturable="the host decides which branch runs",
     reason="decode of one sequence: a skipped layer runs nothing, in native operators",
     suits=lambda workload: workload.phase == "decode" and workload.max_batch == 1,
+    routing=("mlp", "layer"),
     tensorrt_layers=frozenset({"CONDITION", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT"}),
     tensorrt_start="CONDITIONAL_INPUT",
 )

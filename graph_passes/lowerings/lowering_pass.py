@@ -1,4 +1,4 @@
-"""What all lowerings share: find the masked layers, check each, rewrite each."""
+"""What all lowerings share: find the masked blocks, check each, rewrite each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
-from dlo_export.graph_passes.find.masked_mlp import MaskedMlp, match_masked_mlp
+from dlo_export.graph_passes.find.masked_attention import MaskedAttention
+from dlo_export.graph_passes.find.masked_blocks import MaskedBlock, match_masked_blocks
+from dlo_export.graph_passes.find.masked_branch import Mismatch
+from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, ROUTER_SCORES, closed_branch, role_values
@@ -19,8 +22,10 @@ from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, ROUTER_
 class LoweringPass(GraphPass):
     """Base of the lowerings: rewrites every routed decoder layer of the main graph from its masked form.
 
-    A lowering says in `problems` which masked layers it cannot take, and rewrites one in `lower`. The node that closes
-    the rewritten block carries the tag `closes` (`spec/provenance.py`): by it alone the layer is found afterwards.
+    A lowering says in `problems` which masked MLPs it cannot take, and rewrites one in `lower`; where it takes layers
+    that tokens skip whole, it does the same for their attention in `attention_problems` and `lower_attention`. The node
+    that closes a rewritten block carries the tag `closes` (`spec/provenance.py`): by it alone the layer is found
+    afterwards.
     """
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass,)
@@ -34,20 +39,33 @@ class LoweringPass(GraphPass):
             GraphPassError: Nothing is routed, or a masked layer cannot be lowered; with all reasons.
         """
         graph = model.graph
-        for masked in self._masked_layers(graph):
-            self.lower(graph, masked)
+        # From the last block to the first: each replaces the stream behind it, which only those behind it read.
+        for masked in reversed(self._masked_blocks(graph)):
+            if isinstance(masked, MaskedAttention):
+                self.lower_attention(graph, masked)
+            else:
+                self.lower(graph, masked)
         # What was put in front of a block may read what stands between the block's nodes.
         graph.sort()
         return True
 
     def problems(self, masked: MaskedMlp) -> Sequence[str]:
-        """Why a masked layer cannot be lowered; none if it can, as by default."""
+        """Why a masked MLP cannot be lowered; none if it can, as by default."""
         del masked
         return ()
 
+    def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
+        """Why a masked attention cannot be lowered; by default because the lowering knows MLPs only."""
+        del masked
+        return ("tokens skip it whole (layer routing), and this lowering skips MLPs only",)
+
     @abc.abstractmethod
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
-        """Rewrite one layer; the node that closes its block is tagged."""
+        """Rewrite one layer's MLP; the node that closes its block is tagged."""
+
+    def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
+        """Rewrite one layer's attention; the node that closes its block is tagged. Its MLP is lowered already."""
+        raise NotImplementedError(f"{self._name} refuses masked attention")
 
     def ensures(self, model: ir.Model) -> None:
         """Every layer with a router is closed by a node of this pass; that it is found there, the stage checks.
@@ -65,22 +83,26 @@ class LoweringPass(GraphPass):
                 f"{self._name}: no node of it closes layers {left}\n\nhint: a bug of dlo-export, please report it"
             )
 
-    def _masked_layers(self, graph: ir.Graph) -> list[MaskedMlp]:
-        """Every routed layer, all of them fit for this lowering."""
+    def _masked_blocks(self, graph: ir.Graph) -> list[MaskedBlock]:
+        """Every masked block in the order of the stream, all of them fit for this lowering."""
         # All layers are asked before the first is rewritten: a graph is lowered as a whole or left as it is.
-        matches = [match_masked_mlp(layer) for layer in find_decoder_layers(graph)]
-        masked = [match for match in matches if isinstance(match, MaskedMlp)]
-        problems = [match.reason for match in matches if not isinstance(match, MaskedMlp) and match.masked]
+        layers = find_decoder_layers(graph)
+        matches = [match for layer in layers for _, match in match_masked_blocks(layer)]
+        masked = [match for match in matches if not isinstance(match, Mismatch)]
+        problems = [match.reason for match in matches if isinstance(match, Mismatch) and match.masked]
         if graph.opset_imports.get("", 0) < self.oldest_opset:
             problems.append(
                 f"the graph uses opset {graph.opset_imports.get('')}, expected {self.oldest_opset} or newer"
             )
         if not masked and not problems:
-            problems.append(f"none of the {len(matches)} decoder layers is routed")
-        problems += [f"layer {layer.layer.index}: {reason}" for layer in masked for reason in self.problems(layer)]
+            problems.append(f"none of the {len(layers)} decoder layers is routed")
+        problems += [f"layer {block.layer.index}: {reason}" for block in masked for reason in self._reasons(block)]
         if problems:
             raise GraphPassError(
                 f"{self._name}: " + "; ".join(problems) + ".",
                 hint="route the layers first, or choose another --lowering: masked is always possible",
             )
         return masked
+
+    def _reasons(self, masked: MaskedBlock) -> Sequence[str]:
+        return self.attention_problems(masked) if isinstance(masked, MaskedAttention) else self.problems(masked)

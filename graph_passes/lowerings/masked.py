@@ -14,6 +14,7 @@ RECORD = LoweringRecord(
     not_capturable=None,
     reason="the oracle: exact, and computes everything",
     suits=lambda workload: False,
+    routing=("mlp", "layer"),
 )
 
 DENSE = LoweringRecord(

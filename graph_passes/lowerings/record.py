@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.spec.invariants import StageSpec
 
@@ -22,12 +23,14 @@ class Workload:
         max_batch: Sequences per step at most.
         max_sequence: Tokens per sequence and step at most.
         plugins_at_hand: Whether kernels of the dlo operators can be had.
+        routing: What tokens skip.
     """
 
     phase: Literal["both", "prefill", "decode"] = "both"
     max_batch: int = 4
     max_sequence: int = 512
     plugins_at_hand: bool = False
+    routing: RoutingKind = "mlp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +42,12 @@ class LoweringRecord:
         targets: Which runtimes run its graphs.
         make_pass: The pass, set for a workload; None where the masked form stays as it is.
         stage: What is legal in the graph afterwards.
-        skips: What a skipped token saves: nothing, its own part of the MLP ("tokens"), or the whole step's MLP where no
-            token of it is active ("steps").
+        skips: What a skipped token saves of the MLP, or of the layer: nothing, its own part ("tokens"), or all of a
+            step's where no token of it is active ("steps").
         not_capturable: Why a CUDA graph cannot capture its steps; None where it can.
         reason: Why `auto` chooses it, for reports.
         suits: Whether `auto` may choose it for a workload.
+        routing: What tokens may skip in the graphs that it takes.
         domains: Operator domains besides ONNX's own that its graphs use.
         operators: Operators it writes that a runtime may lack for some types; one with a reduction as "ScatterND(add)".
         tensorrt_layers: TensorRT's types of layers that carry the skip, all of which a routed layer's network has.
@@ -58,6 +62,7 @@ class LoweringRecord:
     not_capturable: str | None
     reason: str
     suits: Callable[[Workload], bool]
+    routing: tuple[RoutingKind, ...] = ("mlp",)
     domains: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
     tensorrt_layers: frozenset[str] = frozenset()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dlo_export.checkpoints.errors import InputError
 
 if TYPE_CHECKING:
+    from dlo_export.checkpoints.model_types import RoutingKind
     from dlo_export.graph_passes.lowerings.record import LoweringRecord, Target, Workload
 
 # By name, the modules beside this one that hold its records (`RECORD`), one per target or group of targets. Where
@@ -64,11 +65,13 @@ def find_lowering(name: str, target: Target) -> LoweringRecord:
     )
 
 
-def skipping_lowerings(target: Target) -> list[LoweringRecord]:
-    """Those of a target that save work."""
-    return [record for record in lowering_records() if target in record.targets and record.make_pass is not None]
+def skipping_lowerings(target: Target, routing: RoutingKind = "mlp") -> list[LoweringRecord]:
+    """Those of a target that save work where tokens skip this."""
+    found = (record for record in lowering_records() if target in record.targets and routing in record.routing)
+    return [record for record in found if record.make_pass is not None]
 
 
 def suitable_lowerings(target: Target, workload: Workload) -> list[LoweringRecord]:
     """What `auto` tries for a routed graph, best first."""
-    return [record for record in lowering_records() if target in record.targets and record.suits(workload)]
+    found = (record for record in lowering_records() if target in record.targets and record.suits(workload))
+    return [record for record in found if workload.routing in record.routing]

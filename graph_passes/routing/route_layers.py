@@ -1,21 +1,27 @@
-"""Give decoder layers a router that switches their MLP branch per token: the masked canonical form."""
+"""Give decoder layers a router that switches their branches per token: the masked canonical form."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
+from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
+from dlo_export.checkpoints.router_thresholds import ONE_HALF, threshold_problems, thresholds_json
+from dlo_export.graph_passes.cache.attention_cache import CachedAttention, cached_attentions
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.find.masked_mlp import Mismatch, match_masked_mlp
+from dlo_export.graph_passes.find.masked_blocks import match_masked_blocks
+from dlo_export.graph_passes.find.masked_branch import Mismatch
+from dlo_export.graph_passes.routing.mask_attention import attention_problems, mask_attention
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import (
     ROUTER_ACTIVE,
@@ -30,7 +36,7 @@ _OLDEST_OPSET = 13  # Unsqueeze takes its axes as an input from here on
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RouteLayersPass(GraphPass):
-    """Mask the MLP branch of routed layers: exact, standard ONNX, saves nothing; lowerings make it skip.
+    """Mask the branches of routed layers: exact, standard ONNX, saves nothing; lowerings make it skip.
 
     Before (x enters the layer, h is the stream after attention, d the MLP branch)::
 
@@ -40,25 +46,42 @@ class RouteLayersPass(GraphPass):
 
         logits = Squeeze(MatMul(x, w), -1)     # w [hidden, 1]; fp32 whatever the dtype: only x is cast
         scores = Sigmoid(logits)
-        active = Greater(scores, 0.5)
+        active = Greater(scores, 0.5)          # or the layer's own threshold
         scale  = Add(Mul(scores, gap), a)      # a = 0.5·scale_factor − 0.5·gap; left out where scale ≡ 1
         masked = Where(Unsqueeze(active, -1), Mul(Unsqueeze(scale, -1), d), 0)
         y      = Add(h, masked)
 
-    Scope: decoder layers of the main graph. Semantics: the DLO
-    authors' expanded-attention routing (arXiv 2407.11030): K/V are always written, a skipped token keeps h.
+    With kind "layer", attention is masked in the same way (before: `h = Add(x, a)`), and a state says who was active::
+
+        present_active = Concat(past_active, active)                # bool [batch, past + sequence], graph output
+        bias           = Where(Unsqueeze(present_active, [1, 2]), bias, lowest)
+        k              = Where(Unsqueeze(active, -1), k, 0)         # v likewise: what skipped tokens leave in the cache
+        a              = Attention(q, k, v, bias, past_key, past_value)·Wo
+        h              = Add(x, Where(Unsqueeze(active, -1), a, 0))
+
+    So a skipped token keeps x through both additions, and the two blocks keep the form in which they are found: the
+    layer equals Where(active, layer(x), x).
+
+    Scope: decoder layers of the main graph; with kind "layer", those with an Attention node that keeps its own cache.
+    Semantics (arXiv 2407.11030 and its authors' code): with kind "mlp", expanded-attention routing, K/V are always
+    written and a skipped token keeps h; with kind "layer", active tokens attend among active tokens, at their original
+    positions, and a skipped token keeps x.
 
     Attributes:
         routers: Router weight of each routed layer by its index, float, hidden_size elements.
         rescale: Multiply the branch by 0.5·scale_factor + (score − 0.5)·scale_gap.
         scale_factor: Of the checkpoint's configuration; read only when `rescale`.
         scale_gap: Likewise.
+        kind: What a token skips.
+        thresholds: By routed layer, the score an active token exceeds, where it is not 0.5; float32 numbers.
     """
 
     routers: Mapping[int, np.ndarray]
     rescale: bool = False
     scale_factor: float = 2.0
     scale_gap: float = 0.0
+    kind: RoutingKind = "mlp"
+    thresholds: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass,)
     nodes_from: ClassVar[Border | None] = "routed"
@@ -71,7 +94,13 @@ class RouteLayersPass(GraphPass):
             for index, weight in sorted(self._weights.items())
         }
         rule = [self.scale_factor, self.scale_gap] if self.rescale else None
-        return {"routers": digests, "rescale": rule}
+        thresholds = thresholds_json(self.thresholds)
+        return {
+            "routers": digests,
+            "rescale": rule,
+            "kind": self.kind,
+            **({THRESHOLDS: thresholds} if thresholds else {}),
+        }
 
     def rewrite(self, model: ir.Model) -> bool:
         """Route every layer of `routers`.
@@ -81,9 +110,13 @@ class RouteLayersPass(GraphPass):
         """
         graph, weights = model.graph, self._weights
         layers = find_decoder_layers(graph)
-        self._refuse(graph, layers, weights)
+        wrong = threshold_problems(thresholds_json(self.thresholds), weights.keys())
+        attentions = {each.layer: each for each in self._attentions(graph)}
+        self._refuse(graph, layers, weights, wrong, attentions)
         for index, weight in sorted(weights.items()):
-            self._route(graph, layers[index], weight)
+            self._route(graph, layers[index], weight, attentions.get(index))
+        if attentions:
+            graph.sort()  # a mask that all layers share may stand behind the first one's decision
         self._refuse_unmasked(graph, weights)
         return True
 
@@ -97,14 +130,26 @@ class RouteLayersPass(GraphPass):
 
     @property
     def _largest_scale(self) -> float:
-        """Of an active token, whose score lies between a half and one; and of what it is computed from."""
-        ends = (0.5 * self.scale_factor, 0.5 * self.scale_factor + 0.5 * self.scale_gap)
+        """Of an active token, whose score lies between its threshold and one; and of what it is computed from."""
+        lowest = min((ONE_HALF, *self.thresholds.values()))
+        ends = (0.5 * self.scale_factor + share * self.scale_gap for share in (lowest - 0.5, 0.0, 0.5))
         return max(map(abs, ends)) if self.rescale else 1.0
 
-    def _refuse(self, graph: ir.Graph, layers: tuple[DecoderLayer, ...], weights: Mapping[int, np.ndarray]) -> None:
+    def _attentions(self, graph: ir.Graph) -> list[CachedAttention]:
+        """What is masked besides the MLPs."""
+        return cached_attentions(graph, type(self).__name__) if self.kind == "layer" else []
+
+    def _refuse(
+        self,
+        graph: ir.Graph,
+        layers: tuple[DecoderLayer, ...],
+        weights: Mapping[int, np.ndarray],
+        wrong_thresholds: Sequence[str],
+        attentions: Mapping[int, CachedAttention],
+    ) -> None:
         routed = role_values(graph, ROUTER_SCORES)
         # All layers are asked before the first is routed.
-        problems = [] if weights else ["no routers were given"]
+        problems = [*wrong_thresholds] if weights else ["no routers were given"]
         if graph.opset_imports.get("", 0) < _OLDEST_OPSET:
             problems.append(f"the graph uses opset {graph.opset_imports.get('')}, expected {_OLDEST_OPSET} or newer")
         for index, weight in sorted(weights.items()):
@@ -126,6 +171,8 @@ class RouteLayersPass(GraphPass):
                 problems.append(f"layer {index}: {place(layer.mlp.conditional)} skips its MLP branch already")
             if index in routed:
                 problems.append(f"layer {index} is routed already")
+            if self.kind == "layer":
+                problems += attention_problems(layer, attentions)
         if problems:
             raise GraphPassError(
                 "RouteLayersPass: " + "; ".join(problems) + ".",
@@ -135,8 +182,8 @@ class RouteLayersPass(GraphPass):
     @staticmethod
     def _refuse_unmasked(graph: ir.Graph, weights: Mapping[int, np.ndarray]) -> None:
         """Lowerings look for the masked form; in a foreign graph, more than the addition may read a layer's branch."""
-        routed = (layer for layer in find_decoder_layers(graph) if layer.index in weights)
-        matches = (match_masked_mlp(layer) for layer in routed)
+        routed = [layer for layer in find_decoder_layers(graph) if layer.index in weights]
+        matches = [match for layer in routed for _, match in match_masked_blocks(layer)]
         problems = [match.reason for match in matches if isinstance(match, Mismatch)]
         if problems:
             raise GraphPassError(
@@ -144,16 +191,21 @@ class RouteLayersPass(GraphPass):
                 hint="route the checkpoint instead, or export the graph without sharing between layers",
             )
 
-    def _route(self, graph: ir.Graph, layer: DecoderLayer, weight: np.ndarray) -> None:
+    def _route(
+        self, graph: ir.Graph, layer: DecoderLayer, weight: np.ndarray, attention: CachedAttention | None
+    ) -> None:
         # The router reads the stream that enters the layer, before attention, as the authors' code does.
         add, branch = layer.mlp.add, layer.mlp.branch
         dtype, tokens = element_type(layer.mlp.stream_operand), layer.token_dims
         router, mlp = router_path(layer.index), layer_tensor_name(layer.index, "mlp")
         decide = TaggedNodes(type(self).__name__, layer.index)
-        scores, active = _add_router(graph, decide, layer, weight)
+        scores, active = _add_router(graph, decide, layer, weight, self.thresholds.get(layer.index, ONE_HALF))
         scale = self._add_scale(graph, decide, scores, dtype, layer)
-        # The decision comes before the branch it decides about, so that a lowering can gather in front of it.
-        graph.insert_before(layer.mlp.nodes[0], decide.nodes)
+        # The decision comes before what it decides about, so that a lowering can gather in front of it.
+        first = layer.mlp.nodes[0] if attention is None else layer.attention.nodes[0]
+        graph.insert_before(first, decide.nodes)
+        if attention is not None:
+            mask_attention(graph, layer, attention, active, type(self).__name__)
 
         # Behind the branch, its result is scaled where the rule scales, and kept where the token is active. The
         # addition stays what it is and where it is: it closes the block as before.
@@ -193,7 +245,7 @@ class RouteLayersPass(GraphPass):
 
 
 def _add_router(
-    graph: ir.Graph, nodes: TaggedNodes, layer: DecoderLayer, weight: np.ndarray
+    graph: ir.Graph, nodes: TaggedNodes, layer: DecoderLayer, weight: np.ndarray, threshold: float
 ) -> tuple[ir.Value, ir.Value]:
     """Scores fp32 [batch, sequence] and active bool [batch, sequence], from the layer's input stream."""
     router, tokens, float32 = router_path(layer.index), layer.token_dims, ir.DataType.FLOAT
@@ -209,11 +261,13 @@ def _add_router(
     logits = nodes.add("Squeeze", column, axis, name=f"{router}.logits", dtype=float32, shape=tokens)
     scores = nodes.add("Sigmoid", logits, name=f"{router}.scores", dtype=float32, shape=tokens, role=ROUTER_SCORES)
     # As the rule is written, on the score: by its sign, a tiny logit whose sigmoid rounds to 0.5 would be active.
-    threshold = _constant(graph, "threshold", 0.5)
+    # Most layers share one constant; a layer's own threshold has a name that says whose it is.
+    own = threshold != ONE_HALF
+    limit = shared_constant(graph, f"{router if own else ROUTERS}.threshold", np.array(threshold, np.float32))
     active = nodes.add(
         "Greater",
         scores,
-        threshold,
+        limit,
         name=f"{router}.active",
         dtype=ir.DataType.BOOL,
         shape=tokens,

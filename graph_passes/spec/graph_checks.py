@@ -7,12 +7,22 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.interface import CACHE_PARTS, parse_past, parse_present, past_name, present_name
+from dlo_export.checkpoints.interface import (
+    CACHE_PARTS,
+    layers_with,
+    parse_past,
+    parse_present,
+    past_active_name,
+    past_name,
+    present_active_name,
+    present_name,
+)
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, place
-from dlo_export.graph_passes.find.data_flow import consumed_values, subgraphs_of
+from dlo_export.graph_passes.find.data_flow import consumed_values, node_order, nodes_between, subgraphs_of
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
-from dlo_export.graph_passes.find.masked_mlp import MaskedMlp, Mismatch, match_masked_mlp
-from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_SCORES, closed_branch, role_values
+from dlo_export.graph_passes.find.masked_blocks import match_masked_blocks
+from dlo_export.graph_passes.find.masked_branch import Mismatch
+from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_ACTIVE, ROUTER_SCORES, closed_branch, role_values
 
 
 def unused_inputs(graph: ir.Graph) -> Iterator[str]:
@@ -75,7 +85,10 @@ def foreign_branch_outputs(graph: ir.Graph) -> Iterator[str]:
 
 
 def incomplete_cache(graph: ir.Graph) -> Iterator[str]:
-    """KV inputs and outputs that are not numbered 0 to L-1, key and value, in order, one pair per decoder layer."""
+    """KV inputs and outputs that are not numbered 0 to L-1, key and value, in order, one pair per decoder layer.
+
+    And states of activity that do not go on, or belong to no router.
+    """
     try:
         depth = len(find_decoder_layers(graph))
     except DecoderLayersNotFound as error:
@@ -88,42 +101,51 @@ def incomplete_cache(graph: ir.Graph) -> Iterator[str]:
             found = [value.name for value in interface if (name := parse(value.name)) is not None and name.part == part]
             if found != expected:
                 yield f"found {found} as the graph's cache {part}s, expected {expected} in this order"
+    past = layers_with((value.name or "" for value in graph.inputs), past_active_name("{i}"))
+    present = layers_with((value.name or "" for value in graph.outputs), present_active_name("{i}"))
+    if past != present:
+        yield f"layers {list(past)} read who was active, layers {list(present)} give it out; expected the same"
 
 
 def unmasked_routing(graph: ir.Graph) -> Iterator[str]:
     """Layers that have a router but are not in masked form."""
     routed = role_values(graph, ROUTER_SCORES)
     for layer in find_decoder_layers(graph):
-        match = match_masked_mlp(layer)
-        if layer.index in routed and isinstance(match, Mismatch):
-            yield match.reason
+        for _, match in match_masked_blocks(layer):
+            if layer.index in routed and isinstance(match, Mismatch):
+                yield match.reason
 
 
 def unlowered_routing(graph: ir.Graph, *, pass_name: str) -> Iterator[str]:
     """Layers that are masked, or have a router and are not closed by a lowering's pass."""
     routed = role_values(graph, ROUTER_SCORES)
     for layer in find_decoder_layers(graph):
-        closing = layer.mlp.add
-        # A lowering may leave the form of a mask in what it writes: what it has closed itself is lowered.
-        by_pass = closed_branch(closing) is not None and closing.metadata_props.get(PASS_KEY) == pass_name
-        if isinstance(match_masked_mlp(layer), MaskedMlp) and not by_pass:
-            yield f"layer {layer.index} is still masked"
-        elif layer.index in routed and not by_pass:
-            yield f"layer {layer.index} has a router, but {place(closing)} that closes it is not of {pass_name}"
+        for block, match in match_masked_blocks(layer):
+            closing = block.add
+            # A lowering may leave the form of a mask in what it writes: what it has closed itself is lowered.
+            by_pass = closed_branch(closing) is not None and closing.metadata_props.get(PASS_KEY) == pass_name
+            if not isinstance(match, Mismatch) and not by_pass:
+                yield f"layer {layer.index} is still masked"
+            elif layer.index in routed and not by_pass:
+                yield f"layer {layer.index} has a router, but {place(closing)} that closes it is not of {pass_name}"
 
 
 def eager_branches(graph: ir.Graph) -> Iterator[str]:
-    """MLP blocks in a conditional that would cost time or memory when they are skipped.
+    """Blocks in a conditional that would cost time or memory when they are skipped.
 
-    Nodes between the stream and the conditional run always; weights inside a branch cost several times their memory.
+    Nodes between the stream and the conditional run always, the router excepted; weights inside a branch cost several
+    times their memory.
     """
+    order, decisions = node_order(graph), role_values(graph, ROUTER_ACTIVE)
     for layer in find_decoder_layers(graph):
-        conditional = layer.mlp.conditional
-        if conditional is None:
-            continue
-        for node in layer.mlp.nodes:
-            if node.graph is graph:
-                yield f"layer {layer.index}: {place(node)} of the MLP is computed outside {place(conditional)}"
-        for branch in subgraphs_of(conditional):
-            for name in branch.initializers:
-                yield f"layer {layer.index}: initializer '{name}' stands inside {place(conditional)}"
+        decision = [decisions[layer.index]] if layer.index in decisions else []
+        router = nodes_between(order, (layer.input,), decision)
+        for block, what in ((layer.attention, "attention"), (layer.mlp, "MLP")):
+            conditional = block.conditional
+            if conditional is None:
+                continue
+            for node in nodes_between(order, (block.stream_in,), list(consumed_values(conditional)), router):
+                yield f"layer {layer.index}: {place(node)} of the {what} is computed outside {place(conditional)}"
+            for branch in subgraphs_of(conditional):
+                for name in branch.initializers:
+                    yield f"layer {layer.index}: initializer '{name}' stands inside {place(conditional)}"

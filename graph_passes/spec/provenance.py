@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +19,7 @@ CLOSES_KEY = "dlo.closes"
 Role = Literal["router_scores", "router_active"]
 ROUTER_SCORES: Role = "router_scores"
 ROUTER_ACTIVE: Role = "router_active"
-Attribute = int | float | str | Sequence[int]
+Attribute = int | float | str | Sequence[int] | ir.TensorProtocol
 Dims = Iterable[int | str | ir.SymbolicDim | None]
 
 
@@ -117,6 +117,42 @@ def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
         const_value=ir.tensor(array, name=name),
     )
     graph.register_initializer(value)
+    return value
+
+
+def shared_node(
+    graph: ir.Graph,
+    op_type: str,
+    source: ir.Value,
+    *others: ir.Value,
+    name: str,
+    tags: Mapping[str, str],
+    dtype: ir.DataType,
+    shape: Dims | None,
+    before: ir.Node,
+    **attributes: Any,
+) -> ir.Value:
+    """The output of the node of this name that reads `source`, made on first use.
+
+    Args:
+        graph: Main graph.
+        op_type: Its op.
+        source: Its first input.
+        *others: Its other inputs.
+        name: Of the node and of its output; stands for what it computes.
+        tags: Of the node, as `TaggedNodes` has them; a node of another pass is not shared.
+        dtype: Element type of the output.
+        shape: Dimensions of the output, None where unknown.
+        before: Where it is inserted; the graph needs sorting where somebody before it reads it later.
+        **attributes: Its attributes.
+    """
+    for node in source.consumers():
+        if node.name == name and node.metadata_props.get(PASS_KEY) == tags[PASS_KEY]:
+            return node.outputs[0]
+    layer = tags.get(LAYER_KEY)
+    new = TaggedNodes(tags[PASS_KEY], None if layer is None else int(layer))
+    value = new.add(op_type, source, *others, name=name, dtype=dtype, shape=shape, **attributes)
+    graph.insert_before(before, new.nodes)
     return value
 
 

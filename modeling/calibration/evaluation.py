@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
 from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM
 from dlo_export.modeling.perplexity import perplexity, score_hidden_states
 from dlo_export.modeling.routing import is_active
@@ -38,7 +39,10 @@ class Evaluation:
 
 
 def with_routers(
-    model: PreTrainedModel, routers: Mapping[int, np.ndarray], routing: RoutingKind = "mlp"
+    model: PreTrainedModel,
+    routers: Mapping[int, np.ndarray],
+    routing: RoutingKind = "mlp",
+    thresholds: Mapping[int, float] | None = None,
 ) -> LlamaDloForCausalLM:
     """The same model, sharing its weights, with these routers and no others.
 
@@ -46,13 +50,15 @@ def with_routers(
         model: transformers' Llama or ours.
         routers: By layer, float32 [1, hidden].
         routing: What they let tokens skip.
+        thresholds: By routed layer, where it is not one half.
     """
     num_layers = model.config.num_hidden_layers
-    values = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "architectures")}
-    changes = routed_config([layer in routers for layer in range(num_layers)])
+    named = ("model_type", "architectures")
+    values = {key: value for key, value in model.config.to_dict().items() if key not in (*named, THRESHOLDS)}
+    changes = routed_config([layer in routers for layer in range(num_layers)], thresholds=thresholds)
     model_class = ROUTED_MODELS[routing]
     config = model_class.config_class(
-        **{**values, **{key: value for key, value in changes.items() if key not in ("model_type", "architectures")}}
+        **{**values, **{key: value for key, value in changes.items() if key not in named}}
     )
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
@@ -79,7 +85,7 @@ def evaluate(model: LlamaDloForCausalLM, sequences: torch.Tensor, decide: Decide
         forced = {} if decide is None else dict(decide(number, batch.shape))
         output = model.model(batch, use_cache=False, force_active=forced)
         for layer, scores in output.router_scores.items():
-            active[layer] += int(forced.get(layer, is_active(scores)).sum())
+            active[layer] += int(forced.get(layer, is_active(scores, model.config.threshold(layer))).sum())
         rows, targets = output.last_hidden_state[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
         loss += float(score_hidden_states(model.lm_head, rows, targets, model.config.vocab_size).losses.sum())
         count += len(targets)

@@ -13,7 +13,7 @@ at 90 % active, by four fifths at 80 % and tenfold at 60 %; benchmarks/calibrati
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -86,6 +86,7 @@ class CalibratedRouters:
         label_rates: For the fitted layers, the share of calibration tokens labelled active.
         agreement: For the fitted layers, the share of calibration tokens on which router and label agree.
         identity_layers: Layers of which what can be skipped adds exactly nothing.
+        thresholds: By routed layer, the score an active token exceeds, where it is not one half.
     """
 
     num_layers: int
@@ -93,6 +94,30 @@ class CalibratedRouters:
     label_rates: dict[int, float]
     agreement: dict[int, float]
     identity_layers: tuple[int, ...]
+    thresholds: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def choosing(self) -> tuple[int, ...]:
+        """Layers whose routers have a choice to make: those of identity layers skip everything."""
+        return tuple(layer for layer in self.routers if layer not in self.identity_layers)
+
+    def rate_of_choosing(self, target_active: float) -> float:
+        """The active rate of the choosing layers that a target over all but the identity layers comes to.
+
+        Args:
+            target_active: As in `CalibrationSettings`; a layer without router is always active.
+
+        Raises:
+            CalibrationError: The target is out of their reach.
+        """
+        skipped = (1 - target_active) * (self.num_layers - len(self.identity_layers))
+        if not 0 < skipped < len(self.choosing):
+            raise CalibrationError(
+                f"calibration: {target_active:.0%} active would skip {skipped:.1f} layers' MLPs, but "
+                f"{len(self.choosing)} layers have routers to skip them"
+                "\n\nhint: ask for a higher rate, or route more layers"
+            )
+        return 1 - skipped / len(self.choosing)
 
 
 @torch.no_grad()

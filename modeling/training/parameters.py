@@ -13,6 +13,7 @@ from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, parse_layer_tensor, 
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.modeling.training.sharding import whole
 
 _LORA_MARK = ".lora_"
 
@@ -49,21 +50,24 @@ def parameter_groups(model: LlamaDloForCausalLM, settings: TrainingSettings) -> 
 
     Each has its `lr`, and `layer`: the layer whose capacity scales it, None for routers, embedding, norm and head.
     """
-    groups: dict[tuple[float, int | None], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, int | None, int | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_router = parse_router(name) is not None
-            rate = settings.router_learning_rate if is_router else settings.learning_rate
+            router = parse_router(name)
+            rate = settings.learning_rate if router is None else settings.router_learning_rate
+            alone = router if settings.relative_router_rate else None
+            if alone is not None and (size := float(parameter.detach().square().mean().sqrt())):
+                rate *= size
             place = parse_layer_tensor(name)
             layer = None if place is None else place.layer
-            groups.setdefault((rate, layer), []).append(parameter)
-    return [{"params": parameters, "lr": rate, "layer": layer} for (rate, layer), parameters in groups.items()]
+            groups.setdefault((rate, layer, alone), []).append(parameter)
+    return [{"params": parameters, "lr": rate, "layer": layer} for (rate, layer, _), parameters in groups.items()]
 
 
 def merged_state(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
     """The trained weights under the names a checkpoint has, LoRA's products added to what they lie beside.
 
-    A tied head is left out.
+    A tied head is left out. Each process has to go through all of them where the model is sharded.
     """
     lora = {
         f"{name}.base_layer": module.get_delta_weight
@@ -74,9 +78,9 @@ def merged_state(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor
         if _LORA_MARK in name:
             continue
         module, _, kind = name.rpartition(".")
-        value = parameter.detach()
+        value = whole(parameter.detach())
         if module in lora and kind == "weight":
-            value = value + lora[module]("default").detach()
+            value = value + whole(lora[module]("default").detach())
         yield f"{module.removesuffix('.base_layer')}.{kind}", value
 
 

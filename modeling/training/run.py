@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InductorError
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from dlo_export.checkpoints.errors import MachineError
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.training.compilation import compile_layers
 from dlo_export.modeling.training.distillation import dense_teacher
 from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.parameters import choose_parameters
 from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
-from dlo_export.modeling.training.trainer import DloTrainer, HeldOut, StepReport
+from dlo_export.modeling.training.sharding import check_sharding
+from dlo_export.modeling.training.trainer import DloTrainer, HeldOut, RateControl, StepReport
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class TrainingResult:
         steps: Steps there are.
         stopped: It was asked to stop, and can be resumed.
         held_out: What held-out text says of the trained model; None for a stopped run.
+        rate_control: How its rate was brought to the target; None for a stopped run, without routers, or where that was
+            not asked for.
         is_main: Whether this process is the one that writes.
     """
 
@@ -38,6 +44,7 @@ class TrainingResult:
     steps: int
     stopped: bool
     held_out: HeldOut | None
+    rate_control: RateControl | None
     is_main: bool
 
 
@@ -73,10 +80,13 @@ def train_model(
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise MachineError("training: PyTorch finds no CUDA device", hint="train with --device cpu")
+    check_sharding(settings)
     transformers_logging.disable_progress_bar()  # of its own, of each file it saves
     teacher = dense_teacher(model, settings.mode) if settings.distill_weight else None
     choose_parameters(model, settings)
-    arguments = _arguments(settings, folder.path)
+    if settings.compile:
+        compile_layers(model)
+    arguments = training_arguments(settings, folder.path, saves=folder.resumable)
     if arguments.process_index == 0:
         folder.begin(description, resume=resume)
     trainer = DloTrainer(
@@ -94,16 +104,34 @@ def train_model(
         from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: PLC0415
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(folder.path / "tensorboard"))))
-    trainer.train_from(folder.last_checkpoint() if resume else None)
+    try:
+        trainer.train_from(folder.last_checkpoint() if resume else None)
+    except (BackendCompilerFailed, InductorError) as err:
+        raise MachineError(
+            f"training: torch.compile failed: {str(err).splitlines()[0]}",
+            hint="it needs a C++ compiler, and Triton on a GPU; or train without --compile",
+        ) from err
     # A run that was resumed at its very end has nothing measured yet.
     measured = None if trainer.stopped else trainer.measured or trainer.measure()
+    controlled = None
+    if settings.exact_rate and trainer.capacities and not trainer.stopped:
+        controlled = trainer.control_rate()
+        if controlled.after != controlled.before:
+            measured = trainer.measure()
     state = trainer.state
     return TrainingResult(
-        state.global_step, state.max_steps, trainer.stopped, measured, trainer.is_world_process_zero()
+        state.global_step, state.max_steps, trainer.stopped, measured, controlled, trainer.is_world_process_zero()
     )
 
 
-def _arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
+def training_arguments(settings: TrainingSettings, folder: Path, *, saves: bool = True) -> TrainingArguments:
+    """The settings in transformers' words.
+
+    Args:
+        settings: Of the run.
+        folder: Of the run.
+        saves: Whether there are checkpoints to go on from.
+    """
     return TrainingArguments(
         output_dir=str(folder),
         use_cpu=settings.device == "cpu",
@@ -123,7 +151,7 @@ def _arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
         data_seed=settings.seed,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
-        save_strategy="steps",
+        save_strategy="steps" if saves else "no",
         save_steps=settings.save_every,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,

@@ -37,10 +37,11 @@ class RunFolder:
 
     Args:
         path: Of the folder; made by `begin`.
+        resumable: Whether checkpoints are written, to go on from.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, resumable: bool = True) -> None:
+        self.path, self.resumable = path, resumable
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step is or will be."""
@@ -76,13 +77,15 @@ class RunFolder:
         self.check_place()
         file = self.path / DESCRIPTION_NAME
         if not resume:
-            if self.path.exists() and any(self.path.iterdir()):
+            partial = file.with_name(f"{DESCRIPTION_NAME}.partial")  # what a kill may have left
+            if self.path.exists() and {*self.path.iterdir()} - {partial}:
                 raise TrainingError(
                     f"{self.path}: holds a training run already",
                     hint="go on with it by --resume, or remove the folder to start anew",
                 )
             self.path.mkdir(parents=True, exist_ok=True)
-            save_json(file, description)
+            save_json(partial, description)
+            partial.replace(file)
             return
         if not file.is_file():
             raise TrainingError(f"{self.path}: holds no training run to resume", hint="start it without --resume")

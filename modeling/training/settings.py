@@ -12,14 +12,15 @@ from dlo_export.modeling.training.errors import TrainingError
 # The words of settings that are choices, as the command offers them.
 Mode = Literal["full", "routers", "new-layers", "lora"]
 Labels = Literal["cos-global", "cos", "self"]
-Selection = Literal["top-k", "threshold"]
+Selection = Literal["top-k", "threshold", "annealed"]
 LongChats = Literal["error", "truncate", "skip"]
 Dtype = Literal["fp32", "bf16"]
 Device = Literal["cpu", "cuda"]
+_COLDEST = 0.1
 _RANGES: Mapping[tuple[str, ...], tuple[Callable[[float], bool], str]] = {
     ("target",): (lambda value: 0 < value <= 1, "a capacity above 0 and at most 1"),
     ("epochs", "learning_rate", "router_learning_rate", "max_grad_norm"): (lambda value: value > 0, "more than 0"),
-    ("language_weight", "distill_weight", "skip_weight", "rate_weight", "anneal_steps", "seed"): (
+    ("language_weight", "distill_weight", "skip_weight", "rate_weight", "anneal_steps", "soft_steps", "seed"): (
         lambda value: value >= 0,
         "at least 0",
     ),
@@ -43,11 +44,15 @@ class TrainingSettings:
         anneal_steps: Steps over which the target falls from 1.
         labels: How tokens are labelled: ``cos-global`` pools the layers' similarities, ``cos`` takes each layer alone,
             ``self`` takes the tokens that were selected.
-        selection: Which tokens do not skip in training: ``top-k`` as DLO has it, or ``threshold`` as inference does.
+        selection: Which tokens do not skip in training: ``top-k`` as DLO has it; ``threshold`` as inference does; or
+            ``annealed``: as inference does, by soft gates that harden over `soft_steps`.
+        soft_steps: Steps over which annealed gates harden.
         language_weight: Of the language loss.
         distill_weight: Of the divergence, on the learned tokens, from the model as it is before the run, unrouted.
         skip_weight: Of the cross entropy between scores and labels.
         rate_weight: Of the squared distance between the rate at inference and the target.
+        exact_rate: Shift the routers' thresholds in the end where held-out text is more than a hundredth of the tokens
+            off the target.
         epochs: Passes over the data.
         max_steps: Optimiser steps, in place of epochs; None for epochs.
         batch: Sequences of a micro-batch, per process.
@@ -56,11 +61,14 @@ class TrainingSettings:
         long_chats: What to do about chats longer than a sequence.
         learning_rate: Of everything but the routers, at its height; cosine.
         router_learning_rate: Of the routers, likewise.
+        relative_router_rate: Multiply each router's rate by the root mean square of its weights as the run starts. The
+            residual stream grows by orders of magnitude from layer to layer, and fitted routers are the smaller.
         layer_wise: Multiply each layer's rate by its capacity + 1 - the mean capacity.
         warmup: Share of the steps over which learning rates rise.
         max_grad_norm: To which gradients are clipped.
         dtype: ``fp32``, or ``bf16``: by autocast, with weights and routers in fp32.
         gradient_checkpointing: Compute each layer twice instead of keeping its activations.
+        compile: Compile the layers by torch.compile, in training; evaluation runs them as they are.
         lora_rank: Of ``lora``'s matrices.
         held_out: Share of the documents kept for evaluation where no others are given.
         eval_every: Steps between evaluations.
@@ -74,10 +82,12 @@ class TrainingSettings:
     anneal_steps: int = 1000
     labels: str = "cos-global"
     selection: str = "top-k"
+    soft_steps: int = 100
     language_weight: float = 1.0
     distill_weight: float = 0.0
     skip_weight: float = 1.0
     rate_weight: float = 10.0
+    exact_rate: bool = True
     epochs: float = 1.0
     max_steps: int | None = None
     batch: int = 4
@@ -86,11 +96,13 @@ class TrainingSettings:
     long_chats: str = "error"
     learning_rate: float = 2e-5
     router_learning_rate: float = 1e-3
+    relative_router_rate: bool = False
     layer_wise: bool = True
     warmup: float = 0.03
     max_grad_norm: float = 1.0
     dtype: str = "fp32"
     gradient_checkpointing: bool = False
+    compile: bool = False
     lora_rank: int = 16
     held_out: float = 0.02
     eval_every: int = 200
@@ -108,6 +120,10 @@ class TrainingSettings:
         if step >= self.anneal_steps:
             return self.target
         return 1.0 - (1.0 - self.target) * step / self.anneal_steps
+
+    def temperature(self, step: int) -> float | None:
+        """Of annealed gates at a step: falls geometrically from 1 to `_COLDEST`; None once decisions are hard."""
+        return None if step >= self.soft_steps else _COLDEST ** (step / self.soft_steps)
 
     def _problems(self) -> Iterator[str]:
         choices = {

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import AutocastKwargs, broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -20,16 +20,20 @@ from dlo_export.checkpoints.errors import MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.modeling.calibration.rate_control import shift_thresholds
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.perplexity import perplexity, score_tokens
-from dlo_export.modeling.routing import SelectTokens, is_active
+from dlo_export.modeling.routing import is_active
+from dlo_export.modeling.training.compilation import uncompiled
 from dlo_export.modeling.training.distillation import distillation_loss
 from dlo_export.modeling.training.errors import TrainingDivergedError
 from dlo_export.modeling.training.packing import IGNORED, PackedSets, stacked
 from dlo_export.modeling.training.parameters import parameter_groups
 from dlo_export.modeling.training.run_folder import CAPACITIES_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.modeling.training.sharding import keep_weights_in_fp32, whole
 from dlo_export.modeling.training.skip_loss import (
+    annealed_gates,
     router_losses,
     skip_labels,
     threshold_selection,
@@ -37,6 +41,7 @@ from dlo_export.modeling.training.skip_loss import (
 )
 
 _SLACK_BYTES = 1 << 20
+_RATE_TOLERANCE = 0.01  # half of what a user may expect, since held-out text is a sample
 _STATE_NAME = "trainer_state.json"
 
 
@@ -84,6 +89,34 @@ class HeldOut:
         return sum(self.active.values()) / len(self.active) if self.active else None
 
 
+@dataclass(frozen=True)
+class RateControl:
+    """How the active rate at inference was brought to the target when training was over.
+
+    Attributes:
+        target: What was asked for, as the mean over the routed layers.
+        before: What training came to.
+        after: What it is.
+        thresholds: By routed layer, where it is not one half; as before where training came near enough.
+        other_text: Whether both rates were measured on other held-out text than thresholds are fitted on; False where
+            there is a single sequence of it.
+    """
+
+    target: float
+    before: float
+    after: float
+    thresholds: dict[int, float]
+    other_text: bool
+
+
+class _MicroBatch(NamedTuple):
+    """What a micro-batch was run with, and its language loss."""
+
+    inputs: dict[str, torch.Tensor]
+    routing: dict[str, Any]
+    loss: torch.Tensor
+
+
 class DloTrainer(Trainer):
     """Trains a routed (or dense) model; everything else is transformers' and Accelerate's.
 
@@ -127,6 +160,7 @@ class DloTrainer(Trainer):
         self._teacher = teacher
         self._held_out = data.held_out
         self._report = report
+        self._micro_batches: list[_MicroBatch] = []
         self._should_stop = should_stop
         self._sums = torch.zeros(0)
         self._step_started = 0.0
@@ -141,13 +175,16 @@ class DloTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # stdout is data
         # What compute_loss returns is normalised over the whole step: by tokens, and by micro-batches.
         self.loss_is_scaled_for_ga = True
+        if self.is_fsdp_enabled:
+            keep_weights_in_fp32(self.accelerator)
         if self._teacher is not None:
             self._teacher.to(self.args.device)
 
     # A step, in the order of events.
 
     def begin_step(self) -> None:
-        """Forgets the last step's sums."""
+        """Forgets the last step's sums and micro-batches."""
+        self._micro_batches.clear()
         self._sums = torch.zeros(_SUMS + len(self.capacities), dtype=torch.float64, device=self.args.device)
         self._step_started = time.perf_counter()
 
@@ -158,24 +195,20 @@ class DloTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The loss of a micro-batch: language, skip labels, rate.
-
-        Raises:
-            TrainingDivergedError: It is not finite.
-        """
+        """The loss of a micro-batch: language, skip labels, rate. Nothing here waits for a GPU."""
         counted = inputs.pop("counted")
         rate = self.settings.rate(self.state.global_step)
-        select = self._selection(counted) if self.capacities else None
-        outputs = model(**inputs, use_cache=False, select_tokens=select, num_items_in_batch=num_items_in_batch)
+        routing = self._training_routing(counted)
+        with self._autocast():
+            outputs = model(**inputs, **routing, use_cache=False, num_items_in_batch=num_items_in_batch)
         language = outputs.loss
-        if not torch.isfinite(language):  # no router's loss is larger than a hundred
-            raise self._diverged("the loss", self._first_bad_layer(inputs, select))
+        self._micro_batches.append(_MicroBatch(inputs, routing, language.detach()))
         # Gradients are averaged over processes and summed over micro-batches; `language` is divided by all tokens.
         loss = self.settings.language_weight * language * self.accelerator.num_processes
         distilled = torch.zeros_like(language)
         assert num_items_in_batch is not None, "the Trainer counts the labels of a model that takes their number"
         if self._teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), self._autocast():
                 values = {name: value for name, value in inputs.items() if name != "labels"}
                 wanted = self._teacher(**values, use_cache=False).logits
             distilled = distillation_loss(outputs.logits, wanted, inputs["labels"]) / num_items_in_batch
@@ -185,7 +218,7 @@ class DloTrainer(Trainer):
         routers = [torch.zeros(4 + len(self.capacities), dtype=torch.float64, device=counted.device)]
         if self.capacities:
             labels = skip_labels(self.settings.labels, outputs.training_routing, counted, rate)
-            losses = router_losses(outputs.training_routing, labels, counted, rate)
+            losses = router_losses(outputs.training_routing, labels, counted, rate, self._routed.config.thresholds)
             weighted = self.settings.skip_weight * losses.skip + self.settings.rate_weight * losses.rate
             loss = loss + weighted / self.current_gradient_accumulation_steps
             shares = (losses.skip.detach(), losses.rate.detach(), losses.active, losses.selected)
@@ -194,12 +227,23 @@ class DloTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clips, and refuses to go on with gradients that are not finite: the step would spoil the weights."""
-        gradients = [parameter.grad for parameter in self._routed.parameters() if parameter.grad is not None]
-        # Before clipping, which makes every gradient NaN where one is.
-        if not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
+        """Clips, and refuses to go on where a loss or a gradient is not finite: the step would spoil the weights.
+
+        Raises:
+            TrainingDivergedError: One is not.
+        """
+        learning = [*self._routed.parameters()]
+        norm = torch.nn.utils.get_total_norm([each.grad for each in learning if each.grad is not None])
+        # A finite gradient is no proof: softmax has one where its logits overflow. No router's loss is large.
+        losses = torch.stack([batch.loss for batch in self._micro_batches]).sum()
+        found = torch.stack([whole(norm).double(), losses.double()])
+        gradient_is_finite, loss_is_finite = self.accelerator.reduce(found, "sum").isfinite().tolist()
+        if not loss_is_finite:
+            raise self._diverged("the loss", self._first_bad_layer())
+        if not gradient_is_finite:  # before clipping, which makes every gradient NaN where one is
             raise self._diverged("the gradient", self._first_bad_gradient())
-        return super()._clip_grad_norm(model)
+        torch.nn.utils.clip_grads_with_norm_(learning, self.settings.max_grad_norm, norm)
+        return norm
 
     def scale_learning_rates(self) -> None:
         """Gives each layer its share of the learning rate; the scheduler sets the rates anew after the step."""
@@ -254,6 +298,41 @@ class DloTrainer(Trainer):
         self.log(dict(metrics))
         return metrics
 
+    def control_rate(self) -> RateControl:
+        """Shifts the thresholds where the rate is off the target: fitted on every other held-out sequence."""
+        model, target = self._routed, self.settings.target
+        count = len(self._held_out)
+        fitted, others = range(0, count, 2), range(1, count, 2) or range(count)
+        was_training = model.training
+        model.eval()
+        before = after = self._rate(others)
+        if abs(before - target) > _RATE_TOLERANCE:
+            shift_thresholds(model, lambda: self._held_out_scores(fitted), target)
+            after = self._rate(others)
+        model.train(was_training)
+        return RateControl(target, before, after, model.config.thresholds, count > 1)
+
+    def _rate(self, sequences: range) -> float:
+        """Mean active rate at inference over the routed layers."""
+        config = self._routed.config
+        scores = self._held_out_scores(sequences)
+        rates = [is_active(values, config.threshold(layer)).double().mean() for layer, values in scores.items()]
+        return float(torch.stack(rates).mean())
+
+    @torch.no_grad()
+    def _held_out_scores(self, sequences: range) -> dict[int, torch.Tensor]:
+        """Of all that is not padding. Each process runs all of the sequences, and so comes to the same thresholds."""
+        scores: dict[int, list[torch.Tensor]] = {layer: [] for layer in self.capacities}
+        for start in range(0, len(sequences), self.settings.batch):
+            chosen = stacked([self._held_out[index] for index in sequences[start : start + self.settings.batch]])
+            batch = {name: value.to(self.args.device) for name, value in chosen.items() if name != "labels"}
+            counted = batch.pop("counted")
+            with self._autocast(), uncompiled():
+                found = self._routed(**batch, use_cache=False, logits_to_keep=1).router_scores
+            for layer, values in scores.items():
+                values.append(found[layer][counted].cpu())
+        return {layer: torch.cat(values) for layer, values in scores.items()}
+
     @torch.no_grad()
     def measure(self) -> HeldOut:
         """Runs the model over held-out text, routed as at inference and, beside it, as in training."""
@@ -262,31 +341,57 @@ class DloTrainer(Trainer):
         model.eval()
         layers = [*self.capacities]
         sums = torch.zeros(4 + len(layers), dtype=torch.float64, device=self.args.device)
-        at_once = self.settings.batch
-        mine = range(self.accelerator.process_index, len(self._held_out), self.accelerator.num_processes)
-        for start in range(0, len(mine), at_once):
-            sequences = stacked([self._held_out[index] for index in mine[start : start + at_once]])
-            batch = {name: value.to(self.args.device) for name, value in sequences.items()}
-            counted, labels = batch.pop("counted"), batch.pop("labels")
-            with self.accelerator.autocast():
-                outputs = model(**batch, use_cache=False)
-                loss = _summed_loss(outputs.logits, labels)
-                trained = loss
-                if layers:
-                    select = self._selection(counted)
-                    trained = _summed_loss(model(**batch, use_cache=False, select_tokens=select).logits, labels)
-            active = [is_active(outputs.router_scores[layer])[counted].sum() for layer in layers]
-            found = [loss, trained, (labels != IGNORED).sum(), counted.sum(), *active]
-            sums += torch.stack([value.double() for value in found])
+        config = model.config
+        with uncompiled():
+            for batch in self._held_out_batches():
+                counted, labels = batch.pop("counted"), batch.pop("labels")
+                with self._autocast():
+                    outputs = model(**batch, use_cache=False)
+                    loss = _summed_loss(outputs.logits, labels)
+                    trained = loss
+                    if layers:
+                        routing = self._training_routing(counted)
+                        trained = _summed_loss(model(**batch, **routing, use_cache=False).logits, labels)
+                scores = outputs.router_scores
+                active = [(is_active(scores[layer], config.threshold(layer)) & counted).sum() for layer in layers]
+                found = [loss, trained, (labels != IGNORED).sum(), counted.sum(), *active]
+                sums += torch.stack([value.double() for value in found])
         model.train(was_training)
         loss, trained, learned, tokens, *counts = self.accelerator.reduce(sums, "sum").tolist()
         rates = {layer: count / tokens for layer, count in zip(layers, counts, strict=True)}
         return HeldOut(loss / learned, trained / learned, rates)
 
-    def _selection(self, counted: torch.Tensor) -> SelectTokens:
+    def _held_out_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's share, in as many batches as every other's: a sharded model runs in all of them or in none."""
+        number, processes = len(self._held_out), self.accelerator.num_processes
+        step = self.settings.batch * processes
+        for start in range(self.accelerator.process_index, -(-number // step) * step, step):
+            mine = [index for index in range(start, start + step, processes) if index < number]
+            batch = stacked([self._held_out[index] for index in mine or [0]])
+            if not mine:
+                batch["labels"].fill_(IGNORED)
+                batch["counted"].fill_(False)
+            yield {name: value.to(self.args.device) for name, value in batch.items()}
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        """Accelerate puts its own around a model that it wraps, and none around a sharded one."""
+        # A cache of casts would hold the 16-bit copy of every weight that shards are gathered into, all at once.
+        casts = AutocastKwargs(cache_enabled=not self.is_fsdp_enabled)
+        context: AbstractContextManager[None] = self.accelerator.autocast(casts)
+        return context
+
+    def _training_routing(self, counted: torch.Tensor) -> dict[str, Any]:
+        """What the model is to be told of how training routes; nothing where nothing is routed."""
+        if not self.capacities:
+            return {}
+        thresholds = self._routed.config.thresholds
+        if self.settings.selection == "top-k":
+            return {"select_tokens": top_k_selection(self.capacities, counted)}
+        select = threshold_selection(self.capacities, thresholds)
         if self.settings.selection == "threshold":
-            return threshold_selection
-        return top_k_selection(self.capacities, counted)
+            return {"select_tokens": select}
+        gates = annealed_gates(self.capacities, thresholds, self.settings.temperature(self.state.global_step))
+        return {"select_tokens": select, "gate_tokens": gates}
 
     # Learning rates and checkpoints, in place of the Trainer's.
 
@@ -294,6 +399,7 @@ class DloTrainer(Trainer):
         """AdamW over the groups of `parameter_groups`."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self._routed)
+            options["weight_decay"] = self.args.weight_decay  # AdamW has one of its own
             self.optimizer = kind(parameter_groups(self._routed, self.settings), **options)
         return self.optimizer
 
@@ -343,6 +449,8 @@ class DloTrainer(Trainer):
             self.train(resume_from_checkpoint=str(checkpoint))
         else:  # the Trainer would do one step more
             self.state = state
+            if self.is_fsdp_enabled:  # whose checkpoints are of shards
+                self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
             self._load_from_checkpoint(str(checkpoint))
 
     def _checkpoint_bytes(self) -> int:
@@ -362,22 +470,25 @@ class DloTrainer(Trainer):
         )
 
     @torch.no_grad()
-    def _first_bad_layer(self, inputs: Mapping[str, Any], select: SelectTokens | None) -> str:
-        model = self._routed
-        values = {name: value for name, value in inputs.items() if name != "labels"}
-        streams = model(**values, use_cache=False, select_tokens=select, output_hidden_states=True).hidden_states
-        for position, stream in enumerate(streams):
-            if not stream.isfinite().all():
-                return (
-                    "the embeddings are not"
-                    if position == 0
-                    else f"layer {position - 1} is the first whose output is not"
-                )
-        return "every layer's output is, the logits or a router's score are not"
+    def _first_bad_layer(self) -> str:
+        """Runs the first bad micro-batch again; every process one, since a sharded model runs in all or in none."""
+        bad = [batch for batch in self._micro_batches if not batch.loss.isfinite()]
+        batch = (bad or self._micro_batches)[0]
+        values = {name: value for name, value in batch.inputs.items() if name != "labels"}
+        with self._autocast():
+            outputs = self._routed(**values, **batch.routing, use_cache=False, output_hidden_states=True)
+        streams = outputs.hidden_states
+        is_bad = torch.stack([~stream.isfinite().all() for stream in streams] + [torch.ones_like(batch.loss).bool()])
+        position = int(self.accelerator.gather(is_bad.int().argmax().reshape(1)).min())
+        if position == 0:
+            return "the embeddings are not"
+        if position == len(streams):
+            return "every layer's output is, the logits or a router's score are not"
+        return f"layer {position - 1} is the first whose output is not"
 
     def _first_bad_gradient(self) -> str:
         for name, parameter in self._routed.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
+            if parameter.grad is not None and not whole(parameter.grad.isfinite().all()):
                 return f"{name} is the first whose gradient is not"
         return "its norm overflows"
 

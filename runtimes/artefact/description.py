@@ -27,7 +27,7 @@ from dlo_export.runtimes.artefact.engine_record import (
 from dlo_export.runtimes.artefact.typed_json import JsonProblemsError, Rule, from_json, to_json
 from dlo_export.runtimes.errors import ModelLoadError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 3 says each router's threshold
 FILE_NAME = ARTEFACT_FILE
 MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
@@ -81,6 +81,9 @@ class ArtefactFile:
     sha256: Sha256
 
 
+Score = Annotated[float, Rule("a score above 0 and below 1", lambda score: 0 < score < 1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class RoutingDescription:
     """How tokens skip layers.
@@ -92,6 +95,7 @@ class RoutingDescription:
         rescale_hidden_states: Whether the MLP's output is scaled.
         scale_factor: By how much, in the DLO authors' terms.
         scale_gap: Likewise.
+        router_thresholds: By layer, the score an active token exceeds, where it is not 0.5.
     """
 
     kind: RoutingKind
@@ -100,6 +104,7 @@ class RoutingDescription:
     rescale_hidden_states: bool
     scale_factor: float
     scale_gap: float
+    router_thresholds: Mapping[int, Score]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +161,11 @@ class ArtefactDescription(LoweringDescription):
     interface: GraphInterface
     engines: tuple[EngineRecord, ...]
     parity: ParityVerdict
+
+    @property
+    def router_thresholds(self) -> Mapping[int, float]:
+        """By routed layer, where it is not 0.5."""
+        return {} if self.routing is None else self.routing.router_thresholds
 
     @property
     def routed_layers(self) -> tuple[int, ...]:
@@ -256,6 +266,8 @@ def _contradictions(description: ArtefactDescription) -> Iterator[str]:
     marked = tuple(layer.index for layer in description.layers if layer.routed)
     if marked != description.routed_layers:
         yield f"routing.layers are {list(description.routed_layers)}, but layers are marked as routed: {list(marked)}"
+    if unrouted := sorted(description.router_thresholds.keys() - set(description.routed_layers)):
+        yield f"routing.router_thresholds names layers {unrouted}, which are not routed"
     for name, record in (("", description), *((f"engines[{i}].", e) for i, e in enumerate(description.engines))):
         if (record.lowering == "none") != (description.routing is None):
             yield f"{name}lowering is {record.lowering}, but routing is {'not ' if description.routing else ''}null"

@@ -6,28 +6,47 @@ Seventy-two cache tensors of one shape are one fact; written out, they are most 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dlo_export.checkpoints.interface import CACHE_PARTS, parse_past, parse_present, past_name, present_name
+from dlo_export.checkpoints.interface import (
+    CACHE_PARTS,
+    past_active_name,
+    past_name,
+    present_active_name,
+    present_name,
+)
 
 _RANGE = re.compile(r"\{(0|[1-9]\d{0,5})\.\.(0|[1-9]\d{0,5})\}")
+_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d{0,5})(?=\.|$)")
 _MOST_LAYERS = 10_000
-_BOTH_PARTS = "|".join(CACHE_PARTS)
+_BOTH_PARTS: Any = "|".join(CACHE_PARTS)  # both parts in one word
+# How a layer's tensors are called that stand for one fact: as a pattern for any layer, and one by one.
+_FAMILIES: tuple[tuple[Callable[[int | str], str], Callable[[int], list[str]]], ...] = (
+    (
+        lambda layer: past_name(layer, _BOTH_PARTS),
+        lambda layer: [past_name(layer, part) for part in CACHE_PARTS],
+    ),
+    (
+        lambda layer: present_name(layer, _BOTH_PARTS),
+        lambda layer: [present_name(layer, part) for part in CACHE_PARTS],
+    ),
+    (past_active_name, lambda layer: [past_active_name(layer)]),
+    (present_active_name, lambda layer: [present_active_name(layer)]),
+)
 
 
 def collapse(entries: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Writes runs of layers whose keys and values have equal entries as one entry; `expand` undoes it.
+    """Writes runs of layers whose keys and values, or states, have equal entries as one entry; `expand` undoes it.
 
     Args:
         entries: Name and value, in order.
     """
     rest, collapsed = list(entries), []
     while rest:
-        length = _run_length(rest)
-        name, value = rest[0]
-        collapsed.append((_range_name(name, length), value) if length else (name, value))
-        rest = rest[max(length, 1) :]
+        name, length = _run(rest)
+        collapsed.append((name, rest[0][1]))
+        rest = rest[length:]
     return collapsed
 
 
@@ -53,30 +72,23 @@ def _names(pattern: str) -> list[str]:
     first, last = int(match[1]), int(match[2])
     if not first <= last < _MOST_LAYERS:
         raise ValueError(f"has the name {pattern}, expected a range of at most {_MOST_LAYERS} layers")
-    for name in (past_name, present_name):
-        if pattern == name(match[0], _BOTH_PARTS):  # type: ignore[arg-type]  # both parts in one word
-            return [name(layer, part) for layer in range(first, last + 1) for part in CACHE_PARTS]
-    raise ValueError(f"has the name {pattern}, expected {past_name('{a..b}', _BOTH_PARTS)} or its present")  # type: ignore[arg-type]
+    for pattern_of, names_of in _FAMILIES:
+        if pattern == pattern_of(match[0]):
+            return [name for layer in range(first, last + 1) for name in names_of(layer)]
+    known = " or ".join(pattern_of("{a..b}") for pattern_of, _ in _FAMILIES)
+    raise ValueError(f"has the name {pattern}, expected {known}")
 
 
-def _run_length(entries: Sequence[tuple[str, Any]]) -> int:
-    """How many entries from the first on are keys and values of one layer after the other, all with one value."""
-    first, value = entries[0]
-    name = past_name if parse_past(first) else present_name
-    start = parse_past(first) or parse_present(first)
-    if start is None:
-        return 0
-    length = 0
-    for index, (found, other) in enumerate(entries):
-        layer, part = start.layer + index // 2, CACHE_PARTS[index % 2]
-        if found != name(layer, part) or other != value:
-            break
-        length = index + 1
-    return length - length % 2  # whole layers only
-
-
-def _range_name(first: str, length: int) -> str:
-    cache = parse_past(first) or parse_present(first)
-    assert cache is not None, "only names of caches run"
-    layers = f"{{{cache.layer}..{cache.layer + length // 2 - 1}}}"
-    return (past_name if parse_past(first) else present_name)(layers, _BOTH_PARTS)  # type: ignore[arg-type]
+def _run(entries: Sequence[tuple[str, Any]]) -> tuple[str, int]:
+    """Name and length of the longest run from the first entry on: layer after layer, all with one value."""
+    (first, value), found = entries[0], _NUMBER.search(entries[0][0])
+    for pattern_of, names_of in _FAMILIES if found is not None else ():
+        start = int(found[1])  # type: ignore[index]  # there are none without it
+        step, layers = len(names_of(start)), 0
+        wanted = [(name, value) for name in names_of(start)]
+        while list(entries[layers * step : (layers + 1) * step]) == wanted:
+            layers += 1
+            wanted = [(name, value) for name in names_of(start + layers)]
+        if layers * step > 1:
+            return pattern_of(f"{{{start}..{start + layers - 1}}}"), layers * step
+    return first, 1

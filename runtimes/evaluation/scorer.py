@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlo_export.modeling.perplexity import score_array
-from dlo_export.runtimes.runner import BoolArray, FloatArray, Int64Array, Runner, StepResult
+from dlo_export.runtimes.runner import BoolArray, FloatArray, Int64Array, Runner, StepResult, decisions
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,21 @@ class LogitsScorer:
         answer: Logits, and router scores where there are any, of int64 [batch, sequence] without a cache; padding
             stands at the right, where a causal decoder's other tokens do not see it.
         name: For reports.
+        thresholds: Of its routers, see `Runner`.
     """
 
     shares_contexts = False
     tokens_at_once = CPU_TOKENS_AT_ONCE
 
-    def __init__(self, answer: Callable[[Int64Array], StepResult], name: str = "model") -> None:
+    def __init__(
+        self,
+        answer: Callable[[Int64Array], StepResult],
+        name: str = "model",
+        thresholds: Mapping[int, float] | None = None,
+    ) -> None:
         self.name = name
         self._answer = answer
+        self._thresholds = dict(thresholds or {})
 
     def score(self, segments: Sequence[Segment]) -> BatchScores:
         """See `TokenScorer`."""
@@ -113,7 +120,7 @@ class LogitsScorer:
             for segment, logits in zip(segments, result.logits, strict=True)
         )
         lengths = [segment.read for segment in segments]
-        return BatchScores(scores, sum(lengths), active_tokens(result.router_scores, lengths))
+        return BatchScores(scores, sum(lengths), active_tokens(result.router_scores, lengths, self._thresholds))
 
 
 class RunnerScorer(LogitsScorer):
@@ -126,7 +133,7 @@ class RunnerScorer(LogitsScorer):
     shares_contexts = True
 
     def __init__(self, runner: Runner) -> None:
-        super().__init__(self._prefilled, runner.name)
+        super().__init__(self._prefilled, runner.name, runner.thresholds)
         self._runner = runner
 
     def score(self, segments: Sequence[Segment]) -> BatchScores:
@@ -139,7 +146,7 @@ class RunnerScorer(LogitsScorer):
         firsts = np.repeat(context.logits[0, -1:], len(segments), 0)
         losses, most_likely = score_array(firsts, np.array([segment.ids[start] for segment in segments]))
         scores = [SegmentScores(losses[i : i + 1], most_likely[i : i + 1]) for i in range(len(segments))]
-        active = active_tokens(context.router_scores, [start])
+        active = active_tokens(context.router_scores, [start], self._thresholds)
         lengths = [segment.read - start for segment in segments]
         if any(lengths):
             result = self._continued(padded_ids([segment.ids[start:-1] for segment in segments]), start)
@@ -148,7 +155,7 @@ class RunnerScorer(LogitsScorer):
                 scores[i] = SegmentScores(
                     np.concatenate([scores[i].losses, later[0]]), np.concatenate([scores[i].most_likely, later[1]])
                 )
-            for layer, count in active_tokens(result.router_scores, lengths).items():
+            for layer, count in active_tokens(result.router_scores, lengths, self._thresholds).items():
                 active[layer] += count
         return BatchScores(tuple(scores), start + sum(lengths), active)
 
@@ -180,14 +187,17 @@ def padded_ids(sequences: Sequence[Int64Array]) -> Int64Array:
     return ids
 
 
-def active_tokens(router_scores: Mapping[int, FloatArray], lengths: Sequence[int]) -> dict[int, int]:
+def active_tokens(
+    router_scores: Mapping[int, FloatArray], lengths: Sequence[int], thresholds: Mapping[int, float]
+) -> dict[int, int]:
     """By layer, how many tokens are active, padding left out.
 
     Args:
         router_scores: float32 [batch, sequence].
         lengths: Of the sequences without padding.
+        thresholds: By layer, where it is not one half.
     """
     return {
-        layer: sum(int((row[:length] > 0.5).sum()) for row, length in zip(scores, lengths, strict=True))
-        for layer, scores in router_scores.items()
+        layer: sum(int(row[:length].sum()) for row, length in zip(active, lengths, strict=True))
+        for layer, active in decisions(router_scores, thresholds).items()
     }

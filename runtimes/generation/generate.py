@@ -123,8 +123,8 @@ class Generation:
 
     def _count_active(self, result: StepResult, running: np.ndarray) -> None:
         real = self._mask[:, -self._ids.shape[1] :].astype(bool) & running[:, np.newaxis]
-        for layer, scores in result.router_scores.items():
-            self._active[layer] = self._active.get(layer, 0) + int(((scores > 0.5) & real).sum())
+        for layer, active in self._runner.active(result.router_scores).items():
+            self._active[layer] = self._active.get(layer, 0) + int((active & real).sum())
         self._routed_tokens += int(real.sum())
 
 

@@ -22,6 +22,7 @@ class OnnxRuntimeRunner(GrowingRunner):
     Args:
         model: A .onnx file, or a serialized model.
         name: For reports; the file's name by default.
+        thresholds: Of its routers, see `Runner`.
         session: How it runs; `SessionArguments` lists the choices.
 
     Raises:
@@ -30,12 +31,17 @@ class OnnxRuntimeRunner(GrowingRunner):
     """
 
     def __init__(
-        self, model: str | Path | bytes, *, name: str | None = None, **session: Unpack[SessionArguments]
+        self,
+        model: str | Path | bytes,
+        *,
+        name: str | None = None,
+        thresholds: Mapping[int, float] | None = None,
+        **session: Unpack[SessionArguments],
     ) -> None:
         name = name or model_name(model)
         self._session = DecoderSession(model, name, "growing", session)
         self._cache: GrowingCache | None = None
-        super().__init__(name, self._session.interface)
+        super().__init__(name, self._session.interface, thresholds=thresholds)
 
     def _empty_cache(self, batch: int) -> None:
         shapes = self._interface.state_shapes(batch)

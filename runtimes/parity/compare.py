@@ -181,7 +181,7 @@ class _Comparison:
                     logits=logit_statistics(wanted.logits, found.logits, case.real),
                     free_logits=self._free_logits.get(case.name),
                     decisions=len(wanted.scores) * int(case.real.sum()),
-                    flips=tuple(flips(wanted.scores, found.scores, case.real)),
+                    flips=tuple(flips(wanted.scores, found.scores, case.real, self._reference.thresholds)),
                 )
             )
         if self._tokens:

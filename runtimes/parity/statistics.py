@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.runtimes.errors import RuntimeInputError
 from dlo_export.runtimes.parity.tolerances import OwnError, Tolerance
-from dlo_export.runtimes.runner import BoolArray, FloatArray
+from dlo_export.runtimes.runner import BoolArray, FloatArray, decisions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Flip:
         position: Column of the token, padding and cache counted.
         reference_score: Of the reference's router.
         candidate_score: Of the candidate's.
+        threshold: What the score of an active token exceeds.
     """
 
     layer: int
@@ -54,11 +56,12 @@ class Flip:
     position: int
     reference_score: float
     candidate_score: float
+    threshold: float = ONE_HALF
 
     @property
     def margin(self) -> float:
-        """How far the reference was from deciding otherwise: |reference_score - 0.5|."""
-        return abs(self.reference_score - 0.5)
+        """How far the reference was from deciding otherwise: |reference_score - threshold|."""
+        return abs(self.reference_score - self.threshold)
 
 
 def logit_statistics(reference: FloatArray, candidate: FloatArray, real: BoolArray) -> LogitStatistics:
@@ -99,18 +102,27 @@ def logit_statistics(reference: FloatArray, candidate: FloatArray, real: BoolArr
     )
 
 
-def flips(reference: Mapping[int, FloatArray], candidate: Mapping[int, FloatArray], real: BoolArray) -> Iterator[Flip]:
+def flips(
+    reference: Mapping[int, FloatArray],
+    candidate: Mapping[int, FloatArray],
+    real: BoolArray,
+    thresholds: Mapping[int, float] | None = None,
+) -> Iterator[Flip]:
     """Decisions that differ, by layer, row and position.
 
     Args:
         reference: Scores by routed layer, float32 [batch, sequence].
         candidate: The same. A score that is not a number counts as a skip.
         real: bool [batch, sequence], False at padding.
+        thresholds: Of the reference, by layer, where it is not one half.
     """
+    thresholds = thresholds or {}
+    wanted_active, found_active = decisions(reference, thresholds), decisions(candidate, thresholds)
     for layer in sorted(reference):
-        wanted, found = reference[layer], candidate[layer]
-        for row, position in zip(*np.nonzero(((wanted > 0.5) != (found > 0.5)) & real), strict=True):
-            yield Flip(layer, int(row), int(position), float(wanted[row, position]), float(found[row, position]))
+        wanted, found, threshold = reference[layer], candidate[layer], thresholds.get(layer, ONE_HALF)
+        for row, position in zip(*np.nonzero((wanted_active[layer] != found_active[layer]) & real), strict=True):
+            place = int(row), int(position)
+            yield Flip(layer, *place, float(wanted[place]), float(found[place]), threshold)
 
 
 def own_error(

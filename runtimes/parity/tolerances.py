@@ -37,7 +37,7 @@ class Tolerance:
     Attributes:
         mean: Mean absolute difference of all logits, relative to the mean peak.
         largest: Largest absolute difference of a logit, relative to its token's peak.
-        margin: A decision may flip where the reference's |score - 0.5| is at most this: a near-tie.
+        margin: A decision may flip where the reference's |score - threshold| is at most this: a near-tie.
         why: What was measured.
     """
 

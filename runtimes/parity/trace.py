@@ -34,7 +34,7 @@ def trace_reference(reference: Runner, case: Case) -> Trace:
     if forced is not None or not trace.scores:
         return trace
     ends = np.cumsum([feed.input_ids.shape[1] for feed in case.feeds])[:-1]
-    active = {layer: np.split(scores > 0.5, ends, axis=1) for layer, scores in trace.scores.items()}
+    active = {layer: np.split(rows, ends, axis=1) for layer, rows in reference.active(trace.scores).items()}
     own = tuple({layer: steps[index] for layer, steps in active.items()} for index in range(len(case.feeds)))
     return Trace(trace.logits, trace.scores, own)
 

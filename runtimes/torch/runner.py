@@ -32,7 +32,10 @@ class TorchRunner(Runner):
 
     def __init__(self, model: Any, *, masked: bool = False, name: str = "PyTorch") -> None:
         routed: tuple[int, ...] = getattr(model.config, "routed_layers", ())
-        super().__init__(name, num_layers=int(model.config.num_hidden_layers), routed_layers=routed)
+        thresholds = model.config.thresholds if routed else None
+        super().__init__(
+            name, num_layers=int(model.config.num_hidden_layers), routed_layers=routed, thresholds=thresholds
+        )
         self._model = model.eval()
         if routed:
             model.masked = masked

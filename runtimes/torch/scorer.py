@@ -70,14 +70,14 @@ class TorchScorer:
         output = self._decoded([segment.ids[:-1] for segment in segments], None)
         rows = [output.last_hidden_state[i, segment.start - 1 : segment.read] for i, segment in enumerate(segments)]
         lengths = [segment.read for segment in segments]
-        return BatchScores(self._scores(rows, segments), sum(lengths), _active(output, lengths))
+        return BatchScores(self._scores(rows, segments), sum(lengths), self._active(output, lengths))
 
     def _shared(self, segments: Sequence[Segment]) -> BatchScores:
         """The context runs once; the cache behind it is continued by each segment."""
         start = segments[0].start
         cache = DynamicCache()
         context = self._decoded([segments[0].ids[:start]], cache)
-        active = _active(context, [start])
+        active = self._active(context, [start])
         rows = [context.last_hidden_state[0, -1:]] * len(segments)
         lengths = [segment.read - start for segment in segments]
         if any(lengths):
@@ -85,7 +85,7 @@ class TorchScorer:
             output = self._decoded([segment.ids[start:-1] for segment in segments], cache)
             later = output.last_hidden_state
             rows = [torch.cat([rows[i], later[i, :length]]) for i, length in enumerate(lengths)]
-            for layer, count in _active(output, lengths).items():
+            for layer, count in self._active(output, lengths).items():
                 active[layer] += count
         return BatchScores(self._scores(rows, segments), start + sum(lengths), active)
 
@@ -103,7 +103,7 @@ class TorchScorer:
         losses, most_likely = (np.split(values.cpu().numpy(), ends) for values in scores)
         return tuple(map(SegmentScores, losses, most_likely))
 
-
-def _active(output: Any, lengths: Sequence[int]) -> dict[int, int]:
-    scores = getattr(output, "router_scores", None) or {}
-    return active_tokens({layer: values.float().cpu().numpy() for layer, values in scores.items()}, lengths)
+    def _active(self, output: Any, lengths: Sequence[int]) -> dict[int, int]:
+        scores = getattr(output, "router_scores", None) or {}
+        arrays = {layer: values.float().cpu().numpy() for layer, values in scores.items()}
+        return active_tokens(arrays, lengths, self._model.config.thresholds if scores else {})

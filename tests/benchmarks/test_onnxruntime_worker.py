@@ -14,8 +14,11 @@ from tests.tiny_models import save_tiny_llama
 
 
 @pytest.mark.parametrize("sequence", [1, 3])
-def test_step_reads_the_cache_that_its_first_tokens_wrote(tmp_path, sequence):
-    model = save_tiny_llama(tmp_path / "model", heads=3, kv_heads=3, hidden=96, head_dim=64, layers=8)
+@pytest.mark.parametrize(
+    "routed", [{}, {"routed": [True, False] * 4, "model_type": "llama_dlo"}], ids=["dense", "routed"]
+)
+def test_step_reads_the_cache_that_its_first_tokens_wrote(tmp_path, sequence, routed):
+    model = save_tiny_llama(tmp_path / "model", heads=3, kv_heads=3, hidden=96, head_dim=64, layers=8, **routed)
     export_model(ExportRequest(str(model), tmp_path / "out", parity=False), Reporter())
     graph = tmp_path / "out" / "model.onnx"
     tokens = np.random.default_rng(0).integers(0, 97, (1, 101))

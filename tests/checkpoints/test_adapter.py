@@ -59,6 +59,14 @@ def test_adapter_round_trips_when_saved(tmp_path: Path, dtype: type) -> None:
     assert loaded.router(0).shape == (1, HIDDEN)
 
 
+def test_adapter_round_trips_in_a_format_of_its_own_when_it_has_thresholds(tmp_path: Path) -> None:
+    save_adapter(replace(make_adapter(), router_thresholds={2: 0.25, 0: 0.4}), tmp_path / "adapter")
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    threshold = float(np.float32(0.4))
+    assert (written["format_version"], written["router_thresholds"]) == (2, {"0": 0.4, "2": 0.25})
+    assert load_adapter(tmp_path / "adapter").router_thresholds == {0: threshold, 2: 0.25}
+
+
 def test_adapter_config_has_the_documented_fields_when_saved(tmp_path: Path) -> None:
     save_adapter(make_adapter(), tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) == {
@@ -77,7 +85,18 @@ def test_adapter_config_has_the_documented_fields_when_saved(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version is 2, expected 1"),
+        ({"format_version": 3}, "format_version is 3, expected 1 or 2"),
+        ({"format_version": True}, "format_version is True, expected 1 or 2"),
+        ({"router_thresholds": {"0": 0.4}}, "format_version is 1, but router_thresholds are of format 2"),
+        (
+            {"format_version": 2, "router_thresholds": {"1": 0.4}},
+            "thresholds.1 names a layer that is not routed",
+        ),
+        (
+            {"format_version": 2, "router_thresholds": {"0": 1.5}},
+            "thresholds.0 is 1.5, expected a score above 0",
+        ),
+        ({"format_version": 2, "router_thresholds": [0.4]}, "router_thresholds is .*, expected dict"),
         ({"is_dlo": ...}, "is_dlo is missing"),
         ({"is_dlo": [1, 0, 1]}, r"is_dlo is \[1, 0, 1\], expected true or false for every layer"),
         ({"is_dlo": [True, True, True]}, "model.routers.1.weight is missing"),

@@ -35,7 +35,9 @@ class Ended:
     stderr: str
 
 
-def start(arguments, messages: Path, *, working_folder: Path | None = None, limits=None, privileged=True):
+def start(
+    arguments, messages: Path, *, working_folder: Path | None = None, limits=None, environment=None, privileged=True
+):
     """Starts a command, and returns its process when it is about to begin.
 
     Args:
@@ -43,6 +45,7 @@ def start(arguments, messages: Path, *, working_folder: Path | None = None, limi
         messages: Files its stdout and stderr go to, with these as suffixes.
         working_folder: The current one by default.
         limits: Of the process: "cpu_seconds", "memory_bytes" and "file_bytes"; none by default.
+        environment: Variables it has beside this one's.
         privileged: Leave root its right to read and write whatever permissions say.
     """
     context = multiprocessing.get_context("forkserver")
@@ -56,6 +59,7 @@ def start(arguments, messages: Path, *, working_folder: Path | None = None, limi
             str(messages),
             str(working_folder or os.getcwd()),
             limits or {},
+            environment or {},
             privileged,
             begins,
         ),
@@ -113,9 +117,10 @@ def _give_up_privileges():
     assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
 
 
-def _run(arguments, messages, folder, limits, privileged, begins):
+def _run(arguments, messages, folder, limits, environment, privileged, begins):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a process that has just started
     os.chdir(folder)
+    os.environ |= environment
     for number, suffix in ((1, ".stdout"), (2, ".stderr")):
         os.dup2(os.open(messages + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     for name, limit in limits.items():

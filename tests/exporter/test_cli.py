@@ -108,11 +108,6 @@ def test_export_names_the_field_when_the_configuration_is_unsupported(tmp_path, 
     check_refused(dlo("export", checkpoint, "-o", tmp_path / "out"), tmp_path, key, "config.json")
 
 
-def test_export_says_why_when_layers_are_routed_whole(tmp_path):
-    layer_routed = REFERENCE.parent / "reference_layer_routed"
-    check_refused(dlo("export", layer_routed, "-o", tmp_path / "out"), tmp_path, "layer routing")
-
-
 def test_export_refuses_a_lowering_when_nothing_is_routed(checkpoint, tmp_path):
     result = dlo("export", checkpoint, "-o", tmp_path / "out", "--lowering", "compact")
     check_refused(result, tmp_path, "no routers")

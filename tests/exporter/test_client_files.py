@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import onnxruntime_genai as og
 import pytest
 from transformers import AutoConfig
@@ -78,6 +79,26 @@ def del_kv_heads(model):
     values = json.loads((model / "config.json").read_text())
     del values["num_key_value_heads"]
     (model / "config.json").write_text(json.dumps(values))
+
+
+def test_other_programs_are_told_to_refuse_when_whole_layers_are_skipped(tmp_path, capsys):
+    model = save_tiny_llama(tmp_path / "model", routed=[True, False, True], model_type="llama_dlo")
+    folder = exported(model, tmp_path / "artefact")
+    warning = " ".join(capsys.readouterr().err.split())
+    for words in ("warning: layer routing: ", "past_active.{i}", "genai_config.json is left out", "docs/artefact.md"):
+        assert words in warning
+    assert not (folder / "genai_config.json").exists()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config.get("dlo_model_type")) == ("llama_dlo", None)
+    assert LlamaConfig.from_json(folder / "config.json").routing.kind == "layer"
+    # A Llama's cache alone is not enough: ONNX Runtime names what is missing.
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    feeds = {
+        value.name: np.zeros([size if isinstance(size, int) else 1 for size in value.shape], np.int64)
+        for value in session.get_inputs()[:3]
+    }
+    with pytest.raises(ValueError, match=r"past_active\.0"):
+        session.run(None, feeds)
 
 
 def test_config_has_no_type_of_ours_when_the_model_is_a_plain_llama(tmp_path):

@@ -36,7 +36,12 @@ COMMANDS = {
     "export": (("--no-parity",), ("--no-parity", "--lowering", "masked")),
     "expand": (("--every", "1"), ("--every", "2")),
     "calibrate": (("--tokens", "512", "--evaluation-tokens", "512", "--text", "{text}"), ("--target", "0.5")),
+    "train": (
+        ("--data", "{text}", "--routers", "add", "--sequence", "64", "--save-every", "2", "--max-steps", "2"),
+        ("--max-steps", "5"),
+    ),
 }
+ADDS_TO_OLD = ("calibrate", "train")
 
 
 def start(arguments, **options):
@@ -65,7 +70,7 @@ def command(request, tmp_path_factory):
     for number in range(8):
         (folder / "text" / f"{number}.txt").write_text(f"One text of some words, number {number}. " * 40)
     old, new = ([part.format(text=folder / "text") for part in given] for given in COMMANDS[request.param])
-    if request.param == "calibrate":
+    if request.param in ADDS_TO_OLD:
         new = [*old, *new]
     for name, given in (("old", old), ("new", new)):
         process = forked_commands.start([request.param, model, "-o", folder / name, *given], folder / "messages")
@@ -85,11 +90,12 @@ def test_command_leaves_old_or_new_when_a_signal_comes_at_any_moment(command, tm
     if twice and number == signal.SIGKILL:
         pytest.skip("nobody is killed twice")
     arguments, old, made, seconds = command
-    for moment in range(MOMENTS):
+    moments = -(-MOMENTS // 2) if arguments[0] == "train" else MOMENTS  # the slowest, whose moments are much alike
+    for moment in range(moments):
         out, messages = tmp_path / str(moment) / "out", tmp_path / str(moment)
         shutil.copytree(old, out)
         process = forked_commands.start([*arguments, "-o", out, "--force"], messages)
-        time.sleep(seconds * (moment + 0.5) / MOMENTS)
+        time.sleep(seconds * (moment + 0.5) / moments)
         for _ in range(1 + twice):
             # Between the end of a process and its parent's notice of it there is nobody to signal.
             with contextlib.suppress(ProcessLookupError):
@@ -102,7 +108,10 @@ def test_command_leaves_old_or_new_when_a_signal_comes_at_any_moment(command, tm
         assert digests(out) in made, said
         if number == signal.SIGKILL:
             check_output_folder(out, overwrite=True)  # as the next command does first
-        assert os.listdir(out.parent) == ["out"], said
+        assert {*os.listdir(out.parent)} - ({"out.run"} if arguments[0] == "train" else set()) == {"out"}, said
+        if arguments[0] == "train" and number == signal.SIGKILL and (out.parent / "out.run" / "training.json").exists():
+            again = forked_commands.run(*arguments, "-o", out, "--force", "--resume", messages=messages)
+            assert (again.returncode, digests(out)) == (DONE, made[1]), again.stderr
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
+from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.inspection import inspect_model
 from dlo_export.exporter.progress import Reporter
@@ -128,3 +129,14 @@ def test_tensorrt_plans_the_toy_lowering_when_choice_is(choice: str, checkpoint:
     assert [layer.mlp.add.op_type for layer in find_decoder_layers(engine.model.graph)] == ["Sub", "Add", "Sub"]
     twin = tensorrt_twin(source, engine.options, ir.load(artefact.folder / "model.onnx"))
     assert sum(CLOSES_KEY in node.metadata_props for node in twin.graph) == sum(ROUTED)
+
+
+def test_toy_lowering_is_refused_or_passed_over_when_tokens_skip_whole_layers(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model", routed=ROUTED, model_type="llama_dlo")
+    with pytest.raises(
+        InputError, match=r"is of layer routing, --lowering product takes mlp routing\s+hint: choose if, comp"
+    ):
+        export_model(ExportRequest(str(model), tmp_path / "out", lowering="product", parity=False), Reporter())
+    assert not (tmp_path / "out").exists()
+    result = export_model(ExportRequest(str(model), tmp_path / "out", parity=False), Reporter())
+    assert result.description.lowering == "compact"

@@ -88,7 +88,13 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, Damage], ...]]] = {
 def save_originals(folder: Path) -> None:
     """Writes the folders that KINDS names: whole ones, tiny."""
     routed = save_tiny_llama(
-        folder / "routed", **SIZES, routed=(True, False), tokenizer=True, vocab=BYTE_VOCABULARY, legacy_keys=True
+        folder / "routed",
+        **SIZES,
+        routed=(True, False),
+        thresholds={0: 0.4},
+        tokenizer=True,
+        vocab=BYTE_VOCABULARY,
+        legacy_keys=True,
     )
     save_tiny_llama(folder / "sharded", **SIZES, shards=2)
     dense = save_tiny_llama(folder / "dense", layers=2, vocab=290)  # as the graph, which the adapter is made for
@@ -117,7 +123,7 @@ def command(random: Random, damaged: str) -> list[str]:
     lowering = random.choice(("auto", "masked", "if", "compact"))
     export = ["export", "-o", "out/new", "--lowering", lowering, *(() if slow else ("--no-parity",))]
     expand = ["expand", "-o", "out/new", "--every", "1", *random.choice(((), ("--adapter",)))]
-    calibrate = ["calibrate", "-o", "out/new", *TEXT]
+    calibrate = ["calibrate", "-o", "out/new", *TEXT, *random.choice(((), ("--retarget", "0.8")))]
     verify = random.choice(((), ("--verify",)))
     run = ["run", "artefact", "Hello", "-n", "3", *random.choice(((), ("--raw",))), *verify]
     inspect = ["inspect", "artefact", *random.choice(((), ("--json",)))]

@@ -8,6 +8,7 @@ After a deliberate change of a pass, write the golden files anew and read the di
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,16 @@ SOURCE = FOLDER / "one_layer_llama.onnxtxt"
 ROUTERS = {0: np.array([0.8, -0.4, 0.3, 0.9], np.float32)}
 
 _ROUTE = RouteLayersPass(ROUTERS, rescale=True, scale_factor=2.0, scale_gap=0.5)
+_ROUTE_WHOLE = dataclasses.replace(_ROUTE, kind="layer")
 # Each golden is what its last pass makes of the graph the passes before it leave.
 GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "inject_layers": (injection_pass(ir.from_onnx_text(SOURCE.read_text(encoding="utf-8")), [(1, 0)], "zero_out"),),
     "route_layers": (_ROUTE,),
+    "route_whole_layers": (_ROUTE_WHOLE,),
     "lower_skip_to_compaction": (_ROUTE, LowerSkipToCompactionPass()),
     "lower_skip_to_if": (_ROUTE, LowerSkipToIfPass()),
+    "lower_whole_layers_to_compaction": (_ROUTE_WHOLE, LowerSkipToCompactionPass()),
+    "lower_whole_layers_to_if": (_ROUTE_WHOLE, LowerSkipToIfPass()),
     "expose_routing": (_ROUTE, LowerSkipToCompactionPass(), ExposeRoutingPass(force=True)),
     "fuse_sibling_matmuls": (FuseSiblingMatMulsPass(),),
     "name_batch_dimension": (NameBatchDimensionPass(),),

@@ -1,4 +1,4 @@
-"""A Llama with routed MLPs in NumPy: the semantics the graphs are compared with, written for reading, not for speed."""
+"""A Llama with routed MLPs or layers in NumPy: what graphs are compared with, written for reading, not for speed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ Weights = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Routers, and the rule of the DLO authors' code: active iff score > 0.5, scale 0.5·factor + (score − 0.5)·gap."""
+    """Routers, and the rule of the DLO authors' code: active iff score > 0.5, scale 0.5·factor + (score − 0.5)·gap.
+
+    What a skipped token skips is its MLP, or with `whole_layers` all of the layer: then nobody attends to it either.
+    """
 
     routers: Mapping[int, np.ndarray]
     rescale: bool = False
     scale_factor: float = 2.0
     scale_gap: float = 0.0
+    whole_layers: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +68,21 @@ class NumpyLlama:
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}"
             normed = self._norm(x, f"{prefix}.input_layernorm")
-            h = x + self._attention(f"{prefix}.self_attn", normed, attention_mask, position_ids)
-            branch = self._mlp(f"{prefix}.mlp", self._norm(h, f"{prefix}.post_attention_layernorm"))
+            seen, scale = attention_mask, np.float32(1)
             if layer in routing.routers:
                 score = 1 / (1 + np.exp(-(x @ routing.routers[layer].reshape(-1))))
                 result.scores[layer] = score
                 result.active[layer] = (force_active or {}).get(layer, score > 0.5)
-                scale = 0.5 * routing.scale_factor + (score - 0.5) * routing.scale_gap if routing.rescale else 1.0
-                branch = np.where(result.active[layer][..., None], np.asarray(scale)[..., None] * branch, 0)
-            x = h + branch
+                if routing.rescale:
+                    scale = (0.5 * routing.scale_factor + (score - 0.5) * routing.scale_gap)[..., None]
+                if routing.whole_layers:
+                    seen = attention_mask * result.active[layer]
+            h = x + self._attention(f"{prefix}.self_attn", normed, seen, position_ids)
+            branch = self._mlp(f"{prefix}.mlp", self._norm(h, f"{prefix}.post_attention_layernorm"))
+            y = h + scale * branch
+            if layer in routing.routers:
+                y = np.where(result.active[layer][..., None], y, x if routing.whole_layers else h)
+            x = y
         normed = self._norm(x, "model.norm")
         return dataclasses.replace(result, logits=normed @ self.weights["lm_head.weight"].T)
 
@@ -80,7 +90,8 @@ class NumpyLlama:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.eps) * self.weights[f"{name}.weight"]
 
     def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
-        return x @ self.weights[f"{name}.weight"].T
+        product = x @ self.weights[f"{name}.weight"].T
+        return product + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else product
 
     def _mlp(self, name: str, x: np.ndarray) -> np.ndarray:
         gate = self._linear(x, f"{name}.gate_proj")

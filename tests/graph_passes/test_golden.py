@@ -20,6 +20,8 @@ def _feeds(names: list[str], batch: int = 2, sequence: int = 4, past: int = 3) -
     for name in names:
         if name.startswith("past_key_values"):
             feeds[name] = rng.standard_normal((batch, 1, past, 2)).astype(np.float32)
+        elif name.startswith("past_active"):
+            feeds[name] = rng.random((batch, past)) < 0.5
         elif name.startswith("force_active"):
             feeds[name] = np.ones((batch, sequence), bool)
     return feeds

@@ -54,7 +54,9 @@ def test_finding_refuses_with_the_choices_when_target_has_no_lowering_of_the_nam
 
 AUTO = {
     "onnxruntime": ("onnxruntime-cpu", Workload(), ["compact"]),
+    "onnxruntime, whole layers": ("onnxruntime-cpu", Workload(routing="layer"), ["compact"]),
     "tensorrt": ("tensorrt", Workload(), ["compact"]),
+    "tensorrt, whole layers": ("tensorrt", Workload(routing="layer"), []),
     "plugins": ("tensorrt", Workload(plugins_at_hand=True), ["plugin", "compact"]),
     "prefill": ("tensorrt", Workload("prefill", plugins_at_hand=True), ["compact"]),
     "single decode": ("tensorrt", Workload("decode", max_batch=1), ["if", "compact"]),

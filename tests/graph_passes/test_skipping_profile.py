@@ -36,7 +36,7 @@ def _lowered() -> tuple[ir.Model, dict[str, tuple[int, str]]]:
     return model, nodes
 
 
-def _profiled_shapes(model: ir.Model, feeds: dict[str, np.ndarray], folder: Path) -> dict[str, list[list[int]]]:
+def profiled_shapes(model: ir.Model, feeds: dict[str, np.ndarray], folder: Path) -> dict[str, list[list[int]]]:
     """Shape of the first input of every kernel that ran, by node name, in one run of the optimised graph."""
     options = ort.SessionOptions()
     options.enable_profiling = True
@@ -71,7 +71,7 @@ def test_mlp_matmuls_process_active_rows_only_when_active_tokens_are(count: int,
     decision[np.random.default_rng(1).permutation(decision.size)[:count]] = True
     decision = decision.reshape(BATCH, SEQUENCE)
     active = {0: decision, 2: ~decision}
-    shapes = _profiled_shapes(model, _feeds(active), tmp_path)
+    shapes = profiled_shapes(model, _feeds(active), tmp_path)
 
     assert len(linear_nodes) == LAYERS * 7
     for name, (layer, role) in linear_nodes.items():

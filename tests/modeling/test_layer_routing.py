@@ -13,6 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from dlo_export.modeling.active_cache import ActiveLayerCache, CacheError, active_tokens_of
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning, warn_of_untrained_routers
+from dlo_export.modeling.routing import SelectTokens
 from tests.modeling.tiny_routed import decisions, padded, tiny_model
 
 ROUTED = [True, False, True]
@@ -27,6 +28,11 @@ MIXED = {0: torch.arange(22).reshape(2, 11) % 3 > 0, 2: torch.arange(22).reshape
 def model(request: pytest.FixtureRequest) -> LlamaDloForCausalLM:
     """Deep enough that a wrong cache of one layer shows in the decisions of another."""
     return tiny_model("layer", is_dlo=ROUTED, attn_implementation=request.param, eos_token_id=None, **LARGE, **SCALED)
+
+
+def everywhere(model: LlamaDloForCausalLM, select: SelectTokens) -> dict[int, SelectTokens]:
+    """The same selection in each routed layer."""
+    return dict.fromkeys(model.config.routed_layers, select)
 
 
 def chunks(ids: torch.Tensor, *sizes: int) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -226,7 +232,7 @@ def test_a_zero_router_is_told_of_unless_all_that_is_skipped_adds_nothing() -> N
 def test_similarity_is_that_of_a_layer_that_nobody_skips() -> None:
     model = tiny_model("layer", num_hidden_layers=1, is_dlo=[True], **LARGE, **SCALED)
     selected = torch.arange(22).reshape(2, 11) % 2 > 0
-    output = model(IDS, use_cache=False, select_tokens=lambda _layer, _scores: selected)
+    output = model(IDS, use_cache=False, select_tokens=everywhere(model, lambda _scores: selected))
     plain = LlamaForCausalLM(model.config).eval()
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if "routers" not in name})
     before = plain.model.embed_tokens(IDS)
@@ -241,15 +247,15 @@ def test_selection_is_refused_behind_cached_tokens() -> None:
     model = tiny_model("layer")
     cache = fed(model, 3)
     with pytest.raises(ValueError, match="takes no cached tokens"):
-        model(IDS[:, 3:], past_key_values=cache, select_tokens=lambda _layer, scores: scores > 0)
+        model(IDS[:, 3:], past_key_values=cache, select_tokens=everywhere(model, lambda scores: scores > 0))
 
 
 def test_documents_that_share_a_sequence_do_not_see_each_other_in_training() -> None:
     model = tiny_model("layer", **LARGE)
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]]).expand(2, -1)
     active = torch.arange(22).reshape(2, 11) % 3 > 0
-    both = model(IDS, position_ids=positions, use_cache=False, select_tokens=lambda _layer, _scores: active)
-    second = model(IDS[:, 5:], use_cache=False, select_tokens=lambda _layer, _scores: active[:, 5:])
+    both = model(IDS, position_ids=positions, use_cache=False, select_tokens=everywhere(model, lambda _scores: active))
+    second = model(IDS[:, 5:], use_cache=False, select_tokens=everywhere(model, lambda _scores: active[:, 5:]))
     np.testing.assert_allclose(both.logits[:, 5:].detach(), second.logits.detach(), atol=1e-5)
     for layer in range(3):
         found, wanted = (output.training_routing[layer].similarity for output in (both, second))
@@ -262,7 +268,9 @@ def test_gradients_are_finite_when_padding_and_selection_hide_everything() -> No
     mask[0, :5] = 0
     none = torch.zeros(2, 11, dtype=torch.bool)
     labels = IDS.masked_fill(mask == 0, -100)
-    output = model(IDS, attention_mask=mask, labels=labels, use_cache=False, select_tokens=lambda _layer, _scores: none)
+    output = model(
+        IDS, attention_mask=mask, labels=labels, use_cache=False, select_tokens=everywhere(model, lambda _scores: none)
+    )
     output.loss.backward()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
     assert all(router.weight.grad.abs().sum() > 0 for router in model.model.routers.values())

@@ -260,7 +260,7 @@ def test_training_step_equals_the_masked_form_when_the_same_tokens_are_selected(
         model.activation_checkpointing_enable({"use_reentrant": False})
     runs = []
     model.model.layers[1].mlp.register_forward_hook(lambda _module, args, _output: runs.append(args[0].shape))
-    output = model(ids, labels=ids, use_cache=False, select_tokens=lambda _layer, _scores: active)
+    output = model(ids, labels=ids, use_cache=False, select_tokens=dict.fromkeys(range(3), lambda _scores: active))
     assert len(runs) == mlp_runs, "a whole layer's labels need a run of their own"
     np.testing.assert_allclose(output.logits.detach(), forced.logits.detach(), atol=1e-5)
     assert all(torch.equal(routing.active, active) for routing in output.training_routing.values())
@@ -274,6 +274,6 @@ def test_router_learns_from_skipped_tokens_when_nothing_is_active(routing: Routi
     model = tiny_model(routing)
     ids = torch.arange(14).reshape(2, 7)
     none = torch.zeros(2, 7, dtype=torch.bool)
-    model(ids, labels=ids, select_tokens=lambda _layer, _scores: none).loss.backward()
+    model(ids, labels=ids, select_tokens=dict.fromkeys(range(3), lambda _scores: none)).loss.backward()
     assert all(router.weight.grad.abs().sum() > 0 for router in model.model.routers.values())
     assert not model.model.layers[0].mlp.up_proj.weight.grad.any()

@@ -1,12 +1,21 @@
+import dataclasses
+import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from dlo_export.checkpoints.files.folder_kind import FolderKind, folder_kind
+from dlo_export.checkpoints.files.written_files import LIST_NAME
+from dlo_export.modeling.training.settings import TrainingSettings
 from tests.exporter.forked_commands import Ended, ended, run, start
 from tests.modeling.training_runs import log_of, save_chats, save_routed
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
@@ -24,9 +33,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(place: Path, model: str, output: Path, *options: object) -> Ended:
+def train(place: Path, model: str, output: Path, *options: object, **limits: Any) -> Ended:
     arguments = ("train", place / model, "-o", output, "--data", place / "chats.jsonl", *OPTIONS, *options)
-    return run(*arguments, messages=output.with_name(f"{output.name}-messages"))
+    return run(*arguments, messages=output.with_name(f"{output.name}-messages"), **limits)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of every file but a checkpoint's list, which has times."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LIST_NAME]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_a_terminated_run_goes_on_to_the_same_end_when_resumed(place: Path, tmp_path: Path) -> None:
@@ -53,8 +68,17 @@ def test_a_terminated_run_goes_on_to_the_same_end_when_resumed(place: Path, tmp_
     assert json.loads(again.stdout) == json.loads(whole.stdout)
     description = json.loads((output / "training.json").read_text())
     assert description["result"]["held_out"]["active_rate"] == json.loads(whole.stdout)["held_out"]["active_rate"]
-    assert [file["name"] for file in description["data"]["training"]] == ["chats.jsonl"]
+    digest = hashlib.sha256((place / "chats.jsonl").read_bytes()).hexdigest()
+    assert description["data"] == {"training": [{"name": "chats.jsonl", "sha256": digest}]}
+    assert description["settings"].keys() == {field.name for field in dataclasses.fields(TrainingSettings)}
     assert description["settings"]["target"] == 0.7
+    assert description["versions"].keys() >= {"dlo-export", "torch", "transformers", "accelerate", "python"}
+    control = description["result"]["rate_control"]
+    assert control == json.loads(whole.stdout)["rate_control"]
+    assert (control["target"], control["other_text"]) == (0.7, False)  # one held-out sequence
+    config = json.loads((output / "config.json").read_text())
+    assert control["thresholds"] == config.get("router_thresholds", {})
+    assert config["model_type"] == "llama_dlo_exattn" + ("_thresholds" if control["thresholds"] else "")
     # What was trained is what is exported, and proven equal to it.
     artefact = tmp_path / "artefact"
     exported = run("export", output, "-o", artefact, messages=tmp_path / "export")
@@ -66,7 +90,7 @@ def test_a_terminated_run_goes_on_to_the_same_end_when_resumed(place: Path, tmp_
 def test_a_plain_model_is_trained_with_new_routers_or_without(
     place: Path, tmp_path: Path, routers: str, routed: object
 ) -> None:
-    result = train(place, "plain", tmp_path / "out", "--max-steps", 2, "--routers", routers)
+    result = train(place, "plain", tmp_path / "out", "--max-steps", 2, "--routers", routers, "--trained-rate")
     assert result.returncode == 0, result.stderr
     assert folder_kind(tmp_path / "out") is FolderKind.TRAINED_CHECKPOINT
     assert folder_kind(tmp_path / "out.run" / "checkpoint-2") is FolderKind.RUN_CHECKPOINT
@@ -78,7 +102,7 @@ def test_a_plain_model_is_trained_with_new_routers_or_without(
 
 
 def test_a_plain_model_is_trained_with_routers_of_whole_layers(place: Path, tmp_path: Path) -> None:
-    options = ("--max-steps", 2, "--routers", "add", "--routing", "layer")
+    options = ("--max-steps", 2, "--routers", "add", "--routing", "layer", "--trained-rate")
     result = train(place, "plain", tmp_path / "out", *options)
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -86,7 +110,9 @@ def test_a_plain_model_is_trained_with_routers_of_whole_layers(place: Path, tmp_
     assert config["architectures"] == ["LlamaDloLayerForCausalLM"]
     description = json.loads((tmp_path / "out" / "training.json").read_text())
     assert description["model"]["routing"] == "layer"
-    again = train(tmp_path, "out", tmp_path / "more", "--max-steps", 1, "--data", place / "chats.jsonl")
+    again = train(
+        tmp_path, "out", tmp_path / "more", "--max-steps", 1, "--data", place / "chats.jsonl", "--trained-rate"
+    )
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "more" / "config.json").read_text())["model_type"] == "llama_dlo"
 
@@ -97,6 +123,7 @@ def test_a_plain_model_is_trained_with_routers_of_whole_layers(place: Path, tmp_
         ("plain", (), "has no routed layer"),
         ("plain", ("--routers", "none", "--routing", "layer"), "--routing layer: --routers none leaves none"),
         ("routed", ("--routing", "layer"), "routing layer was asked for, the model's routers are for routing mlp"),
+        ("routed", ("--target", 0), "target is 0.0, expected a capacity above 0 and at most 1"),
         ("routed", ("--target", 1.2), "target is 1.2, expected a capacity above 0 and at most 1"),
         ("routed", ("--sequence", 129), "a sequence of 129 tokens is longer than the model's max_position_embeddings"),
         ("routed", ("--sequence", 16), "tokens, a sequence 16"),
@@ -111,3 +138,79 @@ def test_training_refuses_what_cannot_work(
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.run").exists()
+
+
+STEPS = ("--max-steps", 6, "--save-every", 2)
+GOOD = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n'
+
+
+@pytest.fixture(scope="module")
+def begun(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run, its result, and the same run as if it had been killed in its fifth step."""
+    folder = tmp_path_factory.mktemp("begun")
+    whole = train(place, "routed", folder / "whole", *STEPS)
+    assert whole.returncode == 0, whole.stderr
+    shutil.copytree(folder / "whole.run", folder / "run")
+    shutil.rmtree(folder / "run" / "checkpoint-6")
+    shutil.rmtree(folder / "run" / "tensorboard", ignore_errors=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "message"),
+    [
+        ("routed", GOOD + "{", (), "line 2: is not JSON"),
+        ("routed", "\n", (), "data.jsonl: is empty"),
+        ("routed", GOOD + '{"messages": [{"role": "user", "content": "x"}]}', (), "line 2: has no assistant turn"),
+        ("routed", GOOD * 3, (), "the run to resume was started otherwise:\n  data.training"),
+        ("routed", None, ("--sequence", 16), "tokens, a sequence 16"),
+        ("routed", None, ("--target", -1), "target is -1.0, expected a capacity above 0 and at most 1"),
+        ("routed", None, ("--learning-rate", 0.5), "settings.learning_rate is 0.5, was 0.001"),
+        ("plain", None, (), "has no routed layer"),
+        ("plain", None, ("--routers", "add"), "the run to resume was started otherwise:\n  model.routers"),
+    ],
+)
+def test_a_run_is_left_as_it_is_when_it_cannot_be_resumed(
+    place: Path, begun: Path, tmp_path: Path, model: str, data: str | None, options: tuple[object, ...], message: str
+) -> None:
+    shutil.copytree(begun / "run", tmp_path / "out.run")
+    before = digests(tmp_path / "out.run")
+    if data is not None:
+        (tmp_path / "data.jsonl").write_text(data)
+        options = (*options, "--data", tmp_path / "data.jsonl")
+    result = train(place, model, tmp_path / "out", *STEPS, "--resume", *options)
+    assert (result.returncode, message in result.stderr, "hint:" in result.stderr) == (2, True, True), result.stderr
+    assert "Traceback" not in result.stderr
+    assert digests(tmp_path / "out.run") == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file_bytes", [2_500, 100_000])
+def test_a_run_goes_on_from_its_last_checkpoint_when_the_disk_was_full(
+    place: Path, begun: Path, tmp_path: Path, file_bytes: int
+) -> None:
+    """The smaller limit is the log's, the larger one the checkpoint's."""
+    shutil.copytree(begun / "run", tmp_path / "out.run")
+    before = digests(tmp_path / "out.run" / "checkpoint-4")
+    full = train(place, "routed", tmp_path / "out", *STEPS, "--resume", limits={"file_bytes": file_bytes})
+    assert (full.returncode, "File too large" in full.stderr, "hint:" in full.stderr) == (4, True, True), full.stderr
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out.run").glob("*checkpoint*")] == ["checkpoint-4"]
+    assert digests(tmp_path / "out.run" / "checkpoint-4") == before
+    again = train(place, "routed", tmp_path / "out", *STEPS, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert digests(tmp_path / "out") == digests(begun / "whole")
+    assert log_of(tmp_path / "out.run") == log_of(begun / "whole.run")
+
+
+def test_a_diverging_command_names_step_and_layer_and_keeps_its_last_checkpoint(place: Path, tmp_path: Path) -> None:
+    # The first step's rate is 0: warming up, so the second one spoils the weights.
+    fast = ("--learning-rate", 1e14, "--warmup", 0.5, "--save-every", 1, "--uniform")
+    result = train(place, "routed", tmp_path / "out", *STEPS, *fast)
+    assert result.returncode == 2, result.stderr
+    assert re.search(r"training: the loss of step 3 is not a finite number: layer \d is the first", result.stderr)
+    assert "hint: lower the learning rate; checkpoint-2 in" in result.stderr
+    for name in ("checkpoint-1", "checkpoint-2"):
+        weights = load_file(tmp_path / "out.run" / name / "model.safetensors")
+        assert all(np.isfinite(values).all() for values in weights.values())
+    assert not (tmp_path / "out").exists()

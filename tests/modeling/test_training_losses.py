@@ -1,12 +1,19 @@
+import itertools
 import math
 
 import pytest
 import torch
 
-from dlo_export.modeling.routing import TrainingRouting
+from dlo_export.modeling.routing import TrainingRouting, is_active, mixed
 from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.settings import TrainingSettings
-from dlo_export.modeling.training.skip_loss import router_losses, skip_labels, top_k_selection
+from dlo_export.modeling.training.skip_loss import (
+    annealed_gates,
+    router_losses,
+    skip_labels,
+    threshold_selection,
+    top_k_selection,
+)
 
 COUNTED = torch.tensor([[True, True, True, True, False], [True, True, True, False, False]])
 
@@ -24,13 +31,18 @@ def routing(*layers: int, seed: int = 0) -> dict[int, TrainingRouting]:
 def test_top_k_takes_the_highest_scores_of_real_tokens() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.3, 0.8, 1.0], [0.2, 0.4, 0.7, 1.0, 1.0]])
     select = top_k_selection({3: 0.5, 4: 0.01, 5: 1.0}, COUNTED)
-    assert (select(3, scores) & COUNTED).nonzero().tolist() == [[0, 1], [0, 3], [1, 1], [1, 2]]  # ceil(7 · 0.5)
-    assert (select(4, scores) & COUNTED).nonzero().tolist() == [[0, 1]]
-    assert (select(5, scores) & COUNTED).equal(COUNTED)
+    assert (select[3](scores) & COUNTED).nonzero().tolist() == [[0, 1], [0, 3], [1, 1], [1, 2]]  # ceil(7 · 0.5)
+    assert (select[4](scores) & COUNTED).nonzero().tolist() == [[0, 1]]
+    assert (select[5](scores) & COUNTED).equal(COUNTED)
 
 
 def test_top_k_takes_all_equals_when_they_tie() -> None:
-    assert top_k_selection({0: 0.2}, COUNTED)(0, torch.full((2, 5), 0.5)).masked_select(COUNTED).all()
+    assert top_k_selection({0: 0.2}, COUNTED)[0](torch.full((2, 5), 0.5)).masked_select(COUNTED).all()
+
+
+def test_threshold_takes_what_inference_takes_and_what_a_new_router_scores() -> None:
+    scores = torch.tensor([[0.4, 0.5, 0.5000001, 0.9]])
+    assert threshold_selection({3: 0.5}, {})[3](scores).tolist() == [[False, True, True, True]]
 
 
 @pytest.mark.parametrize(("rate", "count"), [(0.5, 7), (0.9, 13), (1.0, 14), (0.01, 1)])
@@ -111,3 +123,49 @@ def test_rate_falls_linearly_to_the_target_then_stays() -> None:
     settings = TrainingSettings(target=0.6, anneal_steps=4)
     assert [settings.rate(step) for step in (0, 1, 4, 9)] == pytest.approx([1.0, 0.9, 0.6, 0.6])
     assert TrainingSettings(target=0.6, anneal_steps=0).rate(0) == 0.6
+
+
+def test_annealed_gates_harden_into_the_decision_when_the_temperature_falls() -> None:
+    scores, threshold = torch.tensor([0.05, 0.29, 0.31, 0.9]), 0.3
+    active = is_active(scores, threshold)
+    found = [annealed_gates({4: 1.0}, {4: threshold}, temperature) for temperature in (1.0, 0.1, 0.001)]
+    gates = [gate[4](scores) for gate in found if gate is not None]
+    for gate in gates:
+        assert ((gate > 0.5) == active).all()
+    distances = [(gate - active.float()).abs() for gate in gates]
+    assert all((later <= earlier).all() for earlier, later in itertools.pairwise(distances))
+    assert annealed_gates({4: 1.0}, {4: threshold}, None) is None  # decisions are hard
+    # At a temperature of 1 and a threshold of one half, the gate is the score.
+    half = annealed_gates({3: 1.0}, {}, 1.0)
+    assert half is not None
+    torch.testing.assert_close(half[3](scores), scores)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_annealed_gates_have_a_gradient_for_skipped_tokens(temperature: float) -> None:
+    scores = torch.tensor([0.2, 0.45, 0.8], requires_grad=True)
+    gates = annealed_gates({0: 1.0}, {}, temperature)
+    assert gates is not None
+    computed, kept = torch.ones(1, 3, 2), torch.zeros(1, 3, 2)
+    chosen = mixed(computed, kept, gates[0](scores).unsqueeze(0))
+    torch.testing.assert_close(chosen[0, :, 0], gates[0](scores))
+    chosen.sum().backward()
+    assert scores.grad is not None
+    assert (scores.grad > 0).all()
+
+
+def test_temperature_falls_geometrically_and_then_decisions_are_hard() -> None:
+    settings = TrainingSettings(soft_steps=10)
+    assert [settings.temperature(step) for step in (0, 10, 11)] == [1.0, None, None]
+    assert settings.temperature(5) == pytest.approx(math.sqrt(0.1))
+    assert TrainingSettings(soft_steps=0).temperature(0) is None
+
+
+def test_rate_is_that_of_the_thresholds_when_routers_have_their_own() -> None:
+    values = routing(0, 1)
+    labels = skip_labels("self", values, COUNTED, 0.5)
+    losses = router_losses(values, labels, COUNTED, 0.5, {1: 0.8})
+    scores = [values[layer].scores[COUNTED] for layer in (0, 1)]
+    active = (float((scores[0] > 0.5).double().mean()) + float((scores[1] > 0.8).double().mean())) / 2
+    assert float(losses.active) == pytest.approx(active)
+    assert threshold_selection({1: 0.5}, {1: 0.8})[1](values[1].scores).equal(values[1].scores > 0.8)

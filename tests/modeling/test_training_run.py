@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import multiprocessing
 import resource
 import signal
@@ -8,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dlo_export.checkpoints.errors import MachineError
+from dlo_export.modeling.training.compilation import compile_layers
 from dlo_export.modeling.training.errors import TrainingDivergedError, TrainingError
-from dlo_export.modeling.training.packing import PackedDocuments
-from dlo_export.modeling.training.parameters import merged_state, parameter_groups
+from dlo_export.modeling.training.packing import PackedDocuments, stacked
+from dlo_export.modeling.training.parameters import merged_state
 from dlo_export.modeling.training.run_folder import RunFolder
 from tests.modeling.training_runs import (
     SETTINGS,
@@ -143,6 +146,7 @@ def test_lora_merged_equals_the_model_it_was_trained_in(folder: Path, data: Pack
         expected = model.eval()(ids).logits
         merged = opened(folder)
         merged.load_state_dict(dict(merged_state(model)))
+        merged.config.router_thresholds = model.config.router_thresholds
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -164,11 +168,63 @@ def test_distillation_starts_at_the_dense_models_own_words_and_brings_the_model_
     assert log[-1]["distill_loss"] < 0.9 * log[0]["distill_loss"]
 
 
-def test_layers_learn_faster_the_more_of_their_tokens_are_kept(folder: Path) -> None:
-    groups = parameter_groups(opened(folder), SETTINGS)
-    rates = {group["layer"]: group["lr"] for group in groups if group["layer"] is not None}
-    assert rates == {0: 1e-3, 1: 1e-3, 2: 1e-3}
-    assert len([group for group in groups if group["layer"] is None]) == 1  # the routers' rate is the others' here
+@pytest.mark.parametrize(("mode", "distill"), [("full", 0.0), ("routers", 1.0)])
+def test_each_mlp_runs_once_per_micro_batch_for_output_and_labels(
+    folder: Path, data: PackedDocuments, tmp_path: Path, mode: str, distill: float
+) -> None:
+    model, calls = opened(folder), dict.fromkeys(range(3), 0)
+    for number, layer in enumerate(model.model.layers):
+
+        def count(module: torch.nn.Module, _arguments: Any, _output: Any, number: int = number) -> None:
+            calls[number] += module.training
+
+        layer.mlp.register_forward_hook(count)
+    settings = dataclasses.replace(SETTINGS, max_steps=3, accumulate=2, mode=mode, distill_weight=distill)
+    run(model, data, tmp_path, settings)
+    assert calls == dict.fromkeys(range(3), 6)
+
+
+def test_layers_learn_faster_the_more_of_their_tokens_are_kept(
+    folder: Path, data: PackedDocuments, tmp_path: Path
+) -> None:
+    rates: list[list[tuple[int | None, float]]] = []
+    settings = dataclasses.replace(SETTINGS, max_steps=2, save_every=1, router_learning_rate=1e-2, anneal_steps=0)
+    noting = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append([(group["layer"], group["lr"]) for group in optimizer.param_groups])
+    )
+    try:
+        run(opened(folder), data, tmp_path, settings)
+    finally:
+        noting.remove()
+    stored = json.loads((tmp_path / "checkpoint-1" / "capacities.json").read_text())
+    capacities = {int(layer): share for layer, share in stored.items()}
+    mean = sum(capacities.values()) / 2
+    assert mean == pytest.approx(settings.target, abs=0.02)
+    assert capacities[0] != pytest.approx(capacities[2], abs=0.05)
+    half = 0.5 * settings.learning_rate  # the cosine in the second of two steps
+    layers = {layer: half * (share + 1 - mean) for layer, share in capacities.items()} | {1: half}
+    assert dict(rates[1]) | {None: 0} == pytest.approx(layers | {None: 0})
+    assert sorted(rate for layer, rate in rates[1] if layer is None) == pytest.approx([half, 10 * half])
+
+
+@pytest.mark.parametrize("selection", ["top-k", "threshold"])
+def test_evaluation_routes_as_inference_and_beside_it_as_training(
+    folder: Path, data: PackedDocuments, tmp_path: Path, selection: str
+) -> None:
+    model = opened(folder)
+    held_out = run(model, data, tmp_path, dataclasses.replace(SETTINGS, selection=selection)).held_out
+    assert held_out is not None
+    batch = stacked([data[index] for index in range(len(data))])
+    counted, labels = batch.pop("counted"), batch.pop("labels")
+    with torch.no_grad():
+        outputs = model(**batch, use_cache=False)
+    loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert held_out.loss == pytest.approx(float(loss), rel=1e-5)
+    for layer, scores in outputs.router_scores.items():
+        assert held_out.active[layer] == pytest.approx(
+            float((scores > model.config.threshold(layer))[counted].double().mean()), abs=1e-9
+        )
+    assert (held_out.training_loss == held_out.loss) == (selection == "threshold")
 
 
 def test_bf16_trains_in_fp32_weights_with_gradient_checkpointing(
@@ -182,6 +238,26 @@ def test_bf16_trains_in_fp32_weights_with_gradient_checkpointing(
     losses = [[entry["loss"] for entry in steps_of(tmp_path / name)] for name in ("bf16", "fp32")]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_layers_are_compiled_once_for_all_steps(
+    folder: Path, data: PackedDocuments, tmp_path: Path, dtype: str
+) -> None:
+    settings = dataclasses.replace(SETTINGS, dtype=dtype, max_steps=4)
+    run(opened(folder), data, tmp_path / "eager", settings)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:  # what comes after tracing is not ours to test
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model = opened(folder)
+    compile_layers(model, backend=backend, fullgraph=True)
+    run(model, data, tmp_path / "compiled", settings)
+    assert len(graphs) == 2  # of a routed layer and of another, whatever is selected in which step
+    assert steps_of(tmp_path / "compiled") == steps_of(tmp_path / "eager")
 
 
 @pytest.mark.parametrize(
@@ -230,6 +306,20 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(folder: Path, data: Packe
     assert run(opened(folder), data, tmp_path, settings, resume=True).step == 6
 
 
+def test_a_run_is_followed_in_tensorboard_when_it_is_installed(
+    folder: Path, data: PackedDocuments, tmp_path: Path
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(opened(folder), data, tmp_path, dataclasses.replace(SETTINGS, eval_every=3))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for tag, key in (("train/loss", "loss"), ("train/active", "active"), ("eval/active", "eval_active")):
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert shown == [
+            (entry["step"], pytest.approx(entry[key], rel=1e-6)) for entry in log_of(tmp_path) if key in entry
+        ]
+    assert len(events.Scalars("train/tokens_per_second")) == 6
+
+
 def test_only_the_newest_checkpoints_stay(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
     run(opened(folder), data, tmp_path, dataclasses.replace(SETTINGS, save_every=1))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
@@ -265,3 +355,14 @@ def test_two_processes_equal_one_when_the_batch_is_the_same(
         assert second == pytest.approx(first, rel=1e-4)
     capacities = [(tmp_path / name / "checkpoint-6" / "capacities.json").read_text() for name in ("one", "two")]
     assert capacities[0] == capacities[1]
+
+
+def test_weights_without_a_gradient_stay_what_they_are(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+    model = opened(folder)
+    before = model.model.embed_tokens.weight.detach().clone()
+    run(model, data, tmp_path, dataclasses.replace(SETTINGS, max_steps=2, learning_rate=0.1))
+    fed = torch.zeros(len(before), dtype=torch.bool)
+    fed[torch.cat([data[index]["input_ids"] for index in range(len(data))]).unique()] = True
+    assert 0 < fed.sum() < len(before)
+    assert torch.equal(model.model.embed_tokens.weight[~fed], before[~fed])
+    assert not torch.equal(model.model.embed_tokens.weight[fed], before[fed])

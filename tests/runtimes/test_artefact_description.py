@@ -77,6 +77,7 @@ def test_cache_tensors_are_one_entry_in_the_file(folder: Path) -> None:
         ["input_ids", "past_key_values.0.key", "past_key_values.0.value", "past_key_values.1.key"],
         ["past_key_values.3.key", "past_key_values.3.value", "past_key_values.4.key", "past_key_values.4.value"],
         ["past_key_values.0.value", "past_key_values.0.key", "present.0.key", "present.0.value", "present.2.key"],
+        ["past_active.0", "past_active.2", "past_active.3", "past_active.4", "present_active.0", "present_active.1"],
         [],
     ],
 )
@@ -102,10 +103,10 @@ def test_ranges_of_names_are_refused_when_they_are_none(folder: Path, name: str,
     assert problem in refusal(folder)
 
 
-@pytest.mark.parametrize("version", [1, 3, "2", None, True, 2.5])
+@pytest.mark.parametrize("version", [1, 2, 4, "3", None, True, 2.5])
 def test_description_is_refused_when_it_has_another_format(folder: Path, version: object) -> None:
     edit(folder, lambda values: values.update(format_version=version))
-    assert "this version reads 2" in refusal(folder)
+    assert "this version reads 3" in refusal(folder)
     assert "hint: export the model again, or use the dlo-export that wrote it" in refusal(folder)
 
 

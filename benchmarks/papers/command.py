@@ -1,0 +1,246 @@
+"""All experiments, one piece after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import machine, versions
+from benchmarks.papers.budget import Budget, Piece, run_pieces
+from benchmarks.papers.expansion_loss import expansion_pieces, pass_seconds
+from benchmarks.papers.experiment import Experiment
+from benchmarks.papers.forms import Form
+from benchmarks.papers.plots import save_plots
+from benchmarks.papers.results import Results
+from benchmarks.papers.shipped import shipped_pieces, task_files
+from benchmarks.papers.skipping_cost import as_many_pieces, retargeted_pieces, skipping_pieces
+from benchmarks.papers.subjects import BaseModel
+from benchmarks.papers.tables import COSTS, all_tables, broken_promises
+from benchmarks.papers.text import prepare_text, use_other_chats
+from benchmarks.papers.token_kinds import kind_pieces
+from benchmarks.papers.toy import TOY_TOKENS, toy_model
+from benchmarks.papers.training import (
+    TrainingRun,
+    flops_per_token,
+    planned_steps,
+    tokens_per_second,
+    train,
+    training_runs,
+)
+from benchmarks.smollm2 import smollm2_folder
+from dlo_export.checkpoints.errors import InputError, MachineError
+from dlo_export.checkpoints.files.file_digest import file_sha256
+
+_FOR_THE_REPORT_S = 15.0  # tables and plots
+_FIRST_RUNS = 4  # the original, the deepened one, DLO, the routed original: other pieces need these
+_TABLES = "papers.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be reproduced.
+
+    Attributes:
+        output: Folder of the results.
+        form: Its name and sizes.
+        started: When the budget began, on the monotonic clock.
+        budget_s: Seconds for everything.
+        device: "cpu" or "cuda".
+        model: What to start from; None for SmolLM2-135M.
+        tasks: Folder of log-likelihood tasks to measure artefacts on.
+        data: Chats to train on in place of the extracted ones.
+        publish: Folder for copies of the tables and plots.
+        only_expansion: Stop behind table (a), which needs no training.
+    """
+
+    output: Path
+    form: tuple[str, Form]
+    started: float
+    budget_s: float
+    device: str
+    model: Path | None
+    tasks: Path | None
+    data: Path | None
+    publish: Path | None
+    only_expansion: bool
+
+
+def reproduce(request: Request) -> dict[str, Any]:
+    """Does what is not there yet and fits, and writes tables and plots.
+
+    Returns:
+        What the command prints as its JSON line.
+
+    Raises:
+        InputError: The output holds other results, or the model or the data are not usable.
+        MachineError: There is no such device.
+    """
+    import torch  # noqa: PLC0415 - behind the extraction's processes
+
+    name, form = request.form
+    end = request.started + request.budget_s
+    budget = Budget(end - min(_FOR_THE_REPORT_S, 0.1 * request.budget_s))
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise MachineError("reproduce_papers: PyTorch finds no CUDA device", hint="--device cpu --form hour")
+    results = Results(request.output)
+    prepare(results, request)
+    path = toy_model(results, form) if form.toy and request.model is None else request.model or smollm2_folder()
+    with BaseModel(path) as base:
+        results.begin(
+            {
+                "form": {"name": name, **dataclasses.asdict(form)},
+                "device": request.device,
+                "model": base.sha256(),
+                "text": {file.name: file_sha256(file) for file in sorted(results.text.iterdir())},
+            }
+        )
+        experiment = Experiment(base, form, results, request.device, request.tasks)
+        print(f"text: {experiment.prepare()}, {budget.left:.0f} s left", file=sys.stderr, flush=True)
+        left_out = run_pieces(expansion_pieces(experiment), results, budget)
+        if not request.only_expansion:
+            left_out |= _run_others(experiment, budget)
+    heading = _heading(request, path, results)
+    tables = all_tables(results, heading, left_out)
+    (results.folder / _TABLES).write_text(tables, encoding="utf-8")
+    plots = save_plots(results)
+    if plots is None:
+        print("plots: left out, matplotlib is not installed (benchmarks/requirements-papers.txt)", file=sys.stderr)
+    if request.publish is not None:
+        request.publish.mkdir(parents=True, exist_ok=True)
+        for file in (results.folder / _TABLES, *(plots or ())):
+            shutil.copy(file, request.publish)
+    print(tables)
+    broken = broken_promises(results)
+    return {
+        "form": name,
+        "device": request.device,
+        "budget_s": request.budget_s,
+        "took_s": round(time.monotonic() - request.started, 1),
+        "left_out": left_out,
+        "function_not_kept": broken,
+        "passed": not broken,
+        "versions": versions("torch", "transformers", "numpy"),
+        **machine(),
+    }
+
+
+def prepare(results: Results, request: Request) -> None:
+    """Makes the text, unless it is there."""
+    _, form = request.form
+    if results.text.exists():
+        return
+    prepare_text(
+        results.text,
+        training_tokens=max(form.tokens, form.calibration_tokens, TOY_TOKENS if form.toy else 0),
+        held_out_tokens=form.held_out_tokens,
+        packages=form.packages,
+    )
+    if request.data is not None:
+        use_other_chats(results.text, request.data)
+
+
+def _run_others(experiment: Experiment, budget: Budget) -> dict[str, str]:
+    """Everything that needs training."""
+    runs, results = training_runs(experiment), experiment.results
+    costs = Piece(
+        COSTS, lambda: 10 * pass_seconds(experiment), functools.partial(_training_costs, runs, experiment, budget)
+    )
+    left_out = run_pieces([costs], results, budget)
+    if COSTS not in results:
+        return left_out
+    steps: dict[str, int] = results[COSTS]["steps"]
+    planned = [run for run in runs if run.name in steps]
+    left_out |= {
+        run.name: f"with it, no run of the main table would have {experiment.form.least_tokens:,} tokens"
+        for run in runs
+        if run.name not in steps
+    }
+    first, others = planned[:_FIRST_RUNS], planned[_FIRST_RUNS:]
+    shipped = shipped_pieces(experiment)
+    if importlib.util.find_spec("onnxruntime") is None:
+        left_out |= {piece.name: "ONNX Runtime is not installed" for piece in shipped}
+        shipped = []
+    pieces = [
+        *(_training_piece(run, experiment, budget) for run in first),
+        *skipping_pieces(experiment, budget),
+        *_rate_pieces(experiment, first),
+        *shipped,
+        *kind_pieces(experiment, first),
+        *(_training_piece(run, experiment, budget) for run in others),
+        *_rate_pieces(experiment, others),
+    ]
+    return left_out | run_pieces(pieces, results, budget)
+
+
+def _rate_pieces(experiment: Experiment, runs: list[TrainingRun]) -> list[Piece]:
+    """What skips as much as runs that are routed at the original's depth, as trained and at the other rates."""
+    retargeted = retargeted_pieces(experiment, runs)
+    routed = [run.name for run in runs if run.kind in ("routed", "distilled")]
+    return [*retargeted, *as_many_pieces(experiment, [*routed, *(piece.name for piece in retargeted)])]
+
+
+def _training_costs(runs: list[TrainingRun], experiment: Experiment, budget: Budget) -> dict[str, Any]:
+    """FLOPs, speed, and from these each run's steps: decided once, so that a resumed run keeps to it."""
+    flops = flops_per_token(runs, experiment)
+    deepened = next(run for run in runs if run.kind == "deepened")
+    costs = {"flops": flops, **tokens_per_second(dataclasses.replace(deepened, suffix="-probe"), experiment)}
+    steps = planned_steps(runs, experiment, costs, experiment.form.training_share * budget.left)
+    return {**costs, "steps": steps}
+
+
+def _training_piece(run: TrainingRun, experiment: Experiment, budget: Budget) -> Piece:
+    costs = experiment.results[COSTS]
+    steps = costs["steps"][run.name]
+    flops = costs["flops"]
+
+    def seconds() -> float:
+        slower: float = flops[run.kind] / flops[costs["kind"]]
+        training: float = steps * experiment.tokens_per_step / costs["tokens_per_second"] * slower
+        return 1.15 * training + 3 * pass_seconds(experiment) * slower
+
+    needs = () if run.after is None else (run.after,)
+    return Piece(run.name, seconds, functools.partial(train, run, experiment, steps, budget.is_over), needs)
+
+
+def _heading(request: Request, model: Path, results: Results) -> str:
+    name, form = request.form
+    used = "a tiny model made and taught on the spot: it shows that the command works, and nothing about the methods"
+    shown = used if form.toy and request.model is None else model.name
+    lines = [
+        f"`{name}` form on {request.device}, {request.budget_s:.0f} s; model: {shown}.",
+        f"Held out: {form.held_out_tokens:,} tokens of each domain, windows of {form.sequence}, fp32. Training: "
+        f"{form.dtype}, sequences of {form.sequence}, {form.batch * form.accumulate} a step.",
+    ]
+    if COSTS in results:
+        costs = results[COSTS]
+        lines.append(
+            f"Measured first: {costs['tokens_per_second']:,.0f} tokens/s of training the dense deepened model."
+        )
+    return "# The papers' experiments\n\n" + "\n".join(lines)
+
+
+def check(request: Request) -> None:
+    """Refuses what cannot be before any work.
+
+    Raises:
+        InputError: A path is missing or a number out of range.
+    """
+    given = [path for path in (request.model, request.data, request.tasks) if path is not None]
+    problems = [f"{path}: no such file or folder" for path in given if not path.exists()]
+    _, form = request.form
+    if form.held_out_tokens < form.sequence:
+        problems.append(f"--held-out-tokens {form.held_out_tokens}: a window has {form.sequence}")
+    if request.budget_s <= 0:
+        problems.append(f"--budget-s {request.budget_s}: expected more than 0")
+    if request.output.exists() and not request.output.is_dir():
+        problems.append(f"{request.output}: is no folder")
+    if problems:
+        raise InputError(f"reproduce_papers: {'; '.join(problems)}", hint="see --help")
+    if request.tasks is not None:
+        task_files(request.tasks)

@@ -1,0 +1,110 @@
+"""The sizes the experiments come in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Form:
+    """How large everything is.
+
+    Attributes:
+        toy: Make a tiny model in place instead of taking a trained one: it shows that the command works, and nothing
+            about the methods.
+        budget_s: Seconds that the command may take, where it is not told.
+        training_share: Of the budget, what training runs may take; the rest is for measuring.
+        tokens: To train each run on, at most.
+        least_tokens: Fewer are not worth a run: rather leave runs of the main table out.
+        probe_steps: Of the run that measures tokens per second.
+        batch: Sequences of a micro-batch.
+        accumulate: Micro-batches of a step.
+        sequence: Tokens of a sequence.
+        dtype: Of training.
+        compile: Compile layers in training, but for those of experts, whose shapes depend on the tokens.
+        learning_rate: Of weights.
+        router_learning_rate: Of routers.
+        curve_points: How often a run is measured on its way.
+        held_out_tokens: Of each domain, in windows of `sequence` tokens.
+        calibration_tokens: To fit routers on, and to choose what is removed.
+        greedy_tokens: To try removals on, greedily: a pass for each layer that is left, for each that is removed.
+        tli_every: K of Transformer Layer Injection.
+        target: Active rate of the deepened, routed model.
+        targets: Active rates of the routed original.
+        seeds: Of the trained routers.
+        packages: Train on installed packages besides the standard library.
+        questions: Of each log-likelihood task.
+        rounds: Blocks of each artefact's timing.
+        prompt_tokens: Of the timed prefill.
+        decode_tokens: Timed steps behind it.
+    """
+
+    toy: bool = False
+    budget_s: float = 3600
+    training_share: float = 0.6
+    tokens: int = 400_000
+    least_tokens: int = 16_384
+    probe_steps: int = 3
+    batch: int = 4
+    accumulate: int = 1
+    sequence: int = 512
+    dtype: str = "bf16"
+    compile: bool = False
+    learning_rate: float = 3e-5
+    router_learning_rate: float = 1e-3
+    curve_points: int = 4
+    held_out_tokens: int = 2_048
+    calibration_tokens: int = 16_384
+    greedy_tokens: int = 1_024
+    tli_every: tuple[int, ...] = (3, 5, 10)
+    target: float = 0.8
+    targets: tuple[float, ...] = (0.9, 0.8, 0.7)
+    seeds: tuple[int, ...] = (0,)
+    packages: bool = False
+    questions: int = 200
+    rounds: int = 7
+    prompt_tokens: int = 128
+    decode_tokens: int = 32
+
+
+FORMS: dict[str, Form] = {
+    "quick": Form(
+        toy=True,
+        budget_s=180,
+        tokens=4_096,
+        least_tokens=1_024,
+        batch=2,
+        sequence=256,
+        dtype="fp32",
+        learning_rate=1e-3,
+        router_learning_rate=3e-3,
+        curve_points=2,
+        held_out_tokens=1_024,
+        calibration_tokens=2_048,
+        greedy_tokens=512,
+        tli_every=(5,),
+        targets=(0.9, 0.8),
+        questions=20,
+        rounds=3,
+        prompt_tokens=64,
+        decode_tokens=8,
+    ),
+    "hour": Form(),
+    "full": Form(
+        budget_s=600,
+        training_share=0.65,
+        tokens=15_000_000,
+        least_tokens=1_000_000,
+        probe_steps=10,
+        batch=16,
+        sequence=1024,
+        learning_rate=5e-5,
+        curve_points=8,
+        held_out_tokens=16_384,
+        calibration_tokens=16_384,
+        greedy_tokens=4_096,
+        seeds=(0, 1, 2),
+        packages=True,
+        questions=1000,
+    ),
+}

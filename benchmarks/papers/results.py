@@ -1,0 +1,83 @@
+"""Results on disk: one JSON file per piece of work, so that a run that is there is never repeated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.json_file import finite, read_json, save_json
+
+_DESCRIPTION = "reproduction.json"
+
+
+class Results:
+    """The output folder.
+
+    runs/{name}.json    a piece of work that is done
+    models/{name}/      what later pieces need of it
+    text/               what is trained on and measured on
+    reproduction.json   what all of it was run with
+
+    Args:
+        folder: Made if need be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.text = folder / "text"
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+
+    def begin(self, definition: Mapping[str, Any]) -> None:
+        """Says what all results are run with, or checks that those that are there were run with the same.
+
+        Args:
+            definition: Name and value.
+
+        Raises:
+            InputError: Those that are there were run with something else.
+        """
+        file = self.folder / _DESCRIPTION
+        if not file.exists():
+            self._save(file, definition)
+            return
+        before, now = read_json(file), finite(dict(definition))
+        if different := [key for key in now if before.get(key) != _as_json(now[key])]:
+            shown = "; ".join(f"{key} is {now[key]!r}, was {before.get(key)!r}" for key in different)
+            raise InputError(
+                f"{self.folder}: holds results that were run otherwise: {shown}",
+                hint="give another --output, or what these were run with",
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return self._file(name).is_file()
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return read_json(self._file(name))
+
+    def save(self, name: str, values: Mapping[str, Any]) -> None:
+        """Keeps a result, whole or not at all."""
+        self._save(self._file(name), values)
+
+    def found(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """The results whose names begin so, by the rest of their names."""
+        files = sorted((self.folder / "runs").glob(f"{prefix}*.json"))
+        return {file.stem.removeprefix(prefix): read_json(file) for file in files}
+
+    def model(self, name: str) -> Path:
+        """Where a model is or will be."""
+        return self.folder / "models" / name
+
+    def _file(self, name: str) -> Path:
+        return self.folder / "runs" / f"{name}.json"
+
+    def _save(self, file: Path, values: Mapping[str, Any]) -> None:
+        partial = file.with_suffix(".partial")
+        save_json(partial, finite(dict(values)))
+        os.replace(partial, file)
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

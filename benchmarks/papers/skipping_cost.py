@@ -1,0 +1,195 @@
+"""(c) Perplexity against active rate: routers, trained or not, and what skips as much without any.
+
+What is not trained works on the original after the same fine-tuning, so that text counts for nobody. At the very rate
+that routers reach on held-out text, as much is skipped by
+
+* static: whole MLPs, those that change the stream least; of the next one, a random share of the tokens;
+* random: in each layer that has a router, tokens at random, at the routers' rate in that layer; and in every layer, at
+  the mean rate.
+
+Layers are removed whole as well, attention included: by block influence, and greedily.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.calibration_quality import by_similarity, static_rates
+from benchmarks.papers.budget import Budget, Piece
+from benchmarks.papers.expansion_loss import pass_seconds
+from benchmarks.papers.experiment import DecideShape, Experiment
+from benchmarks.papers.removal import greedily, without_layers
+from benchmarks.papers.subjects import saved_model
+from benchmarks.papers.text import DOMAINS
+from benchmarks.papers.training import TrainingRun
+from dlo_export.modeling.calibration.evaluation import with_routers
+from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_thresholds
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+
+CALIBRATED, RETARGETED, BASELINES = "skipping-calibrated-", "skipping-retargeted-", "skipping-as-much-as-"
+INFLUENCE, GREEDY = "skipping-layers-by-influence", "skipping-layers-greedily"
+_DENSE = "train-original"
+
+
+def skipping_pieces(experiment: Experiment, budget: Budget) -> list[Piece]:
+    """Calibrated routers, and whole layers removed; each at the rates of the form."""
+    form, measure = experiment.form, _Measurements(experiment)
+    calibration = form.calibration_tokens / _held_out_tokens(experiment)
+    calibrated = [
+        Piece(
+            f"{CALIBRATED}{target:.2f}",
+            _passes(experiment, 1 + 2 * calibration),
+            functools.partial(measure.calibrated, target),
+            (_DENSE,),
+        )
+        for target in form.targets
+    ]
+    tries = sum(experiment.base.layers - done for done in range(measure.most_removed))
+    greedy = len(form.targets) + tries * form.greedy_tokens / _held_out_tokens(experiment)
+    return [
+        *calibrated,
+        *as_many_pieces(experiment, [piece.name for piece in calibrated]),
+        Piece(INFLUENCE, _passes(experiment, len(form.targets) + calibration), measure.by_influence, (_DENSE,)),
+        Piece(GREEDY, _passes(experiment, greedy), functools.partial(measure.greedily, budget), (_DENSE,)),
+    ]
+
+
+def retargeted_pieces(experiment: Experiment, runs: Sequence[TrainingRun]) -> list[Piece]:
+    """Trained routers at the form's other rates, by thresholds alone.
+
+    Args:
+        experiment: Where.
+        runs: Those of them that are routed and kept at the original's depth count.
+    """
+    measure, calibration = _Measurements(experiment), experiment.form.calibration_tokens / _held_out_tokens(experiment)
+    return [
+        Piece(
+            f"{RETARGETED}{run.name}-{target:.2f}",
+            _passes(experiment, 1 + 3 * calibration),
+            functools.partial(measure.retargeted, run.name, target),
+            (run.name,),
+        )
+        for run in runs
+        if run.kind == "routed" and run.kept
+        for target in experiment.form.targets
+        if target != run.target
+    ]
+
+
+def as_many_pieces(experiment: Experiment, routed: Sequence[str]) -> list[Piece]:
+    """What skips as much as routers do.
+
+    Args:
+        experiment: Where.
+        routed: The results of routed models.
+    """
+    measure = _Measurements(experiment)
+    return [
+        Piece(f"{BASELINES}{name}", _passes(experiment, 4), functools.partial(measure.baselines, name), (_DENSE, name))
+        for name in routed
+    ]
+
+
+def _held_out_tokens(experiment: Experiment) -> int:
+    return len(DOMAINS) * experiment.form.held_out_tokens
+
+
+def _passes(experiment: Experiment, count: float) -> Callable[[], float]:
+    """How long it takes to run the original over all held-out text so many times, and something to spare."""
+    return lambda: 1.5 * count * pass_seconds(experiment)
+
+
+class _Measurements:
+    """On the fine-tuned original."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._at = experiment
+        self._removed = {target: round((1 - target) * experiment.base.layers) for target in experiment.form.targets}
+
+    @property
+    def most_removed(self) -> int:
+        return max(self._removed.values())
+
+    def calibrated(self, target: float) -> dict[str, Any]:
+        dense = self._dense()
+        routers = self._at.calibrated(_DENSE, dense, target)
+        return {"target": target, **self._at.measured(with_routers(dense, routers))}
+
+    def retargeted(self, name: str, target: float) -> dict[str, Any]:
+        model = self._at.placed(saved_model(self._at.results.model(name)))
+        layers, routed = model.config.num_hidden_layers, model.config.routed_layers
+        rate = 1 - (1 - target) * layers / len(routed)  # of the layers that have thresholds to move
+        text = self._at.calibration[:: self._every].to(self._at.device)
+        shift = shift_thresholds(model, lambda: sequence_scores(model, text), rate)
+        return {"target": target, "of": name, "rate_of_routed": dataclasses.asdict(shift), **self._at.measured(model)}
+
+    def baselines(self, name: str) -> dict[str, Any]:
+        found = self._at.results[name]
+        if "diverged" in found:
+            return {"of": name, "diverged": True}
+        layers = self._at.base.layers
+        skipped = (1 - found["all"]["active"]) * layers
+        rates = {
+            "static": static_rates(self._order, skipped),
+            "random, same layers": _rates_by_layer(found["domains"]),
+            "random, every layer": dict.fromkeys(range(layers), 1 - skipped / layers),
+        }
+        measured = {way: self._at.measured(*self._at_random(by_layer)) for way, by_layer in rates.items()}
+        return {"of": name, "removed_mlps": self._order[: int(skipped)], **measured}
+
+    def by_influence(self) -> dict[str, Any]:
+        return self._without(by_similarity(self._dense(), self._at.calibration[:: self._every], "layer"))
+
+    def greedily(self, budget: Budget) -> dict[str, Any] | None:
+        windows = self._at.calibration[: max(1, self._at.form.greedy_tokens // self._at.form.sequence)]
+        dense = self._at.placed(self._dense())
+        order = greedily(dense, windows.to(self._at.device), self.most_removed, budget.is_over)
+        return self._without(order) if len(order) == self.most_removed else None
+
+    def _without(self, order: list[int]) -> dict[str, Any]:
+        dense = self._dense()
+        rates = {
+            f"{target:.2f}": self._at.measured(without_layers(dense, order[:count]))
+            for target, count in self._removed.items()
+        }
+        return {"order": order[: self.most_removed], "layers": self._at.base.layers, "removed": self._removed, **rates}
+
+    def _at_random(self, rates: Mapping[int, float]) -> tuple[LlamaDloForCausalLM, DecideShape]:
+        hidden = self._at.base.config["hidden_size"]
+        routed = with_routers(self._dense(), {layer: torch.zeros(1, hidden).numpy() for layer in rates})
+        generator = torch.Generator().manual_seed(0)
+
+        def decide(shape: torch.Size) -> dict[int, torch.Tensor]:
+            # On the CPU, so that every device skips the same tokens.
+            return {
+                layer: (torch.rand(shape, generator=generator) < rate).to(self._at.device)
+                for layer, rate in rates.items()
+            }
+
+        return routed, decide
+
+    def _dense(self) -> LlamaDloForCausalLM:
+        return saved_model(self._at.results.model(_DENSE))
+
+    @functools.cached_property
+    def _order(self) -> list[int]:
+        return by_similarity(self._dense(), self._at.calibration[:: self._every], "mlp")
+
+    @property
+    def _every(self) -> int:
+        """Means need fewer tokens than routers: one window in so many."""
+        return 1 if len(self._at.calibration) < 16 else 8
+
+
+def _rates_by_layer(domains: Mapping[str, Mapping[str, Any]]) -> dict[int, float]:
+    """Mean over domains, which have as many tokens each."""
+    layers = next(iter(domains.values()))["active_by_layer"]
+    return {
+        int(layer): sum(values["active_by_layer"][layer] for values in domains.values()) / len(domains)
+        for layer in layers
+    }

@@ -1,0 +1,176 @@
+"""The text of the experiments: what is trained on, and three domains of held-out text. Written once and kept.
+
+Nothing is downloaded. Chats of docstrings and functions come from the standard library and from installed packages with
+permissive licences; one package in eight, chosen by its name, is never trained on. Held-out text is
+
+* ``reference``: Python's language reference (`pydoc_data`), prose;
+* ``readme``: long descriptions of permissive packages, Markdown;
+* ``code``: whole modules of the packages that are not trained on. A function that stands in them and, copied, in a
+  package that is trained on is left out of the training text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from benchmarks.papers.functions import FunctionChat, function_chats
+from benchmarks.papers.sources import Unit, files_of, library_units, package_units, read_python
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.whole_folder import whole_folder
+
+TRAINING, HELD_OUT_CHATS = "train.jsonl", "held-out.jsonl"
+DOMAINS = ("reference", "readme", "code")
+_CHARACTERS_PER_TOKEN = 5  # more than there are, so that there is text enough
+_SMALLEST_DOCUMENT, _LARGEST_MODULE = 1_000, 8_000
+_SPARE = 4  # times what is needed: windows are to come from many modules, and long chats will be left out
+_FILES_AT_ONCE = 4_096
+_SMALL_CORPUS = 20_000_000  # characters; starting processes takes longer than parsing so much
+
+
+def domain_file(domain: str) -> str:
+    """The file of a domain's documents, one a line: {"name", "text"}."""
+    return f"{domain}.jsonl"
+
+
+def prepare_text(folder: Path, *, training_tokens: int, held_out_tokens: int, packages: bool) -> None:
+    """Extracts all text into a folder, whole or not at all; what is there stays.
+
+    Args:
+        folder: To make.
+        training_tokens: About how many there should be to train on; all there are where that is less.
+        held_out_tokens: The same of each held-out set.
+        packages: Take installed packages besides the standard library.
+
+    Raises:
+        InputError: There is no text for one of the sets.
+    """
+    if folder.exists():
+        return
+    installed = package_units()
+    units = library_units() + (installed if packages else [])
+    held_out = [unit for unit in units if unit.held_out]
+    # What is held out comes first: of the rest, only functions that do not stand in it are learned.
+    spare = _SPARE * held_out_tokens * _CHARACTERS_PER_TOKEN
+    modules, asked = _modules(held_out, spare), _enough(_distinct(held_out, set()), spare)
+    known = {chat.digest for module in modules for chat in function_chats(module["text"])}
+    known |= {chat.digest for chat in asked}
+    characters = training_tokens * _CHARACTERS_PER_TOKEN
+    learned = _enough(_distinct([unit for unit in units if not unit.held_out], known, characters), characters)
+    sets: dict[str, list[dict[str, Any]]] = {
+        TRAINING: [chat.to_json() for chat in learned],
+        HELD_OUT_CHATS: [chat.to_json() for chat in asked],
+        domain_file("reference"): _reference(),
+        domain_file("readme"): [_document(unit.name, unit.description) for unit in installed],
+        domain_file("code"): modules,
+    }
+    with whole_folder(folder) as staging:
+        for name, documents in sets.items():
+            _save_lines(staging / name, [document for document in documents if _is_long_enough(document)])
+
+
+def use_other_chats(folder: Path, data: Path) -> None:
+    """Puts other chats in the place of those that were extracted: of fifty, one is held out.
+
+    Args:
+        folder: That `prepare_text` made.
+        data: .jsonl as `dlo train` takes it.
+
+    Raises:
+        TrainingDataError: It holds something else, or too little.
+    """
+    from dlo_export.modeling.training.errors import TrainingDataError  # noqa: PLC0415 - these two load PyTorch
+    from dlo_export.modeling.training.records import read_records  # noqa: PLC0415
+
+    read_records(data)  # says what is wrong, line by line
+    lines = [line for line in data.read_text(encoding="utf-8").splitlines(keepends=True) if line.strip()]
+    held_out = [line for line in lines if int(hashlib.sha256(line.encode()).hexdigest(), 16) % 50 == 0]
+    if not 0 < len(held_out) < len(lines):
+        raise TrainingDataError(f"{data}: has {len(lines)} chats, too few to hold any out", hint="give hundreds")
+    chosen = set(held_out)
+    (folder / TRAINING).write_text("".join(line for line in lines if line not in chosen), encoding="utf-8")
+    (folder / HELD_OUT_CHATS).write_text("".join(held_out), encoding="utf-8")
+
+
+def _document(name: str, text: str) -> dict[str, Any]:
+    return {"name": name, "text": text}
+
+
+def _is_long_enough(document: dict[str, Any]) -> bool:
+    return "messages" in document or len(document["text"]) >= _SMALLEST_DOCUMENT
+
+
+def _save_lines(file: Path, documents: Sequence[dict[str, Any]]) -> None:
+    if not documents:
+        raise InputError(
+            f"{file.name}: this machine has no such text", hint="install some packages with permissive licences"
+        )
+    file.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+
+
+def _reference() -> list[dict[str, Any]]:
+    from pydoc_data.topics import topics  # noqa: PLC0415 - a megabyte nobody else needs
+
+    return [_document(name, topics[name]) for name in sorted(topics)]
+
+
+def _modules(units: Sequence[Unit], characters: int) -> list[dict[str, Any]]:
+    """Beginnings of modules, of about so many characters in all."""
+    modules = []
+    for file in files_of(units):
+        text = read_python(file)[:_LARGEST_MODULE]
+        if len(text) >= _SMALLEST_DOCUMENT:
+            modules.append(_document("/".join(file.parts[-3:]), text))
+            characters -= len(text)
+        if characters <= 0:
+            break
+    return modules
+
+
+def _enough(chats: Iterable[FunctionChat], characters: int) -> list[FunctionChat]:
+    """The first chats that have so many characters, or all."""
+    taken = []
+    for chat in chats:
+        taken.append(chat)
+        characters -= len(chat.question) + len(chat.answer)
+        if characters <= 0:
+            break
+    return taken
+
+
+def _distinct(units: Sequence[Unit], known: set[str], characters: int = 0) -> Iterator[FunctionChat]:
+    """Chats of units, each syntax once and none that is known.
+
+    Args:
+        units: Where to look.
+        known: Digests to leave out.
+        characters: About how many will be asked for.
+    """
+    seen = set(known)
+    for chats in _parsed(files_of(units), characters):
+        for chat in chats:
+            if chat.digest not in seen:
+                seen.add(chat.digest)
+                yield chat
+
+
+def _parsed(files: Sequence[Path], characters: int) -> Iterator[list[FunctionChat]]:
+    workers = len(os.sched_getaffinity(0))
+    if workers < 4 or characters < _SMALL_CORPUS:
+        yield from map(_file_chats, files)
+        return
+    # Not by fork: the parent may have threads.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as processes:
+        # In portions: whoever has enough stops asking, and nothing is parsed for nobody.
+        for start in range(0, len(files), _FILES_AT_ONCE):
+            yield from processes.map(_file_chats, files[start : start + _FILES_AT_ONCE], chunksize=32)
+
+
+def _file_chats(file: Path) -> list[FunctionChat]:
+    return list(function_chats(read_python(file)))

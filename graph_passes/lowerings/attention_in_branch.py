@@ -1,0 +1,116 @@
+"""Move a masked attention, and what it appends to the cache, into a branch of an If."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.checkpoints.interface import CACHE_PARTS
+from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name
+from dlo_export.graph_passes.find.data_flow import element_type, node_order
+from dlo_export.graph_passes.find.masked_attention import MaskedAttention
+from dlo_export.graph_passes.lowerings.active_rows import token_zeros
+from dlo_export.graph_passes.rewriting import replace_value
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
+
+
+def branch_problems(masked: MaskedAttention) -> list[str]:
+    """Why the block cannot be moved: a cast between stream and sum, or a cache of unknown size."""
+    block, problems = masked.layer.attention, []
+    if block.stream_operand is not block.stream_in:
+        problems.append(f"adds to '{block.stream_operand.name}', a cast of the stream")
+    if _cache_sizes(masked) is None:
+        problems.append("the graph does not say how many heads its cache has, or how wide they are")
+    return problems
+
+
+def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str) -> None:
+    """Puts an If in place of the block: it computes it, or passes on the stream and appends zeros to the cache.
+
+    Args:
+        graph: Holds the layer; its nodes need sorting afterwards.
+        masked: Without `branch_problems`.
+        condition: bool, 0-D: whether the block is computed.
+        made_by: Name of the pass.
+    """
+    layer, block = masked.layer, masked.layer.attention
+    name, dtype = layer_tensor_name(layer.index, "self_attn"), element_type(block.stream_operand)
+    shape, tags = (*layer.token_dims, layer.hidden_size), TaggedNodes(made_by, layer.index).tags
+    zeros = _zero_rows(graph, masked, made_by, block.add)
+
+    # What the If gives out takes the place of stream and cache first: the branch's own values get other names,
+    # since names are unique across a graph and its branches.
+    kept = (block.stream_out, layer.present_key, layer.present_value)
+    results = [ir.Value(type=value.type, shape=None if value.shape is None else value.shape.copy()) for value in kept]
+    results[0].type, results[0].shape = ir.TensorType(dtype), ir.Shape(shape)  # type: ignore[arg-type]  # known since routing
+    for old, new in zip(kept, results, strict=True):
+        replace_value(old, new)
+    inner = [f"{name}.active_{part}" for part in ("output", *CACHE_PARTS)]
+
+    # Both branches: all of the block, which ends in an addition of its own; or the stream as it is, and zeros.
+    order = node_order(graph)
+    moved = sorted(masked.nodes, key=order.__getitem__)
+    add = TaggedNodes(made_by, layer.index)
+    operands = [value for value in block.add.inputs if value is not None]
+    closes = operands.index(block.branch)
+    outputs = [add.add("Add", *operands, name=inner[0], dtype=dtype, shape=shape, closes=closes), *kept[1:]]
+    for value, own_name in zip(outputs, inner, strict=True):
+        value.name = own_name
+    keep = TaggedNodes(made_by, layer.index)
+    skipped = [keep.add("Identity", layer.input, name=f"{name}.skipped_output", dtype=dtype, shape=shape)]
+    for past, present, part in zip((layer.past_key, layer.past_value), kept[1:], CACHE_PARTS, strict=True):
+        skipped.append(
+            keep.add(
+                "Concat",
+                past,
+                zeros,
+                name=f"{name}.skipped_{part}",
+                dtype=present.dtype,
+                shape=present.shape,
+                axis=2,
+            )
+        )
+    graph.remove(moved)
+    conditional = ir.node(
+        "If",
+        [condition],
+        {
+            "then_branch": ir.Graph([], outputs, nodes=[*moved, *add.nodes], name=f"{name}.then_branch"),
+            "else_branch": ir.Graph([], skipped, nodes=keep.nodes, name=f"{name}.else_branch"),
+        },
+        outputs=results,
+        name=f"{name}.if",
+        metadata_props=dict(tags),
+    )
+    graph.insert_before(block.add, conditional)
+    graph.remove(block.add, safe=True)
+
+
+def _cache_sizes(masked: MaskedAttention) -> tuple[int, int] | None:
+    """Number of key-value heads and their width."""
+    shape = masked.layer.past_key.shape
+    if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
+        return None
+    return shape[1], shape[3]
+
+
+def _zero_rows(graph: ir.Graph, masked: MaskedAttention, made_by: str, before: ir.Node) -> ir.Value:
+    """Keys or values of a step whose tokens all skip, [batch, kv_heads, sequence, head_dim]: once for all layers."""
+    sizes, dtype = _cache_sizes(masked), masked.layer.past_key.dtype
+    assert sizes is not None, "asked by branch_problems"
+    assert dtype is not None, "of a graph input"
+    heads, width = sizes
+    batch, sequence = masked.layer.token_dims
+    zeros = token_zeros(graph, made_by, heads * width, dtype, before)
+    shape = shared_constant(graph, f"{ROUTERS}.heads_{heads}x{width}", np.array([0, heads, -1, width], np.int64))
+    return shared_node(
+        graph,
+        "Reshape",
+        zeros,
+        shape,
+        name=f"{zeros.name}_{heads}x{width}",
+        tags=TaggedNodes(made_by, None).tags,
+        dtype=dtype,
+        shape=(batch, heads, sequence, width),
+        before=before,
+    )

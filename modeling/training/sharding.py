@@ -1,0 +1,54 @@
+"""A model in shards on several processes: FSDP2, as `accelerate launch --use_fsdp --fsdp_version 2` asks for it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from dlo_export.modeling.training.errors import TrainingError
+from dlo_export.modeling.training.settings import TrainingSettings
+
+_YES = ("1", "true")
+
+
+def is_sharded() -> bool:
+    """Whether this process was launched to hold a shard of the model."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _YES
+
+
+def receives_weights() -> bool:
+    """Whether this process gets its weights from the first one, whatever its own model holds."""
+    wanted = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in _YES
+    return is_sharded() and wanted and os.environ.get("RANK", "0") != "0"
+
+
+def check_sharding(settings: TrainingSettings) -> None:
+    """Checks that what was launched can be trained in shards.
+
+    Raises:
+        TrainingError: It is the first FSDP, which hides parameters from the optimiser's groups, or there is a teacher,
+            whose weights nothing shards.
+    """
+    if not is_sharded():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise TrainingError("training: FSDP 1 was launched", hint="launch with --fsdp_version 2")
+    if settings.distill_weight:
+        raise TrainingError(
+            "training: distill_weight needs a second model on each process, which FSDP does not shard",
+            hint="distil without FSDP",
+        )
+
+
+def keep_weights_in_fp32(accelerator: Accelerator) -> None:
+    """Leaves casts to autocast, as without shards: FSDP's own would take the routers to 16 bits with the rest."""
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor that may lie in shards on several processes, all of which have to ask for it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
