@@ -4,6 +4,8 @@
 
 #include <cstdlib>
 #include <deque>
+#include <map>
+#include <mutex>
 #include <string>
 
 #define DLO_EXPORT extern "C" __attribute__((visibility("default")))
@@ -28,9 +30,13 @@ std::deque<CustomOp> const& customOps() {
     return ops;
 }
 
-OrtStatus* registerAll(OrtSessionOptions* options, OrtApi const& api) noexcept {
-    // A domain is not a session's, but every session gets all of it: one for the process.
-    static OrtCustomOpDomain* domain = nullptr;
+OrtStatus* registerAll(OrtSessionOptions* options, OrtApi const& api) {
+    // A domain is not a session's, but every session gets all of it. It belongs to the ONNX Runtime that made it, of
+    // which a process may hold several: one for each, as long as the process lives.
+    static std::mutex mutex;
+    static std::map<OrtApi const*, OrtCustomOpDomain*> domains;
+    std::lock_guard<std::mutex> const lock(mutex);
+    OrtCustomOpDomain*& domain = domains[&api];
     if (domain == nullptr) {
         OrtCustomOpDomain* made = nullptr;
         if (OrtStatus* const status = api.CreateCustomOpDomain(kNamespace, &made)) {
