@@ -18,6 +18,7 @@ from dlo_export.checkpoints.interface import (
     continuation_of,
     is_state_input,
 )
+from dlo_export.plugins.ort_registration import register_library
 
 
 class DecoderStep:
@@ -132,7 +133,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--shared-cache", action="store_true")
     parser.add_argument("--no-spinning", dest="spinning", action="store_false")
+    parser.add_argument("--plugin-library", type=Path, help="libdlo_ort.so, for graphs with dlo operators")
     given = parser.parse_args()
+    options = ort.SessionOptions()
+    if given.plugin_library is not None:
+        register_library(options, given.plugin_library)
     step = DecoderStep(
         given.graph,
         np.load(given.tokens),
@@ -140,6 +145,7 @@ def main() -> None:
         given.threads,
         shared_cache=given.shared_cache,
         spinning=given.spinning,
+        options=options,
     )
     step()
     serve(step, {"next_token": int(step.outputs()[LOGITS][0, -1].argmax())})

@@ -72,7 +72,13 @@ class Worker:
 
 
 def alternate_workers(
-    start: Mapping[str, Callable[[], Worker]], *, launches: int, blocks: int, runs: int, settle: int
+    start: Mapping[str, Callable[[], Worker]],
+    *,
+    launches: int,
+    blocks: int,
+    runs: int,
+    settle: int,
+    busy: bool = False,
 ) -> dict[str, Samples]:
     """Measures candidates that run in workers, in alternating blocks, over several launches of all of them.
 
@@ -86,11 +92,14 @@ def alternate_workers(
         blocks: Blocks per candidate and launch, see `alternate`.
         runs: Runs in a block that count.
         settle: Runs at the start of each block that do not.
+        busy: Take the machine as it is: wait for nothing, repeat nothing. Ratios of alternating blocks stand more of
+            that than times do.
     """
     parts: list[dict[str, Samples]] = []
-    repeats = MOST_REPEATS
+    repeats = 0 if busy else MOST_REPEATS
     while len(parts) < launches:
-        wait_for_quiet(DISTURBED, PATIENCE)
+        if not busy:
+            wait_for_quiet(DISTURBED, PATIENCE)
         load = ForeignLoad()
         names = list(start) if len(parts) % 2 == 0 else list(reversed(list(start)))
         with contextlib.ExitStack() as stack:

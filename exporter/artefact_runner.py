@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from dlo_export.exporter.pipeline import exposed
 from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, load_description
 from dlo_export.runtimes.artefact.files import check_model_files
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
@@ -21,6 +22,7 @@ def open_artefact(
     name: str | None = None,
     threads: int | None = None,
     allow_spinning: bool = True,
+    plugin_library: Path | None = None,
 ) -> OnnxRuntimeRunner:
     """Opens an artefact in ONNX Runtime.
 
@@ -30,13 +32,18 @@ def open_artefact(
         name: For reports; the folder's name by default.
         threads: Of one operator.
         allow_spinning: Let idle threads spin; False where several runners share a process.
+        plugin_library: libdlo_ort.so; loaded where the artefact has dlo operators, and never else.
 
     Raises:
         InputError: The folder is no artefact, or its files are not of the sizes its description says.
         dlo_export.runtimes.errors.RuntimeInputError: ONNX Runtime refuses the graph.
+        dlo_export.plugins.errors.PluginLibraryError: It has dlo operators, and no library that computes them is given.
     """
     description = load_description(folder)
     check_model_files(description, folder)
+    operators = description.plugin_operators
+    if operators and plugin_library is None:
+        raise no_library(operators)
     shown = scores and description.routing is not None
     return OnnxRuntimeRunner(
         exposed_model(load_graph(folder / MODEL_NAME)) if shown else folder / MODEL_NAME,
@@ -45,6 +52,7 @@ def open_artefact(
         thresholds=description.router_thresholds,
         threads=threads,
         allow_spinning=allow_spinning,
+        plugin_library=plugin_library if operators else None,
     )
 
 

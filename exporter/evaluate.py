@@ -43,6 +43,7 @@ class EvaluationRequest:
         threads: Of ONNX Runtime.
         sequence: See `EvaluationSettings`, here and below.
         force_base: Let the adapter be made from other weights.
+        ort_plugin_library: libdlo_ort.so, for an artefact with dlo operators.
     """
 
     model: str
@@ -59,6 +60,7 @@ class EvaluationRequest:
     batch: int | None = None
     limit: int | None = None
     force_base: bool = False
+    ort_plugin_library: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,10 @@ def _evaluate_artefact(
     folder = Path(request.model)
     description = load_description(folder)
     plan = _plan(request, texts, tasks, folder, reporter)
-    with open_artefact(folder, scores=request.active_rate, threads=request.threads) as runner:
+    opened = open_artefact(
+        folder, scores=request.active_rate, threads=request.threads, plugin_library=request.ort_plugin_library
+    )
+    with opened as runner:
         result = evaluate(RunnerScorer(runner), plan, reporter.count)
     return ModelEvaluation(request.model, "onnxruntime", "cpu", description.routed_layers, result)
 

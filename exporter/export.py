@@ -26,7 +26,9 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
-from dlo_export.graph_passes.lowerings.registry import lowering_names
+from dlo_export.graph_passes.lowerings.record import Target
+from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_names
+from dlo_export.plugins.ort_registration import check_library
 from dlo_export.runtimes.artefact.description import (
     ENGINES_NAME,
     MODEL_NAME,
@@ -37,6 +39,8 @@ from dlo_export.runtimes.artefact.description import (
 )
 from dlo_export.runtimes.artefact.engine_record import ParityVerdict
 from dlo_export.runtimes.parity.report import ParityReport
+
+_TARGET: Target = "onnxruntime-cpu"
 
 
 class ParityFailedError(DloError):
@@ -66,13 +70,14 @@ class ExportRequest:
         dtype: One of DTYPE_CHOICES, of weights, KV cache and logits: of the engines where there are any (model.onnx is
             fp32 then).
         lowering: "auto", or the name of what routed layers become, in engines where there are any. model.onnx gets
-            the same where ONNX Runtime has it, else what "auto" chooses.
+            the same where ONNX Runtime has it by itself, else what "auto" chooses.
         parity: Compare with PyTorch before the artefact appears.
         weights: False leaves `model.onnx.data` out: a graph to look at.
         force: Replace an artefact of this program's.
         allow_nonfinite: Let weights be NaN or infinite.
         force_base: Let the adapter be made from other weights.
         trt: Build TensorRT engines too; None builds none.
+        ort_plugin_library: libdlo_ort.so, with which parity runs the plugin lowering.
 
     Raises:
         InputError: There is no such dtype.
@@ -89,6 +94,7 @@ class ExportRequest:
     allow_nonfinite: bool = False
     force_base: bool = False
     trt: TensorRtRequest | None = None
+    ort_plugin_library: Path | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_CHOICES:
@@ -97,7 +103,8 @@ class ExportRequest:
     @property
     def inputs(self) -> tuple[Path | None, ...]:
         """What is read, as far as it is given and no hub id: never replaced."""
-        return Path(self.model), self.adapter, self.trt.plugin_library if self.trt is not None else None
+        engine_library = self.trt.plugin_library if self.trt is not None else None
+        return Path(self.model), self.adapter, engine_library, self.ort_plugin_library
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +146,15 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         plan = _plan_engines(request, source, reporter)
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
         dtype = source.base.graph_dtype(request.dtype) if plan is None else "fp32"
-        engines_only = plan is not None and request.lowering not in lowering_names("onnxruntime-cpu")
+        engines_only = plan is not None and not _runs_everywhere(request.lowering)
         lowering, reason = choose_onnxruntime_lowering(
             "auto" if engines_only else request.lowering,
             dtype,
             routing=None if source.routing is None else source.routing.kind,
             path=source.base.path,
         )
+        if request.ort_plugin_library is not None and find_lowering(lowering, _TARGET).domains:
+            check_library(request.ort_plugin_library)
         with no_room_reported(request.output), whole_folder(request.output, overwrite=request.force) as folder:
             summary = _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
         size = sum(file.stat().st_size for file in request.output.rglob("*") if file.is_file())
@@ -223,6 +232,11 @@ def _plan_engines(request: ExportRequest, source: ExportSource, reporter: Report
     return plan
 
 
+def _runs_everywhere(lowering: str) -> bool:
+    """Whether ONNX Runtime has a lowering, or "auto", by itself: model.onnx beside engines needs no library."""
+    return lowering == "auto" or (lowering in lowering_names(_TARGET) and not find_lowering(lowering, _TARGET).domains)
+
+
 def _run_parity(
     folder: Path,
     request: ExportRequest,
@@ -241,7 +255,7 @@ def _run_parity(
         graphs = [engine.options for engine in plan.engines] if plan is not None else []
         if any(options.max_cache < MOST_TOKENS for options in graphs):
             reporter.warn(f"--trt-max-cache is below {MOST_TOKENS}: parity's cases are cut to fit")
-        report = check_parity(source, folder, description, graphs)
+        report = check_parity(source, folder, description, graphs, request.ort_plugin_library)
     parity = ParityVerdict(report.verdict, report.reason or None)
     save_json(folder / PARITY_NAME, finite(report.to_json()))
     if report.verdict == "FAIL":

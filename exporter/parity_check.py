@@ -16,9 +16,11 @@ from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import TensorRtOptions, build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import save_weights, weight_places
 from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.providers import CPU
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
@@ -39,6 +41,7 @@ def check_parity(
     folder: Path,
     description: ArtefactDescription,
     tensorrt: Iterable[TensorRtOptions] = (),
+    plugin_library: Path | None = None,
 ) -> ParityReport:
     """Compares an artefact, and the fp32 twins of its TensorRT graphs, with the PyTorch model of its source.
 
@@ -50,12 +53,13 @@ def check_parity(
         folder: The artefact.
         description: Its dlo_artifact.json.
         tensorrt: Options of its TensorRT graphs.
+        plugin_library: libdlo_ort.so, for an artefact with dlo operators; without it there is nothing to run.
 
     Raises:
-        InputError: The artefact was made from another source, or by another version.
+        InputError: The artefact was made from another source, or by another version, or the library cannot be used.
     """
     released = load_graph(folder / MODEL_NAME)
-    if (reason := _why_not_run(source, description.dtype, released)) is not None:
+    if (reason := _why_not_run(source, description, released, plugin_library)) is not None:
         return ParityReport.not_run(reason)
     # Imported here: torch takes seconds, and an export without parity does not need it.
     from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
@@ -64,7 +68,14 @@ def check_parity(
     if find_lowering(description.lowering, "onnxruntime-cpu").make_pass is not None:
         rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
     candidates = [
-        _candidate(name, graph, folder, routed=source.routing is not None, released=graph is released)
+        _candidate(
+            name,
+            graph,
+            folder,
+            routed=source.routing is not None,
+            released=graph is released,
+            plugin_library=plugin_library if plugin_operators(graph) else None,
+        )
         for name, graph in rungs.items()
     ]
     longest = MOST_TOKENS
@@ -91,11 +102,15 @@ def check_parity(
         )
 
 
-def _why_not_run(source: ExportSource, dtype: str, released: ir.Model) -> str | None:
+def _why_not_run(
+    source: ExportSource, description: ArtefactDescription, released: ir.Model, plugin_library: Path | None
+) -> str | None:
     """Why there is nothing to compare: no PyTorch model, or a graph that the provider has no kernels for."""
     if (refusal := source.base.why_not("parity")) is not None:
         return refusal.reason
-    return CPU.why_not_run(BY_OPTION[dtype], _reductions(released))
+    if description.plugin_operators and plugin_library is None:
+        return no_library(description.plugin_operators).message
+    return CPU.why_not_run(BY_OPTION[description.dtype], _reductions(released))
 
 
 def _reductions(model: ir.Model) -> set[str]:
@@ -107,16 +122,20 @@ def _reductions(model: ir.Model) -> set[str]:
     }
 
 
-def _candidate(name: str, graph: ir.Model, folder: Path, *, routed: bool, released: bool) -> Candidate:
+def _candidate(
+    name: str, graph: ir.Model, folder: Path, *, routed: bool, released: bool, plugin_library: Path | None
+) -> Candidate:
     label = "dense" if name == "none" else name
 
     def opened(*, force: bool, streams: bool = False) -> OnnxRuntimeRunner:
         model = exposed_model(graph, force=force, streams=streams)
         # PyTorch runs in the same process: spinning threads would take its cores.
-        return OnnxRuntimeRunner(model, weights_folder=folder, name=label, allow_spinning=False)
+        return OnnxRuntimeRunner(
+            model, weights_folder=folder, name=label, allow_spinning=False, plugin_library=plugin_library
+        )
 
     def opened_file() -> OnnxRuntimeRunner:
-        return OnnxRuntimeRunner(folder / MODEL_NAME, name=label, allow_spinning=False)
+        return OnnxRuntimeRunner(folder / MODEL_NAME, name=label, allow_spinning=False, plugin_library=plugin_library)
 
     return Candidate(
         label,

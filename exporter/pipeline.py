@@ -336,7 +336,9 @@ def choose_onnxruntime_lowering(choice: str, dtype: str, *, routing: RoutingKind
         return asked.name, "asked for"
     # The best for this target, or the best of the others where the provider lacks a kernel that it needs.
     suitable = suitable_lowerings(target, Workload(routing=routing))
-    best, *others = dict.fromkeys((*suitable, *skipping_lowerings(target, routing)))
+    # What needs a library that not everybody has is asked for by name.
+    own = (record for record in skipping_lowerings(target, routing) if not record.domains)
+    best, *others = dict.fromkeys((*suitable, *own))
     kind = BY_OPTION[dtype]
     gap = CPU.why_not_run(kind, best.operators)
     if gap is None or CPU.why_not_run(kind) is not None:  # nothing of this type runs there: it is for another runtime

@@ -10,21 +10,16 @@ Python module on TensorRT-RTX's library (tests/plugins/test_quick_deploy.py).
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION
 from dlo_export.plugins.errors import PluginError
+from dlo_export.plugins.library_places import build_hint
 from dlo_export.plugins.rtx_shim import provide_unversioned_library
 
 _RTX = "tensorrt_rtx"
-# The sources come with the package, wherever it is installed; the folder may not be the user's to write to.
-_BUILD = (
-    f"build it: make -C {shlex.quote(str(Path(__file__).parent / 'library'))} PYTHON={shlex.quote(sys.executable)} "
-    'BUILD="$PWD/build" TensorRT_ROOT=<your TensorRT>'
-)
+_BUILD = build_hint("TensorRT_ROOT=<your TensorRT>")
 
 # Both are the process's, like the registry.
 _loaded: dict[str, Path] = {}

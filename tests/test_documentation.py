@@ -22,6 +22,10 @@ OURS = ("dlo", "dlo-export")
 COMMANDS = ("expand", "calibrate", "train", "export", "run", "bench", "evaluate", "inspect", "parity")
 # Commands that do not end with 0 everywhere: what they end with where something is missing, and what that is.
 ENDINGS = {
+    "dlo-export my-model/ --lowering plugin --ort-plugin-library plugins/library/build/libdlo_ort.so": (
+        2,
+        "the model there has no routers; the library needs ONNX Runtime's headers to be built",
+    ),
     "dlo-export my-model/ --trt --lowering plugin --trt-plugin-library build/plugins/libdlo_plugins.so": (
         2,
         "the library needs TensorRT's headers to be built",
@@ -29,6 +33,7 @@ ENDINGS = {
 }
 # Blocks of Python that need what this machine may lack, by the document and the error that says so.
 MISSING = {
+    ("docs/artefact.md", "libdlo_ort.so"): "the library needs ONNX Runtime's headers to be built",
     ("docs/tensorrt.md", "libdlo_plugins.so"): "the library needs TensorRT's headers to be built, an engine a GPU",
     ("plugins/README.md", "No module named 'tensorrt'"): "enterprise TensorRT comes from the vendor's index",
 }

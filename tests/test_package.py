@@ -104,9 +104,10 @@ def test_wheel_brings_one_import_name_and_every_module_when_built(wheel):
 
 
 def test_wheel_holds_what_is_no_python_too_when_built(wheel):
+    library = ROOT / "plugins" / "library"
     sources = {
-        path.name
-        for path in (ROOT / "plugins" / "library").iterdir()
+        str(path.relative_to(library))
+        for path in (*library.iterdir(), *(library / "onnxruntime").iterdir())
         if path.suffix in {".cpp", ".h"} or path.name in {"CMakeLists.txt", "Makefile"}
     }
     with zipfile.ZipFile(wheel) as archive:

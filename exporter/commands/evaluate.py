@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dlo_export.exporter.commands.numbers import MAX_COUNT, MAX_THREADS
-from dlo_export.exporter.commands.shared_options import ForceBase
+from dlo_export.exporter.commands.shared_options import ForceBase, OrtPluginLibrary
 from dlo_export.modeling.training.settings import Device
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def main(
     ] = None,
     device: Annotated[Device, typer.Option(help="Where PyTorch runs.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="Of ONNX Runtime.")] = None,
+    ort_plugin_library: OrtPluginLibrary = None,
     force_base: ForceBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
@@ -77,6 +78,7 @@ def main(
         batch=batch,
         limit=limit,
         force_base=force_base,
+        ort_plugin_library=ort_plugin_library,
     )
     evaluation = evaluate_model(request, Reporter(verbose=verbose))
     if as_json:

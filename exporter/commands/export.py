@@ -10,7 +10,13 @@ import typer
 
 from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
 from dlo_export.exporter.commands.numbers import MAX_COUNT, positive
-from dlo_export.exporter.commands.shared_options import AllowNonfinite, Force, ForceBase, naming_allow_nonfinite
+from dlo_export.exporter.commands.shared_options import (
+    AllowNonfinite,
+    Force,
+    ForceBase,
+    OrtPluginLibrary,
+    naming_allow_nonfinite,
+)
 from dlo_export.graph_passes.lowerings.registry import lowering_names  # of names alone: keeps `dlo --help` quick
 
 NAME = "export"
@@ -90,6 +96,7 @@ def main(
     trt_timeout: Annotated[
         float | None, typer.Option(callback=positive, help="Seconds before a build is killed.")
     ] = None,
+    ort_plugin_library: OrtPluginLibrary = None,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Do not compare with PyTorch.")] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Leave model.onnx.data out.")] = False,
     force: Force = False,
@@ -133,6 +140,7 @@ def main(
         allow_nonfinite=allow_nonfinite,
         force_base=force_base,
         trt=tensorrt if trt else None,
+        ort_plugin_library=ort_plugin_library,
     )
     with naming_allow_nonfinite():
         result = export_model(request, reporter)

@@ -8,7 +8,12 @@ from typing import Annotated
 
 import typer
 
-from dlo_export.exporter.commands.shared_options import AllowNonfinite, ForceBase, naming_allow_nonfinite
+from dlo_export.exporter.commands.shared_options import (
+    AllowNonfinite,
+    ForceBase,
+    OrtPluginLibrary,
+    naming_allow_nonfinite,
+)
 
 NAME = "parity"
 
@@ -19,6 +24,7 @@ def main(
     adapter: Annotated[Path | None, typer.Option(help="The adapter it was made with.")] = None,
     allow_nonfinite: AllowNonfinite = False,
     force_base: ForceBase = False,
+    ort_plugin_library: OrtPluginLibrary = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
@@ -41,7 +47,8 @@ def main(
             for warning in source.warnings:
                 reporter.warn(warning)
             with reporter.stage("parity"):
-                report = check_parity(source, artefact, description, map(graph_options, description.engines))
+                graphs = map(graph_options, description.engines)
+                report = check_parity(source, artefact, description, graphs, ort_plugin_library)
     if as_json:
         print_json(report.to_json())
     else:

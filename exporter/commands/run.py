@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlo_export.exporter.commands.numbers import MAX_COUNT, MAX_THREADS, finite
+from dlo_export.exporter.commands.shared_options import OrtPluginLibrary
 
 if TYPE_CHECKING:
     from dlo_export.checkpoints.generation_config import GenerationConfig
@@ -39,6 +40,7 @@ def main(
     trt_plugin_library: Annotated[
         Path | None, typer.Option(help="libdlo_plugins.so the engine was built with.")
     ] = None,
+    ort_plugin_library: OrtPluginLibrary = None,
     verify: Annotated[bool, typer.Option("--verify", help="First compare all files with their hashes.")] = False,
 ) -> None:
     """Generate text: tokens stream to stdout, speed and active rate go to stderr."""
@@ -65,7 +67,11 @@ def main(
             f"of {context}: what it says there is not to be trusted",
             err=True,
         )
-    opened = open_engines(artefact, trt_plugin_library) if trt else open_artefact(artefact, threads=threads)
+    opened = (
+        open_engines(artefact, trt_plugin_library)
+        if trt
+        else open_artefact(artefact, threads=threads, plugin_library=ort_plugin_library)
+    )
     with opened as runner:
         generation = Generation(
             runner,

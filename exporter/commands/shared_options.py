@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE
 
 Force = Annotated[bool, typer.Option("--force", help="Replace an output of the same kind that dlo-export wrote.")]
 AllowNonfinite = Annotated[
@@ -18,6 +20,11 @@ ForceBase = Annotated[bool, typer.Option("--force-base", help="Take an adapter t
 Routing = Annotated[
     RoutingKind | None,
     typer.Option(help="What a token skips: the MLP, or the whole layer. As the model's routers do, else mlp."),
+]
+
+OrtPluginLibrary = Annotated[
+    Path | None,
+    typer.Option(envvar=ORT_LIBRARY_VARIABLE, help="libdlo_ort.so, with which ONNX Runtime runs the plugin lowering."),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Make routed layers skip inside TensorRT plugins: fixed shapes, the selection happens on the device."""
+"""Make routed layers skip inside the dlo operators: fixed shapes, the kernels select the active tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import constant_scalar, element_type, is_op
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
-from dlo_export.graph_passes.lowerings.record import LoweringRecord
+from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.data_dependent_shapes import data_dependent_shapes
@@ -209,7 +209,7 @@ def _before_rounding(scale: ir.Value) -> ir.Value:
 
 RECORD = LoweringRecord(
     name="plugin",
-    targets=("tensorrt",),
+    targets=(*ONNXRUNTIME, "tensorrt"),
     make_pass=lambda workload: LowerSkipToPluginPass(),
     stage=lowered_stage(LowerSkipToPluginPass.__name__, data_dependent_shapes, domains=frozenset({DOMAIN})),
     skips="tokens",

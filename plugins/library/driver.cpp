@@ -40,7 +40,7 @@ private:
     void* open() {
         void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
         if (library == nullptr) {
-            mProblem = std::string("no CUDA driver: ") + dlerror() + "\n\nhint: running an engine needs an NVIDIA GPU";
+            mProblem = std::string("no CUDA driver: ") + dlerror() + "\n\nhint: the dlo kernels need an NVIDIA GPU";
         }
         return library;
     }
@@ -100,7 +100,7 @@ CUfunction functionOf(Kernel const& kernel, unsigned long long contextId, std::s
     return function;
 }
 
-LoadedKernel load(char const* op, nvinfer1::DataType type, TileName tile) {
+LoadedKernel load(char const* op, ElementType type, TileName tile) {
     Driver const& cuda = Driver::get();
     std::string const subject = std::string("dlo::") + op;
     if (!cuda.problem().empty()) {
@@ -133,7 +133,7 @@ LoadedKernel load(char const* op, nvinfer1::DataType type, TileName tile) {
 
 }  // namespace
 
-std::string loadKernel(char const* op, nvinfer1::DataType type, TileName tile, LoadedKernel& loaded) noexcept {
+std::string loadKernel(char const* op, ElementType type, TileName tile, LoadedKernel& loaded) noexcept {
     try {
         loaded = load(op, type, tile);
         return {};

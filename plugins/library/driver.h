@@ -19,7 +19,7 @@ struct LoadedKernel {
 // it before a stream is captured.
 //
 // Returns an empty string, or what went wrong and what to do about it.
-std::string loadKernel(char const* op, nvinfer1::DataType type, TileName tile, LoadedKernel& loaded) noexcept;
+std::string loadKernel(char const* op, ElementType type, TileName tile, LoadedKernel& loaded) noexcept;
 
 // Launches on a stream. Neither allocates nor synchronises, so a stream may be capturing.
 //

@@ -18,7 +18,7 @@ bool ptxRuns(Kernel const& kernel, int32_t major, int32_t minor) noexcept {
 }  // namespace
 
 Kernel const* findKernel(
-    char const* op, nvinfer1::DataType type, TileName tile, int32_t major, int32_t minor) noexcept {
+    char const* op, ElementType type, TileName tile, int32_t major, int32_t minor) noexcept {
     Kernel const* best = nullptr;
     for (size_t i = 0; i < kKernelCount; ++i) {
         Kernel const& kernel = kKernels[i];

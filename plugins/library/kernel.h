@@ -1,7 +1,7 @@
 // The table of embedded kernels (generated dlo_kernels.cpp) and the choice from it.
 #pragma once
 
-#include <NvInferRuntime.h>
+#include "element_type.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -14,7 +14,7 @@ inline constexpr int32_t kTileCount = 2;
 
 struct Kernel {
     char const* op;
-    nvinfer1::DataType type;
+    ElementType type;
     TileName tile;
     int32_t major;  // compute capability
     int32_t minor;
@@ -31,6 +31,6 @@ extern Kernel const kKernels[];
 extern size_t const kKernelCount;
 
 // The kernel to run on a GPU of this compute capability, or nullptr when there is none.
-Kernel const* findKernel(char const* op, nvinfer1::DataType type, TileName tile, int32_t major, int32_t minor) noexcept;
+Kernel const* findKernel(char const* op, ElementType type, TileName tile, int32_t major, int32_t minor) noexcept;
 
 }  // namespace dlo

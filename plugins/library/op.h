@@ -1,7 +1,7 @@
 // What the generated dlo_ops.h says of an operator.
 #pragma once
 
-#include <NvInferRuntime.h>
+#include "element_type.h"
 
 #include <cstdint>
 

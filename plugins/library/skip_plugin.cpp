@@ -1,7 +1,8 @@
 #include "skip_plugin.h"
 
-#include "dlo_ops.h"
+#include "launch.h"
 #include "log.h"
+#include "sizes.h"
 
 #include <algorithm>
 #include <cstring>
@@ -16,62 +17,29 @@ namespace {
 
 constexpr int32_t kFailed = -1;
 
+// The type in our words; kFLOAT, kHALF and kBF16 mean the same in TensorRT's. Others cannot be T.
+bool elementType(DataType type, ElementType& found) noexcept {
+    switch (type) {
+    case DataType::kFLOAT: found = ElementType::kFLOAT; break;
+    case DataType::kHALF: found = ElementType::kHALF; break;
+    case DataType::kBF16: found = ElementType::kBF16; break;
+    default: return false;
+    }
+    return std::find(std::begin(kTypesOfT), std::end(kTypesOfT), found) != std::end(kTypesOfT);
+}
+
 bool isTypeOfT(DataType type) noexcept {
-    return std::find(std::begin(kTypesOfT), std::end(kTypesOfT), type) != std::end(kTypesOfT);
+    ElementType found{};
+    return elementType(type, found);
 }
 
 // The T of an operator given its inputs: that of the first input that is T. Every operator begins with one.
 DataType typeOfT(DataType const* inputTypes) noexcept { return inputTypes[0]; }
 
-// What is wrong with the inputs' shapes; empty when they fit the schema. An axis below 0 is not known yet.
-template <typename SizeOf>
-std::string sizeProblems(Op const& op, int32_t nbInputs, SizeOf&& sizeOf) {
-    std::string const subject = std::string("dlo::") + op.name;
-    if (nbInputs != op.nbInputs) {
-        return subject + " got " + std::to_string(nbInputs) + " inputs; the schema has " + std::to_string(op.nbInputs);
-    }
-    std::string problems;
-    auto const report = [&](std::string const& text) { problems += (problems.empty() ? "" : "\n") + subject + text; };
-    for (int32_t input = 0; input < op.nbInputs; ++input) {
-        Operand const& operand = op.operands[input];
-        std::string const name = std::string(" input '") + operand.name + "'";
-        if (sizeOf(input, -1) != operand.rank) {
-            report(name + " has rank " + std::to_string(sizeOf(input, -1)) + "; expected "
-                + std::to_string(operand.rank));
-            continue;
-        }
-        for (int32_t axis = 0; axis < operand.rank; ++axis) {
-            int64_t const size = sizeOf(input, axis);
-            std::string const axisName = operand.dims[axis];
-            if (size < 0) {
-                continue;
-            }
-            if ((axisName == "hidden" || axisName == "intermediate") && size % kWidthMultiple != 0) {
-                report(name + " has " + axisName + " " + std::to_string(size) + "; expected a multiple of "
-                    + std::to_string(kWidthMultiple));
-            }
-            // against the first operand that has an axis of this name and a known size
-            for (int32_t other = 0; other < input; ++other) {
-                for (int32_t otherAxis = 0; otherAxis < op.operands[other].rank; ++otherAxis) {
-                    bool const same = axisName == op.operands[other].dims[otherAxis];
-                    int64_t const expected = same ? sizeOf(other, otherAxis) : -1;
-                    if (expected >= 0 && expected != size) {
-                        report(name + " has " + axisName + " " + std::to_string(size) + "; expected "
-                            + std::to_string(expected));
-                    }
-                }
-            }
-        }
-    }
-    return problems;
-}
-
 int32_t refuse(std::string const& problems) noexcept {
     logError(problems + "\n\nhint: " + kSizesHint);
     return kFailed;
 }
-
-uint32_t ceilDivide(int64_t size, uint32_t step) noexcept { return static_cast<uint32_t>((size + step - 1) / step); }
 
 }  // namespace
 
@@ -150,8 +118,12 @@ bool SkipPlugin::supportsFormatCombination(
 int32_t SkipPlugin::getNbOutputs() const noexcept { return mOp.nbOutputs; }
 
 std::string SkipPlugin::loadKernels(DataType type) noexcept {
+    ElementType element{};
+    if (!elementType(type, element)) {
+        return std::string("dlo::") + mOp.name + ": no kernel for this operand type";
+    }
     for (TileName const tile : {TileName::kDECODE, TileName::kPREFILL}) {
-        std::string problem = loadKernel(mOp.name, type, tile, mKernels[static_cast<int32_t>(tile)]);
+        std::string problem = loadKernel(mOp.name, element, tile, mKernels[static_cast<int32_t>(tile)]);
         if (!problem.empty()) {
             return problem;
         }
@@ -190,19 +162,8 @@ int32_t SkipPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc 
             return kFailed;
         }
     }
-    int32_t integers[] = {
-        static_cast<int32_t>(tokenCount), static_cast<int32_t>(weight.d[0]), static_cast<int32_t>(weight.d[1])};
-    void* parameters[kMaxOperands + std::size(integers)];
-    int32_t count = 0;
-    for (int32_t i = 0; i < mOp.nbInputs; ++i) {
-        parameters[count++] = const_cast<void**>(reinterpret_cast<void const* const*>(&inputs[i]));
-    }
-    for (int32_t& integer : integers) {
-        parameters[count++] = &integer;
-    }
-    parameters[count++] = const_cast<void**>(&outputs[0]);
-    std::string const problem = launchKernel(loaded, ceilDivide(tokenCount, loaded.kernel->rows),
-        ceilDivide(weight.d[1], loaded.kernel->columns), parameters, stream);
+    std::string const problem
+        = launchOperator(loaded, mOp, inputs, outputs[0], {tokenCount, weight.d[0], weight.d[1]}, stream);
     if (!problem.empty()) {
         logError(problem);
         return kFailed;

@@ -25,7 +25,7 @@ def skip_gate_up(
     x = rows[active].astype(np.float32)
     gate, up = x @ gate_weight.astype(np.float32), x @ up_weight.astype(np.float32)
     gated[active] = (_silu(gate) * up).astype(gated.dtype)
-    return gated.reshape(*hidden_states.shape[:-1], -1)
+    return gated.reshape(*hidden_states.shape[:-1], gate_weight.shape[1])
 
 
 def _silu(x: np.ndarray) -> np.ndarray:

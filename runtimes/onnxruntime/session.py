@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from dlo_export.checkpoints.dtypes import BFLOAT16
+from dlo_export.plugins.ort_registration import register_library
 from dlo_export.runtimes.decoder_interface import CacheKind, DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
@@ -25,6 +26,7 @@ class SessionArguments(TypedDict, total=False):
             one process disturb each other.
         provider: The execution provider, CPU unless given; it must be there, and it is what runs.
         options: Session options to start from.
+        plugin_library: libdlo_ort.so, for graphs with dlo operators.
     """
 
     weights_folder: str | Path | None
@@ -32,6 +34,7 @@ class SessionArguments(TypedDict, total=False):
     allow_spinning: bool
     provider: Provider
     options: ort.SessionOptions | None
+    plugin_library: Path | None
 
 
 class DecoderSession:
@@ -50,6 +53,7 @@ class DecoderSession:
     Raises:
         ModelLoadError: The model is missing, damaged or cannot run here, or the provider is not available.
         ModelInterfaceError: It is no decoder with such a cache.
+        dlo_export.plugins.errors.PluginLibraryError: The plugin library cannot be used.
     """
 
     def __init__(self, model: str | Path | bytes, name: str, cache: CacheKind, arguments: SessionArguments) -> None:
@@ -106,6 +110,8 @@ def _options(arguments: SessionArguments) -> ort.SessionOptions:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(Path(folder).absolute())
         )
+    if (library := arguments.get("plugin_library")) is not None:
+        register_library(options, library)
     return options
 
 

@@ -46,17 +46,10 @@ def test_masked_form_is_to_be_had_for_every_target() -> None:
         assert find_lowering(NOTHING_ROUTED, target).make_pass is None
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("plugin", "--lowering plugin: is for tensorrt, not for onnxruntime-cpu"),
-        ("plugins", "--lowering plugins: is unknown"),
-    ],
-)
-def test_finding_refuses_with_the_choices_when_target_has_no_lowering_of_the_name(name: str, reason: str) -> None:
-    with pytest.raises(InputError, match="hint: onnxruntime-cpu has if, compact, masked") as error:
-        find_lowering(name, "onnxruntime-cpu")
-    assert reason in str(error.value)
+def test_finding_refuses_with_the_choices_when_target_has_no_lowering_of_the_name() -> None:
+    with pytest.raises(InputError, match="hint: onnxruntime-cpu has plugin, if, compact, masked") as error:
+        find_lowering("plugins", "onnxruntime-cpu")
+    assert "--lowering plugins: is unknown" in str(error.value)
 
 
 AUTO = {

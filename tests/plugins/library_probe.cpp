@@ -27,7 +27,7 @@ void printKernels() {
         = {{7, 5}, {8, 0}, {8, 6}, {8, 7}, {8, 9}, {9, 0}, {10, 0}, {10, 3}, {12, 0}, {12, 1}};
     for (auto const& [major, minor] : capabilities) {
         dlo::Kernel const* const kernel
-            = dlo::findKernel("SkipDown", DataType::kBF16, dlo::TileName::kDECODE, major, minor);
+            = dlo::findKernel("SkipDown", dlo::ElementType::kBF16, dlo::TileName::kDECODE, major, minor);
         std::printf("kernel %d.%d: ", major, minor);
         if (kernel == nullptr) {
             std::printf("none\n");

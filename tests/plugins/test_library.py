@@ -110,7 +110,7 @@ def test_library_says_why_when_it_runs_without_a_driver(answers):
         pytest.skip("libdlo_plugins.so: a CUDA driver is here")
     refusal = "log: dlo::SkipDown: no CUDA driver: libcuda.so.1: cannot open shared object file: "
     refusal += "No such file or directory"
-    hint = ["", "hint: running an engine needs an NVIDIA GPU"]
+    hint = ["", "hint: the dlo kernels need an NVIDIA GPU"]
     assert answers[answers.index("build phase") :] == [
         "build phase",
         "onShapeChange: 0",  # an engine may be built without a driver

@@ -171,4 +171,4 @@ def test_generated_header_says_what_the_schema_says_when_the_library_is_built(op
     assert tuple((int(index), int(axis)) for index, axis in axes) == output_axes(op)[0]
     assert f'kNamespace[] = "{DOMAIN}"' in header
     assert f'kVersion[] = "{VERSION}"' in header
-    assert header.count("nvinfer1::DataType::k") == len(T_DTYPES)
+    assert header.count("ElementType::k") == len(T_DTYPES)

@@ -1,0 +1,143 @@
+"""The plugin lowering against compaction, on ONNX Runtime's CPU provider.
+
+Both graphs have the same routers and weights. Compaction gathers the active rows, multiplies them with ONNX Runtime's
+own MatMuls, and adds them back in place; the plugin lowering is two operators of libdlo_ort.so per routed layer. Ratios
+are times of the plugin lowering over compaction's, block by block: below 1 it is the faster one. Cases and patterns are
+those of benchmarks/skip_efficiency.py. The last logits of both graphs are compared before anything is timed.
+
+    make -C plugins/library ORT_INCLUDE=/path/to/onnxruntime/include DLO_TARGETS=none
+    python -m benchmarks.ort_plugin smollm2 plugins/library/build/libdlo_ort.so
+
+`h2048` takes 6 GB of disk and 9 of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from benchmarks.measure import Samples, print_report, versions
+from benchmarks.onnxruntime_worker import DecoderStep
+from benchmarks.random_llama import H2048, random_llama_folder
+from benchmarks.routed_artefact import active_rate, export, with_routers_of
+from benchmarks.routing import fit_routers, layers_active, routable_model, save_routers, tokens_active
+from benchmarks.skip_efficiency import EFFORTS, PROMPT, TITLES
+from benchmarks.smollm2 import distinct_tokens, smollm2_folder
+from benchmarks.workers import Worker, alternate_workers
+from benchmarks.workspace import WORKSPACE
+from dlo_export.checkpoints.interface import LOGITS
+from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.plugins.ort_registration import register_library
+
+PATTERNS = {"layers": layers_active, "tokens": tokens_active}
+RATES = (0.25, 0.5, 0.75)
+CASES = [(phase, pattern, rate) for phase, pattern in (("decode", "layers"), ("prefill", "tokens")) for rate in RATES]
+CASES += [("prefill", "layers", rate) for rate in RATES]
+NEAR = 1e-3  # of the largest logit, which sums of another order reach over 30 layers
+
+
+def rows_of(model_folder: Path, library: Path, given: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Exports both graphs and measures every case."""
+    with open_checkpoint(str(model_folder)) as checkpoint:
+        model = routable_model(checkpoint.config.raw, checkpoint.tensors)
+        layers, vocabulary = checkpoint.config.num_layers, checkpoint.config.vocab_size
+    tokens = distinct_tokens(PROMPT + 1, vocabulary)
+    files = {"decode": folder / "decode.npy", "prefill": folder / "prefill.npy"}
+    np.save(files["decode"], tokens)
+    np.save(files["prefill"], tokens[:, :PROMPT])
+    adapter = save_routers(model, folder / "adapter")
+    graphs = {name: export(model_folder, folder / name, adapter, name) for name in ("compact", "plugin")}
+    effort = EFFORTS[given.model]
+    for phase, pattern, rate in CASES:
+        fit_routers(model, tokens, PATTERNS[pattern](rate, layers, PROMPT + 1))
+        routed = {name: with_routers_of(model, graph, "case") for name, graph in graphs.items()}
+        sequence = 1 if phase == "decode" else PROMPT
+        _compare(routed, library, np.load(files[phase]), sequence, given.threads)
+        arguments = (files[phase], "--sequence", str(sequence), "--threads", str(given.threads))
+        module = "benchmarks.onnxruntime_worker"
+        times = alternate_workers(
+            {
+                "compact": functools.partial(Worker, module, routed["compact"], *arguments),
+                "plugin": functools.partial(Worker, module, routed["plugin"], *arguments, "--plugin-library", library),
+            },
+            launches=given.launches or effort.launches,
+            blocks=effort.blocks,
+            runs=effort.runs[phase],
+            settle=effort.settle[phase],
+            busy=given.busy,
+        )
+        yield {
+            "phase": phase,
+            "pattern": pattern,
+            "active_rate": round(active_rate(routed["compact"], np.load(files[phase]), sequence), 4),
+            **times,
+            "ratio": times["plugin"] / times["compact"],
+        }
+
+
+def _compare(graphs: dict[str, Path], library: Path, tokens: np.ndarray, sequence: int, threads: int) -> None:
+    """Refuses to time graphs that do not compute the same."""
+    logits = {}
+    for name, graph in graphs.items():
+        options = ort.SessionOptions()
+        if name == "plugin":
+            register_library(options, library)
+        step = DecoderStep(graph, tokens, sequence, threads, spinning=False, options=options)
+        step()
+        logits[name] = step.outputs()[LOGITS][0, -1]
+    error = np.abs(logits["plugin"] - logits["compact"]).max() / np.abs(logits["compact"]).max()
+    if not error <= NEAR:
+        raise RuntimeError(f"the last logits differ by {error:.1e} of the largest one")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=sorted(TITLES))
+    parser.add_argument("library", type=Path, help="libdlo_ort.so")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--busy", action="store_true", help="do not wait for other programs, nor repeat for them")
+    parser.add_argument("--launches", type=int, help="of the processes, per case; the model's own number unless given")
+    given = parser.parse_args()
+    library = given.library.resolve()
+    model_folder = smollm2_folder() if given.model == "smollm2" else random_llama_folder("random-h2048", H2048)
+    WORKSPACE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
+        rows = []
+        for row in rows_of(model_folder, library, given, Path(temporary)):
+            print(f"{row['phase']}, {row['pattern']}, {row['active_rate']:.3f}: {row['ratio']}", file=sys.stderr)
+            rows.append(row)
+    print_report(
+        f"Plugin lowering against compaction, {TITLES[given.model]}, fp32, {given.threads} threads",
+        ["phase", "active", "compact, ms", "plugin, ms", "plugin / compact"],
+        [
+            [
+                f"{row['phase']}, {row['pattern']}",
+                f"{row['active_rate']:.3f}",
+                *(row[key] for key in ("compact", "plugin", "ratio")),
+            ]
+            for row in rows
+        ],
+        {
+            "prompt": PROMPT,
+            "busy": given.busy,
+            "launches": given.launches,
+            "rows": [
+                {key: value.summary() if isinstance(value, Samples) else value for key, value in row.items()}
+                for row in rows
+            ],
+            "versions": versions("dlo-export", "onnxruntime", "numpy"),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
