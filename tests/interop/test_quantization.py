@@ -10,7 +10,8 @@ import pytest
 from tests.bare_session import BareSession
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "artefact.md"
-RECIPES = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
+RECIPES = [block for block in BLOCKS if "quantiz" in block]
 
 
 @pytest.mark.parametrize(
