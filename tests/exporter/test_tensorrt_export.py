@@ -137,7 +137,6 @@ def test_second_export_takes_the_engine_from_the_cache_and_says_so(tmp_path):
 REFUSED = {
     "layer_routing": (DATA / "reference_layer_routed", ["--trt"], "layer routing"),
     "no_routers": (None, ["--trt", "--lowering", "plugin"], "no routers"),
-    "plugin_without_trt": (REFERENCE, ["--lowering", "plugin"], "--trt"),
     "options_without_trt": (REFERENCE, ["--trt-target", "sm89"], "--trt is not given"),
     "no_weights": (REFERENCE, ["--trt", "--no-weights"], "--no-weights"),
     "zero_batch": (REFERENCE, ["--trt", "--trt-max-batch", "0"], "'--trt-max-batch'"),
