@@ -14,6 +14,14 @@ from dlo_export.checkpoints.opening import open_checkpoint
 ROUTERS = Path(__file__).parent / "data" / "smollm2_routers"
 
 
+# Begun first, so that no process is left alone with one of them at the end.
+LONGEST = ("test_documentation.py", "test_signals.py", "test_training_processes.py", "test_reproduce_papers.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_addoption(parser):
     parser.addoption("--bare", action="store_true", help="install the wheel with its dependencies from the index")
 
