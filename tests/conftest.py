@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ from dlo_export.checkpoints.opening import open_checkpoint
 
 ROUTERS = Path(__file__).parent / "data" / "smollm2_routers"
 
+
+# Ignored where a shell began this in the background or by nohup, and then by the programs under test too: an ignored
+# signal is inherited, a handled one is not.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda number, frame: None)
 
 # Begun first, so that no process is left alone with one of them at the end.
 LONGEST = ("test_documentation.py", "test_signals.py", "test_training_processes.py", "test_reproduce_papers.py")

@@ -118,7 +118,8 @@ def _give_up_privileges():
 
 
 def _run(arguments, messages, folder, limits, environment, privileged, begins):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a process that has just started
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # as in a process that has just started
     os.chdir(folder)
     os.environ |= environment
     for number, suffix in ((1, ".stdout"), (2, ".stderr")):
