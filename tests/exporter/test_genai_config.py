@@ -1,0 +1,33 @@
+"""genai_config.json for border cases; that onnxruntime-genai runs with it, test_genai.py shows."""
+
+import pytest
+
+from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.generation_config import GenerationConfig
+from dlo_export.checkpoints.interface import TOKEN_INPUTS
+from dlo_export.exporter.genai_config import genai_config
+from tests.tiny_models import save_tiny_llama
+
+
+@pytest.fixture
+def config(tmp_path):
+    return LlamaConfig.from_json(save_tiny_llama(tmp_path / "model", vocab=97) / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        (GenerationConfig(1, (2,), 0), {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}),
+        (GenerationConfig(None, (2, 5), None), {"eos_token_id": [2, 5], "pad_token_id": 2}),
+        (GenerationConfig(1, (), 97), {"bos_token_id": 1, "eos_token_id": [], "pad_token_id": 0}),
+    ],
+)
+def test_missing_and_impossible_tokens_are_left_out_or_replaced(config, generation, expected):
+    model = genai_config(config, 3, generation, TOKEN_INPUTS)["model"]
+    assert {key: value for key, value in model.items() if key.endswith("token_id")} == expected
+
+
+def test_only_inputs_that_the_graph_has_are_named(config):
+    decoder = genai_config(config, 5, GenerationConfig(), TOKEN_INPUTS[:2])["model"]["decoder"]
+    assert decoder["num_hidden_layers"] == 5
+    assert set(TOKEN_INPUTS) & decoder["inputs"].keys() == set(TOKEN_INPUTS[:2])
