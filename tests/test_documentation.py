@@ -16,6 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from dlo_export.exporter.app import app
 from tests.documents import DOCUMENTS, ROOT, commands, inline_code, python_blocks, text_of
+from tests.exporter import forked_commands
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 OURS = ("dlo", "dlo-export")
@@ -88,7 +89,11 @@ def test_commands_work_when_run_in_order(document, workplace):
             continue
         if "other-artefact/" in arguments:
             shutil.copytree(workplace / "artefact", workplace / "other-artefact")
-        result = run([installed(program), *arguments], workplace)
+        # In a process that has imported everything; that the installed programs start, tests/test_package.py shows.
+        given = arguments if program == "dlo" else ["export", *arguments]
+        process = forked_commands.start(given, workplace / "messages", working_folder=workplace)
+        process.join()
+        result = forked_commands.ended(process, workplace / "messages")
         code, _ = ENDINGS.get(shlex.join(command.arguments), (0, ""))
         assert result.returncode in {0, code}, f"{command}\n{result.stdout}\n{result.stderr}"
         assert result.stdout.strip() or result.returncode, command
