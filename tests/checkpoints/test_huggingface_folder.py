@@ -17,10 +17,10 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.opening import open_checkpoint
+from tests.checkpoints.rewriting import WEIGHTS, rewrite_json, rewrite_tensors
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 REFERENCES = Path(__file__).parents[1] / "data"
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NORM = "model.norm.weight"
 
@@ -28,16 +28,6 @@ NORM = "model.norm.weight"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save_tiny_llama(tmp_path / "tiny")
-
-
-def rewrite_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
-    """Adds, replaces and (None) removes tensors of a single-file checkpoint."""
-    tensors = load_file(folder / WEIGHTS) | changes
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
-
-
-def rewrite_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def safetensors_bytes(header: Any, data: bytes = b"") -> bytes:

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.opening import open_checkpoint
+from tests.checkpoints.rewriting import WEIGHTS, rewrite_json, rewrite_tensors
 from tests.tiny_models import save_tiny_llama
 
-WEIGHTS = "model.safetensors"
 NORM = "model.norm.weight"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save_tiny_llama(tmp_path / "tiny")
-
-
-def rewrite_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
-    """Adds, replaces and (None) removes tensors of a single-file checkpoint."""
-    tensors = load_file(folder / WEIGHTS) | changes
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
-
-
-def rewrite_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_sha256_is_that_of_the_file_when_there_is_one(folder: Path) -> None:
