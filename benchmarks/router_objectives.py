@@ -43,13 +43,18 @@ FIT_SEQUENCES, SHIFT_SEQUENCES = 32, 16
 LAYER_ROUNDS = 4
 
 
+def _rate_of_routed(rate: float, model: PreTrainedModel, routers: Mapping[int, np.ndarray]) -> float:
+    """What the routed layers' mean must be where that over all layers is a rate, the others being always active."""
+    layers: int = model.config.num_hidden_layers
+    return 1 - (1 - rate) * layers / len(routers)
+
+
 def measured(
     model: PreTrainedModel, routers: Mapping[int, np.ndarray], rate: float, text: CalibrationText
 ) -> dict[str, Any]:
     """Perplexity and active rate over all layers on the evaluation text, after one shift of the thresholds."""
     routed = with_routers(model, routers)
-    layers = model.config.num_hidden_layers
-    wanted = 1 - (1 - rate) * layers / len(routers)
+    wanted = _rate_of_routed(rate, model, routers)
     shift_thresholds(routed, lambda: sequence_scores(routed, text.calibration[:SHIFT_SEQUENCES]), wanted)
     return evaluated(routed, text)
 
@@ -67,8 +72,7 @@ def layer_by_layer(
 ) -> dict[str, Any]:
     """The same with a threshold per layer, from its own quantile: the odds of all layers' rates are moved alike."""
     routed = with_routers(model, routers)
-    layers = model.config.num_hidden_layers
-    wanted = 1 - (1 - rate) * layers / len(routers)
+    wanted = _rate_of_routed(rate, model, routers)
     sequences = text.calibration[:SHIFT_SEQUENCES]
     scores = sequence_scores(routed, sequences)
     before = {layer: float((values > 0.5).double().mean()) for layer, values in scores.items()}
