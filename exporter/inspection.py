@@ -7,10 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.lazy_tensors import all_zeros
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.artefact_check import compared_thresholds, open_description, parity_report
@@ -156,9 +156,9 @@ def _is_identity(layer: DecoderLayer) -> bool | None:
         projections = layer.projections.values()
     except GraphPassError:
         return None
-    ends = [projection.weight.const_value for projection in projections if projection.tensor in LLAMA_LAYER.branch_ends]
+    ends = [projection.contents for projection in projections if projection.tensor in LLAMA_LAYER.branch_ends]
     try:
-        return all(tensor is not None and not np.any(tensor.numpy()) for tensor in ends)
+        return all(map(all_zeros, ends))
     except (OSError, ValueError):  # of a file that is not there, is too short, or lies where onnx_ir reads none
         return None
 

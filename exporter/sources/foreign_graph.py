@@ -33,9 +33,13 @@ from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_f
 from dlo_export.exporter.sources.graph_types import infer_types
 from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.graph_passes.errors import GraphPassError
-from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.find.projections import Layout
+from dlo_export.graph_passes.weights.dense import dense_storage
+from dlo_export.graph_passes.weights.linear import linear_weight
+from dlo_export.graph_passes.weights.storage import Place, StoredRows, WeightStorage
+
+# What scales the stream behind the last layer.
+_FINAL_NORMS = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalization"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +201,7 @@ class ForeignGraph:
         named: dict[str, LazyTensor] = {}
         for layer in self._layers:
             for projection in layer.projections.values():
-                tensor = constant_tensor(projection.weight)
-                assert tensor is not None, "a projection's weight is constant"
-                name = layer_tensor_name(layer.index, projection.tensor)
-                named[name] = GraphWeight(name, tensor, projection.layout)
+                named[layer_tensor_name(layer.index, projection.tensor)] = projection.contents
         named |= _outer_weights(self._layers[0], self._layers[-1])
         head = named.get(HEAD)
         # Some exporters store a tied matrix twice.
@@ -235,48 +236,6 @@ class ForeignGraph:
 
     def close(self) -> None:
         """Nothing to unmap: onnx_ir releases its files with the model."""
-
-
-class GraphWeight:
-    """An initializer seen as a checkpoint tensor.
-
-    Args:
-        name: Hugging Face name.
-        tensor: As the graph stores it.
-        layout: Which way round that is.
-    """
-
-    def __init__(self, name: str, tensor: ir.TensorProtocol, layout: Layout) -> None:
-        self.name = name
-        self._tensor = tensor
-        self._transposed = layout == "in_out"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Hugging Face orientation, linear weights [out, in]."""
-        shape = tuple(self._tensor.shape.numpy())
-        return shape[::-1] if self._transposed else shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Element type of `numpy()`."""
-        return self._tensor.dtype.numpy()
-
-    @property
-    def nbytes(self) -> int:
-        """Size of `numpy()`."""
-        return self._tensor.nbytes
-
-    def numpy(self) -> np.ndarray:
-        """A view of the mapped tensor."""
-        return self._tensor.numpy().T if self._transposed else self._tensor.numpy()
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows of `numpy()`, mapped like it."""
-        return self.numpy()[start:stop]
-
-    def release(self) -> None:
-        """Nothing: the mapping belongs to the graph."""
 
 
 def open_foreign_graph(path: Path) -> ForeignGraph:
@@ -355,20 +314,17 @@ def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTen
     """Embedding, final norm and head: the constants before the first layer and behind the last."""
     lookup = first.input.producer()
     assert lookup is not None, "the residual stream starts at an embedding lookup"
-    embedding = constant_tensor(lookup.inputs[0])
-    assert embedding is not None
-    found: dict[str, LazyTensor] = {EMBEDDING: GraphWeight(EMBEDDING, embedding, "out_in")}
+    embedding = dense_storage(Place(lookup, 0), "out_in")
+    assert embedding is not None, "the stream starts at a table"
+    found: dict[str, WeightStorage] = {EMBEDDING: embedding}
     for node in _nodes_behind(last.output):
-        for value in node.inputs:
-            tensor = constant_tensor(value)
-            if tensor is None or tensor.size <= 1:
-                continue
-            shape = tensor.shape.numpy()
-            if shape == (last.hidden_size,) and is_op(node, "Mul", "RMSNormalization", "SimplifiedLayerNormalization"):
-                found[FINAL_NORM] = GraphWeight(FINAL_NORM, tensor, "vector")
-            elif is_op(node, "MatMul") and shape[0] == last.hidden_size:
-                found[HEAD] = GraphWeight(HEAD, tensor, "in_out")
-    return found
+        if (head := linear_weight(node)) is not None and head.shape[1] == last.hidden_size:
+            found[HEAD] = head
+        for place in (Place(node, index) for index in range(len(node.inputs)) if node.op_type in _FINAL_NORMS):
+            norm = dense_storage(place, "vector")
+            if norm is not None and norm.shape == (last.hidden_size,):
+                found[FINAL_NORM] = norm
+    return {name: StoredRows(storage, 0, storage.shape[0]) for name, storage in found.items()}
 
 
 def _nodes_behind(value: ir.Value) -> list[ir.Node]:
