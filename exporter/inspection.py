@@ -14,6 +14,7 @@ from dlo_export.checkpoints.lazy_tensors import all_zeros
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.artefact_check import compared_thresholds, open_description, parity_report
+from dlo_export.exporter.pipeline import prepare_released
 from dlo_export.exporter.sources.foreign_graph import load_graph, read_prepared
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
@@ -81,7 +82,10 @@ def inspect_model(path: Path) -> Inspection:
     ops = collections.Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in as_it_is.graph.all_nodes()
     )
-    model = as_it_is if description is not None else read_prepared(graph_path, for_inspection=True).model
+    if description is not None:
+        model = prepare_released(as_it_is)
+    else:
+        model = read_prepared(graph_path, for_inspection=True).model
     try:
         layers, problem = find_decoder_layers(model.graph), None
     except DecoderLayersNotFound as err:

@@ -23,6 +23,7 @@ from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.cleanup.inline_functions import InlineFunctionsPass
+from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.lift_constants import LiftConstantsPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
@@ -44,7 +45,14 @@ from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.graph_checks import misordered_values
-from dlo_export.graph_passes.spec.invariants import INJECTED, PLAIN, ROUTED, StageSpec, check_stage
+from dlo_export.graph_passes.spec.invariants import (
+    INJECTED,
+    PLAIN,
+    ROUTED,
+    StageSpec,
+    check_stage,
+    released_stage,
+)
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.onnxruntime.providers import CPU
@@ -66,6 +74,11 @@ class GraphSource(Protocol):
     @property
     def remembers_activity(self) -> bool:
         """Whether its graph has a state that says which cached tokens were active in a layer."""
+        ...
+
+    @property
+    def packs_weights(self) -> bool:
+        """Whether matrices of its graph may be joined; somebody else's weights stay as they are, byte for byte."""
         ...
 
     @property
@@ -111,10 +124,12 @@ class Step:
     Attributes:
         graph_pass: What runs.
         stage: What must hold afterwards.
+        released: Whether layers are not looked for in the graph afterwards.
     """
 
     graph_pass: GraphPass
     stage: StageSpec
+    released: bool = False
 
 
 def foreign_passes() -> list[GraphPass]:
@@ -142,10 +157,12 @@ def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord) -> list[Ste
         *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
         # The one lowering: tokens that skip leave the MLP's batch, or the MLP runs only where a token is active.
         *_lowering_steps(lowering, Workload()),
-        # Late, because the passes above look for projections one by one. Decode gets 4 % faster.
-        Step(FuseSiblingMatMulsPass(), lowering.stage),
+        # Late: the fewer nodes the passes above meet the better. Decode gets 4 % faster.
+        *([Step(FuseSiblingMatMulsPass(), lowering.stage)] if source.packs_weights else []),
         # transformers.js and optimum know the batch by its dimension's name.
         Step(NameBatchDimensionPass(), lowering.stage),
+        # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
+        Step(JoinSkipNormsPass(), lowering.stage, released=True),
     ]
 
 
@@ -192,6 +209,8 @@ def exposure_passes(*, routed: bool, force: bool, streams: bool) -> list[GraphPa
         streams: Give out the residual stream behind every layer.
     """
     return [
+        # Layers are found between additions.
+        SplitSkipNormsPass(),
         # Scores, and on request the decisions, which candidates must be able to share.
         *([ExposeRoutingPass(force=force)] if routed else []),
         # To name the first layer that diverges.
@@ -209,7 +228,7 @@ def run_steps(model: ir.Model, steps: list[Step]) -> ir.Model:
     check_order([step.graph_pass for step in steps])
     for step in steps:
         step.graph_pass(model)
-        check_stage(model, step.stage)
+        check_stage(model, released_stage(step.stage) if step.released else step.stage)
     return model
 
 
@@ -225,6 +244,11 @@ def prepare_foreign(model: ir.Model) -> ir.Model:
             hint="export the graph again: ONNX lists a node behind those whose outputs it reads",
         )
     return _run_passes(model, foreign_passes())
+
+
+def prepare_released(model: ir.Model) -> ir.Model:
+    """Makes the layers of a released graph findable, in place."""
+    return _run_passes(model, exposure_passes(routed=False, force=False, streams=False))
 
 
 def exposed(released: ir.Model, *, force: bool = False, streams: bool = False) -> ir.Model:

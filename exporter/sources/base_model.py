@@ -65,6 +65,10 @@ class BaseModel(Protocol):
         """Its weights under Hugging Face names, in Hugging Face orientation."""
 
     @property
+    def packs_weights(self) -> bool:
+        """Whether matrices of its graph may be joined, which changes the bytes of its weights."""
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What it has that is not taken over as it is, one sentence each, for the user to be shown."""
 

@@ -91,6 +91,11 @@ class CheckpointModel:
         own = self.checkpoint.sha256()
         return own if self.lora is None else hashlib.sha256(f"{own}\n{self.lora.sha256()}\n".encode()).hexdigest()
 
+    @property
+    def packs_weights(self) -> bool:
+        """Yes: its graph is ours."""
+        return True
+
     def graph_dtype(self, choice: str) -> str:
         """As asked: the graph is built from the weights. auto is for ONNX Runtime's CPU provider, fp32."""
         return "fp32" if choice == "auto" else choice

@@ -78,6 +78,11 @@ class ForeignGraph:
         """None: of routers in a graph nothing is known."""
         return None
 
+    @property
+    def packs_weights(self) -> bool:
+        """No: what is not touched stays as it is."""
+        return False
+
     def graph_dtype(self, choice: str) -> str:
         """Its own.
 

@@ -58,6 +58,11 @@ class ExportSource:
         return self.base.num_layers if self.adapter is None else self.adapter.num_layers
 
     @property
+    def packs_weights(self) -> bool:
+        """Whether matrices of its graph may be joined."""
+        return self.base.packs_weights
+
+    @property
     def tensorrt_refusal(self) -> str | None:
         """Why its graph cannot be given TensorRT's interface; None where it can."""
         refusal = self.base.why_not("TensorRT")
