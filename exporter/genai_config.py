@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dlo_export.checkpoints.config import LlamaConfig
@@ -82,6 +82,18 @@ def genai_config(
             "no_repeat_ngram_size": 0,
         },
     }
+
+
+def carried_genai_config(given: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Somebody's genai_config.json for the deepened graph: how its cache is shared, which provider runs it, stays.
+
+    Args:
+        given: As it stood beside the graph.
+        num_layers: Of the deepened model.
+    """
+    model = given["model"]
+    decoder = {**model["decoder"], "filename": "model.onnx", "num_hidden_layers": num_layers}
+    return {**given, "model": {**model, "decoder": decoder}}
 
 
 def _special_tokens(config: LlamaConfig, generation: GenerationConfig) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimens
 from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
+from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
@@ -151,6 +152,8 @@ def foreign_passes() -> list[GraphPass]:
 def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord) -> list[Step]:
     """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
     return [
+        # Runtimes make an empty cache by what its inputs say.
+        Step(StateCacheSizesPass(), PLAIN),
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
         # The masked form is exact standard ONNX, and the oracle for what follows.

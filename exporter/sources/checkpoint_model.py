@@ -96,6 +96,10 @@ class CheckpointModel:
         """Yes: its graph is ours."""
         return True
 
+    @property
+    def client_settings(self) -> None:
+        """None: what fits its graph is written by the export."""
+
     def graph_dtype(self, choice: str) -> str:
         """As asked: the graph is built from the weights. auto is for ONNX Runtime's CPU provider, fp32."""
         return "fp32" if choice == "auto" else choice

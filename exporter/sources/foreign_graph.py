@@ -22,7 +22,7 @@ from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.file_inside import file_inside
-from dlo_export.checkpoints.files.json_file import save_json
+from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer
 from dlo_export.checkpoints.interface import TOKEN_INPUTS
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
@@ -34,7 +34,7 @@ from dlo_export.exporter.sources.graph_types import infer_types
 from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.weights.dense import dense_storage
+from dlo_export.graph_passes.weights.dense import DenseStorage, dense_storage
 from dlo_export.graph_passes.weights.linear import linear_weight
 from dlo_export.graph_passes.weights.storage import Place, StoredRows, WeightStorage
 
@@ -83,6 +83,27 @@ class ForeignGraph:
         """No: what is not touched stays as it is."""
         return False
 
+    @functools.cached_property
+    def client_settings(self) -> Mapping[str, Any] | None:
+        """The genai_config.json beside the graph, where it is about this graph.
+
+        Raises:
+            CheckpointError: It is no JSON object, or of another model.
+        """
+        path = _beside(self.path, "genai_config.json")
+        if path is None:
+            return None
+        settings = read_json(path)
+        decoder = settings.get("model", {}).get("decoder", {}) if isinstance(settings.get("model"), dict) else {}
+        if not isinstance(decoder, dict) or decoder.get("filename") != self.path.name:
+            return None  # of a pipeline of several graphs, or of the graph beside this one
+        if (layers := decoder.get("num_hidden_layers")) != self.num_layers:
+            raise CheckpointError(
+                f"{path}: model.decoder.num_hidden_layers is {layers}, {self.path.name} has {self.num_layers} layers",
+                hint="put the genai_config.json of the exported model beside the graph, or take it away",
+            )
+        return settings
+
     def graph_dtype(self, choice: str) -> str:
         """Its own.
 
@@ -122,13 +143,24 @@ class ForeignGraph:
                 return Refusal(
                     "is an ONNX graph, whose attention and cache stay what they are", "export the checkpoint with --trt"
                 )
-            case "parity" if self.config is None:
-                return Refusal(
-                    "no config.json lies beside the graph, so there is no PyTorch model of it",
-                    "put the config.json of the exported model beside the graph",
-                )
+            case "parity":
+                return self._why_no_pytorch()
             case _:
                 return None
+
+    def _why_no_pytorch(self) -> Refusal | None:
+        if self.config is None:
+            return Refusal(
+                "no config.json lies beside the graph, so there is no PyTorch model of it",
+                "put the config.json of the exported model beside the graph",
+            )
+        storages = (projection.storage for layer in self._layers for projection in layer.projections.values())
+        if all(isinstance(storage, DenseStorage) for storage in storages):
+            return None
+        return Refusal(
+            "its weights are quantised, which PyTorch does not compute with as ONNX Runtime does",
+            "compare it with its own masked form, as the export does",
+        )
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
         """As it was exported: `dtype` is its own already (`graph_dtype`)."""
@@ -157,6 +189,7 @@ class ForeignGraph:
                 f"{self.path}: its layers have routers already, and an adapter's would be added to them",
                 hint="give the model it was made from, a checkpoint or a graph, and the adapter",
             )
+        _ = self.client_settings  # refused before the work, if it is
         if self.config is None:
             return
         found = {"layers": self.num_layers, **_cache_sizes(self._layers[0]), **self.tensor_shapes()}

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from dlo_export.graph_passes.cleanup.split_skip_norms import FUSED, SplitSkipNormsPass
 from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
 from dlo_export.graph_passes.rewriting import replace_value
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass, forget_run, passes_run
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
@@ -28,9 +29,9 @@ class JoinSkipNormsPass(GraphPass):
         n, _, _, s = com.microsoft.SkipSimplifiedLayerNormalization <epsilon> (x, branch, weight)
 
     ONNX Runtime fuses neither of the two norms by itself. Optional, and only in a graph that had such nodes: there the
-    additions of injected layers and of routed ones in masked form are fused too. Where a lowering has put something
-    else in an addition's place, the norm stays by itself. Layers are not found in the graph any more, before it is
-    split again. Scope: main graph.
+    additions of injected layers are fused too. Around a routed branch the norms stay by themselves in the masked form
+    as in every other one, because the fused operator rounds in its own way. Layers are not found in the graph any
+    more, before it is split again. Scope: main graph.
     """
 
     nodes_from: ClassVar[Border | None] = "plain"
@@ -39,11 +40,21 @@ class JoinSkipNormsPass(GraphPass):
         """Fuse every addition that one norm reads."""
         if SplitSkipNormsPass.__name__ not in {run.name for run in passes_run(model)}:
             return False
-        for norm in list(model.graph):
-            if is_op(norm, "RMSNormalization", "SimplifiedLayerNormalization"):
+        nodes = list(model.graph)
+        routed = {value for node in nodes if _adds_masked_branch(node) for value in (*node.inputs, *node.outputs)}
+        for norm in nodes:
+            if is_op(norm, "RMSNormalization", "SimplifiedLayerNormalization") and norm.inputs[0] not in routed:
                 _join(model.graph, norm)
         forget_run(model, SplitSkipNormsPass.__name__)
         return True
+
+
+def _adds_masked_branch(node: ir.Node) -> bool:
+    if not is_op(node, "Add"):
+        return False
+    sources = [value.producer() for value in node.inputs if value is not None]
+    masks = [source for source in sources if source is not None and is_op(source, "Where")]
+    return any(mask.metadata_props.get(PASS_KEY) == RouteLayersPass.__name__ for mask in masks)
 
 
 def _join(graph: ir.Graph, norm: ir.Node) -> None:

@@ -41,7 +41,8 @@ class OnnxRuntimeRunner(GrowingRunner):
         name = name or model_name(model)
         self._session = DecoderSession(model, name, "growing", session)
         self._cache: GrowingCache | None = None
-        super().__init__(name, self._session.interface, thresholds=thresholds)
+        takes_padding = self._session.takes_padding
+        super().__init__(name, self._session.interface, thresholds=thresholds, takes_padding=takes_padding)
 
     def _empty_cache(self, batch: int) -> None:
         shapes = self._interface.state_shapes(batch)

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from dlo_export.checkpoints.dtypes import BFLOAT16
+from dlo_export.checkpoints.interface import LEFT_PADDING
 from dlo_export.plugins.ort_registration import register_library
 from dlo_export.runtimes.decoder_interface import CacheKind, DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
@@ -68,6 +69,12 @@ class DecoderSession:
                 f"{name}: {bfloat16[0]} is bfloat16, which ONNX Runtime takes from no NumPy array",
                 hint="export the model in fp16 or fp32 for ONNX Runtime",
             )
+
+    @property
+    def takes_padding(self) -> bool:
+        """What the graph's metadata say; graphs that say nothing take it."""
+        metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        return metadata.get(LEFT_PADDING) != "no"
 
     def state_type(self, key: str) -> np.dtype:
         """Element type of a state input."""

@@ -66,13 +66,27 @@ def test_weights_of_optimums_graph_are_those_of_its_checkpoint():
     assert graph.tensor_shapes() == graph.config.tensor_shapes()
 
 
-def test_parity_says_why_it_cannot_run_when_there_is_no_config(adapter, tmp_path):
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    shutil.copy(GRAPH, alone)
-    result = export_model(ExportRequest(str(alone / "model.onnx"), tmp_path / "out", adapter=adapter), Reporter())
-    assert result.description.parity.verdict == "NOT RUN"
-    assert "config.json" in result.description.parity.reason
+@pytest.fixture
+def alone(tmp_path):
+    """The graph without a config.json."""
+    (tmp_path / "alone").mkdir()
+    return shutil.copy(GRAPH, tmp_path / "alone")
+
+
+def test_parity_is_with_the_graphs_own_masked_form_when_there_is_no_config(alone, adapter, tmp_path):
+    result = export_model(ExportRequest(str(alone), tmp_path / "out", adapter=adapter), Reporter())
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    report = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert report["reference"] == "its own masked form"
+    assert any("left-padded" in case["case"] for case in report["cases"])
+
+
+def test_parity_says_why_it_cannot_run_when_there_is_neither_config_nor_another_form(alone, adapter, tmp_path):
+    request = ExportRequest(str(alone), tmp_path / "out", adapter=adapter, lowering="masked")
+    parity = export_model(request, Reporter()).description.parity
+    assert parity.verdict == "NOT RUN"
+    assert "config.json" in parity.reason
+    assert "the masked graph would be compared with itself" in parity.reason
 
 
 def test_graph_is_refused_when_external_weights_are_missing_or_short(tmp_path):

@@ -2,19 +2,26 @@
 
 import collections
 import functools
+import json
+import shutil
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+import onnxruntime_genai as og
 import pytest
 from safetensors.numpy import load_file
 
 from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
+from dlo_export.runtimes.errors import StepError
+from dlo_export.runtimes.generation.generate import generate
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from tests.foreign_graphs import save_routed_adapter
 from tests.genai_graphs import FORMS, save_genai_graph
 
@@ -63,13 +70,20 @@ def test_weights_are_those_of_the_checkpoint(graph, form):
         assert np.abs(tensor.numpy().astype(np.float32) - wanted[name]).max() <= allowed, name
 
 
+def exported(path, output, *, adapter=None, **options):
+    """An export of a graph: routed by an adapter, or deepened by layers that add nothing."""
+    if adapter is None:
+        adapter = output.with_name(f"{output.name}-adapter")
+        save_adapter(expansion_adapter(open_foreign_graph(path).tensors, placements("tli", 3, every=1)), adapter)
+    return export_model(ExportRequest(str(path), output, adapter=adapter, **options), Reporter())
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_logits_stay_when_layers_that_add_nothing_are_injected(graph, form, tmp_path):
-    path = graph(form)
-    opened = open_foreign_graph(path)
-    save_adapter(expansion_adapter(opened.tensors, placements("tli", 3, every=1)), tmp_path / "adapter")
-    export_model(ExportRequest(str(path), tmp_path / "out", adapter=tmp_path / "adapter"), Reporter())
-    steps = (4, 1, 2)
+    path, steps = graph(form), (4, 1, 2)
+    result = exported(path, tmp_path / "out")
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    assert "against the graph as it was" in result.parity_summary
     before, after = logits(path, steps), logits(tmp_path / "out" / "model.onnx", steps)
     # In float16 the fused norm reads a sum that is not rounded yet; what adds nothing to it rounds it.
     assert np.abs(after - before).max() <= (1e-3 * np.abs(before).max() if form == "fp16" else 0)
@@ -90,9 +104,65 @@ def test_lowerings_equal_the_masked_graph_when_routed(graph, form, tmp_path):
     adapter = save_routed_adapter(graph(form), tmp_path / "adapter")
     found = {}
     for lowering in ("masked", "compact", "if"):
-        request = ExportRequest(str(graph(form)), tmp_path / lowering, adapter=adapter, lowering=lowering)
-        export_model(request, Reporter())
+        result = exported(graph(form), tmp_path / lowering, adapter=adapter, lowering=lowering)
+        parity = result.description.parity
+        assert parity.verdict == ("NOT RUN" if lowering == "masked" else "PASS"), parity.reason
         found[lowering] = logits(tmp_path / lowering / "model.onnx", (4, 1, 1))
     assert np.abs(found["masked"] - logits(graph(form), (4, 1, 1))).max() > 0.1
     for lowering in ("compact", "if"):
         assert np.abs(found[lowering] - found["masked"]).max() <= 1e-5
+
+
+def test_genai_config_goes_with_the_graph_and_counts_its_layers(graph, tmp_path):
+    path = graph("int4")
+    before = json.loads((path.parent / "genai_config.json").read_text())
+    save_adapter(
+        expansion_adapter(open_foreign_graph(path).tensors, placements("tli", 3, every=1)), tmp_path / "adapter"
+    )
+    export_model(ExportRequest(str(path), tmp_path / "out", adapter=tmp_path / "adapter", parity=False), Reporter())
+    after = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert after["search"]["past_present_share_buffer"] is True
+    assert after["model"]["decoder"].pop("num_hidden_layers") == 6
+    assert before["model"]["decoder"].pop("num_hidden_layers") == 3
+    assert after == before
+
+
+def test_onnxruntime_genai_runs_the_routed_graph_as_it_ran_the_first(graph, tmp_path):
+    path = graph("int4")
+    exported(path, tmp_path / "out", adapter=save_routed_adapter(path, tmp_path / "adapter"), parity=False)
+    prompt = list(range(5, 14))
+    with OnnxRuntimeRunner(tmp_path / "out" / "model.onnx") as runner:
+        (wanted,) = generate(runner, [prompt], max_new_tokens=8).sequences
+    assert genai_tokens(tmp_path / "out", prompt, 8) == wanted
+    assert genai_tokens(path.parent, prompt, 8) != wanted  # it is routed
+
+
+def genai_tokens(folder, prompt, count):
+    """Greedy tokens of onnxruntime-genai, its cache in one shared buffer."""
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + count, min_length=len(prompt) + count, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array([prompt], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return generator.get_sequence(0).tolist()[len(prompt) :]
+
+
+def test_runner_refuses_padding_when_attention_counts_tokens(graph, tmp_path):
+    path = graph("fp32")
+    exported(path, tmp_path / "out", adapter=save_routed_adapter(path, tmp_path / "adapter"), parity=False)
+    with (
+        OnnxRuntimeRunner(tmp_path / "out" / "model.onnx") as runner,
+        pytest.raises(StepError, match="counts tokens") as error,
+    ):
+        generate(runner, [[5, 6, 7], [8, 9]], max_new_tokens=2)
+    assert "sequences of one length" in error.value.hint
+
+
+def test_settings_beside_the_graph_are_refused_when_they_are_of_another(graph, tmp_path):
+    shutil.copytree(graph("fp32").parent, tmp_path / "graph")
+    file = tmp_path / "graph" / "genai_config.json"
+    file.write_text(file.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is 4, model\.onnx has 3 layers"):
+        open_foreign_graph(tmp_path / "graph" / "model.onnx")

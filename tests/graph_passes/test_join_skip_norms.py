@@ -33,15 +33,13 @@ def test_joined_graph_is_the_one_that_was_split(opset: int) -> None:
         np.testing.assert_array_equal(found, run_model(before, tiny_feeds())[name])
 
 
-def test_sum_is_shared_when_a_router_reads_it_too() -> None:
+def test_norm_stays_by_itself_when_a_routed_branch_begins_with_it() -> None:
     model = ir.from_onnx_text(_fused())
     SplitSkipNormsPass()(model)
     RouteLayersPass({0: np.ones(2)})(model)
-    before = run_model(model, tiny_feeds())
+    before = _ops(model)
     JoinSkipNormsPass()(model)
-    assert "RMSNormalization" not in _ops(model)
-    for name, found in run_model(model, tiny_feeds()).items():
-        np.testing.assert_allclose(found, before[name], rtol=1e-6)
+    assert _ops(model) == before
 
 
 def test_graph_is_left_alone_when_nothing_was_split() -> None:
