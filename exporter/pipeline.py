@@ -28,6 +28,7 @@ from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.lift_constants import LiftConstantsPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
 from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
+from dlo_export.graph_passes.cleanup.remove_identities import RemoveIdentitiesPass
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
@@ -140,6 +141,8 @@ def foreign_passes() -> list[GraphPass]:
         InlineFunctionsPass(),
         # Weights are initializers of the main graph, also what was a Constant, the default of an input, or in a branch.
         LiftConstantsPass(),
+        # Nobody has to look through them, however many there are.
+        RemoveIdentitiesPass(),
         # What nothing reads would look like a fork of the stream, or be an input that nobody knows what to feed.
         RemoveUnusedPass(),
         # New nodes are named after old ones.

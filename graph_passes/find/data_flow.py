@@ -143,6 +143,27 @@ def is_constant(value: ir.Value | None) -> bool:
     return False
 
 
+class ConstantValues:
+    """Which values `is_constant` holds for, in a graph that does not change meanwhile: each one is looked at once.
+
+    Asked one by one, every value of a long chain would be followed to the chain's beginning.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[ir.Value, bool] = {}
+
+    def __contains__(self, value: ir.Value) -> bool:
+        path: list[ir.Value] = []
+        current: ir.Value | None = value
+        while current is not None and current not in self._known and ir.convenience.get_const_tensor(current) is None:
+            path.append(current)
+            node = current.producer()
+            current = node.inputs[0] if node is not None and is_op(node, "Identity", *_CONSTANT_FOLDED) else None
+        found = current is not None and self._known.get(current, not current.is_graph_input())
+        self._known.update(dict.fromkeys(path, found))
+        return found
+
+
 def constant_scalar(value: ir.Value | None) -> float | None:
     """The number a constant of one element holds, else None."""
     tensor = constant_tensor(value)

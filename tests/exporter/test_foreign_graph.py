@@ -106,6 +106,17 @@ def test_graph_is_refused_when_it_is_no_model(tmp_path):
         open_foreign_graph(tmp_path / "model.onnx")
 
 
+def test_graph_is_deepened_when_its_cache_is_listed_in_another_order(adapter, tmp_path):
+    shutil.copytree(GRAPH.parent, tmp_path / "model")
+    model = ir.load(GRAPH)
+    for interface in (model.graph.inputs, model.graph.outputs):
+        interface[:] = sorted(interface, key=lambda value: value.name[::-1])
+    ir.save(model, tmp_path / "model" / "model.onnx")
+    request = ExportRequest(str(tmp_path / "model" / "model.onnx"), tmp_path / "out", adapter=adapter)
+    result = export_model(request, Reporter())
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+
+
 def test_adapter_is_refused_when_it_is_for_another_model(tmp_path):
     hidden = 8
     tensors = {"model.routers.0.weight": ArrayTensor(np.zeros((1, hidden), np.float32))}
