@@ -19,6 +19,7 @@ from dlo_export.exporter.sources.foreign_graph import load_graph, read_prepared
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.find.layer_form import layer_form
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, ArtefactDescription, description_json
@@ -35,7 +36,8 @@ class Inspection:
         ops: Count of every operator, subgraphs included, most frequent first.
         bytes: Of the weights by part: embedding and head, attention, MLP, routers, other.
         layers: Per decoder layer: index, injected, routed, identity (None where the graph alone does not tell), bytes,
-            and threshold: the score that an active token's exceeds, None where nothing is routed.
+            threshold: the score that an active token's exceeds, None where nothing is routed; attention and weights:
+            how they are written, weights None where they cannot be told apart, and problem: why not.
         layers_problem: Why no layers were found; None where they were.
         description: dlo_artifact.json, where there is one.
         parity_report: The verdict in an artefact's parity.json; None where there is none.
@@ -151,6 +153,7 @@ def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: ArtefactDescri
         "threshold": compared_thresholds(graph).get(layer.index, ONE_HALF) if routed else None,
         "identity": _is_identity(layer) if said is None else said.identity,
         "bytes": sum(_weight_bytes(graph, layer.nodes).values()),
+        **dataclasses.asdict(layer_form(layer)),
     }
 
 

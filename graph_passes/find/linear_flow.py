@@ -14,7 +14,7 @@ from dlo_export.graph_passes.weights.linear import linear_weight
 from dlo_export.graph_passes.weights.storage import Place, WeightStorage
 
 # Attention ops that take query, key, value as inputs 0, 1, 2 and return the present key and value as outputs 1, 2.
-_ATTENTION_OPS = (("", "Attention"), ("com.microsoft", "GroupQueryAttention"), ("com.microsoft", "MultiHeadAttention"))
+ATTENTION_OPS = (("", "Attention"), ("com.microsoft", "GroupQueryAttention"), ("com.microsoft", "MultiHeadAttention"))
 
 
 class Part(NamedTuple):
@@ -58,7 +58,7 @@ class LinearFlow:
             if (matrix := linear_weight(node)) is not None:
                 self.matrices.append(matrix)
                 self._set(node.outputs[0], Part(matrix, 0, matrix.shape[0]))
-            elif (node.domain, node.op_type) in _ATTENTION_OPS:
+            elif (node.domain, node.op_type) in ATTENTION_OPS:
                 self._trace_attention(node)
             elif not self._trace_columns(node):
                 self._nearest.update(dict.fromkeys(node.outputs, self.union(node.inputs)))

@@ -43,6 +43,11 @@ class DenseStorage(WeightStorage):
         """The one."""
         return (self._constant,)
 
+    @property
+    def form(self) -> str:
+        """Its element type."""
+        return self.dtype.name.lower()
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         """A view of the mapped tensor."""
         array = self._tensor.numpy()

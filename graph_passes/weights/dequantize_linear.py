@@ -72,6 +72,12 @@ class DequantizedStorage(WeightStorage):
         """Codes, scales and, where there are any, zero points."""
         return tuple(self._constants.values())
 
+    @property
+    def form(self) -> str:
+        """Bits and size of a block, and that they are dequantised by a node of their own."""
+        blocks = "by output" if self._block == self.shape[1] else f"in blocks of {self._block}"
+        return f"{self._bits} bits {blocks} (DequantizeLinear)"
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Dequantised."""
         stop = min(stop, self.shape[0])

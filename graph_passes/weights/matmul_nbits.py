@@ -77,6 +77,11 @@ class NBitsStorage(WeightStorage):
         """Codes, scales and, where blocks have them, zero points."""
         return tuple(self._values.values())
 
+    @property
+    def form(self) -> str:
+        """Bits and size of a block."""
+        return f"{self._bits} bits in blocks of {self._block}"
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Dequantised."""
         stop = min(stop, self.shape[0])

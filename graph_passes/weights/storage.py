@@ -50,6 +50,11 @@ class WeightStorage(abc.ABC):
     def constants(self) -> tuple[ir.Value, ...]:
         """Initializers or outputs of Constant nodes that hold it, the largest first."""
 
+    @property
+    @abc.abstractmethod
+    def form(self) -> str:
+        """In a word or two, for people."""
+
     @abc.abstractmethod
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop` in the shape of a checkpoint, of type `dtype`."""

@@ -16,6 +16,7 @@ from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.errors import CheckpointError
+from dlo_export.exporter.app import app
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
@@ -111,6 +112,34 @@ def test_lowerings_equal_the_masked_graph_when_routed(graph, form, tmp_path):
     assert np.abs(found["masked"] - logits(graph(form), (4, 1, 1))).max() > 0.1
     for lowering in ("compact", "if"):
         assert np.abs(found[lowering] - found["masked"]).max() <= 1e-5
+
+
+SAID = {
+    "fp32": "attention GroupQueryAttention; weights float; q_proj+k_proj+v_proj packed",
+    "int4, gate and up packed": "weights 4 bits in blocks of 32; q_proj+k_proj+v_proj packed; gate_proj+up_proj packed",
+    "int4, DequantizeLinear": "weights 4 bits in blocks of 32 (DequantizeLinear); q_proj+k_proj+v_proj packed",
+    "int8": "weights 8 bits in blocks of 32; q_proj+k_proj+v_proj packed",
+}
+
+
+@pytest.mark.parametrize(("form", "said"), SAID.items(), ids=SAID)
+def test_inspection_says_how_the_layers_are_written(graph, form, said, capsys):
+    app(["inspect", str(graph(form))], standalone_mode=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "layers 0 to 2: attention GroupQueryAttention" in shown
+    assert said in shown
+
+
+def test_inspection_names_the_layer_and_what_stands_there_when_weights_are_not_told_apart(graph, tmp_path, capsys):
+    shutil.copytree(graph("int4").parent, tmp_path / "graph")
+    model = ir.load(tmp_path / "graph" / "model.onnx")
+    (broken,) = [node for node in model.graph if node.name == "/model/layers.1/mlp/up_proj/MatMul_Q4"]
+    broken.attributes.add(ir.AttrInt64("weight_prepacked", 1))
+    ir.save(model, tmp_path / "graph" / "model.onnx")
+    app(["inspect", str(tmp_path / "graph" / "model.onnx")], standalone_mode=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "layer 1: attention GroupQueryAttention; weights not told apart projections of layer 1: " in shown
+    assert "up_proj/MatMul_Q4': its weight has attribute weight_prepacked; expected codes of 2, 4 or 8 bits" in shown
 
 
 def test_genai_config_goes_with_the_graph_and_counts_its_layers(graph, tmp_path):
