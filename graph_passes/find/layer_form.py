@@ -17,7 +17,7 @@ class LayerForm:
     """What was found in a layer, in words.
 
     Attributes:
-        attention: Its operator, or "apart" where it is spelled out; what else reads the cached keys, in brackets.
+        attention: Its operator, or that it is spelled out; what else reads the cached keys, in brackets.
         weights: How most of its matrices are stored, and which of them lie side by side; None where they could not be
             told apart.
         problem: Why they could not: what was expected, and what stands there; None where they could.
@@ -41,7 +41,7 @@ def _attention(layer: DecoderLayer) -> str:
     operators = [node.op_type for node in layer.attention.nodes if (node.domain, node.op_type) in ATTENTION_OPS]
     readers = {node.op_type for node in layer.past_key.consumers()} - {"Shape", *operators}
     cache = f" (cache: {', '.join(sorted(readers))})" if readers else ""
-    return f"{', '.join(operators) or 'apart'}{cache}"
+    return f"{', '.join(operators) or 'spelled out'}{cache}"
 
 
 def _weights(layer: DecoderLayer) -> str:
