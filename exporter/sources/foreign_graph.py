@@ -32,6 +32,7 @@ from dlo_export.exporter.sources.base_model import Refusal, Use
 from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file, tensor_problems
 from dlo_export.exporter.sources.graph_types import infer_types
 from dlo_export.exporter.sources.model_proto import parsed_model
+from dlo_export.exporter.sources.vendor_nodes import check_vendor_nodes
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.weights.dense import DenseStorage, dense_storage
@@ -305,6 +306,7 @@ def read_prepared(path: Path, *, for_inspection: bool = False) -> ForeignFile:
     """
     file = read_foreign_file(path, for_inspection=for_inspection)
     try:
+        check_vendor_nodes(file.model, for_inspection=for_inspection)
         prepare_foreign(file.model)
         infer_types(file.model)
     except GraphPassError as err:
