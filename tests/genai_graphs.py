@@ -22,6 +22,9 @@ FORMS = {
     "int4, zero points": ("int4", "cpu", "is_symmetric=false"),
     "int4, DequantizeLinear": ("int4", "cpu", "use_qdq=true"),
     "int8": ("int8", "cpu"),
+    # Of a checkpoint whose head is the embedding; its codes are shared too.
+    "fp32, tied": ("fp32", "cpu"),
+    "int4, tied": ("int4", "cpu"),
 }
 
 
@@ -37,9 +40,8 @@ def save_genai_graph(folder: Path, form: str, layers: int = 3) -> Path:
         The .onnx file; the checkpoint is the folder "checkpoint" beside its folder.
     """
     checkpoint, output, cache = folder / "checkpoint", folder / "graph", folder / "cache"
-    save_tiny_llama(
-        checkpoint, hidden=64, intermediate=96, layers=layers, vocab=BYTE_VOCABULARY, tokenizer=True, seed=3
-    )
+    sizes = {"hidden": 64, "intermediate": 96, "layers": layers, "vocab": BYTE_VOCABULARY}
+    save_tiny_llama(checkpoint, **sizes, tie="tied" in form, tokenizer=True, seed=3)
     precision, provider, *options = FORMS[form]
     arguments = ("", str(checkpoint), str(output), precision, provider, str(cache))
     quantizer = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")

@@ -32,10 +32,11 @@ from dlo_export.exporter.sources.base_model import Refusal, Use
 from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file, tensor_problems
 from dlo_export.exporter.sources.graph_types import infer_types
 from dlo_export.exporter.sources.model_proto import parsed_model
-from dlo_export.exporter.sources.vendor_nodes import check_vendor_nodes
+from dlo_export.exporter.sources.vendor_nodes import check_vendor_nodes, check_vendor_types
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.weights.dense import DenseStorage, dense_storage
+from dlo_export.graph_passes.weights.embedding import embedding_table
 from dlo_export.graph_passes.weights.linear import linear_weight
 from dlo_export.graph_passes.weights.storage import Place, StoredRows, WeightStorage
 
@@ -309,6 +310,7 @@ def read_prepared(path: Path, *, for_inspection: bool = False) -> ForeignFile:
         check_vendor_nodes(file.model, for_inspection=for_inspection)
         prepare_foreign(file.model)
         infer_types(file.model)
+        check_vendor_types(file.model)
     except GraphPassError as err:
         raise InputError(f"{path}: {err.message}", hint=err.hint) from err
     return file
@@ -354,9 +356,9 @@ def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTen
     """Embedding, final norm and head: the constants before the first layer and behind the last."""
     lookup = first.input.producer()
     assert lookup is not None, "the residual stream starts at an embedding lookup"
-    embedding = dense_storage(Place(lookup, 0), "out_in")
+    embedding = embedding_table(lookup)
     assert embedding is not None, "the stream starts at a table"
-    found: dict[str, WeightStorage] = {EMBEDDING: embedding}
+    found: dict[str, WeightStorage] = {}
     for node in _nodes_behind(last.output):
         if (head := linear_weight(node)) is not None and head.shape[1] == last.hidden_size:
             found[HEAD] = head
@@ -364,7 +366,8 @@ def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTen
             norm = dense_storage(place, "vector")
             if norm is not None and norm.shape == (last.hidden_size,):
                 found[FINAL_NORM] = norm
-    return {name: StoredRows(storage, 0, storage.shape[0]) for name, storage in found.items()}
+    behind = {name: StoredRows(storage, 0, storage.shape[0]) for name, storage in found.items()}
+    return {EMBEDDING: embedding, **behind}
 
 
 def _nodes_behind(value: ir.Value) -> list[ir.Node]:

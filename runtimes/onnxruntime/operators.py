@@ -22,12 +22,14 @@ class Operator:
         required: Attributes that have no default.
         inputs: The smallest and the largest number of them.
         outputs: Likewise.
+        input_types: Of each input, the letter that inputs of one type share, and which types it stands for.
     """
 
     attributes: Mapping[str, str]
     required: frozenset[str]
     inputs: tuple[int, int]
     outputs: tuple[int, int]
+    input_types: tuple[tuple[str, frozenset[str]], ...]
 
 
 @functools.cache
@@ -44,6 +46,12 @@ def own_operators() -> Mapping[str, Operator]:
             frozenset(name for name, attribute in schema.attributes.items() if attribute.required),
             (schema.min_input, schema.max_input),
             (schema.min_output, schema.max_output),
+            tuple((each.typeStr, frozenset(map(_element_type, each.types))) for each in schema.inputs),
         )
         for schema in schemas
     }
+
+
+def _element_type(type_: str) -> str:
+    """Of a tensor: float16 for tensor(float16)."""
+    return type_.removeprefix("tensor(").removesuffix(")")

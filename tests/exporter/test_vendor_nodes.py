@@ -3,7 +3,7 @@
 import onnx_ir as ir
 import pytest
 
-from dlo_export.exporter.sources.vendor_nodes import check_vendor_nodes
+from dlo_export.exporter.sources.vendor_nodes import check_vendor_nodes, check_vendor_types
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.runtimes.onnxruntime.operators import own_operators
 
@@ -35,6 +35,20 @@ def test_nodes_are_refused_by_name_when_they_are_not(body: str, problem: str) ->
     with pytest.raises(GraphPassError, match="not what the installed ONNX Runtime declares") as error:
         check_vendor_nodes(ir.from_onnx_text(f"{HEAD} {body}"), for_inspection=False)
     assert f": {problem}" in str(error.value)
+
+
+TYPES = {
+    "none of its own": ("float[4] w", "int64[4] w", "'w' is int64, expected bfloat16 or float or float16"),
+    "another than the others": ("float[4] w", "float16[4] w", "'w' is float16, others of its type float"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "problem"), TYPES.values(), ids=TYPES)
+def test_nodes_are_refused_when_they_read_values_of_other_types(old: str, new: str, problem: str) -> None:
+    check_vendor_types(ir.from_onnx_text(f"{HEAD} {GOOD}"))
+    with pytest.raises(GraphPassError) as error:
+        check_vendor_types(ir.from_onnx_text(f"{HEAD} {GOOD}".replace(old, new)))
+    assert problem in str(error.value)
 
 
 def test_what_a_newer_onnxruntime_may_know_is_let_pass_when_a_graph_is_only_looked_at() -> None:
