@@ -20,6 +20,7 @@ from dlo_export.exporter.app import app
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
+from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
@@ -114,6 +115,15 @@ def test_lowerings_equal_the_masked_graph_when_routed(graph, form, tmp_path):
     assert np.abs(found["masked"] - logits(graph(form), (4, 1, 1))).max() > 0.1
     for lowering in ("compact", "if"):
         assert np.abs(found[lowering] - found["masked"]).max() <= 1e-5
+
+
+def test_branches_are_refused_when_weights_are_dequantised_by_nodes(graph, tmp_path):
+    path = graph("int4, DequantizeLinear")
+    adapter = save_routed_adapter(path, tmp_path / "adapter")
+    with pytest.raises(GraphPassError, match=r"layer 0: DequantizeLinear node .* which no branch can leave out"):
+        exported(path, tmp_path / "out", adapter=adapter, lowering="if")
+    assert not (tmp_path / "out").exists()
+    assert exported(path, tmp_path / "out", adapter=adapter).description.lowering == "compact"
 
 
 SAID = {
