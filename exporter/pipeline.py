@@ -318,7 +318,8 @@ def build_captured_model(
         problems.append(f"a cache of {max_cache} slots, expected at least 1")
     if problems:
         raise InputError(
-            f"a static cache for ONNX Runtime: {'; '.join(problems)}", hint="export without it, or choose --lowering plugin"
+            f"a static cache for ONNX Runtime: {'; '.join(problems)}",
+            hint="export without it, or choose --lowering plugin",
         )
     return run_steps(_plain(source, dtype), captured_steps(source, record, max_cache))
 

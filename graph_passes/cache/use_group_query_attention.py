@@ -109,9 +109,7 @@ class UseGroupQueryAttentionPass(GraphPass):
         """The operator's int32 [batch], one less than there are tokens, put in front of the first attention."""
         new = TaggedNodes(type(self).__name__, None)
         one = shared_constant(graph, "model.kv_lengths.one", np.array(1, np.int64))
-        less = new.add(
-            "Sub", kv_lengths, one, name="model.kv_lengths.less", dtype=ir.DataType.INT64, shape=("batch",)
-        )
+        less = new.add("Sub", kv_lengths, one, name="model.kv_lengths.less", dtype=ir.DataType.INT64, shape=("batch",))
         int32 = ir.DataType.INT32
         past = new.add("Cast", less, name="model.kv_lengths.int32", dtype=int32, shape=("batch",), to=int(int32))
         graph.insert_before(first.node, new.nodes)
@@ -163,27 +161,22 @@ def _rotation(value: ir.Value) -> ir.Node | None:
 
 def _rotary_frequencies(attention: CachedAttention) -> np.ndarray | str:
     """What a position is multiplied by, float32 [head_dim / 2]; in words, why the rotation is another one."""
-    rotations = [_rotation(attention.operand(index)) for index in (0, 1)]
-    query, key = rotations
+    query, key = (_rotation(attention.operand(index)) for index in (0, 1))
     if query is None or key is None:
         return "its query and key are not rotated by tables, each in a RotaryEmbedding of its own"
     if any(node.attributes[name].value for node in (query, key) for name in _OTHER if name in node.attributes):
         return "its rotation is interleaved or partial"
     if list(query.inputs[1:]) != list(key.inputs[1:]):
         return "its query and key are rotated by different tables"
-    cos, sin = (_behind(value, "Cast") for value in query.inputs[1:])
-    if cos is None or sin is None or not is_op(cos.producer(), "Cos") or not is_op(sin.producer(), "Sin"):
-        return "its rotary tables are no cosine and sine"
-    angles = [table.producer().inputs[0] for table in (cos, sin)]  # type: ignore[union-attr]  # two nodes
-    product = angles[0].producer() if angles[0] is not None and angles[0] is angles[1] else None
-    if product is None or not is_op(product, "Mul"):
-        return "its cosine and sine are not of one product"
-    frequencies = [constant_tensor(value) for value in product.inputs]
-    positions = [value for value, known in zip(product.inputs, frequencies, strict=True) if known is None]
-    known = [tensor for tensor in frequencies if tensor is not None]
-    if len(known) != 1 or known[0].size != attention.head_dim // 2 or not _are_positions(positions[0]):
-        return f"its angles are not {POSITION_IDS} times {attention.head_dim // 2} constants"
-    return np.asarray(known[0].numpy(), np.float32).reshape(-1)
+    # Backwards from the tables, behind a cast: cosine and sine of one product, of positions and constants.
+    cos, sin = (_producer(_behind(value, "Cast")) for value in query.inputs[1:])
+    angles = cos.inputs[0] if cos is not None and sin is not None and cos.inputs[0] is sin.inputs[0] else None
+    product = _producer(angles) if is_op(cos, "Cos") and is_op(sin, "Sin") else None
+    tensors = [constant_tensor(value) for value in product.inputs] if is_op(product, "Mul") and product else []
+    constants = [tensor for tensor in tensors if tensor is not None and tensor.size == attention.head_dim // 2]
+    if len(constants) != 1 or not any(_are_positions(value) for value in (product.inputs if product else ())):
+        return f"its tables are not cosine and sine of {POSITION_IDS} times {attention.head_dim // 2} constants"
+    return np.asarray(constants[0].numpy(), np.float32).reshape(-1)
 
 
 _OTHER = ("interleaved", "rotary_embedding_dim")
@@ -194,6 +187,10 @@ def _behind(value: ir.Value | None, *ops: str) -> ir.Value | None:
     while value is not None and is_op(node := value.producer(), *ops) and node is not None:
         value = node.inputs[0]
     return value
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
 
 
 def _are_positions(value: ir.Value | None) -> bool:
