@@ -46,7 +46,7 @@ def weights_as_inputs(model: ir.Model) -> dict[str, ir.Value]:
         assert tensor is not None, "asked above"
         del graph.initializers[name]
         value.const_value = None
-        value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape)
+        value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
         graph.inputs.append(value)
     return weights
 
@@ -61,8 +61,8 @@ def thresholds_as_inputs(model: ir.Model) -> None:
         limit = ir.val(threshold_name(layer), dtype=ir.DataType.FLOAT, shape=["batch", "sequence"])
         graph.inputs.append(limit)
         compare.replace_input_with(1, limit)
-        if old is not None and not old.uses() and old.name in graph.initializers:
-            del graph.initializers[old.name]
+        if old is not None and old.name is not None and not old.uses():
+            graph.initializers.pop(old.name, None)
 
 
 def random_weights(values: Mapping[str, ir.Value], device: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -104,7 +104,7 @@ class DeviceSession:
         self.stream: torch.cuda.Stream | None = None
         if device == "cuda":
             # One stream for PyTorch and ONNX Runtime: what one writes, the other reads without waiting.
-            self.stream = torch.cuda.Stream()
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             settings = {
                 "enable_cuda_graph": "1",
                 "use_tf32": "0",
@@ -185,7 +185,7 @@ class BoundRun:
         if self.stream is not None:
             self.stream.synchronize()
 
-    def time(self, seconds: float) -> dict[str, float]:
+    def time(self, seconds: float) -> dict[str, Any]:
         """Milliseconds per run, back to back.
 
         Args:
@@ -217,7 +217,7 @@ class BoundRun:
                 self.run()
             elapsed = (time.perf_counter() - start) * 1e3 / runs
             return elapsed, elapsed
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         first.record(self.stream)
         start = time.perf_counter()
         for _ in range(runs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from dlo_export.plugins.skip_gate_up.reference import skip_gate_up
 # Of a row's largest output: the operators, whose sums are float32; a decoder's logits, which every layer rounds.
 OPERATOR_ERROR = {"float32": 1e-5, "float16": 2**-10, "bfloat16": 2**-7}
 LOGITS_ERROR = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-REFERENCES = {"SkipGateUp": skip_gate_up, "SkipDown": skip_down}
+REFERENCES: dict[str, Callable[..., np.ndarray]] = {"SkipGateUp": skip_gate_up, "SkipDown": skip_down}
 
 
 def operator_model(name: str, dtype: str) -> ir.Model:

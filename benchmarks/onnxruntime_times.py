@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def _time_decode(
     source = routed.source
     layers = source.config.num_layers
     cache = dense.cache(batch)
-    common = {"shape": source.name, "batch": batch, "past": PAST, "dtype": OPTIONS[dense.dtype]}
+    common: dict[str, Any] = {"shape": source.name, "batch": batch, "past": PAST, "dtype": OPTIONS[dense.dtype]}
     steps = {"dense": dense.step(batch, 1, cache), "routed": routed.step(batch, 1, cache)}
     for step in steps.values():
         step.tensors[KV_LENGTHS].fill_(PAST + 1)
@@ -107,7 +108,12 @@ def _time_prefill(
 ) -> None:
     layers = routed.source.config.num_layers
     cache = dense.cache(1)
-    common = {"shape": routed.source.name, "prompt": prompt, "logits": "of all tokens", "dtype": OPTIONS[dense.dtype]}
+    common: dict[str, Any] = {
+        "shape": routed.source.name,
+        "prompt": prompt,
+        "logits": "of all tokens",
+        "dtype": OPTIONS[dense.dtype],
+    }
     step = dense.step(1, prompt, cache)
     _synchronize(dense.device)
     base = step.time(seconds)
@@ -135,7 +141,7 @@ def copy_rate(device: str, *, small: bool) -> float:
             target.copy_(source)
             elapsed = time.perf_counter() - start
         else:
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             first.record()
             target.copy_(source)
             last.record()
