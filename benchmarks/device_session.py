@@ -97,6 +97,7 @@ class DeviceSession:
     def __init__(self, model: ir.Model, device: str, library: Path | None = None) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # what it plans anew would be allocated while a graph is captured
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if library is not None:
             register_library(options, library)
