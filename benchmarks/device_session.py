@@ -193,7 +193,7 @@ class BoundRun:
             seconds: About as long as it may take.
 
         Returns:
-            median_ms, lowest_ms and highest_ms of blocks of runs, and host_ms, what submitting one takes.
+            step_ms, the median, lowest_ms and highest_ms of blocks of runs, and host_ms, what submitting one takes.
         """
         for _ in range(3):  # capture, and what the first replays load
             self.run()
@@ -208,7 +208,7 @@ class BoundRun:
             blocks.append(elapsed)
             host.append(submitted)
         figures = (statistics.median(blocks), min(blocks), max(blocks), statistics.median(host))
-        keys = ("median_ms", "lowest_ms", "highest_ms", "host_ms")
+        keys = ("step_ms", "lowest_ms", "highest_ms", "host_ms")
         return {key: round(figure, 4) for key, figure in zip(keys, figures, strict=True)}
 
     def _block(self, runs: int) -> tuple[float, float]:
