@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -85,16 +84,16 @@ class DecoderSession:
         """What binds and reads the outputs of its steps."""
         return StepOutputs(self.interface, self.memory if self.provider.reads_back else None)
 
-    def placement(self) -> dict[str, Counter[str]]:
-        """By execution provider, how many nodes of each operator it was given.
+    def placement(self) -> dict[str, list[tuple[str, str]]]:
+        """By execution provider, name and operator of the nodes it was given.
 
         The session must have been asked to remember it: `placement` in its arguments. Copies between providers, which
         come later, are not among them.
         """
-        placed: dict[str, Counter[str]] = {}
+        placed: dict[str, list[tuple[str, str]]] = {}
         for subgraph in self._session.get_provider_graph_assignment_info():
-            operators = placed.setdefault(subgraph.ep_name, Counter())
-            operators.update(f"{node.domain}::{node.op_type}".removeprefix("::") for node in subgraph.get_nodes())
+            nodes = placed.setdefault(subgraph.ep_name, [])
+            nodes += [(node.name, f"{node.domain}::{node.op_type}".removeprefix("::")) for node in subgraph.get_nodes()]
         return placed
 
     def binding(self) -> ort.IOBinding:
