@@ -66,7 +66,7 @@ class LayerStream:
         self._decoder = model.model
         self._routing = routing
         self.hidden_states: torch.Tensor = self._decoder.embed_tokens(sequences)
-        self._position_ids = torch.arange(sequences.shape[1]).unsqueeze(0)
+        self._position_ids = torch.arange(sequences.shape[1], device=sequences.device).unsqueeze(0)
         self._position_embeddings = self._decoder.rotary_emb(self.hidden_states[:1], position_ids=self._position_ids)
 
     def run_layer(self, index: int) -> LayerOutput:
