@@ -145,6 +145,8 @@ def check_decoder(evidence: Evidence, device: str, library: Path, *, routed: boo
 
     decoder = CapturedDecoder.open(source, dtype, device, library, max_cache=slots)
     cache = decoder.cache(len(prompts), slots)
+    for value in cache.values():
+        value.fill_(torch.nan)  # slots that nobody filled are not looked at
     got: list[list[np.ndarray]] = [[] for _ in prompts]
     # Prompts go in one by one, as the operator wants them, each into its own rows of the cache.
     for row, prompt in enumerate(prompts):

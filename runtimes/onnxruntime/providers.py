@@ -60,10 +60,15 @@ class Provider:
         """Number of the GPU; 0 where there is none."""
         return int(self.options.get("device_id", "0"))
 
-    def with_cuda_graph(self) -> Provider:
-        """The same, capturing a session's first step as a CUDA graph and replaying it for the others.
+    @property
+    def captures(self) -> bool:
+        """Whether its sessions capture CUDA graphs."""
+        return self.options.get("enable_cuda_graph") == "1"
 
-        Every step must then be of the same shapes, in the same memory, with no node left to the CPU.
+    def with_cuda_graph(self) -> Provider:
+        """The same, with sessions that capture the first run of a binding as a CUDA graph and replay it for the others.
+
+        Every such run must then be of the same shapes, in the same memory, with no node left to the CPU.
         """
         return replace(self, options={**self.options, "enable_cuda_graph": "1"})
 
