@@ -61,6 +61,26 @@ def test_decoder_skips_otherwise_when_thresholds_change_between_steps(tmp_path: 
 
 
 @pytest.mark.parametrize("kernels", [True, False])
+def test_decoder_equals_the_model_when_prompts_rows_are_gathered(tmp_path: Path, kernels: bool) -> None:
+    model = tiny_model(tmp_path / "model")
+    weights = StepWeights(model, kernels=kernels)
+    decoder = CapturedDecoder(weights, batch=len(LENGTHS), capacity=CAPACITY, gather_prompts=True)
+    torch.testing.assert_close(decoder_outputs(decoder)[0], model_outputs(model)[0], atol=1e-5, rtol=0)
+
+
+def test_decoder_decodes_anew_when_its_cache_was_cropped(tmp_path: Path) -> None:
+    decoder = decoder_of(tiny_model(tmp_path / "model"))
+    ids = tokens_of(3, 9)
+    decoder.prefill(ids[:, :6], [6, 4, 5])
+    expected = decoder.decode(ids[:, 6]).logits
+    decoder.decode(ids[:, 7])
+    decoder.crop([6, 4, 5])
+    torch.testing.assert_close(decoder.decode(ids[:, 6]).logits, expected, atol=0, rtol=0)
+    with pytest.raises(StepError, match=r"got lengths \[8, 4, 5\]"):
+        decoder.crop([8, 4, 5])
+
+
+@pytest.mark.parametrize("kernels", [True, False])
 def test_model_computes_the_same_when_a_decoder_shares_its_weights_and_when_it_was_released(
     tmp_path: Path, kernels: bool
 ) -> None:
@@ -101,6 +121,14 @@ def test_weights_are_refused_when_the_kernels_cannot_take_the_model(
 ) -> None:
     with pytest.raises(ModelLoadError, match=message):
         StepWeights(tiny_model(tmp_path / "model", **options), kernels=True)
+
+
+def test_weights_are_refused_when_layers_are_not_a_llamas(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    model.config.hidden_act = "gelu"
+    model.model.layers[1].mlp = torch.nn.Identity()
+    with pytest.raises(ModelLoadError, match="this model has Identity, gelu"):
+        StepWeights(model, kernels=False)
 
 
 def test_decoder_refuses_a_step_when_it_does_not_fit(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dlo_export.runtimes.torch.captured.step_ops import (
     StepOps,
     TorchOps,
     add_scaled,
+    gathered_mlp,
 )
 from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, LayerWeights, StepWeights
 
@@ -45,6 +46,8 @@ class CapturedDecoder:
         batch: Sequences.
         capacity: Tokens of a sequence, prompt included.
         ops: What runs between products: None takes the kernels on CUDA, PyTorch elsewhere.
+        gather_prompts: Routed MLPs of a prompt run as PyTorch's products on the active tokens' rows, which the host
+            waits to have counted, layer by layer.
         capture: None where the model is on CUDA.
 
     Attributes:
@@ -62,6 +65,7 @@ class CapturedDecoder:
         batch: int,
         capacity: int,
         ops: StepOps | None = None,
+        gather_prompts: bool = False,
         capture: bool | None = None,
     ) -> None:
         model, config = weights.model, weights.model.config
@@ -72,7 +76,7 @@ class CapturedDecoder:
         self._epsilon = config.rms_norm_eps
         self._branch_scale = config.branch_scale
         self._ops = ops or (kernel_ops() if on_cuda else TorchOps())
-        self._batch, self._capacity = batch, capacity
+        self._batch, self._capacity, self._gather_prompts = batch, capacity, gather_prompts
         width = config.head_dim or config.hidden_size // config.num_attention_heads
         cache = (2, config.num_hidden_layers, batch, config.num_key_value_heads, capacity, width)
         self._keys, self._values = embedding.new_zeros(cache)
@@ -146,6 +150,25 @@ class CapturedDecoder:
         self._graph.replay()
         return self._captured
 
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Forgets each sequence's tokens behind the first so many.
+
+        Args:
+            lengths: By sequence, at least 1.
+
+        Raises:
+            StepError: A sequence has fewer tokens.
+        """
+        if len(lengths) != len(self._lengths) or not all(
+            1 <= length <= held for length, held in zip(lengths, self._lengths, strict=True)
+        ):
+            raise StepError(
+                f"captured decode: got lengths {list(lengths)}, expected at least 1 and at most {self._lengths}",
+                hint="a cache can only be made shorter",
+            )
+        self._lengths = list(lengths)
+        self._start.copy_(torch.tensor(lengths))
+
     def _step(self) -> StepOutput:
         hidden, decisions = self._forward(self._tokens, 1)
         output = self._output(hidden, decisions)
@@ -172,7 +195,9 @@ class CapturedDecoder:
             stream, normed = ops.add_norm(stream, added, layer.mlp_norm, self._epsilon)
             # What an MLP adds is left to the next norm, but for a routed one, which knows whose rows it leaves alone.
             added = None
-            if isinstance(layer.mlp, KernelMlp):
+            if made is not None and self._gather_prompts and sequence > 1:
+                stream = gathered_mlp(normed, made.scale, layer.mlp, stream)
+            elif isinstance(layer.mlp, KernelMlp):
                 assert made is not None, "only routed MLPs are given to the kernels"
                 stream = ops.skip_mlp(normed, made.scale, layer.mlp, stream)
             elif made is None:

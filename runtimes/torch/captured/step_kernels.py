@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["threshold"])  # one of a vector of them
 def add_norm_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size and constant
     stream,
     added,

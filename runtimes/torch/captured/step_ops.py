@@ -156,6 +156,22 @@ class TorchOps(StepOps):
         return add_scaled(stream, branch, scale)
 
 
+def gathered_mlp(
+    normed: torch.Tensor, scale: torch.Tensor, mlp: PlainMlp | KernelMlp, stream: torch.Tensor
+) -> torch.Tensor:
+    """As `StepOps.skip_mlp`, in PyTorch's products on the active tokens' rows; waits for the device to count them."""
+    active = scale.nonzero().squeeze(-1)
+    rows = normed.index_select(0, active)
+    if isinstance(mlp, KernelMlp):
+        branch = (F.silu(rows @ mlp.gate) * (rows @ mlp.up)) @ mlp.down
+    else:
+        gate, up = mlp.gate_up(rows).chunk(2, dim=-1)
+        branch = mlp.down(F.silu(gate) * up)
+    before = stream.index_select(0, active)
+    after = before + branch * scale.index_select(0, active).unsqueeze(-1).to(branch.dtype)
+    return stream.index_copy(0, active, after)
+
+
 def add_scaled(stream: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The stream [tokens, hidden], and scale · branch where the scale is not 0: not 0 · branch, which may be NaN."""
     scale = scale.unsqueeze(-1)
@@ -206,7 +222,7 @@ class KernelOps(StepOps):
         scores = scale = router = threshold = normed
         offset, slope = 1.0, 0.0
         if routing is not None:
-            scores, scale = stream.new_empty(2, tokens, dtype=torch.float32)
+            scores, scale = (stream.new_empty(tokens, dtype=torch.float32) for _ in range(2))
             router, threshold, (offset, slope) = routing.router, routing.threshold, routing.branch_scale
         block = _power_of_two(hidden)
         self._kernels.add_norm_kernel[(tokens,)](
@@ -267,7 +283,7 @@ class KernelOps(StepOps):
         group = heads // kv_heads
         splits = _splits(batch * kv_heads, capacity)
         partial = query.new_empty(batch, heads, splits, width, dtype=torch.float32)
-        peaks, totals = query.new_empty(2, batch, heads, splits, dtype=torch.float32)
+        peaks, totals = (query.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
         wide = _power_of_two(width, 16)
         self._kernels.attend_kernel[(batch * kv_heads, splits)](
             query,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.plugins.contract import width_problems
@@ -105,6 +106,11 @@ class StepWeights:
                 "captured decode: this model's tokens skip whole layers, expected MLPs alone",
                 hint="run it with TorchRunner",
             )
+        if foreign := _foreign_parts(model):
+            raise ModelLoadError(
+                f"captured decode: this model has {', '.join(foreign)}; expected a Llama's layers with silu",
+                hint="run it with TorchRunner",
+            )
         if kernels and config.routed_layers and (problems := kernel_problems(model)):
             raise ModelLoadError(
                 f"captured decode: the kernels of routed MLPs got a model with {'; '.join(problems)}",
@@ -160,6 +166,16 @@ def kernel_problems(model: LlamaDloForCausalLM) -> list[str]:
     config = model.config
     problems = ["mlp_bias true; expected false"] if config.mlp_bias else []
     return problems + width_problems({"hidden": config.hidden_size, "intermediate": config.intermediate_size})
+
+
+def _foreign_parts(model: LlamaDloForCausalLM) -> list[str]:
+    """What of a model's layers is computed otherwise than a Llama's."""
+    parts = {type(model.model.norm): LlamaRMSNorm}
+    for layer in model.model.layers:
+        parts |= {type(layer.self_attn): LlamaAttention, type(layer.mlp): LlamaMLP}
+        parts |= {type(norm): LlamaRMSNorm for norm in (layer.input_layernorm, layer.post_attention_layernorm)}
+    foreign = [found.__name__ for found, expected in parts.items() if found is not expected]
+    return foreign + ([] if model.config.hidden_act in {"silu", "swish"} else [model.config.hidden_act])
 
 
 def _bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
