@@ -10,7 +10,7 @@ import torch
 
 def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A graph of what a function launches, after two runs in which kernels are compiled and libraries initialised."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -24,13 +24,13 @@ def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def block_us(run: Callable[[], object], runs: int) -> float:
     """Microseconds of the device per run, over so many runs in a row."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     for _ in range(runs):
         run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e3 / runs
+    return float(start.elapsed_time(end)) * 1e3 / runs
 
 
 def replay_us(step: Callable[[], object], *, blocks: int = 7, runs: int = 3) -> float:

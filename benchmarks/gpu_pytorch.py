@@ -20,11 +20,12 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from benchmarks.cuda_timing import block_us, copy_gb_s, matmul_tflop_s, replay_us
 from benchmarks.evidence import Evidence, run_part
@@ -105,7 +106,8 @@ def random_model(config: dict[str, Any], *, routed: bool, device: str, dtype: to
         tensors[name] = values
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    return model.to(device)
+    model.model.rotary_emb.to(device)
+    return model
 
 
 def tokens_of(model: LlamaDloForCausalLM, batch: int, sequence: int, seed: int = 1) -> torch.Tensor:
@@ -252,8 +254,9 @@ def check_models(evidence: Evidence, dtype: torch.dtype) -> None:
     kind = str(dtype).removeprefix("torch.")
     with evidence.guard("captured decoder against the model", dtype=kind):
         model = random_model(TINY, routed=True, device="cpu", dtype=dtype)
-        on_device = random_model(TINY, routed=True, device="cpu", dtype=dtype).to("cuda")
-        model = model.float()
+        on_device = random_model(TINY, routed=True, device="cpu", dtype=dtype)
+        cast("nn.Module", on_device).to("cuda")
+        cast("nn.Module", model).float()
         forms: dict[str, tuple[bool, StepOps]] = {
             "kernels": (True, KernelOps()),
             "masked, kernels between products": (False, KernelOps()),
@@ -333,22 +336,22 @@ class Size:
 
     def row(self, what: str, **values: Any) -> None:
         """A row of this size."""
-        self.evidence.row(what, size=self.name, **values)
+        self.evidence.row(what, model=self.name, **values)
 
     def measure(self) -> None:
         """Decode, then prefill, then where a step's time goes."""
         for batch in (1, 4) if self.smoke else (1, 4, 16):
-            with self.evidence.guard("decode", size=self.name, batch=batch):
+            with self.evidence.guard("decode", model=self.name, batch=batch):
                 if self.evidence.fits(f"decode {self.name}, batch {batch}", 4 if self.smoke else 8):
                     self.decode(batch)
-        with self.evidence.guard("prefill", size=self.name):
+        with self.evidence.guard("prefill", model=self.name):
             if self.evidence.fits(f"prefill {self.name}", 3 if self.smoke else 6):
                 self.prefill()
         for batch in (1,) if self.smoke else (1, 16):
-            with self.evidence.guard("breakdown", size=self.name, batch=batch):
+            with self.evidence.guard("breakdown", model=self.name, batch=batch):
                 if self.evidence.fits(f"breakdown {self.name}, batch {batch}", 3 if self.smoke else 5):
                     self.breakdown(batch)
-        with self.evidence.guard("masked", size=self.name):
+        with self.evidence.guard("masked", model=self.name):
             if self.evidence.fits(f"masked {self.name}", 3 if self.smoke else 5):
                 self.masked()
 
@@ -364,7 +367,8 @@ class Size:
         attention = 2 * hidden * (c["num_attention_heads"] + c["num_key_value_heads"]) * width
         cache = 2 * batch * (CONTEXT + STEPS / 2) * c["num_key_value_heads"] * width
         mlp = 3 * hidden * c["intermediate_size"]
-        return 2 * (self.layers * (attention + cache + (1 - skipped) * mlp) + hidden * self.vocab)
+        elements = self.layers * (attention + cache + (1 - skipped) * mlp) + hidden * self.vocab
+        return float(2 * elements)
 
     def subjects(self, batch: int, token: torch.Tensor, ids: torch.Tensor) -> list[Subject]:
         """Decoders behind their prompts; the routed one's states share a cache, whose content does not matter here."""
@@ -399,6 +403,10 @@ class Size:
         for subject in subjects:
             ms = samples[subject.name]
             values: dict[str, Any] = {"ms": _spread(ms), "over_dense": _spread(ms / dense)}
+            values["step_ms"] = values["ms"]["median"]
+            # What is plotted is the share of layers; of tokens, it is the MLPs that no token of the batch needed.
+            share = "skipped" if subject.name.startswith("layers") else "weights_skipped"
+            values[share] = round(subject.skipped, 3)
             nbytes = self.step_bytes(batch, subject.skipped)
             values["gb_s"] = round(nbytes / float(np.median(ms)) * 1e-6)
             values["of_copy_bandwidth"] = round(values["gb_s"] / self.copy, 3)
@@ -421,7 +429,6 @@ class Size:
                 passed=None if self.smoke else passed,
                 batch=batch,
                 subject=subject.name,
-                skipped=round(subject.skipped, 3),
                 **values,
             )
 
@@ -464,7 +471,7 @@ class Size:
         stream = torch.randn(batch, hidden, dtype=torch.bfloat16, device="cuda")
         start = torch.full((batch,), CONTEXT, device="cuda")
         cache = torch.randn(2, self.layers, batch, kv_heads, CAPACITY, width, dtype=torch.bfloat16, device="cuda")
-        rotary = tuple(torch.randn(CAPACITY, width // 2, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        cosines, sines = torch.randn(2, CAPACITY, width // 2, dtype=torch.bfloat16, device="cuda")
         qkv, query = layers[0].qkv(stream), stream.view(batch, -1, width)
         gate_up = torch.randn(batch, 2 * self.config["intermediate_size"], dtype=torch.bfloat16, device="cuda")
         ones, zeros = torch.ones(batch, device="cuda"), torch.zeros(batch, device="cuda")
@@ -496,7 +503,7 @@ class Size:
             "add_norm_route": each(lambda index: ops.add_norm_route(stream, stream, norm, 1e-5, routing(index))),
             "qkv product": each(lambda index: layers[index].qkv(stream)),
             "rotate_and_store": each(
-                lambda index: ops.rotate_and_store(qkv, start, rotary, cache[0, index], cache[1, index])
+                lambda index: ops.rotate_and_store(qkv, start, (cosines, sines), cache[0, index], cache[1, index])
             ),
             "attend": each(lambda index: ops.attend(query, cache[0, index], cache[1, index], start)),
             "out product": each(lambda index: layers[index].out(stream)),
@@ -509,7 +516,7 @@ class Size:
         }
         with torch.inference_mode():
             for name, part in parts.items():
-                with self.evidence.guard("breakdown", size=self.name, batch=batch, step=name):
+                with self.evidence.guard("breakdown", model=self.name, batch=batch, step=name):
                     times = 1 if name == "head, once" else self.layers
                     us = replay_us(part, blocks=5) / times
                     self.row("breakdown", batch=batch, step=name, us=round(us, 2))
@@ -538,7 +545,8 @@ def outside_reference(evidence: Evidence, config: dict[str, Any], smoke: bool) -
 
     values = {key: value for key, value in config.items() if key not in {"model_type", "architectures"}}
     with torch.device("cuda"):
-        model = LlamaForCausalLM(TransformersConfig(**values, dtype=torch.bfloat16)).to(torch.bfloat16).eval()
+        model = LlamaForCausalLM(TransformersConfig(**values, dtype=torch.bfloat16))
+    cast("nn.Module", model).to(torch.bfloat16).eval()
     ids = torch.randint(0, config["vocab_size"], (1, CONTEXT), device="cuda")
     compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
     needed = 12 if smoke else 60  # to compile
@@ -564,7 +572,7 @@ def outside_reference(evidence: Evidence, config: dict[str, Any], smoke: bool) -
             warm = time.monotonic() - begin
             times = np.array([block_us(step, 4) * 1e-3 for _ in range(2 if smoke else 8)])
             evidence.row(
-                "outside reference", size="1B", batch=1, subject=name, ms=_spread(times), warm_up_s=round(warm, 1)
+                "outside reference", model="1B", batch=1, subject=name, ms=_spread(times), warm_up_s=round(warm, 1)
             )
 
 

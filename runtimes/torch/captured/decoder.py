@@ -227,7 +227,7 @@ class CapturedDecoder:
     def _capture(self) -> None:
         """Records a step, with an empty cache: what it writes to slot 0 the first prompt overwrites."""
         with torch.cuda.device(self._start.device), torch.inference_mode():
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             # Kernels are compiled, and libraries make their handles, before a capture, which allows neither.
             with torch.cuda.stream(stream):

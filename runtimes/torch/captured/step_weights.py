@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -128,7 +129,7 @@ class StepWeights:
         self._changed = []
 
     def _layer(self, index: int, kernels: bool) -> LayerWeights:
-        layer = self.model.model.layers[index]
+        layer: Any = self.model.model.layers[index]  # a module, whose parts its class declares nowhere
         router = self.model.model.router(index)
         attention = layer.self_attn
         return LayerWeights(
@@ -140,7 +141,7 @@ class StepWeights:
             None if router is None else router.weight.data.float().reshape(-1),
         )
 
-    def _mlp(self, mlp: nn.Module, *, kernels: bool) -> PlainMlp | KernelMlp:
+    def _mlp(self, mlp: LlamaMLP, *, kernels: bool) -> PlainMlp | KernelMlp:
         if kernels:
             return KernelMlp(*map(self._transposed, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
         return PlainMlp(
@@ -149,7 +150,7 @@ class StepWeights:
 
     def _joined(self, linears: Sequence[nn.Linear]) -> Product:
         weight = torch.cat([linear.weight.data for linear in linears])
-        for linear, rows in zip(linears, weight.split([linear.out_features for linear in linears]), strict=True):
+        for linear, rows in zip(linears, torch.split(weight, [linear.out_features for linear in linears]), strict=True):
             linear.weight.data = rows
         self._changed += linears
         return Product(weight, _bias(linears))
@@ -170,8 +171,9 @@ def kernel_problems(model: LlamaDloForCausalLM) -> list[str]:
 
 def _foreign_parts(model: LlamaDloForCausalLM) -> list[str]:
     """What of a model's layers is computed otherwise than a Llama's."""
-    parts = {type(model.model.norm): LlamaRMSNorm}
-    for layer in model.model.layers:
+    parts: dict[type, type] = {type(model.model.norm): LlamaRMSNorm}
+    layers: Any = model.model.layers
+    for layer in layers:
         parts |= {type(layer.self_attn): LlamaAttention, type(layer.mlp): LlamaMLP}
         parts |= {type(norm): LlamaRMSNorm for norm in (layer.input_layernorm, layer.post_attention_layernorm)}
     foreign = [found.__name__ for found, expected in parts.items() if found is not expected]
