@@ -64,7 +64,7 @@ def with_routers(
     with torch.device("meta"):
         routed = model_class(config)
     weights = {name: tensor for name, tensor in model.state_dict().items() if parse_router(name) is None}
-    weights |= {router_name(layer): torch.from_numpy(router) for layer, router in routers.items()}
+    weights |= {router_name(layer): torch.from_numpy(router).to(model.device) for layer, router in routers.items()}
     routed.load_state_dict(weights, assign=True)
     routed.model.rotary_emb = model.model.rotary_emb
     routed.eval()
