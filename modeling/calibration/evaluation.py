@@ -77,7 +77,7 @@ def evaluate(model: LlamaDloForCausalLM, sequences: torch.Tensor, decide: Decide
 
     Args:
         model: In evaluation mode.
-        sequences: int64 [sequences, length], without padding.
+        sequences: int64 [sequences, length], without padding, where the model is.
         decide: Decisions to try in place of the routers', for example random ones.
     """
     loss, count, active = 0.0, 0, dict.fromkeys(model.config.routed_layers, 0)

@@ -133,8 +133,8 @@ def calibrate_routers(
     Routers the model has already are left out of account and replaced.
 
     Args:
-        model: In evaluation mode, on any device.
-        sequences: Text, int64 [sequences, length], without padding; moved to the model.
+        model: In evaluation mode.
+        sequences: Text, int64 [sequences, length], without padding, where the model is.
         settings: The defaults if None.
         progress: Called after every layer of both passes.
 

@@ -45,7 +45,7 @@ def fit_router(inputs: torch.Tensor, active: torch.Tensor, weights: torch.Tensor
 
 def _logistic_regression(rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Minimises the weighted mean cross entropy plus ridge, by L-BFGS."""
-    solution = rows.new_zeros(rows.shape[-1]).requires_grad_()
+    solution = torch.zeros(rows.shape[-1], device=rows.device, requires_grad=True)
     optimiser = torch.optim.LBFGS([solution], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:

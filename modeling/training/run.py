@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import InductorError
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from dlo_export.checkpoints.errors import MachineError
+from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.compilation import compile_layers
 from dlo_export.modeling.training.distillation import dense_teacher
@@ -79,8 +79,7 @@ def train_model(
         TrainingDivergedError: A loss or gradient is not finite; the last checkpoint is intact.
         MachineError: There is no such device, or a checkpoint cannot be written.
     """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise MachineError("training: PyTorch finds no CUDA device", hint="train with --device cpu")
+    torch_device(settings.device)  # or it says why not, before anything is written
     check_sharding(settings)
     transformers_logging.disable_progress_bar()  # of its own, of each file it saves
     teacher = dense_teacher(model, settings.mode) if settings.distill_weight else None
