@@ -1,6 +1,6 @@
 """All evidence that needs a GPU but no TensorRT, in one command of ten minutes at most.
 
-    python -m benchmarks.gpu_evidence --out DIR [--parts kernels,onnxruntime,pytorch] [--budget-s 540] [--smoke] [--unchecked]
+    python -m benchmarks.gpu_evidence --out DIR [--parts kernels,onnxruntime,pytorch] [--budget-s 540] [--smoke --unchecked]
 
 Every part is a command of its own (`PARTS`) in a process of its own, gets its share of what is left of the budget, and
 writes DIR/<part>.jsonl as it goes: whatever ends one leaves the figures taken so far, and costs no other part.
