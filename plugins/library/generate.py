@@ -17,7 +17,7 @@ from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION, WIDTH_
 from dlo_export.plugins.compile import CompiledKernel, compile_all
 from dlo_export.plugins.contract import SIZES_HINT, T_DTYPES, output_axes, weight_input
 from dlo_export.plugins.errors import PluginError
-from dlo_export.plugins.tiles import MOST_TOKENS, TILE_NAMES
+from dlo_export.plugins.tiles import MOST_TOKENS
 from dlo_export.plugins.variants import TARGETS, variants
 
 PORTABLE_TARGET: Final = 80
