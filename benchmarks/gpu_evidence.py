@@ -1,6 +1,6 @@
 """All evidence that needs a GPU but no TensorRT, in one command of ten minutes at most.
 
-    python -m benchmarks.gpu_evidence --out DIR [--parts kernels,onnxruntime,pytorch] [--budget-s 540] [--smoke]
+    python -m benchmarks.gpu_evidence --out DIR [--parts kernels,onnxruntime,pytorch] [--budget-s 540] [--smoke --unchecked]
 
 Every part is a command of its own (`PARTS`) in a process of its own, gets its share of what is left of the budget, and
 writes DIR/<part>.jsonl as it goes: whatever ends one leaves the figures taken so far, and costs no other part.
@@ -60,14 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=540, help="seconds for everything")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows, table and plot")
     parser.add_argument("--smoke", action="store_true", help="everything once and small, to see that it runs")
+    parser.add_argument(
+        "--unchecked", action="store_true", help="leave out what a CPU can check: it was checked before"
+    )
     parsed = parser.parse_args(arguments)
+    options = [option for option in ("--smoke", "--unchecked") if getattr(parsed, option.removeprefix("--"))]
     try:
         modules = chosen_modules(parsed.parts)
         parsed.out.mkdir(parents=True, exist_ok=True)
     except (DloError, OSError) as err:
         report_error(err)
         return exit_code(err)
-    codes = run_parts(modules, parsed.out, parsed.budget_s, smoke=parsed.smoke)
+    codes = run_parts(modules, parsed.out, parsed.budget_s, options)
     rows = read_rows(parsed.out)
     write_report(rows, parsed.out)
     failed = [f"{row['part']}: {row['what']}" for row in rows if row["passed"] is False]
@@ -89,7 +93,7 @@ def chosen_modules(parts: str) -> dict[str, float]:
     return {module: PARTS[name].weight / len(PARTS[name].modules) for name in names for module in PARTS[name].modules}
 
 
-def run_parts(modules: Mapping[str, float], out: Path, budget_s: float, *, smoke: bool) -> dict[str, int]:
+def run_parts(modules: Mapping[str, float], out: Path, budget_s: float, options: Sequence[str]) -> dict[str, int]:
     """Runs commands one after the other; time that one leaves over goes to those behind it.
 
     Returns:
@@ -102,7 +106,7 @@ def run_parts(modules: Mapping[str, float], out: Path, budget_s: float, *, smoke
         share = max(0.0, end - time.monotonic()) * weight / weight_left
         weight_left -= weight
         command = [sys.executable, "-m", f"benchmarks.{module}", "--budget-s", f"{share:.0f}", "--out", os.fspath(out)]
-        process = subprocess.Popen([*command, *(["--smoke"] if smoke else [])], stdout=sys.stderr)
+        process = subprocess.Popen([*command, *options], stdout=sys.stderr)
         try:
             codes[module] = process.wait(share + _GRACE_S)
         except subprocess.TimeoutExpired:

@@ -110,8 +110,8 @@ void prepare(NodeKernel& kernel, OrtKernelInfo const* node) {
         }
         return;
     }
-    for (TileName const tile : {TileName::kDECODE, TileName::kPREFILL}) {
-        refuse(loadKernel(op.op.name, op.type, tile, kernel.loaded[static_cast<int32_t>(tile)]));
+    for (int32_t tile = 0; tile < kTileCount; ++tile) {
+        refuse(loadKernel(op.op.name, op.type, static_cast<TileName>(tile), kernel.loaded[tile]));
     }
 }
 
@@ -151,8 +151,7 @@ void computeOnGpu(NodeKernel const& kernel, OrtKernelContext* context, void cons
     Launch const& launch) {
     void* stream = nullptr;
     check(kernel.api.KernelContext_GetGPUComputeStream(context, &stream));
-    TileName const tile = launch.tokens <= kDecodeTokens ? TileName::kDECODE : TileName::kPREFILL;
-    refuse(launchOperator(kernel.loaded[static_cast<int32_t>(tile)], kernel.op.op, inputs, output, launch,
+    refuse(launchOperator(kernel.loaded[static_cast<int32_t>(tileFor(launch.tokens))], kernel.op.op, inputs, output, launch,
         static_cast<CUstream>(stream)));
 }
 
