@@ -210,7 +210,7 @@ def check_runner(evidence: Evidence, device: str, library: Path) -> None:
         candidate, reference = (
             ir.to_proto(exposed(model, force=True)).SerializeToString() for model in (captured, plain)
         )
-        provider = CPU if device == "cpu" else CUDA.with_cuda_graph()
+        provider = CPU if device == "cpu" else CUDA
         with (
             OnnxRuntimeRunner(reference, weights_folder=folder) as oracle,
             InPlaceRunner(candidate, weights_folder=folder, plugin_library=library, provider=provider) as runner,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Literal
 
 from dlo_export.checkpoints import interface as names
@@ -38,6 +38,13 @@ _HINTS: dict[CacheKind, str] = {
     "in_place": "expected input_ids, kv_lengths, past_key_values.{i}.key|value of a fixed length -> logits, "
     "present.{i}.key|value",
 }
+
+
+def cache_kind(inputs: Collection[str]) -> CacheKind:
+    """How a graph with inputs of these names keeps its cache."""
+    if names.KV_LENGTHS not in inputs:
+        return "growing"
+    return "static" if names.WRITE_INDICES in inputs else "in_place"
 
 
 @dataclasses.dataclass(frozen=True)

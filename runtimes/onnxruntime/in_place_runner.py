@@ -15,6 +15,7 @@ from dlo_export.checkpoints.dtypes import ElementType
 from dlo_export.checkpoints.interface import INPUT_IDS, KV_LENGTHS, POSITION_IDS, WRITE_INDICES, force_active_name
 from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.onnxruntime.device_memory import DeviceMemory
+from dlo_export.runtimes.onnxruntime.providers import CPU
 from dlo_export.runtimes.onnxruntime.session import DecoderSession, SessionArguments, model_name
 from dlo_export.runtimes.onnxruntime.step_outputs import StepOutputs
 from dlo_export.runtimes.runner import StepRequest, float32
@@ -25,12 +26,13 @@ from dlo_export.runtimes.static_cache.runner import StaticRunner
 class InPlaceRunner(StaticRunner):
     """Of a graph that `exporter.pipeline.build_captured_model` makes.
 
-    A step of one token per sequence is bound once for a batch: with `CUDA.with_cuda_graph()` ONNX Runtime captures it
-    and replays it from then on. Longer steps run sequence by sequence, as the graph's attention takes them.
+    A step of one token per sequence is bound once for a batch: on a GPU ONNX Runtime captures it and replays it from
+    then on. Longer steps run sequence by sequence, as the graph's attention takes them.
 
     Args:
         model: A .onnx file, or a serialized model.
         name: For reports; the file's name by default.
+        thresholds: Of its routers, see `Runner`.
         session: How it runs; `SessionArguments` lists the choices.
 
     Raises:
@@ -40,14 +42,22 @@ class InPlaceRunner(StaticRunner):
     """
 
     def __init__(
-        self, model: str | Path | bytes, *, name: str | None = None, **session: Unpack[SessionArguments]
+        self,
+        model: str | Path | bytes,
+        *,
+        name: str | None = None,
+        thresholds: Mapping[int, float] | None = None,
+        **session: Unpack[SessionArguments],
     ) -> None:
         name = name or model_name(model)
+        provider = session.get("provider", CPU)
+        if provider.device != CPU.device:
+            session["provider"] = provider.with_cuda_graph()
         self._session = DecoderSession(model, name, "in_place", session)
         self._cache: dict[str, DeviceMemory] = {}
         self._decode: _BoundStep | None = None
         self._graphs = 0
-        super().__init__(name, self._session.interface)
+        super().__init__(name, self._session.interface, thresholds=thresholds)
 
     def _zero_slots(self, batch: int) -> None:
         # Attention looks at filled slots alone, and whoever fills one writes all of it: nothing is zeroed.
@@ -58,6 +68,14 @@ class InPlaceRunner(StaticRunner):
         self._cache = self._cache or {key: self._session.memory() for key in shapes}
         for key, memory in self._cache.items():
             memory.reserve(math.prod(shapes[key]) * self._session.state_type(key).itemsize)
+
+    def _repeat_cache(self, branches: int) -> None:
+        shapes = self._interface.state_shapes(1)
+        self._interface.state_shapes(branches)  # refuses a graph of a fixed batch
+        for key, memory in self._cache.items():
+            memory.write(np.repeat(memory.read(self._session.state_type(key), shapes[key]), branches, 0))
+        self._tokens.repeat(branches)
+        self._decode = None
 
     def _run(self, step: StaticCacheStep, request: StepRequest) -> Mapping[str, np.ndarray]:
         self._check_positions(step)

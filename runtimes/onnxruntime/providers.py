@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import onnxruntime as ort
 
 from dlo_export.checkpoints.device_options import ProviderOption
-from dlo_export.checkpoints.dtypes import BFLOAT16, FLOAT16, ElementType
+from dlo_export.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, ElementType
 from dlo_export.runtimes.errors import ProviderUnavailableError
 
 MISSING_HINT = (
@@ -19,6 +19,9 @@ MISSING_HINT = (
 
 SCATTER_ADD = "ScatterND(add)"
 """ScatterND with reduction "add": how compaction puts tokens back."""
+
+GROUP_QUERY_ATTENTION = "com.microsoft::GroupQueryAttention"
+"""How a graph attends that writes its cache in place."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,17 @@ CUDA = Provider(
     "CUDAExecutionProvider",
     # TensorFloat-32 keeps 10 bits of a product's operands: float32 would then not be float32.
     {"use_tf32": "0"},
+    gaps=(
+        Gap(
+            FLOAT32,
+            GROUP_QUERY_ATTENTION,
+            "ONNX Runtime's CUDA provider has no float32 attention on a cache that is written in place",
+        ),
+    ),
     device="cuda",
     reads_back=True,
 )
-"""What it lacks nobody has asked it yet: a graph it cannot run is refused when it is loaded or run."""
+"""Its gaps are from ONNX Runtime's docs/OperatorKernels.md; what else it lacks, loading or running a graph says."""
 
 BY_OPTION: Mapping[ProviderOption, Provider] = {"cpu": CPU, "cuda": CUDA}
 """What `--provider` names."""

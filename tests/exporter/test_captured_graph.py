@@ -9,8 +9,12 @@ import onnx_ir as ir
 import pytest
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.artefact_runner import open_artefact
+from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.pipeline import build_captured_model, exposed
+from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.exporter.weight_file import save_weights
 from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass
 from dlo_export.graph_passes.errors import GraphPassError
@@ -21,6 +25,7 @@ from dlo_export.runtimes.onnxruntime.in_place_runner import InPlaceRunner
 from dlo_export.runtimes.parity.cases import Case, step_feeds
 from dlo_export.runtimes.parity.compare import Candidate, compare
 from dlo_export.runtimes.torch.reference import open_reference
+from dlo_export.runtimes.torch.runner import TorchRunner
 from tests.plugins.ort_library import built_library
 from tests.tiny_models import save_tiny_llama
 
@@ -138,3 +143,70 @@ def test_pass_names_what_the_rotation_is_when_it_cannot_be_looked_up(tmp_path: P
             node.op_type = "Exp"
     with pytest.raises(GraphPassError, match="its tables are not cosine and sine of position_ids times 8 constants"):
         UseGroupQueryAttentionPass(SLOTS)(model)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captured") / "model"
+    return save_tiny_llama(folder, **SHAPE, routed=(True, False, True), thresholds={2: 0.4})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path) -> ExportResult:
+    request = ExportRequest(str(model), model.with_name("plugin"), static_cache=48, ort_plugin_library=built_library())
+    return export_model(request, Reporter())
+
+
+def test_artefact_equals_pytorch_and_says_so_when_its_cache_is_static(exported: ExportResult) -> None:
+    description = exported.description
+    assert (description.lowering, description.capture_problem) == ("plugin", None)
+    assert description.parity.verdict == "PASS"
+    inputs = {spec.name: spec for spec in description.interface.inputs}
+    assert list(inputs)[:2] == ["input_ids", "kv_lengths"]
+    assert inputs["past_key_values.0.key"].shape == ("batch", 2, 48, 16)
+    assert not (exported.folder / "genai_config.json").exists()
+
+
+def test_greedy_tokens_are_pytorchs_when_prompts_are_padded(model: Path, exported: ExportResult) -> None:
+    with (
+        open_artefact(exported.folder, plugin_library=built_library()) as runner,
+        TorchRunner.from_folder(model, masked=True) as reference,
+    ):
+        found, wanted = (generate(each, PROMPTS, max_new_tokens=12) for each in (runner, reference))
+    assert found.sequences == wanted.sequences
+    assert found.stats.active_rate == wanted.stats.active_rate
+
+
+def test_logits_are_those_of_one_sequence_when_it_is_forked(exported: ExportResult) -> None:
+    ids = np.array([PROMPTS[2]])
+    with open_artefact(exported.folder, plugin_library=built_library()) as runner:
+        logits = []
+        for branches in (1, 3):
+            runner.reset(1)
+            runner.step(ids[:, :5], np.ones((1, 5), np.int64), np.arange(5)[np.newaxis])
+            runner.fork(branches)
+            rest = np.repeat(ids[:, 5:], branches, 0)
+            positions = np.repeat(np.arange(5, 8)[np.newaxis], branches, 0)
+            logits.append(runner.step(rest, np.ones((branches, 8), np.int64), positions).logits)
+    np.testing.assert_array_equal(logits[1], np.repeat(logits[0], 3, 0))
+
+
+def test_runner_names_the_option_when_the_cache_is_full(exported: ExportResult) -> None:
+    with open_artefact(exported.folder, plugin_library=built_library()) as runner:
+        runner.reset(1)
+        with pytest.raises(StepError, match=r"the cache is full[\s\S]*--static-cache 49 or more"):
+            runner.step(np.zeros((1, 49), np.int64), np.ones((1, 49), np.int64), np.arange(49)[np.newaxis])
+
+
+def test_export_refuses_by_option_when_a_static_cache_does_not_go_with_it(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--static-cache and --trt"):
+        ExportRequest(str(model), tmp_path / "out", static_cache=32, trt=TensorRtRequest())
+    refused = {
+        "no float32 attention": {"provider": "cuda", "dtype": "fp32"},
+        "NonZero|compact": {"lowering": "compact"},
+    }
+    for reason, options in refused.items():
+        request = ExportRequest(str(model), tmp_path / "out", static_cache=32, **options)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=reason):
+            export_model(request, Reporter())
+        assert not (tmp_path / "out").exists()
