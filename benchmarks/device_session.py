@@ -211,6 +211,21 @@ class BoundRun:
         keys = ("step_ms", "lowest_ms", "highest_ms", "host_ms")
         return {key: round(figure, 4) for key, figure in zip(keys, figures, strict=True)}
 
+    def kernels(self, runs: int = 4) -> dict[str, list[float]]:
+        """What a GPU runs, by the beginnings of kernels' names: how many per run, and microseconds of all of them."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            for _ in range(runs):
+                self.run()
+            self.finish()
+        found: dict[str, list[float]] = {}
+        for event in trace.events():
+            if event.device_type.name == "CUDA":
+                entry = found.setdefault(event.name[:80], [0.0, 0.0])
+                entry[0] += 1 / runs
+                entry[1] += event.time_range.elapsed_us() / runs
+        longest = sorted(found.items(), key=lambda item: -item[1][1])[:24]
+        return {name: [round(count, 2), round(total, 2)] for name, (count, total) in longest}
+
     def _block(self, runs: int) -> tuple[float, float]:
         if self.stream is None:
             start = time.perf_counter()

@@ -31,7 +31,7 @@ from dlo_export.plugins.ort_registration import check_library, no_library
 PART = "onnxruntime"
 # With about how many seconds each takes; the most valuable first.
 PIECES = {"checks": 25, "8b": 50, "1b": 40}
-SMOKE_PIECES = {"checks": 20, "1b-2-layers": 20}
+SMOKE_PIECES = {"checks": 20, "8b-2-layers,1b-2-layers": 20}
 _TAIL = 3000  # characters of what a process that died had written
 
 
@@ -65,7 +65,7 @@ def run_piece(evidence: Evidence, piece: str, device: str, library: Path, *, sma
 
     Args:
         evidence: Where rows go.
-        piece: "checks", or a shape of `random_decoder.SHAPES` to be timed.
+        piece: "checks", or shapes of `random_decoder.SHAPES` to be timed, with commas between them.
         device: "cpu" or "cuda".
         library: libdlo_ort.so.
         small: Everything once.
@@ -76,7 +76,9 @@ def run_piece(evidence: Evidence, piece: str, device: str, library: Path, *, sma
     from benchmarks.onnxruntime_times import time_decoders  # noqa: PLC0415
 
     if piece != "checks":
-        time_decoders(evidence, device, library, piece, small=small)
+        for shape in piece.split(","):
+            with evidence.guard(shape):
+                time_decoders(evidence, device, library, shape, small=small)
         return
     check_operators(evidence, device, library, small=small)
     # ONNX Runtime's attention on one cache has no float32 kernel on a GPU.

@@ -34,7 +34,7 @@ def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *,
         with evidence.guard("placement", model=shape, graph=name):
             elsewhere = decoder.session.operators_elsewhere()
             evidence.row("placement", model=shape, graph=name, elsewhere=elsewhere, open_s=decoder.open_s)
-    batches = (1, 2) if small else (1, 4, 16)
+    batches = (1, 16) if small else (1, 4, 16)
     for batch in batches:
         if evidence.fits(f"decode {shape}, batch {batch}", 8 * seconds):
             with evidence.guard("decode", model=shape, batch=batch):
@@ -63,6 +63,9 @@ def _time_decode(
         loose.tensors[KV_LENGTHS].fill_(PAST + 1)
         _synchronize(dense.device)
         evidence.row("decode, not captured", graph="dense", **common, **loose.time(seconds))
+        for graph, step in steps.items() if dense.device == "cuda" else ():
+            with evidence.guard("kernels of a step", graph=graph, **common):
+                evidence.row("kernels of a step", graph=graph, **common, kernels_us=step.kernels())
     order = np.random.default_rng(0).permutation(layers)
     item = steps["routed"].tensors[LOGITS].element_size()
     for count in dict.fromkeys(round(rate * layers) for rate in RATES):

@@ -25,6 +25,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
     },
     "1b-2-layers": {"num_hidden_layers": 2, "vocab_size": 128256},
+    "8b-2-layers": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 2,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
     "1b": {"num_hidden_layers": 16, "vocab_size": 128256},
     "8b": {
         "hidden_size": 4096,
