@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -144,8 +145,7 @@ def training_arguments(settings: TrainingSettings, folder: Path, *, saves: bool 
         warmup_steps=settings.warmup,
         weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm,
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        **_checkpointing(settings),
         seed=settings.seed,
         data_seed=settings.seed,
         eval_strategy="steps",
@@ -160,3 +160,10 @@ def training_arguments(settings: TrainingSettings, folder: Path, *, saves: bool 
         report_to=[],
         disable_tqdm=True,
     )
+
+
+def _checkpointing(settings: TrainingSettings) -> dict[str, Any]:
+    """What has each layer computed twice: transformers 5.23 calls it by another name than its predecessors."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: settings.gradient_checkpointing, f"{name}_kwargs": {"use_reentrant": False}}

@@ -1,0 +1,185 @@
+"""A model's weights as a step at fixed shapes reads them, in storage that the model goes on using.
+
+Products that share an input become one matrix, whose rows the model's own layers see as theirs. The kernels of routed
+MLPs read [in, out]; the model's layers see the transpose. So nothing is kept twice; `StepWeights.release` undoes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.plugins.contract import width_problems
+from dlo_export.runtimes.errors import ModelLoadError
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A linear layer, or several with one input.
+
+    Attributes:
+        weight: T [out, in].
+        bias: T [out] or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [n, in] times the weight, [n, out]."""
+        return nn.functional.linear(rows, self.weight, self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainMlp:
+    """An MLP as two products.
+
+    Attributes:
+        gate_up: Both projections, gate first.
+        down: The third.
+    """
+
+    gate_up: Product
+    down: Product
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelMlp:
+    """An MLP as the dlo kernels read it, all contiguous.
+
+    Attributes:
+        gate: T [hidden, intermediate].
+        up: T [hidden, intermediate].
+        down: T [intermediate, hidden].
+    """
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer.
+
+    Attributes:
+        attention_norm: T [hidden].
+        qkv: Queries, keys and values.
+        out: Attention's last projection.
+        mlp_norm: T [hidden].
+        mlp: In the form that computes it.
+        router: float32 [hidden], None where no token skips.
+    """
+
+    attention_norm: torch.Tensor
+    qkv: Product
+    out: Product
+    mlp_norm: torch.Tensor
+    mlp: PlainMlp | KernelMlp
+    router: torch.Tensor | None
+
+
+class StepWeights:
+    """Of a model; several decoders may share them.
+
+    Args:
+        model: In the dtype and on the device to run on. Its MLPs may be routed, or none.
+        kernels: Routed MLPs are to run in the dlo kernels, which really skip; else all is computed and masked.
+
+    Attributes:
+        model: As given.
+        layers: By index.
+
+    Raises:
+        ModelLoadError: Whole layers are routed; or the kernels do not take these MLPs.
+    """
+
+    def __init__(self, model: LlamaDloForCausalLM, *, kernels: bool) -> None:
+        config = model.config
+        if config.routing != "mlp" and config.routed_layers:
+            raise ModelLoadError(
+                "captured decode: this model's tokens skip whole layers, expected MLPs alone",
+                hint="run it with TorchRunner",
+            )
+        if foreign := _foreign_parts(model):
+            raise ModelLoadError(
+                f"captured decode: this model has {', '.join(foreign)}; expected a Llama's layers with silu",
+                hint="run it with TorchRunner",
+            )
+        if kernels and config.routed_layers and (problems := kernel_problems(model)):
+            raise ModelLoadError(
+                f"captured decode: the kernels of routed MLPs got a model with {'; '.join(problems)}",
+                hint="open it with kernels=False: all is computed, and masked",
+            )
+        self.model = model
+        self._changed: list[nn.Linear] = []
+        self.layers = [self._layer(index, kernels) for index in range(config.num_hidden_layers)]
+
+    def release(self) -> None:
+        """Gives every layer of the model storage of its own again; the decoders end with it."""
+        self.layers = []
+        for linear in self._changed:
+            linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)
+        self._changed = []
+
+    def _layer(self, index: int, kernels: bool) -> LayerWeights:
+        layer: Any = self.model.model.layers[index]  # a module, whose parts its class declares nowhere
+        router = self.model.model.router(index)
+        attention = layer.self_attn
+        return LayerWeights(
+            layer.input_layernorm.weight.data,
+            self._joined([attention.q_proj, attention.k_proj, attention.v_proj]),
+            Product(attention.o_proj.weight.data, _bias([attention.o_proj])),
+            layer.post_attention_layernorm.weight.data,
+            self._mlp(layer.mlp, kernels=kernels and router is not None),
+            None if router is None else router.weight.data.float().reshape(-1),
+        )
+
+    def _mlp(self, mlp: LlamaMLP, *, kernels: bool) -> PlainMlp | KernelMlp:
+        if kernels:
+            return KernelMlp(*map(self._transposed, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+        return PlainMlp(
+            self._joined([mlp.gate_proj, mlp.up_proj]), Product(mlp.down_proj.weight.data, _bias([mlp.down_proj]))
+        )
+
+    def _joined(self, linears: Sequence[nn.Linear]) -> Product:
+        weight = torch.cat([linear.weight.data for linear in linears])
+        for linear, rows in zip(linears, torch.split(weight, [linear.out_features for linear in linears]), strict=True):
+            linear.weight.data = rows
+        self._changed += linears
+        return Product(weight, _bias(linears))
+
+    def _transposed(self, linear: nn.Linear) -> torch.Tensor:
+        weight = linear.weight.data.t().contiguous()
+        linear.weight.data = weight.t()
+        self._changed.append(linear)
+        return weight
+
+
+def kernel_problems(model: LlamaDloForCausalLM) -> list[str]:
+    """Why the dlo kernels do not take this model's MLPs; empty where they do."""
+    config = model.config
+    problems = ["mlp_bias true; expected false"] if config.mlp_bias else []
+    return problems + width_problems({"hidden": config.hidden_size, "intermediate": config.intermediate_size})
+
+
+def _foreign_parts(model: LlamaDloForCausalLM) -> list[str]:
+    """What of a model's layers is computed otherwise than a Llama's."""
+    parts: dict[type, type] = {type(model.model.norm): LlamaRMSNorm}
+    layers: Any = model.model.layers
+    for layer in layers:
+        parts |= {type(layer.self_attn): LlamaAttention, type(layer.mlp): LlamaMLP}
+        parts |= {type(norm): LlamaRMSNorm for norm in (layer.input_layernorm, layer.post_attention_layernorm)}
+    foreign = [found.__name__ for found, expected in parts.items() if found is not expected]
+    return foreign + ([] if model.config.hidden_act in {"silu", "swish"} else [model.config.hidden_act])
+
+
+def _bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    biases = [linear.bias.data for linear in linears if linear.bias is not None]
+    return torch.cat(biases) if biases else None
