@@ -6,11 +6,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.exporter.pipeline import exposed
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, load_description
 from dlo_export.runtimes.artefact.files import check_model_files
+from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.runner import Runner
 
@@ -23,6 +25,7 @@ def open_artefact(
     threads: int | None = None,
     allow_spinning: bool = True,
     plugin_library: Path | None = None,
+    provider: ProviderOption | None = None,
 ) -> OnnxRuntimeRunner:
     """Opens an artefact in ONNX Runtime.
 
@@ -33,9 +36,11 @@ def open_artefact(
         threads: Of one operator.
         allow_spinning: Let idle threads spin; False where several runners share a process.
         plugin_library: libdlo_ort.so; loaded where the artefact has dlo operators, and never else.
+        provider: What runs it; None: what it was exported for. No other one takes its place.
 
     Raises:
         InputError: The folder is no artefact, or its files are not of the sizes its description says.
+        dlo_export.runtimes.errors.BackendUnavailableError: The provider is not there, or does not start.
         dlo_export.runtimes.errors.RuntimeInputError: ONNX Runtime refuses the graph.
         dlo_export.plugins.errors.PluginLibraryError: It has dlo operators, and no library that computes them is given.
     """
@@ -53,6 +58,7 @@ def open_artefact(
         threads=threads,
         allow_spinning=allow_spinning,
         plugin_library=plugin_library if operators else None,
+        provider=BY_PROVIDER[provider or description.provider],
     )
 
 

@@ -19,6 +19,7 @@ from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import save_weights, weight_places
+from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
@@ -72,7 +73,8 @@ def check_parity(
     from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
 
     rungs = {description.lowering: released}
-    if find_lowering(description.lowering, "onnxruntime-cpu").make_pass is not None:
+    target = PROVIDER_TARGETS[description.provider]
+    if find_lowering(description.lowering, target).make_pass is not None:
         rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
     candidates = [
         graph_candidate(

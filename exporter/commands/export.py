@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
 from dlo_export.exporter.commands.numbers import MAX_COUNT, positive
 from dlo_export.exporter.commands.shared_options import (
@@ -58,7 +59,7 @@ def main(
         str,
         typer.Option(
             metavar=f"<{'|'.join(DTYPE_CHOICES)}>",
-            help="Of weights, KV cache and logits; auto is fp32 on a CPU.",
+            help="Of weights, KV cache and logits; auto is fp32 on a CPU, 16 bits on a GPU.",
         ),
     ] = "auto",
     lowering: Annotated[
@@ -68,6 +69,9 @@ def main(
             help="What routed layers become; auto chooses by what was measured.",
         ),
     ] = "auto",
+    provider: Annotated[
+        ProviderOption, typer.Option(help="Of ONNX Runtime, which model.onnx is made for: its type, its lowering.")
+    ] = "cpu",
     trt: Annotated[bool, typer.Option("--trt", help="Build TensorRT engines too.")] = False,
     trt_backend: Annotated[
         BackendOption, typer.Option(help="rtx builds without a GPU; auto is tensorrt where it and a GPU are there.")
@@ -141,6 +145,7 @@ def main(
         force_base=force_base,
         trt=tensorrt if trt else None,
         ort_plugin_library=ort_plugin_library,
+        provider=provider,
     )
     with naming_allow_nonfinite():
         result = export_model(request, reporter)

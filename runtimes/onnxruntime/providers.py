@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BFLOAT16, FLOAT16, ElementType
-from dlo_export.runtimes.errors import BackendUnavailableError
+from dlo_export.runtimes.errors import ProviderUnavailableError
 
 MISSING_HINT = (
     "for CUDA: pip uninstall onnxruntime, pip install onnxruntime-gpu, with NVIDIA's driver and CUDA libraries; "
@@ -77,10 +77,10 @@ class Provider:
         """Refuses a provider that is not there.
 
         Raises:
-            BackendUnavailableError: With what to install.
+            ProviderUnavailableError: With what to install.
         """
         if (reason := self.why_not_here()) is not None:
-            raise BackendUnavailableError(reason, hint=MISSING_HINT)
+            raise ProviderUnavailableError(reason, hint=MISSING_HINT)
 
     def why_not_run(self, dtype: ElementType, operators: Collection[str] = ()) -> str | None:
         """Why a graph cannot run here; None where nothing is known against it.
