@@ -226,6 +226,10 @@ def check_ops(evidence: Evidence, dtype: torch.dtype) -> None:
         cache = keys.clone(), values.clone()
         return (ops.rotate_and_store(qkv, start, rotary, *cache), *cache)
 
+    def attended(ops: StepOps) -> tuple[torch.Tensor, ...]:
+        cache = keys.clone(), values.clone()
+        return (ops.attend(qkv, start, rotary, *cache), *cache)
+
     def normed(ops: StepOps) -> tuple[torch.Tensor, ...]:
         total, norm, made = ops.add_norm_route(stream, added, weight, 1e-5, routing)
         return total, norm, made.scores, made.scale
@@ -234,11 +238,10 @@ def check_ops(evidence: Evidence, dtype: torch.dtype) -> None:
         "add_norm": lambda ops: ops.add_norm(stream, None, weight, 1e-5),
         "add_norm_route": normed,
         "rotate_and_store": rotated,
-        "attend": lambda ops: (ops.attend(random_query, keys, values, start),),
+        "attend": attended,
         "gated": lambda ops: (ops.gated(qkv),),
         "skip_mlp": lambda ops: (ops.skip_mlp(stream, scale, mlp, added),),
     }
-    random_query = random(batch, heads, width)
     bar = {"float32": 1e-5, "bfloat16": 2**-6}[kind]
     for name, case in cases.items():
         with evidence.guard(f"op {name}", dtype=kind):
@@ -472,7 +475,7 @@ class Size:
         start = torch.full((batch,), CONTEXT, device="cuda")
         cache = torch.randn(2, self.layers, batch, kv_heads, CAPACITY, width, dtype=torch.bfloat16, device="cuda")
         cosines, sines = torch.randn(2, CAPACITY, width // 2, dtype=torch.bfloat16, device="cuda")
-        qkv, query = layers[0].qkv(stream), stream.view(batch, -1, width)
+        qkv = layers[0].qkv(stream)
         gate_up = torch.randn(batch, 2 * self.config["intermediate_size"], dtype=torch.bfloat16, device="cuda")
         ones, zeros = torch.ones(batch, device="cuda"), torch.zeros(batch, device="cuda")
         half = torch.full((1,), 0.5, device="cuda")
@@ -502,10 +505,7 @@ class Size:
             "add_norm": each(lambda index: ops.add_norm(stream, stream, norm, 1e-5)),
             "add_norm_route": each(lambda index: ops.add_norm_route(stream, stream, norm, 1e-5, routing(index))),
             "qkv product": each(lambda index: layers[index].qkv(stream)),
-            "rotate_and_store": each(
-                lambda index: ops.rotate_and_store(qkv, start, (cosines, sines), cache[0, index], cache[1, index])
-            ),
-            "attend": each(lambda index: ops.attend(query, cache[0, index], cache[1, index], start)),
+            "attend": each(lambda index: ops.attend(qkv, start, (cosines, sines), cache[0, index], cache[1, index])),
             "out product": each(lambda index: layers[index].out(stream)),
             "routed MLP, active": each(lambda index: skip(index, ones)),
             "routed MLP, skipped": each(lambda index: skip(index, zeros)),

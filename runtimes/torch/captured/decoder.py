@@ -83,9 +83,10 @@ class CapturedDecoder:
         with torch.inference_mode():
             places = torch.arange(capacity, device=embedding.device).unsqueeze(0)
             # Both halves of transformers' tables are the same.
-            self._rotary = tuple(
+            cosines, sines = (
                 table[0, :, : width // 2].contiguous() for table in model.model.rotary_emb(embedding, places)
             )
+        self._rotary = cosines, sines
         thresholds = [config.thresholds.get(layer, ONE_HALF) for layer in range(config.num_hidden_layers)]
         self.thresholds = torch.tensor(thresholds, dtype=torch.float32, device=embedding.device)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=embedding.device)
@@ -209,10 +210,11 @@ class CapturedDecoder:
 
     def _attention(self, index: int, layer: LayerWeights, normed: torch.Tensor, sequence: int) -> torch.Tensor:
         keys, values = self._keys[index], self._values[index]
-        query = self._ops.rotate_and_store(layer.qkv(normed), self._start, self._rotary, keys, values)
+        qkv, rotary = layer.qkv(normed), self._rotary
         if sequence == 1:
-            attended = self._ops.attend(query, keys, values, self._start)
+            attended = self._ops.attend(qkv, self._start, rotary, keys, values)
         else:
+            query = self._ops.rotate_and_store(qkv, self._start, rotary, keys, values)
             # A prompt begins an empty cache. What stands behind a shorter one's end nobody sees: decode overwrites it.
             attended = F.scaled_dot_product_attention(
                 query.view(self._batch, sequence, *query.shape[1:]).transpose(1, 2),
