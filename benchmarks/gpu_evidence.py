@@ -7,9 +7,9 @@ writes DIR/<part>.jsonl as it goes: whatever ends one leaves the figures taken s
 Afterwards DIR has evidence.md, a table of all rows, and decode.png, a plot of decode steps against the share of
 MLPs skipped.
 
-It runs from a checkout on PYTHONPATH; nothing of this project needs to be installed. Libraries are named by
-DLO_PLUGIN_LIBRARY and DLO_ORT_PLUGIN_LIBRARY. Prints the table and one JSON line. Exit codes: 0 all holds; 1 something
-does not; 2 bad arguments; 4 no GPU: each part has then done what a CPU can check.
+It runs from a checkout on PYTHONPATH; nothing of this project needs to be installed. DLO_ORT_PLUGIN_LIBRARY names
+libdlo_ort.so. Prints the table and one JSON line. Exit codes: 0 all holds; 1 something does not; 2 bad arguments; 4 no
+GPU, or no library: each part has then done what a CPU can check.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -35,22 +34,33 @@ _GRACE_S: Final = 5.0  # a part that outruns its share by so much is ended
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """One part of the evidence.
+class Command:
+    """A command of the evidence.
 
     Attributes:
-        modules: Its commands, in the order in which they run.
-        weight: Its share of the budget among the parts that are asked for.
+        module: In this folder.
+        weight: Its share of the budget among the commands that are asked for.
+        takes: The files it can be given, as options.
     """
 
-    modules: tuple[str, ...]
+    module: str
     weight: float
+    takes: tuple[str, ...] = ()
 
 
-PARTS: Final[Mapping[str, Part]] = {
-    "kernels": Part(("gpu_kernels",), 1.0),
-    "onnxruntime": Part(("gpu_onnxruntime_parity", "gpu_onnxruntime"), 1.5),
-    "pytorch": Part(("gpu_pytorch",), 0.8),
+PARTS: Final[Mapping[str, tuple[Command, ...]]] = {
+    "kernels": (Command("gpu_kernels", 1.0, ("cubins", "library", "host")),),
+    "onnxruntime": (
+        Command("gpu_onnxruntime_parity", 0.7, ("model",)),
+        Command("gpu_onnxruntime", 0.8),
+    ),
+    "pytorch": (Command("gpu_pytorch", 0.8),),
+}
+_FILES: Final[Mapping[str, str]] = {
+    "cubins": "folder that benchmarks.kernel_images wrote",
+    "library": "libdlo_plugins.so",
+    "host": "plugin_host, built beside it",
+    "model": "a trained Llama, checkpoint folder or GGUF file, such as SmolLM2-135M's",
 }
 
 
@@ -60,14 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=540, help="seconds for everything")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows, table and plot")
     parser.add_argument("--smoke", action="store_true", help="everything once and small, to see that it runs")
+    parser.add_argument(
+        "--unchecked", action="store_true", help="leave out what a CPU can check: it was checked before"
+    )
+    for name, what in _FILES.items():
+        parser.add_argument(f"--{name}", type=Path, help=f"{what}; what needs it is left out without it")
     parsed = parser.parse_args(arguments)
+    given = {name: value for name in _FILES if (value := getattr(parsed, name.replace("-", "_"))) is not None}
+    flags = [f"--{flag}" for flag in ("smoke", "unchecked") if getattr(parsed, flag)]
     try:
-        modules = chosen_modules(parsed.parts)
+        commands = chosen_commands(parsed.parts)
         parsed.out.mkdir(parents=True, exist_ok=True)
     except (DloError, OSError) as err:
         report_error(err)
         return exit_code(err)
-    codes = run_parts(modules, parsed.out, parsed.budget_s, smoke=parsed.smoke)
+    codes = run_commands(commands, parsed.out, parsed.budget_s, flags, given)
     rows = read_rows(parsed.out)
     write_report(rows, parsed.out)
     failed = [f"{row['part']}: {row['what']}" for row in rows if row["passed"] is False]
@@ -77,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return DONE if set(codes.values()) == {DONE} else BAR_MISSED
 
 
-def chosen_modules(parts: str) -> dict[str, float]:
-    """The commands of the parts that were asked for, each with its weight.
+def chosen_commands(parts: str) -> list[Command]:
+    """The commands of the parts that were asked for.
 
     Raises:
         InputError: There is no such part.
@@ -86,29 +103,39 @@ def chosen_modules(parts: str) -> dict[str, float]:
     names = parts.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         raise InputError(f"--parts: no part {', '.join(map(repr, unknown))}", hint=f"there are {', '.join(PARTS)}")
-    return {module: PARTS[name].weight / len(PARTS[name].modules) for name in names for module in PARTS[name].modules}
+    return [command for name in names for command in PARTS[name]]
 
 
-def run_parts(modules: Mapping[str, float], out: Path, budget_s: float, *, smoke: bool) -> dict[str, int]:
+def run_commands(
+    commands: Sequence[Command], out: Path, budget_s: float, flags: Sequence[str], given: Mapping[str, Path]
+) -> dict[str, int]:
     """Runs commands one after the other; time that one leaves over goes to those behind it.
+
+    Args:
+        commands: What to run.
+        out: Folder of rows.
+        budget_s: Seconds for all.
+        flags: For every command.
+        given: Files by the names of the options that take them.
 
     Returns:
         Exit code of each; minus a signal's number where one ended it.
     """
     end = time.monotonic() + budget_s
     codes: dict[str, int] = {}
-    weight_left = sum(modules.values())
-    for module, weight in modules.items():
-        share = max(0.0, end - time.monotonic()) * weight / weight_left
-        weight_left -= weight
-        command = [sys.executable, "-m", f"benchmarks.{module}", "--budget-s", f"{share:.0f}", "--out", os.fspath(out)]
-        process = subprocess.Popen([*command, *(["--smoke"] if smoke else [])], stdout=sys.stderr)
+    weight_left = sum(command.weight for command in commands)
+    for command in commands:
+        share = max(0.0, end - time.monotonic()) * command.weight / weight_left
+        weight_left -= command.weight
+        words = [sys.executable, "-m", f"benchmarks.{command.module}", "--budget-s", f"{share:.0f}", "--out", str(out)]
+        files = [f"--{name}={given[name]}" for name in command.takes if name in given]
+        process = subprocess.Popen([*words, *flags, *files], stdout=sys.stderr)
         try:
-            codes[module] = process.wait(share + _GRACE_S)
+            codes[command.module] = process.wait(share + _GRACE_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            codes[module] = process.wait()
-            print(f"{module}: ended, it took longer than {share:.0f} s", file=sys.stderr, flush=True)
+            codes[command.module] = process.wait()
+            print(f"{command.module}: ended, it took longer than {share:.0f} s", file=sys.stderr, flush=True)
     return codes
 
 

@@ -22,7 +22,7 @@ from dlo_export.exporter.weight_file import save_weights, weight_places
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
-from dlo_export.runtimes.onnxruntime.providers import CPU
+from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.parity.cases import parity_cases
@@ -42,6 +42,9 @@ def check_parity(
     description: ArtefactDescription,
     tensorrt: Iterable[TensorRtOptions] = (),
     plugin_library: Path | None = None,
+    *,
+    provider: Provider = CPU,
+    device: str = "cpu",
 ) -> ParityReport:
     """Compares an artefact, and the fp32 twins of its TensorRT graphs, with the PyTorch model of its source.
 
@@ -54,12 +57,16 @@ def check_parity(
         description: Its dlo_artifact.json.
         tensorrt: Options of its TensorRT graphs.
         plugin_library: libdlo_ort.so, for an artefact with dlo operators; without it there is nothing to run.
+        provider: What runs the artefact; the twins of TensorRT graphs are the CPU's.
+        device: Of the reference, as `--device` names it.
 
     Raises:
+        BackendUnavailableError: The provider does not start here.
+        MachineError: There is no such device.
         InputError: The artefact was made from another source, or by another version, or the library cannot be used.
     """
     released = load_graph(folder / MODEL_NAME)
-    if (reason := _why_not_run(source, description, released, plugin_library)) is not None:
+    if (reason := _why_not_run(source, description, released, plugin_library, provider)) is not None:
         return ParityReport.not_run(reason)
     # Imported here: torch takes seconds, and an export without parity does not need it.
     from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
@@ -68,13 +75,15 @@ def check_parity(
     if find_lowering(description.lowering, "onnxruntime-cpu").make_pass is not None:
         rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
     candidates = [
-        _candidate(
+        graph_candidate(
             name,
             graph,
             folder,
+            # What is shipped is what runs, byte for byte.
+            file=folder / MODEL_NAME if graph is released else None,
             routed=source.routing is not None,
-            released=graph is released,
-            plugin_library=plugin_library if plugin_operators(graph) else None,
+            plugin_library=plugin_library,
+            provider=provider,
         )
         for name, graph in rungs.items()
     ]
@@ -88,8 +97,8 @@ def check_parity(
     rng = np.random.default_rng(_SEED)
     prompts = [max(1, tokens * longest // MOST_TOKENS) for tokens in _GREEDY_PROMPTS]
     tensors = source.tensors()
-    precise = functools.partial(open_reference, config, tensors, name="PyTorch in float64", float64=True)
-    with open_reference(config, tensors) as reference:
+    precise = functools.partial(open_reference, config, tensors, name="PyTorch in float64", float64=True, device=device)
+    with open_reference(config, tensors, device=device) as reference:
         return compare(
             reference,
             candidates,
@@ -103,14 +112,18 @@ def check_parity(
 
 
 def _why_not_run(
-    source: ExportSource, description: ArtefactDescription, released: ir.Model, plugin_library: Path | None
+    source: ExportSource,
+    description: ArtefactDescription,
+    released: ir.Model,
+    plugin_library: Path | None,
+    provider: Provider,
 ) -> str | None:
     """Why there is nothing to compare: no PyTorch model, or a graph that the provider has no kernels for."""
     if (refusal := source.base.why_not("parity")) is not None:
         return refusal.reason
     if description.plugin_operators and plugin_library is None:
         return no_library(description.plugin_operators).message
-    return CPU.why_not_run(BY_OPTION[description.dtype], _reductions(released))
+    return provider.why_not_run(BY_OPTION[description.dtype], _reductions(released))
 
 
 def _reductions(model: ir.Model) -> set[str]:
@@ -122,25 +135,40 @@ def _reductions(model: ir.Model) -> set[str]:
     }
 
 
-def _candidate(
-    name: str, graph: ir.Model, folder: Path, *, routed: bool, released: bool, plugin_library: Path | None
+def graph_candidate(
+    lowering: str,
+    graph: ir.Model,
+    folder: Path,
+    *,
+    file: Path | None = None,
+    routed: bool,
+    plugin_library: Path | None = None,
+    provider: Provider = CPU,
 ) -> Candidate:
-    label = "dense" if name == "none" else name
+    """A graph in ONNX Runtime as something to compare.
+
+    Args:
+        lowering: Of the graph, for reports.
+        graph: As it is released; copies of it show its routers and streams.
+        folder: Of its weights.
+        file: That it is read from; None where there is none.
+        routed: Whether it has routers.
+        plugin_library: libdlo_ort.so; loaded where it has dlo operators.
+        provider: What runs it.
+    """
+    label = "dense" if lowering == "none" else lowering
+    library = plugin_library if plugin_operators(graph) else None
+    # PyTorch runs in the same process: spinning threads would take its cores.
+    open_runner = functools.partial(
+        OnnxRuntimeRunner, name=label, allow_spinning=False, plugin_library=library, provider=provider
+    )
 
     def opened(*, force: bool, streams: bool = False) -> OnnxRuntimeRunner:
-        model = exposed_model(graph, force=force, streams=streams)
-        # PyTorch runs in the same process: spinning threads would take its cores.
-        return OnnxRuntimeRunner(
-            model, weights_folder=folder, name=label, allow_spinning=False, plugin_library=plugin_library
-        )
-
-    def opened_file() -> OnnxRuntimeRunner:
-        return OnnxRuntimeRunner(folder / MODEL_NAME, name=label, allow_spinning=False, plugin_library=plugin_library)
+        return open_runner(exposed_model(graph, force=force, streams=streams), weights_folder=folder)
 
     return Candidate(
         label,
-        # What is shipped is what runs, byte for byte.
-        opened_file if released else functools.partial(opened, force=False),
+        functools.partial(opened, force=False) if file is None else functools.partial(open_runner, file),
         functools.partial(opened, force=True) if routed else None,
         functools.partial(opened, force=routed, streams=True),
     )

@@ -19,6 +19,7 @@ from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
+from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
@@ -43,8 +44,10 @@ from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenSta
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.data_dependent_shapes import data_dependent_shapes
 from dlo_export.graph_passes.spec.graph_checks import misordered_values
 from dlo_export.graph_passes.spec.invariants import INJECTED, PLAIN, ROUTED, StageSpec, check_stage
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.onnxruntime.providers import CPU
@@ -147,6 +150,34 @@ def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord) -> list[Ste
         # transformers.js and optimum know the batch by its dimension's name.
         Step(NameBatchDimensionPass(), lowering.stage),
     ]
+
+
+def captured_steps(source: GraphSource, lowering: LoweringRecord, max_cache: int) -> list[Step]:
+    """What turns the plain graph into one whose step a CUDA graph captures in ONNX Runtime, each step with its reason.
+
+    Args:
+        source: What is exported.
+        lowering: One that a CUDA graph can capture.
+        max_cache: Slots of the cache, per sequence.
+    """
+    steps = [
+        # Deepen first: routers are numbered in the deepened model.
+        *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
+        # The masked form, its routers in fp32.
+        *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
+        # The one lowering, of fixed shapes.
+        *_lowering_steps(lowering, Workload(plugins_at_hand=True)),
+        # One product for query, key and value, which attention takes as it is.
+        Step(FuseSiblingMatMulsPass(), lowering.stage),
+    ]
+    # A cache at fixed addresses. Last: where query, key and value are one product shows only now.
+    stage = dataclasses.replace(
+        lowering.stage,
+        name=f"{lowering.stage.name}, one cache",
+        domains=lowering.stage.domains | {MICROSOFT},
+        checks=(*lowering.stage.checks, data_dependent_shapes),
+    )
+    return [*steps, Step(UseGroupQueryAttentionPass(max_cache), stage)]
 
 
 def tensorrt_steps(source: GraphSource, options: TensorRtOptions) -> list[Step]:
@@ -259,6 +290,38 @@ def build_model(source: GraphSource, lowering: str, dtype: ir.DataType = ir.Data
     """
     steps = onnxruntime_steps(source, find_lowering(lowering, "onnxruntime-cpu"))
     return run_steps(_plain(source, dtype), steps)
+
+
+def build_captured_model(
+    source: GraphSource, lowering: str, max_cache: int, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Model:
+    """Builds the source's graph for ONNX Runtime with a cache of fixed size, updated in place.
+
+    Args:
+        source: A checkpoint; a foreign graph keeps the interface it has.
+        lowering: Name of what routed layers become.
+        max_cache: Slots of the cache, per sequence.
+        dtype: Of weights, KV cache and logits.
+
+    Returns:
+        The finished graph, its weights still lazy.
+
+    Raises:
+        InputError: The source or the lowering cannot be had so, with all reasons.
+        dlo_export.graph_passes.errors.GraphPassError: A layer is not what the lowering or the cache needs.
+    """
+    record = find_lowering(lowering, "onnxruntime-cuda")
+    problems = [] if record.not_capturable is None else [f"--lowering {lowering}: {record.not_capturable}"]
+    if source.remembers_activity:
+        problems.append("layer routing needs a mask of its own, which attention on one cache does not take")
+    if max_cache < 1:
+        problems.append(f"a cache of {max_cache} slots, expected at least 1")
+    if problems:
+        raise InputError(
+            f"a static cache for ONNX Runtime: {'; '.join(problems)}",
+            hint="export without it, or choose --lowering plugin",
+        )
+    return run_steps(_plain(source, dtype), captured_steps(source, record, max_cache))
 
 
 def build_tensorrt_model(source: GraphSource, options: TensorRtOptions, dtype: ir.DataType) -> ir.Model:

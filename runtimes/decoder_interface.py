@@ -143,6 +143,19 @@ class DecoderInterface:
             *(names.hidden_name(layer) for layer in (self.hidden_layers if hidden_states else ())),
         )
 
+    def step_shape(self, output: str, batch: int, sequence: int) -> tuple[int, ...] | None:
+        """Shape of an observed output in a step of unpadded sequences; None where the graph does not say all of it.
+
+        Args:
+            output: One of `observed`.
+            batch: Sequences.
+            sequence: Tokens each.
+        """
+        said = self.outputs[output].shape
+        step = (batch, sequence)
+        sizes = [size if isinstance(size, int) else step[axis] if axis < 2 else None for axis, size in enumerate(said)]
+        return tuple(size for size in sizes if size is not None) if said and None not in sizes else None
+
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """Shape of every state input before the first token: what grows has size 0.
 

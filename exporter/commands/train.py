@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dlo_export.exporter.commands.numbers import finite
-from dlo_export.exporter.commands.shared_options import Force, ForceBase, Routing
-from dlo_export.modeling.training.settings import Device, Dtype, Labels, LongChats, Mode, Selection
+from dlo_export.exporter.commands.shared_options import Device, Force, ForceBase, Routing
+from dlo_export.modeling.training.settings import Dtype, Labels, LongChats, Mode, Selection
 
 if TYPE_CHECKING:
     from dlo_export.exporter.train import TrainRequest
@@ -85,7 +85,7 @@ def main(
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 200,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints of the run.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the data's order and what is held out.")] = 0,
-    device: Annotated[Device, typer.Option(help="Where to train.")] = "cpu",
+    device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT.run.")] = False,
     force: Force = False,
     force_base: ForceBase = False,

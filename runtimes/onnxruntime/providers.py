@@ -1,11 +1,21 @@
-"""ONNX Runtime's execution providers, and what they cannot run."""
+"""ONNX Runtime's execution providers: those that `--provider` names, their settings, and what they cannot run."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import onnxruntime as ort
+
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BFLOAT16, FLOAT16, ElementType
+from dlo_export.runtimes.errors import BackendUnavailableError
+
+MISSING_HINT = (
+    "for CUDA: pip uninstall onnxruntime, pip install onnxruntime-gpu, with NVIDIA's driver and CUDA libraries; "
+    "or take --provider cpu"
+)
+"""What to do where a provider is missing."""
 
 SCATTER_ADD = "ScatterND(add)"
 """ScatterND with reduction "add": how compaction puts tokens back."""
@@ -34,11 +44,43 @@ class Provider:
         name: As ONNX Runtime calls it.
         options: Its own options, as `InferenceSession(provider_options=…)` takes them.
         gaps: What it cannot run; a test asks ONNX Runtime whether they are still there.
+        device: What ONNX Runtime calls the memory it computes in.
+        reads_back: Keep outputs in that memory, and copy out of it what is asked for alone: pays where it is not the
+            host's.
     """
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
     gaps: tuple[Gap, ...] = ()
+    device: str = "cpu"
+    reads_back: bool = False
+
+    @property
+    def device_id(self) -> int:
+        """Number of the GPU; 0 where there is none."""
+        return int(self.options.get("device_id", "0"))
+
+    def with_cuda_graph(self) -> Provider:
+        """The same, capturing a session's first step as a CUDA graph and replaying it for the others.
+
+        Every step must then be of the same shapes, in the same memory, with no node left to the CPU.
+        """
+        return replace(self, options={**self.options, "enable_cuda_graph": "1"})
+
+    def why_not_here(self) -> str | None:
+        """Why this ONNX Runtime does not have it; None where it has. Whether it starts, a session finds out."""
+        if self.name in (available := ort.get_available_providers()):
+            return None
+        return f"ONNX Runtime {ort.__version__} has no {self.name} here, it has {', '.join(available)}"
+
+    def check_here(self) -> None:
+        """Refuses a provider that is not there.
+
+        Raises:
+            BackendUnavailableError: With what to install.
+        """
+        if (reason := self.why_not_here()) is not None:
+            raise BackendUnavailableError(reason, hint=MISSING_HINT)
 
     def why_not_run(self, dtype: ElementType, operators: Collection[str] = ()) -> str | None:
         """Why a graph cannot run here; None where nothing is known against it.
@@ -59,3 +101,15 @@ CPU = Provider(
         Gap(FLOAT16, SCATTER_ADD, "ONNX Runtime's CPU kernel of ScatterND does not add float16"),
     ),
 )
+
+CUDA = Provider(
+    "CUDAExecutionProvider",
+    # TensorFloat-32 keeps 10 bits of a product's operands: float32 would then not be float32.
+    {"use_tf32": "0"},
+    device="cuda",
+    reads_back=True,
+)
+"""What it lacks nobody has asked it yet: a graph it cannot run is refused when it is loaded or run."""
+
+BY_OPTION: Mapping[ProviderOption, Provider] = {"cpu": CPU, "cuda": CUDA}
+"""What `--provider` names."""
