@@ -301,7 +301,9 @@ class KernelOps(StepOps):
     ) -> torch.Tensor:
         batch, kv_heads, capacity, width = keys.shape
         heads = qkv.shape[-1] // width - 2 * kv_heads
-        splits = _splits(batch * kv_heads, capacity)
+        wide = _power_of_two(width, 16)
+        slots = slots_of(wide, qkv.itemsize)
+        splits = _splits(batch * kv_heads, capacity, slots)
         partial = qkv.new_empty(batch, heads, splits, width, dtype=torch.float32)
         peaks, totals = (qkv.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
         attended = qkv.new_empty(batch, heads * width)
@@ -322,8 +324,8 @@ class KernelOps(StepOps):
             GROUP=heads // kv_heads,
             ROWS=_power_of_two(heads // kv_heads, 16),
             HEAD=width,
-            WIDTH=_power_of_two(width, 16),
-            BLOCK=_SLOTS,
+            WIDTH=wide,
+            BLOCK=slots,
             SPLITS=splits,
             num_warps=4,
         )
@@ -357,14 +359,23 @@ class KernelOps(StepOps):
         return output.squeeze(0)
 
 
-_SLOTS = 64  # of the cache, that a program of the attention kernel reads at a time
 _COLUMNS = 1024  # of the gated products, that a program computes
 _PROGRAMS = 128  # about as many as a data-centre GPU has multiprocessors
 
 
-def _splits(pairs: int, capacity: int) -> int:
+def slots_of(width: int, itemsize: int) -> int:
+    """Slots of the cache that a program of the attention kernel reads at a time: some of these in flight fit 99 KB.
+
+    Args:
+        width: Of a head, a power of two.
+        itemsize: Bytes of an element.
+    """
+    return max(16, min(64, (1 << 14) // (width * itemsize)))
+
+
+def _splits(pairs: int, capacity: int, slots: int) -> int:
     """Programs among which the slots of one sequence and key head are split: a power of two, each with work to do."""
-    wanted = min(_PROGRAMS // pairs, -(-capacity // _SLOTS))
+    wanted = min(_PROGRAMS // pairs, -(-capacity // slots))
     return 1 << (max(1, wanted).bit_length() - 1)
 
 
