@@ -265,7 +265,7 @@ class _Part:
             cores = sorted(os.sched_getaffinity(0))
             aside = set(cores[-6:]) if len(cores) >= 12 else None
             command = ["-m", "benchmarks.reproduce_papers", "--form", form, "--device", self._in.device]
-            command += ["--model", self._model, "--output", self._results, "--tasks", self._tasks]
+            command += ["--model", str(self._model), "--output", str(self._results), "--tasks", str(self._tasks)]
             threads = len(cores) - len(aside or ())
             compiled = ["--compile"] if self._in.compile else []
             main = self._child(
@@ -393,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true")
     asks_for_help = "--help" in (arguments or sys.argv[1:])
     parsed, others = (None, ["--help"]) if asks_for_help else parser.parse_known_args(arguments)
-    inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(*[Path()] * 4)
+    inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path(), Path(), Path())
     return run_part("training", __doc__, inputs.check, functools.partial(measure, inputs), others)
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training_payload MODEL FOLDER
 
-FOLDER/text and FOLDER/tokens are the papers' text (benchmarks.papers.text) and its tokens. FOLDER/library is text of the
+FOLDER/text and FOLDER/tokens are the papers' text (benchmarks.papers.text) and its tokens. FOLDER/library is of the
 Python standard library alone (PSF licence), for the demo's adapter: modules, and the language reference without the
 documents that `dlo calibrate` measures on.
 """
