@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -33,6 +34,7 @@ import torch  # before onnxruntime, which finds CUDA's libraries among PyTorch's
 
 # isort: split
 import onnx_ir as ir
+import onnxruntime as ort
 
 from benchmarks.evidence import Evidence, run_part
 from dlo_export.checkpoints.device_options import ProviderOption
@@ -412,6 +414,8 @@ def time_decode(
                 ours = decode_row(
                     evidence, f"decode onnxruntime, {dtype}", [onnxruntime_step(runner, steps) for _ in range(5)]
                 )
+        with evidence.guard("decode nodes"):
+            evidence.row("decode nodes", passed=None, **profile(file, provider, Path(temporary)))
         with evidence.guard(f"decode transformers, {dtype}"):
             llama = transformers_llama(source, dtype, device)
             for kind, compiles in (("static cache", False), ("static cache, compiled", True)):
@@ -446,6 +450,40 @@ def onnxruntime_step(runner: OnnxRuntimeRunner, steps: int) -> float:
         token = result.logits[:, -1].argmax(-1, keepdims=True)
         result = runner.step(token, np.ones((1, past + 1), np.int64), np.array([[past]]), last_logits=True)
     return (time.perf_counter() - begin) / steps * 1e3
+
+
+def profile(file: Path, provider: Provider, folder: Path) -> dict[str, Any]:
+    """Which nodes a decode step runs where, by ONNX Runtime's own profile; copies between providers are among them.
+
+    Args:
+        file: The graph.
+        provider: What runs it.
+        folder: For the profile.
+
+    Returns:
+        Nodes by provider, those of copies, and microseconds by operator: on a GPU, those of launching it.
+    """
+    options = ort.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
+    steps = 4
+    with OnnxRuntimeRunner(file, threads=1, provider=provider, options=options) as runner:
+        onnxruntime_step(runner, steps)
+    del runner
+    gc.collect()  # with the session, the profile is written
+    (written,) = folder.glob("profile*.json")
+    events = [event for event in json.loads(written.read_text()) if event["name"].endswith("_kernel_time")]
+    nodes = events[len(events) // (steps + 1) :]  # without the prompt's
+    times: Counter[str] = Counter()
+    for event in nodes:
+        times[event["args"]["op_name"]] += event["dur"]
+    return {
+        "nodes_per_step": {
+            name: count / steps for name, count in Counter(event["args"]["provider"] for event in nodes).items()
+        },
+        "copies_per_step": sum(event["args"]["op_name"].startswith("Memcpy") for event in nodes) / steps,
+        "us_per_step": {name: round(time_us / steps, 1) for name, time_us in times.most_common(8)},
+    }
 
 
 def transformers_llama(source: ExportSource, dtype: str, device: str) -> Any:

@@ -50,9 +50,13 @@ def test_decode_is_timed_against_transformers_when_a_model_is_given(tmp_path: Pa
     time_decode(evidence, model, smoke=True, provider=CPU, device="cpu")
     assert [row["what"] for row in evidence.rows] == [
         "decode onnxruntime, fp32",
+        "decode nodes",
         "decode transformers, static cache, fp32",
         "decode onnxruntime against transformers, static cache",
     ]
+    nodes = evidence.rows[1]
+    assert nodes["nodes_per_step"].keys() == {"CPUExecutionProvider"}
+    assert nodes["us_per_step"]["Attention"] > 0
     assert all(row["passed"] is None for row in evidence.rows), evidence.rows
 
 
