@@ -151,7 +151,9 @@ def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Pat
     library_given = None if library is None else str(Path(library).absolute())
     processes = [process_of(job) for job in jobs(model, library_given, smoke=smoke)]
     commands = ["--commands", *([] if model is None else ["--model", str(model)])]
-    run_processes(evidence, [*processes, Process("commands", tuple(commands))], seconds=30.0 if smoke else 75.0)
+    run_processes(
+        evidence, [*processes, Process("commands", tuple(commands))], seconds=30.0 if smoke else 0.65 * evidence.left
+    )
     if model is None:
         evidence.row("decode", left_out="no --model is given")
         return
@@ -301,8 +303,12 @@ def rows_of_commands(model: Path | None, device: str) -> Iterator[dict[str, Any]
         ]
         if model is not None:
             steps += [
-                (f"calibrate --device {device}", lambda: _calibration_row(str(model), folder / "adapter", device)),
+                (f"calibrate --device {device}", lambda: _calibration_row(str(model), folder / "fitted", device, 0)),
                 (f"evaluate --device {device}", lambda: _evaluation_row(str(model), folder, device)),
+                (
+                    f"calibrate --objective distill --device {device}",
+                    lambda: _calibration_row(str(model), folder / "distilled", device, 2),
+                ),
             ]
         for what, step in steps:
             begin = time.monotonic()
@@ -327,7 +333,7 @@ def _run_row(artefact: Path) -> dict[str, Any]:
     return {"passed": len(tokens) == 8, "active_rates": {str(k): v for k, v in generation.stats.active_rate.items()}}
 
 
-def _calibration_row(model: str, output: Path, device: str) -> dict[str, Any]:
+def _calibration_row(model: str, output: Path, device: str, steps: int) -> dict[str, Any]:
     request = CalibrationRequest(
         model=model,
         output=output,
@@ -339,7 +345,7 @@ def _calibration_row(model: str, output: Path, device: str) -> dict[str, Any]:
         evaluation_tokens=2048,
         seed=0,
         force=False,
-        distillation=DistillationSettings(steps=2),
+        distillation=DistillationSettings(steps=steps) if steps else None,
         device=device,
     )
     result = calibrate(request, Reporter())
