@@ -61,16 +61,16 @@ def operator_model(name: str, dtype: str) -> ir.Model:
     )
 
 
-def check_operators(evidence: Evidence, device: str, library: Path, *, small: bool) -> None:
+def check_operators(evidence: Evidence, device: str, library: Path, *, small: bool, capture: bool) -> None:
     """Both operators against NumPy: every type, decode and prefill tiles, decisions that change between replays."""
-    tokens = [(1, 1), (2, 5)] if small else [(1, 1), (3, 1), (2, 5), (16, 1), (1, 37), (2, 120)]
+    tokens = [(1, 1), (2, 5), (1, 70)] if small else [(1, 1), (3, 1), (2, 5), (16, 1), (1, 37), (2, 120)]
     widths = [(72, 200)] if small else [(72, 200), (264, 520), (1024, 2048)]
     dtypes = [torch.float32] if device == "cpu" else list(OPTIONS)
     for name in PLUGIN_OPS:
         for dtype in dtypes:
             word = str(dtype).removeprefix("torch.")
             with evidence.guard(f"operator {name}", dtype=word):
-                session = DeviceSession(operator_model(name, word), device, library)
+                session = DeviceSession(operator_model(name, word), device, library, capture=capture)
                 worst, wrong, runs = 0.0, 0, 0
                 for shape in tokens:
                     for width in widths:
@@ -80,6 +80,7 @@ def check_operators(evidence: Evidence, device: str, library: Path, *, small: bo
                     f"operator {name}",
                     passed=worst <= OPERATOR_ERROR[word] and not wrong,
                     dtype=word,
+                    captured=capture and device == "cuda",
                     largest_error=worst,
                     bar=OPERATOR_ERROR[word],
                     skipped_rows_changed=wrong,
@@ -133,11 +134,21 @@ def _row_error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(error) if np.isfinite(error) else float("inf")
 
 
-def check_decoder(evidence: Evidence, device: str, library: Path, *, routed: bool, dtype: torch.dtype) -> None:
+def check_decoder(
+    evidence: Evidence,
+    device: str,
+    library: Path,
+    *,
+    routed: bool,
+    dtype: torch.dtype,
+    capture: bool,
+    unfilled: float = 0.0,
+) -> None:
     """A small decoder, prompt and steps, against the masked form of the same weights in float32 on the CPU provider.
 
     The reference has no cache of fixed size, none of the dlo operators and none of ONNX Runtime's attention of its own:
     one step of all tokens. Decisions are drawn anew for every token and layer, so a replayed graph has to follow them.
+    `unfilled` is what slots hold that nobody has filled.
     """
     what = f"decoder, {'routed' if routed else 'dense'}"
     source, slots, prompts, steps = RandomDecoder("small", routed), 64, (5, 9), 6
@@ -149,10 +160,10 @@ def check_decoder(evidence: Evidence, device: str, library: Path, *, routed: boo
     limits = torch.from_numpy(np.where(active, ACTIVE, SKIPPED).astype(np.float32)).to(device)
     ids = torch.from_numpy(tokens).to(device)
 
-    decoder = CapturedDecoder.open(source, dtype, device, library, max_cache=slots)
+    decoder = CapturedDecoder.open(source, dtype, device, library, max_cache=slots, capture=capture)
     cache = decoder.cache(len(prompts), slots)
     for value in cache.values():
-        value.fill_(torch.nan)  # slots that nobody filled are not looked at
+        value.fill_(unfilled)
     got: list[list[np.ndarray]] = [[] for _ in prompts]
     # Prompts go in one by one, as the operator wants them, each into its own rows of the cache.
     for row, prompt in enumerate(prompts):
@@ -189,6 +200,8 @@ def check_decoder(evidence: Evidence, device: str, library: Path, *, routed: boo
         what,
         passed=max(errors) <= LOGITS_ERROR[option],
         dtype=option,
+        captured=capture and device == "cuda",
+        unfilled=str(unfilled),
         largest_error=max(errors),
         bar=LOGITS_ERROR[option],
         elsewhere=decoder.session.operators_elsewhere(),

@@ -22,14 +22,16 @@ BAR_SHAPE = "8b"  # whose batch of 1 has bars
 DENSE_BAR, EFFICIENCY_BAR = 1.03, 0.9
 
 
-def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *, small: bool) -> None:
+def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *, small: bool, capture: bool) -> None:
     """A decode step, dense and with so many MLPs skipped, and a prompt."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     seconds = 0.05 if small else 0.4
     copy = copy_rate(device, small=small or device == "cpu")
     evidence.row("copy rate", model=shape, gb_per_s=round(copy / 1e9, 1))
-    dense = CapturedDecoder.open(RandomDecoder(shape, routed=False), dtype, device, library)
-    routed = CapturedDecoder.open(RandomDecoder(shape, routed=True), dtype, device, library, dense.weights)
+    dense = CapturedDecoder.open(RandomDecoder(shape, routed=False), dtype, device, library, capture=capture)
+    routed = CapturedDecoder.open(
+        RandomDecoder(shape, routed=True), dtype, device, library, dense.weights, capture=capture
+    )
     for name, decoder in (("dense", dense), ("routed", routed)):
         with evidence.guard("placement", model=shape, graph=name):
             elsewhere = decoder.session.operators_elsewhere()
