@@ -215,6 +215,8 @@ class BoundRun:
 
     def kernels(self, runs: int = 4) -> dict[str, list[float]]:
         """What a GPU runs, by the beginnings of kernels' names: how many per run, and microseconds of all of them."""
+        self.run()  # captures
+        self.finish()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
             for _ in range(runs):
                 self.run()

@@ -210,7 +210,7 @@ def check_decoder(
 
 def check_runner(evidence: Evidence, device: str, library: Path) -> None:
     """The project's own runner from files: prompts of two lengths and six steps, against a growing cache on the CPU."""
-    source, rng = RandomDecoder("small", routed=True), np.random.default_rng(3)
+    source, rng = RandomDecoder("small", routed=True, rescale=True), np.random.default_rng(3)
     option = "fp32" if device == "cpu" else "bf16"
     feeds = step_feeds([rng.integers(0, source.config.vocab_size, length) for length in (14, 11)], 1, 1, 1, 1, 1, 1)
     layers, worst = range(source.config.num_layers), 0.0

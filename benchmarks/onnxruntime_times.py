@@ -45,6 +45,19 @@ def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *,
     if evidence.fits(f"prefill {shape}", 4 * seconds):
         with evidence.guard("prefill", model=shape):
             _time_prefill(evidence, dense, routed, prompt, seconds)
+    if device == "cuda" and evidence.fits(f"kernels {shape}", 4):
+        _show_kernels(evidence, dense, routed)
+
+
+def _show_kernels(evidence: Evidence, dense: CapturedDecoder, routed: CapturedDecoder) -> None:
+    """What a decode step of batch 1 consists of; last, because a profiler looks on."""
+    for graph, decoder in (("dense", dense), ("routed", routed)):
+        with evidence.guard("kernels of a step", graph=graph, model=dense.source.name):
+            step = decoder.step(1, 1, decoder.cache(1))
+            step.tensors[KV_LENGTHS].fill_(PAST + 1)
+            _synchronize(decoder.device)
+            kernels = step.kernels()
+            evidence.row("kernels of a step", graph=graph, model=dense.source.name, kernels_us=kernels)
 
 
 def _time_decode(
@@ -65,9 +78,6 @@ def _time_decode(
         loose.tensors[KV_LENGTHS].fill_(PAST + 1)
         _synchronize(dense.device)
         evidence.row("decode, not captured", graph="dense", **common, **loose.time(seconds))
-        for graph, step in steps.items() if dense.device == "cuda" else ():
-            with evidence.guard("kernels of a step", graph=graph, **common):
-                evidence.row("kernels of a step", graph=graph, **common, kernels_us=step.kernels())
     order = np.random.default_rng(0).permutation(layers)
     item = steps["routed"].tensors[LOGITS].element_size()
     for count in dict.fromkeys(round(rate * layers) for rate in RATES):
