@@ -19,10 +19,10 @@ from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.exporter.artefact_description import complete_description, describe
 from dlo_export.exporter.background import BackgroundValue
 from dlo_export.exporter.client_config import client_config
-from dlo_export.exporter.genai_config import WHY_NONE, genai_config
+from dlo_export.exporter.genai_config import WHY_NONE, WHY_NONE_STATIC, genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.model_metadata import set_model_metadata
-from dlo_export.exporter.pipeline import build_model, choose_onnxruntime_lowering
+from dlo_export.exporter.pipeline import build_captured_model, build_model, check_captured, choose_onnxruntime_lowering
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
@@ -80,6 +80,8 @@ class ExportRequest:
         trt: Build TensorRT engines too; None builds none.
         ort_plugin_library: libdlo_ort.so, with which parity runs the plugin lowering.
         provider: Of ONNX Runtime, that model.onnx is made for, and parity runs on where it is there.
+        static_cache: Tokens per sequence in a KV cache that ONNX Runtime writes in place, so that a CUDA graph captures
+            a decode step of model.onnx; None lets the cache grow.
 
     Raises:
         InputError: There is no such dtype, or options contradict each other.
@@ -98,6 +100,7 @@ class ExportRequest:
     trt: TensorRtRequest | None = None
     ort_plugin_library: Path | None = None
     provider: ProviderOption = "cpu"
+    static_cache: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_CHOICES:
@@ -107,6 +110,12 @@ class ExportRequest:
                 f"--provider {self.provider} and --trt: beside engines, model.onnx is the fp32 graph that proves them "
                 "on a CPU",
                 hint="export twice, once with each",
+            )
+
+        if self.trt is not None and self.static_cache is not None:
+            raise InputError(
+                "--static-cache and --trt: engines have a cache of their own, --trt-max-cache is its size",
+                hint="leave one of the two out",
             )
 
     @property
@@ -163,7 +172,10 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
             path=source.base.path,
             provider=request.provider,
             library_at_hand=request.ort_plugin_library is not None,
+            captured=request.static_cache is not None,
         )
+        if request.static_cache is not None:
+            check_captured(dtype, request.provider)
         if (
             request.ort_plugin_library is not None
             and find_lowering(lowering, PROVIDER_TARGETS[request.provider]).domains
@@ -196,7 +208,10 @@ def _export_into(
     # Reads every weight once more, on another core than the one that writes them.
     identity = BackgroundValue(source.base.sha256)
     with reporter.stage("graph"):
-        model = build_model(source, lowering, graph_dtype(dtype), PROVIDER_TARGETS[request.provider])
+        if request.static_cache is None:
+            model = build_model(source, lowering, graph_dtype(dtype), PROVIDER_TARGETS[request.provider])
+        else:
+            model = build_captured_model(source, lowering, request.static_cache, graph_dtype(dtype))
         set_model_metadata(model, source, dtype=dtype, lowering=lowering)
     if plan is not None:
         # Imported here: only these exports need what builds engines.
@@ -216,7 +231,9 @@ def _export_into(
         )
     ir.save(model, folder / MODEL_NAME)
     with reporter.stage("description"):
-        if source.remembers_activity:
+        if request.static_cache is not None:
+            reporter.warn(WHY_NONE_STATIC)
+        elif source.remembers_activity:
             reporter.warn(WHY_NONE)
         elif source.base.config is not None:
             inputs = [value.name or "" for value in model.graph.inputs]

@@ -25,6 +25,13 @@ WHY_NONE = (
 )
 """Why an artefact has no genai_config.json, for the user to be told."""
 
+WHY_NONE_STATIC = (
+    "--static-cache: the graph is told how long each sequence is (kv_lengths) in place of an attention_mask, which is "
+    "what onnxruntime-genai, optimum and transformers.js feed: genai_config.json is left out. `dlo run` and programs "
+    "that feed ONNX Runtime themselves run the graph, see docs/artefact.md"
+)
+"""Likewise, where the cache is written in place."""
+
 
 # The CPU is what runs where none is named; CUDA's entry takes the options of its provider, none of which is needed.
 _PROVIDER_OPTIONS: Mapping[ProviderOption, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {}}]}

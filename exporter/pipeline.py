@@ -52,6 +52,7 @@ from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
+from dlo_export.runtimes.onnxruntime.providers import GROUP_QUERY_ATTENTION
 
 
 class GraphSource(Protocol):
@@ -331,6 +332,18 @@ def build_captured_model(
     return run_steps(_plain(source, dtype), captured_steps(source, record, max_cache))
 
 
+def check_captured(dtype: str, provider: ProviderOption) -> None:
+    """Refuses a type for which a provider lacks attention on a cache that is written in place.
+
+    Raises:
+        InputError: With the reason.
+    """
+    kind, runs_it = BY_OPTION[dtype], BY_PROVIDER[provider]
+    gap = runs_it.why_not_run(kind, {GROUP_QUERY_ATTENTION})
+    if gap is not None and runs_it.why_not_run(kind) is None:  # else nothing of this type runs there at all
+        raise InputError(f"--static-cache with --dtype {dtype}: {gap}", hint="choose another --dtype")
+
+
 def build_tensorrt_model(source: GraphSource, options: TensorRtOptions, dtype: ir.DataType) -> ir.Model:
     """Builds the source's graph with TensorRT's interface.
 
@@ -385,6 +398,7 @@ def choose_onnxruntime_lowering(
     path: Path,
     provider: ProviderOption = "cpu",
     library_at_hand: bool = False,
+    captured: bool = False,
 ) -> tuple[str, str]:
     """The lowering for one of ONNX Runtime's providers, and why.
 
@@ -395,6 +409,7 @@ def choose_onnxruntime_lowering(
         path: Of the source, for messages.
         provider: What is to run it.
         library_at_hand: Whether the library of the dlo operators was given.
+        captured: Whether a CUDA graph is to capture its steps, on a cache that is written in place.
 
     Raises:
         InputError: A lowering is asked for and nothing is routed, or not what it takes, or ONNX Runtime has none so
@@ -414,6 +429,14 @@ def choose_onnxruntime_lowering(
                 f"{path}: is of {routing} routing, --lowering {choice} takes {takes} routing", hint=f"choose {choices}"
             )
         return asked.name, "asked for"
+    if captured:
+        capturable = [record for record in skipping_lowerings(target, routing) if record.capturable]
+        if not capturable:
+            raise InputError(
+                f"{path}: is of {routing} routing, which no lowering makes skip at fixed shapes",
+                hint="leave --static-cache out, or choose --lowering masked, which skips nothing",
+            )
+        return capturable[0].name, capturable[0].reason
     # The best for this target, or the best of the others where the provider lacks a kernel that it needs.
     # On a CPU the library is a choice of the user's: its operators are the faster ones on some models only.
     workload = Workload(routing=routing, plugins_at_hand=library_at_hand and provider != "cpu")

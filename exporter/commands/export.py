@@ -100,6 +100,14 @@ def main(
     trt_timeout: Annotated[
         float | None, typer.Option(callback=positive, help="Seconds before a build is killed.")
     ] = None,
+    static_cache: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_COUNT,
+            help="Tokens per sequence in a KV cache that ONNX Runtime writes in place, for CUDA graphs.",
+        ),
+    ] = None,
     ort_plugin_library: OrtPluginLibrary = None,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Do not compare with PyTorch.")] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Leave model.onnx.data out.")] = False,
@@ -145,6 +153,7 @@ def main(
         force_base=force_base,
         trt=tensorrt if trt else None,
         ort_plugin_library=ort_plugin_library,
+        static_cache=static_cache,
         provider=provider,
     )
     with naming_allow_nonfinite():

@@ -101,14 +101,23 @@ class DecoderSession:
         """An empty binding of inputs and outputs for one run."""
         return self._session.io_binding()
 
-    def run(self, binding: ort.IOBinding) -> None:
+    def run(self, binding: ort.IOBinding, graph: int | None = None) -> None:
         """Runs what is bound.
+
+        Args:
+            binding: It.
+            graph: Where the provider captures CUDA graphs, the number of this binding's, captured with its first run
+                and replayed from then on; None: this run is neither.
 
         Raises:
             StepError: ONNX Runtime failed.
         """
+        options = None
+        if self.provider.captures:
+            options = ort.RunOptions()
+            options.add_run_config_entry("gpu_graph_id", str(-1 if graph is None else graph))
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, options)
         except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
             check_machine(self._name, err)
             raise StepError(f"{self._name}: ONNX Runtime failed: {err}", hint="a kernel refused the step") from err
