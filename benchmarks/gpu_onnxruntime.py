@@ -76,7 +76,7 @@ def run_piece(evidence: Evidence, piece: str, device: str, library: Path, *, sma
     """
     import torch  # noqa: PLC0415 - heavy, and loads what ONNX Runtime's CUDA provider links to
 
-    from benchmarks.onnxruntime_checks import check_decoder, check_operators, check_runner  # noqa: PLC0415 - behind PyTorch
+    from benchmarks.onnxruntime_checks import check_decoder, check_operators, check_router, check_runner  # noqa: PLC0415 - behind PyTorch
     from benchmarks.onnxruntime_times import time_decoders  # noqa: PLC0415
 
     if piece != "checks":
@@ -85,6 +85,7 @@ def run_piece(evidence: Evidence, piece: str, device: str, library: Path, *, sma
                 time_decoders(evidence, device, library, shape, small=small, capture=capture)
         return
     check_operators(evidence, device, library, small=small, capture=capture)
+    check_router(evidence, device, library, small=small, capture=capture)
     # ONNX Runtime's attention on one cache has no float32 kernel on a GPU.
     for dtype in (torch.float32,) if device == "cpu" else (torch.bfloat16, torch.float16):
         for routed in (False, True):

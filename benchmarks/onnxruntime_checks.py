@@ -27,7 +27,8 @@ from dlo_export.checkpoints.interface import (
 )
 from dlo_export.exporter.pipeline import build_captured_model, build_model, exposed
 from dlo_export.exporter.weight_file import save_weights
-from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION, Operand
+from dlo_export.graph_passes.spec.ops import DOMAIN, ORT_OPS, PLUGIN_OPS, VERSION, Operand
+from dlo_export.plugins.router_scores.reference import router_scores
 from dlo_export.plugins.skip_down.reference import skip_down
 from dlo_export.plugins.skip_gate_up.reference import skip_gate_up
 from dlo_export.runtimes.onnxruntime.in_place_runner import InPlaceRunner
@@ -37,13 +38,14 @@ from dlo_export.runtimes.parity.cases import step_feeds
 
 # Of a row's largest output: the operators, whose sums are float32; a decoder's logits, which every layer rounds.
 OPERATOR_ERROR = {"float32": 1e-5, "float16": 2**-10, "bfloat16": 2**-7}
+ROUTER_ERROR = 2e-6  # of sums of thousands of products, in float32, through a sigmoid
 LOGITS_ERROR = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 REFERENCES: dict[str, Callable[..., np.ndarray]] = {"SkipGateUp": skip_gate_up, "SkipDown": skip_down}
 
 
 def operator_model(name: str, dtype: str) -> ir.Model:
     """A graph of one dlo operator, its operands the graph's inputs."""
-    op = PLUGIN_OPS[name]
+    op = ORT_OPS[name]
 
     def declared(operands: tuple[Operand, ...]) -> str:
         words = []
@@ -87,6 +89,34 @@ def check_operators(evidence: Evidence, device: str, library: Path, *, small: bo
                     runs=runs,
                     elsewhere=session.operators_elsewhere(),
                 )
+
+
+def check_router(evidence: Evidence, device: str, library: Path, *, small: bool, capture: bool) -> None:
+    """The router's operator against NumPy; its scores lie between 0 and 1, so errors are absolute."""
+    for dtype in [torch.float32] if device == "cpu" else list(OPTIONS):
+        word = str(dtype).removeprefix("torch.")
+        with evidence.guard("operator RouterScores", dtype=word):
+            session = DeviceSession(operator_model("RouterScores", word), device, library, capture=capture)
+            worst, generator = 0.0, torch.Generator(device).manual_seed(7)
+            for tokens, hidden in [((1, 1), 72), ((2, 5), 1032)] + (
+                [] if small else [((16, 1), 4096), ((1, 130), 2048)]
+            ):
+                stream = torch.empty((*tokens, hidden), dtype=dtype, device=device)
+                weight = torch.empty((hidden, 1), device=device).normal_(generator=generator).mul_(2 * hidden**-0.5)
+                scores = torch.empty(tokens, device=device)
+                bound = session.bind({"hidden_states": stream, "router_weight": weight}, {"scores": scores})
+                for _ in range(3):
+                    with bound.on_stream():
+                        stream.normal_(generator=generator)
+                        scores.fill_(torch.nan)
+                    bound.run()
+                    bound.finish()
+                    expected = router_scores(stream.float().cpu().numpy(), weight.cpu().numpy())
+                    error = np.abs(scores.cpu().numpy() - expected).max()
+                    worst = max(worst, float(error) if np.isfinite(error) else float("inf"))
+            evidence.row(
+                "operator RouterScores", passed=worst <= ROUTER_ERROR, dtype=word, largest_error=worst, bar=ROUTER_ERROR
+            )
 
 
 def _operator_errors(

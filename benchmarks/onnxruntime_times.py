@@ -30,7 +30,14 @@ def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *,
     evidence.row("copy rate", model=shape, gb_per_s=round(copy / 1e9, 1))
     dense = CapturedDecoder.open(RandomDecoder(shape, routed=False), dtype, device, library, capture=capture)
     routed = CapturedDecoder.open(
-        RandomDecoder(shape, routed=True), dtype, device, library, dense.weights, capture=capture
+        # Where a step cannot be captured, leave out what else is of our own.
+        RandomDecoder(shape, routed=True),
+        dtype,
+        device,
+        library,
+        dense.weights,
+        capture=capture,
+        fuse_routers=capture,
     )
     for name, decoder in (("dense", dense), ("routed", routed)):
         with evidence.guard("placement", model=shape, graph=name):
@@ -45,8 +52,22 @@ def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *,
     if evidence.fits(f"prefill {shape}", 4 * seconds):
         with evidence.guard("prefill", model=shape):
             _time_prefill(evidence, dense, routed, prompt, seconds)
+    if capture and evidence.fits(f"routers of standard operators {shape}", 6):
+        with evidence.guard("routers of standard operators", model=shape):
+            source = RandomDecoder(shape, routed=True)
+            plain = CapturedDecoder.open(source, dtype, device, library, dense.weights, fuse_routers=False)
+            _time_all_active(evidence, {"routed": routed, "routed, routers of standard operators": plain}, seconds)
     if device == "cuda" and evidence.fits(f"kernels {shape}", 4):
         _show_kernels(evidence, dense, routed)
+
+
+def _time_all_active(evidence: Evidence, graphs: dict[str, CapturedDecoder], seconds: float) -> None:
+    for graph, decoder in graphs.items():
+        step = decoder.step(1, 1, decoder.cache(1))
+        step.tensors[KV_LENGTHS].fill_(PAST + 1)
+        _synchronize(decoder.device)
+        common: dict[str, Any] = {"model": decoder.source.name, "batch": 1, "past": PAST}
+        evidence.row("decode, all active", graph=graph, **common, **step.time(seconds))
 
 
 def _show_kernels(evidence: Evidence, dense: CapturedDecoder, routed: CapturedDecoder) -> None:

@@ -71,6 +71,8 @@ _TILES: Final[dict[str, dict[TileName, Tile]]] = {
         "prefill": Tile(rows=64, columns=64, depth=64, scan=256, warps=4, stages=3),
     },
 }
+# A token's score is one sum: every tile is one token, a row of 4096 elements in four steps.
+_TILES["RouterScores"] = dict.fromkeys(TILE_NAMES, Tile(rows=1, columns=1, depth=1024, scan=1, warps=4, stages=1))
 # By compute capability, where a GPU was at hand to measure it.
 _TUNED: Final[dict[int, dict[str, dict[TileName, Tile]]]] = {}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from dlo_export.checkpoints.dtypes import BY_NAME
-from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION, WIDTH_MULTIPLE, PluginOp
+from dlo_export.graph_passes.spec.ops import DOMAIN, ORT_OPS, PLUGIN_OPS, VERSION, WIDTH_MULTIPLE, PluginOp
 from dlo_export.plugins.compile import CompiledKernel, compile_all
 from dlo_export.plugins.contract import SIZES_HINT, T_DTYPES, output_axes, weight_input
 from dlo_export.plugins.errors import PluginError
@@ -39,7 +39,9 @@ def ops_header(ops: Sequence[PluginOp]) -> str:
         f'inline constexpr char kSizesHint[] = "{SIZES_HINT}";\n'
         f"inline constexpr int64_t kMostTokens[] = {{{', '.join(map(str, MOST_TOKENS.values()))}}};\n"
         f"inline constexpr ElementType kTypesOfT[] = {{{_types_of_t()}}};\n"
-        f"inline constexpr Op kOps[] = {{\n{''.join(map(_op, ops))}}};\n}}  // namespace dlo\n"
+        f"inline constexpr Op kOps[] = {{\n{''.join(map(_op, ops))}}};\n"
+        # Of which so many, the first ones, are TensorRT's too.
+        f"inline constexpr size_t kPluginOps = {sum(op.name in PLUGIN_OPS for op in ops)};\n}}  // namespace dlo\n"
     )
 
 
@@ -134,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        kernels = compile_all(variants(wanted))
+        kernels = compile_all(variants(wanted, ops=ORT_OPS))
     except PluginError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -142,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (folder / f"{kernel.variant.name}.cubin").write_bytes(kernel.cubin)
         if _is_portable(kernel):
             (folder / f"{kernel.variant.name}.ptx").write_text(kernel.ptx)
-    (folder / "dlo_ops.h").write_text(ops_header(tuple(PLUGIN_OPS.values())))
+    (folder / "dlo_ops.h").write_text(ops_header(tuple(ORT_OPS.values())))
     (folder / "dlo_kernels.cpp").write_text(kernels_source(kernels))
     (folder / "dlo_images.S").write_text(images_source(kernels, folder))
     return 0
