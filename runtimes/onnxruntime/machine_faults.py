@@ -47,8 +47,8 @@ def check_machine(name: str, error: Exception) -> None:
     if (failure := _CUDA.search(said)) is not None:
         raise BackendUnavailableError(
             f"{name}: {failure[0].strip()}",
-            hint="the GPU refused a kernel, or an earlier fault left it unusable: `nvidia-smi` shows its state; --provider "
-            "cpu needs none",
+            hint="the GPU refused a kernel, or an earlier fault left it unusable (`nvidia-smi` shows its state); "
+            "--provider cpu needs none",
         ) from error
 
 
