@@ -259,8 +259,9 @@ def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, An
                 except Exception as err:  # whatever a new card brings is a finding, and costs the other rows nothing
                     yield {**row, "passed": False, "error": f"{type(err).__name__}: {err}"[:1500]}
                     continue
-                reasons = [result.judge(report.tolerance).reason for result in report.cases if report.tolerance]
-                reasons += [result.judge().reason for result in report.greedy]
+                judged = [(result.case, result.judge(report.tolerance)) for result in report.cases if report.tolerance]
+                judged += [("greedy", result.judge()) for result in report.greedy]
+                reasons = [f"{case}: {judgement.reason}" for case, judgement in judged if judgement.reason]
                 yield {
                     **row,
                     "passed": None if report.verdict == "AMBIGUOUS" else report.verdict == "PASS",
@@ -271,7 +272,7 @@ def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, An
                     "flips": sum(len(result.flips) for result in report.cases),
                     "decisions": sum(result.decisions for result in report.cases),
                     "greedy": [f"{result.identical} of {result.total}" for result in report.greedy],
-                    "reasons": [reason for reason in reasons if reason][:3],
+                    "reasons": reasons[:9],
                     "seconds": round(time.monotonic() - begin, 1),
                 }
 
