@@ -30,7 +30,17 @@ from benchmarks.evidence import Evidence, run_part
 from benchmarks.kernel_cases import LARGEST_ERROR, POISON, cases
 from benchmarks.kernel_images import Image, images_in
 from benchmarks.kernel_launch import LoadedImage
-from benchmarks.kernel_timing import Launch, Layer, Timing, copy_rate, layer, product_rate, read_rate, timed
+from benchmarks.kernel_timing import (
+    Launch,
+    Layer,
+    Timing,
+    copy_rate,
+    layer,
+    least_kernel,
+    product_rate,
+    read_rate,
+    timed,
+)
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
 from dlo_export.plugins.tiles import TILE_NAMES, TileName, tile_for
 
@@ -150,6 +160,7 @@ class Speed:
             copy_tb_s=round(self.copy / 1e12, 3),
             read_tb_s=round(read_rate(replays) / 1e12, 3),
             bf16_product_tflop_s=round(self.product / 1e12, 1),
+            least_kernel_us=round(least_kernel(replays).median_us, 2),
         )
 
     def cublas(self, subject: Layer, rows: int) -> tuple[Timing, dict[str, Any]]:

@@ -96,6 +96,10 @@ def candidates() -> Iterator[tuple[str, TileName, Tile]]:
     ):
         columns, depth, warps, stages = sizes
         yield op_name, "single", Tile(1, columns, depth, 1, warps, stages, "evict_first")
+    yield "SkipGateUp", "single", Tile(1, 64, 64, 1, 8, 1, dependent=True)
+    yield "SkipGateUp", "single", Tile(1, 64, 64, 1, 4, 4, dependent=True)
+    yield "SkipDown", "single", Tile(1, 32, 512, 1, 16, 1, dependent=True)
+    yield "SkipDown", "single", Tile(1, 32, 256, 1, 8, 4, dependent=True)
     for op_name, text in decode.items():
         for columns, depth, warps, stages in _numbers(text):
             yield op_name, "decode", Tile(16, columns, depth, 64, warps, stages)

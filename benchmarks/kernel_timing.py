@@ -191,3 +191,10 @@ def product_rate(replays: int) -> float:
     a, b = (torch.empty(8192, 8192, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
     out = torch.empty_like(a)
     return 2 * 8192**3 / (timed([partial(torch.mm, a, b, out=out)], replays).median_us * 1e-6)
+
+
+def least_kernel(replays: int) -> Timing:
+    """A kernel that does next to nothing, after another: what a graph asks for each."""
+    import torch  # noqa: PLC0415 - heavy
+
+    return timed([partial(torch.zeros(1, device="cuda").add_, 1)], replays, rounds=40)

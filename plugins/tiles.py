@@ -29,6 +29,7 @@ class Tile:
         warps: Of 32 threads each.
         stages: Steps of weights in flight.
         eviction: What the cache is told of weights where `rows` is 1: Triton's eviction_policy.
+        dependent: Whether programs may start while the kernel before still runs (programmatic dependent launch).
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Tile:
     warps: int
     stages: int
     eviction: str = ""
+    dependent: bool = False
 
     def constants(self) -> dict[str, Any]:
         """The kernel's compile-time values."""
@@ -48,6 +50,7 @@ class Tile:
             "SCAN": self.scan,
             "STAGES": self.stages,
             "EVICTION": self.eviction,
+            "DEPENDENT": self.dependent,
         }
 
     def grid(self, tokens: int, columns: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dlo_export.plugins.active_rows import active_rows
 
@@ -27,6 +28,7 @@ def skip_down_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size
     SCAN: tl.constexpr,
     STAGES: tl.constexpr,
     EVICTION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Program (m, n): columns n·COLUMNS… of the skipped tokens among tokens m·ROWS…, and of the active ones ranked so.
@@ -49,9 +51,14 @@ def skip_down_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size
         SCAN: Tokens read at a time while looking for active ones.
         STAGES: Steps of weights in flight where ROWS is 1 (tensor cores' loop has num_stages).
         EVICTION: What the cache is told of weights that are read once, where ROWS is 1.
+        DEPENDENT: The launch lets programs start while the kernel before still runs: they wait for it here, and let
+            the next kernel's programs start. For compute capability 9.0 and later.
         UPCAST: Convert operands to float32 before multiplying: for Triton's interpreter, which computes bfloat16
             wrongly. On a GPU T goes to the tensor cores as it is; sums are float32 either way.
     """
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     column_used = column < hidden
 
