@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.cuda_timing import block_us, copy_gb_s, matmul_tflop_s, replay_us
 from benchmarks.evidence import Evidence, run_part
+from benchmarks.kernel_timing import copy_rate, product_rate, timed
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.modeling.from_tensors import empty_llama_dlo
@@ -182,7 +182,7 @@ def measure(evidence: Evidence, smoke: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     copy = tflops = float("nan")
     with evidence.guard("ceilings"):
-        copy, tflops = copy_gb_s(1 << (28 if smoke else 30)), matmul_tflop_s(4096 if smoke else 8192)
+        copy, tflops = copy_rate(3 if smoke else 10) * 1e-9, product_rate(3 if smoke else 10) * 1e-12
         evidence.row("ceilings", copy_gb_s=round(copy), bf16_matmul_tflop_s=round(tflops))
     for dtype in (torch.float32, torch.bfloat16):
         check_ops(evidence, dtype)
@@ -226,6 +226,10 @@ def check_ops(evidence: Evidence, dtype: torch.dtype) -> None:
         cache = keys.clone(), values.clone()
         return (ops.rotate_and_store(qkv, start, rotary, *cache), *cache)
 
+    def attended(ops: StepOps) -> tuple[torch.Tensor, ...]:
+        cache = keys.clone(), values.clone()
+        return (ops.attend(qkv, start, rotary, *cache), *cache)
+
     def normed(ops: StepOps) -> tuple[torch.Tensor, ...]:
         total, norm, made = ops.add_norm_route(stream, added, weight, 1e-5, routing)
         return total, norm, made.scores, made.scale
@@ -234,11 +238,10 @@ def check_ops(evidence: Evidence, dtype: torch.dtype) -> None:
         "add_norm": lambda ops: ops.add_norm(stream, None, weight, 1e-5),
         "add_norm_route": normed,
         "rotate_and_store": rotated,
-        "attend": lambda ops: (ops.attend(random_query, keys, values, start),),
+        "attend": attended,
         "gated": lambda ops: (ops.gated(qkv),),
         "skip_mlp": lambda ops: (ops.skip_mlp(stream, scale, mlp, added),),
     }
-    random_query = random(batch, heads, width)
     bar = {"float32": 1e-5, "bfloat16": 2**-6}[kind]
     for name, case in cases.items():
         with evidence.guard(f"op {name}", dtype=kind):
@@ -281,6 +284,17 @@ def check_models(evidence: Evidence, dtype: torch.dtype) -> None:
                         bar=bar,
                         **found,
                     )
+
+
+def block_us(run: Callable[[], object], runs: int) -> float:
+    """Microseconds of the device per run, over so many runs in a row."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    for _ in range(runs):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3 / runs
 
 
 @dataclasses.dataclass
@@ -472,13 +486,13 @@ class Size:
         start = torch.full((batch,), CONTEXT, device="cuda")
         cache = torch.randn(2, self.layers, batch, kv_heads, CAPACITY, width, dtype=torch.bfloat16, device="cuda")
         cosines, sines = torch.randn(2, CAPACITY, width // 2, dtype=torch.bfloat16, device="cuda")
-        qkv, query = layers[0].qkv(stream), stream.view(batch, -1, width)
+        qkv = layers[0].qkv(stream)
         gate_up = torch.randn(batch, 2 * self.config["intermediate_size"], dtype=torch.bfloat16, device="cuda")
         ones, zeros = torch.ones(batch, device="cuda"), torch.zeros(batch, device="cuda")
         half = torch.full((1,), 0.5, device="cuda")
 
-        def each(run: Callable[[int], object]) -> Callable[[], object]:
-            return lambda: [run(index) for index in range(self.layers)]
+        def each(run: Callable[[int], object]) -> list[Callable[[], object]]:
+            return [functools.partial(run, index) for index in range(self.layers)]
 
         def plain(index: int) -> PlainMlp:
             mlp = self.dense.layers[index].mlp
@@ -498,28 +512,23 @@ class Size:
         norm = layers[0].mlp_norm
         head = self.routed.model.lm_head.weight.data
         gated = gate_up[:, : self.config["intermediate_size"]].contiguous()
-        parts: dict[str, Callable[[], object]] = {
+        parts: dict[str, list[Callable[[], object]]] = {
             "add_norm": each(lambda index: ops.add_norm(stream, stream, norm, 1e-5)),
             "add_norm_route": each(lambda index: ops.add_norm_route(stream, stream, norm, 1e-5, routing(index))),
             "qkv product": each(lambda index: layers[index].qkv(stream)),
-            "rotate_and_store": each(
-                lambda index: ops.rotate_and_store(qkv, start, (cosines, sines), cache[0, index], cache[1, index])
-            ),
-            "attend": each(lambda index: ops.attend(query, cache[0, index], cache[1, index], start)),
+            "attend": each(lambda index: ops.attend(qkv, start, (cosines, sines), cache[0, index], cache[1, index])),
             "out product": each(lambda index: layers[index].out(stream)),
             "routed MLP, active": each(lambda index: skip(index, ones)),
             "routed MLP, skipped": each(lambda index: skip(index, zeros)),
             "gate and up product": each(lambda index: plain(index).gate_up(stream)),
             "gated": each(lambda index: ops.gated(gate_up)),
             "down product": each(lambda index: plain(index).down(gated)),
-            "head, once": lambda: F.linear(stream, head),
+            "head, once": [lambda: F.linear(stream, head)],
         }
         with torch.inference_mode():
             for name, part in parts.items():
                 with self.evidence.guard("breakdown", model=self.name, batch=batch, step=name):
-                    times = 1 if name == "head, once" else self.layers
-                    us = replay_us(part, blocks=5) / times
-                    self.row("breakdown", batch=batch, step=name, us=round(us, 2))
+                    self.row("breakdown", batch=batch, step=name, **timed(part, replays=5).facts)
 
     def masked(self) -> None:
         """What a captured step costs where nothing is skipped: routers, everything computed, and masked."""

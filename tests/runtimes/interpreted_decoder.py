@@ -19,9 +19,9 @@ from tests.runtimes.captured_cases import CAPACITY, LENGTHS, decoder_outputs, mo
 
 # 70 tokens fill more than one block of slots, so that splits have work; one of them stays empty.
 CASES = {
-    "ragged": (LENGTHS, 6, CAPACITY, {}),
+    "ragged": (LENGTHS, 3, CAPACITY, {}),
     "bias": (LENGTHS, 2, CAPACITY, {"attention_bias": True, "rescale": False}),
-    "long": ((70,), 2, 200, {"kv_heads": 1}),
+    "long": ((70,), 1, 200, {"kv_heads": 1}),
 }
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dlo_export.runtimes.errors import ModelLoadError, StepError
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
 from dlo_export.runtimes.torch.captured.step_weights import StepWeights
 from tests.runtimes.captured_cases import CAPACITY, LENGTHS, decoder_outputs, model_outputs, tiny_model, tokens_of
+from tests.tiny_models import save_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +47,25 @@ def test_decoder_equals_the_model_when_nothing_is_routed_and_mlps_have_biases(tm
     decoder = decoder_of(model)
     decoder.prefill(ids[:, :-1])
     torch.testing.assert_close(decoder.decode(ids[:, -1]).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_decoder_equals_transformers_when_the_model_is_theirs(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "model", attention_bias=True, head_dim=12)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokens_of(3, CAPACITY)
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits[:, -1]
+    decoder = CapturedDecoder(StepWeights(model), batch=3, capacity=CAPACITY)
+    assert decoder.prefill(ids[:, :-1]).scores == {}
+    torch.testing.assert_close(decoder.decode(ids[:, -1]).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_decoder_computes_and_masks_when_nobody_asked_for_kernels_and_they_do_not_take_the_model(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model(tmp_path / "model", intermediate=60)
+    decoder = CapturedDecoder(StepWeights(model), batch=len(LENGTHS), capacity=CAPACITY)
+    torch.testing.assert_close(decoder_outputs(decoder)[0], model_outputs(model)[0], atol=1e-5, rtol=0)
 
 
 def test_decoder_skips_otherwise_when_thresholds_change_between_steps(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.runtimes.errors import BackendUnavailableError, StepError
 from dlo_export.runtimes.torch.captured.step_ops import (
     Decisions,
@@ -74,7 +73,6 @@ class CapturedDecoder:
         self._weights, self._embedding = weights, embedding
         self._norm, self._head = model.model.norm.weight.data, model.lm_head.weight.data
         self._epsilon = config.rms_norm_eps
-        self._branch_scale = config.branch_scale
         self._ops = ops or (kernel_ops() if on_cuda else TorchOps())
         self._batch, self._capacity, self._gather_prompts = batch, capacity, gather_prompts
         width = config.head_dim or config.hidden_size // config.num_attention_heads
@@ -83,11 +81,11 @@ class CapturedDecoder:
         with torch.inference_mode():
             places = torch.arange(capacity, device=embedding.device).unsqueeze(0)
             # Both halves of transformers' tables are the same.
-            self._rotary = tuple(
+            cosines, sines = (
                 table[0, :, : width // 2].contiguous() for table in model.model.rotary_emb(embedding, places)
             )
-        thresholds = [config.thresholds.get(layer, ONE_HALF) for layer in range(config.num_hidden_layers)]
-        self.thresholds = torch.tensor(thresholds, dtype=torch.float32, device=embedding.device)
+        self._rotary = cosines, sines
+        self.thresholds = torch.tensor(weights.thresholds, dtype=torch.float32, device=embedding.device)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=embedding.device)
         self._start = torch.zeros_like(self._tokens)
         self._lengths: list[int] = []
@@ -188,7 +186,7 @@ class CapturedDecoder:
                 made = None
                 stream, normed = ops.add_norm(stream, added, layer.attention_norm, self._epsilon)
             else:
-                routing = Routing(layer.router, self.thresholds[index : index + 1], self._branch_scale)
+                routing = Routing(layer.router, self.thresholds[index : index + 1], self._weights.branch_scale)
                 stream, normed, made = ops.add_norm_route(stream, added, layer.attention_norm, self._epsilon, routing)
                 decisions[index] = made
             added = self._attention(index, layer, normed, sequence)
@@ -209,10 +207,11 @@ class CapturedDecoder:
 
     def _attention(self, index: int, layer: LayerWeights, normed: torch.Tensor, sequence: int) -> torch.Tensor:
         keys, values = self._keys[index], self._values[index]
-        query = self._ops.rotate_and_store(layer.qkv(normed), self._start, self._rotary, keys, values)
+        qkv, rotary = layer.qkv(normed), self._rotary
         if sequence == 1:
-            attended = self._ops.attend(query, keys, values, self._start)
+            attended = self._ops.attend(qkv, self._start, rotary, keys, values)
         else:
+            query = self._ops.rotate_and_store(qkv, self._start, rotary, keys, values)
             # A prompt begins an empty cache. What stands behind a shorter one's end nobody sees: decode overwrites it.
             attended = F.scaled_dot_product_attention(
                 query.view(self._batch, sequence, *query.shape[1:]).transpose(1, 2),

@@ -136,14 +136,90 @@ def rotate_and_store_kernel(  # noqa: PLR0913, PLR0917
 
 
 @triton.jit
+def rotated_head(head, half_place, cosines, sines, HEAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Heads turned by a rotary embedding, rounded to T, in which it is stored.
+
+    Args:
+        head: Pointers to T, the first element of each head, [n, 1].
+        half_place: Offset of the position in the tables.
+        cosines: Pointer to T [capacity, HEAD / 2].
+        sines: Likewise.
+        HEAD: Width of a head.
+        WIDTH: A power of two, at least HEAD.
+
+    Returns:
+        T [n, WIDTH].
+    """
+    column = tl.arange(0, WIDTH)
+    used = column < HEAD
+    half = column % (HEAD // 2)
+    # Each half is turned with the other one, which stands HEAD / 2 further on or back.
+    other = tl.where(column < HEAD // 2, column + HEAD // 2, column - HEAD // 2)
+    sign = tl.where(column < HEAD // 2, -1.0, 1.0)
+    cosine = tl.load(cosines + half_place + half, mask=used, other=0.0).to(tl.float32)
+    sine = tl.load(sines + half_place + half, mask=used, other=0.0).to(tl.float32) * sign
+    own = tl.load(head + column[None, :], mask=used[None, :], other=0.0)
+    opposite = tl.load(head + other[None, :], mask=used[None, :], other=0.0)
+    turned = own.to(tl.float32) * cosine[None, :] + opposite.to(tl.float32) * sine[None, :]
+    return turned.to(own.dtype)
+
+
+@triton.jit
+def joined_splits(  # noqa: PLR0913, PLR0917
+    parts,
+    peaks,
+    totals,
+    used,
+    row_used,
+    HEAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """What the splits found, joined in their order; one without slots has a weight of 0.
+
+    Everything is read where other multiprocessors' stores are seen, past the cache of this one.
+
+    Args:
+        parts: Pointers to float32 [ROWS, WIDTH], the first split's; the next one's stand HEAD further on.
+        peaks: Pointers to float32 [ROWS], likewise; the next one's stand 1 further on.
+        totals: Likewise.
+        used: bool [ROWS, WIDTH].
+        row_used: bool [ROWS].
+        HEAD: Width of a head.
+        ROWS: Query heads.
+        WIDTH: A power of two, at least HEAD.
+        SPLITS: How many.
+
+    Returns:
+        float32 [ROWS, WIDTH].
+    """
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    for index in tl.static_range(SPLITS):
+        top = tl.maximum(top, tl.load(peaks + index, mask=row_used, other=0.0, cache_modifier=".cg"))
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    for index in tl.static_range(SPLITS):
+        weight = tl.exp(tl.load(peaks + index, mask=row_used, other=0.0, cache_modifier=".cg") - top)
+        total += weight * tl.load(totals + index, mask=row_used, other=1.0, cache_modifier=".cg")
+        part = tl.load(parts + index * HEAD, mask=used, other=0.0, cache_modifier=".cg")
+        result += weight[:, None] * part
+    return result / total[:, None]
+
+
+@triton.jit
 def attend_kernel(  # noqa: PLR0913, PLR0917
-    query,
+    qkv,
+    start,
+    cosines,
+    sines,
     keys,
     values,
-    start,
     partial,
     peaks,
     totals,
+    arrived,
+    attended,
     scaling,
     kv_heads,
     capacity,
@@ -156,16 +232,21 @@ def attend_kernel(  # noqa: PLR0913, PLR0917
 ):
     """Program (sequence and key head, split): one token's attention to a share of the slots that are in use.
 
-    Splitting the slots gives every multiprocessor work at batch 1 (flash decoding); `join_splits_kernel` joins them.
+    Splitting the slots gives every multiprocessor work at batch 1 (flash decoding). The first split takes the token's
+    own key and value besides and stores them; the last one to arrive joins what all of them found.
 
     Args:
-        query: Pointer to T [batch, kv_heads · GROUP, HEAD].
-        keys: Pointer to T [batch, kv_heads, capacity, HEAD].
+        qkv: Pointer to T [batch, (GROUP + 2) · kv_heads · HEAD], not rotated.
+        start: Pointer to int64 [batch]: the token's position and slot, behind the ones in use.
+        cosines: Pointer to T [capacity, HEAD / 2].
+        sines: Likewise.
+        keys: Pointer to T [batch, kv_heads, capacity, HEAD], written at the token's slot.
         values: Likewise.
-        start: Pointer to int64 [batch]: the token's slot, the last one it sees.
-        partial: Pointer to float32 [batch, heads, SPLITS, HEAD], written: sums of weighted values.
-        peaks: Pointer to float32 [batch, heads, SPLITS], written: the largest score, which weights are relative to.
-        totals: Likewise, the sums of weights.
+        partial: Pointer to float32 [batch, heads, SPLITS, HEAD], for sums of weighted values.
+        peaks: Pointer to float32 [batch, heads, SPLITS], for the largest scores, which weights are relative to.
+        totals: Likewise, for the sums of weights.
+        arrived: Pointer to int32 [batch, kv_heads], zeros before and after.
+        attended: Pointer to T [batch, heads, HEAD], written.
         scaling: Of the scores.
         kv_heads: Of keys and of values.
         capacity: Slots of a sequence.
@@ -177,19 +258,29 @@ def attend_kernel(  # noqa: PLR0913, PLR0917
         SPLITS: Programs that share a sequence's slots.
     """
     pair, split = tl.program_id(0), tl.program_id(1)
-    length = tl.load(start + pair // kv_heads).to(tl.int32) + 1
+    sequence, kv_head = pair // kv_heads, pair % kv_heads
+    length = tl.load(start + sequence).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
     last = tl.minimum((split + 1) * share, length)
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    head = pair * GROUP + row
     row_used, column_used = row < GROUP, column < HEAD
-    q = tl.load(
-        query + head[:, None] * HEAD + column[None, :], mask=row_used[:, None] & column_used[None, :], other=0.0
-    )
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    # Rows beyond the group repeat its last one, so that nothing has to be masked.
+    token, cached = qkv + sequence.to(tl.int64) * (GROUP + 2) * kv_heads * HEAD, pair.to(tl.int64) * capacity * HEAD
+    group_head = kv_head * GROUP + tl.minimum(row, GROUP - 1)[:, None]
+    half_place = length * (HEAD // 2)
+    q = rotated_head(token + group_head * HEAD, half_place, cosines, sines, HEAD, WIDTH)
+    peak, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, WIDTH], tl.float32)
-    cached = pair.to(tl.int64) * capacity * HEAD
+    if split == 0:
+        own_head = token + ((GROUP * kv_heads + kv_head) + tl.zeros([1, 1], tl.int32)) * HEAD
+        own_key = rotated_head(own_head, half_place, cosines, sines, HEAD, WIDTH)
+        own_value = tl.load(own_head + kv_heads * HEAD + column[None, :], mask=column_used[None, :], other=0.0)
+        own_place = cached + length * HEAD + column[None, :]
+        tl.store(keys + own_place, own_key, mask=column_used[None, :])
+        tl.store(values + own_place, own_value, mask=column_used[None, :])
+        peak = tl.sum(q.to(tl.float32) * own_key.to(tl.float32), axis=1) * scaling
+        total += 1.0
+        result = tl.broadcast_to(own_value.to(tl.float32), [ROWS, WIDTH])
     for begin in range(split * share, last, BLOCK):
         slot = begin + tl.arange(0, BLOCK)
         seen = slot < last
@@ -209,38 +300,22 @@ def attend_kernel(  # noqa: PLR0913, PLR0917
         total = total * fading + tl.sum(weight, axis=1)
         result = result * fading[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         peak = higher
-    place = head * SPLITS + split
-    tl.store(peaks + place, peak, mask=row_used)
-    tl.store(totals + place, total, mask=row_used)
-    tl.store(
-        partial + place.to(tl.int64)[:, None] * HEAD + column[None, :],
-        result,
-        mask=row_used[:, None] & column_used[None, :],
-    )
-
-
-@triton.jit
-def join_splits_kernel(partial, peaks, totals, attended, HEAD: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
-    """Program (sequence and query head): joins what `attend_kernel` wrote; a split without slots has weight 0.
-
-    Args:
-        partial: Pointer to float32 [batch, heads, SPLITS, HEAD].
-        peaks: Pointer to float32 [batch, heads, SPLITS].
-        totals: Likewise.
-        attended: Pointer to T [batch, heads, HEAD], written.
-        HEAD: Width of a head.
-        WIDTH: A power of two, at least HEAD.
-        SPLITS: As there.
-    """
-    head = tl.program_id(0).to(tl.int64)
-    split, column = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
-    used = column < HEAD
-    peak = tl.load(peaks + head * SPLITS + split)
-    weight = tl.exp(peak - tl.max(peak, axis=0))
-    total = tl.sum(weight * tl.load(totals + head * SPLITS + split), axis=0)
-    parts = tl.load(partial + (head * SPLITS + split)[:, None] * HEAD + column[None, :], mask=used[None, :], other=0.0)
-    result = tl.sum(weight[:, None] * parts, axis=0) / total
-    tl.store(attended + head * HEAD + column, result.to(attended.dtype.element_ty), mask=used)
+    head, used = pair * GROUP + row, row_used[:, None] & column_used[None, :]
+    target = attended + head[:, None] * HEAD + column[None, :]
+    if SPLITS == 1:
+        tl.store(target, (result / total[:, None]).to(attended.dtype.element_ty), mask=used)
+    else:
+        place = head * SPLITS
+        parts = partial + place[:, None] * HEAD + column[None, :]
+        tl.store(peaks + place + split, peak, mask=row_used)
+        tl.store(totals + place + split, total, mask=row_used)
+        tl.store(parts + split * HEAD, result, mask=used)
+        # All threads' stores come before one thread's count, which releases them to whom it tells that all are there.
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            tl.store(arrived + pair, 0)
+            joined = joined_splits(parts, peaks + place, totals + place, used, row_used, HEAD, ROWS, WIDTH, SPLITS)
+            tl.store(target, joined.to(attended.dtype.element_ty), mask=used)
 
 
 @triton.jit

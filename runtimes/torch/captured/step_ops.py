@@ -79,9 +79,18 @@ class StepOps(abc.ABC):
 
     @abc.abstractmethod
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor
+        self,
+        qkv: torch.Tensor,
+        start: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        keys: torch.Tensor,
+        values: torch.Tensor,
     ) -> torch.Tensor:
-        """One token's attention per sequence, to its own slot and those before; [batch, heads · head_dim]."""
+        """One token per sequence: as `rotate_and_store`, and its attention to its own slot and those before.
+
+        Returns:
+            T [batch, heads · head_dim].
+        """
 
     @abc.abstractmethod
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -137,8 +146,14 @@ class TorchOps(StepOps):
         return rotated[:, :, :heads].reshape(-1, heads, width)
 
     def attend(  # noqa: D102
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor
+        self,
+        qkv: torch.Tensor,
+        start: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        keys: torch.Tensor,
+        values: torch.Tensor,
     ) -> torch.Tensor:
+        query = self.rotate_and_store(qkv, start, rotary, keys, values)
         seen = torch.arange(keys.shape[2], device=start.device) <= start[:, None]
         attended = F.scaled_dot_product_attention(
             query.unsqueeze(2), keys, values, attn_mask=seen[:, None, None], enable_gqa=True
@@ -179,7 +194,7 @@ def add_scaled(stream: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) 
 
 
 class KernelOps(StepOps):
-    """One launch each.
+    """One launch each. For one decoder, on one stream: launches share counters.
 
     Args:
         interpreted: Triton's interpreter runs the kernels, on tensors in host memory.
@@ -193,6 +208,7 @@ class KernelOps(StepOps):
         self._kernels: Any = step_kernels
         self._launch = kernels.launch
         self._interpreted = interpreted
+        self._arrived: dict[int, torch.Tensor] = {}
 
     def add_norm(  # noqa: D102
         self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float
@@ -276,39 +292,50 @@ class KernelOps(StepOps):
         return query
 
     def attend(  # noqa: D102
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor
+        self,
+        qkv: torch.Tensor,
+        start: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        keys: torch.Tensor,
+        values: torch.Tensor,
     ) -> torch.Tensor:
         batch, kv_heads, capacity, width = keys.shape
-        heads = query.shape[1]
-        group = heads // kv_heads
-        splits = _splits(batch * kv_heads, capacity)
-        partial = query.new_empty(batch, heads, splits, width, dtype=torch.float32)
-        peaks, totals = (query.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
+        heads = qkv.shape[-1] // width - 2 * kv_heads
         wide = _power_of_two(width, 16)
+        slots = slots_of(wide, qkv.itemsize)
+        splits = _splits(batch * kv_heads, capacity, slots)
+        partial = qkv.new_empty(batch, heads, splits, width, dtype=torch.float32)
+        peaks, totals = (qkv.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
+        attended = qkv.new_empty(batch, heads * width)
         self._kernels.attend_kernel[(batch * kv_heads, splits)](
-            query,
+            qkv,
+            start,
+            *rotary,
             keys,
             values,
-            start,
             partial,
             peaks,
             totals,
+            self._counters(batch * kv_heads, start.device),
+            attended,
             width**-0.5,
             kv_heads,
             capacity,
-            GROUP=group,
-            ROWS=_power_of_two(group, 16),
+            GROUP=heads // kv_heads,
+            ROWS=_power_of_two(heads // kv_heads, 16),
             HEAD=width,
             WIDTH=wide,
-            BLOCK=_SLOTS,
+            BLOCK=slots,
             SPLITS=splits,
             num_warps=4,
         )
-        attended = torch.empty_like(query)
-        self._kernels.join_splits_kernel[(batch * heads,)](
-            partial, peaks, totals, attended, HEAD=width, WIDTH=wide, SPLITS=splits, num_warps=2
-        )
-        return attended.flatten(1)
+        return attended
+
+    def _counters(self, pairs: int, device: torch.device) -> torch.Tensor:
+        """Zeros, which a kernel leaves behind as it found them; kept, since graphs know their address."""
+        if pairs not in self._arrived:
+            self._arrived[pairs] = torch.zeros(pairs, dtype=torch.int32, device=device)
+        return self._arrived[pairs]
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:  # noqa: D102
         tokens, intermediate = len(gate_up), gate_up.shape[1] // 2
@@ -332,14 +359,23 @@ class KernelOps(StepOps):
         return output.squeeze(0)
 
 
-_SLOTS = 64  # of the cache, that a program of the attention kernel reads at a time
 _COLUMNS = 1024  # of the gated products, that a program computes
 _PROGRAMS = 128  # about as many as a data-centre GPU has multiprocessors
 
 
-def _splits(pairs: int, capacity: int) -> int:
+def slots_of(width: int, itemsize: int) -> int:
+    """Slots of the cache that a program of the attention kernel reads at a time: some of these in flight fit 99 KB.
+
+    Args:
+        width: Of a head, a power of two.
+        itemsize: Bytes of an element.
+    """
+    return max(16, min(64, (1 << 14) // (width * itemsize)))
+
+
+def _splits(pairs: int, capacity: int, slots: int) -> int:
     """Programs among which the slots of one sequence and key head are split: a power of two, each with work to do."""
-    wanted = min(_PROGRAMS // pairs, -(-capacity // _SLOTS))
+    wanted = min(_PROGRAMS // pairs, -(-capacity // slots))
     return 1 << (max(1, wanted).bit_length() - 1)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaMLP, LlamaRMSNorm
 
+from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.plugins.contract import width_problems
 from dlo_export.runtimes.errors import ModelLoadError
@@ -89,20 +90,25 @@ class StepWeights:
     """Of a model; several decoders may share them.
 
     Args:
-        model: In the dtype and on the device to run on. Its MLPs may be routed, or none.
-        kernels: Routed MLPs are to run in the dlo kernels, which really skip; else all is computed and masked.
+        model: transformers' LlamaForCausalLM, or our LlamaDloForCausalLM that routes MLPs; in the dtype and on the
+            device to run on.
+        kernels: Routed MLPs are to run in the dlo kernels, which really skip; else all is computed and masked. None
+            asks for them where they take the model.
 
     Attributes:
         model: As given.
         layers: By index.
+        branch_scale: (a, b): an active token's MLP branch is multiplied by a + b · score.
+        thresholds: By layer: what an active token's score exceeds.
 
     Raises:
         ModelLoadError: Whole layers are routed; or the kernels do not take these MLPs.
     """
 
-    def __init__(self, model: LlamaDloForCausalLM, *, kernels: bool) -> None:
+    def __init__(self, model: LlamaForCausalLM | LlamaDloForCausalLM, *, kernels: bool | None = None) -> None:
         config = model.config
-        if config.routing != "mlp" and config.routed_layers:
+        routed: tuple[int, ...] = getattr(config, "routed_layers", ())
+        if routed and config.routing != "mlp":
             raise ModelLoadError(
                 "captured decode: this model's tokens skip whole layers, expected MLPs alone",
                 hint="run it with TorchRunner",
@@ -112,14 +118,18 @@ class StepWeights:
                 f"captured decode: this model has {', '.join(foreign)}; expected a Llama's layers with silu",
                 hint="run it with TorchRunner",
             )
-        if kernels and config.routed_layers and (problems := kernel_problems(model)):
+        problems = kernel_problems(model) if routed else []
+        if kernels and problems:
             raise ModelLoadError(
                 f"captured decode: the kernels of routed MLPs got a model with {'; '.join(problems)}",
                 hint="open it with kernels=False: all is computed, and masked",
             )
-        self.model = model
+        self.model: Any = model
         self._changed: list[nn.Linear] = []
-        self.layers = [self._layer(index, kernels) for index in range(config.num_hidden_layers)]
+        self._kernels = not problems if kernels is None else kernels
+        self.layers = [self._layer(index, index in routed) for index in range(config.num_hidden_layers)]
+        self.branch_scale: tuple[float, float] = config.branch_scale if routed else (1.0, 0.0)
+        self.thresholds = [config.threshold(index) if routed else ONE_HALF for index in range(len(self.layers))]
 
     def release(self) -> None:
         """Gives every layer of the model storage of its own again; the decoders end with it."""
@@ -128,17 +138,16 @@ class StepWeights:
             linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)
         self._changed = []
 
-    def _layer(self, index: int, kernels: bool) -> LayerWeights:
+    def _layer(self, index: int, routed: bool) -> LayerWeights:
         layer: Any = self.model.model.layers[index]  # a module, whose parts its class declares nowhere
-        router = self.model.model.router(index)
         attention = layer.self_attn
         return LayerWeights(
             layer.input_layernorm.weight.data,
             self._joined([attention.q_proj, attention.k_proj, attention.v_proj]),
             Product(attention.o_proj.weight.data, _bias([attention.o_proj])),
             layer.post_attention_layernorm.weight.data,
-            self._mlp(layer.mlp, kernels=kernels and router is not None),
-            None if router is None else router.weight.data.float().reshape(-1),
+            self._mlp(layer.mlp, kernels=self._kernels and routed),
+            self.model.model.router(index).weight.data.float().reshape(-1) if routed else None,
         )
 
     def _mlp(self, mlp: LlamaMLP, *, kernels: bool) -> PlainMlp | KernelMlp:
@@ -162,14 +171,14 @@ class StepWeights:
         return weight
 
 
-def kernel_problems(model: LlamaDloForCausalLM) -> list[str]:
+def kernel_problems(model: LlamaForCausalLM | LlamaDloForCausalLM) -> list[str]:
     """Why the dlo kernels do not take this model's MLPs; empty where they do."""
     config = model.config
     problems = ["mlp_bias true; expected false"] if config.mlp_bias else []
     return problems + width_problems({"hidden": config.hidden_size, "intermediate": config.intermediate_size})
 
 
-def _foreign_parts(model: LlamaDloForCausalLM) -> list[str]:
+def _foreign_parts(model: LlamaForCausalLM | LlamaDloForCausalLM) -> list[str]:
     """What of a model's layers is computed otherwise than a Llama's."""
     parts: dict[type, type] = {type(model.model.norm): LlamaRMSNorm}
     layers: Any = model.model.layers
