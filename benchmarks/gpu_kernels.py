@@ -311,7 +311,7 @@ def measure(evidence: Evidence, smoke: bool, options: argparse.Namespace) -> Non
     if options.cubins is None or not evidence.fits("candidates", 8):
         return
     best: dict[TileName, Pair] = {}
-    shapes: dict[TileName, tuple[int, float]] = {"single": (1, 1.0), "decode": (16, 0.5), "prefill": (512, 0.5)}
+    shapes: dict[TileName, tuple[int, float]] = {"decode": (16, 0.5), "prefill": (512, 0.5)}
     for tile, (tokens, active) in shapes.items():
         with evidence.guard(f"candidates, {tile}"):
             gate_up, down = (speed.sweep(op_name, tile, LARGE, tokens, active) for op_name in PLUGIN_OPS)

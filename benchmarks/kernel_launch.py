@@ -13,25 +13,6 @@ from dlo_export.plugins.contract import weight_input
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 _WITHOUT_OPT_IN = 48 * 1024
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
-
-
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: its value is a union of 64 bytes."""
-
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        *((f"{what}{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "xyz"),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("count", ctypes.c_uint),
-    )
 
 
 class RefusedError(MachineError):
@@ -80,11 +61,9 @@ class LoadedImage:
         parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         grid_x, grid_y = self.image.sizes.grid(tokens, columns)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        size = (grid_x, grid_y, 1, self.image.threads, 1, 1, self.image.shared_bytes)
-        attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-        count = int(self.image.sizes.dependent)
-        config = _Config(*size, stream, ctypes.pointer(attribute), count)
-        self._call("cuLaunchKernelEx", ctypes.byref(config), self._function, parameters, None)
+        block = (self.image.threads, 1, 1)
+        shared = self.image.shared_bytes
+        self._call("cuLaunchKernel", self._function, grid_x, grid_y, 1, *block, shared, stream, parameters, None)
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self._driver, name)(*arguments)

@@ -14,7 +14,7 @@ from dlo_export.plugins.tiles import TILE_NAMES
 from dlo_export.plugins.variants import TARGETS, Variant, variants
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
-MOST_SHARED_BYTES = 99 * 1024  # per block on sm_86, sm_89 and sm_120, the least of the targets
+MOST_SHARED_BYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB per block, by target
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_readme_shows_the_compilers_report_when_it_is_made_again(kernels, op_nam
 
 
 def test_shared_memory_fits_every_target_when_compiled(kernels):
-    assert not [k.variant.name for k in kernels if k.shared_bytes > MOST_SHARED_BYTES]
+    assert not [k.variant.name for k in kernels if k.shared_bytes > 1024 * MOST_SHARED_BYTES[k.variant.target]]
 
 
 def test_portable_ptx_needs_no_opt_in_shared_memory_when_a_quick_deploy_plugin_launches_it(kernels):
@@ -66,10 +66,8 @@ def test_weights_go_to_tensor_cores_sixteen_bytes_at_a_time_when_16_bit(kernels)
     """Without the promise that widths are multiples of 8 the compiler would load weights element by element."""
     for kernel in kernels:
         if kernel.variant.dtype != "float32":
-            on_tensor_cores = re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", kernel.ptx) is not None
-            assert on_tensor_cores == (kernel.variant.tile != "single"), kernel.variant.name
-            wide = re.search(r"cp\.async\.cg\.shared\.global|ld\.global\S*\.v4\.b32", kernel.ptx)
-            assert wide, kernel.variant.name
+            assert re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", kernel.ptx), kernel.variant.name
+            assert "cp.async.cg.shared.global" in kernel.ptx, kernel.variant.name
 
 
 def test_kernel_takes_schema_operands_and_three_integers_when_compiled(kernels):

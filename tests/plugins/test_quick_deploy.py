@@ -55,8 +55,8 @@ def test_output_and_types_follow_the_schema_when_tensorrt_asks(answers, op):
 @pytest.mark.parametrize(
     ("op_name", "integers", "grids"),
     [
-        ("SkipGateUp", [120, HIDDEN, INTERMEDIATE], {"1": (120, 3), "2": (8, 3), "3": (2, 2)}),
-        ("SkipDown", [120, INTERMEDIATE, HIDDEN], {"1": (120, 2), "2": (8, 4), "3": (2, 1)}),
+        ("SkipGateUp", [120, HIDDEN, INTERMEDIATE], {"1": (8, 3), "2": (2, 2)}),
+        ("SkipDown", [120, INTERMEDIATE, HIDDEN], {"1": (8, 4), "2": (2, 1)}),
     ],
 )
 def test_launch_follows_the_shapes_when_tensorrt_asks_for_a_kernel(answers, op_name, integers, grids):
