@@ -24,7 +24,6 @@ from typing import Any, Final, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.evidence import Evidence, run_part
@@ -34,9 +33,24 @@ from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.modeling.from_tensors import empty_llama_dlo
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
-from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Routing, StepOps, TorchOps
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, StepWeights
+from dlo_export.runtimes.torch.captured.step_ops import (
+    PRODUCT_TILE,
+    KernelOps,
+    ProductTile,
+    Routing,
+    StepOps,
+    TorchOps,
+)
+from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, Product, StepWeights
 
+PRODUCT_TILES: Final = tuple(
+    ProductTile(rows, depth, warps)
+    for rows, depth, warps in (
+        *((4, 1024, 4), (8, 512, 4), (8, 1024, 4), (8, 1024, 8), (16, 512, 4), (16, 512, 8), (16, 1024, 8)),
+        *((4, 2048, 4), (4, 2048, 8), (2, 2048, 4), (32, 256, 4)),
+    )
+)
+"""To choose `PRODUCT_TILE` from; a smoke run measures them."""
 CONTEXT: Final = 512
 CAPACITY: Final = 640
 ROUNDS, STEPS = 10, 8
@@ -189,7 +203,7 @@ def measure(evidence: Evidence, smoke: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         check_models(evidence, dtype)
     for name in ("8B", "1B"):
-        config = {**SIZES[name], **({"num_hidden_layers": 4, "vocab_size": 8192} if smoke else {})}
+        config = {**SIZES[name], **({"num_hidden_layers": 4, "vocab_size": 32_768} if smoke else {})}
         with evidence.guard(name):
             if evidence.fits(name, 15 if smoke else 25):
                 Size(evidence, name, config, smoke, copy, tflops).measure()
@@ -220,6 +234,7 @@ def check_ops(evidence: Evidence, dtype: torch.dtype) -> None:
         random(hidden, intermediate, std=hidden**-0.5),
         random(intermediate, hidden, std=intermediate**-0.5),
     )
+    plain = Product(random(hidden, hidden, std=hidden**-0.5), random(hidden))
     scale = torch.tensor([0.0, 1.5, 0.0, 0.7], device="cuda")
 
     def rotated(ops: StepOps) -> tuple[torch.Tensor, ...]:
@@ -230,6 +245,11 @@ def check_ops(evidence: Evidence, dtype: torch.dtype) -> None:
         cache = keys.clone(), values.clone()
         return (ops.attend(qkv, start, rotary, *cache), *cache)
 
+    def product(ops: StepOps) -> tuple[torch.Tensor, ...]:
+        total, output, made = ops.norm_product(stream[:1], added[:1], weight, 1e-5, plain, routing)
+        assert made is not None, "a routing was given"
+        return total, output, made.scores, made.scale
+
     def normed(ops: StepOps) -> tuple[torch.Tensor, ...]:
         total, norm, made = ops.add_norm_route(stream, added, weight, 1e-5, routing)
         return total, norm, made.scores, made.scale
@@ -239,6 +259,8 @@ def check_ops(evidence: Evidence, dtype: torch.dtype) -> None:
         "add_norm_route": normed,
         "rotate_and_store": rotated,
         "attend": attended,
+        "norm_product": product,
+        "product_add": lambda ops: (_added(*ops.product_add(stream[1:2], plain, added[1:2])),),
         "gated": lambda ops: (ops.gated(qkv),),
         "skip_mlp": lambda ops: (ops.skip_mlp(stream, scale, mlp, added),),
     }
@@ -250,6 +272,10 @@ def check_ops(evidence: Evidence, dtype: torch.dtype) -> None:
             torch.cuda.synchronize()
             errors = [float((got - wanted).float().abs().max() / wanted.float().abs().max()) for got, wanted in pairs]
             evidence.row(f"op {name}", passed=max(errors) <= bar, dtype=kind, errors=errors, bar=bar)
+
+
+def _added(stream: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+    return stream if added is None else stream + added
 
 
 def check_models(evidence: Evidence, dtype: torch.dtype) -> None:
@@ -354,10 +380,13 @@ class Size:
 
     def measure(self) -> None:
         """Decode, then prefill, then where a step's time goes."""
-        for batch in (1, 4) if self.smoke else (1, 4, 16):
+        once = self.smoke and self.name == "1B"  # the same code as of the other size
+        for batch in (1,) if once else (1, 4) if self.smoke else (1, 4, 16):
             with self.evidence.guard("decode", model=self.name, batch=batch):
                 if self.evidence.fits(f"decode {self.name}, batch {batch}", 4 if self.smoke else 8):
                     self.decode(batch)
+        if once:
+            return
         with self.evidence.guard("prefill", model=self.name):
             if self.evidence.fits(f"prefill {self.name}", 3 if self.smoke else 6):
                 self.prefill()
@@ -510,7 +539,7 @@ class Size:
             return Routing(router, half, (1.0, 0.0))
 
         norm = layers[0].mlp_norm
-        head = self.routed.model.lm_head.weight.data
+        head = Product(self.routed.model.lm_head.weight.data, None)
         gated = gate_up[:, : self.config["intermediate_size"]].contiguous()
         parts: dict[str, list[Callable[[], object]]] = {
             "add_norm": each(lambda index: ops.add_norm(stream, stream, norm, 1e-5)),
@@ -523,8 +552,22 @@ class Size:
             "gate and up product": each(lambda index: plain(index).gate_up(stream)),
             "gated": each(lambda index: ops.gated(gate_up)),
             "down product": each(lambda index: plain(index).down(gated)),
-            "head, once": [lambda: F.linear(stream, head)],
+            "head product, once": [lambda: head(stream)],
         }
+        for tile in () if batch > 1 else (PRODUCT_TILE,) if not self.smoke else PRODUCT_TILES:
+            one = KernelOps(tile=tile)
+            cut = f"{tile.rows} x {tile.depth}, {tile.warps} warps"
+            parts |= {
+                f"norm_product, qkv, {cut}": each(
+                    lambda index, one=one: one.norm_product(  # type: ignore[misc]
+                        stream, None, norm, 1e-5, layers[index].qkv, routing(index)
+                    )
+                ),
+                f"product_add, out, {cut}": each(
+                    lambda index, one=one: one.product_add(stream, layers[index].out, stream)  # type: ignore[misc]
+                ),
+                f"norm_product, head, {cut}": [lambda one=one: one.norm_product(stream, None, norm, 1e-5, head)],  # type: ignore[misc]
+            }
         with torch.inference_mode():
             for name, part in parts.items():
                 with self.evidence.guard("breakdown", model=self.name, batch=batch, step=name):

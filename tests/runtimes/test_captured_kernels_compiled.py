@@ -36,6 +36,8 @@ def test_kernel_fits_every_gpu_when_compiled(name, dtype, target):
         constexprs={(kernel.arg_names.index(constant),): value for constant, value in constants.items()},
         attrs={(place,): [["tt.divisibility", 16]] for place, type_ in enumerate(signature) if type_.startswith("*")},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": 4, "enable_fp_fusion": True})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", target, 32), options={"num_warps": 4, "enable_fp_fusion": True}
+    )
     assert compiled.metadata.shared <= SHARED_BYTES
     assert len(compiled.asm["cubin"]) > 1000

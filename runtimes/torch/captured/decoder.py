@@ -18,7 +18,7 @@ from dlo_export.runtimes.torch.captured.step_ops import (
     add_scaled,
     gathered_mlp,
 )
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, LayerWeights, StepWeights
+from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, Product, StepWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class CapturedDecoder:
         embedding = model.model.embed_tokens.weight.data
         on_cuda = embedding.is_cuda
         self._weights, self._embedding = weights, embedding
-        self._norm, self._head = model.model.norm.weight.data, model.lm_head.weight.data
+        self._norm, self._head = model.model.norm.weight.data, Product(model.lm_head.weight.data, None)
         self._epsilon = config.rms_norm_eps
         self._ops = ops or (kernel_ops() if on_cuda else TorchOps())
         self._batch, self._capacity, self._gather_prompts = batch, capacity, gather_prompts
@@ -118,11 +118,12 @@ class CapturedDecoder:
                 hint="open a decoder of a larger capacity",
             )
         self._start.zero_()
-        hidden, decisions = self._forward(input_ids.to(self._start.device).reshape(-1), sequence)
+        stream, added, decisions = self._forward(input_ids.to(self._start.device).reshape(-1), sequence)
         self._lengths = lengths
         self._start.copy_(torch.tensor(lengths))
-        ends = torch.arange(batch, device=hidden.device) * sequence + self._start - 1
-        return self._output(hidden.index_select(0, ends), decisions)
+        ends = torch.arange(batch, device=stream.device) * sequence + self._start - 1
+        last = None if added is None else added.index_select(0, ends)
+        return self._output(stream.index_select(0, ends), last, decisions)
 
     @torch.inference_mode()
     def decode(self, tokens: torch.Tensor) -> StepOutput:
@@ -168,29 +169,31 @@ class CapturedDecoder:
         self._start.copy_(torch.tensor(lengths))
 
     def _step(self) -> StepOutput:
-        hidden, decisions = self._forward(self._tokens, 1)
-        output = self._output(hidden, decisions)
+        output = self._output(*self._forward(self._tokens, 1))
         self._start.add_(1)
         return output
 
-    def _output(self, rows: torch.Tensor, decisions: dict[int, Decisions]) -> StepOutput:
+    def _output(self, stream: torch.Tensor, added: torch.Tensor | None, decisions: dict[int, Decisions]) -> StepOutput:
         scores = {layer: made.scores.view(self._batch, -1) for layer, made in decisions.items()}
-        return StepOutput(F.linear(rows, self._head), scores)
+        _, logits, _ = self._ops.norm_product(stream, added, self._norm, self._epsilon, self._head)
+        return StepOutput(logits, scores)
 
-    def _forward(self, ids: torch.Tensor, sequence: int) -> tuple[torch.Tensor, dict[int, Decisions]]:
-        """From tokens [batch · sequence] to normalised hidden states [batch · sequence, hidden] and decisions."""
-        ops, decisions = self._ops, {}
+    def _forward(
+        self, ids: torch.Tensor, sequence: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[int, Decisions]]:
+        """From tokens to the stream [batch · sequence, hidden], what is still to be added to it, and decisions."""
+        ops, epsilon = self._ops, self._epsilon
+        decisions: dict[int, Decisions] = {}
         stream, added = F.embedding(ids, self._embedding), None
         for index, layer in enumerate(self._weights.layers):
-            if layer.router is None:
-                made = None
-                stream, normed = ops.add_norm(stream, added, layer.attention_norm, self._epsilon)
-            else:
+            routing = None
+            if layer.router is not None:
                 routing = Routing(layer.router, self.thresholds[index : index + 1], self._weights.branch_scale)
-                stream, normed, made = ops.add_norm_route(stream, added, layer.attention_norm, self._epsilon, routing)
+            stream, qkv, made = ops.norm_product(stream, added, layer.attention_norm, epsilon, layer.qkv, routing)
+            if made is not None:
                 decisions[index] = made
-            added = self._attention(index, layer, normed, sequence)
-            stream, normed = ops.add_norm(stream, added, layer.mlp_norm, self._epsilon)
+            stream, added = ops.product_add(self._attended(index, qkv, sequence), layer.out, stream)
+            stream, normed = ops.add_norm(stream, added, layer.mlp_norm, epsilon)
             # What an MLP adds is left to the next norm, but for a routed one, which knows whose rows it leaves alone.
             added = None
             if made is not None and self._gather_prompts and sequence > 1:
@@ -202,26 +205,22 @@ class CapturedDecoder:
                 added = ops.plain_mlp(normed, layer.mlp)
             else:
                 stream = add_scaled(stream, ops.plain_mlp(normed, layer.mlp), made.scale)
-        _, normed = ops.add_norm(stream, added, self._norm, self._epsilon)
-        return normed, decisions
+        return stream, added, decisions
 
-    def _attention(self, index: int, layer: LayerWeights, normed: torch.Tensor, sequence: int) -> torch.Tensor:
+    def _attended(self, index: int, qkv: torch.Tensor, sequence: int) -> torch.Tensor:
         keys, values = self._keys[index], self._values[index]
-        qkv, rotary = layer.qkv(normed), self._rotary
         if sequence == 1:
-            attended = self._ops.attend(qkv, self._start, rotary, keys, values)
-        else:
-            query = self._ops.rotate_and_store(qkv, self._start, rotary, keys, values)
-            # A prompt begins an empty cache. What stands behind a shorter one's end nobody sees: decode overwrites it.
-            attended = F.scaled_dot_product_attention(
-                query.view(self._batch, sequence, *query.shape[1:]).transpose(1, 2),
-                keys[:, :, :sequence],
-                values[:, :, :sequence],
-                is_causal=True,
-                enable_gqa=True,
-            )
-            attended = attended.transpose(1, 2).reshape(len(query), -1)
-        return layer.out(attended)
+            return self._ops.attend(qkv, self._start, self._rotary, keys, values)
+        query = self._ops.rotate_and_store(qkv, self._start, self._rotary, keys, values)
+        # A prompt begins an empty cache. What stands behind a shorter one's end nobody sees: decode overwrites it.
+        attended = F.scaled_dot_product_attention(
+            query.view(self._batch, sequence, *query.shape[1:]).transpose(1, 2),
+            keys[:, :, :sequence],
+            values[:, :, :sequence],
+            is_causal=True,
+            enable_gqa=True,
+        )
+        return attended.transpose(1, 2).reshape(len(query), -1)
 
     def _capture(self) -> None:
         """Records a step, with an empty cache: what it writes to slot 0 the first prompt overwrites."""

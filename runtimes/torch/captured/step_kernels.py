@@ -73,6 +73,138 @@ def add_norm_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size 
         tl.store(scale + row, tl.where(score > tl.load(threshold), offset + slope * score, 0.0))
 
 
+@triton.jit(do_not_specialize_on_alignment=["threshold"])
+def norm_product_kernel(  # noqa: PLR0913, PLR0917
+    stream,
+    added,
+    norm,
+    weight,
+    bias,
+    router,
+    threshold,
+    summed,
+    output,
+    scores,
+    scale,
+    hidden,
+    columns,
+    epsilon,
+    offset,
+    slope,
+    ADDS: tl.constexpr,
+    ROUTES: tl.constexpr,
+    BIASES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (rows of the weight): `add_norm_kernel` of one token, and its product with a weight.
+
+    The norm's factor is the same for every element, so it is multiplied in at the end: one sweep does. The first
+    program writes the sum, and lets the router decide.
+
+    Args:
+        stream: Pointer to T [hidden].
+        added: Pointer to T [hidden], where ADDS.
+        norm: Pointer to T [hidden], the norm's weight.
+        weight: Pointer to T [columns, hidden].
+        bias: Pointer to T [columns], where BIASES.
+        router: Pointer to float32 [hidden], where ROUTES.
+        threshold: Pointer to float32 [1], where ROUTES.
+        summed: Pointer to T [hidden], written where ADDS.
+        output: Pointer to T [columns], written.
+        scores: Pointer to float32 [1], written where ROUTES.
+        scale: Pointer to float32 [1], written where ROUTES.
+        hidden: Width of the stream.
+        columns: Rows of the weight.
+        epsilon: Of the norm.
+        offset: Of the scale, see `add_norm_kernel`.
+        slope: Likewise.
+        ADDS: Whether there is a branch to add.
+        ROUTES: Whether there is a router.
+        BIASES: Whether there is a bias.
+        ROWS: Of the weight.
+        BLOCK: Elements of hidden at a time.
+    """
+    program = tl.program_id(0)
+    row = program * ROWS + tl.arange(0, ROWS)
+    row_used = row < columns
+    weight_row = weight + row.to(tl.int64)[:, None] * hidden
+    products = tl.zeros([ROWS, BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, hidden, BLOCK):
+        place = begin + tl.arange(0, BLOCK)
+        used = place < hidden
+        x = tl.load(stream + place, mask=used, other=0.0)
+        if ADDS:
+            x = (x.to(tl.float32) + tl.load(added + place, mask=used, other=0.0).to(tl.float32)).to(x.dtype)
+            tl.store(summed + place, x, mask=used & (program == 0))
+        wide = x.to(tl.float32)
+        squares += wide * wide
+        weighted = wide * tl.load(norm + place, mask=used, other=0.0).to(tl.float32)
+        block = tl.load(weight_row + place[None, :], mask=row_used[:, None] & used[None, :], other=0.0)
+        products += weighted[None, :] * block.to(tl.float32)
+    result = tl.sum(products, axis=1) / tl.sqrt(tl.sum(squares, axis=0) / hidden + epsilon)
+    if BIASES:
+        result += tl.load(bias + row, mask=row_used, other=0.0).to(tl.float32)
+    tl.store(output + row, result.to(output.dtype.element_ty), mask=row_used)
+    if ROUTES:  # noqa: SIM102 - known when it is compiled; what follows is not
+        if program == 0:
+            logits = tl.zeros([BLOCK], tl.float32)
+            for begin in range(0, hidden, BLOCK):
+                place = begin + tl.arange(0, BLOCK)
+                used = place < hidden
+                x = tl.load(stream + place, mask=used, other=0.0)
+                if ADDS:
+                    x = (x.to(tl.float32) + tl.load(added + place, mask=used, other=0.0).to(tl.float32)).to(x.dtype)
+                logits += x.to(tl.float32) * tl.load(router + place, mask=used, other=0.0)
+            score = 1.0 / (1.0 + tl.exp(-tl.sum(logits, axis=0)))
+            tl.store(scores, score)
+            tl.store(scale, tl.where(score > tl.load(threshold), offset + slope * score, 0.0))
+
+
+@triton.jit
+def product_add_kernel(  # noqa: PLR0913, PLR0917
+    x,
+    weight,
+    bias,
+    stream,
+    summed,
+    depth,
+    columns,
+    BIASES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (rows of the weight): the product of one token's row with a weight, added to the stream.
+
+    Args:
+        x: Pointer to T [depth].
+        weight: Pointer to T [columns, depth].
+        bias: Pointer to T [columns], where BIASES.
+        stream: Pointer to T [columns].
+        summed: Pointer to T [columns], written.
+        depth: Width of x.
+        columns: Width of the stream.
+        BIASES: Whether there is a bias.
+        ROWS: Of the weight.
+        BLOCK: Elements of x at a time.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_used = row < columns
+    weight_row = weight + row.to(tl.int64)[:, None] * depth
+    products = tl.zeros([ROWS, BLOCK], tl.float32)
+    for begin in range(0, depth, BLOCK):
+        place = begin + tl.arange(0, BLOCK)
+        used = place < depth
+        block = tl.load(weight_row + place[None, :], mask=row_used[:, None] & used[None, :], other=0.0)
+        products += tl.load(x + place, mask=used, other=0.0).to(tl.float32)[None, :] * block.to(tl.float32)
+    result = tl.sum(products, axis=1)
+    if BIASES:
+        result += tl.load(bias + row, mask=row_used, other=0.0).to(tl.float32)
+    result += tl.load(stream + row, mask=row_used, other=0.0).to(tl.float32)
+    tl.store(summed + row, result.to(summed.dtype.element_ty), mask=row_used)
+
+
 @triton.jit
 def rotate_and_store_kernel(  # noqa: PLR0913, PLR0917
     qkv,

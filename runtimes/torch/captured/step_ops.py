@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp
+from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +99,28 @@ class StepOps(abc.ABC):
     @abc.abstractmethod
     def skip_mlp(self, normed: torch.Tensor, scale: torch.Tensor, mlp: KernelMlp, stream: torch.Tensor) -> torch.Tensor:
         """The stream, and scale · MLP of the active tokens added to it; T [tokens, hidden]."""
+
+    def norm_product(
+        self,
+        stream: torch.Tensor,
+        added: torch.Tensor | None,
+        weight: torch.Tensor,
+        epsilon: float,
+        product: Product,
+        routing: Routing | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, Decisions | None]:
+        """The stream with a branch added to it, a product of its RMS norm, and what a router decides from it."""
+        if routing is None:
+            stream, normed = self.add_norm(stream, added, weight, epsilon)
+            return stream, product(normed), None
+        stream, normed, decisions = self.add_norm_route(stream, added, weight, epsilon, routing)
+        return stream, product(normed), decisions
+
+    def product_add(
+        self, rows: torch.Tensor, product: Product, stream: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The stream, and a product that is still to be added to it; None where it has been."""
+        return stream, product(rows)
 
     def plain_mlp(self, normed: torch.Tensor, mlp: PlainMlp) -> torch.Tensor:
         """What an MLP adds to the stream, for all tokens."""
@@ -193,21 +215,41 @@ def add_scaled(stream: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) 
     return torch.where(scale != 0, stream + branch * scale.to(branch.dtype), stream)
 
 
+@dataclasses.dataclass(frozen=True)
+class ProductTile:
+    """How one program of a single token's product is cut.
+
+    Attributes:
+        rows: Of the weight.
+        depth: Elements of a row at a time.
+        warps: Of 32 threads each.
+    """
+
+    rows: int
+    depth: int
+    warps: int
+
+
+PRODUCT_TILE: Final = ProductTile(rows=8, depth=1024, warps=4)
+"""Chosen from arithmetic: 16 KB in flight per program, registers for a handful of programs on a multiprocessor."""
+
+
 class KernelOps(StepOps):
     """One launch each. For one decoder, on one stream: launches share counters.
 
     Args:
         interpreted: Triton's interpreter runs the kernels, on tensors in host memory.
+        tile: Of a single token's products.
     """
 
-    def __init__(self, *, interpreted: bool = False) -> None:
+    def __init__(self, *, interpreted: bool = False, tile: ProductTile = PRODUCT_TILE) -> None:
         # Only here is Triton needed, and it may be missing.
         from dlo_export.plugins import kernels  # noqa: PLC0415
         from dlo_export.runtimes.torch.captured import step_kernels  # noqa: PLC0415
 
         self._kernels: Any = step_kernels
         self._launch = kernels.launch
-        self._interpreted = interpreted
+        self._interpreted, self._tile = interpreted, tile
         self._arrived: dict[int, torch.Tensor] = {}
 
     def add_norm(  # noqa: D102
@@ -261,6 +303,73 @@ class KernelOps(StepOps):
             num_warps=max(1, min(16, block // 256)),
         )
         return summed, normed, None if routing is None else Decisions(scores, scale)
+
+    def norm_product(  # noqa: D102
+        self,
+        stream: torch.Tensor,
+        added: torch.Tensor | None,
+        weight: torch.Tensor,
+        epsilon: float,
+        product: Product,
+        routing: Routing | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, Decisions | None]:
+        if len(stream) > 1:
+            return super().norm_product(stream, added, weight, epsilon, product, routing)
+        columns, hidden = product.weight.shape
+        output = stream.new_empty(1, columns)
+        summed = stream if added is None else torch.empty_like(stream)
+        scores = scale = router = threshold = output
+        offset, slope = 1.0, 0.0
+        if routing is not None:
+            scores, scale = (stream.new_empty(1, dtype=torch.float32) for _ in range(2))
+            router, threshold, (offset, slope) = routing.router, routing.threshold, routing.branch_scale
+        self._kernels.norm_product_kernel[(-(-columns // self._tile.rows),)](
+            stream,
+            stream if added is None else added,
+            weight,
+            product.weight,
+            output if product.bias is None else product.bias,
+            router,
+            threshold,
+            summed,
+            output,
+            scores,
+            scale,
+            hidden,
+            columns,
+            epsilon,
+            offset,
+            slope,
+            ADDS=added is not None,
+            ROUTES=routing is not None,
+            BIASES=product.bias is not None,
+            ROWS=self._tile.rows,
+            BLOCK=self._tile.depth,
+            num_warps=self._tile.warps,
+        )
+        return summed, output, None if routing is None else Decisions(scores, scale)
+
+    def product_add(  # noqa: D102
+        self, rows: torch.Tensor, product: Product, stream: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if len(rows) > 1:
+            return super().product_add(rows, product, stream)
+        columns, depth = product.weight.shape
+        summed = torch.empty_like(stream)
+        self._kernels.product_add_kernel[(-(-columns // self._tile.rows),)](
+            rows,
+            product.weight,
+            rows if product.bias is None else product.bias,
+            stream,
+            summed,
+            depth,
+            columns,
+            BIASES=product.bias is not None,
+            ROWS=self._tile.rows,
+            BLOCK=self._tile.depth,
+            num_warps=self._tile.warps,
+        )
+        return summed, None
 
     def rotate_and_store(  # noqa: D102
         self,
