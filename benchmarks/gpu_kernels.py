@@ -19,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -96,8 +97,11 @@ class Kernels:
         return lambda *tensors: launch(op_name, *tensors, dtype=dtype, tile_name=tile)
 
 
-def correctness(evidence: Evidence, cubins: Path | None, library: Path | None, host: Path | None) -> None:
+def correctness(
+    evidence: Evidence, seconds: float, cubins: Path | None, library: Path | None, host: Path | None
+) -> None:
     """Every way in processes of its own, all at once: nothing is timed meanwhile."""
+    end = time.monotonic() + min(seconds, evidence.left)
     ways = {f"Triton JIT, {dtype}, {tile}": ["--jit", dtype, tile] for dtype in LARGEST_ERROR for tile in TILE_NAMES}
     if cubins is not None:
         ways["cubin"] = ["--cubins", str(cubins)]
@@ -118,7 +122,7 @@ def correctness(evidence: Evidence, cubins: Path | None, library: Path | None, h
     }
     for way, process in running.items():
         try:
-            said, complaint = process.communicate(timeout=max(5.0, min(120.0, evidence.left)))
+            said, complaint = process.communicate(timeout=max(1.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             said, complaint = process.communicate()
@@ -216,11 +220,12 @@ class Speed:
             tflop_s=round(flops / ours.median_us / 1e6, 1),
         )
 
-    def sweep(self, op_name: str, tile: TileName, tokens: int, active: float) -> Image | None:
+    def sweep(self, op_name: str, tile: TileName, size: tuple[int, int], tokens: int, active: float) -> Image | None:
         """Times every candidate; returns the fastest that is right."""
         import torch  # noqa: PLC0415 - heavy
 
-        subject = layer(*LARGE, tokens=tokens, active=active, dtype="bfloat16", copies=4)
+        subject = layer(*size, tokens=tokens, active=active, dtype="bfloat16", copies=4)
+        decisions, nothing = subject.scale.clone(), torch.zeros_like(subject.scale)
         is_gate_up = op_name == "SkipGateUp"
         reference = _large_reference(subject, is_gate_up)
         moved = subject.weight_bytes * (2 if is_gate_up else 1) / 3
@@ -236,16 +241,21 @@ class Speed:
                 error = _large_error(subject, written, reference, is_gate_up)
                 right = error <= LARGEST_ERROR["bfloat16"]
                 timing = timed(launches, self.replays)
+                subject.scale.copy_(nothing)
+                skipped = timed(launches, self.replays, rounds=4)
+                subject.scale.copy_(decisions)
                 self.evidence.row(
                     "candidate",
                     passed=None if right else False,
                     **image.facts,
+                    hidden=size[0],
                     tokens=tokens,
                     active=subject.active,
                     error=error,
                     **timing.facts,
                     tb_s=round(moved / timing.median_us / 1e6, 3),
                     tflop_s=round(flops / timing.median_us / 1e6, 1),
+                    skipped_us=round(skipped.median_us, 2),
                 )
                 if right and (best is None or timing.median_us < best[0]):
                     best = (timing.median_us, image)
@@ -283,7 +293,7 @@ def _large_error(subject: Layer, written: Any, reference: Any, is_gate_up: bool)
 def measure(evidence: Evidence, smoke: bool, options: argparse.Namespace) -> None:
     """Right first, then fast: the bars with the table's tiles, the candidates, the bars with the best of them."""
     with evidence.guard("correctness"):
-        correctness(evidence, options.cubins, options.library, options.host)
+        correctness(evidence, 30 if smoke else 60, options.cubins, options.library, options.host)
     kernels = Kernels(options.cubins)
     speed = Speed(evidence, kernels, replays=8 if smoke else 20)
     _bars(evidence, speed, lambda tokens: kernels.table("bfloat16", tokens), f"the table's tiles, {kernels.way}")
@@ -293,10 +303,13 @@ def measure(evidence: Evidence, smoke: bool, options: argparse.Namespace) -> Non
     shapes: dict[TileName, tuple[int, float]] = {"single": (1, 1.0), "decode": (16, 0.5), "prefill": (512, 0.5)}
     for tile, (tokens, active) in shapes.items():
         with evidence.guard(f"candidates, {tile}"):
-            gate_up, down = (speed.sweep(op_name, tile, tokens, active) for op_name in PLUGIN_OPS)
+            gate_up, down = (speed.sweep(op_name, tile, LARGE, tokens, active) for op_name in PLUGIN_OPS)
             if gate_up is not None and down is not None:
                 best[tile] = kernels.load(gate_up), kernels.load(down)
                 evidence.row(f"best candidates, {tile}", gate_up=gate_up.facts, down=down.facts)
+            if tile != "prefill":
+                for op_name in PLUGIN_OPS:
+                    speed.sweep(op_name, tile, SMALL, tokens, active)
     if len(best) == len(shapes):
         _bars(evidence, speed, lambda tokens: best[tile_for(tokens)], "the best candidates")
 

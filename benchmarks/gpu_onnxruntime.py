@@ -72,7 +72,7 @@ def run_piece(evidence: Evidence, piece: str, device: str, library: Path, *, sma
     """
     import torch  # noqa: PLC0415 - heavy, and loads what ONNX Runtime's CUDA provider links to
 
-    from benchmarks.onnxruntime_checks import check_decoder, check_operators  # noqa: PLC0415 - behind PyTorch
+    from benchmarks.onnxruntime_checks import check_decoder, check_operators, check_runner  # noqa: PLC0415 - behind PyTorch
     from benchmarks.onnxruntime_times import time_decoders  # noqa: PLC0415
 
     if piece != "checks":
@@ -84,6 +84,8 @@ def run_piece(evidence: Evidence, piece: str, device: str, library: Path, *, sma
         for routed in (False, True):
             with evidence.guard("decoder", routed=routed, dtype=str(dtype)):
                 check_decoder(evidence, device, library, routed=routed, dtype=dtype)
+    with evidence.guard("runner"):
+        check_runner(evidence, device, library)
 
 
 def _run_apart(evidence: Evidence, piece: str, *, smoke: bool) -> None:

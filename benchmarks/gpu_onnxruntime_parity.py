@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,21 +34,31 @@ import torch  # before onnxruntime, which finds CUDA's libraries among PyTorch's
 
 # isort: split
 import onnx_ir as ir
+import onnxruntime as ort
 
 from benchmarks.evidence import Evidence, run_part
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.artefact_runner import open_artefact
+from dlo_export.exporter.calibrate import CalibrationRequest, calibrate
+from dlo_export.exporter.evaluate import EvaluationRequest, evaluate_model
+from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.parity_check import graph_candidate
 from dlo_export.exporter.pipeline import build_model
+from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.weight_file import save_weights
 from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.modeling.calibration.router_calibration import CalibrationSettings
+from dlo_export.modeling.calibration.text import read_documents
+from dlo_export.modeling.training.router_distillation import DistillationSettings
 from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE
 from dlo_export.runtimes.artefact.description import WEIGHTS_NAME
+from dlo_export.runtimes.generation.generate import Generation
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as PROVIDERS
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
@@ -61,6 +72,19 @@ ADAPTER: Final = DATA / "smollm2_routers"
 NATIVE: Final = ("masked", "compact", "if")
 DTYPES: Final = ("fp32", "fp16", "bf16")
 PROMPT, STEPS = 128, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """This program in a process of its own, which says its rows on stdout, a line each.
+
+    Attributes:
+        what: For a row, where it fails.
+        arguments: Of its command line.
+    """
+
+    what: str
+    arguments: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--ort-plugin-library", type=Path, default=os.environ.get(ORT_LIBRARY_VARIABLE) or None)
-    parser.add_argument("--job")
+    parser.add_argument("--job", type=json.loads)
+    parser.add_argument("--commands", action="store_true")
     own, others = parser.parse_known_args(arguments)
-    if own.job is not None:
-        for row in rows_of(Job(**json.loads(own.job))):
+    if own.job is not None or own.commands:
+        rows = rows_of_commands(own.model, "cuda") if own.commands else rows_of(Job(**own.job))
+        for row in rows:
             print(json.dumps(row), flush=True)
         return 0
     return run_part(
@@ -123,7 +149,9 @@ def check() -> None:
 def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Path | None) -> None:
     """All rows that need a GPU."""
     library_given = None if library is None else str(Path(library).absolute())
-    run_jobs(evidence, list(jobs(model, library_given, smoke=smoke)), seconds=30.0 if smoke else 75.0)
+    processes = [process_of(job) for job in jobs(model, library_given, smoke=smoke)]
+    commands = ["--commands", *([] if model is None else ["--model", str(model)])]
+    run_processes(evidence, [*processes, Process("commands", tuple(commands))], seconds=30.0 if smoke else 75.0)
     if model is None:
         evidence.row("decode", left_out="no --model is given")
         return
@@ -149,36 +177,38 @@ def jobs(model: Path | None, library: str | None, *, smoke: bool) -> Iterator[Jo
         yield Job("smollm2 dense", str(model), "bf16", ("none",))
 
 
-def run_jobs(evidence: Evidence, all_jobs: Sequence[Job], seconds: float) -> None:
-    """Runs jobs side by side, and writes their rows as they end."""
+def process_of(job: Job) -> Process:
+    """The process that does a job."""
+    what = f"parity {job.subject}, {job.dtype}, {'+'.join(job.lowerings)}"
+    return Process(what, ("--job", json.dumps(dataclasses.asdict(job))))
+
+
+def run_processes(evidence: Evidence, processes: Sequence[Process], seconds: float) -> None:
+    """Runs processes side by side, and writes their rows as they end."""
     with contextlib.ExitStack() as stack:
         running = []
-        for job in all_jobs:
-            # The process says what it has to on stdout, a row a line; what else it says is kept for where it fails.
-            said = stack.enter_context(tempfile.TemporaryFile("w+"))
-            command = [sys.executable, "-m", __spec__.name, "--job", json.dumps(dataclasses.asdict(job))]
+        for process in processes:
+            # Rows go to a file, so that none waits for somebody to read; what else is said shows where it fails.
+            rows, said = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+            command = [sys.executable, "-m", "benchmarks.gpu_onnxruntime_parity", *process.arguments]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment)
-            running.append((job, process, said))
+            running.append((process, subprocess.Popen(command, stdout=rows, stderr=said, env=environment), rows, said))
         end = time.monotonic() + min(seconds, max(5.0, evidence.left - 5.0))
-        for job, process, said in running:
+        for process, started, rows, said in running:
             try:
-                rows, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
-                problem = f"ended with {process.returncode}" if process.returncode else None
+                code = started.wait(timeout=max(0.1, end - time.monotonic()))
+                problem = f"ended with {code}" if code else None
             except subprocess.TimeoutExpired:
-                process.kill()
-                rows, _ = process.communicate()
+                started.kill()
+                started.wait()
                 problem = "was not done in time"
-            for line in rows.splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # of a process that was ended, the last line
+            rows.seek(0)
+            for line in rows:
+                with contextlib.suppress(json.JSONDecodeError):  # the last line of a process that was ended
                     evidence.row(**json.loads(line))
             if problem is not None:
                 said.seek(0)
-                evidence.row(
-                    f"parity {job.subject}, {job.dtype}, {'+'.join(job.lowerings)}",
-                    passed=False,
-                    error=f"{problem}: {said.read()[-1500:]}",
-                )
+                evidence.row(process.what, passed=False, error=f"{problem}: {said.read()[-1500:]}")
 
 
 def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, Any]]:
@@ -255,6 +285,85 @@ def save_graphs(source: ExportSource, job: Job, folder: Path) -> dict[str, Path]
     return files
 
 
+def rows_of_commands(model: Path | None, device: str) -> Iterator[dict[str, Any]]:
+    """What the commands do on a GPU, small: export with its parity, generation, calibration, evaluation.
+
+    Args:
+        model: Checkpoint or GGUF file with a tokenizer; None leaves out what needs one.
+        device: "cuda", or "cpu" to see that it runs.
+    """
+    provider: ProviderOption = "cpu" if device == "cpu" else "cuda"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        steps: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+            (f"export --provider {provider}", lambda: _export_row(folder / "artefact", provider)),
+            (f"run --provider {provider}", lambda: _run_row(folder / "artefact")),
+        ]
+        if model is not None:
+            steps += [
+                (f"calibrate --device {device}", lambda: _calibration_row(str(model), folder / "adapter", device)),
+                (f"evaluate --device {device}", lambda: _evaluation_row(str(model), folder, device)),
+            ]
+        for what, step in steps:
+            begin = time.monotonic()
+            try:
+                yield {"what": what, **step(), "seconds": round(time.monotonic() - begin, 1)}
+            except Exception as err:  # as in `rows_of`
+                yield {"what": what, "passed": False, "error": f"{type(err).__name__}: {err}"[:1500]}
+
+
+def _export_row(output: Path, provider: ProviderOption) -> dict[str, Any]:
+    request = ExportRequest(str(DATA / "reference_mlp_routed"), output, provider=provider, lowering="compact")
+    description = export_model(request, Reporter()).description
+    parity = description.parity
+    values = {"verdict": parity.verdict, "reason": parity.reason, "dtype": description.dtype}
+    return {"passed": parity.verdict in ("PASS", "AMBIGUOUS"), **values}
+
+
+def _run_row(artefact: Path) -> dict[str, Any]:
+    with open_artefact(artefact, threads=1) as runner:
+        generation = Generation(runner, [[3, 1, 4, 1, 5]], max_new_tokens=8)
+        tokens = [step[0] for step in generation]
+    return {"passed": len(tokens) == 8, "active_rates": {str(k): v for k, v in generation.stats.active_rate.items()}}
+
+
+def _calibration_row(model: str, output: Path, device: str) -> dict[str, Any]:
+    request = CalibrationRequest(
+        model=model,
+        output=output,
+        adapter=None,
+        as_adapter=True,
+        settings=CalibrationSettings(target_active=0.9),
+        text=None,
+        tokens=8192,
+        evaluation_tokens=2048,
+        seed=0,
+        force=False,
+        distillation=DistillationSettings(steps=2),
+        device=device,
+    )
+    result = calibrate(request, Reporter())
+    rate, target = result.active_rate(injected=False), request.settings.target_active
+    return {
+        "passed": rate is not None and abs(rate - target) < 0.1,
+        "active_rate": rate,
+        "perplexity_dense": result.dense.perplexity,
+        "perplexity_routed": result.routed.perplexity,
+    }
+
+
+def _evaluation_row(model: str, folder: Path, device: str) -> dict[str, Any]:
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(document.text for document in read_documents()[:4]), encoding="utf-8")
+    found = {}
+    for place in dict.fromkeys(("cpu", device)):
+        request = EvaluationRequest(
+            model=model, texts=(text,), tasks=(), adapter=ADAPTER, device=place, sequence=128, limit=2
+        )
+        found[place] = evaluate_model(request, Reporter()).result.perplexities[0].perplexity.value
+    return {"passed": abs(found[device] / found["cpu"] - 1) < 1e-3, "perplexity": found}
+
+
 def placement_row(job: Job, lowering: str, file: Path, provider: Provider, library: Path | None) -> dict[str, Any]:
     """Which nodes ONNX Runtime gave to the CPU; none of a layer may be among them."""
     row: dict[str, Any] = {"what": f"placement {job.subject}, {job.dtype}, {lowering}"}
@@ -305,6 +414,8 @@ def time_decode(
                 ours = decode_row(
                     evidence, f"decode onnxruntime, {dtype}", [onnxruntime_step(runner, steps) for _ in range(5)]
                 )
+        with evidence.guard("decode nodes"):
+            evidence.row("decode nodes", passed=None, **profile(file, provider, Path(temporary)))
         with evidence.guard(f"decode transformers, {dtype}"):
             llama = transformers_llama(source, dtype, device)
             for kind, compiles in (("static cache", False), ("static cache, compiled", True)):
@@ -341,6 +452,40 @@ def onnxruntime_step(runner: OnnxRuntimeRunner, steps: int) -> float:
     return (time.perf_counter() - begin) / steps * 1e3
 
 
+def profile(file: Path, provider: Provider, folder: Path) -> dict[str, Any]:
+    """Which nodes a decode step runs where, by ONNX Runtime's own profile; copies between providers are among them.
+
+    Args:
+        file: The graph.
+        provider: What runs it.
+        folder: For the profile.
+
+    Returns:
+        Nodes by provider, those of copies, and microseconds by operator: on a GPU, those of launching it.
+    """
+    options = ort.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
+    steps = 4
+    with OnnxRuntimeRunner(file, threads=1, provider=provider, options=options) as runner:
+        onnxruntime_step(runner, steps)
+    del runner
+    gc.collect()  # with the session, the profile is written
+    (written,) = folder.glob("profile*.json")
+    events = [event for event in json.loads(written.read_text()) if event["name"].endswith("_kernel_time")]
+    nodes = events[len(events) // (steps + 1) :]  # without the prompt's
+    times: Counter[str] = Counter()
+    for event in nodes:
+        times[event["args"]["op_name"]] += event["dur"]
+    return {
+        "nodes_per_step": {
+            name: count / steps for name, count in Counter(event["args"]["provider"] for event in nodes).items()
+        },
+        "copies_per_step": sum(event["args"]["op_name"].startswith("Memcpy") for event in nodes) / steps,
+        "us_per_step": {name: round(time_us / steps, 1) for name, time_us in times.most_common(8)},
+    }
+
+
 def transformers_llama(source: ExportSource, dtype: str, device: str) -> Any:
     """The Llama of transformers with the source's weights."""
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - heavy
@@ -350,7 +495,7 @@ def transformers_llama(source: ExportSource, dtype: str, device: str) -> Any:
     torch_dtype = getattr(torch, BY_OPTION[dtype].name)
     values = {key: value for key, value in source.config_json().items() if key not in ("dtype", "torch_dtype")}
     with torch.device("meta"):
-        llama = LlamaForCausalLM(LlamaConfig(**values, dtype=torch_dtype))
+        llama: Any = LlamaForCausalLM(LlamaConfig(**values, dtype=torch_dtype))
     wanted = {name for name, _ in llama.named_parameters()}
     tensors = {name: tensor for name, tensor in source.tensors().items() if name in wanted}
     weights = {name: released_parameter(tensor, torch_dtype).to(device) for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from benchmarks.captured_decoder import ACTIVE, OPTIONS, SKIPPED, CapturedDecode
 from benchmarks.device_session import DeviceSession, threshold_name, thresholds_as_inputs, weights_as_inputs
 from benchmarks.evidence import Evidence
 from benchmarks.random_decoder import RandomDecoder
-from dlo_export.checkpoints.dtypes import BY_NAME
+from dlo_export.checkpoints.dtypes import BY_NAME, BY_OPTION
 from dlo_export.checkpoints.interface import (
     ATTENTION_MASK,
     CACHE_PARTS,
@@ -24,10 +25,15 @@ from dlo_export.checkpoints.interface import (
     past_name,
     present_name,
 )
-from dlo_export.exporter.pipeline import build_model
+from dlo_export.exporter.pipeline import build_captured_model, build_model, exposed
+from dlo_export.exporter.weight_file import save_weights
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION, Operand
 from dlo_export.plugins.skip_down.reference import skip_down
 from dlo_export.plugins.skip_gate_up.reference import skip_gate_up
+from dlo_export.runtimes.onnxruntime.in_place_runner import InPlaceRunner
+from dlo_export.runtimes.onnxruntime.providers import CPU, CUDA
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from dlo_export.runtimes.parity.cases import step_feeds
 
 # Of a row's largest output: the operators, whose sums are float32; a decoder's logits, which every layer rounds.
 OPERATOR_ERROR = {"float32": 1e-5, "float16": 2**-10, "bfloat16": 2**-7}
@@ -145,6 +151,8 @@ def check_decoder(evidence: Evidence, device: str, library: Path, *, routed: boo
 
     decoder = CapturedDecoder.open(source, dtype, device, library, max_cache=slots)
     cache = decoder.cache(len(prompts), slots)
+    for value in cache.values():
+        value.fill_(torch.nan)  # slots that nobody filled are not looked at
     got: list[list[np.ndarray]] = [[] for _ in prompts]
     # Prompts go in one by one, as the operator wants them, each into its own rows of the cache.
     for row, prompt in enumerate(prompts):
@@ -184,6 +192,39 @@ def check_decoder(evidence: Evidence, device: str, library: Path, *, routed: boo
         largest_error=max(errors),
         bar=LOGITS_ERROR[option],
         elsewhere=decoder.session.operators_elsewhere(),
+    )
+
+
+def check_runner(evidence: Evidence, device: str, library: Path) -> None:
+    """The project's own runner from files: prompts of two lengths and six steps, against a growing cache on the CPU."""
+    source, rng = RandomDecoder("small", routed=True), np.random.default_rng(3)
+    option = "fp32" if device == "cpu" else "bf16"
+    feeds = step_feeds([rng.integers(0, source.config.vocab_size, length) for length in (14, 11)], 1, 1, 1, 1, 1, 1)
+    layers, worst = range(source.config.num_layers), 0.0
+    dtype = ir.DataType.from_numpy(BY_OPTION[option].numpy)
+    with tempfile.TemporaryDirectory() as folder:
+        captured = build_captured_model(source, "plugin", 64, dtype)
+        plain = build_model(source, "masked")
+        for name, model in (("captured", captured), ("plain", plain)):
+            save_weights(model, Path(folder) / f"{name}.data")
+        candidate, reference = (
+            ir.to_proto(exposed(model, force=True)).SerializeToString() for model in (captured, plain)
+        )
+        provider = CPU if device == "cpu" else CUDA
+        with (
+            OnnxRuntimeRunner(reference, weights_folder=folder) as oracle,
+            InPlaceRunner(candidate, weights_folder=folder, plugin_library=library, provider=provider) as runner,
+        ):
+            for each in (oracle, runner):
+                each.reset(2)
+            for feed in feeds:
+                active = {layer: rng.random(feed.input_ids.shape) < 0.5 for layer in layers}
+                tokens = (feed.input_ids, feed.attention_mask, feed.position_ids)
+                want, got = (each.step(*tokens, force_active=active).logits for each in (oracle, runner))
+                real = feed.attention_mask[:, -feed.input_ids.shape[1] :].astype(bool)
+                worst = max(worst, _row_error(got[real], want[real]))
+    evidence.row(
+        "runner", passed=worst <= LOGITS_ERROR[option], dtype=option, largest_error=worst, bar=LOGITS_ERROR[option]
     )
 
 

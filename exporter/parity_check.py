@@ -11,14 +11,15 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.artefact_runner import exposed_model
+from dlo_export.exporter.artefact_runner import cache_slots, exposed_model, runner_for
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.pipeline import TensorRtOptions, build_model
+from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import save_weights, weight_places
+from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
@@ -28,6 +29,7 @@ from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunne
 from dlo_export.runtimes.parity.cases import parity_cases
 from dlo_export.runtimes.parity.compare import Candidate, compare
 from dlo_export.runtimes.parity.report import ParityReport
+from dlo_export.runtimes.runner import Runner
 
 _SEED = 0
 _GREEDY_PROMPTS = (24, 15)  # tokens: of unequal length, so that one is padded
@@ -72,7 +74,8 @@ def check_parity(
     from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
 
     rungs = {description.lowering: released}
-    if find_lowering(description.lowering, "onnxruntime-cpu").make_pass is not None:
+    target = PROVIDER_TARGETS[description.provider]
+    if find_lowering(description.lowering, target).make_pass is not None:
         rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
     candidates = [
         graph_candidate(
@@ -87,7 +90,7 @@ def check_parity(
         )
         for name, graph in rungs.items()
     ]
-    longest = MOST_TOKENS
+    longest = min(MOST_TOKENS, cache_slots(released.graph) or MOST_TOKENS)
     for options in dict.fromkeys(tensorrt):
         longest = min(longest, options.max_cache)
         twin = tensorrt_twin(source, options, released)
@@ -123,16 +126,18 @@ def _why_not_run(
         return refusal.reason
     if description.plugin_operators and plugin_library is None:
         return no_library(description.plugin_operators).message
-    return provider.why_not_run(BY_OPTION[description.dtype], _reductions(released))
+    return provider.why_not_run(BY_OPTION[description.dtype], named_operators(released))
 
 
-def _reductions(model: ir.Model) -> set[str]:
-    """Operators with their `reduction`, as providers' gaps name them."""
-    return {
+def named_operators(model: ir.Model) -> set[str]:
+    """What of a graph providers' gaps may name: operators with their `reduction`, and those of other domains."""
+    nodes = list(model.graph.all_nodes())
+    reductions = {
         f"{node.op_type}({node.attributes['reduction'].as_string()})"
-        for node in model.graph.all_nodes()
+        for node in nodes
         if "reduction" in node.attributes
     }
+    return reductions | {f"{node.domain}::{node.op_type}" for node in nodes if node.domain}
 
 
 def graph_candidate(
@@ -160,10 +165,14 @@ def graph_candidate(
     library = plugin_library if plugin_operators(graph) else None
     # PyTorch runs in the same process: spinning threads would take its cores.
     open_runner = functools.partial(
-        OnnxRuntimeRunner, name=label, allow_spinning=False, plugin_library=library, provider=provider
+        runner_for(value.name or "" for value in graph.graph.inputs),
+        name=label,
+        allow_spinning=False,
+        plugin_library=library,
+        provider=provider,
     )
 
-    def opened(*, force: bool, streams: bool = False) -> OnnxRuntimeRunner:
+    def opened(*, force: bool, streams: bool = False) -> Runner:
         return open_runner(exposed_model(graph, force=force, streams=streams), weights_folder=folder)
 
     return Candidate(
@@ -194,7 +203,11 @@ def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, r
 
 def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, dtype: str) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
-    model = build_model(source, "masked", graph_dtype(dtype))
+    slots = cache_slots(released.graph)
+    if slots:
+        model = build_captured_model(source, "masked", slots, graph_dtype(dtype))
+    else:
+        model = build_model(source, "masked", graph_dtype(dtype))
     save_weights(model, folder / WEIGHTS_NAME, write=False)
     if weight_places(model) != weight_places(released):
         raise InputError(

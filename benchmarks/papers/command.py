@@ -19,7 +19,7 @@ from benchmarks.papers.forms import Form
 from benchmarks.papers.plots import save_plots
 from benchmarks.papers.results import Results
 from benchmarks.papers.shipped import shipped_pieces
-from benchmarks.papers.skipping_cost import as_many_pieces, retargeted_pieces, skipping_pieces
+from benchmarks.papers.skipping_cost import as_many_pieces, calibrated_pieces, removal_pieces, retargeted_pieces
 from benchmarks.papers.subjects import BaseModel
 from benchmarks.papers.tables import COSTS, all_tables, broken_promises
 from benchmarks.papers.tasks import task_files, task_pieces
@@ -175,13 +175,14 @@ def _run_others(experiment: Experiment, budget: Budget, *, exports: bool) -> dic
         shipped = []
     pieces = [
         *(_training_piece(run, experiment, budget) for run in first),
-        *skipping_pieces(experiment, budget),
+        *calibrated_pieces(experiment),
         *_rate_pieces(experiment, first),
         *shipped,
-        *task_pieces(experiment, first, of_artefacts=exports),
         *kind_pieces(experiment, first),
         *(_training_piece(run, experiment, budget) for run in others),
         *_rate_pieces(experiment, others),
+        *task_pieces(experiment, first, of_artefacts=exports),
+        *removal_pieces(experiment, budget),
     ]
     return left_out | run_pieces(pieces, results, budget)
 

@@ -23,7 +23,7 @@ class Form:
         dtype: Of training.
         compile: Compile layers in training, but for those of experts, whose shapes depend on the tokens.
         learning_rate: Of weights.
-        router_learning_rate: Of routers.
+        router_learning_rate: Of routers, as a share of their weights' root mean square.
         curve_points: How often a run is measured on its way.
         held_out_tokens: Of each domain, in windows of `sequence` tokens.
         artefact_tokens: Of these, how many of each domain an artefact is measured on.
@@ -55,7 +55,7 @@ class Form:
     dtype: str = "bf16"
     compile: bool = False
     learning_rate: float = 3e-5
-    router_learning_rate: float = 1e-3
+    router_learning_rate: float = 0.02
     curve_points: int = 4
     held_out_tokens: int = 2_048
     artefact_tokens: int = 2_048
@@ -99,7 +99,6 @@ FORMS: dict[str, Form] = {
         sequence=256,
         dtype="fp32",
         learning_rate=1e-3,
-        router_learning_rate=3e-3,
         curve_points=2,
         held_out_tokens=1_024,
         calibration_tokens=2_048,
@@ -131,12 +130,13 @@ FORMS: dict[str, Form] = {
     ),
     "five-minutes": Form(
         budget_s=300,
-        training_share=0.65,
+        training_share=0.55,
         tokens=3_000_000,
         least_tokens=250_000,
         probe_steps=10,
         batch=32,
         learning_rate=1e-4,
+        curve_points=3,
         held_out_tokens=8_192,
         greedy_tokens=2_048,
         seeds=(0, 1, 2),
@@ -155,7 +155,6 @@ FORMS: dict[str, Form] = {
         sequence=256,
         dtype="bf16",
         learning_rate=1e-3,
-        router_learning_rate=3e-3,
         curve_points=1,
         held_out_tokens=1_024,
         calibration_tokens=2_048,

@@ -36,8 +36,8 @@ INFLUENCE, GREEDY = "skipping-layers-by-influence", "skipping-layers-greedily"
 _DENSE = "train-original"
 
 
-def skipping_pieces(experiment: Experiment, budget: Budget) -> list[Piece]:
-    """Calibrated routers, and whole layers removed; each at the rates of the form."""
+def calibrated_pieces(experiment: Experiment) -> list[Piece]:
+    """Calibrated routers at the rates of the form, and what skips as much."""
     form, measure = experiment.form, _Measurements(experiment)
     calibration = form.calibration_tokens / _held_out_tokens(experiment)
     calibrated = [
@@ -49,11 +49,16 @@ def skipping_pieces(experiment: Experiment, budget: Budget) -> list[Piece]:
         )
         for target in form.targets
     ]
+    return [*calibrated, *as_many_pieces(experiment, [piece.name for piece in calibrated])]
+
+
+def removal_pieces(experiment: Experiment, budget: Budget) -> list[Piece]:
+    """Whole layers removed, as many as the rates of the form say."""
+    form, measure = experiment.form, _Measurements(experiment)
+    calibration = form.calibration_tokens / _held_out_tokens(experiment)
     tries = sum(experiment.base.layers - done for done in range(measure.most_removed))
     greedy = len(form.targets) + tries * form.greedy_tokens / _held_out_tokens(experiment)
     return [
-        *calibrated,
-        *as_many_pieces(experiment, [piece.name for piece in calibrated]),
         Piece(INFLUENCE, _passes(experiment, len(form.targets) + calibration), measure.by_influence, (_DENSE,)),
         Piece(GREEDY, _passes(experiment, greedy), functools.partial(measure.greedily, budget), (_DENSE,)),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from dlo_export.modeling.training.documents import TokenDocument
+
+_SAMPLE = 20_000  # characters
 
 
 def cached_documents(
@@ -25,12 +28,18 @@ def cached_documents(
         length: Tokens of the longest document.
         make: Makes them.
     """
-    digest = hashlib.sha256(text.read_bytes())
-    digest.update(f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.chat_template} {length}".encode())
-    file = folder / f"{text.stem}-{digest.hexdigest()[:16]}.npz"
+    file = folder / f"{text.stem}-{_identity(text.read_text(encoding='utf-8'), tokenizer, length)}.npz"
     if not file.exists():
         _save(file, make())
     return _read(file)
+
+
+def _identity(text: str, tokenizer: Any, length: int) -> str:
+    """Of what tokens depend on. A tokenizer's own file is written differently by each version of its library."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    sample = tokenizer(text[:_SAMPLE], add_special_tokens=False, verbose=False)["input_ids"]
+    parts = (text, json.dumps([vocabulary, sample, tokenizer.chat_template, length]))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
 def _save(file: Path, documents: list[TokenDocument]) -> None:

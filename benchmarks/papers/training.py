@@ -176,6 +176,7 @@ def settings_of(run: TrainingRun, experiment: Experiment, model: LlamaDloForCaus
         long_chats="skip",
         learning_rate=form.learning_rate,
         router_learning_rate=form.router_learning_rate,
+        relative_router_rate=True,
         dtype=form.dtype,
         compile=form.compile and run.kind != "moe",
         eval_every=max(1, steps // form.curve_points),
@@ -194,7 +195,6 @@ def settings_of(run: TrainingRun, experiment: Experiment, model: LlamaDloForCaus
         distill_weight=1.0,
         skip_weight=0.0,
         router_learning_rate=DistillationSettings().learning_rate,
-        relative_router_rate=True,
         layer_wise=False,
     )
 

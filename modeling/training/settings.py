@@ -61,8 +61,10 @@ class TrainingSettings:
         long_chats: What to do about chats longer than a sequence.
         learning_rate: Of everything but the routers, at its height; cosine.
         router_learning_rate: Of the routers, likewise.
-        relative_router_rate: Multiply each router's rate by the root mean square of its weights as the run starts. The
-            residual stream grows by orders of magnitude from layer to layer, and fitted routers are the smaller.
+        relative_router_rate: Multiply each router's rate by the root mean square of its weights as the run starts, or
+            that of the others where it is all zeros. The residual stream grows by orders of magnitude from layer to
+            layer, and fitted routers are the smaller: a rate that is right for one sweeps away what another was fitted
+            to in a single step.
         layer_wise: Multiply each layer's rate by its capacity + 1 - the mean capacity.
         warmup: Share of the steps over which learning rates rise.
         max_grad_norm: To which gradients are clipped.

@@ -56,6 +56,18 @@ class DeviceMemory:
         self._bytes = raw.size
         self._value = ort.OrtValue.ortvalue_from_numpy(raw if raw.size else np.zeros(1, np.uint8), *self._place)
 
+    def overwrite(self, array: np.ndarray) -> None:
+        """Copies these bytes to where they lie from now on: what is bound, or captured in a CUDA graph, reads them.
+
+        The first call is a `write` of a copy.
+        """
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if self._value is None:
+            self.write(raw.copy())
+            return
+        assert raw.size == self._bytes, "what is bound has one size"
+        self._value.update_inplace(raw)
+
     def read(self, kind: ElementType, shape: Sequence[int], first: int = 0) -> np.ndarray:
         """A copy in the host's memory.
 
@@ -72,20 +84,25 @@ class DeviceMemory:
         part.bind_output(self._any_output, *self._place, stored.onnx_number, list(shape), place)
         return np.array(part.get_outputs()[0].numpy(), copy=True).view(kind.numpy)
 
-    def bind_input(self, binding: ort.IOBinding, name: str, kind: ElementType, shape: Sequence[int]) -> None:
-        """Has an input read from here."""
-        self._check_room(kind, shape)
-        binding.bind_input(name, *self._place, kind.onnx_number, list(shape), self._address)
+    def bind_input(
+        self, binding: ort.IOBinding, name: str, kind: ElementType, shape: Sequence[int], first: int = 0
+    ) -> None:
+        """Has an input read from here, from element `first` on."""
+        place = self._place_of(kind, shape, first)
+        binding.bind_input(name, *self._place, kind.onnx_number, list(shape), place)
 
-    def bind_output(self, binding: ort.IOBinding, name: str, kind: ElementType, shape: Sequence[int]) -> None:
-        """Has an output written here."""
-        self._check_room(kind, shape)
-        binding.bind_output(name, *self._place, kind.onnx_number, list(shape), self._address)
+    def bind_output(
+        self, binding: ort.IOBinding, name: str, kind: ElementType, shape: Sequence[int], first: int = 0
+    ) -> None:
+        """Has an output written here, from element `first` on."""
+        place = self._place_of(kind, shape, first)
+        binding.bind_output(name, *self._place, kind.onnx_number, list(shape), place)
 
     @property
     def _address(self) -> int:
         assert self._value is not None, "reserved or written before"
         return int(self._value.data_ptr())
 
-    def _check_room(self, kind: ElementType, shape: Sequence[int]) -> None:
-        assert math.prod(shape) * kind.itemsize <= self._bytes, "ONNX Runtime would write beyond it"
+    def _place_of(self, kind: ElementType, shape: Sequence[int], first: int) -> int:
+        assert (first + math.prod(shape)) * kind.itemsize <= self._bytes, "ONNX Runtime would write beyond it"
+        return self._address + first * kind.itemsize

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from dlo_export.checkpoints.dtypes import ElementType
 from dlo_export.plugins.ort_registration import register_library
 from dlo_export.runtimes.decoder_interface import CacheKind, DecoderInterface, TensorSpec
-from dlo_export.runtimes.errors import BackendUnavailableError, ModelLoadError, StepError
+from dlo_export.runtimes.errors import ModelLoadError, ProviderUnavailableError, StepError
 from dlo_export.runtimes.onnxruntime.device_memory import DeviceMemory
 from dlo_export.runtimes.onnxruntime.machine_faults import check_machine
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
@@ -58,7 +58,8 @@ class DecoderSession:
 
     Raises:
         ModelLoadError: The model is missing, damaged or cannot run here.
-        BackendUnavailableError: The provider is not there, does not start, or has no memory left.
+        ProviderUnavailableError: The provider is not there, or does not start.
+        BackendUnavailableError: It has no memory left, or CUDA failed.
         ModelInterfaceError: It is no decoder with such a cache.
         dlo_export.plugins.errors.PluginLibraryError: The plugin library cannot be used.
     """
@@ -100,14 +101,23 @@ class DecoderSession:
         """An empty binding of inputs and outputs for one run."""
         return self._session.io_binding()
 
-    def run(self, binding: ort.IOBinding) -> None:
+    def run(self, binding: ort.IOBinding, graph: int | None = None) -> None:
         """Runs what is bound.
+
+        Args:
+            binding: It.
+            graph: Where the provider captures CUDA graphs, the number of this binding's, captured with its first run
+                and replayed from then on; None: this run is neither.
 
         Raises:
             StepError: ONNX Runtime failed.
         """
+        options = None
+        if self.provider.captures:
+            options = ort.RunOptions()
+            options.add_run_config_entry("gpu_graph_id", str(-1 if graph is None else graph))
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, options)
         except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
             check_machine(self._name, err)
             raise StepError(f"{self._name}: ONNX Runtime failed: {err}", hint="a kernel refused the step") from err
@@ -160,7 +170,7 @@ def _open(
         ) from err
     # A provider that fails to start is dropped silently, and the CPU takes over.
     if (running := session.get_providers()[0]) != provider.name:
-        raise BackendUnavailableError(
+        raise ProviderUnavailableError(
             f"{name}: {provider.name} does not start here: ONNX Runtime dropped it and would run on {running}\n"
             f"{preloading}".rstrip(),
             hint="there is no driver, or its libraries (CUDA, cuBLAS) do not load; in Python, "

@@ -24,7 +24,7 @@ def test_part_checks_operators_and_decoders_when_there_is_no_gpu(tmp_path: Path)
     assert result.returncode == NO_GPU, result.stderr
     rows = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
     passed = [row["what"] for row in rows if row["passed"]]
-    assert passed == ["operator SkipGateUp", "operator SkipDown", "decoder, dense", "decoder, routed"]
+    assert passed == ["operator SkipGateUp", "operator SkipDown", "decoder, dense", "decoder, routed", "runner"]
     timed = {(row["what"], row["graph"]) for row in rows if "step_ms" in row}
     assert {("decode", "dense"), ("decode", "routed"), ("prefill", "routed")} <= timed
 

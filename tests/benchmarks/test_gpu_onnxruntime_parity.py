@@ -2,7 +2,16 @@ import json
 from pathlib import Path
 
 from benchmarks.evidence import BAR_MISSED, NO_GPU, Evidence
-from benchmarks.gpu_onnxruntime_parity import DATA, Job, main, rows_of, run_jobs, time_decode
+from benchmarks.gpu_onnxruntime_parity import (
+    DATA,
+    Job,
+    main,
+    process_of,
+    rows_of,
+    rows_of_commands,
+    run_processes,
+    time_decode,
+)
 from dlo_export.runtimes.onnxruntime.providers import CPU
 from tests.tiny_models import save_tiny_llama
 
@@ -23,7 +32,8 @@ def test_rows_of_a_process_are_kept_when_another_one_fails(tmp_path):
     evidence = Evidence("part", tmp_path, 100)
     model = save_tiny_llama(tmp_path / "model", layers=2)
     dense = Job("tiny", str(model), "fp32", ("none",), provider="cpu", device="cpu")
-    run_jobs(evidence, [dense, Job("gone", str(tmp_path / "gone"), "fp32", ("none",), provider="cpu")], 90)
+    gone = Job("gone", str(tmp_path / "gone"), "fp32", ("none",), provider="cpu")
+    run_processes(evidence, [process_of(dense), process_of(gone)], 90)
     assert evidence.close() == BAR_MISSED
     rows = [json.loads(line) for line in (tmp_path / "part.jsonl").read_text().splitlines()]
     assert [(row["what"], row["passed"]) for row in rows] == [
@@ -40,7 +50,18 @@ def test_decode_is_timed_against_transformers_when_a_model_is_given(tmp_path: Pa
     time_decode(evidence, model, smoke=True, provider=CPU, device="cpu")
     assert [row["what"] for row in evidence.rows] == [
         "decode onnxruntime, fp32",
+        "decode nodes",
         "decode transformers, static cache, fp32",
         "decode onnxruntime against transformers, static cache",
     ]
+    nodes = evidence.rows[1]
+    assert nodes["nodes_per_step"].keys() == {"CPUExecutionProvider"}
+    assert nodes["us_per_step"]["Attention"] > 0
     assert all(row["passed"] is None for row in evidence.rows), evidence.rows
+
+
+def test_commands_pass_when_no_model_with_a_tokenizer_is_given():
+    assert [(row["what"], row["passed"]) for row in rows_of_commands(None, "cpu")] == [
+        ("export --provider cpu", True),
+        ("run --provider cpu", True),
+    ]
