@@ -34,7 +34,6 @@ from dlo_export.modeling.from_tensors import empty_llama_dlo
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
 from dlo_export.runtimes.torch.captured.step_ops import (
-    PRODUCT_TILE,
     KernelOps,
     ProductTile,
     Routing,
@@ -44,13 +43,13 @@ from dlo_export.runtimes.torch.captured.step_ops import (
 from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, Product, StepWeights
 
 PRODUCT_TILES: Final = tuple(
-    ProductTile(rows, depth, warps)
-    for rows, depth, warps in (
-        *((4, 1024, 4), (8, 512, 4), (8, 1024, 4), (8, 1024, 8), (16, 512, 4), (16, 512, 8), (16, 1024, 8)),
-        *((4, 2048, 4), (4, 2048, 8), (2, 2048, 4), (32, 256, 4)),
+    ProductTile(columns, depth, warps, stages)
+    for columns, depth, warps, stages in (
+        *((32, 256, 4, 4), (16, 256, 4, 4), (32, 128, 4, 6), (64, 128, 4, 4), (16, 512, 4, 3)),
+        *((64, 64, 4, 5), (16, 128, 4, 6), (32, 512, 4, 3), (32, 256, 8, 4)),
     )
 )
-"""To choose `PRODUCT_TILE` from; a smoke run measures them."""
+"""The fastest of them are taken for the decoders; the first are the ones that others take."""
 CONTEXT: Final = 512
 CAPACITY: Final = 640
 ROUNDS, STEPS = 10, 8
@@ -372,6 +371,7 @@ class Size:
         self.dense = StepWeights(dense, kernels=False)
         self.routed = StepWeights(random_model(config, routed=True, device="cuda", dtype=torch.bfloat16), kernels=True)
         torch.cuda.synchronize()
+        self.ops: Callable[[], KernelOps] = KernelOps
         self.row("made", seconds=round(time.monotonic() - begin, 1), gb=round(torch.cuda.memory_allocated() / 1e9, 1))
 
     def row(self, what: str, **values: Any) -> None:
@@ -380,6 +380,8 @@ class Size:
 
     def measure(self) -> None:
         """Decode, then prefill, then where a step's time goes."""
+        with self.evidence.guard("tiles", model=self.name):
+            self.choose_tiles()
         once = self.smoke and self.name == "1B"  # the same code as of the other size
         for batch in (1,) if once else (1, 4) if self.smoke else (1, 4, 16):
             with self.evidence.guard("decode", model=self.name, batch=batch):
@@ -398,6 +400,34 @@ class Size:
             if self.evidence.fits(f"masked {self.name}", 3 if self.smoke else 5):
                 self.masked()
 
+    def choose_tiles(self) -> None:
+        """Takes the fastest of the tiles for the products around attention, at batch 1."""
+        layers = self.routed.layers
+        stream = torch.randn(1, self.config["hidden_size"], dtype=torch.bfloat16, device="cuda")
+        half = torch.full((1,), 0.5, device="cuda")
+        head = Product(self.routed.model.lm_head.weight.data, None)
+        times: dict[str, dict[ProductTile, float]] = {"norm_product": {}, "product_add": {}}
+        with torch.inference_mode():
+            for tile in PRODUCT_TILES[:2] if self.smoke else PRODUCT_TILES:
+                ops = KernelOps(norm_tile=tile, add_tile=tile)
+                parts: dict[str, list[Callable[[], object]]] = {"norm_product": [], "product_add": []}
+                for layer in layers:
+                    assert layer.router is not None, "every layer of this model is routed"
+                    routing = Routing(layer.router, half, (1.0, 0.0))
+                    norm = functools.partial(ops.norm_product, stream, None, layer.mlp_norm, 1e-5)
+                    parts["norm_product"].append(functools.partial(norm, layer.qkv, routing))
+                    parts["product_add"].append(functools.partial(ops.product_add, stream, layer.out, stream))
+                last = functools.partial(ops.norm_product, stream, None, layers[0].mlp_norm, 1e-5, head)
+                for name, part in {**parts, "head": [last]}.items():
+                    with self.evidence.guard("tile", model=self.name, step=name, **dataclasses.asdict(tile)):
+                        found = timed(part, replays=5)
+                        self.row("tile", step=name, **dataclasses.asdict(tile), **found.facts)
+                        if name in times:
+                            times[name][tile] = found.median_us
+        norm_tile, add_tile = (min(found, key=found.__getitem__) for found in times.values())
+        self.ops = functools.partial(KernelOps, norm_tile=norm_tile, add_tile=add_tile)
+        self.row("tiles taken", norm=dataclasses.asdict(norm_tile), add=dataclasses.asdict(add_tile))
+
     def skipping(self, share: float) -> torch.Tensor:
         """Thresholds that skip a share of the layers, evenly spread."""
         steps = np.floor(np.arange(self.layers + 1) * share + 1e-9)
@@ -415,8 +445,8 @@ class Size:
 
     def subjects(self, batch: int, token: torch.Tensor, ids: torch.Tensor) -> list[Subject]:
         """Decoders behind their prompts; the routed one's states share a cache, whose content does not matter here."""
-        dense = CapturedDecoder(self.dense, batch=batch, capacity=CAPACITY)
-        routed = CapturedDecoder(self.routed, batch=batch, capacity=CAPACITY)
+        dense = CapturedDecoder(self.dense, batch=batch, capacity=CAPACITY, ops=self.ops())
+        routed = CapturedDecoder(self.routed, batch=batch, capacity=CAPACITY, ops=self.ops())
         found = [Subject("dense", dense)]
         for decoder in (dense, routed):
             decoder.prefill(ids)
@@ -510,7 +540,7 @@ class Size:
     def breakdown(self, batch: int) -> None:
         """Where a step's time goes: each part of all layers in a graph of its own, microseconds per layer."""
         hidden, width, kv_heads = (self.config[key] for key in ("hidden_size", "head_dim", "num_key_value_heads"))
-        ops, layers = KernelOps(), self.routed.layers
+        ops, layers = self.ops(), self.routed.layers
         stream = torch.randn(batch, hidden, dtype=torch.bfloat16, device="cuda")
         start = torch.full((batch,), CONTEXT, device="cuda")
         cache = torch.randn(2, self.layers, batch, kv_heads, CAPACITY, width, dtype=torch.bfloat16, device="cuda")
@@ -519,6 +549,7 @@ class Size:
         gate_up = torch.randn(batch, 2 * self.config["intermediate_size"], dtype=torch.bfloat16, device="cuda")
         ones, zeros = torch.ones(batch, device="cuda"), torch.zeros(batch, device="cuda")
         half = torch.full((1,), 0.5, device="cuda")
+        head = Product(self.routed.model.lm_head.weight.data, None)
 
         def each(run: Callable[[int], object]) -> list[Callable[[], object]]:
             return [functools.partial(run, index) for index in range(self.layers)]
@@ -539,13 +570,16 @@ class Size:
             return Routing(router, half, (1.0, 0.0))
 
         norm = layers[0].mlp_norm
-        head = Product(self.routed.model.lm_head.weight.data, None)
         gated = gate_up[:, : self.config["intermediate_size"]].contiguous()
         parts: dict[str, list[Callable[[], object]]] = {
             "add_norm": each(lambda index: ops.add_norm(stream, stream, norm, 1e-5)),
             "add_norm_route": each(lambda index: ops.add_norm_route(stream, stream, norm, 1e-5, routing(index))),
+            "norm_product, qkv": each(
+                lambda index: ops.norm_product(stream, None, norm, 1e-5, layers[index].qkv, routing(index))
+            ),
             "qkv product": each(lambda index: layers[index].qkv(stream)),
             "attend": each(lambda index: ops.attend(qkv, start, (cosines, sines), cache[0, index], cache[1, index])),
+            "product_add, out": each(lambda index: ops.product_add(stream, layers[index].out, stream)),
             "out product": each(lambda index: layers[index].out(stream)),
             "routed MLP, active": each(lambda index: skip(index, ones)),
             "routed MLP, skipped": each(lambda index: skip(index, zeros)),
@@ -553,21 +587,8 @@ class Size:
             "gated": each(lambda index: ops.gated(gate_up)),
             "down product": each(lambda index: plain(index).down(gated)),
             "head product, once": [lambda: head(stream)],
+            "norm_product, head, once": [lambda: ops.norm_product(stream, None, norm, 1e-5, head)],
         }
-        for tile in () if batch > 1 else (PRODUCT_TILE,) if not self.smoke else PRODUCT_TILES:
-            one = KernelOps(tile=tile)
-            cut = f"{tile.rows} x {tile.depth}, {tile.warps} warps"
-            parts |= {
-                f"norm_product, qkv, {cut}": each(
-                    lambda index, one=one: one.norm_product(  # type: ignore[misc]
-                        stream, None, norm, 1e-5, layers[index].qkv, routing(index)
-                    )
-                ),
-                f"product_add, out, {cut}": each(
-                    lambda index, one=one: one.product_add(stream, layers[index].out, stream)  # type: ignore[misc]
-                ),
-                f"norm_product, head, {cut}": [lambda one=one: one.norm_product(stream, None, norm, 1e-5, head)],  # type: ignore[misc]
-            }
         with torch.inference_mode():
             for name, part in parts.items():
                 with self.evidence.guard("breakdown", model=self.name, batch=batch, step=name):

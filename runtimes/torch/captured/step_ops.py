@@ -217,21 +217,24 @@ def add_scaled(stream: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) 
 
 @dataclasses.dataclass(frozen=True)
 class ProductTile:
-    """How one program of a single token's product is cut.
+    """How one program of a few tokens' product is cut.
 
     Attributes:
-        rows: Of the weight.
-        depth: Elements of a row at a time.
+        columns: Of the output.
+        depth: Elements of the summed axis per step; float32 takes half of them, the same bytes.
         warps: Of 32 threads each.
+        stages: Steps of weights in flight.
     """
 
-    rows: int
+    columns: int
     depth: int
     warps: int
+    stages: int
 
 
-PRODUCT_TILE: Final = ProductTile(rows=8, depth=1024, warps=4)
-"""Chosen from arithmetic: 16 KB in flight per program, registers for a handful of programs on a multiprocessor."""
+NORM_TILE: Final = ProductTile(columns=32, depth=256, warps=4, stages=4)
+ADD_TILE: Final = ProductTile(columns=32, depth=256, warps=4, stages=4)
+"""Of the products behind a norm, and of those that are added to the stream."""
 
 
 class KernelOps(StepOps):
@@ -239,17 +242,20 @@ class KernelOps(StepOps):
 
     Args:
         interpreted: Triton's interpreter runs the kernels, on tensors in host memory.
-        tile: Of a single token's products.
+        norm_tile: Of a few tokens' products behind a norm.
+        add_tile: Of those that are added to the stream.
     """
 
-    def __init__(self, *, interpreted: bool = False, tile: ProductTile = PRODUCT_TILE) -> None:
+    def __init__(
+        self, *, interpreted: bool = False, norm_tile: ProductTile = NORM_TILE, add_tile: ProductTile = ADD_TILE
+    ) -> None:
         # Only here is Triton needed, and it may be missing.
         from dlo_export.plugins import kernels  # noqa: PLC0415
         from dlo_export.runtimes.torch.captured import step_kernels  # noqa: PLC0415
 
         self._kernels: Any = step_kernels
         self._launch = kernels.launch
-        self._interpreted, self._tile = interpreted, tile
+        self._interpreted, self._norm_tile, self._add_tile = interpreted, norm_tile, add_tile
         self._arrived: dict[int, torch.Tensor] = {}
 
     def add_norm(  # noqa: D102
@@ -313,17 +319,20 @@ class KernelOps(StepOps):
         product: Product,
         routing: Routing | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, Decisions | None]:
-        if len(stream) > 1:
+        tokens = len(stream)
+        # The stream times the norm's weight, before the norm's factor, may be beyond what float16 holds.
+        if tokens > _TOKENS or stream.dtype == torch.float16:
             return super().norm_product(stream, added, weight, epsilon, product, routing)
         columns, hidden = product.weight.shape
-        output = stream.new_empty(1, columns)
+        output = stream.new_empty(tokens, columns)
         summed = stream if added is None else torch.empty_like(stream)
         scores = scale = router = threshold = output
         offset, slope = 1.0, 0.0
         if routing is not None:
-            scores, scale = (stream.new_empty(1, dtype=torch.float32) for _ in range(2))
+            scores, scale = (stream.new_empty(tokens, dtype=torch.float32) for _ in range(2))
             router, threshold, (offset, slope) = routing.router, routing.threshold, routing.branch_scale
-        self._kernels.norm_product_kernel[(-(-columns // self._tile.rows),)](
+        tile = self._norm_tile
+        self._kernels.norm_product_kernel[(-(-columns // tile.columns),)](
             stream,
             stream if added is None else added,
             weight,
@@ -335,6 +344,7 @@ class KernelOps(StepOps):
             output,
             scores,
             scale,
+            tokens,
             hidden,
             columns,
             epsilon,
@@ -343,31 +353,38 @@ class KernelOps(StepOps):
             ADDS=added is not None,
             ROUTES=routing is not None,
             BIASES=product.bias is not None,
-            ROWS=self._tile.rows,
-            BLOCK=self._tile.depth,
-            num_warps=self._tile.warps,
+            ROWS=_TOKENS,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth * 2 // stream.itemsize,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
         return summed, output, None if routing is None else Decisions(scores, scale)
 
     def product_add(  # noqa: D102
         self, rows: torch.Tensor, product: Product, stream: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if len(rows) > 1:
+        tokens = len(rows)
+        if tokens > _TOKENS:
             return super().product_add(rows, product, stream)
-        columns, depth = product.weight.shape
+        columns, width = product.weight.shape
         summed = torch.empty_like(stream)
-        self._kernels.product_add_kernel[(-(-columns // self._tile.rows),)](
+        tile = self._add_tile
+        self._kernels.product_add_kernel[(-(-columns // tile.columns),)](
             rows,
             product.weight,
             rows if product.bias is None else product.bias,
             stream,
             summed,
-            depth,
+            tokens,
+            width,
             columns,
             BIASES=product.bias is not None,
-            ROWS=self._tile.rows,
-            BLOCK=self._tile.depth,
-            num_warps=self._tile.warps,
+            ROWS=_TOKENS,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth * 2 // stream.itemsize,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
         return summed, None
 
@@ -468,6 +485,7 @@ class KernelOps(StepOps):
         return output.squeeze(0)
 
 
+_TOKENS = 16  # that a tensor core instruction takes: for so many, a weight is read once, and reading it is all
 _COLUMNS = 1024  # of the gated products, that a program computes
 _PROGRAMS = 128  # about as many as a data-centre GPU has multiprocessors
 
@@ -484,8 +502,8 @@ def slots_of(width: int, itemsize: int) -> int:
 
 def _splits(pairs: int, capacity: int, slots: int) -> int:
     """Programs among which the slots of one sequence and key head are split: a power of two, each with work to do."""
-    wanted = min(_PROGRAMS // pairs, -(-capacity // slots))
-    return 1 << (max(1, wanted).bit_length() - 1)
+    enough = _power_of_two(-(-capacity // slots))
+    return min(enough, 1 << (max(1, _PROGRAMS // pairs).bit_length() - 1))
 
 
 def _power_of_two(size: int, least: int = 1) -> int:
