@@ -52,7 +52,7 @@ PRODUCT_TILES: Final = tuple(
 """The fastest of them are taken for the decoders; the first are the ones that others take."""
 CONTEXT: Final = 512
 CAPACITY: Final = 640
-ROUNDS, STEPS = 10, 8
+ROUNDS, STEPS = 8, 8
 EFFICIENCY_BAR, ACTIVE_BAR = 0.9, 1.03
 """At 8B, batch 1: half of the MLPs skipped; none skipped, over dense."""
 LOGITS_BAR = {"float32": 2e-5, "bfloat16": 2**-5}
@@ -197,16 +197,18 @@ def measure(evidence: Evidence, smoke: bool) -> None:
     with evidence.guard("ceilings"):
         copy, tflops = copy_rate(3 if smoke else 10) * 1e-9, product_rate(3 if smoke else 10) * 1e-12
         evidence.row("ceilings", copy_gb_s=round(copy), bf16_matmul_tflop_s=round(tflops))
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float32):
         check_ops(evidence, dtype)
-    for dtype in (torch.float32, torch.bfloat16):
-        check_models(evidence, dtype)
+    check_models(evidence, torch.float32, ("kernels",))
     for name in ("8B", "1B"):
         config = {**SIZES[name], **({"num_hidden_layers": 4, "vocab_size": 32_768} if smoke else {})}
         with evidence.guard(name):
             if evidence.fits(name, 15 if smoke else 25):
                 Size(evidence, name, config, smoke, copy, tflops).measure()
         torch.cuda.empty_cache()
+    if evidence.fits("captured decoder, other forms", 10):
+        check_models(evidence, torch.float32, FORMS[1:])
+        check_models(evidence, torch.bfloat16, FORMS)
     with evidence.guard("transformers"):
         if evidence.fits("transformers", 5):
             outside_reference(evidence, {**SIZES["1B"], **({"num_hidden_layers": 2} if smoke else {})}, smoke)
@@ -277,7 +279,10 @@ def _added(stream: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
     return stream if added is None else stream + added
 
 
-def check_models(evidence: Evidence, dtype: torch.dtype) -> None:
+FORMS: Final = ("kernels", "masked, kernels between products", "masked, PyTorch alone")
+
+
+def check_models(evidence: Evidence, dtype: torch.dtype, names: Sequence[str]) -> None:
     """The captured decoder on the device against the model in float32 on the CPU, on the same weights."""
     kind = str(dtype).removeprefix("torch.")
     with evidence.guard("captured decoder against the model", dtype=kind):
@@ -285,16 +290,16 @@ def check_models(evidence: Evidence, dtype: torch.dtype) -> None:
         on_device = random_model(TINY, routed=True, device="cpu", dtype=dtype)
         cast("nn.Module", on_device).to("cuda")
         cast("nn.Module", model).float()
-        forms: dict[str, tuple[bool, StepOps]] = {
-            "kernels": (True, KernelOps()),
-            "masked, kernels between products": (False, KernelOps()),
-            "masked, PyTorch alone": (False, TorchOps()),
-        }
-        for name, (kernels, ops) in forms.items():
+        forms = (True, KernelOps), (False, KernelOps), (False, TorchOps)
+        for name in names:
+            kernels, ops_class = forms[FORMS.index(name)]
             for batch in (1, 3):
                 with evidence.guard("captured decoder against the model", dtype=kind, form=name, batch=batch):
                     weights = StepWeights(on_device, kernels=kernels)
-                    decoder = CapturedDecoder(weights, batch=batch, capacity=96, ops=ops)
+                    # One of the prompts is recorded, padded; a longer one would run launch by launch.
+                    decoder = CapturedDecoder(
+                        weights, batch=batch, capacity=96, ops=ops_class(), prompt=80 if batch == 1 else 0
+                    )
                     found = compare(model, decoder, batch=batch, prompt=70, steps=16)
                     weights.release()
                     # In 16 bits a score may fall on the other side of its threshold, and all logits behind it differ.
@@ -408,7 +413,7 @@ class Size:
         head = Product(self.routed.model.lm_head.weight.data, None)
         times: dict[str, dict[ProductTile, float]] = {"norm_product": {}, "product_add": {}}
         with torch.inference_mode():
-            for tile in PRODUCT_TILES[:2] if self.smoke else PRODUCT_TILES:
+            for tile in PRODUCT_TILES[: 2 if self.smoke else 4 if self.name == "1B" else None]:
                 ops = KernelOps(norm_tile=tile, add_tile=tile)
                 parts: dict[str, list[Callable[[], object]]] = {"norm_product": [], "product_add": []}
                 for layer in layers:
@@ -418,7 +423,8 @@ class Size:
                     parts["norm_product"].append(functools.partial(norm, layer.qkv, routing))
                     parts["product_add"].append(functools.partial(ops.product_add, stream, layer.out, stream))
                 last = functools.partial(ops.norm_product, stream, None, layers[0].mlp_norm, 1e-5, head)
-                for name, part in {**parts, "head": [last]}.items():
+                parts["head"] = [last]
+                for name, part in parts.items():
                     with self.evidence.guard("tile", model=self.name, step=name, **dataclasses.asdict(tile)):
                         found = timed(part, replays=5)
                         self.row("tile", step=name, **dataclasses.asdict(tile), **found.facts)
@@ -506,13 +512,13 @@ class Size:
             )
 
     def prefill(self) -> None:
-        """A prompt of 512, not captured: the host is faster than the device here."""
+        """A prompt of 512, captured; and where the host counts active tokens, launch by launch."""
         ids = torch.randint(0, self.vocab, (1, CONTEXT), device="cuda")
         halves = torch.full((self.layers,), 0.5, device="cuda")
         decoders = {
-            "dense": CapturedDecoder(self.dense, batch=1, capacity=CAPACITY, capture=False),
-            "kernels": CapturedDecoder(self.routed, batch=1, capacity=CAPACITY, capture=False),
-            "gathered": CapturedDecoder(self.routed, batch=1, capacity=CAPACITY, capture=False, gather_prompts=True),
+            "dense": CapturedDecoder(self.dense, batch=1, capacity=CAPACITY, prompt=CONTEXT),
+            "kernels": CapturedDecoder(self.routed, batch=1, capacity=CAPACITY, prompt=CONTEXT),
+            "gathered": CapturedDecoder(self.routed, batch=1, capacity=CAPACITY, gather_prompts=True),
         }
         states = {"none skipped": self.skipping(0.0), "half of the tokens": halves, "all skipped": self.skipping(1.0)}
         cases = [("dense", "none skipped"), *((form, state) for form in ("kernels", "gathered") for state in states)]

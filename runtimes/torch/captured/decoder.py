@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,10 @@ class CapturedDecoder:
         batch: Sequences.
         capacity: Tokens of a sequence, prompt included.
         ops: What runs between products: None takes the kernels on CUDA, PyTorch elsewhere.
-        gather_prompts: Routed MLPs of a prompt run as PyTorch's products on the active tokens' rows, which the host
-            waits to have counted, layer by layer.
+        prompt: Prompts of up to so many tokens are padded to it, and a graph replays them too; 0 for none. Others, and
+            all without a graph, run launch by launch, at the host's pace.
+        gather_prompts: Routed MLPs of prompts without a graph run as PyTorch's products on the active tokens' rows,
+            which the host waits to have counted, layer by layer.
         capture: None where the model is on CUDA.
 
     Attributes:
@@ -55,6 +57,7 @@ class CapturedDecoder:
 
     Raises:
         BackendUnavailableError: Triton is missing.
+        StepError: `prompt` is more than the capacity, or given with `gather_prompts`.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class CapturedDecoder:
         *,
         batch: int,
         capacity: int,
+        prompt: int = 0,
         ops: StepOps | None = None,
         gather_prompts: bool = False,
         capture: bool | None = None,
@@ -89,9 +93,21 @@ class CapturedDecoder:
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=embedding.device)
         self._start = torch.zeros_like(self._tokens)
         self._lengths: list[int] = []
-        self._graph: torch.cuda.CUDAGraph | None = None
+        if prompt > (0 if gather_prompts else capacity):
+            raise StepError(
+                f"captured decode: got prompts of {prompt} tokens to capture, expected {capacity} at most, the "
+                "capacity, and none where the host counts their active tokens",
+                hint="open it with a larger capacity, or without gather_prompts",
+            )
+        self._prompts = torch.zeros(batch, prompt, dtype=torch.int64, device=embedding.device)
+        self._prompt_lengths = torch.ones_like(self._tokens)
+        self._decode_graph: Recorded | None = None
+        self._prompt_graph: Recorded | None = None
         if on_cuda if capture is None else capture:
-            self._capture()
+            # The cache is empty: what is written to it, the first prompt overwrites.
+            self._decode_graph = Recorded(self._decode_step, self._start)
+            if prompt:
+                self._prompt_graph = Recorded(lambda: self._prompt_step(self._prompts), self._start)
 
     @torch.inference_mode()
     def prefill(self, input_ids: torch.Tensor, lengths: Sequence[int] | None = None) -> StepOutput:
@@ -117,13 +133,13 @@ class CapturedDecoder:
                 f"expected 1 to {self._capacity}",
                 hint="open a decoder of a larger capacity",
             )
-        self._start.zero_()
-        stream, added, decisions = self._forward(input_ids.to(self._start.device).reshape(-1), sequence)
         self._lengths = lengths
-        self._start.copy_(torch.tensor(lengths))
-        ends = torch.arange(batch, device=stream.device) * sequence + self._start - 1
-        last = None if added is None else added.index_select(0, ends)
-        return self._output(stream.index_select(0, ends), last, decisions)
+        self._prompt_lengths.copy_(torch.tensor(lengths))
+        if self._prompt_graph is not None and sequence <= self._prompts.shape[1]:
+            self._prompts[:, :sequence].copy_(input_ids)
+            output = self._prompt_graph.replay()
+            return StepOutput(output.logits, {layer: made[:, :sequence] for layer, made in output.scores.items()})
+        return self._prompt_step(input_ids.to(self._start.device))
 
     @torch.inference_mode()
     def decode(self, tokens: torch.Tensor) -> StepOutput:
@@ -144,10 +160,7 @@ class CapturedDecoder:
             )
         self._lengths = [length + 1 for length in self._lengths]
         self._tokens.copy_(tokens)
-        if self._graph is None:
-            return self._step()
-        self._graph.replay()
-        return self._captured
+        return self._decode_step() if self._decode_graph is None else self._decode_graph.replay()
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Forgets each sequence's tokens behind the first so many.
@@ -168,7 +181,16 @@ class CapturedDecoder:
         self._lengths = list(lengths)
         self._start.copy_(torch.tensor(lengths))
 
-    def _step(self) -> StepOutput:
+    def _prompt_step(self, prompts: torch.Tensor) -> StepOutput:
+        batch, sequence = prompts.shape
+        self._start.zero_()
+        stream, added, decisions = self._forward(prompts.reshape(-1), sequence)
+        self._start.copy_(self._prompt_lengths)
+        ends = torch.arange(batch, device=stream.device) * sequence + self._start - 1
+        last = None if added is None else added.index_select(0, ends)
+        return self._output(stream.index_select(0, ends), last, decisions)
+
+    def _decode_step(self) -> StepOutput:
         output = self._output(*self._forward(self._tokens, 1))
         self._start.add_(1)
         return output
@@ -184,6 +206,7 @@ class CapturedDecoder:
         """From tokens to the stream [batch · sequence, hidden], what is still to be added to it, and decisions."""
         ops, epsilon = self._ops, self._epsilon
         decisions: dict[int, Decisions] = {}
+        gathers = self._gather_prompts and sequence > 1
         stream, added = F.embedding(ids, self._embedding), None
         for index, layer in enumerate(self._weights.layers):
             routing = None
@@ -196,7 +219,7 @@ class CapturedDecoder:
             stream, normed = ops.add_norm(stream, added, layer.mlp_norm, epsilon)
             # What an MLP adds is left to the next norm, but for a routed one, which knows whose rows it leaves alone.
             added = None
-            if made is not None and self._gather_prompts and sequence > 1:
+            if made is not None and gathers:
                 stream = gathered_mlp(normed, made.scale, layer.mlp, stream)
             elif isinstance(layer.mlp, KernelMlp):
                 assert made is not None, "only routed MLPs are given to the kernels"
@@ -222,23 +245,34 @@ class CapturedDecoder:
         )
         return attended.transpose(1, 2).reshape(len(query), -1)
 
-    def _capture(self) -> None:
-        """Records a step, with an empty cache: what it writes to slot 0 the first prompt overwrites."""
-        with torch.cuda.device(self._start.device), torch.inference_mode():
+
+class Recorded:
+    """A CUDA graph of a step.
+
+    Args:
+        step: Waits for nothing on the device, and reads and writes tensors that stay where they are.
+        start: Where sequences begin: zeros before the step, and afterwards again.
+    """
+
+    def __init__(self, step: Callable[[], StepOutput], start: torch.Tensor) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(start.device), torch.inference_mode():
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             # Kernels are compiled, and libraries make their handles, before a capture, which allows neither.
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    self._start.zero_()
-                    self._step()
+                    step()
+                    start.zero_()
             torch.cuda.current_stream().wait_stream(stream)
-            self._start.zero_()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._captured = self._step()
-            self._start.zero_()
-            self._graph = graph
+            with torch.cuda.graph(self._graph):
+                self._output = step()
+            start.zero_()
+
+    def replay(self) -> StepOutput:
+        """Runs the step; its output lies where the last one lay."""
+        self._graph.replay()
+        return self._output
 
 
 def kernel_ops() -> StepOps:

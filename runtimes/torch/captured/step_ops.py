@@ -221,7 +221,8 @@ class ProductTile:
 
     Attributes:
         columns: Of the output.
-        depth: Elements of the summed axis per step; float32 takes half of them, the same bytes.
+        depth: Elements of the summed axis per step; float32 takes a quarter, half the bytes: without tensor cores a
+            product needs room of its own.
         warps: Of 32 threads each.
         stages: Steps of weights in flight.
     """
@@ -230,6 +231,10 @@ class ProductTile:
     depth: int
     warps: int
     stages: int
+
+    def depth_for(self, itemsize: int) -> int:
+        """Elements per step for elements of so many bytes."""
+        return self.depth if itemsize == 2 else self.depth // 4
 
 
 NORM_TILE: Final = ProductTile(columns=32, depth=256, warps=4, stages=4)
@@ -355,7 +360,7 @@ class KernelOps(StepOps):
             BIASES=product.bias is not None,
             ROWS=_TOKENS,
             COLUMNS=tile.columns,
-            DEPTH=tile.depth * 2 // stream.itemsize,
+            DEPTH=tile.depth_for(stream.itemsize),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -382,7 +387,7 @@ class KernelOps(StepOps):
             BIASES=product.bias is not None,
             ROWS=_TOKENS,
             COLUMNS=tile.columns,
-            DEPTH=tile.depth * 2 // stream.itemsize,
+            DEPTH=tile.depth_for(stream.itemsize),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
