@@ -15,7 +15,7 @@ KERNELS = {
     "add_norm_kernel": ("T T T fp32 fp32 T T fp32 fp32 i32 f f f", {"ADDS": True, "ROUTES": True, "BLOCK": 4096}),
     "norm_product_kernel": (
         "T T T T T fp32 fp32 T T fp32 fp32 i32 i32 i32 f f f",
-        {"ADDS": True, "ROUTES": True, "BIASES": True, "ROWS": 16},
+        {"ADDS": True, "ROUTES": True, "BIASES": True, "ROWS": 16, "BLOCK": 4096},
     ),
     "product_add_kernel": ("T T T T T i32 i32 i32", {"BIASES": True, "ROWS": 16}),
     "rotate_and_store_kernel": ("T i64 T T T T T i32 i32 i32 i32", {"HEAD": 128, "BLOCK": 64}),

@@ -75,6 +75,39 @@ def add_norm_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size 
         tl.store(scale + row, tl.where(score > least, offset + slope * score, 0.0))
 
 
+@triton.jit
+def sum_and_route(  # noqa: PLR0913, PLR0917
+    token,
+    stream,
+    added,
+    router,
+    threshold,
+    summed,
+    scores,
+    scale,
+    hidden,
+    offset,
+    slope,
+    ADDS: tl.constexpr,
+    ROUTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds a branch to a token's stream, and lets a router decide from the sum: `add_norm_kernel` without the norm."""
+    column = tl.arange(0, BLOCK)
+    used = column < hidden
+    place = token * hidden + column
+    x = tl.load(stream + place, mask=used, other=0.0)
+    if ROUTES:
+        direction, least = tl.load(router + column, mask=used, other=0.0), tl.load(threshold)
+    if ADDS:
+        x = (x.to(tl.float32) + tl.load(added + place, mask=used, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(summed + place, x, mask=used)
+    if ROUTES:
+        score = 1.0 / (1.0 + tl.exp(-tl.sum(x.to(tl.float32) * direction, axis=0)))
+        tl.store(scores + token, score)
+        tl.store(scale + token, tl.where(score > least, offset + slope * score, 0.0))
+
+
 @triton.jit(do_not_specialize_on_alignment=["threshold"])
 def norm_product_kernel(  # noqa: PLR0913, PLR0917
     stream,
@@ -100,11 +133,13 @@ def norm_product_kernel(  # noqa: PLR0913, PLR0917
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Program (columns of the output): `add_norm_kernel` of a few tokens, and their product with a weight.
+    """Program (columns of the output, then tokens): `add_norm_kernel` of a few tokens, and their product with a weight.
 
     The norm's factor is the same for all of a token, so it is multiplied in at the end: one sweep does, in which
-    weights are on their way while others are multiplied. The first program writes the sum, and lets the router decide.
+    weights are on their way while others are multiplied. Behind the programs that have columns there is one for each
+    token, where there is a branch or a router: it writes the sum and lets the router decide.
 
     Args:
         stream: Pointer to T [tokens, hidden].
@@ -130,11 +165,30 @@ def norm_product_kernel(  # noqa: PLR0913, PLR0917
         ROWS: At least the 16 that a tensor core instruction takes.
         COLUMNS: Of a program.
         DEPTH: Elements of hidden per step.
+        BLOCK: A power of two, at least `hidden`.
     """
-    program = tl.program_id(0)
+    program, programs = tl.program_id(0), tl.cdiv(columns, COLUMNS)
+    if program >= programs:
+        token = program - programs
+        sum_and_route(
+            token,
+            stream,
+            added,
+            router,
+            threshold,
+            summed,
+            scores,
+            scale,
+            hidden,
+            offset,
+            slope,
+            ADDS,
+            ROUTES,
+            BLOCK,
+        )
+        return
     row, column = tl.arange(0, ROWS), program * COLUMNS + tl.arange(0, COLUMNS)
     row_used, column_used = row < tokens, column < columns
-    writes = row < tokens * (program == 0).to(tl.int32)
     depth = tl.arange(0, DEPTH)
     place = row[:, None] * hidden + depth[None, :]
     weight_tile = weight + column.to(tl.int64)[None, :] * hidden + depth[:, None]
@@ -148,7 +202,6 @@ def norm_product_kernel(  # noqa: PLR0913, PLR0917
         if ADDS:
             branch = tl.load(added + place + begin, mask=both, other=0.0)
             x = (x.to(tl.float32) + branch.to(tl.float32)).to(x.dtype)
-            tl.store(summed + place + begin, x, mask=both & writes[:, None])
         wide = x.to(tl.float32)
         squares += wide * wide
         weighted = wide * tl.load(norm + begin + depth, mask=used, other=0.0).to(tl.float32)[None, :]
@@ -158,21 +211,6 @@ def norm_product_kernel(  # noqa: PLR0913, PLR0917
         result += tl.load(bias + column, mask=column_used, other=0.0).to(tl.float32)[None, :]
     target = output + row[:, None] * columns + column[None, :]
     tl.store(target, result.to(output.dtype.element_ty), mask=row_used[:, None] & column_used[None, :])
-    if ROUTES:  # noqa: SIM102 - known when it is compiled; what follows is not
-        if program == 0:
-            logits = tl.zeros([ROWS, DEPTH], tl.float32)
-            for begin in range(0, hidden, DEPTH):
-                used = begin + depth < hidden
-                both = row_used[:, None] & used[None, :]
-                x = tl.load(stream + place + begin, mask=both, other=0.0)
-                if ADDS:
-                    branch = tl.load(added + place + begin, mask=both, other=0.0)
-                    x = (x.to(tl.float32) + branch.to(tl.float32)).to(x.dtype)
-                logits += x.to(tl.float32) * tl.load(router + begin + depth, mask=used, other=0.0)[None, :]
-            score = 1.0 / (1.0 + tl.exp(-tl.sum(logits, axis=1)))
-            tl.store(scores + row, score, mask=row_used)
-            factor = tl.where(score > tl.load(threshold), offset + slope * score, 0.0)
-            tl.store(scale + row, factor, mask=row_used)
 
 
 @triton.jit

@@ -337,7 +337,8 @@ class KernelOps(StepOps):
             scores, scale = (stream.new_empty(tokens, dtype=torch.float32) for _ in range(2))
             router, threshold, (offset, slope) = routing.router, routing.threshold, routing.branch_scale
         tile = self._norm_tile
-        self._kernels.norm_product_kernel[(-(-columns // tile.columns),)](
+        beside = 0 if added is None and routing is None else tokens
+        self._kernels.norm_product_kernel[(-(-columns // tile.columns) + beside,)](
             stream,
             stream if added is None else added,
             weight,
@@ -361,6 +362,7 @@ class KernelOps(StepOps):
             ROWS=_TOKENS,
             COLUMNS=tile.columns,
             DEPTH=tile.depth_for(stream.itemsize),
+            BLOCK=_power_of_two(hidden),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
