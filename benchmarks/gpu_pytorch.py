@@ -579,6 +579,9 @@ class Size:
             "norm_product, qkv": each(
                 lambda index: ops.norm_product(stream, None, norm, 1e-5, layers[index].qkv, routing(index))
             ),
+            "norm_product, qkv, behind a plain MLP": each(
+                lambda index: ops.norm_product(stream, stream, norm, 1e-5, layers[index].qkv)
+            ),
             "qkv product": each(lambda index: layers[index].qkv(stream)),
             "attend": each(lambda index: ops.attend(qkv, start, (cosines, sines), cache[0, index], cache[1, index])),
             "product_add, out": each(lambda index: ops.product_add(stream, layers[index].out, stream)),
