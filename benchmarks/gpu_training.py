@@ -247,12 +247,13 @@ class _Part:
 
     def smoke(self) -> None:
         """Everything once: rates alone on the GPU first, the rest at once, since nothing else is timed."""
-        self.finish_rate("eager", self.start_rate("eager"), _RATES_S)
+        evidence = self._evidence
+        self.finish_rate("eager", self.start_rate("eager"), min(_RATES_S, evidence.left))
         compiled, adapter = self.start_rate("compiled"), self.start_adapter()
-        self.papers(FORMS["smoke"].budget_s)
-        self.finish_adapter(adapter, 20)
-        self.finish_rate("compiled", compiled, 20)
-        self.finish_shipped(15)
+        self.papers(min(FORMS["smoke"].budget_s, max(10.0, evidence.left - 15)))
+        self.finish_adapter(adapter, max(2.0, evidence.left - 10))
+        self.finish_rate("compiled", compiled, max(2.0, evidence.left - 10))
+        self.finish_shipped(max(2.0, evidence.left - 8))
 
     def papers(self, budget: float) -> None:
         """The experiments; artefacts are made and timed on a few cores beside them, once the models are there.
@@ -282,7 +283,7 @@ class _Part:
                     options = ("--only", "shipped", "--budget-s", "150", "--threads", len(aside or cores))
                     shipped.append(self._child("shipped", *command, *options, cores=aside))
 
-            done = main.wait(budget + 15, meanwhile)
+            done = main.wait(budget + 5, meanwhile)
             meanwhile()
             if not done:
                 self._evidence.row("papers", passed=False, error=main.complaint())
@@ -307,7 +308,9 @@ class _Part:
         """Tables and plots anew: artefacts came behind those that were written."""
         options = ["--only", "shipped", "--budget-s", "1", "--form", "smoke" if self._smoke else "five-minutes"]
         command = ["-m", "benchmarks.reproduce_papers", *options, "--device", self._in.device]
-        self._child("tables", *command, "--model", self._model, "--output", self._results).wait(25)
+        self._child("tables", *command, "--model", self._model, "--output", self._results).wait(
+            max(8.0, min(25.0, self._evidence.left))
+        )
 
     def _note(self, results: Results) -> None:
         """Rows of results that are new, and from time to time the archive."""
