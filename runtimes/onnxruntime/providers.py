@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import onnxruntime as ort
 
 from dlo_export.checkpoints.device_options import ProviderOption
-from dlo_export.checkpoints.dtypes import BFLOAT16, FLOAT16, ElementType
-from dlo_export.runtimes.errors import BackendUnavailableError
+from dlo_export.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, ElementType
+from dlo_export.runtimes.errors import ProviderUnavailableError
 
 MISSING_HINT = (
     "for CUDA: pip uninstall onnxruntime, pip install onnxruntime-gpu, with NVIDIA's driver and CUDA libraries; "
@@ -19,6 +19,9 @@ MISSING_HINT = (
 
 SCATTER_ADD = "ScatterND(add)"
 """ScatterND with reduction "add": how compaction puts tokens back."""
+
+GROUP_QUERY_ATTENTION = "com.microsoft::GroupQueryAttention"
+"""How a graph attends that writes its cache in place."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,15 @@ class Provider:
         """Number of the GPU; 0 where there is none."""
         return int(self.options.get("device_id", "0"))
 
-    def with_cuda_graph(self) -> Provider:
-        """The same, capturing a session's first step as a CUDA graph and replaying it for the others.
+    @property
+    def captures(self) -> bool:
+        """Whether its sessions capture CUDA graphs."""
+        return self.options.get("enable_cuda_graph") == "1"
 
-        Every step must then be of the same shapes, in the same memory, with no node left to the CPU.
+    def with_cuda_graph(self) -> Provider:
+        """The same, with sessions that capture the first run of a binding as a CUDA graph and replay it for the others.
+
+        Every such run must then be of the same shapes, in the same memory, with no node left to the CPU.
         """
         return replace(self, options={**self.options, "enable_cuda_graph": "1"})
 
@@ -77,10 +85,10 @@ class Provider:
         """Refuses a provider that is not there.
 
         Raises:
-            BackendUnavailableError: With what to install.
+            ProviderUnavailableError: With what to install.
         """
         if (reason := self.why_not_here()) is not None:
-            raise BackendUnavailableError(reason, hint=MISSING_HINT)
+            raise ProviderUnavailableError(reason, hint=MISSING_HINT)
 
     def why_not_run(self, dtype: ElementType, operators: Collection[str] = ()) -> str | None:
         """Why a graph cannot run here; None where nothing is known against it.
@@ -106,10 +114,17 @@ CUDA = Provider(
     "CUDAExecutionProvider",
     # TensorFloat-32 keeps 10 bits of a product's operands: float32 would then not be float32.
     {"use_tf32": "0"},
+    gaps=(
+        Gap(
+            FLOAT32,
+            GROUP_QUERY_ATTENTION,
+            "ONNX Runtime's CUDA provider has no float32 attention on a cache that is written in place",
+        ),
+    ),
     device="cuda",
     reads_back=True,
 )
-"""What it lacks nobody has asked it yet: a graph it cannot run is refused when it is loaded or run."""
+"""Its gaps are from ONNX Runtime's docs/OperatorKernels.md; what else it lacks, loading or running a graph says."""
 
 BY_OPTION: Mapping[ProviderOption, Provider] = {"cpu": CPU, "cuda": CUDA}
 """What `--provider` names."""
