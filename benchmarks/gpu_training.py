@@ -42,7 +42,8 @@ from dlo_export.checkpoints.errors import InputError
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _DLO = (sys.executable, "-c", "from dlo_export.exporter.cli import main; raise SystemExit(main())")
-_ADAPTER_S, _RATES_S = 70.0, 40.0  # behind the experiments, for the adapter and rates
+_OTHERS_S, _RATES_S = 55.0, 40.0  # behind the experiments: for the adapter and the rates; for the rates alone
+_STARTING_S = 25.0  # imports and tokens of the adapter's process, and the tables of the experiments', need no GPU
 _OF_TRAINER = 0.9  # tokens per second of dlo train over those of transformers' Trainer on the dense model
 _PACKED_EVERY_S = 15.0
 _TARGET = 0.9  # of the demo, over all layers
@@ -183,10 +184,10 @@ def measure(inputs: Inputs, evidence: Evidence, smoke: bool) -> None:
         if smoke:
             part.smoke()
             return
-        part.papers(min(FORMS["five-minutes"].budget_s, evidence.left - _ADAPTER_S))
-        if evidence.fits("adapter", 25):
-            part.finish_adapter(part.start_adapter(), min(90, evidence.left - 5))
-        if evidence.fits("training rate, eager", 20):
+        part.papers(min(FORMS["five-minutes"].budget_s, evidence.left - _OTHERS_S))
+        if part.adapter is not None:
+            part.finish_adapter(part.adapter, min(60, evidence.left - 5))
+        if evidence.fits("training rate, eager", 18):
             part.finish_rate("eager", part.start_rate("eager"), min(_RATES_S, evidence.left - 8))
         part.finish_shipped(max(8.0, evidence.left - 5))
 
@@ -197,14 +198,14 @@ class _Part:
     def __init__(self, inputs: Inputs, evidence: Evidence, smoke: bool, folder: Path) -> None:
         self._in, self._evidence, self._smoke, self._folder = inputs, evidence, smoke, folder
         self._results = folder / "papers"
-        self._model = folder / "model"
         self._tasks = self._library = folder
+        self.adapter: Child | None = None
         self._shipped: Child | None = None
         self._packed_at = 0.0
         self._seen: set[str] = set()
 
     def prepare(self) -> None:
-        """Unpacks the text, and makes a checkpoint in fp32 of a GGUF file, which every model here starts from."""
+        """Unpacks the text."""
         start = time.monotonic()
         text = unpacked(self._in.text, self._folder / "payload")
         self._tasks = unpacked(self._in.tasks, self._folder / "tasks")
@@ -212,12 +213,6 @@ class _Part:
         for name in ("text", "tokens"):
             if (text / name).is_dir():
                 shutil.copytree(text / name, self._results / name)
-        if self._in.model.is_dir():
-            self._model = self._in.model
-        else:
-            made = self._child("checkpoint", "-m", "benchmarks.papers.float_checkpoint", self._in.model, self._model)
-            if not made.wait(60):
-                raise RuntimeError(f"no checkpoint was made: {made.complaint()}")
         self._evidence.row("inputs", seconds=round(time.monotonic() - start, 1))
 
     def start_rate(self, name: str) -> Child:
@@ -227,7 +222,8 @@ class _Part:
             words += ["--tiny", "--sequence", "64", "--steps", "2"]
         elif self._smoke:
             words += ["--steps", "4", "--warm-up", "2"]
-        words += ["--profile", "--batch", "16", "32"] if name == "eager" else ["--compile", "--sides", *SIDES[:2]]
+        words += ["--compile", "--sides", *SIDES[:2]] if name == "compiled" else []
+        words += ["--profile", "--batch", "16", "32"] if self._smoke and name == "eager" else []
         return self._child(f"rate-{name}", *words)
 
     def finish_rate(self, name: str, child: Child, seconds: float) -> None:
@@ -250,9 +246,9 @@ class _Part:
         """Everything once: rates alone on the GPU first, the rest at once, since nothing else is timed."""
         evidence = self._evidence
         self.finish_rate("eager", self.start_rate("eager"), min(_RATES_S, evidence.left))
-        compiled, adapter = self.start_rate("compiled"), self.start_adapter()
+        compiled, self.adapter = self.start_rate("compiled"), self.start_adapter()
         self.papers(min(FORMS["smoke"].budget_s, max(10.0, evidence.left - 15)))
-        self.finish_adapter(adapter, max(2.0, evidence.left - 10))
+        self.finish_adapter(self.adapter, max(2.0, evidence.left - 10))
         self.finish_rate("compiled", compiled, max(2.0, evidence.left - 10))
         self.finish_shipped(max(2.0, evidence.left - 8))
 
@@ -267,7 +263,7 @@ class _Part:
             cores = sorted(os.sched_getaffinity(0))
             aside = set(cores[-6:]) if len(cores) >= 12 else None
             command = ["-m", "benchmarks.reproduce_papers", "--form", form, "--device", self._in.device]
-            command += ["--model", str(self._model), "--output", str(self._results), "--tasks", str(self._tasks)]
+            command += ["--model", str(self._in.model), "--output", str(self._results), "--tasks", str(self._tasks)]
             threads = len(cores) - len(aside or ())
             compiled = ["--compile"] if self._in.compile else []
             main = self._child(
@@ -280,6 +276,8 @@ class _Part:
             def meanwhile() -> None:
                 results = Results(self._results)
                 self._note(results)
+                if self.adapter is None and not self._smoke and main.seconds > budget - _STARTING_S:
+                    self.adapter = self.start_adapter()
                 if not shipped and all(name in results for name in SHIPPED):
                     options = ("--only", "shipped", "--budget-s", "150", "--threads", len(aside or cores))
                     shipped.append(self._child("shipped", *command, *options, cores=aside))
@@ -309,7 +307,7 @@ class _Part:
         """Tables and plots anew: artefacts came behind those that were written."""
         options = ["--only", "shipped", "--budget-s", "1", "--form", "smoke" if self._smoke else "five-minutes"]
         command = ["-m", "benchmarks.reproduce_papers", *options, "--device", self._in.device]
-        self._child("tables", *command, "--model", self._model, "--output", self._results).wait(
+        self._child("tables", *command, "--model", self._in.model, "--output", self._results).wait(
             max(8.0, min(25.0, self._evidence.left))
         )
 

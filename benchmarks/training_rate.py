@@ -110,7 +110,7 @@ def summarised(profiled: Any, seconds: float, steps: int) -> dict[str, Any]:
         if str(event.device_type).endswith("CUDA") and not getattr(event, "is_user_annotation", False)
     ]
     busy = sum(event.self_device_time_total for event in on_gpu)
-    kernels = sorted(on_gpu, key=lambda event: -event.self_device_time_total)[:12]
+    kernels = sorted(on_gpu, key=lambda event: -event.self_device_time_total)[:20]
     waits = [event for event in averages if event.key in ("cudaStreamSynchronize", "cudaDeviceSynchronize")]
     operators = sorted(averages, key=lambda event: -event.self_cpu_time_total)[:8]
     each = 1e-3 / steps
@@ -119,7 +119,7 @@ def summarised(profiled: Any, seconds: float, steps: int) -> dict[str, Any]:
         "gpu_busy_share": round(busy / 1e6 / seconds, 3),
         "kernels_a_step": sum(event.count for event in on_gpu) // steps,
         "waits_a_step": sum(event.count for event in waits) / steps,
-        "kernels_ms": {event.key[:70]: round(event.self_device_time_total * each, 3) for event in kernels},
+        "kernels_ms": [[event.key[:90], round(event.self_device_time_total * each, 3)] for event in kernels],
         "cpu_ms": {event.key[:50]: round(event.self_cpu_time_total * each, 2) for event in operators},
     }
 
