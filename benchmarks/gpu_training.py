@@ -44,6 +44,7 @@ _REPOSITORY = Path(__file__).resolve().parent.parent
 _DLO = (sys.executable, "-c", "from dlo_export.exporter.cli import main; raise SystemExit(main())")
 _OTHERS_S, _RATES_S = 55.0, 40.0  # behind the experiments: for the adapter and the rates; for the rates alone
 _STARTING_S = 25.0  # imports and tokens of the adapter's process, and the tables of the experiments', need no GPU
+_TO_TRAIN = 0.75  # of the experiments' time; in the rest the first process measures what the others trained
 _OF_TRAINER = 0.9  # tokens per second of dlo train over those of transformers' Trainer on the dense model
 _PACKED_EVERY_S = 15.0
 _TARGET = 0.9  # of the demo, over all layers
@@ -61,6 +62,7 @@ class Inputs:
         tasks: Folder of log-likelihood requests, or an archive of one.
         adapter: Folder of routers to start the demo's adapter from.
         compile: Compile layers in training.
+        workers: Processes that train at once, 1 to 4.
         device: "cuda"; tests say "cpu".
     """
 
@@ -69,6 +71,7 @@ class Inputs:
     tasks: Path
     adapter: Path
     compile: bool = False
+    workers: int = 1
     device: str = "cuda"
 
     def check(self) -> None:
@@ -266,11 +269,15 @@ class _Part:
             command += ["--model", str(self._in.model), "--output", str(self._results), "--tasks", str(self._tasks)]
             threads = len(cores) - len(aside or ())
             compiled = ["--compile"] if self._in.compile else []
+            elsewhere = [name for names in self._shares() for name in names]
+            shared = ["--elsewhere", *elsewhere, "--workers", self._in.workers] if elsewhere else []
             main = self._child(
                 "papers",
                 *(*command, "--only", "training", "--budget-s", f"{budget:.0f}", "--threads", threads, *compiled),
+                *shared,
                 cores=set(cores) - aside if aside else None,
             )
+            helpers = self._start_workers(command, budget, compiled, set(cores) - (aside or set()))
             shipped: list[Child] = []
 
             def meanwhile() -> None:
@@ -284,9 +291,31 @@ class _Part:
 
             done = main.wait(budget + 5, meanwhile)
             meanwhile()
-            if not done:
-                self._evidence.row("papers", passed=False, error=main.complaint())
+            for each in (main, *helpers):
+                if each.end() or not done:
+                    self._evidence.row(each.name, passed=False, error=each.complaint())
             self._shipped = shipped[0] if shipped else None
+
+    def _shares(self) -> list[list[str]]:
+        """Runs of the processes beside the first one, which keeps those that others build on."""
+        runs = FORMS["smoke" if self._smoke else "five-minutes"].runs
+        kept = [name for name in runs if name in SHIPPED or "distilled" in name]
+        given = [name for name in runs if name not in kept]
+        others = self._in.workers - 1
+        return [given[start::others] for start in range(others)]
+
+    def _start_workers(
+        self, command: Sequence[str], budget: float, compiled: Sequence[str], cores: set[int]
+    ) -> list[Child]:
+        seconds = f"{_TO_TRAIN * budget:.0f}"
+        return [
+            self._child(
+                f"worker-{number}",
+                *(*command, "--only", "runs", "--runs", *names, "--budget-s", seconds, "--threads", 2, *compiled),
+                cores=cores,
+            )
+            for number, names in enumerate(self._shares())
+        ]
 
     def finish_shipped(self, seconds: float) -> None:
         """Waits for artefacts, which need no GPU; then tables, plots and claims."""
@@ -393,6 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("model", "text", "tasks", "adapter"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--workers", type=int, default=1, choices=(1, 2, 3, 4))
     asks_for_help = "--help" in (arguments or sys.argv[1:])
     parsed, others = (None, ["--help"]) if asks_for_help else parser.parse_known_args(arguments)
     inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path(), Path(), Path())

@@ -130,7 +130,7 @@ FORMS: dict[str, Form] = {
     ),
     "five-minutes": Form(
         budget_s=300,
-        training_share=0.55,
+        training_share=0.4,
         tokens=3_000_000,
         least_tokens=250_000,
         probe_steps=10,
