@@ -21,8 +21,6 @@ def router_scores_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, 
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     SCAN: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVICTION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Program m: the score of token m. Sums, product and sigmoid are float32 whatever T is.
@@ -37,10 +35,8 @@ def router_scores_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, 
         ROWS: 1.
         COLUMNS: 1.
         DEPTH: Elements of hidden per step.
-        SCAN: Not used, as the others behind it.
-        STAGES: See SCAN.
-        EVICTION: See SCAN.
-        UPCAST: See SCAN.
+        SCAN: Not used.
+        UPCAST: Not used.
     """
     token = tl.program_id(0)
     depth = tl.arange(0, DEPTH)
