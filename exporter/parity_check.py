@@ -17,9 +17,9 @@ import onnx_ir as ir
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.llama_layer import EMBEDDING
-from dlo_export.exporter.artefact_runner import exposed_model
+from dlo_export.exporter.artefact_runner import cache_slots, exposed_model, runner_for
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.pipeline import TensorRtOptions, build_model
+from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
@@ -27,10 +27,11 @@ from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import save_weights, weight_places
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.find.padding import takes_left_padding
+from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
-from dlo_export.runtimes.onnxruntime.providers import CPU
+from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.parity.cases import parity_cases
@@ -52,6 +53,9 @@ def check_parity(
     description: ArtefactDescription,
     tensorrt: Iterable[TensorRtOptions] = (),
     plugin_library: Path | None = None,
+    *,
+    provider: Provider = CPU,
+    device: str = "cpu",
 ) -> ParityReport:
     """Compares an artefact, and the fp32 twins of its TensorRT graphs, with the PyTorch model of its source.
 
@@ -64,34 +68,41 @@ def check_parity(
         description: Its dlo_artifact.json.
         tensorrt: Options of its TensorRT graphs.
         plugin_library: libdlo_ort.so, for an artefact with dlo operators; without it there is nothing to run.
+        provider: What runs the artefact; the twins of TensorRT graphs are the CPU's.
+        device: Of the reference, as `--device` names it.
 
     Raises:
+        BackendUnavailableError: The provider does not start here.
+        MachineError: There is no such device.
         InputError: The artefact was made from another source, or by another version, or the library cannot be used.
     """
     released = load_graph(folder / MODEL_NAME)
-    if (reason := _why_not_run(source, description, released, plugin_library)) is not None:
+    if (reason := _why_not_run(source, description, released, plugin_library, provider)) is not None:
         return ParityReport.not_run(reason)
     has_model, tensors = source.base.why_not("parity") is None, source.tensors()
     rungs = {description.lowering: released}
     # An artefact made from a graph, compared with a checkpoint: its weights lie as they did in that graph.
     from_graph = description.source.kind == "onnx" and source.kind != "onnx"
-    if has_model and not from_graph and find_lowering(description.lowering, "onnxruntime-cpu").make_pass is not None:
+    target = PROVIDER_TARGETS[description.provider]
+    if has_model and not from_graph and find_lowering(description.lowering, target).make_pass is not None:
         rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
     candidates = [
-        _candidate(
+        graph_candidate(
             name,
             graph,
             folder,
+            # What is shipped is what runs, byte for byte.
+            file=folder / MODEL_NAME if graph is released else None,
             routed=source.routing is not None,
-            released=graph is released,
-            plugin_library=plugin_library if plugin_operators(graph) else None,
+            plugin_library=plugin_library,
+            provider=provider,
         )
         for name, graph in rungs.items()
     ]
     if not has_model and source.routing is None:
         # The graph as it was has fewer layers: there is no telling at which one the streams part.
         candidates = [dataclasses.replace(candidate, open_streams=None) for candidate in candidates]
-    longest = MOST_TOKENS
+    longest = min(MOST_TOKENS, cache_slots(released.graph) or MOST_TOKENS)
     for options in dict.fromkeys(tensorrt):
         longest = min(longest, options.max_cache)
         twin = tensorrt_twin(source, options, released)
@@ -107,11 +118,10 @@ def check_parity(
         # Imported here: torch takes seconds, and an export without parity does not need it.
         from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
 
-        config = source.config_json()
-        opened = functools.partial(open_reference, config, tensors)
-        precise = functools.partial(open_reference, config, tensors, name="PyTorch in float64", float64=True)
+        opened = functools.partial(open_reference, source.config_json(), tensors, device=device)
+        precise = functools.partial(opened, name="PyTorch in float64", float64=True)
     else:
-        opened = functools.partial(_own_reference, source, folder, released, description)
+        opened = functools.partial(_own_reference, source, folder, released, description, provider)
     with opened() as reference:
         return compare(
             reference,
@@ -125,17 +135,19 @@ def check_parity(
         )
 
 
-def _own_reference(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> Runner:
-    """What a graph without a PyTorch model is compared with."""
-    opened = functools.partial(OnnxRuntimeRunner, weights_folder=folder, allow_spinning=False)
+def _own_reference(
+    source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription, provider: Provider
+) -> Runner:
+    """What a graph without a PyTorch model is compared with, on the same provider."""
+    opened = functools.partial(OnnxRuntimeRunner, allow_spinning=False, provider=provider)
     if source.routing is None:
-        path = source.base.path
-        return OnnxRuntimeRunner(
-            _as_it_was(source), weights_folder=path.parent, name="the graph as it was", allow_spinning=False
-        )
+        return opened(_as_it_was(source), weights_folder=source.base.path.parent, name="the graph as it was")
     name = "its own masked form"
     masked = _masked_graph(source, folder, released, description.dtype)
-    free, forced = (opened(exposed_model(masked, force=force, streams=True), name=name) for force in (False, True))
+    free, forced = (
+        opened(exposed_model(masked, force=force, streams=True), weights_folder=folder, name=name)
+        for force in (False, True)
+    )
     return TwoBuildsRunner(free, forced, name=name, thresholds=description.router_thresholds)
 
 
@@ -154,12 +166,16 @@ def _why_no_oracle(source: ExportSource, description: ArtefactDescription) -> st
     if source.routing is None:
         new = {layer.position for layer in source.injected_layers}
         return None if new.issubset(source.identity_layers()) else "its new layers change what it computes"
-    masked = find_lowering(description.lowering, "onnxruntime-cpu").make_pass is None
+    masked = find_lowering(description.lowering, PROVIDER_TARGETS[description.provider]).make_pass is None
     return "the masked graph would be compared with itself" if masked else None
 
 
 def _why_not_run(
-    source: ExportSource, description: ArtefactDescription, released: ir.Model, plugin_library: Path | None
+    source: ExportSource,
+    description: ArtefactDescription,
+    released: ir.Model,
+    plugin_library: Path | None,
+    provider: Provider,
 ) -> str | None:
     """Why there is nothing to compare: no PyTorch model, or a graph that the provider has no kernels for."""
     if (refusal := source.base.why_not("parity")) is not None:
@@ -168,37 +184,58 @@ def _why_not_run(
             return f"{refusal.reason}, and {no_oracle}"
     if description.plugin_operators and plugin_library is None:
         return no_library(description.plugin_operators).message
-    return CPU.why_not_run(BY_OPTION[description.dtype], _reductions(released))
+    return provider.why_not_run(BY_OPTION[description.dtype], named_operators(released))
 
 
-def _reductions(model: ir.Model) -> set[str]:
-    """Operators with their `reduction`, as providers' gaps name them."""
-    return {
+def named_operators(model: ir.Model) -> set[str]:
+    """What of a graph providers' gaps may name: operators with their `reduction`, and those of other domains."""
+    nodes = list(model.graph.all_nodes())
+    reductions = {
         f"{node.op_type}({node.attributes['reduction'].as_string()})"
-        for node in model.graph.all_nodes()
+        for node in nodes
         if "reduction" in node.attributes
     }
+    return reductions | {f"{node.domain}::{node.op_type}" for node in nodes if node.domain}
 
 
-def _candidate(
-    name: str, graph: ir.Model, folder: Path, *, routed: bool, released: bool, plugin_library: Path | None
+def graph_candidate(
+    lowering: str,
+    graph: ir.Model,
+    folder: Path,
+    *,
+    file: Path | None = None,
+    routed: bool,
+    plugin_library: Path | None = None,
+    provider: Provider = CPU,
 ) -> Candidate:
-    label = "dense" if name == "none" else name
+    """A graph in ONNX Runtime as something to compare.
 
-    def opened(*, force: bool, streams: bool = False) -> OnnxRuntimeRunner:
-        model = exposed_model(graph, force=force, streams=streams)
-        # PyTorch runs in the same process: spinning threads would take its cores.
-        return OnnxRuntimeRunner(
-            model, weights_folder=folder, name=label, allow_spinning=False, plugin_library=plugin_library
-        )
+    Args:
+        lowering: Of the graph, for reports.
+        graph: As it is released; copies of it show its routers and streams.
+        folder: Of its weights.
+        file: That it is read from; None where there is none.
+        routed: Whether it has routers.
+        plugin_library: libdlo_ort.so; loaded where it has dlo operators.
+        provider: What runs it.
+    """
+    label = "dense" if lowering == "none" else lowering
+    library = plugin_library if plugin_operators(graph) else None
+    # PyTorch runs in the same process: spinning threads would take its cores.
+    open_runner = functools.partial(
+        runner_for(value.name or "" for value in graph.graph.inputs),
+        name=label,
+        allow_spinning=False,
+        plugin_library=library,
+        provider=provider,
+    )
 
-    def opened_file() -> OnnxRuntimeRunner:
-        return OnnxRuntimeRunner(folder / MODEL_NAME, name=label, allow_spinning=False, plugin_library=plugin_library)
+    def opened(*, force: bool, streams: bool = False) -> Runner:
+        return open_runner(exposed_model(graph, force=force, streams=streams), weights_folder=folder)
 
     return Candidate(
         label,
-        # What is shipped is what runs, byte for byte.
-        opened_file if released else functools.partial(opened, force=False),
+        functools.partial(opened, force=False) if file is None else functools.partial(open_runner, file),
         functools.partial(opened, force=True) if routed else None,
         functools.partial(opened, force=routed, streams=True),
     )
@@ -224,7 +261,11 @@ def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, r
 
 def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, dtype: str) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
-    model = build_model(source, "masked", graph_dtype(dtype))
+    slots = cache_slots(released.graph)
+    if slots:
+        model = build_captured_model(source, "masked", slots, graph_dtype(dtype))
+    else:
+        model = build_model(source, "masked", graph_dtype(dtype))
     save_weights(model, folder / WEIGHTS_NAME, write=False)
     if weight_places(model) != weight_places(released):
         raise InputError(

@@ -5,23 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import machine, versions
 from benchmarks.papers.budget import Budget, Piece, run_pieces
-from benchmarks.papers.expansion_loss import expansion_pieces, pass_seconds
+from benchmarks.papers.expansion_loss import BASE, expansion_pieces, pass_seconds
 from benchmarks.papers.experiment import Experiment
 from benchmarks.papers.forms import Form
 from benchmarks.papers.plots import save_plots
 from benchmarks.papers.results import Results
-from benchmarks.papers.shipped import shipped_pieces, task_files
-from benchmarks.papers.skipping_cost import as_many_pieces, retargeted_pieces, skipping_pieces
+from benchmarks.papers.shipped import shipped_pieces
+from benchmarks.papers.skipping_cost import as_many_pieces, calibrated_pieces, removal_pieces, retargeted_pieces
 from benchmarks.papers.subjects import BaseModel
 from benchmarks.papers.tables import COSTS, all_tables, broken_promises
+from benchmarks.papers.tasks import task_files, task_pieces
 from benchmarks.papers.text import prepare_text, use_other_chats
 from benchmarks.papers.token_kinds import kind_pieces
 from benchmarks.papers.toy import TOY_TOKENS, toy_model
@@ -38,7 +41,7 @@ from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 
 _FOR_THE_REPORT_S = 15.0  # tables and plots
-_FIRST_RUNS = 4  # the original, the deepened one, DLO, the routed original: other pieces need these
+_TO_MEASURE = 0.6  # of the time there is when a process has trained its own runs
 _TABLES = "papers.md"
 
 
@@ -56,7 +59,11 @@ class Request:
         tasks: Folder of log-likelihood tasks to measure artefacts on.
         data: Chats to train on in place of the extracted ones.
         publish: Folder for copies of the tables and plots.
-        only_expansion: Stop behind table (a), which needs no training.
+        only: ``expansion``: table (a), which needs no training; ``training``: all but artefacts; ``shipped``: artefacts
+            of the models that are there, which needs no GPU; ``runs``: some training runs. None for everything.
+        runs: Of ``runs``: which.
+        elsewhere: Runs that other processes train, into the same folder.
+        workers: Processes that train at once: a small model's steps keep no GPU busy.
     """
 
     output: Path
@@ -68,7 +75,10 @@ class Request:
     tasks: Path | None
     data: Path | None
     publish: Path | None
-    only_expansion: bool
+    only: str | None = None
+    runs: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    workers: int = 1
 
 
 def reproduce(request: Request) -> dict[str, Any]:
@@ -102,9 +112,15 @@ def reproduce(request: Request) -> dict[str, Any]:
         )
         experiment = Experiment(base, form, results, request.device, request.tasks)
         print(f"text: {experiment.prepare()}, {budget.left:.0f} s left", file=sys.stderr, flush=True)
-        left_out = run_pieces(expansion_pieces(experiment), results, budget)
-        if not request.only_expansion:
-            left_out |= _run_others(experiment, budget)
+        left_out: dict[str, str] = {}
+        if request.only not in ("shipped", "runs"):
+            left_out |= run_pieces(expansion_pieces(experiment), results, budget)
+        if request.only in (None, "training"):
+            left_out |= _run_others(experiment, budget, request)
+        if request.only == "runs":
+            return {"form": name, "left_out": _run_some(experiment, budget, request.runs), "passed": True}
+        if request.only == "shipped":
+            left_out |= run_pieces(shipped_pieces(experiment), results, budget)
     heading = _heading(request, path, results)
     tables = all_tables(results, heading, left_out)
     (results.folder / _TABLES).write_text(tables, encoding="utf-8")
@@ -145,11 +161,30 @@ def prepare(results: Results, request: Request) -> None:
         use_other_chats(results.text, request.data)
 
 
-def _run_others(experiment: Experiment, budget: Budget) -> dict[str, str]:
-    """Everything that needs training."""
+def _run_some(experiment: Experiment, budget: Budget, names: Sequence[str]) -> dict[str, str]:
+    """Training runs of a plan that another process makes."""
+    runs, results = training_runs(experiment), experiment.results
+    load = dataclasses.replace(next(run for run in runs if run.kind == "deepened"), suffix=f"-load-{os.getpid()}")
+    while BASE not in results and not budget.is_over():
+        time.sleep(0.1)  # a measurement that is not to be disturbed
+    while COSTS not in results and not budget.is_over():
+        # The other one measures how fast it trains beside this one: so this one has to train.
+        tokens_per_second(load, experiment)
+    if COSTS not in results:
+        return dict.fromkeys(names, "no plan was made")
+    steps: dict[str, int] = results[COSTS]["steps"]
+    chosen = [run for run in runs if run.name in names and run.name in steps]
+    return run_pieces([_training_piece(run, experiment, budget) for run in chosen], results, budget)
+
+
+def _run_others(experiment: Experiment, budget: Budget, request: Request) -> dict[str, str]:
+    """Everything that needs training; artefacts, which take a CPU minutes, where everything is wanted."""
+    exports = request.only is None
     runs, results = training_runs(experiment), experiment.results
     costs = Piece(
-        COSTS, lambda: 10 * pass_seconds(experiment), functools.partial(_training_costs, runs, experiment, budget)
+        COSTS,
+        lambda: 10 * pass_seconds(experiment),
+        functools.partial(_training_costs, runs, experiment, budget, request.workers),
     )
     left_out = run_pieces([costs], results, budget)
     if COSTS not in results:
@@ -161,19 +196,29 @@ def _run_others(experiment: Experiment, budget: Budget) -> dict[str, str]:
         for run in runs
         if run.name not in steps
     }
-    first, others = planned[:_FIRST_RUNS], planned[_FIRST_RUNS:]
-    shipped = shipped_pieces(experiment)
+    # Other pieces need the models that are kept.
+    count = 1 + max((number for number, run in enumerate(planned) if run.kept), default=-1)
+    first, others = planned[:count], planned[count:]
+    shipped = shipped_pieces(experiment) if exports else []
     if importlib.util.find_spec("onnxruntime") is None:
         left_out |= {piece.name: "ONNX Runtime is not installed" for piece in shipped}
         shipped = []
+    if request.elsewhere:
+        own = [run for run in planned if run.name not in request.elsewhere]
+        left_out |= run_pieces([_training_piece(run, experiment, budget) for run in own], results, budget)
+        _wait_for([name for name in request.elsewhere if name in steps], results, budget)
+        planned = [run for run in planned if run.name in results]
+        first, others = planned, []
     pieces = [
         *(_training_piece(run, experiment, budget) for run in first),
-        *skipping_pieces(experiment, budget),
+        *calibrated_pieces(experiment),
         *_rate_pieces(experiment, first),
         *shipped,
         *kind_pieces(experiment, first),
         *(_training_piece(run, experiment, budget) for run in others),
         *_rate_pieces(experiment, others),
+        *task_pieces(experiment, first, of_artefacts=exports),
+        *removal_pieces(experiment, budget),
     ]
     return left_out | run_pieces(pieces, results, budget)
 
@@ -185,12 +230,19 @@ def _rate_pieces(experiment: Experiment, runs: list[TrainingRun]) -> list[Piece]
     return [*retargeted, *as_many_pieces(experiment, [*routed, *(piece.name for piece in retargeted)])]
 
 
-def _training_costs(runs: list[TrainingRun], experiment: Experiment, budget: Budget) -> dict[str, Any]:
+def _wait_for(names: list[str], results: Results, budget: Budget) -> None:
+    """Until others have trained these, or too little time is left to measure them."""
+    enough = _TO_MEASURE * budget.left
+    while budget.left > enough and not all(name in results for name in names):
+        time.sleep(0.2)
+
+
+def _training_costs(runs: list[TrainingRun], experiment: Experiment, budget: Budget, workers: int) -> dict[str, Any]:
     """FLOPs, speed, and from these each run's steps: decided once, so that a resumed run keeps to it."""
     flops = flops_per_token(runs, experiment)
     deepened = next(run for run in runs if run.kind == "deepened")
     costs = {"flops": flops, **tokens_per_second(dataclasses.replace(deepened, suffix="-probe"), experiment)}
-    steps = planned_steps(runs, experiment, costs, experiment.form.training_share * budget.left)
+    steps = planned_steps(runs, experiment, costs, workers * experiment.form.training_share * budget.left)
     return {**costs, "steps": steps}
 
 

@@ -19,6 +19,7 @@ class Results:
     runs/{name}.json    a piece of work that is done
     models/{name}/      what later pieces need of it
     text/               what is trained on and measured on
+    tokens/             the chats of it, in tokens
     reproduction.json   what all of it was run with
 
     Args:
@@ -74,7 +75,7 @@ class Results:
         return self.folder / "runs" / f"{name}.json"
 
     def _save(self, file: Path, values: Mapping[str, Any]) -> None:
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".partial-{os.getpid()}")  # several processes may share a folder
         save_json(partial, finite(dict(values)))
         os.replace(partial, file)
 

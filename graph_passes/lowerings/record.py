@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.spec.invariants import StageSpec
 
 Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
-ONNXRUNTIME: tuple[Target, ...] = ("onnxruntime-cpu", "onnxruntime-cuda")
+PROVIDER_TARGETS: Mapping[ProviderOption, Target] = {"cpu": "onnxruntime-cpu", "cuda": "onnxruntime-cuda"}
+"""What a graph for one of ONNX Runtime's providers is lowered for."""
+ONNXRUNTIME: tuple[Target, ...] = tuple(PROVIDER_TARGETS.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,8 @@ class LoweringRecord:
         suits: Whether `auto` may choose it for a workload.
         routing: What tokens may skip in the graphs that it takes.
         domains: Operator domains besides ONNX's own that its graphs use.
-        operators: Operators it writes that a runtime may lack for some types; one with a reduction as "ScatterND(add)".
+        operators: Operators it writes that a runtime may lack for some types; one of another domain as
+            "dlo::SkipGateUp".
         tensorrt_layers: TensorRT's types of layers that carry the skip, all of which a routed layer's network has.
         tensorrt_start: The one of them from which on TensorRT runs lazily; None where no other layer holds the MLP.
     """

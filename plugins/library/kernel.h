@@ -30,6 +30,9 @@ struct Kernel {
 extern Kernel const kKernels[];
 extern size_t const kKernelCount;
 
+// The tile launched for so many tokens.
+TileName tileFor(int64_t tokens) noexcept;
+
 // The kernel to run on a GPU of this compute capability, or nullptr when there is none.
 Kernel const* findKernel(char const* op, ElementType type, TileName tile, int32_t major, int32_t minor) noexcept;
 

@@ -51,12 +51,13 @@ def skip_down_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     column_used = column < hidden
 
-    # Skipped tokens: a copy, no arithmetic, so that NaN payloads and signed zeros survive.
+    # Skipped tokens: a copy, no arithmetic, so that NaN payloads and signed zeros survive. The residual is loaded
+    # before it is known whose is needed: a step that skips all then does not wait for two loads one after the other.
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    skipped = tl.load(scale + token, mask=token < tokens, other=1.0) == 0.0
     kept_tile = token.to(tl.int64)[:, None] * hidden + column
-    kept = skipped[:, None] & column_used
-    tl.store(output + kept_tile, tl.load(residual + kept_tile, mask=kept), mask=kept)
+    stream = tl.load(residual + kept_tile, mask=(token < tokens)[:, None] & column_used)
+    skipped = tl.load(scale + token, mask=token < tokens, other=1.0) == 0.0
+    tl.store(output + kept_tile, stream, mask=skipped[:, None] & column_used)
 
     # Active tokens: their rows are gathered, multiplied, and added to the stream at their own places.
     index, remaining = active_rows(scale, tokens, tl.program_id(0) * ROWS, ROWS, SCAN)
@@ -81,6 +82,6 @@ def skip_down_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size
     factor = tl.load(scale + index, mask=row_used, other=0.0)
     output_tile = rows * hidden + column
     used = row_used[:, None] & column_used
-    stream = tl.load(residual + output_tile, mask=used, other=0.0).to(tl.float32)
-    result = stream + factor[:, None] * branch
+    own_stream = tl.load(residual + output_tile, mask=used, other=0.0).to(tl.float32)
+    result = own_stream + factor[:, None] * branch
     tl.store(output + output_tile, result.to(output.dtype.element_ty), mask=used)
