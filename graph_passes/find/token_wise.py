@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import ConstantValues, constant_integers, rank
+from dlo_export.graph_passes.find.data_flow import ConstantValues, constant_integers, is_op, rank
 
 
 def row_rank(nodes: Iterable[ir.Node]) -> tuple[int, list[str]]:
@@ -54,7 +54,11 @@ def _node_rank(node: ir.Node, constants: ConstantValues) -> int | None:
 
 def _matmul_rank(node: ir.Node, constants: ConstantValues) -> int | None:
     weight = node.inputs[1]
-    return 2 if weight is not None and weight in constants and _weight_rank(weight) == 2 else None
+    if weight is None or weight not in constants or _weight_rank(weight) != 2:
+        return None
+    # ONNX Runtime makes a Gemm of a MatMul of two dimensions and the addition behind it, and then dequantises the
+    # weight in every step, instead of multiplying by its codes.
+    return 3 if is_op(weight.producer(), "DequantizeLinear") else 2
 
 
 def _weight_rank(weight: ir.Value) -> int | None:
