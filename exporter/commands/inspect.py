@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 NAME = "inspect"
 
+_ATTENTION_MASKED = "nothing: its attention is computed and masked"
 _SAVED = {
     "mlp": {
         "nothing": "nothing: its MLP is computed and masked",
@@ -22,6 +23,16 @@ _SAVED = {
         "nothing": "nothing: the layer is computed and masked",
         "tokens": "its part of the layer's projections and MLP",
         "steps": "the layer, in steps without an active token",
+    },
+    "attention": {
+        "nothing": _ATTENTION_MASKED,
+        "tokens": "its part of attention's query and output projections",
+        "steps": "attention but for its keys and values, in steps without an active token",
+    },
+    "attention-active": {
+        "nothing": _ATTENTION_MASKED,
+        "tokens": "its part of attention's projections",
+        "steps": "attention, in steps without an active token",
     },
 }
 

@@ -1,13 +1,20 @@
-"""Recognise the masked canonical form of a routed attention block whose skipped tokens leave no keys and values."""
+"""Recognise the masked canonical form of a routed attention block: what it computes for active tokens only."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import constant_integers, constant_scalar, is_op, nodes_between
+from dlo_export.graph_passes.find.data_flow import (
+    constant_integers,
+    constant_scalar,
+    consumed_values,
+    is_op,
+    nodes_between,
+)
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer
 from dlo_export.graph_passes.find.masked_branch import (
     MaskedBranch,
@@ -17,41 +24,64 @@ from dlo_export.graph_passes.find.masked_branch import (
     match_masked_branch,
 )
 
-_KEY, _VALUE, _MASK = 1, 2, 3  # inputs of an Attention node
+_QUERY, _KEY, _VALUE, _MASK = range(4)  # inputs of an Attention node
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HiddenTokens:
+    """What keeps skipped tokens out of an attention: they leave no keys, no values, and nobody looks at them.
+
+    Attributes:
+        key_select: The Where node that writes zeros for the keys of skipped tokens; likewise `value_select`.
+        mask_select: The Where node that hides skipped tokens, the cached ones too.
+    """
+
+    key_select: ir.Node
+    value_select: ir.Node
+    mask_select: ir.Node
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """All three."""
+        return self.key_select, self.value_select, self.mask_select
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskedAttention:
-    """A block `h = x + where(active, attention(x), 0)` in which active tokens attend among active tokens only.
+    """A block `h = x + where(active, [scale ·] attention(x), 0)`.
 
     Attributes:
         layer: The decoder layer.
         active: bool [batch, sequence].
         select: The Where node of the branch.
-        kept: What it keeps where active.
+        kept: What it keeps where active: the branch, scaled if it is.
+        scale: Per-token factor [batch, sequence], None when the branch is not scaled per token.
+        scaling: The Mul that applies it.
         attention: The Attention node (opset 23), which keeps its own cache.
-        key_select: The Where node that writes zeros for the keys of skipped tokens; likewise `value_select`.
-        mask_select: The Where node that hides skipped tokens, the cached ones too.
-        projections: Nodes from x to query, key and value, in order.
-        outputs: Nodes from what attention computes to `kept`, in order.
+        hidden: What keeps skipped tokens out; None where they leave keys and values like any token.
+        source: What `projections` read, [batch, sequence, hidden]: x; or behind the norm, where keys and values of all
+            tokens come from there too.
+        projections: Nodes from `source` to what serves active tokens only: query, key and value; or the query alone.
+        outputs: Nodes from what attention computes to `kept`, `scaling` included. Both in order.
     """
 
     layer: DecoderLayer
     active: ir.Value
     select: ir.Node
     kept: ir.Value
+    scale: ir.Value | None
+    scaling: ir.Node | None
     attention: ir.Node
-    key_select: ir.Node
-    value_select: ir.Node
-    mask_select: ir.Node
+    hidden: HiddenTokens | None
+    source: ir.Value
     projections: tuple[ir.Node, ...]
     outputs: tuple[ir.Node, ...]
 
     @property
     def nodes(self) -> tuple[ir.Node, ...]:
         """All nodes that serve active tokens only, in order; the router and the state are not among them."""
-        selects = (self.key_select, self.value_select, self.mask_select)
-        return (*self.projections, *selects, self.attention, *self.outputs, self.select)
+        hiding = () if self.hidden is None else self.hidden.nodes
+        return (*self.projections, *hiding, self.attention, *self.outputs, self.select)
 
 
 def match_masked_attention(layer: DecoderLayer) -> MaskedAttention | Mismatch:
@@ -68,7 +98,61 @@ def match_masked_attention(layer: DecoderLayer) -> MaskedAttention | Mismatch:
     if len(attentions) != 1:
         return Mismatch(f"layer {layer.index}: has {len(attentions)} Attention nodes, expected one", masked=True)
     (attention,) = attentions
-    # Three things besides the branch keep skipped tokens out: no keys, no values, nobody looks at them.
+    order = {node: number for number, node in enumerate(block.nodes)}
+    hidden = None if layer.past_active is None else _match_hidden(layer, branch, attention)
+    if isinstance(hidden, Mismatch):
+        return hidden
+    found = _projections(layer, attention, hidden, order)
+    if isinstance(found, Mismatch):
+        return found
+    source, projections = found
+    outputs = nodes_between(order, (attention.outputs[0],), (branch.kept,))
+    scale, scaling = branch.scaling(outputs)
+    masked = MaskedAttention(
+        layer=layer,
+        active=branch.active,
+        select=branch.select,
+        kept=branch.kept,
+        scale=scale,
+        scaling=scaling,
+        attention=attention,
+        hidden=hidden,
+        source=source,
+        projections=projections,
+        outputs=outputs,
+    )
+    cache = (layer.present_key, layer.present_value)
+    for node, user in foreign_uses(masked.nodes, block, cache):
+        reason = f"layer {layer.index}: {place(node)} of the attention branch is used elsewhere, by {user}"
+        return Mismatch(reason, masked=True)
+    return masked
+
+
+def _projections(
+    layer: DecoderLayer, attention: ir.Node, hidden: HiddenTokens | None, order: Mapping[ir.Node, int]
+) -> tuple[ir.Value, tuple[ir.Node, ...]] | Mismatch:
+    """What projects for active tokens only, and what it reads."""
+    query, key, value = (attention.inputs[index] for index in (_QUERY, _KEY, _VALUE))
+    if hidden is not None:
+        computed = _present([query, hidden.key_select.inputs[1], hidden.value_select.inputs[1]])
+        return layer.input, nodes_between(order, (layer.input,), computed)
+    # Keys and values are everybody's, and so is what they share with the query: the norm.
+    shared = nodes_between(order, (layer.input,), _present([key, value]))
+    own = tuple(node for node in nodes_between(order, (layer.input,), _present([query])) if node not in shared)
+    everybodys = {layer.input, *(output for node in shared for output in node.outputs)}
+    sources = {read for node in own for read in consumed_values(node) if read in everybodys}
+    if len(sources) == 1:
+        return sources.pop(), own
+    read = ", ".join(sorted(f"'{each.name}'" for each in sources)) or "nothing of its own"
+    return Mismatch(f"layer {layer.index}: the query of {place(attention)} is computed from {read}", masked=True)
+
+
+def _present(values: list[ir.Value | None]) -> list[ir.Value]:
+    return [value for value in values if value is not None]
+
+
+def _match_hidden(layer: DecoderLayer, branch: MaskedBranch, attention: ir.Node) -> HiddenTokens | Mismatch:
+    """The three things besides the branch that keep skipped tokens out."""
     key, value = (_zeroed(attention.inputs[index], branch) for index in (_KEY, _VALUE))
     mask = _hidden(attention.inputs[_MASK], layer, branch)
     for part, found in (("keys", key), ("values", value), ("mask", mask)):
@@ -78,25 +162,7 @@ def match_masked_attention(layer: DecoderLayer) -> MaskedAttention | Mismatch:
     assert key is not None, "asked in the loop, as are the others"
     assert value is not None, "asked"
     assert mask is not None, "asked"
-    order = {node: number for number, node in enumerate(block.nodes)}
-    computed = [each for each in (attention.inputs[0], key.inputs[1], value.inputs[1]) if each is not None]
-    masked = MaskedAttention(
-        layer=layer,
-        active=branch.active,
-        select=branch.select,
-        kept=branch.kept,
-        attention=attention,
-        key_select=key,
-        value_select=value,
-        mask_select=mask,
-        projections=nodes_between(order, (layer.input,), computed),
-        outputs=nodes_between(order, (attention.outputs[0],), (branch.kept,)),
-    )
-    cache = (layer.present_key, layer.present_value)
-    for node, user in foreign_uses(masked.nodes, block, cache):
-        reason = f"layer {layer.index}: {place(node)} of the attention branch is used elsewhere, by {user}"
-        return Mismatch(reason, masked=True)
-    return masked
+    return HiddenTokens(key, value, mask)
 
 
 def _zeroed(value: ir.Value | None, branch: MaskedBranch) -> ir.Node | None:

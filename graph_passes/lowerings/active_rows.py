@@ -11,7 +11,7 @@ import onnx_ir as ir
 from dlo_export.checkpoints.interface import INPUT_IDS
 from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.graph_passes.find.data_flow import element_type, is_op
-from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
+from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
 from dlo_export.graph_passes.rewriting import remove_with_sources
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
@@ -45,12 +45,12 @@ def stream_for_all_tokens(block: ResidualBlock, nodes: Collection[ir.Node], new:
     return value
 
 
-def scale_rows(graph: ir.Graph, masked: MaskedMlp, new: TaggedNodes, scale: ir.Value, count: str) -> None:
+def scale_rows(graph: ir.Graph, masked: MaskedBlock, new: TaggedNodes, scale: ir.Value, count: str) -> None:
     """Multiply rows by the scale of their own token.
 
     Args:
         graph: Of the layer.
-        masked: The layer, its branch scaled per token.
+        masked: A block whose branch is scaled per token.
         new: Takes the new nodes.
         scale: Of the rows, [count].
         count: Name of the number of rows.

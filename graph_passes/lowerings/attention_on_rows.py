@@ -1,4 +1,4 @@
-"""Run the projections of a masked attention on the rows of active tokens only."""
+"""Run a masked attention's projections that serve active tokens only on their rows."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import layer_tensor_name
+from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_path
 from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
+from dlo_export.graph_passes.find.masked_branch import column_source
 from dlo_export.graph_passes.find.token_wise import token_wise_nodes
-from dlo_export.graph_passes.lowerings.active_rows import run_on_rows, stream_for_all_tokens, token_zeros
+from dlo_export.graph_passes.lowerings.active_rows import run_on_rows, scale_rows, stream_for_all_tokens, token_zeros
 from dlo_export.graph_passes.lowerings.compacted_rows import active_index, add_rows, row_count
 from dlo_export.graph_passes.rewriting import remove_with_sources
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
@@ -21,11 +22,14 @@ _KEY, _VALUE = 1, 2  # inputs of an Attention node
 
 def row_problems(masked: MaskedAttention) -> list[str]:
     """Why the projections cannot run on rows; none if they can."""
-    on_rows = token_wise_nodes(masked.projections, masked.layer.input)
+    on_rows = token_wise_nodes(masked.projections, masked.source)
     problems = [] if any(is_op(node, "MatMul") for node in on_rows) else ["none of its projections runs on rows"]
     if any(_width(value) is None or element_type(value) is None for value in _boundary(on_rows)):
         problems.append("the graph does not say how wide its projections are, or of which type")
-    behind = token_wise_nodes(masked.outputs, masked.attention.outputs[0])
+    columns = [] if masked.scaling is None else [value for value in masked.scaling.inputs if value is not None]
+    behind = token_wise_nodes(
+        masked.outputs, masked.attention.outputs[0], [c for c in columns if column_source(c) is masked.scale]
+    )
     if not masked.outputs:
         problems.append("nothing is projected behind its attention")
     problems += [f"{place(node)} does not run on rows" for node in masked.outputs if node not in behind]
@@ -42,22 +46,24 @@ def run_on_active_rows(graph: ir.Graph, masked: MaskedAttention, made_by: str) -
     """
     block, attention, layer = masked.layer.attention, masked.attention, masked.layer
     name, count = layer_tensor_name(layer.index, "self_attn"), row_count(masked)
-    on_rows = token_wise_nodes(masked.projections, block.stream_in)
+    on_rows = token_wise_nodes(masked.projections, masked.source)
     index = active_index(graph, masked, made_by, on_rows[0])
     boundary = _boundary(on_rows)
 
     # In front: the projections read rows. What is behind them (rotary embedding, attention) is for all tokens again,
     # zeros where a token skips: they are scattered into zeros that all layers share.
-    gather, dtype = TaggedNodes(made_by, layer.index), element_type(block.stream_in)
+    gather, dtype = TaggedNodes(made_by, layer.index), element_type(masked.source)
     shape = (count, layer.hidden_size)
-    rows = gather.add("GatherND", block.stream_in, index, name=f"{name}.rows", dtype=dtype, shape=shape)
+    rows = gather.add("GatherND", masked.source, index, name=f"{name}.rows", dtype=dtype, shape=shape)
     stream = stream_for_all_tokens(block, on_rows, gather)
     graph.insert_before(on_rows[0], gather.nodes)
-    run_on_rows(on_rows, block.stream_in, rows, (count,))
+    run_on_rows(on_rows, masked.source, rows, (count,))
     placed = [_for_all_tokens(graph, masked, value, on_rows, index, made_by) for value in boundary]
 
     # Rotated zeros are zeros, so keys and values need no Where any more; behind other nodes they keep it.
-    for position, select in ((_KEY, masked.key_select), (_VALUE, masked.value_select)):
+    hidden = masked.hidden
+    selects = () if hidden is None else ((_KEY, hidden.key_select), (_VALUE, hidden.value_select))
+    for position, select in selects:
         computed = select.inputs[1]
         if computed is not None and _unrotated(computed) in placed:
             attention.replace_input_with(position, computed)
@@ -67,6 +73,16 @@ def run_on_active_rows(graph: ir.Graph, masked: MaskedAttention, made_by: str) -
     attended = attention.outputs[0]
     again, dtype = TaggedNodes(made_by, layer.index), element_type(attended)
     attended_rows = again.add("GatherND", attended, index, name=f"{name}.attended_rows", dtype=dtype, shape=None)
+    if masked.scale is not None:
+        scale = again.add(
+            "GatherND",
+            masked.scale,
+            index,
+            name=f"{router_path(layer.index)}.scale_rows",
+            dtype=element_type(masked.scale),
+            shape=(count,),
+        )
+        scale_rows(graph, masked, again, scale, count)
     graph.insert_before(masked.outputs[0], again.nodes)
     run_on_rows(masked.outputs, attended, attended_rows, (count,))
     add_rows(graph, masked, TaggedNodes(made_by, layer.index), stream, index, masked.kept)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
@@ -48,6 +49,9 @@ class LowerSkipToCompactionPass(LoweringPass):
         q    = RotaryEmbedding(ScatterND(zeros, idx, n·Wq))  # k and v likewise: the zeros that Where wrote before
         a    = Attention(q, k, v, bias, past_key, past_value)
         h    = ScatterND(x, idx, GatherND(a, idx)·Wo, reduction="add")
+
+    Where attention alone is skipped and skipped tokens leave keys and values, the query's projection runs on rows of
+    the norm's output, and keys and values come from all of it.
 
     Rows are [1, n, hidden] instead where a node of the MLP counts its axes from the front. ONNX Runtime's CPU kernel
     of ScatterND adds in float32 and float64 only, so a 16-bit graph lowered this way needs another runtime. Scope:
@@ -114,6 +118,6 @@ RECORD = LoweringRecord(
     not_capturable="the number of active tokens is read back by the host",
     reason="compaction skips work in prefill, batches and decode alike on ONNX Runtime's CPU kernels",
     suits=lambda workload: True,
-    routing=("mlp", "layer"),
+    routing=get_args(RoutingKind),
     operators=("ScatterND(add)",),
 )

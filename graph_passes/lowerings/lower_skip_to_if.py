@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import get_args
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_path
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.find.data_flow import element_type, is_op, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
@@ -55,6 +57,11 @@ class LowerSkipToIfPass(LoweringPass):
             h         = Identity(x)
             pk        = Concat(past_key, zeros)                          # what a skipped token leaves; pv likewise
           } => (h, pk, pv)
+
+    Where attention alone is skipped and skipped tokens leave keys and values, norm, keys and values stay in front of
+    the If, and the else branch appends them::
+
+            pk        = Concat(past_key, Transpose(Reshape(k)))
 
     A step skips a layer only where none of its tokens is active: with a share p of tokens skipping, p to the power of
     batch·sequence. So it pays for single-token decode at batch 1, and in prefill and batches it saves nothing.
@@ -190,7 +197,7 @@ RECORD = LoweringRecord(
     not_capturable="the host decides which branch runs",
     reason="decode of one sequence: a skipped layer runs nothing, in native operators",
     suits=lambda workload: workload.phase == "decode" and workload.max_batch == 1,
-    routing=("mlp", "layer"),
+    routing=get_args(RoutingKind),
     tensorrt_layers=frozenset({"CONDITION", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT"}),
     tensorrt_start="CONDITIONAL_INPUT",
 )
