@@ -287,10 +287,10 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         InputError: With all reasons.
     """
     problems = [] if source.tensorrt_refusal is None else [source.tensorrt_refusal]
-    if source.remembers_activity:
+    refused = source.routing is not None and source.routing.kind != "mlp"
+    if source.routing is not None and refused:
         problems.append(
-            "layer routing is for ONNX Runtime so far: a static cache has no state yet that says which slots a routed "
-            "layer may see"
+            f"{source.routing.kind} routing is for ONNX Runtime so far: attention over a static cache is never skipped"
         )
     for name in ("max_batch", "max_sequence", "max_cache"):
         if getattr(options, name) < 1:
@@ -303,7 +303,7 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
     if options.last_logits and options.cache != "static":
         problems.append("--trt-last-logits needs --trt-cache static, which tells where a sequence ends")
     if problems:
-        hint = "leave --trt out" if source.remembers_activity else "export the checkpoint with other --trt options"
+        hint = "leave --trt out" if refused else "export the checkpoint with other --trt options"
         raise InputError("TensorRT: " + "; ".join(problems), hint=hint)
 
 

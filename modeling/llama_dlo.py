@@ -72,7 +72,9 @@ class LlamaDloPreTrainedModel(LlamaPreTrainedModel):
 
     config: LlamaDloConfig
     config_class = LlamaDloConfig
-    _no_split_modules = [layer.__name__ for layer in ROUTED_LAYERS.values()]  # noqa: RUF012 (transformers' own declaration)
+    _no_split_modules = [  # noqa: RUF012 (transformers' own declaration)
+        *("MlpRoutedLayer", "WhollyRoutedLayer", "AttentionRoutedLayer", "ActiveAttentionRoutedLayer")
+    ]
     _keep_in_fp32_modules_strict = ["routers"]  # noqa: RUF012
     _can_compile_fullgraph = False
 
