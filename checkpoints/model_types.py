@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.json_fields import JsonFields
-from dlo_export.checkpoints.llama_layer import Block
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, Block, LayerModule
 
 FULL_ATTENTION = "full_attention"
 
@@ -183,6 +183,12 @@ def kv_problem(values: Mapping[str, Any]) -> str | None:
 def leaves_keys(routing: RoutingKind) -> bool:
     """Whether tokens that skip a layer leave keys and values there; if not, a state must say who was active."""
     return routing in ("mlp", "attention")
+
+
+def kept_projections(routing: RoutingKind) -> tuple[LayerModule, ...]:
+    """Those of a skipped block that run for every token all the same: of keys and values that skipped ones leave."""
+    keeps = leaves_keys(routing) and "self_attn" in ROUTED_BLOCKS[routing]
+    return tuple(module for module in LLAMA_LAYER if keeps and module.axes[0] == "key-value")
 
 
 def agreed_routing(own: RoutingKind | None, wanted: RoutingKind | None) -> RoutingKind:

@@ -287,11 +287,14 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         InputError: With all reasons.
     """
     problems = [] if source.tensorrt_refusal is None else [source.tensorrt_refusal]
-    refused = source.routing is not None and source.routing.kind != "mlp"
-    if source.routing is not None and refused:
-        problems.append(
-            f"{source.routing.kind} routing is for ONNX Runtime so far: attention over a static cache is never skipped"
-        )
+    routing = None if source.routing is None else source.routing.kind
+    if routing not in (None, "mlp") and options.cache != "static":
+        problems.append(f"{routing} routing needs --trt-cache static: who may be seen is kept beside its slots")
+    if routing is not None and options.lowering != NOTHING_ROUTED:
+        asked = find_lowering(options.lowering, "tensorrt")
+        if routing not in asked.routing:
+            choices = ", ".join(record.name for record in skipping_lowerings("tensorrt", routing))
+            problems.append(f"--lowering {asked.name} takes {' and '.join(asked.routing)} routing: choose {choices}")
     for name in ("max_batch", "max_sequence", "max_cache"):
         if getattr(options, name) < 1:
             problems.append(f"--trt-{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
@@ -303,8 +306,7 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
     if options.last_logits and options.cache != "static":
         problems.append("--trt-last-logits needs --trt-cache static, which tells where a sequence ends")
     if problems:
-        hint = "leave --trt out" if refused else "export the checkpoint with other --trt options"
-        raise InputError("TensorRT: " + "; ".join(problems), hint=hint)
+        raise InputError("TensorRT: " + "; ".join(problems), hint="export the checkpoint with other --trt options")
 
 
 def choose_onnxruntime_lowering(choice: str, dtype: str, *, routing: RoutingKind | None, path: Path) -> tuple[str, str]:

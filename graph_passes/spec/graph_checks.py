@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
@@ -17,9 +17,11 @@ from dlo_export.checkpoints.interface import (
     present_active_name,
     present_name,
 )
+from dlo_export.checkpoints.llama_layer import Block
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, place
 from dlo_export.graph_passes.find.data_flow import (
     captured_values,
+    constant_tensor,
     consumed_values,
     node_order,
     nodes_between,
@@ -123,13 +125,15 @@ def unmasked_routing(graph: ir.Graph) -> Iterator[str]:
                 yield match.reason
 
 
-def unlowered_routing(graph: ir.Graph, *, pass_name: str) -> Iterator[str]:
-    """Layers that are masked, or have a router and are not closed by a lowering's pass."""
+def unlowered_routing(graph: ir.Graph, *, pass_name: str, blocks: Collection[Block]) -> Iterator[str]:
+    """Layers that are masked in these blocks, or have a router and are not closed by a lowering's pass."""
     routed = role_values(graph, ROUTER_SCORES)
     for layer in find_decoder_layers(graph):
         # A lowering may leave the form of a mask in what it writes: what it has closed itself is lowered.
         lowered = [block for block in (layer.attention, layer.mlp) if _closed_by(block, pass_name)]
-        masked = [block for block, match in match_masked_blocks(layer) if not isinstance(match, Mismatch)]
+        own = [block for part, block in (("self_attn", layer.attention), ("mlp", layer.mlp)) if part in blocks]
+        matches = match_masked_blocks(layer)
+        masked = [block for block, match in matches if block in own and not isinstance(match, Mismatch)]
         if not all(block in lowered for block in masked):
             yield f"layer {layer.index} is still masked"
         elif layer.index in routed and not lowered:
@@ -139,6 +143,11 @@ def unlowered_routing(graph: ir.Graph, *, pass_name: str) -> Iterator[str]:
 
 def _closed_by(block: ResidualBlock, pass_name: str) -> bool:
     return closed_branch(block.add) is not None and block.add.metadata_props.get(PASS_KEY) == pass_name
+
+
+def _reads_weights(node: ir.Node) -> bool:
+    tensors = (constant_tensor(value) for value in node.inputs)
+    return any(tensor is not None and tensor.size > 1 and tensor.dtype.is_floating_point() for tensor in tensors)
 
 
 def eager_branches(graph: ir.Graph) -> Iterator[str]:
@@ -158,7 +167,14 @@ def eager_branches(graph: ir.Graph) -> Iterator[str]:
             skipping = [branch for branch in subgraphs_of(conditional) if branch is not block.add.graph]
             needed = [value for branch in skipping for value in captured_values(branch)]
             always = {*router, *nodes_between(order, (block.stream_in,), needed)}
+            # Attention over a cache of fixed size stays outside: what computes with weights must not, but for keys and
+            # values that everybody leaves.
+            stays = block is layer.attention and layer.present_key not in conditional.outputs
+            if stays and layer.past_active is None:
+                always.update(nodes_between(order, (block.stream_in,), (layer.present_key, layer.present_value)))
             for node in nodes_between(order, (block.stream_in,), list(consumed_values(conditional)), always):
+                if stays and not _reads_weights(node):
+                    continue
                 yield f"layer {layer.index}: {place(node)} of the {what} is computed outside {place(conditional)}"
             for branch in subgraphs_of(conditional):
                 for name in branch.initializers:

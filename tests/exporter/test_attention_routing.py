@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -76,10 +77,21 @@ def test_commands_take_the_artefact_when_attention_is_skipped(exported: ExportRe
 
 
 @pytest.mark.parametrize("model", ["all"], indirect=True)
-def test_tensorrt_is_refused_by_name_when_attention_is_skipped(model: Path, tmp_path: Path) -> None:
-    request = ExportRequest(str(model), tmp_path / "out", trt=TensorRtRequest(backend="rtx"))
-    with pytest.raises(InputError, match=r"attention routing is for ONNX Runtime so far(.|\n)*hint: leave --trt out"):
-        export_model(request, Reporter())
+@pytest.mark.parametrize(
+    ("lowering", "cache", "message"),
+    [
+        ("if", "static", "--lowering if takes mlp and layer routing: choose compact"),
+        ("plugin", "static", "--lowering plugin takes mlp and layer routing: choose compact"),
+        ("auto", "growing", "attention routing needs --trt-cache static"),
+    ],
+)
+def test_tensorrt_is_refused_by_name_when_it_cannot_skip_attention(
+    model: Path, tmp_path: Path, lowering: str, cache: Literal["static", "growing"], message: str
+) -> None:
+    trt = TensorRtRequest(backend="rtx", cache=cache)
+    with pytest.raises(InputError, match=rf"{message}(.|\n)*hint: "):
+        export_model(ExportRequest(str(model), tmp_path / "out", lowering=lowering, trt=trt), Reporter())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("routing", "kept"), [("attention", "all"), ("attention-active", "active")])

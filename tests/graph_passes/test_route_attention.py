@@ -19,8 +19,6 @@ from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_topk import LowerSkipToTopKPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.invariants import ROUTED, check_stage, lowered_stage
@@ -235,13 +233,6 @@ def test_projections_process_active_rows_only_when_tokens_skip_attention(
             rows = [[int(active.sum())]] if lowering == "compact" else [list(active.shape)] * bool(active.any())
             skipped = layer in ROUTED_LAYERS and role not in everybodys
             assert found == (rows if skipped else [list(active.shape)]), (layer, role)
-
-
-@pytest.mark.parametrize("pass_", [LowerSkipToPluginPass(), LowerSkipToTopKPass(64)], ids=["plugin", "compact"])
-def test_tensorrts_lowerings_refuse_by_name_when_tokens_skip_whole_layers(folder: Path, pass_: GraphPass) -> None:
-    model = _built(folder, "masked").graph
-    with pytest.raises(GraphPassError, match=rf"{type(pass_).__name__}: layer 0: tokens skip its attention"):
-        pass_(model)
 
 
 def test_routing_refuses_whole_layers_when_attention_is_another_exporters() -> None:
