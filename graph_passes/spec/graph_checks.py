@@ -125,7 +125,9 @@ def unmasked_routing(graph: ir.Graph) -> Iterator[str]:
                 yield match.reason
 
 
-def unlowered_routing(graph: ir.Graph, *, pass_name: str, blocks: Collection[Block]) -> Iterator[str]:
+def unlowered_routing(
+    graph: ir.Graph, *, pass_name: str, blocks: Collection[Block] = ("self_attn", "mlp")
+) -> Iterator[str]:
     """Layers that are masked in these blocks, or have a router and are not closed by a lowering's pass."""
     routed = role_values(graph, ROUTER_SCORES)
     for layer in find_decoder_layers(graph):

@@ -78,8 +78,9 @@ def test_interface_names_all_problems_when_much_is_wrong() -> None:
     for part in (
         "described: is not a decoder with a static KV cache",
         "inputs ['kv_lengths'] are missing",
-        "outputs ['present.1.key'] are missing",
-        "inputs ['past_active.0'] are unknown",
+        "outputs ['present.1.key', 'present_active.0'] are missing",
+        "past_active.0 is bool, expected float or float16 or bfloat16",
+        f"input past_active.0 has shape ['batch', {MAX_CACHE}], expected [batch, 1, ",
         "outputs ['temperature'] are unknown",
         "input_ids is int32, expected int64",
         "past_key_values.0.key is int32, expected float or float16 or bfloat16",
