@@ -16,7 +16,7 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.torch.runner import TorchRunner
-from tests.exporter.test_cli import dlo
+from tests.exporter.forked_commands import run
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 KINDS: dict[str, RoutingKind] = {"all": "attention", "active": "attention-active"}
@@ -67,13 +67,15 @@ def test_greedy_tokens_are_pytorchs_when_prompts_are_padded(model: Path, exporte
 
 @pytest.mark.parametrize("model", ["all"], indirect=True)
 @pytest.mark.parametrize("exported", ["auto"], indirect=True)
-def test_commands_take_the_artefact_when_attention_is_skipped(exported: ExportResult) -> None:
-    inspected = " ".join(dlo("inspect", exported.folder).stdout.split())
-    assert "a token that skips a layer saves its part of attention's query and output projections" in inspected
-    run = dlo("run", exported.folder, "abc", "-n", "3")
-    assert (run.returncode, "active, original layers:" in run.stderr) == (0, True), run.stderr
-    bench = dlo("bench", exported.folder, "--prompt-tokens", "8", "--decode-tokens", "2", "--rounds", "1")
-    assert bench.returncode == 0, bench.stderr
+def test_commands_take_the_artefact_when_attention_is_skipped(exported: ExportResult, tmp_path: Path) -> None:
+    inspected = run("inspect", exported.folder, messages=tmp_path / "inspected")
+    saved = "a token that skips a layer saves its part of attention's query and output projections"
+    assert saved in " ".join(inspected.stdout.split())
+    told = run("run", exported.folder, "abc", "-n", "3", messages=tmp_path / "run")
+    assert (told.returncode, "active, original layers:" in told.stderr) == (0, True), told.stderr
+    few = ("--prompt-tokens", "8", "--decode-tokens", "2", "--rounds", "1")
+    timed = run("bench", exported.folder, *few, messages=tmp_path / "timed")
+    assert timed.returncode == 0, timed.stderr
 
 
 @pytest.mark.parametrize("model", ["all"], indirect=True)
@@ -97,7 +99,8 @@ def test_tensorrt_is_refused_by_name_when_it_cannot_skip_attention(
 @pytest.mark.parametrize(("routing", "kept"), [("attention", "all"), ("attention-active", "active")])
 def test_expand_makes_routers_of_attention_when_asked(routing: str, kept: str, tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "model")
-    result = dlo("expand", model, "-o", tmp_path / "deep", "--every", 1, "--routers", "--routing", routing)
+    options = ("--every", 1, "--routers", "--routing", routing)
+    result = run("expand", model, "-o", tmp_path / "deep", *options, messages=tmp_path / "told")
     assert result.returncode == 0, result.stderr
     assert "every token skips those attentions" in result.stderr
     config = json.loads((tmp_path / "deep" / "config.json").read_text())
