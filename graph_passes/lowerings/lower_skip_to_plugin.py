@@ -227,7 +227,8 @@ RECORD = LoweringRecord(
     skips="tokens",
     not_capturable=None,
     reason="no shape depends on data, so a CUDA graph captures decode",
-    suits=lambda workload: workload.plugins_at_hand and workload.phase != "prefill",
+    # Of whole layers it skips the MLP alone, and would have to be measured first.
+    suits=lambda workload: workload.plugins_at_hand and workload.phase != "prefill" and workload.routing == "mlp",
     routing=("mlp", "layer"),
     blocks=("mlp",),
     domains=(DOMAIN,),

@@ -57,7 +57,7 @@ AUTO = {
     "onnxruntime, whole layers": ("onnxruntime-cpu", Workload(routing="layer"), ["compact"]),
     "tensorrt": ("tensorrt", Workload(), ["compact"]),
     "tensorrt, whole layers": ("tensorrt", Workload(routing="layer"), ["compact"]),
-    "whole layers with plugins": ("tensorrt", Workload(routing="layer", plugins_at_hand=True), ["plugin", "compact"]),
+    "whole layers with plugins": ("tensorrt", Workload(routing="layer", plugins_at_hand=True), ["compact"]),
     "single decode, attention": ("tensorrt", Workload("decode", max_batch=1, routing="attention"), ["compact"]),
     "plugins": ("tensorrt", Workload(plugins_at_hand=True), ["plugin", "compact"]),
     "prefill": ("tensorrt", Workload("prefill", plugins_at_hand=True), ["compact"]),
