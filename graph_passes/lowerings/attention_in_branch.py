@@ -1,8 +1,6 @@
-"""Move a masked attention, or the projections around it, into branches of an If."""
+"""Move a masked attention, and what it appends to the cache, into a branch of an If."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +9,7 @@ from dlo_export.checkpoints.interface import CACHE_PARTS
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name
 from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
-from dlo_export.graph_passes.lowerings.active_rows import projected_width, token_zeros
+from dlo_export.graph_passes.lowerings.active_rows import token_zeros
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
 
@@ -101,107 +99,6 @@ def _cache_sizes(masked: MaskedAttention) -> tuple[int, int] | None:
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
         return None
     return shape[1], shape[3]
-
-
-def move_projections_into_branches(graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str) -> None:
-    """Puts an If in place of the projections in front of attention, and another in place of those behind it.
-
-    TensorRT builds neither attention nor the update of a cache inside an If: both stay, and get zeros in steps that
-    skip. One If gives query, key and value (the query alone, where skipped tokens leave their own keys and values), the
-    other closes the block.
-
-    Args:
-        graph: Holds the layer; its nodes need sorting afterwards.
-        masked: With a cache of fixed size, without `projection_problems`.
-        condition: bool, 0-D: whether they are computed.
-        made_by: Name of the pass.
-    """
-    layer, block, name = masked.layer, masked.layer.attention, layer_tensor_name(masked.layer.index, "self_attn")
-    order = node_order(graph)
-
-    # In front: what the projections give, or zeros. The If's outputs take the places and names of their values.
-    computed = _projected(masked)
-    results = [_like(value) for value in computed]
-    for old, new in zip(computed, results, strict=True):
-        replace_value(old, new)
-    skip = TaggedNodes(made_by, layer.index)
-    zeros = []
-    for old, new in zip(computed, results, strict=True):
-        width, dtype = projected_width(old), element_type(old)
-        assert width is not None, "asked by projection_problems"
-        assert dtype is not None, "asked by projection_problems"
-        shared = token_zeros(graph, made_by, width, dtype, masked.projections[0])
-        new.type, new.shape = ir.TensorType(dtype), ir.Shape((*layer.token_dims, width))
-        zeros.append(skip.add("Identity", shared, name=f"{new.name}.skipped", dtype=dtype, shape=new.shape))
-        old.name = f"{new.name}.active"
-    projections = sorted(masked.projections, key=order.__getitem__)
-    branches = ([*projections], computed), (skip.nodes, zeros)
-    front = _conditional(graph, f"{name}.projections", condition, branches, results, skip.tags)
-    graph.insert_before(masked.attention, front)
-
-    # Behind: the output projection and the sum that closes the block; or the stream as it is.
-    result = _like(block.stream_out)
-    result.type, result.shape = (
-        ir.TensorType(_known(element_type(block.stream_operand))),
-        ir.Shape((*layer.token_dims, layer.hidden_size)),
-    )
-    replace_value(block.stream_out, result)
-    add, keep = TaggedNodes(made_by, layer.index), TaggedNodes(made_by, layer.index)
-    operands = [value for value in block.add.inputs if value is not None]
-    closes, dtype = operands.index(block.branch), result.dtype
-    added = add.add("Add", *operands, name=f"{name}.active_output", dtype=dtype, shape=result.shape, closes=closes)
-    skipped = keep.add("Identity", layer.input, name=f"{name}.skipped_output", dtype=dtype, shape=result.shape)
-    behind = sorted({*masked.outputs, masked.select}, key=order.__getitem__)
-    branches = ([*behind, *add.nodes], [added]), (keep.nodes, [skipped])
-    back = _conditional(graph, name, condition, branches, [result], add.tags)
-    graph.insert_before(block.add, back)
-    graph.remove(block.add, safe=True)
-
-
-def projection_problems(masked: MaskedAttention) -> list[str]:
-    """Why the projections cannot be moved: a cast between stream and sum, or a projection of unknown width."""
-    block, problems = masked.layer.attention, []
-    if block.stream_operand is not block.stream_in:
-        problems.append(f"adds to '{block.stream_operand.name}', a cast of the stream")
-    if any(projected_width(value) is None or element_type(value) is None for value in _projected(masked)):
-        problems.append("the graph does not say how wide its projections are, or of which type")
-    return problems
-
-
-def _projected(masked: MaskedAttention) -> list[ir.Value]:
-    """What the projections compute: query, key and value; the query alone where the others serve all tokens."""
-    hidden = masked.hidden
-    values = (
-        [masked.query] if hidden is None else [masked.query, hidden.key_select.inputs[1], hidden.value_select.inputs[1]]
-    )
-    return [value for value in values if value is not None]
-
-
-def _conditional(
-    graph: ir.Graph,
-    name: str,
-    condition: ir.Value,
-    branches: tuple[tuple[Sequence[ir.Node], Sequence[ir.Value]], tuple[Sequence[ir.Node], Sequence[ir.Value]]],
-    outputs: Sequence[ir.Value],
-    tags: Mapping[str, str],
-) -> ir.Node:
-    """An If of two branches, nodes and outputs each, whose nodes leave the graph first."""
-    for nodes, _ in branches:
-        graph.remove([node for node in nodes if node.graph is graph])
-    graphs = {
-        branch: ir.Graph([], list(values), nodes=list(nodes), name=f"{name}.{branch}")
-        for branch, (nodes, values) in zip(("then_branch", "else_branch"), branches, strict=True)
-    }
-    return ir.node("If", [condition], graphs, outputs=list(outputs), name=f"{name}.if", metadata_props=dict(tags))
-
-
-def _like(value: ir.Value) -> ir.Value:
-    return ir.Value(type=value.type, shape=None if value.shape is None else value.shape.copy())
-
-
-def _known(dtype: ir.DataType | None) -> ir.DataType:
-    assert dtype is not None, "known since routing"
-    return dtype
 
 
 def _heads_first(graph: ir.Graph, masked: MaskedAttention, nodes: TaggedNodes, number: int, name: str) -> ir.Value:

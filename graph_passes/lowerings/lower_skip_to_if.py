@@ -14,13 +14,12 @@ from dlo_export.graph_passes.find.data_flow import element_type, is_op, node_ord
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
-from dlo_export.graph_passes.lowerings.attention_in_branch import (
-    branch_problems,
-    move_into_branch,
+from dlo_export.graph_passes.lowerings.attention_in_branch import branch_problems, move_into_branch
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.lowerings.projections_in_branches import (
     move_projections_into_branches,
     projection_problems,
 )
-from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec import graph_checks
