@@ -154,6 +154,7 @@ def rank(value: ir.Value) -> int | None:
 _TYPED_BY_INPUT = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "MatMul", "Gemm", "Gather", "GatherND", "Identity", "Reshape"), 0),
     **dict.fromkeys(("ScatterND", "RMSNormalization", "Swish", "Sigmoid", "Unsqueeze", "Squeeze", "Transpose"), 0),
+    "RotaryEmbedding": 0,
     "Where": 1,
 }
 
