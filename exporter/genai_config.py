@@ -101,6 +101,18 @@ def genai_config(
     }
 
 
+def carried_genai_config(given: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Somebody's genai_config.json for the deepened graph: how its cache is shared, which provider runs it, stays.
+
+    Args:
+        given: As it stood beside the graph.
+        num_layers: Of the deepened model.
+    """
+    model = given["model"]
+    decoder = {**model["decoder"], "filename": "model.onnx", "num_hidden_layers": num_layers}
+    return {**given, "model": {**model, "decoder": decoder}}
+
+
 def _special_tokens(config: LlamaConfig, generation: GenerationConfig) -> dict[str, Any]:
     """Start, end and padding tokens in onnxruntime-genai's form, which has no null: a missing key says "none"."""
     ends = list(generation.eos_token_id)

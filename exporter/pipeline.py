@@ -25,12 +25,15 @@ from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.cleanup.inline_functions import InlineFunctionsPass
+from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.lift_constants import LiftConstantsPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
 from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
+from dlo_export.graph_passes.cleanup.remove_identities import RemoveIdentitiesPass
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
+from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
@@ -48,7 +51,14 @@ from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterP
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.data_dependent_shapes import data_dependent_shapes
 from dlo_export.graph_passes.spec.graph_checks import misordered_values
-from dlo_export.graph_passes.spec.invariants import INJECTED, PLAIN, ROUTED, StageSpec, check_stage
+from dlo_export.graph_passes.spec.invariants import (
+    INJECTED,
+    PLAIN,
+    ROUTED,
+    StageSpec,
+    check_stage,
+    released_stage,
+)
 from dlo_export.graph_passes.spec.ops import DOMAIN, MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
@@ -67,6 +77,11 @@ class GraphSource(Protocol):
     @property
     def routing(self) -> RoutingConfig | None:
         """None where nothing is routed."""
+        ...
+
+    @property
+    def packs_weights(self) -> bool:
+        """Whether matrices of its graph may be joined; somebody else's weights stay as they are, byte for byte."""
         ...
 
     @property
@@ -112,10 +127,12 @@ class Step:
     Attributes:
         graph_pass: What runs.
         stage: What must hold afterwards.
+        released: Whether layers are not looked for in the graph afterwards.
     """
 
     graph_pass: GraphPass
     stage: StageSpec
+    released: bool = False
 
 
 def foreign_passes() -> list[GraphPass]:
@@ -125,6 +142,8 @@ def foreign_passes() -> list[GraphPass]:
         InlineFunctionsPass(),
         # Weights are initializers of the main graph, also what was a Constant, the default of an input, or in a branch.
         LiftConstantsPass(),
+        # Nobody has to look through them, however many there are.
+        RemoveIdentitiesPass(),
         # What nothing reads would look like a fork of the stream, or be an input that nobody knows what to feed.
         RemoveUnusedPass(),
         # New nodes are named after old ones.
@@ -137,16 +156,20 @@ def foreign_passes() -> list[GraphPass]:
 def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord) -> list[Step]:
     """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
     return [
+        # Runtimes make an empty cache by what its inputs say.
+        Step(StateCacheSizesPass(), PLAIN),
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
         # The masked form is exact standard ONNX, and the oracle for what follows.
         *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
         # The one lowering: tokens that skip leave the MLP's batch, or the MLP runs only where a token is active.
         *_lowering_steps(lowering, Workload()),
-        # Late, because the passes above look for projections one by one. Decode gets 4 % faster.
-        Step(FuseSiblingMatMulsPass(), lowering.stage),
+        # Late: the fewer nodes the passes above meet the better. Decode gets 4 % faster.
+        *([Step(FuseSiblingMatMulsPass(), lowering.stage)] if source.packs_weights else []),
         # transformers.js and optimum know the batch by its dimension's name.
         Step(NameBatchDimensionPass(), lowering.stage),
+        # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
+        Step(JoinSkipNormsPass(), lowering.stage, released=True),
     ]
 
 
@@ -227,6 +250,8 @@ def exposure_passes(*, routed: bool, force: bool, streams: bool) -> list[GraphPa
         streams: Give out the residual stream behind every layer.
     """
     return [
+        # Layers are found between additions.
+        SplitSkipNormsPass(),
         # Scores, and on request the decisions, which candidates must be able to share.
         *([ExposeRoutingPass(force=force)] if routed else []),
         # To name the first layer that diverges.
@@ -244,7 +269,7 @@ def run_steps(model: ir.Model, steps: list[Step]) -> ir.Model:
     check_order([step.graph_pass for step in steps])
     for step in steps:
         step.graph_pass(model)
-        check_stage(model, step.stage)
+        check_stage(model, released_stage(step.stage) if step.released else step.stage)
     return model
 
 
@@ -260,6 +285,11 @@ def prepare_foreign(model: ir.Model) -> ir.Model:
             hint="export the graph again: ONNX lists a node behind those whose outputs it reads",
         )
     return _run_passes(model, foreign_passes())
+
+
+def prepare_released(model: ir.Model) -> ir.Model:
+    """Makes the layers of a released graph findable, in place."""
+    return _run_passes(model, exposure_passes(routed=False, force=False, streams=False))
 
 
 def exposed(released: ir.Model, *, force: bool = False, streams: bool = False) -> ir.Model:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,6 +54,18 @@ def main(
         _print_tables(inspection)
 
 
+def _layer_forms(layers: list[dict[str, Any]]) -> Iterator[str]:
+    """How layers are written, a line for those in a row that are alike."""
+    for (attention, weights, _), rows in itertools.groupby(
+        layers, lambda row: (row["attention"], row["weights"], row["problem"] is None)
+    ):
+        alike = list(rows)
+        first, last = alike[0]["index"], alike[-1]["index"]
+        which = f"layer {first}" if first == last else f"layers {first} to {last}"
+        yield f"{which}: attention {attention}; weights {weights or 'not told apart'}"
+        yield from (row["problem"] for row in alike if row["problem"] is not None)
+
+
 def _print_tables(inspection: Inspection) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
@@ -96,6 +110,8 @@ def _print_tables(inspection: Inspection) -> None:
                 marks[1] = f"above {row['threshold']:.4f}"
             table.add_row(str(row["index"]), *marks, f"{row['bytes'] / 2**20:.2f}")
         console.print(table)
+        for line in _layer_forms(inspection.layers):
+            tell(line)
     for engine in description.engines if description is not None else ():
         build = engine.build
         tell(

@@ -11,7 +11,6 @@ import onnx_ir as ir
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, place
 from dlo_export.graph_passes.find.data_flow import (
     SHAPE_OPS,
-    constant_tensor,
     is_op,
     node_order,
     nodes_between,
@@ -19,6 +18,7 @@ from dlo_export.graph_passes.find.data_flow import (
     subgraphs_of,
 )
 from dlo_export.graph_passes.spec.provenance import closed_branch
+from dlo_export.graph_passes.weights.embedding import embedding_table
 
 # Ops of com.microsoft that add to the stream and normalise it in one node: a branch cannot be cut out of them.
 _FUSED_ADD_AND_NORM = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
@@ -58,13 +58,8 @@ def embedding_values(graph: ir.Graph) -> tuple[ir.Value, ...]:
     return tuple(
         node.outputs[0]
         for node in graph
-        if is_op(node, "Gather") and _is_table(node.inputs[0]) and _is_integer_input(node.inputs[1])
+        if len(node.inputs) > 1 and _is_integer_input(node.inputs[1]) and embedding_table(node) is not None
     )
-
-
-def _is_table(value: ir.Value | None) -> bool:
-    tensor = constant_tensor(value)
-    return tensor is not None and len(tensor.shape) == 2
 
 
 def _is_integer_input(value: ir.Value | None) -> bool:

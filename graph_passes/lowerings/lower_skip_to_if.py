@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_path
 from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import element_type, is_op, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
@@ -88,6 +89,17 @@ class LowerSkipToIfPass(LoweringPass):
 
     Scope: every routed decoder layer of the main graph. Source: ONNX If-1, ReduceMax-1; TensorRT IIfConditional.
     """
+
+    def problems(self, masked: MaskedMlp) -> Sequence[str]:
+        """Weights that a node dequantises: outside of the branch it runs in every step, inside ONNX Runtime fails.
+
+        ONNX Runtime 1.32 fuses such a node with the MatMul that reads it, and refuses to load a graph where the weight
+        is not an initializer of the subgraph they stand in.
+        """
+        sources = [value.producer() for node in masked.nodes for value in node.inputs if value is not None]
+        outside = [source for source in sources if source is not None and source not in masked.nodes]
+        found = [source for source in outside if is_op(source, "DequantizeLinear")]
+        return [f"{place(found[0])} dequantises a weight, which no branch can leave out"] if found else []
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Move the block of one layer into an If."""

@@ -82,6 +82,18 @@ def lowered_stage(
     )
 
 
+def released_stage(before: StageSpec) -> StageSpec:
+    """What is legal when a foreign graph's own fusions are back: layers are not looked for any more.
+
+    Args:
+        before: The last stage in which they are.
+    """
+    checks = (graph_checks.unused_inputs, graph_checks.broken_values, graph_checks.foreign_branch_outputs)
+    return dataclasses.replace(
+        before, name=f"released, {before.name}", checks=checks, domains=before.domains | {"com.microsoft"}
+    )
+
+
 def check_stage(model: ir.Model, stage: StageSpec) -> None:
     """Check a model at a stage border.
 
