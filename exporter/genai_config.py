@@ -18,7 +18,7 @@ from dlo_export.checkpoints.interface import (
 )
 
 WHY_NONE = (
-    "layer routing: besides the KV cache, each step hands on which tokens every routed layer skipped "
+    "tokens that skip leave no keys: besides the KV cache, each step hands on which tokens skipped every routed layer "
     f"({past_active_name('{i}')}, {present_active_name('{i}')}). onnxruntime-genai, optimum and transformers.js carry "
     "no such state: genai_config.json is left out, and config.json names a model_type that they refuse. `dlo run` and "
     "programs that feed ONNX Runtime themselves run the graph, see docs/artefact.md"

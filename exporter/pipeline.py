@@ -80,11 +80,6 @@ class GraphSource(Protocol):
         ...
 
     @property
-    def remembers_activity(self) -> bool:
-        """Whether its graph has a state that says which cached tokens were active in a layer."""
-        ...
-
-    @property
     def packs_weights(self) -> bool:
         """Whether matrices of its graph may be joined; somebody else's weights stay as they are, byte for byte."""
         ...
@@ -363,8 +358,9 @@ def build_captured_model(
     """
     record = find_lowering(lowering, "onnxruntime-cuda")
     problems = [] if record.not_capturable is None else [f"--lowering {lowering}: {record.not_capturable}"]
-    if source.remembers_activity:
-        problems.append("layer routing needs a mask of its own, which attention on one cache does not take")
+    if source.routing is not None and source.routing.kind != "mlp":
+        skipped = f"{source.routing.kind} routing skips or masks attention"
+        problems.append(f"{skipped}, and the operator that attends to one cache does neither")
     if max_cache < 1:
         problems.append(f"a cache of {max_cache} slots, expected at least 1")
     if problems:
@@ -413,11 +409,14 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         InputError: With all reasons.
     """
     problems = [] if source.tensorrt_refusal is None else [source.tensorrt_refusal]
-    if source.remembers_activity:
-        problems.append(
-            "layer routing is for ONNX Runtime so far: a static cache has no state yet that says which slots a routed "
-            "layer may see"
-        )
+    routing = None if source.routing is None else source.routing.kind
+    if routing not in (None, "mlp") and options.cache != "static":
+        problems.append(f"{routing} routing needs --trt-cache static: who may be seen is kept beside its slots")
+    if routing is not None and options.lowering != NOTHING_ROUTED:
+        asked = find_lowering(options.lowering, "tensorrt")
+        if routing not in asked.routing:
+            choices = ", ".join(record.name for record in skipping_lowerings("tensorrt", routing))
+            problems.append(f"--lowering {asked.name} takes {' and '.join(asked.routing)} routing: choose {choices}")
     for name in ("max_batch", "max_sequence", "max_cache"):
         if getattr(options, name) < 1:
             problems.append(f"--trt-{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
@@ -429,8 +428,7 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
     if options.last_logits and options.cache != "static":
         problems.append("--trt-last-logits needs --trt-cache static, which tells where a sequence ends")
     if problems:
-        hint = "leave --trt out" if source.remembers_activity else "export the checkpoint with other --trt options"
-        raise InputError("TensorRT: " + "; ".join(problems), hint=hint)
+        raise InputError("TensorRT: " + "; ".join(problems), hint="export the checkpoint with other --trt options")
 
 
 def choose_onnxruntime_lowering(

@@ -18,7 +18,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, all_zeros
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
-from dlo_export.checkpoints.model_types import ROUTED_BLOCKS
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, leaves_keys
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.sources.adapter_base import check_adapter_base
@@ -71,7 +71,7 @@ class ExportSource:
     @property
     def remembers_activity(self) -> bool:
         """Whether its graph has a state beside the KV cache: which cached tokens were active in a layer."""
-        return self.routing is not None and self.routing.kind == "layer"
+        return self.routing is not None and not leaves_keys(self.routing.kind)
 
     @property
     def injected_layers(self) -> tuple[InjectedLayer, ...]:

@@ -29,7 +29,7 @@ def consumed_values(node: ir.Node) -> Iterator[ir.Value]:
         if value is not None:
             yield value
     for subgraph in subgraphs_of(node):
-        yield from _captured_values(subgraph)
+        yield from captured_values(subgraph)
 
 
 def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
@@ -41,7 +41,8 @@ def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
-def _captured_values(subgraph: ir.Graph) -> Iterator[ir.Value]:
+def captured_values(subgraph: ir.Graph) -> Iterator[ir.Value]:
+    """Values of the graph around it that a subgraph reads or gives out."""
     # Whatever a subgraph does not define itself, before it reads it, comes from around it.
     inner = set(subgraph.inputs) | set(subgraph.initializers.values())
     for node in subgraph:
@@ -192,6 +193,7 @@ def rank(value: ir.Value) -> int | None:
 _TYPED_BY_INPUT = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "MatMul", "Gemm", "Gather", "GatherND", "Identity", "Reshape"), 0),
     **dict.fromkeys(("ScatterND", "RMSNormalization", "Swish", "Sigmoid", "Unsqueeze", "Squeeze", "Transpose"), 0),
+    "RotaryEmbedding": 0,
     "Where": 1,
 }
 

@@ -159,7 +159,10 @@ def _stream_blocks(graph: ir.Graph, order: Mapping[ir.Node, int]) -> tuple[Resid
 
 
 def _joins_stream(block: ResidualBlock) -> bool:
-    return not pass_through_values(block.stream_in).keys().isdisjoint(block.add.inputs)
+    # A lowering may close a block by giving rows the stream's shape again, which it takes from the stream itself.
+    stream = pass_through_values(block.stream_in)
+    shapes = [node.outputs[0] for value in stream for node in value.consumers() if is_op(node, *SHAPE_OPS)]
+    return not {*stream, *shapes}.isdisjoint(block.add.inputs)
 
 
 def _stream_dims(embedding: ir.Value) -> tuple[tuple[int | str | None, int | str | None], int]:

@@ -163,6 +163,8 @@ class _Walk:
     ) -> None:
         """Subgraphs read the stream only where they are a block that is skipped: then it must pass on unchanged."""
         skipping = {block.conditional for block in found if self._passes_on(block, aliases)}
+        # A conditional in the middle of a block, as around projections, is part of what the block computes.
+        skipping |= {node for block in found for node in block.nodes if any(True for _ in subgraphs_of(node))}
         for node in readers:
             if node in self.order:
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import onnx_ir as ir
 
@@ -30,15 +30,18 @@ def row_rank(nodes: Iterable[ir.Node]) -> tuple[int, list[str]]:
     return needed, problems
 
 
-def token_wise_nodes(nodes: Iterable[ir.Node], source: ir.Value) -> tuple[ir.Node, ...]:
+def token_wise_nodes(
+    nodes: Iterable[ir.Node], source: ir.Value, others: Collection[ir.Value] = ()
+) -> tuple[ir.Node, ...]:
     """Those nodes, in order, that can run on rows [rows, hidden] of `source`.
 
     Args:
         nodes: In topological order; what else they read is left to the others.
         source: [batch, sequence, hidden].
+        others: Columns [batch, sequence, 1] that may be read besides.
     """
     found: list[ir.Node] = []
-    reached, constants = {source}, ConstantValues()
+    reached, constants = {source, *others}, ConstantValues()
     for node in nodes:
         computed = [value for value in node.inputs if value is not None and value not in constants]
         if reached.issuperset(computed) and _node_rank(node, constants) == 2:
