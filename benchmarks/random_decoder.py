@@ -61,6 +61,7 @@ class RandomDecoder:
 
     adapter: DloAdapter | None = None
     remembers_activity: bool = False
+    packs_weights: bool = True
     tensorrt_refusal: str | None = None
 
     @property

@@ -150,7 +150,7 @@ def test_pipeline_refuses_by_name_when_a_step_cannot_be_captured(
 
 def test_pipeline_refuses_whole_layers_when_they_are_routed(tmp_path: Path) -> None:
     source = source_of(tmp_path / "model", routed=(True, False, True), model_type="llama_dlo")
-    with pytest.raises(InputError, match="layer routing needs a mask of its own"):
+    with pytest.raises(InputError, match="layer routing skips or masks attention"):
         build_captured_model(source, "masked", SLOTS)
 
 
