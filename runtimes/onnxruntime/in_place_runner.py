@@ -60,7 +60,7 @@ class InPlaceRunner(StaticRunner):
         super().__init__(name, self._session.interface, thresholds=thresholds)
 
     def _zero_slots(self, batch: int) -> None:
-        # On a GPU attention multiplies what nobody has filled by 0, so it must be numbers; what earlier sequences left is.
+        # On a GPU attention multiplies by 0 what nobody has filled, so it must be numbers: zeros, or earlier tokens.
         shapes = self._interface.state_shapes(batch)
         if self._decode is not None and self._decode.batch == batch:
             return
