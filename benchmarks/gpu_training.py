@@ -39,6 +39,8 @@ from benchmarks.papers.tasks import task_files
 from benchmarks.training_rate import SIDES
 from dlo_export.checkpoints.adapter.adapter import load_adapter
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.json_file import read_json
+from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _DLO = (sys.executable, "-c", "from dlo_export.exporter.cli import main; raise SystemExit(main())")
@@ -391,8 +393,7 @@ class _Part:
             return
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         _archive(self._evidence.out / "adapter.tar.xz", [out, out.with_name("adapter.run") / "log.jsonl"])
-        lines = child.log.read_text(encoding="utf-8")
-        report = json.loads(lines[lines.index("{") :])
+        report = read_json(out / DESCRIPTION_NAME)["result"]
         self._evidence.row("adapter", passed=size < 2_000_000, bytes=size, seconds=round(child.seconds, 1), **report)
 
     def _child(self, name: str, *words: Any, cores: set[int] | None = None, dlo: bool = False) -> Child:
