@@ -19,7 +19,7 @@ from dlo_export.checkpoints.files.output_check import check_output_folder, check
 from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_router, router_name
-from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.model_types import RoutingKind, kv_keys
 from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresholds_json
 from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
@@ -33,6 +33,7 @@ from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_layers
 from dlo_export.modeling.training.router_distillation import DistillationSettings, distilled_routers
+from dlo_export.modeling.training.settings import TrainingSettings
 
 _FIT_TOKENS = 16_384
 _DISTILLATION_TOKENS = 49_152
@@ -156,6 +157,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
     makes = FolderKind.ADAPTER if request.makes_adapter else FolderKind.CHECKPOINT
     check_output_folder(request.output, overwrite=request.force, makes=makes, inputs=inputs)
     device = torch_device(request.device)  # or it says why not, before the work
+    if request.distillation is not None:
+        TrainingSettings(device=request.device)  # refuses a GPU that training cannot choose
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "calibration")
@@ -349,12 +352,12 @@ def _save(
     if request.retarget is not None and source.routing is not None:
         own = source.routing
         rule = {"rescale": own.rescale, "scale_factor": own.scale_factor, "scale_gap": own.scale_gap}
-    changes = routed_config(is_dlo, routing=routing, thresholds=fitted.thresholds, **rule)
+    given, changes = source.config_json(), routed_config(is_dlo, routing=routing, thresholds=fitted.thresholds, **rule)
     save_checkpoint(
         kept | routers,
         request.output,
         save_companions=source.base.save_companions,
-        config_changes=changes | replaced_thresholds(source.config_json(), fitted.thresholds),
+        config_changes=changes | kv_keys(routing, given) | replaced_thresholds(given, fitted.thresholds),
         overwrite=request.force,
         progress=progress,
     )

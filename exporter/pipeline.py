@@ -25,12 +25,15 @@ from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.cleanup.inline_functions import InlineFunctionsPass
+from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.lift_constants import LiftConstantsPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
 from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
+from dlo_export.graph_passes.cleanup.remove_identities import RemoveIdentitiesPass
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
+from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
@@ -43,12 +46,20 @@ from dlo_export.graph_passes.lowerings.registry import (
 )
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.routing.fuse_router_scores import FuseRouterScoresPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.data_dependent_shapes import data_dependent_shapes
 from dlo_export.graph_passes.spec.graph_checks import misordered_values
-from dlo_export.graph_passes.spec.invariants import INJECTED, PLAIN, ROUTED, StageSpec, check_stage
-from dlo_export.graph_passes.spec.ops import MICROSOFT
+from dlo_export.graph_passes.spec.invariants import (
+    INJECTED,
+    PLAIN,
+    ROUTED,
+    StageSpec,
+    check_stage,
+    released_stage,
+)
+from dlo_export.graph_passes.spec.ops import DOMAIN, MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
@@ -69,8 +80,8 @@ class GraphSource(Protocol):
         ...
 
     @property
-    def remembers_activity(self) -> bool:
-        """Whether its graph has a state that says which cached tokens were active in a layer."""
+    def packs_weights(self) -> bool:
+        """Whether matrices of its graph may be joined; somebody else's weights stay as they are, byte for byte."""
         ...
 
     @property
@@ -116,10 +127,12 @@ class Step:
     Attributes:
         graph_pass: What runs.
         stage: What must hold afterwards.
+        released: Whether layers are not looked for in the graph afterwards.
     """
 
     graph_pass: GraphPass
     stage: StageSpec
+    released: bool = False
 
 
 def foreign_passes() -> list[GraphPass]:
@@ -129,6 +142,8 @@ def foreign_passes() -> list[GraphPass]:
         InlineFunctionsPass(),
         # Weights are initializers of the main graph, also what was a Constant, the default of an input, or in a branch.
         LiftConstantsPass(),
+        # Nobody has to look through them, however many there are.
+        RemoveIdentitiesPass(),
         # What nothing reads would look like a fork of the stream, or be an input that nobody knows what to feed.
         RemoveUnusedPass(),
         # New nodes are named after old ones.
@@ -141,27 +156,35 @@ def foreign_passes() -> list[GraphPass]:
 def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord) -> list[Step]:
     """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
     return [
+        # Runtimes make an empty cache by what its inputs say.
+        Step(StateCacheSizesPass(), PLAIN),
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
         # The masked form is exact standard ONNX, and the oracle for what follows.
         *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
         # The one lowering: tokens that skip leave the MLP's batch, or the MLP runs only where a token is active.
         *_lowering_steps(lowering, Workload()),
-        # Late, because the passes above look for projections one by one. Decode gets 4 % faster.
-        Step(FuseSiblingMatMulsPass(), lowering.stage),
+        # Late: the fewer nodes the passes above meet the better. Decode gets 4 % faster.
+        *([Step(FuseSiblingMatMulsPass(), lowering.stage)] if source.packs_weights else []),
         # transformers.js and optimum know the batch by its dimension's name.
         Step(NameBatchDimensionPass(), lowering.stage),
+        # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
+        Step(JoinSkipNormsPass(), lowering.stage, released=True),
     ]
 
 
-def captured_steps(source: GraphSource, lowering: LoweringRecord, max_cache: int) -> list[Step]:
+def captured_steps(
+    source: GraphSource, lowering: LoweringRecord, max_cache: int, *, fuse_routers: bool = True
+) -> list[Step]:
     """What turns the plain graph into one whose step a CUDA graph captures in ONNX Runtime, each step with its reason.
 
     Args:
         source: What is exported.
         lowering: One that a CUDA graph can capture.
         max_cache: Slots of the cache, per sequence.
+        fuse_routers: Let the dlo operators' library compute routers' scores too, where it is needed anyway.
     """
+    fused = fuse_routers and DOMAIN in lowering.domains
     steps = [
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
@@ -169,6 +192,8 @@ def captured_steps(source: GraphSource, lowering: LoweringRecord, max_cache: int
         *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
         # The one lowering, of fixed shapes.
         *_lowering_steps(lowering, Workload(plugins_at_hand=True)),
+        # Each kernel of a step costs a microsecond or two, whatever it does.
+        *([Step(FuseRouterScoresPass(), lowering.stage)] if fused else []),
         # One product for query, key and value, which attention takes as it is.
         Step(FuseSiblingMatMulsPass(), lowering.stage),
     ]
@@ -225,6 +250,8 @@ def exposure_passes(*, routed: bool, force: bool, streams: bool) -> list[GraphPa
         streams: Give out the residual stream behind every layer.
     """
     return [
+        # Layers are found between additions.
+        SplitSkipNormsPass(),
         # Scores, and on request the decisions, which candidates must be able to share.
         *([ExposeRoutingPass(force=force)] if routed else []),
         # To name the first layer that diverges.
@@ -242,7 +269,7 @@ def run_steps(model: ir.Model, steps: list[Step]) -> ir.Model:
     check_order([step.graph_pass for step in steps])
     for step in steps:
         step.graph_pass(model)
-        check_stage(model, step.stage)
+        check_stage(model, released_stage(step.stage) if step.released else step.stage)
     return model
 
 
@@ -258,6 +285,11 @@ def prepare_foreign(model: ir.Model) -> ir.Model:
             hint="export the graph again: ONNX lists a node behind those whose outputs it reads",
         )
     return _run_passes(model, foreign_passes())
+
+
+def prepare_released(model: ir.Model) -> ir.Model:
+    """Makes the layers of a released graph findable, in place."""
+    return _run_passes(model, exposure_passes(routed=False, force=False, streams=False))
 
 
 def exposed(released: ir.Model, *, force: bool = False, streams: bool = False) -> ir.Model:
@@ -301,7 +333,12 @@ def build_model(
 
 
 def build_captured_model(
-    source: GraphSource, lowering: str, max_cache: int, dtype: ir.DataType = ir.DataType.FLOAT
+    source: GraphSource,
+    lowering: str,
+    max_cache: int,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    *,
+    fuse_routers: bool = True,
 ) -> ir.Model:
     """Builds the source's graph for ONNX Runtime with a cache of fixed size, updated in place.
 
@@ -310,6 +347,7 @@ def build_captured_model(
         lowering: Name of what routed layers become.
         max_cache: Slots of the cache, per sequence.
         dtype: Of weights, KV cache and logits.
+        fuse_routers: Let the dlo operators' library compute routers' scores too, where it is needed anyway.
 
     Returns:
         The finished graph, its weights still lazy.
@@ -320,8 +358,9 @@ def build_captured_model(
     """
     record = find_lowering(lowering, "onnxruntime-cuda")
     problems = [] if record.not_capturable is None else [f"--lowering {lowering}: {record.not_capturable}"]
-    if source.remembers_activity:
-        problems.append("layer routing needs a mask of its own, which attention on one cache does not take")
+    if source.routing is not None and source.routing.kind != "mlp":
+        skipped = f"{source.routing.kind} routing skips or masks attention"
+        problems.append(f"{skipped}, and the operator that attends to one cache does neither")
     if max_cache < 1:
         problems.append(f"a cache of {max_cache} slots, expected at least 1")
     if problems:
@@ -329,7 +368,7 @@ def build_captured_model(
             f"a static cache for ONNX Runtime: {'; '.join(problems)}",
             hint="export without it, or choose --lowering plugin",
         )
-    return run_steps(_plain(source, dtype), captured_steps(source, record, max_cache))
+    return run_steps(_plain(source, dtype), captured_steps(source, record, max_cache, fuse_routers=fuse_routers))
 
 
 def check_captured(dtype: str, provider: ProviderOption) -> None:
@@ -370,11 +409,14 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         InputError: With all reasons.
     """
     problems = [] if source.tensorrt_refusal is None else [source.tensorrt_refusal]
-    if source.remembers_activity:
-        problems.append(
-            "layer routing is for ONNX Runtime so far: a static cache has no state yet that says which slots a routed "
-            "layer may see"
-        )
+    routing = None if source.routing is None else source.routing.kind
+    if routing not in (None, "mlp") and options.cache != "static":
+        problems.append(f"{routing} routing needs --trt-cache static: who may be seen is kept beside its slots")
+    if routing is not None and options.lowering != NOTHING_ROUTED:
+        asked = find_lowering(options.lowering, "tensorrt")
+        if routing not in asked.routing:
+            choices = ", ".join(record.name for record in skipping_lowerings("tensorrt", routing))
+            problems.append(f"--lowering {asked.name} takes {' and '.join(asked.routing)} routing: choose {choices}")
     for name in ("max_batch", "max_sequence", "max_cache"):
         if getattr(options, name) < 1:
             problems.append(f"--trt-{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
@@ -386,8 +428,7 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
     if options.last_logits and options.cache != "static":
         problems.append("--trt-last-logits needs --trt-cache static, which tells where a sequence ends")
     if problems:
-        hint = "leave --trt out" if source.remembers_activity else "export the checkpoint with other --trt options"
-        raise InputError("TensorRT: " + "; ".join(problems), hint=hint)
+        raise InputError("TensorRT: " + "; ".join(problems), hint="export the checkpoint with other --trt options")
 
 
 def choose_onnxruntime_lowering(

@@ -1,7 +1,8 @@
-"""Attention among the active tokens of a layer that the others skip whole.
+"""Attention for the active tokens of a layer only, among all tokens or among the active ones.
 
-A skipped token asks nothing and answers nothing: its keys and values are zeros in the cache and masked everywhere.
-Positions and causal order are those of all tokens (DLO, arXiv 2407.11030).
+Where skipped tokens leave keys, active ones attend to everybody. Where they leave none, a skipped token asks nothing
+and answers nothing: its keys and values are zeros in the cache and masked everywhere. Positions and causal order are
+those of all tokens (DLO, arXiv 2407.11030).
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ def attend_among_active(
     Returns:
         What attention adds to the rows, [n, hidden].
     """
-    heads = (*active.shape, -1, attention.head_dim)
     query, key, value = (
-        tokens.spread(projection(rows)).view(heads).transpose(1, 2)
+        _heads(attention, tokens.spread(projection(rows)))
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -56,13 +56,63 @@ def attend_among_active(
         active = active_tokens_of(past_key_values, attention.layer_idx)
     if not len(rows):
         return rows
+    mask = _mask_of_active(attention_mask, active, query.shape[2])
+    return _attended_rows(attention, (query, key, value), mask, tokens, **kwargs)
+
+
+def attend_to_all(
+    attention: LlamaAttention,
+    hidden_states: torch.Tensor,
+    tokens: TokenRows,
+    *,
+    attention_mask: torch.Tensor | None,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    past_key_values: Cache | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Llama's attention, keys and values of every token, queries and output for some tokens only.
+
+    Args:
+        attention: Whose weights are used.
+        hidden_states: The normalised stream of all tokens, [batch, sequence, hidden].
+        tokens: Whom to attend for.
+        attention_mask: As transformers' attention functions take it; None for causal order alone.
+        position_embeddings: Cosines and sines of the rotary embedding.
+        past_key_values: Any of transformers'; gets the step's keys and values.
+        kwargs: Passed on to transformers' attention function.
+
+    Returns:
+        What attention adds to the rows, [n, hidden].
+    """
+    rows = tokens.gather(hidden_states)
+    query = _heads(attention, tokens.spread(attention.q_proj(rows)))
+    key, value = (_heads(attention, projection(hidden_states)) for projection in (attention.k_proj, attention.v_proj))
+    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, attention.layer_idx)
+    if not len(rows):
+        return rows
+    return _attended_rows(attention, (query, key, value), attention_mask, tokens, **kwargs)
+
+
+def _heads(attention: LlamaAttention, values: torch.Tensor) -> torch.Tensor:
+    """[batch, sequence, heads·head_dim] as [batch, heads, sequence, head_dim]."""
+    return values.view(*values.shape[:2], -1, attention.head_dim).transpose(1, 2)
+
+
+def _attended_rows(
+    attention: LlamaAttention,
+    query_key_value: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    tokens: TokenRows,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """What attention adds to the rows of some tokens, [n, hidden]; all of them are attended for."""
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     attended, _ = attend(
         attention,
-        query,
-        key,
-        value,
-        _mask_of_active(attention_mask, active, query.shape[2]),
+        *query_key_value,
+        mask,
         dropout=attention.attention_dropout if attention.training else 0.0,
         scaling=attention.scaling,
         **kwargs,

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import parse_router
-from dlo_export.checkpoints.model_types import MODEL_TYPES
+from dlo_export.checkpoints.model_types import routing_kind
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.modeling.float64_norm import use_float64_norms
 from dlo_export.modeling.llama_dlo import (
@@ -74,7 +74,7 @@ def empty_llama_dlo(
     """
     values = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
     models = THRESHOLD_MODELS if values.get(THRESHOLDS) else ROUTED_MODELS
-    model_class = models[MODEL_TYPES[config.get("model_type", "llama")].routing or "mlp"]
+    model_class = models[routing_kind(config) or "mlp"]
     model_config = model_class.config_class(**values, dtype=dtype)
     with torch.device("meta"):
         model = model_class(model_config)

@@ -19,10 +19,16 @@ class GrowingRunner(Runner):
         name: For reports.
         interface: Of the graph.
         thresholds: Of its routers, see `Runner`; the graph compares with them itself and does not show them.
+        takes_padding: Whether sequences may be padded at their left.
     """
 
     def __init__(
-        self, name: str, interface: DecoderInterface, *, thresholds: Mapping[int, float] | None = None
+        self,
+        name: str,
+        interface: DecoderInterface,
+        *,
+        thresholds: Mapping[int, float] | None = None,
+        takes_padding: bool = True,
     ) -> None:
         super().__init__(
             name,
@@ -30,6 +36,7 @@ class GrowingRunner(Runner):
             routed_layers=interface.routed_layers,
             thresholds=thresholds,
             forcing=interface.forcing,
+            takes_padding=takes_padding,
         )
         self._interface = interface
 

@@ -101,12 +101,14 @@ class Runner(abc.ABC):
         routed_layers: tuple[int, ...] = (),
         thresholds: Mapping[int, float] | None = None,
         forcing: Forcing = "possible",
+        takes_padding: bool = True,
     ) -> None:
         self.name = name
         self.num_layers = num_layers
         self.routed_layers = routed_layers
         self.thresholds = dict(thresholds or {})
         self._forcing = forcing
+        self._takes_padding = takes_padding
         self._batch: int | None = None
         self._past = 0
         self._closed = False
@@ -149,6 +151,7 @@ class Runner(abc.ABC):
         request = StepRequest(input_ids, attention_mask, position_ids, force_active, last_logits, hidden_states)
         self._check_shapes(request)
         self._check_forcing(request.force_active)
+        self._check_padding(request.attention_mask)
         result = self._compute(request)
         self._past += request.sequence
         return result
@@ -233,6 +236,14 @@ class Runner(abc.ABC):
         if problems:
             raise StepError(
                 f"{self.name}: {'; '.join(problems)}", hint="the mask covers the cached tokens and the step's"
+            )
+
+    def _check_padding(self, attention_mask: Int64Array) -> None:
+        """A model that counts tokens would take padding for them, and compute something else without a word."""
+        if not self._takes_padding and not attention_mask.all():
+            raise StepError(
+                f"{self.name}: got a batch with padding, but its attention counts tokens, whatever they are",
+                hint="run sequences of one length together, or one by one",
             )
 
     def _check_forcing(self, force_active: Decisions | None) -> None:

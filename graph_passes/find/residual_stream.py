@@ -11,7 +11,6 @@ import onnx_ir as ir
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, place
 from dlo_export.graph_passes.find.data_flow import (
     SHAPE_OPS,
-    constant_tensor,
     is_op,
     node_order,
     nodes_between,
@@ -19,6 +18,7 @@ from dlo_export.graph_passes.find.data_flow import (
     subgraphs_of,
 )
 from dlo_export.graph_passes.spec.provenance import closed_branch
+from dlo_export.graph_passes.weights.embedding import embedding_table
 
 # Ops of com.microsoft that add to the stream and normalise it in one node: a branch cannot be cut out of them.
 _FUSED_ADD_AND_NORM = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
@@ -58,13 +58,8 @@ def embedding_values(graph: ir.Graph) -> tuple[ir.Value, ...]:
     return tuple(
         node.outputs[0]
         for node in graph
-        if is_op(node, "Gather") and _is_table(node.inputs[0]) and _is_integer_input(node.inputs[1])
+        if len(node.inputs) > 1 and _is_integer_input(node.inputs[1]) and embedding_table(node) is not None
     )
-
-
-def _is_table(value: ir.Value | None) -> bool:
-    tensor = constant_tensor(value)
-    return tensor is not None and len(tensor.shape) == 2
 
 
 def _is_integer_input(value: ir.Value | None) -> bool:
@@ -168,6 +163,8 @@ class _Walk:
     ) -> None:
         """Subgraphs read the stream only where they are a block that is skipped: then it must pass on unchanged."""
         skipping = {block.conditional for block in found if self._passes_on(block, aliases)}
+        # A conditional in the middle of a block, as around projections, is part of what the block computes.
+        skipping |= {node for block in found for node in block.nodes if any(True for _ in subgraphs_of(node))}
         for node in readers:
             if node in self.order:
                 continue

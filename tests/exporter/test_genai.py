@@ -16,6 +16,7 @@ VARIANTS = {
     "plain": {},
     "tied": {"tie": True},
     "routed": {"routed": [True, False, True]},
+    "attention routed": {"routed": [True, False, True], "model_type": "llama_dlo_attn"},
 }
 
 
