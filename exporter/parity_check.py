@@ -80,16 +80,6 @@ def check_parity(
     if (reason := _why_not_run(source, description, released, plugin_library, provider)) is not None:
         return ParityReport.not_run(reason)
     has_model, tensors = source.base.why_not("parity") is None, source.tensors()
-    opened: Callable[[], Runner]
-    precise: Callable[[], Runner] | None = None
-    if has_model:
-        # Imported here: torch takes seconds, and an export without parity does not need it.
-        from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
-
-        opened = functools.partial(open_reference, source.config_json(), tensors, device=device)
-        precise = functools.partial(opened, name="PyTorch in float64", float64=True)
-    else:
-        opened = functools.partial(_own_reference, source, folder, released, description, provider)
     rungs = {description.lowering: released}
     # An artefact made from a graph, compared with a checkpoint: its weights lie as they did in that graph.
     from_graph = description.source.kind == "onnx" and source.kind != "onnx"
@@ -122,6 +112,16 @@ def check_parity(
     rng = np.random.default_rng(_SEED)
     greedy_prompts = _GREEDY_PROMPTS if padded else (_GREEDY_PROMPTS[0],) * 2
     prompts = [max(1, tokens * longest // MOST_TOKENS) for tokens in greedy_prompts]
+    opened: Callable[[], Runner]
+    precise: Callable[[], Runner] | None = None
+    if has_model:
+        # Imported here: torch takes seconds, and an export without parity does not need it.
+        from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
+
+        opened = functools.partial(open_reference, source.config_json(), tensors, device=device)
+        precise = functools.partial(opened, name="PyTorch in float64", float64=True)
+    else:
+        opened = functools.partial(_own_reference, source, folder, released, description, provider)
     with opened() as reference:
         return compare(
             reference,
