@@ -1,6 +1,7 @@
 """Graphs of onnxruntime-genai's builder: packed, fused, quantised; deepened and routed in their own form."""
 
 import collections
+import contextlib
 import functools
 import json
 import shutil
@@ -18,9 +19,12 @@ from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.exporter.app import app
+from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.parity_check import check_parity
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
+from dlo_export.exporter.sources.source import open_source
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.generation.generate import generate
@@ -128,6 +132,25 @@ def test_branches_are_refused_when_weights_are_dequantised_by_nodes(graph, tmp_p
         exported(path, tmp_path / "out", adapter=adapter, lowering="if")
     assert not (tmp_path / "out").exists()
     assert exported(path, tmp_path / "out", adapter=adapter).description.lowering == "compact"
+
+
+def test_routed_graph_equals_pytorch_when_a_config_lies_beside_it(graph, tmp_path):
+    shutil.copytree(graph("fp32").parent, tmp_path / "graph")
+    checkpoint = graph("fp32").parents[1] / "checkpoint"
+    shutil.copy(checkpoint / "config.json", tmp_path / "graph")
+    path = tmp_path / "graph" / "model.onnx"
+    result = exported(path, tmp_path / "out", adapter=save_routed_adapter(path, tmp_path / "adapter"))
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    assert "against PyTorch" in result.parity_summary
+
+
+def test_routed_graph_equals_its_checkpoint_when_one_is_given(graph, tmp_path):
+    path = graph("fp32")
+    adapter = save_routed_adapter(path, tmp_path / "adapter")
+    exported(path, tmp_path / "out", adapter=adapter, parity=False)
+    with contextlib.closing(open_source(path.parents[1] / "checkpoint", adapter)) as source:
+        report = check_parity(source, tmp_path / "out", open_description(tmp_path / "out"))
+    assert (report.verdict, report.reference) == ("PASS", "PyTorch"), report.summary()
 
 
 def test_whole_layers_are_refused_when_their_attention_has_no_mask(graph, tmp_path):
