@@ -236,7 +236,8 @@ def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, An
         routed = source.routing is not None and job.lowerings != ("none",)
         rng = np.random.default_rng(0)
         prompts = [rng.integers(0, config["vocab_size"], tokens).tolist() for tokens in (24, 15)]
-        precise = functools.partial(open_reference, config, tensors, float64=True, device=job.device)
+        other = "float64" if job.dtype == "fp32" else BY_OPTION[job.dtype].name
+        another = functools.partial(open_reference, config, tensors, dtype=other, device=job.device)
         with open_reference(config, tensors, device=job.device) as reference:
             for lowering, file in files.items():
                 begin = time.monotonic()
@@ -258,7 +259,7 @@ def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, An
                         dtype=job.dtype,
                         greedy_prompts=prompts,
                         greedy_tokens=32,
-                        open_precise=precise if job.dtype == "fp32" else None,
+                        open_other=another,
                     )
                 except Exception as err:  # whatever a new card brings is a finding, and costs the other rows nothing
                     yield {**row, "passed": False, "error": f"{type(err).__name__}: {err}"[:1500]}
