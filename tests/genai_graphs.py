@@ -22,6 +22,8 @@ FORMS = {
     "int4, zero points": ("int4", "cpu", "is_symmetric=false"),
     "int4, DequantizeLinear": ("int4", "cpu", "use_qdq=true"),
     "int8": ("int8", "cpu"),
+    "fp32, biases": ("fp32", "cpu"),
+    "int4, biases": ("int4", "cpu"),
     # Of a checkpoint whose head is the embedding; its codes are shared too.
     "fp32, tied": ("fp32", "cpu"),
     "int4, tied": ("int4", "cpu"),
@@ -41,7 +43,8 @@ def save_genai_graph(folder: Path, form: str, layers: int = 3) -> Path:
     """
     checkpoint, output, cache = folder / "checkpoint", folder / "graph", folder / "cache"
     sizes = {"hidden": 64, "intermediate": 96, "layers": layers, "vocab": BYTE_VOCABULARY}
-    save_tiny_llama(checkpoint, **sizes, tie="tied" in form, tokenizer=True, seed=3)
+    biases = "biases" in form
+    save_tiny_llama(checkpoint, **sizes, tie="tied" in form, attention_bias=biases, mlp_bias=biases, tokenizer=True)
     precision, provider, *options = FORMS[form]
     arguments = ("", str(checkpoint), str(output), precision, provider, str(cache))
     quantizer = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from dlo_export.checkpoints.dtypes import FLOAT32
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
@@ -93,6 +94,16 @@ def test_tokens_are_the_same_when_a_runner_is_used_again_for_another_batch(tmp_p
         alone = generate(fresh, PROMPTS[:1], max_new_tokens=5).sequences
     assert first[0] == first[2]
     assert first[1] == alone == first[0][:1]
+
+
+def test_slots_are_zeros_until_they_are_filled(tmp_path: Path) -> None:
+    """CUDA's attention multiplies what nobody has filled by 0."""
+    graphs = Graphs(source_of(tmp_path / "model"), "none", tmp_path)
+    with graphs.runner() as runner:
+        for batch in (1, 3, 2):
+            runner.reset(batch)
+            for memory in runner._cache.values():
+                assert not memory.read(FLOAT32, (memory.bytes // 4,)).any()
 
 
 def test_runner_refuses_when_positions_are_others(tmp_path: Path) -> None:
