@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
@@ -28,10 +29,10 @@ def attend_among_active(
     past_key_values: Cache | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Llama's attention, its projections for some tokens only, its keys those of active tokens.
+    """The family's attention, its projections for some tokens only, its keys those of active tokens.
 
     Args:
-        attention: Whose weights are used.
+        attention: Whose weights are used: a Llama's, or one of `family_modules`.
         rows: The normalised stream of `tokens`, [n, hidden].
         tokens: Whom to attend for: the active ones, or more of them, each of which then sees itself as well.
         active: bool [batch, sequence], this step's tokens that others may attend to.
@@ -45,11 +46,15 @@ def attend_among_active(
         What attention adds to the rows, [n, hidden].
     """
     heads = (*active.shape, -1, attention.head_dim)
-    query, key, value = (
-        tokens.spread(projection(rows)).view(heads).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    projected = (
+        _head_normed(attention.q_proj(rows), attention, "q_norm"),
+        _head_normed(attention.k_proj(rows), attention, "k_norm"),
+        attention.v_proj(rows),
     )
-    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    query, key, value = (tokens.spread(each).view(heads).transpose(1, 2) for each in projected)
+    # SmolLM3 has layers that do not rotate.
+    if getattr(attention, "use_rope", True):
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
     # The cache gets its entry even where nobody is active: it must stay as long as the sequence.
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, attention.layer_idx, active)
@@ -69,6 +74,12 @@ def attend_among_active(
     )
     added: torch.Tensor = attention.o_proj(tokens.gather(attended.flatten(2)))
     return added
+
+
+def _head_normed(rows: torch.Tensor, attention: nn.Module, name: str) -> torch.Tensor:
+    """Queries or keys [n, heads · head_dim], each head normalised by itself in families that do so (Qwen3)."""
+    norm = getattr(attention, name, None)
+    return rows if norm is None else norm(rows.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
 
 
 def _mask_of_active(mask: torch.Tensor, active: torch.Tensor, sequence: int) -> torch.Tensor:

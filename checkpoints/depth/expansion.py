@@ -23,7 +23,7 @@ from dlo_export.checkpoints.llama_layer import (
     parse_router,
     router_name,
 )
-from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, agreed_routing, routed_type
+from dlo_export.checkpoints.model_types import LLAMA, MODEL_TYPES, Family, RoutingKind, agreed_routing, family_of, routed_type
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import thresholds_json
 
@@ -38,7 +38,7 @@ __all__ = [
     "placements",
 ]
 
-_PER_LAYER_LISTS = ("dlo_capacity", "layer_types")
+_PER_LAYER_LISTS = ("dlo_capacity", "layer_types", "no_rope_layers")
 
 
 def expanded_tensors(
@@ -110,7 +110,7 @@ def expanded_config(
 ) -> dict[str, Any]:
     """The keys of config.json that the deepened model changes.
 
-    A model without routers stays a ``llama``; one with routers gets the DLO authors' keys. Per-layer lists follow
+    A model without routers keeps its type; one with routers gets the DLO authors' keys. Per-layer lists follow
     their layers; `injected_layers` of a model that was deepened before is carried over, sources counted in the model
     that was there first.
 
@@ -145,7 +145,8 @@ def expanded_config(
         is_dlo = [True] * plan.num_layers
         own = MODEL_TYPES[config["model_type"]].routing if routed and any(routed) else None
         agreed = agreed_routing(own, routing)
-        changes |= {"is_dlo": is_dlo} if own is not None else routed_config(is_dlo, routing=agreed)
+        family = family_of(config)
+        changes |= {"is_dlo": is_dlo} if own is not None else routed_config(is_dlo, routing=agreed, family=family)
     return changes
 
 
@@ -157,6 +158,7 @@ def routed_config(
     scale_factor: float = 2.0,
     scale_gap: float = 0.0,
     thresholds: Mapping[int, float] | None = None,
+    family: Family = LLAMA,
 ) -> dict[str, Any]:
     """The keys of config.json that make a model a routed one; by default, active branches are taken as they are.
 
@@ -168,8 +170,9 @@ def routed_config(
             not trained with a scale.
         scale_gap: Likewise.
         thresholds: By routed layer, where it is not 0.5.
+        family: Of the model.
     """
-    kind = routed_type(routing, thresholds=bool(thresholds))
+    kind = routed_type(routing, thresholds=bool(thresholds), family=family)
     return {
         "model_type": kind.name,
         "architectures": [kind.architecture],

@@ -18,7 +18,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
-from dlo_export.checkpoints.model_types import ROUTED_BLOCKS
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, family_of
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.sources.adapter_base import check_adapter_base
@@ -128,6 +128,7 @@ class ExportSource:
                 scale_factor=self.adapter.scale_factor,
                 scale_gap=self.adapter.scale_gap,
                 thresholds=self.adapter.router_thresholds,
+                family=family_of(base),
             )
         return values
 

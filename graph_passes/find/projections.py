@@ -83,7 +83,8 @@ def find_projections(
 
     Returns:
         Projections by role: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, input_layernorm,
-        post_attention_layernorm, and "{role}.bias" where there is one.
+        post_attention_layernorm, q_norm and k_norm where there are norms of queries and keys, and "{role}.bias" where
+        there is one.
 
     Raises:
         GraphPassError: A role is missing or ambiguous, or a weight has none, with all problems.
@@ -104,7 +105,12 @@ def find_projections(
     }
     # A norm's weight is a vector that scales what no linear node of the block has touched yet.
     traced = {"self_attn": (attention.nodes, flow), "mlp": (mlp.nodes, mlp_flow)}
-    norms = {module.role: dict(_norm_weights(*traced[module.block])) for module in LLAMA_LAYER if module.is_norm}
+    norms = {
+        module.role: dict(_norm_weights(*traced[module.block]))
+        for module in LLAMA_LAYER
+        if module.is_norm and module.only_with is None
+    }
+    norms |= _head_norms(attention, flow, linears, present_key)
     # A role is one weight. None or several, or a weight without a role: then nothing is taken for granted.
     problems = ["query, key and value share one MatMul (fused projections)"] if key & value else []
     for role, candidates in (*linears.items(), *norms.items()):
@@ -156,6 +162,24 @@ def _trace_attention(node: ir.Node, flow: _LinearFlow) -> None:
 
 def _union(flow: _LinearFlow, values: Iterable[ir.Value | None]) -> frozenset[ir.Node]:
     return frozenset().union(*(flow.of(value) for value in values if value is not None))
+
+
+def _head_norms(
+    attention: ResidualBlock, flow: _LinearFlow, linears: Mapping[str, frozenset[ir.Node]], present_key: ir.Value
+) -> dict[str, dict[ir.Node, int]]:
+    """Norms of queries and of keys, head by head; none where there are none, or only one of the two.
+
+    What scales queries has touched q_proj and nothing else. A norm over the width of all heads has no role here.
+    """
+    head_dim = present_key.shape[-1] if present_key.shape is not None else None
+    found = {}
+    for role, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
+        places = dict(_norm_weights(attention.nodes, flow, linears[projection]))
+        bases = (_constant_behind(node.inputs[index]) for node, index in places.items())
+        sizes = {base[0].const_value.size for base in bases if base is not None and base[0].const_value is not None}
+        if sizes == {head_dim}:
+            found[role] = places
+    return found if len(found) == 2 else {}
 
 
 def _linear_projections(module: LayerModule, node: ir.Node) -> dict[str, Projection]:
@@ -231,10 +255,12 @@ def _constant_behind(value: ir.Value | None) -> tuple[ir.Value, int] | None:
     return None
 
 
-def _norm_weights(nodes: Iterable[ir.Node], flow: _LinearFlow) -> Iterable[tuple[ir.Node, int]]:
-    """Places where a weight vector scales a value that no linear node has touched yet."""
+def _norm_weights(
+    nodes: Iterable[ir.Node], flow: _LinearFlow, touched_by: frozenset[ir.Node] = frozenset()
+) -> Iterable[tuple[ir.Node, int]]:
+    """Places where a weight vector scales a value that these linear nodes have touched, and no others yet."""
     for node in nodes:
-        if _union(flow, node.inputs):
+        if _union(flow, node.inputs) != touched_by:
             continue
         if (node.domain, node.op_type) in _NORM_OPS and _constant_behind(node.inputs[1]) is not None:
             yield node, 1
