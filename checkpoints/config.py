@@ -22,7 +22,15 @@ from dlo_export.checkpoints.llama_layer import (
     layer_tensor_name,
     router_name,
 )
-from dlo_export.checkpoints.model_types import LLAMA, MODEL_TYPES, PLAIN_TYPES, Family, ModelType, RoutingKind, routed_type
+from dlo_export.checkpoints.model_types import (
+    LLAMA,
+    MODEL_TYPES,
+    PLAIN_TYPES,
+    Family,
+    ModelType,
+    RoutingKind,
+    routed_type,
+)
 from dlo_export.checkpoints.rope import RopeConfig, rope_of_fields
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import read_thresholds, threshold_problems, thresholds_json

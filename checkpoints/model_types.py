@@ -32,6 +32,8 @@ class Family:
         qk_norm: Whether queries and keys are normalised, head by head, before they are rotated.
         skips_rope: Whether config.json names layers that do not rotate them (`no_rope_layers`).
         has_multipliers: Whether config.json has factors of embeddings, attention scores, branches and logits.
+        gguf_rows: How GGUF files of this architecture order the rows of q and k: "paired", neighbours are rotated
+            together, or "halved", as in a checkpoint. None where such files are not read.
     """
 
     name: str
@@ -40,9 +42,10 @@ class Family:
     qk_norm: bool = False
     skips_rope: bool = False
     has_multipliers: bool = False
+    gguf_rows: Literal["paired", "halved"] | None = None
 
 
-LLAMA = Family("llama", "Llama")
+LLAMA = Family("llama", "Llama", gguf_rows="paired")
 
 
 @dataclass(frozen=True)
@@ -147,9 +150,7 @@ _SMOLLM3 = {
     "eos_token_id": 128_001,
     "pad_token_id": 128_004,
 }
-_GRANITE = dict.fromkeys(
-    ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0
-)
+_GRANITE = dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
 
 # Of a Llama's type and the routed ones. The DLO authors' code; `llama_dlo_exattn` keeps attention dense.
 _LLAMAS = (
@@ -176,14 +177,14 @@ _OTHERS = (
     ModelType("ministral", window="layer_types", defaults=_MISTRAL, unread=_NO_BIASES),
     ModelType(
         "qwen2",
-        Family("qwen2", "Qwen2", qkv_bias=True),
+        Family("qwen2", "Qwen2", qkv_bias=True, gguf_rows="halved"),
         window="max_window_layers",
         defaults=_QWEN,
         unread=("attention_bias", "mlp_bias"),
     ),
     ModelType(
         "qwen3",
-        Family("qwen3", "Qwen3", qk_norm=True),
+        Family("qwen3", "Qwen3", qk_norm=True, gguf_rows="halved"),
         window="max_window_layers",
         defaults=_QWEN | {"head_dim": 128},
         unread=("mlp_bias",),
@@ -199,8 +200,7 @@ def _routed_types(plain: ModelType) -> Iterator[ModelType]:
         if kind.architecture is not None:
             name = plain.family.name + kind.name.removeprefix(LLAMA.name)
             architecture = plain.family.prefix + kind.architecture.removeprefix(LLAMA.prefix)
-            routed = {"routing": kind.routing, "architecture": architecture, "thresholds": kind.thresholds}
-            yield replace(plain, name=name, **routed)
+            yield replace(plain, name=name, routing=kind.routing, architecture=architecture, thresholds=kind.thresholds)
 
 
 # Each of the plain ones is compared with transformers' own class in tests/checkpoints/test_model_types.py.
@@ -212,6 +212,12 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         *(routed for plain in _OTHERS if plain.family is not LLAMA for routed in _routed_types(plain)),
     )
 }
+GGUF_FAMILIES: Mapping[str, Family] = {
+    kind.name: kind.family
+    for kind in MODEL_TYPES.values()
+    if kind.name == kind.family.name and kind.family.gguf_rows is not None
+}
+"""By what GGUF files call the architecture."""
 PLAIN_TYPES: tuple[str, ...] = tuple(name for name, kind in MODEL_TYPES.items() if kind.routing is None)
 """Names of those without routers."""
 

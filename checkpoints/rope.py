@@ -49,6 +49,14 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether frequencies depend on how far a step reaches: the same tokens in other steps are turned otherwise.
+
+        transformers does the same: what is in the cache stays as it was turned when it was written.
+        """
+        return self.kind in ("dynamic", "longrope")
+
     def parameters(self) -> dict[str, Any]:
         """The same as `rope_parameters` of transformers 5; dynamic takes its context from max_position_embeddings."""
         values: dict[str, Any] = {"rope_type": self.kind, "rope_theta": self.theta}
@@ -85,7 +93,7 @@ class RopeConfig:
         periods = np.power(self.theta, self.exponents(head_dim).astype(np.float64)).astype(np.float32)
         if self.kind == "longrope":
             divisors = np.array(self.long_factors if beyond_original else self.short_factors, np.float32)
-            return np.float32(1.0) / (divisors * periods)
+            return np.reciprocal(divisors * periods)
         frequencies = np.float32(1.0) / periods
         if self.kind == "linear":
             return frequencies / np.float32(self.factor)

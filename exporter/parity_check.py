@@ -99,6 +99,7 @@ def check_parity(
             greedy_tokens=max(1, longest - prompts[0]),
             # The errors of 16 bits are their own; the table is wide enough for them.
             open_precise=precise if description.dtype == "fp32" else None,
+            steps_matter=source.base.config is not None and source.base.config.rope.depends_on_length,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,14 +25,17 @@ ATTENTIONS: Mapping[str, type[nn.Module]] = {
 
 
 class ScaledLinear(nn.Linear):
-    """A linear layer whose output is multiplied by a constant, as whoever computes with it expects.
+    """A linear layer whose output is multiplied by a constant: whoever calls it need not know of Granite's factors.
 
     Args:
+        in_features: As of a linear layer, like the two that follow.
+        out_features: Likewise.
+        bias: Likewise.
         factor: The constant.
     """
 
-    def __init__(self, *sizes: int, factor: float, **options: Any) -> None:
-        super().__init__(*sizes, **options)
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, factor: float) -> None:
+        super().__init__(in_features, out_features, bias=bias)
         self.factor = factor
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -66,7 +68,7 @@ class StepRotaryEmbedding(LlamaRotaryEmbedding):
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, each [batch, sequence, head_dim]."""
-        if "dynamic" in self.rope_type:
+        if self.config.rope_parameters["rope_type"] == "dynamic":
             self.max_seq_len_cached = self.original_max_seq_len
             self.inv_freq = self.original_inv_freq
         tables: tuple[torch.Tensor, torch.Tensor] = super().forward(x, position_ids)
@@ -83,7 +85,7 @@ def use_family_modules(layer: LlamaDecoderLayer, config: LlamaDloConfig, index: 
     """
     if config.family.name == "llama":
         return
-    layer.self_attn = ATTENTIONS[config.family.name](config, index)
+    layer.self_attn = ATTENTIONS[config.family.name](config, index)  # type: ignore[assignment]  # of one interface
     if config.family.has_multipliers:
         for block, role in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
             setattr(block, role, _scaled(getattr(block, role), config.residual_multiplier))

@@ -23,7 +23,15 @@ from dlo_export.checkpoints.llama_layer import (
     parse_router,
     router_name,
 )
-from dlo_export.checkpoints.model_types import LLAMA, MODEL_TYPES, Family, RoutingKind, agreed_routing, family_of, routed_type
+from dlo_export.checkpoints.model_types import (
+    LLAMA,
+    MODEL_TYPES,
+    Family,
+    RoutingKind,
+    agreed_routing,
+    family_of,
+    routed_type,
+)
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import thresholds_json
 

@@ -38,7 +38,7 @@ def rotary_tables(
 def _frequencies(builder: GraphBuilder, rope: RopeConfig, head_dim: int, position_ids: ir.Value) -> ir.Value:
     """Radians per token of each pair, float32 [head_dim / 2]: constant, or of this step by how far it reaches."""
     frequencies = builder.constant(f"{_NAME}.inv_freq", rope.inverse_frequencies(head_dim))
-    if rope.kind not in ("dynamic", "longrope"):
+    if not rope.depends_on_length:
         return frequencies
     # As transformers counts: the longest sequence of the batch, this step's tokens included.
     last = builder.op("ReduceMax", [position_ids], f"{_NAME}.last_position", keepdims=0)

@@ -33,7 +33,12 @@ from dlo_export.graph_passes.find.data_flow import (
     pass_through_values,
 )
 from dlo_export.graph_passes.find.projections import Projection, find_projections
-from dlo_export.graph_passes.find.residual_stream import ResidualBlock, embedding_lookup, embedding_values, residual_blocks
+from dlo_export.graph_passes.find.residual_stream import (
+    ResidualBlock,
+    embedding_lookup,
+    embedding_values,
+    residual_blocks,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

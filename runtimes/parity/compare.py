@@ -54,6 +54,7 @@ def compare(
     greedy_prompts: Sequence[Sequence[int]] = (),
     greedy_tokens: int = 32,
     open_precise: OpenRunner | None = None,
+    steps_matter: bool = False,
 ) -> ParityReport:
     """Runs every case on the reference and on every candidate.
 
@@ -70,6 +71,8 @@ def compare(
         greedy_tokens: How many tokens to generate per prompt.
         open_precise: The reference in float64, opened only where a case would fail: how far the reference itself is off
             then tells rounding from a fault. None leaves the table's tolerances as they are.
+        steps_matter: Whether the same tokens in other steps are another result (rope that depends on the length).
+            Generated tokens are then refed as they were fed, not all at once.
 
     Raises:
         RuntimeInputError: A candidate is another kind of model, or cannot be opened.
@@ -77,7 +80,8 @@ def compare(
     tolerance = TOLERANCES[dtype]
     traces = [trace_reference(reference, case) for case in cases]
     comparisons = [
-        _Comparison(reference, candidate, tolerance, cases, traces, open_precise) for candidate in candidates
+        _Comparison(reference, candidate, tolerance, cases, traces, open_precise, steps_matter=steps_matter)
+        for candidate in candidates
     ]
     for comparison in comparisons:
         comparison.run(greedy_prompts, greedy_tokens)
@@ -101,6 +105,8 @@ class _Comparison:
         cases: Sequence[Case],
         traces: Sequence[Trace],
         open_precise: OpenRunner | None,
+        *,
+        steps_matter: bool,
     ) -> None:
         self._reference = reference
         self._candidate = candidate
@@ -108,6 +114,7 @@ class _Comparison:
         self._cases = list(cases)
         self._traces = list(traces)
         self._open_precise = open_precise
+        self._steps_matter = steps_matter
         self._free_logits: dict[str, LogitStatistics] = {}
         self._tokens: list[list[int]] = []
         self._not_finite = False
@@ -160,7 +167,8 @@ class _Comparison:
             self._not_finite = True  # a judgement like any other: the report says where, and what the cases show
         self._tokens = generation.sequences
         fed = [np.array([*prompt, *new[:-1]]) for prompt, new in zip(prompts, self._tokens, strict=True)]
-        self._cases.append(Case("greedy tokens, refed", step_feeds(fed)))
+        steps = (1,) * (len(self._tokens[0]) - 1) if self._steps_matter else ()
+        self._cases.append(Case("greedy tokens, refed", step_feeds(fed, *steps)))
         self._traces.append(trace_reference(self._reference, self._cases[-1]))
 
     def _compare_free(self, runner: Runner) -> None:
