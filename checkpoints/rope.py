@@ -93,7 +93,7 @@ class RopeConfig:
         periods = np.power(self.theta, self.exponents(head_dim).astype(np.float64)).astype(np.float32)
         if self.kind == "longrope":
             divisors = np.array(self.long_factors if beyond_original else self.short_factors, np.float32)
-            return np.reciprocal(divisors * periods)
+            periods = divisors * periods
         frequencies = np.float32(1.0) / periods
         if self.kind == "linear":
             return frequencies / np.float32(self.factor)
@@ -134,8 +134,9 @@ class RopeConfig:
         first, last = max(first, 0), min(last, head_dim - 1)
         last = last + 0.001 if first == last else last  # transformers' way around a division by zero
         ramp = (np.arange(len(kept), dtype=np.float32) - np.float32(first)) / np.float32(last - first)
-        kept_share = np.float32(1.0) - np.clip(ramp, 0, 1)
-        return scaled * (np.float32(1.0) - kept_share) + kept * kept_share
+        kept_share: np.ndarray = np.float32(1.0) - np.clip(ramp, 0, 1)
+        frequencies: np.ndarray = scaled * (np.float32(1.0) - kept_share) + kept * kept_share
+        return frequencies
 
 
 def rope_of_fields(fields: JsonFields, max_position_embeddings: int, head_dim: int) -> RopeConfig:

@@ -68,7 +68,7 @@ class StepRotaryEmbedding(LlamaRotaryEmbedding):
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, each [batch, sequence, head_dim]."""
-        if self.config.rope_parameters["rope_type"] == "dynamic":
+        if (self.config.rope_parameters or {}).get("rope_type") == "dynamic":
             self.max_seq_len_cached = self.original_max_seq_len
             self.inv_freq = self.original_inv_freq
         tables: tuple[torch.Tensor, torch.Tensor] = super().forward(x, position_ids)

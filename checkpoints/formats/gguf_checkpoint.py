@@ -110,7 +110,7 @@ def _tokenizer(
 def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor], path: Path) -> dict[str, Any]:
     """config.json as transformers 4 would write it, which 5 reads as well."""
     architecture = metadata.get("general.architecture")
-    if architecture not in GGUF_FAMILIES:
+    if not isinstance(architecture, str) or architecture not in GGUF_FAMILIES:
         raise CheckpointError(
             f"{path}: general.architecture is {architecture!r}, expected one of {', '.join(GGUF_FAMILIES)}",
             hint="export the original Hugging Face checkpoint, if its family is one of docs/checkpoints.md",
