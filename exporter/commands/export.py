@@ -105,7 +105,10 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print dlo_artifact.json to stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
-    """Export a Llama, plain, deepened or routed, to an ONNX artefact that is proven equal to PyTorch."""
+    """Export a Llama, plain, deepened or routed, to an ONNX artefact that is proven equal to PyTorch.
+
+    Mistral, Qwen2, Qwen3, SmolLM3 and Granite are exported alike: docs/checkpoints.md says what is read of each.
+    """
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.json_output import print_json  # noqa: PLC0415

@@ -24,6 +24,9 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.modeling.calibration.layer_stream import LayerStream
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.training.errors import TrainingError
+from dlo_export.modeling.training.parameters import choose_parameters
+from dlo_export.modeling.training.settings import TrainingSettings
 from tests.bare_session import BareSession
 from tests.tiny_families import FAMILIES, LAYERS, ORIGINAL_CONTEXT, ROPES, route_tiny_family, save_tiny_family
 
@@ -141,3 +144,31 @@ def test_calibration_sees_the_models_own_stream_when_the_family_differs_from_lla
         active = torch.ones(ids.numel(), dtype=torch.bool) if routing == "layer" else None
         stream.advance(layer, stream.run_layer(layer), active)
     torch.testing.assert_close(model.model.norm(stream.hidden_states), streams[-1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("routing", ["mlp", "layer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_computes_what_inference_does_when_the_same_tokens_are_selected(
+    tmp_path: Path, family: str, routing: RoutingKind
+) -> None:
+    save_tiny_family(tmp_path / "model", family)
+    route_tiny_family(tmp_path / "model", routing)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.from_numpy(IDS)
+    # Layer routing trains on what all tokens would get, so that only all of them see the same as at inference.
+    share = 0.5 if routing == "mlp" else 1.0
+    chosen = {
+        layer: torch.rand(ids.shape, generator=torch.Generator().manual_seed(layer)) < share for layer in (0, 2, 3)
+    }
+    select = {layer: (lambda scores, active=active: active) for layer, active in chosen.items()}
+    trained = model(ids, use_cache=False, select_tokens=select).logits
+    torch.testing.assert_close(trained, model(ids, use_cache=False, force_active=chosen).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_lora_training_is_refused_when_the_family_multiplies_branches(tmp_path: Path) -> None:
+    save_tiny_family(tmp_path / "model", "granite")
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        model = llama_dlo_from_tensors(checkpoint.config.model_values(), checkpoint.tensors)
+    with pytest.raises(TrainingError, match="mode lora does not know the factors of a granite model's branches"):
+        choose_parameters(model, TrainingSettings(mode="lora"))
