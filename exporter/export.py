@@ -78,6 +78,7 @@ class ExportRequest:
         force_base: Let the adapter be made from other weights.
         trt: Build TensorRT engines too; None builds none.
         ort_plugin_library: libdlo_ort.so, with which parity runs the plugin lowering.
+        last_logits: Have model.onnx compute the logits of each sequence's last token only.
 
     Raises:
         InputError: There is no such dtype.
@@ -95,6 +96,7 @@ class ExportRequest:
     force_base: bool = False
     trt: TensorRtRequest | None = None
     ort_plugin_library: Path | None = None
+    last_logits: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_CHOICES:
@@ -182,7 +184,7 @@ def _export_into(
     # Reads every weight once more, on another core than the one that writes them.
     identity = BackgroundValue(source.base.sha256)
     with reporter.stage("graph"):
-        model = build_model(source, lowering, graph_dtype(dtype))
+        model = build_model(source, lowering, graph_dtype(dtype), last_logits=request.last_logits)
         set_model_metadata(model, source, dtype=dtype, lowering=lowering)
     if plan is not None:
         # Imported here: only these exports need what builds engines.

@@ -133,13 +133,15 @@ def foreign_passes() -> list[GraphPass]:
     ]
 
 
-def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord) -> list[Step]:
+def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord, *, last_logits: bool = False) -> list[Step]:
     """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
     return [
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
         # The masked form is exact standard ONNX, and the oracle for what follows.
         *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
+        # The head is the largest matrix, and its output larger: one row per sequence instead of one per prompt token.
+        *([Step(KeepLastLogitsPass(), INJECTED if source.routing is None else ROUTED)] if last_logits else []),
         # The one lowering: tokens that skip leave the MLP's batch, or the MLP runs only where a token is active.
         *_lowering_steps(lowering, Workload()),
         # Late, because the passes above look for projections one by one. Decode gets 4 % faster.
@@ -241,13 +243,16 @@ def exposed(released: ir.Model, *, force: bool = False, streams: bool = False) -
     return _run_passes(model, exposure_passes(routed=routed, force=force, streams=streams))
 
 
-def build_model(source: GraphSource, lowering: str, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
+def build_model(
+    source: GraphSource, lowering: str, dtype: ir.DataType = ir.DataType.FLOAT, *, last_logits: bool = False
+) -> ir.Model:
     """Builds the source's graph for ONNX Runtime.
 
     Args:
         source: What to export.
         lowering: Name of what routed layers become.
         dtype: Of weights, KV cache and logits; a foreign graph keeps its own.
+        last_logits: Compute the logits of each sequence's last token only.
 
     Returns:
         The finished graph, its weights still lazy.
@@ -257,7 +262,7 @@ def build_model(source: GraphSource, lowering: str, dtype: ir.DataType = ir.Data
         dlo_export.graph_passes.errors.GraphPassError: The graph (a foreign one) is not what a pass needs.
         dlo_export.graph_passes.spec.invariants.GraphInvariantError: A stage broke its promise: a bug.
     """
-    steps = onnxruntime_steps(source, find_lowering(lowering, "onnxruntime-cpu"))
+    steps = onnxruntime_steps(source, find_lowering(lowering, "onnxruntime-cpu"), last_logits=last_logits)
     return run_steps(_plain(source, dtype), steps)
 
 

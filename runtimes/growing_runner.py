@@ -30,6 +30,7 @@ class GrowingRunner(Runner):
             routed_layers=interface.routed_layers,
             thresholds=thresholds,
             forcing=interface.forcing,
+            last_logits_only=interface.last_logits,
         )
         self._interface = interface
 

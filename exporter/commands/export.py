@@ -68,6 +68,10 @@ def main(
             help="What routed layers become; auto chooses by what was measured.",
         ),
     ] = "auto",
+    last_logits: Annotated[
+        bool,
+        typer.Option("--last-logits", help="Logits of each sequence's last token only: quicker prompts, no scoring."),
+    ] = False,
     trt: Annotated[bool, typer.Option("--trt", help="Build TensorRT engines too.")] = False,
     trt_backend: Annotated[
         BackendOption, typer.Option(help="rtx builds without a GPU; auto is tensorrt where it and a GPU are there.")
@@ -144,6 +148,7 @@ def main(
         force_base=force_base,
         trt=tensorrt if trt else None,
         ort_plugin_library=ort_plugin_library,
+        last_logits=last_logits,
     )
     with naming_allow_nonfinite():
         result = export_model(request, reporter)

@@ -94,6 +94,13 @@ def compare(
     )
 
 
+def _logit_statistics(wanted: Trace, found: Trace, case: Case) -> LogitStatistics:
+    """Of the tokens whose logits the candidate shows; places are columns of all."""
+    shown = found.shown
+    compared = logit_statistics(wanted.logits[:, shown], found.logits, case.real[:, shown])
+    return dataclasses.replace(compared, position=int(shown[compared.position]))
+
+
 class _Comparison:
     """One candidate's turn."""
 
@@ -167,7 +174,9 @@ class _Comparison:
             self._not_finite = True  # a judgement like any other: the report says where, and what the cases show
         self._tokens = generation.sequences
         fed = [np.array([*prompt, *new[:-1]]) for prompt, new in zip(prompts, self._tokens, strict=True)]
-        steps = (1,) * (len(self._tokens[0]) - 1) if self._steps_matter else ()
+        # A model that shows each step's last logits only has to be fed token by token to show them all.
+        stepwise = self._steps_matter or runner.last_logits_only
+        steps = (1,) * (len(self._tokens[0]) - 1) if stepwise else ()
         self._cases.append(Case("greedy tokens, refed", step_feeds(fed, *steps)))
         self._traces.append(trace_reference(self._reference, self._cases[-1]))
 
@@ -175,7 +184,7 @@ class _Comparison:
         for case, wanted in zip(self._cases, self._traces, strict=True):
             if case.forcing is None:
                 found = trace_case(runner, case, None)
-                self._free_logits[case.name] = logit_statistics(wanted.logits, found.logits, case.real)
+                self._free_logits[case.name] = _logit_statistics(wanted, found, case)
 
     def _compare_cases(self, runner: Runner) -> None:
         found_traces = [
@@ -186,7 +195,7 @@ class _Comparison:
                 CaseResult(
                     case=case.name,
                     candidate=self._candidate.name,
-                    logits=logit_statistics(wanted.logits, found.logits, case.real),
+                    logits=_logit_statistics(wanted, found, case),
                     free_logits=self._free_logits.get(case.name),
                     decisions=len(wanted.scores) * int(case.real.sum()),
                     flips=tuple(flips(wanted.scores, found.scores, case.real, self._reference.thresholds)),
@@ -212,7 +221,7 @@ class _Comparison:
                     row=row,
                     index=index,
                     gap=float(logits.max() - logits[sequence[index]]),
-                    error=float(np.abs(found.logits[row, first + index] - logits).max()),
+                    error=float(np.abs(found.logits[row, found.shown == first + index] - logits).max()),
                     flips=len(earlier),
                 )
             )
