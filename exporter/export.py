@@ -23,6 +23,7 @@ from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.model_metadata import set_model_metadata
 from dlo_export.exporter.pipeline import build_model, choose_onnxruntime_lowering
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
@@ -79,6 +80,7 @@ class ExportRequest:
         trt: Build TensorRT engines too; None builds none.
         ort_plugin_library: libdlo_ort.so, with which parity runs the plugin lowering.
         last_logits: Have model.onnx compute the logits of each sequence's last token only.
+        remove_identity: Leave layers out that pass everything on.
 
     Raises:
         InputError: There is no such dtype.
@@ -97,6 +99,7 @@ class ExportRequest:
     trt: TensorRtRequest | None = None
     ort_plugin_library: Path | None = None
     last_logits: bool = False
+    remove_identity: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_CHOICES:
@@ -145,6 +148,10 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
     try:
         for warning in source.warnings:
             reporter.warn(warning)
+        if request.remove_identity:
+            source = without_layers(source, source.identity_layers())
+            if not source.removed_layers:
+                reporter.warn("--remove-identity: no layer passes everything on, so none is removed")
         plan = _plan_engines(request, source, reporter)
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
         dtype = source.base.graph_dtype(request.dtype) if plan is None else "fp32"

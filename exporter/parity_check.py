@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +16,7 @@ from dlo_export.exporter.artefact_runner import exposed_model
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import TensorRtOptions, build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.reduced_source import ReducedSource, without_layers
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
@@ -27,7 +29,9 @@ from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.parity.cases import parity_cases
 from dlo_export.runtimes.parity.compare import Candidate, compare
+from dlo_export.runtimes.parity.fewer_layers import FewerLayersRunner
 from dlo_export.runtimes.parity.report import ParityReport
+from dlo_export.runtimes.runner import Runner
 
 _SEED = 0
 _GREEDY_PROMPTS = (24, 15)  # tokens: of unequal length, so that one is padded
@@ -58,6 +62,8 @@ def check_parity(
     Raises:
         InputError: The artefact was made from another source, or by another version, or the library cannot be used.
     """
+    if not source.removed_layers:  # of an artefact without some, the source as it was opened has all
+        source = without_layers(source, description.source.removed_layers)
     released = load_graph(folder / MODEL_NAME)
     if (reason := _why_not_run(source, description, released, plugin_library)) is not None:
         return ParityReport.not_run(reason)
@@ -83,13 +89,20 @@ def check_parity(
         longest = min(longest, options.max_cache)
         twin = tensorrt_twin(source, options, released)
         candidates.append(_twin_candidate(twin, options, folder, routed=source.routing is not None))
-    config, routed = source.config_json(), source.routing is not None
+    # The reference has all layers of the source, also those that were removed as passing everything on.
+    whole = source.whole if isinstance(source, ReducedSource) else source
+    config, routed = whole.config_json(), source.routing is not None
     vocab_size = config["vocab_size"]
     rng = np.random.default_rng(_SEED)
     prompts = [max(1, tokens * longest // MOST_TOKENS) for tokens in _GREEDY_PROMPTS]
-    tensors = source.tensors()
-    precise = functools.partial(open_reference, config, tensors, name="PyTorch in float64", float64=True)
-    with open_reference(config, tensors) as reference:
+    tensors = whole.tensors()
+
+    def opened(**options: Any) -> Runner:
+        runner = open_reference(config, tensors, **options)
+        return FewerLayersRunner(runner, source.kept) if isinstance(source, ReducedSource) else runner
+
+    precise = functools.partial(opened, name="PyTorch in float64", float64=True)
+    with opened() as reference:
         return compare(
             reference,
             candidates,

@@ -30,6 +30,7 @@ from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
+from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
 from dlo_export.graph_passes.lowerings.record import LoweringRecord, Target, Workload
@@ -61,6 +62,11 @@ class GraphSource(Protocol):
     @property
     def routing(self) -> RoutingConfig | None:
         """None where nothing is routed."""
+        ...
+
+    @property
+    def removed_layers(self) -> tuple[int, ...]:
+        """Layers of the deepened model that pass everything on and are to be left out."""
         ...
 
     @property
@@ -138,6 +144,8 @@ def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord, *, last_log
     return [
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
+        # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
+        *([Step(RemoveIdentityLayersPass(source.removed_layers), INJECTED)] if source.removed_layers else []),
         # The masked form is exact standard ONNX, and the oracle for what follows.
         *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
         # The head is the largest matrix, and its output larger: one row per sequence instead of one per prompt token.
@@ -159,6 +167,8 @@ def tensorrt_steps(source: GraphSource, options: TensorRtOptions) -> list[Step]:
     return [
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
+        # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
+        *([Step(RemoveIdentityLayersPass(source.removed_layers), INJECTED)] if source.removed_layers else []),
         # The masked form, its routers in fp32.
         *([Step(_route_layers(source), ROUTED)] if routed else []),
         # A float32 MatMul may run in TF32, and not at all on Turing.

@@ -46,7 +46,7 @@ __all__ = [
     "placements",
 ]
 
-_PER_LAYER_LISTS = ("dlo_capacity", "layer_types", "no_rope_layers")
+PER_LAYER_LISTS = ("dlo_capacity", "layer_types", "no_rope_layers")
 
 
 def expanded_tensors(
@@ -136,7 +136,7 @@ def expanded_config(
         "num_hidden_layers": plan.num_layers,
         "injected_layers": [dataclasses.asdict(layer) for layer in _all_injected_layers(config, plan)],
     }
-    for key in _PER_LAYER_LISTS:
+    for key in PER_LAYER_LISTS:
         if isinstance(config.get(key), list):
             changes[key] = _placed(config[key], plan, key)
     routed = config.get("is_dlo")

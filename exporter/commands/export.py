@@ -72,6 +72,9 @@ def main(
         bool,
         typer.Option("--last-logits", help="Logits of each sequence's last token only: quicker prompts, no scoring."),
     ] = False,
+    remove_identity: Annotated[
+        bool, typer.Option("--remove-identity", help="Leave layers out that pass everything on, with their cache.")
+    ] = False,
     trt: Annotated[bool, typer.Option("--trt", help="Build TensorRT engines too.")] = False,
     trt_backend: Annotated[
         BackendOption, typer.Option(help="rtx builds without a GPU; auto is tensorrt where it and a GPU are there.")
@@ -149,6 +152,7 @@ def main(
         trt=tensorrt if trt else None,
         ort_plugin_library=ort_plugin_library,
         last_logits=last_logits,
+        remove_identity=remove_identity,
     )
     with naming_allow_nonfinite():
         result = export_model(request, reporter)
@@ -172,6 +176,8 @@ def main(
     if len(description.engines) > 1:
         extra = min(engine.build.bytes for engine in description.engines)
         typer.echo(f"--trt-split: both engines hold the weights, so the second one costs {extra / 2**20:.0f} MB")
+    if removed := description.source.removed_layers:
+        typer.echo(f"removed, since they pass everything on: layers {', '.join(map(str, removed))} of the source")
     layers = description.layers
     counts = {kind: sum(getattr(layer, kind) for layer in layers) for kind in ("injected", "routed", "identity")}
     typer.echo(

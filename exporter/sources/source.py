@@ -39,6 +39,7 @@ class ExportSource:
         routing: From the adapter, else from the base model; None for a dense model.
         adapter_name: Of the folder of an adapter, a LoRA one included; None where there is none.
         adapter_base: Whether that was made from the base model's weights.
+        removed_layers: Indices of layers that pass everything on and are left out: none here, see `ReducedSource`.
     """
 
     base: BaseModel
@@ -46,6 +47,7 @@ class ExportSource:
     routing: RoutingConfig | None
     adapter_name: str | None = None
     adapter_base: AdapterBase | None = None
+    removed_layers: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:

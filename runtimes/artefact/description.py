@@ -24,7 +24,7 @@ from dlo_export.runtimes.artefact.engine_record import (
     ParityVerdict,
     Sha256,
 )
-from dlo_export.runtimes.artefact.typed_json import JsonProblemsError, Rule, from_json, to_json
+from dlo_export.runtimes.artefact.typed_json import Absent, JsonProblemsError, Rule, from_json, to_json
 from dlo_export.runtimes.errors import ModelLoadError
 
 FORMAT_VERSION = 3  # 3 says each router's threshold
@@ -56,6 +56,7 @@ class SourceIdentity:
         model_type: What its config.json calls the model, such as "mistral"; None where a graph lies without one.
         adapter: Name of the adapter's folder; None where there was none.
         adapter_base: Whether the adapter was made from these weights; None where there was none.
+        removed_layers: Of the source, deepened by its adapter: layers that pass everything on and are in no graph.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class SourceIdentity:
     model_type: str | None
     adapter: str | None = None
     adapter_base: AdapterBase | None = None
+    removed_layers: Annotated[tuple[Count, ...], Absent(())] = ()
 
 
 @dataclasses.dataclass(frozen=True)
