@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -20,7 +21,9 @@ from dlo_export.checkpoints.llama_layer import parse_router
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
+from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import open_source
 from dlo_export.modeling.calibration.layer_stream import LayerStream
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
@@ -28,6 +31,8 @@ from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.parameters import choose_parameters
 from dlo_export.modeling.training.settings import TrainingSettings
 from tests.bare_session import BareSession
+from tests.exporter.test_cli import dlo
+from tests.static_session import StaticSession
 from tests.tiny_families import FAMILIES, LAYERS, ORIGINAL_CONTEXT, ROPES, route_tiny_family, save_tiny_family
 
 CASES: dict[str, dict[str, Any]] = {
@@ -67,6 +72,18 @@ def test_artefact_computes_what_transformers_does_when_the_family_differs_from_l
     np.testing.assert_allclose(found, stepwise_logits(reference), rtol=1e-5, atol=5e-5)
     client = json.loads((result.folder / "config.json").read_text())
     assert (client["model_type"], client["num_key_value_heads"]) == ("llama", 2)
+
+
+@pytest.mark.parametrize("case", ["qwen3, yarn", "smollm3", "granite", "llama, dynamic", "llama, longrope"])
+def test_tensorrt_graph_computes_what_transformers_does_when_the_family_differs_from_llama(
+    tmp_path: Path, case: str
+) -> None:
+    reference = save_tiny_family(tmp_path / "model", **CASES[case])
+    source = open_source(str(tmp_path / "model"), None)
+    options = TensorRtOptions("none", max_batch=2, max_sequence=16, max_cache=CUTS[-1])
+    session = StaticSession(build_tensorrt_model(source, options, ir.DataType.FLOAT), 2)
+    pieces = [session.step(IDS[:, start:stop])["logits"] for start, stop in zip((0, *CUTS[:-1]), CUTS, strict=True)]
+    np.testing.assert_allclose(np.concatenate(pieces, 1), stepwise_logits(reference), rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("routing", ["mlp", "layer"])
@@ -124,6 +141,17 @@ def test_injected_layers_pass_everything_on_when_the_family_differs_from_llama(t
     positions = np.tile(np.arange(CUTS[-1]), (2, 1))
     found = BareSession(result.folder / "model.onnx").logits_of(IDS, np.ones_like(IDS), positions, CUTS)
     np.testing.assert_allclose(found, stepwise_logits(reference), rtol=1e-5, atol=5e-5)
+
+
+def test_calibrated_model_has_its_familys_own_type_when_it_was_plain(tmp_path: Path) -> None:
+    save_tiny_family(tmp_path / "model", "qwen3")
+    (tmp_path / "text.txt").write_text("What a family adds to a Llama stays with it when it is routed. " * 40)
+    sizes = ("--tokens", 512, "--evaluation-tokens", 512, "--target", 0.8)
+    made = dlo("calibrate", tmp_path / "model", "-o", tmp_path / "routed", "--text", tmp_path / "text.txt", *sizes)
+    assert made.returncode == 0, made.stderr
+    config = json.loads((tmp_path / "routed" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("qwen3_dlo_exattn", ["Qwen3DloForCausalLM"])
+    assert exported(tmp_path / "routed").description.parity.verdict == "PASS"
 
 
 @torch.no_grad()
