@@ -40,24 +40,24 @@ H2048 = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _RandomTensor:
-    """Drawn when it is read, the same each time."""
+class RandomTensor:
+    """A `LazyTensor`, drawn when it is read, the same each time."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(ml_dtypes.bfloat16))
 
-    def numpy(self) -> np.ndarray:
+    def numpy(self) -> np.ndarray:  # noqa: D102 - as LazyTensor says
         if self.name.endswith("norm.weight"):
             return np.ones(self.shape, self.dtype)
         values = np.random.default_rng(zlib.crc32(self.name.encode())).standard_normal(self.shape, np.float32)
         return (values * np.float32(self.shape[-1] ** -0.5)).astype(self.dtype)
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # noqa: D102
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def rows(self, start: int, stop: int) -> np.ndarray:  # noqa: D102
         return self.numpy()[start:stop]
 
     def release(self) -> None:
@@ -78,7 +78,7 @@ def random_llama_folder(name: str, config: dict[str, Any]) -> Path:
         with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
             staging = Path(temporary) / name
             staging.mkdir()
-            save_model_tensors({key: _RandomTensor(key, shape) for key, shape in shapes.items()}, staging)
+            save_model_tensors({key: RandomTensor(key, shape) for key, shape in shapes.items()}, staging)
             (staging / "config.json").write_text(json.dumps(config, indent=2))
             staging.rename(folder)
     return folder

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--publish", type=Path, help="folder to copy tables and plots to")
     parser.add_argument("--held-out-tokens", type=int, help="of each domain; each form has its own")
     parser.add_argument("--compile", action="store_true", help="compile layers in training, as `dlo train` does")
-    parser.add_argument("--only-expansion", action="store_true", help="table (a) alone, which needs no training")
+    parser.add_argument("--only", choices=["expansion", "training", "shipped"], help="table (a); all but (d); or (d)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch on the CPU")
     parsed = parser.parse_args(arguments)
     # Not at the top: processes that extract text import this file, and need none of PyTorch.
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data=parsed.data,
         tasks=parsed.tasks,
         publish=parsed.publish,
-        only_expansion=parsed.only_expansion,
+        only=parsed.only,
     )
     try:
         check(request)

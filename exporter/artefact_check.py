@@ -20,7 +20,7 @@ from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.weight_file import external_tensors
 from dlo_export.graph_passes.find.data_flow import constant_scalar
-from dlo_export.graph_passes.lowerings.record import Target, Workload
+from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, Target, Workload
 from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowering, lowering_names
 from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_ACTIVE, ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.description import (
@@ -34,9 +34,6 @@ from dlo_export.runtimes.artefact.engine_record import EngineRecord, GraphInterf
 from dlo_export.runtimes.artefact.files import verify_files
 from dlo_export.runtimes.decoder_interface import TensorSpec
 from dlo_export.runtimes.errors import ModelLoadError
-
-_RELEASED: Target = "onnxruntime-cpu"
-"""What model.onnx is lowered for."""
 
 
 def open_description(folder: Path) -> ArtefactDescription:
@@ -52,7 +49,7 @@ def open_description(folder: Path) -> ArtefactDescription:
     description = load_description(folder)
     verify_files(description.files)
     records: list[tuple[str, Path, ArtefactDescription | EngineRecord, Target]] = [
-        ("", folder / MODEL_NAME, description, _RELEASED)
+        ("", folder / MODEL_NAME, description, PROVIDER_TARGETS[description.provider])
     ]
     records += [(f"engines[{index}].", each.graph, each, "tensorrt") for index, each in enumerate(description.engines)]
     problems: list[str] = []

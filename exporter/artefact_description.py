@@ -11,8 +11,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dlo_export import __version__
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.runtimes.artefact.description import (
     ENGINES_NAME,
@@ -34,7 +36,14 @@ ROUTER_RULE = "active iff sigmoid(fp32(x) · w) > {threshold}, x being the layer
 
 
 def describe(
-    source: ExportSource, model: ir.Model, *, sha256: str, dtype: str, lowering: str, reason: str
+    source: ExportSource,
+    model: ir.Model,
+    *,
+    sha256: str,
+    dtype: str,
+    provider: ProviderOption,
+    lowering: str,
+    reason: str,
 ) -> ArtefactDescription:
     """Everything known before parity runs, engines are built and files are complete.
 
@@ -43,6 +52,7 @@ def describe(
         model: The graph as it is released.
         sha256: Of the source's weights, as its `sha256()` says.
         dtype: "fp32", "fp16" or "bf16".
+        provider: What it is to run on.
         lowering: What routed layers became.
         reason: Why that one.
     """
@@ -52,9 +62,10 @@ def describe(
         source=_identity(source, sha256),
         files=(),
         dtype=dtype,
+        provider=provider,
         lowering=lowering,
         lowering_reason=reason,
-        capture_problem=find_lowering(lowering, "onnxruntime-cpu").not_capturable,
+        capture_problem=find_lowering(lowering, PROVIDER_TARGETS[provider]).not_capturable,
         plugin_operators=plugin_operators(model),
         routing=_routing(source),
         layers=_layers(source),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.device_options import ProviderOption
+from dlo_export.checkpoints.interface import past_name
 from dlo_export.exporter.pipeline import exposed
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, load_description
 from dlo_export.runtimes.artefact.files import check_model_files
+from dlo_export.runtimes.decoder_interface import cache_kind
+from dlo_export.runtimes.onnxruntime.in_place_runner import InPlaceRunner
+from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.runner import Runner
 
@@ -23,7 +29,8 @@ def open_artefact(
     threads: int | None = None,
     allow_spinning: bool = True,
     plugin_library: Path | None = None,
-) -> OnnxRuntimeRunner:
+    provider: ProviderOption | None = None,
+) -> OnnxRuntimeRunner | InPlaceRunner:
     """Opens an artefact in ONNX Runtime.
 
     Args:
@@ -33,9 +40,11 @@ def open_artefact(
         threads: Of one operator.
         allow_spinning: Let idle threads spin; False where several runners share a process.
         plugin_library: libdlo_ort.so; loaded where the artefact has dlo operators, and never else.
+        provider: What runs it; None: what it was exported for. No other one takes its place.
 
     Raises:
         InputError: The folder is no artefact, or its files are not of the sizes its description says.
+        dlo_export.runtimes.errors.BackendUnavailableError: The provider is not there, or does not start.
         dlo_export.runtimes.errors.RuntimeInputError: ONNX Runtime refuses the graph.
         dlo_export.plugins.errors.PluginLibraryError: It has dlo operators, and no library that computes them is given.
     """
@@ -45,7 +54,7 @@ def open_artefact(
     if operators and plugin_library is None:
         raise no_library(operators)
     shown = scores and description.routing is not None
-    return OnnxRuntimeRunner(
+    return runner_for(value.name for value in description.interface.inputs)(
         exposed_model(load_graph(folder / MODEL_NAME)) if shown else folder / MODEL_NAME,
         weights_folder=folder if shown else None,
         name=name or folder.name,
@@ -53,7 +62,20 @@ def open_artefact(
         threads=threads,
         allow_spinning=allow_spinning,
         plugin_library=plugin_library if operators else None,
+        provider=BY_PROVIDER[provider or description.provider],
     )
+
+
+def runner_for(inputs: Iterable[str]) -> type[OnnxRuntimeRunner] | type[InPlaceRunner]:
+    """What runs a graph of ours in ONNX Runtime, by the names of its inputs."""
+    return InPlaceRunner if cache_kind(tuple(inputs)) == "in_place" else OnnxRuntimeRunner
+
+
+def cache_slots(graph: ir.Graph) -> int:
+    """Tokens per sequence that a cache of fixed size holds; 0 where it grows."""
+    key = next((value for value in graph.inputs if value.name == past_name(0, "key")), None)
+    slots = None if key is None or key.shape is None else key.shape[2]
+    return slots if isinstance(slots, int) else 0
 
 
 def open_engines(folder: Path, plugin_library: Path | None = None) -> Runner:

@@ -29,6 +29,7 @@ from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate, wit
 from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_thresholds
 from dlo_export.modeling.calibration.router_calibration import CalibratedRouters, CalibrationSettings, calibrate_routers
 from dlo_export.modeling.calibration.text import CalibrationText, calibration_text, read_documents
+from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_layers
 from dlo_export.modeling.training.router_distillation import DistillationSettings, distilled_routers
@@ -55,6 +56,7 @@ class CalibrationRequest:
         tokens: To fit on; None for a number that suits what is done.
         evaluation_tokens: To measure on, from other documents.
         seed: Of the choice of documents to fit on.
+        device: Of the model and the text, as `--device` names it.
         force: Replace an output of this program's.
         force_base: Let the adapter be made from other weights.
         routing: What tokens are to skip; None for what the model's routers skip, and MLPs where it has none.
@@ -74,6 +76,7 @@ class CalibrationRequest:
     routing: RoutingKind | None = None
     distillation: DistillationSettings | None = None
     retarget: float | None = None
+    device: str = "cpu"
 
     @property
     def makes_adapter(self) -> bool:
@@ -147,10 +150,12 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
 
     Raises:
         ValueError: Of our packages: the model, the text or the settings are not usable.
+        MachineError: There is no such device.
     """
     inputs = (Path(request.model), request.adapter, request.text)
     makes = FolderKind.ADAPTER if request.makes_adapter else FolderKind.CHECKPOINT
     check_output_folder(request.output, overwrite=request.force, makes=makes, inputs=inputs)
+    device = torch_device(request.device)  # or it says why not, before the work
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "calibration")
@@ -160,7 +165,7 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             reporter.warn(warning)
         # The routers that are there are replaced, so theirs is a default and no more.
         routing = request.routing or (source.routing.kind if source.routing is not None else "mlp")
-        text = source_text(source, request)
+        text = source_text(source, request).to(device)
         with reporter.stage("model"):
             tensors = {n: t for n, t in source.tensors().items() if parse_router(n) is None}
             kept = _kept_tensors(source, tensors, request)
@@ -169,9 +174,9 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             check_output_space(request.output, sum(tensor.nbytes for tensor in kept.values()) + routers)
             if request.retarget is None:
                 dense = {"is_dlo": False, "rescale_hidden_states": False, **replaced_thresholds(config, {})}
-                model = llama_dlo_from_tensors(config | dense, tensors)
+                model = llama_dlo_from_tensors(config | dense, tensors, device=device)
             else:
-                model = llama_dlo_from_tensors(config, source.tensors())
+                model = llama_dlo_from_tensors(config, source.tensors(), device=device)
         if request.retarget is None:
             fitted, routed = _fitted(model, text, request, routing, reporter)
         else:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.checkpoints.llama_layer import parse_router
@@ -39,7 +40,8 @@ class EvaluationRequest:
         adapter: Adapter on a checkpoint.
         dense: Run a checkpoint without its routers.
         active_rate: Show an artefact's routers, which takes a copy of its graph; a checkpoint's always show.
-        device: Of PyTorch, "cpu" or "cuda".
+        device: Of PyTorch, as `--device` names it.
+        provider: Of ONNX Runtime; None: what the artefact was exported for.
         threads: Of ONNX Runtime.
         sequence: See `EvaluationSettings`, here and below.
         force_base: Let the adapter be made from other weights.
@@ -54,6 +56,7 @@ class EvaluationRequest:
     dense: bool = False
     active_rate: bool = False
     device: str = "cpu"
+    provider: ProviderOption | None = None
     threads: int | None = None
     sequence: int | None = None
     stride: int | None = None
@@ -70,7 +73,7 @@ class ModelEvaluation:
     Attributes:
         model: As it was given.
         runner: "onnxruntime" or "torch".
-        device: "cpu" or "cuda".
+        device: What computed it: "cpu", "cuda" or "cuda:N".
         routed_layers: That skipped; empty for a dense model, and where routing was left out.
         result: The numbers.
     """
@@ -114,17 +117,22 @@ def _check_options(request: EvaluationRequest, *, is_artefact: bool, on_torch: b
             hint="leave --runner out, or give the checkpoint the artefact was made from",
         )
     if on_torch:
+        if request.provider is not None:
+            raise InputError(
+                f"{request.model}: --provider {request.provider} is of ONNX Runtime, PyTorch runs a checkpoint",
+                hint="--device says where PyTorch computes",
+            )
         return
     given = {
         "--adapter": request.adapter is not None,
         "--dense": request.dense,
-        "--device cuda": request.device != "cpu",
+        f"--device {request.device}": request.device != "cpu",
     }
     if options := [option for option, is_given in given.items() if is_given]:
         raise InputError(
             f"{request.model}: {' and '.join(options)} cannot be had on ONNX Runtime, which runs an artefact as it was "
-            "exported, on the CPU",
-            hint="give the checkpoint, or export another artefact",
+            "exported",
+            hint="--provider says where; give the checkpoint, or export another artefact",
         )
 
 
@@ -135,11 +143,17 @@ def _evaluate_artefact(
     description = load_description(folder)
     plan = _plan(request, texts, tasks, folder, reporter)
     opened = open_artefact(
-        folder, scores=request.active_rate, threads=request.threads, plugin_library=request.ort_plugin_library
+        folder,
+        scores=request.active_rate,
+        threads=request.threads,
+        plugin_library=request.ort_plugin_library,
+        provider=request.provider,
     )
     with opened as runner:
         result = evaluate(RunnerScorer(runner), plan, reporter.count)
-    return ModelEvaluation(request.model, "onnxruntime", "cpu", description.routed_layers, result)
+    return ModelEvaluation(
+        request.model, "onnxruntime", request.provider or description.provider, description.routed_layers, result
+    )
 
 
 def _evaluate_on_torch(

@@ -13,6 +13,8 @@ INTERRUPTED, OUTPUT_LOST, TERMINATED = 130, 141, 143
 
 # What extras install, and which; every command that needs one says so by failing to import it.
 _EXTRA_PACKAGES = {**dict.fromkeys(("torch", "transformers", "jinja2", "accelerate"), "torch"), "peft": "train"}
+# PyTorch's word for a GPU without room, by module and name: PyTorch itself is not imported for it.
+_TORCH_OUT_OF_MEMORY = ("torch", "OutOfMemoryError")
 # What the system refuses for reasons of its own: room, rights, limits, devices.
 _MACHINE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM),
@@ -49,9 +51,17 @@ def exit_code(error: BaseException) -> int:
         return MACHINE
     if isinstance(error, OSError) and error.errno in _NAME_ERRORS:
         return BAD_INPUT
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE_ERRORS):
+    if (
+        _is_gpu_full(error)
+        or isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno in _MACHINE_ERRORS)
+    ):
         return MACHINE
     return OUR_BUG
+
+
+def _is_gpu_full(error: BaseException) -> bool:
+    return (type(error).__module__, type(error).__name__) == _TORCH_OUT_OF_MEMORY
 
 
 def report_error(error: BaseException | str) -> None:
@@ -77,6 +87,8 @@ def _text(error: BaseException | str) -> str:
         text = f"{error.filename or 'disk'}: {error.strerror}"
     elif isinstance(error, MemoryError):
         text = "memory is exhausted"
+    elif _is_gpu_full(error):
+        text = f"{str(error).splitlines()[0]}\n\nhint: take a smaller batch, a GPU with more memory, or --device cpu"
     elif usage := getattr(error, "format_message", None):  # typer's own errors, which name the option
         context = getattr(error, "ctx", None)
         command = "dlo" if context is None else context.command_path

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
 from dlo_export.checkpoints.errors import DloError, InputError
 from dlo_export.checkpoints.files.disk_space import check_disk_space, no_room_reported
@@ -18,16 +19,16 @@ from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.exporter.artefact_description import complete_description, describe
 from dlo_export.exporter.background import BackgroundValue
 from dlo_export.exporter.client_config import client_config
-from dlo_export.exporter.genai_config import WHY_NONE, genai_config
+from dlo_export.exporter.genai_config import WHY_NONE, WHY_NONE_STATIC, genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.model_metadata import set_model_metadata
-from dlo_export.exporter.pipeline import build_model, choose_onnxruntime_lowering
+from dlo_export.exporter.pipeline import build_captured_model, build_model, check_captured, choose_onnxruntime_lowering
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
-from dlo_export.graph_passes.lowerings.record import Target
+from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, Target
 from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_names
 from dlo_export.plugins.ort_registration import check_library
 from dlo_export.runtimes.artefact.description import (
@@ -39,9 +40,9 @@ from dlo_export.runtimes.artefact.description import (
     load_description,
 )
 from dlo_export.runtimes.artefact.engine_record import ParityVerdict
+from dlo_export.runtimes.errors import ProviderUnavailableError
+from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
 from dlo_export.runtimes.parity.report import ParityReport
-
-_TARGET: Target = "onnxruntime-cpu"
 
 
 class ParityFailedError(DloError):
@@ -81,9 +82,12 @@ class ExportRequest:
         ort_plugin_library: libdlo_ort.so, with which parity runs the plugin lowering.
         last_logits: Have model.onnx compute the logits of each sequence's last token only.
         remove_identity: Leave layers out that pass everything on.
+        provider: Of ONNX Runtime, that model.onnx is made for, and parity runs on where it is there.
+        static_cache: Tokens per sequence in a KV cache that ONNX Runtime writes in place, so that a CUDA graph captures
+            a decode step of model.onnx; None lets the cache grow.
 
     Raises:
-        InputError: There is no such dtype.
+        InputError: There is no such dtype, or options contradict each other.
     """
 
     model: str
@@ -100,10 +104,28 @@ class ExportRequest:
     ort_plugin_library: Path | None = None
     last_logits: bool = False
     remove_identity: bool = False
+    provider: ProviderOption = "cpu"
+    static_cache: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_CHOICES:
             raise InputError(f"--dtype {self.dtype}: no such type", hint=f"choose one of {', '.join(DTYPE_CHOICES)}")
+        if self.trt is not None and self.provider != "cpu":
+            raise InputError(
+                f"--provider {self.provider} and --trt: beside engines, model.onnx is the fp32 graph that proves them "
+                "on a CPU",
+                hint="export twice, once with each",
+            )
+        if self.last_logits and self.static_cache is not None:
+            raise InputError(
+                "--last-logits and --static-cache: a cache that is written in place goes with every token's logits",
+                hint="leave one of the two out",
+            )
+        if self.trt is not None and self.static_cache is not None:
+            raise InputError(
+                "--static-cache and --trt: engines have a cache of their own, --trt-max-cache is its size",
+                hint="leave one of the two out",
+            )
 
     @property
     def inputs(self) -> tuple[Path | None, ...]:
@@ -154,15 +176,23 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
                 reporter.warn("--remove-identity: no layer passes everything on, so none is removed")
         plan = _plan_engines(request, source, reporter)
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
-        dtype = source.base.graph_dtype(request.dtype) if plan is None else "fp32"
-        engines_only = plan is not None and not _runs_everywhere(request.lowering)
+        dtype = source.base.graph_dtype(request.dtype, request.provider) if plan is None else "fp32"
+        engines_only = plan is not None and not _runs_everywhere(request.lowering, PROVIDER_TARGETS[request.provider])
         lowering, reason = choose_onnxruntime_lowering(
             "auto" if engines_only else request.lowering,
             dtype,
             routing=None if source.routing is None else source.routing.kind,
             path=source.base.path,
+            provider=request.provider,
+            library_at_hand=request.ort_plugin_library is not None,
+            captured=request.static_cache is not None,
         )
-        if request.ort_plugin_library is not None and find_lowering(lowering, _TARGET).domains:
+        if request.static_cache is not None:
+            check_captured(dtype, request.provider)
+        if (
+            request.ort_plugin_library is not None
+            and find_lowering(lowering, PROVIDER_TARGETS[request.provider]).domains
+        ):
             check_library(request.ort_plugin_library)
         with no_room_reported(request.output), whole_folder(request.output, overwrite=request.force) as folder:
             summary = _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
@@ -191,7 +221,16 @@ def _export_into(
     # Reads every weight once more, on another core than the one that writes them.
     identity = BackgroundValue(source.base.sha256)
     with reporter.stage("graph"):
-        model = build_model(source, lowering, graph_dtype(dtype), last_logits=request.last_logits)
+        if request.static_cache is None:
+            model = build_model(
+                source,
+                lowering,
+                graph_dtype(dtype),
+                PROVIDER_TARGETS[request.provider],
+                last_logits=request.last_logits,
+            )
+        else:
+            model = build_captured_model(source, lowering, request.static_cache, graph_dtype(dtype))
         set_model_metadata(model, source, dtype=dtype, lowering=lowering)
     if plan is not None:
         # Imported here: only these exports need what builds engines.
@@ -211,13 +250,23 @@ def _export_into(
         )
     ir.save(model, folder / MODEL_NAME)
     with reporter.stage("description"):
-        if source.remembers_activity:
+        if request.static_cache is not None:
+            reporter.warn(WHY_NONE_STATIC)
+        elif source.remembers_activity:
             reporter.warn(WHY_NONE)
         elif source.base.config is not None:
             inputs = [value.name or "" for value in model.graph.inputs]
-            values = genai_config(source.base.config, source.num_layers, generation, inputs)
+            values = genai_config(source.base.config, source.num_layers, generation, inputs, request.provider)
             save_json(folder / "genai_config.json", values)
-        description = describe(source, model, sha256=identity.result(), dtype=dtype, lowering=lowering, reason=reason)
+        description = describe(
+            source,
+            model,
+            sha256=identity.result(),
+            dtype=dtype,
+            provider=request.provider,
+            lowering=lowering,
+            reason=reason,
+        )
     peak = None if plan is None else _float16_peak(folder, request, source, plan, reporter)
     parity, summary = _run_parity(folder, request, source, description, plan, reporter)
     description = dataclasses.replace(description, parity=parity)
@@ -241,9 +290,9 @@ def _plan_engines(request: ExportRequest, source: ExportSource, reporter: Report
     return plan
 
 
-def _runs_everywhere(lowering: str) -> bool:
+def _runs_everywhere(lowering: str, target: Target) -> bool:
     """Whether ONNX Runtime has a lowering, or "auto", by itself: model.onnx beside engines needs no library."""
-    return lowering == "auto" or (lowering in lowering_names(_TARGET) and not find_lowering(lowering, _TARGET).domains)
+    return lowering == "auto" or (lowering in lowering_names(target) and not find_lowering(lowering, target).domains)
 
 
 def _run_parity(
@@ -264,7 +313,19 @@ def _run_parity(
         graphs = [engine.options for engine in plan.engines] if plan is not None else []
         if any(options.max_cache < MOST_TOKENS for options in graphs):
             reporter.warn(f"--trt-max-cache is below {MOST_TOKENS}: parity's cases are cut to fit")
-        report = check_parity(source, folder, description, graphs, request.ort_plugin_library)
+        try:
+            report = check_parity(
+                source,
+                folder,
+                description,
+                graphs,
+                request.ort_plugin_library,
+                provider=BY_PROVIDER[request.provider],
+            )
+        except ProviderUnavailableError as err:
+            # Not this machine's to prove: the artefact is for one that has the provider.
+            report = ParityReport.not_run(err.message)
+            reporter.warn(f"parity is NOT RUN: {err.message}")
     parity = ParityVerdict(report.verdict, report.reason or None)
     save_json(folder / PARITY_NAME, finite(report.to_json()))
     if report.verdict == "FAIL":

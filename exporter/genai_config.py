@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.checkpoints.interface import (
     LOGITS,
@@ -24,9 +25,24 @@ WHY_NONE = (
 )
 """Why an artefact has no genai_config.json, for the user to be told."""
 
+WHY_NONE_STATIC = (
+    "--static-cache: the graph is told how long each sequence is (kv_lengths) in place of an attention_mask, which is "
+    "what onnxruntime-genai, optimum and transformers.js feed: genai_config.json is left out. `dlo run` and programs "
+    "that feed ONNX Runtime themselves run the graph, see docs/artefact.md"
+)
+"""Likewise, where the cache is written in place."""
+
+
+# The CPU is what runs where none is named; CUDA's entry takes the options of its provider, none of which is needed.
+_PROVIDER_OPTIONS: Mapping[ProviderOption, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {}}]}
+
 
 def genai_config(
-    config: LlamaConfig, num_layers: int, generation: GenerationConfig, inputs: Collection[str]
+    config: LlamaConfig,
+    num_layers: int,
+    generation: GenerationConfig,
+    inputs: Collection[str],
+    provider: ProviderOption = "cpu",
 ) -> dict[str, Any]:
     """The file's content.
 
@@ -35,6 +51,7 @@ def genai_config(
         num_layers: Of the deepened model.
         generation: End tokens and sampling defaults.
         inputs: Names of the graph's inputs; those of other exporters may do without `position_ids`.
+        provider: Of ONNX Runtime. CUDA's options are onnxruntime-genai's own.
 
     Returns:
         `past_present_share_buffer` is false because standard Attention grows its cache (onnxruntime-genai 0.18).
@@ -47,7 +64,7 @@ def genai_config(
             **_special_tokens(config, generation),
             "decoder": {
                 "filename": "model.onnx",
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": _PROVIDER_OPTIONS[provider]},
                 "hidden_size": config.hidden_size,
                 "head_size": config.head_dim,
                 "num_attention_heads": config.num_heads,

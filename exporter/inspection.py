@@ -18,6 +18,7 @@ from dlo_export.exporter.sources.foreign_graph import load_graph, read_prepared
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, ArtefactDescription, description_json
@@ -108,7 +109,7 @@ def _parity_verdict(description: ArtefactDescription | None, folder: Path) -> st
 def _skips(description: ArtefactDescription | None) -> str | None:
     if description is None or description.routing is None:
         return None
-    return find_lowering(description.lowering, "onnxruntime-cpu").skips
+    return find_lowering(description.lowering, PROVIDER_TARGETS[description.provider]).skips
 
 
 def _untrained_routers(graph: ir.Graph, description: ArtefactDescription | None) -> list[int]:

@@ -12,19 +12,20 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.artefact_runner import exposed_model
+from dlo_export.exporter.artefact_runner import cache_slots, exposed_model, runner_for
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.pipeline import TensorRtOptions, build_model
+from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.reduced_source import ReducedSource, without_layers
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import save_weights, weight_places
+from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
-from dlo_export.runtimes.onnxruntime.providers import CPU
+from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.parity.cases import parity_cases
@@ -46,6 +47,9 @@ def check_parity(
     description: ArtefactDescription,
     tensorrt: Iterable[TensorRtOptions] = (),
     plugin_library: Path | None = None,
+    *,
+    provider: Provider = CPU,
+    device: str = "cpu",
 ) -> ParityReport:
     """Compares an artefact, and the fp32 twins of its TensorRT graphs, with the PyTorch model of its source.
 
@@ -58,33 +62,40 @@ def check_parity(
         description: Its dlo_artifact.json.
         tensorrt: Options of its TensorRT graphs.
         plugin_library: libdlo_ort.so, for an artefact with dlo operators; without it there is nothing to run.
+        provider: What runs the artefact; the twins of TensorRT graphs are the CPU's.
+        device: Of the reference, as `--device` names it.
 
     Raises:
+        BackendUnavailableError: The provider does not start here.
+        MachineError: There is no such device.
         InputError: The artefact was made from another source, or by another version, or the library cannot be used.
     """
     if not source.removed_layers:  # of an artefact without some, the source as it was opened has all
         source = without_layers(source, description.source.removed_layers)
     released = load_graph(folder / MODEL_NAME)
-    if (reason := _why_not_run(source, description, released, plugin_library)) is not None:
+    if (reason := _why_not_run(source, description, released, plugin_library, provider)) is not None:
         return ParityReport.not_run(reason)
     # Imported here: torch takes seconds, and an export without parity does not need it.
     from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
 
     rungs = {description.lowering: released}
-    if find_lowering(description.lowering, "onnxruntime-cpu").make_pass is not None:
+    target = PROVIDER_TARGETS[description.provider]
+    if find_lowering(description.lowering, target).make_pass is not None:
         rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
     candidates = [
-        _candidate(
+        graph_candidate(
             name,
             graph,
             folder,
+            # What is shipped is what runs, byte for byte.
+            file=folder / MODEL_NAME if graph is released else None,
             routed=source.routing is not None,
-            released=graph is released,
-            plugin_library=plugin_library if plugin_operators(graph) else None,
+            plugin_library=plugin_library,
+            provider=provider,
         )
         for name, graph in rungs.items()
     ]
-    longest = MOST_TOKENS
+    longest = min(MOST_TOKENS, cache_slots(released.graph) or MOST_TOKENS)
     for options in dict.fromkeys(tensorrt):
         longest = min(longest, options.max_cache)
         twin = tensorrt_twin(source, options, released)
@@ -98,7 +109,7 @@ def check_parity(
     tensors = whole.tensors()
 
     def opened(**options: Any) -> Runner:
-        runner = open_reference(config, tensors, **options)
+        runner = open_reference(config, tensors, device=device, **options)
         return FewerLayersRunner(runner, source.kept) if isinstance(source, ReducedSource) else runner
 
     precise = functools.partial(opened, name="PyTorch in float64", float64=True)
@@ -117,44 +128,69 @@ def check_parity(
 
 
 def _why_not_run(
-    source: ExportSource, description: ArtefactDescription, released: ir.Model, plugin_library: Path | None
+    source: ExportSource,
+    description: ArtefactDescription,
+    released: ir.Model,
+    plugin_library: Path | None,
+    provider: Provider,
 ) -> str | None:
     """Why there is nothing to compare: no PyTorch model, or a graph that the provider has no kernels for."""
     if (refusal := source.base.why_not("parity")) is not None:
         return refusal.reason
     if description.plugin_operators and plugin_library is None:
         return no_library(description.plugin_operators).message
-    return CPU.why_not_run(BY_OPTION[description.dtype], _reductions(released))
+    return provider.why_not_run(BY_OPTION[description.dtype], named_operators(released))
 
 
-def _reductions(model: ir.Model) -> set[str]:
-    """Operators with their `reduction`, as providers' gaps name them."""
-    return {
+def named_operators(model: ir.Model) -> set[str]:
+    """What of a graph providers' gaps may name: operators with their `reduction`, and those of other domains."""
+    nodes = list(model.graph.all_nodes())
+    reductions = {
         f"{node.op_type}({node.attributes['reduction'].as_string()})"
-        for node in model.graph.all_nodes()
+        for node in nodes
         if "reduction" in node.attributes
     }
+    return reductions | {f"{node.domain}::{node.op_type}" for node in nodes if node.domain}
 
 
-def _candidate(
-    name: str, graph: ir.Model, folder: Path, *, routed: bool, released: bool, plugin_library: Path | None
+def graph_candidate(
+    lowering: str,
+    graph: ir.Model,
+    folder: Path,
+    *,
+    file: Path | None = None,
+    routed: bool,
+    plugin_library: Path | None = None,
+    provider: Provider = CPU,
 ) -> Candidate:
-    label = "dense" if name == "none" else name
+    """A graph in ONNX Runtime as something to compare.
 
-    def opened(*, force: bool, streams: bool = False) -> OnnxRuntimeRunner:
-        model = exposed_model(graph, force=force, streams=streams)
-        # PyTorch runs in the same process: spinning threads would take its cores.
-        return OnnxRuntimeRunner(
-            model, weights_folder=folder, name=label, allow_spinning=False, plugin_library=plugin_library
-        )
+    Args:
+        lowering: Of the graph, for reports.
+        graph: As it is released; copies of it show its routers and streams.
+        folder: Of its weights.
+        file: That it is read from; None where there is none.
+        routed: Whether it has routers.
+        plugin_library: libdlo_ort.so; loaded where it has dlo operators.
+        provider: What runs it.
+    """
+    label = "dense" if lowering == "none" else lowering
+    library = plugin_library if plugin_operators(graph) else None
+    # PyTorch runs in the same process: spinning threads would take its cores.
+    open_runner = functools.partial(
+        runner_for(value.name or "" for value in graph.graph.inputs),
+        name=label,
+        allow_spinning=False,
+        plugin_library=library,
+        provider=provider,
+    )
 
-    def opened_file() -> OnnxRuntimeRunner:
-        return OnnxRuntimeRunner(folder / MODEL_NAME, name=label, allow_spinning=False, plugin_library=plugin_library)
+    def opened(*, force: bool, streams: bool = False) -> Runner:
+        return open_runner(exposed_model(graph, force=force, streams=streams), weights_folder=folder)
 
     return Candidate(
         label,
-        # What is shipped is what runs, byte for byte.
-        opened_file if released else functools.partial(opened, force=False),
+        functools.partial(opened, force=False) if file is None else functools.partial(open_runner, file),
         functools.partial(opened, force=True) if routed else None,
         functools.partial(opened, force=routed, streams=True),
     )
@@ -180,7 +216,11 @@ def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, r
 
 def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, dtype: str) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
-    model = build_model(source, "masked", graph_dtype(dtype))
+    slots = cache_slots(released.graph)
+    if slots:
+        model = build_captured_model(source, "masked", slots, graph_dtype(dtype))
+    else:
+        model = build_model(source, "masked", graph_dtype(dtype))
     save_weights(model, folder / WEIGHTS_NAME, write=False)
     if weight_places(model) != weight_places(released):
         raise InputError(

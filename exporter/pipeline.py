@@ -15,10 +15,12 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter
 from dlo_export.checkpoints.config import RoutingConfig
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
+from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
@@ -33,7 +35,7 @@ from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerI
 from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
-from dlo_export.graph_passes.lowerings.record import LoweringRecord, Target, Workload
+from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, LoweringRecord, Target, Workload
 from dlo_export.graph_passes.lowerings.registry import (
     NOTHING_ROUTED,
     find_lowering,
@@ -44,11 +46,14 @@ from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenSta
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.data_dependent_shapes import data_dependent_shapes
 from dlo_export.graph_passes.spec.graph_checks import misordered_values
 from dlo_export.graph_passes.spec.invariants import INJECTED, PLAIN, ROUTED, StageSpec, check_stage
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
-from dlo_export.runtimes.onnxruntime.providers import CPU
+from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
+from dlo_export.runtimes.onnxruntime.providers import GROUP_QUERY_ATTENTION
 
 
 class GraphSource(Protocol):
@@ -159,6 +164,36 @@ def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord, *, last_log
     ]
 
 
+def captured_steps(source: GraphSource, lowering: LoweringRecord, max_cache: int) -> list[Step]:
+    """What turns the plain graph into one whose step a CUDA graph captures in ONNX Runtime, each step with its reason.
+
+    Args:
+        source: What is exported.
+        lowering: One that a CUDA graph can capture.
+        max_cache: Slots of the cache, per sequence.
+    """
+    steps = [
+        # Deepen first: routers are numbered in the deepened model.
+        *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
+        # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
+        *([Step(RemoveIdentityLayersPass(source.removed_layers), INJECTED)] if source.removed_layers else []),
+        # The masked form, its routers in fp32.
+        *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
+        # The one lowering, of fixed shapes.
+        *_lowering_steps(lowering, Workload(plugins_at_hand=True)),
+        # One product for query, key and value, which attention takes as it is.
+        Step(FuseSiblingMatMulsPass(), lowering.stage),
+    ]
+    # A cache at fixed addresses. Last: where query, key and value are one product shows only now.
+    stage = dataclasses.replace(
+        lowering.stage,
+        name=f"{lowering.stage.name}, one cache",
+        domains=lowering.stage.domains | {MICROSOFT},
+        checks=(*lowering.stage.checks, data_dependent_shapes),
+    )
+    return [*steps, Step(UseGroupQueryAttentionPass(max_cache), stage)]
+
+
 def tensorrt_steps(source: GraphSource, options: TensorRtOptions) -> list[Step]:
     """What turns the plain graph into the one TensorRT builds, in order, each step with its reason."""
     routed, static = source.routing is not None, options.cache == "static"
@@ -254,7 +289,12 @@ def exposed(released: ir.Model, *, force: bool = False, streams: bool = False) -
 
 
 def build_model(
-    source: GraphSource, lowering: str, dtype: ir.DataType = ir.DataType.FLOAT, *, last_logits: bool = False
+    source: GraphSource,
+    lowering: str,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    target: Target = "onnxruntime-cpu",
+    *,
+    last_logits: bool = False,
 ) -> ir.Model:
     """Builds the source's graph for ONNX Runtime.
 
@@ -262,6 +302,7 @@ def build_model(
         source: What to export.
         lowering: Name of what routed layers become.
         dtype: Of weights, KV cache and logits; a foreign graph keeps its own.
+        target: What it is to run on.
         last_logits: Compute the logits of each sequence's last token only.
 
     Returns:
@@ -272,8 +313,52 @@ def build_model(
         dlo_export.graph_passes.errors.GraphPassError: The graph (a foreign one) is not what a pass needs.
         dlo_export.graph_passes.spec.invariants.GraphInvariantError: A stage broke its promise: a bug.
     """
-    steps = onnxruntime_steps(source, find_lowering(lowering, "onnxruntime-cpu"), last_logits=last_logits)
+    steps = onnxruntime_steps(source, find_lowering(lowering, target), last_logits=last_logits)
     return run_steps(_plain(source, dtype), steps)
+
+
+def build_captured_model(
+    source: GraphSource, lowering: str, max_cache: int, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Model:
+    """Builds the source's graph for ONNX Runtime with a cache of fixed size, updated in place.
+
+    Args:
+        source: A checkpoint; a foreign graph keeps the interface it has.
+        lowering: Name of what routed layers become.
+        max_cache: Slots of the cache, per sequence.
+        dtype: Of weights, KV cache and logits.
+
+    Returns:
+        The finished graph, its weights still lazy.
+
+    Raises:
+        InputError: The source or the lowering cannot be had so, with all reasons.
+        dlo_export.graph_passes.errors.GraphPassError: A layer is not what the lowering or the cache needs.
+    """
+    record = find_lowering(lowering, "onnxruntime-cuda")
+    problems = [] if record.not_capturable is None else [f"--lowering {lowering}: {record.not_capturable}"]
+    if source.remembers_activity:
+        problems.append("layer routing needs a mask of its own, which attention on one cache does not take")
+    if max_cache < 1:
+        problems.append(f"a cache of {max_cache} slots, expected at least 1")
+    if problems:
+        raise InputError(
+            f"a static cache for ONNX Runtime: {'; '.join(problems)}",
+            hint="export without it, or choose --lowering plugin",
+        )
+    return run_steps(_plain(source, dtype), captured_steps(source, record, max_cache))
+
+
+def check_captured(dtype: str, provider: ProviderOption) -> None:
+    """Refuses a type for which a provider lacks attention on a cache that is written in place.
+
+    Raises:
+        InputError: With the reason.
+    """
+    kind, runs_it = BY_OPTION[dtype], BY_PROVIDER[provider]
+    gap = runs_it.why_not_run(kind, {GROUP_QUERY_ATTENTION})
+    if gap is not None and runs_it.why_not_run(kind) is None:  # else nothing of this type runs there at all
+        raise InputError(f"--static-cache with --dtype {dtype}: {gap}", hint="choose another --dtype")
 
 
 def build_tensorrt_model(source: GraphSource, options: TensorRtOptions, dtype: ir.DataType) -> ir.Model:
@@ -322,20 +407,32 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         raise InputError("TensorRT: " + "; ".join(problems), hint=hint)
 
 
-def choose_onnxruntime_lowering(choice: str, dtype: str, *, routing: RoutingKind | None, path: Path) -> tuple[str, str]:
-    """The lowering for ONNX Runtime's CPU provider, and why.
+def choose_onnxruntime_lowering(
+    choice: str,
+    dtype: str,
+    *,
+    routing: RoutingKind | None,
+    path: Path,
+    provider: ProviderOption = "cpu",
+    library_at_hand: bool = False,
+    captured: bool = False,
+) -> tuple[str, str]:
+    """The lowering for one of ONNX Runtime's providers, and why.
 
     Args:
         choice: "auto" or the name of one.
         dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
         routing: What tokens of the source skip; None where it has no routers.
         path: Of the source, for messages.
+        provider: What is to run it.
+        library_at_hand: Whether the library of the dlo operators was given.
+        captured: Whether a CUDA graph is to capture its steps, on a cache that is written in place.
 
     Raises:
         InputError: A lowering is asked for and nothing is routed, or not what it takes, or ONNX Runtime has none so
             called.
     """
-    target: Target = "onnxruntime-cpu"
+    target, runs_it = PROVIDER_TARGETS[provider], BY_PROVIDER[provider]
     if routing is None:
         nothing_routed = find_lowering(NOTHING_ROUTED, target)
         check_nothing_asked(choice, path)
@@ -349,16 +446,28 @@ def choose_onnxruntime_lowering(choice: str, dtype: str, *, routing: RoutingKind
                 f"{path}: is of {routing} routing, --lowering {choice} takes {takes} routing", hint=f"choose {choices}"
             )
         return asked.name, "asked for"
+    if captured:
+        capturable = [record for record in skipping_lowerings(target, routing) if record.capturable]
+        if not capturable:
+            raise InputError(
+                f"{path}: is of {routing} routing, which no lowering makes skip at fixed shapes",
+                hint="leave --static-cache out, or choose --lowering masked, which skips nothing",
+            )
+        return capturable[0].name, capturable[0].reason
     # The best for this target, or the best of the others where the provider lacks a kernel that it needs.
-    suitable = suitable_lowerings(target, Workload(routing=routing))
+    # On a CPU the library is a choice of the user's: its operators are the faster ones on some models only.
+    workload = Workload(routing=routing, plugins_at_hand=library_at_hand and provider != "cpu")
+    suitable = suitable_lowerings(target, workload)
     # What needs a library that not everybody has is asked for by name.
     own = (record for record in skipping_lowerings(target, routing) if not record.domains)
     best, *others = dict.fromkeys((*suitable, *own))
     kind = BY_OPTION[dtype]
-    gap = CPU.why_not_run(kind, best.operators)
-    if gap is None or CPU.why_not_run(kind) is not None:  # nothing of this type runs there: it is for another runtime
+    gap = runs_it.why_not_run(kind, best.operators)
+    if (
+        gap is None or runs_it.why_not_run(kind) is not None
+    ):  # nothing of this type runs there: it is for another runtime
         return best.name, best.reason
-    able = (record for record in others if CPU.why_not_run(kind, record.operators) is None)
+    able = (record for record in others if runs_it.why_not_run(kind, record.operators) is None)
     second = next(able, best)
     return second.name, f"{gap}, which {best.name} needs; {second.reason}"
 

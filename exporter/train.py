@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
+from dlo_export import __version__
 from dlo_export.checkpoints.adapter.adapter import TENSORS_NAME
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
@@ -36,6 +37,7 @@ from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresh
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.exporter.trained_adapter import check_makes_adapter, save_trained_adapter
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors, unfilled_llama_dlo
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
 from dlo_export.modeling.training.documents import TokenizedData, open_tokenizer, tokenize_records
@@ -50,7 +52,7 @@ from dlo_export.modeling.training.sharding import receives_weights
 from dlo_export.modeling.training.trainer import StepReport
 
 _SEQUENCE = 1024
-_VERSIONS = ("dlo-export", "torch", "transformers", "accelerate", "numpy")
+_VERSIONS = ("torch", "transformers", "accelerate", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ class TrainRequest:
         data: .jsonl or .txt file, or a folder of them.
         held_out: The same, to measure on; None takes some documents out of `data`.
         adapter: Adapter on the model.
+        as_adapter: Make an adapter, routers and LoRA's matrices alone, instead of a checkpoint.
         routers: ``keep`` those the model has, ``add`` an all-zero one to each layer without, or ``none``: train it
             without any.
         routing: What tokens skip; None for what the model's routers skip, and MLPs where it has none.
@@ -78,6 +81,7 @@ class TrainRequest:
     data: Path
     held_out: Path | None
     adapter: Path | None
+    as_adapter: bool
     routers: str
     routing: RoutingKind | None
     settings: TrainingSettings
@@ -100,13 +104,16 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
         MachineError: Of our packages: no room on the disk, no such device.
     """
     inputs = (Path(request.model), request.adapter, request.data, request.held_out)
-    check_output_folder(request.output, overwrite=request.force, makes=FolderKind.TRAINED_CHECKPOINT, inputs=inputs)
+    made = FolderKind.ADAPTER if request.as_adapter else FolderKind.TRAINED_CHECKPOINT
+    check_output_folder(request.output, overwrite=request.force, makes=made, inputs=inputs)
     RunFolder(request.run_folder).check_place()
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "training")
         for warning in source.base.warnings:
             reporter.warn(warning)
+        if request.as_adapter:
+            check_makes_adapter(source, request.settings.mode, request.routers)
         config, tensors = _trained_model(source, request.routers, request.routing)
         request = _with_sequence(request, config["max_position_embeddings"])
         check_output_space(request.output, 4 * sum(math.prod(tensor.shape) for tensor in tensors.values()))
@@ -136,9 +143,14 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
             )
             if result.stopped and result.is_main:
                 reporter.warn(f"stopped after step {result.step} of {result.steps}; go on with --resume")
-        if not result.stopped:
+        if not result.stopped and request.as_adapter:
+            made_with = description | {"result": report_json(result)}
+            save_trained_adapter(
+                model, source, request.output, made_with, overwrite=request.force, is_main=result.is_main
+            )
+        elif not result.stopped:
             tensors = _trained_tensors(model, is_main=result.is_main)
-        if not result.stopped and result.is_main:
+        if not result.stopped and result.is_main and not request.as_adapter:
             template = tokenizer.chat_template if lacks_template else None
             changes = _config_changes(source, config, request.settings, model.config.thresholds)
             _save(tensors, source, request, changes, description | {"result": report_json(result)}, template)
@@ -261,7 +273,11 @@ def _description(request: TrainRequest, source: ExportSource, config: Mapping[st
         "model": {"sha256": source.base.sha256(), "adapter": adapter, "routers": request.routers, "routing": routing},
         "data": data,
         "settings": dataclasses.asdict(request.settings),
-        "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+        "versions": {
+            "dlo-export": __version__,  # it may run from its repository, where nothing is installed
+            **{name: version(name) for name in _VERSIONS},
+            "python": platform.python_version(),
+        },
     }
 
 

@@ -28,7 +28,11 @@ class ModelTensorsError(InputError):
 
 
 def llama_dlo_from_tensors(
-    config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, dtype: torch.dtype = torch.float32
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
 ) -> LlamaDloForCausalLM:
     """Builds the model in evaluation mode; a plain one becomes one without routers.
 
@@ -37,6 +41,7 @@ def llama_dlo_from_tensors(
         tensors: Under Hugging Face names; read, cast and released one after the other.
         dtype: Of all parameters but the routers, which are at least float32. In float64 everything but the angles of
             the rotary embedding, which are defined in float32, is computed in float64.
+        device: Where they go, one after the other.
 
     Raises:
         ModelTensorsError: Tensors are missing or unexpected.
@@ -45,9 +50,10 @@ def llama_dlo_from_tensors(
     model = empty_llama_dlo(config, tensors.keys(), dtype=dtype)
     for name in sorted({name for name, _ in model.named_parameters()}):
         parameter_dtype = dtype if parse_router(name) is None else torch.promote_types(dtype, torch.float32)
-        values = {name: released_parameter(tensors[name], parameter_dtype)}
+        values = {name: released_parameter(tensors[name], parameter_dtype).to(device)}
         model.load_state_dict(values, strict=False, assign=True)
     model.tie_weights()
+    model.model.rotary_emb.to(device)
     warn_of_untrained_routers(model)
     return model
 

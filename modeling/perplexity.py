@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-# A piece of logits that stays in a processor's cache while it is gone over several times.
+# A piece of logits that stays in a processor's cache while it is gone over several times. A GPU has no such cache, and
+# waits for each piece to be launched: there a piece is what fits its memory beside a model.
 _LOGITS_AT_ONCE = 1 << 21
+_LOGITS_AT_ONCE_ON_GPU = 1 << 29
 # Logits made from hidden states: enough tokens for an efficient product.
 _MADE_AT_ONCE = 1 << 24
 
@@ -52,7 +54,8 @@ def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
         logits: [tokens, vocabulary], of any floating type; taken as float32 (float64 stays).
         targets: int64 [tokens].
     """
-    return _joined(_piece_scores(*piece) for piece in _pieces(logits, targets, _LOGITS_AT_ONCE, logits.shape[-1]))
+    at_once = _LOGITS_AT_ONCE if logits.device.type == "cpu" else _LOGITS_AT_ONCE_ON_GPU
+    return _joined(_piece_scores(*piece) for piece in _pieces(logits, targets, at_once, logits.shape[-1]))
 
 
 def score_hidden_states(
@@ -68,7 +71,8 @@ def score_hidden_states(
         targets: int64 [tokens].
         vocab_size: Number of logits.
     """
-    pieces = _pieces(hidden_states, targets, _MADE_AT_ONCE, vocab_size)
+    at_once = _MADE_AT_ONCE if hidden_states.device.type == "cpu" else _LOGITS_AT_ONCE_ON_GPU
+    pieces = _pieces(hidden_states, targets, at_once, vocab_size)
     return _joined(score_tokens(head(rows), wanted) for rows, wanted in pieces)
 
 

@@ -5,7 +5,7 @@ The RTX twins and the quick-deploy plugins read it directly, the C++ library thr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from dlo_export.checkpoints.dtypes import FLOATS
@@ -54,12 +54,21 @@ def size_problems(op: PluginOp, shapes: Sequence[Sequence[int]]) -> list[str]:
                 continue
             if sizes.setdefault(name, size) != size:
                 problems.append(f"dlo::{op.name} input '{operand.name}' has {name} {size}; expected {sizes[name]}")
-    problems += [
-        f"dlo::{op.name} has {name} {sizes[name]}; expected a multiple of {WIDTH_MULTIPLE}"
+    problems += [f"dlo::{op.name} has {problem}" for problem in width_problems(sizes)]
+    return problems
+
+
+def width_problems(sizes: Mapping[str, int]) -> list[str]:
+    """Which widths no kernel takes, in words.
+
+    Args:
+        sizes: Of axes, by the schema's names.
+    """
+    return [
+        f"{name} {sizes[name]}; expected a multiple of {WIDTH_MULTIPLE}"
         for name in ("hidden", "intermediate")
         if sizes.get(name, 0) % WIDTH_MULTIPLE
     ]
-    return problems
 
 
 def weight_input(op: PluginOp) -> int:

@@ -32,7 +32,7 @@ def launch(
     batch, sequence, _ = operands[0].shape
     depth, columns = operands[weight_input(op)].shape
     tokens = batch * sequence
-    tile = tile_of(op_name, tile_name or tile_for(tokens), dtype)
+    tile = tile_of(op_name, tile_name or tile_for(tokens), dtype, None if interpreted else _target())
     KERNELS[op_name][tile.grid(tokens, columns)](
         *inputs,
         tokens,
@@ -44,3 +44,10 @@ def launch(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+
+
+def _target() -> int:
+    """Compute capability of the current GPU."""
+    from triton.runtime import driver  # noqa: PLC0415 - asks for the GPU
+
+    return int(driver.active.get_current_target().arch)

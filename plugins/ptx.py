@@ -10,7 +10,6 @@ from dlo_export.checkpoints.dtypes import BY_NAME
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS, WIDTH_MULTIPLE
 from dlo_export.plugins.contract import operand_dtypes
 from dlo_export.plugins.errors import PluginError
-from dlo_export.plugins.tiles import tile_of
 from dlo_export.plugins.variants import Variant
 
 _POINTER_ALIGNMENT: Final = 16  # TensorRT aligns tensors to 256 bytes
@@ -34,7 +33,7 @@ def ptx_of(variant: Variant) -> tuple[str, str, int, int]:
             hint="unset TRITON_INTERPRET for this command",
         )
     op, kernel = PLUGIN_OPS[variant.op_name], KERNELS[variant.op_name]
-    tile = tile_of(variant.op_name, variant.tile, variant.dtype)
+    tile = variant.sizes
     # Triton has the same words for these types as `--dtype`.
     pointers = [f"*{BY_NAME[dtype].option}" for dtype in operand_dtypes(op, variant.dtype)]
     inputs = len(op.inputs)

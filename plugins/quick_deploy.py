@@ -22,7 +22,7 @@ from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
 from dlo_export.plugins.contract import SIZES_HINT, T_DTYPES, size_problems, weight_input
 from dlo_export.plugins.errors import PluginError
 from dlo_export.plugins.ptx import ptx_of
-from dlo_export.plugins.tiles import TileName, tile_of
+from dlo_export.plugins.tiles import TILE_NAMES, TileName
 from dlo_export.plugins.variants import Variant
 
 PTX_TARGET = 80
@@ -32,13 +32,14 @@ Implementation = tuple[bytes, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
 class Tactic(enum.IntEnum):
     """The tiles TensorRT chooses from; a tactic must be positive."""
 
-    DECODE = 1
-    PREFILL = 2
+    SINGLE = 1
+    DECODE = 2
+    PREFILL = 3
 
     @property
     def tile(self) -> TileName:
         """The tile's name in plugins/tiles.py."""
-        return "decode" if self is Tactic.DECODE else "prefill"
+        return TILE_NAMES[self - 1]
 
 
 @trtp.register(f"{DOMAIN}::SkipGateUp")
@@ -58,7 +59,7 @@ def skip_gate_up_tactics(
     up_weight: trtp.TensorDesc,
     outputs: tuple[trtp.TensorDesc],
 ) -> list[trtp.AutoTuneCombination]:
-    """Both tiles, T the same for all operands but scale."""
+    """All tiles, T the same for all operands but scale."""
     return [_combination("SkipGateUp")]
 
 
@@ -92,7 +93,7 @@ def skip_down_tactics(
     residual: trtp.TensorDesc,
     outputs: tuple[trtp.TensorDesc],
 ) -> list[trtp.AutoTuneCombination]:
-    """Both tiles, T the same for all operands but scale."""
+    """All tiles, T the same for all operands but scale."""
     return [_combination("SkipDown")]
 
 
@@ -131,11 +132,12 @@ def _implementation(op_name: str, inputs: Sequence[Any], tactic: Tactic) -> Impl
     if problems := size_problems(op, shapes):
         raise PluginError("\n".join(problems), hint=SIZES_HINT)
     dtype = BY_TENSORRT[inputs[0].dtype.name].name
-    entry, ptx, threads, shared_bytes = ptx_of(Variant(op_name, dtype, tactic.tile, PTX_TARGET))
+    variant = Variant(op_name, dtype, tactic.tile, PTX_TARGET)
+    entry, ptx, threads, shared_bytes = ptx_of(variant)
     batch, sequence, _ = inputs[0].shape_expr
     tokens = batch * sequence
     depth, columns = inputs[weight_input(op)].shape_expr
-    tile = tile_of(op_name, tactic.tile, dtype)
+    tile = variant.sizes
     launch = trtp.KernelLaunchParams()
     launch.grid_x = trtp.cdiv(tokens, tile.rows)
     launch.grid_y = trtp.cdiv(columns, tile.columns)

@@ -9,7 +9,7 @@ from typing import Final
 
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
 from dlo_export.plugins.contract import T_DTYPES
-from dlo_export.plugins.tiles import TileName
+from dlo_export.plugins.tiles import TILE_NAMES, Tile, TileName, tile_of
 
 TARGETS: Final = (80, 86, 89, 90, 100, 120)
 """Compute capabilities, tens and units: A100, consumer Ampere, Ada, Hopper, Blackwell (data centre, consumer)."""
@@ -24,12 +24,19 @@ class Variant:
         dtype: T, as the schema names it.
         tile: Name of the tile.
         target: Compute capability, such as 89.
+        candidate: Sizes to try in place of the table's.
     """
 
     op_name: str
     dtype: str
     tile: TileName
     target: int
+    candidate: Tile | None = None
+
+    @property
+    def sizes(self) -> Tile:
+        """The tile's sizes."""
+        return self.candidate or tile_of(self.op_name, self.tile, self.dtype, self.target)
 
     @property
     def name(self) -> str:
@@ -40,7 +47,7 @@ class Variant:
 def variants(
     targets: Iterable[int] = TARGETS,
     dtypes: Iterable[str] = T_DTYPES,
-    tiles: Iterable[TileName] = ("decode", "prefill"),
+    tiles: Iterable[TileName] = TILE_NAMES,
 ) -> list[Variant]:
     """Every combination of operator, dtype, tile and target."""
     return [Variant(*choice) for choice in itertools.product(PLUGIN_OPS, dtypes, tiles, targets)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Literal
 
 from dlo_export.checkpoints import interface as names
@@ -11,27 +11,40 @@ from dlo_export.checkpoints.dtypes import BOOL, BY_ONNX, FLOATS, INT64, ElementT
 from dlo_export.runtimes.errors import ModelInterfaceError
 from dlo_export.runtimes.runner import Forcing
 
-# "growing": every step returns a longer cache; "static": a fixed number of slots, updated in place.
-CacheKind = Literal["growing", "static"]
+# "growing": every step returns a longer cache; "static": a fixed number of slots, each step says which it writes;
+# "in_place": the same, written from the first slot on without a gap, past and present in one buffer.
+CacheKind = Literal["growing", "static", "in_place"]
 
 _REQUIRED_INPUTS: dict[CacheKind, tuple[str, ...]] = {
     "growing": (names.INPUT_IDS,),
     "static": (names.INPUT_IDS, names.POSITION_IDS, names.WRITE_INDICES, names.KV_LENGTHS),
+    "in_place": (names.INPUT_IDS, names.KV_LENGTHS),
 }
 _STEP_INPUTS: dict[CacheKind, tuple[str, ...]] = {
     "growing": names.TOKEN_INPUTS,
     "static": _REQUIRED_INPUTS["static"],
+    "in_place": _REQUIRED_INPUTS["in_place"],
 }
 _WHAT: dict[CacheKind, str] = {
     "growing": "a decoder with a KV cache",
     "static": "a decoder with a static KV cache",
+    "in_place": "a decoder with a KV cache written in place",
 }
 _HINTS: dict[CacheKind, str] = {
     "growing": "expected input_ids, attention_mask, position_ids, past_key_values.{i}.key|value -> logits, "
     "present.{i}.key|value (optimum's text-generation-with-past)",
     "static": "expected input_ids, position_ids, write_indices, kv_lengths, past_key_values.{i}.key|value of a fixed "
     "length -> logits, present.{i}.key|value (an export with --trt and --trt-cache static)",
+    "in_place": "expected input_ids, kv_lengths, past_key_values.{i}.key|value of a fixed length -> logits, "
+    "present.{i}.key|value",
 }
+
+
+def cache_kind(inputs: Collection[str]) -> CacheKind:
+    """How a graph with inputs of these names keeps its cache."""
+    if names.KV_LENGTHS not in inputs:
+        return "growing"
+    return "static" if names.WRITE_INDICES in inputs else "in_place"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +118,7 @@ class DecoderInterface:
             outputs=made,
             present_of={key: names.continuation_of(key) for key in past},
             num_layers=len(names.layers_with(given, names.past_name("{i}", "key"))),
-            max_cache=slots if cache == "static" and isinstance(slots, int) else 0,
+            max_cache=slots if cache != "growing" and isinstance(slots, int) else 0,
             scored_layers=names.layers_with(made, names.router_scores_name("{i}")),
             forced_layers=names.layers_with(given, names.force_active_name("{i}")),
             hidden_layers=names.layers_with(made, names.hidden_name("{i}")),
@@ -143,6 +156,19 @@ class DecoderInterface:
             *(names.hidden_name(layer) for layer in (self.hidden_layers if hidden_states else ())),
         )
 
+    def step_shape(self, output: str, batch: int, sequence: int) -> tuple[int, ...] | None:
+        """Shape of an observed output in a step of unpadded sequences; None where the graph does not say all of it.
+
+        Args:
+            output: One of `observed`.
+            batch: Sequences.
+            sequence: Tokens each.
+        """
+        said = self.outputs[output].shape
+        step = (batch, sequence)
+        sizes = [size if isinstance(size, int) else step[axis] if axis < 2 else None for axis, size in enumerate(said)]
+        return tuple(size for size in sizes if size is not None) if said and None not in sizes else None
+
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """Shape of every state input before the first token: what grows has size 0.
 
@@ -177,7 +203,7 @@ def _missing_and_unknown(interface: DecoderInterface) -> Iterator[str]:
         yield f"inputs {unknown} are unknown"
     # Other people's graphs may give out more than we ask for; an engine needs memory for every output.
     shown = {names.LOGITS, *continued, *interface.observed(hidden_states=True)}
-    if interface.cache == "static" and (unknown := sorted(outputs.keys() - shown)):
+    if interface.cache != "growing" and (unknown := sorted(outputs.keys() - shown)):
         yield f"outputs {unknown} are unknown"
 
 
@@ -198,7 +224,7 @@ def _wrong_types(interface: DecoderInterface) -> Iterator[str]:
 
 
 def _wrong_shapes(interface: DecoderInterface, lengths: set[int | str | None]) -> Iterator[str]:
-    static = interface.cache == "static"
+    static = interface.cache != "growing"
     if static and lengths and not interface.max_cache:
         yield f"the cache's lengths are {sorted(map(str, lengths))}, expected one number for all layers"
     logits = interface.outputs.get(names.LOGITS)

@@ -27,3 +27,7 @@ class BackendUnavailableError(RuntimeInputError):
     """The machine lacks what an engine needs: a GPU, its driver, a package, or the version it was built with."""
 
     exit_code: ClassVar[int] = 4
+
+
+class ProviderUnavailableError(BackendUnavailableError):
+    """ONNX Runtime has not the execution provider that was asked for, or it does not start."""

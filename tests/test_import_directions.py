@@ -41,6 +41,7 @@ PACKAGES = {
     "runtimes/onnxruntime": {"onnxruntime"},
     "runtimes/tensorrt": {"cuda", "tensorrt", "tensorrt_rtx"},
     "runtimes/torch": {"torch", "transformers"},
+    "runtimes/torch/captured/step_kernels.py": {"triton"},
     "exporter": {"ml_dtypes", "numpy", "onnx_ir", "rich", "tokenizers", "typer"},
     "exporter/sources/foreign_file.py": {"onnx"},  # names given twice are seen in the file alone
     "exporter/sources/model_proto.py": {"onnx"},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,21 @@ from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.runtimes.artefact.description import MODEL_NAME, load_description, mean_active_rates
 from dlo_export.runtimes.bench import Subject, Timing, Workload, compare_speed, ratio
 from dlo_export.runtimes.evaluation.encoding import Window
-from dlo_export.runtimes.evaluation.evaluate import EvaluationSettings, evaluate, plan_evaluation
 from dlo_export.runtimes.evaluation.perplexity import measure_perplexity
-from dlo_export.runtimes.evaluation.requests import read_task
 from dlo_export.runtimes.evaluation.scorer import RunnerScorer, Segment
-from dlo_export.runtimes.generation.tokenizer import Tokenizer
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 
 
-def accuracy(experiment: Experiment, name: str, file: Path) -> dict[str, Any]:
-    """Measures an artefact on a log-likelihood task."""
-    folder = _artefact(experiment, name)
-    settings = EvaluationSettings(limit=experiment.form.questions)
-    plan = plan_evaluation(Tokenizer(folder), [], [read_task(file)], settings)
+@contextmanager
+def _scorer(folder: Path) -> Iterator[RunnerScorer]:
     with open_artefact(folder) as runner:
-        (result,) = evaluate(RunnerScorer(runner), plan).tasks
-    return {
-        "model": name,
-        "task": plan.tasks[0].task.name,
-        "questions": result.questions,
-        "accuracy": dataclasses.asdict(result.accuracy),
-        "gold_bits_per_byte": dataclasses.asdict(result.gold_bits_per_byte),
-    }
+        yield RunnerScorer(runner)
+
+
+def artefact_scorer(experiment: Experiment, name: str) -> tuple[Path, AbstractContextManager[RunnerScorer]]:
+    """The artefact of a run's model, and what evaluation asks it by."""
+    folder = _artefact(experiment, name)
+    return folder, _scorer(folder)
 
 
 def exported(experiment: Experiment, name: str) -> dict[str, Any]:
@@ -49,7 +42,9 @@ def exported(experiment: Experiment, name: str) -> dict[str, Any]:
     model = experiment.results.model(name)
     export_model(ExportRequest(str(model), folder, dtype="fp32", force=True), Reporter())
     description = load_description(folder)
-    windows = [Window(Segment(ids, 1), 0) for ids in torch.cat([*experiment.windows.values()]).numpy()]
+    count = max(1, experiment.form.artefact_tokens // experiment.form.sequence)  # of each domain
+    ids = torch.cat([windows[:count] for windows in experiment.windows.values()])
+    windows = [Window(Segment(window, 1), 0) for window in ids.numpy()]
     with open_artefact(folder) as runner:
         measured = measure_perplexity(RunnerScorer(runner), windows)
     return {

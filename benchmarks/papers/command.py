@@ -18,10 +18,11 @@ from benchmarks.papers.experiment import Experiment
 from benchmarks.papers.forms import Form
 from benchmarks.papers.plots import save_plots
 from benchmarks.papers.results import Results
-from benchmarks.papers.shipped import shipped_pieces, task_files
-from benchmarks.papers.skipping_cost import as_many_pieces, retargeted_pieces, skipping_pieces
+from benchmarks.papers.shipped import shipped_pieces
+from benchmarks.papers.skipping_cost import as_many_pieces, calibrated_pieces, removal_pieces, retargeted_pieces
 from benchmarks.papers.subjects import BaseModel
 from benchmarks.papers.tables import COSTS, all_tables, broken_promises
+from benchmarks.papers.tasks import task_files, task_pieces
 from benchmarks.papers.text import prepare_text, use_other_chats
 from benchmarks.papers.token_kinds import kind_pieces
 from benchmarks.papers.toy import TOY_TOKENS, toy_model
@@ -38,7 +39,6 @@ from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 
 _FOR_THE_REPORT_S = 15.0  # tables and plots
-_FIRST_RUNS = 4  # the original, the deepened one, DLO, the routed original: other pieces need these
 _TABLES = "papers.md"
 
 
@@ -56,7 +56,8 @@ class Request:
         tasks: Folder of log-likelihood tasks to measure artefacts on.
         data: Chats to train on in place of the extracted ones.
         publish: Folder for copies of the tables and plots.
-        only_expansion: Stop behind table (a), which needs no training.
+        only: ``expansion``: table (a), which needs no training; ``training``: all but artefacts; ``shipped``: artefacts
+            of the models that are there, which needs no GPU. None for everything.
     """
 
     output: Path
@@ -68,7 +69,7 @@ class Request:
     tasks: Path | None
     data: Path | None
     publish: Path | None
-    only_expansion: bool
+    only: str | None = None
 
 
 def reproduce(request: Request) -> dict[str, Any]:
@@ -102,9 +103,13 @@ def reproduce(request: Request) -> dict[str, Any]:
         )
         experiment = Experiment(base, form, results, request.device, request.tasks)
         print(f"text: {experiment.prepare()}, {budget.left:.0f} s left", file=sys.stderr, flush=True)
-        left_out = run_pieces(expansion_pieces(experiment), results, budget)
-        if not request.only_expansion:
-            left_out |= _run_others(experiment, budget)
+        left_out: dict[str, str] = {}
+        if request.only != "shipped":
+            left_out |= run_pieces(expansion_pieces(experiment), results, budget)
+        if request.only in (None, "training"):
+            left_out |= _run_others(experiment, budget, exports=request.only is None)
+        if request.only == "shipped":
+            left_out |= run_pieces(shipped_pieces(experiment), results, budget)
     heading = _heading(request, path, results)
     tables = all_tables(results, heading, left_out)
     (results.folder / _TABLES).write_text(tables, encoding="utf-8")
@@ -145,8 +150,8 @@ def prepare(results: Results, request: Request) -> None:
         use_other_chats(results.text, request.data)
 
 
-def _run_others(experiment: Experiment, budget: Budget) -> dict[str, str]:
-    """Everything that needs training."""
+def _run_others(experiment: Experiment, budget: Budget, *, exports: bool) -> dict[str, str]:
+    """Everything that needs training; artefacts, which take a CPU minutes, where they are wanted."""
     runs, results = training_runs(experiment), experiment.results
     costs = Piece(
         COSTS, lambda: 10 * pass_seconds(experiment), functools.partial(_training_costs, runs, experiment, budget)
@@ -161,19 +166,23 @@ def _run_others(experiment: Experiment, budget: Budget) -> dict[str, str]:
         for run in runs
         if run.name not in steps
     }
-    first, others = planned[:_FIRST_RUNS], planned[_FIRST_RUNS:]
-    shipped = shipped_pieces(experiment)
+    # Other pieces need the models that are kept.
+    count = 1 + max((number for number, run in enumerate(planned) if run.kept), default=-1)
+    first, others = planned[:count], planned[count:]
+    shipped = shipped_pieces(experiment) if exports else []
     if importlib.util.find_spec("onnxruntime") is None:
         left_out |= {piece.name: "ONNX Runtime is not installed" for piece in shipped}
         shipped = []
     pieces = [
         *(_training_piece(run, experiment, budget) for run in first),
-        *skipping_pieces(experiment, budget),
+        *calibrated_pieces(experiment),
         *_rate_pieces(experiment, first),
         *shipped,
         *kind_pieces(experiment, first),
         *(_training_piece(run, experiment, budget) for run in others),
         *_rate_pieces(experiment, others),
+        *task_pieces(experiment, first, of_artefacts=exports),
+        *removal_pieces(experiment, budget),
     ]
     return left_out | run_pieces(pieces, results, budget)
 

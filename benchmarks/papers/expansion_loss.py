@@ -19,12 +19,12 @@ def expansion_pieces(experiment: Experiment) -> list[Piece]:
     def deepened(plan: ExpansionPlan) -> MakeModel:
         return lambda base: base.expanded(plan)
 
-    plans = expansions(layers, experiment.form.tli_every)
+    plans = expansions(layers, experiment.form.tli_every) if experiment.form.expansions else {}
     makers: dict[str, tuple[MakeModel, int, bool]] = {"original": (lambda base: base.model(), layers, True)}
     for name, plan in plans.items():
         preserved = all(preserves_function(layer.init) for layer in plan.injected_layers)
         makers[name] = (deepened(plan), plan.num_layers, preserved)
-    for name, make in mixtures().items():
+    for name, make in mixtures().items() if experiment.form.expansions else ():
         makers[name] = (make, layers, "not renormalised" not in name)
 
     def piece(name: str, make: MakeModel, depth: int, preserved: bool) -> Piece:

@@ -17,6 +17,7 @@ from benchmarks.papers.forms import Form
 from benchmarks.papers.results import Results
 from benchmarks.papers.subjects import BaseModel
 from benchmarks.papers.text import DOMAINS, HELD_OUT_CHATS, TRAINING, domain_file
+from benchmarks.papers.token_cache import cached_documents
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate
 from dlo_export.modeling.calibration.router_calibration import CalibrationSettings, calibrate_routers
@@ -95,13 +96,13 @@ class Experiment:
 
         Args:
             name: Of the model.
-            model: Dense, on the CPU.
+            model: Dense; moved to the device.
             share: Of the MLPs that are no identities, to run.
         """
         key = (name, share)
         if key not in self._routers:
             settings = CalibrationSettings(target_active=share)
-            self._routers[key] = calibrate_routers(model, self.calibration, settings).routers
+            self._routers[key] = calibrate_routers(self.placed(model), self.calibration, settings).routers
         return self._routers[key]
 
     @property
@@ -142,9 +143,13 @@ class Experiment:
         return self._tokenized(HELD_OUT_CHATS)
 
     def _tokenized(self, name: str) -> list[TokenDocument]:
-        records = read_records(self.results.text / name)
-        data = tokenize_records(records, self.base.tokenizer, length=self.form.sequence, long_chats="skip")
-        return data.documents
+        file, length = self.results.text / name, self.form.sequence
+
+        def make() -> list[TokenDocument]:
+            records = read_records(file)
+            return tokenize_records(records, self.base.tokenizer, length=length, long_chats="skip").documents
+
+        return cached_documents(self.results.folder / "tokens", file, self.base.tokenizer, length, make)
 
 
 def drawn_windows(documents: Mapping[str, Sequence[int]], count: int, experiment: Experiment) -> torch.Tensor:

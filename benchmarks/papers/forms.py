@@ -23,15 +23,19 @@ class Form:
         dtype: Of training.
         compile: Compile layers in training, but for those of experts, whose shapes depend on the tokens.
         learning_rate: Of weights.
-        router_learning_rate: Of routers.
+        router_learning_rate: Of routers, as a share of their weights' root mean square.
         curve_points: How often a run is measured on its way.
         held_out_tokens: Of each domain, in windows of `sequence` tokens.
+        artefact_tokens: Of these, how many of each domain an artefact is measured on.
         calibration_tokens: To fit routers on, and to choose what is removed.
         greedy_tokens: To try removals on, greedily: a pass for each layer that is left, for each that is removed.
         tli_every: K of Transformer Layer Injection.
         target: Active rate of the deepened, routed model.
         targets: Active rates of the routed original.
         seeds: Of the trained routers.
+        runs: Names of the training runs, by falling importance; none for all of `training_runs`, as they stand there.
+        main_runs: So many of the first ones make the main table: it gets as many tokens as there is time for.
+        expansions: Every way to enlarge the model, or where that was measured elsewhere, the original alone.
         packages: Train on installed packages besides the standard library.
         questions: Of each log-likelihood task.
         rounds: Blocks of each artefact's timing.
@@ -51,21 +55,39 @@ class Form:
     dtype: str = "bf16"
     compile: bool = False
     learning_rate: float = 3e-5
-    router_learning_rate: float = 1e-3
+    router_learning_rate: float = 0.02
     curve_points: int = 4
     held_out_tokens: int = 2_048
+    artefact_tokens: int = 2_048
     calibration_tokens: int = 16_384
     greedy_tokens: int = 1_024
     tli_every: tuple[int, ...] = (3, 5, 10)
     target: float = 0.8
     targets: tuple[float, ...] = (0.9, 0.8, 0.7)
     seeds: tuple[int, ...] = (0,)
+    runs: tuple[str, ...] = ()
+    main_runs: int = 10
+    expansions: bool = True
     packages: bool = False
     questions: int = 200
     rounds: int = 7
     prompt_tokens: int = 128
     decode_tokens: int = 32
 
+
+# What each claim needs, the claims about routers first: a run that falls behind its time takes those behind it along.
+_BY_WORTH = (
+    "train-original",
+    *(f"train-routed-{target}-seed-0" for target in ("0.80", "0.90", "0.70")),
+    "train-distilled-0.80",
+    "train-distilled-0.90",
+    "train-deepened",
+    "train-dlo",
+    *(f"train-routed-{target}-seed-{seed}" for seed in (1, 2) for target in ("0.80", "0.90", "0.70")),
+    "train-llama-pro",
+    "train-dus",
+    "train-deepened-copies",
+)
 
 FORMS: dict[str, Form] = {
     "quick": Form(
@@ -77,7 +99,6 @@ FORMS: dict[str, Form] = {
         sequence=256,
         dtype="fp32",
         learning_rate=1e-3,
-        router_learning_rate=3e-3,
         curve_points=2,
         held_out_tokens=1_024,
         calibration_tokens=2_048,
@@ -106,5 +127,45 @@ FORMS: dict[str, Form] = {
         seeds=(0, 1, 2),
         packages=True,
         questions=1000,
+    ),
+    "five-minutes": Form(
+        budget_s=300,
+        training_share=0.55,
+        tokens=3_000_000,
+        least_tokens=250_000,
+        probe_steps=10,
+        batch=32,
+        learning_rate=1e-4,
+        curve_points=3,
+        held_out_tokens=8_192,
+        greedy_tokens=2_048,
+        seeds=(0, 1, 2),
+        runs=_BY_WORTH,
+        main_runs=14,
+        expansions=False,
+        packages=True,
+        questions=1000,
+    ),
+    "smoke": Form(
+        toy=True,
+        budget_s=40,
+        tokens=4_096,
+        least_tokens=1_024,
+        batch=2,
+        sequence=256,
+        dtype="bf16",
+        learning_rate=1e-3,
+        curve_points=1,
+        held_out_tokens=1_024,
+        calibration_tokens=2_048,
+        greedy_tokens=512,
+        targets=(0.9, 0.8, 0.7),
+        runs=(*_BY_WORTH[:8], "train-moe"),
+        main_runs=9,
+        expansions=False,
+        questions=20,
+        rounds=3,
+        prompt_tokens=64,
+        decode_tokens=8,
     ),
 }

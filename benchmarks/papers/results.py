@@ -19,6 +19,7 @@ class Results:
     runs/{name}.json    a piece of work that is done
     models/{name}/      what later pieces need of it
     text/               what is trained on and measured on
+    tokens/             the chats of it, in tokens
     reproduction.json   what all of it was run with
 
     Args:

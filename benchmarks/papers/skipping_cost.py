@@ -36,8 +36,8 @@ INFLUENCE, GREEDY = "skipping-layers-by-influence", "skipping-layers-greedily"
 _DENSE = "train-original"
 
 
-def skipping_pieces(experiment: Experiment, budget: Budget) -> list[Piece]:
-    """Calibrated routers, and whole layers removed; each at the rates of the form."""
+def calibrated_pieces(experiment: Experiment) -> list[Piece]:
+    """Calibrated routers at the rates of the form, and what skips as much."""
     form, measure = experiment.form, _Measurements(experiment)
     calibration = form.calibration_tokens / _held_out_tokens(experiment)
     calibrated = [
@@ -49,11 +49,16 @@ def skipping_pieces(experiment: Experiment, budget: Budget) -> list[Piece]:
         )
         for target in form.targets
     ]
+    return [*calibrated, *as_many_pieces(experiment, [piece.name for piece in calibrated])]
+
+
+def removal_pieces(experiment: Experiment, budget: Budget) -> list[Piece]:
+    """Whole layers removed, as many as the rates of the form say."""
+    form, measure = experiment.form, _Measurements(experiment)
+    calibration = form.calibration_tokens / _held_out_tokens(experiment)
     tries = sum(experiment.base.layers - done for done in range(measure.most_removed))
     greedy = len(form.targets) + tries * form.greedy_tokens / _held_out_tokens(experiment)
     return [
-        *calibrated,
-        *as_many_pieces(experiment, [piece.name for piece in calibrated]),
         Piece(INFLUENCE, _passes(experiment, len(form.targets) + calibration), measure.by_influence, (_DENSE,)),
         Piece(GREEDY, _passes(experiment, greedy), functools.partial(measure.greedily, budget), (_DENSE,)),
     ]
@@ -116,9 +121,8 @@ class _Measurements:
         return max(self._removed.values())
 
     def calibrated(self, target: float) -> dict[str, Any]:
-        dense = self._dense()
-        routers = self._at.calibrated(_DENSE, dense, target)
-        return {"target": target, **self._at.measured(with_routers(dense, routers))}
+        routers = self._at.calibrated(_DENSE, self._dense, target)
+        return {"target": target, **self._at.measured(with_routers(self._dense, routers))}
 
     def retargeted(self, name: str, target: float) -> dict[str, Any]:
         model = self._at.placed(saved_model(self._at.results.model(name)))
@@ -143,25 +147,23 @@ class _Measurements:
         return {"of": name, "removed_mlps": self._order[: int(skipped)], **measured}
 
     def by_influence(self) -> dict[str, Any]:
-        return self._without(by_similarity(self._dense(), self._at.calibration[:: self._every], "layer"))
+        return self._without(by_similarity(self._dense, self._at.calibration[:: self._every], "layer"))
 
     def greedily(self, budget: Budget) -> dict[str, Any] | None:
         windows = self._at.calibration[: max(1, self._at.form.greedy_tokens // self._at.form.sequence)]
-        dense = self._at.placed(self._dense())
-        order = greedily(dense, windows.to(self._at.device), self.most_removed, budget.is_over)
+        order = greedily(self._dense, windows.to(self._at.device), self.most_removed, budget.is_over)
         return self._without(order) if len(order) == self.most_removed else None
 
     def _without(self, order: list[int]) -> dict[str, Any]:
-        dense = self._dense()
         rates = {
-            f"{target:.2f}": self._at.measured(without_layers(dense, order[:count]))
+            f"{target:.2f}": self._at.measured(without_layers(self._dense, order[:count]))
             for target, count in self._removed.items()
         }
         return {"order": order[: self.most_removed], "layers": self._at.base.layers, "removed": self._removed, **rates}
 
     def _at_random(self, rates: Mapping[int, float]) -> tuple[LlamaDloForCausalLM, DecideShape]:
         hidden = self._at.base.config["hidden_size"]
-        routed = with_routers(self._dense(), {layer: torch.zeros(1, hidden).numpy() for layer in rates})
+        routed = with_routers(self._dense, {layer: torch.zeros(1, hidden).numpy() for layer in rates})
         generator = torch.Generator().manual_seed(0)
 
         def decide(shape: torch.Size) -> dict[int, torch.Tensor]:
@@ -173,12 +175,14 @@ class _Measurements:
 
         return routed, decide
 
+    @functools.cached_property
     def _dense(self) -> LlamaDloForCausalLM:
-        return saved_model(self._at.results.model(_DENSE))
+        """Nothing that is measured changes its weights, which all of it shares."""
+        return self._at.placed(saved_model(self._at.results.model(_DENSE)))
 
     @functools.cached_property
     def _order(self) -> list[int]:
-        return by_similarity(self._dense(), self._at.calibration[:: self._every], "mlp")
+        return by_similarity(self._dense, self._at.calibration[:: self._every], "mlp")
 
     @property
     def _every(self) -> int:

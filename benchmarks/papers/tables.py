@@ -8,8 +8,9 @@ from typing import Any
 from benchmarks.papers.expansion_loss import BASE
 from benchmarks.papers.expansion_loss import PREFIX as EXPANDED
 from benchmarks.papers.results import Results
-from benchmarks.papers.shipped import SHIPPED, SPEED, TASKS
+from benchmarks.papers.shipped import SHIPPED, SPEED
 from benchmarks.papers.skipping_cost import BASELINES, GREEDY, INFLUENCE
+from benchmarks.papers.tasks import PREFIX as TASKS
 from benchmarks.papers.text import DOMAINS
 from benchmarks.papers.token_kinds import KINDS
 from benchmarks.papers.token_kinds import PREFIX as KINDS_PREFIX

@@ -25,8 +25,6 @@ from dlo_export.modeling.training.run_folder import LOG_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.trainer import StepReport
 
-MAIN_RUNS = 10
-"""So many of `training_runs` make the main table."""
 _REFERENCE = "dlo"  # whose FLOPs the runs of equal FLOPs have
 _SOFT_SHARE = 0.75  # of the steps in which distilled routers' gates harden
 MakeDense = Callable[[Experiment], LlamaDloForCausalLM]
@@ -75,7 +73,7 @@ class TrainingRun:
 
 
 def training_runs(experiment: Experiment) -> list[TrainingRun]:
-    """All runs, by falling importance.
+    """The form's runs, by falling importance.
 
     DLO's interleaving with zeros and TLI's injection with zero_out make the same model here, so one dense run stands
     for both. Routers are compared with other ways to skip on the original layers: in a deepened model, the injected
@@ -122,13 +120,16 @@ def training_runs(experiment: Experiment) -> list[TrainingRun]:
         distilled(targets[0]),
     ]
     unequal = [run for run in runs if run.kind in ("original", "llama-pro", "moe")]  # the original's comes first
-    return [
+    every = [
         *runs,
         *(dataclasses.replace(run, suffix="-equal-flops", kept=False, equal_flops=True) for run in unequal),
         *(routed(targets[0], seed) for seed in others),
         *(distilled(target) for target in targets[1:]),
         *(routed(target, first) for target in targets[1:]),
+        *(routed(target, seed) for target in targets[1:] for seed in others),
     ]
+    by_name = {run.name: run for run in every}
+    return [by_name[name] for name in form.runs or by_name]
 
 
 @torch.no_grad()
@@ -175,6 +176,7 @@ def settings_of(run: TrainingRun, experiment: Experiment, model: LlamaDloForCaus
         long_chats="skip",
         learning_rate=form.learning_rate,
         router_learning_rate=form.router_learning_rate,
+        relative_router_rate=True,
         dtype=form.dtype,
         compile=form.compile and run.kind != "moe",
         eval_every=max(1, steps // form.curve_points),
@@ -193,7 +195,6 @@ def settings_of(run: TrainingRun, experiment: Experiment, model: LlamaDloForCaus
         distill_weight=1.0,
         skip_weight=0.0,
         router_learning_rate=DistillationSettings().learning_rate,
-        relative_router_rate=True,
         layer_wise=False,
     )
 
@@ -312,7 +313,7 @@ def planned_steps(
     """
     form, flops = experiment.form, costs["flops"]
     per_second = flops[costs["kind"]] * costs["tokens_per_second"]
-    main = [*runs[:MAIN_RUNS]]
+    main = [*runs[: form.main_runs]]
     while True:
         # A run of equal FLOPs costs what the reference does, whatever its own tokens cost.
         per_token = sum(flops[_REFERENCE if run.equal_flops else run.kind] for run in main) / per_second
@@ -321,7 +322,7 @@ def planned_steps(
             break
         main.pop()
     steps = max(1, tokens // experiment.tokens_per_step)
-    dropped = [] if len(main) == MAIN_RUNS else runs[len(main) :]
+    dropped = [] if len(main) == len(runs[: form.main_runs]) else runs[len(main) :]
     return {
         run.name: max(1, round(steps * flops[_REFERENCE] / flops[run.kind])) if run.equal_flops else steps
         for run in runs

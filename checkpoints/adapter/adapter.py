@@ -2,12 +2,13 @@
 
 A folder of two files. ``adapter_config.json`` says which layers are new and which are routed, indices counted in the
 deepened model; ``adapter.safetensors`` holds ``model.layers.{new}.…`` of the injected layers and
-``model.routers.{layer}.weight`` [1, hidden].
+``model.routers.{layer}.weight`` [1, hidden]. Where the base's weights were trained along with the routers, ``lora/`` is
+the LoRA adapter that does to them what training did, as PEFT saves it (see `dlo_export.checkpoints.adapter.lora`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from dlo_export.checkpoints.router_thresholds import read_thresholds, thresholds
 FORMAT_VERSION, THRESHOLDS_FORMAT_VERSION = 1, 2
 CONFIG_NAME = ADAPTER_FILE
 TENSORS_NAME = "adapter.safetensors"
+LORA_FOLDER = "lora"
 
 
 class AdapterError(InputError):
@@ -151,7 +153,12 @@ def load_adapter(folder: str | Path) -> DloAdapter:
 
 
 def save_adapter(
-    adapter: DloAdapter, folder: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+    adapter: DloAdapter,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    save_companions: Callable[[Path], None] = lambda _folder: None,
 ) -> None:
     """Writes an adapter, whole or not at all.
 
@@ -160,6 +167,7 @@ def save_adapter(
         folder: The folder to make.
         overwrite: Replace a folder that holds something.
         progress: Called with the bytes written and their total.
+        save_companions: Writes what else belongs into the folder, `LORA_FOLDER` for one.
 
     Raises:
         AdapterError: The adapter is inconsistent.
@@ -181,6 +189,7 @@ def save_adapter(
     with no_room_reported(Path(folder)), whole_folder(Path(folder), overwrite=overwrite) as staging:
         save_safetensors(adapter.tensors, staging / TENSORS_NAME, progress=progress)
         save_json(staging / CONFIG_NAME, config)
+        save_companions(staging)
 
 
 def _open_tensors(path: Path) -> dict[str, LazyTensor]:

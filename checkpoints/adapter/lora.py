@@ -9,6 +9,7 @@ Sources: LoRA (arXiv 2106.09685), rank-stabilised LoRA (arXiv 2312.03732), PEFT'
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -23,10 +24,11 @@ from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_fields import is_number
-from dlo_export.checkpoints.files.json_file import read_json
+from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
+from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD, LLAMA_LAYER, parse_layer_tensor
 
@@ -237,6 +239,44 @@ def load_lora(folder: Path, *, allow_nonfinite: bool = False) -> LoraAdapter:
         raise AdapterError(f"adapter {folder}: {'; '.join(problems)}", hint=_UNMERGED_HINT)
     replaced = {name: tensor for name, tensor in tensors.items() if "lora_" not in name}
     return LoraAdapter(folder, factors, replaced)
+
+
+def save_lora(factors: Mapping[str, LoraFactors], folder: Path) -> None:
+    """Writes a LoRA adapter as PEFT does, so that both it and `load_lora` open it.
+
+    Args:
+        factors: By the Hugging Face name of the weight they are added to; all of one rank and scale.
+        folder: New.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    modules = {name.removesuffix(".weight") for name in factors}
+    (rank,), (scale,) = ({each.a.shape[0] for each in factors.values()}, {each.scale for each in factors.values()})
+    tensors = {
+        f"{_PREFIX}{name.removesuffix('.weight')}.lora_{kind}.weight": tensor
+        for name, each in factors.items()
+        for kind, tensor in (("A", each.a), ("B", each.b))
+    }
+    folder.mkdir()
+    save_safetensors(tensors, folder / TENSORS_NAME)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
+        "inference_mode": True,
+    }
+    save_json(folder / CONFIG_NAME, config)
+
+
+def merged_sha256(base: str, lora: str) -> str:
+    """Identity of weights with a LoRA adapter in them: SHA-256 of both hashes in hexadecimal, a line each."""
+    return hashlib.sha256(f"{base}\n{lora}\n".encode()).hexdigest()
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dlo_export.exporter.commands.numbers import MAX_THREADS
-from dlo_export.exporter.commands.shared_options import OrtPluginLibrary
+from dlo_export.exporter.commands.shared_options import OrtPluginLibrary, Provider
 
 NAME = "bench"
 SEQUENCE = 512
@@ -28,6 +28,7 @@ def main(
         Path | None, typer.Option(help="File or folder of .txt; Python's own documentation by default.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="Of ONNX Runtime.")] = None,
+    provider: Provider = None,
     ort_plugin_library: OrtPluginLibrary = None,
     verify: Annotated[bool, typer.Option("--verify", help="First compare all files with their hashes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of the table.")] = False,
@@ -66,6 +67,7 @@ def main(
                         threads=threads,
                         allow_spinning=False,
                         plugin_library=ort_plugin_library,
+                        provider=provider,
                     )
                 ),
                 ids.reshape(-1).tolist(),
@@ -79,7 +81,7 @@ def main(
         row["prefill_ratio"] = ratio(timing.prefill, timings[0].prefill)
         row["decode_ratio"] = ratio(timing.decode, timings[0].decode)
         windows = [Window(Segment(sequence, 1), 0) for sequence in ids[: max(1, perplexity_tokens // SEQUENCE)]]
-        opened = open_artefact(folder, threads=threads, plugin_library=ort_plugin_library)
+        opened = open_artefact(folder, threads=threads, plugin_library=ort_plugin_library, provider=provider)
         with opened as runner, reporter.stage("perplexity"):
             measured = measure_perplexity(RunnerScorer(runner), windows)
         row["perplexity"] = measured.perplexity.value if perplexity_tokens else None

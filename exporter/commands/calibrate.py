@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlo_export.exporter.commands.numbers import finite
-from dlo_export.exporter.commands.shared_options import Force, ForceBase, Routing
+from dlo_export.exporter.commands.shared_options import Device, Force, ForceBase, Routing
 
 if TYPE_CHECKING:
     from dlo_export.exporter.calibrate import CalibrationResult
@@ -71,6 +71,7 @@ def main(
         Path | None, typer.Option(help="Adapter on the model; the output is then an adapter too.")
     ] = None,
     as_adapter: Annotated[bool, typer.Option("--as-adapter", help="Write the routers alone, as an adapter.")] = False,
+    device: Device = "cpu",
     force: Force = False,
     force_base: ForceBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -104,6 +105,7 @@ def main(
         tokens=tokens,
         evaluation_tokens=evaluation_tokens,
         seed=seed,
+        device=device,
         force=force,
         force_base=force_base,
         routing=routing,

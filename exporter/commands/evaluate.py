@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dlo_export.exporter.commands.numbers import MAX_COUNT, MAX_THREADS
-from dlo_export.exporter.commands.shared_options import ForceBase, OrtPluginLibrary
-from dlo_export.modeling.training.settings import Device
+from dlo_export.exporter.commands.shared_options import Device, ForceBase, OrtPluginLibrary, Provider
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +50,8 @@ def main(
     stride: Annotated[
         int | None, typer.Option(min=1, max=MAX_COUNT, help="Tokens from one window to the next; a window's length.")
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where PyTorch runs.")] = "cpu",
+    device: Device = "cpu",
+    provider: Provider = None,
     threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="Of ONNX Runtime.")] = None,
     ort_plugin_library: OrtPluginLibrary = None,
     force_base: ForceBase = False,
@@ -72,6 +72,7 @@ def main(
         dense=dense,
         active_rate=active_rate,
         device=device,
+        provider=provider,
         threads=threads,
         sequence=sequence,
         stride=stride,

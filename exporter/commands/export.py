@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
 from dlo_export.exporter.commands.numbers import MAX_COUNT, positive
 from dlo_export.exporter.commands.shared_options import (
@@ -58,7 +59,7 @@ def main(
         str,
         typer.Option(
             metavar=f"<{'|'.join(DTYPE_CHOICES)}>",
-            help="Of weights, KV cache and logits; auto is fp32 on a CPU.",
+            help="Of weights, KV cache and logits; auto is fp32 on a CPU, 16 bits on a GPU.",
         ),
     ] = "auto",
     lowering: Annotated[
@@ -75,6 +76,9 @@ def main(
     remove_identity: Annotated[
         bool, typer.Option("--remove-identity", help="Leave layers out that pass everything on, with their cache.")
     ] = False,
+    provider: Annotated[
+        ProviderOption, typer.Option(help="Of ONNX Runtime, which model.onnx is made for: its type, its lowering.")
+    ] = "cpu",
     trt: Annotated[bool, typer.Option("--trt", help="Build TensorRT engines too.")] = False,
     trt_backend: Annotated[
         BackendOption, typer.Option(help="rtx builds without a GPU; auto is tensorrt where it and a GPU are there.")
@@ -102,6 +106,14 @@ def main(
     trt_plugin_library: Annotated[Path | None, typer.Option(help="libdlo_plugins.so, for --lowering plugin.")] = None,
     trt_timeout: Annotated[
         float | None, typer.Option(callback=positive, help="Seconds before a build is killed.")
+    ] = None,
+    static_cache: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_COUNT,
+            help="Tokens per sequence in a KV cache that ONNX Runtime writes in place, for CUDA graphs.",
+        ),
     ] = None,
     ort_plugin_library: OrtPluginLibrary = None,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Do not compare with PyTorch.")] = False,
@@ -153,6 +165,8 @@ def main(
         ort_plugin_library=ort_plugin_library,
         last_logits=last_logits,
         remove_identity=remove_identity,
+        static_cache=static_cache,
+        provider=provider,
     )
     with naming_allow_nonfinite():
         result = export_model(request, reporter)

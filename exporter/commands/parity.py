@@ -10,8 +10,10 @@ import typer
 
 from dlo_export.exporter.commands.shared_options import (
     AllowNonfinite,
+    Device,
     ForceBase,
     OrtPluginLibrary,
+    Provider,
     naming_allow_nonfinite,
 )
 
@@ -24,6 +26,8 @@ def main(
     adapter: Annotated[Path | None, typer.Option(help="The adapter it was made with.")] = None,
     allow_nonfinite: AllowNonfinite = False,
     force_base: ForceBase = False,
+    provider: Provider = None,
+    device: Device = "cpu",
     ort_plugin_library: OrtPluginLibrary = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
@@ -37,8 +41,11 @@ def main(
     from dlo_export.exporter.sources.source import open_source  # noqa: PLC0415
     from dlo_export.exporter.tensorrt.plan import graph_options  # noqa: PLC0415
     from dlo_export.runtimes.artefact.files import check_model_files  # noqa: PLC0415
+    from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER  # noqa: PLC0415
 
     description = open_description(artefact)
+    runs_it = BY_PROVIDER[provider or description.provider]
+    runs_it.check_here()
     check_model_files(description, artefact)
     reporter = Reporter(verbose=verbose)
     with naming_allow_nonfinite():
@@ -48,7 +55,9 @@ def main(
                 reporter.warn(warning)
             with reporter.stage("parity"):
                 graphs = map(graph_options, description.engines)
-                report = check_parity(source, artefact, description, graphs, ort_plugin_library)
+                report = check_parity(
+                    source, artefact, description, graphs, ort_plugin_library, provider=runs_it, device=device
+                )
     if as_json:
         print_json(report.to_json())
     else:

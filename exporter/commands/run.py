@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlo_export.exporter.commands.numbers import MAX_COUNT, MAX_THREADS, finite
-from dlo_export.exporter.commands.shared_options import OrtPluginLibrary
+from dlo_export.exporter.commands.shared_options import OrtPluginLibrary, Provider
 
 if TYPE_CHECKING:
     from dlo_export.checkpoints.generation_config import GenerationConfig
@@ -34,6 +34,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, chat template or not.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="Of ONNX Runtime.")] = None,
+    provider: Provider = None,
     trt: Annotated[
         bool, typer.Option("--trt", help="Run the TensorRT engine; it does not tell its active rate.")
     ] = False,
@@ -54,6 +55,8 @@ def main(
 
     if trt_plugin_library is not None and not trt:
         raise InputError("--trt-plugin-library is of an engine, but --trt is not given", hint="add --trt")
+    if provider is not None and trt:
+        raise InputError(f"--provider {provider} is of ONNX Runtime, --trt runs an engine", hint="leave one out")
     description = open_description(artefact) if verify else load_description(artefact)
     generation_config = GenerationConfig.from_folder(artefact)
     sampling = _sampling(generation_config, temperature, top_k, top_p, seed)
@@ -70,7 +73,7 @@ def main(
     opened = (
         open_engines(artefact, trt_plugin_library)
         if trt
-        else open_artefact(artefact, threads=threads, plugin_library=ort_plugin_library)
+        else open_artefact(artefact, threads=threads, plugin_library=ort_plugin_library, provider=provider)
     )
     with opened as runner:
         generation = Generation(

@@ -9,8 +9,15 @@ from typing import Annotated
 
 import typer
 
+from dlo_export.checkpoints.device_options import DEVICE_FORM, ProviderOption, parse_device
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE
+
+
+def _checked_device(option: str) -> str:
+    """The option as it is, if it names a device."""
+    return str(parse_device(option))
+
 
 Force = Annotated[bool, typer.Option("--force", help="Replace an output of the same kind that dlo-export wrote.")]
 AllowNonfinite = Annotated[
@@ -20,6 +27,13 @@ ForceBase = Annotated[bool, typer.Option("--force-base", help="Take an adapter t
 Routing = Annotated[
     RoutingKind | None,
     typer.Option(help="What a token skips: the MLP, or the whole layer. As the model's routers do, else mlp."),
+]
+
+Device = Annotated[
+    str, typer.Option(metavar=f"<{DEVICE_FORM}>", callback=_checked_device, help="Where PyTorch computes.")
+]
+Provider = Annotated[
+    ProviderOption | None, typer.Option(help="Of ONNX Runtime; the one the artefact was exported for unless given.")
 ]
 
 OrtPluginLibrary = Annotated[

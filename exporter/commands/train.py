@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dlo_export.exporter.commands.numbers import finite
-from dlo_export.exporter.commands.shared_options import Force, ForceBase, Routing
-from dlo_export.modeling.training.settings import Device, Dtype, Labels, LongChats, Mode, Selection
+from dlo_export.exporter.commands.shared_options import Device, Force, ForceBase, Routing
+from dlo_export.modeling.training.settings import Dtype, Labels, LongChats, Mode, Selection
 
 if TYPE_CHECKING:
     from dlo_export.exporter.train import TrainRequest
@@ -30,6 +30,9 @@ def main(
     ] = None,
     held_out_share: Annotated[float, typer.Option(callback=finite, help="That share.")] = 0.02,
     adapter: Annotated[Path | None, typer.Option(help="Adapter on the model.")] = None,
+    as_adapter: Annotated[
+        bool, typer.Option("--as-adapter", help="Write routers and LoRA's matrices alone, as an adapter.")
+    ] = False,
     routers: Annotated[
         Routers, typer.Option(help="Those the model has, an all-zero one for each layer without, or none at all.")
     ] = "keep",
@@ -69,6 +72,10 @@ def main(
     long_chats: Annotated[LongChats, typer.Option(help="Of chats longer than a sequence.")] = "error",
     learning_rate: Annotated[float, typer.Option(callback=finite, help="Of all but the routers.")] = 2e-5,
     router_learning_rate: Annotated[float, typer.Option(callback=finite, help="Of the routers.")] = 1e-3,
+    relative_router_rate: Annotated[
+        bool,
+        typer.Option("--relative-router-rate", help="Of each router, as a share of its size: for fitted ones, 0.02."),
+    ] = False,
     layer_wise: Annotated[
         bool, typer.Option("--layer-wise/--uniform", help="Learning rates by the layers' capacities, or one.")
     ] = True,
@@ -85,7 +92,7 @@ def main(
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 200,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints of the run.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the data's order and what is held out.")] = 0,
-    device: Annotated[Device, typer.Option(help="Where to train.")] = "cpu",
+    device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT.run.")] = False,
     force: Force = False,
     force_base: ForceBase = False,
@@ -118,6 +125,7 @@ def main(
         long_chats=long_chats,
         learning_rate=learning_rate,
         router_learning_rate=router_learning_rate,
+        relative_router_rate=relative_router_rate,
         layer_wise=layer_wise,
         warmup=warmup,
         max_grad_norm=max_grad_norm,
@@ -137,6 +145,7 @@ def main(
         data=data,
         held_out=held_out_data,
         adapter=adapter,
+        as_adapter=as_adapter,
         routers=routers,
         routing=routing,
         settings=settings,

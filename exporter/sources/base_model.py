@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import InjectedLayer
 from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 
@@ -74,11 +75,12 @@ class BaseModel(Protocol):
     def sha256(self) -> str:
         """Identity of the weights."""
 
-    def graph_dtype(self, choice: str) -> str:
+    def graph_dtype(self, choice: str, provider: ProviderOption = "cpu") -> str:
         """What `--dtype` comes to in its graph.
 
         Args:
             choice: "auto", "fp32", "fp16" or "bf16".
+            provider: Of ONNX Runtime, which auto is for.
 
         Returns:
             "fp32", "fp16" or "bf16".

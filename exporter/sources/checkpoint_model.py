@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,13 @@ from typing import Any
 import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import InjectedLayer
-from dlo_export.checkpoints.adapter.lora import LoraAdapter
+from dlo_export.checkpoints.adapter.lora import LoraAdapter, merged_sha256
 from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.opening import Checkpoint
+from dlo_export.exporter.graph_dtype import sixteen_bits
 from dlo_export.exporter.plain_graph.llama import plain_graph
 from dlo_export.exporter.sources.base_model import Refusal, Use
 
@@ -89,11 +90,13 @@ class CheckpointModel:
     def sha256(self) -> str:
         """The checkpoint's; with a LoRA adapter, SHA-256 of both hashes in hexadecimal, a line each."""
         own = self.checkpoint.sha256()
-        return own if self.lora is None else hashlib.sha256(f"{own}\n{self.lora.sha256()}\n".encode()).hexdigest()
+        return own if self.lora is None else merged_sha256(own, self.lora.sha256())
 
-    def graph_dtype(self, choice: str) -> str:
-        """As asked: the graph is built from the weights. auto is for ONNX Runtime's CPU provider, fp32."""
-        return "fp32" if choice == "auto" else choice
+    def graph_dtype(self, choice: str, provider: ProviderOption = "cpu") -> str:
+        """As asked: the graph is built from the weights. auto is fp32 on a CPU, 16 bits on a GPU."""
+        if choice != "auto":
+            return choice
+        return "fp32" if provider == "cpu" else sixteen_bits(self.stored_dtype)
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:  # noqa: D102
         return plain_graph(self.config, self.tensors, dtype)

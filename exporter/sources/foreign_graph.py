@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import InjectedLayer
 from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.file_digest import file_sha256
@@ -74,7 +75,7 @@ class ForeignGraph:
         """None: of routers in a graph nothing is known."""
         return None
 
-    def graph_dtype(self, choice: str) -> str:
+    def graph_dtype(self, choice: str, provider: ProviderOption = "cpu") -> str:
         """Its own.
 
         Raises:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer, load_adapter
+from dlo_export.checkpoints.adapter.adapter import LORA_FOLDER, DloAdapter, InjectedLayer, load_adapter
 from dlo_export.checkpoints.adapter.lora import is_peft_adapter, load_lora
 from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.depth.expansion import ExpansionPlan, expanded_config, routed_config
@@ -173,7 +173,10 @@ def open_source(
     if adapter_folder is not None and is_peft_adapter(adapter_folder):
         return _merged_source(model, adapter_folder, allow_nonfinite=allow_nonfinite)
     adapter = load_adapter(adapter_folder) if adapter_folder is not None else None
-    base = _open_base(model, allow_nonfinite=allow_nonfinite)
+    if adapter_folder is not None and (adapter_folder / LORA_FOLDER).is_dir():
+        base: BaseModel = _merged_base(model, adapter_folder / LORA_FOLDER, allow_nonfinite=allow_nonfinite)
+    else:
+        base = _open_base(model, allow_nonfinite=allow_nonfinite)
     if adapter is None:
         check_use(base, "export without adapter")
         return ExportSource(base, None, base.routing)
@@ -193,14 +196,18 @@ def open_source(
 
 def _merged_source(model: str | Path, adapter_folder: Path, *, allow_nonfinite: bool) -> ExportSource:
     """A checkpoint with a LoRA adapter in its weights: plain, deepened or routed, as the checkpoint is."""
+    base = _merged_base(model, adapter_folder, allow_nonfinite=allow_nonfinite)
+    return ExportSource(base, None, base.routing, adapter_folder.name, "not stated")
+
+
+def _merged_base(model: str | Path, adapter_folder: Path, *, allow_nonfinite: bool) -> CheckpointModel:
     lora = load_lora(adapter_folder, allow_nonfinite=allow_nonfinite)
     if _is_graph(model):
         raise InputError(
             f"{model}: is a graph, the LoRA adapter {adapter_folder} is merged into a checkpoint's weights",
             hint="export the checkpoint with that adapter",
         )
-    base = CheckpointModel(open_checkpoint(model), lora, allow_nonfinite)
-    return ExportSource(base, None, base.routing, adapter_folder.name, "not stated")
+    return CheckpointModel(open_checkpoint(model), lora, allow_nonfinite)
 
 
 def _open_base(model: str | Path, *, allow_nonfinite: bool) -> BaseModel:

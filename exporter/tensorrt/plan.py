@@ -8,9 +8,9 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.dtypes import BY_OPTION, FLOAT16
+from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.graph_dtype import graph_dtype
+from dlo_export.exporter.graph_dtype import graph_dtype, sixteen_bits
 from dlo_export.exporter.pipeline import (
     TensorRtOptions,
     build_tensorrt_model,
@@ -131,7 +131,7 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
         )
     backend, reason = resolve_backend(request.backend)
     check_backend(backend, request.targets)
-    resolved = _dtype(source, dtype)
+    resolved = sixteen_bits(source.base.stored_dtype) if dtype == "auto" else dtype
     _check_size(source, request, resolved)
     phases: tuple[Phase, ...] = ("prefill", "decode") if request.split else ("both",)
     engines = tuple(_planned(source, request, phase, lowering, options, backend, resolved) for phase in phases)
@@ -186,13 +186,6 @@ def size_warnings(source: ExportSource, request: TensorRtRequest) -> list[str]:
             "trained for"
         )
     return warnings
-
-
-def _dtype(source: ExportSource, choice: str) -> str:
-    if choice != "auto":
-        return choice
-    # bfloat16 cannot overflow where the checkpoint's own type did not.
-    return "fp16" if source.base.stored_dtype == FLOAT16.name else "bf16"
 
 
 def _planned(

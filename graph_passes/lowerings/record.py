@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.spec.invariants import StageSpec
 
 Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
-ONNXRUNTIME: tuple[Target, ...] = ("onnxruntime-cpu", "onnxruntime-cuda")
+PROVIDER_TARGETS: Mapping[ProviderOption, Target] = {"cpu": "onnxruntime-cpu", "cuda": "onnxruntime-cuda"}
+"""What a graph for one of ONNX Runtime's providers is lowered for."""
+ONNXRUNTIME: tuple[Target, ...] = tuple(PROVIDER_TARGETS.values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import SHAPE_OPS, consumed_values, is_op, subgraphs_of
-from dlo_export.graph_passes.spec.ops import DOMAIN
+from dlo_export.graph_passes.spec.ops import DOMAIN, MICROSOFT
 
 # The shape of their output follows from the contents of their input alone.
 _SELECTING_OPS = frozenset(
@@ -51,6 +51,8 @@ _RANDOM_OPS = frozenset(
 )
 # The dlo ops have the shapes of their inputs by their schemas.
 _KNOWN_DOMAINS = frozenset({"", DOMAIN})
+# ONNX Runtime's own: a cache is as long as its past, or as the number of tokens that the operand says.
+_MICROSOFT_SIZE_OPERANDS: dict[str, tuple[int, ...]] = {"GroupQueryAttention": (6,)}
 
 
 def data_dependent_shapes(graph: ir.Graph) -> Iterator[str]:
@@ -99,12 +101,14 @@ def _is_fixed(node: ir.Node, fixed: set[ir.Value]) -> bool:
 
 def _reasons(node: ir.Node, fixed: set[ir.Value]) -> Iterator[str]:
     # Three ways: by what the op is, by an operand that says a size, by branches of an If that differ.
-    if node.domain not in _KNOWN_DOMAINS:
+    known = node.domain == MICROSOFT and node.op_type in _MICROSOFT_SIZE_OPERANDS
+    if node.domain not in _KNOWN_DOMAINS and not known:
         yield f"the shape rule of domain '{node.domain}' is unknown"
         return
     if is_op(node, *_SELECTING_OPS):
         yield "the shape of its output depends on the contents of its input"
-    for position in _SIZE_OPERANDS.get(node.op_type, ()) if not node.domain else ():
+    operands = {"": _SIZE_OPERANDS, MICROSOFT: _MICROSOFT_SIZE_OPERANDS}.get(node.domain, {})
+    for position in operands.get(node.op_type, ()):
         operand = node.inputs[position] if position < len(node.inputs) else None
         if operand is not None and operand not in fixed:
             yield f"'{operand.name}', which its output's shape follows from, is computed from tensor data"

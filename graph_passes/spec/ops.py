@@ -13,6 +13,8 @@ import onnx_ir as ir
 
 DOMAIN = "dlo"
 VERSION = 1
+MICROSOFT = "com.microsoft"
+"""Domain of ONNX Runtime's own operators, which are not ours."""
 # hidden and intermediate must be multiples of this: 8 sixteen-bit elements are the 16 bytes of one vector load, and a
 # kernel that serves every model may assume nothing narrower without loading weights element by element.
 WIDTH_MULTIPLE = 8

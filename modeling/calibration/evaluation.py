@@ -64,7 +64,7 @@ def with_routers(
     with torch.device("meta"):
         routed = model_class(config)
     weights = {name: tensor for name, tensor in model.state_dict().items() if parse_router(name) is None}
-    weights |= {router_name(layer): torch.from_numpy(router) for layer, router in routers.items()}
+    weights |= {router_name(layer): torch.from_numpy(router).to(model.device) for layer, router in routers.items()}
     routed.load_state_dict(weights, assign=True)
     routed.model.rotary_emb = model.model.rotary_emb
     routed.eval()
@@ -77,7 +77,7 @@ def evaluate(model: LlamaDloForCausalLM, sequences: torch.Tensor, decide: Decide
 
     Args:
         model: In evaluation mode.
-        sequences: int64 [sequences, length], without padding.
+        sequences: int64 [sequences, length], without padding, where the model is.
         decide: Decisions to try in place of the routers', for example random ones.
     """
     loss, count, active = 0.0, 0, dict.fromkeys(model.config.routed_layers, 0)

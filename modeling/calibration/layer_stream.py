@@ -55,7 +55,7 @@ class LayerStream:
 
     Args:
         model: A causal Llama.
-        sequences: int64 [sequences, length], without padding.
+        sequences: int64 [sequences, length], without padding; moved to where the model is.
         routing: What tokens skip.
 
     Attributes:
@@ -65,8 +65,9 @@ class LayerStream:
     def __init__(self, model: PreTrainedModel, sequences: torch.Tensor, routing: RoutingKind = "mlp") -> None:
         self._decoder = model.model
         self._routing = routing
+        sequences = sequences.to(model.device)
         self.hidden_states: torch.Tensor = self._decoder.embed_tokens(sequences)
-        self._position_ids = torch.arange(sequences.shape[1]).unsqueeze(0)
+        self._position_ids = torch.arange(sequences.shape[1], device=sequences.device).unsqueeze(0)
         self._position_embeddings = self._decoder.rotary_emb(self.hidden_states[:1], position_ids=self._position_ids)
 
     def run_layer(self, index: int) -> LayerOutput:

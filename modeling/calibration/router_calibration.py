@@ -133,8 +133,8 @@ def calibrate_routers(
     Routers the model has already are left out of account and replaced.
 
     Args:
-        model: In evaluation mode, on the CPU.
-        sequences: Text, int64 [sequences, length], without padding.
+        model: In evaluation mode.
+        sequences: Text, int64 [sequences, length], without padding, where the model is.
         settings: The defaults if None.
         progress: Called after every layer of both passes.
 
@@ -172,7 +172,7 @@ def calibrate_routers(
     steps.finish()
     return CalibratedRouters(
         num_layers=num_layers,
-        routers={layer: routers[layer].reshape(1, -1).numpy() for layer in sorted(routers)},
+        routers={layer: routers[layer].reshape(1, -1).cpu().numpy() for layer in sorted(routers)},
         label_rates=rates,
         agreement=agreement,
         identity_layers=identities,

@@ -32,7 +32,7 @@ def fit_router(inputs: torch.Tensor, active: torch.Tensor, weights: torch.Tensor
     root = inputs.shape[-1] ** 0.5
     tokens = inputs / lengths.clamp(min=torch.finfo(inputs.dtype).tiny) * root
     covariance = tokens.T @ tokens / len(tokens)
-    covariance += 1e-3 * covariance.diagonal().mean() * torch.eye(len(covariance))
+    covariance += 1e-3 * covariance.diagonal().mean() * torch.eye(len(covariance), device=covariance.device)
     triangle = torch.linalg.cholesky(covariance)
     white = torch.linalg.solve_triangular(triangle, tokens.T, upper=False).T
     solution = _logistic_regression(white, active.float(), weights / weights.mean())
@@ -45,7 +45,7 @@ def fit_router(inputs: torch.Tensor, active: torch.Tensor, weights: torch.Tensor
 
 def _logistic_regression(rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Minimises the weighted mean cross entropy plus ridge, by L-BFGS."""
-    solution = torch.zeros(rows.shape[-1], requires_grad=True)
+    solution = torch.zeros(rows.shape[-1], device=rows.device, requires_grad=True)
     optimiser = torch.optim.LBFGS([solution], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:

@@ -57,7 +57,7 @@ def label_rates(similarities: Mapping[int, torch.Tensor], labels: str, skipped_l
 def lowest(similarity: torch.Tensor, rate: float) -> torch.Tensor:
     """Labels of one layer, bool [tokens]: the given share of lowest similarities is active."""
     count = min(len(similarity), math.ceil(len(similarity) * rate))
-    active = torch.zeros(len(similarity), dtype=torch.bool)
+    active = torch.zeros(len(similarity), dtype=torch.bool, device=similarity.device)
     active[similarity.argsort()[:count]] = True
     return active
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ class CalibrationText:
     evaluation: torch.Tensor
     calibration_documents: tuple[str, ...]
     evaluation_documents: tuple[str, ...]
+
+    def to(self, device: torch.device) -> CalibrationText:
+        """The same text there."""
+        return dataclasses.replace(self, calibration=self.calibration.to(device), evaluation=self.evaluation.to(device))
 
 
 def read_documents(path: Path | None = None) -> tuple[Document, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,18 +57,31 @@ def parameter_groups(model: LlamaDloForCausalLM, settings: TrainingSettings) -> 
 
     Each has its `lr`, and `layer`: the layer whose capacity scales it, None for routers, embedding, norm and head.
     """
+    sizes = _router_sizes(model) if settings.relative_router_rate else {}
     groups: dict[tuple[float, int | None, int | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             router = parse_router(name)
             rate = settings.learning_rate if router is None else settings.router_learning_rate
             alone = router if settings.relative_router_rate else None
-            if alone is not None and (size := float(parameter.detach().square().mean().sqrt())):
-                rate *= size
+            if alone is not None:
+                rate *= sizes[alone]
             place = parse_layer_tensor(name)
             layer = None if place is None else place.layer
             groups.setdefault((rate, layer, alone), []).append(parameter)
     return [{"params": parameters, "lr": rate, "layer": layer} for (rate, layer, _), parameters in groups.items()]
+
+
+def _router_sizes(model: LlamaDloForCausalLM) -> dict[int, float]:
+    """By layer, the root mean square of its router; of one that is all zeros, the median of the others' or else 1."""
+    routers = {layer: model.model.router(layer) for layer in model.config.routed_layers}
+    found = {
+        layer: float(whole(router.weight.detach()).square().mean().sqrt())
+        for layer, router in routers.items()
+        if router is not None
+    }
+    usual = statistics.median([size for size in found.values() if size] or [1.0])
+    return {layer: size or usual for layer, size in found.items()}
 
 
 def merged_state(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
@@ -88,6 +102,17 @@ def merged_state(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor
         if module in lora and kind == "weight":
             value = value + whole(lora[module]("default").detach())
         yield f"{module.removesuffix('.base_layer')}.{kind}", value
+
+
+def lora_factors(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+    """What ``lora`` learned, apart from what it lies beside: by a weight's name, A [r, in], B [out, r], their scale.
+
+    Each process has to go through all of them where the model is sharded.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            a, b = (whole(getattr(module, kind)["default"].weight.detach()) for kind in ("lora_A", "lora_B"))
+            yield f"{name}.weight", a, b, float(module.scaling["default"])
 
 
 def _add_lora(model: LlamaDloForCausalLM, settings: TrainingSettings) -> None:

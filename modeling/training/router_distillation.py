@@ -60,7 +60,7 @@ def distilled_routers(
     Args:
         model: A causal Llama in float32, transformers' or ours, without routers or with others; left as it is.
         routers: By layer, float32 [1, hidden]: what training starts from.
-        sequences: Text to learn from, int64 [sequences, length], without padding.
+        sequences: Text to learn from, int64 [sequences, length], without padding, where the model is.
         rate: Wanted share of active tokens, over these layers.
         settings: Of the training.
         routing: What they let tokens skip.
@@ -92,6 +92,7 @@ def distilled_routers(
         eval_every=settings.steps,
         save_every=settings.steps,
         seed=settings.seed,
+        device=str(model.device),
     )
     with scratch_folder() as folder:
         train_model(
@@ -103,7 +104,7 @@ def distilled_routers(
             report=lambda step: progress(step.step, step.steps),
         )
     state = {layer: routed.model.router(layer) for layer in routers}
-    return {layer: router.weight.detach().numpy() for layer, router in state.items() if router is not None}
+    return {layer: router.weight.detach().cpu().numpy() for layer, router in state.items() if router is not None}
 
 
 @torch.no_grad()
@@ -115,7 +116,9 @@ def _unsaturated(
     streams = routed.model(sequences, use_cache=False, output_hidden_states=True).hidden_states
     scaled = {}
     for layer, router in routers.items():
-        size = float((streams[layer].float() @ torch.from_numpy(router).flatten()).abs().median())
+        size = float(
+            (streams[layer].float() @ torch.from_numpy(router).flatten().to(streams[layer].device)).abs().median()
+        )
         scaled[layer] = router * np.float32(min(1.0, _LOGITS / size) if size else 1.0)
     return scaled
 
@@ -124,6 +127,6 @@ def _packed(sequences: torch.Tensor) -> PackedDocuments:
     """Sequences as documents of their own, every token of which is learned."""
     documents = [
         TokenDocument(f"sequence {number}", tokens, np.ones(len(tokens), bool))
-        for number, tokens in enumerate(sequences.numpy())
+        for number, tokens in enumerate(sequences.cpu().numpy())
     ]
     return PackedDocuments(documents, sequences.shape[1], pad_token=0)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import InductorError
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from dlo_export.checkpoints.errors import MachineError
+from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.compilation import compile_layers
 from dlo_export.modeling.training.distillation import dense_teacher
@@ -78,8 +79,7 @@ def train_model(
         TrainingDivergedError: A loss or gradient is not finite; the last checkpoint is intact.
         MachineError: There is no such device, or a checkpoint cannot be written.
     """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise MachineError("training: PyTorch finds no CUDA device", hint="train with --device cpu")
+    torch_device(settings.device)  # or it says why not, before anything is written
     check_sharding(settings)
     transformers_logging.disable_progress_bar()  # of its own, of each file it saves
     teacher = dense_teacher(model, settings.mode) if settings.distill_weight else None
@@ -145,8 +145,7 @@ def training_arguments(settings: TrainingSettings, folder: Path, *, saves: bool 
         warmup_steps=settings.warmup,
         weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm,
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        **_checkpointing(settings),
         seed=settings.seed,
         data_seed=settings.seed,
         eval_strategy="steps",
@@ -161,3 +160,10 @@ def training_arguments(settings: TrainingSettings, folder: Path, *, saves: bool 
         report_to=[],
         disable_tqdm=True,
     )
+
+
+def _checkpointing(settings: TrainingSettings) -> dict[str, Any]:
+    """What has each layer computed twice: transformers 5.23 calls it by another name than its predecessors."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: settings.gradient_checkpointing, f"{name}_kwargs": {"use_reentrant": False}}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from dlo_export.checkpoints.device_options import parse_device
 from dlo_export.modeling.training.errors import TrainingError
 
 # The words of settings that are choices, as the command offers them.
@@ -15,7 +16,6 @@ Labels = Literal["cos-global", "cos", "self"]
 Selection = Literal["top-k", "threshold", "annealed"]
 LongChats = Literal["error", "truncate", "skip"]
 Dtype = Literal["fp32", "bf16"]
-Device = Literal["cpu", "cuda"]
 _COLDEST = 0.1
 _RANGES: Mapping[tuple[str, ...], tuple[Callable[[float], bool], str]] = {
     ("target",): (lambda value: 0 < value <= 1, "a capacity above 0 and at most 1"),
@@ -61,8 +61,10 @@ class TrainingSettings:
         long_chats: What to do about chats longer than a sequence.
         learning_rate: Of everything but the routers, at its height; cosine.
         router_learning_rate: Of the routers, likewise.
-        relative_router_rate: Multiply each router's rate by the root mean square of its weights as the run starts. The
-            residual stream grows by orders of magnitude from layer to layer, and fitted routers are the smaller.
+        relative_router_rate: Multiply each router's rate by the root mean square of its weights as the run starts, or
+            that of the others where it is all zeros. The residual stream grows by orders of magnitude from layer to
+            layer, and fitted routers are the smaller: a rate that is right for one sweeps away what another was fitted
+            to in a single step.
         layer_wise: Multiply each layer's rate by its capacity + 1 - the mean capacity.
         warmup: Share of the steps over which learning rates rise.
         max_grad_norm: To which gradients are clipped.
@@ -74,7 +76,7 @@ class TrainingSettings:
         eval_every: Steps between evaluations.
         save_every: Steps between checkpoints.
         seed: Of the order of the data, of what is held out, and of LoRA's matrices.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda": which GPU, CUDA_VISIBLE_DEVICES says, or whoever starts several processes.
     """
 
     mode: str = "full"
@@ -132,11 +134,12 @@ class TrainingSettings:
             "selection": get_args(Selection),
             "long_chats": get_args(LongChats),
             "dtype": get_args(Dtype),
-            "device": get_args(Device),
         }
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 yield f"{name} is {getattr(self, name)!r}, expected one of {', '.join(values)}"
+        if parse_device(self.device).index not in (None, 0):
+            yield f"device is {self.device!r}, expected cpu or cuda; CUDA_VISIBLE_DEVICES chooses the GPU"
         for names, (is_allowed, expected) in _RANGES.items():
             for name in names:
                 if (value := getattr(self, name)) is not None and not (math.isfinite(value) and is_allowed(value)):

@@ -92,7 +92,10 @@ class ThresholdSelection:
 
 
 def annealed_gates(
-    capacities: Mapping[int, float], thresholds: Mapping[int, float], temperature: float | None
+    capacities: Mapping[int, float],
+    thresholds: Mapping[int, float],
+    temperature: float | None,
+    device: torch.device | None = None,
 ) -> dict[int, GateTokens] | None:
     """Gates between 0 and 1 by how far a token's logit is above its layer's threshold; None where decisions are hard.
 
@@ -102,11 +105,12 @@ def annealed_gates(
         capacities: By layer.
         thresholds: By layer, where it is not one half.
         temperature: In logits; the lower, the harder. None for hard decisions.
+        device: Of the scores.
     """
     if temperature is None:
         return None
     # A tensor: it changes from step to step, and a compiled layer is compiled for all of them at once.
-    shared = torch.tensor(temperature)
+    shared = torch.full((), temperature, device=device)
     return {layer: AnnealedGate(thresholds.get(layer, ONE_HALF), shared) for layer in capacities}
 
 

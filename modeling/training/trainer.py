@@ -390,7 +390,8 @@ class DloTrainer(Trainer):
         select = threshold_selection(self.capacities, thresholds)
         if self.settings.selection == "threshold":
             return {"select_tokens": select}
-        gates = annealed_gates(self.capacities, thresholds, self.settings.temperature(self.state.global_step))
+        temperature = self.settings.temperature(self.state.global_step)
+        gates = annealed_gates(self.capacities, thresholds, temperature, counted.device)
         return {"select_tokens": select, "gate_tokens": gates}
 
     # Learning rates and checkpoints, in place of the Trainer's.

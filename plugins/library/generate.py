@@ -17,7 +17,7 @@ from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION, WIDTH_
 from dlo_export.plugins.compile import CompiledKernel, compile_all
 from dlo_export.plugins.contract import SIZES_HINT, T_DTYPES, output_axes, weight_input
 from dlo_export.plugins.errors import PluginError
-from dlo_export.plugins.tiles import DECODE_TOKENS, tile_of
+from dlo_export.plugins.tiles import MOST_TOKENS
 from dlo_export.plugins.variants import TARGETS, variants
 
 PORTABLE_TARGET: Final = 80
@@ -37,7 +37,7 @@ def ops_header(ops: Sequence[PluginOp]) -> str:
         f'inline constexpr char kVersion[] = "{VERSION}";\n'
         f"inline constexpr int32_t kWidthMultiple = {WIDTH_MULTIPLE};\n"
         f'inline constexpr char kSizesHint[] = "{SIZES_HINT}";\n'
-        f"inline constexpr int64_t kDecodeTokens = {DECODE_TOKENS};\n"
+        f"inline constexpr int64_t kMostTokens[] = {{{', '.join(map(str, MOST_TOKENS.values()))}}};\n"
         f"inline constexpr ElementType kTypesOfT[] = {{{_types_of_t()}}};\n"
         f"inline constexpr Op kOps[] = {{\n{''.join(map(_op, ops))}}};\n}}  // namespace dlo\n"
     )
@@ -81,7 +81,7 @@ def _op(op: PluginOp) -> str:
 
 def _kernel(symbol: str, kernel: CompiledKernel, is_ptx: str) -> str:
     variant = kernel.variant
-    tile = tile_of(variant.op_name, variant.tile, variant.dtype)
+    tile = variant.sizes
     major, minor = divmod(variant.target, 10)
     return (
         f'    {{"{variant.op_name}", {_element_type(variant.dtype)}, '

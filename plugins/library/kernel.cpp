@@ -1,6 +1,9 @@
 #include "kernel.h"
 
+#include "dlo_ops.h"
+
 #include <cstring>
+#include <iterator>
 
 namespace dlo {
 
@@ -16,6 +19,15 @@ bool ptxRuns(Kernel const& kernel, int32_t major, int32_t minor) noexcept {
 }
 
 }  // namespace
+
+TileName tileFor(int64_t tokens) noexcept {
+    static_assert(std::size(kMostTokens) == kTileCount - 1, "the last tile takes any number");
+    int32_t tile = 0;
+    while (tile < kTileCount - 1 && tokens > kMostTokens[tile]) {
+        ++tile;
+    }
+    return static_cast<TileName>(tile);
+}
 
 Kernel const* findKernel(
     char const* op, ElementType type, TileName tile, int32_t major, int32_t minor) noexcept {

@@ -9,8 +9,8 @@
 
 namespace dlo {
 
-enum class TileName : int32_t { kDECODE = 0, kPREFILL = 1 };
-inline constexpr int32_t kTileCount = 2;
+enum class TileName : int32_t { kSINGLE = 0, kDECODE = 1, kPREFILL = 2 };
+inline constexpr int32_t kTileCount = 3;
 
 struct Kernel {
     char const* op;
@@ -29,6 +29,9 @@ struct Kernel {
 
 extern Kernel const kKernels[];
 extern size_t const kKernelCount;
+
+// The tile launched for so many tokens.
+TileName tileFor(int64_t tokens) noexcept;
 
 // The kernel to run on a GPU of this compute capability, or nullptr when there is none.
 Kernel const* findKernel(char const* op, ElementType type, TileName tile, int32_t major, int32_t minor) noexcept;

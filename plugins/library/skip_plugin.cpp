@@ -122,8 +122,8 @@ std::string SkipPlugin::loadKernels(DataType type) noexcept {
     if (!elementType(type, element)) {
         return std::string("dlo::") + mOp.name + ": no kernel for this operand type";
     }
-    for (TileName const tile : {TileName::kDECODE, TileName::kPREFILL}) {
-        std::string problem = loadKernel(mOp.name, element, tile, mKernels[static_cast<int32_t>(tile)]);
+    for (int32_t tile = 0; tile < kTileCount; ++tile) {
+        std::string problem = loadKernel(mOp.name, element, static_cast<TileName>(tile), mKernels[tile]);
         if (!problem.empty()) {
             return problem;
         }
@@ -153,8 +153,7 @@ int32_t SkipPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc 
     if (tokenCount == 0) {
         return 0;
     }
-    TileName const tile = tokenCount <= kDecodeTokens ? TileName::kDECODE : TileName::kPREFILL;
-    LoadedKernel& loaded = mKernels[static_cast<int32_t>(tile)];
+    LoadedKernel& loaded = mKernels[static_cast<int32_t>(tileFor(tokenCount))];
     if (loaded.function == nullptr) {
         std::string const problem = loadKernels(inputDesc[0].type);
         if (!problem.empty()) {

@@ -47,7 +47,7 @@ public:
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
 private:
-    // Both tiles, because the next launch's number of tokens may ask for the other one while a stream is capturing.
+    // All tiles, because the next launch's number of tokens may ask for another one while a stream is capturing.
     std::string loadKernels(nvinfer1::DataType type) noexcept;
 
     Op const& mOp;

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.written_files import ARTEFACT_FILE
 from dlo_export.checkpoints.model_types import RoutingKind
@@ -27,7 +28,7 @@ from dlo_export.runtimes.artefact.engine_record import (
 from dlo_export.runtimes.artefact.typed_json import Absent, JsonProblemsError, Rule, from_json, to_json
 from dlo_export.runtimes.errors import ModelLoadError
 
-FORMAT_VERSION = 3  # 3 says each router's threshold
+FORMAT_VERSION = 4  # 3 says each router's threshold, 4 what model.onnx is to run on
 FILE_NAME = ARTEFACT_FILE
 MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
@@ -146,6 +147,7 @@ class ArtefactDescription(LoweringDescription):
         source: What it was made from.
         files: Graphs, weights and engines. Others (configuration, tokenizer) are the user's to edit.
         dtype: "fp32", "fp16" or "bf16", of model.onnx: weights, KV cache and logits.
+        provider: Of ONNX Runtime, "cpu" or "cuda": what model.onnx was made for, and runs on unless told otherwise.
         routing: None where nothing is routed.
         layers: In order.
         interface: Of model.onnx.
@@ -158,6 +160,7 @@ class ArtefactDescription(LoweringDescription):
     source: SourceIdentity
     files: tuple[ArtefactFile, ...]
     dtype: FloatOption
+    provider: ProviderOption
     routing: RoutingDescription | None
     layers: Layers
     interface: GraphInterface

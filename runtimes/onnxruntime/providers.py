@@ -1,14 +1,27 @@
-"""ONNX Runtime's execution providers, and what they cannot run."""
+"""ONNX Runtime's execution providers: those that `--provider` names, their settings, and what they cannot run."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from dlo_export.checkpoints.dtypes import BFLOAT16, FLOAT16, ElementType
+import onnxruntime as ort
+
+from dlo_export.checkpoints.device_options import ProviderOption
+from dlo_export.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, ElementType
+from dlo_export.runtimes.errors import ProviderUnavailableError
+
+MISSING_HINT = (
+    "for CUDA: pip uninstall onnxruntime, pip install onnxruntime-gpu, with NVIDIA's driver and CUDA libraries; "
+    "or take --provider cpu"
+)
+"""What to do where a provider is missing."""
 
 SCATTER_ADD = "ScatterND(add)"
 """ScatterND with reduction "add": how compaction puts tokens back."""
+
+GROUP_QUERY_ATTENTION = "com.microsoft::GroupQueryAttention"
+"""How a graph attends that writes its cache in place."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +47,48 @@ class Provider:
         name: As ONNX Runtime calls it.
         options: Its own options, as `InferenceSession(provider_options=…)` takes them.
         gaps: What it cannot run; a test asks ONNX Runtime whether they are still there.
+        device: What ONNX Runtime calls the memory it computes in.
+        reads_back: Keep outputs in that memory, and copy out of it what is asked for alone: pays where it is not the
+            host's.
     """
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
     gaps: tuple[Gap, ...] = ()
+    device: str = "cpu"
+    reads_back: bool = False
+
+    @property
+    def device_id(self) -> int:
+        """Number of the GPU; 0 where there is none."""
+        return int(self.options.get("device_id", "0"))
+
+    @property
+    def captures(self) -> bool:
+        """Whether its sessions capture CUDA graphs."""
+        return self.options.get("enable_cuda_graph") == "1"
+
+    def with_cuda_graph(self) -> Provider:
+        """The same, with sessions that capture the first run of a binding as a CUDA graph and replay it for the others.
+
+        Every such run must then be of the same shapes, in the same memory, with no node left to the CPU.
+        """
+        return replace(self, options={**self.options, "enable_cuda_graph": "1"})
+
+    def why_not_here(self) -> str | None:
+        """Why this ONNX Runtime does not have it; None where it has. Whether it starts, a session finds out."""
+        if self.name in (available := ort.get_available_providers()):
+            return None
+        return f"ONNX Runtime {ort.__version__} has no {self.name} here, it has {', '.join(available)}"
+
+    def check_here(self) -> None:
+        """Refuses a provider that is not there.
+
+        Raises:
+            ProviderUnavailableError: With what to install.
+        """
+        if (reason := self.why_not_here()) is not None:
+            raise ProviderUnavailableError(reason, hint=MISSING_HINT)
 
     def why_not_run(self, dtype: ElementType, operators: Collection[str] = ()) -> str | None:
         """Why a graph cannot run here; None where nothing is known against it.
@@ -59,3 +109,22 @@ CPU = Provider(
         Gap(FLOAT16, SCATTER_ADD, "ONNX Runtime's CPU kernel of ScatterND does not add float16"),
     ),
 )
+
+CUDA = Provider(
+    "CUDAExecutionProvider",
+    # TensorFloat-32 keeps 10 bits of a product's operands: float32 would then not be float32.
+    {"use_tf32": "0"},
+    gaps=(
+        Gap(
+            FLOAT32,
+            GROUP_QUERY_ATTENTION,
+            "ONNX Runtime's CUDA provider has no float32 attention on a cache that is written in place",
+        ),
+    ),
+    device="cuda",
+    reads_back=True,
+)
+"""Its gaps are from ONNX Runtime's docs/OperatorKernels.md; what else it lacks, loading or running a graph says."""
+
+BY_OPTION: Mapping[ProviderOption, Provider] = {"cpu": CPU, "cuda": CUDA}
+"""What `--provider` names."""

@@ -26,7 +26,8 @@ class OnnxRuntimeRunner(GrowingRunner):
         session: How it runs; `SessionArguments` lists the choices.
 
     Raises:
-        ModelLoadError: The model is missing, damaged or cannot run here, or the provider is not available.
+        ModelLoadError: The model is missing, damaged or cannot run here.
+        BackendUnavailableError: The provider is not there, does not start, or has no memory left.
         ModelInterfaceError: It is not a decoder with a KV cache.
     """
 
@@ -41,12 +42,13 @@ class OnnxRuntimeRunner(GrowingRunner):
         name = name or model_name(model)
         self._session = DecoderSession(model, name, "growing", session)
         self._cache: GrowingCache | None = None
+        self._outputs = self._session.step_outputs()
         super().__init__(name, self._session.interface, thresholds=thresholds)
 
     def _empty_cache(self, batch: int) -> None:
         shapes = self._interface.state_shapes(batch)
         states = {key: (shape, self._session.state_type(key)) for key, shape in shapes.items()}
-        self._cache = GrowingCache(states, self._interface.present_of)
+        self._cache = GrowingCache(states, self._interface.present_of, self._session.memory)
 
     def _repeat_cache(self, branches: int) -> None:
         assert self._cache is not None, "a fork comes after a reset"
@@ -58,15 +60,13 @@ class OnnxRuntimeRunner(GrowingRunner):
         binding = self._session.binding()
         for key, array in feeds.items():
             binding.bind_cpu_input(key, array)
-        observed = self._interface.observed(hidden_states=request.hidden_states)
-        for key in observed:
-            binding.bind_output(key, "cpu")
+        self._outputs.bind(binding, request)
         self._cache.bind(binding, request.sequence)
         self._session.run(binding)
         self._cache.advance()
-        # Outputs come in the order they were bound, the cache's behind the observed ones.
-        return {key: value.numpy() for key, value in zip(observed, binding.get_outputs(), strict=False)}
+        return self._outputs.read(binding, request)
 
     def _free(self) -> None:
         self._cache = None
+        del self._outputs
         del self._session

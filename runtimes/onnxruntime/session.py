@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
-import numpy as np
 import onnxruntime as ort
 
-from dlo_export.checkpoints.dtypes import BFLOAT16
+from dlo_export.checkpoints.dtypes import ElementType
 from dlo_export.plugins.ort_registration import register_library
 from dlo_export.runtimes.decoder_interface import CacheKind, DecoderInterface, TensorSpec
-from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
+from dlo_export.runtimes.errors import ModelLoadError, ProviderUnavailableError, StepError
+from dlo_export.runtimes.onnxruntime.device_memory import DeviceMemory
+from dlo_export.runtimes.onnxruntime.machine_faults import check_machine
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
+from dlo_export.runtimes.onnxruntime.step_outputs import StepOutputs
 
 
 class SessionArguments(TypedDict, total=False):
@@ -26,6 +30,7 @@ class SessionArguments(TypedDict, total=False):
             one process disturb each other.
         provider: The execution provider, CPU unless given; it must be there, and it is what runs.
         options: Session options to start from.
+        placement: Remember which provider each node was given to.
         plugin_library: libdlo_ort.so, for graphs with dlo operators.
     """
 
@@ -34,6 +39,7 @@ class SessionArguments(TypedDict, total=False):
     allow_spinning: bool
     provider: Provider
     options: ort.SessionOptions | None
+    placement: bool
     plugin_library: Path | None
 
 
@@ -51,7 +57,9 @@ class DecoderSession:
         provider: What runs it.
 
     Raises:
-        ModelLoadError: The model is missing, damaged or cannot run here, or the provider is not available.
+        ModelLoadError: The model is missing, damaged or cannot run here.
+        ProviderUnavailableError: The provider is not there, or does not start.
+        BackendUnavailableError: It has no memory left, or CUDA failed.
         ModelInterfaceError: It is no decoder with such a cache.
         dlo_export.plugins.errors.PluginLibraryError: The plugin library cannot be used.
     """
@@ -62,35 +70,57 @@ class DecoderSession:
         self._session = _open(model, name, _options(arguments), self.provider)
         specs = (_specs(self._session.get_inputs()), _specs(self._session.get_outputs()))
         self.interface = DecoderInterface.of(*specs, name, cache=cache)
-        bfloat16 = [key for key in self.interface.present_of if self.interface.inputs[key].element_type == BFLOAT16]
-        if bfloat16:
-            raise ModelInterfaceError(
-                f"{name}: {bfloat16[0]} is bfloat16, which ONNX Runtime takes from no NumPy array",
-                hint="export the model in fp16 or fp32 for ONNX Runtime",
-            )
 
-    def state_type(self, key: str) -> np.dtype:
+    def state_type(self, key: str) -> ElementType:
         """Element type of a state input."""
         kind = self.interface.inputs[key].element_type
         assert kind is not None, "the interface was checked"
-        return kind.numpy
+        return kind
+
+    def memory(self) -> DeviceMemory:
+        """Memory where it computes, none reserved yet."""
+        return DeviceMemory(self._session, self.provider)
+
+    def step_outputs(self) -> StepOutputs:
+        """What binds and reads the outputs of its steps."""
+        return StepOutputs(self.interface, self.memory if self.provider.reads_back else None)
+
+    def placement(self) -> dict[str, list[tuple[str, str]]]:
+        """By execution provider, name and operator of the nodes it was given.
+
+        The session must have been asked to remember it: `placement` in its arguments. Copies between providers, which
+        come later, are not among them.
+        """
+        placed: dict[str, list[tuple[str, str]]] = {}
+        for subgraph in self._session.get_provider_graph_assignment_info():
+            nodes = placed.setdefault(subgraph.ep_name, [])
+            nodes += [(node.name, f"{node.domain}::{node.op_type}".removeprefix("::")) for node in subgraph.get_nodes()]
+        return placed
 
     def binding(self) -> ort.IOBinding:
         """An empty binding of inputs and outputs for one run."""
         return self._session.io_binding()
 
-    def run(self, binding: ort.IOBinding) -> None:
+    def run(self, binding: ort.IOBinding, graph: int | None = None) -> None:
         """Runs what is bound.
+
+        Args:
+            binding: It.
+            graph: Where the provider captures CUDA graphs, the number of this binding's, captured with its first run
+                and replayed from then on; None: this run is neither.
 
         Raises:
             StepError: ONNX Runtime failed.
         """
+        options = None
+        if self.provider.captures:
+            options = ort.RunOptions()
+            options.add_run_config_entry("gpu_graph_id", str(-1 if graph is None else graph))
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, options)
         except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
-            raise StepError(
-                f"{self._name}: ONNX Runtime failed: {err}", hint="a kernel refused the step, or memory ran out"
-            ) from err
+            check_machine(self._name, err)
+            raise StepError(f"{self._name}: ONNX Runtime failed: {err}", hint="a kernel refused the step") from err
 
 
 def model_name(model: str | Path | bytes) -> str:
@@ -110,6 +140,8 @@ def _options(arguments: SessionArguments) -> ort.SessionOptions:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(Path(folder).absolute())
         )
+    if arguments.get("placement", False):
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if (library := arguments.get("plugin_library")) is not None:
         register_library(options, library)
     return options
@@ -119,12 +151,8 @@ def _open(
     model: str | Path | bytes, name: str, options: ort.SessionOptions, provider: Provider
 ) -> ort.InferenceSession:
     """A session on exactly the given provider (ONNX Runtime adds the CPU behind every other one)."""
-    if provider.name not in ort.get_available_providers():
-        raise ModelLoadError(
-            f"{name}: execution provider {provider.name} is not available, this ONNX Runtime has "
-            f"{ort.get_available_providers()}",
-            hint="install the onnxruntime build that has it, for example onnxruntime-gpu",
-        )
+    provider.check_here()
+    preloading = _preload_cuda() if provider.device == "cuda" else ""
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise ModelLoadError(f"{model}: no such file, expected an ONNX model", hint="give a .onnx file that exists")
     try:
@@ -135,15 +163,18 @@ def _open(
             provider_options=[dict(provider.options)],
         )
     except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
+        check_machine(name, err)
         raise ModelLoadError(
             f"{name}: ONNX Runtime {ort.__version__} cannot load it: {err}",
             hint="the file is damaged, its external data is missing, or it needs another ONNX Runtime",
         ) from err
     # A provider that fails to start is dropped silently, and the CPU takes over.
     if (running := session.get_providers()[0]) != provider.name:
-        raise ModelLoadError(
-            f"{name}: ONNX Runtime dropped {provider.name} and would run on {running}",
-            hint="the provider's libraries do not load here; ONNX Runtime's log says which",
+        raise ProviderUnavailableError(
+            f"{name}: {provider.name} does not start here: ONNX Runtime dropped it and would run on {running}\n"
+            f"{preloading}".rstrip(),
+            hint="there is no driver, or its libraries (CUDA, cuBLAS) do not load; in Python, "
+            "`import torch` before it loads those of PyTorch",
         )
     known = session.get_provider_options()[provider.name]
     if unknown := sorted(provider.options.keys() - known.keys()):
@@ -151,6 +182,14 @@ def _open(
             f"{name}: {provider.name} has no options {unknown}", hint=f"it has {', '.join(sorted(known)) or 'none'}"
         )
     return session
+
+
+def _preload_cuda() -> str:
+    """Loads CUDA's libraries where they are Python packages; returns what could not be, which may not be needed."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):  # stdout is for data
+        ort.preload_dlls()
+    return said.getvalue()
 
 
 def _specs(arguments: Sequence[ort.NodeArg]) -> list[TensorSpec]:

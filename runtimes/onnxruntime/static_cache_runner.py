@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Unpack
 
 import numpy as np
-import onnxruntime as ort
 
+from dlo_export.runtimes.onnxruntime.device_memory import DeviceMemory
 from dlo_export.runtimes.onnxruntime.session import DecoderSession, SessionArguments, model_name
 from dlo_export.runtimes.runner import StepRequest, float32
 from dlo_export.runtimes.static_cache.batches import StaticCacheStep
@@ -28,7 +28,8 @@ class StaticCacheRunner(StaticRunner):
         session: How it runs; `SessionArguments` lists the choices.
 
     Raises:
-        ModelLoadError: The model is missing, damaged or cannot run here, or the provider is not available.
+        ModelLoadError: The model is missing, damaged or cannot run here.
+        BackendUnavailableError: The provider is not there, does not start, or has no memory left.
         ModelInterfaceError: It is no decoder with a static cache.
     """
 
@@ -43,30 +44,30 @@ class StaticCacheRunner(StaticRunner):
     ) -> None:
         name = name or model_name(model)
         self._session = DecoderSession(model, name, "static", session)
-        self._cache: dict[str, ort.OrtValue] = {}
+        self._cache: dict[str, DeviceMemory] = {}
+        self._outputs = self._session.step_outputs()
         super().__init__(name, self._session.interface, max_batch=max_batch, max_sequence=max_sequence)
 
     def _zero_slots(self, batch: int) -> None:
-        self._cache = {
-            key: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._session.state_type(key)))
-            for key, shape in self._interface.state_shapes(batch).items()
-        }
+        self._shapes = self._interface.state_shapes(batch)
+        self._cache = {key: self._session.memory() for key in self._shapes}
+        for key, memory in self._cache.items():
+            memory.write(np.zeros(self._shapes[key], self._session.state_type(key).numpy))
 
     def _run(self, step: StaticCacheStep, request: StepRequest) -> Mapping[str, np.ndarray]:
         binding = self._session.binding()
         for key, array in step.feeds.items():
             binding.bind_cpu_input(key, np.ascontiguousarray(array))
-        for key, value in self._cache.items():
-            binding.bind_ortvalue_input(key, value)
+        self._outputs.bind(binding, request)
+        for key, memory in self._cache.items():
+            kind, shape = self._session.state_type(key), self._shapes[key]
+            memory.bind_input(binding, key, kind, shape)
             # TensorScatter sees that both are one buffer, and copies nothing.
-            binding.bind_ortvalue_output(self._interface.present_of[key], value)
-        observed = self._interface.observed(hidden_states=request.hidden_states)
-        for key in observed:
-            binding.bind_output(key, "cpu")
+            memory.bind_output(binding, self._interface.present_of[key], kind, shape)
         self._session.run(binding)
-        values = binding.get_outputs()[len(self._cache) :]  # in the order they were bound
-        return {key: float32(value.numpy()) for key, value in zip(observed, values, strict=True)}
+        return {key: float32(value) for key, value in self._outputs.read(binding, request).items()}
 
     def _free(self) -> None:
         self._cache = {}
+        del self._outputs
         del self._session

@@ -30,11 +30,13 @@ class StaticCacheLimits:
         max_cache: Slots for tokens, per sequence.
         max_batch: Sequences of the largest profile; None: any number.
         max_sequence: Tokens of one step in the largest profile; None: any number.
+        cache_option: Of the export, that says how many slots there are.
     """
 
     max_cache: int
     max_batch: int | None = None
     max_sequence: int | None = None
+    cache_option: str = "--trt-max-cache"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,11 @@ class StaticCache:
             feeds[names.force_active_name(layer)] = _moved(decisions.astype(np.bool_), real, filled)
         return StaticCacheStep(feeds, real, counts)
 
+    def repeat(self, branches: int) -> None:
+        """Makes so many equal sequences of one."""
+        assert self._mask is not None, "a fork comes after a reset"
+        self._mask = np.repeat(self._mask, branches, 0)
+
     def append(self, step: StaticCacheStep) -> None:
         """Counts a step's tokens as cached, once it has run."""
         assert self._mask is not None
@@ -190,7 +197,7 @@ class StaticCache:
                 f"the cache is full: sequence {row} has {lengths[row]} tokens in it and the step writes {ragged}, "
                 f"expected at most {self._limits.max_cache} together"
             )
-            hints.append(f"generate fewer tokens, or export with --trt-max-cache {needed} or more")
+            hints.append(f"generate fewer tokens, or export with {self._limits.cache_option} {needed} or more")
         if problems:
             raise StepError(f"{self._name}: {'; '.join(problems)}", hint="; ".join(hints))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -23,10 +24,17 @@ class StaticRunner(Runner):
         interface: Of the graph or engine.
         max_batch: Refuse larger batches, as an engine's profiles do; None takes any.
         max_sequence: Refuse longer steps, likewise.
+        thresholds: Of its routers, see `Runner`; the graph compares with them itself and does not show them.
     """
 
     def __init__(
-        self, name: str, interface: DecoderInterface, *, max_batch: int | None = None, max_sequence: int | None = None
+        self,
+        name: str,
+        interface: DecoderInterface,
+        *,
+        max_batch: int | None = None,
+        max_sequence: int | None = None,
+        thresholds: Mapping[int, float] | None = None,
     ) -> None:
         super().__init__(
             name,
@@ -34,9 +42,13 @@ class StaticRunner(Runner):
             routed_layers=interface.routed_layers,
             forcing=interface.forcing,
             last_logits_only=interface.last_logits,
+            thresholds=thresholds,
         )
         self._interface = interface
-        self._tokens = StaticCache(name, StaticCacheLimits(interface.max_cache, max_batch, max_sequence))
+        limits = StaticCacheLimits(interface.max_cache, max_batch, max_sequence)
+        if interface.cache == "in_place":
+            limits = dataclasses.replace(limits, cache_option="--static-cache")
+        self._tokens = StaticCache(name, limits)
 
     @property
     def max_cache(self) -> int:

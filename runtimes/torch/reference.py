@@ -16,6 +16,7 @@ from torch import nn
 
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD, layer_path
+from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.from_tensors import empty_llama_dlo, llama_dlo_from_tensors, released_parameter
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
 from dlo_export.runtimes.memory import available_memory
@@ -32,6 +33,7 @@ def open_reference(
     stream: bool | None = None,
     name: str = "PyTorch",
     float64: bool = False,
+    device: str = "cpu",
 ) -> TorchRunner:
     """Opens the masked oracle of a checkpoint, in float32 or, to measure its own rounding, in float64.
 
@@ -41,10 +43,14 @@ def open_reference(
         stream: Read each layer's weights when it runs and drop them behind it; None decides by the memory available.
         name: For reports.
         float64: Compute in float64.
+        device: Where to compute, as `--device` names it. A GPU's float32 products are not TF32's unless PyTorch was
+            told so.
 
     Raises:
+        MachineError: There is no such device.
         ValueError: Config and tensors do not fit each other, or the model is not supported; see modeling.from_tensors.
     """
+    place = torch_device(device)
     dtype = torch.float64 if float64 else torch.float32
     if stream is None:
         stream = float32_bytes(tensors) * dtype.itemsize / 4 > MEMORY_SHARE * available_memory()
@@ -52,8 +58,8 @@ def open_reference(
         # Whoever opened the source tells the user.
         warnings.simplefilter("ignore", UntrainedRoutersWarning)
         build = streamed_llama_dlo if stream else llama_dlo_from_tensors
-        model = build(config, tensors, dtype=dtype)
-    return TorchRunner(model, masked=True, name=f"{name}, layer by layer" if stream else name)
+        model = build(config, tensors, dtype=dtype, device=place)
+    return TorchRunner(model, masked=True, name=f"{name}, layer by layer" if stream else name, device=place)
 
 
 def float32_bytes(tensors: Mapping[str, LazyTensor]) -> int:
@@ -62,7 +68,11 @@ def float32_bytes(tensors: Mapping[str, LazyTensor]) -> int:
 
 
 def streamed_llama_dlo(
-    config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, dtype: torch.dtype = torch.float32
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
 ) -> LlamaDloForCausalLM:
     """Builds a model whose embedding, decoder layers and head hold weights only while they run.
 
@@ -70,6 +80,7 @@ def streamed_llama_dlo(
         config: Of config.json.
         tensors: Under Hugging Face names; read anew in every step. Needs memory for the largest block.
         dtype: torch.float32 or torch.float64.
+        device: Where a block's weights are while it runs.
 
     Raises:
         ValueError: As `open_reference`.
@@ -79,9 +90,10 @@ def streamed_llama_dlo(
     blocks |= {layer_path(index): layer for index, layer in enumerate(model.model.layers)}
     small = {"model.norm": model.model.norm, "model.routers": model.model.routers}
     for prefix, module in small.items():
-        _load(module, _block_tensors(module, prefix, tensors), dtype)
+        _load(module, _block_tensors(module, prefix, tensors), dtype, device)
     for prefix, module in blocks.items():
-        _stream(module, _block_tensors(module, prefix, tensors), dtype)
+        _stream(module, _block_tensors(module, prefix, tensors), dtype, device)
+    model.model.rotary_emb.to(device)
     return model
 
 
@@ -91,13 +103,13 @@ def _block_tensors(module: nn.Module, prefix: str, tensors: Mapping[str, LazyTen
     return {name: tensors[EMBEDDING if full == HEAD and full not in tensors else full] for name, full in names.items()}
 
 
-def _load(module: nn.Module, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> None:
-    values = {name: released_parameter(tensor, dtype) for name, tensor in tensors.items()}
+def _load(module: nn.Module, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, device: torch.device) -> None:
+    values = {name: released_parameter(tensor, dtype).to(device) for name, tensor in tensors.items()}
     module.load_state_dict(values, assign=True)
 
 
-def _stream(module: nn.Module, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> None:
-    module.register_forward_pre_hook(lambda block, _inputs: _load(block, tensors, dtype))
+def _stream(module: nn.Module, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, device: torch.device) -> None:
+    module.register_forward_pre_hook(lambda block, _inputs: _load(block, tensors, dtype, device))
     module.register_forward_hook(lambda block, _inputs, _output: _drop(block), always_call=True)
 
 

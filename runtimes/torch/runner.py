@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import dlo_export.modeling.llama_dlo  # noqa: F401 - registers the routed models with AutoModelForCausalLM
 from dlo_export.checkpoints.dtypes import BY_OPTION
+from dlo_export.modeling.devices import torch_device
 from dlo_export.runtimes.errors import ModelLoadError
 from dlo_export.runtimes.runner import FloatArray, Runner, StepRequest, StepResult
 
@@ -28,15 +30,24 @@ class TorchRunner(Runner):
         masked: Compute everything for every token and mask what skipped ones would get, as routing is defined (the
             oracle), instead of really skipping. Without routers there is no difference.
         name: For reports.
+        device: Where the model is and computes.
     """
 
-    def __init__(self, model: Any, *, masked: bool = False, name: str = "PyTorch") -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        masked: bool = False,
+        name: str = "PyTorch",
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+    ) -> None:
         routed: tuple[int, ...] = getattr(model.config, "routed_layers", ())
         thresholds = model.config.thresholds if routed else None
         super().__init__(
             name, num_layers=int(model.config.num_hidden_layers), routed_layers=routed, thresholds=thresholds
         )
         self._model = model.eval()
+        self._device = device
         if routed:
             model.masked = masked
         self._cache = DynamicCache()
@@ -49,6 +60,7 @@ class TorchRunner(Runner):
         dtype: str = "fp32",
         masked: bool = False,
         name: str | None = None,
+        device: str = "cpu",
     ) -> Self:
         """Opens a checkpoint folder, whole, in memory.
 
@@ -57,10 +69,13 @@ class TorchRunner(Runner):
             dtype: Of the weights, "fp32", "fp16" or "bf16"; routers stay float32.
             masked: As for the class.
             name: For reports; "PyTorch" and the folder's name by default.
+            device: Where to compute, as `--device` names it.
 
         Raises:
+            MachineError: There is no such device.
             ModelLoadError: There is no such checkpoint or dtype, or transformers cannot read it.
         """
+        place = torch_device(device)
         if dtype not in BY_OPTION:
             raise ModelLoadError(f"{folder}: there is no dtype {dtype}", hint=f"choose one of {', '.join(BY_OPTION)}")
         if not (Path(folder) / "config.json").is_file():
@@ -69,7 +84,7 @@ class TorchRunner(Runner):
                 hint="give the folder that holds config.json and the .safetensors files",
             )
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=getattr(torch, BY_OPTION[dtype].name), local_files_only=True, use_safetensors=True
             )
         except OSError as err:
@@ -77,7 +92,7 @@ class TorchRunner(Runner):
                 f"{folder}: transformers cannot open it: {err}",
                 hint="the folder holds .safetensors files of this model",
             ) from err
-        return cls(model, masked=masked, name=name or f"PyTorch {Path(folder).name}")
+        return cls(model.to(place), masked=masked, name=name or f"PyTorch {Path(folder).name}", device=place)
 
     def _empty_cache(self, batch: int) -> None:
         self._cache = DynamicCache()
@@ -86,14 +101,14 @@ class TorchRunner(Runner):
         self._cache.batch_repeat_interleave(branches)
 
     def _compute(self, request: StepRequest) -> StepResult:
-        forced = {layer: torch.from_numpy(decisions) for layer, decisions in (request.force_active or {}).items()}
+        forced = {layer: self._placed(decisions) for layer, decisions in (request.force_active or {}).items()}
         streams: dict[int, torch.Tensor] = {}
         layers = self._model.model.layers if request.hidden_states else []
         with torch.inference_mode(), _captured(layers, streams):
             output = self._model(
-                input_ids=torch.from_numpy(request.input_ids),
-                attention_mask=torch.from_numpy(request.attention_mask),
-                position_ids=torch.from_numpy(request.position_ids),
+                input_ids=self._placed(request.input_ids),
+                attention_mask=self._placed(request.attention_mask),
+                position_ids=self._placed(request.position_ids),
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1 if request.last_logits else 0,
@@ -105,6 +120,9 @@ class TorchRunner(Runner):
             {layer: _array(values) for layer, values in scores.items()},
             {layer: _array(values) for layer, values in streams.items()},
         )
+
+    def _placed(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     def _free(self) -> None:
         self._cache = DynamicCache()
@@ -130,5 +148,5 @@ def _captured(layers: Any, streams: dict[int, torch.Tensor]) -> Iterator[None]:
 
 
 def _array(values: torch.Tensor) -> FloatArray:
-    array: FloatArray = values.float().numpy()
+    array: FloatArray = values.float().cpu().numpy()
     return array

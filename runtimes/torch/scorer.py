@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import dlo_export.modeling.llama_dlo  # noqa: F401 - registers the routed models with AutoModelForCausalLM
-from dlo_export.checkpoints.errors import MachineError
+from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.perplexity import TokenScores, score_hidden_states
 from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.evaluation.scorer import (
@@ -32,7 +32,7 @@ class TorchScorer:
     Args:
         model: Its head is a linear layer on the decoder's output, and nothing behind it. It is put into evaluation
             mode and moved to the device.
-        device: "cpu" or "cuda".
+        device: As `--device` names it.
         name: For reports.
 
     Raises:
@@ -40,14 +40,13 @@ class TorchScorer:
     """
 
     def __init__(self, model: Any, *, device: str = "cpu", name: str = "PyTorch") -> None:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise MachineError("evaluation: PyTorch finds no CUDA device", hint="evaluate with --device cpu")
+        self._device = torch_device(device)
+        on_cpu = self._device.type == "cpu"
         self.name = name
         # A GPU would rather compute a context several times than run many small steps.
-        self.shares_contexts = device == "cpu"
-        self.tokens_at_once = CPU_TOKENS_AT_ONCE if device == "cpu" else _GPU_TOKENS_AT_ONCE
-        self._model = model.eval().to(device)
-        self._device = device
+        self.shares_contexts = on_cpu
+        self.tokens_at_once = CPU_TOKENS_AT_ONCE if on_cpu else _GPU_TOKENS_AT_ONCE
+        self._model = model.eval().to(self._device)
         self._head = model.get_output_embeddings()
         self._vocab_size = int(model.get_input_embeddings().num_embeddings)
 

@@ -27,7 +27,7 @@ from benchmarks.papers.subjects import BaseModel, expansions
 from benchmarks.papers.tables import KEPT_WITHIN
 from benchmarks.papers.text import DOMAINS, HELD_OUT_CHATS, TRAINING, domain_file, use_other_chats
 from benchmarks.papers.token_kinds import KINDS, token_kinds
-from benchmarks.papers.training import MAIN_RUNS, planned_steps, training_runs
+from benchmarks.papers.training import planned_steps, training_runs
 from benchmarks.reproduce_papers import main
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.modeling.calibration.evaluation import evaluate, with_routers
@@ -390,9 +390,9 @@ def _plan(seconds: float, tmp_path: Path, tokens_per_second: float = 1000.0) -> 
 def test_plan_gives_all_runs_the_tokens_that_the_main_table_has_time_for(tmp_path: Path) -> None:
     form, steps = FORMS["hour"], _plan(3_000, tmp_path)
     per_step = form.batch * form.accumulate * form.sequence
-    spent = [steps[name] * per_step * (2 if name == "train-moe" else 1) for name in [*steps][:MAIN_RUNS]]
+    spent = [steps[name] * per_step * (2 if name == "train-moe" else 1) for name in [*steps][: form.main_runs]]
     assert 2_800 < sum(spent) / 1000 <= 3_000
-    assert len(steps) > MAIN_RUNS
+    assert len(steps) > form.main_runs
     assert steps["train-moe-equal-flops"] == pytest.approx(steps["train-moe"] / 2, abs=1)
 
 

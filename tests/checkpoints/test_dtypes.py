@@ -20,6 +20,7 @@ kinds = pytest.mark.parametrize("kind", ELEMENT_TYPES, ids=lambda kind: kind.nam
 @kinds
 def test_words_are_onnxs_when_a_type_is_looked_up_there(kind: ElementType) -> None:
     number = onnx.TensorProto.DataType.Value(kind.onnx.upper())
+    assert number == kind.onnx_number
     assert ir.DataType(number).numpy() == kind.numpy
     assert onnx.helper.np_dtype_to_tensor_dtype(kind.numpy) == number
     assert ir.DataType(number).itemsize == kind.itemsize

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dlo_export import __version__
-from dlo_export.exporter.exit_codes import BAD_INPUT, MACHINE, OUR_BUG, exit_code
+from dlo_export.exporter.exit_codes import BAD_INPUT, MACHINE, OUR_BUG, exit_code, report_error
 from tests.tiny_models import save_tiny_llama
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference_mlp_routed"
@@ -144,6 +145,16 @@ def test_export_says_so_when_the_disk_is_full(checkpoint, tmp_path):
         assert list(mount.iterdir()) == []
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_exit_code_is_the_machines_when_a_gpu_is_full(capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nand much more")
+    assert exit_code(error) == MACHINE
+    report_error(error)
+    said = capsys.readouterr().err
+    assert "Tried to allocate 20.00 GiB" in said
+    assert "much more" not in said
+    assert said.count("hint:") == 1
 
 
 def test_exit_codes_tell_bugs_from_the_machines_and_the_users_faults():

@@ -17,6 +17,7 @@ from triton.runtime.interpreter import interpreter_builder
 from dlo_export.plugins.kernels import launch
 from dlo_export.plugins.skip_down.reference import skip_down
 from dlo_export.plugins.skip_gate_up.reference import skip_gate_up
+from dlo_export.plugins.tiles import TILE_NAMES
 
 NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -27,10 +28,12 @@ UNWRITTEN = 0x7F  # every byte of an output buffer before the launch: a NaN or a
 def random_case(rng, number):
     dtype = ("float32", "float16", "bfloat16")[number % 3]
     mask = MASKS[number // 3 % 4]
-    tile = ("decode", "prefill")[number // 12 % 2]
+    tile = TILE_NAMES[number // 12 % 3]
     # every tenth case has more tokens than one scan reads and more active rows than one tile holds
-    long = (3, 27) if tile == "decode" else (3, 91)
+    long = (3, 91) if tile == "prefill" else (3, 27)
     batch, sequence = long if number % 10 == 4 else (int(rng.integers(1, 5)), int(rng.integers(1, 9)))
+    if tile == "single":  # right for any number of tokens, made for one
+        batch, sequence = (2, 2) if mask == "ragged" else (1, 1)
     hidden, intermediate = (int(size) for size in rng.integers(1, 150, 2))
     active = np.zeros(batch * sequence, bool)
     if mask == "full":

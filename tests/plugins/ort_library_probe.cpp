@@ -37,6 +37,16 @@ int main(int, char** arguments) {
         gOps.push_back(op);
         return nullptr;
     };
+    // A node of no session: nothing is known of its inputs.
+    gApi.KernelInfo_GetInputTypeInfo = [](OrtKernelInfo const*, size_t, OrtTypeInfo** info) noexcept -> OrtStatus* {
+        *info = nullptr;
+        return nullptr;
+    };
+    gApi.CastTypeInfoToTensorInfo
+        = [](OrtTypeInfo const*, OrtTensorTypeAndShapeInfo const** tensor) noexcept -> OrtStatus* {
+        *tensor = nullptr;
+        return nullptr;
+    };
     OrtApiBase const recording{
         [](uint32_t) noexcept -> OrtApi const* { return &gApi; }, []() noexcept { return "recording"; }};
     OrtSessionOptions* options = nullptr;

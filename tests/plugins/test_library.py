@@ -20,6 +20,14 @@ if not TENSORRT_ROOT:
     pytest.skip("libdlo_plugins.so: TensorRT_ROOT is not given", allow_module_level=True)
 
 
+def has_driver():
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("library")
@@ -36,6 +44,22 @@ def answers(library):
     result = subprocess.run([str(program), str(library)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def host(library):
+    """benchmarks/plugin_host.cpp, built."""
+    subprocess.run(["cmake", "--build", str(library.parent), "--target", "plugin_host"], check=True)
+    return library.with_name("plugin_host")
+
+
+def test_host_creates_the_plugins_and_names_the_driver_when_there_is_none(library, host, tmp_path):
+    if has_driver():
+        pytest.skip("plugin_host: a CUDA driver is here")
+    result = subprocess.run([host, library, tmp_path], capture_output=True, text=True, check=False)
+    assert result.returncode == 4
+    assert result.stderr.startswith("plugin_host: no CUDA driver: libcuda.so.1")
+    assert subprocess.run([host, host, tmp_path], capture_output=True, check=False).returncode == 1
 
 
 def test_library_links_neither_tensorrt_nor_cuda_when_built(library):
@@ -102,11 +126,7 @@ def test_a_kernel_is_found_for_every_gpu_from_ampere_on_when_asked(answers):
 
 
 def test_library_says_why_when_it_runs_without_a_driver(answers):
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        pass
-    else:
+    if has_driver():
         pytest.skip("libdlo_plugins.so: a CUDA driver is here")
     refusal = "log: dlo::SkipDown: no CUDA driver: libcuda.so.1: cannot open shared object file: "
     refusal += "No such file or directory"

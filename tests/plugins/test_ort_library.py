@@ -271,3 +271,19 @@ def test_genai_generates_what_our_runner_does_when_the_library_lies_in_the_artef
         runner.reset(1)
         result = runner.step(prompt.astype(np.int64), np.ones((1, 4), np.int64), np.arange(4).reshape(1, 4))
     np.testing.assert_allclose(logits, result.logits[0, -1], atol=1e-5)
+
+
+def test_session_refuses_widths_when_it_is_made(library):
+    """What is declared, as weights are, is known before the first step."""
+    attributes = ", ".join(f'{key}: string = "{value}"' for key, value in PLUGIN_OPS["SkipDown"].attributes.items())
+    model = ir.from_onnx_text(
+        f'<ir_version: 11, opset_import: ["" : 23, "{DOMAIN}" : {VERSION}]>\n'
+        "graph (float[b,s,16] g, float[b,s] c, float[16,12] w, float[b,s,12] r) => (float[b,s,12] y) "
+        f"{{y = {DOMAIN}.SkipDown <{attributes}> (g, c, w, r)}}"
+    )
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    register_library(options, library)
+    with pytest.raises(Exception, match="input 'down_weight' has hidden 12; expected a multiple of 8") as error:
+        ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    assert f"hint: {SIZES_HINT}" in str(error.value)

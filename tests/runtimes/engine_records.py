@@ -121,6 +121,7 @@ def description(*engines: EngineRecord) -> ArtefactDescription:
         source=SourceIdentity("checkpoint", "tiny", "0" * 64, "llama"),
         files=tuple(describe_file(path) for engine in engines for path in (engine.file, engine.graph)),
         dtype="fp32",
+        provider="cpu",
         routing=RoutingDescription("mlp", "in words", tuple(range(LAYERS)), True, 2.0, 0.05, {LAYERS - 1: 0.25}),
         layers=tuple(LayerDescription(i, i == 1, 0 if i == 1 else None, None, True, False) for i in range(LAYERS)),
         interface=interface(),

@@ -4,7 +4,10 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from dlo_export.checkpoints.dtypes import FLOAT32
+from dlo_export.runtimes.onnxruntime.device_memory import DeviceMemory
 from dlo_export.runtimes.onnxruntime.growing_cache import GrowingCache
+from dlo_export.runtimes.onnxruntime.providers import CPU
 
 
 def _concatenating() -> ort.InferenceSession:
@@ -24,7 +27,7 @@ def _concatenating() -> ort.InferenceSession:
 
 def test_present_of_every_step_holds_all_rows_when_buffers_take_turns() -> None:
     session, rng = _concatenating(), np.random.default_rng(0)
-    cache = GrowingCache({"past": ((2, 1, 0, 2), np.dtype(np.float32))}, {"past": "present"})
+    cache = GrowingCache({"past": ((2, 1, 0, 2), FLOAT32)}, {"past": "present"}, lambda: DeviceMemory(session, CPU))
     fed = np.zeros((2, 1, 0, 2), np.float32)
     # Rooms are made for 256 tokens more than needed: 300 and 700 outgrow them.
     for sequence in (1, 3, 300, 1, 700, 2):

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
-from dlo_export.runtimes.onnxruntime.providers import Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from tests.runtimes.feeding import feed, joined_logits, joined_scores, reference_samples
 from tests.runtimes.graphs import DATA, Builds
@@ -134,12 +132,6 @@ def test_runner_raises_load_error_when_the_file_is_missing_or_damaged(tmp_path: 
 def test_runner_raises_load_error_when_external_data_is_missing(builds: Builds, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="external data"):
         OnnxRuntimeRunner(builds.scored, weights_folder=tmp_path)
-
-
-def test_runner_raises_load_error_when_a_provider_is_not_available(builds: Builds) -> None:
-    assert "CUDAExecutionProvider" not in ort.get_available_providers()
-    with pytest.raises(ModelLoadError, match="CUDAExecutionProvider"):
-        OnnxRuntimeRunner(builds.released, provider=Provider("CUDAExecutionProvider", {"device_id": "0"}))
 
 
 def test_step_raises_when_arguments_do_not_fit(builds: Builds) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
+from dlo_export.runtimes.errors import BackendUnavailableError, ModelInterfaceError, ModelLoadError, StepError
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.session import DecoderSession
@@ -22,8 +22,9 @@ def test_session_runs_on_what_was_asked_for_when_it_is_there(builds: Builds) -> 
 @pytest.mark.parametrize("name", ["CUDAExecutionProvider", "NoSuchProvider"])
 def test_session_is_refused_when_the_provider_is_not_available(builds: Builds, name: str) -> None:
     assert name not in ort.get_available_providers()
-    with pytest.raises(ModelLoadError, match=rf"execution provider {name} is not available[\s\S]*hint: install"):
+    with pytest.raises(BackendUnavailableError, match=rf"has no {name} here[\s\S]*hint: .*onnxruntime-gpu") as refused:
         OnnxRuntimeRunner(builds.released, provider=Provider(name, {"device_id": "0"}))
+    assert refused.value.exit_code == 4
 
 
 def test_session_is_refused_when_the_provider_does_not_know_an_option(builds: Builds) -> None:

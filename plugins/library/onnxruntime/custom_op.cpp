@@ -64,8 +64,44 @@ void refuse(std::string const& problem) {
     }
 }
 
-void prepare(NodeKernel& kernel) {
+std::vector<int64_t> dimensionsOf(OrtApi const& api, OrtTensorTypeAndShapeInfo const* info) {
+    size_t rank = 0;
+    check(api.GetDimensionsCount(info, &rank));
+    std::vector<int64_t> shape(rank);
+    check(api.GetDimensions(info, shape.data(), rank));
+    return shape;
+}
+
+// What a session knows of a node's inputs before it runs, which is all of the weights: an axis that it does not know is
+// -1, and a shape that it does not know is empty.
+std::vector<int64_t> declaredShape(OrtApi const& api, OrtKernelInfo const* node, int32_t input) {
+    OrtTypeInfo* info = nullptr;
+    check(api.KernelInfo_GetInputTypeInfo(node, static_cast<size_t>(input), &info));
+    std::unique_ptr<OrtTypeInfo, decltype(api.ReleaseTypeInfo)> const owner(info, api.ReleaseTypeInfo);
+    OrtTensorTypeAndShapeInfo const* tensor = nullptr;
+    check(api.CastTypeInfoToTensorInfo(info, &tensor));
+    return tensor == nullptr ? std::vector<int64_t>{} : dimensionsOf(api, tensor);
+}
+
+// Refuses sizes that the schema does not allow, all of them at once.
+void refuseSizes(Op const& op, std::vector<int64_t> const (&shapes)[kMaxOperands], bool declared) {
+    std::string const problems = sizeProblems(op, op.nbInputs, [&](int32_t input, int32_t axis) -> int64_t {
+        std::vector<int64_t> const& shape = shapes[input];
+        if (declared && shape.empty()) {
+            return axis < 0 ? op.operands[input].rank : -1;
+        }
+        return axis < 0 ? static_cast<int64_t>(shape.size()) : shape[static_cast<size_t>(axis)];
+    });
+    refuse(problems.empty() ? problems : problems + "\n\nhint: " + kSizesHint);
+}
+
+void prepare(NodeKernel& kernel, OrtKernelInfo const* node) {
     CustomOp const& op = kernel.op;
+    std::vector<int64_t> shapes[kMaxOperands];
+    for (int32_t i = 0; i < op.op.nbInputs; ++i) {
+        shapes[i] = declaredShape(kernel.api, node, i);
+    }
+    refuseSizes(op.op, shapes, true);
     if (op.provider == ProviderName::kCPU) {
         if (op.type != ElementType::kFLOAT) {
             char const* const word = op.type == ElementType::kHALF ? "float16" : "bfloat16";
@@ -74,8 +110,8 @@ void prepare(NodeKernel& kernel) {
         }
         return;
     }
-    for (TileName const tile : {TileName::kDECODE, TileName::kPREFILL}) {
-        refuse(loadKernel(op.op.name, op.type, tile, kernel.loaded[static_cast<int32_t>(tile)]));
+    for (int32_t tile = 0; tile < kTileCount; ++tile) {
+        refuse(loadKernel(op.op.name, op.type, static_cast<TileName>(tile), kernel.loaded[tile]));
     }
 }
 
@@ -84,11 +120,7 @@ std::vector<int64_t> shapeOf(OrtApi const& api, OrtValue const* value) {
     check(api.GetTensorTypeAndShape(value, &info));
     std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api.ReleaseTensorTypeAndShapeInfo)> const owner(
         info, api.ReleaseTensorTypeAndShapeInfo);
-    size_t rank = 0;
-    check(api.GetDimensionsCount(info, &rank));
-    std::vector<int64_t> shape(rank);
-    check(api.GetDimensions(info, shape.data(), rank));
-    return shape;
+    return dimensionsOf(api, info);
 }
 
 void* dataOf(OrtApi const& api, OrtValue const* value) {
@@ -119,8 +151,7 @@ void computeOnGpu(NodeKernel const& kernel, OrtKernelContext* context, void cons
     Launch const& launch) {
     void* stream = nullptr;
     check(kernel.api.KernelContext_GetGPUComputeStream(context, &stream));
-    TileName const tile = launch.tokens <= kDecodeTokens ? TileName::kDECODE : TileName::kPREFILL;
-    refuse(launchOperator(kernel.loaded[static_cast<int32_t>(tile)], kernel.op.op, inputs, output, launch,
+    refuse(launchOperator(kernel.loaded[static_cast<int32_t>(tileFor(launch.tokens))], kernel.op.op, inputs, output, launch,
         static_cast<CUstream>(stream)));
 }
 
@@ -135,10 +166,7 @@ void compute(NodeKernel const& kernel, OrtKernelContext* context) {
         shapes[i] = shapeOf(api, value);
         inputs[i] = dataOf(api, value);
     }
-    std::string const problems = sizeProblems(op, op.nbInputs, [&](int32_t input, int32_t axis) -> int64_t {
-        return axis < 0 ? static_cast<int64_t>(shapes[input].size()) : shapes[input][static_cast<size_t>(axis)];
-    });
-    refuse(problems.empty() ? problems : problems + "\n\nhint: " + kSizesHint);
+    refuseSizes(op, shapes, false);
     int64_t dims[kMaxRank];
     auto const rank = static_cast<size_t>(op.operands[op.nbInputs].rank);
     for (size_t axis = 0; axis < rank; ++axis) {
@@ -176,10 +204,10 @@ CustomOp::CustomOp(Op const& op, ElementType type, ProviderName provider) noexce
     GetInputCharacteristic = [](OrtCustomOp const*, size_t) { return INPUT_OUTPUT_REQUIRED; };
     GetOutputCharacteristic = [](OrtCustomOp const*, size_t) { return INPUT_OUTPUT_REQUIRED; };
     GetInputMemoryType = [](OrtCustomOp const*, size_t) { return OrtMemTypeDefault; };
-    CreateKernelV2 = [](OrtCustomOp const* op, OrtApi const* api, OrtKernelInfo const*, void** kernel) {
+    CreateKernelV2 = [](OrtCustomOp const* op, OrtApi const* api, OrtKernelInfo const* node, void** kernel) {
         return guarded(*api, [&] {
             auto made = std::make_unique<NodeKernel>(NodeKernel{*api, self(op), {}});
-            prepare(*made);
+            prepare(*made, node);
             *kernel = made.release();
         });
     };

@@ -1,0 +1,204 @@
+"""All evidence that needs a GPU but no TensorRT, in one command of ten minutes at most.
+
+    python -m benchmarks.gpu_evidence --out DIR [--parts kernels,onnxruntime,pytorch] [--budget-s 540] [--smoke]
+
+Every part is a command of its own (`PARTS`) in a process of its own, gets its share of what is left of the budget, and
+writes DIR/<part>.jsonl as it goes: whatever ends one leaves the figures taken so far, and costs no other part.
+Afterwards DIR has evidence.md, a table of all rows, and decode.png, a plot of decode steps against the share of
+MLPs skipped.
+
+It runs from a checkout on PYTHONPATH; nothing of this project needs to be installed. DLO_ORT_PLUGIN_LIBRARY names
+libdlo_ort.so. Prints the table and one JSON line. Exit codes: 0 all holds; 1 something does not; 2 bad arguments; 4 no
+GPU, or no library: each part has then done what a CPU can check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.evidence import BAR_MISSED, DONE, NO_GPU
+from benchmarks.measure import print_report
+from dlo_export.checkpoints.errors import DloError, InputError
+from dlo_export.exporter.exit_codes import exit_code, report_error
+
+_GRACE_S: Final = 5.0  # a part that outruns its share by so much is ended
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command of the evidence.
+
+    Attributes:
+        module: In this folder.
+        weight: Its share of the budget among the commands that are asked for.
+        takes: The files it can be given, as options.
+    """
+
+    module: str
+    weight: float
+    takes: tuple[str, ...] = ()
+
+
+PARTS: Final[Mapping[str, tuple[Command, ...]]] = {
+    "kernels": (Command("gpu_kernels", 1.0, ("cubins", "library", "host")),),
+    "onnxruntime": (
+        Command("gpu_onnxruntime_parity", 0.7, ("model",)),
+        Command("gpu_onnxruntime", 0.8),
+    ),
+    "pytorch": (Command("gpu_pytorch", 0.8),),
+}
+_FILES: Final[Mapping[str, str]] = {
+    "cubins": "folder that benchmarks.kernel_images wrote",
+    "library": "libdlo_plugins.so",
+    "host": "plugin_host, built beside it",
+    "model": "a trained Llama, checkpoint folder or GGUF file, such as SmolLM2-135M's",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS), help="which, with commas between them")
+    parser.add_argument("--budget-s", type=float, default=540, help="seconds for everything")
+    parser.add_argument("--out", type=Path, required=True, help="folder for rows, table and plot")
+    parser.add_argument("--smoke", action="store_true", help="everything once and small, to see that it runs")
+    parser.add_argument(
+        "--unchecked", action="store_true", help="leave out what a CPU can check: it was checked before"
+    )
+    for name, what in _FILES.items():
+        parser.add_argument(f"--{name}", type=Path, help=f"{what}; what needs it is left out without it")
+    parsed = parser.parse_args(arguments)
+    given = {name: value for name in _FILES if (value := getattr(parsed, name.replace("-", "_"))) is not None}
+    flags = [f"--{flag}" for flag in ("smoke", "unchecked") if getattr(parsed, flag)]
+    try:
+        commands = chosen_commands(parsed.parts)
+        parsed.out.mkdir(parents=True, exist_ok=True)
+    except (DloError, OSError) as err:
+        report_error(err)
+        return exit_code(err)
+    codes = run_commands(commands, parsed.out, parsed.budget_s, flags, given)
+    rows = read_rows(parsed.out)
+    write_report(rows, parsed.out)
+    failed = [f"{row['part']}: {row['what']}" for row in rows if row["passed"] is False]
+    print_report("gpu_evidence", ("part", "what", "passed", "figures"), table(rows), {"codes": codes, "failed": failed})
+    if set(codes.values()) == {NO_GPU}:
+        return NO_GPU
+    return DONE if set(codes.values()) == {DONE} else BAR_MISSED
+
+
+def chosen_commands(parts: str) -> list[Command]:
+    """The commands of the parts that were asked for.
+
+    Raises:
+        InputError: There is no such part.
+    """
+    names = parts.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        raise InputError(f"--parts: no part {', '.join(map(repr, unknown))}", hint=f"there are {', '.join(PARTS)}")
+    return [command for name in names for command in PARTS[name]]
+
+
+def run_commands(
+    commands: Sequence[Command], out: Path, budget_s: float, flags: Sequence[str], given: Mapping[str, Path]
+) -> dict[str, int]:
+    """Runs commands one after the other; time that one leaves over goes to those behind it.
+
+    Args:
+        commands: What to run.
+        out: Folder of rows.
+        budget_s: Seconds for all.
+        flags: For every command.
+        given: Files by the names of the options that take them.
+
+    Returns:
+        Exit code of each; minus a signal's number where one ended it.
+    """
+    end = time.monotonic() + budget_s
+    codes: dict[str, int] = {}
+    weight_left = sum(command.weight for command in commands)
+    for command in commands:
+        share = max(0.0, end - time.monotonic()) * command.weight / weight_left
+        weight_left -= command.weight
+        words = [sys.executable, "-m", f"benchmarks.{command.module}", "--budget-s", f"{share:.0f}", "--out", str(out)]
+        files = [f"--{name}={given[name]}" for name in command.takes if name in given]
+        process = subprocess.Popen([*words, *flags, *files], stdout=sys.stderr)
+        try:
+            codes[command.module] = process.wait(share + _GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            codes[command.module] = process.wait()
+            print(f"{command.module}: ended, it took longer than {share:.0f} s", file=sys.stderr, flush=True)
+    return codes
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """All rows that the parts have written; a last line that was cut short is left out."""
+    rows = []
+    for file in sorted(out.glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Rows for people: what failed shows its error, not where it happened."""
+    verdicts = {None: "", True: "yes", False: "NO"}
+    left_out = {"part", "what", "passed", "at_s", "trace"}
+    return [
+        (
+            row["part"],
+            row["what"],
+            verdicts[row["passed"]],
+            ", ".join(f"{name} {value}" for name, value in row.items() if name not in left_out),
+        )
+        for row in rows
+    ]
+
+
+def write_report(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Writes evidence.md, and decode.png where decode steps were timed and matplotlib is installed."""
+    lines = ["| part | what | passed | figures |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in table(rows)]
+    (out / "evidence.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if "skipped" in row and "step_ms" in row:
+            curves.setdefault(f"{row['part']}, {row['model']}, batch {row['batch']}", []).append(
+                (row["skipped"], row["step_ms"])
+            )
+    if curves and importlib.util.find_spec("matplotlib") is not None:
+        plot(curves, out / "decode.png")
+
+
+def plot(curves: Mapping[str, Sequence[tuple[float, float]]], file: Path) -> None:
+    """Draws decode steps against the share of MLPs skipped.
+
+    Args:
+        curves: By name, pairs of the share and of milliseconds per step.
+        file: To write.
+    """
+    import matplotlib as mpl  # noqa: PLC0415 - heavy
+
+    mpl.use("Agg")
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, points in curves.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(xlabel="share of MLPs skipped", ylabel="decode step [ms]", ylim=(0, None))
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""ONNX Runtime on a GPU: libdlo_ort.so's operators, and decoders whose step a CUDA graph captures.
+
+First the operators against NumPy and a small decoder against the masked form, decisions changing between replays. Then
+decoders with the shapes of Llama's 8B and 1B models and random weights, made on the card: a decode step behind 512
+tokens, dense and with 0 to 100 % of the MLPs skipped, at batch 1, 4 and 16, and a prompt of 512 tokens. Skip
+efficiency is the time saved against the dense graph as a share of what the card copies the unread weights' bytes in.
+
+    export DLO_ORT_PLUGIN_LIBRARY=/path/to/libdlo_ort.so
+    python -m benchmarks.gpu_onnxruntime --out evidence
+
+Every piece is a process of its own: a fault of one leaves the others' figures alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import Evidence, run_part
+from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE
+from dlo_export.plugins.ort_registration import check_library, no_library
+
+PART = "onnxruntime"
+# With about how many seconds each takes; the most valuable first.
+PIECES = {"checks": 25, "8b": 50, "1b": 40}
+SMOKE_PIECES = {"checks": 20, "1b-2-layers": 20}
+_TAIL = 3000  # characters of what a process that died had written
+
+
+def check() -> None:
+    """On the CPU provider, in float32: the operators, the small decoder, and that the timing runs.
+
+    Raises:
+        DloError: There is no library.
+        RuntimeError: Something is not as it should be.
+    """
+    library = _library()
+    with tempfile.TemporaryDirectory() as folder:
+        evidence = Evidence(f"{PART}_cpu", Path(folder), 120)
+        run_piece(evidence, "checks", "cpu", library, small=True)
+        run_piece(evidence, "small", "cpu", library, small=True)
+        failed = [row for row in evidence.rows if row["passed"] is False]
+    if failed:
+        raise RuntimeError(f"on the CPU provider: {failed}")
+
+
+def measure(evidence: Evidence, smoke: bool) -> None:
+    """Every piece in a process of its own."""
+    for piece, seconds in (SMOKE_PIECES if smoke else PIECES).items():
+        if evidence.fits(piece, seconds / 2):
+            with evidence.guard(piece):
+                _run_apart(evidence, piece, smoke=smoke)
+
+
+def run_piece(evidence: Evidence, piece: str, device: str, library: Path, *, small: bool) -> None:
+    """Runs a piece in this process.
+
+    Args:
+        evidence: Where rows go.
+        piece: "checks", or a shape of `random_decoder.SHAPES` to be timed.
+        device: "cpu" or "cuda".
+        library: libdlo_ort.so.
+        small: Everything once.
+    """
+    import torch  # noqa: PLC0415 - heavy, and loads what ONNX Runtime's CUDA provider links to
+
+    from benchmarks.onnxruntime_checks import check_decoder, check_operators, check_runner  # noqa: PLC0415 - behind PyTorch
+    from benchmarks.onnxruntime_times import time_decoders  # noqa: PLC0415
+
+    if piece != "checks":
+        time_decoders(evidence, device, library, piece, small=small)
+        return
+    check_operators(evidence, device, library, small=small)
+    # ONNX Runtime's attention on one cache has no float32 kernel on a GPU.
+    for dtype in (torch.float32,) if device == "cpu" else (torch.bfloat16, torch.float16):
+        for routed in (False, True):
+            with evidence.guard("decoder", routed=routed, dtype=str(dtype)):
+                check_decoder(evidence, device, library, routed=routed, dtype=dtype)
+    with evidence.guard("runner"):
+        check_runner(evidence, device, library)
+
+
+def _run_apart(evidence: Evidence, piece: str, *, smoke: bool) -> None:
+    """Runs a piece in a process of its own; its rows become rows here as they come."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.gpu_onnxruntime", "--piece", piece, "--out", folder]
+        command += ["--budget-s", str(evidence.left), *(["--smoke"] if smoke else [])]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        timer = threading.Timer(max(evidence.left, 1), process.kill)
+        timer.start()
+        try:
+            assert process.stderr is not None, "it is a pipe"
+            other = _pass_on(evidence, process.stderr)
+            code = process.wait()
+        finally:
+            timer.cancel()
+            process.kill()
+    if code not in (0, 1):  # 1: a row that did not pass, which stands here too
+        evidence.row(piece, passed=False, exit_code=code, tail=other[-_TAIL:])
+
+
+def _pass_on(evidence: Evidence, lines: Any) -> str:
+    """Writes the rows among the lines; returns the others."""
+    other = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            what, passed = row.pop("what"), row.pop("passed")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            other.append(line)
+            continue
+        values = {key: value for key, value in row.items() if key not in ("part", "at_s")}
+        evidence.row(what, passed=passed, **values)
+    return "".join(other)
+
+
+def _library() -> Path:
+    """libdlo_ort.so, from the environment.
+
+    Raises:
+        PluginLibraryError: There is none, or another one.
+    """
+    given = os.environ.get(ORT_LIBRARY_VARIABLE)
+    if not given:
+        raise no_library(["dlo::SkipGateUp", "dlo::SkipDown"])
+    check_library(Path(given))
+    return Path(given)
+
+
+def _piece_main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--piece", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget-s", type=float, required=True)
+    parser.add_argument("--smoke", action="store_true")
+    given = parser.parse_args(arguments)
+    evidence = Evidence(PART, given.out, given.budget_s)
+    with evidence.guard(given.piece):
+        run_piece(evidence, given.piece, "cuda", _library(), small=given.smoke)
+    return evidence.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if "--piece" in given:
+        return _piece_main(given)
+    return run_part(PART, __doc__, check, measure, given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

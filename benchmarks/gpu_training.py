@@ -1,0 +1,401 @@
+"""Training on a GPU: tokens per second, the papers' experiments on SmolLM2-135M, and the demo's adapter.
+
+    python -m benchmarks.gpu_training --model SMOLLM2.gguf --text TEXT --tasks TASKS --adapter ADAPTER \
+        --out DIR --budget-s 300 [--compile] [--smoke]
+
+TEXT is what `benchmarks.training_payload` made, TASKS a folder of log-likelihood requests, ADAPTER the calibrated
+routers that the demo's adapter starts from; the first two may be packed (.tar.xz). Results are written as they come:
+DIR/training.jsonl has a row for each, DIR/papers.tar.xz all of them with tables and plots, DIR/adapter.tar.xz the
+trained adapter.
+Without a GPU it checks what it was given and ends with 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import Evidence, run_part
+from benchmarks.papers.claims import claims
+from benchmarks.papers.forms import FORMS
+from benchmarks.papers.results import Results
+from benchmarks.papers.shipped import SHIPPED
+from benchmarks.papers.tasks import task_files
+from benchmarks.training_rate import SIDES
+from dlo_export.checkpoints.adapter.adapter import load_adapter
+from dlo_export.checkpoints.errors import InputError
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_DLO = (sys.executable, "-c", "from dlo_export.exporter.cli import main; raise SystemExit(main())")
+_ADAPTER_S, _RATES_S = 70.0, 40.0  # behind the experiments, for the adapter and rates
+_OF_TRAINER = 0.9  # tokens per second of dlo train over those of transformers' Trainer on the dense model
+_PACKED_EVERY_S = 15.0
+_TARGET = 0.9  # of the demo, over all layers
+# What a result says that a row can do without: the archive has it.
+_LONG = ("curve", "settings", "domains", "active_by_layer", "skipped", "layers", "timings", "workload")
+
+
+@dataclass
+class Inputs:
+    """What the part is given.
+
+    Attributes:
+        model: Checkpoint folder or .gguf.
+        text: Folder with text/, tokens/ and library/, or an archive of one.
+        tasks: Folder of log-likelihood requests, or an archive of one.
+        adapter: Folder of routers to start the demo's adapter from.
+        compile: Compile layers in training.
+        device: "cuda"; tests say "cpu".
+    """
+
+    model: Path
+    text: Path
+    tasks: Path
+    adapter: Path
+    compile: bool = False
+    device: str = "cuda"
+
+    def check(self) -> None:
+        """Refuses what is not there or not what it is said to be.
+
+        Raises:
+            InputError: So.
+        """
+        missing = [path for path in (self.model, self.text, self.tasks, self.adapter) if not path.exists()]
+        if missing:
+            raise InputError(f"gpu_training: {missing[0]}: no such file or folder", hint="see --help")
+        load_adapter(self.adapter)
+        with tempfile.TemporaryDirectory() as folder:
+            task_files(unpacked(self.tasks, Path(folder) / "tasks"))
+            text = unpacked(self.text, Path(folder) / "text")
+            if lacking := [name for name in ("text", "library") if not (text / name).is_dir()]:
+                raise InputError(
+                    f"{self.text}: has no folder {lacking[0]}", hint="python -m benchmarks.training_payload makes it"
+                )
+
+
+def unpacked(source: Path, folder: Path) -> Path:
+    """The folder, or an archive's content in another one."""
+    if source.is_dir():
+        return source
+    with tarfile.open(source) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@dataclass
+class Child:
+    """A process of its own: what goes wrong in it costs its figures alone.
+
+    Attributes:
+        name: Of its log, in the folder of rows.
+        command: Its words.
+        log: Where its output goes.
+        cores: It may run on; None for all.
+    """
+
+    name: str
+    command: Sequence[str | Path]
+    log: Path
+    cores: set[int] | None = None
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _started: float = field(default=0.0, init=False)
+
+    def start(self) -> None:
+        """Starts it, in a group of its own, so that it ends with whatever it started."""
+        words = [str(word) for word in self.command]
+        path = os.pathsep.join([str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._started = time.monotonic()
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                words,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+                cwd=_REPOSITORY,
+                env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+            )
+        if self.cores:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(self._process.pid, self.cores)
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self._started
+
+    def poll(self) -> int | None:
+        """Its exit status, or None while it runs."""
+        assert self._process is not None, "it was started"
+        return self._process.poll()
+
+    def end(self) -> int:
+        """Ends it if it still runs; its exit status."""
+        assert self._process is not None, "it was started"
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        return self._process.wait()
+
+    def wait(self, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        """Waits until it has ended, or ends it.
+
+        Args:
+            seconds: It has.
+            meanwhile: Called again and again.
+
+        Returns:
+            Whether it ended by itself, and well.
+        """
+        until = time.monotonic() + seconds
+        while self.poll() is None and time.monotonic() < until:
+            meanwhile()
+            time.sleep(0.3)
+        in_time = self.poll() is not None
+        return self.end() == 0 and in_time
+
+    def complaint(self) -> str:
+        """The end of what it said."""
+        return self.log.read_text(encoding="utf-8", errors="replace")[-2500:]
+
+
+def measure(inputs: Inputs, evidence: Evidence, smoke: bool) -> None:
+    """All pieces: the rates of training first where everything is small, else what is worth most."""
+    with tempfile.TemporaryDirectory() as folder:
+        part = _Part(inputs, evidence, smoke, Path(folder))
+        with evidence.guard("inputs"):
+            part.prepare()
+        if smoke:
+            part.smoke()
+            return
+        part.papers(min(FORMS["five-minutes"].budget_s, evidence.left - _ADAPTER_S))
+        if evidence.fits("adapter", 25):
+            part.finish_adapter(part.start_adapter(), min(90, evidence.left - 5))
+        if evidence.fits("training rate, eager", 20):
+            part.finish_rate("eager", part.start_rate("eager"), min(_RATES_S, evidence.left - 8))
+        part.finish_shipped(max(8.0, evidence.left - 5))
+
+
+class _Part:
+    """The pieces, and what they share."""
+
+    def __init__(self, inputs: Inputs, evidence: Evidence, smoke: bool, folder: Path) -> None:
+        self._in, self._evidence, self._smoke, self._folder = inputs, evidence, smoke, folder
+        self._results = folder / "papers"
+        self._model = folder / "model"
+        self._tasks = self._library = folder
+        self._shipped: Child | None = None
+        self._packed_at = 0.0
+        self._seen: set[str] = set()
+
+    def prepare(self) -> None:
+        """Unpacks the text, and makes a checkpoint in fp32 of a GGUF file, which every model here starts from."""
+        start = time.monotonic()
+        text = unpacked(self._in.text, self._folder / "payload")
+        self._tasks = unpacked(self._in.tasks, self._folder / "tasks")
+        self._library = text / "library"
+        for name in ("text", "tokens"):
+            if (text / name).is_dir():
+                shutil.copytree(text / name, self._results / name)
+        if self._in.model.is_dir():
+            self._model = self._in.model
+        else:
+            made = self._child("checkpoint", "-m", "benchmarks.papers.float_checkpoint", self._in.model, self._model)
+            if not made.wait(60):
+                raise RuntimeError(f"no checkpoint was made: {made.complaint()}")
+        self._evidence.row("inputs", seconds=round(time.monotonic() - start, 1))
+
+    def start_rate(self, name: str) -> Child:
+        """Tokens per second of dlo train and of transformers' Trainer, and what a routed step's time goes to."""
+        words = ["-m", "benchmarks.training_rate", "--device", self._in.device, "--dtype", "bf16"]
+        if self._in.device == "cpu":
+            words += ["--tiny", "--batch", "2", "--sequence", "64", "--steps", "2"]
+        elif self._smoke:
+            words += ["--steps", "4", "--warm-up", "2"]
+        words += ["--profile"] if name == "eager" else ["--compile", "--sides", *SIDES[:2]]
+        return self._child(f"rate-{name}", *words)
+
+    def finish_rate(self, name: str, child: Child, seconds: float) -> None:
+        """Waits for it and writes its rows; what it had measured before it was ended counts."""
+        with self._evidence.guard(f"training rate, {name}"):
+            done = child.wait(seconds)
+            speeds = {}
+            for line in _json_lines(child.log):
+                speeds[line["side"]] = line["tokens_per_second"]
+                self._evidence.row(f"training rate, {name}", **line)
+            if SIDES[0] in speeds and SIDES[2] in speeds:
+                ratio = speeds[SIDES[0]] / speeds[SIDES[2]]
+                what = f"dlo train against Trainer, {name}"
+                self._evidence.row(what, passed=ratio >= _OF_TRAINER, ratio=round(ratio, 3), bar=_OF_TRAINER)
+            if not done:
+                self._evidence.row(f"training rate, {name}", passed=False, error=child.complaint())
+
+    def smoke(self) -> None:
+        """Everything once: rates alone on the GPU first, the rest at once, since nothing else is timed."""
+        self.finish_rate("eager", self.start_rate("eager"), _RATES_S)
+        compiled, adapter = self.start_rate("compiled"), self.start_adapter()
+        self.papers(FORMS["smoke"].budget_s)
+        self.finish_adapter(adapter, 20)
+        self.finish_rate("compiled", compiled, 20)
+        self.finish_shipped(15)
+
+    def papers(self, budget: float) -> None:
+        """The experiments; artefacts are made and timed on a few cores beside them, once the models are there.
+
+        Args:
+            budget: Seconds they have.
+        """
+        form = "smoke" if self._smoke else "five-minutes"
+        with self._evidence.guard("papers"):
+            cores = sorted(os.sched_getaffinity(0))
+            aside = set(cores[-6:]) if len(cores) >= 12 else None
+            command = ["-m", "benchmarks.reproduce_papers", "--form", form, "--device", self._in.device]
+            command += ["--model", str(self._model), "--output", str(self._results), "--tasks", str(self._tasks)]
+            threads = len(cores) - len(aside or ())
+            compiled = ["--compile"] if self._in.compile else []
+            main = self._child(
+                "papers",
+                *(*command, "--only", "training", "--budget-s", f"{budget:.0f}", "--threads", threads, *compiled),
+                cores=set(cores) - aside if aside else None,
+            )
+            shipped: list[Child] = []
+
+            def meanwhile() -> None:
+                results = Results(self._results)
+                self._note(results)
+                if not shipped and all(name in results for name in SHIPPED):
+                    options = ("--only", "shipped", "--budget-s", "150", "--threads", len(aside or cores))
+                    shipped.append(self._child("shipped", *command, *options, cores=aside))
+
+            done = main.wait(budget + 15, meanwhile)
+            meanwhile()
+            if not done:
+                self._evidence.row("papers", passed=False, error=main.complaint())
+            self._shipped = shipped[0] if shipped else None
+
+    def finish_shipped(self, seconds: float) -> None:
+        """Waits for artefacts, which need no GPU; then tables, plots and claims."""
+        with self._evidence.guard("shipped"):
+            if self._shipped is not None:
+                if not self._shipped.wait(seconds, lambda: self._note(Results(self._results))):
+                    self._evidence.row("shipped", passed=False, error=self._shipped.complaint())
+                self._shipped = None
+            results = Results(self._results)
+            self._note(results)
+            self._tabulate()
+            for claim in claims(results):
+                # A tiny model shows that the command works, and nothing about the methods.
+                self._evidence.row(claim.what, passed=None if self._smoke else claim.passed, **claim.figures)
+            self._pack()
+
+    def _tabulate(self) -> None:
+        """Tables and plots anew: artefacts came behind those that were written."""
+        options = ["--only", "shipped", "--budget-s", "1", "--form", "smoke" if self._smoke else "five-minutes"]
+        command = ["-m", "benchmarks.reproduce_papers", *options, "--device", self._in.device]
+        self._child("tables", *command, "--model", self._model, "--output", self._results).wait(25)
+
+    def _note(self, results: Results) -> None:
+        """Rows of results that are new, and from time to time the archive."""
+        for name, values in results.found("").items():
+            if name not in self._seen:
+                self._seen.add(name)
+                self._evidence.row(
+                    f"papers: {name}", **{key: value for key, value in values.items() if key not in _LONG}
+                )
+        if time.monotonic() > self._packed_at + _PACKED_EVERY_S:
+            self._pack()
+
+    def _pack(self) -> None:
+        self._packed_at = time.monotonic()
+        kept = [self._results / name for name in ("runs", "plots", "papers.md", "reproduction.json")]
+        _archive(self._evidence.out / "papers.tar.xz", [path for path in kept if path.exists()])
+        logs = sorted(self._folder.glob("*.log"))
+        _archive(self._evidence.out / "logs.tar.xz", logs)
+
+    def start_adapter(self) -> Child:
+        """Routers and LoRA for the demo: distilled from the dense model on the standard library's text alone."""
+        start = load_adapter(self._in.adapter)
+        routed = len(start.routed_layers)
+        target = 1 - (1 - _TARGET) * start.num_layers / routed  # training's counts the layers with routers
+        steps, batch, sequence = (120, 32, 512) if self._in.device == "cuda" and not self._smoke else (6, 4, 256)
+        out = self._folder / "adapter"
+        return self._child(
+            "adapter",
+            *("train", self._in.model, "--adapter", self._in.adapter, "-o", out, "--as-adapter", "--mode", "lora"),
+            *("--lora-rank", 3, "--data", self._library / "train", "--held-out", self._library / "held-out"),
+            *("--target", f"{target:.4f}", "--anneal-steps", 0, "--selection", "threshold", "--skip-weight", 0.1),
+            *("--language-weight", 0, "--distill-weight", 1, "--learning-rate", 1e-3, "--max-steps", steps),
+            *("--router-learning-rate", 0.02, "--relative-router-rate"),
+            *("--batch", batch, "--sequence", sequence, "--eval-every", 40, "--save-every", 1000, "--json"),
+            *("--dtype", "bf16", "--device", self._in.device, "--force-base"),
+            dlo=True,
+        )
+
+    def finish_adapter(self, child: Child, seconds: float) -> None:
+        """Waits for it and packs it."""
+        with self._evidence.guard("adapter"):
+            self._pack_adapter(child, seconds)
+
+    def _pack_adapter(self, child: Child, seconds: float) -> None:
+        out = self._folder / "adapter"
+        if not child.wait(seconds):
+            self._evidence.row("adapter", passed=False, error=child.complaint())
+            return
+        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        _archive(self._evidence.out / "adapter.tar.xz", [out, out.with_name("adapter.run") / "log.jsonl"])
+        lines = child.log.read_text(encoding="utf-8")
+        report = json.loads(lines[lines.index("{") :])
+        self._evidence.row("adapter", passed=size < 2_000_000, bytes=size, seconds=round(child.seconds, 1), **report)
+
+    def _child(self, name: str, *words: Any, cores: set[int] | None = None, dlo: bool = False) -> Child:
+        start = _DLO if dlo else (sys.executable,)
+        child = Child(name, [*start, *words], self._folder / f"{name}.log", cores)
+        child.start()
+        return child
+
+
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith('{"benchmark"'):
+            yield json.loads(line)
+
+
+def _archive(file: Path, paths: Sequence[Path]) -> None:
+    """Packs files and folders, whole or not at all."""
+    partial = io.BytesIO()
+    with tarfile.open(fileobj=partial, mode="w:xz") as archive:
+        for path in paths:
+            archive.add(path, path.name)
+    temporary = file.with_suffix(".partial")
+    temporary.write_bytes(partial.getvalue())
+    os.replace(temporary, file)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(add_help=False)
+    for name in ("model", "text", "tasks", "adapter"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--compile", action="store_true")
+    asks_for_help = "--help" in (arguments or sys.argv[1:])
+    parsed, others = (None, ["--help"]) if asks_for_help else parser.parse_known_args(arguments)
+    inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path(), Path(), Path())
+    return run_part("training", __doc__, inputs.check, functools.partial(measure, inputs), others)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

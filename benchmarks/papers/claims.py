@@ -1,0 +1,91 @@
+"""What training with routers is to show, read off the results: each claim with the figures it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.papers.results import Results
+from benchmarks.papers.shipped import SPEED
+from benchmarks.papers.skipping_cost import BASELINES, CALIBRATED
+
+_NEAR_DENSE = 1.05  # perplexity of the deepened, routed model over that of the dense one
+_RATE_WITHIN = 0.02
+_OF_ALLOWED = 0.9  # of the decode speed-up that the active rate allows
+_DISTILLED_AT = (0.9, 0.8)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Whether something holds.
+
+    Attributes:
+        what: The claim.
+        passed: Whether it does.
+        figures: It stands on.
+    """
+
+    what: str
+    passed: bool
+    figures: dict[str, Any]
+
+
+def claims(results: Results) -> Iterator[Claim]:
+    """Every claim that there are results for; those of runs that diverged do not hold."""
+    for run, values in results.found("train-").items():
+        if values.get("diverged"):
+            yield Claim(f"{run} converges", False, {"diverged": values["diverged"]})
+            continue
+        if values.get("rate_control"):
+            control = values["rate_control"]
+            near = abs(control["after"] - control["target"]) <= _RATE_WITHIN
+            yield Claim(f"{run}: active rate", near, {key: control[key] for key in ("target", "before", "after")})
+        if f"{BASELINES}train-{run}" in results:
+            yield from _against_others(results, run, values)
+    if "train-dlo" in results and "train-deepened" in results:
+        yield from _deepened(results)
+    if SPEED in results:
+        yield from _shipped(results)
+
+
+def _against_others(results: Results, run: str, values: dict[str, Any]) -> Iterator[Claim]:
+    if values["kind"] == "distilled" and values["target"] not in _DISTILLED_AT:
+        return
+    baselines, own = results[f"{BASELINES}train-{run}"], values["all"]
+    figures = {"perplexity": own["perplexity"], "active": own["active"]}
+    ways = ["static"] if values["kind"] == "distilled" else ["static", "random, same layers", "random, every layer"]
+    for way in ways:
+        theirs = baselines[way]["all"]
+        yield _better(f"{run} against {way}", figures, theirs)
+    calibrated = f"{CALIBRATED}{values['target']:.2f}"
+    if calibrated in results:
+        yield _better(f"{run} against calibrated", figures, results[calibrated]["all"])
+
+
+def _better(what: str, figures: dict[str, Any], theirs: dict[str, Any]) -> Claim:
+    others = {"their_perplexity": theirs["perplexity"], "their_active": theirs["active"]}
+    # A perplexity beyond float64 is kept as None.
+    bound = float("inf") if theirs["perplexity"] is None else theirs["perplexity"]
+    return Claim(what, figures["perplexity"] is not None and figures["perplexity"] < bound, figures | others)
+
+
+def _deepened(results: Results) -> Iterator[Claim]:
+    dlo, dense = results["train-dlo"], results["train-deepened"]
+    if dlo.get("diverged") or dense.get("diverged"):
+        return
+    found = {name: values["all"]["perplexity"] for name, values in (("dlo", dlo), ("deepened", dense))}
+    if "train-original" in results and "all" in results["train-original"]:
+        found["original"] = results["train-original"]["all"]["perplexity"]
+    ratio = found["dlo"] / found["deepened"]
+    yield Claim("dlo against deepened, dense", ratio <= _NEAR_DENSE, {**found, "ratio": ratio, "bar": _NEAR_DENSE})
+
+
+def _shipped(results: Results) -> Iterator[Claim]:
+    verdict = results["shipped-train-dlo"]["parity"]
+    yield Claim("dlo, exported: parity", verdict == "PASS", {"parity": verdict})
+    speed = results[SPEED]
+    found = speed["timings"]["train-dlo"]["decode_ratio"]["median"]
+    allowed = speed["allowed"]["decode"]["median"]
+    values = {"speed_up": found, "allowed": allowed, "bar": _OF_ALLOWED}
+    yield Claim("dlo, exported: decode speed", found >= _OF_ALLOWED * allowed, values)

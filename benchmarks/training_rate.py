@@ -1,0 +1,245 @@
+"""Tokens per second of training steps on one device, and what a step's time goes to.
+
+A Llama of SmolLM2-135M's shapes with random weights, deepened to 36 layers: `dlo train`'s loop with a router on every
+layer and without, and transformers' own Trainer, one after the other in one process. A step is everything from one to
+the next, data included. `--profile` shows where the time of two routed steps goes, and whether the GPU waited.
+
+    python -m benchmarks.training_rate --device cuda --dtype bf16 [--compile] [--profile] [--steps 12]
+    python -m benchmarks.training_rate --tiny --batch 2 --sequence 64                # on any CPU: shows that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
+
+# isort: split
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from dlo_export.checkpoints.depth.expansion import routed_config
+from dlo_export.modeling.configuration import LlamaDloConfig
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.training.documents import TokenDocument
+from dlo_export.modeling.training.packing import PackedDocuments, PackedSets, stacked
+from dlo_export.modeling.training.run import train_model, training_arguments
+from dlo_export.modeling.training.run_folder import RunFolder
+from dlo_export.modeling.training.settings import TrainingSettings
+
+SIDES = ("dlo train, routed", "dlo train, dense", "Trainer, dense")
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+    "tie_word_embeddings": True,
+    "pad_token_id": None,
+}
+TINY = SMOLLM2 | {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+
+
+class Stopwatch:
+    """Called behind each step: takes its time, and profiles some.
+
+    Args:
+        warm_up: Steps that do not count.
+        profiled: Steps to profile behind all that count; 0 for none.
+        steps: That count.
+    """
+
+    def __init__(self, warm_up: int, steps: int, profiled: int) -> None:
+        self.warm_up, self.steps, self.profiled = warm_up, steps, profiled
+        self.seconds: list[float] = []
+        self.summary: dict[str, Any] | None = None
+        self._last = self._last_profiled = time.perf_counter()
+        self._count = 0
+        self._profile: Any = None
+
+    @property
+    def all_steps(self) -> int:
+        """How many to train."""
+        return self.warm_up + self.steps + self.profiled
+
+    def __call__(self) -> None:
+        """A step is over; the trainer has waited for the device to report its loss."""
+        now = time.perf_counter()
+        self._count += 1
+        if self.warm_up < self._count <= self.warm_up + self.steps:
+            self.seconds.append(now - self._last)
+        if self.profiled and self._count == self.warm_up + self.steps:
+            on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self._profile = profile(activities=[ProfilerActivity.CPU, *on_gpu])
+            self._profile.__enter__()
+        elif self._profile is not None and self._count == self.all_steps:
+            self._profile.__exit__(None, None, None)
+            self.summary = summarised(self._profile, time.perf_counter() - self._last_profiled, self.profiled)
+        self._last = time.perf_counter()
+        if self._count == self.warm_up + self.steps:
+            self._last_profiled = self._last
+
+
+def summarised(profiled: Any, seconds: float, steps: int) -> dict[str, Any]:
+    """Where the time of profiled steps went, milliseconds a step; a busy share far below 1 is a GPU that waits."""
+    averages = profiled.key_averages()
+    on_gpu = [
+        event
+        for event in averages
+        if str(event.device_type).endswith("CUDA") and not getattr(event, "is_user_annotation", False)
+    ]
+    busy = sum(event.self_device_time_total for event in on_gpu)
+    kernels = sorted(on_gpu, key=lambda event: -event.self_device_time_total)[:12]
+    waits = [event for event in averages if event.key in ("cudaStreamSynchronize", "cudaDeviceSynchronize")]
+    operators = sorted(averages, key=lambda event: -event.self_cpu_time_total)[:8]
+    each = 1e-3 / steps
+    return {
+        "step_ms": round(1e3 * seconds / steps, 2),
+        "gpu_busy_share": round(busy / 1e6 / seconds, 3),
+        "kernels_a_step": sum(event.count for event in on_gpu) // steps,
+        "waits_a_step": sum(event.count for event in waits) / steps,
+        "kernels_ms": {event.key[:70]: round(event.self_device_time_total * each, 3) for event in kernels},
+        "cpu_ms": {event.key[:50]: round(event.self_cpu_time_total * each, 2) for event in operators},
+    }
+
+
+def random_data(settings: TrainingSettings, vocabulary: int, sequences: int) -> PackedDocuments:
+    """Sequences without padding, each of two documents."""
+    half = settings.sequence // 2
+    ids = np.random.default_rng(0).integers(0, vocabulary, (2 * sequences, half), np.int32)
+    documents = [TokenDocument("", tokens, np.ones(half, bool)) for tokens in ids]
+    return PackedDocuments(documents, 2 * half, 0)
+
+
+def train_ours(shapes: dict[str, Any], settings: TrainingSettings, watch: Stopwatch, *, routed: bool) -> None:
+    """Trains as `dlo train` does."""
+    layers = shapes["num_hidden_layers"]
+    routing = routed_config([True] * layers) if routed else {}
+    named = ("model_type", "architectures")
+    config = LlamaDloConfig(**shapes, **{key: value for key, value in routing.items() if key not in named})
+    with torch.device(settings.device):
+        model = LlamaDloForCausalLM(config)
+    data = random_data(settings, config.vocab_size, settings.batch * watch.all_steps)
+    few = random_data(settings, config.vocab_size, settings.batch)
+    with tempfile.TemporaryDirectory() as run:
+        train_model(
+            model,
+            settings,
+            PackedSets(data, few),
+            folder=RunFolder(Path(run), resumable=False),
+            description={},
+            report=lambda _report: watch(),
+        )
+
+
+class _Stepped(TrainerCallback):
+    def __init__(self, stepped: Callable[[], None]) -> None:
+        self._stepped = stepped
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a fair clock: our steps wait for their loss
+        self._stepped()
+
+
+def train_theirs(shapes: dict[str, Any], settings: TrainingSettings, watch: Stopwatch) -> None:
+    """Trains the dense model by transformers' Trainer alone."""
+    with torch.device(settings.device):
+        model = LlamaForCausalLM(LlamaConfig(**shapes))
+
+    def batch(sequences: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in stacked(sequences).items() if name != "counted"}
+
+    if settings.compile:
+        for layer in model.model.layers:
+            layer.compile()
+    data = random_data(settings, model.config.vocab_size, settings.batch * watch.all_steps)
+    with tempfile.TemporaryDirectory() as run:
+        arguments = training_arguments(settings, Path(run), saves=False)
+        arguments.eval_strategy = "no"
+        trainer = Trainer(model, arguments, data_collator=batch, train_dataset=data, callbacks=[_Stepped(watch)])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="two more routed steps under PyTorch's profiler")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: only shows that all of it runs")
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    arguments = parser.parse_args()
+    shapes = TINY if arguments.tiny else SMOLLM2
+    tokens = arguments.batch * arguments.sequence
+    for side in arguments.sides:
+        profiled = 2 if arguments.profile and side == SIDES[0] else 0
+        watch = Stopwatch(arguments.warm_up, arguments.steps, profiled)
+        settings = TrainingSettings(
+            target=0.8,
+            anneal_steps=0,
+            selection="threshold",
+            max_steps=watch.all_steps,
+            batch=arguments.batch,
+            sequence=arguments.sequence,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            compile=arguments.compile,
+            exact_rate=False,
+            eval_every=1_000_000,
+            save_every=1_000_000,
+        )
+        start = time.perf_counter()
+        if side == SIDES[2]:
+            train_theirs(shapes, settings, watch)
+        else:
+            train_ours(shapes, settings, watch, routed=side == SIDES[0])
+        seconds = np.array(watch.seconds)
+        on_gpu = torch.cuda.is_available()
+        # A line for each side, at once: whoever stops this has what was measured before.
+        line = {
+            "benchmark": "training_rate",
+            "side": side,
+            "compile": arguments.compile,
+            "dtype": arguments.dtype,
+            "batch": [arguments.batch, arguments.sequence],
+            "steps": len(seconds),
+            "step_ms": {name: round(1e3 * float(np.quantile(seconds, at)), 2) for name, at in _QUANTILES.items()},
+            "tokens_per_second": round(tokens / float(np.median(seconds))),
+            "all_s": round(time.perf_counter() - start, 1),
+            "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if on_gpu else None,
+            "profile": watch.summary,
+        }
+        print(json.dumps(line), flush=True)
+
+
+_QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
+
+
+if __name__ == "__main__":
+    main()

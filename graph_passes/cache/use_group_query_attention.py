@@ -1,0 +1,208 @@
+"""Give attention a KV cache that is written in place at a fixed address: ONNX Runtime's operator on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.checkpoints.interface import ATTENTION_MASK, KV_LENGTHS, POSITION_IDS, is_state_input
+from dlo_export.graph_passes.cache.attention_cache import CachedAttention, cached_attentions
+from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
+from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
+from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
+from dlo_export.graph_passes.errors import GraphPassError, place
+from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.rewriting import remove_unused
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.ops import MICROSOFT
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
+
+_HEAD_MULTIPLE = 16  # of head_dim, which the operator's rotation asks for
+_ROTARY = "model.rotary_emb"
+
+
+@dataclasses.dataclass(frozen=True)
+class UseGroupQueryAttentionPass(GraphPass):
+    """Rotate, write into the cache and attend in one operator, over the slots that are filled.
+
+    Before::
+
+        cos, sin      = Cos(angles), Sin(angles)                        # angles = position_ids · inv_freq
+        q, k, v       = Split(qkv)                                      # or three products
+        y, pk, pv     = Attention(RotaryEmbedding(q, cos, sin), RotaryEmbedding(k, cos, sin), v, bias,
+                                  past_key, past_value)
+
+    After, past and present being [batch, kv_heads, max_cache, head_dim], one buffer for both::
+
+        y, pk, pv     = com.microsoft.GroupQueryAttention <do_rotary = 1>
+                            (qkv, "", "", past_key, past_value, kv_lengths - 1, max_cache, cos_table, sin_table)
+
+    `kv_lengths` int64 [batch] is how many tokens a sequence has after the step, the step's own included; it replaces
+    `attention_mask` and `position_ids`: the first token of a sequence stands in slot 0, at position 0. All tokens of a
+    step are real; a step of several tokens is one of a single sequence, which is what the operator takes. Nothing is
+    allocated, read back or laid out anew in a step, so a CUDA graph captures it. Scope: main graph. Source: ONNX
+    Runtime's contrib operators; what has its kernels stands in docs/OperatorKernels.md there: float32 and float16 on a
+    CPU, float16 and bfloat16 on a GPU.
+
+    Attributes:
+        max_cache: Slots per sequence.
+    """
+
+    max_cache: int
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (
+        InjectLayersPass,
+        RouteLayersPass,
+        LoweringPass,
+        FuseSiblingMatMulsPass,
+        UseStaticCachePass,
+    )
+    nodes_from: ClassVar[Border | None] = "injected"
+
+    def check(self, model: ir.Model) -> None:
+        """There is at least one slot, and every attention is rotated by tables of its own positions.
+
+        Raises:
+            GraphPassError: With all reasons.
+        """
+        problems = [] if self.max_cache >= 1 else [f"max_cache is {self.max_cache}, expected at least 1"]
+        for attention in cached_attentions(model.graph, type(self).__name__):
+            if attention.head_dim % _HEAD_MULTIPLE:
+                problems.append(
+                    f"{place(attention.node)} has heads of {attention.head_dim}, expected a multiple of "
+                    f"{_HEAD_MULTIPLE}"
+                )
+            found = _rotary_frequencies(attention)
+            if isinstance(found, str):
+                problems.append(f"{place(attention.node)}: {found}")
+        if problems:
+            raise GraphPassError(
+                f"UseGroupQueryAttentionPass: {'; '.join(problems)}.",
+                hint="export without a static cache for ONNX Runtime",
+            )
+
+    def rewrite(self, model: ir.Model) -> bool:
+        """Rewrite every attention.
+
+        Raises:
+            GraphPassError: There is none with a growing cache, or one cannot be rewritten; with all reasons.
+        """
+        graph = model.graph
+        attentions = cached_attentions(graph, type(self).__name__)
+        graph.opset_imports[MICROSOFT] = 1
+        kv_lengths = ir.val(KV_LENGTHS, dtype=ir.DataType.INT64, shape=["batch"])
+        past_lengths = self._past_lengths(graph, attentions[0], kv_lengths)
+        for attention in attentions:
+            self._rewrite(graph, attention, past_lengths)
+        remove_unused(graph)
+        first_cache = next(i for i, value in enumerate(graph.inputs) if is_state_input(value.name or ""))
+        graph.inputs[first_cache:first_cache] = [kv_lengths]
+        gone = {ATTENTION_MASK, POSITION_IDS}
+        graph.inputs[:] = [value for value in graph.inputs if value.name not in gone or value.uses()]
+        return True
+
+    def _past_lengths(self, graph: ir.Graph, first: CachedAttention, kv_lengths: ir.Value) -> ir.Value:
+        """The operator's int32 [batch], one less than there are tokens, put in front of the first attention."""
+        new = TaggedNodes(type(self).__name__, None)
+        one = shared_constant(graph, "model.kv_lengths.one", np.array(1, np.int64))
+        less = new.add("Sub", kv_lengths, one, name="model.kv_lengths.less", dtype=ir.DataType.INT64, shape=("batch",))
+        int32 = ir.DataType.INT32
+        past = new.add("Cast", less, name="model.kv_lengths.int32", dtype=int32, shape=("batch",), to=int(int32))
+        graph.insert_before(first.node, new.nodes)
+        return past
+
+    def _rewrite(self, graph: ir.Graph, attention: CachedAttention, past_lengths: ir.Value) -> None:
+        frequencies = _rotary_frequencies(attention)
+        assert not isinstance(frequencies, str), "asked by check"
+        # Angles in float32, as the graph computed them; a table row is a position, and a position is a slot.
+        angles = np.arange(self.max_cache, dtype=np.float32)[:, np.newaxis] * frequencies.reshape(1, -1)
+        dtype = attention.dtype.numpy()
+        cos = shared_constant(graph, f"{_ROTARY}.cos_table", np.cos(angles).astype(dtype))
+        sin = shared_constant(graph, f"{_ROTARY}.sin_table", np.sin(angles).astype(dtype))
+        slots = shared_constant(graph, "model.cache_slots", np.array(self.max_cache, np.int32))
+
+        node = attention.node
+        past = [attention.operand(4), attention.operand(5)]
+        shape = ("batch", attention.kv_heads, self.max_cache, attention.head_dim)
+        for value in past:
+            value.shape = ir.Shape(shape)
+        scale: dict[str, Any] = {"scale": node.attributes["scale"].as_float()} if "scale" in node.attributes else {}
+        new = ir.node(
+            "GroupQueryAttention",
+            [*_query_key_value(attention), *past, past_lengths, slots, cos, sin],
+            {"num_heads": attention.query_heads, "kv_num_heads": attention.kv_heads, "do_rotary": 1, **scale},
+            domain=MICROSOFT,
+            num_outputs=3,
+            name=f"{attention.name}.group_query_attention",
+            metadata_props=TaggedNodes(type(self).__name__, attention.layer).tags,
+        )
+        graph.insert_before(node, new)
+        # Whoever read the old outputs reads the new ones, which take their names once the old ones are gone.
+        olds, names = list(node.outputs), [value.name for value in node.outputs]
+        for old, value in zip(olds, new.outputs, strict=True):
+            value.type, value.shape = old.type, old.shape
+            old.replace_all_uses_with(value, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        for value, name in zip(new.outputs, names, strict=True):
+            value.name = name
+        for value in new.outputs[1:]:
+            value.shape = ir.Shape(shape)
+
+
+def _rotation(value: ir.Value) -> ir.Node | None:
+    """The node that rotates a query or key by tables of cosines and sines."""
+    node = value.producer()
+    return node if is_op(node, "RotaryEmbedding") and node is not None and len(node.inputs) == 3 else None
+
+
+def _rotary_frequencies(attention: CachedAttention) -> np.ndarray | str:
+    """What a position is multiplied by, float32 [head_dim / 2]; in words, why the rotation is another one."""
+    query, key = (_rotation(attention.operand(index)) for index in (0, 1))
+    if query is None or key is None:
+        return "its query and key are not rotated by tables, each in a RotaryEmbedding of its own"
+    if any(node.attributes[name].value for node in (query, key) for name in _OTHER if name in node.attributes):
+        return "its rotation is interleaved or partial"
+    if list(query.inputs[1:]) != list(key.inputs[1:]):
+        return "its query and key are rotated by different tables"
+    # Backwards from the tables, behind a cast: cosine and sine of one product, of positions and constants.
+    cos, sin = (_producer(_behind(value, "Cast")) for value in query.inputs[1:])
+    angles = cos.inputs[0] if cos is not None and sin is not None and cos.inputs[0] is sin.inputs[0] else None
+    product = _producer(angles) if is_op(cos, "Cos") and is_op(sin, "Sin") else None
+    tensors = [constant_tensor(value) for value in product.inputs] if is_op(product, "Mul") and product else []
+    constants = [tensor for tensor in tensors if tensor is not None and tensor.size == attention.head_dim // 2]
+    if len(constants) != 1 or not any(_are_positions(value) for value in (product.inputs if product else ())):
+        return f"its tables are not cosine and sine of {POSITION_IDS} times {attention.head_dim // 2} constants"
+    return np.asarray(constants[0].numpy(), np.float32).reshape(-1)
+
+
+_OTHER = ("interleaved", "rotary_embedding_dim")
+
+
+def _behind(value: ir.Value | None, *ops: str) -> ir.Value | None:
+    """What a value is made of by nodes of these operators."""
+    while value is not None and is_op(node := value.producer(), *ops) and node is not None:
+        value = node.inputs[0]
+    return value
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
+
+
+def _are_positions(value: ir.Value | None) -> bool:
+    source = _behind(value, "Unsqueeze", "Cast")
+    return source is not None and source.is_graph_input() and source.name == POSITION_IDS
+
+
+def _query_key_value(attention: CachedAttention) -> list[ir.Value | None]:
+    """The operator's first three inputs before rotation: one value that holds all three, where a Split cut it."""
+    rotated = [_rotation(attention.operand(index)) for index in (0, 1)]
+    parts = [node.inputs[0] for node in rotated if node is not None] + [attention.operand(2)]
+    split = parts[0].producer() if parts[0] is not None else None
+    if split is not None and is_op(split, "Split") and list(split.outputs) == parts:
+        return [split.inputs[0], None, None]
+    return list(parts)

@@ -1,0 +1,47 @@
+"""gpu_onnxruntime as far as it goes without a GPU: all but the CUDA provider; skipped without ORT_INCLUDE."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_onnxruntime
+from benchmarks.evidence import NO_GPU, Evidence
+from dlo_export.plugins.errors import PluginLibraryError
+from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE
+from tests.plugins.ort_library import built_library
+
+
+def test_part_checks_operators_and_decoders_when_there_is_no_gpu(tmp_path: Path) -> None:
+    environment = {**os.environ, ORT_LIBRARY_VARIABLE: str(built_library()), "CUDA_VISIBLE_DEVICES": "-1"}
+    command = [sys.executable, "-m", "benchmarks.gpu_onnxruntime", "--out", str(tmp_path / "out")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == NO_GPU, result.stderr
+    rows = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
+    passed = [row["what"] for row in rows if row["passed"]]
+    assert passed == ["operator SkipGateUp", "operator SkipDown", "decoder, dense", "decoder, routed", "runner"]
+    timed = {(row["what"], row["graph"]) for row in rows if "step_ms" in row}
+    assert {("decode", "dense"), ("decode", "routed"), ("prefill", "routed")} <= timed
+
+
+def test_part_asks_for_the_library_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ORT_LIBRARY_VARIABLE, raising=False)
+    with pytest.raises(PluginLibraryError, match=ORT_LIBRARY_VARIABLE):
+        gpu_onnxruntime.check()
+
+
+def test_a_piece_that_fails_costs_its_own_rows_when_it_runs_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(ORT_LIBRARY_VARIABLE, str(tmp_path / "missing.so"))
+    monkeypatch.setattr(gpu_onnxruntime, "SMOKE_PIECES", {"checks": 1, "no such shape": 1})
+    evidence = Evidence("onnxruntime", tmp_path, 60)
+    gpu_onnxruntime.measure(evidence, smoke=True)
+    errors = [(row["what"], row["passed"], row["error"]) for row in evidence.rows]
+    assert [what for what, _, _ in errors] == ["checks", "no such shape"]
+    assert all(passed is False and "missing.so: no such file" in error for _, passed, error in errors)

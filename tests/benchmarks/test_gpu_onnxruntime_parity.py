@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+from benchmarks.evidence import BAR_MISSED, NO_GPU, Evidence
+from benchmarks.gpu_onnxruntime_parity import (
+    DATA,
+    Job,
+    main,
+    process_of,
+    rows_of,
+    rows_of_commands,
+    run_processes,
+    time_decode,
+)
+from dlo_export.runtimes.onnxruntime.providers import CPU
+from tests.tiny_models import save_tiny_llama
+
+
+def test_part_checks_the_cpu_and_says_what_is_missing_when_there_is_no_gpu(tmp_path, capsys):
+    assert main(["--out", str(tmp_path), "--smoke"]) == NO_GPU
+    assert "run it where an NVIDIA GPU is" in capsys.readouterr().err
+
+
+def test_rows_say_what_a_provider_lacks_when_it_cannot_run_a_type():
+    job = Job("mlp", str(DATA / "reference_mlp_routed"), "bf16", ("masked",), provider="cpu", device="cpu")
+    placement, parity = rows_of(job)
+    assert (placement["passed"], parity["passed"]) == (False, False)
+    assert "NOT_IMPLEMENTED" in parity["error"]
+
+
+def test_rows_of_a_process_are_kept_when_another_one_fails(tmp_path):
+    evidence = Evidence("part", tmp_path, 100)
+    model = save_tiny_llama(tmp_path / "model", layers=2)
+    dense = Job("tiny", str(model), "fp32", ("none",), provider="cpu", device="cpu")
+    gone = Job("gone", str(tmp_path / "gone"), "fp32", ("none",), provider="cpu")
+    run_processes(evidence, [process_of(dense), process_of(gone)], 90)
+    assert evidence.close() == BAR_MISSED
+    rows = [json.loads(line) for line in (tmp_path / "part.jsonl").read_text().splitlines()]
+    assert [(row["what"], row["passed"]) for row in rows] == [
+        ("placement tiny, fp32, none", True),
+        ("parity tiny, fp32, none", True),
+        ("parity gone, fp32, none", False),
+    ]
+    assert "gone" in rows[-1]["error"]
+
+
+def test_decode_is_timed_against_transformers_when_a_model_is_given(tmp_path: Path):
+    evidence = Evidence("part", tmp_path, 100)
+    model = save_tiny_llama(tmp_path / "model", layers=2)
+    time_decode(evidence, model, smoke=True, provider=CPU, device="cpu")
+    assert [row["what"] for row in evidence.rows] == [
+        "decode onnxruntime, fp32",
+        "decode nodes",
+        "decode transformers, static cache, fp32",
+        "decode onnxruntime against transformers, static cache",
+    ]
+    nodes = evidence.rows[1]
+    assert nodes["nodes_per_step"].keys() == {"CPUExecutionProvider"}
+    assert nodes["us_per_step"]["Attention"] > 0
+    assert all(row["passed"] is None for row in evidence.rows), evidence.rows
+
+
+def test_commands_pass_when_no_model_with_a_tokenizer_is_given():
+    assert [(row["what"], row["passed"]) for row in rows_of_commands(None, "cpu")] == [
+        ("export --provider cpu", True),
+        ("run --provider cpu", True),
+    ]

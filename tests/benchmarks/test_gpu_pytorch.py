@@ -1,0 +1,32 @@
+"""What a GPU is to show of captured decode holds on the CPU, as far as one can see it there."""
+
+import pytest
+import torch
+
+from benchmarks import gpu_pytorch
+from benchmarks.evidence import NO_GPU, run_part
+from dlo_export.runtimes.tensorrt.gpu import find_gpu
+
+
+@pytest.mark.skipif(find_gpu().target is not None, reason="there is a GPU here: run it")
+def test_part_ends_with_4_when_there_is_no_gpu(tmp_path, capsys):
+    assert run_part("pytorch", None, gpu_pytorch.check, gpu_pytorch.measure, ["--out", str(tmp_path)]) == NO_GPU
+    assert "what a CPU can check was checked" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_fails_when_the_decoder_is_not_the_model(monkeypatch):
+    monkeypatch.setattr(gpu_pytorch, "LOGITS_BAR", {"float32": 1e-9})
+    with pytest.raises(RuntimeError, match="the decoder is not the model"):
+        gpu_pytorch.check()
+
+
+def test_dense_and_routed_models_have_the_same_weights_when_one_has_routers():
+    dense, routed = (
+        gpu_pytorch.random_model(gpu_pytorch.TINY, routed=routed, device="cpu", dtype=torch.float32)
+        for routed in (False, True)
+    )
+    others = routed.state_dict()
+    assert len(others) == len(dense.state_dict()) + 3
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(tensor, others[name]), name

@@ -1,0 +1,212 @@
+"""The graph whose cache ONNX Runtime writes in place, against PyTorch, a growing cache, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.artefact_runner import open_artefact
+from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
+from dlo_export.exporter.pipeline import build_captured_model, exposed
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.exporter.tensorrt.plan import TensorRtRequest
+from dlo_export.exporter.weight_file import save_weights
+from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass
+from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.runtimes.errors import StepError
+from dlo_export.runtimes.generation.generate import generate
+from dlo_export.runtimes.onnxruntime.in_place_runner import InPlaceRunner
+from dlo_export.runtimes.parity.cases import Case, step_feeds
+from dlo_export.runtimes.parity.compare import Candidate, compare
+from dlo_export.runtimes.torch.reference import open_reference
+from dlo_export.runtimes.torch.runner import TorchRunner
+from tests.plugins.ort_library import built_library
+from tests.tiny_models import save_tiny_llama
+
+SLOTS = 32
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
+SHAPE = {"hidden": 64, "intermediate": 96, "heads": 4, "kv_heads": 2, "head_dim": 16}
+
+
+def source_of(folder: Path, **options: object) -> ExportSource:
+    return open_source(str(save_tiny_llama(folder, **{**SHAPE, **options})), None)  # type: ignore[arg-type]
+
+
+class Graphs:
+    """A captured graph with its weights in a folder, as released and as parity looks into it."""
+
+    def __init__(self, source: ExportSource, lowering: str, folder: Path) -> None:
+        model = build_captured_model(source, lowering, SLOTS)
+        save_weights(model, folder / "model.onnx.data")
+        self.model, self.folder = model, folder
+        self.library = built_library() if lowering == "plugin" else None
+
+    def runner(self, **exposure: bool) -> InPlaceRunner:
+        model = exposed(self.model, **exposure) if exposure else self.model
+        serialized = ir.to_proto(model).SerializeToString()
+        return InPlaceRunner(serialized, threads=1, weights_folder=self.folder, plugin_library=self.library)
+
+
+@pytest.mark.parametrize(
+    ("lowering", "options"),
+    [
+        ("none", {"tie": True}),
+        ("none", {"attention_bias": True, "rope": "llama3"}),
+        ("masked", {"routed": (True, False, True), "rope": "linear"}),
+        ("plugin", {"routed": (True, False, True), "tie": True}),
+    ],
+    ids=str,
+)
+def test_graph_agrees_with_pytorch_when_steps_are_ragged(
+    tmp_path: Path, lowering: str, options: dict[str, object]
+) -> None:
+    source = source_of(tmp_path / "model", **options)
+    graphs = Graphs(source, lowering, tmp_path)
+    ragged = [np.array(prompt) for prompt in PROMPTS]
+    cases = [Case("prefill", step_feeds(ragged)), Case("chunk and decode", step_feeds(ragged, 3, 1, 1))]
+    routed = source.routing is not None
+    if routed:
+        cases += [Case("mixed decisions", step_feeds(ragged, 2, 1), "mixed")]
+    checkpoint = source.base.checkpoint
+    with open_reference(checkpoint.config.raw, checkpoint.tensors) as reference:
+        candidate = Candidate(
+            "in place",
+            lambda: graphs.runner(force=False, streams=True),
+            (lambda: graphs.runner(force=True, streams=False)) if routed else None,
+        )
+        report = compare(reference, [candidate], cases, dtype="fp32", greedy_prompts=PROMPTS, greedy_tokens=6)
+    assert report, report.summary()
+
+
+def test_tokens_are_the_same_when_a_runner_is_used_again_for_another_batch(tmp_path: Path) -> None:
+    graphs = Graphs(source_of(tmp_path / "model"), "none", tmp_path)
+    with graphs.runner() as used:
+        first = [generate(used, prompts, max_new_tokens=5).sequences for prompts in (PROMPTS, PROMPTS[:1], PROMPTS)]
+    with graphs.runner() as fresh:
+        alone = generate(fresh, PROMPTS[:1], max_new_tokens=5).sequences
+    assert first[0] == first[2]
+    assert first[1] == alone == first[0][:1]
+
+
+def test_runner_refuses_when_positions_are_others(tmp_path: Path) -> None:
+    graphs = Graphs(source_of(tmp_path / "model"), "none", tmp_path)
+    with graphs.runner() as runner:
+        runner.reset(1)
+        ids = np.array([[3, 1]])
+        with pytest.raises(StepError, match="counted from 0"):
+            runner.step(ids, np.ones((1, 2), np.int64), np.array([[4, 5]]))
+
+
+def test_layers_are_found_when_attention_is_onnxruntimes(tmp_path: Path) -> None:
+    model = build_captured_model(source_of(tmp_path / "model"), "none", SLOTS)
+    layers = find_decoder_layers(model.graph)
+    assert len(layers) == 3
+    assert [value.name for value in model.graph.inputs][:2] == ["input_ids", "kv_lengths"]
+    assert not [node.op_type for node in model.graph if node.op_type in ("Cos", "RotaryEmbedding", "Split")]
+
+
+@pytest.mark.parametrize(
+    ("lowering", "slots", "reason"),
+    [("compact", 32, "--lowering compact"), ("if", 32, "--lowering if"), ("masked", 0, "a cache of 0 slots")],
+)
+def test_pipeline_refuses_by_name_when_a_step_cannot_be_captured(
+    tmp_path: Path, lowering: str, slots: int, reason: str
+) -> None:
+    source = source_of(tmp_path / "model", routed=(True, False, True))
+    with pytest.raises(InputError, match=reason):
+        build_captured_model(source, lowering, slots)
+
+
+def test_pipeline_refuses_whole_layers_when_they_are_routed(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "model", routed=(True, False, True), model_type="llama_dlo")
+    with pytest.raises(InputError, match="layer routing needs a mask of its own"):
+        build_captured_model(source, "masked", SLOTS)
+
+
+def test_pass_refuses_with_all_layers_when_heads_are_too_narrow(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "model", hidden=32, heads=4, kv_heads=2, head_dim=8)
+    with pytest.raises(GraphPassError, match="has heads of 8, expected a multiple of 16") as error:
+        build_captured_model(source, "none", SLOTS)
+    assert str(error.value).count("has heads of 8") == 3
+
+
+def test_pass_names_what_the_rotation_is_when_it_cannot_be_looked_up(tmp_path: Path) -> None:
+    model = source_of(tmp_path / "model").plain_model(ir.DataType.FLOAT)
+    for node in model.graph:
+        if node.op_type == "Cos":
+            node.op_type = "Exp"
+    with pytest.raises(GraphPassError, match="its tables are not cosine and sine of position_ids times 8 constants"):
+        UseGroupQueryAttentionPass(SLOTS)(model)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captured") / "model"
+    return save_tiny_llama(folder, **SHAPE, routed=(True, False, True), thresholds={2: 0.4})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path) -> ExportResult:
+    request = ExportRequest(str(model), model.with_name("plugin"), static_cache=48, ort_plugin_library=built_library())
+    return export_model(request, Reporter())
+
+
+def test_artefact_equals_pytorch_and_says_so_when_its_cache_is_static(exported: ExportResult) -> None:
+    description = exported.description
+    assert (description.lowering, description.capture_problem) == ("plugin", None)
+    assert description.parity.verdict == "PASS"
+    inputs = {spec.name: spec for spec in description.interface.inputs}
+    assert list(inputs)[:2] == ["input_ids", "kv_lengths"]
+    assert inputs["past_key_values.0.key"].shape == ("batch", 2, 48, 16)
+    assert not (exported.folder / "genai_config.json").exists()
+
+
+def test_greedy_tokens_are_pytorchs_when_prompts_are_padded(model: Path, exported: ExportResult) -> None:
+    with (
+        open_artefact(exported.folder, plugin_library=built_library()) as runner,
+        TorchRunner.from_folder(model, masked=True) as reference,
+    ):
+        found, wanted = (generate(each, PROMPTS, max_new_tokens=12) for each in (runner, reference))
+    assert found.sequences == wanted.sequences
+    assert found.stats.active_rate == wanted.stats.active_rate
+
+
+def test_logits_are_those_of_one_sequence_when_it_is_forked(exported: ExportResult) -> None:
+    ids = np.array([PROMPTS[2]])
+    with open_artefact(exported.folder, plugin_library=built_library()) as runner:
+        logits = []
+        for branches in (1, 3):
+            runner.reset(1)
+            runner.step(ids[:, :5], np.ones((1, 5), np.int64), np.arange(5)[np.newaxis])
+            runner.fork(branches)
+            rest = np.repeat(ids[:, 5:], branches, 0)
+            positions = np.repeat(np.arange(5, 8)[np.newaxis], branches, 0)
+            logits.append(runner.step(rest, np.ones((branches, 8), np.int64), positions).logits)
+    np.testing.assert_array_equal(logits[1], np.repeat(logits[0], 3, 0))
+
+
+def test_runner_names_the_option_when_the_cache_is_full(exported: ExportResult) -> None:
+    with open_artefact(exported.folder, plugin_library=built_library()) as runner:
+        runner.reset(1)
+        with pytest.raises(StepError, match=r"the cache is full[\s\S]*--static-cache 49 or more"):
+            runner.step(np.zeros((1, 49), np.int64), np.ones((1, 49), np.int64), np.arange(49)[np.newaxis])
+
+
+def test_export_refuses_by_option_when_a_static_cache_does_not_go_with_it(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--static-cache and --trt"):
+        ExportRequest(str(model), tmp_path / "out", static_cache=32, trt=TensorRtRequest())
+    refused = {
+        "no float32 attention": {"provider": "cuda", "dtype": "fp32"},
+        "NonZero|compact": {"lowering": "compact"},
+    }
+    for reason, options in refused.items():
+        request = ExportRequest(str(model), tmp_path / "out", static_cache=32, **options)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=reason):
+            export_model(request, Reporter())
+        assert not (tmp_path / "out").exists()
