@@ -63,6 +63,8 @@ def _print_tables(inspection: Inspection) -> None:
             f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
             f"parity {description.parity.verdict} (parity.json: {inspection.parity_report or 'not there'})"
         )
+        if removed := description.source.removed_layers:
+            tell(f"without layers {', '.join(map(str, removed))} of its source, which pass everything on")
     if inspection.skips is not None:
         assert description is not None, "or nothing would say what is skipped"
         assert description.routing is not None, "or nothing would be skipped"
