@@ -4,9 +4,9 @@
 
 Models are the two reference checkpoints of tests/data and, with --model, SmolLM2-135M-Instruct's GGUF file dense and
 under tests/data/smollm2_routers. A process per model and float type (and one more for the plugin lowering) compares all
-lowerings with the PyTorch model in float32 on the same GPU, several at once: nothing is timed meanwhile, and what ends
-one process costs its own rows only. Then the dense model's decode step in bfloat16, IOBinding and a cache that stays on
-the GPU, is timed against transformers' static cache, as it is and compiled.
+lowerings with the PyTorch model in float32, that of the reference checkpoints on the CPU, several at once: nothing is
+timed meanwhile, and what ends one process costs its own rows only. Then the dense model's decode step in bfloat16,
+IOBinding and a cache that stays on the GPU, is timed against transformers' static cache, as it is and compiled.
 
 Without a GPU the same comparison runs once on the CPU provider. Exit codes as benchmarks/evidence.py has them.
 """
@@ -45,7 +45,7 @@ from dlo_export.exporter.calibrate import CalibrationRequest, calibrate
 from dlo_export.exporter.evaluate import EvaluationRequest, evaluate_model
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.parity_check import graph_candidate
+from dlo_export.exporter.parity_check import check_parity, graph_candidate
 from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import load_graph
@@ -57,7 +57,7 @@ from dlo_export.modeling.calibration.router_calibration import CalibrationSettin
 from dlo_export.modeling.calibration.text import read_documents
 from dlo_export.modeling.training.router_distillation import DistillationSettings
 from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE
-from dlo_export.runtimes.artefact.description import WEIGHTS_NAME
+from dlo_export.runtimes.artefact.description import WEIGHTS_NAME, load_description
 from dlo_export.runtimes.generation.generate import Generation
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as PROVIDERS
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
@@ -149,9 +149,11 @@ def check() -> None:
 def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Path | None) -> None:
     """All rows that need a GPU."""
     library_given = None if library is None else str(Path(library).absolute())
+    # What follows needs the rest, where it follows.
+    seconds = 30.0 if smoke else evidence.left * (1 if model is None else 0.65)
     processes = [process_of(job) for job in jobs(model, library_given, smoke=smoke)]
     commands = ["--commands", *([] if model is None else ["--model", str(model)])]
-    run_processes(evidence, [*processes, Process("commands", tuple(commands))], seconds=30.0 if smoke else 75.0)
+    run_processes(evidence, [*processes, Process("commands", tuple(commands))], seconds=seconds)
     if model is None:
         evidence.row("decode", left_out="no --model is given")
         return
@@ -169,7 +171,8 @@ def jobs(model: Path | None, library: str | None, *, smoke: bool) -> Iterator[Jo
     for subject, path, adapter in routed:
         # Everything once, and no more: the largest model in the type it is used in.
         for dtype in ("bf16",) if smoke and adapter is not None else DTYPES:
-            job = Job(subject, path, dtype, NATIVE, adapter)
+            # Where the reference is small, it is the CPU's: two GPU programs are then not compared with each other.
+            job = Job(subject, path, dtype, NATIVE, adapter, device="cpu" if adapter is None else "cuda")
             yield job
             if library is not None and subject != "reference_layer_routed":  # the plugin takes MLP routing
                 yield dataclasses.replace(job, lowerings=("plugin",), library=library)
@@ -257,8 +260,9 @@ def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, An
                 except Exception as err:  # whatever a new card brings is a finding, and costs the other rows nothing
                     yield {**row, "passed": False, "error": f"{type(err).__name__}: {err}"[:1500]}
                     continue
-                reasons = [result.judge(report.tolerance).reason for result in report.cases if report.tolerance]
-                reasons += [result.judge().reason for result in report.greedy]
+                judged = [(result.case, result.judge(report.tolerance)) for result in report.cases if report.tolerance]
+                judged += [("greedy", result.judge()) for result in report.greedy]
+                reasons = [f"{case}: {judgement.reason}" for case, judgement in judged if judgement.reason]
                 yield {
                     **row,
                     "passed": None if report.verdict == "AMBIGUOUS" else report.verdict == "PASS",
@@ -269,7 +273,7 @@ def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, An
                     "flips": sum(len(result.flips) for result in report.cases),
                     "decisions": sum(result.decisions for result in report.cases),
                     "greedy": [f"{result.identical} of {result.total}" for result in report.greedy],
-                    "reasons": [reason for reason in reasons if reason][:3],
+                    "reasons": reasons[:9],
                     "seconds": round(time.monotonic() - begin, 1),
                 }
 
@@ -298,11 +302,16 @@ def rows_of_commands(model: Path | None, device: str) -> Iterator[dict[str, Any]
         steps: list[tuple[str, Callable[[], dict[str, Any]]]] = [
             (f"export --provider {provider}", lambda: _export_row(folder / "artefact", provider)),
             (f"run --provider {provider}", lambda: _run_row(folder / "artefact")),
+            (f"parity --device {device}", lambda: _parity_row(folder / "artefact", device)),
         ]
         if model is not None:
             steps += [
-                (f"calibrate --device {device}", lambda: _calibration_row(str(model), folder / "adapter", device)),
+                (f"calibrate --device {device}", lambda: _calibration_row(str(model), folder / "fitted", device, 0)),
                 (f"evaluate --device {device}", lambda: _evaluation_row(str(model), folder, device)),
+                (
+                    f"calibrate --objective distill --device {device}",
+                    lambda: _calibration_row(str(model), folder / "distilled", device, 2),
+                ),
             ]
         for what, step in steps:
             begin = time.monotonic()
@@ -320,6 +329,13 @@ def _export_row(output: Path, provider: ProviderOption) -> dict[str, Any]:
     return {"passed": parity.verdict in ("PASS", "AMBIGUOUS"), **values}
 
 
+def _parity_row(artefact: Path, device: str) -> dict[str, Any]:
+    description = load_description(artefact)
+    with contextlib.closing(open_source(str(DATA / "reference_mlp_routed"), None)) as source:
+        report = check_parity(source, artefact, description, provider=PROVIDERS[description.provider], device=device)
+    return {"passed": report.verdict in ("PASS", "AMBIGUOUS"), "verdict": report.verdict, "reason": report.reason}
+
+
 def _run_row(artefact: Path) -> dict[str, Any]:
     with open_artefact(artefact, threads=1) as runner:
         generation = Generation(runner, [[3, 1, 4, 1, 5]], max_new_tokens=8)
@@ -327,7 +343,7 @@ def _run_row(artefact: Path) -> dict[str, Any]:
     return {"passed": len(tokens) == 8, "active_rates": {str(k): v for k, v in generation.stats.active_rate.items()}}
 
 
-def _calibration_row(model: str, output: Path, device: str) -> dict[str, Any]:
+def _calibration_row(model: str, output: Path, device: str, steps: int) -> dict[str, Any]:
     request = CalibrationRequest(
         model=model,
         output=output,
@@ -339,7 +355,7 @@ def _calibration_row(model: str, output: Path, device: str) -> dict[str, Any]:
         evaluation_tokens=2048,
         seed=0,
         force=False,
-        distillation=DistillationSettings(steps=2),
+        distillation=DistillationSettings(steps=steps) if steps else None,
         device=device,
     )
     result = calibrate(request, Reporter())

@@ -24,7 +24,6 @@ from typing import Any, Final, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.evidence import Evidence, run_part
@@ -34,12 +33,25 @@ from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.modeling.from_tensors import empty_llama_dlo
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
-from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Routing, StepOps, TorchOps
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, StepWeights
+from dlo_export.runtimes.torch.captured.step_ops import (
+    KernelOps,
+    ProductTile,
+    Routing,
+    StepOps,
+    TorchOps,
+)
+from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, Product, StepWeights
 
+PRODUCT_TILES: Final = tuple(
+    ProductTile(columns, depth, warps, stages)
+    for columns, depth, warps, stages in (
+        *((32, 256, 4, 4), (16, 256, 4, 4), (32, 128, 4, 6), (64, 128, 4, 4), (16, 512, 4, 3)),
+    )
+)
+"""The fastest of them are taken for the decoders; the first are the ones that others take."""
 CONTEXT: Final = 512
 CAPACITY: Final = 640
-ROUNDS, STEPS = 10, 8
+ROUNDS, STEPS = 8, 8
 EFFICIENCY_BAR, ACTIVE_BAR = 0.9, 1.03
 """At 8B, batch 1: half of the MLPs skipped; none skipped, over dense."""
 LOGITS_BAR = {"float32": 2e-5, "bfloat16": 2**-5}
@@ -184,16 +196,18 @@ def measure(evidence: Evidence, smoke: bool) -> None:
     with evidence.guard("ceilings"):
         copy, tflops = copy_rate(3 if smoke else 10) * 1e-9, product_rate(3 if smoke else 10) * 1e-12
         evidence.row("ceilings", copy_gb_s=round(copy), bf16_matmul_tflop_s=round(tflops))
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float32):
         check_ops(evidence, dtype)
-    for dtype in (torch.float32, torch.bfloat16):
-        check_models(evidence, dtype)
+    check_models(evidence, torch.float32, ("kernels",))
     for name in ("8B", "1B"):
-        config = {**SIZES[name], **({"num_hidden_layers": 4, "vocab_size": 8192} if smoke else {})}
+        config = {**SIZES[name], **({"num_hidden_layers": 4, "vocab_size": 32_768} if smoke else {})}
         with evidence.guard(name):
-            if evidence.fits(name, 15 if smoke else 25):
+            if evidence.fits(name, 12 if smoke else 20):
                 Size(evidence, name, config, smoke, copy, tflops).measure()
         torch.cuda.empty_cache()
+    if evidence.fits("captured decoder, other forms", 10):
+        check_models(evidence, torch.float32, FORMS[1:])
+        check_models(evidence, torch.bfloat16, FORMS)
     with evidence.guard("transformers"):
         if evidence.fits("transformers", 5):
             outside_reference(evidence, {**SIZES["1B"], **({"num_hidden_layers": 2} if smoke else {})}, smoke)
@@ -220,6 +234,7 @@ def check_ops(evidence: Evidence, dtype: torch.dtype) -> None:
         random(hidden, intermediate, std=hidden**-0.5),
         random(intermediate, hidden, std=intermediate**-0.5),
     )
+    plain = Product(random(hidden, hidden, std=hidden**-0.5), random(hidden))
     scale = torch.tensor([0.0, 1.5, 0.0, 0.7], device="cuda")
 
     def rotated(ops: StepOps) -> tuple[torch.Tensor, ...]:
@@ -230,6 +245,11 @@ def check_ops(evidence: Evidence, dtype: torch.dtype) -> None:
         cache = keys.clone(), values.clone()
         return (ops.attend(qkv, start, rotary, *cache), *cache)
 
+    def product(ops: StepOps) -> tuple[torch.Tensor, ...]:
+        total, output, made = ops.norm_product(stream[:1], added[:1], weight, 1e-5, plain, routing)
+        assert made is not None, "a routing was given"
+        return total, output, made.scores, made.scale
+
     def normed(ops: StepOps) -> tuple[torch.Tensor, ...]:
         total, norm, made = ops.add_norm_route(stream, added, weight, 1e-5, routing)
         return total, norm, made.scores, made.scale
@@ -239,6 +259,8 @@ def check_ops(evidence: Evidence, dtype: torch.dtype) -> None:
         "add_norm_route": normed,
         "rotate_and_store": rotated,
         "attend": attended,
+        "norm_product": product,
+        "product_add": lambda ops: (_added(*ops.product_add(stream[1:2], plain, added[1:2])),),
         "gated": lambda ops: (ops.gated(qkv),),
         "skip_mlp": lambda ops: (ops.skip_mlp(stream, scale, mlp, added),),
     }
@@ -252,7 +274,14 @@ def check_ops(evidence: Evidence, dtype: torch.dtype) -> None:
             evidence.row(f"op {name}", passed=max(errors) <= bar, dtype=kind, errors=errors, bar=bar)
 
 
-def check_models(evidence: Evidence, dtype: torch.dtype) -> None:
+def _added(stream: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+    return stream if added is None else stream + added
+
+
+FORMS: Final = ("kernels", "masked, kernels between products", "masked, PyTorch alone")
+
+
+def check_models(evidence: Evidence, dtype: torch.dtype, names: Sequence[str]) -> None:
     """The captured decoder on the device against the model in float32 on the CPU, on the same weights."""
     kind = str(dtype).removeprefix("torch.")
     with evidence.guard("captured decoder against the model", dtype=kind):
@@ -260,16 +289,16 @@ def check_models(evidence: Evidence, dtype: torch.dtype) -> None:
         on_device = random_model(TINY, routed=True, device="cpu", dtype=dtype)
         cast("nn.Module", on_device).to("cuda")
         cast("nn.Module", model).float()
-        forms: dict[str, tuple[bool, StepOps]] = {
-            "kernels": (True, KernelOps()),
-            "masked, kernels between products": (False, KernelOps()),
-            "masked, PyTorch alone": (False, TorchOps()),
-        }
-        for name, (kernels, ops) in forms.items():
+        forms = (True, KernelOps), (False, KernelOps), (False, TorchOps)
+        for name in names:
+            kernels, ops_class = forms[FORMS.index(name)]
             for batch in (1, 3):
                 with evidence.guard("captured decoder against the model", dtype=kind, form=name, batch=batch):
                     weights = StepWeights(on_device, kernels=kernels)
-                    decoder = CapturedDecoder(weights, batch=batch, capacity=96, ops=ops)
+                    # One of the prompts is recorded, padded; a longer one would run launch by launch.
+                    decoder = CapturedDecoder(
+                        weights, batch=batch, capacity=96, ops=ops_class(), prompt=80 if batch == 1 else 0
+                    )
                     found = compare(model, decoder, batch=batch, prompt=70, steps=16)
                     weights.release()
                     # In 16 bits a score may fall on the other side of its threshold, and all logits behind it differ.
@@ -346,6 +375,7 @@ class Size:
         self.dense = StepWeights(dense, kernels=False)
         self.routed = StepWeights(random_model(config, routed=True, device="cuda", dtype=torch.bfloat16), kernels=True)
         torch.cuda.synchronize()
+        self.ops: Callable[[], KernelOps] = KernelOps
         self.row("made", seconds=round(time.monotonic() - begin, 1), gb=round(torch.cuda.memory_allocated() / 1e9, 1))
 
     def row(self, what: str, **values: Any) -> None:
@@ -354,10 +384,16 @@ class Size:
 
     def measure(self) -> None:
         """Decode, then prefill, then where a step's time goes."""
-        for batch in (1, 4) if self.smoke else (1, 4, 16):
+        with self.evidence.guard("tiles", model=self.name):
+            if self.name == "8B":  # the other one's are the default ones
+                self.choose_tiles()
+        once = self.smoke and self.name == "1B"  # the same code as of the other size
+        for batch in (1,) if once else (1, 4) if self.smoke else (1, 4, 16):
             with self.evidence.guard("decode", model=self.name, batch=batch):
                 if self.evidence.fits(f"decode {self.name}, batch {batch}", 4 if self.smoke else 8):
                     self.decode(batch)
+        if once:
+            return
         with self.evidence.guard("prefill", model=self.name):
             if self.evidence.fits(f"prefill {self.name}", 3 if self.smoke else 6):
                 self.prefill()
@@ -368,6 +404,31 @@ class Size:
         with self.evidence.guard("masked", model=self.name):
             if self.evidence.fits(f"masked {self.name}", 3 if self.smoke else 5):
                 self.masked()
+
+    def choose_tiles(self) -> None:
+        """Takes the fastest of the tiles for the products around attention, at batch 1."""
+        layers = self.routed.layers
+        stream = torch.randn(1, self.config["hidden_size"], dtype=torch.bfloat16, device="cuda")
+        half = torch.full((1,), 0.5, device="cuda")
+        times: dict[str, dict[ProductTile, float]] = {"norm_product": {}, "product_add": {}}
+        with torch.inference_mode():
+            for tile in PRODUCT_TILES[: 2 if self.smoke else None]:
+                ops = KernelOps(norm_tile=tile, add_tile=tile)
+                parts: dict[str, list[Callable[[], object]]] = {"norm_product": [], "product_add": []}
+                for layer in layers:
+                    assert layer.router is not None, "every layer of this model is routed"
+                    routing = Routing(layer.router, half, (1.0, 0.0))
+                    norm = functools.partial(ops.norm_product, stream, None, layer.mlp_norm, 1e-5)
+                    parts["norm_product"].append(functools.partial(norm, layer.qkv, routing))
+                    parts["product_add"].append(functools.partial(ops.product_add, stream, layer.out, stream))
+                for name, part in parts.items():
+                    with self.evidence.guard("tile", model=self.name, step=name, **dataclasses.asdict(tile)):
+                        found = timed(part, replays=5)
+                        self.row("tile", step=name, **dataclasses.asdict(tile), **found.facts)
+                        times[name][tile] = found.median_us
+        norm_tile, add_tile = (min(found, key=found.__getitem__) for found in times.values())
+        self.ops = functools.partial(KernelOps, norm_tile=norm_tile, add_tile=add_tile)
+        self.row("tiles taken", norm=dataclasses.asdict(norm_tile), add=dataclasses.asdict(add_tile))
 
     def skipping(self, share: float) -> torch.Tensor:
         """Thresholds that skip a share of the layers, evenly spread."""
@@ -386,8 +447,8 @@ class Size:
 
     def subjects(self, batch: int, token: torch.Tensor, ids: torch.Tensor) -> list[Subject]:
         """Decoders behind their prompts; the routed one's states share a cache, whose content does not matter here."""
-        dense = CapturedDecoder(self.dense, batch=batch, capacity=CAPACITY)
-        routed = CapturedDecoder(self.routed, batch=batch, capacity=CAPACITY)
+        dense = CapturedDecoder(self.dense, batch=batch, capacity=CAPACITY, ops=self.ops())
+        routed = CapturedDecoder(self.routed, batch=batch, capacity=CAPACITY, ops=self.ops())
         found = [Subject("dense", dense)]
         for decoder in (dense, routed):
             decoder.prefill(ids)
@@ -447,13 +508,13 @@ class Size:
             )
 
     def prefill(self) -> None:
-        """A prompt of 512, not captured: the host is faster than the device here."""
+        """A prompt of 512, captured; and where the host counts active tokens, launch by launch."""
         ids = torch.randint(0, self.vocab, (1, CONTEXT), device="cuda")
         halves = torch.full((self.layers,), 0.5, device="cuda")
         decoders = {
-            "dense": CapturedDecoder(self.dense, batch=1, capacity=CAPACITY, capture=False),
-            "kernels": CapturedDecoder(self.routed, batch=1, capacity=CAPACITY, capture=False),
-            "gathered": CapturedDecoder(self.routed, batch=1, capacity=CAPACITY, capture=False, gather_prompts=True),
+            "dense": CapturedDecoder(self.dense, batch=1, capacity=CAPACITY, prompt=CONTEXT),
+            "kernels": CapturedDecoder(self.routed, batch=1, capacity=CAPACITY, prompt=CONTEXT),
+            "gathered": CapturedDecoder(self.routed, batch=1, capacity=CAPACITY, gather_prompts=True),
         }
         states = {"none skipped": self.skipping(0.0), "half of the tokens": halves, "all skipped": self.skipping(1.0)}
         cases = [("dense", "none skipped"), *((form, state) for form in ("kernels", "gathered") for state in states)]
@@ -481,7 +542,7 @@ class Size:
     def breakdown(self, batch: int) -> None:
         """Where a step's time goes: each part of all layers in a graph of its own, microseconds per layer."""
         hidden, width, kv_heads = (self.config[key] for key in ("hidden_size", "head_dim", "num_key_value_heads"))
-        ops, layers = KernelOps(), self.routed.layers
+        ops, layers = self.ops(), self.routed.layers
         stream = torch.randn(batch, hidden, dtype=torch.bfloat16, device="cuda")
         start = torch.full((batch,), CONTEXT, device="cuda")
         cache = torch.randn(2, self.layers, batch, kv_heads, CAPACITY, width, dtype=torch.bfloat16, device="cuda")
@@ -490,6 +551,7 @@ class Size:
         gate_up = torch.randn(batch, 2 * self.config["intermediate_size"], dtype=torch.bfloat16, device="cuda")
         ones, zeros = torch.ones(batch, device="cuda"), torch.zeros(batch, device="cuda")
         half = torch.full((1,), 0.5, device="cuda")
+        head = Product(self.routed.model.lm_head.weight.data, None)
 
         def each(run: Callable[[int], object]) -> list[Callable[[], object]]:
             return [functools.partial(run, index) for index in range(self.layers)]
@@ -510,20 +572,27 @@ class Size:
             return Routing(router, half, (1.0, 0.0))
 
         norm = layers[0].mlp_norm
-        head = self.routed.model.lm_head.weight.data
         gated = gate_up[:, : self.config["intermediate_size"]].contiguous()
         parts: dict[str, list[Callable[[], object]]] = {
             "add_norm": each(lambda index: ops.add_norm(stream, stream, norm, 1e-5)),
             "add_norm_route": each(lambda index: ops.add_norm_route(stream, stream, norm, 1e-5, routing(index))),
+            "norm_product, qkv": each(
+                lambda index: ops.norm_product(stream, None, norm, 1e-5, layers[index].qkv, routing(index))
+            ),
+            "norm_product, qkv, behind a plain MLP": each(
+                lambda index: ops.norm_product(stream, stream, norm, 1e-5, layers[index].qkv)
+            ),
             "qkv product": each(lambda index: layers[index].qkv(stream)),
             "attend": each(lambda index: ops.attend(qkv, start, (cosines, sines), cache[0, index], cache[1, index])),
+            "product_add, out": each(lambda index: ops.product_add(stream, layers[index].out, stream)),
             "out product": each(lambda index: layers[index].out(stream)),
             "routed MLP, active": each(lambda index: skip(index, ones)),
             "routed MLP, skipped": each(lambda index: skip(index, zeros)),
             "gate and up product": each(lambda index: plain(index).gate_up(stream)),
             "gated": each(lambda index: ops.gated(gate_up)),
             "down product": each(lambda index: plain(index).down(gated)),
-            "head, once": [lambda: F.linear(stream, head)],
+            "head product, once": [lambda: head(stream)],
+            "norm_product, head, once": [lambda: ops.norm_product(stream, None, norm, 1e-5, head)],
         }
         with torch.inference_mode():
             for name, part in parts.items():

@@ -42,7 +42,9 @@ from dlo_export.checkpoints.errors import InputError
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _DLO = (sys.executable, "-c", "from dlo_export.exporter.cli import main; raise SystemExit(main())")
-_ADAPTER_S, _RATES_S = 70.0, 40.0  # behind the experiments, for the adapter and rates
+_OTHERS_S, _RATES_S = 55.0, 40.0  # behind the experiments: for the adapter and the rates; for the rates alone
+_STARTING_S = 25.0  # imports and tokens of the adapter's process, and the tables of the experiments', need no GPU
+_TO_TRAIN = 0.75  # of the experiments' time; in the rest the first process measures what the others trained
 _OF_TRAINER = 0.9  # tokens per second of dlo train over those of transformers' Trainer on the dense model
 _PACKED_EVERY_S = 15.0
 _TARGET = 0.9  # of the demo, over all layers
@@ -60,6 +62,7 @@ class Inputs:
         tasks: Folder of log-likelihood requests, or an archive of one.
         adapter: Folder of routers to start the demo's adapter from.
         compile: Compile layers in training.
+        workers: Processes that train at once, 1 to 4.
         device: "cuda"; tests say "cpu".
     """
 
@@ -68,6 +71,7 @@ class Inputs:
     tasks: Path
     adapter: Path
     compile: bool = False
+    workers: int = 1
     device: str = "cuda"
 
     def check(self) -> None:
@@ -183,10 +187,12 @@ def measure(inputs: Inputs, evidence: Evidence, smoke: bool) -> None:
         if smoke:
             part.smoke()
             return
-        part.papers(min(FORMS["five-minutes"].budget_s, evidence.left - _ADAPTER_S))
-        if evidence.fits("adapter", 25):
-            part.finish_adapter(part.start_adapter(), min(90, evidence.left - 5))
-        if evidence.fits("training rate, eager", 20):
+        part.papers(min(FORMS["five-minutes"].budget_s, evidence.left - _OTHERS_S))
+        if part.adapter is None and evidence.fits("adapter", 25):  # the experiments ended before their time
+            part.adapter = part.start_adapter()
+        if part.adapter is not None:
+            part.finish_adapter(part.adapter, min(60, evidence.left - 5))
+        if evidence.fits("training rate, eager", 18):
             part.finish_rate("eager", part.start_rate("eager"), min(_RATES_S, evidence.left - 8))
         part.finish_shipped(max(8.0, evidence.left - 5))
 
@@ -197,14 +203,14 @@ class _Part:
     def __init__(self, inputs: Inputs, evidence: Evidence, smoke: bool, folder: Path) -> None:
         self._in, self._evidence, self._smoke, self._folder = inputs, evidence, smoke, folder
         self._results = folder / "papers"
-        self._model = folder / "model"
         self._tasks = self._library = folder
+        self.adapter: Child | None = None
         self._shipped: Child | None = None
         self._packed_at = 0.0
         self._seen: set[str] = set()
 
     def prepare(self) -> None:
-        """Unpacks the text, and makes a checkpoint in fp32 of a GGUF file, which every model here starts from."""
+        """Unpacks the text."""
         start = time.monotonic()
         text = unpacked(self._in.text, self._folder / "payload")
         self._tasks = unpacked(self._in.tasks, self._folder / "tasks")
@@ -212,47 +218,44 @@ class _Part:
         for name in ("text", "tokens"):
             if (text / name).is_dir():
                 shutil.copytree(text / name, self._results / name)
-        if self._in.model.is_dir():
-            self._model = self._in.model
-        else:
-            made = self._child("checkpoint", "-m", "benchmarks.papers.float_checkpoint", self._in.model, self._model)
-            if not made.wait(60):
-                raise RuntimeError(f"no checkpoint was made: {made.complaint()}")
         self._evidence.row("inputs", seconds=round(time.monotonic() - start, 1))
 
     def start_rate(self, name: str) -> Child:
         """Tokens per second of dlo train and of transformers' Trainer, and what a routed step's time goes to."""
         words = ["-m", "benchmarks.training_rate", "--device", self._in.device, "--dtype", "bf16"]
         if self._in.device == "cpu":
-            words += ["--tiny", "--batch", "2", "--sequence", "64", "--steps", "2"]
+            words += ["--tiny", "--sequence", "64", "--steps", "2"]
         elif self._smoke:
             words += ["--steps", "4", "--warm-up", "2"]
-        words += ["--profile"] if name == "eager" else ["--compile", "--sides", *SIDES[:2]]
+        words += ["--compile", "--sides", *SIDES[:2]] if name == "compiled" else []
+        words += ["--profile", "--batch", "16", "32"] if self._smoke and name == "eager" else []
         return self._child(f"rate-{name}", *words)
 
     def finish_rate(self, name: str, child: Child, seconds: float) -> None:
         """Waits for it and writes its rows; what it had measured before it was ended counts."""
         with self._evidence.guard(f"training rate, {name}"):
             done = child.wait(seconds)
-            speeds = {}
+            speeds: dict[tuple[int, str], float] = {}
             for line in _json_lines(child.log):
-                speeds[line["side"]] = line["tokens_per_second"]
+                batch, side = line["batch"][0], line["side"]
+                speeds[batch, side] = line["tokens_per_second"]
                 self._evidence.row(f"training rate, {name}", **line)
-            if SIDES[0] in speeds and SIDES[2] in speeds:
-                ratio = speeds[SIDES[0]] / speeds[SIDES[2]]
-                what = f"dlo train against Trainer, {name}"
-                self._evidence.row(what, passed=ratio >= _OF_TRAINER, ratio=round(ratio, 3), bar=_OF_TRAINER)
+                if side == SIDES[2]:
+                    ratio = speeds[batch, SIDES[0]] / speeds[batch, side]
+                    what = f"dlo train against Trainer, {name}, batch {batch}"
+                    self._evidence.row(what, passed=ratio >= _OF_TRAINER, ratio=round(ratio, 3), bar=_OF_TRAINER)
             if not done:
                 self._evidence.row(f"training rate, {name}", passed=False, error=child.complaint())
 
     def smoke(self) -> None:
         """Everything once: rates alone on the GPU first, the rest at once, since nothing else is timed."""
-        self.finish_rate("eager", self.start_rate("eager"), _RATES_S)
-        compiled, adapter = self.start_rate("compiled"), self.start_adapter()
-        self.papers(FORMS["smoke"].budget_s)
-        self.finish_adapter(adapter, 20)
-        self.finish_rate("compiled", compiled, 20)
-        self.finish_shipped(15)
+        evidence = self._evidence
+        self.finish_rate("eager", self.start_rate("eager"), min(_RATES_S, evidence.left))
+        compiled, self.adapter = self.start_rate("compiled"), self.start_adapter()
+        self.papers(min(FORMS["smoke"].budget_s, max(10.0, evidence.left - 15)))
+        self.finish_adapter(self.adapter, max(2.0, evidence.left - 10))
+        self.finish_rate("compiled", compiled, max(2.0, evidence.left - 10))
+        self.finish_shipped(max(2.0, evidence.left - 8))
 
     def papers(self, budget: float) -> None:
         """The experiments; artefacts are made and timed on a few cores beside them, once the models are there.
@@ -265,28 +268,56 @@ class _Part:
             cores = sorted(os.sched_getaffinity(0))
             aside = set(cores[-6:]) if len(cores) >= 12 else None
             command = ["-m", "benchmarks.reproduce_papers", "--form", form, "--device", self._in.device]
-            command += ["--model", str(self._model), "--output", str(self._results), "--tasks", str(self._tasks)]
+            command += ["--model", str(self._in.model), "--output", str(self._results), "--tasks", str(self._tasks)]
             threads = len(cores) - len(aside or ())
             compiled = ["--compile"] if self._in.compile else []
+            elsewhere = [name for names in self._shares() for name in names]
+            shared = ["--elsewhere", *elsewhere, "--workers", self._in.workers] if elsewhere else []
             main = self._child(
                 "papers",
                 *(*command, "--only", "training", "--budget-s", f"{budget:.0f}", "--threads", threads, *compiled),
+                *shared,
                 cores=set(cores) - aside if aside else None,
             )
+            helpers = self._start_workers(command, budget, compiled, set(cores) - (aside or set()))
             shipped: list[Child] = []
 
             def meanwhile() -> None:
                 results = Results(self._results)
                 self._note(results)
+                if self.adapter is None and not self._smoke and main.seconds > budget - _STARTING_S:
+                    self.adapter = self.start_adapter()
                 if not shipped and all(name in results for name in SHIPPED):
                     options = ("--only", "shipped", "--budget-s", "150", "--threads", len(aside or cores))
                     shipped.append(self._child("shipped", *command, *options, cores=aside))
 
-            done = main.wait(budget + 15, meanwhile)
+            done = main.wait(budget + 5, meanwhile)
             meanwhile()
-            if not done:
-                self._evidence.row("papers", passed=False, error=main.complaint())
+            for each in (main, *helpers):
+                if each.end() or not done:
+                    self._evidence.row(each.name, passed=False, error=each.complaint())
             self._shipped = shipped[0] if shipped else None
+
+    def _shares(self) -> list[list[str]]:
+        """Runs of the processes beside the first one, which keeps those that others build on."""
+        runs = FORMS["smoke" if self._smoke else "five-minutes"].runs
+        kept = [name for name in runs if name in SHIPPED or "distilled" in name]
+        given = [name for name in runs if name not in kept]
+        others = self._in.workers - 1
+        return [given[start::others] for start in range(others)]
+
+    def _start_workers(
+        self, command: Sequence[str], budget: float, compiled: Sequence[str], cores: set[int]
+    ) -> list[Child]:
+        seconds = f"{_TO_TRAIN * budget:.0f}"
+        return [
+            self._child(
+                f"worker-{number}",
+                *(*command, "--only", "runs", "--runs", *names, "--budget-s", seconds, "--threads", 2, *compiled),
+                cores=cores,
+            )
+            for number, names in enumerate(self._shares())
+        ]
 
     def finish_shipped(self, seconds: float) -> None:
         """Waits for artefacts, which need no GPU; then tables, plots and claims."""
@@ -307,7 +338,9 @@ class _Part:
         """Tables and plots anew: artefacts came behind those that were written."""
         options = ["--only", "shipped", "--budget-s", "1", "--form", "smoke" if self._smoke else "five-minutes"]
         command = ["-m", "benchmarks.reproduce_papers", *options, "--device", self._in.device]
-        self._child("tables", *command, "--model", self._model, "--output", self._results).wait(25)
+        self._child("tables", *command, "--model", self._in.model, "--output", self._results).wait(
+            max(8.0, min(25.0, self._evidence.left))
+        )
 
     def _note(self, results: Results) -> None:
         """Rows of results that are new, and from time to time the archive."""
@@ -391,6 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("model", "text", "tasks", "adapter"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--workers", type=int, default=1, choices=(1, 2, 3, 4))
     asks_for_help = "--help" in (arguments or sys.argv[1:])
     parsed, others = (None, ["--help"]) if asks_for_help else parser.parse_known_args(arguments)
     inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path(), Path(), Path())

@@ -25,9 +25,8 @@ POISON: Final = 0x7F
 """Every byte of an output before a launch: a NaN or a huge number in all three dtypes."""
 # (batch, sequence, hidden, intermediate) by tile: whole tiles, less than one, and widths that no tile divides.
 SIZES: Final[dict[TileName, tuple[tuple[int, int, int, int], ...]]] = {
-    "single": ((1, 1, 576, 1536), (1, 1, 72, 1048)),
-    "decode": ((4, 1, 576, 1536), (3, 11, 72, 1048)),
-    "prefill": ((1, 96, 576, 1536), (3, 91, 72, 1048)),
+    "decode": ((1, 1, 576, 1536), (1, 1, 72, 1048), (4, 1, 576, 1536), (3, 11, 72, 1048), (1, 64, 72, 1048)),
+    "prefill": ((1, 96, 576, 1536), (3, 91, 72, 1048), (1, 1000, 72, 136)),
 }
 
 

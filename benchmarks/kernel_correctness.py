@@ -82,7 +82,7 @@ def replayed(case: Case, launch: Launch, device_scales: Sequence[np.ndarray]) ->
 def replay_case(op_name: str, dtype: str, tile: TileName) -> tuple[Case, list[Case]]:
     """What is captured, and a case for each replay; skipped tokens' rows hold numbers, since decisions change."""
     rng = np.random.default_rng(5)
-    batch, sequence = {"single": (1, 1), "decode": (4, 3), "prefill": (2, 50)}[tile]
+    batch, sequence = {"decode": (4, 3), "prefill": (2, 50)}[tile]
     decisions = [scales(rng, mask, batch, sequence) for mask in REPLAYED]
     inputs = operands(rng, op_name, dtype, np.ones((batch, sequence), np.float32), 136, 264)
     replays = []

@@ -62,50 +62,32 @@ class Image:
 
 def candidates() -> Iterator[tuple[str, TileName, Tile]]:
     """Operator, tile and sizes worth a measurement. Bytes in flight decide decode, shared-memory traffic prefill."""
-    # columns, depth, warps, stages: with one stage weights go to registers, 16 bytes a load, otherwise to shared memory
-    single = {
-        "SkipGateUp": """32 64 4 1, 32 128 4 1, 32 128 8 1, 32 256 8 1, 64 64 4 1, 64 64 8 1, 64 128 8 1, 64 128 16 1,
-            128 32 4 1, 128 64 8 1, 16 128 4 1, 16 256 4 1, 32 64 4 3, 32 64 4 5, 32 128 4 3, 32 128 4 4, 32 128 8 3,
-            64 64 4 3, 64 64 4 5, 64 64 8 3, 64 64 8 4, 64 128 8 3, 64 128 8 4, 128 32 4 3, 128 32 8 4, 128 64 8 3""",
-        "SkipDown": """16 256 8 1, 16 512 8 1, 16 512 16 1, 16 256 4 1, 32 256 8 1, 32 256 16 1, 32 512 16 1,
-            32 1024 16 1, 32 512 8 1, 32 512 32 1, 32 1024 32 1, 64 256 16 1, 64 512 32 1, 16 256 4 3, 16 256 4 5,
-            16 256 8 3, 16 512 8 3, 16 512 8 4, 32 128 4 4, 32 128 8 4, 32 256 8 3, 32 256 8 4, 32 256 8 6,
-            32 256 16 4, 32 512 16 3, 32 512 16 4, 64 128 8 4, 64 256 16 4""",
-    }
+    # columns, depth, warps, stages
     decode = {
-        "SkipGateUp": """32 128 4 3, 32 128 4 4, 32 128 4 5, 32 64 4 4, 32 64 4 6, 64 64 4 3, 64 64 4 4, 64 64 4 5,
-            64 128 4 3, 64 128 4 4, 64 128 8 3, 128 64 4 3, 128 64 4 4, 128 64 8 4""",
-        "SkipDown": """16 256 4 3, 16 256 4 4, 16 256 4 6, 16 512 4 3, 16 512 4 4, 32 128 4 4, 32 128 4 6, 32 256 4 3,
-            32 256 4 4, 32 256 4 6, 32 256 8 3, 32 256 8 4, 32 512 4 3, 32 512 4 4, 32 512 8 4""",
+        "SkipGateUp": """32 128 4 3, 64 64 4 3, 64 64 4 4, 64 64 4 5, 64 64 8 4, 64 128 4 3, 64 128 8 3, 128 64 4 3,
+            128 64 4 4, 128 64 8 4, 128 32 4 6""",
+        "SkipDown": """16 256 4 3, 16 512 4 3, 16 512 4 4, 32 128 4 6, 32 128 4 8, 32 256 4 5, 32 256 4 6, 32 256 4 8,
+            32 512 4 3, 32 512 4 4, 64 128 4 6, 64 256 4 4""",
     }
     # rows, columns, depth, warps, stages
     prefill = {
-        "SkipGateUp": """64 64 64 4 3, 64 64 64 4 4, 64 128 64 4 3, 64 128 64 8 3, 64 128 64 8 4, 128 64 64 4 3,
-            128 64 64 8 3, 128 64 64 8 4, 128 128 64 8 3, 128 128 64 8 4, 128 128 32 8 4, 256 64 64 8 3""",
-        "SkipDown": """64 64 64 4 3, 64 64 64 4 4, 64 64 128 4 4, 64 128 64 4 3, 64 128 64 4 4, 64 128 128 8 3,
-            128 64 64 4 3, 128 64 64 4 4, 128 64 64 8 4, 128 64 128 8 3, 128 128 64 8 3,
-            128 128 64 8 4, 128 256 64 8 3""",
+        "SkipGateUp": """64 64 64 4 3, 64 64 64 4 4, 64 64 64 4 5, 64 128 64 4 4, 64 128 64 8 3, 64 128 64 8 4,
+            64 128 64 8 5, 128 64 64 8 3, 128 64 64 8 5, 128 128 32 8 3, 128 128 32 8 4, 128 128 32 8 6, 128 128 64 8 3,
+            128 128 64 8 4, 256 64 32 8 4, 256 64 64 8 3""",
+        "SkipDown": """64 64 64 4 3, 64 64 64 4 4, 64 64 64 4 6, 64 64 64 4 8, 64 64 128 4 4, 64 128 64 4 4,
+            64 128 64 4 5, 64 128 64 4 6, 64 128 64 4 8, 64 128 64 8 4, 64 128 64 8 6, 64 128 128 8 3, 64 128 128 8 4,
+            64 128 128 4 4, 64 256 64 8 4, 128 64 64 4 6, 128 64 64 8 5, 128 64 64 8 6, 128 64 128 8 4, 128 128 64 8 4,
+            128 128 64 8 5, 128 128 64 8 6, 128 128 128 8 3""",
     }
-    for op_name, text in single.items():
-        for columns, depth, warps, stages in _numbers(text):
-            yield op_name, "single", Tile(1, columns, depth, 1, warps, stages)
-    for op_name, sizes in (
-        ("SkipGateUp", (64, 64, 4, 4)),
-        ("SkipDown", (32, 256, 8, 4)),
-        ("SkipDown", (32, 512, 16, 1)),
-    ):
-        columns, depth, warps, stages = sizes
-        yield op_name, "single", Tile(1, columns, depth, 1, warps, stages, "evict_first")
     for op_name, text in decode.items():
         for columns, depth, warps, stages in _numbers(text):
-            yield op_name, "decode", Tile(16, columns, depth, 64, warps, stages)
-    for op_name, sizes in (("SkipGateUp", (64, 64, 4, 4)), ("SkipDown", (32, 256, 4, 4))):
-        columns, depth, warps, stages = sizes
-        yield op_name, "decode", Tile(16, columns, depth, 16, warps, stages)
-        yield op_name, "decode", Tile(16, columns, depth, 32, warps, stages)
+            yield op_name, "decode", Tile(16, columns, depth, 32, warps, stages)
+    yield "SkipGateUp", "decode", Tile(16, 64, 64, 64, 4, 4)
+    yield "SkipDown", "decode", Tile(16, 32, 512, 64, 4, 3)
     for op_name, text in prefill.items():
         for rows, columns, depth, warps, stages in _numbers(text):
-            yield op_name, "prefill", Tile(rows, columns, depth, 64 if rows > 64 else 256, warps, stages)
+            yield op_name, "prefill", Tile(rows, columns, depth, 512, warps, stages)
+    yield "SkipGateUp", "prefill", Tile(128, 128, 32, 1024, 8, 4)
 
 
 def _numbers(text: str) -> list[list[int]]:

@@ -43,7 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--publish", type=Path, help="folder to copy tables and plots to")
     parser.add_argument("--held-out-tokens", type=int, help="of each domain; each form has its own")
     parser.add_argument("--compile", action="store_true", help="compile layers in training, as `dlo train` does")
-    parser.add_argument("--only", choices=["expansion", "training", "shipped"], help="table (a); all but (d); or (d)")
+    parser.add_argument(
+        "--only", choices=["expansion", "training", "shipped", "runs"], help="table (a); all but (d); (d)"
+    )
+    parser.add_argument("--runs", nargs="+", default=(), help="of --only runs: which; it waits for the plan of another")
+    parser.add_argument("--elsewhere", nargs="+", default=(), help="runs that other processes train, to wait for")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train at once, this one included")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch on the CPU")
     parsed = parser.parse_args(arguments)
     # Not at the top: processes that extract text import this file, and need none of PyTorch.
@@ -74,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tasks=parsed.tasks,
         publish=parsed.publish,
         only=parsed.only,
+        runs=tuple(parsed.runs),
+        elsewhere=tuple(parsed.elsewhere),
+        workers=parsed.workers,
     )
     try:
         check(request)

@@ -11,6 +11,7 @@ the next, data included. `--profile` shows where the time of two routed steps go
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -109,7 +110,7 @@ def summarised(profiled: Any, seconds: float, steps: int) -> dict[str, Any]:
         if str(event.device_type).endswith("CUDA") and not getattr(event, "is_user_annotation", False)
     ]
     busy = sum(event.self_device_time_total for event in on_gpu)
-    kernels = sorted(on_gpu, key=lambda event: -event.self_device_time_total)[:12]
+    kernels = sorted(on_gpu, key=lambda event: -event.self_device_time_total)[:20]
     waits = [event for event in averages if event.key in ("cudaStreamSynchronize", "cudaDeviceSynchronize")]
     operators = sorted(averages, key=lambda event: -event.self_cpu_time_total)[:8]
     each = 1e-3 / steps
@@ -118,7 +119,7 @@ def summarised(profiled: Any, seconds: float, steps: int) -> dict[str, Any]:
         "gpu_busy_share": round(busy / 1e6 / seconds, 3),
         "kernels_a_step": sum(event.count for event in on_gpu) // steps,
         "waits_a_step": sum(event.count for event in waits) / steps,
-        "kernels_ms": {event.key[:70]: round(event.self_device_time_total * each, 3) for event in kernels},
+        "kernels_ms": [[event.key[:90], round(event.self_device_time_total * each, 3)] for event in kernels],
         "cpu_ms": {event.key[:50]: round(event.self_cpu_time_total * each, 2) for event in operators},
     }
 
@@ -190,14 +191,14 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="two more routed steps under PyTorch's profiler")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: only shows that all of it runs")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, nargs="+", default=[16], help="sequences of a step; each in turn")
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
     shapes = TINY if arguments.tiny else SMOLLM2
-    tokens = arguments.batch * arguments.sequence
-    for side in arguments.sides:
+    for batch, side in itertools.product(arguments.batch, arguments.sides):
+        tokens = batch * arguments.sequence
         profiled = 2 if arguments.profile and side == SIDES[0] else 0
         watch = Stopwatch(arguments.warm_up, arguments.steps, profiled)
         settings = TrainingSettings(
@@ -205,7 +206,7 @@ def main() -> None:
             anneal_steps=0,
             selection="threshold",
             max_steps=watch.all_steps,
-            batch=arguments.batch,
+            batch=batch,
             sequence=arguments.sequence,
             dtype=arguments.dtype,
             device=arguments.device,
@@ -227,7 +228,7 @@ def main() -> None:
             "side": side,
             "compile": arguments.compile,
             "dtype": arguments.dtype,
-            "batch": [arguments.batch, arguments.sequence],
+            "batch": [batch, arguments.sequence],
             "steps": len(seconds),
             "step_ms": {name: round(1e3 * float(np.quantile(seconds, at)), 2) for name, at in _QUANTILES.items()},
             "tokens_per_second": round(tokens / float(np.median(seconds))),

@@ -33,6 +33,7 @@ from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_layers
 from dlo_export.modeling.training.router_distillation import DistillationSettings, distilled_routers
+from dlo_export.modeling.training.settings import TrainingSettings
 
 _FIT_TOKENS = 16_384
 _DISTILLATION_TOKENS = 49_152
@@ -156,6 +157,8 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
     makes = FolderKind.ADAPTER if request.makes_adapter else FolderKind.CHECKPOINT
     check_output_folder(request.output, overwrite=request.force, makes=makes, inputs=inputs)
     device = torch_device(request.device)  # or it says why not, before the work
+    if request.distillation is not None:
+        TrainingSettings(device=request.device)  # refuses a GPU that training cannot choose
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "calibration")

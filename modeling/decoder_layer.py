@@ -115,7 +115,8 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
         kept, before, branch = self._routed(hidden_states, tokens, active, **attention_kwargs)
         computed = tokens.put(before + _scaled(branch, scale, tokens), kept)
         with torch.no_grad():
-            similarity = self._similarity(hidden_states, kept, tokens.put(before + branch, kept), **attention_kwargs)
+            unscaled = computed if scale is None else tokens.put(before + branch, kept)
+            similarity = self._similarity(hidden_states, kept, unscaled, **attention_kwargs)
         chosen = straight_through(computed, kept, scores, active) if gate is None else mixed(computed, kept, gate)
         return chosen, TrainingRouting(scores, active, similarity)
 

@@ -32,9 +32,8 @@ Implementation = tuple[bytes, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
 class Tactic(enum.IntEnum):
     """The tiles TensorRT chooses from; a tactic must be positive."""
 
-    SINGLE = 1
-    DECODE = 2
-    PREFILL = 3
+    DECODE = 1
+    PREFILL = 2
 
     @property
     def tile(self) -> TileName:
@@ -59,7 +58,7 @@ def skip_gate_up_tactics(
     up_weight: trtp.TensorDesc,
     outputs: tuple[trtp.TensorDesc],
 ) -> list[trtp.AutoTuneCombination]:
-    """All tiles, T the same for all operands but scale."""
+    """Both tiles, T the same for all operands but scale."""
     return [_combination("SkipGateUp")]
 
 
@@ -93,7 +92,7 @@ def skip_down_tactics(
     residual: trtp.TensorDesc,
     outputs: tuple[trtp.TensorDesc],
 ) -> list[trtp.AutoTuneCombination]:
-    """All tiles, T the same for all operands but scale."""
+    """Both tiles, T the same for all operands but scale."""
     return [_combination("SkipDown")]
 
 

@@ -43,7 +43,7 @@ NOT_OURS = [command for command in SHOWN if command.arguments[0] not in OURS]
 WITH_COMMANDS = sorted({shown.document for shown in SHOWN if shown.to_run and shown.arguments[0] in OURS})
 WITH_PYTHON = [document for document in DOCUMENTS if python_blocks(document)]
 # Options of programs that are not ours.
-OTHERS_OPTIONS = {"--build", "--ep", "--model-type", "--display-as"}
+OTHERS_OPTIONS = {"--build", "--target", "--ep", "--model-type", "--display-as"}
 OTHERS_OPTIONS |= {option for command in SHOWN if command.arguments[0] == "polygraphy" for option in command.options}
 OTHERS_OPTIONS |= set(launch_command_parser()._option_string_actions)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import machine, versions
 from benchmarks.papers.budget import Budget, Piece, run_pieces
-from benchmarks.papers.expansion_loss import expansion_pieces, pass_seconds
+from benchmarks.papers.expansion_loss import BASE, expansion_pieces, pass_seconds
 from benchmarks.papers.experiment import Experiment
 from benchmarks.papers.forms import Form
 from benchmarks.papers.plots import save_plots
@@ -39,6 +41,7 @@ from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 
 _FOR_THE_REPORT_S = 15.0  # tables and plots
+_TO_MEASURE = 0.6  # of the time there is when a process has trained its own runs
 _TABLES = "papers.md"
 
 
@@ -57,7 +60,10 @@ class Request:
         data: Chats to train on in place of the extracted ones.
         publish: Folder for copies of the tables and plots.
         only: ``expansion``: table (a), which needs no training; ``training``: all but artefacts; ``shipped``: artefacts
-            of the models that are there, which needs no GPU. None for everything.
+            of the models that are there, which needs no GPU; ``runs``: some training runs. None for everything.
+        runs: Of ``runs``: which.
+        elsewhere: Runs that other processes train, into the same folder.
+        workers: Processes that train at once: a small model's steps keep no GPU busy.
     """
 
     output: Path
@@ -70,6 +76,9 @@ class Request:
     data: Path | None
     publish: Path | None
     only: str | None = None
+    runs: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    workers: int = 1
 
 
 def reproduce(request: Request) -> dict[str, Any]:
@@ -104,10 +113,12 @@ def reproduce(request: Request) -> dict[str, Any]:
         experiment = Experiment(base, form, results, request.device, request.tasks)
         print(f"text: {experiment.prepare()}, {budget.left:.0f} s left", file=sys.stderr, flush=True)
         left_out: dict[str, str] = {}
-        if request.only != "shipped":
+        if request.only not in ("shipped", "runs"):
             left_out |= run_pieces(expansion_pieces(experiment), results, budget)
         if request.only in (None, "training"):
-            left_out |= _run_others(experiment, budget, exports=request.only is None)
+            left_out |= _run_others(experiment, budget, request)
+        if request.only == "runs":
+            return {"form": name, "left_out": _run_some(experiment, budget, request.runs), "passed": True}
         if request.only == "shipped":
             left_out |= run_pieces(shipped_pieces(experiment), results, budget)
     heading = _heading(request, path, results)
@@ -150,11 +161,30 @@ def prepare(results: Results, request: Request) -> None:
         use_other_chats(results.text, request.data)
 
 
-def _run_others(experiment: Experiment, budget: Budget, *, exports: bool) -> dict[str, str]:
-    """Everything that needs training; artefacts, which take a CPU minutes, where they are wanted."""
+def _run_some(experiment: Experiment, budget: Budget, names: Sequence[str]) -> dict[str, str]:
+    """Training runs of a plan that another process makes."""
+    runs, results = training_runs(experiment), experiment.results
+    load = dataclasses.replace(next(run for run in runs if run.kind == "deepened"), suffix=f"-load-{os.getpid()}")
+    while BASE not in results and not budget.is_over():
+        time.sleep(0.1)  # a measurement that is not to be disturbed
+    while COSTS not in results and not budget.is_over():
+        # The other one measures how fast it trains beside this one: so this one has to train.
+        tokens_per_second(load, experiment)
+    if COSTS not in results:
+        return dict.fromkeys(names, "no plan was made")
+    steps: dict[str, int] = results[COSTS]["steps"]
+    chosen = [run for run in runs if run.name in names and run.name in steps]
+    return run_pieces([_training_piece(run, experiment, budget) for run in chosen], results, budget)
+
+
+def _run_others(experiment: Experiment, budget: Budget, request: Request) -> dict[str, str]:
+    """Everything that needs training; artefacts, which take a CPU minutes, where everything is wanted."""
+    exports = request.only is None
     runs, results = training_runs(experiment), experiment.results
     costs = Piece(
-        COSTS, lambda: 10 * pass_seconds(experiment), functools.partial(_training_costs, runs, experiment, budget)
+        COSTS,
+        lambda: 10 * pass_seconds(experiment),
+        functools.partial(_training_costs, runs, experiment, budget, request.workers),
     )
     left_out = run_pieces([costs], results, budget)
     if COSTS not in results:
@@ -173,6 +203,12 @@ def _run_others(experiment: Experiment, budget: Budget, *, exports: bool) -> dic
     if importlib.util.find_spec("onnxruntime") is None:
         left_out |= {piece.name: "ONNX Runtime is not installed" for piece in shipped}
         shipped = []
+    if request.elsewhere:
+        own = [run for run in planned if run.name not in request.elsewhere]
+        left_out |= run_pieces([_training_piece(run, experiment, budget) for run in own], results, budget)
+        _wait_for([name for name in request.elsewhere if name in steps], results, budget)
+        planned = [run for run in planned if run.name in results]
+        first, others = planned, []
     pieces = [
         *(_training_piece(run, experiment, budget) for run in first),
         *calibrated_pieces(experiment),
@@ -194,12 +230,19 @@ def _rate_pieces(experiment: Experiment, runs: list[TrainingRun]) -> list[Piece]
     return [*retargeted, *as_many_pieces(experiment, [*routed, *(piece.name for piece in retargeted)])]
 
 
-def _training_costs(runs: list[TrainingRun], experiment: Experiment, budget: Budget) -> dict[str, Any]:
+def _wait_for(names: list[str], results: Results, budget: Budget) -> None:
+    """Until others have trained these, or too little time is left to measure them."""
+    enough = _TO_MEASURE * budget.left
+    while budget.left > enough and not all(name in results for name in names):
+        time.sleep(0.2)
+
+
+def _training_costs(runs: list[TrainingRun], experiment: Experiment, budget: Budget, workers: int) -> dict[str, Any]:
     """FLOPs, speed, and from these each run's steps: decided once, so that a resumed run keeps to it."""
     flops = flops_per_token(runs, experiment)
     deepened = next(run for run in runs if run.kind == "deepened")
     costs = {"flops": flops, **tokens_per_second(dataclasses.replace(deepened, suffix="-probe"), experiment)}
-    steps = planned_steps(runs, experiment, costs, experiment.form.training_share * budget.left)
+    steps = planned_steps(runs, experiment, costs, workers * experiment.form.training_share * budget.left)
     return {**costs, "steps": steps}
 
 

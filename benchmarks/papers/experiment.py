@@ -52,7 +52,12 @@ class Experiment:
         self._routers: dict[tuple[str, float], dict[int, np.ndarray]] = {}
 
     def prepare(self) -> str:
-        """Turns all text into tokens, so that no measurement does; says how much there is."""
+        """Turns all text into tokens, so that no measurement does; says how much there is.
+
+        A GPU's first pass loads its kernels; the first pass that is measured is what all others are estimated by.
+        """
+        if self.device != "cpu":
+            self.measured(self.base.model())
         sequences = {"to learn": len(self.data.training), "held out": len(self.data.held_out)}
         sequences |= {domain: len(windows) for domain, windows in self.windows.items()}
         return ", ".join(f"{count} sequences {name}" for name, count in sequences.items())

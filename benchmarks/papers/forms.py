@@ -130,11 +130,11 @@ FORMS: dict[str, Form] = {
     ),
     "five-minutes": Form(
         budget_s=300,
-        training_share=0.55,
+        training_share=0.4,
         tokens=3_000_000,
         least_tokens=250_000,
         probe_steps=10,
-        batch=32,
+        batch=16,
         learning_rate=1e-4,
         curve_points=3,
         held_out_tokens=8_192,

@@ -75,7 +75,7 @@ class Results:
         return self.folder / "runs" / f"{name}.json"
 
     def _save(self, file: Path, values: Mapping[str, Any]) -> None:
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".partial-{os.getpid()}")  # several processes may share a folder
         save_json(partial, finite(dict(values)))
         os.replace(partial, file)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,14 +79,19 @@ class BaseModel:
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return tokens
 
+    @functools.cached_property
+    def _tensors(self) -> Mapping[str, LazyTensor]:
+        """Read once: tens of models are made of them, and dequantising takes a second each time."""
+        return {name: ArrayTensor(tensor.numpy()) for name, tensor in self._checkpoint.tensors.items()}
+
     def model(self) -> LlamaDloForCausalLM:
         """As it is, in fp32."""
-        return llama_dlo_from_tensors(self.config, self._checkpoint.tensors)
+        return llama_dlo_from_tensors(self.config, self._tensors)
 
     def expanded(self, plan: ExpansionPlan) -> LlamaDloForCausalLM:
         """Deepened."""
         config = {**self.config, **expanded_config(self.config, plan)}
-        return llama_dlo_from_tensors(config, expanded_tensors(self._checkpoint.tensors, plan))
+        return llama_dlo_from_tensors(config, expanded_tensors(self._tensors, plan))
 
     def save(self, model: LlamaDloForCausalLM, folder: Path) -> None:
         """Writes a model that was made from this one as a checkpoint that `dlo-export` takes."""

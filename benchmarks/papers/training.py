@@ -94,7 +94,7 @@ def training_runs(experiment: Experiment) -> list[TrainingRun]:
         return at.base.expanded(interleaved)
 
     def routed(target: float, seed: int) -> TrainingRun:
-        kept = target == targets[0]  # to be moved to the other rates
+        kept = (target, seed) == (targets[0], first)  # to be moved to the other rates
         return TrainingRun("routed", original, f"-{target:.2f}-seed-{seed}", target=target, seed=seed, kept=kept)
 
     def distilled(target: float) -> TrainingRun:

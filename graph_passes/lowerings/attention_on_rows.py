@@ -12,7 +12,7 @@ from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.token_wise import token_wise_nodes
 from dlo_export.graph_passes.lowerings.active_rows import run_on_rows, stream_for_all_tokens, token_zeros
-from dlo_export.graph_passes.lowerings.compacted_rows import active_index, add_rows, row_count
+from dlo_export.graph_passes.lowerings.compacted_rows import active_index, put_rows_back, row_count
 from dlo_export.graph_passes.rewriting import remove_with_sources
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
@@ -63,13 +63,13 @@ def run_on_active_rows(graph: ir.Graph, masked: MaskedAttention, made_by: str) -
             attention.replace_input_with(position, computed)
             remove_with_sources(graph, select)
 
-    # Behind attention, rows once more, added to the stream.
+    # Behind attention, rows once more, added to those of the stream.
     attended = attention.outputs[0]
     again, dtype = TaggedNodes(made_by, layer.index), element_type(attended)
     attended_rows = again.add("GatherND", attended, index, name=f"{name}.attended_rows", dtype=dtype, shape=None)
     graph.insert_before(masked.outputs[0], again.nodes)
     run_on_rows(masked.outputs, attended, attended_rows, (count,))
-    add_rows(graph, masked, TaggedNodes(made_by, layer.index), stream, index, masked.kept)
+    put_rows_back(graph, masked, TaggedNodes(made_by, layer.index), stream, rows, index, masked.kept)
 
 
 def _for_all_tokens(

@@ -38,32 +38,45 @@ def active_index(graph: ir.Graph, masked: MaskedBlock, made_by: str, before: ir.
     )
 
 
-def add_rows(
-    graph: ir.Graph, masked: MaskedBlock, scatter: TaggedNodes, stream: ir.Value, index: ir.Value, kept: ir.Value
+def put_rows_back(
+    graph: ir.Graph,
+    masked: MaskedBlock,
+    scatter: TaggedNodes,
+    stream: ir.Value,
+    gathered: ir.Value,
+    index: ir.Value,
+    kept: ir.Value,
 ) -> None:
-    """Adds rows to the stream in place of the block's addition, which is gone with what served only it.
+    """Adds to the stream's rows in place of the block's addition, which is gone with what served only it.
 
     Args:
         graph: Holds the block.
         masked: The block.
         scatter: Nodes that lead to `kept`; the one that closes the block comes behind them.
         stream: For all tokens.
+        gathered: Rows of what the block reads, [count, hidden].
         index: Of the rows, as `active_index` gives it.
         kept: The rows, [count, hidden].
     """
     block, part = masked.layer.mlp, "mlp"
     if isinstance(masked, MaskedAttention):
         block, part = masked.layer.attention, "self_attn"
+    name, dtype = layer_tensor_name(masked.layer.index, part), element_type(block.stream_operand)
+    # The sum is made on rows and then put in the stream's place. ScatterND could add by itself, but not in every type:
+    # ONNX Runtime adds no float16 on a CPU and no bfloat16 on CUDA.
+    own, shape = gathered, gathered.shape
+    if stream is not block.stream_in:
+        own = scatter.add("GatherND", stream, index, name=f"{name}.stream_rows", dtype=dtype, shape=shape)
+    added = scatter.add("Add", own, kept, name=f"{name}.added_rows", dtype=dtype, shape=shape)
     total = scatter.add(
         "ScatterND",
         stream,
         index,
-        kept,
-        name=block.stream_out.name or f"{layer_tensor_name(masked.layer.index, part)}.added_rows",
-        dtype=element_type(block.stream_operand),
+        added,
+        name=block.stream_out.name or f"{name}.rows_put_back",
+        dtype=dtype,
         shape=block.stream_out.shape,
         closes=2,
-        reduction="add",
     )
     graph.insert_before(block.add, scatter.nodes)
     replace_value(block.stream_out, total)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +15,7 @@ from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
 from dlo_export.graph_passes.lowerings.active_rows import run_on_rows, scale_rows, stream_for_all_tokens
 from dlo_export.graph_passes.lowerings.attention_on_rows import row_problems, run_on_active_rows
-from dlo_export.graph_passes.lowerings.compacted_rows import active_index, add_rows, row_count
+from dlo_export.graph_passes.lowerings.compacted_rows import active_index, put_rows_back, row_count
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
 from dlo_export.graph_passes.spec.invariants import lowered_stage
@@ -25,7 +24,7 @@ from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 @dataclasses.dataclass(frozen=True)
 class LowerSkipToCompactionPass(LoweringPass):
-    """Gather the active tokens, run norm and MLP on them, add the results back to the stream in place.
+    """Gather the active tokens, run norm and MLP on them, and put the sums in their places.
 
     Before::
 
@@ -39,7 +38,7 @@ class LowerSkipToCompactionPass(LoweringPass):
         rows = GatherND(h, idx)                              # [n, hidden]
         d    = MLP(RMSNormalization(rows))                   # the same nodes, on rows
         kept = Mul(Unsqueeze(GatherND(scale, idx), -1), d)
-        y    = ScatterND(h, idx, kept, reduction="add")      # indices are unique: one addition per element
+        y    = ScatterND(h, idx, Add(rows, kept))            # indices are unique; a skipped token keeps h
 
     Where attention is masked too (`RouteLayersPass`, kind "layer"), its projections run on rows; attention itself stays
     [batch, sequence] under its mask, with zeros for skipped tokens::
@@ -47,14 +46,11 @@ class LowerSkipToCompactionPass(LoweringPass):
         n    = RMSNormalization(GatherND(x, idx))            # the same nodes, on rows
         q    = RotaryEmbedding(ScatterND(zeros, idx, n·Wq))  # k and v likewise: the zeros that Where wrote before
         a    = Attention(q, k, v, bias, past_key, past_value)
-        h    = ScatterND(x, idx, GatherND(a, idx)·Wo, reduction="add")
+        h    = ScatterND(x, idx, Add(GatherND(x, idx), GatherND(a, idx)·Wo))
 
-    Rows are [1, n, hidden] instead where a node of the MLP counts its axes from the front. ONNX Runtime's CPU kernel
-    of ScatterND adds in float32 and float64 only, so a 16-bit graph lowered this way needs another runtime. Scope:
-    every routed decoder layer of the main graph. Source: ONNX ScatterND-16.
+    Rows are [1, n, hidden] instead where a node of the MLP counts its axes from the front. Scope: every routed decoder
+    layer of the main graph. Source: ONNX ScatterND-11, GatherND-12.
     """
-
-    oldest_opset: ClassVar[int] = 16  # ScatterND adds from here on
 
     def problems(self, masked: MaskedMlp) -> Sequence[str]:
         """Nodes of the branch that do not compute each token by itself."""
@@ -77,6 +73,7 @@ class LowerSkipToCompactionPass(LoweringPass):
         gather = TaggedNodes(type(self).__name__, layer.index)
         row_shape = (count, layer.hidden_size)
         rows = gather.add("GatherND", block.stream_in, index, name=f"{mlp}.rows", dtype=dtype, shape=row_shape)
+        gathered = rows
         first_axis = shared_constant(graph, f"{ROUTERS}.first_axis", np.array([0], np.int64)) if rank == 3 else None
         if first_axis is not None:
             rows = gather.add("Unsqueeze", rows, first_axis, name=f"{mlp}.rows_3d", dtype=dtype, shape=(1, *row_shape))
@@ -92,13 +89,13 @@ class LowerSkipToCompactionPass(LoweringPass):
         run_on_rows(nodes, block.stream_in, rows, (count,) if rank == 2 else (1, count))
         graph.insert_before(nodes[0], gather.nodes)
 
-        # Behind it: the results are added to the stream in place of Where and Add: a skipped token keeps h because
-        # nothing is added to it.
+        # Behind it: the results are added to the rows, and these put in their places in the stream, in place of Where
+        # and Add: a skipped token keeps h because nothing is put there.
         scatter = TaggedNodes(type(self).__name__, layer.index)
         kept = masked.kept
         if first_axis is not None:
             kept = scatter.add("Squeeze", kept, first_axis, name=f"{mlp}.kept_rows", dtype=dtype, shape=row_shape)
-        add_rows(graph, masked, scatter, stream, index, kept)
+        put_rows_back(graph, masked, scatter, stream, gathered, index, kept)
 
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Run the projections of one layer's attention on its active tokens."""
@@ -115,5 +112,4 @@ RECORD = LoweringRecord(
     reason="compaction skips work in prefill, batches and decode alike, in standard operators",
     suits=lambda workload: True,
     routing=("mlp", "layer"),
-    operators=("ScatterND(add)",),
 )

@@ -217,5 +217,6 @@ RECORD = LoweringRecord(
     reason="no shape depends on data, so a CUDA graph captures decode",
     suits=lambda workload: workload.plugins_at_hand and workload.phase != "prefill",
     domains=(DOMAIN,),
+    operators=(f"{DOMAIN}::SkipGateUp",),
     tensorrt_layers=frozenset({"PLUGIN_V3"}),
 )

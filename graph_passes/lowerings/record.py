@@ -52,7 +52,8 @@ class LoweringRecord:
         suits: Whether `auto` may choose it for a workload.
         routing: What tokens may skip in the graphs that it takes.
         domains: Operator domains besides ONNX's own that its graphs use.
-        operators: Operators it writes that a runtime may lack for some types; one with a reduction as "ScatterND(add)".
+        operators: Operators it writes that a runtime may lack for some types; one of another domain as
+            "dlo::SkipGateUp".
         tensorrt_layers: TensorRT's types of layers that carry the skip, all of which a routed layer's network has.
         tensorrt_start: The one of them from which on TensorRT runs lazily; None where no other layer holds the MLP.
     """

@@ -19,6 +19,7 @@ from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.compilation import compile_layers
 from dlo_export.modeling.training.distillation import dense_teacher
+from dlo_export.modeling.training.fused_norm import use_fused_norms
 from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.parameters import choose_parameters
 from dlo_export.modeling.training.run_folder import RunFolder
@@ -84,6 +85,9 @@ def train_model(
     transformers_logging.disable_progress_bar()  # of its own, of each file it saves
     teacher = dense_teacher(model, settings.mode) if settings.distill_weight else None
     choose_parameters(model, settings)
+    if settings.device != "cpu":  # where launching and rereading is what a step's time goes to
+        for each in filter(None, (model, teacher)):
+            use_fused_norms(each)
     if settings.compile:
         compile_layers(model)
     arguments = training_arguments(settings, folder.path, saves=folder.resumable)

@@ -9,8 +9,8 @@
 
 namespace dlo {
 
-enum class TileName : int32_t { kSINGLE = 0, kDECODE = 1, kPREFILL = 2 };
-inline constexpr int32_t kTileCount = 3;
+enum class TileName : int32_t { kDECODE = 0, kPREFILL = 1 };
+inline constexpr int32_t kTileCount = 2;
 
 struct Kernel {
     char const* op;

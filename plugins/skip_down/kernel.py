@@ -25,8 +25,6 @@ def skip_down_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     SCAN: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVICTION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Program (m, n): columns n·COLUMNS… of the skipped tokens among tokens m·ROWS…, and of the active ones ranked so.
@@ -43,12 +41,10 @@ def skip_down_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size
         intermediate: A multiple of 8 when compiled ahead of time.
         hidden: A multiple of 8 when compiled ahead of time.
         output: Pointer to T [tokens, hidden].
-        ROWS: Tokens of a tile; 1: products on CUDA cores, otherwise at least 16 and on tensor cores.
+        ROWS: Tokens of a tile.
         COLUMNS: Columns of a tile.
         DEPTH: Elements of intermediate per step.
         SCAN: Tokens read at a time while looking for active ones.
-        STAGES: Steps of weights in flight where ROWS is 1 (tensor cores' loop has num_stages).
-        EVICTION: What the cache is told of weights that are read once, where ROWS is 1.
         UPCAST: Convert operands to float32 before multiplying: for Triton's interpreter, which computes bfloat16
             wrongly. On a GPU T goes to the tensor cores as it is; sums are float32 either way.
     """
@@ -70,32 +66,18 @@ def skip_down_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size
     row_used = tl.arange(0, ROWS) < remaining
     depth = tl.arange(0, DEPTH)
     rows = index.to(tl.int64)[:, None]
+    gated_tile = gated + rows * intermediate + depth[None, :]
     down_tile = down_weight + depth[:, None] * hidden + column
-    if ROWS == 1:
-        # As in SkipGateUp: products on CUDA cores, and threads meet once, at the end.
-        parts = tl.zeros([DEPTH, COLUMNS], tl.float32)
-        gated_tile = gated + tl.sum(index, 0).to(tl.int64) * intermediate + depth
-        for start in tl.range(0, intermediate, DEPTH, num_stages=STAGES):
-            depth_used = start + depth < intermediate
-            down_used = depth_used[:, None] & column_used
-            down_block = tl.load(down_tile, mask=down_used, other=0.0, eviction_policy=EVICTION)
-            x = tl.load(gated_tile, mask=depth_used, other=0.0).to(tl.float32)[:, None]
-            parts += x * down_block.to(tl.float32)
-            gated_tile += DEPTH
-            down_tile += DEPTH * hidden
-        branch = tl.sum(parts, axis=0)[None, :]
-    else:
-        branch = tl.zeros([ROWS, COLUMNS], tl.float32)
-        gated_tile = gated + rows * intermediate + depth[None, :]
-        for start in range(0, intermediate, DEPTH):
-            depth_used = start + depth < intermediate
-            x = tl.load(gated_tile, mask=row_used[:, None] & depth_used[None, :], other=0.0)
-            down_block = tl.load(down_tile, mask=depth_used[:, None] & column_used, other=0.0)
-            if UPCAST:
-                x, down_block = x.to(tl.float32), down_block.to(tl.float32)
-            branch = tl.dot(x, down_block, branch, input_precision="ieee")
-            gated_tile += DEPTH
-            down_tile += DEPTH * hidden
+    branch = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, intermediate, DEPTH):
+        depth_used = start + depth < intermediate
+        x = tl.load(gated_tile, mask=row_used[:, None] & depth_used[None, :], other=0.0)
+        down_block = tl.load(down_tile, mask=depth_used[:, None] & column_used, other=0.0)
+        if UPCAST:
+            x, down_block = x.to(tl.float32), down_block.to(tl.float32)
+        branch = tl.dot(x, down_block, branch, input_precision="ieee")
+        gated_tile += DEPTH
+        down_tile += DEPTH * hidden
     # The residual is added in float32, so that the sum is rounded once.
     factor = tl.load(scale + index, mask=row_used, other=0.0)
     output_tile = rows * hidden + column

@@ -25,8 +25,6 @@ def skip_gate_up_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, s
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     SCAN: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVICTION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Program (m, n): columns n·COLUMNS… of the active tokens ranked m·ROWS….
@@ -43,12 +41,10 @@ def skip_gate_up_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, s
         hidden: A multiple of 8 when compiled ahead of time.
         intermediate: A multiple of 8 when compiled ahead of time.
         gated: Pointer to T [tokens, intermediate]; rows of skipped tokens are not written.
-        ROWS: Tokens of a tile; 1: products on CUDA cores, otherwise at least 16 and on tensor cores.
+        ROWS: Tokens of a tile.
         COLUMNS: Columns of a tile.
         DEPTH: Elements of hidden per step.
         SCAN: Tokens read at a time while looking for active ones.
-        STAGES: Steps of weights in flight where ROWS is 1 (tensor cores' loop has num_stages).
-        EVICTION: What the cache is told of weights that are read once, where ROWS is 1.
         UPCAST: Convert operands to float32 before multiplying: for Triton's interpreter, which computes bfloat16
             wrongly. On a GPU T goes to the tensor cores as it is; sums are float32 either way.
     """
@@ -61,46 +57,26 @@ def skip_gate_up_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, s
     column_used = column < intermediate
     depth = tl.arange(0, DEPTH)
     rows = index.to(tl.int64)[:, None]  # 32 bits do not reach the end of a long batch of wide rows
+    x_tile = hidden_states + rows * hidden + depth[None, :]
     weight_offset = depth[:, None] * intermediate + column
     gate_tile = gate_weight + weight_offset
     up_tile = up_weight + weight_offset
+    gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+    up = tl.zeros([ROWS, COLUMNS], tl.float32)
     # Both products in one sweep over the rows of x, which are gathered once: no copy of them is ever written.
-    if ROWS == 1:
-        # A tensor core would multiply 15 rows of nothing. Each thread sums the products of the weights it loads, and
-        # threads meet once, at the end: nothing in the loop waits for another thread.
-        gate_parts = tl.zeros([DEPTH, COLUMNS], tl.float32)
-        up_parts = tl.zeros([DEPTH, COLUMNS], tl.float32)
-        x_tile = hidden_states + tl.sum(index, 0).to(tl.int64) * hidden + depth
-        for start in tl.range(0, hidden, DEPTH, num_stages=STAGES):
-            depth_used = start + depth < hidden
-            weight_used = depth_used[:, None] & column_used
-            gate_block = tl.load(gate_tile, mask=weight_used, other=0.0, eviction_policy=EVICTION)
-            up_block = tl.load(up_tile, mask=weight_used, other=0.0, eviction_policy=EVICTION)
-            x = tl.load(x_tile, mask=depth_used, other=0.0).to(tl.float32)[:, None]
-            gate_parts += x * gate_block.to(tl.float32)
-            up_parts += x * up_block.to(tl.float32)
-            x_tile += DEPTH
-            gate_tile += DEPTH * intermediate
-            up_tile += DEPTH * intermediate
-        gate = tl.sum(gate_parts, axis=0)[None, :]
-        up = tl.sum(up_parts, axis=0)[None, :]
-    else:
-        gate = tl.zeros([ROWS, COLUMNS], tl.float32)
-        up = tl.zeros([ROWS, COLUMNS], tl.float32)
-        x_tile = hidden_states + rows * hidden + depth[None, :]
-        for start in range(0, hidden, DEPTH):
-            depth_used = start + depth < hidden
-            weight_used = depth_used[:, None] & column_used
-            x = tl.load(x_tile, mask=row_used & depth_used[None, :], other=0.0)
-            gate_block = tl.load(gate_tile, mask=weight_used, other=0.0)
-            up_block = tl.load(up_tile, mask=weight_used, other=0.0)
-            if UPCAST:
-                x, gate_block, up_block = x.to(tl.float32), gate_block.to(tl.float32), up_block.to(tl.float32)
-            gate = tl.dot(x, gate_block, gate, input_precision="ieee")
-            up = tl.dot(x, up_block, up, input_precision="ieee")
-            x_tile += DEPTH
-            gate_tile += DEPTH * intermediate
-            up_tile += DEPTH * intermediate
+    for start in range(0, hidden, DEPTH):
+        depth_used = start + depth < hidden
+        weight_used = depth_used[:, None] & column_used
+        x = tl.load(x_tile, mask=row_used & depth_used[None, :], other=0.0)
+        gate_block = tl.load(gate_tile, mask=weight_used, other=0.0)
+        up_block = tl.load(up_tile, mask=weight_used, other=0.0)
+        if UPCAST:
+            x, gate_block, up_block = x.to(tl.float32), gate_block.to(tl.float32), up_block.to(tl.float32)
+        gate = tl.dot(x, gate_block, gate, input_precision="ieee")
+        up = tl.dot(x, up_block, up, input_precision="ieee")
+        x_tile += DEPTH
+        gate_tile += DEPTH * intermediate
+        up_tile += DEPTH * intermediate
     # SiLU in float32, rounded once; scattered back to the tokens' own rows.
     result = gate * tl.sigmoid(gate) * up
     tl.store(gated + rows * intermediate + column, result.to(gated.dtype.element_ty), mask=row_used & column_used)

@@ -25,7 +25,7 @@ from dlo_export.runtimes.artefact.engine_record import (
     ParityVerdict,
     Sha256,
 )
-from dlo_export.runtimes.artefact.typed_json import Absent, JsonProblemsError, Rule, from_json, to_json
+from dlo_export.runtimes.artefact.typed_json import JsonProblemsError, Rule, from_json, to_json
 from dlo_export.runtimes.errors import ModelLoadError
 
 FORMAT_VERSION = 4  # 3 says each router's threshold, 4 what model.onnx is to run on
@@ -66,7 +66,7 @@ class SourceIdentity:
     model_type: str | None
     adapter: str | None = None
     adapter_base: AdapterBase | None = None
-    removed_layers: Annotated[tuple[Count, ...], Absent(())] = ()
+    removed_layers: tuple[Count, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,7 @@
 Reading checks everything and collects what is wrong, each problem with its field's path ("engines[0].build.bytes").
 Known annotations: str, bool, int, float, `Path` (a file inside the folder of the JSON), Literal, X | None and other
 unions of scalars, tuple[X, ...] and tuples of fixed length, Mapping[str, X] and Mapping[int, X], dataclasses, and
-`Annotated` with a `Rule` (more than the type says), a `Form` (another form in the file) or `Absent` (what it means
-where a file lacks it).
+`Annotated` with a `Rule` (more than the type says) or a `Form` (another form in the file).
 """
 
 from __future__ import annotations
@@ -49,17 +48,6 @@ class Form:
 
     write: Callable[[Any], Any]
     read: Callable[[Any], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Absent:
-    """That files may lack a field, as those do that were written before there was one.
-
-    Attributes:
-        means: Its value then.
-    """
-
-    means: Any
 
 
 class JsonProblemsError(ValueError):
@@ -186,8 +174,6 @@ class _Reader:
             path = f"{where}.{name}" if where else name
             if name in value:
                 made[name] = self.read(hint, value[name], path)
-            elif (absent := _absent(hint)) is not None:
-                made[name] = absent.means
             else:
                 self._wrong(path, "is missing")
         return kind(**made) if len(self.problems) == before else None
@@ -243,12 +229,6 @@ def _taken_apart(kind: Any) -> tuple[Any, list[Rule], Form | None]:
     inner, *notes = get_args(kind)
     forms = [note for note in notes if isinstance(note, Form)]
     return inner, [note for note in notes if isinstance(note, Rule)], forms[0] if forms else None
-
-
-def _absent(kind: Any) -> Absent | None:
-    """What a missing field means; None where it must be there."""
-    notes = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
-    return next((note for note in notes if isinstance(note, Absent)), None)
 
 
 def _arguments(kind: Any) -> tuple[Any, ...]:

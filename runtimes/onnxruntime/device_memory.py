@@ -27,6 +27,7 @@ class DeviceMemory:
         self._place = (provider.device, provider.device_id)
         self._value: ort.OrtValue | None = None
         self._bytes = 0
+        self._address = 0
 
     @property
     def bytes(self) -> int:
@@ -48,13 +49,14 @@ class DeviceMemory:
             except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
                 check_machine(f"{count} bytes on {self._place[0]}", err)
                 raise
-            self._bytes = count
+            self._bytes, self._address = count, int(self._value.data_ptr())
 
     def write(self, array: np.ndarray) -> None:
         """Holds these bytes from now on, and no others. On the host the array itself is taken."""
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self._bytes = raw.size
         self._value = ort.OrtValue.ortvalue_from_numpy(raw if raw.size else np.zeros(1, np.uint8), *self._place)
+        self._address = int(self._value.data_ptr())
 
     def overwrite(self, array: np.ndarray) -> None:
         """Copies these bytes to where they lie from now on: what is bound, or captured in a CUDA graph, reads them.
@@ -97,11 +99,6 @@ class DeviceMemory:
         """Has an output written here, from element `first` on."""
         place = self._place_of(kind, shape, first)
         binding.bind_output(name, *self._place, kind.onnx_number, list(shape), place)
-
-    @property
-    def _address(self) -> int:
-        assert self._value is not None, "reserved or written before"
-        return int(self._value.data_ptr())
 
     def _place_of(self, kind: ElementType, shape: Sequence[int], first: int) -> int:
         assert (first + math.prod(shape)) * kind.itemsize <= self._bytes, "ONNX Runtime would write beyond it"

@@ -43,13 +43,15 @@ class GrowingCache:
     def bind(self, binding: ort.IOBinding, sequence: int) -> None:
         """Binds the past, and buffers for the present behind `sequence` more tokens."""
         self._next = self._past + sequence
-        for name, (_, kind) in self._states.items():
+        for name, (sizes, kind) in self._states.items():
             past, present = self._read[name], self._write[name]
-            past.reserve(self._bytes(name, self._past))
-            if present.bytes < self._bytes(name, self._next):
-                present.reserve(self._bytes(name, self._next + self._next // 2 + _HEADROOM))
-            past.bind_input(binding, name, kind, self._shape(name, self._past))
-            present.bind_output(binding, self._present_of[name], kind, self._shape(name, self._next))
+            old, new = _with_tokens(sizes, self._past), _with_tokens(sizes, self._next)
+            past.reserve(math.prod(old) * kind.itemsize)
+            if present.bytes < math.prod(new) * kind.itemsize:
+                room = _with_tokens(sizes, self._next + self._next // 2 + _HEADROOM)
+                present.reserve(math.prod(room) * kind.itemsize)
+            past.bind_input(binding, name, kind, old)
+            present.bind_output(binding, self._present_of[name], kind, new)
 
     def advance(self) -> None:
         """After the step: what was written is read next."""
@@ -59,12 +61,11 @@ class GrowingCache:
     def repeat(self, branches: int) -> None:
         """Makes so many equal sequences of one."""
         for name, memory in self._read.items():
-            past = memory.read(self._states[name][1], self._shape(name, self._past))
+            sizes, kind = self._states[name]
+            past = memory.read(kind, _with_tokens(sizes, self._past))
             memory.write(np.repeat(past, branches, 0))
         self._states = {name: ((branches, *shape[1:]), kind) for name, (shape, kind) in self._states.items()}
 
-    def _shape(self, name: str, tokens: int) -> list[int]:
-        return [size or tokens for size in self._states[name][0]]
 
-    def _bytes(self, name: str, tokens: int) -> int:
-        return math.prod(self._shape(name, tokens)) * self._states[name][1].itemsize
+def _with_tokens(sizes: tuple[int, ...], tokens: int) -> list[int]:
+    return [size or tokens for size in sizes]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
 import onnxruntime as ort
 
 from dlo_export.checkpoints.dtypes import ElementType
@@ -15,9 +17,11 @@ from dlo_export.plugins.ort_registration import register_library
 from dlo_export.runtimes.decoder_interface import CacheKind, DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelLoadError, ProviderUnavailableError, StepError
 from dlo_export.runtimes.onnxruntime.device_memory import DeviceMemory
-from dlo_export.runtimes.onnxruntime.machine_faults import check_machine
+from dlo_export.runtimes.onnxruntime.machine_faults import NOT_STARTED_HINT, check_machine
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.step_outputs import StepOutputs
+
+_FATAL = 4  # the log level above errors
 
 
 class SessionArguments(TypedDict, total=False):
@@ -131,7 +135,7 @@ def model_name(model: str | Path | bytes) -> str:
 def _options(arguments: SessionArguments) -> ort.SessionOptions:
     options = arguments.get("options") or ort.SessionOptions()
     # Warnings of ONNX Runtime's own passes are not for users, its errors are raised: their text stands in ours.
-    options.log_severity_level = 4
+    options.log_severity_level = _FATAL
     if (threads := arguments.get("threads")) is not None:
         options.intra_op_num_threads = threads
     spinning = "1" if arguments.get("allow_spinning", True) else "0"
@@ -152,7 +156,8 @@ def _open(
 ) -> ort.InferenceSession:
     """A session on exactly the given provider (ONNX Runtime adds the CPU behind every other one)."""
     provider.check_here()
-    preloading = _preload_cuda() if provider.device == "cuda" else ""
+    if provider.device != CPU.device:
+        _check_start(provider, name)
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise ModelLoadError(f"{model}: no such file, expected an ONNX model", hint="give a .onnx file that exists")
     try:
@@ -161,6 +166,7 @@ def _open(
             options,
             providers=[provider.name],
             provider_options=[dict(provider.options)],
+            enable_fallback=0,  # to the CPU, with a message on stdout and the reason lost
         )
     except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
         check_machine(name, err)
@@ -171,10 +177,8 @@ def _open(
     # A provider that fails to start is dropped silently, and the CPU takes over.
     if (running := session.get_providers()[0]) != provider.name:
         raise ProviderUnavailableError(
-            f"{name}: {provider.name} does not start here: ONNX Runtime dropped it and would run on {running}\n"
-            f"{preloading}".rstrip(),
-            hint="there is no driver, or its libraries (CUDA, cuBLAS) do not load; in Python, "
-            "`import torch` before it loads those of PyTorch",
+            f"{name}: ONNX Runtime dropped {provider.name} and would run on {running}",
+            hint=NOT_STARTED_HINT,
         )
     known = session.get_provider_options()[provider.name]
     if unknown := sorted(provider.options.keys() - known.keys()):
@@ -184,12 +188,26 @@ def _open(
     return session
 
 
-def _preload_cuda() -> str:
-    """Loads CUDA's libraries where they are Python packages; returns what could not be, which may not be needed."""
+def _check_start(provider: Provider, name: str) -> None:
+    """Has a provider allocate a byte: whether it starts shows there, before a model's own faults can hide it.
+
+    Raises:
+        ProviderUnavailableError: It does not.
+    """
+    # What is wrong is raised, or asked for here: its log would say it again, on the user's screen.
+    ort.set_default_logger_severity(_FATAL)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):  # stdout is for data
-        ort.preload_dlls()
-    return said.getvalue()
+        ort.preload_dlls()  # CUDA's libraries, where they are Python packages
+    try:
+        ort.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, provider.device, provider.device_id)
+    except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
+        reason = str(err).strip().rsplit("() ", 1)[-1]  # without the place in ONNX Runtime's source
+        if missing := re.findall(r"Failed to load (\S+):", said.getvalue()):
+            reason += f"; {', '.join(missing)} do not load"
+        raise ProviderUnavailableError(
+            f"{name}: {provider.name} does not start here: {reason}", hint=NOT_STARTED_HINT
+        ) from err
 
 
 def _specs(arguments: Sequence[ort.NodeArg]) -> list[TensorSpec]:

@@ -50,9 +50,11 @@ class StepOutputs:
     def read(self, binding: ort.IOBinding, request: StepRequest) -> dict[str, np.ndarray]:
         """By name, in the graph's types; logits [batch, 1, vocab] where only the last token's were asked for."""
         found = {}
-        for (name, shape), value in zip(self._shapes.items(), binding.get_outputs(), strict=False):
+        # Made for every output, the cache's too: only where some are ONNX Runtime's own.
+        values = binding.get_outputs() if None in self._shapes.values() else []
+        for index, (name, shape) in enumerate(self._shapes.items()):
             if shape is None:
-                found[name] = value.numpy()
+                found[name] = values[index].numpy()
             elif name == LOGITS and request.last_logits and shape[1] > 1:
                 found[name] = self._last_rows(name, shape)
             else:

@@ -64,4 +64,5 @@ def test_commands_pass_when_no_model_with_a_tokenizer_is_given():
     assert [(row["what"], row["passed"]) for row in rows_of_commands(None, "cpu")] == [
         ("export --provider cpu", True),
         ("run --provider cpu", True),
+        ("parity --device cpu", True),
     ]

@@ -41,10 +41,7 @@ def test_graph_is_described_by_its_own_dtype_when_it_has_16_bits(foreign, tmp_pa
     assert result.description.dtype == dtype
     inputs = {spec.name: spec.dtype for spec in result.description.interface.inputs}
     assert inputs["past_key_values.0.key"] == WORDS[dtype]
-    # The provider adds no float16 in ScatterND; of bfloat16 it runs nothing, whatever the lowering.
-    assert result.description.lowering == {"fp16": "if", "bf16": "compact"}[dtype]
-    if dtype == "fp16":
-        assert "does not add float16" in result.description.lowering_reason
+    assert result.description.lowering == "compact"
 
 
 @pytest.mark.parametrize("lowering", ["auto", "masked", "compact"])
@@ -54,8 +51,6 @@ def test_parity_is_judged_by_its_dtype_when_the_graph_has_16_bits(foreign, tmp_p
     parity = result.description.parity
     if dtype == "bf16":
         assert parity == ParityVerdict("NOT RUN", "ONNX Runtime's CPU provider does not implement bfloat16")
-    elif lowering == "compact":
-        assert parity == ParityVerdict("NOT RUN", "ONNX Runtime's CPU kernel of ScatterND does not add float16")
     else:
         assert parity.verdict in ("PASS", "AMBIGUOUS"), result.parity_summary  # near-ties may turn
         report = json.loads((result.folder / "parity.json").read_text())

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from dlo_export.checkpoints.files.folder_kind import FolderKind, folder_kind
 from dlo_export.checkpoints.files.written_files import LIST_NAME
+from dlo_export.exporter.sources.source import open_source
 from dlo_export.modeling.training.settings import TrainingSettings
 from tests.exporter.forked_commands import Ended, ended, run, start
 from tests.modeling.training_runs import log_of, save_chats, save_routed
@@ -117,10 +118,51 @@ def test_a_plain_model_is_trained_with_routers_of_whole_layers(place: Path, tmp_
     assert json.loads((tmp_path / "more" / "config.json").read_text())["model_type"] == "llama_dlo"
 
 
+@pytest.mark.parametrize("mode", ["lora", "routers"])
+def test_an_adapter_makes_the_trained_model_when_training_wrote_one(place: Path, tmp_path: Path, mode: str) -> None:
+    options = ("--mode", mode, "--max-steps", 3, "--routers", "add", "--learning-rate", 0.01, "--target", 0.6)
+    for name, more in (("whole", ()), ("adapter", ("--as-adapter",))):
+        result = train(place, "plain", tmp_path / name, *options, *more)
+        assert result.returncode == 0, result.stderr
+    assert folder_kind(tmp_path / "adapter") is FolderKind.ADAPTER
+    assert (tmp_path / "adapter" / "lora").exists() == (mode == "lora")
+    source = open_source(place / "plain", tmp_path / "adapter")
+    try:
+        made = {name: tensor.numpy() for name, tensor in source.tensors().items()}
+        assert source.adapter_base == "same"
+        assert source.adapter is not None
+        thresholds = source.adapter.router_thresholds
+    finally:
+        source.close()
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    plain = load_file(place / "plain" / "model.safetensors")
+    assert made.keys() == whole.keys()
+    for name, values in whole.items():
+        if name in plain:
+            # LoRA's matrices are stored in 16 bits: what they change is as near as that.
+            np.testing.assert_allclose(made[name], values, atol=2e-3 * abs(values - plain[name]).max(), err_msg=name)
+        else:
+            np.testing.assert_array_equal(made[name], values, err_msg=name)
+    assert any((whole[name] != values).any() for name, values in plain.items()) == (mode == "lora")
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert {str(layer): value for layer, value in thresholds.items()} == config.get("router_thresholds", {})
+    exported = run(
+        *("export", place / "plain", "--adapter", tmp_path / "adapter", "-o", tmp_path / "artefact"),
+        messages=tmp_path / "export",
+    )
+    assert exported.returncode == 0, exported.stderr
+    again = train(place, "plain", tmp_path / "again", *options, "--adapter", tmp_path / "adapter", "--as-adapter")
+    assert again.returncode == (2 if mode == "lora" else 0), again.stderr
+    assert ("the adapter has LoRA matrices already" in again.stderr) == (mode == "lora")
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
         ("plain", (), "has no routed layer"),
+        ("plain", ("--as-adapter", "--routers", "add"), "--as-adapter: mode full trains whole weights"),
+        ("plain", ("--as-adapter", "--mode", "lora", "--routers", "none"), "--routers none leaves no router"),
+        ("routed", ("--as-adapter", "--mode", "lora"), "has routers of its own"),
         ("plain", ("--routers", "none", "--routing", "layer"), "--routing layer: --routers none leaves none"),
         ("routed", ("--routing", "layer"), "routing layer was asked for, the model's routers are for routing mlp"),
         ("routed", ("--target", 0), "target is 0.0, expected a capacity above 0 and at most 1"),

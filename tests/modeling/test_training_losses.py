@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from dlo_export.modeling.routing import TrainingRouting, is_active, mixed
+from dlo_export.modeling.routing import TrainingRouting, is_active, mixed, straight_through
 from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.skip_loss import (
@@ -169,3 +169,23 @@ def test_rate_is_that_of_the_thresholds_when_routers_have_their_own() -> None:
     active = (float((scores[0] > 0.5).double().mean()) + float((scores[1] > 0.8).double().mean())) / 2
     assert float(losses.active) == pytest.approx(active)
     assert threshold_selection({1: 0.5}, {1: 0.8})[1](values[1].scores).equal(values[1].scores > 0.8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_choice_has_the_gradient_of_the_score_it_was_made_by(dtype: torch.dtype) -> None:
+    def by_definition(
+        computed: torch.Tensor, kept: torch.Tensor, scores: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
+        step = (scores - scores.detach()).unsqueeze(-1)  # 0, with the score's gradient
+        return torch.where(active.unsqueeze(-1), computed, kept) + step.to(dtype) * (computed - kept).detach()
+
+    torch.manual_seed(0)
+    computed, kept, outer = (torch.randn(2, 5, 8, dtype=dtype) for _ in range(3))
+    inputs = [computed.requires_grad_(), kept.requires_grad_(), torch.rand(2, 5, requires_grad=True)]
+    active = inputs[2].detach() > 0.5
+    found, expected = (
+        (choice.detach(), *torch.autograd.grad((choice * outer).sum(), inputs))
+        for choice in (straight_through(*inputs, active), by_definition(*inputs, active))
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

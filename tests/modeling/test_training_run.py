@@ -14,8 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from dlo_export.checkpoints.errors import MachineError
 from dlo_export.modeling.training.compilation import compile_layers
 from dlo_export.modeling.training.errors import TrainingDivergedError, TrainingError
+from dlo_export.modeling.training.fused_norm import use_fused_norms
 from dlo_export.modeling.training.packing import PackedDocuments, stacked
-from dlo_export.modeling.training.parameters import merged_state
+from dlo_export.modeling.training.parameters import choose_parameters, merged_state, parameter_groups
 from dlo_export.modeling.training.run_folder import RunFolder
 from tests.modeling.training_runs import (
     SETTINGS,
@@ -66,6 +67,47 @@ def test_training_learns_and_takes_the_labels_shares_as_capacities(
     assert result.held_out is not None
     assert result.held_out.active_rate == pytest.approx(0.7, abs=0.05)
     assert result.held_out.loss < log[0]["loss"]
+
+
+def test_fused_norms_compute_what_transformers_own_do(folder: Path, data: PackedDocuments) -> None:
+    batch = stacked([data[0], data[1]])
+    batch.pop("counted")
+    found = []
+    for fused in (False, True):
+        model = opened(folder)
+        if fused:
+            use_fused_norms(model)
+        names = [name for name, _ in model.named_parameters()]
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(**batch, use_cache=False).loss
+        gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        found.append((names, loss.detach(), rounded.detach(), gradients))
+    (names, loss, rounded, gradients), (same_names, same_loss, same_rounded, same_gradients) = found
+    assert same_names == names
+    torch.testing.assert_close(same_loss, loss)
+    torch.testing.assert_close(same_rounded, rounded, atol=2e-3, rtol=0)
+    torch.testing.assert_close(same_gradients, gradients)
+
+
+def test_routers_learn_by_their_size_when_the_rate_is_relative(folder: Path) -> None:
+    model = opened(folder)
+    settings = dataclasses.replace(SETTINGS, router_learning_rate=0.1, relative_router_rate=True)
+    choose_parameters(model, settings)
+
+    def rates() -> dict[int, float]:
+        groups = parameter_groups(model, settings)
+        of = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+        return {layer: of[id(model.model.router(layer).weight)] for layer in model.config.routed_layers}
+
+    with torch.no_grad():
+        for layer, size in ((0, 0.5), (2, 0.0)):
+            model.model.router(layer).weight.fill_(size)
+    assert rates() == pytest.approx({0: 0.05, 2: 0.05})  # an all-zero router has the size of the others
+    with torch.no_grad():
+        model.model.router(0).weight.zero_()
+    assert rates() == pytest.approx({0: 0.1, 2: 0.1})
 
 
 def test_whole_layers_are_trained_as_mlps_are(data: PackedDocuments, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import pytest
 from dlo_export.plugins.compile import compile_all, resource_table
 from dlo_export.plugins.errors import PluginError
 from dlo_export.plugins.ptx import ptx_of, without_scratch_parameters
+from dlo_export.plugins.tiles import TILE_NAMES
 from dlo_export.plugins.variants import TARGETS, Variant, variants
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
-MOST_SHARED_BYTES = 99 * 1024  # per block on sm_86, sm_89 and sm_120, the least of the targets
+MOST_SHARED_BYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB per block, by target
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_readme_shows_the_compilers_report_when_it_is_made_again(kernels, op_nam
 
 
 def test_shared_memory_fits_every_target_when_compiled(kernels):
-    assert not [k.variant.name for k in kernels if k.shared_bytes > MOST_SHARED_BYTES]
+    assert not [k.variant.name for k in kernels if k.shared_bytes > 1024 * MOST_SHARED_BYTES[k.variant.target]]
 
 
 def test_portable_ptx_needs_no_opt_in_shared_memory_when_a_quick_deploy_plugin_launches_it(kernels):
@@ -114,6 +115,6 @@ def test_command_prints_the_table_and_writes_the_files_when_one_target_is_asked(
     result = subprocess.run([*command, "--output", tmp_path], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "| SkipDown | float16 | decode | sm_89 | 128 |" in result.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"SkipDown_float16_{tile}_sm89.{kind}" for tile in ("decode", "prefill") for kind in ("cubin", "ptx")
-    ]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"SkipDown_float16_{tile}_sm89.{kind}" for tile in TILE_NAMES for kind in ("cubin", "ptx")
+    }

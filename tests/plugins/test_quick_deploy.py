@@ -15,6 +15,7 @@ from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
 from dlo_export.plugins.contract import T_DTYPES, operand_dtypes
 from dlo_export.plugins.ptx import ptx_of
+from dlo_export.plugins.tiles import TILE_NAMES
 from dlo_export.plugins.variants import Variant
 
 if importlib.util.find_spec("tensorrt_bindings") is None or shutil.which("cc") is None:
@@ -61,7 +62,7 @@ def test_output_and_types_follow_the_schema_when_tensorrt_asks(answers, op):
 def test_launch_follows_the_shapes_when_tensorrt_asks_for_a_kernel(answers, op_name, integers, grids):
     kernels = answers[op_name]["kernels"]
     assert set(kernels) == set(grids)
-    for (tactic, kernel), tile in zip(sorted(kernels.items()), ("decode", "prefill"), strict=True):
+    for (tactic, kernel), tile in zip(sorted(kernels.items()), TILE_NAMES, strict=True):
         entry, ptx, threads, shared_bytes = ptx_of(Variant(op_name, "bfloat16", tile, 80))
         assert (kernel["entry"], kernel["ptx"]) == (entry, ptx)
         assert re.search(r"^\.target sm_80$", ptx, re.MULTILINE)

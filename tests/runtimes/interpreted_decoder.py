@@ -21,7 +21,12 @@ from tests.runtimes.captured_cases import CAPACITY, LENGTHS, decoder_outputs, mo
 CASES = {
     "ragged": (LENGTHS, 3, CAPACITY, {}),
     "bias": (LENGTHS, 2, CAPACITY, {"attention_bias": True, "rescale": False}),
-    "long": ((70,), 1, 200, {"kv_heads": 1}),
+    "long": (
+        (70,),
+        2,
+        200,
+        {"kv_heads": 1, "layers": 1, "routed": (True,), "thresholds": None, "attention_bias": True},
+    ),
 }
 
 if __name__ == "__main__":

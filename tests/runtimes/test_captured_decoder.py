@@ -163,7 +163,11 @@ def test_weights_are_refused_by_name_when_the_family_or_its_rope_is_another(
 
 
 def test_decoder_refuses_a_step_when_it_does_not_fit(tmp_path: Path) -> None:
-    decoder = decoder_of(tiny_model(tmp_path / "model"))
+    model = tiny_model(tmp_path / "model")
+    for options in ({"prompt": 5}, {"prompt": 2, "gather_prompts": True}):
+        with pytest.raises(StepError, match=r"prompts of \d tokens to capture, expected 4"):
+            CapturedDecoder(StepWeights(model), batch=1, capacity=4, **options)  # type: ignore[arg-type]
+    decoder = decoder_of(model)
     ids = tokens_of(3, CAPACITY + 1)
     with pytest.raises(StepError, match="before prefill"):
         decoder.decode(ids[:, 0])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import dlo_export.modeling.llama_dlo  # noqa: F401 - registers the routed models with AutoModelForCausalLM
 from dlo_export.runtimes.generation.generate import Generation, GenerationError, generate
 from dlo_export.runtimes.generation.sampling import Sampling
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner

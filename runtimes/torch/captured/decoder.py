@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from dlo_export.runtimes.torch.captured.step_ops import (
     add_scaled,
     gathered_mlp,
 )
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, LayerWeights, StepWeights
+from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, Product, StepWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,10 @@ class CapturedDecoder:
         batch: Sequences.
         capacity: Tokens of a sequence, prompt included.
         ops: What runs between products: None takes the kernels on CUDA, PyTorch elsewhere.
-        gather_prompts: Routed MLPs of a prompt run as PyTorch's products on the active tokens' rows, which the host
-            waits to have counted, layer by layer.
+        prompt: Prompts of up to so many tokens are padded to it, and a graph replays them too; 0 for none. Others, and
+            all without a graph, run launch by launch, at the host's pace.
+        gather_prompts: Routed MLPs of prompts without a graph run as PyTorch's products on the active tokens' rows,
+            which the host waits to have counted, layer by layer.
         capture: None where the model is on CUDA.
 
     Attributes:
@@ -55,6 +57,7 @@ class CapturedDecoder:
 
     Raises:
         BackendUnavailableError: Triton is missing.
+        StepError: `prompt` is more than the capacity, or given with `gather_prompts`.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class CapturedDecoder:
         *,
         batch: int,
         capacity: int,
+        prompt: int = 0,
         ops: StepOps | None = None,
         gather_prompts: bool = False,
         capture: bool | None = None,
@@ -71,7 +75,7 @@ class CapturedDecoder:
         embedding = model.model.embed_tokens.weight.data
         on_cuda = embedding.is_cuda
         self._weights, self._embedding = weights, embedding
-        self._norm, self._head = model.model.norm.weight.data, model.lm_head.weight.data
+        self._norm, self._head = model.model.norm.weight.data, Product(model.lm_head.weight.data, None)
         self._epsilon = config.rms_norm_eps
         self._ops = ops or (kernel_ops() if on_cuda else TorchOps())
         self._batch, self._capacity, self._gather_prompts = batch, capacity, gather_prompts
@@ -89,9 +93,21 @@ class CapturedDecoder:
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=embedding.device)
         self._start = torch.zeros_like(self._tokens)
         self._lengths: list[int] = []
-        self._graph: torch.cuda.CUDAGraph | None = None
+        if prompt > (0 if gather_prompts else capacity):
+            raise StepError(
+                f"captured decode: got prompts of {prompt} tokens to capture, expected {capacity} at most, the "
+                "capacity, and none where the host counts their active tokens",
+                hint="open it with a larger capacity, or without gather_prompts",
+            )
+        self._prompts = torch.zeros(batch, prompt, dtype=torch.int64, device=embedding.device)
+        self._prompt_lengths = torch.ones_like(self._tokens)
+        self._decode_graph: Recorded | None = None
+        self._prompt_graph: Recorded | None = None
         if on_cuda if capture is None else capture:
-            self._capture()
+            # The cache is empty: what is written to it, the first prompt overwrites.
+            self._decode_graph = Recorded(self._decode_step, self._start)
+            if prompt:
+                self._prompt_graph = Recorded(lambda: self._prompt_step(self._prompts), self._start)
 
     @torch.inference_mode()
     def prefill(self, input_ids: torch.Tensor, lengths: Sequence[int] | None = None) -> StepOutput:
@@ -117,12 +133,13 @@ class CapturedDecoder:
                 f"expected 1 to {self._capacity}",
                 hint="open a decoder of a larger capacity",
             )
-        self._start.zero_()
-        hidden, decisions = self._forward(input_ids.to(self._start.device).reshape(-1), sequence)
         self._lengths = lengths
-        self._start.copy_(torch.tensor(lengths))
-        ends = torch.arange(batch, device=hidden.device) * sequence + self._start - 1
-        return self._output(hidden.index_select(0, ends), decisions)
+        self._prompt_lengths.copy_(torch.tensor(lengths))
+        if self._prompt_graph is not None and sequence <= self._prompts.shape[1]:
+            self._prompts[:, :sequence].copy_(input_ids)
+            output = self._prompt_graph.replay()
+            return StepOutput(output.logits, {layer: made[:, :sequence] for layer, made in output.scores.items()})
+        return self._prompt_step(input_ids.to(self._start.device))
 
     @torch.inference_mode()
     def decode(self, tokens: torch.Tensor) -> StepOutput:
@@ -143,10 +160,7 @@ class CapturedDecoder:
             )
         self._lengths = [length + 1 for length in self._lengths]
         self._tokens.copy_(tokens)
-        if self._graph is None:
-            return self._step()
-        self._graph.replay()
-        return self._captured
+        return self._decode_step() if self._decode_graph is None else self._decode_graph.replay()
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Forgets each sequence's tokens behind the first so many.
@@ -167,33 +181,45 @@ class CapturedDecoder:
         self._lengths = list(lengths)
         self._start.copy_(torch.tensor(lengths))
 
-    def _step(self) -> StepOutput:
-        hidden, decisions = self._forward(self._tokens, 1)
-        output = self._output(hidden, decisions)
+    def _prompt_step(self, prompts: torch.Tensor) -> StepOutput:
+        batch, sequence = prompts.shape
+        self._start.zero_()
+        stream, added, decisions = self._forward(prompts.reshape(-1), sequence)
+        self._start.copy_(self._prompt_lengths)
+        ends = torch.arange(batch, device=stream.device) * sequence + self._start - 1
+        last = None if added is None else added.index_select(0, ends)
+        return self._output(stream.index_select(0, ends), last, decisions)
+
+    def _decode_step(self) -> StepOutput:
+        output = self._output(*self._forward(self._tokens, 1))
         self._start.add_(1)
         return output
 
-    def _output(self, rows: torch.Tensor, decisions: dict[int, Decisions]) -> StepOutput:
+    def _output(self, stream: torch.Tensor, added: torch.Tensor | None, decisions: dict[int, Decisions]) -> StepOutput:
         scores = {layer: made.scores.view(self._batch, -1) for layer, made in decisions.items()}
-        return StepOutput(F.linear(rows, self._head), scores)
+        _, logits, _ = self._ops.norm_product(stream, added, self._norm, self._epsilon, self._head)
+        return StepOutput(logits, scores)
 
-    def _forward(self, ids: torch.Tensor, sequence: int) -> tuple[torch.Tensor, dict[int, Decisions]]:
-        """From tokens [batch · sequence] to normalised hidden states [batch · sequence, hidden] and decisions."""
-        ops, decisions = self._ops, {}
+    def _forward(
+        self, ids: torch.Tensor, sequence: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[int, Decisions]]:
+        """From tokens to the stream [batch · sequence, hidden], what is still to be added to it, and decisions."""
+        ops, epsilon = self._ops, self._epsilon
+        decisions: dict[int, Decisions] = {}
+        gathers = self._gather_prompts and sequence > 1
         stream, added = F.embedding(ids, self._embedding), None
         for index, layer in enumerate(self._weights.layers):
-            if layer.router is None:
-                made = None
-                stream, normed = ops.add_norm(stream, added, layer.attention_norm, self._epsilon)
-            else:
+            routing = None
+            if layer.router is not None:
                 routing = Routing(layer.router, self.thresholds[index : index + 1], self._weights.branch_scale)
-                stream, normed, made = ops.add_norm_route(stream, added, layer.attention_norm, self._epsilon, routing)
+            stream, qkv, made = ops.norm_product(stream, added, layer.attention_norm, epsilon, layer.qkv, routing)
+            if made is not None:
                 decisions[index] = made
-            added = self._attention(index, layer, normed, sequence)
-            stream, normed = ops.add_norm(stream, added, layer.mlp_norm, self._epsilon)
+            stream, added = ops.product_add(self._attended(index, qkv, sequence), layer.out, stream)
+            stream, normed = ops.add_norm(stream, added, layer.mlp_norm, epsilon)
             # What an MLP adds is left to the next norm, but for a routed one, which knows whose rows it leaves alone.
             added = None
-            if made is not None and self._gather_prompts and sequence > 1:
+            if made is not None and gathers:
                 stream = gathered_mlp(normed, made.scale, layer.mlp, stream)
             elif isinstance(layer.mlp, KernelMlp):
                 assert made is not None, "only routed MLPs are given to the kernels"
@@ -202,44 +228,51 @@ class CapturedDecoder:
                 added = ops.plain_mlp(normed, layer.mlp)
             else:
                 stream = add_scaled(stream, ops.plain_mlp(normed, layer.mlp), made.scale)
-        _, normed = ops.add_norm(stream, added, self._norm, self._epsilon)
-        return normed, decisions
+        return stream, added, decisions
 
-    def _attention(self, index: int, layer: LayerWeights, normed: torch.Tensor, sequence: int) -> torch.Tensor:
+    def _attended(self, index: int, qkv: torch.Tensor, sequence: int) -> torch.Tensor:
         keys, values = self._keys[index], self._values[index]
-        qkv, rotary = layer.qkv(normed), self._rotary
         if sequence == 1:
-            attended = self._ops.attend(qkv, self._start, rotary, keys, values)
-        else:
-            query = self._ops.rotate_and_store(qkv, self._start, rotary, keys, values)
-            # A prompt begins an empty cache. What stands behind a shorter one's end nobody sees: decode overwrites it.
-            attended = F.scaled_dot_product_attention(
-                query.view(self._batch, sequence, *query.shape[1:]).transpose(1, 2),
-                keys[:, :, :sequence],
-                values[:, :, :sequence],
-                is_causal=True,
-                enable_gqa=True,
-            )
-            attended = attended.transpose(1, 2).reshape(len(query), -1)
-        return layer.out(attended)
+            return self._ops.attend(qkv, self._start, self._rotary, keys, values)
+        query = self._ops.rotate_and_store(qkv, self._start, self._rotary, keys, values)
+        # A prompt begins an empty cache. What stands behind a shorter one's end nobody sees: decode overwrites it.
+        attended = F.scaled_dot_product_attention(
+            query.view(self._batch, sequence, *query.shape[1:]).transpose(1, 2),
+            keys[:, :, :sequence],
+            values[:, :, :sequence],
+            is_causal=True,
+            enable_gqa=True,
+        )
+        return attended.transpose(1, 2).reshape(len(query), -1)
 
-    def _capture(self) -> None:
-        """Records a step, with an empty cache: what it writes to slot 0 the first prompt overwrites."""
-        with torch.cuda.device(self._start.device), torch.inference_mode():
+
+class Recorded:
+    """A CUDA graph of a step.
+
+    Args:
+        step: Waits for nothing on the device, and reads and writes tensors that stay where they are.
+        start: Where sequences begin: zeros before the step, and afterwards again.
+    """
+
+    def __init__(self, step: Callable[[], StepOutput], start: torch.Tensor) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(start.device), torch.inference_mode():
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             # Kernels are compiled, and libraries make their handles, before a capture, which allows neither.
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    self._start.zero_()
-                    self._step()
+                    step()
+                    start.zero_()
             torch.cuda.current_stream().wait_stream(stream)
-            self._start.zero_()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._captured = self._step()
-            self._start.zero_()
-            self._graph = graph
+            with torch.cuda.graph(self._graph):
+                self._output = step()
+            start.zero_()
+
+    def replay(self) -> StepOutput:
+        """Runs the step; its output lies where the last one lay."""
+        self._graph.replay()
+        return self._output
 
 
 def kernel_ops() -> StepOps:

@@ -55,7 +55,11 @@ def add_norm_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size 
     column = tl.arange(0, BLOCK)
     used = column < hidden
     place = row.to(tl.int64) * hidden + column
+    # Everything is on its way before anything is waited for.
     x = tl.load(stream + place, mask=used, other=0.0)
+    norm = tl.load(weight + column, mask=used, other=0.0).to(tl.float32)
+    if ROUTES:
+        direction, least = tl.load(router + column, mask=used, other=0.0), tl.load(threshold)
     if ADDS:
         # Rounded before it is normalised: the next layer reads the stream as it is stored.
         x = (x.to(tl.float32) + tl.load(added + place, mask=used, other=0.0).to(tl.float32)).to(x.dtype)
@@ -64,13 +68,199 @@ def add_norm_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size 
     factor = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / hidden + epsilon)
     # As transformers' norm rounds: before the weight and after it.
     even = (wide * factor).to(x.dtype).to(tl.float32)
-    result = even * tl.load(weight + column, mask=used, other=0.0).to(tl.float32)
-    tl.store(normed + place, result.to(x.dtype), mask=used)
+    tl.store(normed + place, (even * norm).to(x.dtype), mask=used)
     if ROUTES:
-        logit = tl.sum(wide * tl.load(router + column, mask=used, other=0.0), axis=0)
-        score = 1.0 / (1.0 + tl.exp(-logit))
+        score = 1.0 / (1.0 + tl.exp(-tl.sum(wide * direction, axis=0)))
         tl.store(scores + row, score)
-        tl.store(scale + row, tl.where(score > tl.load(threshold), offset + slope * score, 0.0))
+        tl.store(scale + row, tl.where(score > least, offset + slope * score, 0.0))
+
+
+@triton.jit
+def sum_and_route(  # noqa: PLR0913, PLR0917
+    token,
+    stream,
+    added,
+    router,
+    threshold,
+    summed,
+    scores,
+    scale,
+    hidden,
+    offset,
+    slope,
+    ADDS: tl.constexpr,
+    ROUTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds a branch to a token's stream, and lets a router decide from the sum: `add_norm_kernel` without the norm."""
+    column = tl.arange(0, BLOCK)
+    used = column < hidden
+    place = token * hidden + column
+    x = tl.load(stream + place, mask=used, other=0.0)
+    if ROUTES:
+        direction, least = tl.load(router + column, mask=used, other=0.0), tl.load(threshold)
+    if ADDS:
+        x = (x.to(tl.float32) + tl.load(added + place, mask=used, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(summed + place, x, mask=used)
+    if ROUTES:
+        score = 1.0 / (1.0 + tl.exp(-tl.sum(x.to(tl.float32) * direction, axis=0)))
+        tl.store(scores + token, score)
+        tl.store(scale + token, tl.where(score > least, offset + slope * score, 0.0))
+
+
+@triton.jit(do_not_specialize_on_alignment=["threshold"])
+def norm_product_kernel(  # noqa: PLR0913, PLR0917
+    stream,
+    added,
+    norm,
+    weight,
+    bias,
+    router,
+    threshold,
+    summed,
+    output,
+    scores,
+    scale,
+    tokens,
+    hidden,
+    columns,
+    epsilon,
+    offset,
+    slope,
+    ADDS: tl.constexpr,
+    ROUTES: tl.constexpr,
+    BIASES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (columns of the output, then tokens): `add_norm_kernel` of a few tokens, and their product with a weight.
+
+    The norm's factor is the same for all of a token, so it is multiplied in at the end: one sweep does, in which
+    weights are on their way while others are multiplied. Behind the programs that have columns there is one for each
+    token, where there is a branch or a router: it writes the sum and lets the router decide.
+
+    Args:
+        stream: Pointer to T [tokens, hidden].
+        added: Pointer to T [tokens, hidden], where ADDS.
+        norm: Pointer to T [hidden], the norm's weight.
+        weight: Pointer to T [columns, hidden].
+        bias: Pointer to T [columns], where BIASES.
+        router: Pointer to float32 [hidden], where ROUTES.
+        threshold: Pointer to float32 [1], where ROUTES.
+        summed: Pointer to T [tokens, hidden], written where ADDS.
+        output: Pointer to T [tokens, columns], written.
+        scores: Pointer to float32 [tokens], written where ROUTES.
+        scale: Pointer to float32 [tokens], written where ROUTES.
+        tokens: ROWS at most.
+        hidden: Width of the stream.
+        columns: Width of the output.
+        epsilon: Of the norm.
+        offset: Of the scale, see `add_norm_kernel`.
+        slope: Likewise.
+        ADDS: Whether there is a branch to add.
+        ROUTES: Whether there is a router.
+        BIASES: Whether there is a bias.
+        ROWS: At least the 16 that a tensor core instruction takes.
+        COLUMNS: Of a program.
+        DEPTH: Elements of hidden per step.
+        BLOCK: A power of two, at least `hidden`.
+    """
+    program, programs = tl.program_id(0), tl.cdiv(columns, COLUMNS)
+    if program >= programs:
+        token = program - programs
+        sum_and_route(
+            token,
+            stream,
+            added,
+            router,
+            threshold,
+            summed,
+            scores,
+            scale,
+            hidden,
+            offset,
+            slope,
+            ADDS,
+            ROUTES,
+            BLOCK,
+        )
+        return
+    row, column = tl.arange(0, ROWS), program * COLUMNS + tl.arange(0, COLUMNS)
+    row_used, column_used = row < tokens, column < columns
+    depth = tl.arange(0, DEPTH)
+    place = row[:, None] * hidden + depth[None, :]
+    weight_tile = weight + column.to(tl.int64)[None, :] * hidden + depth[:, None]
+    products = tl.zeros([ROWS, COLUMNS], tl.float32)
+    squares = tl.zeros([ROWS, DEPTH], tl.float32)
+    for begin in range(0, hidden, DEPTH):
+        used = begin + depth < hidden
+        both = row_used[:, None] & used[None, :]
+        block = tl.load(weight_tile + begin, mask=used[:, None] & column_used[None, :], other=0.0)
+        x = tl.load(stream + place + begin, mask=both, other=0.0)
+        if ADDS:
+            branch = tl.load(added + place + begin, mask=both, other=0.0)
+            x = (x.to(tl.float32) + branch.to(tl.float32)).to(x.dtype)
+        wide = x.to(tl.float32)
+        squares += wide * wide
+        weighted = wide * tl.load(norm + begin + depth, mask=used, other=0.0).to(tl.float32)[None, :]
+        products = tl.dot(weighted.to(x.dtype), block, products, input_precision="ieee")
+    result = products / tl.sqrt(tl.sum(squares, axis=1) / hidden + epsilon)[:, None]
+    if BIASES:
+        result += tl.load(bias + column, mask=column_used, other=0.0).to(tl.float32)[None, :]
+    target = output + row[:, None] * columns + column[None, :]
+    tl.store(target, result.to(output.dtype.element_ty), mask=row_used[:, None] & column_used[None, :])
+
+
+@triton.jit
+def product_add_kernel(  # noqa: PLR0913, PLR0917
+    x,
+    weight,
+    bias,
+    stream,
+    summed,
+    tokens,
+    width,
+    columns,
+    BIASES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Program (columns of the stream): the product of a few tokens' rows with a weight, added to the stream.
+
+    Args:
+        x: Pointer to T [tokens, width].
+        weight: Pointer to T [columns, width].
+        bias: Pointer to T [columns], where BIASES.
+        stream: Pointer to T [tokens, columns].
+        summed: Pointer to T [tokens, columns], written.
+        tokens: ROWS at most.
+        width: Of x.
+        columns: Of the stream.
+        BIASES: Whether there is a bias.
+        ROWS: At least the 16 that a tensor core instruction takes.
+        COLUMNS: Of a program.
+        DEPTH: Elements of x per step.
+    """
+    row, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row_used, column_used = row < tokens, column < columns
+    depth = tl.arange(0, DEPTH)
+    x_tile = x + row[:, None] * width + depth[None, :]
+    weight_tile = weight + column.to(tl.int64)[None, :] * width + depth[:, None]
+    products = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for begin in range(0, width, DEPTH):
+        used = begin + depth < width
+        block = tl.load(weight_tile + begin, mask=used[:, None] & column_used[None, :], other=0.0)
+        rows = tl.load(x_tile + begin, mask=row_used[:, None] & used[None, :], other=0.0)
+        products = tl.dot(rows, block, products, input_precision="ieee")
+    place = row[:, None] * columns + column[None, :]
+    both = row_used[:, None] & column_used[None, :]
+    if BIASES:
+        products += tl.load(bias + column, mask=column_used, other=0.0).to(tl.float32)[None, :]
+    products += tl.load(stream + place, mask=both, other=0.0).to(tl.float32)
+    tl.store(summed + place, products.to(summed.dtype.element_ty), mask=both)
 
 
 @triton.jit
@@ -260,7 +450,7 @@ def attend_kernel(  # noqa: PLR0913, PLR0917
     pair, split = tl.program_id(0), tl.program_id(1)
     sequence, kv_head = pair // kv_heads, pair % kv_heads
     length = tl.load(start + sequence).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    share = tl.cdiv(tl.cdiv(length, SPLITS), 16) * 16
     last = tl.minimum((split + 1) * share, length)
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     row_used, column_used = row < GROUP, column < HEAD
