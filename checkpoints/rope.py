@@ -234,7 +234,9 @@ def _dynamic(fields: _RopeFields) -> RopeConfig:
 
 def _yarn(fields: _RopeFields) -> RopeConfig:
     rope, original = fields.rope, fields.original()
-    factor = fields.given_factor(original)
+    # Without both, nothing says by how much the context was lengthened.
+    told = fields.original_holder.values.get(_ORIGINAL) is not None
+    factor = fields.given_factor(original) if told else rope.positive_number("factor")
     scale, scale_all = (rope.number(name, default=0.0, least=0) for name in ("mscale", "mscale_all_dim"))
     # YaRN §3.4: the temperature of attention, put into cosines and sines.
     recommended = _mscale(factor, scale) / _mscale(factor, scale_all) if scale and scale_all else _mscale(factor)

@@ -155,6 +155,7 @@ def test_routing_is_refused_when_a_key_is_missing(key: str) -> None:
         ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_scaling.rope_type is \['yarn'\]"),
         ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "factor is 0.5, expected a finite number from 1 on"),
         ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor is missing"),
         (
             {"rope_scaling": {"type": "yarn", "beta_fast": 1, "beta_slow": 2}},
             "beta_fast is 1.0, expected at least beta",
