@@ -39,8 +39,8 @@ WAYS: dict[str, tuple[str, int]] = {
     "steps-1024": ("plain", 1024),
     "steps-512": ("plain", 512),
     "steps-256": ("plain", 256),
-    "last-logits": ("last", 512),
-    "static-cache": ("static", 512),
+    "last-logits": ("last", 256),
+    "static-cache": ("static", 256),
     "static-cache-at-once": ("static", AT_ONCE),
 }
 

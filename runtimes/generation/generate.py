@@ -14,7 +14,7 @@ from dlo_export.runtimes.runner import Int64Array, Runner, StepResult
 
 GREEDY = Sampling()
 
-PREFILL_TOKENS = 512
+PREFILL_TOKENS = 256
 """Columns of a prompt fed at once. All at once, scores and mask grow with the square of the prompt."""
 
 
