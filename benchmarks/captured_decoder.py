@@ -56,6 +56,9 @@ class CapturedDecoder:
         library: Path,
         weights: dict[str, torch.Tensor] | None = None,
         max_cache: int = MAX_CACHE,
+        *,
+        capture: bool = True,
+        fuse_routers: bool = True,
     ) -> CapturedDecoder:
         """Builds the graph and opens it.
 
@@ -66,13 +69,15 @@ class CapturedDecoder:
             library: libdlo_ort.so.
             weights: Those of a decoder of the same shape; drawn where there are none.
             max_cache: Slots of the cache.
+            capture: On a GPU, whether steps are captured.
+            fuse_routers: See `build_captured_model`.
         """
         start = time.monotonic()
         lowering = "plugin" if source.routed else "none"
-        model = build_captured_model(source, lowering, max_cache, _IR_TYPES[dtype])
+        model = build_captured_model(source, lowering, max_cache, _IR_TYPES[dtype], fuse_routers=fuse_routers)
         thresholds_as_inputs(model)
         values = weights_as_inputs(model)
-        session = DeviceSession(model, device, library if source.routed else None)
+        session = DeviceSession(model, device, library if source.routed else None, capture=capture)
         open_s = round(time.monotonic() - start, 1)
         return cls(source, session, weights or random_weights(values, device), dtype, device, open_s)
 

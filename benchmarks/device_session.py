@@ -89,14 +89,15 @@ class DeviceSession:
         model: Its weights initializers or inputs.
         device: "cpu" or "cuda".
         library: libdlo_ort.so, for graphs with dlo operators.
+        capture: On a GPU, whether bindings are captured at all.
 
     Attributes:
         stream: Of all runs on a GPU.
     """
 
-    def __init__(self, model: ir.Model, device: str, library: Path | None = None) -> None:
+    def __init__(self, model: ir.Model, device: str, library: Path | None = None, *, capture: bool = True) -> None:
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 2
         options.enable_mem_pattern = False  # what it plans anew would be allocated while a graph is captured
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if library is not None:
@@ -107,7 +108,7 @@ class DeviceSession:
             # One stream for PyTorch and ONNX Runtime: what one writes, the other reads without waiting.
             self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             settings = {
-                "enable_cuda_graph": "1",
+                "enable_cuda_graph": str(int(capture)),
                 "use_tf32": "0",
                 "user_compute_stream": str(self.stream.cuda_stream),
             }
@@ -118,6 +119,7 @@ class DeviceSession:
         if self._session.get_providers()[0] != provider[0]:
             raise RuntimeError(f"ONNX Runtime dropped {provider[0]}")
         self._device = device
+        self._captures = capture
         self._bindings = 0
 
     def operators_elsewhere(self) -> dict[str, int]:
@@ -150,7 +152,7 @@ class DeviceSession:
         if self.stream is not None:
             # Whatever filled the tensors ran on another stream.
             torch.cuda.synchronize()
-            options.add_run_config_entry("gpu_graph_id", str(self._bindings if capture else -1))
+            options.add_run_config_entry("gpu_graph_id", str(self._bindings if capture and self._captures else -1))
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return BoundRun(self._session, binding, options, self.stream, {**inputs, **outputs})
 
@@ -210,6 +212,23 @@ class BoundRun:
         figures = (statistics.median(blocks), min(blocks), max(blocks), statistics.median(host))
         keys = ("step_ms", "lowest_ms", "highest_ms", "host_ms")
         return {key: round(figure, 4) for key, figure in zip(keys, figures, strict=True)}
+
+    def kernels(self, runs: int = 4) -> dict[str, list[float]]:
+        """What a GPU runs, by the beginnings of kernels' names: how many per run, and microseconds of all of them."""
+        self.run()  # captures
+        self.finish()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            for _ in range(runs):
+                self.run()
+            self.finish()
+        found: dict[str, list[float]] = {}
+        for event in trace.events():
+            if event.device_type.name == "CUDA":
+                entry = found.setdefault(event.name[:80], [0.0, 0.0])
+                entry[0] += 1 / runs
+                entry[1] += event.time_range.elapsed_us() / runs
+        longest = sorted(found.items(), key=lambda item: -item[1][1])[:24]
+        return {name: [round(count, 2), round(total, 2)] for name, (count, total) in longest}
 
     def _block(self, runs: int) -> tuple[float, float]:
         if self.stream is None:

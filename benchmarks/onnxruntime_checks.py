@@ -27,7 +27,8 @@ from dlo_export.checkpoints.interface import (
 )
 from dlo_export.exporter.pipeline import build_captured_model, build_model, exposed
 from dlo_export.exporter.weight_file import save_weights
-from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION, Operand
+from dlo_export.graph_passes.spec.ops import DOMAIN, ORT_OPS, PLUGIN_OPS, VERSION, Operand
+from dlo_export.plugins.router_scores.reference import router_scores
 from dlo_export.plugins.skip_down.reference import skip_down
 from dlo_export.plugins.skip_gate_up.reference import skip_gate_up
 from dlo_export.runtimes.onnxruntime.in_place_runner import InPlaceRunner
@@ -37,13 +38,14 @@ from dlo_export.runtimes.parity.cases import step_feeds
 
 # Of a row's largest output: the operators, whose sums are float32; a decoder's logits, which every layer rounds.
 OPERATOR_ERROR = {"float32": 1e-5, "float16": 2**-10, "bfloat16": 2**-7}
+ROUTER_ERROR = 2e-6  # of sums of thousands of products, in float32, through a sigmoid
 LOGITS_ERROR = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 REFERENCES: dict[str, Callable[..., np.ndarray]] = {"SkipGateUp": skip_gate_up, "SkipDown": skip_down}
 
 
 def operator_model(name: str, dtype: str) -> ir.Model:
     """A graph of one dlo operator, its operands the graph's inputs."""
-    op = PLUGIN_OPS[name]
+    op = ORT_OPS[name]
 
     def declared(operands: tuple[Operand, ...]) -> str:
         words = []
@@ -61,16 +63,16 @@ def operator_model(name: str, dtype: str) -> ir.Model:
     )
 
 
-def check_operators(evidence: Evidence, device: str, library: Path, *, small: bool) -> None:
+def check_operators(evidence: Evidence, device: str, library: Path, *, small: bool, capture: bool) -> None:
     """Both operators against NumPy: every type, decode and prefill tiles, decisions that change between replays."""
-    tokens = [(1, 1), (2, 5)] if small else [(1, 1), (3, 1), (2, 5), (16, 1), (1, 37), (2, 120)]
+    tokens = [(1, 1), (2, 5), (1, 70)] if small else [(1, 1), (3, 1), (2, 5), (16, 1), (1, 37), (2, 120)]
     widths = [(72, 200)] if small else [(72, 200), (264, 520), (1024, 2048)]
     dtypes = [torch.float32] if device == "cpu" else list(OPTIONS)
     for name in PLUGIN_OPS:
         for dtype in dtypes:
             word = str(dtype).removeprefix("torch.")
             with evidence.guard(f"operator {name}", dtype=word):
-                session = DeviceSession(operator_model(name, word), device, library)
+                session = DeviceSession(operator_model(name, word), device, library, capture=capture)
                 worst, wrong, runs = 0.0, 0, 0
                 for shape in tokens:
                     for width in widths:
@@ -80,12 +82,41 @@ def check_operators(evidence: Evidence, device: str, library: Path, *, small: bo
                     f"operator {name}",
                     passed=worst <= OPERATOR_ERROR[word] and not wrong,
                     dtype=word,
+                    captured=capture and device == "cuda",
                     largest_error=worst,
                     bar=OPERATOR_ERROR[word],
                     skipped_rows_changed=wrong,
                     runs=runs,
                     elsewhere=session.operators_elsewhere(),
                 )
+
+
+def check_router(evidence: Evidence, device: str, library: Path, *, small: bool, capture: bool) -> None:
+    """The router's operator against NumPy; its scores lie between 0 and 1, so errors are absolute."""
+    for dtype in [torch.float32] if device == "cpu" else list(OPTIONS):
+        word = str(dtype).removeprefix("torch.")
+        with evidence.guard("operator RouterScores", dtype=word):
+            session = DeviceSession(operator_model("RouterScores", word), device, library, capture=capture)
+            worst, generator = 0.0, torch.Generator(device).manual_seed(7)
+            for tokens, hidden in [((1, 1), 72), ((2, 5), 1032)] + (
+                [] if small else [((16, 1), 4096), ((1, 130), 2048)]
+            ):
+                stream = torch.empty((*tokens, hidden), dtype=dtype, device=device)
+                weight = torch.empty((hidden, 1), device=device).normal_(generator=generator).mul_(2 * hidden**-0.5)
+                scores = torch.empty(tokens, device=device)
+                bound = session.bind({"hidden_states": stream, "router_weight": weight}, {"scores": scores})
+                for _ in range(3):
+                    with bound.on_stream():
+                        stream.normal_(generator=generator)
+                        scores.fill_(torch.nan)
+                    bound.run()
+                    bound.finish()
+                    expected = router_scores(stream.float().cpu().numpy(), weight.cpu().numpy())
+                    error = np.abs(scores.cpu().numpy() - expected).max()
+                    worst = max(worst, float(error) if np.isfinite(error) else float("inf"))
+            evidence.row(
+                "operator RouterScores", passed=worst <= ROUTER_ERROR, dtype=word, largest_error=worst, bar=ROUTER_ERROR
+            )
 
 
 def _operator_errors(
@@ -133,11 +164,21 @@ def _row_error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(error) if np.isfinite(error) else float("inf")
 
 
-def check_decoder(evidence: Evidence, device: str, library: Path, *, routed: bool, dtype: torch.dtype) -> None:
+def check_decoder(
+    evidence: Evidence,
+    device: str,
+    library: Path,
+    *,
+    routed: bool,
+    dtype: torch.dtype,
+    capture: bool,
+    unfilled: float = 0.0,
+) -> None:
     """A small decoder, prompt and steps, against the masked form of the same weights in float32 on the CPU provider.
 
     The reference has no cache of fixed size, none of the dlo operators and none of ONNX Runtime's attention of its own:
     one step of all tokens. Decisions are drawn anew for every token and layer, so a replayed graph has to follow them.
+    `unfilled` is what slots hold that nobody has filled.
     """
     what = f"decoder, {'routed' if routed else 'dense'}"
     source, slots, prompts, steps = RandomDecoder("small", routed), 64, (5, 9), 6
@@ -149,10 +190,10 @@ def check_decoder(evidence: Evidence, device: str, library: Path, *, routed: boo
     limits = torch.from_numpy(np.where(active, ACTIVE, SKIPPED).astype(np.float32)).to(device)
     ids = torch.from_numpy(tokens).to(device)
 
-    decoder = CapturedDecoder.open(source, dtype, device, library, max_cache=slots)
+    decoder = CapturedDecoder.open(source, dtype, device, library, max_cache=slots, capture=capture)
     cache = decoder.cache(len(prompts), slots)
     for value in cache.values():
-        value.fill_(torch.nan)  # slots that nobody filled are not looked at
+        value.fill_(unfilled)
     got: list[list[np.ndarray]] = [[] for _ in prompts]
     # Prompts go in one by one, as the operator wants them, each into its own rows of the cache.
     for row, prompt in enumerate(prompts):
@@ -189,6 +230,8 @@ def check_decoder(evidence: Evidence, device: str, library: Path, *, routed: boo
         what,
         passed=max(errors) <= LOGITS_ERROR[option],
         dtype=option,
+        captured=capture and device == "cuda",
+        unfilled=str(unfilled),
         largest_error=max(errors),
         bar=LOGITS_ERROR[option],
         elsewhere=decoder.session.operators_elsewhere(),
@@ -197,7 +240,7 @@ def check_decoder(evidence: Evidence, device: str, library: Path, *, routed: boo
 
 def check_runner(evidence: Evidence, device: str, library: Path) -> None:
     """The project's own runner from files: prompts of two lengths and six steps, against a growing cache on the CPU."""
-    source, rng = RandomDecoder("small", routed=True), np.random.default_rng(3)
+    source, rng = RandomDecoder("small", routed=True, rescale=True), np.random.default_rng(3)
     option = "fp32" if device == "cpu" else "bf16"
     feeds = step_feeds([rng.integers(0, source.config.vocab_size, length) for length in (14, 11)], 1, 1, 1, 1, 1, 1)
     layers, worst = range(source.config.num_layers), 0.0

@@ -22,19 +22,28 @@ BAR_SHAPE = "8b"  # whose batch of 1 has bars
 DENSE_BAR, EFFICIENCY_BAR = 1.03, 0.9
 
 
-def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *, small: bool) -> None:
+def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *, small: bool, capture: bool) -> None:
     """A decode step, dense and with so many MLPs skipped, and a prompt."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     seconds = 0.05 if small else 0.4
     copy = copy_rate(device, small=small or device == "cpu")
     evidence.row("copy rate", model=shape, gb_per_s=round(copy / 1e9, 1))
-    dense = CapturedDecoder.open(RandomDecoder(shape, routed=False), dtype, device, library)
-    routed = CapturedDecoder.open(RandomDecoder(shape, routed=True), dtype, device, library, dense.weights)
+    dense = CapturedDecoder.open(RandomDecoder(shape, routed=False), dtype, device, library, capture=capture)
+    routed = CapturedDecoder.open(
+        # Where a step cannot be captured, leave out what else is of our own.
+        RandomDecoder(shape, routed=True),
+        dtype,
+        device,
+        library,
+        dense.weights,
+        capture=capture,
+        fuse_routers=capture,
+    )
     for name, decoder in (("dense", dense), ("routed", routed)):
         with evidence.guard("placement", model=shape, graph=name):
             elsewhere = decoder.session.operators_elsewhere()
             evidence.row("placement", model=shape, graph=name, elsewhere=elsewhere, open_s=decoder.open_s)
-    batches = (1, 2) if small else (1, 4, 16)
+    batches = (1, 16) if small else (1, 4, 16)
     for batch in batches:
         if evidence.fits(f"decode {shape}, batch {batch}", 8 * seconds):
             with evidence.guard("decode", model=shape, batch=batch):
@@ -43,6 +52,33 @@ def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *,
     if evidence.fits(f"prefill {shape}", 4 * seconds):
         with evidence.guard("prefill", model=shape):
             _time_prefill(evidence, dense, routed, prompt, seconds)
+    if capture and evidence.fits(f"routers of standard operators {shape}", 6):
+        with evidence.guard("routers of standard operators", model=shape):
+            source = RandomDecoder(shape, routed=True)
+            plain = CapturedDecoder.open(source, dtype, device, library, dense.weights, fuse_routers=False)
+            _time_all_active(evidence, {"routed": routed, "routed, routers of standard operators": plain}, seconds)
+    if device == "cuda" and evidence.fits(f"kernels {shape}", 4):
+        _show_kernels(evidence, dense, routed)
+
+
+def _time_all_active(evidence: Evidence, graphs: dict[str, CapturedDecoder], seconds: float) -> None:
+    for graph, decoder in graphs.items():
+        step = decoder.step(1, 1, decoder.cache(1))
+        step.tensors[KV_LENGTHS].fill_(PAST + 1)
+        _synchronize(decoder.device)
+        common: dict[str, Any] = {"model": decoder.source.name, "batch": 1, "past": PAST}
+        evidence.row("decode, all active", graph=graph, **common, **step.time(seconds))
+
+
+def _show_kernels(evidence: Evidence, dense: CapturedDecoder, routed: CapturedDecoder) -> None:
+    """What a decode step of batch 1 consists of; last, because a profiler looks on."""
+    for graph, decoder in (("dense", dense), ("routed", routed)):
+        with evidence.guard("kernels of a step", graph=graph, model=dense.source.name):
+            step = decoder.step(1, 1, decoder.cache(1))
+            step.tensors[KV_LENGTHS].fill_(PAST + 1)
+            _synchronize(decoder.device)
+            kernels = step.kernels()
+            evidence.row("kernels of a step", graph=graph, model=dense.source.name, kernels_us=kernels)
 
 
 def _time_decode(

@@ -25,6 +25,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
     },
     "1b-2-layers": {"num_hidden_layers": 2, "vocab_size": 128256},
+    "8b-2-layers": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 2,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
     "1b": {"num_hidden_layers": 16, "vocab_size": 128256},
     "8b": {
         "hidden_size": 4096,
@@ -43,11 +51,13 @@ class RandomDecoder:
 
     Attributes:
         name: Of the shape.
-        routed: Whether every layer has a router, of DLO's rule.
+        routed: Whether every layer has a router.
+        rescale: Whether routers scale what they let through, as DLO's authors' do and calibrated ones do not.
     """
 
     name: str
     routed: bool
+    rescale: bool = False
 
     adapter: DloAdapter | None = None
     remembers_activity: bool = False
@@ -61,9 +71,9 @@ class RandomDecoder:
 
     @property
     def routing(self) -> RoutingConfig | None:
-        """Of every layer, with a scale per token: what a calibrated model has."""
-        layers = tuple(range(self.config.num_layers))
-        return RoutingConfig("mlp", layers, rescale=True, scale_factor=2.0, scale_gap=0.05) if self.routed else None
+        """Of every layer."""
+        layers, gap = tuple(range(self.config.num_layers)), 0.05 if self.rescale else 0.0
+        return RoutingConfig("mlp", layers, self.rescale, scale_factor=2.0, scale_gap=gap) if self.routed else None
 
     @property
     def mlp_bytes(self) -> int:

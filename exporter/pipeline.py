@@ -44,12 +44,13 @@ from dlo_export.graph_passes.lowerings.registry import (
 )
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.routing.fuse_router_scores import FuseRouterScoresPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.data_dependent_shapes import data_dependent_shapes
 from dlo_export.graph_passes.spec.graph_checks import misordered_values
 from dlo_export.graph_passes.spec.invariants import INJECTED, PLAIN, ROUTED, StageSpec, check_stage
-from dlo_export.graph_passes.spec.ops import MICROSOFT
+from dlo_export.graph_passes.spec.ops import DOMAIN, MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
@@ -164,14 +165,18 @@ def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord, *, last_log
     ]
 
 
-def captured_steps(source: GraphSource, lowering: LoweringRecord, max_cache: int) -> list[Step]:
+def captured_steps(
+    source: GraphSource, lowering: LoweringRecord, max_cache: int, *, fuse_routers: bool = True
+) -> list[Step]:
     """What turns the plain graph into one whose step a CUDA graph captures in ONNX Runtime, each step with its reason.
 
     Args:
         source: What is exported.
         lowering: One that a CUDA graph can capture.
         max_cache: Slots of the cache, per sequence.
+        fuse_routers: Let the dlo operators' library compute routers' scores too, where it is needed anyway.
     """
+    fused = fuse_routers and DOMAIN in lowering.domains
     steps = [
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
@@ -181,6 +186,8 @@ def captured_steps(source: GraphSource, lowering: LoweringRecord, max_cache: int
         *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
         # The one lowering, of fixed shapes.
         *_lowering_steps(lowering, Workload(plugins_at_hand=True)),
+        # Each kernel of a step costs a microsecond or two, whatever it does.
+        *([Step(FuseRouterScoresPass(), lowering.stage)] if fused else []),
         # One product for query, key and value, which attention takes as it is.
         Step(FuseSiblingMatMulsPass(), lowering.stage),
     ]
@@ -318,7 +325,12 @@ def build_model(
 
 
 def build_captured_model(
-    source: GraphSource, lowering: str, max_cache: int, dtype: ir.DataType = ir.DataType.FLOAT
+    source: GraphSource,
+    lowering: str,
+    max_cache: int,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    *,
+    fuse_routers: bool = True,
 ) -> ir.Model:
     """Builds the source's graph for ONNX Runtime with a cache of fixed size, updated in place.
 
@@ -327,6 +339,7 @@ def build_captured_model(
         lowering: Name of what routed layers become.
         max_cache: Slots of the cache, per sequence.
         dtype: Of weights, KV cache and logits.
+        fuse_routers: Let the dlo operators' library compute routers' scores too, where it is needed anyway.
 
     Returns:
         The finished graph, its weights still lazy.
@@ -346,7 +359,7 @@ def build_captured_model(
             f"a static cache for ONNX Runtime: {'; '.join(problems)}",
             hint="export without it, or choose --lowering plugin",
         )
-    return run_steps(_plain(source, dtype), captured_steps(source, record, max_cache))
+    return run_steps(_plain(source, dtype), captured_steps(source, record, max_cache, fuse_routers=fuse_routers))
 
 
 def check_captured(dtype: str, provider: ProviderOption) -> None:

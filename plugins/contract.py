@@ -73,4 +73,4 @@ def width_problems(sizes: Mapping[str, int]) -> list[str]:
 
 def weight_input(op: PluginOp) -> int:
     """Index of the first weight among the inputs: its two axes are the summed one and the output's columns."""
-    return next(index for index, operand in enumerate(op.inputs) if len(operand.dims) == 2 and operand.dtype == "T")
+    return next(index for index, operand in enumerate(op.inputs) if operand.name.endswith("_weight"))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
+from dlo_export.graph_passes.spec.ops import ORT_OPS
 from dlo_export.plugins.contract import weight_input
+from dlo_export.plugins.router_scores.kernel import router_scores_kernel
 from dlo_export.plugins.skip_down.kernel import skip_down_kernel
 from dlo_export.plugins.skip_gate_up.kernel import skip_gate_up_kernel
 from dlo_export.plugins.tiles import TileName, tile_for, tile_of
 
-KERNELS: Final[dict[str, Any]] = {"SkipGateUp": skip_gate_up_kernel, "SkipDown": skip_down_kernel}
+KERNELS: Final[dict[str, Any]] = {
+    "SkipGateUp": skip_gate_up_kernel,
+    "SkipDown": skip_down_kernel,
+    "RouterScores": router_scores_kernel,
+}
 INTEGERS: Final = 3
 """Between inputs and outputs: tokens, then rows and columns of the weight."""
 
@@ -21,13 +26,13 @@ def launch(
     """Launches a kernel on tensors that Triton takes (data_ptr, dtype, shape), inputs then output, all contiguous.
 
     Args:
-        op_name: "SkipGateUp" or "SkipDown".
+        op_name: Of an operator.
         *operands: The schema's inputs and outputs.
         dtype: T as the schema names it.
         tile_name: The tile to use; by default the one the number of tokens asks for.
         interpreted: Triton's interpreter runs the kernel (TRITON_INTERPRET=1 was set before triton was imported).
     """
-    op = PLUGIN_OPS[op_name]
+    op = ORT_OPS[op_name]
     inputs = operands[: len(op.inputs)]
     batch, sequence, _ = operands[0].shape
     depth, columns = operands[weight_input(op)].shape

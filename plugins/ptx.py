@@ -7,7 +7,7 @@ import re
 from typing import Final
 
 from dlo_export.checkpoints.dtypes import BY_NAME
-from dlo_export.graph_passes.spec.ops import PLUGIN_OPS, WIDTH_MULTIPLE
+from dlo_export.graph_passes.spec.ops import ORT_OPS, WIDTH_MULTIPLE
 from dlo_export.plugins.contract import operand_dtypes
 from dlo_export.plugins.errors import PluginError
 from dlo_export.plugins.variants import Variant
@@ -32,7 +32,7 @@ def ptx_of(variant: Variant) -> tuple[str, str, int, int]:
             "compiling plugins: TRITON_INTERPRET is set, so Triton interprets and cannot compile",
             hint="unset TRITON_INTERPRET for this command",
         )
-    op, kernel = PLUGIN_OPS[variant.op_name], KERNELS[variant.op_name]
+    op, kernel = ORT_OPS[variant.op_name], KERNELS[variant.op_name]
     tile = variant.sizes
     # Triton has the same words for these types as `--dtype`.
     pointers = [f"*{BY_NAME[dtype].option}" for dtype in operand_dtypes(op, variant.dtype)]

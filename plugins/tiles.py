@@ -59,6 +59,8 @@ _TILES: Final[dict[str, dict[TileName, Tile]]] = {
         "prefill": Tile(rows=64, columns=64, depth=64, scan=512, warps=4, stages=3),
     },
 }
+# A token's score is one sum: every tile is one token, a row of 4096 elements in four steps.
+_TILES["RouterScores"] = dict.fromkeys(TILE_NAMES, Tile(rows=1, columns=1, depth=1024, scan=1, warps=4, stages=1))
 # By compute capability, where a GPU was at hand to measure it; what else was measured stands in docs/results.md.
 # 9.0, H200, hidden 4096, intermediate 14336, bfloat16. Decode, 8 of 16 tokens active: 58 and 34 µs, 4.1 and 3.5 TB/s of
 # weights (the tiles above: 79 and 49 µs). Prefill, 256 of 512 active: 144 and 93 µs (161 and 118 µs).

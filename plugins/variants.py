@@ -48,6 +48,7 @@ def variants(
     targets: Iterable[int] = TARGETS,
     dtypes: Iterable[str] = T_DTYPES,
     tiles: Iterable[TileName] = TILE_NAMES,
+    ops: Iterable[str] = tuple(PLUGIN_OPS),
 ) -> list[Variant]:
     """Every combination of operator, dtype, tile and target."""
-    return [Variant(*choice) for choice in itertools.product(PLUGIN_OPS, dtypes, tiles, targets)]
+    return [Variant(*choice) for choice in itertools.product(ops, dtypes, tiles, targets)]

@@ -115,7 +115,26 @@ SKIP_DOWN = PluginOp(
     """,
 )
 
+ROUTER = PluginOp(
+    "RouterScores",
+    (
+        Operand("hidden_states", "T", (*_TOKENS, "hidden"), "The stream that enters the layer."),
+        Operand("router_weight", "float32", ("hidden", "one"), "Of the layer's router, a matrix of one column."),
+    ),
+    (Operand("scores", "float32", _TOKENS, "Above the layer's threshold where the token is active."),),
+    "sigmoid(x·w), all of it in float32.",
+    body="""
+        stream = Cast <to = 1> (hidden_states)
+        column = MatMul (stream, router_weight)
+        last = Constant <value_ints = [-1]> ()
+        logits = Squeeze (column, last)
+        scores = Sigmoid (logits)
+    """,
+)
+
 PLUGIN_OPS: dict[str, PluginOp] = {op.name: op for op in (SKIP_GATE_UP, SKIP_DOWN)}
+ORT_OPS: dict[str, PluginOp] = {**PLUGIN_OPS, ROUTER.name: ROUTER}
+"""What ONNX Runtime's library has: TensorRT fuses small operators by itself."""
 
 
 def reference_function(op: PluginOp) -> ir.Function:

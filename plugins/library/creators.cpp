@@ -6,7 +6,6 @@
 #include <NvInferRuntime.h>
 
 #include <array>
-#include <iterator>
 #include <new>
 #include <utility>
 
@@ -50,8 +49,8 @@ nvinfer1::IPluginCreatorInterface* const* creators(std::index_sequence<indices..
 }  // namespace dlo
 
 DLO_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators) {
-    nbCreators = static_cast<int32_t>(std::size(dlo::kOps));
-    return dlo::creators(std::make_index_sequence<std::size(dlo::kOps)>{});
+    nbCreators = static_cast<int32_t>(dlo::kPluginOps);
+    return dlo::creators(std::make_index_sequence<dlo::kPluginOps>{});
 }
 
 DLO_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { dlo::setLoggerFinder(finder); }

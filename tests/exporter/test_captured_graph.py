@@ -19,6 +19,7 @@ from dlo_export.exporter.weight_file import save_weights
 from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ROUTER_SCORES, role_values
 from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.onnxruntime.in_place_runner import InPlaceRunner
@@ -109,6 +110,19 @@ def test_layers_are_found_when_attention_is_onnxruntimes(tmp_path: Path) -> None
     assert len(layers) == 3
     assert [value.name for value in model.graph.inputs][:2] == ["input_ids", "kv_lengths"]
     assert not [node.op_type for node in model.graph if node.op_type in ("Cos", "RotaryEmbedding", "Split")]
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.BFLOAT16])
+def test_routers_are_one_operator_when_the_library_is_needed_anyway(tmp_path: Path, dtype: ir.DataType) -> None:
+    source = source_of(tmp_path / "model", routed=(True, False, True), rescale=False)
+    for fuse, lowering in ((True, "plugin"), (False, "plugin"), (True, "masked")):
+        model = build_captured_model(source, lowering, SLOTS, dtype, fuse_routers=fuse)
+        fused = fuse and lowering == "plugin"
+        scores = role_values(model.graph, ROUTER_SCORES)
+        assert sorted(scores) == [0, 2]
+        assert {value.producer().op_type for value in scores.values()} == {"RouterScores" if fused else "Sigmoid"}
+        others = [node.op_type for node in model.graph if node.metadata_props.get(LAYER_KEY) == "0"]
+        assert others.count("Squeeze") == (0 if fused else 1)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
-from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION
+from dlo_export.graph_passes.spec.ops import DOMAIN, ORT_OPS, PLUGIN_OPS, VERSION
 from dlo_export.plugins.contract import SIZES_HINT, T_DTYPES
 from dlo_export.plugins.errors import PluginLibraryError
 from dlo_export.plugins.ort_registration import register_library
+from dlo_export.plugins.router_scores.reference import router_scores
 from dlo_export.plugins.skip_down.reference import skip_down
 from dlo_export.plugins.skip_gate_up.reference import skip_gate_up
 from tests.plugins.ort_library import built_library
@@ -37,11 +38,11 @@ def library():
 
 @pytest.fixture(scope="module")
 def sessions(library):
-    return {name: session(library, name) for name in PLUGIN_OPS}
+    return {name: session(library, name) for name in ORT_OPS}
 
 
 def session(library, name, dtype="float32", threads=2):
-    op = PLUGIN_OPS[name]
+    op = ORT_OPS[name]
 
     def declared(operands):
         types = [BY_NAME[dtype if operand.dtype == "T" else operand.dtype].onnx for operand in operands]
@@ -113,6 +114,16 @@ def test_operators_compute_what_numpy_does_when_tokens_are_active(sessions, toke
         assert output[~active].tobytes() == residual[~active].tobytes()
 
 
+@pytest.mark.parametrize("tokens", TOKENS, ids=str)
+def test_router_gives_the_scores_numpy_does(sessions, tokens):
+    for hidden in (8, 72, 1032):
+        rng = np.random.default_rng(hidden)
+        x, weight = normal(rng, *tokens, hidden), 3 * normal(rng, hidden, 1) / np.float32(hidden**0.5)
+        (scores,) = sessions["RouterScores"].run(None, {"hidden_states": x, "router_weight": weight})
+        assert scores.shape == tokens
+        np.testing.assert_allclose(scores, router_scores(x, weight), rtol=0, atol=1e-6)
+
+
 def test_a_token_is_active_when_its_scale_is_nan(sessions):
     rng = np.random.default_rng(0)
     gate, up, down = mlp(rng, 16, 24)
@@ -156,7 +167,7 @@ def test_results_are_the_same_bits_when_threads_differ(library, sessions):
     assert single.run(None, feeds)[0].tobytes() == sessions["SkipGateUp"].run(None, feeds)[0].tobytes()
 
 
-@pytest.mark.parametrize("name", PLUGIN_OPS)
+@pytest.mark.parametrize("name", ORT_OPS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_cpu_refuses_by_name_when_operands_have_16_bits(library, name, dtype):
     with pytest.raises(Exception, match=f"dlo::{name}: on a CPU it computes float32 alone, the model is {dtype}"):
@@ -201,7 +212,7 @@ def test_library_names_both_versions_when_onnxruntime_is_older_than_its_interfac
     assert answers[0] == "old: libdlo_ort.so: needs ONNX Runtime 1.17 or newer, this is 1.16.0"
 
 
-@pytest.mark.parametrize("name", PLUGIN_OPS)
+@pytest.mark.parametrize("name", ORT_OPS)
 def test_every_type_is_registered_for_both_providers_when_asked(answers, name):
     registered = [line for line in answers if f"ExecutionProvider {name}: " in line]
     assert sorted(line.split()[0] for line in registered) == [
@@ -211,7 +222,7 @@ def test_every_type_is_registered_for_both_providers_when_asked(answers, name):
     assert [line for line in registered if line.endswith(": made")] == [f"CPUExecutionProvider {name}: made"]
 
 
-@pytest.mark.parametrize("name", PLUGIN_OPS)
+@pytest.mark.parametrize("name", ORT_OPS)
 def test_cuda_refuses_by_name_when_there_is_no_driver(answers, name):
     try:
         ctypes.CDLL("libcuda.so.1")

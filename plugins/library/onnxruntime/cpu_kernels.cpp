@@ -3,6 +3,7 @@
 #include "row_products.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -119,9 +120,35 @@ void skipDown(CpuCall const& call) {
     forEachTile(call, compute);
 }
 
+// inputs: hidden_states, router_weight
+void routerScores(CpuCall const& call) {
+    constexpr int64_t kLanes = 16;  // sums side by side, which a compiler makes vectors of
+    call.parallelFor(static_cast<size_t>(call.tokens), [&](size_t token) {
+        float const* const x = call.inputs[0] + static_cast<int64_t>(token) * call.depth;
+        float sums[kLanes] = {};
+        int64_t const wide = call.depth / kLanes * kLanes;
+        for (int64_t k = 0; k < wide; k += kLanes) {
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+                sums[lane] += x[k + lane] * call.inputs[1][k + lane];
+            }
+        }
+        float logit = 0;
+        for (float const sum : sums) {
+            logit += sum;
+        }
+        for (int64_t k = wide; k < call.depth; ++k) {
+            logit += x[k] * call.inputs[1][k];
+        }
+        call.output[token] = 1.0F / (1.0F + std::exp(-logit));
+    });
+}
+
 }  // namespace
 
 CpuKernel findCpuKernel(char const* op) noexcept {
+    if (std::strcmp(op, "RouterScores") == 0) {
+        return routerScores;
+    }
     if (std::strcmp(op, "SkipGateUp") == 0) {
         return skipGateUp;
     }

@@ -1,0 +1,1 @@
+"""`dlo::RouterScores`: what a router gives every token, in one launch."""
