@@ -99,9 +99,9 @@ def route_tiny_family(folder: Path, routing: RoutingKind) -> None:
     rule = {"rescale": True, "scale_factor": 1.5, "scale_gap": 0.4}
     config |= routed_config(is_dlo, routing=routing, family=family_of(config), **rule)
     (folder / "config.json").write_text(json.dumps(config))
-    rng = np.random.default_rng(1)
+    rng, hidden = np.random.default_rng(1), config["hidden_size"]
     routers = {
-        f"model.routers.{layer}.weight": torch.from_numpy(rng.standard_normal((1, 32)).astype(np.float32))
+        f"model.routers.{layer}.weight": torch.from_numpy(rng.standard_normal((1, hidden)).astype(np.float32))
         for layer, routed in enumerate(is_dlo)
         if routed
     }

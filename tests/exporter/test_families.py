@@ -24,6 +24,7 @@ from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.modeling.calibration.layer_stream import LayerStream
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
@@ -84,6 +85,20 @@ def test_tensorrt_graph_computes_what_transformers_does_when_the_family_differs_
     session = StaticSession(build_tensorrt_model(source, options, ir.DataType.FLOAT), 2)
     pieces = [session.step(IDS[:, start:stop])["logits"] for start, stop in zip((0, *CUTS[:-1]), CUTS, strict=True)]
     np.testing.assert_allclose(np.concatenate(pieces, 1), stepwise_logits(reference), rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("case", ["qwen3, yarn", "llama, dynamic"])
+def test_engine_is_built_when_the_family_differs_from_llama(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DLO_EXPORT_CACHE", str(tmp_path / "engines"))
+    save_tiny_family(tmp_path / "model", **CASES[case], hidden_size=64, head_dim=16)
+    if case.startswith("qwen3"):
+        route_tiny_family(tmp_path / "model", "mlp")
+    trt = TensorRtRequest(targets=("sm89",), max_cache=64, max_sequence=32)
+    description = exported(tmp_path / "model", trt=trt).description
+    assert description.parity.verdict == "PASS"  # of the engine's fp32 twin, too
+    assert [engine.build.backend for engine in description.engines] == ["rtx"]
 
 
 @pytest.mark.parametrize("routing", ["mlp", "layer"])
