@@ -34,14 +34,19 @@ LAUNCHES, BLOCKS = 10, 4
 RUNS, SETTLE = {"decode": 20, "prefill": 5}, {"decode": 15, "prefill": 3}
 
 
-def build_with_genai(model: Path, output: Path) -> Path:
+def build_with_genai(model: Path, output: Path, precision: str = "fp32") -> Path:
     """Runs onnxruntime-genai's model builder; returns the graph.
+
+    Args:
+        model: Checkpoint folder.
+        output: Made.
+        precision: "fp32" or "int4".
 
     Raises:
         RuntimeError: It failed, with what it wrote.
     """
     module = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    options = ["-i", str(model), "-o", str(output), "-p", "fp32", "-e", "cpu", "-c", str(output / "cache")]
+    options = ["-i", str(model), "-o", str(output), "-p", precision, "-e", "cpu", "-c", str(output / "cache")]
     built = subprocess.run([*module, *options], check=False, capture_output=True, text=True)
     if built.returncode:
         raise RuntimeError(f"{module}: ended with {built.returncode}\n{built.stderr[-2000:]}")

@@ -39,6 +39,8 @@ from benchmarks.papers.tasks import task_files
 from benchmarks.training_rate import SIDES
 from dlo_export.checkpoints.adapter.adapter import load_adapter
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.json_file import read_json
+from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _DLO = (sys.executable, "-c", "from dlo_export.exporter.cli import main; raise SystemExit(main())")
@@ -46,7 +48,6 @@ _OTHERS_S, _RATES_S = 55.0, 40.0  # behind the experiments: for the adapter and 
 _STARTING_S = 25.0  # imports and tokens of the adapter's process, and the tables of the experiments', need no GPU
 _TO_TRAIN = 0.75  # of the experiments' time; in the rest the first process measures what the others trained
 _OF_TRAINER = 0.9  # tokens per second of dlo train over those of transformers' Trainer on the dense model
-_PACKED_EVERY_S = 15.0
 _TARGET = 0.9  # of the demo, over all layers
 # What a result says that a row can do without: the archive has it.
 _LONG = ("curve", "settings", "domains", "active_by_layer", "skipped", "layers", "timings", "workload")
@@ -206,7 +207,6 @@ class _Part:
         self._tasks = self._library = folder
         self.adapter: Child | None = None
         self._shipped: Child | None = None
-        self._packed_at = 0.0
         self._seen: set[str] = set()
 
     def prepare(self) -> None:
@@ -343,18 +343,18 @@ class _Part:
         )
 
     def _note(self, results: Results) -> None:
-        """Rows of results that are new, and from time to time the archive."""
+        """Rows of results that are new, and the archive with them: whoever ends this has all that there was."""
+        before = len(self._seen)
         for name, values in results.found("").items():
             if name not in self._seen:
                 self._seen.add(name)
                 self._evidence.row(
                     f"papers: {name}", **{key: value for key, value in values.items() if key not in _LONG}
                 )
-        if time.monotonic() > self._packed_at + _PACKED_EVERY_S:
+        if len(self._seen) > before:
             self._pack()
 
     def _pack(self) -> None:
-        self._packed_at = time.monotonic()
         kept = [self._results / name for name in ("runs", "plots", "papers.md", "reproduction.json")]
         _archive(self._evidence.out / "papers.tar.xz", [path for path in kept if path.exists()])
         logs = sorted(self._folder.glob("*.log"))
@@ -391,8 +391,7 @@ class _Part:
             return
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         _archive(self._evidence.out / "adapter.tar.xz", [out, out.with_name("adapter.run") / "log.jsonl"])
-        lines = child.log.read_text(encoding="utf-8")
-        report = json.loads(lines[lines.index("{") :])
+        report = read_json(out / DESCRIPTION_NAME)["result"]
         self._evidence.row("adapter", passed=size < 2_000_000, bytes=size, seconds=round(child.seconds, 1), **report)
 
     def _child(self, name: str, *words: Any, cores: set[int] | None = None, dlo: bool = False) -> Child:

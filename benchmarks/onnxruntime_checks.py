@@ -178,7 +178,7 @@ def check_decoder(
 
     The reference has no cache of fixed size, none of the dlo operators and none of ONNX Runtime's attention of its own:
     one step of all tokens. Decisions are drawn anew for every token and layer, so a replayed graph has to follow them.
-    `unfilled` is what slots hold that nobody has filled.
+    `unfilled` is what slots hold that nobody has filled: any number; ONNX Runtime's CUDA kernels multiply it by 0.
     """
     what = f"decoder, {'routed' if routed else 'dense'}"
     source, slots, prompts, steps = RandomDecoder("small", routed), 64, (5, 9), 6

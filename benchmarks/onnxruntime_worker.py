@@ -89,9 +89,9 @@ class DecoderStep:
         dims = self.inputs[name].shape
         if len(dims) == 2:
             return 1, length
-        if isinstance(dims[1], int):
+        if isinstance(dims[1], int) and isinstance(dims[3], int):
             return 1, dims[1], length, dims[3]
-        # onnxruntime-genai's own graphs name all dimensions of the cache; the file beside them has the numbers.
+        # onnxruntime-genai's own graphs name dimensions of the cache; the file beside them has the numbers.
         decoder = json.loads((self.graph.parent / "genai_config.json").read_text())["model"]["decoder"]
         return 1, decoder["num_key_value_heads"], length, decoder["head_size"]
 

@@ -121,10 +121,17 @@ std::vector<char> read(std::string const& path, size_t bytes) {
     return data;
 }
 
-CUdeviceptr upload(std::vector<char> const& data) {
+// Copies in the stream that the kernels run on, which does not wait for the default one: a copy there may still be under
+// way when its call returns, and would lay poison over what a kernel has written.
+void copy(CUdeviceptr address, std::vector<char> const& data, CUstream stream) {
+    CUDA(cuMemcpyHtoDAsync, address, data.data(), data.size(), stream);
+    CUDA(cuStreamSynchronize, stream);
+}
+
+CUdeviceptr upload(std::vector<char> const& data, CUstream stream) {
     CUdeviceptr address = 0;
     CUDA(cuMemAlloc, &address, data.size());
-    CUDA(cuMemcpyHtoD, address, data.data(), data.size());
+    copy(address, data, stream);
     return address;
 }
 
@@ -154,14 +161,14 @@ void run(Case const& c, std::string const& folder, IPluginV3OneRuntime& plugin, 
         descs[count] = {operand.dims, isScale ? DataType::kFLOAT : t.type, TensorFormat::kLINEAR, 1.F};
         CUdeviceptr const address = upload(isScale
                 ? read(stem + "scale.0.bin", scaleBytes)
-                : read(stem + operand.name + ".bin", elements(operand.dims) * t.bytes));
+                : read(stem + operand.name + ".bin", elements(operand.dims) * t.bytes), stream);
         inputs[count++] = reinterpret_cast<void const*>(address);
         scale = isScale ? address : scale;
     }
     PluginTensorDesc const out{Dims{3, {c.batch, c.sequence, c.columns}}, t.type, TensorFormat::kLINEAR, 1.F};
     size_t const bytes = elements(out.dims) * t.bytes;
     std::vector<char> const poison(bytes + 2 * kGuard, static_cast<char>(kPoison));
-    CUdeviceptr const guarded = upload(poison);
+    CUdeviceptr const guarded = upload(poison, stream);
     void* const output = reinterpret_cast<void*>(guarded + kGuard);
     if (plugin.onShapeChange(descs, count, &out, 1) != 0) {
         stop(kFailed, c.name + ": onShapeChange failed");
@@ -181,13 +188,12 @@ void run(Case const& c, std::string const& folder, IPluginV3OneRuntime& plugin, 
     // One capture; what a replay skips is what the scale says then.
     for (int replay = 0; replay < c.replays; ++replay) {
         std::string const number = std::to_string(replay) + ".bin";
-        std::vector<char> const decisions = read(stem + "scale." + number, scaleBytes);
-        CUDA(cuMemcpyHtoD, scale, decisions.data(), decisions.size());
-        CUDA(cuMemcpyHtoD, guarded, poison.data(), poison.size());
+        copy(scale, read(stem + "scale." + number, scaleBytes), stream);
+        copy(guarded, poison, stream);
         CUDA(cuGraphLaunch, executable, stream);
-        CUDA(cuStreamSynchronize, stream);
         std::vector<char> result(poison.size());
-        CUDA(cuMemcpyDtoH, result.data(), guarded, result.size());
+        CUDA(cuMemcpyDtoHAsync, result.data(), guarded, result.size(), stream);
+        CUDA(cuStreamSynchronize, stream);
         for (size_t i = 0; i < kGuard; ++i) {
             if (result[i] != poison[0] || result[kGuard + bytes + i] != poison[0]) {
                 stop(kFailed, c.name + ": replay " + std::to_string(replay) + " wrote outside the output");

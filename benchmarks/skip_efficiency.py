@@ -1,7 +1,8 @@
 """How much of the work that routing skips is time saved.
 
 Efficiency = (T_dense / T − 1) / (T_dense / T_ideal − 1). T_ideal lies on the line between the dense artefact and the
-routed one that skips every MLP (with `--routing layer`, every layer), at the measured active rate. Decode is one token
+routed one that skips every MLP (with `--routing layer`, every layer; with `attention`, every attention), at the
+measured active rate. Decode is one token
 of batch 1 behind 128 tokens; prefill is 128 tokens. Routers are part of the graph and decide by themselves; their
 weights were fitted so that they decide as a pattern wants (benchmarks/routing.py):
 
@@ -19,7 +20,7 @@ benchmarks/workers.py.
     python -m benchmarks.skip_efficiency smollm2
     python -m benchmarks.skip_efficiency h2048
     python -m benchmarks.skip_efficiency smollm2 --routing layer
-    python -m benchmarks.skip_efficiency smollm2 --routing layer --lowering if --phase decode
+    python -m benchmarks.skip_efficiency smollm2 --routing layer --lowering if --phase decode --rates 0.5
 
 `h2048` is a random model of hidden size 2048, intermediate size 8192 and 8 layers; it takes 6 GB of disk and 9 of
 memory.
@@ -53,7 +54,12 @@ from dlo_export.graph_passes.lowerings.registry import lowering_names
 PROMPT = 128
 RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
 PHASES = ("decode", "prefill")
-BARS = {"mlp": {"smollm2": 0.75, "h2048": 0.85}, "layer": {"smollm2": 0.8, "h2048": 0.8}}
+BARS: dict[RoutingKind, dict[str, float]] = {
+    "mlp": {"smollm2": 0.75, "h2048": 0.85},
+    "layer": {"smollm2": 0.8, "h2048": 0.8},
+    "attention": {"smollm2": 0.8, "h2048": 0.8},
+    "attention-active": {"smollm2": 0.8, "h2048": 0.8},
+}
 TITLES = {"smollm2": "SmolLM2-135M", "h2048": "H=2048, I=8192, 8 layers, random weights"}
 
 
@@ -87,6 +93,7 @@ class Subject:
         routing: What a token skips.
         lowering: Of the routed graphs.
         phases: Of PHASES.
+        rates: Of RATES, 0 among them: what the ideal is measured by.
         threads: Of ONNX Runtime.
     """
 
@@ -94,6 +101,7 @@ class Subject:
     routing: RoutingKind
     lowering: str
     phases: tuple[str, ...]
+    rates: tuple[float, ...]
     threads: int
 
 
@@ -132,7 +140,8 @@ def make_cases(subject: Subject, model_folder: Path, folder: Path) -> tuple[Path
     dense = export(model_folder, folder / "dense")
     routed = export(model_folder, folder / "routed", save_routers(model, folder / "adapter"), subject.lowering)
     patterns = {"layers": layers_active, "tokens": tokens_active}
-    wanted = [("decode", "layers", rate) for rate in RATES] + [("prefill", "tokens", rate) for rate in RATES]
+    wanted = [("decode", "layers", rate) for rate in subject.rates]
+    wanted += [("prefill", "tokens", rate) for rate in subject.rates]
     cases = []
     for phase, pattern, rate in [*wanted, ("prefill", "layers", 0.5)]:
         if phase not in subject.phases:
@@ -198,10 +207,14 @@ def main() -> None:
     parser.add_argument("--routing", choices=sorted(BARS), default="mlp")
     parser.add_argument("--lowering", choices=("auto", *lowering_names("onnxruntime-cpu")), default="auto")
     parser.add_argument("--phase", choices=PHASES, help="Measure one only.")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", choices=RATES, default=RATES, help="Shares of active tokens; 0 is always one."
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
     phases = PHASES if given.phase is None else (given.phase,)
-    subject = Subject(given.model, given.routing, given.lowering, phases, given.threads)
+    rates = tuple(rate for rate in RATES if rate == 0 or rate in given.rates)
+    subject = Subject(given.model, given.routing, given.lowering, phases, rates, given.threads)
     folder = smollm2_folder() if given.model == "smollm2" else random_llama_folder("random-h2048", H2048)
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
         dense, cases = make_cases(subject, folder, Path(temporary))

@@ -23,13 +23,17 @@ from dlo_export.checkpoints.llama_layer import (
     router_name,
 )
 from dlo_export.checkpoints.model_types import (
+    KV_KEY,
     LLAMA,
     MODEL_TYPES,
     PLAIN_TYPES,
     Family,
     ModelType,
     RoutingKind,
+    kv_keys,
+    kv_problem,
     routed_type,
+    routing_kind,
 )
 from dlo_export.checkpoints.rope import RopeConfig, rope_of_fields
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
@@ -51,10 +55,11 @@ class RoutingConfig:
     """Which layers decide per token whether to run, and by what rule.
 
     A token is active in a routed layer iff sigmoid(router · layer input) exceeds the layer's threshold; an active
-    token's MLP branch is multiplied by 0.5·scale_factor + (score - 0.5)·scale_gap (DLO, arXiv 2407.11030).
+    token's MLP branch (attention's, where that alone is skipped) is multiplied by
+    0.5·scale_factor + (score - 0.5)·scale_gap (DLO, arXiv 2407.11030).
 
     Attributes:
-        kind: "mlp" skips the MLP branch, "layer" skips attention too.
+        kind: "mlp" skips the MLP branch, "layer" skips attention too, "attention" and "attention-active" that alone.
         layers: Indices of the routed layers, ascending.
         rescale: Whether the branch is multiplied at all.
         scale_factor: 2.0 where rescale is False: the multiplier is then 1.
@@ -77,6 +82,7 @@ class RoutingConfig:
             "rescale_hidden_states": self.rescale,
             "scale_factor": self.scale_factor,
             "scale_gap": self.scale_gap,
+            **kv_keys(self.kind),
             **({THRESHOLDS: thresholds_json(self.thresholds)} if self.thresholds else {}),
         }
 
@@ -389,7 +395,10 @@ def _head_dim(fields: JsonFields, hidden_size: int, num_heads: int) -> int:
 
 
 def _routing(fields: JsonFields, model_type: ModelType, num_layers: int) -> RoutingConfig | None:
-    kind = model_type.routing
+    if (problem := kv_problem(fields.values)) is not None:
+        fields.problem(KV_KEY, problem)
+        return None
+    kind = routing_kind(fields.values)
     layers = _routed_layers(fields, num_layers, optional=kind is None)
     thresholds = _thresholds(fields, model_type, layers)
     if not layers:

@@ -19,6 +19,9 @@ KV_LENGTHS = "kv_lengths"
 LOGITS = "logits"
 TOKEN_INPUTS = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS)
 
+LEFT_PADDING = "left_padding"
+"""Entry of a graph's metadata: "no" where its attention counts tokens and cannot tell padding in front of them."""
+
 CachePart = Literal["key", "value"]
 CACHE_PARTS: tuple[CachePart, CachePart] = ("key", "value")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -85,9 +86,70 @@ class ArrayTensor:
         """Nothing to release: the array belongs to whoever made it."""
 
 
+@dataclass(frozen=True)
+class JoinedTensor:
+    """Tensors one below the other, their columns alike.
+
+    Attributes:
+        parts: At least one.
+    """
+
+    parts: tuple[LazyTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows of all parts."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type that holds all of theirs."""
+        return np.result_type(*(part.dtype for part in self.parts))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of `numpy()`."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def numpy(self) -> np.ndarray:
+        """A new array."""
+        return self.rows(0, self.shape[0])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Those rows of the parts that they lie in."""
+        found, first = [], 0
+        for part in self.parts:
+            count = part.shape[0]
+            some = slice(max(0, start - first), min(count, stop - first))
+            if some.start < some.stop:
+                found.append(part.rows(some.start, some.stop))
+            first += count
+        return np.concatenate(found) if found else np.empty((0, *self.shape[1:]), self.dtype)
+
+    def release(self) -> None:
+        """Of every part."""
+        for part in self.parts:
+            part.release()
+
+
+def joined_rows(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """One tensor of all parts, one below the other; the part itself where there is only one."""
+    return parts[0] if len(parts) == 1 else JoinedTensor(tuple(parts))
+
+
 def rows_at_once(num_rows: int, nbytes: int) -> int:
     """How many of a tensor's rows make a chunk of at most `CHUNK_BYTES`; at least one."""
     return max(1, CHUNK_BYTES * num_rows // max(1, nbytes))
+
+
+def all_zeros(tensor: LazyTensor) -> bool:
+    """Whether a tensor holds nothing but zeros; read in chunks, and released."""
+    # The first row settles it for all but the zero matrices, without reading (and dequantising) the others.
+    step = rows_at_once(tensor.shape[0], tensor.nbytes)
+    starts = range(0, tensor.shape[0], step)
+    zeros = not tensor.rows(0, 1).any() and not any(tensor.rows(start, start + step).any() for start in starts)
+    tensor.release()
+    return zeros
 
 
 def are_equal(first: LazyTensor, second: LazyTensor) -> bool:

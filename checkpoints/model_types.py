@@ -8,17 +8,28 @@ from typing import Any, Literal
 
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.json_fields import JsonFields
-from dlo_export.checkpoints.llama_layer import Block
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, Block, LayerModule
 
 FULL_ATTENTION = "full_attention"
 
 WindowRule = Literal["sliding_window", "layer_types", "use_sliding_window", "max_window_layers"]
 
-RoutingKind = Literal["mlp", "layer"]
-"""What a token skips in a routed layer: the MLP, or the whole layer."""
+RoutingKind = Literal["mlp", "layer", "attention", "attention-active"]
+"""What a token skips in a routed layer: the MLP, the whole layer, or attention. With "attention" it leaves its keys and
+values all the same, so that the others attend to everybody; with "attention-active" it leaves none."""
 
-ROUTED_BLOCKS: Mapping[RoutingKind, tuple[Block, ...]] = {"mlp": ("mlp",), "layer": ("self_attn", "mlp")}
-"""The residual blocks that a skipped token skips."""
+ROUTED_BLOCKS: Mapping[RoutingKind, tuple[Block, ...]] = {
+    "mlp": ("mlp",),
+    "layer": ("self_attn", "mlp"),
+    "attention": ("self_attn",),
+    "attention-active": ("self_attn",),
+}
+"""The residual blocks that a skipped token skips; the last one's branch is what the rule scales."""
+
+KV_KEY = "attention_routing_kv"
+"""Of config.json: whose keys and values a layer's cache holds where tokens skip attention, "all" or "active"."""
+
+_KV_CHOICES: Mapping[str, RoutingKind] = {"all": "attention", "active": "attention-active"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,8 @@ class ModelType:
     Attributes:
         name: Of the type.
         family: Whose arithmetic it has.
-        routing: What the routed layers of the DLO authors' types skip; None for a plain decoder.
+        routing: What the routed layers of a routed type skip, "attention" whatever is left in the cache; None for a
+            plain decoder.
         architecture: Of the routed types: our PyTorch class for it, which config.json names.
         window: The field that puts a sliding window in force: a `sliding_window` that is not null; a `layer_types` that
             is not full attention for every layer; a `sliding_window` unless `use_sliding_window` is false; both, and
@@ -157,6 +169,8 @@ _LLAMAS = (
     ModelType("llama"),
     ModelType("llama_dlo", routing="layer", architecture="LlamaDloLayerForCausalLM"),
     ModelType("llama_dlo_exattn", routing="mlp", architecture="LlamaDloForCausalLM"),
+    # Ours: attention alone is skipped, after Router-Tuning (arXiv 2410.13184). Every reader of it knows thresholds.
+    ModelType("llama_dlo_attn", routing="attention", architecture="LlamaDloAttentionForCausalLM", thresholds=True),
     # Ours: the authors' with thresholds, refused by readers that would take one half for all of them.
     ModelType(
         "llama_dlo_thresholds",
@@ -228,15 +242,61 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def routed_type(routing: RoutingKind, *, thresholds: bool = False, family: Family = LLAMA) -> ModelType:
-    """The model type whose routed layers skip this.
+    """The model type whose routed layers skip this: the plainest that can say so.
 
     Args:
         routing: What they skip.
         thresholds: Whether any router has a threshold of its own.
         family: Of the model.
     """
-    wanted = (routing, thresholds, family)
-    return next(kind for kind in MODEL_TYPES.values() if (kind.routing, kind.thresholds, kind.family) == wanted)
+    skipped = "attention" if routing == "attention-active" else routing
+    able = (kind for kind in MODEL_TYPES.values() if kind.routing == skipped and kind.family == family)
+    return next(kind for kind in able if kind.thresholds >= thresholds)
+
+
+def routing_kind(values: Mapping[str, Any]) -> RoutingKind | None:
+    """What the routed layers of a model skip, by its config.json; None for a plain decoder.
+
+    Args:
+        values: With a `model_type` of MODEL_TYPES, a plain Llama's where there is none.
+    """
+    kind = MODEL_TYPES[values.get("model_type", "llama")].routing
+    return _KV_CHOICES.get(values.get(KV_KEY) or "all") if kind == "attention" else kind
+
+
+def kv_keys(routing: RoutingKind | None, before: Mapping[str, Any] | None = None) -> dict[str, str | None]:
+    """What config.json says of the cache besides the model type: nothing where the type says it all.
+
+    Args:
+        routing: What tokens skip; None for a plain decoder.
+        before: The config.json that is changed: what it says and is to go becomes null, which is as good as left out.
+    """
+    choice = next((choice for choice, kind in _KV_CHOICES.items() if kind == routing), None)
+    unsaid = choice is None and not (before is not None and before.get(KV_KEY))
+    return {} if unsaid else {KV_KEY: choice}
+
+
+def kv_problem(values: Mapping[str, Any]) -> str | None:
+    """What is wrong with a config.json's `attention_routing_kv`, from "is" on."""
+    given = values.get(KV_KEY)
+    if given is None:
+        return None
+    if MODEL_TYPES[values.get("model_type", "llama")].routing != "attention":
+        return f"is {given!r}, but model_type {values.get('model_type')!r} skips no attention by itself"
+    if not isinstance(given, str) or given not in _KV_CHOICES:
+        return f"is {given!r}, expected {' or '.join(map(repr, _KV_CHOICES))}"
+    return None
+
+
+def leaves_keys(routing: RoutingKind) -> bool:
+    """Whether tokens that skip a layer leave keys and values there; if not, a state must say who was active."""
+    return routing in ("mlp", "attention")
+
+
+def kept_projections(routing: RoutingKind) -> tuple[LayerModule, ...]:
+    """Those of a skipped block that run for every token all the same: of keys and values that skipped ones leave."""
+    keeps = leaves_keys(routing) and "self_attn" in ROUTED_BLOCKS[routing]
+    return tuple(module for module in LLAMA_LAYER if keeps and module.axes[0] == "key-value")
 
 
 def agreed_routing(own: RoutingKind | None, wanted: RoutingKind | None) -> RoutingKind:
@@ -252,6 +312,6 @@ def agreed_routing(own: RoutingKind | None, wanted: RoutingKind | None) -> Routi
     if own is not None and wanted not in (None, own):
         raise CheckpointError(
             f"routing {wanted} was asked for, the model's routers are for routing {own}",
-            hint="all routed layers of a model skip the same; `dlo calibrate` makes new routers, for either",
+            hint="all routed layers of a model skip the same; `dlo calibrate` makes new routers, for any",
         )
     return own or wanted or "mlp"

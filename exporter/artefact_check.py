@@ -13,6 +13,7 @@ import onnx_ir as ir
 from dlo_export.checkpoints.dtypes import BY_ONNX
 from dlo_export.checkpoints.files.json_file import read_json
 from dlo_export.checkpoints.interface import layers_with, parse_past, past_active_name
+from dlo_export.checkpoints.model_types import leaves_keys
 from dlo_export.checkpoints.router_thresholds import ONE_HALF, thresholds_json
 from dlo_export.exporter.artefact_description import interface
 from dlo_export.exporter.model_metadata import INJECTED_LAYERS
@@ -119,7 +120,7 @@ def graph_problems(
         said = thresholds_json(description.router_thresholds)
         yield f"routing.router_thresholds are {said}, {path.name} compares with {thresholds_json(compared)}"
     remembering = layers_with((spec.name for spec in found.inputs), past_active_name("{i}"))
-    if description.routing is not None and (description.routing.kind == "layer") != bool(remembering):
+    if description.routing is not None and leaves_keys(description.routing.kind) == bool(remembering):
         states = f"{'' if remembering else 'no '}inputs {past_active_name('{i}')}"
         yield f"routing.kind is {description.routing.kind}, {path.name} has {states}"
     injected = " ".join(str(layer.index) for layer in description.layers if layer.injected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -19,7 +20,7 @@ from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.exporter.artefact_description import complete_description, describe
 from dlo_export.exporter.background import BackgroundValue
 from dlo_export.exporter.client_config import client_config
-from dlo_export.exporter.genai_config import WHY_NONE, WHY_NONE_STATIC, genai_config
+from dlo_export.exporter.genai_config import WHY_NONE, WHY_NONE_STATIC, carried_genai_config, genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.model_metadata import set_model_metadata
 from dlo_export.exporter.pipeline import build_captured_model, build_model, check_captured, choose_onnxruntime_lowering
@@ -254,9 +255,7 @@ def _export_into(
             reporter.warn(WHY_NONE_STATIC)
         elif source.remembers_activity:
             reporter.warn(WHY_NONE)
-        elif source.base.config is not None:
-            inputs = [value.name or "" for value in model.graph.inputs]
-            values = genai_config(source.base.config, source.num_layers, generation, inputs, request.provider)
+        elif (values := _client_settings(source, generation, model, request.provider)) is not None:
             save_json(folder / "genai_config.json", values)
         description = describe(
             source,
@@ -276,6 +275,18 @@ def _export_into(
     with reporter.stage("hashes"):
         complete_description(description, folder)
     return summary
+
+
+def _client_settings(
+    source: ExportSource, generation: GenerationConfig, model: ir.Model, provider: ProviderOption
+) -> dict[str, Any] | None:
+    """genai_config.json: what stood beside somebody's graph, of the new depth; else what fits the graph."""
+    if (given := source.base.client_settings) is not None:
+        return carried_genai_config(given, source.num_layers)
+    if source.base.config is None:
+        return None
+    inputs = [value.name or "" for value in model.graph.inputs]
+    return genai_config(source.base.config, source.num_layers, generation, inputs, provider)
 
 
 def _plan_engines(request: ExportRequest, source: ExportSource, reporter: Reporter) -> TensorRtPlan | None:

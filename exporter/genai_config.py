@@ -18,7 +18,7 @@ from dlo_export.checkpoints.interface import (
 )
 
 WHY_NONE = (
-    "layer routing: besides the KV cache, each step hands on which tokens every routed layer skipped "
+    "tokens that skip leave no keys: besides the KV cache, each step hands on which tokens skipped every routed layer "
     f"({past_active_name('{i}')}, {present_active_name('{i}')}). onnxruntime-genai, optimum and transformers.js carry "
     "no such state: genai_config.json is left out, and config.json names a model_type that they refuse. `dlo run` and "
     "programs that feed ONNX Runtime themselves run the graph, see docs/artefact.md"
@@ -99,6 +99,18 @@ def genai_config(
             "no_repeat_ngram_size": 0,
         },
     }
+
+
+def carried_genai_config(given: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Somebody's genai_config.json for the deepened graph: how its cache is shared, which provider runs it, stays.
+
+    Args:
+        given: As it stood beside the graph.
+        num_layers: Of the deepened model.
+    """
+    model = given["model"]
+    decoder = {**model["decoder"], "filename": "model.onnx", "num_hidden_layers": num_layers}
+    return {**given, "model": {**model, "decoder": decoder}}
 
 
 def _special_tokens(config: LlamaConfig, generation: GenerationConfig) -> dict[str, Any]:

@@ -7,17 +7,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.lazy_tensors import all_zeros
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.artefact_check import compared_thresholds, open_description, parity_report
+from dlo_export.exporter.pipeline import prepare_released
 from dlo_export.exporter.sources.foreign_graph import load_graph, read_prepared
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.find.layer_form import layer_form
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, ROUTER_SCORES, role_values
@@ -35,7 +37,8 @@ class Inspection:
         ops: Count of every operator, subgraphs included, most frequent first.
         bytes: Of the weights by part: embedding and head, attention, MLP, routers, other.
         layers: Per decoder layer: index, injected, routed, identity (None where the graph alone does not tell), bytes,
-            and threshold: the score that an active token's exceeds, None where nothing is routed.
+            threshold: the score that an active token's exceeds, None where nothing is routed; attention and weights:
+            how they are written, weights None where they cannot be told apart, and problem: why not.
         layers_problem: Why no layers were found; None where they were.
         description: dlo_artifact.json, where there is one.
         parity_report: The verdict in an artefact's parity.json; None where there is none.
@@ -82,7 +85,10 @@ def inspect_model(path: Path) -> Inspection:
     ops = collections.Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in as_it_is.graph.all_nodes()
     )
-    model = as_it_is if description is not None else read_prepared(graph_path, for_inspection=True).model
+    if description is not None:
+        model = prepare_released(as_it_is)
+    else:
+        model = read_prepared(graph_path, for_inspection=True).model
     try:
         layers, problem = find_decoder_layers(model.graph), None
     except DecoderLayersNotFound as err:
@@ -148,6 +154,7 @@ def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: ArtefactDescri
         "threshold": compared_thresholds(graph).get(layer.index, ONE_HALF) if routed else None,
         "identity": _is_identity(layer) if said is None else said.identity,
         "bytes": sum(_weight_bytes(graph, layer.nodes).values()),
+        **dataclasses.asdict(layer_form(layer)),
     }
 
 
@@ -157,9 +164,9 @@ def _is_identity(layer: DecoderLayer) -> bool | None:
         projections = layer.projections.values()
     except GraphPassError:
         return None
-    ends = [projection.weight.const_value for projection in projections if projection.tensor in LLAMA_LAYER.branch_ends]
+    ends = [projection.contents for projection in projections if projection.tensor in LLAMA_LAYER.branch_ends]
     try:
-        return all(tensor is not None and not np.any(tensor.numpy()) for tensor in ends)
+        return all(map(all_zeros, ends))
     except (OSError, ValueError):  # of a file that is not there, is too short, or lies where onnx_ir reads none
         return None
 

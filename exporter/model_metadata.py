@@ -5,8 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from dlo_export import __version__
+from dlo_export.checkpoints.interface import LEFT_PADDING
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.graph_passes.find.padding import takes_left_padding
 
 PRODUCER = "dlo-export"
 INJECTED_LAYERS = "injected_layers"  # key of their positions, in decimal
@@ -44,6 +46,8 @@ def set_model_metadata(model: ir.Model, source: ExportSource, *, dtype: str, low
             "routed_layers": " ".join(map(str, source.routing.layers)) if source.routing is not None else "",
         }
     )
+    if not takes_left_padding(model.graph):
+        model.metadata_props[LEFT_PADDING] = "no"
     if source.routing is not None and source.routing.thresholds:
         listed = (f"{layer}:{threshold!r}" for layer, threshold in source.routing.thresholds.items())
         model.metadata_props[THRESHOLDS] = " ".join(listed)

@@ -1,9 +1,14 @@
-"""The parity ladder of an artefact: PyTorch oracle, masked graph, lowered graph."""
+"""The parity ladder of an artefact: PyTorch oracle, masked graph, lowered graph.
+
+Where there is no PyTorch model of somebody's graph, its own masked form is the oracle; where it was deepened only, and
+by layers that add nothing, the graph as it was.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.llama_layer import EMBEDDING
 from dlo_export.exporter.artefact_runner import cache_slots, exposed_model, runner_for
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, build_model
@@ -21,6 +27,8 @@ from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import save_weights, weight_places
+from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
+from dlo_export.graph_passes.find.padding import takes_left_padding
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.plugins.ort_registration import no_library
@@ -32,6 +40,7 @@ from dlo_export.runtimes.parity.cases import parity_cases
 from dlo_export.runtimes.parity.compare import Candidate, compare
 from dlo_export.runtimes.parity.fewer_layers import FewerLayersRunner
 from dlo_export.runtimes.parity.report import ParityReport
+from dlo_export.runtimes.parity.two_builds import TwoBuildsRunner
 from dlo_export.runtimes.runner import Runner
 
 _SEED = 0
@@ -75,12 +84,12 @@ def check_parity(
     released = load_graph(folder / MODEL_NAME)
     if (reason := _why_not_run(source, description, released, plugin_library, provider)) is not None:
         return ParityReport.not_run(reason)
-    # Imported here: torch takes seconds, and an export without parity does not need it.
-    from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
-
+    has_model, tensors = source.base.why_not("parity") is None, source.tensors()
     rungs = {description.lowering: released}
+    # An artefact made from a graph, compared with a checkpoint: its weights lie as they did in that graph.
+    from_graph = description.source.kind == "onnx" and source.kind != "onnx"
     target = PROVIDER_TARGETS[description.provider]
-    if find_lowering(description.lowering, target).make_pass is not None:
+    if has_model and not from_graph and find_lowering(description.lowering, target).make_pass is not None:
         rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
     candidates = [
         graph_candidate(
@@ -95,29 +104,31 @@ def check_parity(
         )
         for name, graph in rungs.items()
     ]
+    if not has_model and source.routing is None:
+        # The graph as it was has fewer layers: there is no telling at which one the streams part.
+        candidates = [dataclasses.replace(candidate, open_streams=None) for candidate in candidates]
     longest = min(MOST_TOKENS, cache_slots(released.graph) or MOST_TOKENS)
     for options in dict.fromkeys(tensorrt):
         longest = min(longest, options.max_cache)
         twin = tensorrt_twin(source, options, released)
         candidates.append(_twin_candidate(twin, options, folder, routed=source.routing is not None))
-    # The reference has all layers of the source, also those that were removed as passing everything on.
-    whole = source.whole if isinstance(source, ReducedSource) else source
-    config, routed = whole.config_json(), source.routing is not None
-    vocab_size = config["vocab_size"]
+    routed, vocab_size = source.routing is not None, tensors[EMBEDDING].shape[0]
+    padded = takes_left_padding(released.graph)
     rng = np.random.default_rng(_SEED)
-    prompts = [max(1, tokens * longest // MOST_TOKENS) for tokens in _GREEDY_PROMPTS]
-    tensors = whole.tensors()
-
-    def opened(**options: Any) -> Runner:
-        runner = open_reference(config, tensors, device=device, **options)
-        return FewerLayersRunner(runner, source.kept) if isinstance(source, ReducedSource) else runner
-
-    precise = functools.partial(opened, name="PyTorch in float64", float64=True)
+    greedy_prompts = _GREEDY_PROMPTS if padded else (_GREEDY_PROMPTS[0],) * 2
+    prompts = [max(1, tokens * longest // MOST_TOKENS) for tokens in greedy_prompts]
+    opened: Callable[[], Runner]
+    precise: Callable[[], Runner] | None = None
+    if has_model:
+        opened = functools.partial(_pytorch_reference, source, device=device)
+        precise = functools.partial(opened, name="PyTorch in float64", float64=True)
+    else:
+        opened = functools.partial(_own_reference, source, folder, released, description, provider)
     with opened() as reference:
         return compare(
             reference,
             candidates,
-            parity_cases(vocab_size, routed=routed, seed=_SEED, longest=longest),
+            parity_cases(vocab_size, routed=routed, seed=_SEED, longest=longest, padded=padded),
             dtype=description.dtype,
             greedy_prompts=[rng.integers(0, vocab_size, tokens).tolist() for tokens in prompts],
             greedy_tokens=max(1, longest - prompts[0]),
@@ -125,6 +136,52 @@ def check_parity(
             open_precise=precise if description.dtype == "fp32" else None,
             steps_matter=source.base.config is not None and source.base.config.rope.depends_on_length,
         )
+
+
+def _pytorch_reference(source: ExportSource, **options: Any) -> Runner:
+    """The PyTorch model of a source, all its layers included: those too that were removed as passing everything on."""
+    # Imported here: torch takes seconds, and an export without parity does not need it.
+    from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
+
+    if not isinstance(source, ReducedSource):
+        return open_reference(source.config_json(), source.tensors(), **options)
+    whole = source.whole
+    return FewerLayersRunner(open_reference(whole.config_json(), whole.tensors(), **options), source.kept)
+
+
+def _own_reference(
+    source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription, provider: Provider
+) -> Runner:
+    """What a graph without a PyTorch model is compared with, on the same provider."""
+    opened = functools.partial(OnnxRuntimeRunner, allow_spinning=False, provider=provider)
+    if source.routing is None:
+        return opened(_as_it_was(source), weights_folder=source.base.path.parent, name="the graph as it was")
+    name = "its own masked form"
+    masked = _masked_graph(source, folder, released, description.dtype)
+    free, forced = (
+        opened(exposed_model(masked, force=force, streams=True), weights_folder=folder, name=name)
+        for force in (False, True)
+    )
+    return TwoBuildsRunner(free, forced, name=name, thresholds=description.router_thresholds)
+
+
+def _as_it_was(source: ExportSource) -> bytes:
+    """Somebody's file, its cache's sizes said."""
+    model, sized = load_graph(source.base.path), source.plain_model(ir.DataType.FLOAT)
+    StateCacheSizesPass()(sized)
+    shapes = {value.name: value.shape for value in (*sized.graph.inputs, *sized.graph.outputs)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = shapes.get(value.name, value.shape)
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
+def _why_no_oracle(source: ExportSource, description: ArtefactDescription) -> str | None:
+    """Why a graph cannot be compared with itself either."""
+    if source.routing is None:
+        new = {layer.position for layer in source.injected_layers}
+        return None if new.issubset(source.identity_layers()) else "its new layers change what it computes"
+    masked = find_lowering(description.lowering, PROVIDER_TARGETS[description.provider]).make_pass is None
+    return "the masked graph would be compared with itself" if masked else None
 
 
 def _why_not_run(
@@ -136,7 +193,9 @@ def _why_not_run(
 ) -> str | None:
     """Why there is nothing to compare: no PyTorch model, or a graph that the provider has no kernels for."""
     if (refusal := source.base.why_not("parity")) is not None:
-        return refusal.reason
+        no_oracle = _why_no_oracle(source, description)
+        if no_oracle is not None:
+            return f"{refusal.reason}, and {no_oracle}"
     if description.plugin_operators and plugin_library is None:
         return no_library(description.plugin_operators).message
     return provider.why_not_run(BY_OPTION[description.dtype], named_operators(released))

@@ -25,12 +25,15 @@ from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.cleanup.inline_functions import InlineFunctionsPass
+from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.lift_constants import LiftConstantsPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
 from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
+from dlo_export.graph_passes.cleanup.remove_identities import RemoveIdentitiesPass
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
+from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
@@ -49,7 +52,14 @@ from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterP
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.data_dependent_shapes import data_dependent_shapes
 from dlo_export.graph_passes.spec.graph_checks import misordered_values
-from dlo_export.graph_passes.spec.invariants import INJECTED, PLAIN, ROUTED, StageSpec, check_stage
+from dlo_export.graph_passes.spec.invariants import (
+    INJECTED,
+    PLAIN,
+    ROUTED,
+    StageSpec,
+    check_stage,
+    released_stage,
+)
 from dlo_export.graph_passes.spec.ops import DOMAIN, MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
@@ -76,8 +86,8 @@ class GraphSource(Protocol):
         ...
 
     @property
-    def remembers_activity(self) -> bool:
-        """Whether its graph has a state that says which cached tokens were active in a layer."""
+    def packs_weights(self) -> bool:
+        """Whether matrices of its graph may be joined; somebody else's weights stay as they are, byte for byte."""
         ...
 
     @property
@@ -123,10 +133,12 @@ class Step:
     Attributes:
         graph_pass: What runs.
         stage: What must hold afterwards.
+        released: Whether layers are not looked for in the graph afterwards.
     """
 
     graph_pass: GraphPass
     stage: StageSpec
+    released: bool = False
 
 
 def foreign_passes() -> list[GraphPass]:
@@ -136,6 +148,8 @@ def foreign_passes() -> list[GraphPass]:
         InlineFunctionsPass(),
         # Weights are initializers of the main graph, also what was a Constant, the default of an input, or in a branch.
         LiftConstantsPass(),
+        # Nobody has to look through them, however many there are.
+        RemoveIdentitiesPass(),
         # What nothing reads would look like a fork of the stream, or be an input that nobody knows what to feed.
         RemoveUnusedPass(),
         # New nodes are named after old ones.
@@ -148,6 +162,8 @@ def foreign_passes() -> list[GraphPass]:
 def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord, *, last_logits: bool = False) -> list[Step]:
     """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
     return [
+        # Runtimes make an empty cache by what its inputs say.
+        Step(StateCacheSizesPass(), PLAIN),
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
         # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
@@ -158,10 +174,12 @@ def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord, *, last_log
         *([Step(KeepLastLogitsPass(), INJECTED if source.routing is None else ROUTED)] if last_logits else []),
         # The one lowering: tokens that skip leave the MLP's batch, or the MLP runs only where a token is active.
         *_lowering_steps(lowering, Workload()),
-        # Late, because the passes above look for projections one by one. Decode gets 4 % faster.
-        Step(FuseSiblingMatMulsPass(), lowering.stage),
+        # Late: the fewer nodes the passes above meet the better. Decode gets 4 % faster.
+        *([Step(FuseSiblingMatMulsPass(), lowering.stage)] if source.packs_weights else []),
         # transformers.js and optimum know the batch by its dimension's name.
         Step(NameBatchDimensionPass(), lowering.stage),
+        # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
+        Step(JoinSkipNormsPass(), lowering.stage, released=True),
     ]
 
 
@@ -246,6 +264,8 @@ def exposure_passes(*, routed: bool, force: bool, streams: bool) -> list[GraphPa
         streams: Give out the residual stream behind every layer.
     """
     return [
+        # Layers are found between additions.
+        SplitSkipNormsPass(),
         # Scores, and on request the decisions, which candidates must be able to share.
         *([ExposeRoutingPass(force=force)] if routed else []),
         # To name the first layer that diverges.
@@ -263,7 +283,7 @@ def run_steps(model: ir.Model, steps: list[Step]) -> ir.Model:
     check_order([step.graph_pass for step in steps])
     for step in steps:
         step.graph_pass(model)
-        check_stage(model, step.stage)
+        check_stage(model, released_stage(step.stage) if step.released else step.stage)
     return model
 
 
@@ -279,6 +299,11 @@ def prepare_foreign(model: ir.Model) -> ir.Model:
             hint="export the graph again: ONNX lists a node behind those whose outputs it reads",
         )
     return _run_passes(model, foreign_passes())
+
+
+def prepare_released(model: ir.Model) -> ir.Model:
+    """Makes the layers of a released graph findable, in place."""
+    return _run_passes(model, exposure_passes(routed=False, force=False, streams=False))
 
 
 def exposed(released: ir.Model, *, force: bool = False, streams: bool = False) -> ir.Model:
@@ -350,8 +375,9 @@ def build_captured_model(
     """
     record = find_lowering(lowering, "onnxruntime-cuda")
     problems = [] if record.not_capturable is None else [f"--lowering {lowering}: {record.not_capturable}"]
-    if source.remembers_activity:
-        problems.append("layer routing needs a mask of its own, which attention on one cache does not take")
+    if source.routing is not None and source.routing.kind != "mlp":
+        skipped = f"{source.routing.kind} routing skips or masks attention"
+        problems.append(f"{skipped}, and the operator that attends to one cache does neither")
     if max_cache < 1:
         problems.append(f"a cache of {max_cache} slots, expected at least 1")
     if problems:
@@ -400,11 +426,14 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         InputError: With all reasons.
     """
     problems = [] if source.tensorrt_refusal is None else [source.tensorrt_refusal]
-    if source.remembers_activity:
-        problems.append(
-            "layer routing is for ONNX Runtime so far: a static cache has no state yet that says which slots a routed "
-            "layer may see"
-        )
+    routing = None if source.routing is None else source.routing.kind
+    if routing not in (None, "mlp") and options.cache != "static":
+        problems.append(f"{routing} routing needs --trt-cache static: who may be seen is kept beside its slots")
+    if routing is not None and options.lowering != NOTHING_ROUTED:
+        asked = find_lowering(options.lowering, "tensorrt")
+        if routing not in asked.routing:
+            choices = ", ".join(record.name for record in skipping_lowerings("tensorrt", routing))
+            problems.append(f"--lowering {asked.name} takes {' and '.join(asked.routing)} routing: choose {choices}")
     for name in ("max_batch", "max_sequence", "max_cache"):
         if getattr(options, name) < 1:
             problems.append(f"--trt-{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
@@ -416,8 +445,7 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
     if options.last_logits and options.cache != "static":
         problems.append("--trt-last-logits needs --trt-cache static, which tells where a sequence ends")
     if problems:
-        hint = "leave --trt out" if source.remembers_activity else "export the checkpoint with other --trt options"
-        raise InputError("TensorRT: " + "; ".join(problems), hint=hint)
+        raise InputError("TensorRT: " + "; ".join(problems), hint="export the checkpoint with other --trt options")
 
 
 def choose_onnxruntime_lowering(

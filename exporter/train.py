@@ -31,7 +31,14 @@ from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.files.uninterrupted import SIGNALS
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
-from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, agreed_routing, family_of, routed_type
+from dlo_export.checkpoints.model_types import (
+    RoutingKind,
+    agreed_routing,
+    family_of,
+    kv_keys,
+    routed_type,
+    routing_kind,
+)
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresholds_json
 from dlo_export.exporter.progress import Reporter
@@ -267,7 +274,7 @@ def _description(request: TrainRequest, source: ExportSource, config: Mapping[st
     data = {"training": [dataclasses.asdict(file) for file in described_files(request.data)]}
     if request.held_out is not None:
         data["held_out"] = [dataclasses.asdict(file) for file in described_files(request.held_out)]
-    routing = None if request.routers == "none" else MODEL_TYPES[config["model_type"]].routing
+    routing = None if request.routers == "none" else routing_kind(config)
     return {
         "format_version": 1,
         "model": {"sha256": source.base.sha256(), "adapter": adapter, "routers": request.routers, "routing": routing},
@@ -320,14 +327,15 @@ def _config_changes(
     if config.get("is_dlo") is False:  # --routers none
         family = family_of(config)
         dense = {"model_type": family.name, "architectures": [f"{family.prefix}ForCausalLM"], "is_dlo": False}
-        return changes | (dense if source.routing is not None else {})
-    routing = MODEL_TYPES[config["model_type"]].routing
+        return changes | (dense | kv_keys(None, source.config_json()) if source.routing is not None else {})
+    routing = routing_kind(config)
     assert routing is not None, "or it was not routed"
     kind = routed_type(routing, thresholds=bool(thresholds), family=family_of(config))
     kept = ("architectures", "is_dlo", "rescale_hidden_states", "scale_factor", "scale_gap")
     return changes | {
         **{key: config[key] for key in kept if key in config},
         "model_type": kind.name,
+        **kv_keys(routing, source.config_json()),
         **({"architectures": [kind.architecture]} if thresholds else {}),
         "dlo_capacity": settings.target,
         "dlo_loss_type": settings.labels,

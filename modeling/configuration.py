@@ -16,7 +16,17 @@ from transformers import (
 )
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.model_types import LLAMA, MODEL_TYPES, Family, ModelType, RoutingKind, routed_type
+from dlo_export.checkpoints.model_types import (
+    KV_KEY,
+    LLAMA,
+    MODEL_TYPES,
+    Family,
+    ModelType,
+    RoutingKind,
+    kv_problem,
+    routed_type,
+    routing_kind,
+)
 from dlo_export.checkpoints.router_thresholds import ONE_HALF, read_thresholds, threshold_problems
 
 
@@ -82,7 +92,7 @@ class LlamaDloConfig(LlamaConfig):
 
     @property
     def branch_scale(self) -> tuple[float, float]:
-        """(a, b) such that an active token's MLP branch is multiplied by a + b·score; (1, 0) without rescaling."""
+        """(a, b): an active token's skippable branch (of two, the MLP) times a + b·score; (1, 0) without rescaling."""
         if not self.rescale_hidden_states or self.scale_factor is None or self.scale_gap is None:
             return 1.0, 0.0
         return 0.5 * self.scale_factor - 0.5 * self.scale_gap, float(self.scale_gap)
@@ -97,6 +107,13 @@ class LlamaDloConfig(LlamaConfig):
         return self.thresholds.get(layer, ONE_HALF)
 
     def _check_routing(self) -> None:
+        if problems := self._routing_problems():
+            raise RoutingConfigError(
+                f"{self.model_type} configuration: {'; '.join(problems)}"
+                "\n\nhint: take the values the model was trained with"
+            )
+
+    def _routing_problems(self) -> list[str]:
         assert isinstance(self.is_dlo, list)
         problems = []
         if len(self.is_dlo) != self.num_hidden_layers:
@@ -109,12 +126,7 @@ class LlamaDloConfig(LlamaConfig):
                 for key in ("scale_factor", "scale_gap")
                 if getattr(self, key) is None
             ]
-        problems += threshold_problems(self.router_thresholds, self.routed_layers)
-        if problems:
-            raise RoutingConfigError(
-                f"{self.model_type} configuration: {'; '.join(problems)}"
-                "\n\nhint: take the values the model was trained with"
-            )
+        return problems + threshold_problems(self.router_thresholds, self.routed_layers)
 
 
 class LlamaDloThresholdsConfig(LlamaDloConfig):
@@ -136,6 +148,34 @@ class LlamaDloLayerThresholdsConfig(LlamaDloLayerConfig):
     model_type = routed_type("layer", thresholds=True).name
 
 
+class LlamaDloAttentionConfig(LlamaDloConfig):
+    """A Llama of whose routed layers each token may skip attention, with or without thresholds.
+
+    Args:
+        attention_routing_kv: Whose keys and values a routed layer's cache holds: "all" tokens', as in Router-Tuning
+            (arXiv 2410.13184), or those of "active" ones, which then attend to each other only.
+    """
+
+    model_type = routed_type("attention").name
+
+    attention_routing_kv: str = "all"
+
+    @property
+    def routing(self) -> RoutingKind:  # type: ignore[override]  # the type of model leaves it open
+        """What a token skips."""
+        kind = routing_kind(self._routing_values)
+        assert kind is not None, "a routed type"
+        return kind
+
+    @property
+    def _routing_values(self) -> dict[str, Any]:
+        return {"model_type": self.model_type, KV_KEY: self.attention_routing_kv}
+
+    def _routing_problems(self) -> list[str]:
+        problem = kv_problem(self._routing_values)
+        return [*super()._routing_problems(), *([] if problem is None else [f"{KV_KEY} {problem}"])]
+
+
 _FAMILIES: Mapping[str, type[PreTrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
@@ -144,7 +184,13 @@ _FAMILIES: Mapping[str, type[PreTrainedConfig]] = {
 }
 _LLAMAS = {
     config_class.model_type: config_class
-    for config_class in (LlamaDloConfig, LlamaDloThresholdsConfig, LlamaDloLayerConfig, LlamaDloLayerThresholdsConfig)
+    for config_class in (
+        LlamaDloConfig,
+        LlamaDloThresholdsConfig,
+        LlamaDloLayerConfig,
+        LlamaDloLayerThresholdsConfig,
+        LlamaDloAttentionConfig,
+    )
 }
 
 

@@ -1,4 +1,4 @@
-"""A decoder layer of which tokens skip a part: the MLP, or all of it."""
+"""A decoder layer of which tokens skip a part: the MLP, attention, or all of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
-from dlo_export.modeling.active_attention import attend_among_active
+from dlo_export.modeling.active_attention import attend_among_active, attend_to_all
 from dlo_export.modeling.active_tokens import ActiveTokens, MaskedTokens, TokenRows, every_token
 from dlo_export.modeling.configuration import LlamaDloConfig
 from dlo_export.modeling.family_modules import use_family_modules
@@ -50,7 +50,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
         Args:
             hidden_states: The residual stream, [batch, sequence, hidden].
             router: Decides from the residual stream as it comes in, before norm and attention.
-            branch_scale: (a, b): the MLP branch is multiplied by a + b·score.
+            branch_scale: (a, b): the branch that is skipped, the MLP where both are, is multiplied by a + b·score.
             threshold: What the score of an active token exceeds.
             force_active: bool [batch, sequence], decisions to use in place of the router's. Scores stay the router's.
             masked: Compute all for every token and discard it for those that skip.
@@ -76,7 +76,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
         active = is_active(scores, threshold) if force_active is None else force_active
         tokens = MaskedTokens(active) if masked else ActiveTokens(active)
         kept, before, branch = self._routed(hidden_states, tokens, active, **attention_kwargs)
-        return tokens.put(before + _scaled(branch, scale, tokens), kept), scores
+        return self._finished(tokens.put(before + _scaled(branch, scale, tokens), kept)), scores
 
     @abc.abstractmethod
     def _routed(
@@ -91,9 +91,13 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
             attention_kwargs: As above.
 
         Returns:
-            What a token keeps that skips, [batch, sequence, hidden]; for `tokens`, the stream before the MLP, and what
-            the MLP adds to it, [n, hidden] both.
+            What a token keeps that skips, [batch, sequence, hidden]; for `tokens`, the stream before the branch that is
+            scaled, and what that branch adds to it, [n, hidden] both.
         """
+
+    def _finished(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What no token skips, behind what some do: nothing, unless a kind of routing has more."""
+        return hidden_states
 
     @abc.abstractmethod
     def _similarity(
@@ -118,7 +122,20 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
             unscaled = computed if scale is None else tokens.put(before + branch, kept)
             similarity = self._similarity(hidden_states, kept, unscaled, **attention_kwargs)
         chosen = straight_through(computed, kept, scores, active) if gate is None else mixed(computed, kept, gate)
-        return chosen, TrainingRouting(scores, active, similarity)
+        return self._finished(chosen), TrainingRouting(scores, active, similarity)
+
+    def _similarity_unskipped(self, hidden_states: torch.Tensor, **attention_kwargs: Any) -> torch.Tensor:
+        """Similarity where skipped tokens are hidden: what is skipped does where nobody is, as the DLO authors have it.
+
+        The run that the stream goes on with saw the selected tokens only: once a token is hidden, its similarity would
+        depend on who was selected.
+        """
+        tokens = every_token(hidden_states)
+        all_active = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+        # The first run has written the cache, if there is one.
+        attention_kwargs = {**attention_kwargs, "past_key_values": None}
+        _, rows, branch = self._routed(hidden_states, tokens, all_active, **attention_kwargs)
+        return _cosine(hidden_states, tokens.put(rows + branch, hidden_states))
 
     def _attended(self, hidden_states: torch.Tensor, **attention_kwargs: Any) -> torch.Tensor:
         attended: torch.Tensor
@@ -164,17 +181,50 @@ class WhollyRoutedLayer(RoutedDecoderLayer):
     def _similarity(
         self, hidden_states: torch.Tensor, kept: torch.Tensor, output: torch.Tensor, **attention_kwargs: Any
     ) -> torch.Tensor:
-        # What the layer does where nobody skips it, as the DLO authors have it. The run that the stream goes on with
-        # saw the selected tokens only: once a token is hidden, its similarity would depend on who was selected.
-        tokens = every_token(hidden_states)
-        all_active = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
-        # The first run has written the cache, if there is one.
-        attention_kwargs = {**attention_kwargs, "past_key_values": None}
-        _, rows, branch = self._routed(hidden_states, tokens, all_active, **attention_kwargs)
-        return _cosine(hidden_states, tokens.put(rows + branch, hidden_states))
+        return self._similarity_unskipped(hidden_states, **attention_kwargs)
 
 
-ROUTED_LAYERS: Mapping[RoutingKind, type[RoutedDecoderLayer]] = {"mlp": MlpRoutedLayer, "layer": WhollyRoutedLayer}
+class AttentionRoutedLayer(RoutedDecoderLayer):
+    """A token that skips attention leaves its keys and values all the same; the MLP runs for every token."""
+
+    def _routed(
+        self, hidden_states: torch.Tensor, tokens: TokenRows, active: torch.Tensor, **attention_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        branch = attend_to_all(self.self_attn, self.input_layernorm(hidden_states), tokens, **attention_kwargs)
+        return hidden_states, tokens.gather(hidden_states), branch
+
+    def _finished(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self._mlp_branch(hidden_states)
+
+    def _similarity(
+        self, hidden_states: torch.Tensor, kept: torch.Tensor, output: torch.Tensor, **attention_kwargs: Any
+    ) -> torch.Tensor:
+        # What a token is given depends on everybody's keys, and on nobody's decision.
+        return _cosine(kept, output)
+
+
+class ActiveAttentionRoutedLayer(AttentionRoutedLayer):
+    """A token that skips attention is not seen by those that do not; the MLP runs for every token."""
+
+    def _routed(
+        self, hidden_states: torch.Tensor, tokens: TokenRows, active: torch.Tensor, **attention_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows = tokens.gather(hidden_states)
+        branch = attend_among_active(self.self_attn, self.input_layernorm(rows), tokens, active, **attention_kwargs)
+        return hidden_states, rows, branch
+
+    def _similarity(
+        self, hidden_states: torch.Tensor, kept: torch.Tensor, output: torch.Tensor, **attention_kwargs: Any
+    ) -> torch.Tensor:
+        return self._similarity_unskipped(hidden_states, **attention_kwargs)
+
+
+ROUTED_LAYERS: Mapping[RoutingKind, type[RoutedDecoderLayer]] = {
+    "mlp": MlpRoutedLayer,
+    "layer": WhollyRoutedLayer,
+    "attention": AttentionRoutedLayer,
+    "attention-active": ActiveAttentionRoutedLayer,
+}
 """The decoder layer of each kind of routing."""
 
 

@@ -7,7 +7,8 @@ Importing this module registers the model with transformers' Auto classes, so th
     model = AutoModelForCausalLM.from_pretrained("routed-model")
 
 Attention, MLP, norms and rotary embedding are transformers' own; what is added is one router per routed layer
-(``model.routers.{layer}.weight`` [1, hidden]) and the choice, per token, whether the MLP, or the whole layer, runs.
+(``model.routers.{layer}.weight`` [1, hidden]) and the choice, per token, whether the MLP, attention, or
+the whole layer, runs.
 """
 
 from __future__ import annotations
@@ -26,11 +27,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm
 from transformers.utils.generic import can_return_tuple
 
-from dlo_export.checkpoints.model_types import LLAMA, MODEL_TYPES, ModelType, RoutingKind, routed_type
+from dlo_export.checkpoints.model_types import (
+    LLAMA,
+    MODEL_TYPES,
+    ROUTED_BLOCKS,
+    ModelType,
+    RoutingKind,
+    leaves_keys,
+    routed_type,
+)
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.modeling.active_cache import add_active_state
 from dlo_export.modeling.configuration import (
     CONFIGURATIONS,
+    LlamaDloAttentionConfig,
     LlamaDloConfig,
     LlamaDloLayerConfig,
     LlamaDloLayerThresholdsConfig,
@@ -72,7 +82,9 @@ class LlamaDloPreTrainedModel(LlamaPreTrainedModel):
 
     config: LlamaDloConfig
     config_class = LlamaDloConfig
-    _no_split_modules = ["MlpRoutedLayer", "WhollyRoutedLayer"]  # noqa: RUF012 (transformers' own declaration)
+    _no_split_modules = [  # noqa: RUF012 (transformers' own declaration)
+        *("MlpRoutedLayer", "WhollyRoutedLayer", "AttentionRoutedLayer", "ActiveAttentionRoutedLayer")
+    ]
     _keep_in_fp32_modules_strict = ["routers"]  # noqa: RUF012
     _can_compile_fullgraph = False
 
@@ -130,8 +142,9 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
             input_ids: int64 [batch, sequence]; or `inputs_embeds`.
             attention_mask: int64 [batch, past + sequence], 0 at padding; left padding works.
             position_ids: int64 [batch, sequence].
-            past_key_values: The cache of the tokens before. Every token writes it where MLPs are skipped. Where whole
-                layers are, it is a DynamicCache that remembers who was active (see `add_active_state`).
+            past_key_values: The cache of the tokens before. Every token writes it where MLPs are skipped, or attention
+                alone. Where skipped tokens leave no keys, it is a DynamicCache that remembers who was active (see
+                `add_active_state`).
             inputs_embeds: [batch, sequence, hidden].
             use_cache: Return a cache.
             force_active: Per layer, bool [batch, sequence]: decisions to use in place of the routers'.
@@ -161,8 +174,8 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         # rotary tables for all layers.
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
-        skips_attention = self.config.routing == "layer" and bool(self.config.routed_layers)
-        if skips_attention and past_key_values is not None:
+        hides_skipped = not leaves_keys(self.config.routing) and bool(self.config.routed_layers)
+        if hides_skipped and past_key_values is not None:
             add_active_state(past_key_values, self.config.routed_layers, self.config.num_hidden_layers)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -174,7 +187,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
             # A layer that hides its skipped tokens needs the mask as numbers, not as the wish to be causal.
-            allow_is_causal_skip=not skips_attention,
+            allow_is_causal_skip=not hides_skipped,
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
@@ -287,9 +300,21 @@ class LlamaDloLayerForCausalLM(LlamaDloForCausalLM):
     _supports_flex_attn = False
 
 
+class LlamaDloAttentionForCausalLM(LlamaDloForCausalLM):
+    """The same where tokens skip attention, after Router-Tuning (arXiv 2410.13184)."""
+
+    config: LlamaDloAttentionConfig
+    config_class = LlamaDloAttentionConfig
+    # Kernels that take no mask of numbers cannot hide skipped tokens.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+
 ROUTED_MODELS: Mapping[RoutingKind, type[LlamaDloForCausalLM]] = {
     "mlp": LlamaDloForCausalLM,
     "layer": LlamaDloLayerForCausalLM,
+    "attention": LlamaDloAttentionForCausalLM,
+    "attention-active": LlamaDloAttentionForCausalLM,
 }
 """The model of each kind of routing."""
 
@@ -311,6 +336,8 @@ class LlamaDloLayerThresholdsForCausalLM(LlamaDloLayerForCausalLM):
 THRESHOLD_MODELS: Mapping[RoutingKind, type[LlamaDloForCausalLM]] = {
     "mlp": LlamaDloThresholdsForCausalLM,
     "layer": LlamaDloLayerThresholdsForCausalLM,
+    "attention": LlamaDloAttentionForCausalLM,
+    "attention-active": LlamaDloAttentionForCausalLM,
 }
 """The same where routers have thresholds."""
 
@@ -355,7 +382,8 @@ def identity_layers(model: PreTrainedModel, routing: RoutingKind) -> Iterator[in
         routing: What can be skipped.
     """
     for index, layer in enumerate(model.model.layers):
-        if adds_nothing(layer.mlp.down_proj) and (routing == "mlp" or adds_nothing(layer.self_attn.o_proj)):
+        ends = {"self_attn": layer.self_attn.o_proj, "mlp": layer.mlp.down_proj}
+        if all(adds_nothing(ends[block]) for block in ROUTED_BLOCKS[routing]):
             yield index
 
 
@@ -378,9 +406,9 @@ def warn_of_untrained_routers(model: LlamaDloForCausalLM) -> None:
     zero = {layer for layer in skipping_at_zero(model.config) if not model.model.router(layer).weight.any()}
     routing = model.config.routing
     if zero and (untrained := sorted(zero - set(identity_layers(model, routing)))):
-        skipped = "their MLPs" if routing == "mlp" else "they"
+        skipped = {"mlp": "their MLPs are", "layer": "they are"}.get(routing, "their attention is")
         warnings.warn(
-            f"the routers of layers {untrained} are all zeros: every score is exactly 0.5, so {skipped} are skipped "
+            f"the routers of layers {untrained} are all zeros: every score is exactly 0.5, so {skipped} skipped "
             "for every token\n\nhint: fit them with `dlo calibrate`, train them, or set is_dlo to false there",
             UntrainedRoutersWarning,
             stacklevel=3,

@@ -61,18 +61,18 @@ _TILES: Final[dict[str, dict[TileName, Tile]]] = {
 }
 # A token's score is one sum: every tile is one token, a row of 4096 elements in four steps.
 _TILES["RouterScores"] = dict.fromkeys(TILE_NAMES, Tile(rows=1, columns=1, depth=1024, scan=1, warps=4, stages=1))
-# By compute capability, where a GPU was at hand to measure it; what else was measured stands in docs/results.md.
-# 9.0, H200, hidden 4096, intermediate 14336, bfloat16. Decode, 8 of 16 tokens active: 58 and 34 µs, 4.1 and 3.5 TB/s of
-# weights (the tiles above: 79 and 49 µs). Prefill, 256 of 512 active: 144 and 93 µs (161 and 118 µs).
+# By compute capability, where a GPU was at hand to measure it. 9.0: H200, hidden 4096, intermediate 14336, bfloat16;
+# the fastest of docs/results/gpu_kernels.md. Decode, 8 of 16 tokens active: 56 and 33 µs, 4.2 and 3.6 TB/s of weights
+# (the tiles above: 77 and 50 µs). Prefill, 256 of 512 active: 114 and 76 µs (155 and 108 µs).
 _TUNED: Final[dict[int, dict[str, dict[TileName, Tile]]]] = {
     90: {
         "SkipGateUp": {
-            "decode": Tile(rows=16, columns=64, depth=64, scan=32, warps=4, stages=4),
-            "prefill": Tile(rows=128, columns=128, depth=32, scan=512, warps=8, stages=4),
+            "decode": Tile(rows=16, columns=128, depth=64, scan=32, warps=4, stages=4),
+            "prefill": Tile(rows=128, columns=128, depth=32, scan=512, warps=8, stages=6),
         },
         "SkipDown": {
-            "decode": Tile(rows=16, columns=32, depth=512, scan=32, warps=4, stages=3),
-            "prefill": Tile(rows=128, columns=128, depth=64, scan=512, warps=8, stages=4),
+            "decode": Tile(rows=16, columns=32, depth=256, scan=32, warps=4, stages=5),
+            "prefill": Tile(rows=64, columns=128, depth=64, scan=512, warps=8, stages=6),
         },
     }
 }

@@ -109,7 +109,7 @@ class DecoderInterface:
             ModelInterfaceError: It is not that of a decoder with such a cache, with everything that is wrong.
         """
         given, made = {spec.name: spec for spec in inputs}, {spec.name: spec for spec in outputs}
-        past = [key for key in given if names.parse_past(key) or (cache == "growing" and names.is_state_input(key))]
+        past = [key for key in given if names.is_state_input(key)]
         lengths = {given[key].shape[2] for key in past if len(given[key].shape) == 4}
         slots = next(iter(lengths)) if len(lengths) == 1 else None
         interface = cls(
@@ -211,10 +211,12 @@ def _wrong_types(interface: DecoderInterface) -> Iterator[str]:
     states = (*interface.present_of, *interface.present_of.values())
     masks = [key for key in states if _is_active_mask(key)]
     floats = [key for key in states if not _is_active_mask(key)]
+    # Over a static cache, who was active is one more cache, of the others' type.
+    active = (BOOL,) if interface.cache == "growing" else FLOATS
     expected: dict[str, tuple[ElementType, ...]] = {
         **dict.fromkeys(interface.step_inputs, (INT64,)),
         **dict.fromkeys((names.force_active_name(layer) for layer in interface.forced_layers), (BOOL,)),
-        **dict.fromkeys(masks, (BOOL,)),
+        **dict.fromkeys(masks, active),
         **dict.fromkeys((*interface.observed(hidden_states=True), *floats), FLOATS),
     }
     for key, types in expected.items():
@@ -237,7 +239,10 @@ def _wrong_shapes(interface: DecoderInterface, lengths: set[int | str | None]) -
             yield f"input {key} has shape {list(shape)}, expected {what}"
             break  # the others will be alike
     for key in sorted(key for key in interface.present_of if _is_active_mask(key)):
-        if len(shape := interface.inputs[key].shape) != 2:
+        shape = interface.inputs[key].shape
+        if static and (len(shape) != 4 or shape[1:] != (1, interface.max_cache, 1)):
+            yield f"input {key} has shape {list(shape)}, expected [batch, 1, {interface.max_cache}, 1]"
+        if not static and len(shape) != 2:
             yield f"input {key} has shape {list(shape)}, expected [batch, past]"
 
 

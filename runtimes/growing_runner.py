@@ -19,10 +19,16 @@ class GrowingRunner(Runner):
         name: For reports.
         interface: Of the graph.
         thresholds: Of its routers, see `Runner`; the graph compares with them itself and does not show them.
+        takes_padding: Whether sequences may be padded at their left.
     """
 
     def __init__(
-        self, name: str, interface: DecoderInterface, *, thresholds: Mapping[int, float] | None = None
+        self,
+        name: str,
+        interface: DecoderInterface,
+        *,
+        thresholds: Mapping[int, float] | None = None,
+        takes_padding: bool = True,
     ) -> None:
         super().__init__(
             name,
@@ -31,6 +37,7 @@ class GrowingRunner(Runner):
             thresholds=thresholds,
             forcing=interface.forcing,
             last_logits_only=interface.last_logits,
+            takes_padding=takes_padding,
         )
         self._interface = interface
 

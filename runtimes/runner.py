@@ -103,6 +103,7 @@ class Runner(abc.ABC):
         thresholds: Mapping[int, float] | None = None,
         forcing: Forcing = "possible",
         last_logits_only: bool = False,
+        takes_padding: bool = True,
     ) -> None:
         self.name = name
         self.last_logits_only = last_logits_only
@@ -110,6 +111,7 @@ class Runner(abc.ABC):
         self.routed_layers = routed_layers
         self.thresholds = dict(thresholds or {})
         self._forcing = forcing
+        self._takes_padding = takes_padding
         self._batch: int | None = None
         self._past = 0
         self._closed = False
@@ -159,6 +161,7 @@ class Runner(abc.ABC):
                 "asked for",
                 hint="ask for last_logits, or export without --last-logits (of an engine, --trt-last-logits)",
             )
+        self._check_padding(request.attention_mask)
         result = self._compute(request)
         self._past += request.sequence
         return result
@@ -243,6 +246,14 @@ class Runner(abc.ABC):
         if problems:
             raise StepError(
                 f"{self.name}: {'; '.join(problems)}", hint="the mask covers the cached tokens and the step's"
+            )
+
+    def _check_padding(self, attention_mask: Int64Array) -> None:
+        """A model that counts tokens would take padding for them, and compute something else without a word."""
+        if not self._takes_padding and not attention_mask.all():
+            raise StepError(
+                f"{self.name}: got a batch with padding, but its attention counts tokens, whatever they are",
+                hint="run sequences of one length together, or one by one",
             )
 
     def _check_forcing(self, force_active: Decisions | None) -> None:

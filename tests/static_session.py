@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from dlo_export.checkpoints.interface import continuation_of, is_state_input
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS, reference_function
 
 
@@ -29,7 +30,7 @@ class StaticSession:
         self.state = {
             value.name: np.zeros((batch, *value.shape[1:]), np.float32)
             for value in self.session.get_inputs()
-            if value.name.startswith("past_key_values.")
+            if is_state_input(value.name)
         }
         self.lengths = np.zeros(batch, np.int64)
 
@@ -46,6 +47,6 @@ class StaticSession:
             "kv_lengths": self.lengths + counts,
         }
         outputs = dict(zip(self.outputs, self.session.run(None, feeds | self.state | more), strict=True))
-        self.state = {name: outputs[name.replace("past_key_values", "present")] for name in self.state}
+        self.state = {name: outputs[continuation_of(name)] for name in self.state}
         self.lengths = self.lengths + counts
         return outputs

@@ -31,6 +31,7 @@ ROPES: dict[str, dict[str, Any]] = {
     },
 }
 AUTHORS_CLASSES = {"llama_dlo_exattn": "LlamaDLOExAttnForCausalLM", "llama_dlo": "LlamaDLOForCausalLM"}
+OUR_CLASSES = {"llama_dlo_attn": "LlamaDloAttentionForCausalLM"}
 # Byte-level tokens and the three special ones of save_byte_tokenizer.
 BYTE_VOCABULARY = 256 + 3
 
@@ -53,6 +54,7 @@ def save_tiny_llama(
     shards: int = 1,
     routed: Sequence[bool] | None = None,
     model_type: str = "llama_dlo_exattn",
+    routing_kv: str | None = None,
     rescale: bool = True,
     scale_factor: float = 2.0,
     scale_gap: float = 0.05,
@@ -80,7 +82,9 @@ def save_tiny_llama(
         shards: More than 1 writes that many files and their index.
         routed: One flag per layer; not None writes the form of the DLO authors' code (old rope keys included), with
             routers that let about half of the tokens through.
-        model_type: Of a routed checkpoint: "llama_dlo_exattn" (mlp routing) or "llama_dlo" (layer routing).
+        model_type: Of a routed checkpoint: "llama_dlo_exattn" (mlp routing), "llama_dlo" (layer routing) or
+            "llama_dlo_attn" (attention routing).
+        routing_kv: Of a routed checkpoint: attention_routing_kv.
         rescale: Of a routed checkpoint: rescale_hidden_states.
         scale_factor: Of a routed checkpoint.
         scale_gap: Of a routed checkpoint.
@@ -117,7 +121,7 @@ def save_tiny_llama(
     if routed is not None:
         assert len(routed) == layers
         values |= {
-            "architectures": [AUTHORS_CLASSES[model_type]],
+            "architectures": [(AUTHORS_CLASSES | OUR_CLASSES)[model_type]],
             "model_type": model_type,
             "is_dlo": list(routed),
             "rescale_hidden_states": rescale,
@@ -126,8 +130,10 @@ def save_tiny_llama(
             "dlo_capacity": 0.7,
             "transformers_version": "4.40.1",
         }
+        if routing_kv is not None:
+            values["attention_routing_kv"] = routing_kv
         if thresholds is not None:
-            values["model_type"] += "_thresholds"
+            values["model_type"] += "" if model_type in OUR_CLASSES else "_thresholds"
             values["router_thresholds"] = {str(layer): threshold for layer, threshold in thresholds.items()}
         tensors |= _random_routers(routed, hidden, seed)
     stored = {name: torch.from_numpy(array).to(getattr(torch, dtype)) for name, array in tensors.items()}

@@ -63,7 +63,7 @@ class DloAdapter:
     """What turns a plain Llama into a deepened and routed one.
 
     Attributes:
-        routing: What a router decides about: the layer's MLP, or the whole layer.
+        routing: What a router decides about: the layer's MLP, its attention, or the whole layer.
         is_dlo: For every layer of the deepened model, whether it is routed.
         rescale_hidden_states: Whether the routed branch is multiplied by 0.5·scale_factor + (score − 0.5)·scale_gap.
         scale_factor: Of that multiplier.

@@ -25,12 +25,13 @@ from dlo_export.checkpoints.llama_layer import (
 )
 from dlo_export.checkpoints.model_types import (
     LLAMA,
-    MODEL_TYPES,
     Family,
     RoutingKind,
     agreed_routing,
     family_of,
+    kv_keys,
     routed_type,
+    routing_kind,
 )
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import thresholds_json
@@ -151,7 +152,7 @@ def expanded_config(
         changes[THRESHOLDS] = thresholds_json(moved)
     if zero_routers:
         is_dlo = [True] * plan.num_layers
-        own = MODEL_TYPES[config["model_type"]].routing if routed and any(routed) else None
+        own = routing_kind(config) if routed and any(routed) else None
         agreed = agreed_routing(own, routing)
         family = family_of(config)
         changes |= {"is_dlo": is_dlo} if own is not None else routed_config(is_dlo, routing=agreed, family=family)
@@ -188,6 +189,7 @@ def routed_config(
         "rescale_hidden_states": rescale,
         "scale_factor": scale_factor,
         "scale_gap": scale_gap,
+        **kv_keys(routing),
         **({THRESHOLDS: thresholds_json(thresholds)} if thresholds else {}),
     }
 

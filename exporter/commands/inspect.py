@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
 NAME = "inspect"
 
+_ATTENTION_MASKED = "nothing: its attention is computed and masked"
 _SAVED = {
     "mlp": {
         "nothing": "nothing: its MLP is computed and masked",
@@ -22,6 +25,16 @@ _SAVED = {
         "nothing": "nothing: the layer is computed and masked",
         "tokens": "its part of the layer's projections and MLP",
         "steps": "the layer, in steps without an active token",
+    },
+    "attention": {
+        "nothing": _ATTENTION_MASKED,
+        "tokens": "its part of attention's query and output projections",
+        "steps": "attention but for its keys and values, in steps without an active token",
+    },
+    "attention-active": {
+        "nothing": _ATTENTION_MASKED,
+        "tokens": "its part of attention's projections",
+        "steps": "attention, in steps without an active token",
     },
 }
 
@@ -41,6 +54,18 @@ def main(
         _print_tables(inspection)
 
 
+def _layer_forms(layers: list[dict[str, Any]]) -> Iterator[str]:
+    """How layers are written, a line for those in a row that are alike."""
+    for (attention, weights, _), rows in itertools.groupby(
+        layers, lambda row: (row["attention"], row["weights"], row["problem"] is None)
+    ):
+        alike = list(rows)
+        first, last = alike[0]["index"], alike[-1]["index"]
+        which = f"layer {first}" if first == last else f"layers {first} to {last}"
+        yield f"{which}: attention {attention}; weights {weights or 'not told apart'}"
+        yield from (row["problem"] for row in alike if row["problem"] is not None)
+
+
 def _print_tables(inspection: Inspection) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
@@ -49,6 +74,7 @@ def _print_tables(inspection: Inspection) -> None:
     from dlo_export.checkpoints.router_thresholds import ONE_HALF  # noqa: PLC0415
     from dlo_export.exporter.messages import escaped, printable  # noqa: PLC0415
     from dlo_export.exporter.sources.untrained_routers import untrained_router_warning  # noqa: PLC0415
+    from dlo_export.graph_passes.lowerings.registry import find_lowering  # noqa: PLC0415
 
     console = Console()
 
@@ -58,17 +84,20 @@ def _print_tables(inspection: Inspection) -> None:
 
     description = inspection.description
     if description is not None:
+        removed = ", ".join(map(str, description.source.removed_layers))
         tell(
             f"{inspection.path.parent}: {description.source.kind} {description.source.name}, "
-            f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
+            + (f"without its layers {removed}, which pass everything on, " if removed else "")
+            + f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
             f"parity {description.parity.verdict} (parity.json: {inspection.parity_report or 'not there'})"
         )
-        if removed := description.source.removed_layers:
-            tell(f"without layers {', '.join(map(str, removed))} of its source, which pass everything on")
     if inspection.skips is not None:
         assert description is not None, "or nothing would say what is skipped"
         assert description.routing is not None, "or nothing would be skipped"
-        tell(f"a token that skips a layer saves {_SAVED[description.routing.kind][inspection.skips]}")
+        # A lowering that knows MLPs only leaves the rest of a skipped layer masked.
+        only_mlps = find_lowering(description.lowering, "onnxruntime-cpu").blocks == ("mlp",)
+        saved = _SAVED["mlp" if only_mlps else description.routing.kind]
+        tell(f"a token that skips a layer saves {saved[inspection.skips]}")
     if inspection.untrained_routers:
         assert description is not None, "or no router could be named"
         assert description.routing is not None, "or no router could be named"
@@ -83,6 +112,8 @@ def _print_tables(inspection: Inspection) -> None:
                 marks[1] = f"above {row['threshold']:.4f}"
             table.add_row(str(row["index"]), *marks, f"{row['bytes'] / 2**20:.2f}")
         console.print(table)
+        for line in _layer_forms(inspection.layers):
+            tell(line)
     for engine in description.engines if description is not None else ():
         build = engine.build
         tell(

@@ -26,7 +26,10 @@ AllowNonfinite = Annotated[
 ForceBase = Annotated[bool, typer.Option("--force-base", help="Take an adapter that was made from other weights.")]
 Routing = Annotated[
     RoutingKind | None,
-    typer.Option(help="What a token skips: the MLP, or the whole layer. As the model's routers do, else mlp."),
+    typer.Option(
+        help="What a token skips: the MLP, the whole layer, or attention, leaving keys and values all the same "
+        "(attention) or none (attention-active). As the model's routers do, else mlp."
+    ),
 ]
 
 Device = Annotated[

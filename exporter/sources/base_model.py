@@ -66,6 +66,10 @@ class BaseModel(Protocol):
         """Its weights under Hugging Face names, in Hugging Face orientation."""
 
     @property
+    def packs_weights(self) -> bool:
+        """Whether matrices of its graph may be joined, which changes the bytes of its weights."""
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What it has that is not taken over as it is, one sentence each, for the user to be shown."""
 
@@ -98,6 +102,10 @@ class BaseModel(Protocol):
 
     def why_not(self, use: Use) -> Refusal | None:
         """Why it does not serve a use; None where it does."""
+
+    @property
+    def client_settings(self) -> Mapping[str, Any] | None:
+        """The genai_config.json it came with, which goes with it; None where there is none."""
 
     def save_companions(self, folder: Path, config_overrides: Mapping[str, Any] | None = None) -> None:
         """Writes config.json with the overrides, generation_config.json and the tokenizer, as far as it has them."""

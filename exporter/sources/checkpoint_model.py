@@ -92,6 +92,15 @@ class CheckpointModel:
         own = self.checkpoint.sha256()
         return own if self.lora is None else merged_sha256(own, self.lora.sha256())
 
+    @property
+    def packs_weights(self) -> bool:
+        """Yes: its graph is ours."""
+        return True
+
+    @property
+    def client_settings(self) -> None:
+        """None: what fits its graph is written by the export."""
+
     def graph_dtype(self, choice: str, provider: ProviderOption = "cpu") -> str:
         """As asked: the graph is built from the weights. auto is fp32 on a CPU, 16 bits on a GPU."""
         if choice != "auto":

@@ -23,7 +23,7 @@ from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.file_inside import file_inside
-from dlo_export.checkpoints.files.json_file import save_json
+from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer
 from dlo_export.checkpoints.interface import TOKEN_INPUTS
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
@@ -33,10 +33,16 @@ from dlo_export.exporter.sources.base_model import Refusal, Use
 from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file, tensor_problems
 from dlo_export.exporter.sources.graph_types import infer_types
 from dlo_export.exporter.sources.model_proto import parsed_model
+from dlo_export.exporter.sources.vendor_nodes import check_vendor_nodes, check_vendor_types
 from dlo_export.graph_passes.errors import GraphPassError
-from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.find.projections import Layout
+from dlo_export.graph_passes.weights.dense import DenseStorage, dense_storage
+from dlo_export.graph_passes.weights.embedding import embedding_table
+from dlo_export.graph_passes.weights.linear import linear_weight
+from dlo_export.graph_passes.weights.storage import Place, StoredRows, WeightStorage
+
+# What scales the stream behind the last layer.
+_FINAL_NORMS = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalization"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +80,32 @@ class ForeignGraph:
     def routing(self) -> RoutingConfig | None:
         """None: of routers in a graph nothing is known."""
         return None
+
+    @property
+    def packs_weights(self) -> bool:
+        """No: what is not touched stays as it is."""
+        return False
+
+    @functools.cached_property
+    def client_settings(self) -> Mapping[str, Any] | None:
+        """The genai_config.json beside the graph, where it is about this graph.
+
+        Raises:
+            CheckpointError: It is no JSON object, or of another model.
+        """
+        path = _beside(self.path, "genai_config.json")
+        if path is None:
+            return None
+        settings = read_json(path)
+        decoder = settings.get("model", {}).get("decoder", {}) if isinstance(settings.get("model"), dict) else {}
+        if not isinstance(decoder, dict) or decoder.get("filename") != self.path.name:
+            return None  # of a pipeline of several graphs, or of the graph beside this one
+        if (layers := decoder.get("num_hidden_layers")) != self.num_layers:
+            raise CheckpointError(
+                f"{path}: model.decoder.num_hidden_layers is {layers}, {self.path.name} has {self.num_layers} layers",
+                hint="put the genai_config.json of the exported model beside the graph, or take it away",
+            )
+        return settings
 
     def graph_dtype(self, choice: str, provider: ProviderOption = "cpu") -> str:
         """Its own.
@@ -114,13 +146,24 @@ class ForeignGraph:
                 return Refusal(
                     "is an ONNX graph, whose attention and cache stay what they are", "export the checkpoint with --trt"
                 )
-            case "parity" if self.config is None:
-                return Refusal(
-                    "no config.json lies beside the graph, so there is no PyTorch model of it",
-                    "put the config.json of the exported model beside the graph",
-                )
+            case "parity":
+                return self._why_no_pytorch()
             case _:
                 return None
+
+    def _why_no_pytorch(self) -> Refusal | None:
+        if self.config is None:
+            return Refusal(
+                "no config.json lies beside the graph, so there is no PyTorch model of it",
+                "put the config.json of the exported model beside the graph",
+            )
+        storages = (projection.storage for layer in self._layers for projection in layer.projections.values())
+        if all(isinstance(storage, DenseStorage) for storage in storages):
+            return None
+        return Refusal(
+            "its weights are quantised, which PyTorch does not compute with as ONNX Runtime does",
+            "compare it with its own masked form, as the export does",
+        )
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
         """As it was exported: `dtype` is its own already (`graph_dtype`)."""
@@ -149,6 +192,7 @@ class ForeignGraph:
                 f"{self.path}: its layers have routers already, and an adapter's would be added to them",
                 hint="give the model it was made from, a checkpoint or a graph, and the adapter",
             )
+        _ = self.client_settings  # refused before the work, if it is
         if self.config is None:
             return
         found = {"layers": self.num_layers, **_cache_sizes(self._layers[0]), **self.tensor_shapes()}
@@ -198,10 +242,7 @@ class ForeignGraph:
         named: dict[str, LazyTensor] = {}
         for layer in self._layers:
             for projection in layer.projections.values():
-                tensor = constant_tensor(projection.weight)
-                assert tensor is not None, "a projection's weight is constant"
-                name = layer_tensor_name(layer.index, projection.tensor)
-                named[name] = GraphWeight(name, tensor, projection.layout)
+                named[layer_tensor_name(layer.index, projection.tensor)] = projection.contents
         named |= _outer_weights(self._layers[0], self._layers[-1])
         head = named.get(HEAD)
         # Some exporters store a tied matrix twice.
@@ -238,48 +279,6 @@ class ForeignGraph:
         """Nothing to unmap: onnx_ir releases its files with the model."""
 
 
-class GraphWeight:
-    """An initializer seen as a checkpoint tensor.
-
-    Args:
-        name: Hugging Face name.
-        tensor: As the graph stores it.
-        layout: Which way round that is.
-    """
-
-    def __init__(self, name: str, tensor: ir.TensorProtocol, layout: Layout) -> None:
-        self.name = name
-        self._tensor = tensor
-        self._transposed = layout == "in_out"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Hugging Face orientation, linear weights [out, in]."""
-        shape = tuple(self._tensor.shape.numpy())
-        return shape[::-1] if self._transposed else shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Element type of `numpy()`."""
-        return self._tensor.dtype.numpy()
-
-    @property
-    def nbytes(self) -> int:
-        """Size of `numpy()`."""
-        return self._tensor.nbytes
-
-    def numpy(self) -> np.ndarray:
-        """A view of the mapped tensor."""
-        return self._tensor.numpy().T if self._transposed else self._tensor.numpy()
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows of `numpy()`, mapped like it."""
-        return self.numpy()[start:stop]
-
-    def release(self) -> None:
-        """Nothing: the mapping belongs to the graph."""
-
-
 def open_foreign_graph(path: Path) -> ForeignGraph:
     """Opens someone else's Llama graph.
 
@@ -309,8 +308,10 @@ def read_prepared(path: Path, *, for_inspection: bool = False) -> ForeignFile:
     """
     file = read_foreign_file(path, for_inspection=for_inspection)
     try:
+        check_vendor_nodes(file.model, for_inspection=for_inspection)
         prepare_foreign(file.model)
         infer_types(file.model)
+        check_vendor_types(file.model)
     except GraphPassError as err:
         raise InputError(f"{path}: {err.message}", hint=err.hint) from err
     return file
@@ -356,20 +357,18 @@ def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTen
     """Embedding, final norm and head: the constants before the first layer and behind the last."""
     lookup = first.input.producer()
     assert lookup is not None, "the residual stream starts at an embedding lookup"
-    embedding = constant_tensor(lookup.inputs[0])
-    assert embedding is not None
-    found: dict[str, LazyTensor] = {EMBEDDING: GraphWeight(EMBEDDING, embedding, "out_in")}
+    embedding = embedding_table(lookup)
+    assert embedding is not None, "the stream starts at a table"
+    found: dict[str, WeightStorage] = {}
     for node in _nodes_behind(last.output):
-        for value in node.inputs:
-            tensor = constant_tensor(value)
-            if tensor is None or tensor.size <= 1:
-                continue
-            shape = tensor.shape.numpy()
-            if shape == (last.hidden_size,) and is_op(node, "Mul", "RMSNormalization", "SimplifiedLayerNormalization"):
-                found[FINAL_NORM] = GraphWeight(FINAL_NORM, tensor, "vector")
-            elif is_op(node, "MatMul") and shape[0] == last.hidden_size:
-                found[HEAD] = GraphWeight(HEAD, tensor, "in_out")
-    return found
+        if (head := linear_weight(node)) is not None and head.shape[1] == last.hidden_size:
+            found[HEAD] = head
+        for place in (Place(node, index) for index in range(len(node.inputs)) if node.op_type in _FINAL_NORMS):
+            norm = dense_storage(place, "vector")
+            if norm is not None and norm.shape == (last.hidden_size,):
+                found[FINAL_NORM] = norm
+    behind = {name: StoredRows(storage, 0, storage.shape[0]) for name, storage in found.items()}
+    return {EMBEDDING: embedding, **behind}
 
 
 def _nodes_behind(value: ir.Value) -> list[ir.Node]:

@@ -7,11 +7,9 @@ import onnx.shape_inference
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.runtimes.onnxruntime.operators import DOMAIN, IN_ONNX_DOMAIN
 
 _SMALL_BYTES = 1024  # axes, shapes, scalars: what inference computes with
-_VENDOR = "com.microsoft"
-# Operators of ONNX Runtime that it registers in ONNX's domain, where ONNX knows none of these names.
-_VENDOR_OPERATORS = frozenset({"SimplifiedLayerNormalization"})
 
 
 def infer_types(model: ir.Model) -> None:
@@ -62,10 +60,10 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
             graph.register_initializer(value)
     del proto.graph.value_info[:]
     for node in proto.graph.node:
-        if node.domain == "" and node.op_type in _VENDOR_OPERATORS:
-            node.domain = _VENDOR
-    if _VENDOR not in {entry.domain for entry in proto.opset_import}:
-        proto.opset_import.add(domain=_VENDOR, version=1)
+        if node.domain == "" and node.op_type in IN_ONNX_DOMAIN:
+            node.domain = DOMAIN
+    if DOMAIN not in {entry.domain for entry in proto.opset_import}:
+        proto.opset_import.add(domain=DOMAIN, version=1)
     return proto
 
 

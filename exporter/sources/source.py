@@ -16,9 +16,9 @@ from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.depth.expansion import ExpansionPlan, expanded_config, routed_config
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.finite_weights import finite_tensors
-from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, all_zeros
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
-from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, family_of
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, family_of, leaves_keys
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.sources.adapter_base import check_adapter_base
@@ -60,6 +60,11 @@ class ExportSource:
         return self.base.num_layers if self.adapter is None else self.adapter.num_layers
 
     @property
+    def packs_weights(self) -> bool:
+        """Whether matrices of its graph may be joined."""
+        return self.base.packs_weights
+
+    @property
     def tensorrt_refusal(self) -> str | None:
         """Why its graph cannot be given TensorRT's interface; None where it can."""
         refusal = self.base.why_not("TensorRT")
@@ -68,7 +73,7 @@ class ExportSource:
     @property
     def remembers_activity(self) -> bool:
         """Whether its graph has a state beside the KV cache: which cached tokens were active in a layer."""
-        return self.routing is not None and self.routing.kind == "layer"
+        return self.routing is not None and not leaves_keys(self.routing.kind)
 
     @property
     def injected_layers(self) -> tuple[InjectedLayer, ...]:
@@ -242,13 +247,4 @@ def _renumbered(name: str, positions: list[int]) -> str:
 def _are_zeros(tensors: Mapping[str, LazyTensor], layer: int, names: Iterable[str]) -> bool:
     """Whether those of a layer's tensors that there are hold nothing but zeros."""
     ends = (tensors.get(layer_tensor_name(layer, name)) for name in names)
-    return all(_all_zeros(tensor) for tensor in ends if tensor is not None)
-
-
-def _all_zeros(tensor: LazyTensor) -> bool:
-    # The first row settles it for all but the zero matrices, without reading (and dequantising) the others.
-    step = rows_at_once(tensor.shape[0], tensor.nbytes)
-    starts = range(0, tensor.shape[0], step)
-    zeros = not tensor.rows(0, 1).any() and not any(tensor.rows(start, start + step).any() for start in starts)
-    tensor.release()
-    return zeros
+    return all(all_zeros(tensor) for tensor in ends if tensor is not None)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dlo_export.checkpoints.model_types import RoutingKind
 
 _SHOWN = 8
-_SKIPPED = {"mlp": "MLPs", "layer": "layers"}
+_SKIPPED: Mapping[RoutingKind, str] = {
+    "mlp": "MLPs",
+    "layer": "layers",
+    "attention": "attentions",
+    "attention-active": "attentions",
+}
 
 
 def untrained_router_warning(layers: Sequence[int], routing: RoutingKind) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import FLOAT32
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.spec.ops import DOMAIN
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.engine_record import BackendName, OptimizationProfile
@@ -35,6 +36,7 @@ class EngineRequest:
         plugin_library: libdlo_plugins.so for this backend. Without it a plugin graph is built with the Python twins
             (rtx) or the quick-deploy plugins (tensorrt).
         timeout_s: Seconds after which the build is killed.
+        routing: What tokens skip in them.
         routed_layers: Decoder layers whose skip mechanism must be in the network.
         expected_dtypes: Element type, by ONNX's words ("float", "bfloat16", …), of network inputs and
             outputs and of any other value of the graph.
@@ -51,6 +53,7 @@ class EngineRequest:
     plugin_operators: tuple[str, ...] = ()
     plugin_library: Path | None = None
     timeout_s: float | None = None
+    routing: RoutingKind = "mlp"
     routed_layers: tuple[int, ...] = ()
     expected_dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     use_cache: bool = True

@@ -96,6 +96,7 @@ def engine_request(plan: TensorRtPlan, engine: PlannedEngine, target: Path) -> E
         plugin_operators=operators,
         plugin_library=plan.request.plugin_library if operators else None,
         timeout_s=plan.request.timeout_s,
+        routing=plan.routing or "mlp",
         routed_layers=tuple(sorted(role_values(engine.model.graph, ROUTER_SCORES))),
         expected_dtypes=intended_dtypes(engine.model),
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dlo_export.checkpoints.dtypes import BY_TENSORRT
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, kept_projections
 from dlo_export.exporter.tensorrt.census import missing_mechanisms, take_census
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest
 from dlo_export.exporter.tensorrt.nodes import decoder_layer, input_tensors, network_layers, node_name, output_tensors
@@ -112,7 +113,7 @@ def _word(dtype: Any) -> str:
 
 
 def eager_work(trt: Any, network: Any, request: EngineRequest) -> Iterator[str]:
-    """Matrix multiplications of a routed layer's MLP that run for skipped tokens too.
+    """Matrix multiplications of a routed layer that skipped tokens do not need, and that run for them too.
 
     In a lowered layer each of them follows a layer of the lowering's `tensorrt_start`, since TensorRT runs lazily only
     what does; a lowering without one leaves no such multiplication.
@@ -120,6 +121,8 @@ def eager_work(trt: Any, network: Any, request: EngineRequest) -> Iterator[str]:
     lowering = find_lowering(request.lowering, "tensorrt")
     if lowering.make_pass is None:
         return
+    blocks = tuple(f".{block}." for block in ROUTED_BLOCKS[request.routing] if block in lowering.blocks)
+    kept = tuple(f".{module.path}" for module in kept_projections(request.routing))
     # One walk notes who reads which tensor, where laziness starts, and which multiplications should follow.
     readers: dict[str, list[tuple[int | None, Any]]] = defaultdict(list)
     multiplications: dict[str, tuple[int | None, str]] = {}
@@ -131,7 +134,8 @@ def eager_work(trt: Any, network: Any, request: EngineRequest) -> Iterator[str]:
             readers[tensor.name].append((index, layer))
         if index in request.routed_layers and layer.type.name == lowering.tensorrt_start:
             waiting.append((index, layer))
-        if index in request.routed_layers and layer.type.name == "MATRIX_MULTIPLY" and _is_mlp(name):
+        skippable = any(block in name for block in blocks) and not name.endswith(kept)
+        if index in request.routed_layers and layer.type.name == "MATRIX_MULTIPLY" and skippable:
             multiplications[layer.name] = (index, name)
     # Forwards from where laziness starts, inside its layer and to the end of the conditional: what is met is lazy.
     lazy: set[str] = set()
@@ -166,7 +170,3 @@ def make_attentions_decomposable(trt: Any, network: Any) -> int:
     for attention in attentions:
         attention.decomposable = True
     return len(attentions)
-
-
-def _is_mlp(name: str) -> bool:
-    return ".mlp." in name

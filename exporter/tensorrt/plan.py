@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.exporter.graph_dtype import graph_dtype, sixteen_bits
 from dlo_export.exporter.pipeline import (
     TensorRtOptions,
@@ -95,6 +96,7 @@ class TensorRtPlan:
         backend: Who builds.
         backend_reason: Why.
         dtype: "fp16", "bf16" or "fp32", of weights, KV cache and logits.
+        routing: What tokens of the source skip; None where nothing is routed.
         engines: One, or prefill and decode.
     """
 
@@ -102,6 +104,7 @@ class TensorRtPlan:
     backend: BackendName
     backend_reason: str
     dtype: str
+    routing: RoutingKind | None
     engines: tuple[PlannedEngine, ...]
 
 
@@ -135,7 +138,8 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
     _check_size(source, request, resolved)
     phases: tuple[Phase, ...] = ("prefill", "decode") if request.split else ("both",)
     engines = tuple(_planned(source, request, phase, lowering, options, backend, resolved) for phase in phases)
-    return TensorRtPlan(request, backend, reason, resolved, engines)
+    routing = None if source.routing is None else source.routing.kind
+    return TensorRtPlan(request, backend, reason, resolved, routing, engines)
 
 
 def graph_options(engine: EngineRecord) -> TensorRtOptions:
@@ -217,7 +221,8 @@ def _best(
     Raises:
         GraphPassError: The last one that suits is not possible either.
     """
-    workload = Workload(phase, options.max_batch, options.max_sequence, plugins_at_hand)
+    assert source.routing is not None, "or there is nothing to choose"
+    workload = Workload(phase, options.max_batch, options.max_sequence, plugins_at_hand, source.routing.kind)
     *candidates, last = suitable_lowerings("tensorrt", workload)
     refused = ""
     for record in candidates:

@@ -44,7 +44,8 @@ class UseGroupQueryAttentionPass(GraphPass):
 
     `kv_lengths` int64 [batch] is how many tokens a sequence has after the step, the step's own included; it replaces
     `attention_mask` and `position_ids`: the first token of a sequence stands in slot 0, at position 0. All tokens of a
-    step are real; a step of several tokens is one of a single sequence, which is what the operator takes. Nothing is
+    step are real; a step of several tokens is one of a single sequence, which is what the operator takes. A slot that
+    was never written must hold a finite number: CUDA's kernels multiply it by 0 (measured with 1.31.1). Nothing is
     allocated, read back or laid out anew in a step, so a CUDA graph captures it. Scope: main graph. Source: ONNX
     Runtime's contrib operators; what has its kernels stands in docs/OperatorKernels.md there: float32 and float16 on a
     CPU, float16 and bfloat16 on a GPU.

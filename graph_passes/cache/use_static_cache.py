@@ -14,7 +14,9 @@ from dlo_export.checkpoints.interface import (
     KV_LENGTHS,
     WRITE_INDICES,
     is_state_input,
+    past_active_name,
 )
+from dlo_export.checkpoints.llama_layer import router_path
 from dlo_export.graph_passes.cache.attention_cache import (
     CachedAttention,
     attend,
@@ -23,7 +25,8 @@ from dlo_export.graph_passes.cache.attention_cache import (
 )
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
-from dlo_export.graph_passes.rewriting import remove_unused
+from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.rewriting import remove_unused, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
@@ -50,7 +53,14 @@ class UseStaticCachePass(GraphPass):
     `write_indices` int64 [batch] is the slot of the step's first token, `kv_lengths` int64 [batch] how many slots hold
     real tokens after the step; they replace `attention_mask`. Batches are ragged to the right: what a shorter sequence
     writes behind its end is never seen, and overwritten by its next step. A slot that was never written must hold a
-    finite number. Attention is never given is_causal or nonpad_kv_seqlen, which TensorRT reads differently or drops.
+    finite number. Where a layer's state says who was active, it becomes one more cache, [batch, 1, max_cache, 1], of
+    zeros and ones in the others' type, and hides the slots of skipped tokens::
+
+        numbers        = Unsqueeze(Cast(active), [1, 3])
+        present_active = TensorScatter(past_active, numbers, write_indices)
+        bias           = Where(Greater(Transpose(present_active), 0), bias, lowest)
+
+    Attention is never given is_causal or nonpad_kv_seqlen, which TensorRT reads differently or drops.
     Scope: main graph. Source: ONNX TensorScatter-24, Attention-24.
 
     Attributes:
@@ -86,9 +96,12 @@ class UseStaticCachePass(GraphPass):
         write_indices = ir.val(WRITE_INDICES, dtype=ir.DataType.INT64, shape=["batch"])
         kv_lengths = ir.val(KV_LENGTHS, dtype=ir.DataType.INT64, shape=["batch"])
         mask = self._mask(graph, attentions[0], write_indices, kv_lengths)
-        for attention in attentions:
-            self._rewrite(graph, attention, write_indices, mask)
+        masks = [self._hide_skipped(graph, attention, write_indices, mask) for attention in attentions]
+        for attention, own in zip(attentions, masks, strict=True):
+            self._rewrite(graph, attention, write_indices, own or mask)
         remove_unused(graph)
+        if any(masks):
+            graph.sort()  # a layer's own mask may stand in front of the one that all share
         # The two new inputs stand where attention_mask stood in the interface: between the tokens and the cache.
         first_cache = next(i for i, value in enumerate(graph.inputs) if is_state_input(value.name or ""))
         graph.inputs[first_cache:first_cache] = [write_indices, kv_lengths]
@@ -134,6 +147,47 @@ class UseStaticCachePass(GraphPass):
         bias = new.add("Where", per_head, open_, lowest, name=f"{_MASK}.static_bias", dtype=dtype, shape=shape)
         graph.insert_before(first.node, new.nodes)
         return bias
+
+    def _hide_skipped(
+        self, graph: ir.Graph, attention: CachedAttention, write_indices: ir.Value, mask: ir.Value
+    ) -> ir.Value | None:
+        """A layer's own mask, [batch, 1, sequence, max_cache]; None where nobody is hidden there.
+
+        The state of activity is written as keys and values are: into the step's slots, in place.
+        """
+        name = past_active_name(attention.layer)
+        past = next((value for value in graph.inputs if value.name == name), None)
+        if past is None:
+            return None
+        state, hide = past.consumers()[0], attention.operand(3).producer()
+        assert is_op(state, "Concat"), "RouteLayersPass appends to it, and nobody else reads it"
+        assert hide is not None, "RouteLayersPass masks it"
+        assert is_op(hide, "Where"), "RouteLayersPass masks it"
+        active, old, dtype = state.inputs[1], state.outputs[0], attention.dtype
+        assert active is not None, "Concat has two inputs here"
+        new, shape = TaggedNodes(type(self).__name__, attention.layer), ("batch", 1, self.max_cache, 1)
+        router = router_path(attention.layer)
+        past.type, past.shape = ir.TensorType(dtype), ir.Shape(shape)
+        numbers = new.add("Cast", active, name=f"{router}.numbers", dtype=dtype, shape=active.shape, to=int(dtype))
+        axes = shared_constant(graph, f"{_MASK}.axes_1_3", np.array([1, 3]))
+        rows: tuple[int | str, ...] = ("batch", 1, "sequence", 1)
+        update = new.add("Unsqueeze", numbers, axes, name=f"{router}.slot_numbers", dtype=dtype, shape=rows)
+        written = new.add(
+            "TensorScatter", past, update, write_indices, name=f"{router}.slots", dtype=dtype, shape=shape, axis=2
+        )
+        shape = ("batch", 1, 1, self.max_cache)
+        across = new.add(
+            "Transpose", written, name=f"{router}.slots_across", dtype=dtype, shape=shape, perm=(0, 1, 3, 2)
+        )
+        zero = shared_constant(graph, f"{_MASK}.open", np.asarray(0, dtype.numpy()))
+        seen = new.add("Greater", across, zero, name=f"{router}.seen", dtype=ir.DataType.BOOL, shape=shape)
+        graph.insert_before(hide, new.nodes)
+        hide.replace_input_with(0, seen)
+        hide.replace_input_with(1, mask)
+        hide.outputs[0].shape = ir.Shape(("batch", 1, "sequence", self.max_cache))
+        # What read the state was the old mask's condition, which nobody reads now; the output goes on under its name.
+        replace_value(old, written)
+        return hide.outputs[0]
 
     def _rewrite(self, graph: ir.Graph, attention: CachedAttention, write_indices: ir.Value, mask: ir.Value) -> None:
         # A step's keys and values are written into their slots, and all slots are attended over under the one mask.

@@ -14,7 +14,7 @@ from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.naming import unique_names
 from dlo_export.graph_passes.row_tensor import RowTensor, read_rows
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
-from dlo_export.graph_passes.spec.provenance import PASS_KEY
+from dlo_export.graph_passes.spec.provenance import PASS_KEY, SERVES_KEY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class FuseSiblingMatMulsPass(GraphPass):
         fused   = MatMul(x, W)          # W = Wq, Wk and Wv side by side
         q, k, v = Split(fused, sizes)   # along the last axis
 
-    Optional: a graph without such siblings is left alone. Scope: main graph and branches; siblings share one.
+    Optional: a graph without such siblings is left alone. Scope: main graph and branches; siblings share one. Where
+    queries serve active tokens only, keys and values all of them (`SERVES_KEY`), they are no siblings.
 
     Attributes:
         minimum: Smallest group that is fused. Three by default: query, key and value. Two siblings (gate and up) gain
@@ -45,10 +46,11 @@ class FuseSiblingMatMulsPass(GraphPass):
 
     def rewrite(self, model: ir.Model) -> bool:
         """Fuses every group of at least `minimum` siblings."""
-        siblings: dict[tuple[object, ir.Value | None], list[ir.Node]] = {}
+        siblings: dict[tuple[object, ir.Value | None, str | None], list[ir.Node]] = {}
         for node in model.graph.all_nodes():
             if _is_fusible(node, model.graph):
-                siblings.setdefault((node.graph, node.inputs[0]), []).append(node)
+                whom = node.metadata_props.get(SERVES_KEY)
+                siblings.setdefault((node.graph, node.inputs[0], whom), []).append(node)
         groups = [nodes for nodes in siblings.values() if len(nodes) >= self.minimum]
         unique = unique_names(model.graph)
         for nodes in groups:

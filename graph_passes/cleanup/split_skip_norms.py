@@ -12,7 +12,7 @@ from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
-_FUSED = "SkipSimplifiedLayerNormalization"
+FUSED = "SkipSimplifiedLayerNormalization"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SplitSkipNormsPass(GraphPass):
 
     def rewrite(self, model: ir.Model) -> bool:
         """Split every fused node."""
-        fused = [node for node in model.graph if is_op(node, _FUSED, domain="com.microsoft")]
+        fused = [node for node in model.graph if is_op(node, FUSED, domain="com.microsoft")]
         for node in fused:
             _split(model.graph, node)
         return bool(fused)

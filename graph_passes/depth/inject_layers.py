@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, MutableSequence
+from collections.abc import Iterable, Mapping, MutableSequence
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import CACHE_PARTS, past_name
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor, joined_rows
 from dlo_export.checkpoints.llama_layer import layer_tensor_name
-from dlo_export.graph_passes.depth.injected_weights import WeightSource, checkpoint_shape, given_weight
 from dlo_export.graph_passes.depth.layer_copy import LayerCopy, copy_layer
 from dlo_export.graph_passes.depth.layer_names import renumber_layers, renumbered
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.find.projections import Projection
 from dlo_export.graph_passes.naming import unique_names
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, PASS_KEY
+from dlo_export.graph_passes.weights.storage import Place, WeightStorage
+
+WeightSource = np.ndarray | LazyTensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,14 +128,26 @@ def _injection_problems(injection: LayerInjection, layers: tuple[DecoderLayer, .
         for node in source.nodes
         if any(attr.type in {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS} for attr in node.attributes.values())
     ]
-    expected = {projection.tensor: checkpoint_shape(projection) for projection in source.projections.values()}
+    expected = {projection.tensor: projection.contents.shape for projection in source.projections.values()}
     found = {name: tuple(weight.shape) for name, weight in injection.weights.items()}
     problems += [
         f"{where}: {name} has shape {found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
         for name in sorted(expected.keys() | found.keys())
         if found.get(name) != expected.get(name)
     ]
+    for storage, parts in _by_storage(source.projections.values()).items():
+        ends = [0, *(part.stop for part in parts)]
+        if [part.start for part in parts] != ends[:-1] or ends[-1] != storage.shape[0]:
+            problems.append(f"{place(storage.node)} of layer {injection.source} holds more than the layer's weights")
     return problems
+
+
+def _by_storage(projections: Iterable[Projection]) -> dict[WeightStorage, list[Projection]]:
+    """Projections that lie side by side in one matrix, in the order of their rows."""
+    found: dict[WeightStorage, list[Projection]] = {}
+    for projection in sorted(projections, key=lambda projection: projection.start):
+        found.setdefault(projection.storage, []).append(projection)
+    return found
 
 
 class _Deepening:
@@ -195,10 +212,7 @@ class _Deepening:
             new = renumbered(name, numbers)
             return self.unique(new if new != name else f"{name}.copy_{position}")
 
-        # Weights of its own for every projection, even where they are equal to the source's: it will be trained apart.
-        weights = {
-            projection: self._weight(injection, role) for role, projection in self.projections[source.index].items()
-        }
+        weights = self._weights(injection)
         tags = {
             PASS_KEY: InjectLayersPass.__name__,
             LAYER_KEY: str(position),
@@ -206,11 +220,17 @@ class _Deepening:
         }
         return copy_layer(source, {self.reads[source.index]: stream, **past}, weights, rename, tags)
 
-    def _weight(self, injection: LayerInjection, role: str) -> ir.Value:
-        source = self.projections[injection.source][role]
-        name = self.unique(layer_tensor_name(injection.position, source.tensor))
-        tensor = given_weight(name, source, injection.weights[source.tensor])
-        return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    def _weights(self, injection: LayerInjection) -> dict[Place, Mapping[ir.Value, ir.Value]]:
+        """Weights of its own for every projection, even where they are equal to the source's: it is trained apart.
+
+        They are stored as the source's are: what lies side by side there does so here, what is quantised is quantised.
+        """
+        found: dict[Place, Mapping[ir.Value, ir.Value]] = {}
+        for storage, parts in _by_storage(self.projections[injection.source].values()).items():
+            given = [_lazy(injection.weights[part.tensor]) for part in parts]
+            name = layer_tensor_name(injection.position, _joined_name([part.tensor for part in parts]))
+            found.update(storage.stored_alike(name, joined_rows(given), self.unique))
+        return found
 
     def _order_interface(self) -> None:
         """KV inputs and outputs of all layers in order, where the first one stood."""
@@ -228,6 +248,18 @@ class _Deepening:
                 "share (masks, lengths) to be computed before the first one.",
                 hint="export the graph without common subexpression elimination, or inject after the source layer",
             ) from error
+
+
+def _lazy(source: WeightSource) -> LazyTensor:
+    return ArrayTensor(source) if isinstance(source, np.ndarray) else source
+
+
+def _joined_name(tensors: list[str]) -> str:
+    """`self_attn.q_proj+k_proj+v_proj.weight` for three weights side by side."""
+    if len(tensors) == 1:
+        return tensors[0]
+    block, _, kind = tensors[0].split(".")
+    return f"{block}.{'+'.join(tensor.split('.')[1] for tensor in tensors)}.{kind}"
 
 
 def _put_in_order(interface: MutableSequence[ir.Value], values: list[ir.Value]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer
-from dlo_export.graph_passes.find.projections import Projection
+from dlo_export.graph_passes.weights.storage import Place, Replacements
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class LayerCopy:
 def copy_layer(
     layer: DecoderLayer,
     reads: Mapping[ir.Value, ir.Value],
-    weights: Mapping[Projection, ir.Value],
+    weights: Replacements,
     rename: Callable[[str], str],
     tags: Mapping[str, str],
 ) -> LayerCopy:
@@ -41,7 +41,7 @@ def copy_layer(
     Args:
         layer: What to copy. None of its nodes holds a subgraph.
         reads: Values of the original that the copy reads another value for: its input stream, its past key and value.
-        weights: New initializer for each of the layer's weights.
+        weights: Where the layer's weights enter, the constants that stand for theirs.
         rename: Gives a copy's name for an original's.
         tags: Metadata of every new node.
     """
@@ -69,19 +69,14 @@ def copy_layer(
         return new
 
     # Node by node, in order: a copy reads what was copied before it, the replacements in `reads`, and else what the
-    # original reads (masks, rotary tables, constants are shared). Where a weight enters, the new weight does, behind a
-    # copy of the Cast or Transpose that prepares it.
-    places = {(projection.node, projection.input_index): projection for projection in weights}
+    # original reads (masks, rotary tables, constants are shared). Where a weight enters, the new weight does, behind
+    # copies of the nodes that prepare it.
     for node in layer.nodes:
         inputs = [None if value is None else values.get(value, value) for value in node.inputs]
         for index, value in enumerate(node.inputs):
-            projection = places.get((node, index))
-            if projection is None or value is None:
-                continue
-            weight = weights[projection]
-            for step in _preparation(value, projection.weight):
-                weight = copy_node(step, [weight, *step.inputs[1:]]).outputs[0]
-            inputs[index] = weight
+            constants = weights.get(Place(node, index))
+            if constants is not None and value is not None:
+                inputs[index] = _prepared(value, constants, copy_node)
         new = copy_node(node, inputs)
         values.update(zip(node.outputs, new.outputs, strict=True))
     cache = (
@@ -90,17 +85,35 @@ def copy_layer(
         values[layer.present_key],
         values[layer.present_value],
     )
-    return LayerCopy(tuple(nodes), tuple(weights.values()), values[layer.output], cache)
+    initializers = tuple(new for constants in weights.values() for new in constants.values())
+    return LayerCopy(tuple(nodes), initializers, values[layer.output], cache)
 
 
-def _preparation(value: ir.Value, weight: ir.Value) -> Iterator[ir.Node]:
-    """Cast and Transpose nodes between a stored weight and the value that is read, first one first."""
-    steps: list[ir.Node] = []
-    while value is not weight:
+def _prepared(
+    value: ir.Value,
+    constants: Mapping[ir.Value, ir.Value],
+    copy_node: Callable[[ir.Node, list[ir.Value | None]], ir.Node],
+) -> ir.Value:
+    """What stands for a value that constants are prepared into: by Cast, Transpose, or whatever else reads them."""
+    if (new := constants.get(value)) is not None:
+        return new
+    node = value.producer()
+    assert node is not None, "the value is derived from the constants"
+    inputs = [
+        _prepared(read, constants, copy_node) if read is not None and _comes_from(read, constants) else read
+        for read in node.inputs
+    ]
+    if is_op(node, "Identity"):
+        assert inputs[0] is not None, "Identity has an input"
+        return inputs[0]
+    return copy_node(node, inputs).outputs[0]
+
+
+def _comes_from(value: ir.Value, constants: Mapping[ir.Value, ir.Value]) -> bool:
+    while value not in constants:
         node = value.producer()
-        assert node is not None, "the value is derived from the weight"
-        assert node.inputs[0] is not None, "Cast, Transpose and Identity have an input"
-        if not is_op(node, "Identity"):
-            steps.append(node)
-        value = node.inputs[0]
-    return reversed(steps)
+        first = None if node is None or not node.inputs else node.inputs[0]
+        if first is None:
+            return False
+        value = first
+    return True

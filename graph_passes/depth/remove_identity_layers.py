@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.lazy_tensors import rows_at_once
+from dlo_export.checkpoints.lazy_tensors import all_zeros
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.depth.layer_names import renumber_layers
 from dlo_export.graph_passes.errors import GraphPassError, place
-from dlo_export.graph_passes.find.data_flow import constant_scalar, is_op
+from dlo_export.graph_passes.find.data_flow import constant_behind, constant_scalar, is_op
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.find.projections import Projection
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
 from dlo_export.graph_passes.rewriting import remove_unused
-from dlo_export.graph_passes.row_tensor import read_rows
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY
 
@@ -106,39 +105,41 @@ def _why_not_identity(layer: DecoderLayer) -> Iterator[str]:
     for block, role in ((layer.attention, "o_proj"), (layer.mlp, "down_proj")):
         if block.conditional is not None or block.stream_operand is not block.stream_in:
             yield f"{place(block.add)} does not add to the stream itself"
-        ends = {name: projections[name] for name in (role, f"{role}.bias") if name in projections}
-        yield from (f"{projection.tensor} is not all zeros" for projection in ends.values() if not _is_zero(projection))
+        ends = [projections[name] for name in (role, f"{role}.bias") if name in projections]
+        yield from (f"{end.tensor} is not all zeros" for end in ends if not all_zeros(end.contents))
         if (node := _not_linear(block, ends)) is not None:
-            yield f"{place(node)} stands between {ends[role].tensor} and the stream"
+            yield f"{place(node)} stands between {ends[0].tensor} and the stream"
 
 
-def _is_zero(projection: Projection) -> bool:
-    tensor = projection.weight.const_value
-    assert tensor is not None, "projections end in constants"
-    rows = int(tensor.shape.numpy()[0])
-    step = rows_at_once(rows, tensor.nbytes)
-    # The first row settles it for all but the zero matrices, without reading the others.
-    ranges = ((0, 1), *((start, min(start + step, rows)) for start in range(0, rows, step)))
-    return not any(np.any(read_rows(tensor, start, stop)) for start, stop in ranges)
+def _not_linear(block: ResidualBlock, ends: Sequence[Projection]) -> ir.Node | None:
+    """A node behind the last projection that might make something of nothing; None where there is none.
 
-
-def _not_linear(block: ResidualBlock, ends: Mapping[str, Projection]) -> ir.Node | None:
-    """A node behind the last projection that might make something of nothing; None where there is none."""
-    product, *bias = (projection.node for projection in ends.values())
+    Args:
+        block: What is added to the stream.
+        ends: Its last projection, and the bias of that.
+    """
+    product, *biases = ends
+    constants = {constant for bias in biases for constant in bias.storage.constants}
     value: ir.Value | None = block.branch
-    while value is not None and (node := value.producer()) is not product:
+    while value is not None and (node := value.producer()) is not product.storage.node:
         if node is None:
             return block.add
         if is_op(node, "Cast", "Identity", "Reshape"):
             value = node.inputs[0]
             continue
-        # A bias that is zero, or a number that is finite: what is left is the other operand.
-        scalars = [operand for operand in node.inputs if np.isfinite(_number(operand))]
-        if not (node in bias or (is_op(node, "Mul") and scalars)):
+        # Beside what comes from the product: a bias that is zero, or a number that is finite.
+        others = [each for each in node.inputs if _behind(each) in constants] if is_op(node, "Add") else []
+        others += [each for each in node.inputs if np.isfinite(_number(each))] if is_op(node, "Mul") else []
+        if len(others) != 1:
             return node
-        known = scalars[0] if scalars else node.inputs[ends[[*ends][1]].input_index]
-        value = next(operand for operand in node.inputs if operand is not known)
+        value = next(each for each in node.inputs if each is not others[0])
     return None
+
+
+def _behind(value: ir.Value | None) -> ir.Value | None:
+    """The constant that a value is prepared from."""
+    found = constant_behind(value)
+    return None if found is None else found[0]
 
 
 def _number(value: ir.Value | None) -> float:

@@ -29,7 +29,7 @@ def consumed_values(node: ir.Node) -> Iterator[ir.Value]:
         if value is not None:
             yield value
     for subgraph in subgraphs_of(node):
-        yield from _captured_values(subgraph)
+        yield from captured_values(subgraph)
 
 
 def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
@@ -41,7 +41,8 @@ def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
-def _captured_values(subgraph: ir.Graph) -> Iterator[ir.Value]:
+def captured_values(subgraph: ir.Graph) -> Iterator[ir.Value]:
+    """Values of the graph around it that a subgraph reads or gives out."""
     # Whatever a subgraph does not define itself, before it reads it, comes from around it.
     inner = set(subgraph.inputs) | set(subgraph.initializers.values())
     for node in subgraph:
@@ -115,14 +116,53 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None
 
 
+# What may stand between constants and what computes with them. A DequantizeLinear of constants has constant scales.
+_CONSTANT_FOLDED = ("Cast", "Transpose", "DequantizeLinear")
+
+
+def constant_behind(value: ir.Value | None) -> tuple[ir.Value, int] | None:
+    """The initializer or Constant output a value is derived from, and how many transposes lie between."""
+    transposes = 0
+    while value is not None:
+        if ir.convenience.get_const_tensor(value) is not None and not value.is_graph_input():
+            return value, transposes
+        node = value.producer()
+        if node is None or not is_op(node, "Identity", "Cast", "Transpose"):
+            return None
+        transposes += node.op_type == "Transpose"
+        value = node.inputs[0]
+    return None
+
+
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether a value is computed from initializers and Constant nodes only (through Identity, Cast, Transpose)."""
+    """Whether a value is computed from constants only, through Identity, Cast, Transpose and DequantizeLinear."""
     while value is not None:
         if constant_tensor(value) is not None:
             return True
         node = value.producer()
-        value = node.inputs[0] if node is not None and is_op(node, "Cast", "Transpose") else None
+        value = node.inputs[0] if node is not None and is_op(node, *_CONSTANT_FOLDED) else None
     return False
+
+
+class ConstantValues:
+    """Which values `is_constant` holds for, in a graph that does not change meanwhile: each one is looked at once.
+
+    Asked one by one, every value of a long chain would be followed to the chain's beginning.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[ir.Value, bool] = {}
+
+    def __contains__(self, value: ir.Value) -> bool:
+        path: list[ir.Value] = []
+        current: ir.Value | None = value
+        while current is not None and current not in self._known and ir.convenience.get_const_tensor(current) is None:
+            path.append(current)
+            node = current.producer()
+            current = node.inputs[0] if node is not None and is_op(node, "Identity", *_CONSTANT_FOLDED) else None
+        found = current is not None and self._known.get(current, not current.is_graph_input())
+        self._known.update(dict.fromkeys(path, found))
+        return found
 
 
 def constant_scalar(value: ir.Value | None) -> float | None:
@@ -153,6 +193,7 @@ def rank(value: ir.Value) -> int | None:
 _TYPED_BY_INPUT = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "MatMul", "Gemm", "Gather", "GatherND", "Identity", "Reshape"), 0),
     **dict.fromkeys(("ScatterND", "RMSNormalization", "Swish", "Sigmoid", "Unsqueeze", "Squeeze", "Transpose"), 0),
+    "RotaryEmbedding": 0,
     "Where": 1,
 }
 

@@ -25,7 +25,6 @@ from dlo_export.checkpoints.interface import (
 from dlo_export.graph_passes.errors import DecoderLayersNotFound
 from dlo_export.graph_passes.find.data_flow import (
     SHAPE_OPS,
-    constant_tensor,
     consumed_values,
     is_op,
     node_order,
@@ -39,6 +38,7 @@ from dlo_export.graph_passes.find.residual_stream import (
     embedding_values,
     residual_blocks,
 )
+from dlo_export.graph_passes.weights.embedding import embedding_table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,13 +164,16 @@ def _stream_blocks(graph: ir.Graph, order: Mapping[ir.Node, int]) -> tuple[Resid
 
 
 def _joins_stream(block: ResidualBlock) -> bool:
-    return not pass_through_values(block.stream_in).keys().isdisjoint(block.add.inputs)
+    # A lowering may close a block by giving rows the stream's shape again, which it takes from the stream itself.
+    stream = pass_through_values(block.stream_in)
+    shapes = [node.outputs[0] for value in stream for node in value.consumers() if is_op(node, *SHAPE_OPS)]
+    return not {*stream, *shapes}.isdisjoint(block.add.inputs)
 
 
 def _stream_dims(embedding: ir.Value) -> tuple[tuple[int | str | None, int | str | None], int]:
     """[batch, sequence] as the graph input of token ids declares them, and the width of the embedding table."""
     lookup = embedding_lookup(embedding)
-    table, tokens = constant_tensor(lookup.inputs[0]), lookup.inputs[1]
+    table, tokens = embedding_table(lookup), lookup.inputs[1]
     assert table is not None, "the stream starts at a constant table"
     if tokens is None or tokens.shape is None or len(tokens.shape) != 2:
         raise DecoderLayersNotFound(
@@ -178,7 +181,7 @@ def _stream_dims(embedding: ir.Value) -> tuple[tuple[int | str | None, int | str
             f"{tokens.shape if tokens else None}; expected [batch, sequence]."
         )
     batch, sequence = tokens.shape
-    return (_size(batch), _size(sequence)), int(table.shape[1])  # type: ignore[arg-type]  # tensors have no symbolic dimensions
+    return (_size(batch), _size(sequence)), table.shape[1]
 
 
 def _size(dim: int | ir.SymbolicDim) -> int | str | None:

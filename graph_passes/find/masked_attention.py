@@ -1,13 +1,20 @@
-"""Recognise the masked canonical form of a routed attention block whose skipped tokens leave no keys and values."""
+"""Recognise the masked canonical form of a routed attention block: what it computes for active tokens only."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import constant_integers, constant_scalar, is_op, nodes_between
+from dlo_export.graph_passes.find.data_flow import (
+    constant_integers,
+    constant_scalar,
+    consumed_values,
+    is_op,
+    nodes_between,
+)
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer
 from dlo_export.graph_passes.find.masked_branch import (
     MaskedBranch,
@@ -17,41 +24,75 @@ from dlo_export.graph_passes.find.masked_branch import (
     match_masked_branch,
 )
 
-_KEY, _VALUE, _MASK = 1, 2, 3  # inputs of an Attention node
+_QUERY, _KEY, _VALUE, _MASK = range(4)  # inputs of an Attention node
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HiddenTokens:
+    """What keeps skipped tokens out of an attention: they leave no keys, no values, and nobody looks at them.
+
+    Attributes:
+        key_select: The Where node that writes zeros for the keys of skipped tokens; likewise `value_select`.
+        mask_select: The Where node that hides skipped tokens, the cached ones too.
+    """
+
+    key_select: ir.Node
+    value_select: ir.Node
+    mask_select: ir.Node
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """All three."""
+        return self.key_select, self.value_select, self.mask_select
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskedAttention:
-    """A block `h = x + where(active, attention(x), 0)` in which active tokens attend among active tokens only.
+    """A block `h = x + where(active, [scale ·] attention(x), 0)`.
 
     Attributes:
         layer: The decoder layer.
         active: bool [batch, sequence].
         select: The Where node of the branch.
-        kept: What it keeps where active.
-        attention: The Attention node (opset 23), which keeps its own cache.
-        key_select: The Where node that writes zeros for the keys of skipped tokens; likewise `value_select`.
-        mask_select: The Where node that hides skipped tokens, the cached ones too.
-        projections: Nodes from x to query, key and value, in order.
-        outputs: Nodes from what attention computes to `kept`, in order.
+        kept: What it keeps where active: the branch, scaled if it is.
+        scale: Per-token factor [batch, sequence], None when the branch is not scaled per token.
+        scaling: The Mul that applies it.
+        attention: The Attention node (opset 23), which keeps its own cache or attends to one of fixed size.
+        query: What it is given of the query, [batch, sequence, heads·head_dim].
+        attended: What it computes, of the same shape.
+        hidden: What keeps skipped tokens out; None where they leave keys and values like any token.
+        source: What `projections` read, [batch, sequence, hidden]: x; or behind the norm, where keys and values of all
+            tokens come from there too.
+        projections: Nodes from `source` to what serves active tokens only: query, key and value; or the query alone.
+        around: Nodes that only turn between the shapes of projections and attention, or write the cache of fixed size.
+        outputs: Nodes from `attended` to `kept`, `scaling` included. All in order.
     """
 
     layer: DecoderLayer
     active: ir.Value
     select: ir.Node
     kept: ir.Value
+    scale: ir.Value | None
+    scaling: ir.Node | None
     attention: ir.Node
-    key_select: ir.Node
-    value_select: ir.Node
-    mask_select: ir.Node
+    query: ir.Value
+    attended: ir.Value
+    hidden: HiddenTokens | None
+    source: ir.Value
     projections: tuple[ir.Node, ...]
+    around: tuple[ir.Node, ...]
     outputs: tuple[ir.Node, ...]
 
     @property
     def nodes(self) -> tuple[ir.Node, ...]:
         """All nodes that serve active tokens only, in order; the router and the state are not among them."""
-        selects = (self.key_select, self.value_select, self.mask_select)
-        return (*self.projections, *selects, self.attention, *self.outputs, self.select)
+        hiding = () if self.hidden is None else self.hidden.nodes
+        return (*self.projections, *hiding, *self.around, self.attention, *self.outputs, self.select)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the cache is of fixed size, and written outside of the Attention node."""
+        return self.layer.present_key not in self.attention.outputs
 
 
 def match_masked_attention(layer: DecoderLayer) -> MaskedAttention | Mismatch:
@@ -68,8 +109,73 @@ def match_masked_attention(layer: DecoderLayer) -> MaskedAttention | Mismatch:
     if len(attentions) != 1:
         return Mismatch(f"layer {layer.index}: has {len(attentions)} Attention nodes, expected one", masked=True)
     (attention,) = attentions
-    # Three things besides the branch keep skipped tokens out: no keys, no values, nobody looks at them.
-    key, value = (_zeroed(attention.inputs[index], branch) for index in (_KEY, _VALUE))
+    order = {node: number for number, node in enumerate(block.nodes)}
+    hidden = None if layer.past_active is None else _match_hidden(layer, branch, attention)
+    if isinstance(hidden, Mismatch):
+        return hidden
+    query, attended = _unturned(attention.inputs[_QUERY]), _turned_back(attention.outputs[0])
+    assert query is not None, "Attention has a query"
+    found = _projections(layer, attention, query, hidden, order)
+    if isinstance(found, Mismatch):
+        return found
+    source, projections = found
+    own = [query] if hidden is None else [query, hidden.key_select.outputs[0], hidden.value_select.outputs[0]]
+    used = [*_present(attention.inputs[:_MASK]), *((layer.present_key, layer.present_value) if hidden else ())]
+    turning = (*nodes_between(order, own, used), *nodes_between(order, (attention.outputs[0],), (attended,)))
+    outputs = nodes_between(order, (attended,), (branch.kept,))
+    scale, scaling = branch.scaling(outputs)
+    masked = MaskedAttention(
+        layer=layer,
+        active=branch.active,
+        select=branch.select,
+        kept=branch.kept,
+        scale=scale,
+        scaling=scaling,
+        attention=attention,
+        query=query,
+        attended=attended,
+        hidden=hidden,
+        source=source,
+        projections=projections,
+        around=tuple(node for node in turning if node is not attention),
+        outputs=outputs,
+    )
+    cache = (layer.present_key, layer.present_value)
+    for node, user in foreign_uses(masked.nodes, block, cache):
+        reason = f"layer {layer.index}: {place(node)} of the attention branch is used elsewhere, by {user}"
+        return Mismatch(reason, masked=True)
+    return masked
+
+
+def _projections(
+    layer: DecoderLayer,
+    attention: ir.Node,
+    query: ir.Value,
+    hidden: HiddenTokens | None,
+    order: Mapping[ir.Node, int],
+) -> tuple[ir.Value, tuple[ir.Node, ...]] | Mismatch:
+    """What projects for active tokens only, and what it reads."""
+    if hidden is not None:
+        computed = _present([query, hidden.key_select.inputs[1], hidden.value_select.inputs[1]])
+        return layer.input, nodes_between(order, (layer.input,), computed)
+    # Keys and values are everybody's, and so is what they share with the query: the norm.
+    shared = nodes_between(order, (layer.input,), _present(attention.inputs[_KEY:_MASK]))
+    own = tuple(node for node in nodes_between(order, (layer.input,), [query]) if node not in shared)
+    everybodys = {layer.input, *(output for node in shared for output in node.outputs)}
+    sources = {read for node in own for read in consumed_values(node) if read in everybodys}
+    if len(sources) == 1:
+        return sources.pop(), own
+    read = ", ".join(sorted(f"'{each.name}'" for each in sources)) or "nothing of its own"
+    return Mismatch(f"layer {layer.index}: the query of {place(attention)} is computed from {read}", masked=True)
+
+
+def _present(values: Iterable[ir.Value | None]) -> list[ir.Value]:
+    return [value for value in values if value is not None]
+
+
+def _match_hidden(layer: DecoderLayer, branch: MaskedBranch, attention: ir.Node) -> HiddenTokens | Mismatch:
+    """The three things besides the branch that keep skipped tokens out."""
+    key, value = (_zeroed(_step_part(attention.inputs[index]), branch) for index in (_KEY, _VALUE))
     mask = _hidden(attention.inputs[_MASK], layer, branch)
     for part, found in (("keys", key), ("values", value), ("mask", mask)):
         if found is None:
@@ -78,25 +184,7 @@ def match_masked_attention(layer: DecoderLayer) -> MaskedAttention | Mismatch:
     assert key is not None, "asked in the loop, as are the others"
     assert value is not None, "asked"
     assert mask is not None, "asked"
-    order = {node: number for number, node in enumerate(block.nodes)}
-    computed = [each for each in (attention.inputs[0], key.inputs[1], value.inputs[1]) if each is not None]
-    masked = MaskedAttention(
-        layer=layer,
-        active=branch.active,
-        select=branch.select,
-        kept=branch.kept,
-        attention=attention,
-        key_select=key,
-        value_select=value,
-        mask_select=mask,
-        projections=nodes_between(order, (layer.input,), computed),
-        outputs=nodes_between(order, (attention.outputs[0],), (branch.kept,)),
-    )
-    cache = (layer.present_key, layer.present_value)
-    for node, user in foreign_uses(masked.nodes, block, cache):
-        reason = f"layer {layer.index}: {place(node)} of the attention branch is used elsewhere, by {user}"
-        return Mismatch(reason, masked=True)
-    return masked
+    return HiddenTokens(key, value, mask)
 
 
 def _zeroed(value: ir.Value | None, branch: MaskedBranch) -> ir.Node | None:
@@ -113,10 +201,48 @@ def _hidden(mask: ir.Value | None, layer: DecoderLayer, branch: MaskedBranch) ->
     if node is None or not is_op(node, "Where") or layer.present_active is None or node.outputs[0].dtype is None:
         return None
     state = layer.present_active.producer()
-    if not is_op(state, "Concat") or list(state.inputs) != [layer.past_active, branch.active]:  # type: ignore[union-attr]  # is_op
+    if not is_op(state, "Concat", "TensorScatter") or state.inputs[0] is not layer.past_active:  # type: ignore[union-attr]  # is_op
         return None
-    rows = None if node.inputs[0] is None else node.inputs[0].producer()
-    if rows is None or not is_op(rows, "Unsqueeze") or rows.inputs[0] is not layer.present_active:
+    grows = is_op(state, "Concat")
+    active = state.inputs[1] if grows else _behind(state.inputs[1], "Unsqueeze", "Cast")  # type: ignore[union-attr]  # is_op
+    if active is not branch.active or constant_scalar(node.inputs[2]) != float(node.outputs[0].dtype.min):
         return None
-    lowest = constant_scalar(node.inputs[2]) == float(node.outputs[0].dtype.min)
-    return node if lowest and constant_integers(rows.inputs[1]) == (1, 2) else None
+    return node if _is_row(node.inputs[0], layer.present_active, grows=grows) else None
+
+
+def _is_row(value: ir.Value | None, state: ir.Value, *, grows: bool) -> bool:
+    """Whether a value is the state as bool [batch, 1, 1, total]."""
+    node = None if value is None else value.producer()
+    if node is None:
+        return False
+    if grows:
+        return is_op(node, "Unsqueeze") and node.inputs[0] is state and constant_integers(node.inputs[1]) == (1, 2)
+    positive = is_op(node, "Greater") and constant_scalar(node.inputs[1]) == 0.0
+    across = node.inputs[0].producer() if positive and node.inputs[0] is not None else None
+    if across is None or not is_op(across, "Transpose") or across.inputs[0] is not state:
+        return False
+    return tuple(across.attributes.get_ints("perm") or ()) == (0, 1, 3, 2)
+
+
+def _step_part(value: ir.Value | None) -> ir.Value | None:
+    """A step's keys or values [batch, sequence, heads·head_dim] behind what attention is given."""
+    node = None if value is None else value.producer()
+    return _unturned(node.inputs[1] if node is not None and is_op(node, "TensorScatter") else value)
+
+
+def _unturned(value: ir.Value | None) -> ir.Value | None:
+    """What stands with heads in front as it is without: behind Transpose and Reshape."""
+    return _behind(value, "Transpose", "Reshape")
+
+
+def _turned_back(value: ir.Value) -> ir.Value:
+    """What attention gives with heads in front, as it is without: in front of Transpose and Reshape."""
+    while len(users := value.consumers()) == 1 and is_op(users[0], "Transpose", "Reshape"):
+        value = users[0].outputs[0]
+    return value
+
+
+def _behind(value: ir.Value | None, *op_types: str) -> ir.Value | None:
+    while value is not None and is_op(value.producer(), *op_types):
+        value = value.producer().inputs[0]  # type: ignore[union-attr]  # is_op
+    return value

@@ -17,8 +17,16 @@ def match_masked_blocks(layer: DecoderLayer) -> Iterator[tuple[ResidualBlock, Ma
     """Match what a router of this layer would switch, in the order of the stream.
 
     Yields:
-        The attention block where the layer has a state that says who was active, and the MLP block.
+        The blocks that have a mask, attention also where a state says who was active; the MLP where none has.
     """
-    if layer.past_active is not None:
-        yield layer.attention, match_masked_attention(layer)
-    yield layer.mlp, match_masked_mlp(layer)
+    attention, mlp = match_masked_attention(layer), match_masked_mlp(layer)
+    attention_is_switched = layer.past_active is not None or has_mask(attention)
+    if attention_is_switched:
+        yield layer.attention, attention
+    if has_mask(mlp) or not attention_is_switched:
+        yield layer.mlp, mlp
+
+
+def has_mask(match: MaskedBlock | Mismatch) -> bool:
+    """Whether a block is masked, be it in another form than the canonical one."""
+    return not isinstance(match, Mismatch) or match.masked

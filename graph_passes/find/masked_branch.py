@@ -39,6 +39,20 @@ class MaskedBranch:
     select: ir.Node
     kept: ir.Value
 
+    def scaling(self, nodes: Collection[ir.Node]) -> tuple[ir.Value | None, ir.Node | None]:
+        """The factor per token [batch, sequence] that the branch is multiplied by at its end, and the Mul that does it.
+
+        Args:
+            nodes: Of the branch. A factor for all tokens is part of it.
+        """
+        node = self.kept.producer()
+        if node is not None and is_op(node, "Mul"):
+            for operand in node.inputs:
+                source = column_source(operand)
+                if source is not None and source.producer() not in nodes:
+                    return source, node
+        return None, None
+
 
 def match_masked_branch(layer: int, block: ResidualBlock, what: str) -> MaskedBranch | Mismatch:
     """Match what a block adds to the stream.

@@ -7,7 +7,7 @@ import dataclasses
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import is_constant, is_op
+from dlo_export.graph_passes.find.data_flow import is_constant
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer
 from dlo_export.graph_passes.find.masked_branch import Mismatch, column_source, foreign_uses, match_masked_branch
 
@@ -47,7 +47,7 @@ def match_masked_mlp(layer: DecoderLayer) -> MaskedMlp | Mismatch:
         return branch
     # The form fits; the rest asks whether the branch may be run on some tokens only.
     nodes = tuple(node for node in layer.mlp.nodes if node is not branch.select)
-    scale, scaling = _scale_of(branch.kept, set(nodes))
+    scale, scaling = branch.scaling(set(nodes))
     masked = MaskedMlp(layer, branch.active, branch.select, branch.kept, scale, scaling, nodes)
     problem = _foreign_read(masked) or _foreign_use(masked)
     return masked if problem is None else Mismatch(problem, masked=True)
@@ -55,17 +55,6 @@ def match_masked_mlp(layer: DecoderLayer) -> MaskedMlp | Mismatch:
 
 def _at(layer: DecoderLayer, node: ir.Node) -> str:
     return f"layer {layer.index}: {place(node)}"
-
-
-def _scale_of(kept: ir.Value, nodes: set[ir.Node]) -> tuple[ir.Value | None, ir.Node | None]:
-    # A scale per token is a column that does not come from the branch; a constant one is part of the branch.
-    scaling = kept.producer()
-    if scaling is not None and is_op(scaling, "Mul"):
-        for operand in scaling.inputs:
-            source = column_source(operand)
-            if source is not None and source.producer() not in nodes:
-                return source, scaling
-    return None, None
 
 
 def _foreign_read(masked: MaskedMlp) -> str | None:

@@ -12,7 +12,6 @@ from dlo_export.graph_passes.errors import DecoderLayersNotFound, place
 from dlo_export.graph_passes.find.data_flow import (
     SHAPE_OPS,
     constant_scalar,
-    constant_tensor,
     is_op,
     node_order,
     nodes_between,
@@ -20,6 +19,7 @@ from dlo_export.graph_passes.find.data_flow import (
     subgraphs_of,
 )
 from dlo_export.graph_passes.spec.provenance import closed_branch
+from dlo_export.graph_passes.weights.embedding import embedding_table
 
 # Ops of com.microsoft that add to the stream and normalise it in one node: a branch cannot be cut out of them.
 _FUSED_ADD_AND_NORM = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
@@ -59,7 +59,7 @@ def embedding_values(graph: ir.Graph) -> tuple[ir.Value, ...]:
     return tuple(
         _scaled(node.outputs[0])
         for node in graph
-        if is_op(node, "Gather") and _is_table(node.inputs[0]) and _is_integer_input(node.inputs[1])
+        if len(node.inputs) > 1 and _is_integer_input(node.inputs[1]) and embedding_table(node) is not None
     )
 
 
@@ -79,11 +79,6 @@ def _scaled(value: ir.Value) -> ir.Value:
         return value
     scaled = any(constant_scalar(operand) is not None for operand in readers[0].inputs)
     return readers[0].outputs[0] if scaled else value
-
-
-def _is_table(value: ir.Value | None) -> bool:
-    tensor = constant_tensor(value)
-    return tensor is not None and len(tensor.shape) == 2
 
 
 def _is_integer_input(value: ir.Value | None) -> bool:
@@ -187,6 +182,8 @@ class _Walk:
     ) -> None:
         """Subgraphs read the stream only where they are a block that is skipped: then it must pass on unchanged."""
         skipping = {block.conditional for block in found if self._passes_on(block, aliases)}
+        # A conditional in the middle of a block, as around projections, is part of what the block computes.
+        skipping |= {node for block in found for node in block.nodes if any(True for _ in subgraphs_of(node))}
         for node in readers:
             if node in self.order:
                 continue

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import constant_integers, is_constant, rank
+from dlo_export.graph_passes.find.data_flow import ConstantValues, constant_integers, is_op, rank
 
 
 def row_rank(nodes: Iterable[ir.Node]) -> tuple[int, list[str]]:
@@ -20,9 +20,9 @@ def row_rank(nodes: Iterable[ir.Node]) -> tuple[int, list[str]]:
         2 when [rows, hidden] will do, 3 when a node counts its axes from the front and needs [1, rows, hidden]; and
         the reasons, with their places, why some node does not work row by row (empty if all do).
     """
-    needed, problems = 2, []
+    needed, problems, constants = 2, [], ConstantValues()
     for node in nodes:
-        found = _node_rank(node)
+        found = _node_rank(node, constants)
         if found is None:
             problems.append(f"{place(node)} does not compute each token by itself")
         else:
@@ -30,31 +30,38 @@ def row_rank(nodes: Iterable[ir.Node]) -> tuple[int, list[str]]:
     return needed, problems
 
 
-def token_wise_nodes(nodes: Iterable[ir.Node], source: ir.Value) -> tuple[ir.Node, ...]:
+def token_wise_nodes(
+    nodes: Iterable[ir.Node], source: ir.Value, others: Collection[ir.Value] = ()
+) -> tuple[ir.Node, ...]:
     """Those nodes, in order, that can run on rows [rows, hidden] of `source`.
 
     Args:
         nodes: In topological order; what else they read is left to the others.
         source: [batch, sequence, hidden].
+        others: Columns [batch, sequence, 1] that may be read besides.
     """
     found: list[ir.Node] = []
-    reached = {source}
+    reached, constants = {source, *others}, ConstantValues()
     for node in nodes:
-        computed = [value for value in node.inputs if value is not None and not is_constant(value)]
-        if reached.issuperset(computed) and _node_rank(node) == 2:
+        computed = [value for value in node.inputs if value is not None and value not in constants]
+        if reached.issuperset(computed) and _node_rank(node, constants) == 2:
             found.append(node)
             reached.update(node.outputs)
     return tuple(found)
 
 
-def _node_rank(node: ir.Node) -> int | None:
+def _node_rank(node: ir.Node, constants: ConstantValues) -> int | None:
     rule = _RULES.get((node.domain, node.op_type))
-    return None if rule is None else rule(node)
+    return None if rule is None else rule(node, constants)
 
 
-def _matmul_rank(node: ir.Node) -> int | None:
+def _matmul_rank(node: ir.Node, constants: ConstantValues) -> int | None:
     weight = node.inputs[1]
-    return 2 if weight is not None and is_constant(weight) and _weight_rank(weight) == 2 else None
+    if weight is None or weight not in constants or _weight_rank(weight) != 2:
+        return None
+    # ONNX Runtime makes a Gemm of a MatMul of two dimensions and the addition behind it, and then dequantises the
+    # weight in every step, instead of multiplying by its codes.
+    return 3 if is_op(weight.producer(), "DequantizeLinear") else 2
 
 
 def _weight_rank(weight: ir.Value) -> int | None:
@@ -68,11 +75,11 @@ def _weight_rank(weight: ir.Value) -> int | None:
     return None
 
 
-def _pointwise_rank(node: ir.Node) -> int | None:
+def _pointwise_rank(node: ir.Node, constants: ConstantValues) -> int | None:
     """Constants may broadcast along the hidden axis only; written with leading ones they need rank 3."""
     needed = 2
     for value in node.inputs:
-        if value is None or not is_constant(value):
+        if value is None or value not in constants:
             continue
         tensor_rank = _weight_rank(value)
         if tensor_rank is None or tensor_rank > 3:
@@ -88,15 +95,15 @@ def _axis_rank(axis: int) -> int | None:
     return {-1: 2, 2: 3}.get(axis)
 
 
-def _norm_rank(node: ir.Node) -> int | None:
+def _norm_rank(node: ir.Node, _constants: ConstantValues) -> int | None:
     return _axis_rank(node.attributes.get_int("axis", -1))
 
 
-def _split_rank(node: ir.Node) -> int | None:
+def _split_rank(node: ir.Node, _constants: ConstantValues) -> int | None:
     return _axis_rank(node.attributes.get_int("axis", 0))
 
 
-def _reduction_rank(node: ir.Node) -> int | None:
+def _reduction_rank(node: ir.Node, _constants: ConstantValues) -> int | None:
     # Over the hidden axis alone, which must stay: without it, what follows would count its axes from the front.
     axes = node.attributes.get_ints("axes") or constant_integers(node.inputs[1] if len(node.inputs) > 1 else None)
     if axes is None or len(axes) != 1 or node.attributes.get_int("keepdims", 1) != 1:
@@ -110,7 +117,7 @@ _POINTWISE = (
     *("Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Relu", "Sigmoid", "Softplus", "Swish", "Tanh"),
 )
 # How each op that may stand in an MLP branch treats rows. An op that is missing here is refused: better than a guess.
-_RULES: dict[tuple[str, str], Callable[[ir.Node], int | None]] = {
+_RULES: dict[tuple[str, str], Callable[[ir.Node, ConstantValues], int | None]] = {
     **{("", op_type): _pointwise_rank for op_type in _POINTWISE},
     **{("com.microsoft", op_type): _pointwise_rank for op_type in ("BiasGelu", "FastGelu", "QuickGelu")},
     **{("", op_type): _norm_rank for op_type in ("LayerNormalization", "RMSNormalization")},
@@ -120,5 +127,5 @@ _RULES: dict[tuple[str, str], Callable[[ir.Node], int | None]] = {
     ("", "ReduceSumSquare"): _reduction_rank,
     ("", "Split"): _split_rank,
     ("", "MatMul"): _matmul_rank,
-    ("com.microsoft", "MatMulNBits"): lambda node: 2,
+    ("com.microsoft", "MatMulNBits"): lambda _node, _constants: 2,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -9,12 +10,77 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import INPUT_IDS
-from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
-from dlo_export.graph_passes.find.data_flow import element_type, is_op
-from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
+from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
+from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op
+from dlo_export.graph_passes.find.masked_attention import MaskedAttention
+from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
-from dlo_export.graph_passes.rewriting import remove_with_sources
+from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
+
+
+class RowAccess(abc.ABC):
+    """A layer's active tokens as rows, and the way back: how, is the lowering's own.
+
+    Args:
+        graph: Holds the layer; its nodes need sorting afterwards.
+        masked: A block of it.
+        made_by: Name of the pass.
+    """
+
+    def __init__(self, graph: ir.Graph, masked: MaskedBlock, made_by: str) -> None:
+        self.graph, self.masked, self.made_by = graph, masked, made_by
+
+    @property
+    def count(self) -> str:
+        """Name of the number of active tokens, of a layer whatever of it is routed."""
+        return f"active_tokens_{self.masked.layer.index}"
+
+    def new_nodes(self) -> TaggedNodes:
+        """An empty list of nodes of this layer."""
+        return TaggedNodes(self.made_by, self.masked.layer.index)
+
+    @abc.abstractmethod
+    def gather(self, nodes: TaggedNodes, value: ir.Value, width: int | None, name: str) -> ir.Value:
+        """Active tokens' rows [count, width] of [batch, sequence, width]; [count] of [batch, sequence], width None."""
+
+    @abc.abstractmethod
+    def spread(self, nodes: TaggedNodes, rows: ir.Value, width: int, name: str, before: ir.Node) -> ir.Value:
+        """Rows in their places among zeros, [batch, sequence, width]; what layers share is put in front of a node."""
+
+    @abc.abstractmethod
+    def add(self, nodes: TaggedNodes, stream: ir.Value, rows: ir.Value | None, kept: ir.Value) -> None:
+        """Adds rows to the stream in place of the block's addition, which is gone with what served only it.
+
+        Args:
+            nodes: Those that lead to `kept`; the one that closes the block comes behind them.
+            stream: For all tokens.
+            rows: Of the stream, where they were gathered before.
+            kept: What is added to them, [count, hidden].
+        """
+
+    def scale(self, nodes: TaggedNodes) -> None:
+        """Multiplies the branch, which reads rows now, by their own tokens' scale, where it is scaled per token."""
+        if self.masked.scale is not None and self.masked.scaling is not None:
+            scale = self.gather(nodes, self.masked.scale, None, f"{router_path(self.masked.layer.index)}.scale_rows")
+            scale_rows(self.graph, self.masked, nodes, scale, self.count)
+
+    def close(self, nodes: TaggedNodes, total: ir.Value) -> None:
+        """Puts `total`, the last of the nodes, in place of the block's addition."""
+        block = residual_block(self.masked)
+        self.graph.insert_before(block.add, nodes.nodes)
+        replace_value(block.stream_out, total)
+        remove_with_sources(self.graph, block.add)
+
+
+def residual_block(masked: MaskedBlock) -> ResidualBlock:
+    """The block of the layer that is masked."""
+    return masked.layer.attention if isinstance(masked, MaskedAttention) else masked.layer.mlp
+
+
+def block_path(masked: MaskedBlock) -> str:
+    """What its values are named after."""
+    return layer_tensor_name(masked.layer.index, "self_attn" if isinstance(masked, MaskedAttention) else "mlp")
 
 
 def stream_for_all_tokens(block: ResidualBlock, nodes: Collection[ir.Node], new: TaggedNodes) -> ir.Value:
@@ -45,12 +111,12 @@ def stream_for_all_tokens(block: ResidualBlock, nodes: Collection[ir.Node], new:
     return value
 
 
-def scale_rows(graph: ir.Graph, masked: MaskedMlp, new: TaggedNodes, scale: ir.Value, count: str) -> None:
+def scale_rows(graph: ir.Graph, masked: MaskedBlock, new: TaggedNodes, scale: ir.Value, count: str) -> None:
     """Multiply rows by the scale of their own token.
 
     Args:
         graph: Of the layer.
-        masked: The layer, its branch scaled per token.
+        masked: A block whose branch is scaled per token.
         new: Takes the new nodes.
         scale: Of the rows, [count].
         count: Name of the number of rows.
@@ -110,3 +176,25 @@ def run_on_rows(nodes: Sequence[ir.Node], stream: ir.Value, rows: ir.Value, lead
         for output in node.outputs:
             if output.shape is not None and len(output.shape) == 3:
                 output.shape = ir.Shape((*leading, output.shape[2]))
+
+
+def projected_width(value: ir.Value) -> int | None:
+    """Size of the last axis of a projection, rotated or not: as declared, or as its matrix or bias says."""
+    value = unrotated(value)
+    if value.shape is not None and isinstance(last := value.shape[-1], int):
+        return last
+    node = value.producer()
+    if node is None or not is_op(node, "MatMul", "Add"):
+        return None
+    tensors = [constant_tensor(operand) for operand in node.inputs]
+    sizes = [int(tensor.shape[-1]) for tensor in tensors if tensor is not None and len(tensor.shape)]  # type: ignore[arg-type]  # tensors have no symbolic dimensions
+    return max(sizes, default=None)
+
+
+def unrotated(value: ir.Value) -> ir.Value:
+    """What rotary embedding was given: where that is zero, so is the value."""
+    node = value.producer()
+    while node is not None and is_op(node, "RotaryEmbedding") and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value

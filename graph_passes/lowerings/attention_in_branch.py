@@ -25,7 +25,10 @@ def branch_problems(masked: MaskedAttention) -> list[str]:
 
 
 def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str) -> None:
-    """Puts an If in place of the block: it computes it, or passes on the stream and appends zeros to the cache.
+    """Puts an If in place of the block: it computes it, or passes on the stream and appends to the cache what it must.
+
+    That is zeros where skipped tokens leave no keys and values; those of the step where they do, which are computed
+    in front of the If.
 
     Args:
         graph: Holds the layer; its nodes need sorting afterwards.
@@ -36,7 +39,7 @@ def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Val
     layer, block = masked.layer, masked.layer.attention
     name, dtype = layer_tensor_name(layer.index, "self_attn"), element_type(block.stream_operand)
     shape, tags = (*layer.token_dims, layer.hidden_size), TaggedNodes(made_by, layer.index).tags
-    zeros = _zero_rows(graph, masked, made_by, block.add)
+    zeros = None if masked.hidden is None else _zero_rows(graph, masked, made_by, block.add)
 
     # What the If gives out takes the place of stream and cache first: the branch's own values get other names,
     # since names are unique across a graph and its branches.
@@ -47,7 +50,8 @@ def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Val
         replace_value(old, new)
     inner = [f"{name}.active_{part}" for part in ("output", *CACHE_PARTS)]
 
-    # Both branches: all of the block, which ends in an addition of its own; or the stream as it is, and zeros.
+    # Both branches: all of the block that serves active tokens, which ends in an addition of its own; or the stream as
+    # it is, and what the step leaves in the cache.
     order = node_order(graph)
     moved = sorted(masked.nodes, key=order.__getitem__)
     add = TaggedNodes(made_by, layer.index)
@@ -58,12 +62,15 @@ def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Val
         value.name = own_name
     keep = TaggedNodes(made_by, layer.index)
     skipped = [keep.add("Identity", layer.input, name=f"{name}.skipped_output", dtype=dtype, shape=shape)]
-    for past, present, part in zip((layer.past_key, layer.past_value), kept[1:], CACHE_PARTS, strict=True):
+    for number, (past, present, part) in enumerate(
+        zip((layer.past_key, layer.past_value), kept[1:], CACHE_PARTS, strict=True), start=1
+    ):
+        left = _heads_first(graph, masked, keep, number, f"{name}.skipped_step_{part}") if zeros is None else zeros
         skipped.append(
             keep.add(
                 "Concat",
                 past,
-                zeros,
+                left,
                 name=f"{name}.skipped_{part}",
                 dtype=present.dtype,
                 shape=present.shape,
@@ -92,6 +99,21 @@ def _cache_sizes(masked: MaskedAttention) -> tuple[int, int] | None:
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
         return None
     return shape[1], shape[3]
+
+
+def _heads_first(graph: ir.Graph, masked: MaskedAttention, nodes: TaggedNodes, number: int, name: str) -> ir.Value:
+    """Keys or values of a step, the operand of attention of this number, as the cache has them."""
+    computed, sizes = masked.attention.inputs[number], _cache_sizes(masked)
+    assert computed is not None, "attention with a cache has keys and values"
+    assert sizes is not None, "asked by branch_problems"
+    (heads, width), (batch, sequence), dtype = sizes, masked.layer.token_dims, masked.layer.past_key.dtype
+    shape = shared_constant(graph, f"model.heads_shape_{heads}x{width}", np.array([0, 0, heads, width], np.int64))
+    apart = nodes.add(
+        "Reshape", computed, shape, name=f"{name}_heads", dtype=dtype, shape=(batch, sequence, heads, width)
+    )
+    return nodes.add(
+        "Transpose", apart, name=name, dtype=dtype, shape=(batch, heads, sequence, width), perm=(0, 2, 1, 3)
+    )
 
 
 def _zero_rows(graph: ir.Graph, masked: MaskedAttention, made_by: str, before: ir.Node) -> ir.Value:

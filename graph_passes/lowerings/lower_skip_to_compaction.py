@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
+from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
-from dlo_export.graph_passes.lowerings.active_rows import run_on_rows, scale_rows, stream_for_all_tokens
-from dlo_export.graph_passes.lowerings.attention_on_rows import row_problems, run_on_active_rows
-from dlo_export.graph_passes.lowerings.compacted_rows import active_index, put_rows_back, row_count
+from dlo_export.graph_passes.lowerings.active_rows import run_on_rows, stream_for_all_tokens
+from dlo_export.graph_passes.lowerings.attention_on_rows import projections_on_rows, row_problems, run_on_active_rows
+from dlo_export.graph_passes.lowerings.compacted_rows import CompactedRows
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
 from dlo_export.graph_passes.spec.invariants import lowered_stage
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
+from dlo_export.graph_passes.spec.provenance import shared_constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +50,11 @@ class LowerSkipToCompactionPass(LoweringPass):
         a    = Attention(q, k, v, bias, past_key, past_value)
         h    = ScatterND(x, idx, Add(GatherND(x, idx), GatherND(a, idx)·Wo))
 
-    Rows are [1, n, hidden] instead where a node of the MLP counts its axes from the front. Scope: every routed decoder
-    layer of the main graph. Source: ONNX ScatterND-11, GatherND-12.
+    Where attention alone is skipped and skipped tokens leave keys and values, the query's projection runs on rows of
+    the norm's output, and keys and values come from all of it.
+
+    Rows are [1, n, hidden] instead where a node of the MLP counts its axes from the front. Scope:
+    every routed decoder layer of the main graph. Source: ONNX ScatterND-11, GatherND-12.
     """
 
     def problems(self, masked: MaskedMlp) -> Sequence[str]:
@@ -63,43 +68,36 @@ class LowerSkipToCompactionPass(LoweringPass):
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Run the MLP of one layer on its active tokens."""
         layer, block, nodes = masked.layer, masked.layer.mlp, masked.nodes
-        router, mlp = router_path(layer.index), layer_tensor_name(layer.index, "mlp")
-        count, dtype = row_count(masked), element_type(block.stream_in)
+        mlp, dtype = layer_tensor_name(layer.index, "mlp"), element_type(block.stream_in)
+        access = CompactedRows(graph, masked, type(self).__name__, nodes[0])
         rank, _ = row_rank(nodes)
 
         # In front of the branch: where the active tokens are, and their rows. A branch that counts its axes from the
         # front gets them as a batch of one.
-        index = active_index(graph, masked, type(self).__name__, nodes[0])
-        gather = TaggedNodes(type(self).__name__, layer.index)
-        row_shape = (count, layer.hidden_size)
-        rows = gather.add("GatherND", block.stream_in, index, name=f"{mlp}.rows", dtype=dtype, shape=row_shape)
-        gathered = rows
+        gather = access.new_nodes()
+        rows = gathered = access.gather(gather, block.stream_in, layer.hidden_size, f"{mlp}.rows")
+        row_shape = (access.count, layer.hidden_size)
         first_axis = shared_constant(graph, f"{ROUTERS}.first_axis", np.array([0], np.int64)) if rank == 3 else None
         if first_axis is not None:
             rows = gather.add("Unsqueeze", rows, first_axis, name=f"{mlp}.rows_3d", dtype=dtype, shape=(1, *row_shape))
         stream = stream_for_all_tokens(block, nodes, gather)
 
         # The branch itself stays, node by node: it reads rows now, and each row is scaled by its own token's factor.
-        if masked.scale is not None and masked.scaling is not None:
-            scale_dtype = element_type(masked.scale)
-            scale = gather.add(
-                "GatherND", masked.scale, index, name=f"{router}.scale_rows", dtype=scale_dtype, shape=(count,)
-            )
-            scale_rows(graph, masked, gather, scale, count)
-        run_on_rows(nodes, block.stream_in, rows, (count,) if rank == 2 else (1, count))
+        access.scale(gather)
+        run_on_rows(nodes, block.stream_in, rows, (access.count,) if rank == 2 else (1, access.count))
         graph.insert_before(nodes[0], gather.nodes)
 
         # Behind it: the results are added to the rows, and these put in their places in the stream, in place of Where
         # and Add: a skipped token keeps h because nothing is put there.
-        scatter = TaggedNodes(type(self).__name__, layer.index)
-        kept = masked.kept
+        scatter, kept = access.new_nodes(), masked.kept
         if first_axis is not None:
             kept = scatter.add("Squeeze", kept, first_axis, name=f"{mlp}.kept_rows", dtype=dtype, shape=row_shape)
-        put_rows_back(graph, masked, scatter, stream, gathered, index, kept)
+        access.add(scatter, stream, gathered if stream is block.stream_in else None, kept)
 
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Run the projections of one layer's attention on its active tokens."""
-        run_on_active_rows(graph, masked, type(self).__name__)
+        access = CompactedRows(graph, masked, type(self).__name__, projections_on_rows(masked)[0])
+        run_on_active_rows(masked, access)
 
 
 RECORD = LoweringRecord(
@@ -111,5 +109,5 @@ RECORD = LoweringRecord(
     not_capturable="the number of active tokens is read back by the host",
     reason="compaction skips work in prefill, batches and decode alike, in standard operators",
     suits=lambda workload: True,
-    routing=("mlp", "layer"),
+    routing=get_args(RoutingKind),
 )

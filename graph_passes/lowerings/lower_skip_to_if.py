@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import get_args
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_path
+from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import element_type, is_op, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.lowerings.attention_in_branch import branch_problems, move_into_branch
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.lowerings.projections_in_branches import (
+    move_projections_into_branches,
+    projection_problems,
+)
 from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec import graph_checks
@@ -56,6 +63,20 @@ class LowerSkipToIfPass(LoweringPass):
             pk        = Concat(past_key, zeros)                          # what a skipped token leaves; pv likewise
           } => (h, pk, pv)
 
+    Where attention alone is skipped and skipped tokens leave keys and values, norm, keys and values stay in front of
+    the If, and the else branch appends them::
+
+            pk        = Concat(past_key, Transpose(Reshape(k)))
+
+    Over a cache of fixed size (`UseStaticCachePass`), attention and the writing of the cache stay outside, since
+    TensorRT builds neither inside an If; the projections in front of them are in one If, zeros in its other branch, and
+    those behind them in another, which closes the block::
+
+        q, k, v   = If(any) <then_branch = { RMSNormalization, MatMul, … }, else_branch = { Identity(zeros) }>
+        pk        = TensorScatter(past_key, heads(k), write_indices)
+        a         = Attention(heads(q), pk, pv, bias)
+        h         = If(any) <then_branch = { Add(x, Where(…, a·Wo, 0)) }, else_branch = { Identity(x) }>
+
     A step skips a layer only where none of its tokens is active: with a share p of tokens skipping, p to the power of
     batch·sequence. So it pays for single-token decode at batch 1, and in prefill and batches it saves nothing.
 
@@ -68,6 +89,17 @@ class LowerSkipToIfPass(LoweringPass):
 
     Scope: every routed decoder layer of the main graph. Source: ONNX If-1, ReduceMax-1; TensorRT IIfConditional.
     """
+
+    def problems(self, masked: MaskedMlp) -> Sequence[str]:
+        """Weights that a node dequantises: outside of the branch it runs in every step, inside ONNX Runtime fails.
+
+        ONNX Runtime 1.32 fuses such a node with the MatMul that reads it, and refuses to load a graph where the weight
+        is not an initializer of the subgraph they stand in.
+        """
+        sources = [value.producer() for node in masked.nodes for value in node.inputs if value is not None]
+        outside = [source for source in sources if source is not None and source not in masked.nodes]
+        found = [source for source in outside if is_op(source, "DequantizeLinear")]
+        return [f"{place(found[0])} dequantises a weight, which no branch can leave out"] if found else []
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Move the block of one layer into an If."""
@@ -113,14 +145,15 @@ class LowerSkipToIfPass(LoweringPass):
         graph.remove(block.add, safe=True)
 
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
-        """A cast between stream and sum, or a cache of unknown size."""
-        return branch_problems(masked)
+        """A cast between stream and sum, or sizes that the graph does not say."""
+        return projection_problems(masked) if masked.is_static else branch_problems(masked)
 
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
-        """Move the attention of one layer, and what it appends to the cache, into an If."""
+        """Move the attention of one layer into an If, or the projections around it where it must stay outside."""
         tags = TaggedNodes(type(self).__name__, masked.layer.index).tags
         condition = _any_active(graph, masked, masked.layer.attention.add, tags)
-        move_into_branch(graph, masked, condition, type(self).__name__)
+        move = move_projections_into_branches if masked.is_static else move_into_branch
+        move(graph, masked, condition, type(self).__name__)
 
 
 def _any_active(graph: ir.Graph, masked: MaskedBlock, before: ir.Node, tags: Mapping[str, str]) -> ir.Value:
@@ -183,14 +216,12 @@ def _add_skip(nodes: TaggedNodes, masked: MaskedMlp, shape: Dims) -> ir.Value:
 
 RECORD = LoweringRecord(
     name="if",
-    targets=(*ONNXRUNTIME, "tensorrt"),
+    targets=ONNXRUNTIME,
     make_pass=lambda workload: LowerSkipToIfPass(),
     stage=lowered_stage(LowerSkipToIfPass.__name__, graph_checks.eager_branches),
     skips="steps",
     not_capturable="the host decides which branch runs",
     reason="decode of one sequence: a skipped layer runs nothing, in native operators",
     suits=lambda workload: workload.phase == "decode" and workload.max_batch == 1,
-    routing=("mlp", "layer"),
-    tensorrt_layers=frozenset({"CONDITION", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT"}),
-    tensorrt_start="CONDITIONAL_INPUT",
+    routing=get_args(RoutingKind),
 )

@@ -13,6 +13,7 @@ from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, route
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import constant_scalar, element_type, is_op
+from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
@@ -44,8 +45,9 @@ class LowerSkipToPluginPass(LoweringPass):
         gated  = dlo::SkipGateUp(n, factor, Wg, Wu)
         y      = dlo::SkipDown(gated, factor, Wd, h)
 
-    No shape depends on data. Scope: every routed decoder layer of the main graph, its MLP gated by SiLU and without
-    biases. Source: graph_passes/spec/ops.py.
+    No shape depends on data. Where tokens skip whole layers, attention stays masked: the operators compute MLPs. Scope:
+    every routed decoder layer of the main graph, its MLP gated by SiLU and without biases. Source:
+    graph_passes/spec/ops.py.
     """
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass, UseStaticCachePass)
@@ -57,6 +59,14 @@ class LowerSkipToPluginPass(LoweringPass):
         if masked.layer.mlp.stream_operand is not masked.layer.mlp.stream_in:
             problems.append(f"adds to '{masked.layer.mlp.stream_operand.name}', a cast of the stream")
         return problems
+
+    def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
+        """None: it is left as it is."""
+        del masked
+        return ()
+
+    def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
+        """Leave it masked."""
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Put the two plugins in place of one layer's MLP."""
@@ -211,11 +221,16 @@ RECORD = LoweringRecord(
     name="plugin",
     targets=(*ONNXRUNTIME, "tensorrt"),
     make_pass=lambda workload: LowerSkipToPluginPass(),
-    stage=lowered_stage(LowerSkipToPluginPass.__name__, data_dependent_shapes, domains=frozenset({DOMAIN})),
+    stage=lowered_stage(
+        LowerSkipToPluginPass.__name__, data_dependent_shapes, domains=frozenset({DOMAIN}), blocks=("mlp",)
+    ),
     skips="tokens",
     not_capturable=None,
     reason="no shape depends on data, so a CUDA graph captures decode",
-    suits=lambda workload: workload.plugins_at_hand and workload.phase != "prefill",
+    # Of whole layers it skips the MLP alone, and would have to be measured first.
+    suits=lambda workload: workload.plugins_at_hand and workload.phase != "prefill" and workload.routing == "mlp",
+    routing=("mlp", "layer"),
+    blocks=("mlp",),
     domains=(DOMAIN,),
     operators=(f"{DOMAIN}::SkipGateUp",),
     tensorrt_layers=frozenset({"PLUGIN_V3"}),

@@ -57,7 +57,7 @@ class LoweringPass(GraphPass):
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
         """Why a masked attention cannot be lowered; by default because the lowering knows MLPs only."""
         del masked
-        return ("tokens skip it whole (layer routing), and this lowering skips MLPs only",)
+        return ("tokens skip its attention, and this lowering skips MLPs only",)
 
     @abc.abstractmethod
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
 from dlo_export.graph_passes.spec.invariants import INJECTED, ROUTED
 
@@ -14,7 +17,7 @@ RECORD = LoweringRecord(
     not_capturable=None,
     reason="the oracle: exact, and computes everything",
     suits=lambda workload: False,
-    routing=("mlp", "layer"),
+    routing=get_args(RoutingKind),
 )
 
 DENSE = LoweringRecord(

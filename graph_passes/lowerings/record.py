@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from dlo_export.checkpoints.device_options import ProviderOption
+from dlo_export.checkpoints.llama_layer import Block
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.spec.invariants import StageSpec
@@ -51,6 +52,7 @@ class LoweringRecord:
         reason: Why `auto` chooses it, for reports.
         suits: Whether `auto` may choose it for a workload.
         routing: What tokens may skip in the graphs that it takes.
+        blocks: Those of a layer that it makes skip; others stay masked.
         domains: Operator domains besides ONNX's own that its graphs use.
         operators: Operators it writes that a runtime may lack for some types; one of another domain as
             "dlo::SkipGateUp".
@@ -67,6 +69,7 @@ class LoweringRecord:
     reason: str
     suits: Callable[[Workload], bool]
     routing: tuple[RoutingKind, ...] = ("mlp",)
+    blocks: tuple[Block, ...] = ("self_attn", "mlp")
     domains: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
     tensorrt_layers: frozenset[str] = frozenset()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # `auto` finds several that suit, the first one is its choice.
 _MODULES: dict[str, tuple[str, ...]] = {
     "plugin": ("lower_skip_to_plugin",),
-    "if": ("lower_skip_to_if",),
+    "if": ("lower_skip_to_if", "if_on_tensorrt"),
     "compact": ("lower_skip_to_compaction", "lower_skip_to_topk"),
     "masked": ("masked",),
 }

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
-from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind, leaves_keys
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import ONE_HALF, threshold_problems, thresholds_json
 from dlo_export.graph_passes.cache.attention_cache import CachedAttention, cached_attentions
@@ -20,13 +20,21 @@ from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityL
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import match_masked_blocks
 from dlo_export.graph_passes.find.masked_branch import Mismatch
-from dlo_export.graph_passes.routing.mask_attention import attention_problems, mask_attention
+from dlo_export.graph_passes.find.residual_stream import ResidualBlock
+from dlo_export.graph_passes.routing.mask_blocks import (
+    attention_problems,
+    hide_skipped_tokens,
+    mask_branch,
+    router_constant,
+)
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import (
     ROUTER_ACTIVE,
     ROUTER_SCORES,
+    SERVES_KEY,
     TaggedNodes,
     role_values,
     shared_constant,
@@ -61,12 +69,16 @@ class RouteLayersPass(GraphPass):
         h              = Add(x, Where(Unsqueeze(active, -1), a, 0))
 
     So a skipped token keeps x through both additions, and the two blocks keep the form in which they are found: the
-    layer equals Where(active, layer(x), x).
+    layer equals Where(active, layer(x), x). With kind "attention-active" the MLP stays as it is, and a is scaled; with
+    kind "attention" so is the rest of attention, and there is no state::
 
-    Scope: decoder layers of the main graph; with kind "layer", those with an Attention node that keeps its own cache.
-    Semantics (arXiv 2407.11030 and its authors' code): with kind "mlp", expanded-attention routing, K/V are always
-    written and a skipped token keeps h; with kind "layer", active tokens attend among active tokens, at their original
-    positions, and a skipped token keeps x.
+        h              = Add(x, Where(Unsqueeze(active, -1), Mul(Unsqueeze(scale, -1), a), 0))
+
+    Scope: decoder layers of the main graph; where attention is switched, those with an Attention node that keeps its
+    own cache. Semantics (arXiv 2407.11030 and its authors' code): with kind "mlp", expanded-attention routing, K/V are
+    always written and a skipped token keeps h; with kind "layer", active tokens attend among active tokens, at their
+    original positions, and a skipped token keeps x. After Router-Tuning (arXiv 2410.13184), attention alone: with kind
+    "attention", K/V are always written; with kind "attention-active" as with "layer".
 
     Attributes:
         routers: Router weight of each routed layer by its index, float, hidden_size elements.
@@ -118,7 +130,7 @@ class RouteLayersPass(GraphPass):
             self._route(graph, layers[index], weight, attentions.get(index))
         if attentions:
             graph.sort()  # a mask that all layers share may stand behind the first one's decision
-        self._refuse_unmasked(graph, weights)
+        self._check_masked(graph, weights)
         return True
 
     @property
@@ -138,7 +150,7 @@ class RouteLayersPass(GraphPass):
 
     def _attentions(self, graph: ir.Graph) -> list[CachedAttention]:
         """What is masked besides the MLPs."""
-        return cached_attentions(graph, type(self).__name__) if self.kind == "layer" else []
+        return cached_attentions(graph, type(self).__name__) if "self_attn" in ROUTED_BLOCKS[self.kind] else []
 
     def _refuse(
         self,
@@ -162,17 +174,18 @@ class RouteLayersPass(GraphPass):
                 problems.append(f"router {index} has {weight.size} weights, expected {layer.hidden_size}")
             if not np.isfinite(weight).all():
                 problems.append(f"router {index} holds NaN or infinity, expected finite weights")
-            dtype = element_type(layer.mlp.stream_operand)
+            scaled, what = self._scaled_block(layer)
+            dtype = element_type(scaled.stream_operand)
             if element_type(layer.input) is None or dtype is None:
                 problems.append(f"layer {index}: the element type of '{layer.input.name}' is unknown")
             elif self._largest_scale > float(dtype.max):
                 largest = f"{self._largest_scale:g}, {dtype.name.lower()} ends at {float(dtype.max):g}"
-                problems.append(f"layer {index}: the rule scales its MLP by up to {largest}")
-            if layer.mlp.conditional is not None:
-                problems.append(f"layer {index}: {place(layer.mlp.conditional)} skips its MLP branch already")
+                problems.append(f"layer {index}: the rule scales its {what} by up to {largest}")
+            if scaled.conditional is not None:
+                problems.append(f"layer {index}: {place(scaled.conditional)} skips its {what} branch already")
             if index in routed:
                 problems.append(f"layer {index} is routed already")
-            if self.kind == "layer":
+            if "self_attn" in ROUTED_BLOCKS[self.kind]:
                 problems += attention_problems(layer, attentions)
         if problems:
             raise GraphPassError(
@@ -180,50 +193,52 @@ class RouteLayersPass(GraphPass):
                 hint="routers are numbered in the deepened model; route a graph once",
             )
 
-    @staticmethod
-    def _refuse_unmasked(graph: ir.Graph, weights: Mapping[int, np.ndarray]) -> None:
-        """Lowerings look for the masked form; in a foreign graph, more than the addition may read a layer's branch."""
-        routed = [layer for layer in find_decoder_layers(graph) if layer.index in weights]
-        matches = [match for layer in routed for _, match in match_masked_blocks(layer)]
-        problems = [match.reason for match in matches if isinstance(match, Mismatch)]
+    def _check_masked(self, graph: ir.Graph, weights: Mapping[int, np.ndarray]) -> None:
+        """Lowerings look for the masked form; in a foreign graph, more than the addition may read a layer's branch.
+
+        Where only queries serve active tokens, they are marked: no pass may join them with keys and values again.
+        """
+        problems = []
+        for layer in find_decoder_layers(graph):
+            if layer.index not in weights:
+                continue
+            for _, match in match_masked_blocks(layer):
+                if isinstance(match, Mismatch):
+                    problems.append(match.reason)
+                elif isinstance(match, MaskedAttention) and match.hidden is None:
+                    for node in match.projections:
+                        node.metadata_props[SERVES_KEY] = "active"
         if problems:
             raise GraphPassError(
                 "RouteLayersPass: " + "; ".join(problems) + ".",
                 hint="route the checkpoint instead, or export the graph without sharing between layers",
             )
 
+    def _scaled_block(self, layer: DecoderLayer) -> tuple[ResidualBlock, str]:
+        """The block whose branch the rule scales, and what it is called."""
+        return (layer.mlp, "MLP") if ROUTED_BLOCKS[self.kind][-1] == "mlp" else (layer.attention, "attention")
+
     def _route(
         self, graph: ir.Graph, layer: DecoderLayer, weight: np.ndarray, attention: CachedAttention | None
     ) -> None:
         # The router reads the stream that enters the layer, before attention, as the authors' code does.
-        add, branch = layer.mlp.add, layer.mlp.branch
-        dtype, tokens = element_type(layer.mlp.stream_operand), layer.token_dims
-        router, mlp = router_path(layer.index), layer_tensor_name(layer.index, "mlp")
-        decide = TaggedNodes(type(self).__name__, layer.index)
+        blocks, made_by = ROUTED_BLOCKS[self.kind], type(self).__name__
+        decide = TaggedNodes(made_by, layer.index)
         scores, active = _add_router(graph, decide, layer, weight, self.thresholds.get(layer.index, ONE_HALF))
+        dtype = element_type(self._scaled_block(layer)[0].stream_operand)
         scale = self._add_scale(graph, decide, scores, dtype, layer)
         # The decision comes before what it decides about, so that a lowering can gather in front of it.
-        first = layer.mlp.nodes[0] if attention is None else layer.attention.nodes[0]
-        graph.insert_before(first, decide.nodes)
-        if attention is not None:
-            mask_attention(graph, layer, attention, active, type(self).__name__)
+        first = layer.attention if "self_attn" in blocks else layer.mlp
+        graph.insert_before(first.nodes[0], decide.nodes)
+        column = None
+        if attention is not None and not leaves_keys(self.kind):
+            column = hide_skipped_tokens(graph, layer, attention, active, made_by)
 
-        # Behind the branch, its result is scaled where the rule scales, and kept where the token is active. The
-        # addition stays what it is and where it is: it closes the block as before.
-        mask = TaggedNodes(type(self).__name__, layer.index)
-        axis = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))
-        masked = branch
-        if scale is not None and scale.producer() is not None:
-            scale = mask.add("Unsqueeze", scale, axis, name=f"{router}.scale_column", dtype=dtype, shape=(*tokens, 1))
-        if scale is not None:
-            masked = mask.add("Mul", scale, masked, name=f"{mlp}.scaled", dtype=dtype, shape=branch.shape)
-        column = mask.add(
-            "Unsqueeze", active, axis, name=f"{router}.active_column", dtype=ir.DataType.BOOL, shape=(*tokens, 1)
-        )
-        zero = _constant(graph, "zero", 0.0, dtype)
-        masked = mask.add("Where", column, masked, zero, name=f"{mlp}.masked", dtype=dtype, shape=branch.shape)
-        graph.insert_before(add, mask.nodes)
-        add.replace_input_with(list(add.inputs).index(branch), masked)
+        # Behind each branch that is skipped, its result is kept where the token is active; the last one's is scaled.
+        for block in blocks:
+            factor = scale if block == blocks[-1] else None
+            known = column if block == "self_attn" else None
+            mask_branch(graph, layer, block, active, made_by, scale=factor, column=known)
 
     def _add_scale(
         self, graph: ir.Graph, nodes: TaggedNodes, scores: ir.Value, dtype: ir.DataType | None, layer: DecoderLayer
@@ -232,13 +247,14 @@ class RouteLayersPass(GraphPass):
         if not self.rescale or (self.scale_gap == 0 and self._offset == 1):
             return None
         if self.scale_gap == 0:
-            return _constant(graph, "scale", self._offset, dtype)
+            assert dtype is not None, "checked before routing"
+            return router_constant(graph, "scale", self._offset, dtype)
         # The rule multiplied out, a + score·gap: in fp32 as the score is, and rounded to the branch's type once.
         router, tokens, float32 = router_path(layer.index), layer.token_dims, ir.DataType.FLOAT
-        gap = _constant(graph, "scale_gap", self.scale_gap)
+        gap = router_constant(graph, "scale_gap", self.scale_gap)
         scale = nodes.add("Mul", scores, gap, name=f"{router}.scores_times_gap", dtype=float32, shape=tokens)
         if self._offset != 0:
-            offset = _constant(graph, "scale_offset", self._offset)
+            offset = router_constant(graph, "scale_offset", self._offset)
             scale = nodes.add("Add", scale, offset, name=f"{router}.scale", dtype=float32, shape=tokens)
         if dtype is not None and dtype != float32:
             scale = nodes.add("Cast", scale, name=f"{router}.scale_cast", dtype=dtype, shape=tokens, to=int(dtype))
@@ -275,9 +291,3 @@ def _add_router(
         role=ROUTER_ACTIVE,
     )
     return scores, active
-
-
-def _constant(graph: ir.Graph, name: str, number: float, dtype: ir.DataType | None = ir.DataType.FLOAT) -> ir.Value:
-    assert dtype is not None, "checked before routing"
-    suffix = "" if dtype == ir.DataType.FLOAT else f"_{dtype.name.lower()}"
-    return shared_constant(graph, f"{ROUTERS}.{name}{suffix}", np.array(number, dtype.numpy()))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.llama_layer import Block
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.pass_contract import Border, makers_at
@@ -58,20 +59,38 @@ ROUTED = StageSpec("routed", "routed", (*_ALWAYS, graph_checks.unmasked_routing)
 """The oracle: every routed layer in masked form."""
 
 
-def lowered_stage(pass_name: str, *checks: Check, domains: frozenset[str] = frozenset()) -> StageSpec:
+def lowered_stage(
+    pass_name: str,
+    *checks: Check,
+    domains: frozenset[str] = frozenset(),
+    blocks: tuple[Block, ...] = ("self_attn", "mlp"),
+) -> StageSpec:
     """What is legal after a lowering: every routed layer is closed by it, none is masked any more.
 
     Args:
         pass_name: The lowering's pass, of all lowerings the only one that may have run.
         *checks: What else it promises.
         domains: Of the operators it writes, besides ONNX's own.
+        blocks: Of a layer, those that it lowers where they are masked.
     """
     return StageSpec(
         f"lowered by {pass_name}",
         "routed",
-        (*_ALWAYS, functools.partial(graph_checks.unlowered_routing, pass_name=pass_name), *checks),
+        (*_ALWAYS, functools.partial(graph_checks.unlowered_routing, pass_name=pass_name, blocks=blocks), *checks),
         domains=frozenset({""}) | domains,
         lowering=pass_name,
+    )
+
+
+def released_stage(before: StageSpec) -> StageSpec:
+    """What is legal when a foreign graph's own fusions are back: layers are not looked for any more.
+
+    Args:
+        before: The last stage in which they are.
+    """
+    checks = (graph_checks.unused_inputs, graph_checks.broken_values, graph_checks.foreign_branch_outputs)
+    return dataclasses.replace(
+        before, name=f"released, {before.name}", checks=checks, domains=before.domains | {"com.microsoft"}
     )
 
 

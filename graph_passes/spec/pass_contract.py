@@ -52,6 +52,17 @@ def passes_run(model: ir.Model) -> tuple[PassRun, ...]:
         ) from err
 
 
+def forget_run(model: ir.Model, name: str) -> None:
+    """Takes a pass out of the list: what it did was undone, and it may run again.
+
+    Args:
+        model: Its metadata are changed.
+        name: Of the pass's class.
+    """
+    entries = [dataclasses.asdict(entry) for entry in passes_run(model) if entry.name != name]
+    model.metadata_props[PASSES_KEY] = json.dumps(entries)
+
+
 class GraphPass(ir.passes.InPlacePass, abc.ABC):
     """Base of the passes: a frozen dataclass whose fields are its settings.
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
-from dlo_export.checkpoints.model_types import RoutingKind, family_of, routed_type
+from dlo_export.checkpoints.model_types import KV_KEY, RoutingKind, family_of, routed_type
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, model_class_of
 from dlo_export.modeling.perplexity import perplexity, score_hidden_states
@@ -54,8 +54,9 @@ def with_routers(
     """
     num_layers = model.config.num_hidden_layers
     named = ("model_type", "architectures")
-    values = {key: value for key, value in model.config.to_dict().items() if key not in (*named, THRESHOLDS)}
-    changes = routed_config([layer in routers for layer in range(num_layers)], thresholds=thresholds)
+    values = {key: value for key, value in model.config.to_dict().items() if key not in (*named, THRESHOLDS, KV_KEY)}
+    is_dlo = [layer in routers for layer in range(num_layers)]
+    changes = routed_config(is_dlo, routing=routing, thresholds=thresholds)
     model_class = model_class_of(routed_type(routing, family=family_of(model.config.to_dict())))
     config = model_class.config_class(
         **{**values, **{key: value for key, value in changes.items() if key not in named}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind, leaves_keys
 from dlo_export.modeling.active_attention import attend_among_active
 from dlo_export.modeling.active_tokens import ActiveTokens
 from dlo_export.modeling.llama_dlo import adds_nothing
@@ -23,9 +24,9 @@ class LayerOutput:
     """What a layer computes for every token of the stream where nobody skips it.
 
     Attributes:
-        kept: What a token keeps that skips: the stream after attention, or the layer's input where tokens skip all of
-            it; [sequences, length, hidden].
-        added: What is added to it for a token that does not, of the same shape.
+        kept: What a token keeps that skips: the stream after attention where that is not skipped, else the layer's
+            input; [sequences, length, hidden].
+        added: What is added to it for a token that does not, of the same shape. An MLP that nobody skips comes behind.
     """
 
     kept: torch.Tensor
@@ -72,22 +73,21 @@ class LayerStream:
 
     def run_layer(self, index: int) -> LayerOutput:
         """Computes a layer for all sequences, all of it for every token. The stream stays where it is."""
-        layer = self._decoder.layers[index]
-        kept = self.hidden_states if self._routing == "layer" else torch.empty_like(self.hidden_states)
+        layer, skipped = self._decoder.layers[index], ROUTED_BLOCKS[self._routing]
+        kept = self.hidden_states if "self_attn" in skipped else torch.empty_like(self.hidden_states)
         added = torch.zeros_like(self.hidden_states)
         # What zero_out layers add need not be computed.
         attends, adds = not adds_nothing(layer.self_attn.o_proj), not adds_nothing(layer.mlp.down_proj)
-        for start in range(0, len(self.hidden_states), _SEQUENCES_AT_ONCE):
-            batch = slice(start, start + _SEQUENCES_AT_ONCE)
+        for batch in self._batches():
             attended = self.hidden_states[batch]
             if attends:
                 attention = self._attention(layer, attended)
                 attended = attended + attention
-                if self._routing == "layer":
+                if "self_attn" in skipped:
                     added[batch] += attention
-            if adds:
-                added[batch] += layer.mlp(layer.post_attention_layernorm(attended))
-            if self._routing == "mlp":
+            if adds and "mlp" in skipped:
+                added[batch] += _mlp_branch(layer, attended)
+            if "self_attn" not in skipped:
                 kept[batch] = attended
         return LayerOutput(kept, added)
 
@@ -99,18 +99,26 @@ class LayerStream:
             output: What `run_layer` gave for it; used up.
             active: bool [tokens], who does not skip it; None for all.
         """
+        layer = self._decoder.layers[index]
         if active is None:
             self.hidden_states = output.added.add_(output.kept)
-        elif self._routing == "layer":
-            # Those that stay see each other only, so what they get is not what `run_layer` computed.
-            self._run_active(self._decoder.layers[index], active.reshape(self.hidden_states.shape[:2]))
-        else:
+        elif leaves_keys(self._routing):
             added = output.added.masked_fill_(~active.reshape(*output.added.shape[:2], 1), 0)
             self.hidden_states = output.kept.add_(added)
+        else:
+            # Those that stay see each other only, so what they get is not what `run_layer` computed.
+            self._run_active(layer, active.reshape(self.hidden_states.shape[:2]))
+        if "mlp" not in ROUTED_BLOCKS[self._routing] and not adds_nothing(layer.mlp.down_proj):
+            for batch in self._batches():
+                self.hidden_states[batch] += _mlp_branch(layer, self.hidden_states[batch])
+
+    def _batches(self) -> Iterator[slice]:
+        """Of sequences, as many as are computed at once."""
+        for start in range(0, len(self.hidden_states), _SEQUENCES_AT_ONCE):
+            yield slice(start, start + _SEQUENCES_AT_ONCE)
 
     def _run_active(self, layer: LlamaDecoderLayer, active: torch.Tensor) -> None:
-        for start in range(0, len(self.hidden_states), _SEQUENCES_AT_ONCE):
-            batch = slice(start, start + _SEQUENCES_AT_ONCE)
+        for batch in self._batches():
             tokens, stream = ActiveTokens(active[batch]), self.hidden_states[batch]
             mask = self._causal_mask(stream, as_numbers=True)
             assert isinstance(mask, torch.Tensor), "sdpa and eager attention take numbers"
@@ -123,7 +131,8 @@ class LayerStream:
                 attention_mask=mask,
                 position_embeddings=self._position_embeddings,
             )
-            rows = rows + layer.mlp(layer.post_attention_layernorm(rows))
+            if "mlp" in ROUTED_BLOCKS[self._routing]:
+                rows = rows + _mlp_branch(layer, rows)
             self.hidden_states[batch] = tokens.put(rows, stream)
 
     def _attention(self, layer: LlamaDecoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -146,3 +155,8 @@ class LayerStream:
             position_ids=self._position_ids,
             allow_is_causal_skip=not as_numbers,
         )
+
+
+def _mlp_branch(layer: LlamaDecoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
+    branch: torch.Tensor = layer.mlp(layer.post_attention_layernorm(hidden_states))
+    return branch

@@ -92,10 +92,10 @@ class RoutingDescription:
     """How tokens skip layers.
 
     Attributes:
-        kind: "mlp" or "layer": what a token skips.
+        kind: What a token skips.
         rule: What decides, in words.
         layers: Which are routed, ascending.
-        rescale_hidden_states: Whether the MLP's output is scaled.
+        rescale_hidden_states: Whether the output of what is skipped is scaled.
         scale_factor: By how much, in the DLO authors' terms.
         scale_gap: Likewise.
         router_thresholds: By layer, the score an active token exceeds, where it is not 0.5.

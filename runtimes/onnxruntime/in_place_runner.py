@@ -60,14 +60,16 @@ class InPlaceRunner(StaticRunner):
         super().__init__(name, self._session.interface, thresholds=thresholds)
 
     def _zero_slots(self, batch: int) -> None:
-        # Attention looks at filled slots alone, and whoever fills one writes all of it: nothing is zeroed.
+        # On a GPU attention multiplies by 0 what nobody has filled, so it must be numbers: zeros, or earlier tokens.
         shapes = self._interface.state_shapes(batch)
         if self._decode is not None and self._decode.batch == batch:
             return
         self._decode = None
         self._cache = self._cache or {key: self._session.memory() for key in shapes}
         for key, memory in self._cache.items():
-            memory.reserve(math.prod(shapes[key]) * self._session.state_type(key).itemsize)
+            kind = self._session.state_type(key)
+            if memory.bytes < math.prod(shapes[key]) * kind.itemsize:
+                memory.write(np.zeros(shapes[key], kind.numpy))
 
     def _repeat_cache(self, branches: int) -> None:
         shapes = self._interface.state_shapes(1)

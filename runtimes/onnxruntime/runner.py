@@ -43,7 +43,8 @@ class OnnxRuntimeRunner(GrowingRunner):
         self._session = DecoderSession(model, name, "growing", session)
         self._cache: GrowingCache | None = None
         self._outputs = self._session.step_outputs()
-        super().__init__(name, self._session.interface, thresholds=thresholds)
+        takes_padding = self._session.takes_padding
+        super().__init__(name, self._session.interface, thresholds=thresholds, takes_padding=takes_padding)
 
     def _empty_cache(self, batch: int) -> None:
         shapes = self._interface.state_shapes(batch)

@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from dlo_export.checkpoints.dtypes import ElementType
+from dlo_export.checkpoints.interface import LEFT_PADDING
 from dlo_export.plugins.ort_registration import register_library
 from dlo_export.runtimes.decoder_interface import CacheKind, DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelLoadError, ProviderUnavailableError, StepError
@@ -74,6 +75,12 @@ class DecoderSession:
         self._session = _open(model, name, _options(arguments), self.provider)
         specs = (_specs(self._session.get_inputs()), _specs(self._session.get_outputs()))
         self.interface = DecoderInterface.of(*specs, name, cache=cache)
+
+    @property
+    def takes_padding(self) -> bool:
+        """What the graph's metadata say; graphs that say nothing take it."""
+        metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        return metadata.get(LEFT_PADDING) != "no"
 
     def state_type(self, key: str) -> ElementType:
         """Element type of a state input."""

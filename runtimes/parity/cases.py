@@ -83,6 +83,7 @@ def parity_cases(
     seed: int = 0,
     token_ids: Sequence[int] | None = None,
     longest: int = LONGEST_CASE,
+    padded: bool = True,
 ) -> tuple[Case, ...]:
     """Prefill; decode behind a cache; a left-padded batch without and with a cache; forced decisions where routed.
 
@@ -92,12 +93,14 @@ def parity_cases(
         seed: Of the random tokens.
         token_ids: Of a text, to use in place of random tokens.
         longest: Tokens that the shortest cache has room for, at least 1: cases are cut to fit, steps first.
+        padded: Whether sequences of a batch may be of unequal length.
 
     Raises:
         RuntimeInputError: The text is too short.
     """
     length = min(LONGEST_CASE, longest)
-    lengths = (length, max(1, length // 2), max(1, length // 3))
+    lengths = (length, max(1, length // 2), max(1, length // 3)) if padded else (length,) * 3
+    batch = "left-padded batch" if padded else "batch"
     # What fits behind a first step of one token: decode steps, then the chunk before them.
     decode = (1,) * min(DECODE_STEPS, (length - 1) // 2)
     chunk = (min(CHUNK_TOKENS, length - 1 - len(decode)),) if length > 1 else ()
@@ -115,8 +118,8 @@ def parity_cases(
         Case("prefill", step_feeds(one)),
         # A chunk behind a cache is neither prefill nor decode: causal order and past both count.
         Case("chunk and decode with a cache", step_feeds(one, *chunk, *decode)),
-        Case("left-padded batch", step_feeds(ragged)),
-        Case("left-padded batch with a cache", step_feeds(ragged, *decode)),
+        Case(batch, step_feeds(ragged)),
+        Case(f"{batch} with a cache", step_feeds(ragged, *decode)),
     ]
     if routed:
         cases += [

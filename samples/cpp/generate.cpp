@@ -174,7 +174,7 @@ private:
             if (buffer == mBuffers.end()) throw UsageError(std::string(name) + ": the engines are not of one model");
             profile.context->setTensorAddress(name, buffer->second.get());
             trt::Dims shape = profile.engine->getTensorShape(name);
-            if (std::string(name).rfind("past_key_values.", 0) == 0) {
+            if (std::string(name).rfind("past_", 0) == 0) {
                 shape.d[0] = 1;
                 profile.context->setInputShape(name, shape);
             }

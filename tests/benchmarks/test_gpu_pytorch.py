@@ -30,3 +30,11 @@ def test_dense_and_routed_models_have_the_same_weights_when_one_has_routers():
     assert len(others) == len(dense.state_dict()) + 3
     for name, tensor in dense.state_dict().items():
         assert torch.equal(tensor, others[name]), name
+
+
+def test_error_is_within_no_bar_when_a_number_is_missing():
+    zeros, missing = torch.zeros(3), torch.tensor([0.0, float("nan"), 0.0])
+    assert gpu_pytorch.largest_error(zeros, zeros) == 0
+    assert not gpu_pytorch.largest_error(missing, zeros) <= 1
+    assert not gpu_pytorch.largest_error(missing, torch.ones(3)) <= 1
+    assert gpu_pytorch.largest_error(zeros + 1, zeros) > 1

@@ -31,6 +31,8 @@ ROUTED = MINIMAL | {
     "scale_gap": 0.25,
 }
 
+ACTIVE = {"attention_routing_kv": "active"}
+
 
 def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in keys}
@@ -52,6 +54,29 @@ def test_config_reads_every_field_when_the_authors_code_saved_it() -> None:
 def test_config_says_layer_routing_when_the_authors_saved_it() -> None:
     config = LlamaConfig.from_json(REFERENCES / "reference_layer_routed" / "config.json")
     assert config.routing == RoutingConfig("layer", (0, 2, 3), rescale=True, scale_factor=2.0, scale_gap=0.05)
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"), [({}, "attention"), ({"attention_routing_kv": "all"}, "attention"), (ACTIVE, "attention-active")]
+)
+def test_config_says_what_skipped_tokens_leave_when_attention_is_routed(keys: dict[str, Any], kind: str) -> None:
+    config = LlamaConfig.from_dict(ROUTED | {"model_type": "llama_dlo_attn"} | keys)
+    assert config.routing is not None
+    assert config.routing.kind == kind
+    assert LlamaConfig.from_dict(config.model_values()).routing == config.routing
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"attention_routing_kv": "none"}, "attention_routing_kv is 'none', expected 'all' or 'active'"),
+        ({"attention_routing_kv": ["all"]}, r"attention_routing_kv is \['all'\], expected 'all' or 'active'"),
+        (ACTIVE | {"model_type": "llama_dlo"}, "attention_routing_kv is 'active', but model_type 'llama_dlo' skips no"),
+    ],
+)
+def test_config_is_refused_when_it_leaves_other_keys(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        LlamaConfig.from_dict(ROUTED | {"model_type": "llama_dlo_attn"} | keys)
 
 
 def test_config_has_transformers_defaults_when_keys_are_left_out() -> None:

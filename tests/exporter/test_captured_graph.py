@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from dlo_export.checkpoints.dtypes import FLOAT32
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
@@ -95,6 +96,16 @@ def test_tokens_are_the_same_when_a_runner_is_used_again_for_another_batch(tmp_p
     assert first[1] == alone == first[0][:1]
 
 
+def test_slots_are_zeros_until_they_are_filled(tmp_path: Path) -> None:
+    """CUDA's attention multiplies what nobody has filled by 0."""
+    graphs = Graphs(source_of(tmp_path / "model"), "none", tmp_path)
+    with graphs.runner() as runner:
+        for batch in (1, 3, 2):
+            runner.reset(batch)
+            for memory in runner._cache.values():
+                assert not memory.read(FLOAT32, (memory.bytes // 4,)).any()
+
+
 def test_runner_refuses_when_positions_are_others(tmp_path: Path) -> None:
     graphs = Graphs(source_of(tmp_path / "model"), "none", tmp_path)
     with graphs.runner() as runner:
@@ -139,7 +150,7 @@ def test_pipeline_refuses_by_name_when_a_step_cannot_be_captured(
 
 def test_pipeline_refuses_whole_layers_when_they_are_routed(tmp_path: Path) -> None:
     source = source_of(tmp_path / "model", routed=(True, False, True), model_type="llama_dlo")
-    with pytest.raises(InputError, match="layer routing needs a mask of its own"):
+    with pytest.raises(InputError, match="layer routing skips or masks attention"):
         build_captured_model(source, "masked", SLOTS)
 
 

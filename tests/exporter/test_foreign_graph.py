@@ -66,13 +66,27 @@ def test_weights_of_optimums_graph_are_those_of_its_checkpoint():
     assert graph.tensor_shapes() == graph.config.tensor_shapes()
 
 
-def test_parity_says_why_it_cannot_run_when_there_is_no_config(adapter, tmp_path):
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    shutil.copy(GRAPH, alone)
-    result = export_model(ExportRequest(str(alone / "model.onnx"), tmp_path / "out", adapter=adapter), Reporter())
-    assert result.description.parity.verdict == "NOT RUN"
-    assert "config.json" in result.description.parity.reason
+@pytest.fixture
+def alone(tmp_path):
+    """The graph without a config.json."""
+    (tmp_path / "alone").mkdir()
+    return shutil.copy(GRAPH, tmp_path / "alone")
+
+
+def test_parity_is_with_the_graphs_own_masked_form_when_there_is_no_config(alone, adapter, tmp_path):
+    result = export_model(ExportRequest(str(alone), tmp_path / "out", adapter=adapter), Reporter())
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    report = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert report["reference"] == "its own masked form"
+    assert any("left-padded" in case["case"] for case in report["cases"])
+
+
+def test_parity_says_why_it_cannot_run_when_there_is_neither_config_nor_another_form(alone, adapter, tmp_path):
+    request = ExportRequest(str(alone), tmp_path / "out", adapter=adapter, lowering="masked")
+    parity = export_model(request, Reporter()).description.parity
+    assert parity.verdict == "NOT RUN"
+    assert "config.json" in parity.reason
+    assert "the masked graph would be compared with itself" in parity.reason
 
 
 def test_graph_is_refused_when_external_weights_are_missing_or_short(tmp_path):
@@ -90,6 +104,17 @@ def test_graph_is_refused_when_it_is_no_model(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no protobuf at all")
     with pytest.raises((InputError, DecoderLayersNotFound)):
         open_foreign_graph(tmp_path / "model.onnx")
+
+
+def test_graph_is_deepened_when_its_cache_is_listed_in_another_order(adapter, tmp_path):
+    shutil.copytree(GRAPH.parent, tmp_path / "model")
+    model = ir.load(GRAPH)
+    for interface in (model.graph.inputs, model.graph.outputs):
+        interface[:] = sorted(interface, key=lambda value: value.name[::-1])
+    ir.save(model, tmp_path / "model" / "model.onnx")
+    request = ExportRequest(str(tmp_path / "model" / "model.onnx"), tmp_path / "out", adapter=adapter)
+    result = export_model(request, Reporter())
+    assert result.description.parity.verdict == "PASS", result.parity_summary
 
 
 def test_adapter_is_refused_when_it_is_for_another_model(tmp_path):

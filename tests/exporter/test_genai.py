@@ -17,6 +17,7 @@ VARIANTS = {
     "tied": {"tie": True},
     "routed": {"routed": [True, False, True]},
     "last logits": {"last_logits": True},
+    "attention routed": {"routed": [True, False, True], "model_type": "llama_dlo_attn"},
 }
 
 

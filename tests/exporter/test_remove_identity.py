@@ -77,7 +77,7 @@ def test_checkpoint_goes_on_as_before_when_its_identity_layers_are_removed(tmp_p
     assert (result.returncode, "since they pass everything on: layers 2, 5 of the source" in result.stdout) == (0, True)
     assert load_description(tmp_path / "out").parity.verdict == "PASS"
     shown = " ".join(dlo("inspect", tmp_path / "out").stdout.split())
-    assert "without layers 2, 5 of its source, which pass everything on" in shown
+    assert "without its layers 2, 5, which pass everything on" in shown
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["no_rope_layers"], config["injected_layers"]) == ([1, 0, 1, 0], [])
     prompts = [[5, 9, 200, 31, 7], [77, 3]]

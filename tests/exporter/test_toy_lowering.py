@@ -134,7 +134,7 @@ def test_tensorrt_plans_the_toy_lowering_when_choice_is(choice: str, checkpoint:
 def test_toy_lowering_is_refused_or_passed_over_when_tokens_skip_whole_layers(tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "model", routed=ROUTED, model_type="llama_dlo")
     with pytest.raises(
-        InputError, match=r"is of layer routing, --lowering product takes mlp routing\s+hint: choose if, comp"
+        InputError, match=r"is of layer routing, --lowering product takes mlp routing\s+hint: choose plugin, if, comp"
     ):
         export_model(ExportRequest(str(model), tmp_path / "out", lowering="product", parity=False), Reporter())
     assert not (tmp_path / "out").exists()

@@ -23,6 +23,7 @@ from tests.fuzz.mutations import (
     damage_place,
     damage_safetensors,
 )
+from tests.genai_graphs import save_genai_graph
 from tests.tiny_gguf import save_tiny_gguf
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 from tests.tiny_sentencepiece import train_sentencepiece
@@ -57,6 +58,11 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, Damage], ...]]] = {
         ),
     ),
     "graph": (("graph", "adapter"), (*(("graph/model.onnx", damage_onnx),) * 6, ("graph/config.json", damage_json))),
+    # Packed, fused, quantised: what other exporters make for a runtime.
+    "packed graph": (
+        ("packed", "packed_adapter"),
+        (*(("packed/graph/model.onnx", damage_onnx),) * 6, ("packed/graph/genai_config.json", damage_json)),
+    ),
     "description": (("routed", "artefact", "text"), ((f"artefact/{FILE_NAME}", damage_json),)),
     "artefact": (
         ("routed", "artefact", "text"),
@@ -110,6 +116,8 @@ def save_originals(folder: Path) -> None:
     model.producer_name = "pytorch"
     onnx.save(model, graph)
     save_routed_adapter(graph, folder / "adapter")
+    packed = save_genai_graph(folder / "packed", "int4, zero points", layers=2)
+    save_routed_adapter(packed, folder / "packed_adapter")
     export_model(ExportRequest(str(routed), folder / "artefact"), Reporter())
     (folder / "text").mkdir()
     for number in range(8):
@@ -135,6 +143,10 @@ def command(random: Random, damaged: str) -> list[str]:
         "text": ([*calibrate, "routed"],),
         "adapter": ([*export, "dense", "--adapter", "adapter"],),
         "graph": ([*export, "graph/model.onnx", "--adapter", "adapter"],) * 2 + (["inspect", "graph/model.onnx"],),
+        "packed": (
+            *([*export, "packed/graph/model.onnx", "--adapter", "packed_adapter"],) * 2,
+            ["inspect", "packed/graph/model.onnx"],
+        ),
         "artefact": (run, inspect, [*evaluate, "artefact"]),
     }
     if slow and place == "artefact":

@@ -36,6 +36,8 @@ ROUTERS = {0: np.array([0.8, -0.4, 0.3, 0.9], np.float32)}
 
 _ROUTE = RouteLayersPass(ROUTERS, rescale=True, scale_factor=2.0, scale_gap=0.5)
 _ROUTE_WHOLE = dataclasses.replace(_ROUTE, kind="layer")
+_ROUTE_ATTENTION = dataclasses.replace(_ROUTE, kind="attention")
+_ROUTE_ACTIVE = dataclasses.replace(_ROUTE, kind="attention-active")
 # Each golden is what its last pass makes of the graph the passes before it leave.
 GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "inject_layers": (injection_pass(ir.from_onnx_text(SOURCE.read_text(encoding="utf-8")), [(1, 0)], "zero_out"),),
@@ -49,10 +51,17 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "lower_skip_to_if": (_ROUTE, LowerSkipToIfPass()),
     "lower_whole_layers_to_compaction": (_ROUTE_WHOLE, LowerSkipToCompactionPass()),
     "lower_whole_layers_to_if": (_ROUTE_WHOLE, LowerSkipToIfPass()),
+    "route_attention": (_ROUTE_ATTENTION,),
+    "route_attention_active": (_ROUTE_ACTIVE,),
+    "lower_attention_to_compaction": (_ROUTE_ATTENTION, LowerSkipToCompactionPass()),
+    "lower_attention_to_if": (_ROUTE_ATTENTION, LowerSkipToIfPass()),
     "expose_routing": (_ROUTE, LowerSkipToCompactionPass(), ExposeRoutingPass(force=True)),
     "fuse_sibling_matmuls": (FuseSiblingMatMulsPass(),),
     "name_batch_dimension": (NameBatchDimensionPass(),),
     "use_static_cache": (UseStaticCachePass(8),),
+    "use_static_cache_with_activity": (_ROUTE_WHOLE, UseStaticCachePass(8)),
+    "lower_static_cache_to_topk": (_ROUTE_WHOLE, UseStaticCachePass(8), LowerSkipToTopKPass(16)),
+    "lower_static_cache_to_if": (_ROUTE_WHOLE, UseStaticCachePass(8), LowerSkipToIfPass()),
     "grow_cache_outside_attention": (GrowCacheOutsideAttentionPass(),),
     "keep_last_logits": (UseStaticCachePass(8), KeepLastLogitsPass()),
     "reduce_router_products": (_ROUTE, ReduceRouterProductsPass()),

@@ -9,7 +9,6 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
-from dlo_export.graph_passes.find.projections import Projection
 from tests.initial_arrays import init_tensor
 
 
@@ -23,8 +22,8 @@ def injected_weights(
         projection.tensor: init_tensor(
             init,
             projection.tensor,
-            _contents(projection),
-            _contents(previous[role]) if role in previous else None,
+            projection.contents.numpy(),
+            previous[role].contents.numpy() if role in previous else None,
             seed=(seed, position),
             initializer_range=initializer_range,
         )
@@ -46,10 +45,3 @@ def injection_pass(
             for position, source in plan
         )
     )
-
-
-def _contents(projection: Projection) -> np.ndarray:
-    tensor = projection.weight.const_value
-    assert tensor is not None
-    array = tensor.numpy()
-    return array.T if projection.layout == "in_out" else array

@@ -14,14 +14,15 @@ Weights = Mapping[str, np.ndarray]
 class Routing:
     """Routers, and the rule of the DLO authors' code: active iff score > 0.5, scale 0.5·factor + (score − 0.5)·gap.
 
-    What a skipped token skips is its MLP, or with `whole_layers` all of the layer: then nobody attends to it either.
+    By `kind`, a skipped token skips its MLP ("mlp"), attention ("attention", "attention-active") or both ("layer").
+    With "layer" and "attention-active" nobody attends to it either.
     """
 
     routers: Mapping[int, np.ndarray]
     rescale: bool = False
     scale_factor: float = 2.0
     scale_gap: float = 0.0
-    whole_layers: bool = False
+    kind: str = "mlp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,21 +69,24 @@ class NumpyLlama:
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}"
             normed = self._norm(x, f"{prefix}.input_layernorm")
-            seen, scale = attention_mask, np.float32(1)
+            seen, scale, kind, active = attention_mask, np.float32(1), "", np.ones(x.shape[:2], bool)
             if layer in routing.routers:
                 score = 1 / (1 + np.exp(-(x @ routing.routers[layer].reshape(-1))))
                 result.scores[layer] = score
                 result.active[layer] = (force_active or {}).get(layer, score > 0.5)
                 if routing.rescale:
                     scale = (0.5 * routing.scale_factor + (score - 0.5) * routing.scale_gap)[..., None]
-                if routing.whole_layers:
-                    seen = attention_mask * result.active[layer]
-            h = x + self._attention(f"{prefix}.self_attn", normed, seen, position_ids)
+                kind, active = routing.kind, result.active[layer]
+            if kind in ("layer", "attention-active"):
+                seen = attention_mask * active
+            attended = self._attention(f"{prefix}.self_attn", normed, seen, position_ids)
+            if kind in ("attention", "attention-active"):
+                attended = np.where(active[..., None], scale * attended, 0)
+            h = x + attended
             branch = self._mlp(f"{prefix}.mlp", self._norm(h, f"{prefix}.post_attention_layernorm"))
-            y = h + scale * branch
-            if layer in routing.routers:
-                y = np.where(result.active[layer][..., None], y, x if routing.whole_layers else h)
-            x = y
+            y = h + (scale * branch if kind in ("mlp", "layer") else branch)
+            kept = {"mlp": h, "layer": x}.get(kind, y)
+            x = np.where(active[..., None], y, kept)
         normed = self._norm(x, "model.norm")
         return dataclasses.replace(result, logits=normed @ self.weights["lm_head.weight"].T)
 

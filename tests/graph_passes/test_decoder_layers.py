@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import onnx_ir as ir
 import pytest
 
@@ -110,7 +112,7 @@ def test_projections_follow_transposes_and_biases_when_weights_are_prepared() ->
     )
     text = text.replace(f'float[4,3] "{name}.weight"', f'float[3] bias = {{1,2,3}},\n  float[3,4] "{name}.weight"')
     (layer,) = _layers(text)
-    assert layer.projections["up_proj"].layout == "out_in"
+    assert layer.projections["up_proj"].storage.layout == "out_in"
     assert layer.projections["up_proj.bias"].weight.name == "bias"
     assert layer.projections["up_proj.bias"].tensor == "mlp.up_proj.bias"
 
@@ -123,7 +125,11 @@ def test_projections_refuse_with_all_problems_when_mlp_is_not_gated() -> None:
         assert role in str(error.value)
 
 
-def test_projections_refuse_when_query_key_and_value_are_fused() -> None:
-    (layer,) = find_decoder_layers(golden_graphs.golden_graph("fuse_sibling_matmuls").graph)
-    with pytest.raises(GraphPassError, match="fused projections"):
-        _ = layer.projections
+def test_projections_are_columns_of_one_matrix_when_query_key_and_value_are_fused() -> None:
+    (apart,) = _layers(golden_graphs.source_text())
+    (fused,) = find_decoder_layers(golden_graphs.golden_graph("fuse_sibling_matmuls").graph)
+    roles = ("q_proj", "k_proj", "v_proj")
+    assert len({fused.projections[role].storage for role in roles}) == 1
+    ends = itertools.accumulate(apart.projections[role].contents.shape[0] for role in roles)
+    assert [fused.projections[role].stop for role in roles] == list(ends)
+    assert [fused.projections[role].start for role in roles] == [0, *(fused.projections[r].stop for r in roles[:2])]

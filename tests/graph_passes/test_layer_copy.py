@@ -5,8 +5,9 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.depth.layer_copy import LayerCopy, copy_layer
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.find.projections import Projection
 from dlo_export.graph_passes.naming import make_node_names_unique
+from dlo_export.graph_passes.weights.dense import DenseStorage
+from dlo_export.graph_passes.weights.storage import Place, Replacements
 from tests.graph_passes.golden_graphs import source_text
 from tests.graph_passes.graphs import tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import run_model
@@ -21,16 +22,18 @@ PLAIN = f'"{UP}" = MatMul ("model.layers.0.post_attention_layernorm", "{UP}.weig
 TURNED = source_text().replace(PLAIN, PREPARED).replace(f'float[4,3] "{UP}.weight"', f'float[3,4] "{UP}.weight"')
 
 
-def _copy(layer: DecoderLayer, weights: dict[Projection, ir.Value] | None = None) -> LayerCopy:
+def _copy(layer: DecoderLayer, weights: Replacements | None = None) -> LayerCopy:
     same = {value: value for value in (layer.input, layer.past_key, layer.past_value)}
     return copy_layer(layer, same, weights or {}, lambda name: f"{name}.copy", {"made": "here"})
 
 
-def _new_weights(layer: DecoderLayer) -> dict[Projection, ir.Value]:
-    return {
-        projection: ir.Value(name=f"new.{projection.tensor}", const_value=projection.weight.const_value)
-        for projection in layer.projections.values()
-    }
+def _new_weights(layer: DecoderLayer) -> dict[Place, dict[ir.Value, ir.Value]]:
+    found: dict[Place, dict[ir.Value, ir.Value]] = {}
+    for projection in layer.projections.values():
+        assert isinstance(projection.storage, DenseStorage)
+        new = ir.Value(name=f"new.{projection.tensor}", const_value=projection.weight.const_value)
+        found[projection.storage.place] = {projection.weight: new}
+    return found
 
 
 def test_copy_computes_the_same_when_it_reads_what_the_layer_reads() -> None:
@@ -87,7 +90,9 @@ def test_new_weight_is_prepared_like_the_old_when_it_is_cast_and_transposed() ->
     (layer,) = find_decoder_layers(ir.from_onnx_text(TURNED).graph)
     weights = _new_weights(layer)
     copy = _copy(layer, weights)
-    up = weights[layer.projections["up_proj"]]
+    projection = layer.projections["up_proj"]
+    assert isinstance(projection.storage, DenseStorage)
+    up = weights[projection.storage.place][projection.weight]
     (cast,) = up.consumers()
     (transpose,) = cast.outputs[0].consumers()
     (product,) = transpose.outputs[0].consumers()
@@ -95,5 +100,5 @@ def test_new_weight_is_prepared_like_the_old_when_it_is_cast_and_transposed() ->
     assert [copy.nodes.index(node) for node in (cast, transpose, product)] == sorted(
         map(copy.nodes.index, (cast, transpose, product))
     )
-    assert copy.initializers == tuple(weights.values())
+    assert copy.initializers == tuple(new for constants in weights.values() for new in constants.values())
     assert not {p.weight for p in layer.projections.values()} & {v for node in copy.nodes for v in node.inputs}

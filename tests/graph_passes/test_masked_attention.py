@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention, match_masked_attention
@@ -42,10 +43,40 @@ def test_matcher_tells_the_parts_when_attention_is_masked() -> None:
     ops = ["RMSNormalization", "MatMul", "MatMul", "MatMul", "RotaryEmbedding", "RotaryEmbedding"]
     assert [node.op_type for node in masked.projections] == ops
     assert [node.op_type for node in masked.outputs] == ["MatMul"]
-    selects = (masked.key_select, masked.value_select, masked.mask_select, masked.select)
+    assert masked.hidden is not None
+    selects = (*masked.hidden.nodes, masked.select)
     names = [f"{ATTENTION}.{name}" for name in ("active_keys", "active_values", "bias", "masked")]
     assert [node.outputs[0].name for node in selects] == names
     assert not {"Sigmoid", "Concat"} & {node.op_type for node in masked.nodes}, "router and state serve all tokens"
+
+
+def test_matcher_tells_the_query_apart_when_skipped_tokens_leave_keys() -> None:
+    masked = _matched(golden_graphs.golden_graph("route_attention").graph)
+    assert isinstance(masked, MaskedAttention)
+    assert masked.hidden is None
+    assert masked.source.name == "model.layers.0.input_layernorm"
+    assert [node.outputs[0].name for node in masked.projections] == [f"{ATTENTION}.q_proj", f"{ATTENTION}.q_rotary"]
+    assert [node.op_type for node in masked.outputs] == ["MatMul", "Mul"]
+    assert (masked.scale is not None and masked.scale.name) == "model.routers.0.scale"
+
+
+@pytest.mark.parametrize("golden", ["route_attention", "lower_attention_to_compaction", "lower_attention_to_if"])
+def test_fusion_leaves_the_query_apart_when_it_serves_active_tokens_only(golden: str) -> None:
+    model = golden_graphs.golden_graph(golden)
+    assert not FuseSiblingMatMulsPass()(model).modified
+    assert FuseSiblingMatMulsPass()(golden_graphs.golden_graph("route_layers")).modified
+
+
+def test_lowerings_refuse_when_the_query_is_computed_from_several_values() -> None:
+    model = golden_graphs.golden_graph("route_attention")
+    query, key = _node(model.graph, f"{ATTENTION}.q_rotary"), _node(model.graph, f"{ATTENTION}.k_proj")
+    both = ir.node("Concat", [query.inputs[0], key.outputs[0], key.outputs[0]], {"axis": -1}, name="both")
+    both.outputs[0].name = "both"
+    model.graph.insert_after(key, both)
+    query.replace_input_with(0, both.outputs[0])
+    model.graph.sort()
+    with pytest.raises(GraphPassError, match=r"layer 0: the query of .* is computed from '.*_layernorm', '.*k_proj'"):
+        LowerSkipToCompactionPass()(model)
 
 
 def test_matcher_says_not_masked_when_only_mlps_are() -> None:

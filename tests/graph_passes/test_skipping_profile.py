@@ -28,7 +28,7 @@ def _lowered() -> tuple[ir.Model, dict[str, tuple[int, str]]]:
     LowerSkipToCompactionPass()(model)
     ExposeRoutingPass(force=True)(model)
     nodes = {
-        projection.node.name: (layer.index, role)
+        projection.storage.node.name: (layer.index, role)
         for layer in find_decoder_layers(model.graph)
         for role, projection in layer.projections.items()
         if role.endswith("_proj")

@@ -8,6 +8,7 @@ installs them all, and names those that cannot be installed here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -108,17 +109,20 @@ CLIENTS = {
         Client("transformers_4", REQUIREMENTS / "transformers_4.txt"),
     )
 }
+EXPORTER = "mobius"
+"""Of graphs, with PyTorch's own exporter beside it."""
 GENERATING = [name for name in CLIENTS if name != "transformers_4"]
 
 
 def main() -> None:
-    """Installs what is missing; goes on where one client cannot be had."""
-    for client in CLIENTS.values():
+    """Installs what is missing; goes on where one program cannot be had."""
+    installs = {client.name: client.install for client in CLIENTS.values() if not client.installed}
+    installs[EXPORTER] = functools.partial(peer_environment, EXPORTER)
+    for name, install in installs.items():
         try:
-            if not client.installed:
-                client.install()
+            install()
         except (subprocess.CalledProcessError, FileNotFoundError) as err:
-            print(f"{client.name}: cannot be installed here, its tests will be skipped ({err})", file=sys.stderr)
+            print(f"{name}: cannot be installed here, its tests will be skipped ({err})", file=sys.stderr)
 
 
 if __name__ == "__main__":

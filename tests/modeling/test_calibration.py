@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.modeling.calibration.evaluation import evaluate, with_routers
 from dlo_export.modeling.calibration.layer_stream import LayerStream
 from dlo_export.modeling.calibration.router_calibration import CalibrationError, CalibrationSettings, calibrate_routers
@@ -202,6 +203,24 @@ def test_layer_stream_equals_the_model_when_every_layer_runs(tiny: LlamaForCausa
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("routing", ["attention", "attention-active"])
+def test_layer_stream_goes_on_with_what_is_left_when_tokens_skip_attention(
+    tiny: LlamaForCausalLM, sequences: torch.Tensor, routing: RoutingKind
+) -> None:
+    active = {layer: torch.rand(sequences[:3].shape) < 0.7 for layer in range(LAYERS)}
+    routers = {layer: np.zeros((1, 32), np.float32) for layer in range(LAYERS)}
+    routed = with_routers(tiny, routers, routing)
+    expected = routed.model(sequences[:3], force_active=active, output_hidden_states=True).hidden_states
+    stream = LayerStream(tiny, sequences[:3], routing)
+    for layer in range(LAYERS):
+        np.testing.assert_allclose(stream.hidden_states, expected[layer], atol=1e-5)
+        output = stream.run_layer(layer)
+        np.testing.assert_array_equal(output.kept, stream.hidden_states)
+        stream.advance(layer, output, active[layer].reshape(-1))
+    np.testing.assert_allclose(tiny.model.norm(stream.hidden_states), expected[LAYERS], atol=1e-5)
+
+
+@torch.no_grad()
 def test_layer_stream_goes_on_with_what_is_left_when_tokens_skip_whole_layers(
     tiny: LlamaForCausalLM, sequences: torch.Tensor
 ) -> None:
@@ -249,13 +268,14 @@ def test_calibration_reaches_the_target_when_measured_on_its_own_text(
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
 
 
-def test_calibration_reaches_the_target_when_tokens_skip_whole_layers(
-    tiny: LlamaForCausalLM, sequences: torch.Tensor
+@pytest.mark.parametrize("routing", ["layer", "attention", "attention-active"])
+def test_calibration_reaches_the_target_when_tokens_skip_attention(
+    tiny: LlamaForCausalLM, sequences: torch.Tensor, routing: RoutingKind
 ) -> None:
-    settings = CalibrationSettings(target_active=0.8, routing="layer", share_every=1)
+    settings = CalibrationSettings(target_active=0.8, routing=routing, share_every=1)
     calibrated = calibrate_routers(tiny, sequences, settings)
     assert calibrated.identity_layers == (), "its attention adds something"
-    measured = evaluate(with_routers(tiny, calibrated.routers, "layer"), sequences)
+    measured = evaluate(with_routers(tiny, calibrated.routers, routing), sequences)
     rates = [measured.active_rates.get(layer, 1.0) for layer in range(LAYERS)]
     assert np.mean(rates) == pytest.approx(0.8, abs=0.03)
 

@@ -1,17 +1,22 @@
-"""Whole layers skipped, with a KV cache: what only this kind of routing has."""
+"""Attention skipped, alone or with all of its layer, with a KV cache: what only these kinds of routing have."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 
+from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.modeling.active_cache import ActiveLayerCache, CacheError, active_tokens_of
+from dlo_export.modeling.configuration import RoutingConfigError
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning, warn_of_untrained_routers
 from dlo_export.modeling.routing import SelectTokens
 from tests.modeling.tiny_routed import decisions, padded, tiny_model
@@ -224,6 +229,89 @@ def test_a_zero_router_is_told_of_unless_all_that_is_skipped_adds_nothing() -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error", UntrainedRoutersWarning)
         warn_of_untrained_routers(model)
+
+
+# Attention alone.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("routing", ["attention", "attention-active"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_cached_steps_equal_full_recompute_when_attention_is_skipped(
+    routing: RoutingKind, kernel: str, masked: bool
+) -> None:
+    model = tiny_model(routing, is_dlo=ROUTED, attn_implementation=kernel, **LARGE, **SCALED)
+    model.masked = masked
+    for force in (MIXED, {}):
+        full = model(IDS, force_active=force, use_cache=False)
+        cache = DynamicCache()
+        for span, chunk in chunks(IDS, 1, 4, 1, 1, 3, 1):
+            step = model(chunk, past_key_values=cache, force_active={i: a[:, span] for i, a in force.items()})
+            np.testing.assert_allclose(step.logits, full.logits[:, span], atol=1e-5)
+        assert {type(layer) is ActiveLayerCache for layer in cache.layers} == (
+            {False} if routing == "attention" else {True, False}
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("routing", ["attention", "attention-active"])
+def test_layer_is_llamas_with_its_attention_scaled_or_left_out(routing: RoutingKind) -> None:
+    model = tiny_model(routing, num_hidden_layers=1, is_dlo=[True], **LARGE, **SCALED)
+    layer, active = model.model.layers[0], MIXED[0]
+    stream = model.model.embed_tokens(IDS)
+    attended = []
+    plain = LlamaForCausalLM(model.config).eval()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if "routers" not in name})
+    plain.model.layers[0].self_attn.register_forward_hook(lambda _module, _args, output: attended.append(output[0]))
+    if routing == "attention":
+        plain(IDS)
+    else:  # whom nobody sees need not be there
+        mask = torch.full((2, 1, 11, 11), torch.finfo(torch.float32).min).triu(1)
+        plain(IDS, attention_mask=mask.masked_fill(~active[:, None, None], torch.finfo(torch.float32).min))
+    scale = 0.5 * 1.5 + (torch.sigmoid(stream @ model.model.router(0).weight[0]) - 0.5) * 0.4
+    after = stream + torch.where(active[..., None], scale[..., None] * attended[0], 0)
+    wanted = after + layer.mlp(layer.post_attention_layernorm(after))
+    found = model.model(IDS, force_active={0: active}, use_cache=False)
+    np.testing.assert_allclose(found.last_hidden_state, model.model.norm(wanted), atol=1e-5)
+
+
+@torch.no_grad()
+def test_only_queries_of_active_tokens_are_computed_when_skipped_ones_leave_keys() -> None:
+    model, rows = tiny_model("attention"), {}
+    layer = model.model.layers[1]
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp"):
+        layer.get_submodule(name).register_forward_hook(
+            lambda _module, args, _output, name=name: rows.setdefault(name, []).append(args[0].numel() // 24)
+        )
+    force = torch.zeros(2, 11, dtype=torch.bool)
+    force[0, 3] = force[1, 9] = force[1, 10] = True
+    model(IDS, force_active={1: force})
+    query, key = [3], [22]
+    assert rows == {
+        **{"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key},
+        **{"self_attn.o_proj": query, "mlp": [22]},
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["all", "active"])
+def test_checkpoint_says_whose_keys_it_keeps_when_saved(kind: str, tmp_path: Path) -> None:
+    model = tiny_model("attention" if kind == "all" else "attention-active")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["attention_routing_kv"]) == ("llama_dlo_attn", kind)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.routing == model.config.routing
+    np.testing.assert_array_equal(loaded(IDS).logits, model(IDS).logits)
+    read = LlamaConfig.from_json(tmp_path / "config.json")
+    assert read.routing is not None
+    assert read.routing.kind == model.config.routing
+
+
+def test_config_raises_when_it_keeps_other_keys() -> None:
+    with pytest.raises(RoutingConfigError, match="attention_routing_kv is 'some', expected 'all' or 'active'"):
+        tiny_model("attention", attention_routing_kv="some")
 
 
 # Training.

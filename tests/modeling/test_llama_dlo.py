@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import dlo_export.modeling.llama_dlo
-from dlo_export.checkpoints.model_types import MODEL_TYPES, RoutingKind, routed_type
+from dlo_export.checkpoints.model_types import MODEL_TYPES, ROUTED_BLOCKS, RoutingKind, routed_type
 from dlo_export.modeling.configuration import LlamaDloConfig, RoutingConfigError
 from dlo_export.modeling.decoder_layer import ROUTED_LAYERS
 from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM, UntrainedRoutersWarning
@@ -227,7 +227,7 @@ def test_importing_the_module_is_what_registers_the_model() -> None:
     assert [layer.__name__ for layer in ROUTED_LAYERS.values()] == LlamaDloForCausalLM._no_split_modules
     for routing, model in ROUTED_MODELS.items():
         assert AutoModelForCausalLM._model_mapping[model.config_class] is model
-        assert (model.config_class.routing, model.__name__) == (routing, routed_type(routing).architecture)
+        assert (tiny_model(routing).config.routing, model.__name__) == (routing, routed_type(routing).architecture)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -247,9 +247,17 @@ def test_routing_stays_in_fp32_when_autocast_is_on(routing: RoutingKind, masked:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("routing", "mlp_runs"), [("mlp", 1), ("layer", 2)])
+@pytest.mark.parametrize(
+    ("routing", "ends", "runs_wanted"),
+    [
+        ("mlp", "mlp.down_proj", 1),
+        ("layer", "mlp.down_proj", 2),
+        ("attention", "self_attn.o_proj", 1),
+        ("attention-active", "self_attn.o_proj", 2),
+    ],
+)
 def test_training_step_equals_the_masked_form_when_the_same_tokens_are_selected(
-    routing: RoutingKind, mlp_runs: int, checkpointing: bool
+    routing: RoutingKind, ends: str, runs_wanted: int, checkpointing: bool
 ) -> None:
     model = tiny_model(routing, rescale_hidden_states=True, scale_factor=2.0, scale_gap=0.5)
     ids = torch.arange(14).reshape(2, 7)
@@ -259,9 +267,10 @@ def test_training_step_equals_the_masked_form_when_the_same_tokens_are_selected(
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     runs = []
-    model.model.layers[1].mlp.register_forward_hook(lambda _module, args, _output: runs.append(args[0].shape))
+    last = model.model.layers[1].get_submodule(ends)
+    last.register_forward_hook(lambda _module, args, _output: runs.append(args[0].shape))
     output = model(ids, labels=ids, use_cache=False, select_tokens=dict.fromkeys(range(3), lambda _scores: active))
-    assert len(runs) == mlp_runs, "a whole layer's labels need a run of their own"
+    assert len(runs) == runs_wanted, "where skipped tokens are hidden, labels need a run of their own"
     np.testing.assert_allclose(output.logits.detach(), forced.logits.detach(), atol=1e-5)
     assert all(torch.equal(routing.active, active) for routing in output.training_routing.values())
     assert all((routing.similarity.abs() <= 1 + 1e-6).all() for routing in output.training_routing.values())
@@ -276,4 +285,5 @@ def test_router_learns_from_skipped_tokens_when_nothing_is_active(routing: Routi
     none = torch.zeros(2, 7, dtype=torch.bool)
     model(ids, labels=ids, select_tokens=dict.fromkeys(range(3), lambda _scores: none)).loss.backward()
     assert all(router.weight.grad.abs().sum() > 0 for router in model.model.routers.values())
-    assert not model.model.layers[0].mlp.up_proj.weight.grad.any()
+    skipped = "mlp.up_proj" if ROUTED_BLOCKS[routing][-1] == "mlp" else "self_attn.q_proj"
+    assert not model.model.layers[0].get_submodule(skipped).weight.grad.any()

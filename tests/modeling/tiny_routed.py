@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.model_types import RoutingKind, kv_keys
 from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM
 
 TINY = {
@@ -25,7 +25,7 @@ def tiny_model(routing: RoutingKind = "mlp", **changes: object) -> LlamaDloForCa
     """A random model with random routers, which a new model does not have."""
     torch.manual_seed(0)
     model_class = ROUTED_MODELS[routing]
-    model = model_class(model_class.config_class(**{**TINY, "is_dlo": True, **changes})).eval()
+    model = model_class(model_class.config_class(**{**TINY, "is_dlo": True, **kv_keys(routing), **changes})).eval()
     for router in model.model.routers.values():
         torch.nn.init.normal_(router.weight)
     return model

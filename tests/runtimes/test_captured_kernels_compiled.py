@@ -5,7 +5,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from dlo_export.runtimes.torch.captured import step_kernels
-from dlo_export.runtimes.torch.captured.step_ops import ADD_TILE, NORM_TILE, slots_of
+from dlo_export.runtimes.torch.captured.step_ops import slots_of
 
 SHARED_BYTES = 99 * 1024  # the least that a served GPU gives one program
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -13,17 +13,10 @@ HEADS = {"HEAD": 128, "WIDTH": 128, "GROUP": 4, "ROWS": 16, "SPLITS": 8}
 # By kernel: the types of its arguments, T the model's, and its constants at an 8B's widths.
 KERNELS = {
     "add_norm_kernel": ("T T T fp32 fp32 T T fp32 fp32 i32 f f f", {"ADDS": True, "ROUTES": True, "BLOCK": 4096}),
-    "norm_product_kernel": (
-        "T T T T T fp32 fp32 T T fp32 fp32 i32 i32 i32 f f f",
-        {"ADDS": True, "ROUTES": True, "BIASES": True, "ROWS": 16, "BLOCK": 4096},
-    ),
-    "product_add_kernel": ("T T T T T i32 i32 i32", {"BIASES": True, "ROWS": 16}),
     "rotate_and_store_kernel": ("T i64 T T T T T i32 i32 i32 i32", {"HEAD": 128, "BLOCK": 64}),
     "attend_kernel": ("T i64 T T T T fp32 fp32 fp32 i32* T f i32 i32", HEADS),
     "gate_kernel": ("T T i32", {"BLOCK": 1024}),
 }
-
-TILES = {"norm_product_kernel": NORM_TILE, "product_add_kernel": ADD_TILE}
 
 
 @pytest.mark.parametrize("target", [80, 90])
@@ -33,9 +26,6 @@ def test_kernel_fits_every_gpu_when_compiled(name, dtype, target):
     types, constants = KERNELS[name]
     if name == "attend_kernel":
         constants = constants | {"BLOCK": slots_of(128, ITEMSIZE[dtype])}
-    stages = 3
-    if tile := TILES.get(name):
-        constants, stages = constants | {"COLUMNS": tile.columns, "DEPTH": tile.depth_for(ITEMSIZE[dtype])}, tile.stages
     scalars = {"f": "fp32", "i32": "i32"}
     signature = [scalars.get(word, "*" + word.rstrip("*").replace("T", dtype)) for word in types.split()]
     kernel = getattr(step_kernels, name)
@@ -49,7 +39,7 @@ def test_kernel_fits_every_gpu_when_compiled(name, dtype, target):
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", target, 32),
-        options={"num_warps": 4, "num_stages": stages, "enable_fp_fusion": True},
+        options={"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True},
     )
     assert compiled.metadata.shared <= SHARED_BYTES
     assert len(compiled.asm["cubin"]) > 1000

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from dlo_export.checkpoints.dtypes import FLOAT32
 from dlo_export.checkpoints.interface import KV_LENGTHS, parse_past
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
@@ -48,7 +48,7 @@ def test_growing_interface_tells_what_to_feed_when_a_parity_build_is_read(builds
     shapes = found.state_shapes(5)
     assert len(shapes) == 8
     assert {(shape[0], shape[2]) for shape in shapes.values()} == {(5, 0)}
-    assert session.state_type("past_key_values.0.key") == np.float32
+    assert session.state_type("past_key_values.0.key") == FLOAT32
 
 
 def test_static_interface_tells_its_slots_when_it_is_read() -> None:
@@ -78,8 +78,9 @@ def test_interface_names_all_problems_when_much_is_wrong() -> None:
     for part in (
         "described: is not a decoder with a static KV cache",
         "inputs ['kv_lengths'] are missing",
-        "outputs ['present.1.key'] are missing",
-        "inputs ['past_active.0'] are unknown",
+        "outputs ['present.1.key', 'present_active.0'] are missing",
+        "past_active.0 is bool, expected float or float16 or bfloat16",
+        f"input past_active.0 has shape ['batch', {MAX_CACHE}], expected [batch, 1, ",
         "outputs ['temperature'] are unknown",
         "input_ids is int32, expected int64",
         "past_key_values.0.key is int32, expected float or float16 or bfloat16",

@@ -18,7 +18,7 @@ from dlo_export.runtimes.torch.captured.step_ops import (
     add_scaled,
     gathered_mlp,
 )
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, Product, StepWeights
+from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, StepWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class CapturedDecoder:
         embedding = model.model.embed_tokens.weight.data
         on_cuda = embedding.is_cuda
         self._weights, self._embedding = weights, embedding
-        self._norm, self._head = model.model.norm.weight.data, Product(model.lm_head.weight.data, None)
+        self._norm, self._head = model.model.norm.weight.data, model.lm_head.weight.data
         self._epsilon = config.rms_norm_eps
         self._ops = ops or (kernel_ops() if on_cuda else TorchOps())
         self._batch, self._capacity, self._gather_prompts = batch, capacity, gather_prompts
@@ -197,8 +197,8 @@ class CapturedDecoder:
 
     def _output(self, stream: torch.Tensor, added: torch.Tensor | None, decisions: dict[int, Decisions]) -> StepOutput:
         scores = {layer: made.scores.view(self._batch, -1) for layer, made in decisions.items()}
-        _, logits, _ = self._ops.norm_product(stream, added, self._norm, self._epsilon, self._head)
-        return StepOutput(logits, scores)
+        _, normed = self._ops.add_norm(stream, added, self._norm, self._epsilon)
+        return StepOutput(F.linear(normed, self._head), scores)
 
     def _forward(
         self, ids: torch.Tensor, sequence: int
@@ -209,13 +209,14 @@ class CapturedDecoder:
         gathers = self._gather_prompts and sequence > 1
         stream, added = F.embedding(ids, self._embedding), None
         for index, layer in enumerate(self._weights.layers):
-            routing = None
-            if layer.router is not None:
+            made = None
+            if layer.router is None:
+                stream, normed = ops.add_norm(stream, added, layer.attention_norm, epsilon)
+            else:
                 routing = Routing(layer.router, self.thresholds[index : index + 1], self._weights.branch_scale)
-            stream, qkv, made = ops.norm_product(stream, added, layer.attention_norm, epsilon, layer.qkv, routing)
-            if made is not None:
+                stream, normed, made = ops.add_norm_route(stream, added, layer.attention_norm, epsilon, routing)
                 decisions[index] = made
-            stream, added = ops.product_add(self._attended(index, qkv, sequence), layer.out, stream)
+            added = layer.out(self._attended(index, layer.qkv(normed), sequence))
             stream, normed = ops.add_norm(stream, added, layer.mlp_norm, epsilon)
             # What an MLP adds is left to the next norm, but for a routed one, which knows whose rows it leaves alone.
             added = None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, Product
+from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,28 +99,6 @@ class StepOps(abc.ABC):
     @abc.abstractmethod
     def skip_mlp(self, normed: torch.Tensor, scale: torch.Tensor, mlp: KernelMlp, stream: torch.Tensor) -> torch.Tensor:
         """The stream, and scale · MLP of the active tokens added to it; T [tokens, hidden]."""
-
-    def norm_product(
-        self,
-        stream: torch.Tensor,
-        added: torch.Tensor | None,
-        weight: torch.Tensor,
-        epsilon: float,
-        product: Product,
-        routing: Routing | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, Decisions | None]:
-        """The stream with a branch added to it, a product of its RMS norm, and what a router decides from it."""
-        if routing is None:
-            stream, normed = self.add_norm(stream, added, weight, epsilon)
-            return stream, product(normed), None
-        stream, normed, decisions = self.add_norm_route(stream, added, weight, epsilon, routing)
-        return stream, product(normed), decisions
-
-    def product_add(
-        self, rows: torch.Tensor, product: Product, stream: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The stream, and a product that is still to be added to it; None where it has been."""
-        return stream, product(rows)
 
     def plain_mlp(self, normed: torch.Tensor, mlp: PlainMlp) -> torch.Tensor:
         """What an MLP adds to the stream, for all tokens."""
@@ -215,52 +193,21 @@ def add_scaled(stream: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) 
     return torch.where(scale != 0, stream + branch * scale.to(branch.dtype), stream)
 
 
-@dataclasses.dataclass(frozen=True)
-class ProductTile:
-    """How one program of a few tokens' product is cut.
-
-    Attributes:
-        columns: Of the output.
-        depth: Elements of the summed axis per step; float32 takes a quarter, half the bytes: without tensor cores a
-            product needs room of its own.
-        warps: Of 32 threads each.
-        stages: Steps of weights in flight.
-    """
-
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-    def depth_for(self, itemsize: int) -> int:
-        """Elements per step for elements of so many bytes."""
-        return self.depth if itemsize == 2 else self.depth // 4
-
-
-NORM_TILE: Final = ProductTile(columns=32, depth=256, warps=4, stages=4)
-ADD_TILE: Final = ProductTile(columns=32, depth=256, warps=4, stages=4)
-"""Of the products behind a norm, and of those that are added to the stream."""
-
-
 class KernelOps(StepOps):
     """One launch each. For one decoder, on one stream: launches share counters.
 
     Args:
         interpreted: Triton's interpreter runs the kernels, on tensors in host memory.
-        norm_tile: Of a few tokens' products behind a norm.
-        add_tile: Of those that are added to the stream.
     """
 
-    def __init__(
-        self, *, interpreted: bool = False, norm_tile: ProductTile = NORM_TILE, add_tile: ProductTile = ADD_TILE
-    ) -> None:
+    def __init__(self, *, interpreted: bool = False) -> None:
         # Only here is Triton needed, and it may be missing.
         from dlo_export.plugins import kernels  # noqa: PLC0415
         from dlo_export.runtimes.torch.captured import step_kernels  # noqa: PLC0415
 
         self._kernels: Any = step_kernels
         self._launch = kernels.launch
-        self._interpreted, self._norm_tile, self._add_tile = interpreted, norm_tile, add_tile
+        self._interpreted = interpreted
         self._arrived: dict[int, torch.Tensor] = {}
 
     def add_norm(  # noqa: D102
@@ -314,86 +261,6 @@ class KernelOps(StepOps):
             num_warps=max(1, min(16, block // 256)),
         )
         return summed, normed, None if routing is None else Decisions(scores, scale)
-
-    def norm_product(  # noqa: D102
-        self,
-        stream: torch.Tensor,
-        added: torch.Tensor | None,
-        weight: torch.Tensor,
-        epsilon: float,
-        product: Product,
-        routing: Routing | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, Decisions | None]:
-        tokens = len(stream)
-        # The stream times the norm's weight, before the norm's factor, may be beyond what float16 holds.
-        if tokens > _TOKENS or stream.dtype == torch.float16:
-            return super().norm_product(stream, added, weight, epsilon, product, routing)
-        columns, hidden = product.weight.shape
-        output = stream.new_empty(tokens, columns)
-        summed = stream if added is None else torch.empty_like(stream)
-        scores = scale = router = threshold = output
-        offset, slope = 1.0, 0.0
-        if routing is not None:
-            scores, scale = (stream.new_empty(tokens, dtype=torch.float32) for _ in range(2))
-            router, threshold, (offset, slope) = routing.router, routing.threshold, routing.branch_scale
-        tile = self._norm_tile
-        beside = 0 if added is None and routing is None else tokens
-        self._kernels.norm_product_kernel[(-(-columns // tile.columns) + beside,)](
-            stream,
-            stream if added is None else added,
-            weight,
-            product.weight,
-            output if product.bias is None else product.bias,
-            router,
-            threshold,
-            summed,
-            output,
-            scores,
-            scale,
-            tokens,
-            hidden,
-            columns,
-            epsilon,
-            offset,
-            slope,
-            ADDS=added is not None,
-            ROUTES=routing is not None,
-            BIASES=product.bias is not None,
-            ROWS=_TOKENS,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth_for(stream.itemsize),
-            BLOCK=_power_of_two(hidden),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        return summed, output, None if routing is None else Decisions(scores, scale)
-
-    def product_add(  # noqa: D102
-        self, rows: torch.Tensor, product: Product, stream: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens = len(rows)
-        if tokens > _TOKENS:
-            return super().product_add(rows, product, stream)
-        columns, width = product.weight.shape
-        summed = torch.empty_like(stream)
-        tile = self._add_tile
-        self._kernels.product_add_kernel[(-(-columns // tile.columns),)](
-            rows,
-            product.weight,
-            rows if product.bias is None else product.bias,
-            stream,
-            summed,
-            tokens,
-            width,
-            columns,
-            BIASES=product.bias is not None,
-            ROWS=_TOKENS,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth_for(stream.itemsize),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        return summed, None
 
     def rotate_and_store(  # noqa: D102
         self,
@@ -492,7 +359,6 @@ class KernelOps(StepOps):
         return output.squeeze(0)
 
 
-_TOKENS = 16  # that a tensor core instruction takes: for so many, a weight is read once, and reading it is all
 _COLUMNS = 1024  # of the gated products, that a program computes
 _PROGRAMS = 128  # about as many as a data-centre GPU has multiprocessors
 

@@ -1,4 +1,4 @@
-"""Layer routing: graphs against the same semantics in NumPy, with a cache and without."""
+"""Attention that tokens skip, alone or with the MLP: graphs against NumPy, with a cache and without."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.plain_graph.llama import plain_graph
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
@@ -18,8 +19,6 @@ from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
-from dlo_export.graph_passes.lowerings.lower_skip_to_topk import LowerSkipToTopKPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.invariants import ROUTED, check_stage, lowered_stage
@@ -39,6 +38,7 @@ LOWERINGS: dict[str, tuple[GraphPass, ...]] = {
     "compact_fused": (LowerSkipToCompactionPass(), FuseSiblingMatMulsPass()),
     "if": (LowerSkipToIfPass(),),
 }
+KINDS: tuple[RoutingKind, ...] = ("layer", "attention", "attention-active")
 RULES = {"unscaled": {}, "scaled": {"rescale": True, "scale_factor": 1.6, "scale_gap": 0.4}}
 
 
@@ -65,14 +65,22 @@ class _Model:
         return NumpyLlama(self.weights, self.depth, HEADS, KV_HEADS)
 
 
-def _built(folder: Path, lowering: str, *, rule: str = "scaled", biases: bool = False, force: bool = False) -> _Model:
+def _built(
+    folder: Path,
+    lowering: str,
+    *,
+    kind: RoutingKind = "layer",
+    rule: str = "scaled",
+    biases: bool = False,
+    force: bool = False,
+) -> _Model:
     with open_checkpoint(str(_checkpoint(folder, biases))) as checkpoint:
         weights = {name: tensor.numpy().astype(np.float32) for name, tensor in checkpoint.tensors.items()}
         graph = plain_graph(checkpoint.config, checkpoint.tensors)
         for value in graph.graph.initializers.values():  # the checkpoint is closed behind this
             assert value.const_value is not None
             value.const_value = ir.tensor(np.array(value.const_value.numpy()), name=value.name)
-    for pass_ in (RouteLayersPass(_routers(LAYERS), **RULES[rule], kind="layer"), *LOWERINGS[lowering]):
+    for pass_ in (RouteLayersPass(_routers(LAYERS), **RULES[rule], kind=kind), *LOWERINGS[lowering]):
         pass_(graph)
     if force:
         ExposeRoutingPass(force=True)(graph)
@@ -124,6 +132,8 @@ def _check_equal(model: _Model, routing: Routing, force: dict[int, np.ndarray] |
         np.testing.assert_allclose(logits[real], expected.logits[real], rtol=0, atol=2e-5)
         for layer in routing.routers:
             active = expected.active[layer]
+            if routing.kind == "attention":
+                continue
             np.testing.assert_array_equal(state[f"past_active.{layer}"][real], active[real])
             for part in ("key", "value"):
                 rows = state[f"past_key_values.{layer}.{part}"].any(axis=(1, 3))
@@ -132,35 +142,44 @@ def _check_equal(model: _Model, routing: Routing, force: dict[int, np.ndarray] |
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("rule", RULES)
-def test_graph_equals_numpy_when_tokens_skip_whole_layers(folder: Path, lowering: str, rule: str) -> None:
-    model = _built(folder, lowering, rule=rule)
-    routing = Routing(_routers(LAYERS), **RULES[rule], whole_layers=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_graph_equals_numpy_when_tokens_skip_attention(
+    folder: Path, lowering: str, rule: str, kind: RoutingKind
+) -> None:
+    model = _built(folder, lowering, rule=rule, kind=kind)
+    routing = Routing(_routers(LAYERS), **RULES[rule], kind=kind)
     active, real = model.numpy.run(*_batch(), routing).active, _batch()[1].astype(bool)
     assert all(0.2 < layer[real].mean() < 0.8 for layer in active.values()), "the test needs tokens of both kinds"
     _check_equal(model, routing)
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_graph_equals_numpy_when_projections_have_biases(folder: Path, lowering: str) -> None:
-    routing = Routing(_routers(LAYERS), **RULES["scaled"], whole_layers=True)
-    _check_equal(_built(folder, lowering, biases=True), routing)
+@pytest.mark.parametrize("kind", KINDS)
+def test_graph_equals_numpy_when_projections_have_biases(folder: Path, lowering: str, kind: RoutingKind) -> None:
+    routing = Routing(_routers(LAYERS), **RULES["scaled"], kind=kind)
+    _check_equal(_built(folder, lowering, biases=True, kind=kind), routing)
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0], ids=["none", "mixed", "all"])
-def test_graph_equals_numpy_when_decisions_are_forced(folder: Path, lowering: str, share: float) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_graph_equals_numpy_when_decisions_are_forced(
+    folder: Path, lowering: str, share: float, kind: RoutingKind
+) -> None:
     rng = np.random.default_rng(9)
     force = {layer: rng.random(_batch()[0].shape) < share for layer in ROUTED_LAYERS}
-    routing = Routing(_routers(LAYERS), **RULES["scaled"], whole_layers=True)
-    _check_equal(_built(folder, lowering, force=True), routing, force)
+    routing = Routing(_routers(LAYERS), **RULES["scaled"], kind=kind)
+    _check_equal(_built(folder, lowering, force=True, kind=kind), routing, force)
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_layers_are_found_and_legal_when_tokens_skip_them_whole(folder: Path, lowering: str) -> None:
-    model = _built(folder, lowering).graph
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_are_found_and_legal_when_tokens_skip_attention(folder: Path, lowering: str, kind: RoutingKind) -> None:
+    model = _built(folder, lowering, kind=kind).graph
     layers = find_decoder_layers(model.graph)
-    assert [layer.index for layer in layers if layer.past_active is not None] == list(ROUTED_LAYERS)
-    assert [layer.index for layer in layers if layer.present_active is not None] == list(ROUTED_LAYERS)
+    remembering = [] if kind == "attention" else list(ROUTED_LAYERS)
+    assert [layer.index for layer in layers if layer.past_active is not None] == remembering
+    assert [layer.index for layer in layers if layer.present_active is not None] == remembering
     for layer in layers:
         assert any(node.op_type == "Attention" for node in layer.attention.nodes)
         assert (layer.attention.conditional is not None) == (lowering == "if" and layer.index in ROUTED_LAYERS)
@@ -197,27 +216,23 @@ def test_skipped_tokens_leave_zeros_when_their_keys_are_no_numbers(folder: Path,
 
 @pytest.mark.parametrize("lowering", ["compact", "if"])
 @pytest.mark.parametrize("share", [0.0, 0.5], ids=["none", "some"])
-def test_projections_process_active_rows_only_when_tokens_skip_whole_layers(
-    folder: Path, lowering: str, share: float, tmp_path: Path
+@pytest.mark.parametrize("kind", KINDS)
+def test_projections_process_active_rows_only_when_tokens_skip_attention(
+    folder: Path, lowering: str, share: float, tmp_path: Path, kind: RoutingKind
 ) -> None:
-    model = _built(folder, lowering, force=True).graph
+    model = _built(folder, lowering, force=True, kind=kind).graph
     feeds, active = _empty_feeds(model), np.random.default_rng(2).random(_batch()[0].shape) < share
     feeds |= {f"force_active.{layer}": active for layer in ROUTED_LAYERS}
     shapes = profiled_shapes(model, feeds, tmp_path)
+    everybodys = {"layer": (), "attention-active": ("mlp.up_proj",)}.get(
+        kind, ("self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
+    )
     for layer in range(LAYERS):
         for role in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"):
             found = [shape[:-1] for shape in shapes.get(f"model.layers.{layer}.{role}", [])]
             rows = [[int(active.sum())]] if lowering == "compact" else [list(active.shape)] * bool(active.any())
-            assert found == (rows if layer in ROUTED_LAYERS else [list(active.shape)]), (layer, role)
-
-
-@pytest.mark.parametrize("pass_", [LowerSkipToPluginPass(), LowerSkipToTopKPass(64)], ids=["plugin", "compact"])
-def test_tensorrts_lowerings_refuse_by_name_when_tokens_skip_whole_layers(folder: Path, pass_: GraphPass) -> None:
-    model = _built(folder, "masked").graph
-    with pytest.raises(
-        GraphPassError, match=rf"{type(pass_).__name__}: layer 0: tokens skip it whole \(layer routing\)"
-    ):
-        pass_(model)
+            skipped = layer in ROUTED_LAYERS and role not in everybodys
+            assert found == (rows if skipped else [list(active.shape)]), (layer, role)
 
 
 def test_routing_refuses_whole_layers_when_attention_is_another_exporters() -> None:

@@ -1,0 +1,113 @@
+"""Move the projections around a masked attention into branches of two Ifs, where attention itself must stay outside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from dlo_export.checkpoints.llama_layer import layer_tensor_name
+from dlo_export.graph_passes.find.data_flow import element_type, node_order
+from dlo_export.graph_passes.find.masked_attention import MaskedAttention
+from dlo_export.graph_passes.lowerings.active_rows import projected_width, token_zeros
+from dlo_export.graph_passes.rewriting import replace_value
+from dlo_export.graph_passes.spec.provenance import TaggedNodes
+
+Branch = tuple[Sequence[ir.Node], Sequence[ir.Value]]
+"""Nodes and outputs of one."""
+
+
+def projection_problems(masked: MaskedAttention) -> list[str]:
+    """Why the projections cannot be moved: a cast between stream and sum, or a projection of unknown width."""
+    block, problems = masked.layer.attention, []
+    if block.stream_operand is not block.stream_in:
+        problems.append(f"adds to '{block.stream_operand.name}', a cast of the stream")
+    if any(projected_width(value) is None or element_type(value) is None for value in _projected(masked)):
+        problems.append("the graph does not say how wide its projections are, or of which type")
+    return problems
+
+
+def move_projections_into_branches(graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str) -> None:
+    """Puts an If in place of the projections in front of attention, and another in place of those behind it.
+
+    TensorRT builds neither attention nor the update of a cache inside an If: both stay, and get zeros in steps that
+    skip. One If gives query, key and value (the query alone, where skipped tokens leave their own keys and values), the
+    other closes the block.
+
+    Args:
+        graph: Holds the layer; its nodes need sorting afterwards.
+        masked: With a cache of fixed size, without `projection_problems`.
+        condition: bool, 0-D: whether they are computed.
+        made_by: Name of the pass.
+    """
+    # Both see the order of the graph as it is now: nodes that move keep it.
+    order = node_order(graph)
+    _move_front(graph, masked, condition, made_by, order)
+    _move_back(graph, masked, condition, made_by, order)
+
+
+def _move_front(
+    graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str, order: Mapping[ir.Node, int]
+) -> None:
+    """What the projections give, or zeros. The If's outputs take the places and names of their values."""
+    layer, skip = masked.layer, TaggedNodes(made_by, masked.layer.index)
+    computed, results, zeros = _projected(masked), [], []
+    for value in computed:
+        width, dtype = projected_width(value), element_type(value)
+        assert width is not None, "asked by projection_problems"
+        assert dtype is not None, "asked by projection_problems"
+        shape = (*layer.token_dims, width)
+        result = ir.Value(type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        replace_value(value, result)
+        value.name = f"{result.name}.active"
+        shared = token_zeros(graph, made_by, width, dtype, masked.projections[0])
+        zeros.append(skip.add("Identity", shared, name=f"{result.name}.skipped", dtype=dtype, shape=shape))
+        results.append(result)
+    projections = sorted(masked.projections, key=order.__getitem__)
+    name = f"{layer_tensor_name(layer.index, 'self_attn')}.projections"
+    conditional = _conditional(graph, name, condition, (projections, computed), (skip.nodes, zeros), results, skip.tags)
+    graph.insert_before(masked.attention, conditional)
+
+
+def _move_back(
+    graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str, order: Mapping[ir.Node, int]
+) -> None:
+    """The output projection and the sum that closes the block, or the stream as it is."""
+    layer, block, name = masked.layer, masked.layer.attention, layer_tensor_name(masked.layer.index, "self_attn")
+    dtype, shape = element_type(block.stream_operand), (*layer.token_dims, layer.hidden_size)
+    assert dtype is not None, "known since routing"
+    result = ir.Value(type=ir.TensorType(dtype), shape=ir.Shape(shape))
+    replace_value(block.stream_out, result)
+    add, keep = TaggedNodes(made_by, layer.index), TaggedNodes(made_by, layer.index)
+    operands = [value for value in block.add.inputs if value is not None]
+    closes = operands.index(block.branch)
+    added = add.add("Add", *operands, name=f"{name}.active_output", dtype=dtype, shape=shape, closes=closes)
+    skipped = keep.add("Identity", layer.input, name=f"{name}.skipped_output", dtype=dtype, shape=shape)
+    behind = [*sorted({*masked.outputs, masked.select}, key=order.__getitem__), *add.nodes]
+    branches: tuple[Branch, Branch] = (behind, [added]), (keep.nodes, [skipped])
+    conditional = _conditional(graph, name, condition, *branches, [result], add.tags)
+    graph.insert_before(block.add, conditional)
+    graph.remove(block.add, safe=True)
+
+
+def _projected(masked: MaskedAttention) -> list[ir.Value]:
+    """What the projections compute: query, key and value; the query alone where the others serve all tokens."""
+    selects = () if masked.hidden is None else (masked.hidden.key_select, masked.hidden.value_select)
+    return [value for value in (masked.query, *(select.inputs[1] for select in selects)) if value is not None]
+
+
+def _conditional(
+    graph: ir.Graph,
+    name: str,
+    condition: ir.Value,
+    then: Branch,
+    otherwise: Branch,
+    outputs: Sequence[ir.Value],
+    tags: Mapping[str, str],
+) -> ir.Node:
+    """An If, whose nodes leave the graph they stand in."""
+    branches = {}
+    for branch, (nodes, values) in (("then_branch", then), ("else_branch", otherwise)):
+        graph.remove([node for node in nodes if node.graph is graph])
+        branches[branch] = ir.Graph([], list(values), nodes=list(nodes), name=f"{name}.{branch}")
+    return ir.node("If", [condition], branches, outputs=list(outputs), name=f"{name}.if", metadata_props=dict(tags))

@@ -1,0 +1,107 @@
+"""Tables that tokens' rows are looked up in: dense, or quantised by blocks and shared with the head."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
+from dlo_export.graph_passes.weights.block_codes import BlockCodes, dequantize, unpack
+from dlo_export.graph_passes.weights.dense import dense_storage
+from dlo_export.graph_passes.weights.storage import Place, StoredRows
+
+
+class QuantizedTable:
+    """The table of ONNX Runtime's GatherBlockQuantized, its codes packed in bytes, as a checkpoint's tensor.
+
+    Args:
+        codes: uint8 of any shape that holds all codes row by row.
+        scales: [rows, blocks].
+        zero_points: uint8, packed along its rows; None where the middle code is zero.
+        bits: Of a code.
+        block: Columns that share a scale.
+    """
+
+    def __init__(
+        self,
+        codes: ir.TensorProtocol,
+        scales: ir.TensorProtocol,
+        zero_points: ir.TensorProtocol | None,
+        *,
+        bits: int,
+        block: int,
+    ) -> None:
+        self._codes, self._scales, self._zero_points = codes, scales, zero_points
+        self._bits, self._block = bits, block
+        rows, self._blocks = scales.shape.numpy()
+        self.shape: tuple[int, ...] = (rows, codes.size * 8 // bits // rows)
+        self.dtype: np.dtype = scales.dtype.numpy()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of `numpy()`."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def numpy(self) -> np.ndarray:
+        """All of it, dequantised."""
+        return self.rows(0, self.shape[0])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows, dequantised."""
+        rows, columns = self.shape
+        stop = min(stop, rows)
+        stored = np.asarray(self._codes.numpy()).reshape(rows, -1)[start:stop]
+        codes = np.zeros((stop - start, self._blocks * self._block), np.uint8)
+        codes[:, :columns] = unpack(stored, self._bits, columns)
+        scales = self._scales.numpy()[start:stop]
+        zero_points = np.full(scales.shape, 1 << (self._bits - 1), np.uint8)
+        if self._zero_points is not None:
+            packed = np.asarray(self._zero_points.numpy()).reshape(rows, -1)[start:stop]
+            zero_points = unpack(packed, self._bits, self._blocks)
+        return dequantize(BlockCodes(codes.reshape(*scales.shape, -1), scales, zero_points), columns)
+
+    def release(self) -> None:
+        """Nothing: the mapping belongs to the graph."""
+
+
+def embedding_table(lookup: ir.Node) -> LazyTensor | None:
+    """The constant [rows, columns] that a node looks up rows of; None for every other node.
+
+    What is quantised in a way that is not understood is none either: then no stream starts at the node.
+    """
+    if is_op(lookup, "Gather") and lookup.attributes.get_int("axis", 0) == 0:
+        dense = dense_storage(Place(lookup, 0), "out_in")
+        return None if dense is None else StoredRows(dense, 0, dense.shape[0])
+    if is_op(lookup, "GatherBlockQuantized", domain="com.microsoft"):
+        return _quantized_table(lookup)
+    return None
+
+
+def _quantized_table(lookup: ir.Node) -> QuantizedTable | None:
+    bits, block = lookup.attributes.get_int("bits", 4), lookup.attributes.get_int("block_size", 128)
+    axes = lookup.attributes.get_int("gather_axis", 0), lookup.attributes.get_int("quantize_axis", 1)
+    given = [*lookup.inputs, None][:4]
+    codes, scales, zero_points = _packed_codes(given[0]), constant_tensor(given[2]), constant_tensor(given[3])
+    if codes is None or scales is None or (given[3] is not None and zero_points is None):
+        return None
+    understood = axes == (0, 1) and bits in (4, 8) and block >= 16 and len(scales.shape) == 2
+    if not understood or codes.dtype != ir.DataType.UINT8 or not scales.dtype.is_floating_point():
+        return None
+    rows, blocks = scales.shape.numpy()
+    # The last block of a row need not be full.
+    columns, left = divmod(codes.size * 8 // bits, rows) if rows else (0, 1)
+    whole = not left and -(-columns // block) == blocks
+    if zero_points is not None:
+        whole = whole and zero_points.dtype == ir.DataType.UINT8 and zero_points.size == rows * -(-blocks * bits // 8)
+    return QuantizedTable(codes, scales, zero_points, bits=bits, block=block) if whole else None
+
+
+def _packed_codes(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Bytes that a head may share, in another shape."""
+    while value is not None and (tensor := constant_tensor(value)) is None:
+        node = value.producer()
+        value = node.inputs[0] if node is not None and is_op(node, "Reshape") else None
+    return None if value is None else tensor

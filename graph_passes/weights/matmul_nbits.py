@@ -1,0 +1,145 @@
+"""Weights of ONNX Runtime's MatMulNBits: packed codes, scales and zero points by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.graph_passes.errors import GraphPassError, place
+from dlo_export.graph_passes.find.data_flow import constant_tensor
+from dlo_export.graph_passes.row_tensor import RowTensor
+from dlo_export.graph_passes.weights.block_codes import BlockCodes, dequantize, pack, quantize, unpack
+from dlo_export.graph_passes.weights.dense import new_constant
+from dlo_export.graph_passes.weights.storage import Place, Replacements, UniqueName, WeightStorage
+
+_CODES, _SCALES, _ZERO_POINTS, _GROUP_INDEX, BIAS = 1, 2, 3, 4, 5
+_ATTRIBUTES = frozenset({"K", "N", "bits", "block_size", "accuracy_level"})
+
+
+class NBitsStorage(WeightStorage):
+    """The weight of a MatMulNBits node.
+
+    Args:
+        node: The node.
+
+    Raises:
+        GraphPassError: Its weight is stored in a way that is not understood, or its parts contradict each other.
+    """
+
+    def __init__(self, node: ir.Node) -> None:
+        columns, rows = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
+        self._bits, self._block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 0)
+        inputs = [*node.inputs, *[None] * (BIAS + 1 - len(node.inputs))]
+        tensors = {index: constant_tensor(inputs[index]) for index in (_CODES, _SCALES, _ZERO_POINTS)}
+        problems = [f"attribute {name}" for name in node.attributes if name not in _ATTRIBUTES]
+        problems += ["a group index"] if inputs[_GROUP_INDEX] is not None else []
+        problems += [] if self._bits in (2, 4, 8) and self._block >= 16 else [f"{self._bits} bits in {self._block}s"]
+        missing = [
+            index for index in (_CODES, _SCALES, _ZERO_POINTS) if inputs[index] is not None and tensors[index] is None
+        ]
+        problems += ["parts that are no constants"] if missing or tensors[_CODES] is None else []
+        codes, scales, zero_points = tensors.values()
+        if problems or codes is None or scales is None:
+            raise GraphPassError(
+                f"{place(node)}: its weight has {', '.join(problems)}; expected codes of 2, 4 or 8 bits and scales",
+                hint="export the graph with weights that are not prepacked or reordered",
+            )
+        self._blocks = -(-columns // self._block)
+        self._codes, self._scales, self._zero_points = codes, scales, zero_points
+        self._values = {index: value for index in tensors if (value := inputs[index]) is not None}
+        self._check_sizes(node, rows)
+        super().__init__(node, (rows, columns), scales.dtype)
+
+    def _check_sizes(self, node: ir.Node, rows: int) -> None:
+        zero_points = self._zero_points
+        packed = zero_points is not None and zero_points.dtype == ir.DataType.UINT8
+        width = -(-self._blocks * self._bits // 8) if packed else self._blocks
+        expected = {
+            "codes": (self._codes, rows * self._blocks * self._block * self._bits // 8),
+            "scales": (self._scales, rows * self._blocks),
+            **({} if zero_points is None else {"zero points": (zero_points, rows * width)}),
+        }
+        problems = [
+            f"{tensor.size} {name}, expected {size}" for name, (tensor, size) in expected.items() if tensor.size != size
+        ]
+        problems += [] if self._codes.dtype == ir.DataType.UINT8 else [f"{self._codes.dtype.name} codes"]
+        problems += [] if self._scales.dtype.is_floating_point() else [f"{self._scales.dtype.name} scales"]
+        if not packed and zero_points is not None and zero_points.dtype != self._scales.dtype:
+            problems.append(f"{zero_points.dtype.name} zero points")
+        if problems:
+            raise GraphPassError(f"{place(node)}: its weight has {'; '.join(problems)}", hint="export the graph again")
+
+    @property
+    def constants(self) -> tuple[ir.Value, ...]:
+        """Codes, scales and, where blocks have them, zero points."""
+        return tuple(self._values.values())
+
+    @property
+    def form(self) -> str:
+        """Bits and size of a block."""
+        return f"{self._bits} bits in blocks of {self._block}"
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Dequantised."""
+        stop = min(stop, self.shape[0])
+        codes = _by_row(self._codes, self.shape[0])[start:stop].reshape(stop - start, self._blocks, -1)
+        scales = _by_row(self._scales, self.shape[0])[start:stop]
+        if self._zero_points is None:
+            zero_points = np.full(scales.shape, 1 << (self._bits - 1), np.uint8)
+        else:
+            zero_points = _by_row(self._zero_points, self.shape[0])[start:stop]
+            if zero_points.dtype == np.uint8:
+                zero_points = unpack(zero_points, self._bits, self._blocks)
+        return dequantize(BlockCodes(unpack(codes, self._bits, self._block), scales, zero_points), self.shape[1])
+
+    def stored_alike(self, name: str, source: LazyTensor, unique: UniqueName) -> Replacements:
+        """Quantised in blocks of the same size, with zero points where this weight has them."""
+
+        def quantized(start: int, stop: int) -> BlockCodes:
+            rows = np.asarray(source.rows(start, stop), np.float32)
+            source.release()
+            scale_type, symmetric = self._scales.dtype.numpy(), self._zero_points is None
+            return quantize(rows, bits=self._bits, block=self._block, scale_type=scale_type, symmetric=symmetric)
+
+        def zero_points(start: int, stop: int) -> np.ndarray:
+            found = quantized(start, stop).zero_points
+            floating = self._zero_points is not None and self._zero_points.dtype != ir.DataType.UINT8
+            return found.astype(self._scales.dtype.numpy()) if floating else pack(found, self._bits)
+
+        parts: dict[int, tuple[str, Callable[[int, int], np.ndarray]]] = {
+            _CODES: ("codes", lambda start, stop: pack(quantized(start, stop).codes, self._bits)),
+            _SCALES: ("scales", lambda start, stop: quantized(start, stop).scales),
+            _ZERO_POINTS: ("zero_points", zero_points),
+        }
+        found = {}
+        for index, old in self._values.items():
+            part, compute = parts[index]
+            like = constant_tensor(old)
+            assert like is not None, "seen before"
+            tensor = _RowParts(unique(f"{name}.{part}"), like, self.shape[0], compute)
+            found[Place(self.node, index)] = {old: new_constant(tensor)}
+        return found
+
+
+class _RowParts(RowTensor):
+    """A part of a quantised weight: whatever its shape, so many elements for every row of the weight."""
+
+    def __init__(
+        self, name: str, like: ir.TensorProtocol, rows: int, compute: Callable[[int, int], np.ndarray]
+    ) -> None:
+        shape = tuple(int(dim) for dim in like.shape.numpy())
+        # Scales may be stored in one long row: then a row of the weight is so many of its elements.
+        super().__init__(name, like.dtype, shape, row_block=max(1, shape[0] // max(1, rows)))
+        self._compute = compute
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        first, last = start // self.row_block, -(-stop // self.row_block)
+        found = self._compute(first, last)
+        return np.ascontiguousarray(found).reshape(stop - start, *self.shape.numpy()[1:])
+
+
+def _by_row(tensor: ir.TensorProtocol, rows: int) -> np.ndarray:
+    return np.asarray(tensor.numpy()).reshape(rows, -1)

@@ -1,0 +1,222 @@
+"""Graphs of onnxruntime-genai's builder: packed, fused, quantised; deepened and routed in their own form."""
+
+import collections
+import functools
+import json
+import shutil
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import onnxruntime_genai as og
+import pytest
+from safetensors.numpy import load_file
+
+from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
+from dlo_export.checkpoints.depth.expansion import expansion_adapter
+from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.errors import CheckpointError
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from dlo_export.exporter.app import app
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
+from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.runtimes.errors import StepError
+from dlo_export.runtimes.generation.generate import generate
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from tests.foreign_graphs import save_routed_adapter
+from tests.genai_graphs import FORMS, save_genai_graph
+
+# How far a weight may be from the checkpoint's, as a share of the largest of its tensor.
+ROUNDING = {"fp32": 0, "fp16": 1e-3, "int4": 1 / 8, "int8": 1 / 128}
+SEQUENCE = 7
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    """The graph of a form, made once."""
+    return functools.cache(lambda form: save_genai_graph(tmp_path_factory.mktemp("genai"), form))
+
+
+def logits(path, steps=(SEQUENCE,)):
+    """Of a graph that counts positions itself, step by step behind its cache, float32 [1, tokens, vocab]."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(path, options)
+    past = {value.name: value for value in session.get_inputs() if value.name.startswith("past")}
+    outputs = [value.name for value in session.get_outputs()]
+    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    cache = {name: np.zeros((1, 2, 0, 16), types[value.type]) for name, value in past.items()}
+    ids = np.random.default_rng(0).integers(0, 200, (1, sum(steps)))
+    found, done = [], 0
+    for step in steps:
+        mask = np.ones((1, done + step), np.int64)
+        feeds = {"input_ids": ids[:, done : done + step], "attention_mask": mask, **cache}
+        results = dict(zip(outputs, session.run(None, feeds), strict=True))
+        cache = {name: results[name.replace("past_key_values", "present")] for name in past}
+        found.append(results["logits"].astype(np.float32))
+        done += step
+    return np.concatenate(found, 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_those_of_the_checkpoint(graph, form):
+    path = graph(form)
+    wanted = load_file(path.parents[1] / "checkpoint" / "model.safetensors")
+    opened = open_foreign_graph(path)
+    assert opened.num_layers == 3
+    assert opened.tensors.keys() - wanted.keys() == ({"lm_head.weight"} if "tied" in form else set())
+    assert not wanted.keys() - opened.tensors.keys()
+    wanted.setdefault("lm_head.weight", wanted["model.embed_tokens.weight"])
+    for name, tensor in opened.tensors.items():
+        assert tensor.shape == wanted[name].shape
+        allowed = ROUNDING[form.split(",")[0]] * np.abs(wanted[name]).max()
+        assert np.abs(tensor.numpy().astype(np.float32) - wanted[name]).max() <= allowed, name
+
+
+def exported(path, output, *, adapter=None, **options):
+    """An export of a graph: routed by an adapter, or deepened by layers that add nothing."""
+    if adapter is None:
+        adapter = output.with_name(f"{output.name}-adapter")
+        save_adapter(expansion_adapter(open_foreign_graph(path).tensors, placements("tli", 3, every=1)), adapter)
+    return export_model(ExportRequest(str(path), output, adapter=adapter, **options), Reporter())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_stay_when_layers_that_add_nothing_are_injected(graph, form, tmp_path):
+    path, steps = graph(form), (4, 1, 2)
+    result = exported(path, tmp_path / "out")
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    assert "against the graph as it was" in result.parity_summary
+    before, after = logits(path, steps), logits(tmp_path / "out" / "model.onnx", steps)
+    # In float16 the fused norm reads a sum that is not rounded yet; what adds nothing to it rounds it.
+    assert np.abs(after - before).max() <= (1e-3 * np.abs(before).max() if form == "fp16" else 0)
+    # What stood in the graph stands there, byte for byte; what is new has the form of what stood there.
+    old, new = ir.load(path).graph, ir.load(tmp_path / "out" / "model.onnx").graph
+    contents = {value.const_value.tobytes() for value in new.initializers.values()}
+    assert all(value.const_value.tobytes() in contents for value in old.initializers.values())
+    forms = [{(value.dtype, tuple(value.shape)) for value in each.initializers.values()} for each in (old, new)]
+    assert forms[0] == forms[1]
+    # Twice as many layers, and the first one's norm is the only one without an addition, as before.
+    counts = [collections.Counter(node.op_type for node in each if node.op_type != "Constant") for each in (old, new)]
+    outside = {op: count % 3 for op, count in counts[0].items()}
+    assert counts[1] == {op: 2 * (count - outside[op]) + outside[op] for op, count in counts[0].items()}
+
+
+@pytest.mark.parametrize(
+    "form", ["fp32", "fp32, apart", "fp16", "int4", "int4, gate and up packed", "int4, zero points"]
+)
+def test_lowerings_equal_the_masked_graph_when_routed(graph, form, tmp_path):
+    adapter = save_routed_adapter(graph(form), tmp_path / "adapter")
+    found = {}
+    for lowering in ("masked", "compact", "if"):
+        result = exported(graph(form), tmp_path / lowering, adapter=adapter, lowering=lowering)
+        parity = result.description.parity
+        assert parity.verdict == ("NOT RUN" if lowering == "masked" else "PASS"), parity.reason
+        found[lowering] = logits(tmp_path / lowering / "model.onnx", (4, 1, 1))
+    assert np.abs(found["masked"] - logits(graph(form), (4, 1, 1))).max() > 0.1
+    for lowering in ("compact", "if"):
+        allowed = 1e-3 * np.abs(found["masked"]).max() if form == "fp16" else 1e-5
+        assert np.abs(found[lowering] - found["masked"]).max() <= allowed
+
+
+def test_branches_are_refused_when_weights_are_dequantised_by_nodes(graph, tmp_path):
+    path = graph("int4, DequantizeLinear")
+    adapter = save_routed_adapter(path, tmp_path / "adapter")
+    with pytest.raises(GraphPassError, match=r"layer 0: DequantizeLinear node .* which no branch can leave out"):
+        exported(path, tmp_path / "out", adapter=adapter, lowering="if")
+    assert not (tmp_path / "out").exists()
+    assert exported(path, tmp_path / "out", adapter=adapter).description.lowering == "compact"
+
+
+def test_whole_layers_are_refused_when_their_attention_has_no_mask(graph, tmp_path):
+    path = graph("fp32")
+    routers = {f"model.routers.{layer}.weight": ArrayTensor(np.ones((1, 64), np.float32)) for layer in range(3)}
+    save_adapter(DloAdapter("layer", (True,) * 3, tensors=routers), tmp_path / "adapter")
+    with pytest.raises(GraphPassError, match="RouteLayersPass: the graph has no Attention node"):
+        exported(path, tmp_path / "out", adapter=tmp_path / "adapter")
+    assert not (tmp_path / "out").exists()
+
+
+SAID = {
+    "fp32": "attention GroupQueryAttention; weights float; q_proj+k_proj+v_proj packed",
+    "int4, gate and up packed": "weights 4 bits in blocks of 32; q_proj+k_proj+v_proj packed; gate_proj+up_proj packed",
+    "int4, DequantizeLinear": "weights 4 bits in blocks of 32 (DequantizeLinear); q_proj+k_proj+v_proj packed",
+    "int8": "weights 8 bits in blocks of 32; q_proj+k_proj+v_proj packed",
+}
+
+
+@pytest.mark.parametrize(("form", "said"), SAID.items(), ids=SAID)
+def test_inspection_says_how_the_layers_are_written(graph, form, said, capsys):
+    app(["inspect", str(graph(form))], standalone_mode=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "layers 0 to 2: attention GroupQueryAttention" in shown
+    assert said in shown
+
+
+def test_inspection_names_the_layer_and_what_stands_there_when_weights_are_not_told_apart(graph, tmp_path, capsys):
+    shutil.copytree(graph("int4").parent, tmp_path / "graph")
+    model = ir.load(tmp_path / "graph" / "model.onnx")
+    (broken,) = [node for node in model.graph if node.name == "/model/layers.1/mlp/up_proj/MatMul_Q4"]
+    broken.attributes.add(ir.AttrInt64("weight_prepacked", 1))
+    ir.save(model, tmp_path / "graph" / "model.onnx")
+    app(["inspect", str(tmp_path / "graph" / "model.onnx")], standalone_mode=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "layer 1: attention GroupQueryAttention; weights not told apart projections of layer 1: " in shown
+    assert "up_proj/MatMul_Q4': its weight has attribute weight_prepacked; expected codes of 2, 4 or 8 bits" in shown
+
+
+def test_genai_config_goes_with_the_graph_and_counts_its_layers(graph, tmp_path):
+    path = graph("int4")
+    before = json.loads((path.parent / "genai_config.json").read_text())
+    save_adapter(
+        expansion_adapter(open_foreign_graph(path).tensors, placements("tli", 3, every=1)), tmp_path / "adapter"
+    )
+    export_model(ExportRequest(str(path), tmp_path / "out", adapter=tmp_path / "adapter", parity=False), Reporter())
+    after = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert after["search"]["past_present_share_buffer"] is True
+    assert after["model"]["decoder"].pop("num_hidden_layers") == 6
+    assert before["model"]["decoder"].pop("num_hidden_layers") == 3
+    assert after == before
+
+
+def test_onnxruntime_genai_runs_the_routed_graph_as_it_ran_the_first(graph, tmp_path):
+    path = graph("int4")
+    exported(path, tmp_path / "out", adapter=save_routed_adapter(path, tmp_path / "adapter"), parity=False)
+    prompt = list(range(5, 14))
+    with OnnxRuntimeRunner(tmp_path / "out" / "model.onnx") as runner:
+        (wanted,) = generate(runner, [prompt], max_new_tokens=8).sequences
+    assert genai_tokens(tmp_path / "out", prompt, 8) == wanted
+    assert genai_tokens(path.parent, prompt, 8) != wanted  # it is routed
+
+
+def genai_tokens(folder, prompt, count):
+    """Greedy tokens of onnxruntime-genai, its cache in one shared buffer."""
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + count, min_length=len(prompt) + count, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array([prompt], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return generator.get_sequence(0).tolist()[len(prompt) :]
+
+
+def test_runner_refuses_padding_when_attention_counts_tokens(graph, tmp_path):
+    path = graph("fp32")
+    exported(path, tmp_path / "out", adapter=save_routed_adapter(path, tmp_path / "adapter"), parity=False)
+    with (
+        OnnxRuntimeRunner(tmp_path / "out" / "model.onnx") as runner,
+        pytest.raises(StepError, match="counts tokens") as error,
+    ):
+        generate(runner, [[5, 6, 7], [8, 9]], max_new_tokens=2)
+    assert "sequences of one length" in error.value.hint
+
+
+def test_settings_beside_the_graph_are_refused_when_they_are_of_another(graph, tmp_path):
+    shutil.copytree(graph("fp32").parent, tmp_path / "graph")
+    file = tmp_path / "graph" / "genai_config.json"
+    file.write_text(file.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is 4, model\.onnx has 3 layers"):
+        open_foreign_graph(tmp_path / "graph" / "model.onnx")

@@ -1,0 +1,54 @@
+"""Tiny graphs as onnxruntime-genai's model builder makes them: packed, fused, quantised."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from pathlib import Path
+
+from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
+
+# The builder's own options that make another form of the same model.
+FORMS = {
+    "fp32": ("fp32", "cpu"),
+    "fp32, apart": ("fp32", "cpu", "disable_qkv_fusion=true"),
+    "fp16": ("fp16", "cuda"),
+    "int4": ("int4", "cpu"),
+    "int4, apart": ("int4", "cpu", "disable_qkv_fusion=true"),
+    "int4, gate and up packed": ("int4", "cpu", "fuse_mlp_gate_up=true"),
+    "int4, zero points": ("int4", "cpu", "is_symmetric=false"),
+    "int4, DequantizeLinear": ("int4", "cpu", "use_qdq=true"),
+    "int8": ("int8", "cpu"),
+    "fp32, biases": ("fp32", "cpu"),
+    "int4, biases": ("int4", "cpu"),
+    # Of a checkpoint whose head is the embedding; its codes are shared too.
+    "fp32, tied": ("fp32", "cpu"),
+    "int4, tied": ("int4", "cpu"),
+}
+
+
+def save_genai_graph(folder: Path, form: str, layers: int = 3) -> Path:
+    """Writes a checkpoint, and the graph the builder makes of it, with what it puts beside.
+
+    Args:
+        folder: Created.
+        form: A key of FORMS.
+        layers: Decoder layers.
+
+    Returns:
+        The .onnx file; the checkpoint is the folder "checkpoint" beside its folder.
+    """
+    checkpoint, output, cache = folder / "checkpoint", folder / "graph", folder / "cache"
+    sizes = {"hidden": 64, "intermediate": 96, "layers": layers, "vocab": BYTE_VOCABULARY}
+    biases = "biases" in form
+    save_tiny_llama(checkpoint, **sizes, tie="tied" in form, attention_bias=biases, mlp_bias=biases, tokenizer=True)
+    precision, provider, *options = FORMS[form]
+    arguments = ("", str(checkpoint), str(output), precision, provider, str(cache))
+    quantizer = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        quantizer.setLevel(logging.WARNING)
+        create_model(*arguments, **parse_extra_options(*arguments, list(options)))
+    return output / "model.onnx"
