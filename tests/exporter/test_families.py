@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +18,7 @@ from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.llama_layer import parse_router
-from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.model_types import RoutingKind, leaves_keys
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model
@@ -101,13 +101,13 @@ def test_engine_is_built_when_the_family_differs_from_llama(
     assert [engine.build.backend for engine in description.engines] == ["rtx"]
 
 
-@pytest.mark.parametrize("routing", ["mlp", "layer"])
+@pytest.mark.parametrize("routing", get_args(RoutingKind))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_artefact_equals_pytorch_when_the_family_is_routed(tmp_path: Path, family: str, routing: RoutingKind) -> None:
     save_tiny_family(tmp_path / "model", family)
     route_tiny_family(tmp_path / "model", routing)
-    # Both lowerings, over the two kinds of routing and the families.
-    lowering = "compact" if (routing == "mlp") == (family in ("qwen2", "smollm3")) else "if"
+    # Both lowerings, over the kinds of routing and the families.
+    lowering = "compact" if (routing in ("mlp", "attention")) == (family in ("qwen2", "smollm3")) else "if"
     result = exported(tmp_path / "model", lowering=lowering)
     assert result.description.parity.verdict == "PASS"
     assert result.description.routing is not None
@@ -170,7 +170,7 @@ def test_calibrated_model_has_its_familys_own_type_when_it_was_plain(tmp_path: P
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("routing", ["mlp", "layer"])
+@pytest.mark.parametrize("routing", get_args(RoutingKind))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calibration_sees_the_models_own_stream_when_the_family_differs_from_llama(
     tmp_path: Path, family: str, routing: RoutingKind
@@ -184,7 +184,7 @@ def test_calibration_sees_the_models_own_stream_when_the_family_differs_from_lla
     for layer in range(LAYERS):
         torch.testing.assert_close(stream.hidden_states, streams[layer], rtol=1e-5, atol=1e-5)
         # Everybody active, by way of what computes for those who are.
-        active = torch.ones(ids.numel(), dtype=torch.bool) if routing == "layer" else None
+        active = None if leaves_keys(routing) else torch.ones(ids.numel(), dtype=torch.bool)
         stream.advance(layer, stream.run_layer(layer), active)
     torch.testing.assert_close(model.model.norm(stream.hidden_states), streams[-1], rtol=1e-5, atol=1e-5)
 

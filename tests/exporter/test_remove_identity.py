@@ -47,7 +47,7 @@ def routed_adapter(base: Path, folder: Path, routing: RoutingKind) -> Path:
     return folder / "routed"
 
 
-@pytest.mark.parametrize("routing", ["mlp", "layer"])
+@pytest.mark.parametrize("routing", ["mlp", "layer", "attention-active"])
 def test_artefact_equals_the_whole_model_when_identity_layers_are_removed(tmp_path: Path, routing: RoutingKind) -> None:
     base = save_tiny_llama(tmp_path / "model", vocab=BYTE_VOCABULARY)
     adapter = routed_adapter(base, tmp_path, routing)
