@@ -66,7 +66,7 @@ def dense_storage(place: Place, layout: Layout) -> DenseStorage | None:
         place: Of the node.
         layout: In which the node reads it.
     """
-    found = constant_behind(place.node.inputs[place.input_index])
+    found = constant_behind(place.value)
     tensor = None if found is None else constant_tensor(found[0])
     if found is None or tensor is None or not tensor.dtype.is_floating_point():
         return None

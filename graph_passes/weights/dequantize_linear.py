@@ -150,7 +150,7 @@ def dequantized_storage(at: Place, layout: Literal["in_out", "out_in"]) -> Dequa
     Raises:
         GraphPassError: It is such a matrix, scaled in a way that is not understood.
     """
-    value = at.node.inputs[at.input_index]
+    value = at.value
     while value is not None:
         node = value.producer()
         if node is None:

@@ -21,6 +21,12 @@ class Place(NamedTuple):
     node: ir.Node
     input_index: int
 
+    @property
+    def value(self) -> ir.Value | None:
+        """What enters there; None where nothing does, also in a node that lacks the input."""
+        inputs = self.node.inputs
+        return inputs[self.input_index] if self.input_index < len(inputs) else None
+
 
 # For every place of a weight, which constant stands for which: one for a plain matrix, several for a quantised one.
 Replacements = Mapping[Place, Mapping[ir.Value, ir.Value]]

@@ -168,6 +168,11 @@ def test_weight_is_refused_when_it_is_stored_in_another_way(made, reason) -> Non
     assert reason in str(error.value)
 
 
+def test_node_has_no_weight_when_it_lacks_the_input() -> None:
+    node = ir.node("MatMul", [ir.val("x", ir.DataType.FLOAT)], name="product")
+    assert linear_weight(node) is None
+
+
 def test_rows_of_a_part_are_a_tensor_of_their_own() -> None:
     storage = linear_weight(_nbits(4, "none"))
     part = StoredRows(storage, 2, 5)
