@@ -61,6 +61,7 @@ class RandomDecoder:
 
     adapter: DloAdapter | None = None
     remembers_activity: bool = False
+    removed_layers: tuple[int, ...] = ()
     packs_weights: bool = True
     tensorrt_refusal: str | None = None
 

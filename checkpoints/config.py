@@ -24,7 +24,10 @@ from dlo_export.checkpoints.llama_layer import (
 )
 from dlo_export.checkpoints.model_types import (
     KV_KEY,
+    LLAMA,
     MODEL_TYPES,
+    PLAIN_TYPES,
+    Family,
     ModelType,
     RoutingKind,
     kv_keys,
@@ -36,7 +39,7 @@ from dlo_export.checkpoints.rope import RopeConfig, rope_of_fields
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import read_thresholds, threshold_problems, thresholds_json
 
-__all__ = ["LlamaConfig", "RopeConfig", "RoutingConfig"]
+__all__ = ["LlamaConfig", "Multipliers", "RopeConfig", "RoutingConfig"]
 
 # In an artefact's config.json, model_type is "llama": what programs that read graphs know. What routes, and how, is a
 # Llama only to them, so this key beside it keeps the model's own type, and readers of checkpoints go by it.
@@ -71,10 +74,10 @@ class RoutingConfig:
     scale_gap: float
     thresholds: Mapping[int, float] = field(default_factory=dict)
 
-    def values(self, num_layers: int) -> dict[str, Any]:
+    def values(self, num_layers: int, family: Family = LLAMA) -> dict[str, Any]:
         """The keys of a config.json that say so, in the DLO authors' words as far as they have any."""
         return {
-            "model_type": routed_type(self.kind, thresholds=bool(self.thresholds)).name,
+            "model_type": routed_type(self.kind, thresholds=bool(self.thresholds), family=family).name,
             "is_dlo": [layer in self.layers for layer in range(num_layers)],
             "rescale_hidden_states": self.rescale,
             "scale_factor": self.scale_factor,
@@ -85,15 +88,49 @@ class RoutingConfig:
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
-    """A supported Llama configuration.
+class Multipliers:
+    """Factors that Granite's models are computed with; a Llama's are neutral.
 
     Attributes:
+        embedding: Of the embedded tokens.
+        attention: Of the attention scores, in place of head_dim^-½; None for that.
+        residual: Of what attention and MLP add to the residual stream.
+        logits: Divisor of the logits.
+    """
+
+    embedding: float = 1.0
+    attention: float | None = None
+    residual: float = 1.0
+    logits: float = 1.0
+
+    def values(self) -> dict[str, Any]:
+        """The keys of a config.json that say so; none where the attention's factor is a Llama's."""
+        if self.attention is None:
+            return {}
+        return {
+            "embedding_multiplier": self.embedding,
+            "attention_multiplier": self.attention,
+            "residual_multiplier": self.residual,
+            "logits_scaling": self.logits,
+        }
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """A supported configuration, of a Llama or of a family that differs from it in what is said here.
+
+    Attributes:
+        attention_bias: Whether o has a bias; where config.json says so, q, k and v have one too.
+        qkv_bias: Whether q, k and v have biases.
+        qk_norm: Whether queries and keys are normalised, head by head, before they are rotated.
+        layers_without_rope: Indices of layers that do not rotate them, ascending.
         initializer_range: Standard deviation of random weights.
         dtype: What config.json says the weights are ("float32", "bfloat16", …), None where it does not say.
-        routing: None for a plain (or merely deepened) Llama.
+        routing: None for a plain (or merely deepened) model.
         model_type: What config.json calls the model; more types than Llama have its arithmetic.
+        family: Whose arithmetic it has.
         raw: config.json as read, its model_type the model's own; as a Llama's where the type has Llama's arithmetic.
+            What the type's defaults say is spelt out.
     """
 
     vocab_size: int
@@ -106,6 +143,10 @@ class LlamaConfig:
     rms_norm_eps: float
     rope: RopeConfig
     attention_bias: bool
+    qkv_bias: bool
+    qk_norm: bool
+    layers_without_rope: tuple[int, ...]
+    multipliers: Multipliers
     mlp_bias: bool
     tie_word_embeddings: bool
     max_position_embeddings: int
@@ -116,6 +157,7 @@ class LlamaConfig:
     dtype: str | None
     routing: RoutingConfig | None
     model_type: str
+    family: Family
     raw: dict[str, Any]
 
     @classmethod
@@ -143,8 +185,9 @@ class LlamaConfig:
         model_type = values.get("model_type")
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             raise CheckpointError(
-                f"{origin}: model_type is {model_type!r}, expected one of {', '.join(MODEL_TYPES)}",
-                hint="only Llama, what has its arithmetic, and the DLO authors' Llama variants can be exported",
+                f"{origin}: model_type is {model_type!r}, expected one of {', '.join(PLAIN_TYPES)}, or a routed one of "
+                "these",
+                hint="docs/checkpoints.md lists the families, and the names of their routed types",
             )
         kind = MODEL_TYPES[model_type]
         fields = JsonFields(kind.read(values))
@@ -160,6 +203,9 @@ class LlamaConfig:
             fields.problem("num_attention_heads", f"is {num_heads}, expected a multiple of num_key_value_heads")
         max_position_embeddings = fields.integer("max_position_embeddings", default=2048)
         vocab_size = fields.integer("vocab_size")
+        head_dim = _head_dim(fields, hidden_size, num_heads)
+        attention_bias = fields.flag("attention_bias", default=False)
+        without_rope = _layers_without_rope(fields, kind.family, num_layers)
         config = cls(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
@@ -167,10 +213,14 @@ class LlamaConfig:
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=_head_dim(fields, hidden_size, num_heads),
+            head_dim=head_dim,
             rms_norm_eps=fields.positive_number("rms_norm_eps", default=1e-6),
-            rope=rope_of_fields(fields, max_position_embeddings),
-            attention_bias=fields.flag("attention_bias", default=False),
+            rope=rope_of_fields(fields, max_position_embeddings, head_dim),
+            attention_bias=attention_bias,
+            qkv_bias=attention_bias or kind.family.qkv_bias,
+            qk_norm=kind.family.qk_norm,
+            layers_without_rope=without_rope,
+            multipliers=_multipliers(fields, kind.family),
             mlp_bias=fields.flag("mlp_bias", default=False),
             tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
             max_position_embeddings=max_position_embeddings,
@@ -181,7 +231,8 @@ class LlamaConfig:
             dtype=_dtype(values),
             routing=_routing(fields, kind, num_layers),
             model_type=model_type,
-            raw=kind.as_llama(fields.values),
+            family=kind.family,
+            raw=kind.written(fields.values) | _rope_layers(kind.family, num_layers, without_rope),
         )
         if fields.problems:
             raise CheckpointError(
@@ -196,7 +247,7 @@ class LlamaConfig:
         What else a file says (which kernel to use, what to print, how to train) is nobody's business there.
         """
         values: dict[str, Any] = {
-            "model_type": "llama",
+            "model_type": self.family.name,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -211,8 +262,10 @@ class LlamaConfig:
             "mlp_bias": self.mlp_bias,
             "tie_word_embeddings": self.tie_word_embeddings,
             "max_position_embeddings": self.max_position_embeddings,
+            **_rope_layers(self.family, self.num_layers, self.layers_without_rope),
+            **self.multipliers.values(),
         }
-        return values if self.routing is None else values | self.routing.values(self.num_layers)
+        return values if self.routing is None else values | self.routing.values(self.num_layers, self.family)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the checkpoint must hold, by its Hugging Face name, routers included.
@@ -221,7 +274,7 @@ class LlamaConfig:
         """
         shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, self.hidden_size)}
         for layer in range(self.num_layers):
-            for module in LLAMA_LAYER:
+            for module in filter(self.has, LLAMA_LAYER):
                 for tensor, axes in module.tensors().items():
                     if tensor == module.weight or self.has_bias(module):
                         shapes[layer_tensor_name(layer, tensor)] = tuple(self._axis_size(axis) for axis in axes)
@@ -232,6 +285,15 @@ class LlamaConfig:
             shapes[router_name(layer)] = (1, self.hidden_size)
         return shapes
 
+    @property
+    def attention_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return float(self.head_dim**-0.5) if self.multipliers.attention is None else self.multipliers.attention
+
+    def has(self, module: LayerModule) -> bool:
+        """Whether a layer has a module."""
+        return module.only_with is None or bool(getattr(self, module.only_with))
+
     def has_bias(self, module: LayerModule) -> bool:
         """Whether a layer's projection has a bias."""
         return module.bias is not None and bool(getattr(self, module.bias))
@@ -240,6 +302,7 @@ class LlamaConfig:
         sizes: dict[Axis, int] = {
             "query": self.num_heads * self.head_dim,
             "key-value": self.num_kv_heads * self.head_dim,
+            "head": self.head_dim,
             "hidden": self.hidden_size,
             "intermediate": self.intermediate_size,
         }
@@ -258,13 +321,47 @@ def _reject_unsupported(fields: JsonFields) -> None:
     values = fields.values
     if (activation := values.get("hidden_act") or "silu") not in ("silu", "swish"):
         fields.problem("hidden_act", f"is {activation!r}, expected 'silu'")
-    if values.get("quantization_config") is not None:
-        fields.problem("quantization_config", "is set, expected unquantised weights")
+    for name in ("quantization_config", "compression_config"):
+        if (quantised := values.get(name)) is not None:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+            found = f"says quant_method {method!r}" if isinstance(method, str) else "is set"
+            fields.problem(name, f"{found}, expected unquantised weights")
     if (kernel := values.get("attn_implementation")) not in (None, *_ATTENTION_KERNELS):
         fields.problem("attn_implementation", f"is {kernel!r}, expected one of {', '.join(_ATTENTION_KERNELS)}")
     for name in _EXTRA_OUTPUTS:
         if values.get(name) not in (None, False):
             fields.problem(name, f"is {values[name]!r}, expected false: an artefact's outputs are logits and the cache")
+
+
+def _layers_without_rope(fields: JsonFields, family: Family, num_layers: int) -> tuple[int, ...]:
+    """As config.json lists them, or every so-manieth."""
+    if not family.skips_rope or not fields.are_valid("num_hidden_layers"):
+        return ()
+    listed = fields.values.get("no_rope_layers")
+    if listed is None:
+        interval = fields.integer("no_rope_layer_interval")
+        return tuple(range(interval - 1, num_layers, interval))
+    # What the field lists is who does rotate. It may be longer than the model.
+    if not isinstance(listed, list) or len(listed) < num_layers or any(flag not in (0, 1) for flag in listed):
+        fields.problem("no_rope_layers", f"is {listed!r}, expected 1 or 0 for each of {num_layers} layers")
+        return ()
+    return tuple(layer for layer in range(num_layers) if not listed[layer])
+
+
+def _rope_layers(family: Family, num_layers: int, without: tuple[int, ...]) -> dict[str, Any]:
+    """The key of a config.json that says which layers rotate queries and keys; none for families that all do."""
+    return {"no_rope_layers": [int(layer not in without) for layer in range(num_layers)]} if family.skips_rope else {}
+
+
+def _multipliers(fields: JsonFields, family: Family) -> Multipliers:
+    if not family.has_multipliers:
+        return Multipliers()
+    return Multipliers(
+        embedding=fields.positive_number("embedding_multiplier"),
+        attention=fields.positive_number("attention_multiplier"),
+        residual=fields.positive_number("residual_multiplier"),
+        logits=fields.positive_number("logits_scaling"),
+    )
 
 
 def _pad_token(fields: JsonFields, vocab_size: int) -> int | None:

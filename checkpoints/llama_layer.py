@@ -1,8 +1,8 @@
 """What a Llama decoder layer consists of: the one table of its weights, and the names they have in checkpoints.
 
 Whoever names a weight of a layer takes it from here: the checks of checkpoints and adapters, the plain graph, the
-search for projections in other people's graphs, GGUF, depth scaling. Another family's layer is another table (with
-q/k/v biases alone, or norms of queries and keys): what reads the entries does not change with it.
+search for projections in other people's graphs, GGUF, depth scaling. What only some families have (biases of q, k and v
+alone, norms of queries and keys) stands here too, with the field of the configuration that says whether it is there.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Axis = Literal["query", "key-value", "hidden", "intermediate"]
+Axis = Literal["query", "key-value", "head", "hidden", "intermediate"]
 Block = Literal["self_attn", "mlp"]
-BiasFlag = Literal["attention_bias", "mlp_bias"]
+BiasFlag = Literal["qkv_bias", "attention_bias", "mlp_bias"]
+ModuleFlag = Literal["qk_norm"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class LayerModule:
         path: Its Hugging Face name inside the layer, "self_attn.q_proj".
         axes: Names of its weight's dimensions, [out, in] for a projection, one for a norm.
         gguf: Its name in a GGUF file, between the layer's and ".weight".
-        bias: The field of config.json that says whether it has a bias; None where it never has one.
+        bias: The field of the configuration that says whether it has a bias; None where it never has one.
         rotated: Whether its output is turned by the rotary embedding, head by head.
         ends_branch: Whether its output is what the block adds to the residual stream: where all of these are zeros, the
             layer is the identity.
+        only_with: The field of the configuration that says whether layers have it at all; None where every one has.
     """
 
     role: str
@@ -42,6 +44,7 @@ class LayerModule:
     bias: BiasFlag | None = None
     rotated: bool = False
     ends_branch: bool = False
+    only_with: ModuleFlag | None = None
 
     @property
     def is_norm(self) -> bool:
@@ -91,8 +94,8 @@ class LayerTable:
 
     @functools.cached_property
     def required(self) -> tuple[str, ...]:
-        """Names inside the layer of the tensors that every layer has; there may be biases besides."""
-        return tuple(module.weight for module in self.modules)
+        """Names inside the layer of the tensors that every layer has; there may be biases and norms besides."""
+        return tuple(module.weight for module in self.modules if module.only_with is None)
 
     @functools.cached_property
     def branch_ends(self) -> frozenset[str]:
@@ -101,10 +104,16 @@ class LayerTable:
 
 
 def _attention(
-    letter: str, axes: tuple[Axis, Axis], gguf: str, *, rotated: bool = False, ends: bool = False
+    letter: str, axes: tuple[Axis, Axis], gguf: str, bias: BiasFlag, *, rotated: bool = False, ends: bool = False
 ) -> LayerModule:
     role = f"{letter}_proj"
-    return LayerModule(role, "self_attn", f"self_attn.{role}", axes, gguf, "attention_bias", rotated, ends)
+    return LayerModule(role, "self_attn", f"self_attn.{role}", axes, gguf, bias, rotated, ends)
+
+
+def _head_norm(letter: str, gguf: str) -> LayerModule:
+    """One weight for all heads, of which each is normalised by itself."""
+    role = f"{letter}_norm"
+    return LayerModule(role, "self_attn", f"self_attn.{role}", ("head",), gguf, only_with="qk_norm")
 
 
 def _mlp(role: str, axes: tuple[Axis, Axis], gguf: str, *, ends: bool = False) -> LayerModule:
@@ -118,10 +127,12 @@ def _norm(role: str, block: Block, gguf: str) -> LayerModule:
 LLAMA_LAYER = LayerTable(
     (
         _norm("input_layernorm", "self_attn", "attn_norm"),
-        _attention("q", ("query", "hidden"), "attn_q", rotated=True),
-        _attention("k", ("key-value", "hidden"), "attn_k", rotated=True),
-        _attention("v", ("key-value", "hidden"), "attn_v"),
-        _attention("o", ("hidden", "query"), "attn_output", ends=True),
+        _attention("q", ("query", "hidden"), "attn_q", "qkv_bias", rotated=True),
+        _attention("k", ("key-value", "hidden"), "attn_k", "qkv_bias", rotated=True),
+        _attention("v", ("key-value", "hidden"), "attn_v", "qkv_bias"),
+        _attention("o", ("hidden", "query"), "attn_output", "attention_bias", ends=True),
+        _head_norm("q", "attn_q_norm"),
+        _head_norm("k", "attn_k_norm"),
         _mlp("gate_proj", ("intermediate", "hidden"), "ffn_gate"),
         _mlp("up_proj", ("intermediate", "hidden"), "ffn_up"),
         _mlp("down_proj", ("hidden", "intermediate"), "ffn_down", ends=True),

@@ -113,6 +113,7 @@ def _identity(source: ExportSource, sha256: str) -> SourceIdentity:
         None if config is None else config.model_type,
         source.adapter_name,
         source.adapter_base,
+        source.removed_layers,
     )
 
 

@@ -19,7 +19,7 @@ from dlo_export.checkpoints.files.output_check import check_output_folder, check
 from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, parse_router, router_name
-from dlo_export.checkpoints.model_types import RoutingKind, kv_keys
+from dlo_export.checkpoints.model_types import RoutingKind, family_of, kv_keys
 from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresholds_json
 from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
@@ -352,7 +352,9 @@ def _save(
     if request.retarget is not None and source.routing is not None:
         own = source.routing
         rule = {"rescale": own.rescale, "scale_factor": own.scale_factor, "scale_gap": own.scale_gap}
-    given, changes = source.config_json(), routed_config(is_dlo, routing=routing, thresholds=fitted.thresholds, **rule)
+    given = source.config_json()
+    family = family_of(given)
+    changes = routed_config(is_dlo, routing=routing, thresholds=fitted.thresholds, family=family, **rule)
     save_checkpoint(
         kept | routers,
         request.output,

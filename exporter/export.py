@@ -25,6 +25,7 @@ from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.model_metadata import set_model_metadata
 from dlo_export.exporter.pipeline import build_captured_model, build_model, check_captured, choose_onnxruntime_lowering
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.exporter.weight_file import save_weights, weight_bytes
@@ -80,6 +81,8 @@ class ExportRequest:
         force_base: Let the adapter be made from other weights.
         trt: Build TensorRT engines too; None builds none.
         ort_plugin_library: libdlo_ort.so, with which parity runs the plugin lowering.
+        last_logits: Have model.onnx compute the logits of each sequence's last token only.
+        remove_identity: Leave layers out that pass everything on.
         provider: Of ONNX Runtime, that model.onnx is made for, and parity runs on where it is there.
         static_cache: Tokens per sequence in a KV cache that ONNX Runtime writes in place, so that a CUDA graph captures
             a decode step of model.onnx; None lets the cache grow.
@@ -100,6 +103,8 @@ class ExportRequest:
     force_base: bool = False
     trt: TensorRtRequest | None = None
     ort_plugin_library: Path | None = None
+    last_logits: bool = False
+    remove_identity: bool = False
     provider: ProviderOption = "cpu"
     static_cache: int | None = None
 
@@ -112,7 +117,11 @@ class ExportRequest:
                 "on a CPU",
                 hint="export twice, once with each",
             )
-
+        if self.last_logits and self.static_cache is not None:
+            raise InputError(
+                "--last-logits and --static-cache: a cache that is written in place goes with every token's logits",
+                hint="leave one of the two out",
+            )
         if self.trt is not None and self.static_cache is not None:
             raise InputError(
                 "--static-cache and --trt: engines have a cache of their own, --trt-max-cache is its size",
@@ -162,6 +171,10 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
     try:
         for warning in source.warnings:
             reporter.warn(warning)
+        if request.remove_identity:
+            source = without_layers(source, source.identity_layers())
+            if not source.removed_layers:
+                reporter.warn("--remove-identity: no layer passes everything on, so none is removed")
         plan = _plan_engines(request, source, reporter)
         # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
         dtype = source.base.graph_dtype(request.dtype, request.provider) if plan is None else "fp32"
@@ -210,7 +223,13 @@ def _export_into(
     identity = BackgroundValue(source.base.sha256)
     with reporter.stage("graph"):
         if request.static_cache is None:
-            model = build_model(source, lowering, graph_dtype(dtype), PROVIDER_TARGETS[request.provider])
+            model = build_model(
+                source,
+                lowering,
+                graph_dtype(dtype),
+                PROVIDER_TARGETS[request.provider],
+                last_logits=request.last_logits,
+            )
         else:
             model = build_captured_model(source, lowering, request.static_cache, graph_dtype(dtype))
         set_model_metadata(model, source, dtype=dtype, lowering=lowering)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +22,7 @@ from dlo_export.exporter.artefact_runner import cache_slots, exposed_model, runn
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.reduced_source import ReducedSource, without_layers
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
@@ -36,6 +38,7 @@ from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.parity.cases import parity_cases
 from dlo_export.runtimes.parity.compare import Candidate, compare
+from dlo_export.runtimes.parity.fewer_layers import FewerLayersRunner
 from dlo_export.runtimes.parity.report import ParityReport
 from dlo_export.runtimes.parity.two_builds import TwoBuildsRunner
 from dlo_export.runtimes.runner import Runner
@@ -76,6 +79,8 @@ def check_parity(
         MachineError: There is no such device.
         InputError: The artefact was made from another source, or by another version, or the library cannot be used.
     """
+    if not source.removed_layers:  # of an artefact without some, the source as it was opened has all
+        source = without_layers(source, description.source.removed_layers)
     released = load_graph(folder / MODEL_NAME)
     if (reason := _why_not_run(source, description, released, plugin_library, provider)) is not None:
         return ParityReport.not_run(reason)
@@ -113,13 +118,12 @@ def check_parity(
     greedy_prompts = _GREEDY_PROMPTS if padded else (_GREEDY_PROMPTS[0],) * 2
     prompts = [max(1, tokens * longest // MOST_TOKENS) for tokens in greedy_prompts]
     opened: Callable[[], Runner]
-    precise: Callable[[], Runner] | None = None
+    another: Callable[[], Runner] | None = None
     if has_model:
-        # Imported here: torch takes seconds, and an export without parity does not need it.
-        from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
-
-        opened = functools.partial(open_reference, source.config_json(), tensors, device=device)
-        precise = functools.partial(opened, name="PyTorch in float64", float64=True)
+        opened = functools.partial(_pytorch_reference, source, device=device)
+        # Another precision, which tells rounding from faults: more of it, or the artefact's own.
+        other = "float64" if description.dtype == "fp32" else BY_OPTION[description.dtype].name
+        another = functools.partial(opened, name=f"PyTorch in {other}", dtype=other)
     else:
         opened = functools.partial(_own_reference, source, folder, released, description, provider)
     with opened() as reference:
@@ -130,9 +134,20 @@ def check_parity(
             dtype=description.dtype,
             greedy_prompts=[rng.integers(0, vocab_size, tokens).tolist() for tokens in prompts],
             greedy_tokens=max(1, longest - prompts[0]),
-            # The errors of 16 bits are their own; the table is wide enough for them.
-            open_precise=precise if description.dtype == "fp32" else None,
+            open_other=another,
+            steps_matter=source.base.config is not None and source.base.config.rope.depends_on_length,
         )
+
+
+def _pytorch_reference(source: ExportSource, **options: Any) -> Runner:
+    """The PyTorch model of a source, all its layers included: those too that were removed as passing everything on."""
+    # Imported here: torch takes seconds, and an export without parity does not need it.
+    from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
+
+    if not isinstance(source, ReducedSource):
+        return open_reference(source.config_json(), source.tensors(), **options)
+    whole = source.whole
+    return FewerLayersRunner(open_reference(whole.config_json(), whole.tensors(), **options), source.kept)
 
 
 def _own_reference(

@@ -35,6 +35,7 @@ from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
+from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, LoweringRecord, Target, Workload
@@ -77,6 +78,11 @@ class GraphSource(Protocol):
     @property
     def routing(self) -> RoutingConfig | None:
         """None where nothing is routed."""
+        ...
+
+    @property
+    def removed_layers(self) -> tuple[int, ...]:
+        """Layers of the deepened model that pass everything on and are to be left out."""
         ...
 
     @property
@@ -153,15 +159,19 @@ def foreign_passes() -> list[GraphPass]:
     ]
 
 
-def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord) -> list[Step]:
+def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord, *, last_logits: bool = False) -> list[Step]:
     """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
     return [
         # Runtimes make an empty cache by what its inputs say.
         Step(StateCacheSizesPass(), PLAIN),
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
+        # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
+        *([Step(RemoveIdentityLayersPass(source.removed_layers), INJECTED)] if source.removed_layers else []),
         # The masked form is exact standard ONNX, and the oracle for what follows.
         *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
+        # The head is the largest matrix, and its output larger: one row per sequence instead of one per prompt token.
+        *([Step(KeepLastLogitsPass(), INJECTED if source.routing is None else ROUTED)] if last_logits else []),
         # The one lowering: tokens that skip leave the MLP's batch, or the MLP runs only where a token is active.
         *_lowering_steps(lowering, Workload()),
         # Late: the fewer nodes the passes above meet the better. Decode gets 4 % faster.
@@ -188,6 +198,8 @@ def captured_steps(
     steps = [
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
+        # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
+        *([Step(RemoveIdentityLayersPass(source.removed_layers), INJECTED)] if source.removed_layers else []),
         # The masked form, its routers in fp32.
         *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
         # The one lowering, of fixed shapes.
@@ -215,6 +227,8 @@ def tensorrt_steps(source: GraphSource, options: TensorRtOptions) -> list[Step]:
     return [
         # Deepen first: routers are numbered in the deepened model.
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
+        # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
+        *([Step(RemoveIdentityLayersPass(source.removed_layers), INJECTED)] if source.removed_layers else []),
         # The masked form, its routers in fp32.
         *([Step(_route_layers(source), ROUTED)] if routed else []),
         # A float32 MatMul may run in TF32, and not at all on Turing.
@@ -311,6 +325,8 @@ def build_model(
     lowering: str,
     dtype: ir.DataType = ir.DataType.FLOAT,
     target: Target = "onnxruntime-cpu",
+    *,
+    last_logits: bool = False,
 ) -> ir.Model:
     """Builds the source's graph for ONNX Runtime.
 
@@ -319,6 +335,7 @@ def build_model(
         lowering: Name of what routed layers become.
         dtype: Of weights, KV cache and logits; a foreign graph keeps its own.
         target: What it is to run on.
+        last_logits: Compute the logits of each sequence's last token only.
 
     Returns:
         The finished graph, its weights still lazy.
@@ -328,7 +345,7 @@ def build_model(
         dlo_export.graph_passes.errors.GraphPassError: The graph (a foreign one) is not what a pass needs.
         dlo_export.graph_passes.spec.invariants.GraphInvariantError: A stage broke its promise: a bug.
     """
-    steps = onnxruntime_steps(source, find_lowering(lowering, target))
+    steps = onnxruntime_steps(source, find_lowering(lowering, target), last_logits=last_logits)
     return run_steps(_plain(source, dtype), steps)
 
 

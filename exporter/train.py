@@ -31,7 +31,14 @@ from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.files.uninterrupted import SIGNALS
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
-from dlo_export.checkpoints.model_types import RoutingKind, agreed_routing, kv_keys, routed_type, routing_kind
+from dlo_export.checkpoints.model_types import (
+    RoutingKind,
+    agreed_routing,
+    family_of,
+    kv_keys,
+    routed_type,
+    routing_kind,
+)
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresholds_json
 from dlo_export.exporter.progress import Reporter
@@ -193,7 +200,7 @@ def _trained_model(
     agreed = agreed_routing(None if source.routing is None else source.routing.kind, routing)
     if routers == "add":
         if source.routing is None:
-            config |= routed_config([True] * source.num_layers, routing=agreed)
+            config |= routed_config([True] * source.num_layers, routing=agreed, family=family_of(config))
         config["is_dlo"] = [True] * source.num_layers
         zeros: dict[str, LazyTensor] = {
             router_name(layer): ArrayTensor(np.zeros((1, config["hidden_size"]), np.float32))
@@ -318,11 +325,12 @@ def _config_changes(
     changes = source.config_values() | {"dtype": "float32", "torch_dtype": "float32"}
     changes |= replaced_thresholds(source.config_json(), thresholds)
     if config.get("is_dlo") is False:  # --routers none
-        dense = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "is_dlo": False}
+        family = family_of(config)
+        dense = {"model_type": family.name, "architectures": [f"{family.prefix}ForCausalLM"], "is_dlo": False}
         return changes | (dense | kv_keys(None, source.config_json()) if source.routing is not None else {})
     routing = routing_kind(config)
     assert routing is not None, "or it was not routed"
-    kind = routed_type(routing, thresholds=bool(thresholds))
+    kind = routed_type(routing, thresholds=bool(thresholds), family=family_of(config))
     kept = ("architectures", "is_dlo", "rescale_hidden_states", "scale_factor", "scale_gap")
     return changes | {
         **{key: config[key] for key in kept if key in config},

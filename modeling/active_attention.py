@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
@@ -29,10 +30,10 @@ def attend_among_active(
     past_key_values: Cache | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Llama's attention, its projections for some tokens only, its keys those of active tokens.
+    """The family's attention, its projections for some tokens only, its keys those of active tokens.
 
     Args:
-        attention: Whose weights are used.
+        attention: Whose weights are used: a Llama's, or one of `family_modules`.
         rows: The normalised stream of `tokens`, [n, hidden].
         tokens: Whom to attend for: the active ones, or more of them, each of which then sees itself as well.
         active: bool [batch, sequence], this step's tokens that others may attend to.
@@ -45,11 +46,13 @@ def attend_among_active(
     Returns:
         What attention adds to the rows, [n, hidden].
     """
-    query, key, value = (
-        _heads(attention, tokens.spread(projection(rows)))
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    projected = (
+        _head_normed(attention.q_proj(rows), attention, "q_norm"),
+        _head_normed(attention.k_proj(rows), attention, "k_norm"),
+        attention.v_proj(rows),
     )
-    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    query, key, value = (_heads(attention, tokens.spread(each)) for each in projected)
+    query, key = _rotated(attention, query, key, position_embeddings)
     # The cache gets its entry even where nobody is active: it must stay as long as the sequence.
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, attention.layer_idx, active)
@@ -70,7 +73,7 @@ def attend_to_all(
     past_key_values: Cache | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Llama's attention, keys and values of every token, queries and output for some tokens only.
+    """The family's attention, keys and values of every token, queries and output for some tokens only.
 
     Args:
         attention: Whose weights are used.
@@ -85,9 +88,10 @@ def attend_to_all(
         What attention adds to the rows, [n, hidden].
     """
     rows = tokens.gather(hidden_states)
-    query = _heads(attention, tokens.spread(attention.q_proj(rows)))
-    key, value = (_heads(attention, projection(hidden_states)) for projection in (attention.k_proj, attention.v_proj))
-    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    query = _heads(attention, tokens.spread(_head_normed(attention.q_proj(rows), attention, "q_norm")))
+    key = _heads(attention, _head_normed(attention.k_proj(hidden_states), attention, "k_norm"))
+    value = _heads(attention, attention.v_proj(hidden_states))
+    query, key = _rotated(attention, query, key, position_embeddings)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, attention.layer_idx)
     if not len(rows):
@@ -119,6 +123,22 @@ def _attended_rows(
     )
     added: torch.Tensor = attention.o_proj(tokens.gather(attended.flatten(2)))
     return added
+
+
+def _rotated(
+    attention: nn.Module, query: torch.Tensor, key: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys [batch, heads, sequence, head_dim], turned by the tables; SmolLM3 has layers that do not."""
+    if not getattr(attention, "use_rope", True):
+        return query, key
+    turned: tuple[torch.Tensor, torch.Tensor] = apply_rotary_pos_emb(query, key, *tables)
+    return turned
+
+
+def _head_normed(rows: torch.Tensor, attention: nn.Module, name: str) -> torch.Tensor:
+    """Queries or keys [..., heads · head_dim], each head normalised by itself in families that do so (Qwen3)."""
+    norm = getattr(attention, name, None)
+    return rows if norm is None else norm(rows.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
 
 
 def _mask_of_active(mask: torch.Tensor, active: torch.Tensor, sequence: int) -> torch.Tensor:

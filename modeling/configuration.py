@@ -1,13 +1,32 @@
-"""Configurations of routed Llama models, in Hugging Face form and with the DLO authors' keys."""
+"""Configurations of routed models, in Hugging Face form and with the DLO authors' keys."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.model_types import KV_KEY, RoutingKind, kv_problem, routed_type, routing_kind
+from dlo_export.checkpoints.model_types import (
+    KV_KEY,
+    LLAMA,
+    MODEL_TYPES,
+    Family,
+    ModelType,
+    RoutingKind,
+    kv_problem,
+    routed_type,
+    routing_kind,
+)
 from dlo_export.checkpoints.router_thresholds import ONE_HALF, read_thresholds, threshold_problems
 
 
@@ -38,6 +57,7 @@ class LlamaDloConfig(LlamaConfig):
     model_type = routed_type("mlp").name
     # Of the class and not of config.json: there model_type says it.
     routing: ClassVar[RoutingKind] = "mlp"
+    family: ClassVar[Family] = LLAMA
 
     is_dlo: list[bool] | bool | None = None
     rescale_hidden_states: bool = False
@@ -156,12 +176,47 @@ class LlamaDloAttentionConfig(LlamaDloConfig):
         return [*super()._routing_problems(), *([] if problem is None else [f"{KV_KEY} {problem}"])]
 
 
+_FAMILIES: Mapping[str, type[PreTrainedConfig]] = {
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "smollm3": SmolLM3Config,
+    "granite": GraniteConfig,
+}
+_LLAMAS = {
+    config_class.model_type: config_class
+    for config_class in (
+        LlamaDloConfig,
+        LlamaDloThresholdsConfig,
+        LlamaDloLayerConfig,
+        LlamaDloLayerThresholdsConfig,
+        LlamaDloAttentionConfig,
+    )
+}
+
+
+def _family_config(kind: ModelType) -> type[LlamaDloConfig]:
+    """The same keys of routing on top of another family's own configuration, whose fields it has besides a Llama's."""
+    assert kind.routing is not None, "asked for routed types"
+    assert kind.architecture is not None, "asked for routed types"
+    llama = _LLAMAS[routed_type(kind.routing, thresholds=kind.thresholds).name]
+    body = {
+        "__doc__": f"A {kind.family.prefix} routed as by a `{llama.__name__}`. Its config.json leaves out no field.",
+        "__module__": __name__,
+        "model_type": kind.name,
+        "family": kind.family,
+    }
+    name = kind.architecture.removesuffix("ForCausalLM") + "Config"
+    return type(name, (llama, _FAMILIES[kind.family.name]), body)
+
+
+CONFIGURATIONS: Mapping[str, type[LlamaDloConfig]] = _LLAMAS | {
+    kind.name: _family_config(kind)
+    for kind in MODEL_TYPES.values()
+    if kind.routing is not None and kind.family is not LLAMA
+}
+"""By model type."""
+globals().update({config_class.__name__: config_class for config_class in CONFIGURATIONS.values()})
+
 # Here rather than beside the models: a tokenizer needs to know the configuration's type, and no PyTorch.
-for config_class in (
-    LlamaDloConfig,
-    LlamaDloThresholdsConfig,
-    LlamaDloLayerConfig,
-    LlamaDloLayerThresholdsConfig,
-    LlamaDloAttentionConfig,
-):
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+for model_type, configuration in CONFIGURATIONS.items():
+    AutoConfig.register(model_type, configuration, exist_ok=True)

@@ -13,6 +13,8 @@ from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.modeling.active_attention import attend_among_active, attend_to_all
 from dlo_export.modeling.active_tokens import ActiveTokens, MaskedTokens, TokenRows, every_token
+from dlo_export.modeling.configuration import LlamaDloConfig
+from dlo_export.modeling.family_modules import use_family_modules
 from dlo_export.modeling.routing import (
     GateTokens,
     SelectTokens,
@@ -25,7 +27,11 @@ from dlo_export.modeling.routing import (
 
 
 class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
-    """A decoder layer that tokens may skip in part; without a router, a Llama's."""
+    """A decoder layer that tokens may skip in part; without a router, its family's own."""
+
+    def __init__(self, config: LlamaDloConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        use_family_modules(self, config, layer_idx)
 
     def forward(  # type: ignore[override]
         self,

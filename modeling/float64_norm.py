@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 
 class Float64RMSNorm(nn.Module):
@@ -14,7 +15,7 @@ class Float64RMSNorm(nn.Module):
         norm: Whose weight and ε it takes over.
     """
 
-    def __init__(self, norm: LlamaRMSNorm) -> None:
+    def __init__(self, norm: LlamaRMSNorm | Qwen3RMSNorm) -> None:
         super().__init__()
         self.weight = norm.weight
         self.epsilon = float(norm.variance_epsilon)
@@ -30,5 +31,5 @@ def use_float64_norms(model: nn.Module) -> None:
     """Replaces every norm of a float64 model, in place; its parameters keep their names."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, LlamaRMSNorm):
+            if isinstance(child, (LlamaRMSNorm, Qwen3RMSNorm)):
                 setattr(module, name, Float64RMSNorm(child))

@@ -8,18 +8,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import parse_router
-from dlo_export.checkpoints.model_types import routing_kind
+from dlo_export.checkpoints.model_types import LLAMA, MODEL_TYPES
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
+from dlo_export.modeling.family_modules import StepRotaryEmbedding
 from dlo_export.modeling.float64_norm import use_float64_norms
 from dlo_export.modeling.llama_dlo import (
-    ROUTED_MODELS,
-    THRESHOLD_MODELS,
     LlamaDloForCausalLM,
+    model_class_of,
     warn_of_untrained_routers,
 )
 
@@ -35,7 +34,7 @@ def llama_dlo_from_tensors(
     dtype: torch.dtype = torch.float32,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
 ) -> LlamaDloForCausalLM:
-    """Builds the model in evaluation mode; a plain Llama becomes one without routers.
+    """Builds the model in evaluation mode; a plain one becomes one without routers.
 
     Args:
         config: Of config.json.
@@ -73,8 +72,8 @@ def empty_llama_dlo(
         ValueError: As `llama_dlo_from_tensors`.
     """
     values = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
-    models = THRESHOLD_MODELS if values.get(THRESHOLDS) else ROUTED_MODELS
-    model_class = models[routing_kind(config) or "mlp"]
+    kind = MODEL_TYPES[config.get("model_type", LLAMA.name)]
+    model_class = model_class_of(kind, thresholds=bool(values.get(THRESHOLDS)))
     model_config = model_class.config_class(**values, dtype=dtype)
     with torch.device("meta"):
         model = model_class(model_config)
@@ -84,7 +83,7 @@ def empty_llama_dlo(
     if problems := _name_problems(expected, set(names)):
         raise ModelTensorsError(f"PyTorch model: {'; '.join(problems)}", hint="config.json belongs to another model")
     # Its frequencies are computed, not stored, and were left on the meta device.
-    model.model.rotary_emb = LlamaRotaryEmbedding(config=model_config)
+    model.model.rotary_emb = StepRotaryEmbedding(config=model_config)
     model.eval()
     return model
 

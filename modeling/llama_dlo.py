@@ -24,13 +24,22 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, Pr
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm
 from transformers.utils.generic import can_return_tuple
 
-from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind, leaves_keys
+from dlo_export.checkpoints.model_types import (
+    LLAMA,
+    MODEL_TYPES,
+    ROUTED_BLOCKS,
+    ModelType,
+    RoutingKind,
+    leaves_keys,
+    routed_type,
+)
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.modeling.active_cache import add_active_state
 from dlo_export.modeling.configuration import (
+    CONFIGURATIONS,
     LlamaDloAttentionConfig,
     LlamaDloConfig,
     LlamaDloLayerConfig,
@@ -38,6 +47,7 @@ from dlo_export.modeling.configuration import (
     LlamaDloThresholdsConfig,
 )
 from dlo_export.modeling.decoder_layer import ROUTED_LAYERS
+from dlo_export.modeling.family_modules import StepRotaryEmbedding, language_head, token_embedding
 from dlo_export.modeling.routing import GateTokens, SelectTokens, TokenRouter, TrainingRouting
 
 
@@ -95,13 +105,13 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
 
     def __init__(self, config: LlamaDloConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = token_embedding(config)
         layer_class = ROUTED_LAYERS[config.routing]
         self.layers = nn.ModuleList(layer_class(config, index) for index in range(config.num_hidden_layers))
         # Keyed by layer: the numbers of layers without a router are missing from the tensors' names.
         self.routers = nn.ModuleDict({str(layer): TokenRouter(config.hidden_size) for layer in config.routed_layers})
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = StepRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.masked = False
         self.post_init()
@@ -226,7 +236,7 @@ class LlamaDloForCausalLM(LlamaDloPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LlamaDloModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = language_head(config)
         self.post_init()
 
     @classmethod
@@ -332,6 +342,38 @@ THRESHOLD_MODELS: Mapping[RoutingKind, type[LlamaDloForCausalLM]] = {
 """The same where routers have thresholds."""
 
 
+def _family_model(kind: ModelType) -> type[LlamaDloForCausalLM]:
+    """The same model under the type of another family, whose attention its layers have."""
+    assert kind.routing is not None, "asked for routed types"
+    assert kind.architecture is not None, "asked for routed types"
+    llama = (THRESHOLD_MODELS if kind.thresholds else ROUTED_MODELS)[kind.routing]
+    doc = f"A {kind.family.prefix} routed as `{llama.__name__}` is."
+    body = {"__doc__": doc, "__module__": __name__, "config_class": CONFIGURATIONS[kind.name]}
+    return type(kind.architecture, (llama,), body)
+
+
+MODELS: Mapping[str, type[LlamaDloForCausalLM]] = {
+    model_class.config_class.model_type: model_class
+    for model_class in (*ROUTED_MODELS.values(), *THRESHOLD_MODELS.values())
+} | {
+    kind.name: _family_model(kind)
+    for kind in MODEL_TYPES.values()
+    if kind.routing is not None and kind.family is not LLAMA
+}
+"""By model type."""
+globals().update({model_class.__name__: model_class for model_class in MODELS.values()})
+
+
+def model_class_of(kind: ModelType, *, thresholds: bool = False) -> type[LlamaDloForCausalLM]:
+    """The model of a type: of a plain one, that which routes MLPs and has no router.
+
+    Args:
+        kind: Of config.json.
+        thresholds: Whether any router has a threshold of its own, whatever the type says.
+    """
+    return MODELS[routed_type(kind.routing or "mlp", thresholds=thresholds, family=kind.family).name]
+
+
 def identity_layers(model: PreTrainedModel, routing: RoutingKind) -> Iterator[int]:
     """Layers of which what can be skipped adds exactly nothing, as in an untrained zero_out layer.
 
@@ -373,5 +415,5 @@ def warn_of_untrained_routers(model: LlamaDloForCausalLM) -> None:
         )
 
 
-for routed_model in (*ROUTED_MODELS.values(), *THRESHOLD_MODELS.values()):
+for routed_model in MODELS.values():
     AutoModelForCausalLM.register(routed_model.config_class, routed_model, exist_ok=True)

@@ -36,6 +36,7 @@ class GrowingRunner(Runner):
             routed_layers=interface.routed_layers,
             thresholds=thresholds,
             forcing=interface.forcing,
+            last_logits_only=interface.last_logits,
             takes_padding=takes_padding,
         )
         self._interface = interface

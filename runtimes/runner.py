@@ -91,6 +91,7 @@ class Runner(abc.ABC):
         num_layers: Decoder layers.
         routed_layers: Layers whose routing the model exposes, ascending. A released graph hides its routers.
         thresholds: By routed layer, the score that an active token's exceeds, where it is not one half.
+        last_logits_only: Whether the model computes no other logits than each step's last.
     """
 
     def __init__(
@@ -101,9 +102,11 @@ class Runner(abc.ABC):
         routed_layers: tuple[int, ...] = (),
         thresholds: Mapping[int, float] | None = None,
         forcing: Forcing = "possible",
+        last_logits_only: bool = False,
         takes_padding: bool = True,
     ) -> None:
         self.name = name
+        self.last_logits_only = last_logits_only
         self.num_layers = num_layers
         self.routed_layers = routed_layers
         self.thresholds = dict(thresholds or {})
@@ -145,12 +148,19 @@ class Runner(abc.ABC):
 
         Raises:
             StepError: The runner was closed or not reset; shapes contradict each other or the cache; decisions are
-                missing, or for layers without router; the step does not fit, or the runtime fails.
+                missing, or for layers without router; all tokens' logits are asked for of a model that has the
+                last's only; the step does not fit, or the runtime fails.
         """
         self._check_open()
         request = StepRequest(input_ids, attention_mask, position_ids, force_active, last_logits, hidden_states)
         self._check_shapes(request)
         self._check_forcing(request.force_active)
+        if self.last_logits_only and not last_logits and request.sequence > 1:
+            raise StepError(
+                f"{self.name}: computes the last token's logits only, and those of all {request.sequence} tokens were "
+                "asked for",
+                hint="ask for last_logits, or export without --last-logits (of an engine, --trt-last-logits)",
+            )
         self._check_padding(request.attention_mask)
         result = self._compute(request)
         self._past += request.sequence

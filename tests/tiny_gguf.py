@@ -22,11 +22,14 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+HALVED = ("qwen2", "qwen3")
 # The gguf package reads these formats but cannot write them: their blocks are filled with random bytes.
 UNWRITABLE = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "TQ1_0", "TQ2_0"),
@@ -56,7 +59,7 @@ def save_tiny_gguf(
     left_out: Sequence[str] = (),
     tensors_per_part: int = 0,
 ) -> Path:
-    """Writes a checkpoint of save_tiny_llama as GGUF.
+    """Writes a checkpoint of save_tiny_llama or save_tiny_family as GGUF.
 
     Args:
         folder: The checkpoint; a single file.
@@ -74,20 +77,23 @@ def save_tiny_gguf(
         The file, or the first of its parts.
     """
     config = json.loads((folder / "config.json").read_text())
-    writer = GGUFWriter(path, "llama", split_max_tensors=tensors_per_part)
+    # Families that llama.cpp rotates as transformers does have a name of their own.
+    architecture = config["model_type"] if config["model_type"] in HALVED else "llama"
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer = GGUFWriter(path, architecture, split_max_tensors=tensors_per_part)
     values = {
-        "llama.block_count": config["num_hidden_layers"],
-        "llama.context_length": config["max_position_embeddings"],
-        "llama.embedding_length": config["hidden_size"],
-        "llama.feed_forward_length": config["intermediate_size"],
-        "llama.attention.head_count": config["num_attention_heads"],
-        "llama.attention.head_count_kv": config["num_key_value_heads"],
-        "llama.attention.key_length": config["head_dim"],
-        "llama.attention.value_length": config["head_dim"],
-        "llama.rope.dimension_count": config["head_dim"],
-        "llama.rope.freq_base": config["rope_parameters"]["rope_theta"],
-        "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "llama.vocab_size": config["vocab_size"],
+        f"{architecture}.block_count": config["num_hidden_layers"],
+        f"{architecture}.context_length": config["max_position_embeddings"],
+        f"{architecture}.embedding_length": config["hidden_size"],
+        f"{architecture}.feed_forward_length": config["intermediate_size"],
+        f"{architecture}.attention.head_count": config["num_attention_heads"],
+        f"{architecture}.attention.head_count_kv": config["num_key_value_heads"],
+        f"{architecture}.attention.key_length": head_dim,
+        f"{architecture}.attention.value_length": head_dim,
+        f"{architecture}.rope.dimension_count": head_dim,
+        f"{architecture}.rope.freq_base": config["rope_parameters"]["rope_theta"],
+        f"{architecture}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        f"{architecture}.vocab_size": config["vocab_size"],
     } | (metadata or {})
     if tokenizer is not None:
         _add_tokenizer(writer, tokenizer, tokens or config["vocab_size"])
@@ -106,7 +112,7 @@ def save_tiny_gguf(
     for name, tensor in load_file(folder / "model.safetensors").items():
         array = tensor.float().numpy()
         role = name.split(".")[-2]
-        if role in heads:
+        if role in heads and architecture == "llama":
             array = _neighbours_rotated(array, heads[role])
         if _gguf_name(name) not in left_out:
             _add_tensor(writer, _gguf_name(name), array, quantisation)

@@ -23,7 +23,16 @@ from dlo_export.checkpoints.llama_layer import (
     parse_router,
     router_name,
 )
-from dlo_export.checkpoints.model_types import RoutingKind, agreed_routing, kv_keys, routed_type, routing_kind
+from dlo_export.checkpoints.model_types import (
+    LLAMA,
+    Family,
+    RoutingKind,
+    agreed_routing,
+    family_of,
+    kv_keys,
+    routed_type,
+    routing_kind,
+)
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import thresholds_json
 
@@ -38,7 +47,7 @@ __all__ = [
     "placements",
 ]
 
-_PER_LAYER_LISTS = ("dlo_capacity", "layer_types")
+PER_LAYER_LISTS = ("dlo_capacity", "layer_types", "no_rope_layers")
 
 
 def expanded_tensors(
@@ -110,7 +119,7 @@ def expanded_config(
 ) -> dict[str, Any]:
     """The keys of config.json that the deepened model changes.
 
-    A model without routers stays a ``llama``; one with routers gets the DLO authors' keys. Per-layer lists follow
+    A model without routers keeps its type; one with routers gets the DLO authors' keys. Per-layer lists follow
     their layers; `injected_layers` of a model that was deepened before is carried over, sources counted in the model
     that was there first.
 
@@ -128,7 +137,7 @@ def expanded_config(
         "num_hidden_layers": plan.num_layers,
         "injected_layers": [dataclasses.asdict(layer) for layer in _all_injected_layers(config, plan)],
     }
-    for key in _PER_LAYER_LISTS:
+    for key in PER_LAYER_LISTS:
         if isinstance(config.get(key), list):
             changes[key] = _placed(config[key], plan, key)
     routed = config.get("is_dlo")
@@ -145,7 +154,8 @@ def expanded_config(
         is_dlo = [True] * plan.num_layers
         own = routing_kind(config) if routed and any(routed) else None
         agreed = agreed_routing(own, routing)
-        changes |= {"is_dlo": is_dlo} if own is not None else routed_config(is_dlo, routing=agreed)
+        family = family_of(config)
+        changes |= {"is_dlo": is_dlo} if own is not None else routed_config(is_dlo, routing=agreed, family=family)
     return changes
 
 
@@ -157,6 +167,7 @@ def routed_config(
     scale_factor: float = 2.0,
     scale_gap: float = 0.0,
     thresholds: Mapping[int, float] | None = None,
+    family: Family = LLAMA,
 ) -> dict[str, Any]:
     """The keys of config.json that make a model a routed one; by default, active branches are taken as they are.
 
@@ -168,8 +179,9 @@ def routed_config(
             not trained with a scale.
         scale_gap: Likewise.
         thresholds: By routed layer, where it is not 0.5.
+        family: Of the model.
     """
-    kind = routed_type(routing, thresholds=bool(thresholds))
+    kind = routed_type(routing, thresholds=bool(thresholds), family=family)
     return {
         "model_type": kind.name,
         "architectures": [kind.architecture],

@@ -1,4 +1,4 @@
-"""Llama checkpoints in a GGUF file: its metadata and tensors under Hugging Face names, forms and orders."""
+"""Checkpoints in a GGUF file: its metadata and tensors under Hugging Face names, forms and orders."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from dlo_export.checkpoints.formats.gguf_tokenizer import (
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.llama_checkpoint import Checkpoint
 from dlo_export.checkpoints.llama_layer import GGUF_OUTER_NAMES, LLAMA_LAYER, layer_tensor_name, parse_layer_tensor
+from dlo_export.checkpoints.model_types import GGUF_FAMILIES
 from dlo_export.checkpoints.tokenization.errors import UnknownTokenizerError
 
 ROPE_FACTORS = "rope_freqs.weight"
-# config.json key ← metadata key below "llama."; only what a file says is passed on.
+# config.json key ← metadata key below the architecture's name; only what a file says is passed on.
 CONFIG_KEYS = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -43,12 +44,12 @@ CONFIG_KEYS = {
     "vocab_size": "vocab_size",
 }
 
-# What llama.cpp reads of every Llama; what config.json takes for a missing one may be another number.
+# What llama.cpp reads of every model; what config.json takes for a missing one may be another number.
 REQUIRED_KEYS = ("context_length", "attention.layer_norm_rms_epsilon")
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Opens a GGUF file of a Llama model.
+    """Opens a GGUF file of a Llama, or of a family whose files are read.
 
     Its `stored_dtype` is the block format of most of its bytes ("Q4_1"), or a float type's name. A tokenizer of an
     unknown kind is left out, with a warning.
@@ -57,7 +58,7 @@ def open_gguf(path: Path) -> Checkpoint:
         path: The file, or any part of one that was split.
 
     Raises:
-        CheckpointError: It is damaged, in parts that are not all there, or not a supported Llama.
+        CheckpointError: It is damaged, in parts that are not all there, or not a supported model.
     """
     files, contents = read_gguf_parts(path)
     metadata, stored = contents.metadata, dict(contents.tensors)
@@ -109,29 +110,37 @@ def _tokenizer(
 def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor], path: Path) -> dict[str, Any]:
     """config.json as transformers 4 would write it, which 5 reads as well."""
     architecture = metadata.get("general.architecture")
-    if architecture != "llama":
+    if not isinstance(architecture, str) or architecture not in GGUF_FAMILIES:
         raise CheckpointError(
-            f"{path}: general.architecture is {architecture!r}, expected 'llama'",
-            hint="only Llama and the DLO authors' Llama variants can be exported",
+            f"{path}: general.architecture is {architecture!r}, expected one of {', '.join(GGUF_FAMILIES)}",
+            hint="export the original Hugging Face checkpoint, if its family is one of docs/checkpoints.md",
         )
+    family = GGUF_FAMILIES[architecture]
+    keys = {name.removeprefix(f"{architecture}."): value for name, value in metadata.items()}
     unsupported = [
-        f"llama.{key} is {metadata[f'llama.{key}']!r}, expected {expected}"
+        f"{architecture}.{key} is {keys[key]!r}, expected {expected}"
         for key, expected in (
             ("expert_count", 0),
-            ("attention.value_length", metadata.get("llama.attention.key_length")),
+            ("attention.value_length", keys.get("attention.key_length")),
+            ("rope.scaling.attn_factor", 1.0),
         )
-        if metadata.get(f"llama.{key}", expected) != expected
+        if keys.get(key, expected) != expected
     ]
-    unsupported += [f"llama.{key} is missing" for key in REQUIRED_KEYS if f"llama.{key}" not in metadata]
+    unsupported += [f"{architecture}.{key} is missing" for key in REQUIRED_KEYS if key not in keys]
     if unsupported:
         raise CheckpointError(
             f"{path}: not a model this version can export\n  " + "\n  ".join(unsupported),
             hint="docs/checkpoints.md lists what can be exported",
         )
-    values: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    for name, key in CONFIG_KEYS.items():
-        if f"llama.{key}" in metadata:
-            values[name] = metadata[f"llama.{key}"]
+    values: dict[str, Any] = {
+        "architectures": [f"{family.prefix}ForCausalLM"],
+        "model_type": family.name,
+        "hidden_act": "silu",
+    }
+    values |= {name: keys[key] for name, key in CONFIG_KEYS.items() if key in keys}
+    # What llama.cpp takes for these where they are missing; config.json's types have other defaults.
+    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+    values.setdefault("head_dim", _quotient(values.get("hidden_size"), values.get("num_attention_heads")))
     if "vocab_size" not in values and "token_embd.weight" in stored:
         values["vocab_size"] = stored["token_embd.weight"].shape[0]
     values["bos_token_id"] = special_token_id(metadata, "bos")
@@ -140,29 +149,35 @@ def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor]
     values["pad_token_id"] = special_token_id(metadata, "padding")
     # llama.cpp writes the head only where it is not the embedding matrix.
     values["tie_word_embeddings"] = "output.weight" not in stored
-    values["attention_bias"] = any(re.fullmatch(r"blk\.\d+\.attn_\w+\.bias", name) for name in stored)
-    values["mlp_bias"] = any(re.fullmatch(r"blk\.\d+\.ffn_\w+\.bias", name) for name in stored)
-    values["sliding_window"] = metadata.get("llama.attention.sliding_window")
-    values["rope_scaling"] = _rope_scaling(metadata)
-    rotated = metadata.get("llama.rope.dimension_count")
-    head_dim = values.get("head_dim", _quotient(values.get("hidden_size"), values.get("num_attention_heads")))
-    if rotated is not None and rotated != head_dim:
-        values["partial_rotary_factor"] = f"{rotated} of {head_dim}"
+    # Where a family has biases of q, k and v alone, its type says so.
+    values["attention_bias"] = not family.qkv_bias and _has_biases(stored, "attn")
+    values["mlp_bias"] = _has_biases(stored, "ffn")
+    if (window := keys.get("attention.sliding_window")) is not None:
+        values |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
+    values["rope_scaling"] = _rope_scaling(keys)
+    rotated = keys.get("rope.dimension_count")
+    if rotated is not None and rotated != values["head_dim"]:
+        values["partial_rotary_factor"] = f"{rotated} of {values['head_dim']}"
     return {name: value for name, value in values.items() if value is not None or name.endswith("token_id")}
+
+
+def _has_biases(stored: Mapping[str, GgufTensor], block: str) -> bool:
+    return any(re.fullmatch(rf"blk\.\d+\.{block}_\w+\.bias", name) for name in stored)
 
 
 def _quotient(total: Any, parts: Any) -> int | None:
     return total // parts if type(total) is int and type(parts) is int and parts > 0 else None
 
 
-def _rope_scaling(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    kind = metadata.get("llama.rope.scaling.type")
-    factor = metadata.get("llama.rope.scaling.factor")
-    if kind is None and "llama.rope.scale_linear" in metadata:  # files of 2023
-        kind, factor = "linear", metadata["llama.rope.scale_linear"]
+def _rope_scaling(keys: Mapping[str, Any]) -> dict[str, Any] | None:
+    kind = keys.get("rope.scaling.type")
+    factor = keys.get("rope.scaling.factor")
+    if kind is None and "rope.scale_linear" in keys:  # files of 2023
+        kind, factor = "linear", keys["rope.scale_linear"]
     if kind in (None, "none") or (kind == "linear" and factor == 1.0):
         return None
-    return {"rope_type": kind, "factor": factor}
+    original = keys.get("rope.scaling.original_context_length")
+    return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
 
 
 def _llama3_scaling(factors: GgufTensor, config: LlamaConfig, path: Path) -> dict[str, Any]:
@@ -204,6 +219,7 @@ def _renamed(stored: Mapping[str, GgufTensor], config: LlamaConfig) -> dict[str,
     """The tensors under Hugging Face names; names that have none are kept, for Checkpoint to complain about."""
     modules = {module.gguf: module for module in LLAMA_LAYER}
     heads = {"query": config.num_heads, "key-value": config.num_kv_heads}
+    paired = config.family.gguf_rows == "paired"
     tensors = {}
     for name, tensor in stored.items():
         of_layer = re.fullmatch(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)", name)
@@ -212,7 +228,7 @@ def _renamed(stored: Mapping[str, GgufTensor], config: LlamaConfig) -> dict[str,
             tensors[GGUF_OUTER_NAMES.get(name, name)] = tensor
             continue
         order = None
-        if module.rotated and tensor.shape[0] == heads[module.axes[0]] * config.head_dim:
+        if paired and module.rotated and tensor.shape[0] == heads[module.axes[0]] * config.head_dim:
             order = _half_split_order(heads[module.axes[0]], config.head_dim)
         new_name = layer_tensor_name(int(of_layer[1]), f"{module.path}.{of_layer[3]}")
         tensors[new_name] = replace(tensor, row_order=order)

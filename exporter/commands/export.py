@@ -69,6 +69,13 @@ def main(
             help="What routed layers become; auto chooses by what was measured.",
         ),
     ] = "auto",
+    last_logits: Annotated[
+        bool,
+        typer.Option("--last-logits", help="Logits of each sequence's last token only: quicker prompts, no scoring."),
+    ] = False,
+    remove_identity: Annotated[
+        bool, typer.Option("--remove-identity", help="Leave layers out that pass everything on, with their cache.")
+    ] = False,
     provider: Annotated[
         ProviderOption, typer.Option(help="Of ONNX Runtime, which model.onnx is made for: its type, its lowering.")
     ] = "cpu",
@@ -117,7 +124,10 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print dlo_artifact.json to stdout.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
-    """Export a Llama, plain, deepened or routed, to an ONNX artefact that is proven equal to PyTorch."""
+    """Export a Llama, plain, deepened or routed, to an ONNX artefact that is proven equal to PyTorch.
+
+    Mistral, Qwen2, Qwen3, SmolLM3 and Granite are exported alike: docs/checkpoints.md says what is read of each.
+    """
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
@@ -153,6 +163,8 @@ def main(
         force_base=force_base,
         trt=tensorrt if trt else None,
         ort_plugin_library=ort_plugin_library,
+        last_logits=last_logits,
+        remove_identity=remove_identity,
         static_cache=static_cache,
         provider=provider,
     )
@@ -178,6 +190,8 @@ def main(
     if len(description.engines) > 1:
         extra = min(engine.build.bytes for engine in description.engines)
         typer.echo(f"--trt-split: both engines hold the weights, so the second one costs {extra / 2**20:.0f} MB")
+    if removed := description.source.removed_layers:
+        typer.echo(f"removed, since they pass everything on: layers {', '.join(map(str, removed))} of the source")
     layers = description.layers
     counts = {kind: sum(getattr(layer, kind) for layer in layers) for kind in ("injected", "routed", "identity")}
     typer.echo(

@@ -84,9 +84,11 @@ def _print_tables(inspection: Inspection) -> None:
 
     description = inspection.description
     if description is not None:
+        removed = ", ".join(map(str, description.source.removed_layers))
         tell(
             f"{inspection.path.parent}: {description.source.kind} {description.source.name}, "
-            f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
+            + (f"without its layers {removed}, which pass everything on, " if removed else "")
+            + f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
             f"parity {description.parity.verdict} (parity.json: {inspection.parity_report or 'not there'})"
         )
     if inspection.skips is not None:

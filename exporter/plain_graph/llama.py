@@ -1,4 +1,4 @@
-"""The plain Llama decoder as an ONNX graph in standard operators, built from its configuration.
+"""The plain decoder of a Llama, or of a family near it, as an ONNX graph in standard operators.
 
 Interface: DESIGN's, the one optimum and onnxruntime-genai use. Inputs `input_ids` [batch, sequence], `attention_mask`
 [batch, past + sequence], `position_ids` [batch, sequence] (int64) and `past_key_values.{i}.key|value` [batch, kv_heads,
@@ -25,6 +25,7 @@ from dlo_export.checkpoints.interface import (
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import EMBEDDING, LLAMA_LAYER, layer_path, layer_tensor_name
 from dlo_export.exporter.plain_graph.graph_builder import GraphBuilder
+from dlo_export.exporter.plain_graph.rotary import rotary_tables
 from dlo_export.graph_passes.checkpoint_weight import CheckpointWeight
 
 OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding
@@ -37,7 +38,7 @@ def plain_graph(
     """Builds the decoder without injected layers' or routers' semantics; routers of the configuration are ignored.
 
     Args:
-        config: Of a Llama with `config.num_layers` layers.
+        config: Of a model with `config.num_layers` layers.
         tensors: Checkpoint tensors under Hugging Face names; read when the model is saved, not here.
         dtype: Of weights, KV cache and logits.
 
@@ -75,7 +76,11 @@ class _DecoderGraph:
         # What all layers share is computed once per step: the rotary tables, and one additive mask.
         embeddings = self._weight(EMBEDDING)
         hidden_states = builder.op("Gather", [embeddings, input_ids], "model.embed_tokens")
-        self.rotary = self._rotary_tables(position_ids)
+        hidden_states = self._scaled(
+            hidden_states, config.multipliers.embedding, "model.embedding_multiplier", "model.scaled_embeddings"
+        )
+        tables = rotary_tables(builder, config.rope, config.head_dim, position_ids)
+        self.rotary = [self._cast(table) for table in tables]
         self.mask = self._attention_bias(input_ids, attention_mask)
 
         # The residual stream goes through the layers; each gives out its cache as it is after the step.
@@ -88,24 +93,6 @@ class _DecoderGraph:
         builder.output(logits, self.dtype, ["batch", "sequence", config.vocab_size])
         for value in present:
             builder.output(value, self.dtype, ["batch", config.num_kv_heads, "total_sequence", config.head_dim])
-
-    def _rotary_tables(self, position_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Cos and sin of every token's angles, [batch, sequence, head_dim / 2], once per step, angles in fp32.
-
-        Computed rather than looked up: no table bounds the context length, and none is stored.
-        """
-        builder = self.builder
-        positions = builder.op("Cast", [position_ids], "model.rotary_emb.positions", to=1, dtype=ir.DataType.FLOAT)
-        column = builder.op(
-            "Unsqueeze", [positions, builder.constant("axes.last", np.array([2]))], "model.rotary_emb.column"
-        )
-        frequencies = self.config.rope.inverse_frequencies(self.config.head_dim)
-        angles = builder.op(
-            "Mul", [column, builder.constant("model.rotary_emb.inv_freq", frequencies)], "model.rotary_emb.angles"
-        )
-        cos = self._cast(builder.op("Cos", [angles], "model.rotary_emb.cos"))
-        sin = self._cast(builder.op("Sin", [angles], "model.rotary_emb.sin"))
-        return cos, sin
 
     def _attention_bias(self, input_ids: ir.Value, attention_mask: ir.Value) -> ir.Value:
         """One additive mask for all layers, [batch, 1, sequence, total]: causal, and blind to padding.
@@ -153,8 +140,10 @@ class _DecoderGraph:
         builder, name = self.builder, layer_path(index)
         normed = self._norm(hidden_states, self._path(index, "input_layernorm"))
         attended, key, value = self._attention(index, normed, past)
+        attended = self._added(attended, f"{name}.attention_multiplied")
         residual = builder.op("Add", [hidden_states, attended], f"{name}.attention_residual")
         branch = self._mlp(index, self._norm(residual, self._path(index, "post_attention_layernorm")))
+        branch = self._added(branch, f"{name}.mlp_multiplied")
         return builder.op("Add", [residual, branch], f"{name}.mlp_residual"), key, value
 
     def _attention(self, index: int, normed: ir.Value, past: list[ir.Value]) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -162,8 +151,12 @@ class _DecoderGraph:
         query = self._projection(index, "q_proj", normed)
         key = self._projection(index, "k_proj", normed)
         value = self._projection(index, "v_proj", normed)
-        query = builder.op("RotaryEmbedding", [query, *self.rotary], f"{name}.q_rotary", num_heads=config.num_heads)
-        key = builder.op("RotaryEmbedding", [key, *self.rotary], f"{name}.k_rotary", num_heads=config.num_kv_heads)
+        if config.qk_norm:
+            query = self._head_norm(index, "q_norm", query, config.num_heads)
+            key = self._head_norm(index, "k_norm", key, config.num_kv_heads)
+        if index not in config.layers_without_rope:
+            query = builder.op("RotaryEmbedding", [query, *self.rotary], f"{name}.q_rotary", num_heads=config.num_heads)
+            key = builder.op("RotaryEmbedding", [key, *self.rotary], f"{name}.k_rotary", num_heads=config.num_kv_heads)
         # The operator appends to the cache by itself, and takes the heads apart.
         attended, present_key, present_value = builder.op_outputs(
             "Attention",
@@ -171,7 +164,7 @@ class _DecoderGraph:
             [f"{name}.attention", *(present_name(index, part) for part in CACHE_PARTS)],
             q_num_heads=config.num_heads,
             kv_num_heads=config.num_kv_heads,
-            scale=float(config.head_dim**-0.5),
+            scale=config.attention_scale,
         )
         return self._projection(index, "o_proj", attended), present_key, present_value
 
@@ -184,9 +177,17 @@ class _DecoderGraph:
         return self._projection(index, "down_proj", builder.op("Mul", [silu, up], f"{name}.gated"))
 
     def _head(self, normed: ir.Value, embeddings: ir.Value) -> ir.Value:
+        divisor = self.config.multipliers.logits
+        if divisor == 1:
+            return self._undivided_head(normed, embeddings, LOGITS)
+        logits = self._undivided_head(normed, embeddings, "head.undivided")
+        constant = self.builder.constant("head.logits_scaling", np.asarray(divisor, self.dtype.numpy()))
+        return self.builder.op("Div", [logits, constant], LOGITS)
+
+    def _undivided_head(self, normed: ir.Value, embeddings: ir.Value, output: str) -> ir.Value:
         builder, config = self.builder, self.config
         if not config.tie_word_embeddings:
-            return self._linear(normed, "lm_head", bias=False, output=LOGITS)
+            return self._linear(normed, "lm_head", bias=False, output=output)
         # Gemm reads the embedding matrix as it is stored, but takes two dimensions only: tokens become rows, and get
         # their two axes back behind it.
         rows = builder.op(
@@ -202,7 +203,27 @@ class _DecoderGraph:
             "head.shape",
             axis=0,
         )
-        return builder.op("Reshape", [scores, shape], LOGITS)
+        return builder.op("Reshape", [scores, shape], output)
+
+    def _head_norm(self, index: int, role: str, value: ir.Value, heads: int) -> ir.Value:
+        """Every head of queries or keys [batch, sequence, heads · head_dim] normalised by itself."""
+        builder, name = self.builder, self._path(index, role)
+        # A 0 keeps the dimension as it is: batch and sequence stay free.
+        apart = builder.constant(f"heads_{heads}", np.array([0, 0, heads, self.config.head_dim]))
+        together = builder.constant(f"width_{heads}", np.array([0, 0, heads * self.config.head_dim]))
+        normed = self._norm(builder.op("Reshape", [value, apart], f"{name}.heads"), name)
+        return builder.op("Reshape", [normed, together], f"{name}.tokens")
+
+    def _added(self, branch: ir.Value, name: str) -> ir.Value:
+        """What a block adds to the residual stream."""
+        return self._scaled(branch, self.config.multipliers.residual, "model.residual_multiplier", name)
+
+    def _scaled(self, value: ir.Value, factor: float, constant: str, name: str) -> ir.Value:
+        """A value of the graph's type times a constant; the value itself where that is 1."""
+        if factor == 1:
+            return value
+        multiplier = self.builder.constant(constant, np.asarray(factor, self.dtype.numpy()))
+        return self.builder.op("Mul", [value, multiplier], name)
 
     def _norm(self, value: ir.Value, name: str) -> ir.Value:
         """RMSNormalization-23, its mean of squares in fp32 whatever the dtype (stash_type 1)."""

@@ -18,7 +18,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, all_zeros
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
-from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, leaves_keys
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, family_of, leaves_keys
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.sources.adapter_base import check_adapter_base
@@ -39,6 +39,7 @@ class ExportSource:
         routing: From the adapter, else from the base model; None for a dense model.
         adapter_name: Of the folder of an adapter, a LoRA one included; None where there is none.
         adapter_base: Whether that was made from the base model's weights.
+        removed_layers: Indices of layers that pass everything on and are left out: none here, see `ReducedSource`.
     """
 
     base: BaseModel
@@ -46,6 +47,7 @@ class ExportSource:
     routing: RoutingConfig | None
     adapter_name: str | None = None
     adapter_base: AdapterBase | None = None
+    removed_layers: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -133,6 +135,7 @@ class ExportSource:
                 scale_factor=self.adapter.scale_factor,
                 scale_gap=self.adapter.scale_gap,
                 thresholds=self.adapter.router_thresholds,
+                family=family_of(base),
             )
         return values
 
@@ -188,6 +191,8 @@ def open_source(
             f"{base.path}: already has routers, and so may the adapter {adapter_folder}",
             hint="an adapter goes on the plain checkpoint it was made from",
         )
+    if adapter.injected_layers:
+        check_use(base, "injection")
     adapter.check_fits(base.tensor_shapes(), base.num_layers)
     routing = _adapter_routing(adapter)
     adapter_base = check_adapter_base(adapter, base, adapter_folder, force=force_base)
@@ -243,5 +248,5 @@ def _renumbered(name: str, positions: list[int]) -> str:
 
 def _are_zeros(tensors: Mapping[str, LazyTensor], layer: int, names: Iterable[str]) -> bool:
     """Whether those of a layer's tensors that there are hold nothing but zeros."""
-    ends = (tensors.get(layer_tensor_name(layer, name)) for name in names)
-    return all(all_zeros(tensor) for tensor in ends if tensor is not None)
+    ends = [tensors[full] for name in names if (full := layer_tensor_name(layer, name)) in tensors]
+    return bool(ends) and all(map(all_zeros, ends))  # none at all: a graph whose weights have other roles

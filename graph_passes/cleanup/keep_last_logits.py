@@ -11,77 +11,48 @@ import onnx_ir as ir
 from dlo_export.checkpoints.interface import KV_LENGTHS, LOGITS, WRITE_INDICES
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
-from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.data_flow import element_type
-from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 
 @dataclasses.dataclass(frozen=True)
 class KeepLastLogitsPass(GraphPass):
-    """Gather the last real token behind the last layer, so that norm and head run once per sequence.
+    """Take the last real token behind the last layer, so that norm and head run once per sequence.
 
     Before::
 
         logits = head(norm(y))                                           # [batch, sequence, vocab]
 
-    After::
+    After, with a growing cache, where batches are padded at the left::
+
+        logits = head(norm(Slice(y, -1, ∞, axis 1)))                     # [batch, 1, vocab]
+
+    After, with a static cache, where they are ragged to the right::
 
         last   = Unsqueeze(kv_lengths − write_indices − 1, [1, 2])        # [batch, 1, 1]
         logits = head(norm(GatherND(y, last, batch_dims=1)))             # [batch, 1, vocab]
 
-    Scope: main graph, with a static cache; the head must take the number of tokens from what it reads.
-    Source: ONNX GatherND-13.
+    Scope: main graph; the head must take the number of tokens from what it reads.
+    Source: ONNX Slice-13, GatherND-13.
     """
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, UseStaticCachePass)
     nodes_from: ClassVar[Border | None] = "injected"
-
-    def check(self, model: ir.Model) -> None:
-        """The graph says where a sequence's last token is.
-
-        Raises:
-            GraphPassError: It does not.
-        """
-        inputs = {value.name for value in model.graph.inputs}
-        if missing := [name for name in (WRITE_INDICES, KV_LENGTHS) if name not in inputs]:
-            raise GraphPassError(
-                f"KeepLastLogitsPass: the graph has no input {' and '.join(missing)}, so the last token is not known.",
-                hint="last-token logits need the static cache",
-            )
 
     def rewrite(self, model: ir.Model) -> bool:
         """Cut the stream behind the last layer."""
         graph = model.graph
         inputs = {value.name: value for value in graph.inputs}
         layer = find_decoder_layers(graph)[-1]
-        stream, new, int64 = layer.output, TaggedNodes(type(self).__name__, None), ir.DataType.INT64
-        # Whoever reads the stream now is the head; noted before the gathering below reads it too.
+        stream, new = layer.output, TaggedNodes(type(self).__name__, None)
+        # Whoever reads the stream now is the head; noted before what follows reads it too.
         readers = [(node, index) for node, index in stream.uses()]
-        # A step's tokens begin at write_indices and end before kv_lengths, so the last real one of them is this one.
-        one = shared_constant(graph, "model.last_token.one", np.array([1], np.int64))
-        axes = shared_constant(graph, "model.last_token.axes", np.array([1, 2], np.int64))
-        shape: tuple[int | str, ...] = ("batch",)
-        count = new.add(
-            "Sub",
-            inputs[KV_LENGTHS],
-            inputs[WRITE_INDICES],
-            name="model.last_token.count",
-            dtype=int64,
-            shape=shape,
-        )
-        last = new.add("Sub", count, one, name="model.last_token.index", dtype=int64, shape=shape)
-        index = new.add("Unsqueeze", last, axes, name="model.last_token.indices", dtype=int64, shape=("batch", 1, 1))
-        row = new.add(
-            "GatherND",
-            stream,
-            index,
-            name="model.last_token",
-            dtype=element_type(stream),
-            shape=("batch", 1, layer.hidden_size),
-            batch_dims=1,
-        )
+        if WRITE_INDICES in inputs and KV_LENGTHS in inputs:
+            row = _gathered(graph, new, layer, inputs[WRITE_INDICES], inputs[KV_LENGTHS])
+        else:
+            row = _sliced(graph, new, layer)
         # What follows computes one row per sequence: norm and head take the number of tokens from what they read.
         producer = stream.producer()
         assert producer is not None, "a layer computes its output"
@@ -92,3 +63,36 @@ class KeepLastLogitsPass(GraphPass):
         assert logits.shape is not None, "an output's shape is declared"
         logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
         return True
+
+
+def _sliced(graph: ir.Graph, new: TaggedNodes, layer: DecoderLayer) -> ir.Value:
+    """The last column of the stream, [batch, 1, hidden]."""
+    first = shared_constant(graph, "model.last_token.first", np.array([-1], np.int64))
+    end = shared_constant(graph, "model.last_token.end", np.array([np.iinfo(np.int64).max], np.int64))
+    axis = shared_constant(graph, "model.last_token.axis", np.array([1], np.int64))
+    stream = layer.output
+    shape = (layer.token_dims[0], 1, layer.hidden_size)
+    return new.add("Slice", stream, first, end, axis, name="model.last_token", dtype=element_type(stream), shape=shape)
+
+
+def _gathered(
+    graph: ir.Graph, new: TaggedNodes, layer: DecoderLayer, write_indices: ir.Value, kv_lengths: ir.Value
+) -> ir.Value:
+    """Each sequence's last real token of the stream, [batch, 1, hidden]."""
+    stream, int64 = layer.output, ir.DataType.INT64
+    # A step's tokens begin at write_indices and end before kv_lengths, so the last real one of them is this one.
+    one = shared_constant(graph, "model.last_token.one", np.array([1], np.int64))
+    axes = shared_constant(graph, "model.last_token.axes", np.array([1, 2], np.int64))
+    shape: tuple[int | str, ...] = ("batch",)
+    count = new.add("Sub", kv_lengths, write_indices, name="model.last_token.count", dtype=int64, shape=shape)
+    last = new.add("Sub", count, one, name="model.last_token.index", dtype=int64, shape=shape)
+    index = new.add("Unsqueeze", last, axes, name="model.last_token.indices", dtype=int64, shape=("batch", 1, 1))
+    return new.add(
+        "GatherND",
+        stream,
+        index,
+        name="model.last_token",
+        dtype=element_type(stream),
+        shape=("batch", 1, layer.hidden_size),
+        batch_dims=1,
+    )

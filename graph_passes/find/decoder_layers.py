@@ -32,7 +32,12 @@ from dlo_export.graph_passes.find.data_flow import (
     pass_through_values,
 )
 from dlo_export.graph_passes.find.projections import Projection, find_projections
-from dlo_export.graph_passes.find.residual_stream import ResidualBlock, embedding_values, residual_blocks
+from dlo_export.graph_passes.find.residual_stream import (
+    ResidualBlock,
+    embedding_lookup,
+    embedding_values,
+    residual_blocks,
+)
 from dlo_export.graph_passes.weights.embedding import embedding_table
 
 
@@ -167,8 +172,7 @@ def _joins_stream(block: ResidualBlock) -> bool:
 
 def _stream_dims(embedding: ir.Value) -> tuple[tuple[int | str | None, int | str | None], int]:
     """[batch, sequence] as the graph input of token ids declares them, and the width of the embedding table."""
-    lookup = embedding.producer()
-    assert lookup is not None, "the stream starts at an embedding node"
+    lookup = embedding_lookup(embedding)
     table, tokens = embedding_table(lookup), lookup.inputs[1]
     assert table is not None, "the stream starts at a constant table"
     if tokens is None or tokens.shape is None or len(tokens.shape) != 2:

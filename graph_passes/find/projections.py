@@ -73,7 +73,8 @@ def find_projections(
 
     Returns:
         Projections by role: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, input_layernorm,
-        post_attention_layernorm, and "{role}.bias" where there is one.
+        post_attention_layernorm, q_norm and k_norm where there are norms of queries and keys, and "{role}.bias" where
+        there is one.
 
     Raises:
         GraphPassError: A role is missing or ambiguous, or a weight has none, with all problems.
@@ -97,7 +98,12 @@ def find_projections(
     }
     # A norm's weight is a vector that scales what no matrix of the block has touched yet.
     traced = {"self_attn": (attention.nodes, flow), "mlp": (mlp.nodes, mlp_flow)}
-    norms = {module.role: list(_norm_weights(*traced[module.block])) for module in LLAMA_LAYER if module.is_norm}
+    norms = {
+        module.role: list(_norm_weights(*traced[module.block]))
+        for module in LLAMA_LAYER
+        if module.is_norm and module.only_with is None
+    }
+    norms |= _head_norms(attention, flow, matrices, present_key)
     # A role is one weight. None or several, or a weight without a role: then nothing is taken for granted.
     problems = []
     if key & value:
@@ -131,6 +137,20 @@ def find_projections(
     return found
 
 
+def key_width(attention: ResidualBlock, present_key: ir.Value) -> int | None:
+    """Columns of what the keys of all heads are computed from, whatever else is done to them; None if not one matrix.
+
+    Args:
+        attention: A layer's attention block.
+        present_key: Graph output that holds its keys.
+
+    Raises:
+        GraphPassError: A matrix is stored in a way that is not understood.
+    """
+    widths = {part.stop - part.start for part in LinearFlow(attention.nodes).of(present_key)}
+    return widths.pop() if len(widths) == 1 else None
+
+
 def _not_one(role: str, candidates: Sequence[str]) -> str:
     return f"{LLAMA_LAYER[role].path} could be {', '.join(candidates) or 'no node with a constant weight'}"
 
@@ -138,6 +158,22 @@ def _not_one(role: str, candidates: Sequence[str]) -> str:
 def _named(part: Part) -> str:
     columns = "" if part.whole else f" (columns {part.start} to {part.stop})"
     return f"{place(part.matrix.node)}{columns}"
+
+
+def _head_norms(
+    attention: ResidualBlock, flow: LinearFlow, matrices: Mapping[str, frozenset[Part]], present_key: ir.Value
+) -> dict[str, list[DenseStorage]]:
+    """Norms of queries and of keys, head by head; none where there are none, or only one of the two.
+
+    What scales queries has touched q_proj and nothing else. A norm over the width of all heads has no role here.
+    """
+    head_dim = present_key.shape[-1] if present_key.shape is not None else None
+    found = {}
+    for role, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
+        vectors = list(_norm_weights(attention.nodes, flow, matrices[projection]))
+        if {vector.shape[0] for vector in vectors} == {head_dim}:
+            found[role] = vectors
+    return found if len(found) == 2 else {}
 
 
 def _refuse_other_weights(blocks: Sequence[ResidualBlock], named: Collection[Projection], where: str) -> None:
@@ -179,10 +215,12 @@ def _float_constants(node: ir.Node, computed: Collection[ir.Value]) -> Iterable[
             yield base[0], tensor
 
 
-def _norm_weights(nodes: Iterable[ir.Node], flow: LinearFlow) -> Iterable[DenseStorage]:
-    """Vectors that scale a value that no matrix has touched yet."""
+def _norm_weights(
+    nodes: Iterable[ir.Node], flow: LinearFlow, touched_by: frozenset[Part] = frozenset()
+) -> Iterable[DenseStorage]:
+    """Vectors that scale a value that these parts of matrices have touched, and no others yet."""
     for node in nodes:
-        if flow.union(node.inputs):
+        if flow.union(node.inputs) != touched_by:
             continue
         inputs = (1,) if (node.domain, node.op_type) in _NORM_OPS else (0, 1) if is_op(node, "Mul") else ()
         vectors = (dense_storage(Place(node, index), "vector") for index in inputs)

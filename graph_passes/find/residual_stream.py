@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, place
 from dlo_export.graph_passes.find.data_flow import (
     SHAPE_OPS,
+    constant_scalar,
     is_op,
     node_order,
     nodes_between,
@@ -54,12 +55,30 @@ class ResidualBlock:
 
 
 def embedding_values(graph: ir.Graph) -> tuple[ir.Value, ...]:
-    """Outputs of the nodes that look up rows of a constant table by an integer graph input (input_ids)."""
+    """Rows of a constant table, looked up by an integer graph input (input_ids): as they are, or times a number."""
     return tuple(
-        node.outputs[0]
+        _scaled(node.outputs[0])
         for node in graph
         if len(node.inputs) > 1 and _is_integer_input(node.inputs[1]) and embedding_table(node) is not None
     )
+
+
+def embedding_lookup(value: ir.Value) -> ir.Node:
+    """The node that looks up one of `embedding_values`."""
+    node = value.producer()
+    while node is not None and is_op(node, "Mul"):
+        node = next(operand for operand in node.inputs if constant_scalar(operand) is None).producer()  # type: ignore[union-attr]  # a value
+    assert node is not None, "the stream starts at an embedding node"
+    return node
+
+
+def _scaled(value: ir.Value) -> ir.Value:
+    """The value times a constant number, where that is what reads it (Granite, Gemma); else the value itself."""
+    readers = [node for node in value.consumers() if not is_op(node, *SHAPE_OPS)]
+    if len(readers) != 1 or not is_op(readers[0], "Mul"):
+        return value
+    scaled = any(constant_scalar(operand) is not None for operand in readers[0].inputs)
+    return readers[0].outputs[0] if scaled else value
 
 
 def _is_integer_input(value: ir.Value | None) -> bool:

@@ -16,6 +16,7 @@ from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import ONE_HALF, threshold_problems, thresholds_json
 from dlo_export.graph_passes.cache.attention_cache import CachedAttention, cached_attentions
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
+from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
@@ -95,7 +96,7 @@ class RouteLayersPass(GraphPass):
     kind: RoutingKind = "mlp"
     thresholds: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
-    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass,)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, RemoveIdentityLayersPass)
     nodes_from: ClassVar[Border | None] = "routed"
 
     @property

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.llama_layer import parse_router, router_name
-from dlo_export.checkpoints.model_types import KV_KEY, RoutingKind
+from dlo_export.checkpoints.model_types import KV_KEY, RoutingKind, family_of, routed_type
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
-from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, model_class_of
 from dlo_export.modeling.perplexity import perplexity, score_hidden_states
 from dlo_export.modeling.routing import is_active
 
@@ -47,7 +47,7 @@ def with_routers(
     """The same model, sharing its weights, with these routers and no others.
 
     Args:
-        model: transformers' Llama or ours.
+        model: transformers' Llama or ours; of another family, ours.
         routers: By layer, float32 [1, hidden].
         routing: What they let tokens skip.
         thresholds: By routed layer, where it is not one half.
@@ -57,7 +57,7 @@ def with_routers(
     values = {key: value for key, value in model.config.to_dict().items() if key not in (*named, THRESHOLDS, KV_KEY)}
     is_dlo = [layer in routers for layer in range(num_layers)]
     changes = routed_config(is_dlo, routing=routing, thresholds=thresholds)
-    model_class = ROUTED_MODELS[routing]
+    model_class = model_class_of(routed_type(routing, family=family_of(model.config.to_dict())))
     config = model_class.config_class(
         **{**values, **{key: value for key, value in changes.items() if key not in named}}
     )

@@ -23,7 +23,7 @@ def choose_parameters(model: LlamaDloForCausalLM, settings: TrainingSettings) ->
     """Lets the mode's parameters learn and no others; ``lora`` adds its matrices to the model.
 
     Raises:
-        TrainingError: The mode leaves nothing to learn.
+        TrainingError: The mode leaves nothing to learn, or does not know the model's family.
     """
     injected = {layer["position"] for layer in model.config.injected_layers or ()}
     if settings.mode == "new-layers" and not injected:
@@ -33,6 +33,12 @@ def choose_parameters(model: LlamaDloForCausalLM, settings: TrainingSettings) ->
         )
     if settings.mode == "routers" and not model.config.routed_layers:
         raise TrainingError("training: mode routers, but the model has none", hint="choose another mode")
+    if settings.mode == "lora" and model.config.family.has_multipliers:
+        # LoRA's product would be added behind the factor in training, and multiplied by it once it is merged.
+        raise TrainingError(
+            f"training: mode lora does not know the factors of a {model.config.family.name} model's branches",
+            hint="train with --mode full or --mode routers",
+        )
     if settings.mode == "lora":
         _add_lora(model, settings)
     for name, parameter in model.named_parameters():

@@ -57,6 +57,7 @@ class SourceIdentity:
         model_type: What its config.json calls the model, such as "mistral"; None where a graph lies without one.
         adapter: Name of the adapter's folder; None where there was none.
         adapter_base: Whether the adapter was made from these weights; None where there was none.
+        removed_layers: Of the source, deepened by its adapter: layers that pass everything on and are in no graph.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class SourceIdentity:
     model_type: str | None
     adapter: str | None = None
     adapter_base: AdapterBase | None = None
+    removed_layers: tuple[Count, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

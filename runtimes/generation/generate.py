@@ -14,6 +14,9 @@ from dlo_export.runtimes.runner import Int64Array, Runner, StepResult
 
 GREEDY = Sampling()
 
+PREFILL_TOKENS = 256
+"""Columns of a prompt fed at once. All at once, scores and mask grow with the square of the prompt."""
+
 
 class GenerationError(RuntimeInputError):
     """There is nothing to continue."""
@@ -51,6 +54,7 @@ class Generation:
         end_tokens: Any of them ends its sequence, and is its last token.
         pad_token: What padding is made of; it is masked.
         sampling: How tokens are chosen.
+        prefill_tokens: The prompts are fed in steps of so many columns.
 
     Raises:
         GenerationError: No prompts, an empty one, or no tokens to generate.
@@ -65,6 +69,7 @@ class Generation:
         end_tokens: Collection[int] = (),
         pad_token: int = 0,
         sampling: Sampling = GREEDY,
+        prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         if not prompts or not all(len(prompt) for prompt in prompts) or max_new_tokens < 1:
             raise GenerationError(
@@ -76,6 +81,7 @@ class Generation:
         self._max_new_tokens = max_new_tokens
         self._end_tokens = frozenset(end_tokens)
         self._pad_token = pad_token
+        self._prefill_tokens = prefill_tokens
         self._sampler = Sampler(sampling, len(prompts))
         self._ids, self._mask = left_padded(prompts, pad_token)
         self._positions = np.maximum(self._mask.cumsum(-1) - 1, 0)
@@ -91,10 +97,9 @@ class Generation:
         running = np.ones(len(self.sequences), bool)
         for step in range(self._max_new_tokens):
             start = time.perf_counter()
-            result = self._runner.step(self._ids, self._mask, self._positions, last_logits=True)
+            result = self._feed(running)
             tokens = np.where(running, self._sampler(result.logits[:, -1]), self._pad_token)
             self._seconds[step > 0] += time.perf_counter() - start
-            self._count_active(result, running)
             for row in np.flatnonzero(running):
                 self.sequences[row].append(int(tokens[row]))
             yield tuple(int(token) if run else None for token, run in zip(tokens, running, strict=True))
@@ -121,8 +126,18 @@ class Generation:
             active_rate={layer: count / self._routed_tokens for layer, count in sorted(self._active.items())},
         )
 
-    def _count_active(self, result: StepResult, running: np.ndarray) -> None:
-        real = self._mask[:, -self._ids.shape[1] :].astype(bool) & running[:, np.newaxis]
+    def _feed(self, running: np.ndarray) -> StepResult:
+        """Feeds all that has not been fed, in steps of so many columns; returns the last one's result."""
+        new, total = self._ids.shape[1], self._mask.shape[1]
+        for start in range(0, new, self._prefill_tokens):
+            columns, seen = slice(start, start + self._prefill_tokens), total - new + start + self._prefill_tokens
+            mask = self._mask[:, :seen]
+            result = self._runner.step(self._ids[:, columns], mask, self._positions[:, columns], last_logits=True)
+            self._count_active(result, mask[:, total - new + start :].astype(bool) & running[:, np.newaxis])
+        return result
+
+    def _count_active(self, result: StepResult, real: np.ndarray) -> None:
+        """Counts a step's active tokens among the real ones, bool [batch, sequence]."""
         for layer, active in self._runner.active(result.router_scores).items():
             self._active[layer] = self._active.get(layer, 0) + int((active & real).sum())
         self._routed_tokens += int(real.sum())
@@ -136,6 +151,7 @@ def generate(
     end_tokens: Collection[int] = (),
     pad_token: int = 0,
     sampling: Sampling = GREEDY,
+    prefill_tokens: int = PREFILL_TOKENS,
 ) -> Generation:
     """Runs a `Generation` to its end; arguments and errors are the same."""
     generation = Generation(
@@ -145,6 +161,7 @@ def generate(
         end_tokens=end_tokens,
         pad_token=pad_token,
         sampling=sampling,
+        prefill_tokens=prefill_tokens,
     )
     for _ in generation:
         pass

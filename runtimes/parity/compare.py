@@ -53,7 +53,8 @@ def compare(
     dtype: str,
     greedy_prompts: Sequence[Sequence[int]] = (),
     greedy_tokens: int = 32,
-    open_precise: OpenRunner | None = None,
+    open_other: OpenRunner | None = None,
+    steps_matter: bool = False,
 ) -> ParityReport:
     """Runs every case on the reference and on every candidate.
 
@@ -68,8 +69,11 @@ def compare(
         dtype: Of the candidates, a key of TOLERANCES.
         greedy_prompts: Left-padded into one batch; none leave the greedy comparison out.
         greedy_tokens: How many tokens to generate per prompt.
-        open_precise: The reference in float64, opened only where a case would fail: how far the reference itself is off
-            then tells rounding from a fault. None leaves the table's tolerances as they are.
+        open_other: The reference in another precision, opened only where a case would fail: float64 for candidates in
+            fp32, their own type for those of 16 bits. How far the two are apart tells rounding from a fault. None
+            leaves the table's tolerances as they are.
+        steps_matter: Whether the same tokens in other steps are another result (rope that depends on the length).
+            Generated tokens are then refed as they were fed, not all at once.
 
     Raises:
         RuntimeInputError: A candidate is another kind of model, or cannot be opened.
@@ -77,7 +81,8 @@ def compare(
     tolerance = TOLERANCES[dtype]
     traces = [trace_reference(reference, case) for case in cases]
     comparisons = [
-        _Comparison(reference, candidate, tolerance, cases, traces, open_precise) for candidate in candidates
+        _Comparison(reference, candidate, tolerance, cases, traces, open_other, dtype, steps_matter=steps_matter)
+        for candidate in candidates
     ]
     for comparison in comparisons:
         comparison.run(greedy_prompts, greedy_tokens)
@@ -90,6 +95,13 @@ def compare(
     )
 
 
+def _logit_statistics(wanted: Trace, found: Trace, case: Case) -> LogitStatistics:
+    """Of the tokens whose logits the candidate shows; places are columns of all."""
+    shown = found.shown
+    compared = logit_statistics(wanted.logits[:, shown], found.logits, case.real[:, shown])
+    return dataclasses.replace(compared, position=int(shown[compared.position]))
+
+
 class _Comparison:
     """One candidate's turn."""
 
@@ -100,14 +112,19 @@ class _Comparison:
         tolerance: Tolerance,
         cases: Sequence[Case],
         traces: Sequence[Trace],
-        open_precise: OpenRunner | None,
+        open_other: OpenRunner | None,
+        dtype: str,
+        *,
+        steps_matter: bool,
     ) -> None:
         self._reference = reference
         self._candidate = candidate
         self._tolerance = tolerance
         self._cases = list(cases)
         self._traces = list(traces)
-        self._open_precise = open_precise
+        self._open_other = open_other
+        self._dtype = dtype
+        self._steps_matter = steps_matter
         self._free_logits: dict[str, LogitStatistics] = {}
         self._tokens: list[list[int]] = []
         self._not_finite = False
@@ -134,16 +151,19 @@ class _Comparison:
                     self._compare_streams(runner, index)
 
     def _measure_own_errors(self) -> None:
-        """Where a case would fail by the table, asks how exact the reference itself is there."""
+        """Where a case would fail by the table, asks how exact PyTorch itself is there."""
         failed = [i for i, result in enumerate(self.results) if result.judge(self._tolerance).verdict == "FAIL"]
         measurable = [i for i in failed if math.isfinite(self.results[i].logits.mean)]
-        if self._open_precise is None or not measurable:
+        if self._open_other is None or not measurable:
             return
-        with self._open_precise() as precise:
+        with self._open_other() as other:
             for index in measurable:
                 case, trace = self._cases[index], self._traces[index]
-                exact = trace_case(precise, case, trace.decisions)
-                own = own_error(exact.logits, trace.logits, exact.scores, trace.scores, case.real)
+                found = trace_case(other, case, trace.decisions)
+                exact, rounded, compared = found, trace, "its own fp32 is off float64"
+                if self._dtype != "fp32":
+                    exact, rounded, compared = trace, found, f"PyTorch's own {self._dtype} is off its fp32"
+                own = own_error(exact.logits, rounded.logits, exact.scores, rounded.scores, case.real, compared)
                 self.results[index] = dataclasses.replace(self.results[index], own_error=own)
 
     def _logits_differ(self, result: CaseResult) -> bool:
@@ -160,14 +180,17 @@ class _Comparison:
             self._not_finite = True  # a judgement like any other: the report says where, and what the cases show
         self._tokens = generation.sequences
         fed = [np.array([*prompt, *new[:-1]]) for prompt, new in zip(prompts, self._tokens, strict=True)]
-        self._cases.append(Case("greedy tokens, refed", step_feeds(fed)))
+        # A model that shows each step's last logits only has to be fed token by token to show them all.
+        stepwise = self._steps_matter or runner.last_logits_only
+        steps = (1,) * (len(self._tokens[0]) - 1) if stepwise else ()
+        self._cases.append(Case("greedy tokens, refed", step_feeds(fed, *steps)))
         self._traces.append(trace_reference(self._reference, self._cases[-1]))
 
     def _compare_free(self, runner: Runner) -> None:
         for case, wanted in zip(self._cases, self._traces, strict=True):
             if case.forcing is None:
                 found = trace_case(runner, case, None)
-                self._free_logits[case.name] = logit_statistics(wanted.logits, found.logits, case.real)
+                self._free_logits[case.name] = _logit_statistics(wanted, found, case)
 
     def _compare_cases(self, runner: Runner) -> None:
         found_traces = [
@@ -178,7 +201,7 @@ class _Comparison:
                 CaseResult(
                     case=case.name,
                     candidate=self._candidate.name,
-                    logits=logit_statistics(wanted.logits, found.logits, case.real),
+                    logits=_logit_statistics(wanted, found, case),
                     free_logits=self._free_logits.get(case.name),
                     decisions=len(wanted.scores) * int(case.real.sum()),
                     flips=tuple(flips(wanted.scores, found.scores, case.real, self._reference.thresholds)),
@@ -204,7 +227,7 @@ class _Comparison:
                     row=row,
                     index=index,
                     gap=float(logits.max() - logits[sequence[index]]),
-                    error=float(np.abs(found.logits[row, first + index] - logits).max()),
+                    error=float(np.abs(found.logits[row, found.shown == first + index] - logits).max()),
                     flips=len(earlier),
                 )
             )

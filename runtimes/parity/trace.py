@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from dlo_export.runtimes.parity.cases import Case
 from dlo_export.runtimes.parity.statistics import stream_errors
-from dlo_export.runtimes.runner import Decisions, FloatArray, Runner
+from dlo_export.runtimes.runner import Decisions, FloatArray, Int64Array, Runner
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Trace:
     """Outputs of a case's steps, joined.
 
     Attributes:
-        logits: float32 [batch, tokens, vocab].
+        logits: float32 [batch, tokens, vocab], of the tokens that show.
+        shown: Columns of the tokens whose logits the model gives out, ascending: all, or the last of each step.
         scores: By routed layer, float32 [batch, tokens].
         decisions: Per step, to force on another runner; None where nothing is routed.
     """
 
     logits: FloatArray
+    shown: Int64Array
     scores: dict[int, FloatArray]
     decisions: tuple[Decisions, ...] | None
 
@@ -36,7 +38,7 @@ def trace_reference(reference: Runner, case: Case) -> Trace:
     ends = np.cumsum([feed.input_ids.shape[1] for feed in case.feeds])[:-1]
     active = {layer: np.split(rows, ends, axis=1) for layer, rows in reference.active(trace.scores).items()}
     own = tuple({layer: steps[index] for layer, steps in active.items()} for index in range(len(case.feeds)))
-    return Trace(trace.logits, trace.scores, own)
+    return dataclasses.replace(trace, decisions=own)
 
 
 def trace_case(runner: Runner, case: Case, decisions: Sequence[Decisions] | None) -> Trace:
@@ -54,6 +56,7 @@ def trace_case(runner: Runner, case: Case, decisions: Sequence[Decisions] | None
             feed.attention_mask,
             feed.position_ids,
             force_active=None if decisions is None else decisions[index],
+            last_logits=runner.last_logits_only,
         )
         for index, feed in enumerate(case.feeds)
     ]
@@ -61,7 +64,9 @@ def trace_case(runner: Runner, case: Case, decisions: Sequence[Decisions] | None
         layer: np.concatenate([step.router_scores[layer] for step in steps], 1) for layer in steps[0].router_scores
     }
     logits = np.concatenate([step.logits for step in steps], 1)
-    return Trace(logits, scores, None if decisions is None else tuple(decisions))
+    ends = np.cumsum([feed.input_ids.shape[1] for feed in case.feeds])
+    shown = ends - 1 if runner.last_logits_only else np.arange(ends[-1])
+    return Trace(logits, shown, scores, None if decisions is None else tuple(decisions))
 
 
 def compare_streams(reference: Runner, candidate: Runner, case: Case, wanted: Trace) -> dict[int, float]:
@@ -83,6 +88,7 @@ def compare_streams(reference: Runner, candidate: Runner, case: Case, wanted: Tr
                 feed.attention_mask,
                 feed.position_ids,
                 force_active=None if wanted.decisions is None else wanted.decisions[index],
+                last_logits=runner.last_logits_only,
                 hidden_states=True,
             )
             streams[-1].append(result.hidden_states)

@@ -10,7 +10,6 @@ import numpy as np
 
 from dlo_export.checkpoints import interface as names
 from dlo_export.runtimes.decoder_interface import DecoderInterface
-from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.runner import Runner, StepRequest, StepResult
 from dlo_export.runtimes.static_cache.batches import StaticCache, StaticCacheLimits, StaticCacheStep
 
@@ -18,8 +17,7 @@ from dlo_export.runtimes.static_cache.batches import StaticCache, StaticCacheLim
 class StaticRunner(Runner):
     """A runner whose cache has a fixed number of slots; what is computed for padding comes back as 0.
 
-    Beside what every runner refuses, a step must fit into the cache and the limits, and a graph that keeps the last
-    token's logits is not asked for others.
+    Beside what every runner refuses, a step must fit into the cache and the limits.
 
     Args:
         name: For reports.
@@ -43,6 +41,7 @@ class StaticRunner(Runner):
             num_layers=interface.num_layers,
             routed_layers=interface.routed_layers,
             forcing=interface.forcing,
+            last_logits_only=interface.last_logits,
             thresholds=thresholds,
         )
         self._interface = interface
@@ -77,12 +76,6 @@ class StaticRunner(Runner):
         self._zero_slots(batch)
 
     def _compute(self, request: StepRequest) -> StepResult:
-        if self._interface.last_logits and not request.last_logits and request.sequence > 1:
-            raise StepError(
-                f"{self.name}: computes the last token's logits only, and those of all {request.sequence} tokens were "
-                "asked for",
-                hint="ask for last_logits, or export without --trt-last-logits",
-            )
         step = self._tokens.next_step(
             request.input_ids, request.attention_mask, request.position_ids, request.force_active
         )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.opening import Checkpoint, open_checkpoint
 from dlo_export.checkpoints.rope import RopeConfig
+from tests.tiny_families import save_tiny_family
 from tests.tiny_gguf import TEXTS, UNWRITABLE, save_tiny_gguf
 from tests.tiny_models import save_tiny_llama
 
@@ -77,6 +79,18 @@ def test_gguf_checkpoint_equals_its_origin_when_stored_as_float32(tmp_path: Path
         np.testing.assert_array_equal(tensor.numpy(), origin.tensors[name].numpy(), err_msg=name)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_gguf_checkpoint_equals_its_origin_when_the_family_is_not_llama(tmp_path: Path, family: str) -> None:
+    save_tiny_family(tmp_path / "tiny", family)
+    origin = open_checkpoint(tmp_path / "tiny")
+    checkpoint = open_checkpoint(save_tiny_gguf(tmp_path / "tiny", tmp_path / FILE))
+    assert checkpoint.config.model_values() == origin.config.model_values()
+    for name, tensor in origin.tensors.items():
+        np.testing.assert_array_equal(checkpoint.tensors[name].numpy(), tensor.numpy(), err_msg=name)
+    if family == "qwen2":  # of a qwen3, transformers takes every head to be 128 wide, whatever the file says
+        assert_equals_transformers(checkpoint)
+
+
 def test_gguf_rows_are_a_part_of_the_tensor_when_permuted_and_quantised(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "tiny", hidden=64, intermediate=96)
     checkpoint = open_checkpoint(save_tiny_gguf(folder, tmp_path / FILE, "Q8_0"))
@@ -126,6 +140,14 @@ def test_gguf_numbers_are_tidy_when_stored_as_float32(file: Path) -> None:
         ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, RopeConfig("linear", 10_000.0, 4.0)),
         ({"llama.rope.scale_linear": 2.0}, RopeConfig("linear", 10_000.0, 2.0)),
         ({"llama.rope.scaling.type": "none"}, RopeConfig("default", 10_000.0)),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.original_context_length": 32,
+            },
+            RopeConfig("yarn", 10_000.0, 4.0, original_max_position=32, attention_factor=0.1 * math.log(4.0) + 1.0),
+        ),
     ],
 )
 def test_gguf_rope_is_read_when_scaled(
@@ -177,10 +199,12 @@ def test_gguf_is_refused_when_frequency_divisors_are_of_another_rule(
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"general.architecture": "qwen2"}, "general.architecture is 'qwen2', expected 'llama'"),
+        ({"general.architecture": "phi3"}, "general.architecture is 'phi3', expected one of llama, qwen2, qwen3"),
         ({"llama.expert_count": 8}, "llama.expert_count is 8, expected 0"),
         ({"llama.attention.value_length": 4}, "llama.attention.value_length is 4, expected 8"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope_type is 'yarn'"),
+        ({"llama.rope.scaling.type": "su"}, "rope_type is 'su'"),
+        ({"llama.rope.scaling.type": "longrope"}, "short_factor is None, expected 4 positive numbers"),
+        ({"llama.rope.scaling.attn_factor": 1.2}, r"llama\.rope\.scaling\.attn_factor is 1.2, expected 1.0"),
         ({"llama.rope.dimension_count": 4}, "partial_rotary_factor is '4 of 8', expected 1"),
         ({"llama.attention.sliding_window": 64}, "sliding_window is 64"),
         ({"llama.block_count": None}, "num_hidden_layers is missing"),

@@ -1,15 +1,16 @@
 """The table of a layer's weights, held against transformers' layer and the gguf package's names."""
 
 import gguf
-import pytest
 import torch
 from transformers import LlamaConfig as TransformersConfig
+from transformers import Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from dlo_export.checkpoints import llama_layer
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 
-SIZES = {"hidden": 24, "query": 32, "key-value": 16, "intermediate": 40}
+SIZES = {"hidden": 24, "query": 32, "key-value": 16, "intermediate": 40, "head": 8}
 
 
 def _config(*, biases: bool) -> TransformersConfig:
@@ -26,12 +27,22 @@ def _config(*, biases: bool) -> TransformersConfig:
     )
 
 
-@pytest.mark.parametrize(("biases", "names"), [(False, LLAMA_LAYER.required), (True, LLAMA_LAYER.axes)])
-def test_table_equals_transformers_layer_when_biases_are(biases: bool, names: tuple[str, ...]) -> None:
+def _shapes(layer: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+
+
+def _expected(*names: str) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(SIZES[axis] for axis in LLAMA_LAYER.axes[name]) for name in names}
+
+
+def test_table_equals_transformers_layer_when_biases_are_there_or_not() -> None:
+    norms = [module.weight for module in LLAMA_LAYER if module.only_with == "qk_norm"]
     with torch.device("meta"):
-        layer = LlamaDecoderLayer(_config(biases=biases), 0)
-    found = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
-    assert found == {name: tuple(SIZES[axis] for axis in LLAMA_LAYER.axes[name]) for name in names}
+        plain, biased = (LlamaDecoderLayer(_config(biases=biases), 0) for biases in (False, True))
+        normed = Qwen3DecoderLayer(Qwen3Config(**_config(biases=False).to_dict()), 0)
+    assert _shapes(plain) == _expected(*LLAMA_LAYER.required)
+    assert _shapes(biased) == _expected(*(name for name in LLAMA_LAYER.axes if name not in norms))
+    assert _shapes(normed) == _expected(*LLAMA_LAYER.required, *norms)
 
 
 def test_outer_names_are_transformers_when_a_model_is_built() -> None:
@@ -42,7 +53,7 @@ def test_outer_names_are_transformers_when_a_model_is_built() -> None:
 
 
 def test_gguf_names_are_the_packages_when_looked_up_by_hugging_face_names() -> None:
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
     for module in LLAMA_LAYER:
         assert names.get_name(f"model.layers.1.{module.path}") == f"blk.1.{module.gguf}"
     for name, ours in llama_layer.GGUF_OUTER_NAMES.items():

@@ -16,6 +16,7 @@ VARIANTS = {
     "plain": {},
     "tied": {"tie": True},
     "routed": {"routed": [True, False, True]},
+    "last logits": {"last_logits": True},
     "attention routed": {"routed": [True, False, True], "model_type": "llama_dlo_attn"},
 }
 
@@ -23,8 +24,10 @@ VARIANTS = {
 @pytest.fixture(scope="module", params=VARIANTS)
 def folders(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
-    model = save_tiny_llama(root / "model", vocab=BYTE_VOCABULARY + 1, tokenizer=True, **VARIANTS[request.param])
-    export_model(ExportRequest(str(model), root / "artefact", parity=False), Reporter())
+    variant = dict(VARIANTS[request.param])
+    last_logits = variant.pop("last_logits", False)
+    model = save_tiny_llama(root / "model", vocab=BYTE_VOCABULARY + 1, tokenizer=True, **variant)
+    export_model(ExportRequest(str(model), root / "artefact", parity=False, last_logits=last_logits), Reporter())
     return model, root / "artefact"
 
 

@@ -20,6 +20,7 @@ from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
+from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
@@ -40,6 +41,10 @@ _ROUTE_ACTIVE = dataclasses.replace(_ROUTE, kind="attention-active")
 # Each golden is what its last pass makes of the graph the passes before it leave.
 GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "inject_layers": (injection_pass(ir.from_onnx_text(SOURCE.read_text(encoding="utf-8")), [(1, 0)], "zero_out"),),
+    "remove_identity_layers": (
+        injection_pass(ir.from_onnx_text(SOURCE.read_text(encoding="utf-8")), [(0, 0), (2, 0)], "zero_out"),
+        RemoveIdentityLayersPass((0, 2)),
+    ),
     "route_layers": (_ROUTE,),
     "route_whole_layers": (_ROUTE_WHOLE,),
     "lower_skip_to_compaction": (_ROUTE, LowerSkipToCompactionPass()),

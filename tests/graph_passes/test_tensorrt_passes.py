@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
@@ -189,9 +190,21 @@ def test_growing_cache_computes_the_same_outside_attention() -> None:
     )
 
 
-def test_last_logits_refuse_with_the_reason_when_cache_grows() -> None:
-    with pytest.raises(GraphPassError, match="no input write_indices and kv_lengths"):
-        KeepLastLogitsPass()(ir.from_onnx_text(golden_graphs.source_text()))
+def test_last_logits_are_the_last_columns_when_cache_grows() -> None:
+    model = ir.from_onnx_text(golden_graphs.source_text())
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    feeds = {value.name: _zeros(value) for value in session.get_inputs()}
+    feeds |= {"input_ids": np.array([[1, 2, 0]]), "attention_mask": np.ones((1, 3), np.int64)}
+    feeds["position_ids"] = np.array([[0, 1, 2]])
+    all_logits = session.run(["logits"], feeds)[0]
+    KeepLastLogitsPass()(model)
+    last = ort.InferenceSession(ir.to_proto(model).SerializeToString()).run(["logits"], feeds)[0]
+    np.testing.assert_allclose(last, all_logits[:, -1:], rtol=0, atol=1e-6)
+
+
+def _zeros(value: ort.NodeArg) -> np.ndarray:
+    """An input of one sequence without cached tokens."""
+    return np.zeros([size if isinstance(size, int) else int(size == "batch") for size in value.shape], np.float32)
 
 
 def test_norms_compute_in_float32_when_stream_is_sixteen_bit() -> None:

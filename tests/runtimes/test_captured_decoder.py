@@ -14,6 +14,7 @@ from dlo_export.runtimes.errors import ModelLoadError, StepError
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
 from dlo_export.runtimes.torch.captured.step_weights import StepWeights
 from tests.runtimes.captured_cases import CAPACITY, LENGTHS, decoder_outputs, model_outputs, tiny_model, tokens_of
+from tests.tiny_families import ROPES, save_tiny_family
 from tests.tiny_models import save_tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +151,15 @@ def test_weights_are_refused_when_layers_are_not_a_llamas(tmp_path: Path) -> Non
     model.model.layers[1].mlp = torch.nn.Identity()
     with pytest.raises(ModelLoadError, match="this model has Identity, gelu"):
         StepWeights(model, kernels=False)
+
+
+@pytest.mark.parametrize(("model_type", "rope", "found"), [("llama", "dynamic", "rope"), ("qwen3", None, "Qwen3")])
+def test_weights_are_refused_by_name_when_the_family_or_its_rope_is_another(
+    tmp_path: Path, model_type: str, rope: str | None, found: str
+) -> None:
+    model = save_tiny_family(tmp_path / "model", model_type, **(ROPES[rope] if rope else {}))
+    with pytest.raises(ModelLoadError, match=f"this model has {found}"):
+        StepWeights(model)
 
 
 def test_decoder_refuses_a_step_when_it_does_not_fit(tmp_path: Path) -> None:

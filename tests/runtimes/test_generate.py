@@ -64,6 +64,16 @@ def test_stats_count_tokens_and_active_rate_when_scores_are_exposed(builds: Buil
     assert alone.stats.active_rate == pytest.approx({layer: (s > 0.5).mean() for layer, s in scores.items()})
 
 
+@pytest.mark.parametrize("prefill_tokens", [1, 3, 6])
+def test_tokens_and_rates_are_the_same_when_prompts_are_fed_in_pieces(builds: Builds, prefill_tokens: int) -> None:
+    # In the first pieces, the shorter prompts are nothing but padding.
+    with OnnxRuntimeRunner(builds.scored, weights_folder=builds.folder, threads=1) as runner:
+        whole = generate(runner, PROMPTS, max_new_tokens=4)
+        pieces = generate(runner, PROMPTS, max_new_tokens=4, prefill_tokens=prefill_tokens)
+    assert pieces.sequences == whole.sequences
+    assert pieces.stats.active_rate == whole.stats.active_rate
+
+
 def test_sampled_tokens_repeat_when_the_seed_does(builds: Builds) -> None:
     def sampled(seed: int) -> list[list[int]]:
         sampling = Sampling(temperature=1.5, top_k=50, top_p=0.95, seed=seed)

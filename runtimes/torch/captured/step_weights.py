@@ -186,6 +186,9 @@ def _foreign_parts(model: LlamaForCausalLM | LlamaDloForCausalLM) -> list[str]:
         parts |= {type(layer.self_attn): LlamaAttention, type(layer.mlp): LlamaMLP}
         parts |= {type(norm): LlamaRMSNorm for norm in (layer.input_layernorm, layer.post_attention_layernorm)}
     foreign = [found.__name__ for found, expected in parts.items() if found is not expected]
+    rope = (model.config.rope_parameters or {}).get("rope_type")
+    if rope in {"dynamic", "longrope"}:  # its tables depend on how far a step reaches, these are made once
+        foreign.append(f"rope of kind {rope}")
     return foreign + ([] if model.config.hidden_act in {"silu", "swish"} else [model.config.hidden_act])
 
 

@@ -1,0 +1,217 @@
+"""Families near Llama, and ropes beyond the context they were made for: transformers' own classes are the truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from dlo_export.checkpoints.adapter.adapter import save_adapter
+from dlo_export.checkpoints.depth.expansion import expansion_adapter
+from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from dlo_export.checkpoints.llama_layer import parse_router
+from dlo_export.checkpoints.model_types import RoutingKind, leaves_keys
+from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
+from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.tensorrt.plan import TensorRtRequest
+from dlo_export.modeling.calibration.layer_stream import LayerStream
+from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.training.errors import TrainingError
+from dlo_export.modeling.training.parameters import choose_parameters
+from dlo_export.modeling.training.settings import TrainingSettings
+from tests.bare_session import BareSession
+from tests.exporter.test_cli import dlo
+from tests.static_session import StaticSession
+from tests.tiny_families import FAMILIES, LAYERS, ORIGINAL_CONTEXT, ROPES, route_tiny_family, save_tiny_family
+
+CASES: dict[str, dict[str, Any]] = {
+    **{family: {"model_type": family} for family in FAMILIES},
+    **{f"llama, {rope}": {"model_type": "llama", **values} for rope, values in ROPES.items()},
+    "qwen3, yarn": {"model_type": "qwen3", **ROPES["yarn"]},
+}
+# Prefill, a chunk and single tokens, from inside the original context to beyond it.
+CUTS = (10, 24, 38, 39, 40)
+IDS = np.random.default_rng(0).integers(3, 259, (2, CUTS[-1]))
+
+
+def exported(model: Path, **options: Any) -> ExportResult:
+    return export_model(ExportRequest(str(model), model.with_name("out"), **options), Reporter())
+
+
+@torch.no_grad()
+def stepwise_logits(model: PreTrainedModel) -> np.ndarray:
+    """Of transformers' model with its cache: where rope depends on the length, steps are part of what is computed."""
+    ids, cache = torch.from_numpy(IDS), DynamicCache(config=model.config)
+    pieces = [
+        model(ids[:, start:stop], past_key_values=cache, use_cache=True).logits
+        for start, stop in zip((0, *CUTS[:-1]), CUTS, strict=True)
+    ]
+    return torch.cat(pieces, dim=1).numpy()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_artefact_computes_what_transformers_does_when_the_family_differs_from_llama(tmp_path: Path, case: str) -> None:
+    reference = save_tiny_family(tmp_path / "model", **CASES[case])
+    result = exported(tmp_path / "model")
+    assert result.description.parity.verdict == "PASS"
+    assert result.description.source.model_type == CASES[case]["model_type"]
+    positions = np.tile(np.arange(CUTS[-1]), (2, 1))
+    assert CUTS[-1] > 2 * ORIGINAL_CONTEXT
+    found = BareSession(result.folder / "model.onnx").logits_of(IDS, np.ones_like(IDS), positions, CUTS)
+    np.testing.assert_allclose(found, stepwise_logits(reference), rtol=1e-5, atol=5e-5)
+    client = json.loads((result.folder / "config.json").read_text())
+    assert (client["model_type"], client["num_key_value_heads"]) == ("llama", 2)
+
+
+@pytest.mark.parametrize("case", ["qwen3, yarn", "smollm3", "granite", "llama, dynamic", "llama, longrope"])
+def test_tensorrt_graph_computes_what_transformers_does_when_the_family_differs_from_llama(
+    tmp_path: Path, case: str
+) -> None:
+    reference = save_tiny_family(tmp_path / "model", **CASES[case])
+    source = open_source(str(tmp_path / "model"), None)
+    options = TensorRtOptions("none", max_batch=2, max_sequence=16, max_cache=CUTS[-1])
+    session = StaticSession(build_tensorrt_model(source, options, ir.DataType.FLOAT), 2)
+    pieces = [session.step(IDS[:, start:stop])["logits"] for start, stop in zip((0, *CUTS[:-1]), CUTS, strict=True)]
+    np.testing.assert_allclose(np.concatenate(pieces, 1), stepwise_logits(reference), rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("case", ["qwen3, yarn", "llama, dynamic"])
+def test_engine_is_built_when_the_family_differs_from_llama(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DLO_EXPORT_CACHE", str(tmp_path / "engines"))
+    save_tiny_family(tmp_path / "model", **CASES[case], hidden_size=64, head_dim=16)
+    if case.startswith("qwen3"):
+        route_tiny_family(tmp_path / "model", "mlp")
+    trt = TensorRtRequest(targets=("sm89",), max_cache=64, max_sequence=32)
+    description = exported(tmp_path / "model", trt=trt).description
+    assert description.parity.verdict == "PASS"  # of the engine's fp32 twin, too
+    assert [engine.build.backend for engine in description.engines] == ["rtx"]
+
+
+@pytest.mark.parametrize("routing", get_args(RoutingKind))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_artefact_equals_pytorch_when_the_family_is_routed(tmp_path: Path, family: str, routing: RoutingKind) -> None:
+    save_tiny_family(tmp_path / "model", family)
+    route_tiny_family(tmp_path / "model", routing)
+    # Both lowerings, over the kinds of routing and the families.
+    lowering = "compact" if (routing in ("mlp", "attention")) == (family in ("qwen2", "smollm3")) else "if"
+    result = exported(tmp_path / "model", lowering=lowering)
+    assert result.description.parity.verdict == "PASS"
+    assert result.description.routing is not None
+    assert (result.description.routing.kind, result.description.routing.layers) == (routing, (0, 2, 3))
+
+
+def test_model_opens_by_its_own_name_when_the_family_is_routed(tmp_path: Path) -> None:
+    save_tiny_family(tmp_path / "model", "qwen3")
+    route_tiny_family(tmp_path / "model", "layer")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert (type(model).__name__, model.config.model_type) == ("Qwen3DloLayerForCausalLM", "qwen3_dlo")
+    assert isinstance(model, LlamaDloForCausalLM)
+    ids = torch.from_numpy(IDS)
+    with torch.no_grad():
+        skipping = model(ids, use_cache=False).logits
+        model.masked = True
+        torch.testing.assert_close(skipping, model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+        tokens = model.generate(ids[:, :8], max_new_tokens=4, do_sample=False)
+    assert tokens.shape == (2, 12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_injected_layers_pass_everything_on_when_the_family_differs_from_llama(tmp_path: Path, family: str) -> None:
+    reference = save_tiny_family(tmp_path / "model", family)
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        plan = placements("tli", LAYERS, every=2, init="zero_out")
+        adapter = expansion_adapter(checkpoint.tensors, plan, zero_routers=True)
+        rng = np.random.default_rng(2)
+        routers = {
+            name: ArrayTensor(rng.standard_normal(tensor.shape).astype(np.float32))
+            for name, tensor in adapter.tensors.items()
+            if parse_router(name) is not None and parse_router(name) in (2, 5)
+        }
+        # Routers for the new layers alone: whoever skips them misses nothing.
+        kept = {name: tensor for name, tensor in adapter.tensors.items() if parse_router(name) is None}
+        is_dlo = tuple(layer in (2, 5) for layer in range(6))
+        save_adapter(dataclasses.replace(adapter, is_dlo=is_dlo, tensors=kept | routers), tmp_path / "adapter")
+    result = exported(tmp_path / "model", adapter=tmp_path / "adapter")
+    assert result.description.parity.verdict == "PASS"
+    assert [layer.index for layer in result.description.layers if layer.injected and layer.identity] == [2, 5]
+    assert result.description.source.model_type == family
+    own = json.loads((result.folder / "config.json").read_text())
+    assert own["dlo_model_type"] == f"{family}_dlo_exattn"
+    if family == "smollm3":  # a new layer is rotated, or not, as the layer it was made from
+        assert own["no_rope_layers"] == [1, 0, 0, 1, 0, 0]
+    positions = np.tile(np.arange(CUTS[-1]), (2, 1))
+    found = BareSession(result.folder / "model.onnx").logits_of(IDS, np.ones_like(IDS), positions, CUTS)
+    np.testing.assert_allclose(found, stepwise_logits(reference), rtol=1e-5, atol=5e-5)
+
+
+def test_calibrated_model_has_its_familys_own_type_when_it_was_plain(tmp_path: Path) -> None:
+    save_tiny_family(tmp_path / "model", "qwen3")
+    (tmp_path / "text.txt").write_text("What a family adds to a Llama stays with it when it is routed. " * 40)
+    sizes = ("--tokens", 512, "--evaluation-tokens", 512, "--target", 0.8)
+    made = dlo("calibrate", tmp_path / "model", "-o", tmp_path / "routed", "--text", tmp_path / "text.txt", *sizes)
+    assert made.returncode == 0, made.stderr
+    config = json.loads((tmp_path / "routed" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("qwen3_dlo_exattn", ["Qwen3DloForCausalLM"])
+    assert exported(tmp_path / "routed").description.parity.verdict == "PASS"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("routing", get_args(RoutingKind))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibration_sees_the_models_own_stream_when_the_family_differs_from_llama(
+    tmp_path: Path, family: str, routing: RoutingKind
+) -> None:
+    save_tiny_family(tmp_path / "model", family)
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        model = llama_dlo_from_tensors(checkpoint.config.model_values(), checkpoint.tensors)
+    ids = torch.from_numpy(IDS)
+    streams = model.model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    stream = LayerStream(model, ids, routing)
+    for layer in range(LAYERS):
+        torch.testing.assert_close(stream.hidden_states, streams[layer], rtol=1e-5, atol=1e-5)
+        # Everybody active, by way of what computes for those who are.
+        active = None if leaves_keys(routing) else torch.ones(ids.numel(), dtype=torch.bool)
+        stream.advance(layer, stream.run_layer(layer), active)
+    torch.testing.assert_close(model.model.norm(stream.hidden_states), streams[-1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("routing", ["mlp", "layer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_computes_what_inference_does_when_the_same_tokens_are_selected(
+    tmp_path: Path, family: str, routing: RoutingKind
+) -> None:
+    save_tiny_family(tmp_path / "model", family)
+    route_tiny_family(tmp_path / "model", routing)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.from_numpy(IDS)
+    # Layer routing trains on what all tokens would get, so that only all of them see the same as at inference.
+    share = 0.5 if routing == "mlp" else 1.0
+    chosen = {
+        layer: torch.rand(ids.shape, generator=torch.Generator().manual_seed(layer)) < share for layer in (0, 2, 3)
+    }
+    select = {layer: (lambda scores, active=active: active) for layer, active in chosen.items()}
+    trained = model(ids, use_cache=False, select_tokens=select).logits
+    torch.testing.assert_close(trained, model(ids, use_cache=False, force_active=chosen).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_lora_training_is_refused_when_the_family_multiplies_branches(tmp_path: Path) -> None:
+    save_tiny_family(tmp_path / "model", "granite")
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        model = llama_dlo_from_tensors(checkpoint.config.model_values(), checkpoint.tensors)
+    with pytest.raises(TrainingError, match="mode lora does not know the factors of a granite model's branches"):
+        choose_parameters(model, TrainingSettings(mode="lora"))

@@ -1,0 +1,80 @@
+"""Graphs that compute the head for each sequence's last token only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from dlo_export.exporter.artefact_description import complete_description
+from dlo_export.exporter.artefact_runner import open_artefact
+from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.runtimes.artefact.description import load_description
+from dlo_export.runtimes.errors import StepError
+from dlo_export.runtimes.generation.generate import generate
+from dlo_export.runtimes.torch.runner import TorchRunner
+from tests.bare_session import BareSession
+from tests.exporter.test_cli import dlo
+from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
+
+MODELS = {
+    "plain": {"tie": True},
+    "routed MLPs": {"routed": [True, False, True]},
+    "routed layers": {"routed": [True, False, True], "model_type": "llama_dlo"},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    folder = tmp_path_factory.mktemp("last_logits")
+    model = save_tiny_llama(folder / "model", vocab=BYTE_VOCABULARY, tokenizer=True, **MODELS[request.param])
+    return export_model(ExportRequest(str(model), folder / "artefact", last_logits=True), Reporter())
+
+
+def test_artefact_equals_pytorch_and_says_so_when_only_last_logits_are_computed(exported: ExportResult) -> None:
+    assert exported.description.parity.verdict == "PASS"
+    logits = next(spec for spec in exported.description.interface.outputs if spec.name == "logits")
+    assert logits.shape == ("batch_size", 1, BYTE_VOCABULARY)
+    # What parity compared is what the graph gives out: one token of each step.
+    session = BareSession(exported.folder / "model.onnx")
+    session.reset(2)
+    ids = np.array([[5, 9, 200], [0, 77, 3]])
+    mask = np.array([[1, 1, 1], [0, 1, 1]])
+    assert session.step(ids, mask, [[0, 1, 2], [0, 0, 1]])["logits"].shape == (2, 1, BYTE_VOCABULARY)
+
+
+def test_greedy_tokens_are_pytorchs_when_only_last_logits_are_computed(exported: ExportResult) -> None:
+    prompts = [[5, 9, 200, 31, 7], [77, 3]]
+    model = exported.folder.with_name("model")
+    with open_artefact(exported.folder) as runner, TorchRunner.from_folder(model, masked=True) as reference:
+        found = generate(runner, prompts, max_new_tokens=8, prefill_tokens=3)
+        wanted = generate(reference, prompts, max_new_tokens=8)
+    assert found.sequences == wanted.sequences
+    assert found.stats.active_rate == wanted.stats.active_rate
+
+
+def test_scoring_is_refused_with_the_option_to_leave_out_when_only_last_logits_are_computed(
+    exported: ExportResult,
+) -> None:
+    ids = np.array([[5, 9, 200]])
+    with open_artefact(exported.folder) as runner:
+        runner.reset(1)
+        with pytest.raises(StepError, match="export without --last-logits"):
+            runner.step(ids, np.ones_like(ids), np.arange(3)[np.newaxis])
+
+
+def test_parity_fails_when_the_graph_keeps_the_first_token_in_place_of_the_last(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model", vocab=BYTE_VOCABULARY)
+    result = dlo("export", model, "-o", tmp_path / "out", "--last-logits")
+    assert (result.returncode, "parity PASS" in result.stdout) == (0, True), result.stderr
+    assert dlo("parity", tmp_path / "out", model).returncode == 0
+    graph = ir.load(tmp_path / "out" / "model.onnx")
+    for name, column in (("first", 0), ("end", 1)):
+        graph.graph.initializers[f"model.last_token.{name}"].const_value = ir.tensor(np.array([column], np.int64))
+    ir.save(graph, tmp_path / "out" / "model.onnx")
+    complete_description(load_description(tmp_path / "out"), tmp_path / "out")
+    compared = dlo("parity", tmp_path / "out", model)
+    assert (compared.returncode, "FAIL" in compared.stdout) == (1, True), compared.stdout
