@@ -118,10 +118,12 @@ def check_parity(
     greedy_prompts = _GREEDY_PROMPTS if padded else (_GREEDY_PROMPTS[0],) * 2
     prompts = [max(1, tokens * longest // MOST_TOKENS) for tokens in greedy_prompts]
     opened: Callable[[], Runner]
-    precise: Callable[[], Runner] | None = None
+    another: Callable[[], Runner] | None = None
     if has_model:
         opened = functools.partial(_pytorch_reference, source, device=device)
-        precise = functools.partial(opened, name="PyTorch in float64", float64=True)
+        # Another precision, which tells rounding from faults: more of it, or the artefact's own.
+        other = "float64" if description.dtype == "fp32" else BY_OPTION[description.dtype].name
+        another = functools.partial(opened, name=f"PyTorch in {other}", dtype=other)
     else:
         opened = functools.partial(_own_reference, source, folder, released, description, provider)
     with opened() as reference:
@@ -132,8 +134,7 @@ def check_parity(
             dtype=description.dtype,
             greedy_prompts=[rng.integers(0, vocab_size, tokens).tolist() for tokens in prompts],
             greedy_tokens=max(1, longest - prompts[0]),
-            # The errors of 16 bits are their own; the table is wide enough for them.
-            open_precise=precise if description.dtype == "fp32" else None,
+            open_other=another,
             steps_matter=source.base.config is not None and source.base.config.rope.depends_on_length,
         )
 

@@ -30,6 +30,23 @@ FORMS = {
 }
 
 
+def build(checkpoint: Path, output: Path, form: str) -> Path:
+    """Runs the builder on a checkpoint; returns the graph.
+
+    Args:
+        checkpoint: Its folder.
+        output: Created.
+        form: A key of FORMS.
+    """
+    precision, provider, *options = FORMS[form]
+    arguments = ("", str(checkpoint), str(output), precision, provider, str(output.with_name("cache")))
+    quantizer = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        quantizer.setLevel(logging.WARNING)
+        create_model(*arguments, **parse_extra_options(*arguments, list(options)))
+    return output / "model.onnx"
+
+
 def save_genai_graph(folder: Path, form: str, layers: int = 3) -> Path:
     """Writes a checkpoint, and the graph the builder makes of it, with what it puts beside.
 
@@ -41,14 +58,9 @@ def save_genai_graph(folder: Path, form: str, layers: int = 3) -> Path:
     Returns:
         The .onnx file; the checkpoint is the folder "checkpoint" beside its folder.
     """
-    checkpoint, output, cache = folder / "checkpoint", folder / "graph", folder / "cache"
     sizes = {"hidden": 64, "intermediate": 96, "layers": layers, "vocab": BYTE_VOCABULARY}
     biases = "biases" in form
-    save_tiny_llama(checkpoint, **sizes, tie="tied" in form, attention_bias=biases, mlp_bias=biases, tokenizer=True)
-    precision, provider, *options = FORMS[form]
-    arguments = ("", str(checkpoint), str(output), precision, provider, str(cache))
-    quantizer = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        quantizer.setLevel(logging.WARNING)
-        create_model(*arguments, **parse_extra_options(*arguments, list(options)))
-    return output / "model.onnx"
+    checkpoint = save_tiny_llama(
+        folder / "checkpoint", **sizes, tie="tied" in form, attention_bias=biases, mlp_bias=biases, tokenizer=True
+    )
+    return build(checkpoint, folder / "graph", form)

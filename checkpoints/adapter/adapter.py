@@ -27,7 +27,7 @@ from dlo_export.checkpoints.files.written_files import ADAPTER_FILE
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress
-from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, layer_tensor_name, parse_layer_tensor, router_name
+from dlo_export.checkpoints.llama_layer import FINAL_NORM, layer_tensor_name, parse_layer_tensor, router_name
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import read_thresholds, thresholds_json
@@ -121,7 +121,7 @@ class DloAdapter:
         problems = []
         if num_layers != self.num_base_layers:
             problems.append(f"the model has {num_layers} layers, the adapter goes on {self.num_base_layers}")
-        hidden = tensor_shapes.get(layer_tensor_name(0, LLAMA_LAYER["input_layernorm"].weight))
+        hidden = tensor_shapes.get(FINAL_NORM)
         for name, tensor in self.tensors.items():
             place = parse_layer_tensor(name)
             expected = tensor_shapes.get(layer_tensor_name(0, place.tensor)) if place else hidden and (1, *hidden)

@@ -15,7 +15,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 
 # What a base model is wanted for; not every kind serves every use.
-Use = Literal["export without adapter", "calibration", "training", "TensorRT", "parity"]
+Use = Literal["export without adapter", "injection", "calibration", "training", "TensorRT", "parity"]
 
 
 class Refusal(NamedTuple):

@@ -146,8 +146,9 @@ class ForeignGraph:
                 return Refusal(
                     "is an ONNX graph, whose attention and cache stay what they are", "export the checkpoint with --trt"
                 )
-            case "parity":
-                return self._why_no_pytorch()
+            case "injection" | "parity":
+                unnamed = self._why_unnamed()
+                return unnamed if use == "injection" or unnamed is not None else self._why_no_pytorch()
             case _:
                 return None
 
@@ -227,6 +228,24 @@ class ForeignGraph:
     def _layers(self) -> tuple[DecoderLayer, ...]:
         return find_decoder_layers(self._file.model.graph)
 
+    def _why_unnamed(self) -> Refusal | None:
+        unnamed = next((said for layer in self._layers if (said := self._unnamed_weights(layer)) is not None), None)
+        if unnamed is None:
+            return None
+        return Refusal(
+            f"weights of its layers have no names: {unnamed}",
+            "route it: masking and skipping MLPs needs none; or inject into the checkpoint, and export that",
+        )
+
+    @staticmethod
+    def _unnamed_weights(layer: DecoderLayer) -> str | None:
+        """Why a layer's weights have no names; None where they have."""
+        try:
+            _ = layer.projections
+        except GraphPassError as err:
+            return err.message
+        return None
+
     @functools.cached_property
     def _file(self) -> ForeignFile:
         return read_prepared(self.path)
@@ -238,9 +257,15 @@ class ForeignGraph:
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, LazyTensor]:
-        """The graph's weights under Hugging Face names, in Hugging Face orientation."""
+        """The graph's weights under Hugging Face names, in Hugging Face orientation.
+
+        Those of layers that hold other weights besides, such as norms of queries, are left out: MLPs are masked and
+        skipped without them, and whoever needs them says why they are not there.
+        """
         named: dict[str, LazyTensor] = {}
         for layer in self._layers:
+            if self._unnamed_weights(layer) is not None:
+                continue
             for projection in layer.projections.values():
                 named[layer_tensor_name(layer.index, projection.tensor)] = projection.contents
         named |= _outer_weights(self._layers[0], self._layers[-1])

@@ -191,6 +191,8 @@ def open_source(
             f"{base.path}: already has routers, and so may the adapter {adapter_folder}",
             hint="an adapter goes on the plain checkpoint it was made from",
         )
+    if adapter.injected_layers:
+        check_use(base, "injection")
     adapter.check_fits(base.tensor_shapes(), base.num_layers)
     routing = _adapter_routing(adapter)
     adapter_base = check_adapter_base(adapter, base, adapter_folder, force=force_base)
@@ -246,5 +248,5 @@ def _renumbered(name: str, positions: list[int]) -> str:
 
 def _are_zeros(tensors: Mapping[str, LazyTensor], layer: int, names: Iterable[str]) -> bool:
     """Whether those of a layer's tensors that there are hold nothing but zeros."""
-    ends = (tensors.get(layer_tensor_name(layer, name)) for name in names)
-    return all(all_zeros(tensor) for tensor in ends if tensor is not None)
+    ends = [tensors[full] for name in names if (full := layer_tensor_name(layer, name)) in tensors]
+    return bool(ends) and all(map(all_zeros, ends))  # none at all: a graph whose weights have other roles

@@ -7,6 +7,7 @@ import dataclasses
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.find.projections import key_width
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
 
 
@@ -45,8 +46,8 @@ def _head_is_unknown(value: ir.Value) -> bool:
 
 def _state(layer: DecoderLayer) -> bool:
     # Keys of all heads side by side are what k_proj computes; how many heads there are the cache itself says.
-    width, heads = layer.projections["k_proj"].contents.shape[0], (layer.past_key.shape or (None, None))[1]
-    if not isinstance(heads, int) or not heads or width % heads:
+    width, heads = key_width(layer.attention, layer.present_key), (layer.past_key.shape or (None, None))[1]
+    if width is None or not isinstance(heads, int) or not heads or width % heads:
         return False
     for value in _cache(layer):
         if value.shape is not None and _head_is_unknown(value):

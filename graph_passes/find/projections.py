@@ -137,6 +137,20 @@ def find_projections(
     return found
 
 
+def key_width(attention: ResidualBlock, present_key: ir.Value) -> int | None:
+    """Columns of what the keys of all heads are computed from, whatever else is done to them; None if not one matrix.
+
+    Args:
+        attention: A layer's attention block.
+        present_key: Graph output that holds its keys.
+
+    Raises:
+        GraphPassError: A matrix is stored in a way that is not understood.
+    """
+    widths = {part.stop - part.start for part in LinearFlow(attention.nodes).of(present_key)}
+    return widths.pop() if len(widths) == 1 else None
+
+
 def _not_one(role: str, candidates: Sequence[str]) -> str:
     return f"{LLAMA_LAYER[role].path} could be {', '.join(candidates) or 'no node with a constant weight'}"
 

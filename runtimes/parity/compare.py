@@ -53,7 +53,7 @@ def compare(
     dtype: str,
     greedy_prompts: Sequence[Sequence[int]] = (),
     greedy_tokens: int = 32,
-    open_precise: OpenRunner | None = None,
+    open_other: OpenRunner | None = None,
     steps_matter: bool = False,
 ) -> ParityReport:
     """Runs every case on the reference and on every candidate.
@@ -69,8 +69,9 @@ def compare(
         dtype: Of the candidates, a key of TOLERANCES.
         greedy_prompts: Left-padded into one batch; none leave the greedy comparison out.
         greedy_tokens: How many tokens to generate per prompt.
-        open_precise: The reference in float64, opened only where a case would fail: how far the reference itself is off
-            then tells rounding from a fault. None leaves the table's tolerances as they are.
+        open_other: The reference in another precision, opened only where a case would fail: float64 for candidates in
+            fp32, their own type for those of 16 bits. How far the two are apart tells rounding from a fault. None
+            leaves the table's tolerances as they are.
         steps_matter: Whether the same tokens in other steps are another result (rope that depends on the length).
             Generated tokens are then refed as they were fed, not all at once.
 
@@ -80,7 +81,7 @@ def compare(
     tolerance = TOLERANCES[dtype]
     traces = [trace_reference(reference, case) for case in cases]
     comparisons = [
-        _Comparison(reference, candidate, tolerance, cases, traces, open_precise, steps_matter=steps_matter)
+        _Comparison(reference, candidate, tolerance, cases, traces, open_other, dtype, steps_matter=steps_matter)
         for candidate in candidates
     ]
     for comparison in comparisons:
@@ -111,7 +112,8 @@ class _Comparison:
         tolerance: Tolerance,
         cases: Sequence[Case],
         traces: Sequence[Trace],
-        open_precise: OpenRunner | None,
+        open_other: OpenRunner | None,
+        dtype: str,
         *,
         steps_matter: bool,
     ) -> None:
@@ -120,7 +122,8 @@ class _Comparison:
         self._tolerance = tolerance
         self._cases = list(cases)
         self._traces = list(traces)
-        self._open_precise = open_precise
+        self._open_other = open_other
+        self._dtype = dtype
         self._steps_matter = steps_matter
         self._free_logits: dict[str, LogitStatistics] = {}
         self._tokens: list[list[int]] = []
@@ -148,16 +151,19 @@ class _Comparison:
                     self._compare_streams(runner, index)
 
     def _measure_own_errors(self) -> None:
-        """Where a case would fail by the table, asks how exact the reference itself is there."""
+        """Where a case would fail by the table, asks how exact PyTorch itself is there."""
         failed = [i for i, result in enumerate(self.results) if result.judge(self._tolerance).verdict == "FAIL"]
         measurable = [i for i in failed if math.isfinite(self.results[i].logits.mean)]
-        if self._open_precise is None or not measurable:
+        if self._open_other is None or not measurable:
             return
-        with self._open_precise() as precise:
+        with self._open_other() as other:
             for index in measurable:
                 case, trace = self._cases[index], self._traces[index]
-                exact = trace_case(precise, case, trace.decisions)
-                own = own_error(exact.logits, trace.logits, exact.scores, trace.scores, case.real)
+                found = trace_case(other, case, trace.decisions)
+                exact, rounded, compared = found, trace, "its own fp32 is off float64"
+                if self._dtype != "fp32":
+                    exact, rounded, compared = trace, found, f"PyTorch's own {self._dtype} is off its fp32"
+                own = own_error(exact.logits, rounded.logits, exact.scores, rounded.scores, case.real, compared)
                 self.results[index] = dataclasses.replace(self.results[index], own_error=own)
 
     def _logits_differ(self, result: CaseResult) -> bool:

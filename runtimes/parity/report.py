@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from dlo_export.runtimes.parity.statistics import Flip, LogitStatistics
-from dlo_export.runtimes.parity.tolerances import OWN_ERRORS, OwnError, Tolerance
+from dlo_export.runtimes.parity.tolerances import OwnError, Tolerance
 
 Verdict = Literal["PASS", "FAIL", "AMBIGUOUS", "NOT RUN"]
 
@@ -60,8 +60,8 @@ class CaseResult:
             return strict
         own = self.own_error
         said = (
-            f"its own fp32 is off float64 by mean {own.mean:.1e} and largest {own.largest:.1e} of the peak, "
-            f"scores {own.score:.1e}, and {OWN_ERRORS} times that is allowed"
+            f"{own.compared} by mean {own.mean:.1e} and largest {own.largest:.1e} of the peak, "
+            f"scores {own.score:.1e}, and {tolerance.own_errors} times that is allowed"
         )
         by_own = self._judge(tolerance.widened(own))
         if by_own.verdict != "FAIL":

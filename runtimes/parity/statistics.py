@@ -131,19 +131,21 @@ def own_error(
     exact_scores: Mapping[int, FloatArray],
     scores: Mapping[int, FloatArray],
     real: BoolArray,
+    compared: str,
 ) -> OwnError:
-    """How far a reference is from itself in higher precision, under the same decisions.
+    """How far a model is from itself in higher precision, under the same decisions.
 
     Args:
         exact_logits: In higher precision, [batch, sequence, vocab].
-        logits: The reference's.
+        logits: In lower precision.
         exact_scores: By routed layer, [batch, sequence].
-        scores: The reference's.
+        scores: In lower precision.
         real: bool [batch, sequence], False at padding.
+        compared: What with what, for reports.
     """
     statistics = logit_statistics(exact_logits, logits, real)
     differences = [float(np.abs(exact_scores[layer] - scores[layer])[real].max(initial=0.0)) for layer in scores]
-    return OwnError(statistics.mean, statistics.largest, max(differences, default=0.0))
+    return OwnError(statistics.mean, statistics.largest, max(differences, default=0.0), compared)
 
 
 def stream_errors(

@@ -32,17 +32,17 @@ def open_reference(
     *,
     stream: bool | None = None,
     name: str = "PyTorch",
-    float64: bool = False,
+    dtype: str = "float32",
     device: str = "cpu",
 ) -> TorchRunner:
-    """Opens the masked oracle of a checkpoint, in float32 or, to measure its own rounding, in float64.
+    """Opens the masked oracle of a checkpoint, in float32 or, to measure what rounding does, in another type.
 
     Args:
         config: Of config.json.
         tensors: Under Hugging Face names.
         stream: Read each layer's weights when it runs and drop them behind it; None decides by the memory available.
         name: For reports.
-        float64: Compute in float64.
+        dtype: PyTorch's word for what to compute in; routers do in float32 at least.
         device: Where to compute, as `--device` names it. A GPU's float32 products are not TF32's unless PyTorch was
             told so.
 
@@ -51,14 +51,14 @@ def open_reference(
         ValueError: Config and tensors do not fit each other, or the model is not supported; see modeling.from_tensors.
     """
     place = torch_device(device)
-    dtype = torch.float64 if float64 else torch.float32
+    kind: torch.dtype = getattr(torch, dtype)
     if stream is None:
-        stream = float32_bytes(tensors) * dtype.itemsize / 4 > MEMORY_SHARE * available_memory()
+        stream = float32_bytes(tensors) * kind.itemsize / 4 > MEMORY_SHARE * available_memory()
     with warnings.catch_warnings():
         # Whoever opened the source tells the user.
         warnings.simplefilter("ignore", UntrainedRoutersWarning)
         build = streamed_llama_dlo if stream else llama_dlo_from_tensors
-        model = build(config, tensors, dtype=dtype, device=place)
+        model = build(config, tensors, dtype=kind, device=place)
     return TorchRunner(model, masked=True, name=f"{name}, layer by layer" if stream else name, device=place)
 
 
@@ -79,7 +79,7 @@ def streamed_llama_dlo(
     Args:
         config: Of config.json.
         tensors: Under Hugging Face names; read anew in every step. Needs memory for the largest block.
-        dtype: torch.float32 or torch.float64.
+        dtype: Of all parameters but the routers, which are at least float32.
         device: Where a block's weights are while it runs.
 
     Raises:
@@ -90,7 +90,9 @@ def streamed_llama_dlo(
     blocks |= {layer_path(index): layer for index, layer in enumerate(model.model.layers)}
     small = {"model.norm": model.model.norm, "model.routers": model.model.routers}
     for prefix, module in small.items():
-        _load(module, _block_tensors(module, prefix, tensors), dtype, device)
+        # Routers are in float32 at least.
+        exact = torch.promote_types(dtype, torch.float32) if module is model.model.routers else dtype
+        _load(module, _block_tensors(module, prefix, tensors), exact, device)
     for prefix, module in blocks.items():
         _stream(module, _block_tensors(module, prefix, tensors), dtype, device)
     model.model.rotary_emb.to(device)

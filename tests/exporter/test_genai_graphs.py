@@ -1,6 +1,7 @@
 """Graphs of onnxruntime-genai's builder: packed, fused, quantised; deepened and routed in their own form."""
 
 import collections
+import contextlib
 import functools
 import json
 import shutil
@@ -10,23 +11,36 @@ import onnx_ir as ir
 import onnxruntime as ort
 import onnxruntime_genai as og
 import pytest
+import torch
 from safetensors.numpy import load_file
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
-from dlo_export.checkpoints.errors import CheckpointError
+from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.exporter.app import app
+from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.parity_check import check_parity
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
+from dlo_export.exporter.sources.source import open_source
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from tests.foreign_graphs import save_routed_adapter
-from tests.genai_graphs import FORMS, save_genai_graph
+from tests.genai_graphs import FORMS, build, save_genai_graph
+from tests.tiny_models import BYTE_VOCABULARY, save_byte_tokenizer, save_tiny_llama
 
 # How far a weight may be from the checkpoint's, as a share of the largest of its tensor.
 ROUNDING = {"fp32": 0, "fp16": 1e-3, "int4": 1 / 8, "int8": 1 / 128}
@@ -130,6 +144,25 @@ def test_branches_are_refused_when_weights_are_dequantised_by_nodes(graph, tmp_p
     assert exported(path, tmp_path / "out", adapter=adapter).description.lowering == "compact"
 
 
+def test_routed_graph_equals_pytorch_when_a_config_lies_beside_it(graph, tmp_path):
+    shutil.copytree(graph("fp32").parent, tmp_path / "graph")
+    checkpoint = graph("fp32").parents[1] / "checkpoint"
+    shutil.copy(checkpoint / "config.json", tmp_path / "graph")
+    path = tmp_path / "graph" / "model.onnx"
+    result = exported(path, tmp_path / "out", adapter=save_routed_adapter(path, tmp_path / "adapter"))
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    assert "against PyTorch" in result.parity_summary
+
+
+def test_routed_graph_equals_its_checkpoint_when_one_is_given(graph, tmp_path):
+    path = graph("fp32")
+    adapter = save_routed_adapter(path, tmp_path / "adapter")
+    exported(path, tmp_path / "out", adapter=adapter, parity=False)
+    with contextlib.closing(open_source(path.parents[1] / "checkpoint", adapter)) as source:
+        report = check_parity(source, tmp_path / "out", open_description(tmp_path / "out"))
+    assert (report.verdict, report.reference) == ("PASS", "PyTorch"), report.summary()
+
+
 def test_whole_layers_are_refused_when_their_attention_has_no_mask(graph, tmp_path):
     path = graph("fp32")
     routers = {f"model.routers.{layer}.weight": ArrayTensor(np.ones((1, 64), np.float32)) for layer in range(3)}
@@ -137,6 +170,47 @@ def test_whole_layers_are_refused_when_their_attention_has_no_mask(graph, tmp_pa
     with pytest.raises(GraphPassError, match="RouteLayersPass: the graph has no Attention node"):
         exported(path, tmp_path / "out", adapter=tmp_path / "adapter")
     assert not (tmp_path / "out").exists()
+
+
+FAMILIES = {
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def relative(request, tmp_path_factory):
+    """A graph of another family with the same block, or nearly."""
+    folder, (config, model) = tmp_path_factory.mktemp(request.param), FAMILIES[request.param]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": BYTE_VOCABULARY}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    model(config(**sizes, **heads, tie_word_embeddings=False)).save_pretrained(folder / "checkpoint")
+    save_byte_tokenizer(folder / "checkpoint", BYTE_VOCABULARY)
+    return request.param, build(folder / "checkpoint", folder / "graph", "int4")
+
+
+def test_other_families_are_routed_and_deepened_as_far_as_their_weights_have_names(relative, tmp_path):
+    family, path = relative
+    rng = np.random.default_rng(0)
+    routers = {
+        f"model.routers.{layer}.weight": ArrayTensor(rng.standard_normal((1, 64), dtype=np.float32))
+        for layer in range(3)
+    }
+    save_adapter(DloAdapter("mlp", (True,) * 3, tensors=routers), tmp_path / "routers")
+    result = exported(path, tmp_path / "routed", adapter=tmp_path / "routers")
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    if family != "qwen3":
+        assert exported(path, tmp_path / "deepened").description.parity.verdict == "PASS"
+        return
+    # A layer of two norms is given to a graph whose layers have four.
+    injection = save_tiny_llama(tmp_path / "llama", hidden=64, intermediate=96, vocab=BYTE_VOCABULARY)
+    with contextlib.closing(open_source(injection, None)) as llama:
+        save_adapter(expansion_adapter(llama.tensors(), placements("tli", 3, every=1)), tmp_path / "layers")
+    with pytest.raises(InputError, match=r"weights of its layers have no names: .*q_norm"):
+        exported(path, tmp_path / "deepened", adapter=tmp_path / "layers")
+    assert not (tmp_path / "deepened").exists()
 
 
 SAID = {

@@ -79,9 +79,21 @@ def test_float64_reference_is_the_same_to_the_bit_when_it_runs_layer_by_layer(tm
     case = parity_cases(97, routed=True)[0]
     traces = {}
     for stream in (False, True):
-        with open_reference(source.config_json(), source.tensors(), float64=True, stream=stream) as runner:
+        with open_reference(source.config_json(), source.tensors(), dtype="float64", stream=stream) as runner:
             traces[stream] = trace_reference(runner, case)
     np.testing.assert_array_equal(traces[False].logits, traces[True].logits)
     with open_reference(source.config_json(), source.tensors()) as runner:
         single = trace_case(runner, case, traces[False].decisions)
     assert 1e-6 < np.abs(single.logits - traces[False].logits).max() < 1e-1
+
+
+def test_16_bit_case_is_judged_by_pytorchs_own_16_bits_when_the_table_fails_it(tmp_path):
+    model = _ill_conditioned(tmp_path / "model")
+    request = ExportRequest(str(model), tmp_path / "out", lowering="masked", dtype="fp16", parity=False)
+    report = _parity(model, export_model(request, Reporter()))
+    judged_by_own_error = [case for case in report.cases if case.own_error is not None]
+    assert judged_by_own_error, "no case exceeds the table: the model is not ill-conditioned enough for this test"
+    for case in judged_by_own_error:
+        # Two fp16 implementations of this model are about as far from float32 as one another.
+        assert 0.3 < case.logits.mean / case.own_error.mean < 3
+    assert "PyTorch's own fp16 is off its fp32 by mean" in report.summary()
