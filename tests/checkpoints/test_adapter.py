@@ -194,7 +194,7 @@ def test_save_adapter_replaces_a_folder_only_when_told_to(tmp_path: Path) -> Non
 
 
 def test_check_fits_lists_every_difference_when_the_model_is_another() -> None:
-    shapes = {f"model.layers.0.{role}": shape for role, shape in SHAPES.items()}
+    shapes = {f"model.layers.0.{role}": shape for role, shape in SHAPES.items()} | {"model.norm.weight": (HIDDEN,)}
     make_adapter().check_fits(shapes, num_layers=2)
     shapes["model.layers.0.mlp.up_proj.weight"] = (32, HIDDEN)
     with pytest.raises(AdapterError, match="has 3 layers, the adapter goes on 2") as caught:
