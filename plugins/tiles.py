@@ -25,7 +25,7 @@ class Tile:
         rows: Tokens; 16 is the least a tensor core instruction takes.
         columns: Columns of the output.
         depth: Elements of the summed axis per step.
-        scan: Tokens read at a time while looking for active ones; a multiple of 32.
+        scan: Tokens read at a time while looking for active ones, a multiple of 32; RouterScores looks for none.
         warps: Of 32 threads each.
         stages: Steps of weights in flight.
     """
@@ -58,9 +58,10 @@ _TILES: Final[dict[str, dict[TileName, Tile]]] = {
         "decode": Tile(rows=16, columns=16, depth=256, scan=32, warps=4, stages=3),
         "prefill": Tile(rows=64, columns=64, depth=64, scan=512, warps=4, stages=3),
     },
+    # A token's score is one sum: every tile is one token, 1024 elements of it a step (float32: 512). Every token has a
+    # score, so that nothing is scanned: the kernel takes scan and leaves it unused.
+    "RouterScores": dict.fromkeys(TILE_NAMES, Tile(rows=1, columns=1, depth=1024, scan=1, warps=4, stages=1)),
 }
-# A token's score is one sum: every tile is one token, a row of 4096 elements in four steps.
-_TILES["RouterScores"] = dict.fromkeys(TILE_NAMES, Tile(rows=1, columns=1, depth=1024, scan=1, warps=4, stages=1))
 # By compute capability, where a GPU was at hand to measure it. 9.0: H200, hidden 4096, intermediate 14336, bfloat16;
 # the fastest of docs/results/gpu_kernels.md. Decode, 8 of 16 tokens active: 56 and 33 µs, 4.2 and 3.6 TB/s of weights
 # (the tiles above: 77 and 50 µs). Prefill, 256 of 512 active: 114 and 76 µs (155 and 108 µs).
@@ -85,7 +86,7 @@ def tile_of(op_name: str, tile_name: TileName, dtype: str, target: int | None = 
     cores, where larger tiles spill registers.
 
     Args:
-        op_name: "SkipGateUp" or "SkipDown".
+        op_name: "SkipGateUp", "SkipDown" or "RouterScores".
         tile_name: Of the tile.
         dtype: T, as the schema names it.
         target: Compute capability, such as 90; None for a tile that every GPU takes.

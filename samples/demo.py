@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 OUTPUT = Path("demo-output")
+TRAINED = Path(__file__).parent / "smollm2_trained"
 DLO = Path(sys.executable).with_name("dlo")
 
 
@@ -57,14 +58,16 @@ def main() -> None:
     print("\n4. Generate.")
     dlo("run", OUTPUT / "36-routed", "What does a decoder layer of a language model do?", "-n", "64")
 
-    print("\n5. What to compare it with: the original, the original routed, the deepened model without routers.")
+    print("\n5. What to compare it with: the original, routed and trained routed, the deepened model without routers.")
     routers = OUTPUT / "original-routers"
     # Its perplexity is measured below, with everybody else's.
     dlo("calibrate", base, "-o", routers, "--target", "0.9", "--as-adapter", "--evaluation-tokens", "512", "--force")
     dlo("export", base, "-o", OUTPUT / "30-dense", "--no-parity", "--force")
     dlo("export", base, "--adapter", routers, "-o", OUTPUT / "30-routed", "--no-parity", "--force")
+    # docs/results.md says how these routers were trained, with LoRA beside them.
+    dlo("export", base, "--adapter", TRAINED, "-o", OUTPUT / "30-trained", "--no-parity", "--force")
     dlo("export", expanded, "-o", OUTPUT / "36-dense", "--no-parity", "--force")
-    names = ("30-dense", "30-routed", "36-dense", "36-routed")
+    names = ("30-dense", "30-routed", "30-trained", "36-dense", "36-routed")
     dlo("bench", *(OUTPUT / name for name in names), "--perplexity", "4096")
     print(f"\nDone in {time.monotonic() - start:.0f} s; everything is in {OUTPUT}/.")
 

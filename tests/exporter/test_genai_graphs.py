@@ -104,8 +104,9 @@ def test_logits_stay_when_layers_that_add_nothing_are_injected(graph, form, tmp_
     assert result.description.parity.verdict == "PASS", result.parity_summary
     assert "against the graph as it was" in result.parity_summary
     before, after = logits(path, steps), logits(tmp_path / "out" / "model.onnx", steps)
-    # In float16 the fused norm reads a sum that is not rounded yet; what adds nothing to it rounds it.
-    assert np.abs(after - before).max() <= (1e-3 * np.abs(before).max() if form == "fp16" else 0)
+    # In float16 the fused norm reads a sum that is not rounded yet; what adds nothing to it rounds it, by half a unit
+    # in its last place in every layer: two units of the largest logit are left for them.
+    assert np.abs(after - before).max() <= (2**-9 * np.abs(before).max() if form == "fp16" else 0)
     # What stood in the graph stands there, byte for byte; what is new has the form of what stood there.
     old, new = ir.load(path).graph, ir.load(tmp_path / "out" / "model.onnx").graph
     contents = {value.const_value.tobytes() for value in new.initializers.values()}

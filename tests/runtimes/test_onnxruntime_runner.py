@@ -96,7 +96,7 @@ def test_runner_takes_optimums_graph_when_given_its_file() -> None:
 def test_runner_feeds_what_the_graph_has_when_it_lacks_mask_and_positions(tmp_path: Path) -> None:
     with OnnxRuntimeRunner(_running_sum(tmp_path), threads=1) as runner:
         runner.reset(2)
-        runner.step(np.array([[3, 4], [5, 6]]), _ones(2, 2), _ones(2, 2))
+        runner.step(np.array([[3, 4], [5, 6]]), _ones(2, 2), _ones(2, 2), last_logits=True)  # it has no others
         result = runner.step(np.array([[5], [7]]), _ones(2, 3), _ones(2, 1))
     np.testing.assert_array_equal(result.logits[:, 0, 0], [12, 18])
 

@@ -1,0 +1,188 @@
+"""Parity of a model's lowerings in ONNX Runtime with the PyTorch model in float32, and which nodes run elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+import torch  # noqa: F401 - before onnxruntime, which finds CUDA's libraries among PyTorch's
+
+from benchmarks.workspace import REPOSITORY
+from dlo_export.checkpoints.device_options import ProviderOption
+from dlo_export.checkpoints.dtypes import BY_OPTION
+from dlo_export.exporter.graph_dtype import graph_dtype
+from dlo_export.exporter.parity_check import graph_candidate
+from dlo_export.exporter.pipeline import build_model
+from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.exporter.weight_file import save_weights
+from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.runtimes.artefact.description import WEIGHTS_NAME
+from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as PROVIDERS
+from dlo_export.runtimes.onnxruntime.providers import Provider
+from dlo_export.runtimes.onnxruntime.session import DecoderSession
+from dlo_export.runtimes.parity.cases import parity_cases
+from dlo_export.runtimes.parity.compare import compare
+from dlo_export.runtimes.torch.reference import open_reference
+
+DATA: Final = REPOSITORY / "tests" / "data"
+ADAPTER: Final = DATA / "smollm2_routers"
+NATIVE: Final = ("masked", "compact", "if")
+DTYPES: Final = ("fp32", "fp16", "bf16")
+# By their names: what computes shapes for all layers has no number, and belongs on the host.
+_OF_A_LAYER: Final = re.compile(r"\.(layers|routers)\.\d+\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one process compares.
+
+    Attributes:
+        subject: Name of the model, for rows.
+        model: Checkpoint folder or GGUF file.
+        dtype: Of the graphs.
+        lowerings: To compare; "none" where the model has no routers.
+        adapter: On the model.
+        library: libdlo_ort.so, for the plugin lowering.
+        provider: What runs the graphs.
+        device: Of the reference.
+    """
+
+    subject: str
+    model: str
+    dtype: str
+    lowerings: tuple[str, ...]
+    adapter: str | None = None
+    library: str | None = None
+    provider: ProviderOption = "cuda"
+    device: str = "cuda"
+
+
+def jobs(model: Path | None, library: str | None, *, smoke: bool) -> Iterator[Job]:
+    """What is compared, each in a process of its own."""
+    routed: list[tuple[str, str, str | None]] = [
+        ("reference_mlp_routed", str(DATA / "reference_mlp_routed"), None),
+        ("reference_layer_routed", str(DATA / "reference_layer_routed"), None),
+    ]
+    if model is not None:
+        routed.append(("smollm2", str(model), str(ADAPTER)))
+    for subject, path, adapter in routed:
+        # Everything once, and no more: the largest model in the type it is used in.
+        for dtype in ("bf16",) if smoke and adapter is not None else DTYPES:
+            # Where the reference is small, it is the CPU's: two GPU programs are then not compared with each other.
+            job = Job(subject, path, dtype, NATIVE, adapter, device="cpu" if adapter is None else "cuda")
+            yield job
+            if library is not None and subject != "reference_layer_routed":  # the plugin takes MLP routing
+                yield dataclasses.replace(job, lowerings=("plugin",), library=library)
+    if model is not None:
+        yield Job("smollm2 dense", str(model), "bf16", ("none",))
+
+
+def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, Any]]:
+    """Compares the lowerings of one model in one type: rows of parity, and of who was given which node.
+
+    Args:
+        job: What to compare.
+        provider: In place of the job's.
+    """
+    provider = provider or PROVIDERS[job.provider]
+    library = None if job.library is None else Path(job.library)
+    source = open_source(job.model, None if job.adapter is None else Path(job.adapter))
+    with contextlib.closing(source), tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        files = save_graphs(source, job, folder)
+        for lowering, file in files.items():
+            yield placement_row(job, lowering, file, provider, library)
+        config, tensors = source.config_json(), source.tensors()
+        routed = source.routing is not None and job.lowerings != ("none",)
+        rng = np.random.default_rng(0)
+        prompts = [rng.integers(0, config["vocab_size"], tokens).tolist() for tokens in (24, 15)]
+        other = "float64" if job.dtype == "fp32" else BY_OPTION[job.dtype].name
+        another = functools.partial(open_reference, config, tensors, dtype=other, device=job.device)
+        with open_reference(config, tensors, device=job.device) as reference:
+            for lowering, file in files.items():
+                begin = time.monotonic()
+                candidate = graph_candidate(
+                    lowering,
+                    load_graph(file),
+                    folder,
+                    file=file,
+                    routed=routed,
+                    plugin_library=library,
+                    provider=provider,
+                )
+                row: dict[str, Any] = {"what": f"parity {job.subject}, {job.dtype}, {lowering}"}
+                try:
+                    report = compare(
+                        reference,
+                        [candidate],
+                        parity_cases(config["vocab_size"], routed=routed),
+                        dtype=job.dtype,
+                        greedy_prompts=prompts,
+                        greedy_tokens=32,
+                        open_other=another,
+                    )
+                except Exception as err:  # whatever a new card brings is a finding, and costs the other rows nothing
+                    yield {**row, "passed": False, "error": f"{type(err).__name__}: {err}"[:1500]}
+                    continue
+                judged = [(result.case, result.judge(report.tolerance)) for result in report.cases if report.tolerance]
+                judged += [("greedy", result.judge()) for result in report.greedy]
+                reasons = [f"{case}: {judgement.reason}" for case, judgement in judged if judgement.reason]
+                yield {
+                    **row,
+                    "passed": None if report.verdict == "AMBIGUOUS" else report.verdict == "PASS",
+                    "verdict": report.verdict,
+                    "provider": provider.name,
+                    "mean_of_peak": max(result.logits.mean for result in report.cases),
+                    "largest_of_peak": max(result.logits.largest for result in report.cases),
+                    "flips": sum(len(result.flips) for result in report.cases),
+                    "decisions": sum(result.decisions for result in report.cases),
+                    "greedy": [f"{result.identical} of {result.total}" for result in report.greedy],
+                    "reasons": reasons[:9],
+                    "seconds": round(time.monotonic() - begin, 1),
+                }
+
+
+def placement_row(job: Job, lowering: str, file: Path, provider: Provider, library: Path | None) -> dict[str, Any]:
+    """Which nodes ONNX Runtime gave to the CPU; none of a layer may be among them."""
+    row: dict[str, Any] = {"what": f"placement {job.subject}, {job.dtype}, {lowering}"}
+    needs = library if plugin_operators(load_graph(file)) else None
+    try:
+        session = DecoderSession(
+            file, lowering, "growing", {"provider": provider, "placement": True, "plugin_library": needs}
+        )
+        placed = session.placement()
+    except Exception as err:  # as above
+        return {**row, "passed": False, "error": f"{type(err).__name__}: {err}"[:1500]}
+    elsewhere = [node for name, nodes in placed.items() if name != provider.name for node in nodes]
+    of_layers = [f"{name} ({operator})" for name, operator in elsewhere if _OF_A_LAYER.search(name)]
+    return {
+        **row,
+        "passed": not of_layers,
+        "given": {name: len(nodes) for name, nodes in placed.items()},
+        "elsewhere": dict(Counter(operator for _, operator in elsewhere)),
+        "of_layers": of_layers[:8],
+        "capturable": find_lowering(lowering, "onnxruntime-cuda").capturable,
+    }
+
+
+def save_graphs(source: ExportSource, job: Job, folder: Path) -> dict[str, Path]:
+    """Writes a graph for each lowering; they share one file of weights."""
+    files: dict[str, Path] = {}
+    for lowering in job.lowerings:
+        model = build_model(source, lowering, graph_dtype(job.dtype))
+        save_weights(model, folder / WEIGHTS_NAME, write=not files)
+        files[lowering] = folder / f"{lowering}.onnx"
+        ir.save(model, files[lowering])
+    return files
