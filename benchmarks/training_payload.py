@@ -9,16 +9,16 @@ documents that `dlo calibrate` measures on.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.papers.experiment import Experiment
 from benchmarks.papers.forms import FORMS
 from benchmarks.papers.results import Results
-from benchmarks.papers.sources import files_of, library_units, read_python
+from benchmarks.papers.sources import Unit, files_of, library_units, read_python
 from benchmarks.papers.subjects import BaseModel
 from benchmarks.papers.text import prepare_text
 from dlo_export.modeling.calibration.text import calibration_text, read_documents
@@ -44,9 +44,9 @@ def library_text(base: BaseModel) -> tuple[list[str], list[str]]:
     return training, [*prose[:_HELD_OUT_TOPICS], *watched]
 
 
-def _pieces(units: Sequence[object]) -> Iterator[str]:
+def _pieces(units: Sequence[Unit]) -> Iterator[str]:
     left = _MODULE_CHARACTERS
-    for file in files_of(units):  # type: ignore[arg-type]
+    for file in files_of(units):
         text = read_python(file)[:_LONGEST_PIECE]
         if text.strip() and left > 0:
             left -= len(text)
@@ -54,7 +54,11 @@ def _pieces(units: Sequence[object]) -> Iterator[str]:
 
 
 def main() -> None:
-    path, folder = map(Path, sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="whose tokens: a checkpoint folder or GGUF file")
+    parser.add_argument("folder", type=Path, help="to write to")
+    given = parser.parse_args()
+    path, folder = given.model, given.folder
     form = FORMS["five-minutes"]
     results = Results(folder)
     prepare_text(

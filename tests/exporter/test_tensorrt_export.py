@@ -135,7 +135,11 @@ def test_second_export_takes_the_engine_from_the_cache_and_says_so(tmp_path):
 
 
 REFUSED = {
-    "layer_routing": (DATA / "reference_layer_routed", ["--trt"], "layer routing"),
+    "layer_routing_growing": (
+        DATA / "reference_layer_routed",
+        ["--trt", "--trt-cache", "growing"],
+        "--trt-cache static",
+    ),
     "no_routers": (None, ["--trt", "--lowering", "plugin"], "no routers"),
     "options_without_trt": (REFERENCE, ["--trt-target", "sm89"], "--trt is not given"),
     "no_weights": (REFERENCE, ["--trt", "--no-weights"], "--no-weights"),
