@@ -279,7 +279,7 @@ class _Part:
                 *shared,
                 cores=set(cores) - aside if aside else None,
             )
-            helpers = self._start_workers(command, budget, compiled, set(cores) - (aside or set()))
+            workers = self._start_workers(command, budget, compiled, set(cores) - (aside or set()))
             shipped: list[Child] = []
 
             def meanwhile() -> None:
@@ -293,7 +293,7 @@ class _Part:
 
             done = main.wait(budget + 5, meanwhile)
             meanwhile()
-            for each in (main, *helpers):
+            for each in (main, *workers):
                 if each.end() or not done:
                     self._evidence.row(each.name, passed=False, error=each.complaint())
             self._shipped = shipped[0] if shipped else None
