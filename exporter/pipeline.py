@@ -159,17 +159,24 @@ def foreign_passes() -> list[GraphPass]:
     ]
 
 
+def _masked_steps(source: GraphSource) -> list[Step]:
+    """What every graph begins with: all its layers, and routing in its exact form."""
+    return [
+        # Deepen first: routers are numbered in the deepened model.
+        *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
+        # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
+        *([Step(RemoveIdentityLayersPass(source.removed_layers), INJECTED)] if source.removed_layers else []),
+        # The masked form is exact standard ONNX, its routers in fp32, and the oracle for what follows.
+        *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
+    ]
+
+
 def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord, *, last_logits: bool = False) -> list[Step]:
     """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
     return [
         # Runtimes make an empty cache by what its inputs say.
         Step(StateCacheSizesPass(), PLAIN),
-        # Deepen first: routers are numbered in the deepened model.
-        *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
-        # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
-        *([Step(RemoveIdentityLayersPass(source.removed_layers), INJECTED)] if source.removed_layers else []),
-        # The masked form is exact standard ONNX, and the oracle for what follows.
-        *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
+        *_masked_steps(source),
         # The head is the largest matrix, and its output larger: one row per sequence instead of one per prompt token.
         *([Step(KeepLastLogitsPass(), INJECTED if source.routing is None else ROUTED)] if last_logits else []),
         # The one lowering: tokens that skip leave the MLP's batch, or the MLP runs only where a token is active.
@@ -196,12 +203,7 @@ def captured_steps(
     """
     fused = fuse_routers and DOMAIN in lowering.domains
     steps = [
-        # Deepen first: routers are numbered in the deepened model.
-        *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
-        # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
-        *([Step(RemoveIdentityLayersPass(source.removed_layers), INJECTED)] if source.removed_layers else []),
-        # The masked form, its routers in fp32.
-        *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
+        *_masked_steps(source),
         # The one lowering, of fixed shapes.
         *_lowering_steps(lowering, Workload(plugins_at_hand=True)),
         # Each kernel of a step costs a microsecond or two, whatever it does.
@@ -225,12 +227,7 @@ def tensorrt_steps(source: GraphSource, options: TensorRtOptions) -> list[Step]:
     stage = ROUTED if routed else INJECTED
     workload = Workload(max_batch=options.max_batch, max_sequence=options.max_sequence)
     return [
-        # Deepen first: routers are numbered in the deepened model.
-        *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
-        # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
-        *([Step(RemoveIdentityLayersPass(source.removed_layers), INJECTED)] if source.removed_layers else []),
-        # The masked form, its routers in fp32.
-        *([Step(_route_layers(source), ROUTED)] if routed else []),
+        *_masked_steps(source),
         # A float32 MatMul may run in TF32, and not at all on Turing.
         *([Step(ReduceRouterProductsPass(), stage)] if routed else []),
         # TensorRT builds no attention with a cache of its own, and updates a static one in place.
