@@ -161,14 +161,12 @@ class TorchOps(StepOps):
         return attended.flatten(1)
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return _gated(gate_up)
 
     def skip_mlp(  # noqa: D102
         self, normed: torch.Tensor, scale: torch.Tensor, mlp: KernelMlp, stream: torch.Tensor
     ) -> torch.Tensor:
-        branch = (F.silu(normed @ mlp.gate) * (normed @ mlp.up)) @ mlp.down
-        return add_scaled(stream, branch, scale)
+        return add_scaled(stream, mlp_branch(normed, mlp), scale)
 
 
 def gathered_mlp(
@@ -176,15 +174,22 @@ def gathered_mlp(
 ) -> torch.Tensor:
     """As `StepOps.skip_mlp`, in PyTorch's products on the active tokens' rows; waits for the device to count them."""
     active = scale.nonzero().squeeze(-1)
-    rows = normed.index_select(0, active)
-    if isinstance(mlp, KernelMlp):
-        branch = (F.silu(rows @ mlp.gate) * (rows @ mlp.up)) @ mlp.down
-    else:
-        gate, up = mlp.gate_up(rows).chunk(2, dim=-1)
-        branch = mlp.down(F.silu(gate) * up)
+    branch = mlp_branch(normed.index_select(0, active), mlp)
     before = stream.index_select(0, active)
     after = before + branch * scale.index_select(0, active).unsqueeze(-1).to(branch.dtype)
     return stream.index_copy(0, active, after)
+
+
+def mlp_branch(rows: torch.Tensor, mlp: PlainMlp | KernelMlp) -> torch.Tensor:
+    """The MLP of rows [rows, hidden], in PyTorch's products, however its weights are kept."""
+    if isinstance(mlp, KernelMlp):
+        return (F.silu(rows @ mlp.gate) * (rows @ mlp.up)) @ mlp.down
+    return mlp.down(_gated(mlp.gate_up(rows)))
+
+
+def _gated(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def add_scaled(stream: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
