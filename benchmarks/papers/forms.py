@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -89,27 +89,29 @@ _BY_WORTH = (
     "train-deepened-copies",
 )
 
+_QUICK = Form(
+    toy=True,
+    budget_s=180,
+    tokens=4_096,
+    least_tokens=1_024,
+    batch=2,
+    sequence=256,
+    dtype="fp32",
+    learning_rate=1e-3,
+    curve_points=2,
+    held_out_tokens=1_024,
+    calibration_tokens=2_048,
+    greedy_tokens=512,
+    tli_every=(5,),
+    targets=(0.9, 0.8),
+    questions=20,
+    rounds=3,
+    prompt_tokens=64,
+    decode_tokens=8,
+)
+
 FORMS: dict[str, Form] = {
-    "quick": Form(
-        toy=True,
-        budget_s=180,
-        tokens=4_096,
-        least_tokens=1_024,
-        batch=2,
-        sequence=256,
-        dtype="fp32",
-        learning_rate=1e-3,
-        curve_points=2,
-        held_out_tokens=1_024,
-        calibration_tokens=2_048,
-        greedy_tokens=512,
-        tli_every=(5,),
-        targets=(0.9, 0.8),
-        questions=20,
-        rounds=3,
-        prompt_tokens=64,
-        decode_tokens=8,
-    ),
+    "quick": _QUICK,
     "hour": Form(),
     "full": Form(
         budget_s=600,
@@ -146,26 +148,16 @@ FORMS: dict[str, Form] = {
         packages=True,
         questions=1000,
     ),
-    "smoke": Form(
-        toy=True,
+    # The quick form's sizes, and every run of the one for GPUs.
+    "smoke": replace(
+        _QUICK,
         budget_s=40,
-        tokens=4_096,
-        least_tokens=1_024,
-        batch=2,
-        sequence=256,
         dtype="bf16",
-        learning_rate=1e-3,
         curve_points=1,
-        held_out_tokens=1_024,
-        calibration_tokens=2_048,
-        greedy_tokens=512,
-        targets=(0.9, 0.8, 0.7),
+        tli_every=Form.tli_every,
+        targets=Form.targets,
         runs=(*_BY_WORTH[:8], "train-moe"),
         main_runs=9,
         expansions=False,
-        questions=20,
-        rounds=3,
-        prompt_tokens=64,
-        decode_tokens=8,
     ),
 }
