@@ -1,6 +1,6 @@
 """ONNX Runtime's C and C++ headers, which no Python package has: the folder `ORT_INCLUDE`, or Debian's package.
 
-    python -m tests.ort_headers
+    make headers
 
 downloads that package, a hundred kilobytes, and unpacks it into .headers/; nothing is installed. Its headers are
 those of ONNX Runtime 1.21, which programs compile against to run with any newer library. Where there is no apt, or no
@@ -9,7 +9,6 @@ Debian behind it, it says so, and tests that compile against them are skipped.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -34,7 +33,7 @@ def ort_headers(header: str = HEADER) -> Path:
     for folder in folders:
         if (folder / header).is_file():
             return folder
-    return pytest.skip(f"{header} is not here: give ORT_INCLUDE, or run python -m tests.ort_headers")
+    return pytest.skip(f"{header} is not here: give ORT_INCLUDE, or run make headers")
 
 
 def fetch() -> None:
@@ -79,7 +78,6 @@ def _run(command: list[str], folder: Path) -> str:
 
 def main() -> None:
     """Fetches what is missing; a machine without Debian's packages goes on without."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if [*FOLDER.glob(f"usr/include/onnxruntime*/{HEADER}")]:
         return
     try:

@@ -17,6 +17,7 @@ from typing import Any, get_args
 import onnxruntime as ort
 import pytest
 
+import dlo_export
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
@@ -24,13 +25,16 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.runtimes.artefact.description import FORMAT_VERSION
 from dlo_export.runtimes.generation.generate import generate
 from tests.documents import ROOT, text_of
+from tests.foreign_graphs import save_routed_adapter
 from tests.ort_headers import ort_headers
 from tests.plugins.ort_library import built_library
 from tests.tiny_models import save_tiny_llama
 
-PROMPT = [5, 9, 14, 3, 27, 31, 8, 44, 60, 2, 71]
+PROMPT = [5, 9, 14, 3, 27, 31, 8, 44, 60, 2, 11]
 STEPS = 12
 ROUTED = (True, False, True)
+CHECKS = Path(__file__).with_name("cpp_runtime_checks.cpp")
+OPTIMUM = ROOT / "tests" / "data" / "optimum_llama"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +131,19 @@ def test_program_generates_the_runners_tokens_when_given_an_artefact(program: Pa
     assert rates == pytest.approx(expected.stats.active_rate, abs=1e-6)
     if any(kind.model.get("routed", [])):
         assert 0 < sum(rates.values()) / len(rates) < 1, "the comparison must see tokens that run and tokens that skip"
+
+
+def test_program_generates_the_runners_tokens_when_the_graph_was_another_exporters(
+    program: Path, tmp_path: Path
+) -> None:
+    adapter = save_routed_adapter(OPTIMUM / "model.onnx", tmp_path / "adapter")
+    folder = tmp_path / "artefact"
+    export_model(ExportRequest(str(OPTIMUM / "model.onnx"), folder, adapter=adapter, parity=False), Reporter())
+    with open_artefact(folder) as runner:
+        expected = generate(runner, [PROMPT], max_new_tokens=STEPS).sequences[0]
+    result = run([program, folder, "--tokens", ",".join(map(str, PROMPT)), "--steps", str(STEPS), "--no-end"])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ",".join(map(str, expected))
 
 
 def test_program_prints_ids_and_rates_when_it_stops_at_an_end_token(program: Path, artefact: Path) -> None:
@@ -275,12 +292,17 @@ def test_documented_program_runs_when_the_target_is_installed(artefact: Path, tm
         result = run(command)
         assert result.returncode == 0, result.stderr
     fetched = re.compile(r"include\(FetchContent\).*?MakeAvailable\(\w+\)", re.DOTALL)
-    source = documented(tmp_path / "source", lambda script: fetched.sub("find_package(dlo_runtime REQUIRED)", script))
+    checks = f"add_executable(checks {CHECKS})\ntarget_link_libraries(checks PRIVATE dlo::runtime)\n"
+    source = documented(
+        tmp_path / "source", lambda script: fetched.sub("find_package(dlo_runtime REQUIRED)", script) + checks
+    )
     folder = build(source, tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}")
     (tmp_path / "artefact").symlink_to(artefact)
     result = run([folder / "continue_text"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r"(\d+ )+\n(layer \d: \d+ of \d+ tokens active\n)+", result.stdout)
+    checked = run([folder / "checks", artefact])
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_documented_project_has_the_target_when_it_fetches_the_repository(tmp_path: Path) -> None:
@@ -303,9 +325,11 @@ def test_configuration_names_the_variable_when_onnxruntime_is_not_found(tmp_path
         assert message in result.stderr
 
 
-def test_header_knows_the_providers_and_version_when_they_are_those_of_the_description() -> None:
+def test_headers_say_what_the_package_does_when_both_have_a_table() -> None:
     headers = {path.name: path.read_text() for path in (ROOT / "runtimes" / "cpp" / "include" / "dlo").iterdir()}
     assert f"kFORMAT_VERSION = {FORMAT_VERSION};" in headers["artefact.h"]
+    project = f"project(dlo_runtime VERSION {dlo_export.__version__} "
+    assert project in (ROOT / "runtimes" / "cpp" / "CMakeLists.txt").read_text()
     assert all(
         f'== "{provider}"' in headers["model.h"] or f'!= "{provider}"' in headers["model.h"]
         for provider in get_args(ProviderOption)

@@ -61,25 +61,20 @@ inline void checkFiles(Json const& files, std::filesystem::path const& folder) {
     }
 }
 
-// A token or a list of them; transformers' files write none as null or -1, or leave the field out.
-inline std::vector<int64_t> tokensOf(Json const& config, std::string const& name) {
-    std::vector<int64_t> tokens;
-    if (!config.has(name) || config[name].isNull()) return tokens;
-    Json const value = config[name];
-    if (!value.isList()) {
-        if (value.number() != -1) tokens.push_back(value.count());
-        return tokens;
-    }
-    for (Json const& token : value.items()) tokens.push_back(token.count());
-    return tokens;
-}
-
-// As transformers has it: generation_config.json's tokens overrule config.json's.
+// As transformers has it: generation_config.json's tokens overrule config.json's; null and -1 say nothing.
 inline std::vector<int64_t> endTokensOf(std::filesystem::path const& folder) {
     for (char const* name : {"generation_config.json", "config.json"}) {
         if (!std::filesystem::exists(folder / name)) continue;
         Json const config = Json::fromFile(folder / name);
-        if (config.has("eos_token_id") && !config["eos_token_id"].isNull()) return tokensOf(config, "eos_token_id");
+        if (!config.has("eos_token_id") || config["eos_token_id"].isNull()) continue;
+        Json const value = config["eos_token_id"];
+        if (!value.isList()) {
+            if (value.number() == -1) continue;
+            return {value.count()};
+        }
+        std::vector<int64_t> tokens;
+        for (Json const& token : value.items()) tokens.push_back(token.count());
+        return tokens;
     }
     return {};
 }

@@ -19,7 +19,7 @@ struct GenerateOptions {
     size_t prefillTokens = 256;      // the prompt is fed in steps of so many
 };
 
-// What a generation gave and took; lengths in milliseconds.
+// What a generation gave and took.
 struct Generation {
     std::vector<int64_t> tokens;
     double prefillMilliseconds = 0;              // until the first token
@@ -33,7 +33,7 @@ struct Generation {
     }
 };
 
-// Continues a sequence, which may hold tokens already.
+// Continues a sequence, which may hold tokens already. The last token it chooses has not been fed: it begins what is fed next.
 //
 // onToken: called with every token as it is chosen; returns false to end.
 inline Generation generate(Sequence& sequence, std::vector<int64_t> const& prompt, GenerateOptions const& options,

@@ -15,7 +15,6 @@
 #include <iterator>
 #include <map>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -62,12 +61,17 @@ public:
         try {
             open(env, session);
         } catch (Ort::Exception const& error) {
-            throw InputError(mArtefact.model().string() + ": ONNX Runtime " + Ort::GetVersionString() + " cannot load it: "
-                    + error.what(),
-                "the file is damaged, or it needs another ONNX Runtime");
+            std::string const message = mArtefact.model().string() + ": ONNX Runtime " + Ort::GetVersionString()
+                + " cannot load it: " + error.what();
+            // On a GPU a driver or memory may be what is missing: whose fault it is, nobody can tell.
+            if (mOptions.provider == "cuda") throw Error(message, "the graph, the driver or the GPU's memory may be at fault");
+            throw InputError(message, "the file is damaged, or it needs another ONNX Runtime");
         }
         readInterface();
     }
+
+    Model(Model const&) = delete;  // sequences refer to it
+    Model& operator=(Model const&) = delete;
 
     Artefact const& artefact() const { return mArtefact; }
     Ort::Session& session() { return mSession; }
@@ -110,7 +114,7 @@ private:
         return session;
     }
 
-    // The CPU would take over where CUDA does not start, were it not asked for as the only one: this throws instead.
+    // Throws where this ONNX Runtime has no CUDA; the CPU does not take over.
     void addCuda(Ort::SessionOptions& session) const {
         char const* hint = "link libonnxruntime of a CUDA build, with NVIDIA's driver and libraries; or take the provider cpu";
         OrtCUDAProviderOptionsV2* cuda = nullptr;
@@ -173,7 +177,10 @@ private:
         for (size_t i = 0; i < mSession.GetInputCount(); ++i) {
             std::string const name = mSession.GetInputNameAllocated(i, host).get();
             mInputs.push_back(name);
-            if (name.rfind("past_", 0) == 0) addState(name, mSession.GetInputTypeInfo(i));
+            for (auto const& [past, present] : {std::pair{"past_key_values.", "present."}, {"past_active.", "present_active."}}) {
+                if (name.rfind(past, 0) != 0) continue;
+                addState(name, present + name.substr(std::string(past).size()), mSession.GetInputTypeInfo(i));
+            }
         }
         std::vector<std::string> outputs;
         for (size_t i = 0; i < mSession.GetOutputCount(); ++i) {
@@ -204,21 +211,27 @@ private:
         }
     }
 
-    void addState(std::string const& name, Ort::TypeInfo const& type) {
-        static std::unordered_map<ONNXTensorElementDataType, size_t> const kBYTES{
-            {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, 4}, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, 2},
-            {ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, 2}, {ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL, 1}};
+    void addState(std::string const& input, std::string const& output, Ort::TypeInfo const& type) {
         auto const tensor = type.GetTensorTypeAndShapeInfo();
-        auto const bytes = kBYTES.find(tensor.GetElementType());
+        size_t const bytes = bytesOf(tensor.GetElementType());
         std::vector<int64_t> shape = tensor.GetShape();
-        if (bytes == kBYTES.end() || shape.size() < 2 || shape.front() > 1) {
-            throw InputError(mArtefact.model().string() + ": input " + name + " is of an unknown type or a fixed batch",
+        if (bytes == 0 || shape.size() < 2 || shape.front() > 1) {
+            throw InputError(mArtefact.model().string() + ": input " + input + " is of an unknown type or a fixed batch",
                 "export the model again");
         }
         shape.front() = 1;
-        // past_key_values.3.key goes on in present.3.key, past_active.3 in present_active.3.
-        std::string const prefix = name.rfind("past_key_values.", 0) == 0 ? "past_key_values" : "past";
-        mStates.push_back({name, "present" + name.substr(prefix.size()), tensor.GetElementType(), shape, bytes->second});
+        mStates.push_back({input, output, tensor.GetElementType(), shape, bytes});
+    }
+
+    // Per element; 0 for a type that no cache has.
+    static size_t bytesOf(ONNXTensorElementDataType type) {
+        switch (type) {
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return 4;
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return 2;
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL: return 1;
+        default: return 0;
+        }
     }
 
     Artefact mArtefact;

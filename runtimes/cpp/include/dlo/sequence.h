@@ -27,7 +27,7 @@ struct Activity {
 
 namespace detail {
 
-// Memory of an allocator; zeroed where it is the host's and asked to be.
+// Memory of an allocator.
 class Buffer {
 public:
     explicit Buffer(OrtAllocator* allocator) : mAllocator(allocator) {}
@@ -94,7 +94,7 @@ public:
 
     // Appends tokens in one step; returns the logits behind the last of them, float [vocab], valid until the next step.
     //
-    // InputError: no tokens, or more than the cache has slots for. Error: ONNX Runtime failed; start over with reset().
+    // InputError: no tokens, or more than the cache has slots for. Error: ONNX Runtime failed; the cache is as it was.
     std::vector<float> const& step(std::vector<int64_t> const& tokens) { return step(tokens.data(), tokens.size()); }
 
     // Appends a prompt in steps of so many tokens: at once, scores and mask grow with the square of it.
@@ -130,12 +130,12 @@ private:
             bindOutputs();
             bindCache(added);
             mModel.session().Run(Ort::RunOptions{nullptr}, mBinding);
+            readOutputs(added);
         } catch (Ort::Exception const& error) {
             throw Error(folder + ": ONNX Runtime failed to run a step: " + error.what(), "");
         }
         mTokens += added;
         if (mModel.slots() == 0) std::swap(mPast, mPresent);  // what was written is read next
-        readOutputs(added);
         return mLogits;
     }
 
