@@ -1,5 +1,5 @@
-# dlo::onnxruntime: ONNX Runtime's C++ API. By path, where ORT_INCLUDE (a folder with onnxruntime_cxx_api.h, 1.18 or newer)
-# and ORT_LIBRARY (libonnxruntime.so, of any version from 1.23.1 on) are given; else by find_package(onnxruntime).
+# dlo::onnxruntime: ONNX Runtime's C++ API. By path, where ORT_INCLUDE (a folder with onnxruntime_cxx_api.h) and ORT_LIBRARY
+# (libonnxruntime.so, of any version from 1.23.1 on) are given; else by find_package(onnxruntime).
 if(TARGET dlo::onnxruntime)
   return()
 endif()
@@ -8,7 +8,8 @@ set(ORT_LIBRARY "" CACHE FILEPATH "libonnxruntime.so; the Python package onnxrun
 if(NOT ORT_INCLUDE AND NOT ORT_LIBRARY)
   find_package(onnxruntime QUIET)
   if(NOT TARGET onnxruntime::onnxruntime)
-    message(FATAL_ERROR "ONNX Runtime is not found\n\nhint: -DORT_INCLUDE=/path/to/include -DORT_LIBRARY=/path/to/libonnxruntime.so")
+    message(FATAL_ERROR "ONNX Runtime is not found\n\n"
+      "hint: -DORT_INCLUDE=/path/to/include -DORT_LIBRARY=/path/to/libonnxruntime.so")
   endif()
   add_library(dlo::onnxruntime INTERFACE IMPORTED)
   target_link_libraries(dlo::onnxruntime INTERFACE onnxruntime::onnxruntime)

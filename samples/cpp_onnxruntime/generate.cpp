@@ -5,20 +5,18 @@
 // Prints the new token ids on one line, comma-separated; speed and active rates go to stderr.
 #include <dlo/runtime.h>
 
-#include <charconv>
 #include <cstdint>
 #include <cstdio>
 #include <iostream>
-#include <map>
 #include <sstream>
 #include <string>
 #include <vector>
 
 namespace {
 
-constexpr char const* kUSAGE = "usage: generate ARTEFACT --tokens 1,2,3 [--steps N] [--temperature T] [--top-k K] [--top-p P] "
-                               "[--seed S] [--threads N] [--prefill N] [--provider cpu|cuda] [--plugin-library FILE] "
-                               "[--no-end] [--no-scores] [--json]";
+constexpr char const* kUSAGE
+    = "usage: generate ARTEFACT --tokens 1,2,3 [--steps N] [--temperature T] [--top-k K] [--top-p P] [--seed S] "
+      "[--threads N] [--prefill N] [--provider cpu|cuda] [--plugin-library FILE] [--no-end] [--no-scores] [--json]";
 
 struct Arguments {
     std::string artefact;
@@ -52,7 +50,9 @@ Arguments parse(std::vector<std::string> const& given) {
     for (size_t i = 0; i < given.size(); ++i) {
         std::string const& name = given[i];
         if (name.rfind("--", 0) != 0) {
-            if (!arguments.artefact.empty()) throw dlo::InputError("one artefact at a time, got " + name + " too", kUSAGE);
+            if (!arguments.artefact.empty()) {
+                throw dlo::InputError("one artefact at a time, got " + name + " too", kUSAGE);
+            }
             arguments.artefact = name;
             continue;
         }
@@ -88,7 +88,9 @@ Arguments parse(std::vector<std::string> const& given) {
             throw dlo::InputError(name + " is unknown", kUSAGE);
         }
     }
-    if (arguments.artefact.empty() || arguments.tokens.empty()) throw dlo::InputError("an artefact and --tokens are needed", kUSAGE);
+    if (arguments.artefact.empty() || arguments.tokens.empty()) {
+        throw dlo::InputError("an artefact and --tokens are needed", kUSAGE);
+    }
     return arguments;
 }
 
@@ -109,7 +111,8 @@ void printJson(dlo::Generation const& generation, dlo::Sequence const& sequence)
         rates.push_back('"' + std::to_string(layer) + "\":" + std::to_string(activity.rate()));
     }
     std::cout << "{\"tokens\":[" << joined(generation.tokens) << "],\"prefill_ms\":" << generation.prefillMilliseconds
-              << ",\"step_ms\":[" << joined(generation.stepMilliseconds) << "],\"active_rate\":{" << joined(rates) << "}}\n";
+              << ",\"step_ms\":[" << joined(generation.stepMilliseconds) << "],\"active_rate\":{" << joined(rates)
+              << "}}\n";
 }
 
 void report(dlo::Generation const& generation, dlo::Sequence const& sequence, size_t prompt) {

@@ -29,7 +29,9 @@ void threadsShareAModel(dlo::Model& model) {
     std::vector<std::vector<int64_t>> const prompts{{5, 6, 7}, {8, 9}, {30, 31, 32, 33, 34}};
     std::vector<std::vector<int64_t>> together(prompts.size());
     std::vector<std::thread> threads;
-    for (size_t i = 0; i < prompts.size(); ++i) threads.emplace_back([&, i] { together[i] = generated(model, prompts[i]); });
+    for (size_t i = 0; i < prompts.size(); ++i) {
+        threads.emplace_back([&, i] { together[i] = generated(model, prompts[i]); });
+    }
     for (std::thread& thread : threads) thread.join();
     for (size_t i = 0; i < prompts.size(); ++i) {
         check(together[i] == generated(model, prompts[i]), "threads: sequence " + std::to_string(i) + " differs");
@@ -83,12 +85,14 @@ void samplerDrawsByProbability() {
 }
 
 void jsonIsReadAsItIsWritten() {
-    dlo::Json const json = dlo::Json::fromText(R"( {"a": [1.5e1, -2, "\u00e9\ud83c\udf89\n\"x", true, null], "b": {}} )", "text");
+    dlo::Json const json
+        = dlo::Json::fromText(R"( {"a": [1.5e1, -2, "\u00e9\ud83c\udf89\n\"x", true, null], "b": {}} )", "text");
     auto const items = json["a"].items();
     check(items[0].number() == 15 && items[1].number() == -2, "json: numbers");
     check(items[2].text() == "é🎉\n\"x", "json: text is " + items[2].text());
     check(items[3].flag() && items[4].isNull() && json["b"].members().empty(), "json: words");
-    for (char const* bad : {"", "{", "[1", "01", "1.", "+1", "[1,]", "{\"a\" 1}", "\"\\x\"", "\"\n\"", "tru", "1 2", "'a'"}) {
+    for (char const* bad :
+        {"", "{", "[1", "01", "1.", "+1", "[1,]", "{\"a\" 1}", "\"\\x\"", "\"\n\"", "tru", "1 2", "'a'"}) {
         try {
             dlo::Json::fromText(bad, "text");
             check(false, std::string("json: takes ") + bad);

@@ -31,7 +31,7 @@ struct Artefact {
 
     // Reads an artefact and compares the sizes of its graph and weights with those it was written with.
     //
-    // InputError: the folder is no artefact or of another format, a field is missing or wrong, a file is not as described.
+    // InputError: the folder is no artefact or of another format, a field is missing or wrong, a file not as described.
     static Artefact open(std::filesystem::path const& folder);
 };
 
@@ -101,7 +101,9 @@ inline Artefact Artefact::open(std::filesystem::path const& folder) {
             bool const isNumber = !layer.empty() && layer.find_first_not_of("0123456789") == std::string::npos;
             auto const found = isNumber && layer.size() < 10 ? artefact.routerThresholds.find(std::stoll(layer))
                                                              : artefact.routerThresholds.end();
-            if (found == artefact.routerThresholds.end()) threshold.refuse("no entry: layer " + layer + " is not routed");
+            if (found == artefact.routerThresholds.end()) {
+                threshold.refuse("no entry: layer " + layer + " is not routed");
+            }
             found->second = threshold.number();
         }
     }

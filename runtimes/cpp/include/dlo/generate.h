@@ -33,7 +33,8 @@ struct Generation {
     }
 };
 
-// Continues a sequence, which may hold tokens already. The last token it chooses has not been fed: it begins what is fed next.
+// Continues a sequence, which may hold tokens already. The last token it chooses has not been fed: it begins what is
+// fed next.
 //
 // onToken: called with every token as it is chosen; returns false to end.
 inline Generation generate(Sequence& sequence, std::vector<int64_t> const& prompt, GenerateOptions const& options,

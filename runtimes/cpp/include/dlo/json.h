@@ -102,7 +102,8 @@ private:
 
     class Parser;
 
-    static constexpr char const* kREWRITE = "export the model again, or use the version of this header that belongs to it";
+    static constexpr char const* kREWRITE
+        = "export the model again, or use the version of this header that belongs to it";
 
     Json(std::shared_ptr<Node const> node, std::string file, std::string field)
         : mNode(std::move(node)), mFile(std::move(file)), mField(std::move(field)) {}

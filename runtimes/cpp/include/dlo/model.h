@@ -64,7 +64,9 @@ public:
             std::string const message = mArtefact.model().string() + ": ONNX Runtime " + Ort::GetVersionString()
                 + " cannot load it: " + error.what();
             // On a GPU a driver or memory may be what is missing: whose fault it is, nobody can tell.
-            if (mOptions.provider == "cuda") throw Error(message, "the graph, the driver or the GPU's memory may be at fault");
+            if (mOptions.provider == "cuda") {
+                throw Error(message, "the graph, the driver or the GPU's memory may be at fault");
+            }
             throw InputError(message, "the file is damaged, or it needs another ONNX Runtime");
         }
         readInterface();
@@ -116,7 +118,8 @@ private:
 
     // Throws where this ONNX Runtime has no CUDA; the CPU does not take over.
     void addCuda(Ort::SessionOptions& session) const {
-        char const* hint = "link libonnxruntime of a CUDA build, with NVIDIA's driver and libraries; or take the provider cpu";
+        char const* hint
+            = "link libonnxruntime of a CUDA build, with NVIDIA's driver and libraries; or take the provider cpu";
         OrtCUDAProviderOptionsV2* cuda = nullptr;
         OrtApi const& api = Ort::GetApi();
         try {
@@ -155,8 +158,8 @@ private:
             return;
         }
         std::ifstream stream(file, std::ios::binary);
-        ExposedGraph const graph
-            = exposeRouterScores({std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()}, file.string());
+        std::string bytes{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
+        ExposedGraph const graph = exposeRouterScores(std::move(bytes), file.string());
         for (auto const& [layer, threshold] : mArtefact.routerThresholds) {
             if (graph.names.count(layer) == 0) {
                 throw InputError(file.string() + ": has no router in layer " + std::to_string(layer)
@@ -177,7 +180,8 @@ private:
         for (size_t i = 0; i < mSession.GetInputCount(); ++i) {
             std::string const name = mSession.GetInputNameAllocated(i, host).get();
             mInputs.push_back(name);
-            for (auto const& [past, present] : {std::pair{"past_key_values.", "present."}, {"past_active.", "present_active."}}) {
+            for (auto const& [past, present] :
+                {std::pair{"past_key_values.", "present."}, std::pair{"past_active.", "present_active."}}) {
                 if (name.rfind(past, 0) != 0) continue;
                 addState(name, present + name.substr(std::string(past).size()), mSession.GetInputTypeInfo(i));
             }
@@ -192,7 +196,8 @@ private:
                 throw InputError(file + ": input " + state.input + " has no output " + state.output, "export it again");
             }
         }
-        if (!takes("input_ids") || mStates.empty() || std::find(outputs.begin(), outputs.end(), "logits") == outputs.end()) {
+        bool const hasLogits = std::find(outputs.begin(), outputs.end(), "logits") != outputs.end();
+        if (!takes("input_ids") || mStates.empty() || !hasLogits) {
             throw InputError(file + ": is no decoder with a KV cache", "give a folder that dlo-export wrote");
         }
         bool const inPlace = takes("kv_lengths");

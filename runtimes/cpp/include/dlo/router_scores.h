@@ -89,8 +89,8 @@ inline constexpr uint64_t kMODEL_GRAPH = 7, kGRAPH_NODE = 1, kGRAPH_OUTPUT = 12,
 
 // Makes outputs of the values that the exporter tagged as routers' scores.
 //
-// Two serialized messages one behind the other are one message, their repeated fields joined: so behind the graph's bytes
-// goes a graph that has nothing but these outputs, and nothing of the graph itself is written anew.
+// Two serialized messages one behind the other are one message, their repeated fields joined: so behind the graph's
+// bytes goes a graph that has nothing but these outputs, and nothing of the graph itself is written anew.
 //
 // bytes: of model.onnx, which it was read from; InputError where they are no ONNX graph.
 inline ExposedGraph exposeRouterScores(std::string bytes, std::string const& file) {

@@ -56,7 +56,9 @@ private:
         // Shifted first: a tiny temperature would turn the quotient of a positive logit into infinity.
         std::vector<double> weights(kept);
         std::transform(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(kept), weights.begin(),
-            [&](int64_t token) { return std::exp((double{at(token)} - double{at(tokens[0])}) / mSampling.temperature); });
+            [&](int64_t token) {
+                return std::exp((double{at(token)} - double{at(tokens[0])}) / mSampling.temperature);
+            });
         double const enough = std::accumulate(weights.begin(), weights.end(), 0.0) * mSampling.topP;
         double before = 0;
         for (size_t i = 0; i < kept; ++i) {

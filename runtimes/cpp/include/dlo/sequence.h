@@ -32,7 +32,9 @@ class Buffer {
 public:
     explicit Buffer(OrtAllocator* allocator) : mAllocator(allocator) {}
     Buffer(Buffer&& other) noexcept
-        : mAllocator(other.mAllocator), mData(std::exchange(other.mData, nullptr)), mBytes(std::exchange(other.mBytes, 0)) {}
+        : mAllocator(other.mAllocator),
+          mData(std::exchange(other.mData, nullptr)),
+          mBytes(std::exchange(other.mBytes, 0)) {}
     Buffer& operator=(Buffer&& other) noexcept {
         std::swap(mAllocator, other.mAllocator);
         std::swap(mData, other.mData);
@@ -50,7 +52,8 @@ public:
         mBytes = 0;
         mData = mAllocator->Alloc(mAllocator, bytes);
         if (mData == nullptr) {
-            throw MachineError("no memory: " + std::to_string(bytes) + " bytes for the KV cache", "use a shorter prompt");
+            throw MachineError(
+                "no memory: " + std::to_string(bytes) + " bytes for the KV cache", "use a shorter prompt");
         }
         mBytes = bytes;
     }
@@ -119,7 +122,9 @@ private:
     std::vector<float> const& step(int64_t const* tokens, size_t count) {
         auto const added = static_cast<int64_t>(count);
         std::string const folder = mModel.artefact().folder.string();
-        if (count == 0) throw InputError(folder + ": a step of no tokens", "start with the beginning-of-sequence token");
+        if (count == 0) {
+            throw InputError(folder + ": a step of no tokens", "start with the beginning-of-sequence token");
+        }
         if (mModel.slots() > 0 && mTokens + added > mModel.slots()) {
             throw InputError(folder + ": the cache is full: it holds " + std::to_string(mTokens) + " of "
                     + std::to_string(mModel.slots()) + " tokens and the step has " + std::to_string(count),
@@ -159,8 +164,8 @@ private:
     }
 
     void bindInput(char const* name, std::vector<int64_t>& values, std::vector<int64_t> const& shape) {
-        mBinding.BindInput(
-            name, Ort::Value::CreateTensor<int64_t>(mHostMemory, values.data(), values.size(), shape.data(), shape.size()));
+        mBinding.BindInput(name,
+            Ort::Value::CreateTensor<int64_t>(mHostMemory, values.data(), values.size(), shape.data(), shape.size()));
     }
 
     // Logits and scores come to the host, wherever they were computed; first in order, so that they are found there.
@@ -201,7 +206,8 @@ private:
         std::vector<Ort::Value> const outputs = mBinding.GetOutputValues();
         auto const info = outputs.front().GetTensorTypeAndShapeInfo();
         std::vector<int64_t> const shape = info.GetShape();  // [1, tokens or 1, vocab]
-        auto const vocabulary = static_cast<size_t>(shape.at(2)), skipped = static_cast<size_t>(shape[1] - 1) * vocabulary;
+        auto const vocabulary = static_cast<size_t>(shape.at(2));
+        size_t const skipped = static_cast<size_t>(shape[1] - 1) * vocabulary;
         mLogits.resize(vocabulary);
         switch (info.GetElementType()) {
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: {
@@ -211,13 +217,15 @@ private:
         }
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: widen<Ort::Float16_t>(outputs.front(), skipped); break;
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: widen<Ort::BFloat16_t>(outputs.front(), skipped); break;
-        default: throw InputError(mModel.artefact().model().string() + ": logits are of an unknown type", "export it again");
+        default:
+            throw InputError(mModel.artefact().model().string() + ": logits are of an unknown type", "export it again");
         }
         size_t output = 1;
         for (auto const& [layer, name] : mModel.routerScores()) {
             auto const threshold = static_cast<float>(mModel.artefact().routerThresholds.at(layer));
             float const* scores = outputs.at(output++).GetTensorData<float>();
-            int64_t const active = std::count_if(scores, scores + added, [=](float score) { return score > threshold; });
+            int64_t const active
+                = std::count_if(scores, scores + added, [=](float score) { return score > threshold; });
             mLastActivity[layer] = {added, active};
             mActivity[layer].tokens += added;
             mActivity[layer].active += active;
