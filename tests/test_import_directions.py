@@ -69,7 +69,7 @@ PACKAGES = {
     },
     "tests/benchmarks": {"benchmarks"},
     "tests/data": {"optimum"},
-    "tests/interop": {"benchmarks", "optimum"},
+    "tests/interop": {"benchmarks", "optimum", "polygraphy"},  # which writes what its program reads
     "tests/plugins": {"tensorrt_bindings"},
     "tests/runtimes": {"cuda"},
 }
