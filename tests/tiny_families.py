@@ -43,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
         "tie_word_embeddings": True,
     },
+    "olmo2": {"attention_bias": True},
 }
 ROPES: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},

@@ -75,7 +75,7 @@ def test_artefact_computes_what_transformers_does_when_the_family_differs_from_l
     assert (client["model_type"], client["num_key_value_heads"]) == ("llama", 2)
 
 
-@pytest.mark.parametrize("case", ["qwen3, yarn", "smollm3", "granite", "llama, dynamic", "llama, longrope"])
+@pytest.mark.parametrize("case", ["qwen3, yarn", "smollm3", "granite", "olmo2", "llama, dynamic", "llama, longrope"])
 def test_tensorrt_graph_computes_what_transformers_does_when_the_family_differs_from_llama(
     tmp_path: Path, case: str
 ) -> None:
