@@ -50,9 +50,7 @@ def test_table_equals_olmo2s_layer_when_norms_stand_behind() -> None:
     with torch.device("meta"):
         layer = Olmo2DecoderLayer(Olmo2Config(**_config(biases=False).to_dict()), 0)
     names = [module.weight for module in OLMO2_LAYER]
-    # Its class knows no head_dim: what heads are wide is hidden over heads.
-    sizes = SIZES | {"query": 24, "key-value": 12}
-    assert _shapes(layer) == {name: tuple(sizes[axis] for axis in OLMO2_LAYER.axes[name]) for name in names}
+    assert _shapes(layer) == {name: tuple(SIZES[axis] for axis in OLMO2_LAYER.axes[name]) for name in names}
 
 
 def test_outer_names_are_transformers_when_a_model_is_built() -> None:

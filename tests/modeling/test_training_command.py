@@ -31,6 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_routed(folder / "routed")
     save_tiny_llama(folder / "plain", layers=2, vocab=BYTE_VOCABULARY, tokenizer=True, dtype="bfloat16")
     save_chats(folder / "chats.jsonl")
+    (folder / "text.txt").write_text("What a router lets through, and what it does not, is read off a text. " * 40)
     return folder
 
 
@@ -151,6 +152,20 @@ def test_an_adapter_makes_the_trained_model_when_training_wrote_one(place: Path,
         messages=tmp_path / "export",
     )
     assert exported.returncode == 0, exported.stderr
+    if mode == "lora":  # another rate is another adapter, with the same matrices
+        sizes = ("--text", place / "text.txt", "--tokens", 512, "--evaluation-tokens", 512)
+        calibrated = ("calibrate", place / "plain", "--adapter", tmp_path / "adapter", "-o", tmp_path / "moved")
+        moved = run(*calibrated, "--retarget", 0.8, *sizes, messages=tmp_path / "calibrate")
+        assert moved.returncode == 0, moved.stderr
+        source = open_source(place / "plain", tmp_path / "moved")
+        try:
+            assert source.adapter_base == "same"
+            assert source.adapter is not None
+            assert source.adapter.router_thresholds not in ({}, thresholds)
+            for name, tensor in source.tensors().items():
+                np.testing.assert_array_equal(tensor.numpy(), made[name], err_msg=name)
+        finally:
+            source.close()
     again = train(place, "plain", tmp_path / "again", *options, "--adapter", tmp_path / "adapter", "--as-adapter")
     assert again.returncode == (2 if mode == "lora" else 0), again.stderr
     assert ("the adapter has LoRA matrices already" in again.stderr) == (mode == "lora")
