@@ -119,6 +119,25 @@ def test_a_plain_model_is_trained_with_routers_of_whole_layers(place: Path, tmp_
     assert json.loads((tmp_path / "more" / "config.json").read_text())["model_type"] == "llama_dlo"
 
 
+@pytest.mark.parametrize("routing", ["attention", "attention-active"])
+def test_a_model_is_exported_and_measured_when_it_was_trained_to_skip_attention(
+    place: Path, tmp_path: Path, routing: str
+) -> None:
+    options = ("--max-steps", 4, "--routers", "add", "--routing", routing, "--learning-rate", 0.01)
+    result = train(place, "plain", tmp_path / "out", *options)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    kept = {"attention": "all", "attention-active": "active"}[routing]
+    assert (config["model_type"], config["attention_routing_kv"]) == ("llama_dlo_attn", kept)
+    exported = run("export", tmp_path / "out", "-o", tmp_path / "artefact", messages=tmp_path / "export")
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads((tmp_path / "artefact" / "parity.json").read_text())["verdict"] == "PASS"
+    sizes = ("--prompt-tokens", 8, "--decode-tokens", 2, "--rounds", 1, "--text", place / "text.txt")
+    measured = run("bench", tmp_path / "artefact", *sizes, "--json", messages=tmp_path / "bench")
+    assert measured.returncode == 0, measured.stderr
+    assert set(json.loads(measured.stdout)["active_rate"]) == {"0", "1"}
+
+
 @pytest.mark.parametrize("mode", ["lora", "routers"])
 def test_an_adapter_makes_the_trained_model_when_training_wrote_one(place: Path, tmp_path: Path, mode: str) -> None:
     options = ("--mode", mode, "--max-steps", 3, "--routers", "add", "--learning-rate", 0.01, "--target", 0.6)
