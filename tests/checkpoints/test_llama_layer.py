@@ -61,6 +61,9 @@ def test_outer_names_are_transformers_when_a_model_is_built() -> None:
 
 
 def test_gguf_names_are_the_packages_when_looked_up_by_hugging_face_names() -> None:
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OLMO2, 2)
+    for module in OLMO2_LAYER:
+        assert names.get_name(f"model.layers.1.{module.path}") == f"blk.1.{module.gguf}"
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
     for module in LLAMA_LAYER:
         assert names.get_name(f"model.layers.1.{module.path}") == f"blk.1.{module.gguf}"
