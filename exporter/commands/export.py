@@ -126,7 +126,7 @@ def main(
 ) -> None:
     """Export a Llama, plain, deepened or routed, to an ONNX artefact that is proven equal to PyTorch.
 
-    Mistral, Qwen2, Qwen3, SmolLM3 and Granite are exported alike: docs/checkpoints.md says what is read of each.
+    Mistral, Qwen2, Qwen3, SmolLM3, Granite and OLMo2 are exported alike: docs/checkpoints.md says what is read of each.
     """
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick

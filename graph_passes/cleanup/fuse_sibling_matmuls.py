@@ -33,7 +33,8 @@ class FuseSiblingMatMulsPass(GraphPass):
         q, k, v = Split(fused, sizes)   # along the last axis
 
     Optional: a graph without such siblings is left alone. Scope: main graph and branches; siblings share one. Where
-    queries serve active tokens only, keys and values all of them (`SERVES_KEY`), they are no siblings.
+    queries serve active tokens only, keys and values all of them (`SERVES_KEY`), they are no siblings; nor is a router
+    one of what it switches.
 
     Attributes:
         minimum: Smallest group that is fused. Three by default: query, key and value. Two siblings (gate and up) gain

@@ -179,12 +179,12 @@ def run_on_rows(nodes: Sequence[ir.Node], stream: ir.Value, rows: ir.Value, lead
 
 
 def projected_width(value: ir.Value) -> int | None:
-    """Size of the last axis of a projection, rotated or not: as declared, or as its matrix or bias says."""
+    """Size of the last axis of a projection, rotated or not: as declared, or as its matrix, bias or norm says."""
     value = unrotated(value)
     if value.shape is not None and isinstance(last := value.shape[-1], int):
         return last
     node = value.producer()
-    if node is None or not is_op(node, "MatMul", "Add"):
+    if node is None or not is_op(node, "MatMul", "Add", "RMSNormalization"):
         return None
     tensors = [constant_tensor(operand) for operand in node.inputs]
     sizes = [int(tensor.shape[-1]) for tensor in tensors if tensor is not None and len(tensor.shape)]  # type: ignore[arg-type]  # tensors have no symbolic dimensions

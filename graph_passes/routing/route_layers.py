@@ -274,6 +274,8 @@ def _add_router(
     router_weight = shared_constant(graph, f"{router}.weight", weight[:, np.newaxis])
     shape = (*tokens, 1)
     column = nodes.add("MatMul", stream, router_weight, name=f"{router}.logits_column", dtype=float32, shape=shape)
+    # Where no norm stands before attention, the projections read the stream too; they are skipped, the router is not.
+    nodes.nodes[-1].metadata_props[SERVES_KEY] = "router"
     axis = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))
     logits = nodes.add("Squeeze", column, axis, name=f"{router}.logits", dtype=float32, shape=tokens)
     scores = nodes.add("Sigmoid", logits, name=f"{router}.scores", dtype=float32, shape=tokens, role=ROUTER_SCORES)
