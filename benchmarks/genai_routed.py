@@ -75,7 +75,7 @@ def graph_without_mlps(graph: Path, folder: Path) -> Path:
         for use in tuple(layer.mlp.stream_out.uses()):
             use.node.replace_input_with(use.idx, layer.mlp.stream_in)
     remove_unused(model.graph)
-    JoinSkipNormsPass()(model)
+    JoinSkipNormsPass(around_routed=True)(model)
     folder.mkdir()
     ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
     shutil.copy(graph.parent / "genai_config.json", folder)

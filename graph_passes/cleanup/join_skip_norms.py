@@ -12,6 +12,7 @@ from dlo_export.graph_passes.cleanup.skip_norms import NORM, SUM, fused_node, is
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.rewriting import replace_value
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass, forget_run, passes_run
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
@@ -32,11 +33,17 @@ class JoinSkipNormsPass(GraphPass):
     ONNX Runtime fuses neither of the two norms by itself, and the fused operator rounds in its own way. Around a block
     that an If skips, the fused operators move into its branches (`norms_in_branches.py`); in the masked form they stand
     where they were. So both forms, all tokens active, compute what the graph computed before it was routed, bit for
-    bit. Where rows are gathered, an addition of rows and the norm of the stream lie apart: these norms stay alone.
+    bit. Where rows are gathered, an addition of rows and the norm of the stream lie apart: these norms stay alone, and
+    so they do in the masked form that is compared with it.
 
     Optional, and only in a graph that had such nodes: there the additions of injected layers are fused too. Layers are
     not found in the graph any more, before it is split again. Scope: main graph.
+
+    Attributes:
+        around_routed: Fuse norms in front of and behind routed blocks too.
     """
+
+    around_routed: bool = False
 
     nodes_from: ClassVar[Border | None] = "plain"
 
@@ -45,14 +52,34 @@ class JoinSkipNormsPass(GraphPass):
         if SplitSkipNormsPass.__name__ not in {run.name for run in passes_run(model)}:
             return False
         graph, tags = model.graph, {PASS_KEY: type(self).__name__}
+        masked = [node for node in graph if _adds_masked_branch(node)]
+        apart: set[ir.Value | None] = set()
+        if not self.around_routed:
+            apart = {value for node in masked for value in (*node.inputs, *node.outputs)}
         # First the branches, which take additions and norms from outside; then what is left there.
-        for node in [node for node in graph if is_op(node, "If")]:
+        for node in [node for node in graph if self.around_routed and is_op(node, "If")]:
             join_in_branches(node, tags)
         for node in list(graph):
-            if is_residual_addition(node) and (norm := only_norm_of(node.outputs[0], graph)) is not None:
+            if not is_residual_addition(node) or node.outputs[0] in apart:
+                continue
+            if (norm := only_norm_of(node.outputs[0], graph)) is not None:
                 _join(graph, node, norm, tags)
         forget_run(model, SplitSkipNormsPass.__name__)
         return True
+
+    @classmethod
+    def of(cls, model: ir.Model) -> JoinSkipNormsPass | None:
+        """The pass as it ran on a model; None where it did not."""
+        settings = [run.settings for run in passes_run(model) if run.name == cls.__name__]
+        return cls(**settings[-1]) if settings else None
+
+
+def _adds_masked_branch(node: ir.Node) -> bool:
+    if not is_op(node, "Add"):
+        return False
+    sources = [value.producer() for value in node.inputs if value is not None]
+    masks = [source for source in sources if source is not None and is_op(source, "Where")]
+    return any(mask.metadata_props.get(PASS_KEY) == RouteLayersPass.__name__ for mask in masks)
 
 
 def _join(graph: ir.Graph, add: ir.Node, norm: ir.Node, tags: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from dlo_export.graph_passes.cleanup.norms_in_branches import split_in_branches
 from dlo_export.graph_passes.cleanup.skip_norms import NORM, SUM, is_fused, new_addition, new_bias_addition, new_norm
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.rewriting import replace_value
-from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass, forget_run
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
 
@@ -44,6 +44,8 @@ class SplitSkipNormsPass(GraphPass):
         fused = [node for node in graph if is_fused(node)]
         for node in fused:
             _split(graph, node, opset, tags)
+        if fused or taken_apart:
+            forget_run(model, "JoinSkipNormsPass")  # the pass that undoes this one, which may run again
         return bool(fused or taken_apart)
 
 

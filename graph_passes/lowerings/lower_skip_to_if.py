@@ -239,4 +239,5 @@ RECORD = LoweringRecord(
     reason="decode of one sequence: a skipped layer runs nothing, in native operators",
     suits=lambda workload: workload.phase == "decode" and workload.max_batch == 1,
     routing=get_args(RoutingKind),
+    fuses_norms=True,
 )

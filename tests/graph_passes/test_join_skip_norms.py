@@ -38,7 +38,7 @@ def _join_routed(
     if lowering is not None:
         lowering(model)
     if join:
-        assert JoinSkipNormsPass()(model).modified
+        assert JoinSkipNormsPass(around_routed=True)(model).modified
     remove_unused(model.graph)
 
 
@@ -102,6 +102,15 @@ def test_branches_come_apart_again_when_they_were_joined_and_saved(behind: str) 
     assert not list(graph_checks.eager_branches(saved.graph))
     for name, found in run_model(saved, tiny_feeds()).items():
         np.testing.assert_array_equal(found, run_model(apart, tiny_feeds())[name])
+
+
+def test_norm_stays_by_itself_around_a_routed_branch_when_asked_to() -> None:
+    model = ir.from_onnx_text(_fused())
+    SplitSkipNormsPass()(model)
+    RouteLayersPass({0: np.ones(2)})(model)
+    before = _ops(model)
+    JoinSkipNormsPass(around_routed=False)(model)
+    assert _ops(model) == before
 
 
 def test_branches_stay_as_they_are_when_something_else_reads_the_stream() -> None:
