@@ -27,6 +27,7 @@ from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import save_weights, weight_places
+from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.find.padding import takes_left_padding
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
@@ -280,7 +281,7 @@ def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, dtype:
     if slots:
         model = build_captured_model(source, "masked", slots, graph_dtype(dtype))
     else:
-        model = build_model(source, "masked", graph_dtype(dtype))
+        model = build_model(source, "masked", graph_dtype(dtype), join_norms=JoinSkipNormsPass.of(released))
     save_weights(model, folder / WEIGHTS_NAME, write=False)
     if weight_places(model) != weight_places(released):
         raise InputError(

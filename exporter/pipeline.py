@@ -171,7 +171,13 @@ def _masked_steps(source: GraphSource) -> list[Step]:
     ]
 
 
-def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord, *, last_logits: bool = False) -> list[Step]:
+def onnxruntime_steps(
+    source: GraphSource,
+    lowering: LoweringRecord,
+    *,
+    last_logits: bool = False,
+    join_norms: JoinSkipNormsPass | None = None,
+) -> list[Step]:
     """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
     return [
         # Runtimes make an empty cache by what its inputs say.
@@ -186,7 +192,7 @@ def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord, *, last_log
         # transformers.js and optimum know the batch by its dimension's name.
         Step(NameBatchDimensionPass(), lowering.stage),
         # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
-        Step(JoinSkipNormsPass(), lowering.stage, released=True),
+        Step(join_norms or JoinSkipNormsPass(lowering.fuses_norms), lowering.stage, released=True),
     ]
 
 
@@ -314,7 +320,10 @@ def exposed(released: ir.Model, *, force: bool = False, streams: bool = False) -
     # Serialising and reading back is the deepest copy there is; weights are external and stay where they are.
     model = ir.from_proto(ir.to_proto(released))
     routed = bool(role_values(model.graph, ROUTER_SCORES))
-    return _run_passes(model, exposure_passes(routed=routed, force=force, streams=streams))
+    join = JoinSkipNormsPass.of(model)
+    passes = exposure_passes(routed=routed, force=force, streams=streams)
+    # What is shown must round as what is released does: a fused norm has its own way.
+    return _run_passes(model, [*passes, *([join] if join is not None else [])])
 
 
 def build_model(
@@ -324,6 +333,7 @@ def build_model(
     target: Target = "onnxruntime-cpu",
     *,
     last_logits: bool = False,
+    join_norms: JoinSkipNormsPass | None = None,
 ) -> ir.Model:
     """Builds the source's graph for ONNX Runtime.
 
@@ -333,6 +343,7 @@ def build_model(
         dtype: Of weights, KV cache and logits; a foreign graph keeps its own.
         target: What it is to run on.
         last_logits: Compute the logits of each sequence's last token only.
+        join_norms: As another graph's norms were fused that this one is compared with; None: as the lowering's are.
 
     Returns:
         The finished graph, its weights still lazy.
@@ -342,7 +353,8 @@ def build_model(
         dlo_export.graph_passes.errors.GraphPassError: The graph (a foreign one) is not what a pass needs.
         dlo_export.graph_passes.spec.invariants.GraphInvariantError: A stage broke its promise: a bug.
     """
-    steps = onnxruntime_steps(source, find_lowering(lowering, target), last_logits=last_logits)
+    record = find_lowering(lowering, target)
+    steps = onnxruntime_steps(source, record, last_logits=last_logits, join_norms=join_norms)
     return run_steps(_plain(source, dtype), steps)
 
 

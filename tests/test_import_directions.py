@@ -50,7 +50,7 @@ PACKAGES = {
     "dlo_export": set(),
     "samples": set(),
     "benchmarks": {"benchmarks", "gguf", "ml_dtypes", "numpy", "onnx_ir", "onnxruntime", "torch", "transformers"}
-    | {"onnxruntime_genai"}
+    | {"llama_cpp", "onnxruntime_genai"}
     | {"matplotlib", "tokenizers"},
     "tests": {
         *("gguf", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "pytest", "rich"),

@@ -27,6 +27,8 @@ from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
 from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes, shared_node
 
+_REDUCES_BOOL = 20  # the first opset whose ReduceMax does
+
 
 @dataclasses.dataclass(frozen=True)
 class LowerSkipToIfPass(LoweringPass):
@@ -40,7 +42,7 @@ class LowerSkipToIfPass(LoweringPass):
 
     After::
 
-        any = Cast<BOOL>(ReduceMax<keepdims=0>(Cast<FLOAT>(active)))     # 0-D
+        any = ReduceMax<keepdims=0>(active)                              # 0-D
         y   = If(any) <
           then_branch = {                                                # the same nodes, all of them
             d       = MLP(RMSNormalization(h))
@@ -84,11 +86,19 @@ class LowerSkipToIfPass(LoweringPass):
     initializers cost several times their memory at load); no node that depends on h and serves the MLP stays outside
     (TensorRT runs lazily only what hangs on the conditional's inputs); each branch produces its output itself (so no
     pass may eliminate Identity nodes afterwards), of equal rank and type and under a name of its own. The router and
-    its scale, the state of activity and what prepares constants (runtimes fold it) stay outside. The condition goes
-    through fp32 because TensorRT reduces numbers only, and ONNX reduces bool from opset 20 on only.
+    its scale, the state of activity and what prepares constants (runtimes fold it) stay outside. TensorRT reduces
+    numbers only, and ONNX reduces bool from opset 20 on: elsewhere the condition goes through fp32,
+    Cast<BOOL>(ReduceMax<keepdims=0>(Cast<FLOAT>(active))).
 
-    Scope: every routed decoder layer of the main graph. Source: ONNX If-1, ReduceMax-1; TensorRT IIfConditional.
+    Scope: every routed decoder layer of the main graph. Source: ONNX If-1, ReduceMax-1 and -20; TensorRT
+    IIfConditional.
+
+    Attributes:
+        reduce_bool: Reduce decisions as they are, where the opset can. Each node of a router costs a decode step about
+            as much as an addition of hidden states.
     """
+
+    reduce_bool: bool = False
 
     def problems(self, masked: MaskedMlp) -> Sequence[str]:
         """Weights that a node dequantises: outside of the branch it runs in every step, inside ONNX Runtime fails.
@@ -107,7 +117,7 @@ class LowerSkipToIfPass(LoweringPass):
         mlp, output, dtype = layer_tensor_name(index, "mlp"), block.stream_out, element_type(block.stream_operand)
         shape = (*masked.layer.token_dims, masked.layer.hidden_size)
         tags = TaggedNodes(type(self).__name__, index).tags
-        condition = _any_active(graph, masked, block.add, tags)
+        condition = _any_active(graph, masked, block.add, tags, reduce_bool=self.reduce_bool)
 
         # Both branches: what is moved keeps its order, and ends in an addition of the branch's own, which closes the
         # block; else the stream passes through.
@@ -151,12 +161,15 @@ class LowerSkipToIfPass(LoweringPass):
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Move the attention of one layer into an If, or the projections around it where it must stay outside."""
         tags = TaggedNodes(type(self).__name__, masked.layer.index).tags
-        condition = _any_active(graph, masked, masked.layer.attention.add, tags)
+        add = masked.layer.attention.add
+        condition = _any_active(graph, masked, add, tags, reduce_bool=self.reduce_bool)
         move = move_projections_into_branches if masked.is_static else move_into_branch
         move(graph, masked, condition, type(self).__name__)
 
 
-def _any_active(graph: ir.Graph, masked: MaskedBlock, before: ir.Node, tags: Mapping[str, str]) -> ir.Value:
+def _any_active(
+    graph: ir.Graph, masked: MaskedBlock, before: ir.Node, tags: Mapping[str, str], *, reduce_bool: bool
+) -> ir.Value:
     """Whether any token is active: bool, 0-D; once per layer, whatever of it is routed."""
     router, float32, boolean = router_path(masked.layer.index), ir.DataType.FLOAT, ir.DataType.BOOL
     steps: tuple[tuple[str, str, ir.DataType, Dims | None, dict[str, int]], ...] = (
@@ -164,6 +177,8 @@ def _any_active(graph: ir.Graph, masked: MaskedBlock, before: ir.Node, tags: Map
         ("ReduceMax", "any_number", float32, (), {"keepdims": 0}),
         ("Cast", "any_active", boolean, (), {"to": int(boolean)}),
     )
+    if reduce_bool and graph.opset_imports.get("", 0) >= _REDUCES_BOOL:
+        steps = (("ReduceMax", "any_active", boolean, (), {"keepdims": 0}),)
     value = masked.active
     for op_type, name, dtype, shape, attributes in steps:
         value = shared_node(
@@ -217,11 +232,12 @@ def _add_skip(nodes: TaggedNodes, masked: MaskedMlp, shape: Dims) -> ir.Value:
 RECORD = LoweringRecord(
     name="if",
     targets=ONNXRUNTIME,
-    make_pass=lambda workload: LowerSkipToIfPass(),
+    make_pass=lambda workload: LowerSkipToIfPass(reduce_bool=True),
     stage=lowered_stage(LowerSkipToIfPass.__name__, graph_checks.eager_branches),
     skips="steps",
     not_capturable="the host decides which branch runs",
     reason="decode of one sequence: a skipped layer runs nothing, in native operators",
     suits=lambda workload: workload.phase == "decode" and workload.max_batch == 1,
     routing=get_args(RoutingKind),
+    fuses_norms=True,
 )

@@ -132,9 +132,11 @@ def test_lowerings_equal_the_masked_graph_when_routed(graph, form, tmp_path):
         assert parity.verdict == ("NOT RUN" if lowering == "masked" else "PASS"), parity.reason
         found[lowering] = logits(tmp_path / lowering / "model.onnx", (4, 1, 1))
     assert np.abs(found["masked"] - logits(graph(form), (4, 1, 1))).max() > 0.1
-    for lowering in ("compact", "if"):
-        allowed = 2 * FLOAT16_UNIT * np.abs(found["masked"]).max() if form == "fp16" else 1e-5
-        assert np.abs(found[lowering] - found["masked"]).max() <= allowed
+    # Masked and if have their norms fused as before, and are equal bit for bit. Compact has not: a norm that rounds in
+    # another way may move an activation's 8 bits by one in int4 graphs: parity's masked form is fused as compact is.
+    np.testing.assert_array_equal(found["if"], found["masked"])
+    share = {"fp32": 1e-5, "fp16": 2 * FLOAT16_UNIT}.get(form.split(",")[0], 0.02)
+    assert np.abs(found["compact"] - found["masked"]).max() <= share * max(1, np.abs(found["masked"]).max())
 
 
 def test_branches_are_refused_when_weights_are_dequantised_by_nodes(graph, tmp_path):

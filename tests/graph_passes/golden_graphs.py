@@ -48,7 +48,7 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "route_layers": (_ROUTE,),
     "route_whole_layers": (_ROUTE_WHOLE,),
     "lower_skip_to_compaction": (_ROUTE, LowerSkipToCompactionPass()),
-    "lower_skip_to_if": (_ROUTE, LowerSkipToIfPass()),
+    "lower_skip_to_if": (_ROUTE, LowerSkipToIfPass(reduce_bool=True)),
     "lower_whole_layers_to_compaction": (_ROUTE_WHOLE, LowerSkipToCompactionPass()),
     "lower_whole_layers_to_if": (_ROUTE_WHOLE, LowerSkipToIfPass()),
     "route_attention": (_ROUTE_ATTENTION,),
