@@ -38,7 +38,7 @@ class CheckpointWeight(RowTensor):
         self._can_overflow = _largest(dtype) < _largest(ir.DataType.from_numpy(source.dtype))
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start:stop` of the stored layout, cast; the checkpoint's pages are given back afterwards.
+        """Rows `start:stop` of the stored layout, cast; a view of the checkpoint where they are stored like that.
 
         Raises:
             WeightOverflowError: A finite value becomes infinite.
@@ -49,10 +49,12 @@ class CheckpointWeight(RowTensor):
             self._check_overflow()
         return rows
 
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        rows = np.array(self._source.rows(start, stop), dtype=self.dtype.numpy(), order="C")
+    def release(self) -> None:
+        """Gives the checkpoint's pages back."""
         self._source.release()
-        return rows
+
+    def _rows(self, start: int, stop: int) -> np.ndarray:
+        return np.ascontiguousarray(self._source.rows(start, stop), self.dtype.numpy())
 
     def _check_overflow(self) -> None:
         """Looks for the largest finite value: where infinities come through on request, they are not ours."""

@@ -29,6 +29,9 @@ class RowTensor(ir.LazyTensor, abc.ABC):
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop`, C-contiguous, in the stored element type."""
 
+    def release(self) -> None:
+        """Gives back what reading rows took; arrays stay valid. Nothing where rows are computed in memory of their own."""
+
     def numpy(self) -> np.ndarray:
         """The whole tensor. Prefer `tofile` or `rows` for large ones."""
         return self.rows(0, self._row_count)
@@ -39,6 +42,7 @@ class RowTensor(ir.LazyTensor, abc.ABC):
         for start in range(0, self._row_count, step):
             chunk = self.rows(start, min(start + step, self._row_count))
             file.write(chunk.view(np.uint8).data)  # as bytes: bfloat16 has no buffer format of its own
+            self.release()
 
     @property
     def _row_count(self) -> int:
