@@ -9,8 +9,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
 from types import ModuleType
 
-# onnx_ir adds and multiplies the symbolic dimensions of shapes by sympy, which takes longer to load than all of onnx_ir.
-# Nothing here computes with them. The second module asks sympy for functions as soon as it is loaded.
+# onnx_ir adds and multiplies the symbolic dimensions of shapes by sympy, which takes longer to load than all of
+# onnx_ir. Nothing here computes with them. The second module asks sympy for functions as soon as it is loaded.
 DEFERRED = ("sympy", "onnx_ir._symbolic_shapes")
 
 

@@ -26,13 +26,13 @@ from dlo_export.exporter.sources.reduced_source import ReducedSource, without_la
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
-from dlo_export.exporter.weight_file import save_weights, weight_places
+from dlo_export.exporter.weight_file import external_tensors, take_weights
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.find.padding import takes_left_padding
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.plugins.ort_registration import no_library
-from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
+from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
@@ -281,10 +281,10 @@ def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, dtype:
         model = build_captured_model(source, "masked", slots, graph_dtype(dtype))
     else:
         model = build_model(source, "masked", graph_dtype(dtype))
-    save_weights(model, folder / WEIGHTS_NAME, write=False)
-    if weight_places(model) != weight_places(released):
+    if different := take_weights(model, external_tensors(released.graph)):
         raise InputError(
-            f"{folder / MODEL_NAME}: its weights are not laid out as an export of this source lays them out",
+            f"{folder / MODEL_NAME}: its weights are not those of an export of this source: "
+            f"{', '.join(sorted(different)[:5])}",
             hint="give the model (and adapter) the artefact was made from, and the version that made it",
         )
     return model

@@ -30,7 +30,7 @@ class RowTensor(ir.LazyTensor, abc.ABC):
         """Rows `start:stop`, C-contiguous, in the stored element type."""
 
     def release(self) -> None:
-        """Gives back what reading rows took; arrays stay valid. Nothing where rows are computed in memory of their own."""
+        """Gives back what reading rows took, where they are views; arrays stay valid."""
 
     def numpy(self) -> np.ndarray:
         """The whole tensor. Prefer `tofile` or `rows` for large ones."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ _REWRITE = "export the model again, or use the dlo-export that wrote it"
 
 
 # Whether an adapter's base_sha256 is the base's: equal; another one, allowed by --force-base; the adapter has none; the
-# base is a graph, whose bytes are others than its checkpoint's.
+# base is a graph, whose bytes are others than its checkpoint's, or its weights were not read.
 AdapterBase = Literal["same", "forced", "not stated", "not comparable"]
 
 
@@ -53,7 +54,7 @@ class SourceIdentity:
     Attributes:
         kind: Of source, such as "gguf".
         name: Of its file or folder.
-        sha256: Of its weights; with a LoRA adapter, of both files' hashes.
+        sha256: Of its weights; with a LoRA adapter, of both files' hashes; None where no weights were read.
         model_type: What its config.json calls the model, such as "mistral"; None where a graph lies without one.
         adapter: Name of the adapter's folder; None where there was none.
         adapter_base: Whether the adapter was made from these weights; None where there was none.
@@ -62,7 +63,7 @@ class SourceIdentity:
 
     kind: str
     name: str
-    sha256: str
+    sha256: str | None
     model_type: str | None
     adapter: str | None = None
     adapter_base: AdapterBase | None = None
@@ -120,7 +121,7 @@ class LayerDescription:
         source: The original layer it was made from; None where there is none.
         init: How it was initialised; None where it was not.
         routed: Whether tokens skip it.
-        identity: Whether it changes nothing.
+        identity: Whether it changes nothing; None where no weights were read.
     """
 
     index: Count
@@ -128,7 +129,7 @@ class LayerDescription:
     source: Count | None
     init: str | None
     routed: bool
-    identity: bool
+    identity: bool | None
 
 
 Layers = Annotated[
@@ -176,6 +177,22 @@ class ArtefactDescription(LoweringDescription):
     def routed_layers(self) -> tuple[int, ...]:
         """Indices of routed layers, ascending."""
         return () if self.routing is None else self.routing.layers
+
+
+def numbered_weights(first: Path, number: int) -> Path:
+    """Where the weights go on that do not fit the first file of them: model.onnx.data_1, then model.onnx.data_2.
+
+    Args:
+        first: The first file; `number` 0.
+        number: Of the file.
+    """
+    return first.with_name(f"{first.name}_{number}") if number else first
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """The files of model.onnx's weights that are in a folder, in their order."""
+    numbered = (numbered_weights(folder / WEIGHTS_NAME, number) for number in itertools.count())
+    return list(itertools.takewhile(Path.is_file, numbered))
 
 
 def save_description(description: ArtefactDescription, folder: Path) -> None:
