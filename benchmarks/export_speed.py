@@ -43,7 +43,12 @@ def run_once(command: list[str], log: Path, environment: Mapping[str, str] | Non
     with log.open("wb") as output:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # stopped: so is the command, before its output is removed
+            process.kill()
+            process.wait()
+            raise
         seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
