@@ -79,16 +79,17 @@ def save_sparse(shapes: Mapping[str, tuple[int, ...]], path: Path) -> int:
     Returns:
         Its size in bytes.
     """
-    entries, end = {}, 0
+    places: dict[str, tuple[int, int]] = {}
+    end = 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)
-        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+        places[name] = start, end
+    entries = {name: {"dtype": "BF16", "shape": shapes[name], "data_offsets": places[name]} for name in shapes}
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for entry in entries.values():
-            start, stop = entry["data_offsets"]
+        for start, stop in places.values():
             file.seek(8 + len(header) + start)
             file.write(_HEAD[: stop - start])
         file.truncate(8 + len(header) + end)

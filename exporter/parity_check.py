@@ -82,7 +82,7 @@ def check_parity(
     if not source.removed_layers:  # of an artefact without some, the source as it was opened has all
         source = without_layers(source, description.source.removed_layers)
     released = load_graph(folder / MODEL_NAME)
-    if (reason := _why_not_run(source, description, released, plugin_library, provider)) is not None:
+    if (reason := why_not_run(source, description, released, plugin_library, provider)) is not None:
         return ParityReport.not_run(reason)
     has_model, tensors = source.base.why_not("parity") is None, source.tensors()
     rungs = {description.lowering: released}
@@ -185,7 +185,7 @@ def _why_no_oracle(source: ExportSource, description: ArtefactDescription) -> st
     return "the masked graph would be compared with itself" if masked else None
 
 
-def _why_not_run(
+def why_not_run(
     source: ExportSource,
     description: ArtefactDescription,
     released: ir.Model,
