@@ -16,7 +16,7 @@ from tests.tiny_gguf import save_tiny_gguf
 from tests.tiny_models import save_tiny_llama
 
 CHUNK, CHUNKS = 1 << 19, 4  # bytes of a chunk, and how many may be held: source, result, what is hashed, one to spare
-SIZES = {"hidden": 128, "vocab": 24_576, "layers": 1}  # an embedding of 24 chunks in float32, of 12 in bfloat16
+SIZES = {"hidden": 128, "intermediate": 64, "vocab": 24_576, "layers": 1}  # an embedding of 24 chunks in float32, of 12 in bfloat16
 # How the embedding is stored in the source, whether it is the head too (else that is stored transposed), and in what
 # type it is written.
 FORMS = {
