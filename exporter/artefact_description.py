@@ -14,6 +14,7 @@ from dlo_export import __version__
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.exporter.weight_file import weight_paths
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.runtimes.artefact.description import (
@@ -25,7 +26,6 @@ from dlo_export.runtimes.artefact.description import (
     RoutingDescription,
     SourceIdentity,
     save_description,
-    weight_paths,
 )
 from dlo_export.runtimes.artefact.engine_record import GraphInterface, ParityVerdict
 from dlo_export.runtimes.artefact.files import describe_file

@@ -15,7 +15,7 @@ from dlo_export.checkpoints.files.file_digest import HashedFile
 from dlo_export.checkpoints.finite_weights import NonFiniteWeightError, all_finite
 from dlo_export.checkpoints.llama_layer import parse_router
 from dlo_export.graph_passes.row_tensor import RowTensor
-from dlo_export.runtimes.artefact.description import numbered_weights
+from dlo_export.runtimes.artefact.description import WEIGHTS_NAME
 
 ALIGNMENT = 64  # bytes; a cache line, so that kernels reading mapped weights start on one
 INLINE_BYTES = 256  # smaller tensors (axes, shapes, scalars) stay in the .onnx file, where shape inference sees them
@@ -111,6 +111,22 @@ def _refer(placed: Sequence[_Placed], path: Path) -> None:
             name=entry.value.name or "",
             base_dir=path.parent,
         )
+
+
+def numbered_weights(first: Path, number: int) -> Path:
+    """Where the weights go on that do not fit the first file of them: model.onnx.data_1, then model.onnx.data_2.
+
+    Args:
+        first: The first file; `number` 0.
+        number: Of the file.
+    """
+    return first.with_name(f"{first.name}_{number}") if number else first
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """The files of model.onnx's weights that are in a folder, in their order."""
+    numbered = (numbered_weights(folder / WEIGHTS_NAME, number) for number in itertools.count())
+    return list(itertools.takewhile(Path.is_file, numbered))
 
 
 def weight_bytes(model: ir.Model) -> int:

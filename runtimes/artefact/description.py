@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -177,22 +176,6 @@ class ArtefactDescription(LoweringDescription):
     def routed_layers(self) -> tuple[int, ...]:
         """Indices of routed layers, ascending."""
         return () if self.routing is None else self.routing.layers
-
-
-def numbered_weights(first: Path, number: int) -> Path:
-    """Where the weights go on that do not fit the first file of them: model.onnx.data_1, then model.onnx.data_2.
-
-    Args:
-        first: The first file; `number` 0.
-        number: Of the file.
-    """
-    return first.with_name(f"{first.name}_{number}") if number else first
-
-
-def weight_paths(folder: Path) -> list[Path]:
-    """The files of model.onnx's weights that are in a folder, in their order."""
-    numbered = (numbered_weights(folder / WEIGHTS_NAME, number) for number in itertools.count())
-    return list(itertools.takewhile(Path.is_file, numbered))
 
 
 def save_description(description: ArtefactDescription, folder: Path) -> None:

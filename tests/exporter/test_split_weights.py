@@ -16,7 +16,7 @@ from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.commands.numbers import byte_count
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
-from dlo_export.runtimes.artefact.description import weight_paths
+from dlo_export.exporter.weight_file import weight_paths
 from dlo_export.runtimes.errors import ModelLoadError
 from tests.exporter.test_genai import generate
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
