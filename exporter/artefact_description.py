@@ -14,13 +14,13 @@ from dlo_export import __version__
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.exporter.weight_file import weight_paths
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.runtimes.artefact.description import (
     ENGINES_NAME,
     FORMAT_VERSION,
     MODEL_NAME,
-    WEIGHTS_NAME,
     ArtefactDescription,
     LayerDescription,
     RoutingDescription,
@@ -39,7 +39,7 @@ def describe(
     source: ExportSource,
     model: ir.Model,
     *,
-    sha256: str,
+    sha256: str | None,
     dtype: str,
     provider: ProviderOption,
     lowering: str,
@@ -50,7 +50,7 @@ def describe(
     Args:
         source: What was exported.
         model: The graph as it is released.
-        sha256: Of the source's weights, as its `sha256()` says.
+        sha256: Of the source's weights, as its `sha256()` says; None where they are not read.
         dtype: "fp32", "fp16" or "bf16".
         provider: What it is to run on.
         lowering: What routed layers became.
@@ -82,9 +82,9 @@ def complete_description(description: ArtefactDescription, folder: Path) -> None
         description: Its `files` are filled here: all that are there, of graphs whose engines were not built too.
         folder: The artefact.
     """
-    graphs = [path for name in (MODEL_NAME, WEIGHTS_NAME) if (path := folder / name).is_file()]
+    graphs = [path for path in (folder / MODEL_NAME,) if path.is_file()]
     engines = folder / ENGINES_NAME
-    paths = [*graphs, *(sorted(engines.iterdir()) if engines.is_dir() else ())]
+    paths = [*graphs, *weight_paths(folder), *(sorted(engines.iterdir()) if engines.is_dir() else ())]
     save_description(dataclasses.replace(description, files=tuple(map(describe_file, paths))), folder)
 
 
@@ -104,7 +104,7 @@ def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
     )
 
 
-def _identity(source: ExportSource, sha256: str) -> SourceIdentity:
+def _identity(source: ExportSource, sha256: str | None) -> SourceIdentity:
     config = source.base.config
     return SourceIdentity(
         source.kind,
@@ -137,7 +137,7 @@ def _routing(source: ExportSource) -> RoutingDescription | None:
 def _layers(source: ExportSource) -> tuple[LayerDescription, ...]:
     injected = {layer.position: layer for layer in source.injected_layers}
     routed = set(source.routing.layers) if source.routing else set()
-    identity = set(source.identity_layers())
+    identity = None if source.weightless else set(source.identity_layers())
     return tuple(
         LayerDescription(
             index=i,
@@ -145,7 +145,7 @@ def _layers(source: ExportSource) -> tuple[LayerDescription, ...]:
             source=injected[i].source if i in injected else None,
             init=injected[i].init if i in injected else None,
             routed=i in routed,
-            identity=i in identity,
+            identity=None if identity is None else i in identity,
         )
         for i in range(source.num_layers)
     )

@@ -28,7 +28,7 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
-from dlo_export.exporter.weight_file import save_weights, weight_bytes
+from dlo_export.exporter.weight_file import leave_weights_out, save_weights, weight_bytes
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, Target
 from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_names
 from dlo_export.plugins.ort_registration import check_library
@@ -75,7 +75,9 @@ class ExportRequest:
         lowering: "auto", or the name of what routed layers become, in engines where there are any. model.onnx gets
             the same where ONNX Runtime has it by itself, else what "auto" chooses.
         parity: Compare with PyTorch before the artefact appears.
-        weights: False leaves `model.onnx.data` out: a graph to look at.
+        weights: False leaves `model.onnx.data` out, and reads no weight of the model's: a graph to look at, and to
+            compile.
+        weight_file_bytes: Of a file of weights at most; None puts all into one.
         force: Replace an artefact of this program's.
         allow_nonfinite: Let weights be NaN or infinite.
         force_base: Let the adapter be made from other weights.
@@ -98,6 +100,7 @@ class ExportRequest:
     lowering: str = "auto"
     parity: bool = True
     weights: bool = True
+    weight_file_bytes: int | None = None
     force: bool = False
     allow_nonfinite: bool = False
     force_base: bool = False
@@ -166,7 +169,11 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
     """
     check_output_folder(request.output, overwrite=request.force, makes=FolderKind.ARTEFACT, inputs=request.inputs)
     source = open_source(
-        request.model, request.adapter, allow_nonfinite=request.allow_nonfinite, force_base=request.force_base
+        request.model,
+        request.adapter,
+        allow_nonfinite=request.allow_nonfinite,
+        force_base=request.force_base,
+        weights=request.weights,
     )
     try:
         for warning in source.warnings:
@@ -220,7 +227,7 @@ def _export_into(
     own = source.base.path
     generation = GenerationConfig.from_folder(folder, origin=own if own.is_dir() else own.parent)
     # Reads every weight once more, on another core than the one that writes them.
-    identity = BackgroundValue(source.base.sha256)
+    identity = BackgroundValue(source.base.sha256 if request.weights else lambda: None)
     with reporter.stage("graph"):
         if request.static_cache is None:
             model = build_model(
@@ -241,14 +248,16 @@ def _export_into(
         save_graphs(plan, folder / ENGINES_NAME, reporter)
     if request.weights:
         check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
-    with reporter.bytes("weights") as progress:
-        save_weights(
-            model,
-            folder / WEIGHTS_NAME,
-            write=request.weights,
-            progress=progress,
-            allow_nonfinite=request.allow_nonfinite,
-        )
+        with reporter.bytes("weights") as progress:
+            save_weights(
+                model,
+                folder / WEIGHTS_NAME,
+                file_bytes=request.weight_file_bytes,
+                progress=progress,
+                allow_nonfinite=request.allow_nonfinite,
+            )
+    else:
+        leave_weights_out(model, folder / WEIGHTS_NAME, file_bytes=request.weight_file_bytes)
     ir.save(model, folder / MODEL_NAME)
     with reporter.stage("description"):
         if request.static_cache is not None:

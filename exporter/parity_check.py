@@ -26,14 +26,14 @@ from dlo_export.exporter.sources.reduced_source import ReducedSource, without_la
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
-from dlo_export.exporter.weight_file import save_weights, weight_places
+from dlo_export.exporter.weight_file import external_tensors, take_weights
 from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.find.padding import takes_left_padding
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.plugins.ort_registration import no_library
-from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
+from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
@@ -83,7 +83,7 @@ def check_parity(
     if not source.removed_layers:  # of an artefact without some, the source as it was opened has all
         source = without_layers(source, description.source.removed_layers)
     released = load_graph(folder / MODEL_NAME)
-    if (reason := _why_not_run(source, description, released, plugin_library, provider)) is not None:
+    if (reason := why_not_run(source, description, released, plugin_library, provider)) is not None:
         return ParityReport.not_run(reason)
     has_model, tensors = source.base.why_not("parity") is None, source.tensors()
     rungs = {description.lowering: released}
@@ -186,7 +186,7 @@ def _why_no_oracle(source: ExportSource, description: ArtefactDescription) -> st
     return "the masked graph would be compared with itself" if masked else None
 
 
-def _why_not_run(
+def why_not_run(
     source: ExportSource,
     description: ArtefactDescription,
     released: ir.Model,
@@ -282,10 +282,10 @@ def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, dtype:
         model = build_captured_model(source, "masked", slots, graph_dtype(dtype))
     else:
         model = build_model(source, "masked", graph_dtype(dtype), join_norms=JoinSkipNormsPass.of(released))
-    save_weights(model, folder / WEIGHTS_NAME, write=False)
-    if weight_places(model) != weight_places(released):
+    if different := take_weights(model, external_tensors(released.graph)):
         raise InputError(
-            f"{folder / MODEL_NAME}: its weights are not laid out as an export of this source lays them out",
+            f"{folder / MODEL_NAME}: its weights are not those of an export of this source: "
+            f"{', '.join(sorted(different)[:5])}",
             hint="give the model (and adapter) the artefact was made from, and the version that made it",
         )
     return model

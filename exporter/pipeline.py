@@ -48,6 +48,7 @@ from dlo_export.graph_passes.lowerings.registry import (
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.fuse_router_scores import FuseRouterScoresPass
+from dlo_export.graph_passes.routing.keep_part import KeepPartPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.data_dependent_shapes import data_dependent_shapes
@@ -324,6 +325,22 @@ def exposed(released: ir.Model, *, force: bool = False, streams: bool = False) -
     passes = exposure_passes(routed=routed, force=force, streams=streams)
     # What is shown must round as what is released does: a fused norm has its own way.
     return _run_passes(model, [*passes, *([join] if join is not None else [])])
+
+
+def exposed_part(released: ir.Model, part: int) -> ir.Model:
+    """A part of a released graph, which takes the routers' decisions and shows their scores.
+
+    Args:
+        released: Left as it is.
+        part: 0 is the embedding, then come the layers, then the head.
+
+    Raises:
+        dlo_export.graph_passes.errors.GraphPassError: The graph cannot be cut there.
+    """
+    model = ir.from_proto(ir.to_proto(released))
+    routed = bool(role_values(model.graph, ROUTER_SCORES))
+    # Last, since it leaves one layer, which nothing else is to be looked for in.
+    return _run_passes(model, [*exposure_passes(routed=routed, force=routed, streams=False), KeepPartPass(part)])
 
 
 def build_model(

@@ -10,7 +10,7 @@ import typer
 
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
-from dlo_export.exporter.commands.numbers import MAX_COUNT, positive
+from dlo_export.exporter.commands.numbers import MAX_COUNT, byte_count, positive
 from dlo_export.exporter.commands.shared_options import (
     AllowNonfinite,
     Force,
@@ -117,7 +117,13 @@ def main(
     ] = None,
     ort_plugin_library: OrtPluginLibrary = None,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Do not compare with PyTorch.")] = False,
-    no_weights: Annotated[bool, typer.Option("--no-weights", help="Leave model.onnx.data out.")] = False,
+    no_weights: Annotated[
+        bool, typer.Option("--no-weights", help="The graph alone; of a folder, config.json is enough.")
+    ] = False,
+    external_data_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of a weights file at most, such as 2GB or 4GiB; one file unless given."),
+    ] = None,
     force: Force = False,
     allow_nonfinite: AllowNonfinite = False,
     force_base: ForceBase = False,
@@ -158,6 +164,9 @@ def main(
         lowering=lowering,
         parity=not no_parity,
         weights=not no_weights,
+        weight_file_bytes=None
+        if external_data_size is None
+        else byte_count("--external-data-size", external_data_size),
         force=force,
         allow_nonfinite=allow_nonfinite,
         force_base=force_base,
@@ -193,7 +202,7 @@ def main(
     if removed := description.source.removed_layers:
         typer.echo(f"removed, since they pass everything on: layers {', '.join(map(str, removed))} of the source")
     layers = description.layers
-    counts = {kind: sum(getattr(layer, kind) for layer in layers) for kind in ("injected", "routed", "identity")}
+    counts = {kind: sum(bool(getattr(layer, kind)) for layer in layers) for kind in ("injected", "routed", "identity")}
     typer.echo(
         f"{result.folder}: {len(layers)} layers ({counts['injected']} injected, {counts['routed']} routed, "
         f"{counts['identity']} identity), lowering {description.lowering}, {result.bytes / 2**20:.0f} MB, "

@@ -90,6 +90,7 @@ def _print_tables(inspection: Inspection) -> None:
             + (f"without its layers {removed}, which pass everything on, " if removed else "")
             + f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
             f"parity {description.parity.verdict} (parity.json: {inspection.parity_report or 'not there'})"
+            + ("" if inspection.has_weights else "; no weights: a graph to look at, and to compile")
         )
     if inspection.skips is not None:
         assert description is not None, "or nothing would say what is skipped"

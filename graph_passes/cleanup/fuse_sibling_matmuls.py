@@ -72,6 +72,11 @@ class _SideBySide(RowTensor):
     def rows(self, start: int, stop: int) -> np.ndarray:
         return np.concatenate([read_rows(part, start, stop) for part in self._parts], axis=1)
 
+    def release(self) -> None:
+        for part in self._parts:
+            if isinstance(part, RowTensor):
+                part.release()
+
 
 def _is_fusible(node: ir.Node, graph: ir.Graph) -> bool:
     if not is_op(node, "MatMul"):

@@ -36,13 +36,22 @@ def check_model_files(description: ArtefactDescription, folder: Path) -> None:
     Raises:
         ModelLoadError: A file is missing or of another size, or the artefact was made without weights.
     """
-    files = [file for file in description.files if file.name.parent == folder]
-    if folder / WEIGHTS_NAME not in [file.name for file in files]:
+    if not has_weights(description, folder):
         raise ModelLoadError(
             f"{folder}: has no weights, {WEIGHTS_NAME} was left out",
             hint="export the model again, without --no-weights",
         )
-    _refuse(size_changes(files))
+    _refuse(size_changes(file for file in description.files if file.name.parent == folder))
+
+
+def has_weights(description: ArtefactDescription, folder: Path) -> bool:
+    """Whether model.onnx was written with its weights: without them it is a graph to look at, and to compile.
+
+    Args:
+        description: Of the artefact.
+        folder: The artefact.
+    """
+    return folder / WEIGHTS_NAME in [file.name for file in description.files]
 
 
 def changes(files: Iterable[ArtefactFile]) -> Iterator[str]:

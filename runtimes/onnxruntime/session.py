@@ -72,7 +72,7 @@ class DecoderSession:
     def __init__(self, model: str | Path | bytes, name: str, cache: CacheKind, arguments: SessionArguments) -> None:
         self._name = name
         self.provider = arguments.get("provider", CPU)
-        self._session = _open(model, name, _options(arguments), self.provider)
+        self._session = open_session(model, name, arguments)
         specs = (_specs(self._session.get_inputs()), _specs(self._session.get_outputs()))
         self.interface = DecoderInterface.of(*specs, name, cache=cache)
 
@@ -137,6 +137,22 @@ class DecoderSession:
 def model_name(model: str | Path | bytes) -> str:
     """A name for reports."""
     return "model" if isinstance(model, bytes) else Path(model).name
+
+
+def open_session(model: str | Path | bytes, name: str, arguments: SessionArguments) -> ort.InferenceSession:
+    """A session of any graph, with our options, on the provider asked for.
+
+    Args:
+        model: A .onnx file, or a serialized model.
+        name: Of the model, for messages.
+        arguments: How it runs.
+
+    Raises:
+        ModelLoadError: The model is missing, damaged or cannot run here.
+        ProviderUnavailableError: The provider is not there, or does not start.
+        BackendUnavailableError: It has no memory left, or CUDA failed.
+    """
+    return _open(model, name, _options(arguments), arguments.get("provider", CPU))
 
 
 def _options(arguments: SessionArguments) -> ort.SessionOptions:
