@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MODULES: dict[str, tuple[str, ...]] = {
     "plugin": ("lower_skip_to_plugin",),
     "if": ("lower_skip_to_if", "if_on_tensorrt"),
-    "compact": ("lower_skip_to_compaction", "lower_skip_to_topk"),
+    "compact": ("lower_skip_to_compaction", "compaction_on_cuda", "lower_skip_to_topk"),
     "masked": ("masked",),
 }
 EXTRA_RECORDS: list[LoweringRecord] = []
