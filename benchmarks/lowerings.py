@@ -8,7 +8,7 @@ chooses.
 
     python -m benchmarks.lowerings --results grid.jsonl --prepare
     python -m benchmarks.lowerings --results grid.jsonl --seconds 280
-    python -m benchmarks.lowerings --results grid.jsonl --write-table
+    python -m benchmarks.lowerings --results grid.jsonl --write-table 'AMD EPYC (Zen 5), 2 cores'
 
 The graphs take 4 GB of disk, beside the results. With --provider cuda they run on a GPU, in float16.
 """
@@ -18,13 +18,15 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import datetime
 import functools
+import importlib.metadata
 import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from benchmarks.random_decoder import RandomDecoder
 from benchmarks.threshold_inputs import thresholds_as_inputs
 from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.weight_file import external_tensors, save_weights
+from dlo_export.graph_passes.lowerings.measured import FILE, read_measured
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, LoweringRecord
 from dlo_export.graph_passes.lowerings.registry import lowering_records
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION
@@ -136,6 +139,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help=".jsonl that is continued")
     parser.add_argument("--prepare", action="store_true", help="write the graphs and end")
+    parser.add_argument(
+        "--write-table",
+        metavar="MACHINE",
+        help="measure nothing; write the package's table, which names the machine so",
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after that")
     parser.add_argument("--cell-seconds", type=float, default=1.0)
     parser.add_argument("--launches", type=int, default=1, help="measure every cell so often, in sessions of their own")
@@ -149,6 +157,8 @@ def main() -> None:
     library = None if given.ort_plugin_library is None else given.ort_plugin_library.resolve()
     grid = Grid(given.provider, given.threads, library, given.results.with_suffix(".graphs"))
     share_threads(given.threads)
+    if given.write_table is not None:
+        given.launches = 0
     for launch, shape, routing in itertools.product(range(given.launches), given.shapes, given.routings):
         for each in grid.lowerings(routing):
             grid.graph(shape, routing, each.name)
@@ -173,6 +183,66 @@ def main() -> None:
             print(f"{shape} {routing} {cell.step} {cell.pattern} {cell.skipped}: {shown}", file=sys.stderr)
             if time.monotonic() > end:
                 break
+    if not given.prepare:
+        _report(read_rows(given.results), given)
+
+
+def pooled(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], dict[Cell, dict[str, list[float]]]]:
+    """Blocks of all launches, by provider, shape and routing, then by cell and lowering."""
+    found: dict[tuple[str, str, str], dict[Cell, dict[str, list[float]]]] = {}
+    for row in rows:
+        shape, routing, provider, cell = _key(row)
+        times = found.setdefault((provider, shape, routing), {}).setdefault(cell, {})
+        for name, values in row["ms"].items():
+            times.setdefault(name, []).extend(values)
+    return found
+
+
+def _report(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
+    """Per step the worst ratio of each lowering to the fastest one's, over skip rates and patterns."""
+    table, records = [], []
+    for (provider, shape, routing), cells_of in pooled(rows).items():
+        steps: dict[str, dict[str, list[float]]] = {}
+        for cell, times in cells_of.items():
+            for name, value in ratios({"ms": times}).items():
+                steps.setdefault(cell.step, {}).setdefault(name, []).append(value)
+        for step, found in steps.items():
+            shown = {name: round(max(values), 3) for name, values in found.items()}
+            table.append([shape, routing, step, ", ".join(f"{name} {value:.2f}" for name, value in shown.items())])
+            records.append({"provider": provider, "shape": shape, "routing": routing, "step": step, "worst": shown})
+    if given.write_table is not None:
+        _write_table(rows, given)
+    print_report(
+        f"Lowerings against the fastest of them, {given.threads} threads",
+        ["model", "routing", "step", "time over the fastest lowering's, at worst"],
+        table,
+        {"cells": len(rows), "rows": records, "versions": versions("dlo-export", "onnxruntime", "numpy")},
+    )
+
+
+def _write_table(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
+    """The package's table: of the providers that were measured the new figures, of others those that it has."""
+    targets = {PROVIDER_TARGETS[row["provider"]] for row in rows}
+    entries = [dataclasses.asdict(each) for each in read_measured() if each.target not in targets]
+    for (provider, shape, routing), cells_of in pooled(rows).items():
+        names = list(next(iter(cells_of.values())))
+        entries.append(
+            {
+                "target": PROVIDER_TARGETS[provider],  # type: ignore[index]  # of the choices
+                "machine": given.write_table,
+                "onnxruntime": importlib.metadata.version("onnxruntime"),
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                "dtype": "fp32" if provider == "cpu" else "fp16",
+                "routing": routing,
+                "hidden_size": RandomDecoder(shape, routed=True).config.hidden_size,
+                "cells": [f"{cell.step}, {cell.pattern}, {cell.skipped}" for cell in cells_of],
+                "milliseconds": {
+                    name: [float(f"{np.median(times[name]):.4g}") for times in cells_of.values()] for name in names
+                },
+            }
+        )
+    lines = ",\n".join(json.dumps(entry) for entry in entries)
+    FILE.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from dlo_export.graph_passes.spec.provenance import ROUTER_ACTIVE, role_values
 SKIPPED, ACTIVE = 2.0, -1.0  # thresholds above and below every score
 
 
-def threshold_name(layer: int) -> str:
+def threshold_name(layer: int | str) -> str:
     """Graph input float32 [batch, sequence]: the score that an active token of the layer exceeds."""
     return f"threshold.{layer}"
 
