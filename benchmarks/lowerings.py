@@ -36,6 +36,7 @@ import onnx_ir as ir
 from benchmarks.grid_steps import GridSteps, share_threads
 from benchmarks.lowering_grid import Cell, cells
 from benchmarks.measure import alternate, print_report, versions
+from benchmarks.random_decoder import SHAPES as DECODERS
 from benchmarks.random_decoder import RandomDecoder
 from benchmarks.threshold_inputs import thresholds_as_inputs
 from dlo_export.exporter.pipeline import build_model
@@ -147,7 +148,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after that")
     parser.add_argument("--cell-seconds", type=float, default=1.0)
     parser.add_argument("--launches", type=int, default=1, help="measure every cell so often, in sessions of their own")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
+    parser.add_argument("--cells", type=int, help="of each model and call at most")
+    parser.add_argument("--shapes", nargs="+", choices=sorted(DECODERS), default=SHAPES)
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
     parser.add_argument("--provider", choices=PROVIDER_TARGETS, default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -169,7 +171,7 @@ def main() -> None:
         wanted = [cell for cell in cells(layers) if done[shape, routing, given.provider, cell] <= launch]
         if not wanted or time.monotonic() > end:
             continue
-        for cell, times in measure(grid, shape, routing, wanted, given.cell_seconds):
+        for cell, times in measure(grid, shape, routing, wanted[: given.cells], given.cell_seconds):
             row = {
                 "shape": shape,
                 "routing": routing,

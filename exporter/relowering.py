@@ -8,7 +8,6 @@ and must come out the same, node by node.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +145,35 @@ def _is_stored_so(built: ir.TensorProtocol, stored: ir.TensorProtocol) -> bool:
 
 
 def _comparable(model: ir.Model) -> dict[str, Any]:
-    """What a graph computes, in comparable form: all but what it says about itself."""
+    """What a graph computes, in comparable form: values by the order of their nodes, weights by name and place."""
     graph = ir.to_proto(model).graph
-    parts: Mapping[str, Any] = {"inputs": graph.input, "outputs": graph.output, "nodes": graph.node}
-    found: dict[str, Any] = {
-        name: [entry.SerializeToString(deterministic=True) for entry in entries] for name, entries in parts.items()
+    return {
+        "inputs": [entry.SerializeToString(deterministic=True) for entry in graph.input],
+        "outputs": [entry.SerializeToString(deterministic=True) for entry in graph.output],
+        "weights": {entry.name: entry.SerializeToString(deterministic=True) for entry in graph.initializer},
+        "nodes": _nodes(graph, {}),
     }
-    found["weights"] = {entry.name: entry.SerializeToString(deterministic=True) for entry in graph.initializer}
+
+
+def _nodes(graph: Any, numbers: dict[str, int]) -> list[Any]:
+    """Nodes of a GraphProto, without what they are called, and which pass made them.
+
+    Args:
+        graph: Its subgraphs included.
+        numbers: Of the values that nodes before have computed, by name; those of this graph are added.
+    """
+    found: list[Any] = []
+    for node in graph.node:
+        attributes = {}
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                attributes[attribute.name] = _nodes(attribute.g, dict(numbers))
+            else:
+                attributes[attribute.name] = attribute.SerializeToString(deterministic=True)
+        # A weight or an input of the graph is known by its name alone.
+        read = [numbers.get(name, name) for name in node.input]
+        for name in node.output:
+            numbers[name] = len(numbers)
+        found.append((node.domain, node.op_type, read, len(node.output), attributes))
+    found.append([numbers.get(entry.name, entry.name) for entry in graph.output])
     return found

@@ -151,7 +151,7 @@ def tune(
                 f"measured by dlo bench --tune: {totals[after]['median']:.2f} of the time of {before}, batch "
                 f"{workload.batch}, a prompt of {workload.prompt_tokens} tokens and {workload.decode_tokens} more"
             )
-            _rewrite(folder, description, models[after], after, reason, differences[after])
+            rewrite_lowering(folder, description, models[after], after, reason, differences[after])
     return Tuning(before, after, timings, differences, totals)
 
 
@@ -195,10 +195,23 @@ def _prompt_logits(runner: Runner, token_ids: Sequence[int], workload: Workload)
     return runner.step(ids, np.ones_like(ids), positions, last_logits=True).logits
 
 
-def _rewrite(
+def rewrite_lowering(
     folder: Path, description: ArtefactDescription, model: ir.Model, lowering: str, reason: str, difference: float
 ) -> None:
-    """Puts an artefact with another graph in the place of this one; all other files stay, its parity does not."""
+    """Puts an artefact with another graph in the place of this one; all other files stay, its parity does not.
+
+    Args:
+        folder: The artefact.
+        description: Of it as it is.
+        model: Its graph in another lowering, as `ReloweredGraph` gives it.
+        lowering: That one.
+        reason: Why.
+        difference: How far its logits were from those before, relative to the largest.
+
+    Raises:
+        InputError: Files of the user's lie in the folder.
+        MachineError: It cannot be written; it is as it was.
+    """
     verdict = description.parity.verdict
     parity = ParityVerdict(
         "NOT RUN",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dlo_export.graph_passes.lowerings.record import LoweringRecord, Target, Workload
 
 # By name, the modules beside this one that hold its records (`RECORD`), one per target or group of targets. Where
-# `auto` finds several that suit, the first one is its choice.
+# `auto` finds several that suit, and none of them was measured (`measured.py`), the first one is its choice.
 _MODULES: dict[str, tuple[str, ...]] = {
     "plugin": ("lower_skip_to_plugin",),
     "if": ("lower_skip_to_if", "if_on_tensorrt"),
@@ -24,7 +24,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "masked": ("masked",),
 }
 EXTRA_RECORDS: list[LoweringRecord] = []
-"""Lowerings of others, before all of these for `auto`."""
+"""Lowerings of others; `auto` chooses none where others were measured."""
 
 NOTHING_ROUTED = "none"
 """Stands in a lowering's place where nothing is routed."""
