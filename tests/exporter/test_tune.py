@@ -91,7 +91,8 @@ def test_bench_tunes_an_artefact_when_its_lowerings_are_measured(tmp_path) -> No
     save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, vocab=300)
     save_byte_tokenizer(tmp_path / "model", 300)
     artefact = exported(tmp_path, lowering="masked")
-    few = ("--rounds", "2", "--prompt-tokens", "8", "--decode-tokens", "2", "--threads", "1")
+    (tmp_path / "text.txt").write_text("Some words of a text that is long enough. " * 400)
+    few = ("--rounds", "2", "--prompt-tokens", "8", "--decode-tokens", "2", "--text", tmp_path / "text.txt")
     ended = run("bench", "--tune", artefact, *few, "--json", messages=tmp_path / "messages")
     assert ended.returncode == 0, ended.stderr
     report = json.loads(ended.stdout)
