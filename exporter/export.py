@@ -191,6 +191,7 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
             dtype,
             routing=None if source.routing is None else source.routing.kind,
             path=source.base.path,
+            hidden_size=None if source.base.config is None else source.base.config.hidden_size,
             provider=request.provider,
             library_at_hand=request.ort_plugin_library is not None,
             captured=request.static_cache is not None,

@@ -38,6 +38,7 @@ from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerI
 from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
+from dlo_export.graph_passes.lowerings.measured import nearest_model
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, LoweringRecord, Target, Workload
 from dlo_export.graph_passes.lowerings.registry import (
     NOTHING_ROUTED,
@@ -480,17 +481,22 @@ def choose_onnxruntime_lowering(
     *,
     routing: RoutingKind | None,
     path: Path,
+    hidden_size: int | None = None,
     provider: ProviderOption = "cpu",
     library_at_hand: bool = False,
     captured: bool = False,
 ) -> tuple[str, str]:
     """The lowering for one of ONNX Runtime's providers, and why.
 
+    "auto" is the one whose worst case is the best, of those that were measured on a model like it
+    (`graph_passes/lowerings/measured.py`); where none was, what the lowerings' records say of themselves.
+
     Args:
         choice: "auto" or the name of one.
         dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
         routing: What tokens of the source skip; None where it has no routers.
         path: Of the source, for messages.
+        hidden_size: Of the source, where it is known: it decides which measured model is like it.
         provider: What is to run it.
         library_at_hand: Whether the library of the dlo operators was given.
         captured: Whether a CUDA graph is to capture its steps, on a cache that is written in place.
@@ -521,22 +527,35 @@ def choose_onnxruntime_lowering(
                 hint="leave --static-cache out, or choose --lowering masked, which skips nothing",
             )
         return capturable[0].name, capturable[0].reason
+    best, *others = _preferred(target, dtype, routing, hidden_size, library_at_hand=library_at_hand)
     # The best for this target, or the best of the others where the provider lacks a kernel that it needs.
-    # On a CPU the library is a choice of the user's: its operators are the faster ones on some models only.
-    workload = Workload(routing=routing, plugins_at_hand=library_at_hand and provider != "cpu")
-    suitable = suitable_lowerings(target, workload)
-    # What needs a library that not everybody has is asked for by name.
-    own = (record for record in skipping_lowerings(target, routing) if not record.domains)
-    best, *others = dict.fromkeys((*suitable, *own))
     kind = BY_OPTION[dtype]
-    gap = runs_it.why_not_run(kind, best.operators)
+    gap = runs_it.why_not_run(kind, best[0].operators)
     if (
         gap is None or runs_it.why_not_run(kind) is not None
     ):  # nothing of this type runs there: it is for another runtime
-        return best.name, best.reason
-    able = (record for record in others if runs_it.why_not_run(kind, record.operators) is None)
-    second = next(able, best)
-    return second.name, f"{gap}, which {best.name} needs; {second.reason}"
+        return best[0].name, best[1]
+    able = (choice for choice in others if runs_it.why_not_run(kind, choice[0].operators) is None)
+    second, reason = next(able, best)
+    return second.name, f"{gap}, which {best[0].name} needs; {reason}"
+
+
+def _preferred(
+    target: Target, dtype: str, routing: RoutingKind, hidden_size: int | None, *, library_at_hand: bool
+) -> list[tuple[LoweringRecord, str]]:
+    """What `auto` may choose, best first, each with the reason."""
+    own = {record.name: record for record in skipping_lowerings(target, routing)}
+    # What needs a library that not everybody has is a choice of those who have given one.
+    usable = [name for name, record in own.items() if library_at_hand or not record.domains]
+    model = nearest_model(target, dtype, routing, hidden_size)
+    ranked = {} if model is None else model.worst_ratios(usable)
+    if model is not None and ranked:
+        shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ranked.items())
+        where = f"{model.machine}, ONNX Runtime {model.onnxruntime}, {model.date}, hidden size {model.hidden_size}"
+        return [(own[name], f"longest step over the fastest lowering's: {shown} ({where})") for name in ranked]
+    workload = Workload(routing=routing, plugins_at_hand=library_at_hand)
+    suitable = dict.fromkeys((*suitable_lowerings(target, workload), *(own[name] for name in usable)))
+    return [(record, record.reason) for record in suitable]
 
 
 def check_nothing_asked(choice: str, path: Path) -> None:

@@ -23,6 +23,10 @@ OURS = ("dlo", "dlo-export")
 COMMANDS = ("expand", "calibrate", "train", "export", "run", "bench", "evaluate", "inspect", "parity")
 # Commands that do not end with 0 everywhere: what they end with where something is missing, and what that is.
 ENDINGS = {
+    "dlo bench --tune my-artefact/ --prompt-tokens 128 --decode-tokens 32": (
+        2,
+        "no artefact of a routed model lies there; tests/exporter/test_tune.py tunes one",
+    ),
     "dlo-export my-model/ --lowering plugin --ort-plugin-library plugins/library/build/libdlo_ort.so": (
         2,
         "the model there has no routers; the library needs ONNX Runtime's headers to be built",

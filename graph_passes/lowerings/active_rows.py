@@ -30,6 +30,12 @@ class RowAccess(abc.ABC):
 
     def __init__(self, graph: ir.Graph, masked: MaskedBlock, made_by: str) -> None:
         self.graph, self.masked, self.made_by = graph, masked, made_by
+        self._made: list[TaggedNodes] = []
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """Those made for this block alone, and not removed since; the last one closes it once rows were added."""
+        return [node for made in self._made for node in made.nodes if node.graph is not None]
 
     @property
     def count(self) -> str:
@@ -37,8 +43,9 @@ class RowAccess(abc.ABC):
         return f"active_tokens_{self.masked.layer.index}"
 
     def new_nodes(self) -> TaggedNodes:
-        """An empty list of nodes of this layer."""
-        return TaggedNodes(self.made_by, self.masked.layer.index)
+        """An empty list of nodes of this block."""
+        self._made.append(TaggedNodes(self.made_by, self.masked.layer.index))
+        return self._made[-1]
 
     @abc.abstractmethod
     def gather(self, nodes: TaggedNodes, value: ir.Value, width: int | None, name: str) -> ir.Value:
