@@ -92,3 +92,5 @@ class RandomDecoder:
         """The decoder in standard operators; nobody reads its weights from here."""
         shapes = self.config.tensor_shapes()
         return plain_graph(self.config, {key: RandomTensor(key, shape) for key, shape in shapes.items()}, dtype)
+
+    engine_model = plain_model

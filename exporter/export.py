@@ -166,7 +166,11 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
     """
     check_output_folder(request.output, overwrite=request.force, makes=FolderKind.ARTEFACT, inputs=request.inputs)
     source = open_source(
-        request.model, request.adapter, allow_nonfinite=request.allow_nonfinite, force_base=request.force_base
+        request.model,
+        request.adapter,
+        allow_nonfinite=request.allow_nonfinite,
+        force_base=request.force_base,
+        engines=request.trt is not None,
     )
     try:
         for warning in source.warnings:
@@ -176,8 +180,11 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
             if not source.removed_layers:
                 reporter.warn("--remove-identity: no layer passes everything on, so none is removed")
         plan = _plan_engines(request, source, reporter)
-        # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
-        dtype = source.base.graph_dtype(request.dtype, request.provider) if plan is None else "fp32"
+        # With engines, model.onnx stays what parity runs on a CPU.
+        if plan is None:
+            dtype = source.base.graph_dtype(request.dtype, request.provider)
+        else:
+            dtype = source.base.dtype_beside_engines
         engines_only = plan is not None and not _runs_everywhere(request.lowering, PROVIDER_TARGETS[request.provider])
         lowering, reason = choose_onnxruntime_lowering(
             "auto" if engines_only else request.lowering,

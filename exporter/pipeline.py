@@ -103,6 +103,10 @@ class GraphSource(Protocol):
         """The graph before any pass: a new one with every call."""
         ...
 
+    def engine_model(self, dtype: ir.DataType) -> ir.Model:
+        """The graph before any pass for TensorRT, which is ours whatever the source is: a new one with every call."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorRtOptions:
@@ -401,7 +405,7 @@ def build_tensorrt_model(source: GraphSource, options: TensorRtOptions, dtype: i
     """Builds the source's graph with TensorRT's interface.
 
     Args:
-        source: A checkpoint; a foreign graph keeps the interface it has.
+        source: What to export.
         options: What for.
         dtype: Of weights, KV cache and logits; routers and norms are fp32 whatever it is.
 
@@ -413,7 +417,9 @@ def build_tensorrt_model(source: GraphSource, options: TensorRtOptions, dtype: i
         dlo_export.graph_passes.errors.GraphPassError: A layer is not what the lowering needs.
     """
     check_tensorrt_options(source, options)
-    return run_steps(_plain(source, dtype), tensorrt_steps(source, options))
+    model = source.engine_model(dtype)
+    check_stage(model, PLAIN)
+    return run_steps(model, tensorrt_steps(source, options))
 
 
 def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> None:

@@ -102,6 +102,10 @@ class ExportSource:
         """The base model's graph, before any pass: a new one with every call."""
         return self.base.plain_model(dtype)
 
+    def engine_model(self, dtype: ir.DataType) -> ir.Model:
+        """The base model's decoder as TensorRT's graph begins: a new one with every call."""
+        return self.base.engine_model(dtype)
+
     def routers(self) -> dict[int, np.ndarray]:
         """Router weights by layer, float32 [hidden]."""
         if self.routing is None:
@@ -161,15 +165,22 @@ class ExportSource:
 
 
 def open_source(
-    model: str | Path, adapter_folder: Path | None, *, allow_nonfinite: bool = False, force_base: bool = False
+    model: str | Path,
+    adapter_folder: Path | None,
+    *,
+    allow_nonfinite: bool = False,
+    force_base: bool = False,
+    engines: bool = False,
 ) -> ExportSource:
     """Opens a model and its adapter, and checks that they fit.
 
     Args:
         model: Checkpoint folder, `.gguf` or `.onnx` file, or hub id in the local cache.
-        adapter_folder: DloAdapter, needed for an `.onnx`; or a LoRA adapter of PEFT's, merged into a checkpoint.
+        adapter_folder: DloAdapter, needed for an `.onnx` that no engine is built of; or a LoRA adapter of PEFT's,
+            merged into a checkpoint.
         allow_nonfinite: Let weights be NaN or infinite.
         force_base: Let the adapter be made from other weights.
+        engines: Whether TensorRT engines are built of it, or were.
 
     Raises:
         InputError: The model cannot be read, or both it and the adapter are routed.
@@ -183,7 +194,8 @@ def open_source(
     else:
         base = _open_base(model, allow_nonfinite=allow_nonfinite)
     if adapter is None:
-        check_use(base, "export without adapter")
+        if not engines:
+            check_use(base, "export without adapter")
         return ExportSource(base, None, base.routing)
     assert adapter_folder is not None, "an adapter was loaded from it"
     if base.routing is not None:
@@ -220,7 +232,7 @@ def _merged_base(model: str | Path, adapter_folder: Path, *, allow_nonfinite: bo
 def _open_base(model: str | Path, *, allow_nonfinite: bool) -> BaseModel:
     """The one place that tells the kinds apart, by what stands on the command line."""
     if _is_graph(model):
-        return open_foreign_graph(Path(model))
+        return open_foreign_graph(Path(model), allow_nonfinite=allow_nonfinite)
     return CheckpointModel(open_checkpoint(model), allow_nonfinite=allow_nonfinite)
 
 
