@@ -216,6 +216,7 @@ def _dequantising_reference(
             name=name,
             allow_spinning=False,
             provider=provider,
+            exact_products=True,
         )
         for force in ((False, True) if routed else (False,))
     ]

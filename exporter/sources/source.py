@@ -68,7 +68,7 @@ class ExportSource:
     def tensorrt_refusal(self) -> str | None:
         """Why its graph cannot be given TensorRT's interface; None where it can."""
         refusal = self.base.why_not("TensorRT")
-        return None if refusal is None else f"{self.base.path.name} {refusal.reason}"
+        return None if refusal is None else f"{self.base.path.name}: {refusal.reason}"
 
     @property
     def remembers_activity(self) -> bool:
