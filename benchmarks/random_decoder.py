@@ -63,7 +63,6 @@ class RandomDecoder:
     remembers_activity: bool = False
     removed_layers: tuple[int, ...] = ()
     packs_weights: bool = True
-    tensorrt_refusal: str | None = None
 
     @property
     def config(self) -> LlamaConfig:

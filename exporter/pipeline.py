@@ -90,11 +90,6 @@ class GraphSource(Protocol):
         """Whether matrices of its graph may be joined; somebody else's weights stay as they are, byte for byte."""
         ...
 
-    @property
-    def tensorrt_refusal(self) -> str | None:
-        """Why its graph cannot be given TensorRT's interface; None where it can."""
-        ...
-
     def routers(self) -> dict[int, np.ndarray]:
         """Router weights by layer, float32 [hidden]."""
         ...
@@ -428,7 +423,7 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
     Raises:
         InputError: With all reasons.
     """
-    problems = [] if source.tensorrt_refusal is None else [source.tensorrt_refusal]
+    problems: list[str] = []
     routing = None if source.routing is None else source.routing.kind
     if routing not in (None, "mlp") and options.cache != "static":
         problems.append(f"{routing} routing needs --trt-cache static: who may be seen is kept beside its slots")

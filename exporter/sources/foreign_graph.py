@@ -175,16 +175,16 @@ class ForeignGraph:
             return unnamed._replace(hint="export the checkpoint with --trt")
         if self.config is None:
             return Refusal(
-                "no config.json lies beside the graph, which says what engines need and no weight tells (rope, epsilon, "
-                "heads)",
+                "no config.json lies beside the graph, which says what engines need and no weight tells (rope, "
+                "epsilon, heads)",
                 "put the config.json of the exported model beside the graph, or export the checkpoint with --trt",
             )
         missing = sorted(self.config.tensor_shapes().keys() - self.tensors.keys())
         if not missing:
             return None
         return Refusal(
-            f"holds no {', '.join(missing[:3])} where a {self.config.model_type} has it, so that no engine can be built "
-            "of its weights",
+            f"holds no {', '.join(missing[:3])} where a {self.config.model_type} has it, so no engine can be built of "
+            "its weights",
             "put the config.json of the exported model beside the graph, or export the checkpoint with --trt",
         )
 

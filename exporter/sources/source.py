@@ -65,12 +65,6 @@ class ExportSource:
         return self.base.packs_weights
 
     @property
-    def tensorrt_refusal(self) -> str | None:
-        """Why its graph cannot be given TensorRT's interface; None where it can."""
-        refusal = self.base.why_not("TensorRT")
-        return None if refusal is None else f"{self.base.path.name}: {refusal.reason}"
-
-    @property
     def remembers_activity(self) -> bool:
         """Whether its graph has a state beside the KV cache: which cached tokens were active in a layer."""
         return self.routing is not None and not leaves_keys(self.routing.kind)
