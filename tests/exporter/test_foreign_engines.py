@@ -136,7 +136,6 @@ def test_engines_are_refused_with_the_reason_when_the_decoder_cannot_be_built_an
         export_model(
             ExportRequest(str(tmp_path / "graph" / "model.onnx"), tmp_path / "out", trt=TensorRtRequest()), Reporter()
         )
-    assert "TensorRT" in refusal.value.message
     assert refusal.value.hint
     assert not (tmp_path / "out").exists()
 

@@ -160,9 +160,7 @@ def test_export_refuses_before_anything_is_built_when(tmp_path, model, options, 
 def test_export_refuses_someone_elses_graph_when_engines_are_asked_for_and_no_config_lies_beside_it(tmp_path):
     graph = shutil.copy(DATA / "optimum_llama" / "model.onnx", tmp_path)
     result = dlo("export", graph, "-o", tmp_path / "out", "--trt")
-    check_refused(
-        result, tmp_path, "TensorRT: model.onnx: no config.json lies beside the graph", "hint: put the config"
-    )
+    check_refused(result, tmp_path, "model.onnx: no config.json lies beside the graph", "hint: put the config")
 
 
 def test_run_says_what_is_missing_when_there_is_no_gpu(tmp_path):
