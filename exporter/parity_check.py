@@ -31,12 +31,14 @@ from dlo_export.exporter.weight_file import save_weights, weight_places
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.find.padding import takes_left_padding
+from dlo_export.graph_passes.find.projections import HEAD_NORM_INPUTS
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.graph_passes.spec.ops import MICROSOFT
+from dlo_export.graph_passes.weights.storage import Place
 from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
-from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
+from dlo_export.runtimes.onnxruntime.providers import CPU, NORMING_ATTENTION, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.parity.cases import parity_cases
@@ -267,12 +269,18 @@ def _why_not_run(
 def named_operators(model: ir.Model) -> set[str]:
     """What of a graph providers' gaps may name: operators with their `reduction`, and those of other domains."""
     nodes = list(model.graph.all_nodes())
+    norming = {
+        NORMING_ATTENTION
+        for node in nodes
+        for index in HEAD_NORM_INPUTS.get((node.domain, node.op_type), {}).values()
+        if Place(node, index).value is not None
+    }
     reductions = {
         f"{node.op_type}({node.attributes['reduction'].as_string()})"
         for node in nodes
         if "reduction" in node.attributes
     }
-    return reductions | {f"{node.domain}::{node.op_type}" for node in nodes if node.domain}
+    return norming | reductions | {f"{node.domain}::{node.op_type}" for node in nodes if node.domain}
 
 
 def graph_candidate(
