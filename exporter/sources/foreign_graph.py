@@ -38,6 +38,7 @@ from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.exporter.sources.vendor_nodes import check_vendor_nodes, check_vendor_types
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.find.projections import branch_ends
 from dlo_export.graph_passes.weights.dense import DenseStorage, dense_storage
 from dlo_export.graph_passes.weights.embedding import embedding_table
 from dlo_export.graph_passes.weights.linear import linear_weight
@@ -214,7 +215,7 @@ class ForeignGraph:
         """Refuses what cannot be exported, before anything is made of it.
 
         Raises:
-            InputError: It is routed already, or counts its tokens in another type than the interface's.
+            InputError: It is routed already, counts its tokens in another type than the interface's, or has experts.
             CheckpointError: The config.json beside it is of another model.
         """
         for value in self._file.model.graph.inputs:
@@ -229,6 +230,7 @@ class ForeignGraph:
                 f"{self.path}: its layers have routers already, and an adapter's would be added to them",
                 hint="give the model it was made from, a checkpoint or a graph, and the adapter",
             )
+        self._check_mlps()
         _ = self.client_settings  # refused before the work, if it is
         if self.config is None:
             return
@@ -272,6 +274,22 @@ class ForeignGraph:
             f"weights of its layers have no names: {unnamed}",
             "route it: masking and skipping MLPs needs none; or inject into the checkpoint, and export that",
         )
+
+    def _check_mlps(self) -> None:
+        """Refuses experts: each would be somebody's MLP, and the sum of them is nobody's."""
+        for layer in self._layers:
+            if self._unnamed_weights(layer) is None:
+                continue
+            try:
+                ends = branch_ends(layer.mlp)
+            except GraphPassError:
+                continue  # a quantisation that nobody here reads: its MLP is masked all the same
+            if len(ends) > 1:
+                raise InputError(
+                    f"{self.path}: the MLP of layer {layer.index} ends in {len(ends)} matrices, {', '.join(ends[:4])}; "
+                    "expected one, down_proj",
+                    hint="only Llamas and their relatives can be routed or deepened, no mixtures of experts",
+                )
 
     @staticmethod
     def _unnamed_weights(layer: DecoderLayer) -> str | None:

@@ -156,6 +156,15 @@ def key_width(attention: ResidualBlock, present_key: ir.Value) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
+def branch_ends(block: ResidualBlock) -> tuple[str, ...]:
+    """The matrices that what a block adds to the stream comes from, by the places of their nodes: one in a Llama.
+
+    Raises:
+        GraphPassError: A matrix is stored in a way that is not understood.
+    """
+    return tuple(sorted(_named(part) for part in LinearFlow(block.nodes).of(block.branch)))
+
+
 def _not_one(role: str, candidates: Sequence[str]) -> str:
     return f"{LLAMA_LAYER[role].path} could be {', '.join(candidates) or 'no node with a constant weight'}"
 
