@@ -43,9 +43,8 @@ def save_routers(folder, layers, hidden):
     return folder
 
 
-@pytest.mark.parametrize("routed", [True, False])
-def test_engine_is_built_and_its_twin_equals_pytorch_when_optimum_wrote_the_graph(tmp_path, routed):
-    adapter = save_routers(tmp_path / "routers", 3, 32) if routed else None
+def test_engine_is_built_and_its_twin_equals_pytorch_when_optimum_wrote_the_graph(tmp_path):
+    adapter = save_routers(tmp_path / "routers", 3, 32)
     request = ExportRequest(
         str(OPTIMUM), tmp_path / "out", adapter=adapter, trt=TensorRtRequest(max_cache=64, max_sequence=32)
     )
@@ -54,7 +53,7 @@ def test_engine_is_built_and_its_twin_equals_pytorch_when_optimum_wrote_the_grap
     assert (description.dtype, description.source.kind) == ("fp32", "onnx")
     (engine,) = description.engines
     assert engine.file.stat().st_size == engine.build.bytes
-    assert engine.lowering == ("compact" if routed else "none")
+    assert engine.lowering == "compact"
     assert all(engine.build.census.skipping.values())
     assert [spec.name for spec in engine.interface.inputs][:2] == ["input_ids", "position_ids"]
     assert "write_indices" in {spec.name for spec in engine.interface.inputs}
