@@ -74,7 +74,6 @@ class RandomDecoder:
     adapter: DloAdapter | None = None
     removed_layers: tuple[int, ...] = ()
     packs_weights: bool = True
-    tensorrt_refusal: str | None = None
 
     @property
     def config(self) -> LlamaConfig:
@@ -108,3 +107,5 @@ class RandomDecoder:
         """The decoder in standard operators; nobody reads its weights from here."""
         shapes = self.config.tensor_shapes()
         return plain_graph(self.config, {key: RandomTensor(key, shape) for key, shape in shapes.items()}, dtype)
+
+    engine_model = plain_model

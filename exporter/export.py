@@ -174,6 +174,7 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         allow_nonfinite=request.allow_nonfinite,
         force_base=request.force_base,
         weights=request.weights,
+        engines=request.trt is not None,
     )
     try:
         for warning in source.warnings:
@@ -183,8 +184,11 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
             if not source.removed_layers:
                 reporter.warn("--remove-identity: no layer passes everything on, so none is removed")
         plan = _plan_engines(request, source, reporter)
-        # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
-        dtype = source.base.graph_dtype(request.dtype, request.provider) if plan is None else "fp32"
+        # With engines, model.onnx stays what parity runs on a CPU.
+        if plan is None:
+            dtype = source.base.graph_dtype(request.dtype, request.provider)
+        else:
+            dtype = source.base.dtype_beside_engines
         engines_only = plan is not None and not _runs_everywhere(request.lowering, PROVIDER_TARGETS[request.provider])
         lowering, reason = choose_onnxruntime_lowering(
             "auto" if engines_only else request.lowering,

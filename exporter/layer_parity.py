@@ -61,7 +61,7 @@ def check_parity_by_layer(
             f"{folder}: its cache is written in place, which one layer alone does not do",
             hint="leave --by-layer out",
         )
-    if (reason := why_not_run(source, description, released, plugin_library, CPU)) is not None:
+    if (reason := why_not_run(source, description, released, plugin_library, CPU, engines=False)) is not None:
         return LayerReport("", "", description.dtype, None, reason=reason)
     # Imported here: torch takes seconds.
     from dlo_export.runtimes.torch.part_reference import TorchReference  # noqa: PLC0415

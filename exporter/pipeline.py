@@ -92,17 +92,20 @@ class GraphSource(Protocol):
         """Whether matrices of its graph may be joined; somebody else's weights stay as they are, byte for byte."""
         ...
 
-    @property
-    def tensorrt_refusal(self) -> str | None:
-        """Why its graph cannot be given TensorRT's interface; None where it can."""
-        ...
-
     def routers(self) -> dict[int, np.ndarray]:
         """Router weights by layer, float32 [hidden]."""
         ...
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
         """The graph before any pass: a new one with every call."""
+        ...
+
+
+class EngineSource(GraphSource, Protocol):
+    """What a graph for TensorRT asks besides."""
+
+    def engine_model(self, dtype: ir.DataType) -> ir.Model:
+        """The graph before any pass for TensorRT, which is ours whatever the source is: a new one with every call."""
         ...
 
 
@@ -427,11 +430,11 @@ def check_captured(dtype: str, provider: ProviderOption) -> None:
         raise InputError(f"--static-cache with --dtype {dtype}: {gap}", hint="choose another --dtype")
 
 
-def build_tensorrt_model(source: GraphSource, options: TensorRtOptions, dtype: ir.DataType) -> ir.Model:
+def build_tensorrt_model(source: EngineSource, options: TensorRtOptions, dtype: ir.DataType) -> ir.Model:
     """Builds the source's graph with TensorRT's interface.
 
     Args:
-        source: A checkpoint; a foreign graph keeps the interface it has.
+        source: What to export.
         options: What for.
         dtype: Of weights, KV cache and logits; routers and norms are fp32 whatever it is.
 
@@ -443,7 +446,9 @@ def build_tensorrt_model(source: GraphSource, options: TensorRtOptions, dtype: i
         dlo_export.graph_passes.errors.GraphPassError: A layer is not what the lowering needs.
     """
     check_tensorrt_options(source, options)
-    return run_steps(_plain(source, dtype), tensorrt_steps(source, options))
+    model = source.engine_model(dtype)
+    check_stage(model, PLAIN)
+    return run_steps(model, tensorrt_steps(source, options))
 
 
 def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> None:
@@ -452,7 +457,7 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
     Raises:
         InputError: With all reasons.
     """
-    problems = [] if source.tensorrt_refusal is None else [source.tensorrt_refusal]
+    problems: list[str] = []
     routing = None if source.routing is None else source.routing.kind
     if routing not in (None, "mlp") and options.cache != "static":
         problems.append(f"{routing} routing needs --trt-cache static: who may be seen is kept beside its slots")

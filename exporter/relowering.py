@@ -60,7 +60,6 @@ class _ReleasedSource:
     adapter: None = None
     removed_layers: tuple[int, ...] = ()
     packs_weights: bool = True
-    tensorrt_refusal: str | None = None
 
     @property
     def routing(self) -> RoutingConfig | None:

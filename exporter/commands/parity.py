@@ -63,7 +63,13 @@ def main(
     check_model_files(description, artefact)
     reporter = Reporter(verbose=verbose)
     with naming_allow_nonfinite():
-        source = open_source(model, adapter, allow_nonfinite=allow_nonfinite, force_base=force_base)
+        source = open_source(
+            model,
+            adapter,
+            allow_nonfinite=allow_nonfinite,
+            force_base=force_base,
+            engines=bool(description.engines),
+        )
         with contextlib.closing(source):
             for warning in source.warnings:
                 reporter.warn(warning)

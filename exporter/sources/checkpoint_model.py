@@ -110,6 +110,15 @@ class CheckpointModel:
     def plain_model(self, dtype: ir.DataType) -> ir.Model:  # noqa: D102
         return plain_graph(self.config, self.tensors, dtype)
 
+    @property
+    def dtype_beside_engines(self) -> str:
+        """fp32, whatever the engines are: nothing is rounded twice."""
+        return "fp32"
+
+    def engine_model(self, dtype: ir.DataType) -> ir.Model:
+        """The plain graph, as for ONNX Runtime."""
+        return self.plain_model(dtype)
+
     def why_not(self, use: Use) -> Refusal | None:  # noqa: D102 - it serves every use
         return None
 

@@ -69,12 +69,6 @@ class ExportSource:
         return self.base.packs_weights
 
     @property
-    def tensorrt_refusal(self) -> str | None:
-        """Why its graph cannot be given TensorRT's interface; None where it can."""
-        refusal = self.base.why_not("TensorRT")
-        return None if refusal is None else f"{self.base.path.name} {refusal.reason}"
-
-    @property
     def remembers_activity(self) -> bool:
         """Whether its graph has a state beside the KV cache: which cached tokens were active in a layer."""
         return self.routing is not None and not leaves_keys(self.routing.kind)
@@ -107,6 +101,10 @@ class ExportSource:
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
         """The base model's graph, before any pass: a new one with every call."""
         return self.base.plain_model(dtype)
+
+    def engine_model(self, dtype: ir.DataType) -> ir.Model:
+        """The base model's decoder as TensorRT's graph begins: a new one with every call."""
+        return self.base.engine_model(dtype)
 
     def routers(self) -> dict[int, np.ndarray]:
         """Router weights by layer, float32 [hidden]; zeros, which are not written, where no weights are read."""
@@ -183,15 +181,18 @@ def open_source(
     allow_nonfinite: bool = False,
     force_base: bool = False,
     weights: bool = True,
+    engines: bool = False,
 ) -> ExportSource:
     """Opens a model and its adapter, and checks that they fit.
 
     Args:
         model: Checkpoint folder, `.gguf` or `.onnx` file, or hub id in the local cache.
-        adapter_folder: DloAdapter, needed for an `.onnx`; or a LoRA adapter of PEFT's, merged into a checkpoint.
+        adapter_folder: DloAdapter, needed for an `.onnx` that no engine is built of; or a LoRA adapter of PEFT's,
+            merged into a checkpoint.
         allow_nonfinite: Let weights be NaN or infinite.
         force_base: Let the adapter be made from other weights.
         weights: False opens a source of which no weight is read: of a folder, its config.json is enough.
+        engines: Whether TensorRT engines are built of it, or were.
 
     Raises:
         InputError: The model cannot be read, or both it and the adapter are routed.
@@ -206,7 +207,8 @@ def open_source(
     else:
         base = _open_base(model, allow_nonfinite=allow_nonfinite, weights=weights)
     if adapter is None:
-        check_use(base, "export without adapter")
+        if not engines:
+            check_use(base, "export without adapter")
         return ExportSource(base, None, base.routing, weightless=not weights)
     assert adapter_folder is not None, "an adapter was loaded from it"
     if base.routing is not None:
@@ -243,7 +245,7 @@ def _merged_base(model: str | Path, adapter_folder: Path, *, allow_nonfinite: bo
 def _open_base(model: str | Path, *, allow_nonfinite: bool, weights: bool) -> BaseModel:
     """The one place that tells the kinds apart, by what stands on the command line."""
     if _is_graph(model):
-        return open_foreign_graph(Path(model))
+        return open_foreign_graph(Path(model), allow_nonfinite=allow_nonfinite)
     return CheckpointModel(open_checkpoint(model, weights=weights), allow_nonfinite=allow_nonfinite)
 
 

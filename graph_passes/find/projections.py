@@ -29,6 +29,11 @@ _ROTARY_TABLES = {
     ("com.microsoft", "RotaryEmbedding"): (2, 3),
     ("com.microsoft", "GroupQueryAttention"): (7, 8),
 }
+HEAD_NORM_INPUTS: Mapping[tuple[str, str], Mapping[str, int]] = {
+    ("com.microsoft", "GroupQueryAttention"): {"q_norm": 14, "k_norm": 15}
+}
+"""Inputs of attention operators that hold the norms of queries and keys, where they compute these themselves."""
+
 _ACTIVATIONS = frozenset({"Sigmoid", "Swish", "Gelu", "FastGelu", "QuickGelu", "Relu", "Tanh", "Erf", "HardSwish"})
 
 
@@ -158,6 +163,15 @@ def key_width(attention: ResidualBlock, present_key: ir.Value) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
+def branch_ends(block: ResidualBlock) -> tuple[str, ...]:
+    """The matrices that what a block adds to the stream comes from, by the places of their nodes: one in a Llama.
+
+    Raises:
+        GraphPassError: A matrix is stored in a way that is not understood.
+    """
+    return tuple(sorted(_named(part) for part in LinearFlow(block.nodes).of(block.branch)))
+
+
 def _not_one(role: str, candidates: Sequence[str], table: LayerTable = LLAMA_LAYER) -> str:
     return f"{table[role].path} could be {', '.join(candidates) or 'no node with a constant weight'}"
 
@@ -176,18 +190,32 @@ def _qk_norms(
 ) -> dict[str, list[DenseStorage]]:
     """Norms of queries and of keys; none where there are none, only one of the two, or of another width.
 
-    What scales queries has touched q_proj and nothing else. The family's table says whether heads are normalised one by
-    one, or all together.
+    What scales queries has touched q_proj and nothing else, or is an input of the operator that attends. The family's
+    table says whether heads are normalised one by one, or all together.
     """
-    head_dim = present_key.shape[-1] if present_key.shape is not None else None
+    head_dim = _head_dim(matrices["k_proj"], present_key)
     found = {}
     for role, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
         vectors = list(_norm_weights(attention.nodes, flow, matrices[projection]))
+        inside = [(node, HEAD_NORM_INPUTS.get((node.domain, node.op_type), {}).get(role)) for node in attention.nodes]
+        read = (dense_storage(Place(node, index), "vector") for node, index in inside if index is not None)
+        vectors += [vector for vector in read if vector is not None]
         by_head = table[role].axes == ("head",)
         widths = {head_dim} if by_head else {part.stop - part.start for part in matrices[projection]}
         if {vector.shape[0] for vector in vectors} == widths:
             found[role] = vectors
     return found if len(found) == 2 else {}
+
+
+def _head_dim(key: frozenset[Part], present_key: ir.Value) -> int | None:
+    """Width of a head: as the cache's shape says it, or as k_proj's width and the number of heads do."""
+    if present_key.shape is None or len(present_key.shape) != 4:
+        return None
+    _, heads, _, head_dim = present_key.shape
+    if isinstance(head_dim, int):
+        return head_dim
+    widths = {part.stop - part.start for part in key}
+    return widths.pop() // heads if isinstance(heads, int) and heads > 0 and len(widths) == 1 else None
 
 
 def _refuse_other_weights(blocks: Sequence[ResidualBlock], named: Collection[Projection], where: str) -> None:

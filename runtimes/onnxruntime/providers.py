@@ -21,6 +21,9 @@ SKIP_GATE_UP = "dlo::SkipGateUp"
 GROUP_QUERY_ATTENTION = "com.microsoft::GroupQueryAttention"
 """How a graph attends that writes its cache in place."""
 
+NORMING_ATTENTION = f"{GROUP_QUERY_ATTENTION}(q_norm_weight)"
+"""The same with the norms of queries and keys inside."""
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -108,6 +111,10 @@ CPU = Provider(
     gaps=(
         Gap(BFLOAT16, None, "ONNX Runtime's CPU provider does not implement bfloat16"),
         Gap(FLOAT16, SKIP_GATE_UP, "libdlo_ort.so computes float32 alone on a CPU"),
+        *(
+            Gap(dtype, NORMING_ATTENTION, "ONNX Runtime's CPU provider norms no queries and keys inside of attention")
+            for dtype in (FLOAT32, FLOAT16)
+        ),
     ),
 )
 

@@ -37,6 +37,8 @@ class SessionArguments(TypedDict, total=False):
         options: Session options to start from.
         placement: Remember which provider each node was given to.
         plugin_library: libdlo_ort.so, for graphs with dlo operators.
+        exact_products: What a DequantizeLinear feeds multiplies in the graph's own type; by default ONNX Runtime fuses
+            the two, and rounds the other factor to 8 bits.
     """
 
     weights_folder: str | Path | None
@@ -46,6 +48,7 @@ class SessionArguments(TypedDict, total=False):
     options: ort.SessionOptions | None
     placement: bool
     plugin_library: Path | None
+    exact_products: bool
 
 
 class DecoderSession:
@@ -167,6 +170,8 @@ def _options(arguments: SessionArguments) -> ort.SessionOptions:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(Path(folder).absolute())
         )
+    if arguments.get("exact_products", False):
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     if arguments.get("placement", False):
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if (library := arguments.get("plugin_library")) is not None:
