@@ -9,6 +9,7 @@ from dlo_export.checkpoints.interface import CACHE_PARTS
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name
 from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
+from dlo_export.graph_passes.find.masked_branch import own_columns
 from dlo_export.graph_passes.lowerings.active_rows import token_zeros
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
@@ -53,7 +54,9 @@ def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Val
     # Both branches: all of the block that serves active tokens, which ends in an addition of its own; or the stream as
     # it is, and what the step leaves in the cache.
     order = node_order(graph)
-    moved = sorted(masked.nodes, key=order.__getitem__)
+    hides = None if masked.hidden is None else masked.hidden.mask_select
+    columns = own_columns(masked.nodes, (masked.select, masked.scaling, hides))
+    moved = sorted({*masked.nodes, *columns}, key=order.__getitem__)
     add = TaggedNodes(made_by, layer.index)
     operands = [value for value in block.add.inputs if value is not None]
     closes = operands.index(block.branch)
