@@ -35,13 +35,13 @@ def everything_skipped(lowered: Path, name: str) -> Path:
 
 def _inline(graph: ir.Graph, conditional: ir.Node) -> None:
     """Puts the branch of skipped steps in the place of its If; the other one goes, with what it reads."""
-    branch = conditional.attributes["else_branch"].as_graph()
-    for value, result in zip(branch.outputs, conditional.outputs, strict=True):
-        replace_value(result, value)
-    active, nodes = conditional.attributes["then_branch"].as_graph(), list(branch)
+    active, skipping = (conditional.attributes[name].as_graph() for name in ("then_branch", "else_branch"))
     active.outputs.clear()
-    branch.outputs.clear()
     active.remove(list(active), safe=True)
-    branch.remove(nodes)
+    computed, nodes = list(skipping.outputs), list(skipping)
+    skipping.outputs.clear()
+    skipping.remove(nodes)
     graph.insert_before(conditional, nodes)
+    for result, value in zip(conditional.outputs, computed, strict=True):
+        replace_value(result, value)
     graph.remove(conditional, safe=True)

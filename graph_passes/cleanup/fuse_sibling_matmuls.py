@@ -39,7 +39,7 @@ class FuseSiblingMatMulsPass(GraphPass):
     Attributes:
         minimum: Smallest group that is fused. Three by default: query, key and value. Two siblings (gate and up) gain
             1.5 % at batch-1 decode on ONNX Runtime's CPU kernels and lose as much in prefill to the larger Split. One
-            less where the query is no sibling: keys and values save 10 µs per layer in decode.
+            less where the query is no sibling: a second product for keys and values costs decode more than their Split.
     """
 
     nodes_from: ClassVar[Border | None] = "injected"

@@ -196,8 +196,8 @@ class RouteLayersPass(GraphPass):
     def _check_masked(self, graph: ir.Graph, weights: Mapping[int, np.ndarray]) -> None:
         """Lowerings look for the masked form; in a foreign graph, more than the addition may read a layer's branch.
 
-        Where only queries serve active tokens, their projection and those of keys and values are marked: no pass may join
-        the one with the others.
+        Where only queries serve active tokens, their projection and those of keys and values are marked: no pass may
+        join the one with the others.
         """
         problems = []
         for layer in find_decoder_layers(graph):
