@@ -178,9 +178,9 @@ class Effort:
     runs: tuple[int, int]
     settle: tuple[int, int]
 
-    def of(self, phase: Phase) -> dict[str, int]:
-        """Arguments of `alternate_workers`."""
-        long = phase.batch * phase.sequence > BEFORE_BATCH
+    def of(self, rows: int) -> dict[str, int]:
+        """Arguments of `alternate_workers` for a step of so many tokens."""
+        long = rows > BEFORE_BATCH
         return {
             "launches": self.launches,
             "blocks": self.blocks,
@@ -245,7 +245,7 @@ def rows_of(subject: Subject, made: Artefacts) -> Iterator[dict[str, Any]]:
         start: dict[str, Callable[[], Worker]] = {
             name: functools.partial(_worker, graph, tokens, phase, subject.threads) for name, graph in graphs.items()
         }
-        times = alternate_workers(start, **EFFORTS[subject.model].of(phase))
+        times = alternate_workers(start, **EFFORTS[subject.model].of(phase.batch * phase.sequence), busy=False)
         for case in group:
             yield _row(subject, case, made, times["dense"], times["skipped"], times[case.graph.stem])
 
