@@ -11,6 +11,7 @@ from dlo_export.checkpoints.interface import CACHE_PARTS
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name
 from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
+from dlo_export.graph_passes.find.masked_branch import own_columns
 from dlo_export.graph_passes.lowerings.active_rows import token_zeros
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
@@ -49,7 +50,10 @@ def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Val
     replace_value(block.stream_out, added)
     graph.remove(block.add, safe=True)
     order = node_order(graph)
-    close_in_branch(graph, masked, condition, made_by, [*sorted(masked.nodes, key=order.__getitem__), *add.nodes])
+    hides = None if masked.hidden is None else masked.hidden.mask_select
+    columns = own_columns(masked.nodes, (masked.select, masked.scaling, hides))
+    moved = sorted({*masked.nodes, *columns}, key=order.__getitem__)
+    close_in_branch(graph, masked, condition, made_by, [*moved, *add.nodes])
 
 
 def close_in_branch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import onnx_ir as ir
@@ -11,9 +11,10 @@ import onnx_ir as ir
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_path
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import element_type, is_op, node_order
+from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
+from dlo_export.graph_passes.find.masked_branch import own_columns
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.lowerings.attention_in_branch import branch_problems, move_into_branch
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
@@ -114,7 +115,8 @@ class LowerSkipToIfPass(LoweringPass):
 
         # What is moved keeps its order, and ends in an addition of the branch's own, which closes the block.
         order = node_order(graph)
-        moved = sorted({*masked.nodes, masked.select, *_columns(masked)}, key=order.__getitem__)
+        serving = {*masked.nodes, masked.select}
+        moved = sorted({*serving, *own_columns(serving, (masked.select, masked.scaling))}, key=order.__getitem__)
         operands = [value for value in block.add.inputs if value is not None]
         added = add.add(
             "Add",
@@ -176,19 +178,6 @@ def any_active(
             **attributes,
         )
     return value
-
-
-def _columns(masked: MaskedMlp) -> Iterator[ir.Node]:
-    """The Unsqueeze nodes of decision and scale, where they serve this block only: their work can be skipped too."""
-    # An Unsqueeze that another layer reads too would no longer be computed in steps where this layer skips.
-    readers = {*masked.nodes, masked.select}
-    operands = [masked.select.inputs[0], *(masked.scaling.inputs if masked.scaling is not None else ())]
-    for value in operands:
-        node = None if value is None else value.producer()
-        if value is None or node is None or not is_op(node, "Unsqueeze") or node in readers:
-            continue
-        if readers.issuperset(value.consumers()) and not value.is_graph_output():
-            yield node
 
 
 RECORD = LoweringRecord(
