@@ -17,11 +17,13 @@ from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.runtimes.artefact.description import (
+    ADDED_NAME,
     ENGINES_NAME,
     FORMAT_VERSION,
     MODEL_NAME,
     WEIGHTS_NAME,
     ArtefactDescription,
+    KeptData,
     LayerDescription,
     RoutingDescription,
     SourceIdentity,
@@ -44,6 +46,7 @@ def describe(
     provider: ProviderOption,
     lowering: str,
     reason: str,
+    kept_data: tuple[KeptData, ...] = (),
 ) -> ArtefactDescription:
     """Everything known before parity runs, engines are built and files are complete.
 
@@ -55,12 +58,14 @@ def describe(
         provider: What it is to run on.
         lowering: What routed layers became.
         reason: Why that one.
+        kept_data: Data files of the source's that its weights go on lying in.
     """
     return ArtefactDescription(
         format_version=FORMAT_VERSION,
         tools={"dlo-export": __version__, "python": platform.python_version(), **_tool_versions()},
         source=_identity(source, sha256),
         files=(),
+        kept_data=kept_data,
         dtype=dtype,
         provider=provider,
         lowering=lowering,
@@ -82,7 +87,9 @@ def complete_description(description: ArtefactDescription, folder: Path) -> None
         description: Its `files` are filled here: all that are there, of graphs whose engines were not built too.
         folder: The artefact.
     """
-    graphs = [path for name in (MODEL_NAME, WEIGHTS_NAME) if (path := folder / name).is_file()]
+    kept = [file.name for file in description.kept_data]
+    names = [path for name in (MODEL_NAME, WEIGHTS_NAME, ADDED_NAME) if (path := folder / name).is_file()]
+    graphs = [*names, *(path for path in kept if path not in names)]
     engines = folder / ENGINES_NAME
     paths = [*graphs, *(sorted(engines.iterdir()) if engines.is_dir() else ())]
     save_description(dataclasses.replace(description, files=tuple(map(describe_file, paths))), folder)

@@ -20,6 +20,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.llama_layer import EMBEDDING
 from dlo_export.exporter.artefact_runner import cache_slots, exposed_model, runner_for
 from dlo_export.exporter.graph_dtype import graph_dtype
+from dlo_export.exporter.kept_data import kept_files, kept_names, new_weights_name
 from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.reduced_source import ReducedSource, without_layers
@@ -32,7 +33,7 @@ from dlo_export.graph_passes.find.padding import takes_left_padding
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.plugins.ort_registration import no_library
-from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, ArtefactDescription
+from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
@@ -90,7 +91,7 @@ def check_parity(
     from_graph = description.source.kind == "onnx" and source.kind != "onnx"
     target = PROVIDER_TARGETS[description.provider]
     if has_model and not from_graph and find_lowering(description.lowering, target).make_pass is not None:
-        rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
+        rungs = {"masked": _masked_graph(source, folder, released, description), **rungs}
     candidates = [
         graph_candidate(
             name,
@@ -158,7 +159,7 @@ def _own_reference(
     if source.routing is None:
         return opened(_as_it_was(source), weights_folder=source.base.path.parent, name="the graph as it was")
     name = "its own masked form"
-    masked = _masked_graph(source, folder, released, description.dtype)
+    masked = _masked_graph(source, folder, released, description)
     free, forced = (
         opened(exposed_model(masked, force=force, streams=True), weights_folder=folder, name=name)
         for force in (False, True)
@@ -274,14 +275,15 @@ def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, r
     )
 
 
-def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, dtype: str) -> ir.Model:
+def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
-    slots = cache_slots(released.graph)
+    slots, dtype = cache_slots(released.graph), description.dtype
     if slots:
         model = build_captured_model(source, "masked", slots, graph_dtype(dtype))
     else:
         model = build_model(source, "masked", graph_dtype(dtype))
-    save_weights(model, folder / WEIGHTS_NAME, write=False)
+    kept = kept_files(model, source.base.data_files) if description.kept_data else ()
+    save_weights(model, folder / new_weights_name(kept), kept=kept_names(kept), write=False)
     if weight_places(model) != weight_places(released):
         raise InputError(
             f"{folder / MODEL_NAME}: its weights are not laid out as an export of this source lays them out",

@@ -1,10 +1,11 @@
-"""One external data file for all of a graph's weights, written as a stream."""
+"""One external data file for a graph's weights, written as a stream; those that lie in kept files stay there."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ INLINE_BYTES = 256  # smaller tensors (axes, shapes, scalars) stay in the .onnx 
 # Called with the bytes written so far and the bytes in all.
 Progress = Callable[[int, int], None]
 
+# Data files that stand in the artefact as they stood beside its source: names in its folder, by where tensors lie now.
+KeptNames = Mapping[Path, str]
+NOTHING_KEPT: KeptNames = MappingProxyType({})
+
 
 @dataclasses.dataclass(frozen=True)
 class _Placed:
@@ -32,6 +37,7 @@ def save_weights(
     model: ir.Model,
     path: Path,
     *,
+    kept: KeptNames = NOTHING_KEPT,
     write: bool = True,
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
@@ -43,7 +49,8 @@ def save_weights(
 
     Args:
         model: Its initializers are replaced.
-        path: The file to write.
+        path: The file to write; none where all weights lie in kept ones.
+        kept: Weights that lie in these files stay there, and are read from their places in the folder of `path`.
         write: False only lays the file out: the references are right, the file is not made.
         progress: Told after every tensor.
         allow_nonfinite: Let a foreign graph's weights be NaN or infinite: those are looked at while they are written. A
@@ -55,17 +62,13 @@ def save_weights(
     Raises:
         NonFiniteWeightError: A weight is not finite.
     """
-    placed, total = _layout(model.graph)
+    placed, total = _layout(model.graph, kept)
+    staying = _kept_tensors(model.graph, kept)
     if write:
-        streamed = {id(entry.tensor) for entry in placed}
+        streamed = {id(entry.tensor) for entry in placed} | {id(tensor) for _, tensor in staying}
         _check_inline_tensors(model.graph, streamed, allow_nonfinite=allow_nonfinite)
-        with HashedFile(path) as file:
-            for entry in placed:
-                file.pad_to(entry.offset)
-                looked_at = isinstance(entry.tensor, RowTensor) or allow_nonfinite
-                entry.tensor.tofile(file if looked_at else _FiniteWrites(file, entry.tensor))  # type: ignore[attr-defined]  # every tensor of onnx_ir has it
-                if progress is not None:
-                    progress(entry.offset + entry.tensor.nbytes, total)
+        if placed or not staying:
+            _write(placed, path, lambda done: progress and progress(done, total), allow_nonfinite=allow_nonfinite)
     for entry in placed:
         entry.value.const_value = ir.ExternalTensor(
             path.name,
@@ -76,17 +79,37 @@ def save_weights(
             name=entry.value.name or "",
             base_dir=path.parent,
         )
+    for value, tensor in staying:
+        value.const_value = ir.ExternalTensor(
+            kept[Path(tensor.path)],
+            tensor.offset,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=value.name or "",
+            base_dir=path.parent,
+        )
     return total
 
 
-def weight_bytes(model: ir.Model) -> int:
+def _write(placed: list[_Placed], path: Path, tell: Callable[[int], object], *, allow_nonfinite: bool) -> None:
+    with HashedFile(path) as file:
+        for entry in placed:
+            file.pad_to(entry.offset)
+            looked_at = isinstance(entry.tensor, RowTensor) or allow_nonfinite
+            entry.tensor.tofile(file if looked_at else FiniteWrites(file, entry.tensor))  # type: ignore[attr-defined]  # every tensor of onnx_ir has it
+            tell(entry.offset + entry.tensor.nbytes)
+
+
+def weight_bytes(model: ir.Model, kept: KeptNames = NOTHING_KEPT) -> int:
     """Size in bytes of the file `save_weights` would write."""
-    return _layout(model.graph)[1]
+    return _layout(model.graph, kept)[1]
 
 
-def weight_places(model: ir.Model) -> dict[str, tuple[int | None, int | None]]:
-    """Offset and length of every weight that lies in an external data file."""
-    return {name: (tensor.offset, tensor.length) for name, tensor in external_tensors(model.graph).items()}
+def weight_places(model: ir.Model) -> dict[str, tuple[str, int | None, int | None]]:
+    """File, offset and length of every weight that lies in an external data file."""
+    found = external_tensors(model.graph)
+    return {name: (str(tensor.location), tensor.offset, tensor.length) for name, tensor in found.items()}
 
 
 def external_tensors(graph: ir.Graph) -> dict[str, ir.ExternalTensor]:
@@ -95,8 +118,13 @@ def external_tensors(graph: ir.Graph) -> dict[str, ir.ExternalTensor]:
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, ir.ExternalTensor)}
 
 
-class _FiniteWrites:
-    """Passes a tensor's bytes on to a file, and refuses those that are no finite numbers."""
+class FiniteWrites:
+    """Passes a tensor's bytes on to a file, and refuses those that are no finite numbers.
+
+    Args:
+        file: Takes them.
+        tensor: Of a foreign graph; its elements come whole.
+    """
 
     def __init__(self, file: HashedFile, tensor: ir.TensorProtocol) -> None:
         self._file = file
@@ -153,12 +181,18 @@ def _check_graph_tensor(values: np.ndarray, tensor: ir.TensorProtocol, first: in
     )
 
 
-def _layout(graph: ir.Graph) -> tuple[list[_Placed], int]:
+def _kept_tensors(graph: ir.Graph, kept: KeptNames) -> list[tuple[ir.Value, ir.ExternalTensor]]:
+    found = external_tensors(graph)
+    return [(graph.initializers[name], tensor) for name, tensor in found.items() if Path(tensor.path) in kept]
+
+
+def _layout(graph: ir.Graph, kept: KeptNames) -> tuple[list[_Placed], int]:
     placed: list[_Placed] = []
+    staying = {id(tensor) for _, tensor in _kept_tensors(graph, kept)}
     end = 0
     for value in graph.initializers.values():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes <= INLINE_BYTES:
+        if tensor is None or tensor.nbytes <= INLINE_BYTES or id(tensor) in staying:
             continue
         offset = -(-end // ALIGNMENT) * ALIGNMENT
         placed.append(_Placed(value, tensor, offset))

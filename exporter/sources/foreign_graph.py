@@ -21,7 +21,7 @@ from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
-from dlo_export.checkpoints.files.file_digest import file_sha256
+from dlo_export.checkpoints.files.file_digest import known_sha256
 from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer
@@ -287,9 +287,14 @@ class ForeignGraph:
     def sha256(self) -> str:
         """SHA-256 over the graph file and its external data files, in the order of their names."""
         digest = hashlib.sha256()
-        for file in (self.path, *self._file.data_files):
-            digest.update(bytes.fromhex(file_sha256(file)))
+        for file in (self.path, *self.data_files):
+            digest.update(bytes.fromhex(known_sha256(file)))
         return digest.hexdigest()
+
+    @property
+    def data_files(self) -> Mapping[Path, str]:
+        """Where its external data lie, links followed: paths relative to its folder, in their order."""
+        return self._file.data_files
 
     def save_companions(self, folder: Path, config_overrides: Mapping[str, Any] | None = None) -> None:
         """Writes config.json with the overrides, and copies what else stands beside the graph."""

@@ -6,7 +6,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlo_export.checkpoints.files.file_digest import known_sha256
-from dlo_export.runtimes.artefact.description import WEIGHTS_NAME, ArtefactDescription, ArtefactFile
+from dlo_export.runtimes.artefact.description import (
+    ENGINES_NAME,
+    MODEL_NAME,
+    WEIGHTS_NAME,
+    ArtefactDescription,
+    ArtefactFile,
+)
 from dlo_export.runtimes.errors import ModelLoadError
 
 
@@ -36,8 +42,8 @@ def check_model_files(description: ArtefactDescription, folder: Path) -> None:
     Raises:
         ModelLoadError: A file is missing or of another size, or the artefact was made without weights.
     """
-    files = [file for file in description.files if file.name.parent == folder]
-    if folder / WEIGHTS_NAME not in [file.name for file in files]:
+    files = [file for file in description.files if not file.name.is_relative_to(folder / ENGINES_NAME)]
+    if {file.name for file in files} <= {folder / MODEL_NAME}:
         raise ModelLoadError(
             f"{folder}: has no weights, {WEIGHTS_NAME} was left out",
             hint="export the model again, without --no-weights",
