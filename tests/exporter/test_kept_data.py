@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -109,36 +110,51 @@ def test_data_file_is_not_kept_when_most_of_it_belongs_to_another_graph(foreign,
     assert _sha256(graph.parent / "weights") == before
 
 
-def test_ranges_that_overlap_are_written_apart(foreign, tmp_path):
-    """A vector that lies inside a matrix: the file cannot be looked at in one pass, and nothing is lost."""
+def test_weights_are_written_anew_when_their_ranges_overlap(foreign, tmp_path):
+    """Such a file cannot be looked at in one pass; what the graph computes is the same."""
 
     def overlap(proto, folder):
-        matrix = reference_of(initializer(proto, WEIGHT))
-        norm = initializer(proto, "model.norm.weight")
-        length = int(np.prod(norm.dims)) * 4
-        norm.ClearField("raw_data")
-        norm.data_location = onnx.TensorProto.EXTERNAL
-        refer(norm, location="weights", offset=str(int(matrix["offset"]) + 512), length=str(length))
+        first, second = (initializer(proto, f"model.layers.{layer}.mlp.gate_proj.weight") for layer in (0, 1))
+        refer(second, offset=str(int(reference_of(first)["offset"]) + 256))
 
     graph = foreign.changed(tmp_path / "model", overlap)
-    # In 32 elements there are 128 bytes, which stay inside the .onnx file: the other layout needs a wide model.
     artefact = foreign.export(graph, tmp_path / "out")
-    open_description(artefact)
+    assert not load_description(artefact).kept_data
+    weights = (graph.parent / "weights").read_bytes()
+    found = onnx.load(artefact / "model.onnx").graph.initializer
+    for old in onnx.load(graph, load_external_data=False).graph.initializer:
+        if old.external_data and "embed" not in old.name:
+            place = reference_of(old)
+            offset, length = int(place["offset"]), int(place["length"])
+            assert any(tensor.raw_data == weights[offset : offset + length] for tensor in found), old.name
 
 
-def test_packed_weight_alone_is_written_anew_when_a_pass_splits_it(tmp_path):
-    """Attention routing takes query, key and value apart: their old bytes stay, unread, and it says how many."""
-    graph = save_genai_graph(tmp_path / "genai", "fp32", layers=2)
+def test_bytes_of_layers_that_were_removed_are_said_to_be_unread(foreign, tmp_path):
+    def add_nothing(proto, folder):
+        with (folder / "weights").open("r+b") as file:
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                place = reference_of(initializer(proto, f"model.layers.1.{name}.weight"))
+                file.seek(int(place["offset"]))
+                file.write(bytes(int(place["length"])))
+
+    graph = foreign.changed(tmp_path / "model", add_nothing)
+    artefact = foreign.export(graph, tmp_path / "out", remove_identity=True)
+    old = {name: int(place["length"]) for name, place in _places(graph.parent).items()}
+    (kept,) = load_description(artefact).kept_data
+    gone = sum(length for name, length in old.items() if "layers.1." in name)
+    assert kept.unused_bytes == gone + kept.name.stat().st_size - sum(old.values())
+    assert kept.name.read_bytes() == (graph.parent / "weights").read_bytes()
+
+
+def test_packed_quantised_file_is_kept_when_layers_are_injected_and_routed(tmp_path):
+    graph = save_genai_graph(tmp_path / "genai", "int4, zero points", layers=2)
     adapter = save_routed_adapter(graph, tmp_path / "adapter")
     result = export_model(ExportRequest(str(graph), tmp_path / "out", adapter=adapter), Reporter())
     assert result.description.parity.verdict == "PASS", result.parity_summary
     (kept,) = result.description.kept_data
     assert kept.name.name == "model.onnx.data"
     assert kept.name.read_bytes() == (graph.parent / "model.onnx.data").read_bytes()
-    read = [place for place in _places(tmp_path / "out").values() if place["location"] == "model.onnx.data"]
-    ranges = {(int(place["offset"]), int(place["length"])) for place in read}
-    assert kept.unused_bytes == kept.name.stat().st_size - sum(length for _, length in ranges)
-    assert (tmp_path / "out" / "dlo_added.data").stat().st_size > 0
+    assert {place["location"] for place in _places(tmp_path / "out").values()} == {"model.onnx.data", "dlo_added.data"}
 
 
 def test_links_are_made_when_they_are_asked_for(foreign, tmp_path):
@@ -169,10 +185,10 @@ def test_links_are_refused_when_there_can_be_none(foreign, tmp_path):
     if not os.path.isdir(elsewhere) or os.stat(elsewhere).st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is one file system here")
     shutil.copytree(foreign.folder, tmp_path / "model")
-    output = f"{elsewhere}/dlo-test-{os.getpid()}"
-    with pytest.raises(MachineError, match="--link-weights: .* cannot be linked"):
+    output = Path(elsewhere) / f"dlo-test-{os.getpid()}"
+    with pytest.raises(MachineError, match=r"--link-weights: .* cannot be linked"):
         foreign.export(tmp_path / "model" / "model.onnx", output, link_weights=True)
-    assert not os.path.exists(output)
+    assert not output.exists()
     # A copy needs no such place.
     artefact = foreign.export(tmp_path / "model" / "model.onnx", output)
     try:
