@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -109,6 +110,7 @@ def main() -> None:
     if arguments.write is not None:
         save_graph(arguments.write, layers)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the gigabytes would stay
     WORKSPACE.mkdir(exist_ok=True)
     shapes = LlamaConfig.from_dict(CONFIG | {"num_hidden_layers": layers}, "synthetic").tensor_shapes()
     nbytes = 2 * sum(math.prod(shape) for shape in shapes.values())

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import InjectedLayer
@@ -26,7 +25,7 @@ from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer
 from dlo_export.checkpoints.interface import TOKEN_INPUTS
-from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, are_equal
 from dlo_export.checkpoints.llama_layer import EMBEDDING, FINAL_NORM, HEAD, layer_tensor_name
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.sources.base_model import Refusal, Use
@@ -272,7 +271,7 @@ class ForeignGraph:
         head = named.get(HEAD)
         # Some exporters store a tied matrix twice.
         if self.config is not None and self.config.tie_word_embeddings and head is not None:
-            if not np.array_equal(head.numpy(), named[EMBEDDING].numpy()):
+            if not are_equal(head, named[EMBEDDING]):
                 raise CheckpointError(
                     f"{self.path}: head and embedding differ, but config.json says tie_word_embeddings",
                     hint="put the config.json of the exported model beside the graph",

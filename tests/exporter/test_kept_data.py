@@ -8,17 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.reflink import clone_file
 from dlo_export.checkpoints.finite_weights import NonFiniteWeightError
+from dlo_export.checkpoints.lazy_tensors import all_zeros
 from dlo_export.exporter import kept_data
 from dlo_export.exporter.app import app
 from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
+from dlo_export.graph_passes.weights.dense import dense_storage
+from dlo_export.graph_passes.weights.storage import Place, StoredRows
 from dlo_export.runtimes.artefact.description import load_description
 from tests.foreign_graphs import save_foreign_graph, save_routed_adapter
 from tests.foreign_protos import Foreign, initializer, refer, reference_of
@@ -264,3 +268,30 @@ def test_hash_of_the_source_is_that_of_its_files_however_they_were_read(tmp_path
     for file in (graph, graph.parent / "weights"):
         digest.update(bytes.fromhex(_sha256(file)))
     assert result.description.source.sha256 == digest.hexdigest() == open_foreign_graph(graph).sha256()
+
+
+def test_pages_of_the_data_file_are_given_back_when_layers_are_asked_whether_they_are_zeros(tmp_path):
+    """A column of a matrix that lies in rows touches every page of it."""
+    size = 2048
+    np.zeros((size, size), np.float32).tofile(tmp_path / "weights")
+    tensor = ir.ExternalTensor(
+        "weights", 0, 4 * size**2, ir.DataType.FLOAT, shape=ir.Shape([size, size]), name="w", base_dir=tmp_path
+    )
+    node = ir.Node("", "MatMul", [ir.Value(name="x"), ir.Value(name="w", const_value=tensor)])
+    storage = dense_storage(Place(node, 1), "in_out")
+    rows = StoredRows(storage, 0, size)
+    kept = rows.rows(0, 2)
+    assert all_zeros(rows)
+    assert _resident_kilobytes(tmp_path / "weights") < 64
+    assert not kept.any(), "arrays stay valid"
+
+
+def _resident_kilobytes(path):
+    """Of a mapped file, in this process."""
+    found, mapped = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0] and ":" not in line.split(" ")[0]:
+            mapped = line.endswith(str(path))
+        elif mapped and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found

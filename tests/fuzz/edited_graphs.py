@@ -45,8 +45,8 @@ class Outcome:
     """Of one case.
 
     Attributes:
-        kind: "refused" (parity's FAIL is one), "inspected", "right", "unrunnable" (ONNX Runtime does not run the changed graph itself, so
-            there is nothing to compare with), or "wrong".
+        kind: "refused" (parity FAIL is one), "inspected", "right", "unrunnable" (ONNX Runtime does not run the changed
+            graph itself, so there is nothing to compare with), or "wrong".
         said: The command, what was changed, and what came of it.
     """
 
