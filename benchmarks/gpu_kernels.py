@@ -13,20 +13,18 @@ cuBLAS' speed on 256 rows.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from benchmarks.copy_rate import copy_rate
 from benchmarks.evidence import Evidence, run_part
+from benchmarks.evidence_processes import Process, run_processes
 from benchmarks.kernel_cases import LARGEST_ERROR, POISON, cases
 from benchmarks.kernel_images import Image, images_in
 from benchmarks.kernel_launch import LoadedImage
@@ -34,7 +32,6 @@ from benchmarks.kernel_timing import (
     Launch,
     Layer,
     Timing,
-    copy_rate,
     layer,
     least_kernel,
     product_rate,
@@ -113,7 +110,6 @@ def correctness(
     evidence: Evidence, seconds: float, cubins: Path | None, library: Path | None, host: Path | None
 ) -> None:
     """Every way in processes of its own, all at once: nothing is timed meanwhile."""
-    end = time.monotonic() + min(seconds, evidence.left)
     ways = {f"Triton JIT, {dtype}, {tile}": ["--jit", dtype, tile] for dtype in LARGEST_ERROR for tile in TILE_NAMES}
     if cubins is not None:
         ways["cubin"] = ["--cubins", str(cubins)]
@@ -124,25 +120,8 @@ def correctness(
             ways["compute-sanitizer"] = [*by_host, "--sanitizer", sanitizer]
     for left_out in {"cubin", "libdlo_plugins.so", "compute-sanitizer"} - set(ways):
         evidence.row(left_out, left_out="not given, or not on this machine")
-    command = [sys.executable, "-m", "benchmarks.kernel_correctness"]
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    running = {
-        way: subprocess.Popen(
-            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-        for way, options in ways.items()
-    }
-    for way, process in running.items():
-        try:
-            said, complaint = process.communicate(timeout=max(1.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said, complaint = process.communicate()
-            complaint = f"took too long\n{complaint}"
-        for line in said.splitlines():
-            evidence.row(**json.loads(line))
-        if process.returncode:
-            evidence.row(way, passed=False, exit_code=process.returncode, error=complaint[-2500:])
+    processes = [Process(way, "kernel_correctness", tuple(options)) for way, options in ways.items()]
+    run_processes(evidence, processes, seconds, threads=2)
 
 
 class Speed:
@@ -156,7 +135,7 @@ class Speed:
 
     def __init__(self, evidence: Evidence, kernels: Kernels, replays: int) -> None:
         self.evidence, self.kernels, self.replays = evidence, kernels, replays
-        self.copy, self.product = copy_rate(replays), product_rate(replays)
+        self.copy, self.product = copy_rate("cuda", replays), product_rate(replays)
         evidence.row(
             "ceilings",
             copy_tb_s=round(self.copy / 1e12, 3),

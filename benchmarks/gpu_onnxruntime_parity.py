@@ -14,38 +14,24 @@ Without a GPU the same comparison runs once on the CPU provider. Exit codes as b
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
 import os
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.command_checks import rows_of_commands
 from benchmarks.dense_decode_times import time_decode
 from benchmarks.evidence import Evidence, run_part
+from benchmarks.evidence_processes import Process, run_processes
 from benchmarks.lowering_parity import DATA, NATIVE, Job, jobs, rows_of
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE
 from dlo_export.runtimes.onnxruntime.providers import CPU
 
-
-@dataclasses.dataclass(frozen=True)
-class Process:
-    """This program in a process of its own, which says its rows on stdout, a line each.
-
-    Attributes:
-        what: For a row, where it fails.
-        arguments: Of its command line.
-    """
-
-    what: str
-    arguments: tuple[str, ...]
+PROGRAM = "gpu_onnxruntime_parity"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +75,7 @@ def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Pat
     seconds = 30.0 if smoke else evidence.left * (1 if model is None else 0.65)
     processes = [process_of(job) for job in jobs(model, library_given, smoke=smoke)]
     commands = ["--commands", *([] if model is None else ["--model", str(model)])]
-    run_processes(evidence, [*processes, Process("commands", tuple(commands))], seconds=seconds)
+    run_processes(evidence, [*processes, Process("commands", PROGRAM, tuple(commands))], seconds=seconds)
     if model is None:
         evidence.row("decode", left_out="no --model is given")
         return
@@ -99,35 +85,7 @@ def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Pat
 def process_of(job: Job) -> Process:
     """The process that does a job."""
     what = f"parity {job.subject}, {job.dtype}, {'+'.join(job.lowerings)}"
-    return Process(what, ("--job", json.dumps(dataclasses.asdict(job))))
-
-
-def run_processes(evidence: Evidence, processes: Sequence[Process], seconds: float) -> None:
-    """Runs processes side by side, and writes their rows as they end."""
-    with contextlib.ExitStack() as stack:
-        running = []
-        for process in processes:
-            # Rows go to a file, so that none waits for somebody to read; what else is said shows where it fails.
-            rows, said = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
-            command = [sys.executable, "-m", "benchmarks.gpu_onnxruntime_parity", *process.arguments]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            running.append((process, subprocess.Popen(command, stdout=rows, stderr=said, env=environment), rows, said))
-        end = time.monotonic() + min(seconds, max(5.0, evidence.left - 5.0))
-        for process, started, rows, said in running:
-            try:
-                code = started.wait(timeout=max(0.1, end - time.monotonic()))
-                problem = f"ended with {code}" if code else None
-            except subprocess.TimeoutExpired:
-                started.kill()
-                started.wait()
-                problem = "was not done in time"
-            rows.seek(0)
-            for line in rows:
-                with contextlib.suppress(json.JSONDecodeError):  # the last line of a process that was ended
-                    evidence.row(**json.loads(line))
-            if problem is not None:
-                said.seek(0)
-                evidence.row(process.what, passed=False, error=f"{problem}: {said.read()[-1500:]}")
+    return Process(what, PROGRAM, ("--job", json.dumps(dataclasses.asdict(job))))
 
 
 if __name__ == "__main__":

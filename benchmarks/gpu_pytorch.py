@@ -19,8 +19,9 @@ import sys
 
 import torch
 
+from benchmarks.copy_rate import copy_rate
 from benchmarks.evidence import Evidence, run_part
-from benchmarks.kernel_timing import copy_rate, product_rate
+from benchmarks.kernel_timing import product_rate
 from benchmarks.pytorch_checks import FORMS, check, check_models, check_ops
 from benchmarks.pytorch_times import Size
 from benchmarks.random_torch_llama import SIZES
@@ -32,7 +33,7 @@ def measure(evidence: Evidence, smoke: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     copy = tflops = float("nan")
     with evidence.guard("ceilings"):
-        copy, tflops = copy_rate(3 if smoke else 10) * 1e-9, product_rate(3 if smoke else 10) * 1e-12
+        copy, tflops = copy_rate("cuda", 3 if smoke else 10) * 1e-9, product_rate(3 if smoke else 10) * 1e-12
         evidence.row("ceilings", copy_gb_s=round(copy), bf16_matmul_tflop_s=round(tflops))
     for dtype in (torch.bfloat16, torch.float32):
         check_ops(evidence, dtype)

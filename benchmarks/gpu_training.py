@@ -228,7 +228,10 @@ class _Part:
         elif self._smoke:
             words += ["--steps", "4", "--warm-up", "2"]
         words += ["--compile", "--sides", *SIDES[:2]] if name == "compiled" else []
-        words += ["--profile", "--batch", "16", "32"] if self._smoke and name == "eager" else []
+        if (
+            self._in.device == "cuda" and name == "eager"
+        ):  # the host sets the pace of small steps, the GPU that of large ones
+            words += ["--batch", "16", "64", *(["--profile"] if self._smoke else [])]
         return self._child(f"rate-{name}", *words)
 
     def finish_rate(self, name: str, child: Child, seconds: float) -> None:

@@ -166,26 +166,6 @@ def layer(hidden: int, intermediate: int, tokens: int, active: float, dtype: str
     return Layer(hidden, intermediate, x, scale, residual, gated, output, weights)
 
 
-def copy_rate(replays: int) -> float:
-    """Bytes read and written per second by a large copy on the device.
-
-    Not in a graph, where a copy is left to an engine that is slower than the SMs: 2.8 TB/s of 4.3 on an H200.
-    """
-    import torch  # noqa: PLC0415 - heavy
-
-    source = torch.empty(2**32, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    times: list[float] = []
-    for _ in range(replays):
-        start, stop = _event(), _event()
-        start.record()
-        target.copy_(source)
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1000)
-    return 2 * 2**32 / statistics.median(times)
-
-
 def read_rate(replays: int) -> float:
     """Bytes read per second by a large sum on the device: nothing is written."""
     import torch  # noqa: PLC0415 - heavy

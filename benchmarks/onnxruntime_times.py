@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.captured_decoder import ACTIVE, OPTIONS, SKIPPED, CapturedDecoder
+from benchmarks.copy_rate import copy_rate
 from benchmarks.device_session import threshold_name
 from benchmarks.evidence import Evidence
 from benchmarks.random_decoder import RandomDecoder
@@ -26,7 +26,7 @@ def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *,
     """A decode step, dense and with so many MLPs skipped, and a prompt."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     seconds = 0.05 if small else 0.4
-    copy = copy_rate(device, small=small or device == "cpu")
+    copy = copy_rate(device, 3 if small else 10)
     evidence.row("copy rate", model=shape, gb_per_s=round(copy / 1e9, 1))
     dense = CapturedDecoder.open(RandomDecoder(shape, routed=False), dtype, device, library, capture=capture)
     routed = CapturedDecoder.open(
@@ -164,27 +164,6 @@ def _time_prefill(
         figures = step.time(seconds)
         ratio = round(figures["step_ms"] / base["step_ms"], 4)
         evidence.row("prefill", graph="routed", **common, tokens_skipped=rate, **figures, ratio_to_dense=ratio)
-
-
-def copy_rate(device: str, *, small: bool) -> float:
-    """Bytes per second that the device reads and writes when it copies, the best of some blocks."""
-    source = torch.ones((1 << 22) if small else (1 << 30), dtype=torch.int16, device=device)
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(4):
-        if device == "cpu":
-            start = time.perf_counter()
-            target.copy_(source)
-            elapsed = time.perf_counter() - start
-        else:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            first.record()
-            target.copy_(source)
-            last.record()
-            last.synchronize()
-            elapsed = first.elapsed_time(last) / 1e3
-        best = max(best, 2 * source.numel() * source.element_size() / elapsed)
-    return best
 
 
 def _synchronize(device: str) -> None:

@@ -15,7 +15,6 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,14 @@ import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wa
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.training_sides import random_sequences, train_by_trainer
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.modeling.configuration import LlamaDloConfig
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
-from dlo_export.modeling.training.documents import TokenDocument
-from dlo_export.modeling.training.packing import PackedDocuments, PackedSets, stacked
-from dlo_export.modeling.training.run import train_model, training_arguments
+from dlo_export.modeling.training.packing import PackedSets
+from dlo_export.modeling.training.run import train_model
 from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 
@@ -124,14 +122,6 @@ def summarised(profiled: Any, seconds: float, steps: int) -> dict[str, Any]:
     }
 
 
-def random_data(settings: TrainingSettings, vocabulary: int, sequences: int) -> PackedDocuments:
-    """Sequences without padding, each of two documents."""
-    half = settings.sequence // 2
-    ids = np.random.default_rng(0).integers(0, vocabulary, (2 * sequences, half), np.int32)
-    documents = [TokenDocument("", tokens, np.ones(half, bool)) for tokens in ids]
-    return PackedDocuments(documents, 2 * half, 0)
-
-
 def train_ours(shapes: dict[str, Any], settings: TrainingSettings, watch: Stopwatch, *, routed: bool) -> None:
     """Trains as `dlo train` does."""
     layers = shapes["num_hidden_layers"]
@@ -140,8 +130,8 @@ def train_ours(shapes: dict[str, Any], settings: TrainingSettings, watch: Stopwa
     config = LlamaDloConfig(**shapes, **{key: value for key, value in routing.items() if key not in named})
     with torch.device(settings.device):
         model = LlamaDloForCausalLM(config)
-    data = random_data(settings, config.vocab_size, settings.batch * watch.all_steps)
-    few = random_data(settings, config.vocab_size, settings.batch)
+    data = random_sequences(settings, config.vocab_size, settings.batch * watch.all_steps)
+    few = random_sequences(settings, config.vocab_size, settings.batch)
     with tempfile.TemporaryDirectory() as run:
         train_model(
             model,
@@ -153,34 +143,13 @@ def train_ours(shapes: dict[str, Any], settings: TrainingSettings, watch: Stopwa
         )
 
 
-class _Stepped(TrainerCallback):
-    def __init__(self, stepped: Callable[[], None]) -> None:
-        self._stepped = stepped
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # a fair clock: our steps wait for their loss
-        self._stepped()
-
-
 def train_theirs(shapes: dict[str, Any], settings: TrainingSettings, watch: Stopwatch) -> None:
     """Trains the dense model by transformers' Trainer alone."""
     with torch.device(settings.device):
         model = LlamaForCausalLM(LlamaConfig(**shapes))
-
-    def batch(sequences: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        return {name: value for name, value in stacked(sequences).items() if name != "counted"}
-
-    if settings.compile:
-        for layer in model.model.layers:
-            layer.compile()
-    data = random_data(settings, model.config.vocab_size, settings.batch * watch.all_steps)
+    data = random_sequences(settings, model.config.vocab_size, settings.batch * watch.all_steps)
     with tempfile.TemporaryDirectory() as run:
-        arguments = training_arguments(settings, Path(run), saves=False)
-        arguments.eval_strategy = "no"
-        trainer = Trainer(model, arguments, data_collator=batch, train_dataset=data, callbacks=[_Stepped(watch)])
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        train_by_trainer(model, settings, data, Path(run), watch)
 
 
 def main() -> None:

@@ -21,20 +21,19 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
 
 # isort: split
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.foreign_load import ForeignLoad
 from benchmarks.measure import Samples, alternate, print_report, versions
 from benchmarks.random_llama import random_llama_folder
 from benchmarks.smollm2 import smollm2_folder
+from benchmarks.training_sides import random_sequences, train_by_trainer
 from benchmarks.workers import Worker, serve
 from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, placements, routed_config
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
@@ -42,9 +41,8 @@ from dlo_export.checkpoints.llama_layer import router_name
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
-from dlo_export.modeling.training.documents import TokenDocument
-from dlo_export.modeling.training.packing import PackedDocuments, PackedSets, stacked
-from dlo_export.modeling.training.run import train_model, training_arguments
+from dlo_export.modeling.training.packing import PackedSets
+from dlo_export.modeling.training.run import train_model
 from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 
@@ -127,18 +125,10 @@ def plain_model(folder: Path) -> LlamaForCausalLM:
     return plain
 
 
-def random_sequences(settings: TrainingSettings, vocabulary: int) -> PackedDocuments:
-    """Sequences without padding, each of two documents."""
-    half = settings.sequence // 2
-    ids = np.random.default_rng(0).integers(0, vocabulary, (2 * SEQUENCES, half), np.int32)
-    documents = [TokenDocument("", tokens, np.ones(half, bool)) for tokens in ids]
-    return PackedDocuments(documents, 2 * half, 0)
-
-
 def train_routed(folder: Path, settings: TrainingSettings, run: Path, stepped: Callable[[], None]) -> None:
     """As `dlo train` does."""
     model = deepened_model(folder, routed=True)
-    data = random_sequences(settings, model.config.vocab_size)
+    data = random_sequences(settings, model.config.vocab_size, SEQUENCES)
     train_model(
         model,
         settings,
@@ -149,35 +139,10 @@ def train_routed(folder: Path, settings: TrainingSettings, run: Path, stepped: C
     )
 
 
-class _Stepped(TrainerCallback):
-    def __init__(self, stepped: Callable[[], None]) -> None:
-        self._stepped = stepped
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._stepped()
-
-
 def train_plain(folder: Path, settings: TrainingSettings, run: Path, stepped: Callable[[], None]) -> None:
     """By transformers' Trainer alone."""
     model = plain_model(folder)
-    data = random_sequences(settings, model.config.vocab_size)
-
-    def batch(sequences: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        return {name: value for name, value in stacked(sequences).items() if name != "counted"}
-
-    if settings.compile:
-        for layer in model.model.layers:
-            layer.compile()
-    trainer = Trainer(
-        model,
-        training_arguments(settings, run),
-        data_collator=batch,
-        train_dataset=data,
-        eval_dataset=data,
-        callbacks=[_Stepped(stepped)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    train_by_trainer(model, settings, random_sequences(settings, model.config.vocab_size, SEQUENCES), run, stepped)
 
 
 def main() -> None:

@@ -30,10 +30,10 @@ from benchmarks.papers.token_kinds import kind_pieces
 from benchmarks.papers.toy import TOY_TOKENS, toy_model
 from benchmarks.papers.training import (
     TrainingRun,
-    flops_per_token,
-    planned_steps,
+    seconds_per_token,
     tokens_per_second,
     train,
+    training_costs,
     training_runs,
 )
 from benchmarks.smollm2 import smollm2_folder
@@ -169,7 +169,7 @@ def _run_some(experiment: Experiment, budget: Budget, names: Sequence[str]) -> d
         time.sleep(0.1)  # a measurement that is not to be disturbed
     while COSTS not in results and not budget.is_over():
         # The other one measures how fast it trains beside this one: so this one has to train.
-        tokens_per_second(load, experiment)
+        tokens_per_second(load, experiment, experiment.form.batches[0])
     if COSTS not in results:
         return dict.fromkeys(names, "no plan was made")
     steps: dict[str, int] = results[COSTS]["steps"]
@@ -184,7 +184,7 @@ def _run_others(experiment: Experiment, budget: Budget, request: Request) -> dic
     costs = Piece(
         COSTS,
         lambda: 10 * pass_seconds(experiment),
-        functools.partial(_training_costs, runs, experiment, budget, request.workers),
+        lambda: training_costs(runs, experiment, request.workers * experiment.form.training_share * budget.left),
     )
     left_out = run_pieces([costs], results, budget)
     if COSTS not in results:
@@ -237,27 +237,17 @@ def _wait_for(names: list[str], results: Results, budget: Budget) -> None:
         time.sleep(0.2)
 
 
-def _training_costs(runs: list[TrainingRun], experiment: Experiment, budget: Budget, workers: int) -> dict[str, Any]:
-    """FLOPs, speed, and from these each run's steps: decided once, so that a resumed run keeps to it."""
-    flops = flops_per_token(runs, experiment)
-    deepened = next(run for run in runs if run.kind == "deepened")
-    costs = {"flops": flops, **tokens_per_second(dataclasses.replace(deepened, suffix="-probe"), experiment)}
-    steps = planned_steps(runs, experiment, costs, workers * experiment.form.training_share * budget.left)
-    return {**costs, "steps": steps}
-
-
 def _training_piece(run: TrainingRun, experiment: Experiment, budget: Budget) -> Piece:
-    costs = experiment.results[COSTS]
-    steps = costs["steps"][run.name]
-    flops = costs["flops"]
+    costs = experiment.results[COSTS]  # decided once, so that a resumed run keeps to it
+    steps, batch = costs["steps"][run.name], costs["batch"]
+    training: float = steps * batch * experiment.form.sequence * seconds_per_token(run, costs)
+    slower: float = costs["flops"][run.kind] / costs["flops"]["original"]
 
     def seconds() -> float:
-        slower: float = flops[run.kind] / flops[costs["kind"]]
-        training: float = steps * experiment.tokens_per_step / costs["tokens_per_second"] * slower
         return 1.15 * training + 3 * pass_seconds(experiment) * slower
 
     needs = () if run.after is None else (run.after,)
-    return Piece(run.name, seconds, functools.partial(train, run, experiment, steps, budget.is_over), needs)
+    return Piece(run.name, seconds, functools.partial(train, run, experiment, steps, batch, budget.is_over), needs)
 
 
 def _heading(request: Request, model: Path, results: Results) -> str:
@@ -267,13 +257,12 @@ def _heading(request: Request, model: Path, results: Results) -> str:
     lines = [
         f"`{name}` form on {request.device}, {request.budget_s:.0f} s; model: {shown}.",
         f"Held out: {form.held_out_tokens:,} tokens of each domain, windows of {form.sequence}, fp32. Training: "
-        f"{form.dtype}, sequences of {form.sequence}, {form.batch * form.accumulate} a step.",
+        f"{form.dtype}, sequences of {form.sequence}.",
     ]
     if COSTS in results:
         costs = results[COSTS]
-        lines.append(
-            f"Measured first: {costs['tokens_per_second']:,.0f} tokens/s of training the dense deepened model."
-        )
+        speeds = ", ".join(f"{speed:,.0f} {kind}" for kind, speed in costs["tokens_per_second"].items())
+        lines.append(f"Measured first: {costs['batch']} sequences a step; tokens/s of the deepened model: {speeds}.")
     return "# The papers' experiments\n\n" + "\n".join(lines)
 
 

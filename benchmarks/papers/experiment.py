@@ -110,11 +110,6 @@ class Experiment:
             self._routers[key] = calibrate_routers(self.placed(model), self.calibration, settings).routers
         return self._routers[key]
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Of training; sequences' padding counts, since it is computed."""
-        return self.form.batch * self.form.accumulate * self.form.sequence
-
     def measured(self, model: LlamaDloForCausalLM, decide: DecideShape | None = None) -> dict[str, Any]:
         """Loss, and share of all MLPs that run, of each domain and of all together, as at inference.
 

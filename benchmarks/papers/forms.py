@@ -16,9 +16,9 @@ class Form:
         training_share: Of the budget, what training runs may take; the rest is for measuring.
         tokens: To train each run on, at most.
         least_tokens: Fewer are not worth a run: rather leave runs of the main table out.
-        probe_steps: Of the run that measures tokens per second.
-        batch: Sequences of a micro-batch.
-        accumulate: Micro-batches of a step.
+        probe_steps: Of each run that measures tokens per second.
+        batches: Sequences of a step, rising; the fastest is taken (see `training_speed`).
+        least_steps: Of a run of the main table, or a smaller batch is taken.
         sequence: Tokens of a sequence.
         dtype: Of training.
         compile: Compile layers in training, but for those of experts, whose shapes depend on the tokens.
@@ -49,8 +49,8 @@ class Form:
     tokens: int = 400_000
     least_tokens: int = 16_384
     probe_steps: int = 3
-    batch: int = 4
-    accumulate: int = 1
+    batches: tuple[int, ...] = (4,)
+    least_steps: int = 20
     sequence: int = 512
     dtype: str = "bf16"
     compile: bool = False
@@ -94,7 +94,7 @@ _QUICK = Form(
     budget_s=180,
     tokens=4_096,
     least_tokens=1_024,
-    batch=2,
+    batches=(2,),
     sequence=256,
     dtype="fp32",
     learning_rate=1e-3,
@@ -118,8 +118,8 @@ FORMS: dict[str, Form] = {
         training_share=0.65,
         tokens=15_000_000,
         least_tokens=1_000_000,
-        probe_steps=10,
-        batch=16,
+        probe_steps=6,
+        batches=(16, 32, 64),
         sequence=1024,
         learning_rate=5e-5,
         curve_points=8,
@@ -135,8 +135,8 @@ FORMS: dict[str, Form] = {
         training_share=0.4,
         tokens=3_000_000,
         least_tokens=250_000,
-        probe_steps=10,
-        batch=16,
+        probe_steps=6,
+        batches=(16, 32, 64),
         learning_rate=2e-4,
         curve_points=3,
         held_out_tokens=8_192,

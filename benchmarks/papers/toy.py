@@ -45,7 +45,7 @@ def toy_model(results: Results, form: Form) -> Path:
     with BaseModel(untaught) as base:
         experiment = Experiment(base, dataclasses.replace(form, learning_rate=3e-3, curve_points=1), results, "cpu")
         model = base.model()
-        train(TrainingRun("toy", lambda _: model), experiment, _STEPS)
+        train(TrainingRun("toy", lambda _: model), experiment, _STEPS, form.batches[0])
         base.save(model, folder)
     return folder
 

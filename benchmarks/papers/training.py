@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.papers.experiment import Experiment
 from benchmarks.papers.flops import training_flops
+from benchmarks.papers.forms import Form
 from benchmarks.papers.subjects import deeper, dus_plan, mixtures, saved_model
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.modeling.calibration.evaluation import with_routers
@@ -26,6 +27,7 @@ from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.trainer import StepReport
 
 _REFERENCE = "dlo"  # whose FLOPs the runs of equal FLOPs have
+_WORTH_A_LARGER_BATCH = 1.1  # times the tokens per second
 _SOFT_SHARE = 0.75  # of the steps in which distilled routers' gates harden
 MakeDense = Callable[[Experiment], LlamaDloForCausalLM]
 
@@ -154,8 +156,10 @@ def routed_start(dense: LlamaDloForCausalLM, name: str, experiment: Experiment, 
     return model
 
 
-def settings_of(run: TrainingRun, experiment: Experiment, model: LlamaDloForCausalLM, steps: int) -> TrainingSettings:
-    """Of a run over so many steps.
+def settings_of(
+    run: TrainingRun, experiment: Experiment, model: LlamaDloForCausalLM, steps: int, batch: int
+) -> TrainingSettings:
+    """Of a run over so many steps of so many sequences.
 
     Routers start calibrated, so tokens are selected as at inference from the first step on, and nothing is annealed but
     the gates of routers that learn alone (`router_distillation`). What the rate lacks in the end, thresholds make up.
@@ -170,8 +174,7 @@ def settings_of(run: TrainingRun, experiment: Experiment, model: LlamaDloForCaus
         selection="threshold",
         skip_weight=0.1,
         max_steps=steps,
-        batch=form.batch,
-        accumulate=form.accumulate,
+        batch=batch,
         sequence=form.sequence,
         long_chats="skip",
         learning_rate=form.learning_rate,
@@ -200,7 +203,11 @@ def settings_of(run: TrainingRun, experiment: Experiment, model: LlamaDloForCaus
 
 
 def train(
-    run: TrainingRun, experiment: Experiment, steps: int, should_stop: Callable[[], bool] = lambda: False
+    run: TrainingRun,
+    experiment: Experiment,
+    steps: int,
+    batch: int,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """Trains and measures.
 
@@ -208,13 +215,14 @@ def train(
         run: What.
         experiment: Where.
         steps: How long.
+        batch: Sequences of a step.
         should_stop: Asked after each step.
 
     Returns:
         None where it was stopped. A run that diverges has that for a result.
     """
     model = run.model(experiment)
-    settings = settings_of(run, experiment, model, steps)
+    settings = settings_of(run, experiment, model, steps, batch)
     try:
         result, speeds, log = _trained(run, experiment, model, settings, should_stop)
     except TrainingDivergedError as err:
@@ -225,7 +233,7 @@ def train(
     if run.kept:
         experiment.base.save(model, experiment.results.model(run.name))
     measured = [entry for entry in log if "eval_loss" in entry]
-    per_step = experiment.tokens_per_step
+    per_step = batch * experiment.form.sequence  # padding counts, since it is computed
     return {
         "kind": run.kind,
         "target": run.target,
@@ -240,12 +248,12 @@ def train(
     }
 
 
-def tokens_per_second(run: TrainingRun, experiment: Experiment) -> dict[str, Any]:
+def tokens_per_second(run: TrainingRun, experiment: Experiment, batch: int) -> float:
     """Trains a few steps: how fast this machine is. The first step, which also warms up, does not count."""
     model = run.model(experiment)
-    settings = settings_of(run, experiment, model, experiment.form.probe_steps)
+    settings = settings_of(run, experiment, model, experiment.form.probe_steps, batch)
     _, speeds, _ = _trained(run, experiment, model, settings, lambda: False)
-    return {"kind": run.kind, "tokens_per_second": float(np.median(speeds[1:] or speeds))}
+    return float(np.median(speeds[1:] or speeds))
 
 
 def _trained(
@@ -293,38 +301,84 @@ def flops_per_token(runs: Sequence[TrainingRun], experiment: Experiment) -> dict
             model = with_routers(model, {layer: zero.copy() for layer in range(model.config.num_hidden_layers)})
             model.tie_weights()
             experiment.placed(model)
-        choose_parameters(model, settings_of(run, experiment, model, 1))
+        choose_parameters(model, settings_of(run, experiment, model, 1, 1))
         found[run.kind] = training_flops(model, experiment.data.training, teacher)
     return found
 
 
-def planned_steps(
-    runs: Sequence[TrainingRun], experiment: Experiment, costs: Mapping[str, Any], seconds: float
-) -> dict[str, int]:
+def training_costs(runs: Sequence[TrainingRun], experiment: Experiment, seconds: float) -> dict[str, Any]:
+    """What training costs on this machine, and what follows for each run.
+
+    The fastest batch is taken: small steps leave a GPU waiting for its host. One that does not fit into memory, is
+    hardly faster than the one before, or leaves the main table's runs less than `least_steps` steps ends the search.
+
+    Args:
+        runs: By falling importance.
+        experiment: Says what is tried.
+        seconds: What training the main table may take.
+
+    Returns:
+        ``flops`` of a token by kind of run; ``batch``; ``tokens_per_second`` of the deepened model, dense and routed;
+        ``steps`` by name of the run.
+    """
+    form = experiment.form
+    probes = {
+        "dense": TrainingRun("deepened", _run_of(runs, "deepened").dense, "-probe"),
+        "routed": dataclasses.replace(_run_of(runs, _REFERENCE), suffix="-probe", kept=False),
+    }
+    costs: dict[str, Any] = {"flops": flops_per_token(runs, experiment)}
+    for batch in form.batches:
+        try:
+            speeds = {name: tokens_per_second(run, experiment, batch) for name, run in probes.items()}
+        except torch.cuda.OutOfMemoryError:
+            if "batch" not in costs:
+                raise
+            break
+        tried = {**costs, "batch": batch, "tokens_per_second": speeds}
+        tried["steps"] = planned_steps(runs, form, tried, seconds)
+        if "batch" in costs:
+            faster = speeds["routed"] / costs["tokens_per_second"]["routed"]
+            if faster < _WORTH_A_LARGER_BATCH or tried["steps"][runs[0].name] < form.least_steps:
+                break
+        costs = tried
+    return costs
+
+
+def seconds_per_token(run: TrainingRun, costs: Mapping[str, Any]) -> float:
+    """Of training: in proportion to FLOPs, from the measured rate of a dense model or of a routed one.
+
+    Args:
+        run: Which.
+        costs: As `training_costs` says them.
+    """
+    kind, probe = ("dense", "deepened") if run.target is None else ("routed", _REFERENCE)
+    flops: Mapping[str, float] = costs["flops"]
+    return flops[run.kind] / (flops[probe] * float(costs["tokens_per_second"][kind]))
+
+
+def planned_steps(runs: Sequence[TrainingRun], form: Form, costs: Mapping[str, Any], seconds: float) -> dict[str, int]:
     """Steps by the name of the run: as many tokens as the main table's runs can have in the time there is.
 
     Where that would be too few for a run, the main table loses runs. All others get as many tokens, if time is left.
 
     Args:
         runs: By falling importance.
-        experiment: Says how many tokens are wanted.
-        costs: FLOPs per token by kind, and tokens per second of one kind.
+        form: Says how many tokens are wanted.
+        costs: As `training_costs` says them.
         seconds: What training the main table may take.
     """
-    form, flops = experiment.form, costs["flops"]
-    per_second = flops[costs["kind"]] * costs["tokens_per_second"]
+    flops = costs["flops"]
+    share = {run.name: flops[_REFERENCE] / flops[run.kind] if run.equal_flops else 1.0 for run in runs}
     main = [*runs[: form.main_runs]]
     while True:
-        # A run of equal FLOPs costs what the reference does, whatever its own tokens cost.
-        per_token = sum(flops[_REFERENCE if run.equal_flops else run.kind] for run in main) / per_second
-        tokens = min(form.tokens, int(seconds / per_token))
+        tokens = min(form.tokens, int(seconds / sum(share[run.name] * seconds_per_token(run, costs) for run in main)))
         if tokens >= form.least_tokens or len(main) == 1:
             break
         main.pop()
-    steps = max(1, tokens // experiment.tokens_per_step)
+    steps = max(1, tokens // (costs["batch"] * form.sequence))
     dropped = [] if len(main) == len(runs[: form.main_runs]) else runs[len(main) :]
-    return {
-        run.name: max(1, round(steps * flops[_REFERENCE] / flops[run.kind])) if run.equal_flops else steps
-        for run in runs
-        if run not in dropped
-    }
+    return {run.name: max(1, round(steps * share[run.name])) for run in runs if run not in dropped}
+
+
+def _run_of(runs: Sequence[TrainingRun], kind: str) -> TrainingRun:
+    return next(run for run in runs if run.kind == kind)

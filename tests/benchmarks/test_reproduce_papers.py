@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.papers import training
 from benchmarks.papers.budget import Budget, Piece, run_pieces
 from benchmarks.papers.experiment import Experiment
 from benchmarks.papers.flops import training_flops
@@ -377,28 +379,66 @@ def test_tokens_are_told_apart_by_what_they_spell() -> None:
     ]
 
 
-def _plan(seconds: float, tmp_path: Path, tokens_per_second: float = 1000.0) -> dict[str, int]:
+def _plan(seconds: float, tmp_path: Path, *, routed: float = 1000.0) -> dict[str, int]:
     model = save_tiny_llama(tmp_path / "model", layers=5, vocab=300, tokenizer=True)
     with BaseModel(model) as base:
         experiment = Experiment(base, FORMS["hour"], Results(tmp_path / "results"), "cpu")
         runs = training_runs(experiment)
         flops = {run.kind: 2.0 if run.kind == "moe" else 1.0 for run in runs}
-        costs = {"flops": flops, "kind": "deepened", "tokens_per_second": tokens_per_second}
-        return planned_steps(runs, experiment, costs, seconds)
+        costs = {"flops": flops, "batch": _BATCH, "tokens_per_second": {"dense": 1000.0, "routed": routed}}
+        return planned_steps(runs, FORMS["hour"], costs, seconds)
+
+
+_BATCH = 4
+_PER_STEP = _BATCH * FORMS["hour"].sequence
 
 
 def test_plan_gives_all_runs_the_tokens_that_the_main_table_has_time_for(tmp_path: Path) -> None:
     form, steps = FORMS["hour"], _plan(3_000, tmp_path)
-    per_step = form.batch * form.accumulate * form.sequence
-    spent = [steps[name] * per_step * (2 if name == "train-moe" else 1) for name in [*steps][: form.main_runs]]
+    spent = [steps[name] * _PER_STEP * (2 if name == "train-moe" else 1) for name in [*steps][: form.main_runs]]
     assert 2_800 < sum(spent) / 1000 <= 3_000
     assert len(steps) > form.main_runs
     assert steps["train-moe-equal-flops"] == pytest.approx(steps["train-moe"] / 2, abs=1)
 
 
+def test_plan_gives_fewer_tokens_when_routed_steps_are_slower(tmp_path: Path) -> None:
+    form, steps = FORMS["hour"], _plan(3_000, tmp_path, routed=500.0)
+    slower = ("dlo", "routed", "distilled")
+    costs = [2 if name == "train-moe" or name.split("-")[1] in slower else 1 for name in [*steps][: form.main_runs]]
+    spent = [steps[name] * _PER_STEP * cost for name, cost in zip(steps, costs, strict=False)]
+    assert 2_800 < sum(spent) / 1000 <= 3_000
+
+
 def test_plan_leaves_runs_out_when_they_would_be_too_short(tmp_path: Path) -> None:
     form, steps = FORMS["hour"], _plan(60, tmp_path)
     assert [*steps] == ["train-original", "train-deepened", "train-dlo"]
-    assert min(steps.values()) * form.batch * form.accumulate * form.sequence >= form.least_tokens
+    assert min(steps.values()) * _PER_STEP >= form.least_tokens
     enough = _plan(1e9, tmp_path / "enough")
-    assert enough["train-dlo"] == form.tokens // (form.batch * form.accumulate * form.sequence)
+    assert enough["train-dlo"] == form.tokens // _PER_STEP
+
+
+@pytest.mark.parametrize(
+    ("speeds", "least_steps", "chosen"),
+    [
+        ({2: 100.0, 4: 190.0, 8: 195.0}, 1, 4),  # eight are hardly faster than four
+        ({2: 100.0, 4: 190.0, 8: 300.0}, 1, 8),
+        ({2: 100.0, 4: 190.0}, 1, 4),  # eight do not fit into memory
+        ({2: 100.0, 4: 190.0, 8: 300.0}, 1_000_000, 2),
+    ],
+)
+def test_training_takes_the_fastest_batch_that_fits_and_leaves_enough_steps(
+    speeds: dict[int, float], least_steps: int, chosen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def speed(_run: object, _experiment: object, batch: int) -> float:
+        if batch not in speeds:
+            raise torch.cuda.OutOfMemoryError
+        return speeds[batch]
+
+    monkeypatch.setattr(training, "tokens_per_second", speed)
+    monkeypatch.setattr(training, "flops_per_token", lambda runs, _: dict.fromkeys((run.kind for run in runs), 1.0))
+    form = dataclasses.replace(FORMS["hour"], batches=(2, 4, 8), least_steps=least_steps)
+    with BaseModel(save_tiny_llama(tmp_path / "model", layers=5, vocab=300, tokenizer=True)) as base:
+        experiment = Experiment(base, form, Results(tmp_path / "results"), "cpu")
+        costs = training.training_costs(training_runs(experiment), experiment, 3_000)
+    assert costs["batch"] == chosen
+    assert costs["tokens_per_second"] == {"dense": speeds[chosen], "routed": speeds[chosen]}
