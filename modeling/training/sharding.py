@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -42,6 +45,23 @@ def check_sharding(settings: TrainingSettings) -> None:
             "training: distill_weight needs a second model on each process, which FSDP does not shard",
             hint="distil without FSDP",
         )
+
+
+def shard_on_cpus(accelerator: Accelerator) -> None:
+    """Has a model on CPUs sharded as it would be on GPUs.
+
+    Accelerate (1.15) asks for FSDP's settings only where each process has a GPU or the like. Processes on CPUs it calls
+    `MULTI_CPU`, whatever was launched, and gives each a copy.
+    """
+    if not is_sharded() or accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return
+    state = accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    for each in (state, PartialState()):  # the second is what its collectives ask
+        each.distributed_type = DistributedType.FSDP
+    # Without a mesh of CPUs, PyTorch would make one of the GPUs that the machine may have beside them.
+    state.parallelism_config = ParallelismConfig(dp_shard_size=accelerator.num_processes)
+    state.device_mesh = state.parallelism_config.get_device_mesh("cpu")
 
 
 def keep_weights_in_fp32(accelerator: Accelerator) -> None:
