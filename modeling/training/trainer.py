@@ -31,7 +31,7 @@ from dlo_export.modeling.training.packing import IGNORED, PackedSets, stacked
 from dlo_export.modeling.training.parameters import parameter_groups
 from dlo_export.modeling.training.run_folder import CAPACITIES_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
-from dlo_export.modeling.training.sharding import is_sharded, keep_weights_in_fp32, shard_on_cpus, whole
+from dlo_export.modeling.training.sharding import configure_sharding, shard_on_cpus, whole
 from dlo_export.modeling.training.skip_loss import (
     annealed_gates,
     router_losses,
@@ -179,12 +179,12 @@ class DloTrainer(Trainer):
             self._teacher.to(self.args.device)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Makes Accelerate shard what it was launched to shard, and leave the casts to us; the Trainer calls it."""
+        """Sees to it that what was launched to be sharded is; the Trainer calls it."""
         super().create_accelerator_and_postprocess()
         shard_on_cpus(self.accelerator)
-        self.is_fsdp_enabled = is_sharded()
+        self.is_fsdp_enabled = self.accelerator.is_fsdp2
         if self.is_fsdp_enabled:
-            keep_weights_in_fp32(self.accelerator)
+            configure_sharding(self.accelerator, self._routed)
 
     # A step, in the order of events.
 
