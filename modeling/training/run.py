@@ -24,7 +24,7 @@ from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.parameters import choose_parameters
 from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
-from dlo_export.modeling.training.sharding import check_sharding
+from dlo_export.modeling.training.sharding import check_processes, check_sharding
 from dlo_export.modeling.training.trainer import DloTrainer, HeldOut, RateControl, StepReport
 
 
@@ -91,6 +91,7 @@ def train_model(
     if settings.compile:
         compile_layers(model)
     arguments = training_arguments(settings, folder.path, saves=folder.resumable)
+    check_processes()
     if arguments.process_index == 0:
         folder.begin(description, resume=resume)
     trainer = DloTrainer(

@@ -31,7 +31,7 @@ from dlo_export.modeling.training.packing import IGNORED, PackedSets, stacked
 from dlo_export.modeling.training.parameters import parameter_groups
 from dlo_export.modeling.training.run_folder import CAPACITIES_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
-from dlo_export.modeling.training.sharding import keep_weights_in_fp32, whole
+from dlo_export.modeling.training.sharding import configure_sharding, shard_on_cpus, whole
 from dlo_export.modeling.training.skip_loss import (
     annealed_gates,
     router_losses,
@@ -175,10 +175,16 @@ class DloTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # stdout is data
         # What compute_loss returns is normalised over the whole step: by tokens, and by micro-batches.
         self.loss_is_scaled_for_ga = True
-        if self.is_fsdp_enabled:
-            keep_weights_in_fp32(self.accelerator)
         if self._teacher is not None:
             self._teacher.to(self.args.device)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Sees to it that what was launched to be sharded is; the Trainer calls it."""
+        super().create_accelerator_and_postprocess()
+        shard_on_cpus(self.accelerator)
+        self.is_fsdp_enabled = self.accelerator.is_fsdp2
+        if self.is_fsdp_enabled:
+            configure_sharding(self.accelerator, self._routed)
 
     # A step, in the order of events.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.checkpoint import FileSystemReader
 
 from tests.documents import commands
 from tests.exporter.forked_commands import Ended, ended, run, start
@@ -22,8 +23,11 @@ STEPS = ("--max-steps", 5, "--eval-every", 3, "--save-every", 2)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A routed checkpoint, and chats that make an odd number of held-out sequences."""
-    folder = tmp_path_factory.mktemp("place")
-    save_routed(folder / "model")
+    return prepared(tmp_path_factory.mktemp("place"))
+
+
+def prepared(folder: Path, **options: object) -> Path:
+    save_routed(folder / "model", **options)
     save_chats(folder / "chats.jsonl")
     return folder
 
@@ -93,21 +97,45 @@ def test_a_sharded_run_is_resumed_and_gathered_into_a_checkpoint_that_is_exporte
     assert json.loads((tmp_path / "artefact" / "parity.json").read_text())["verdict"] == "PASS"
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_shards_train_as_copies_do(place: Path, tmp_path: Path, dtype: str) -> None:
-    logs = []
-    for name, environment in (("copies", {}), ("shards", sharding())):
-        done = train(place, tmp_path / name, environment, *STEPS, "--dtype", dtype)
-        assert [rank.returncode for rank in done] == [0, 0], done
-        logs.append(log_of(tmp_path / f"{name}.run"))
-    for copies, shards in zip(*logs, strict=True):
-        assert shards == pytest.approx(copies, rel=1e-5, abs=1e-7)  # a tenth of what bf16 changes
+def rows(checkpoint: Path, part: str) -> dict[str, tuple[int, list[int]]]:
+    """By a tensor's name, how many rows it has, and how many of them each process wrote."""
+    stored = FileSystemReader(checkpoint / part).read_metadata().state_dict_metadata
+    tensors = {name: tensor for name, tensor in stored.items() if getattr(tensor, "size", ())}
+    return {name: (tensor.size[0], [chunk.sizes[0] for chunk in tensor.chunks]) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llama_dlo_exattn", ("--dtype", "bf16")),
+        ("llama_dlo", ("--gradient-checkpointing",)),
+        ("llama_dlo_attn", ("--mode", "lora")),
+    ],
+)
+def test_shards_train_as_one_process_does(tmp_path: Path, model_type: str, options: tuple[object, ...]) -> None:
+    place = prepared(tmp_path, model_type=model_type)
+    options = (*options, "--max-steps", 3)
+    arguments = ("train", place / "model", "-o", tmp_path / "one", "--data", place / "chats.jsonl", *OPTIONS, *options)
+    alone = run(*arguments, "--accumulate", 2, messages=tmp_path / "one-messages")
+    assert alone.returncode == 0, alone
+    together = train(place, tmp_path / "two", sharding(), *options)
+    assert [rank.returncode for rank in together] == [0, 0], together
+    for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+        found = rows(tmp_path / "two.run" / "checkpoint-3", part)
+        assert found
+        for name, (every, written) in found.items():
+            halves = (every // 2, every - every // 2)  # a router's only row lies in one process
+            assert sorted(filter(None, written)) == [*filter(None, halves)], name
+    one, two = (log_of(tmp_path / f"{name}.run") for name in ("one", "two"))
+    for whole, shards in zip(one, two, strict=True):
+        assert shards == pytest.approx(whole, rel=1e-5, abs=1e-7)  # a tenth of what bf16 changes
 
 
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
         ((), {"FSDP_VERSION": "1"}, "FSDP 1 was launched"),
+        ((), {}, "this process was launched alone"),
         (("--distill-weight", 1.0), {}, "distill_weight needs a second model"),
     ],
 )
