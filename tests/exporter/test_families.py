@@ -31,6 +31,8 @@ from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.parameters import choose_parameters
 from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.runtimes.parity.statistics import logit_statistics
+from dlo_export.runtimes.parity.tolerances import TOLERANCES
 from tests.bare_session import BareSession
 from tests.exporter.test_cli import dlo
 from tests.static_session import StaticSession
@@ -57,7 +59,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 # Prefill, a chunk and single tokens, from inside the original context to beyond it.
 CUTS = (10, 24, 38, 39, 40)
+# The same around the border: one step fills the original context, the next goes one token beyond it.
+CUTS_AT_BORDER = (10, ORIGINAL_CONTEXT, ORIGINAL_CONTEXT + 1, CUTS[-1])
 IDS = np.random.default_rng(0).integers(3, 259, (2, CUTS[-1]))
+WHOLE = np.ones_like(IDS)
+LEFT_PADDED = np.where(np.arange(CUTS[-1]) < [[0], [5]], 0, 1)
 
 
 def exported(model: Path, **options: Any) -> ExportResult:
@@ -65,14 +71,26 @@ def exported(model: Path, **options: Any) -> ExportResult:
 
 
 @torch.no_grad()
-def stepwise_logits(model: PreTrainedModel) -> np.ndarray:
+def stepwise_logits(model: PreTrainedModel, mask: np.ndarray = WHOLE, cuts: tuple[int, ...] = CUTS) -> np.ndarray:
     """Of transformers' model with its cache: where rope depends on the length, steps are part of what is computed."""
-    ids, cache = torch.from_numpy(IDS), DynamicCache(config=model.config)
+    cache, feeds = DynamicCache(config=model.config), map(torch.from_numpy, (IDS, mask, positions_of(mask)))
+    ids, seen, positions = feeds
     pieces = [
-        model(ids[:, start:stop], past_key_values=cache, use_cache=True).logits
-        for start, stop in zip((0, *CUTS[:-1]), CUTS, strict=True)
+        model(
+            ids[:, start:stop],
+            attention_mask=seen[:, :stop],
+            position_ids=positions[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        for start, stop in zip((0, *cuts[:-1]), cuts, strict=True)
     ]
     return torch.cat(pieces, dim=1).numpy()
+
+
+def positions_of(mask: np.ndarray) -> np.ndarray:
+    """Of tokens behind padding at the left, int64 as the mask."""
+    return np.maximum(mask.cumsum(1) - 1, 0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,7 +201,7 @@ def test_artefact_equals_pytorch_beyond_the_original_context_when_routed_and_dee
         adapter = expansion_adapter(
             checkpoint.tensors, placements("tli", LAYERS, every=2, init="slerp"), zero_routers=True, routing=routing
         )
-        rng = np.random.default_rng(8)
+        rng = np.random.default_rng(4)
         routers = {
             name: ArrayTensor(rng.standard_normal(tensor.shape).astype(np.float32))
             for name, tensor in adapter.tensors.items()
@@ -192,10 +210,16 @@ def test_artefact_equals_pytorch_beyond_the_original_context_when_routed_and_dee
         save_adapter(dataclasses.replace(adapter, tensors={**adapter.tensors, **routers}), tmp_path / "adapter")
     result = exported(tmp_path / "model", adapter=tmp_path / "adapter", lowering=lowering, parity=False)
     source = open_source(str(tmp_path / "model"), tmp_path / "adapter")
-    expected = stepwise_logits(llama_dlo_from_tensors(source.config_json(), source.tensors()))
-    positions = np.tile(np.arange(CUTS[-1]), (2, 1))
-    found = BareSession(result.folder / "model.onnx").logits_of(IDS, np.ones_like(IDS), positions, CUTS)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=5e-5)
+    model, session = (
+        llama_dlo_from_tensors(source.config_json(), source.tensors()),
+        BareSession(result.folder / "model.onnx"),
+    )
+    for mask, cuts in ((WHOLE, CUTS), (LEFT_PADDED, CUTS_AT_BORDER)):
+        found = session.logits_of(IDS, mask, positions_of(mask), cuts)
+        # By parity's table, not by a bound of its own for each logit: PyTorch and ONNX Runtime are each up to 9e-5 off
+        # float64 here, single tokens more than others. A step on the wrong side of the border moves logits by 7.
+        compared = logit_statistics(stepwise_logits(model, mask, cuts), found, mask.astype(bool))
+        assert compared.within(TOLERANCES["fp32"]), compared
 
 
 def test_calibrated_model_has_its_familys_own_type_when_it_was_plain(tmp_path: Path) -> None:
