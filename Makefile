@@ -2,6 +2,7 @@
 # make test          lint, types and tests
 # make test-wheel    the wheel in an environment of its own, with its dependencies from the package index
 # make test-interop  other programs open artefacts, each in an environment of its own under .peers/
+# make headers       ONNX Runtime's C++ headers into .headers/, which `make test` does too
 # make clean         remove what these made
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ export OMP_NUM_THREADS ?= 2
 # Processes that share the test files; an engine build takes a gigabyte.
 WORKERS ?= 2
 
-.PHONY: demo test test-interop test-wheel lint unit venv clean
+.PHONY: demo test test-interop test-wheel lint unit headers venv clean
 demo: $(STAMP)
 	$(BIN)/python samples/demo.py
 
@@ -23,8 +24,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: $(STAMP)
+unit: $(STAMP) headers
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# ONNX Runtime's, of a package of Debian's where apt has it: with them tests compile C++, without them they skip that.
+headers: $(STAMP)
+	$(BIN)/python -m tests.ort_headers
 
 test-interop: $(STAMP)
 	$(BIN)/python -m tests.interop.environments
@@ -44,4 +49,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .peers build demo-output *.egg-info
+	rm -rf $(VENV) .headers .peers build demo-output *.egg-info

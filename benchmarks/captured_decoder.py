@@ -13,16 +13,14 @@ from benchmarks.device_session import (
     BoundRun,
     DeviceSession,
     random_weights,
-    threshold_name,
-    thresholds_as_inputs,
     weights_as_inputs,
 )
 from benchmarks.random_decoder import RandomDecoder
+from benchmarks.threshold_inputs import ACTIVE, threshold_name, thresholds_as_inputs
 from dlo_export.checkpoints.interface import CACHE_PARTS, INPUT_IDS, KV_LENGTHS, LOGITS, past_name, present_name
 from dlo_export.exporter.pipeline import build_captured_model
 
 MAX_CACHE = 1024
-SKIPPED, ACTIVE = 2.0, -1.0  # thresholds above and below every score
 OPTIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _IR_TYPES = {torch_type: onnx_type for onnx_type, torch_type in TORCH_TYPES.items()}
 

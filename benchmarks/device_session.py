@@ -15,7 +15,6 @@ import onnxruntime as ort
 import torch
 
 from dlo_export.graph_passes.row_tensor import RowTensor
-from dlo_export.graph_passes.spec.provenance import ROUTER_ACTIVE, role_values
 from dlo_export.plugins.ort_registration import register_library
 
 TORCH_TYPES = {
@@ -26,11 +25,6 @@ TORCH_TYPES = {
 }
 _ONNX_TYPES = {torch_type: int(onnx_type) for onnx_type, torch_type in TORCH_TYPES.items()}
 _BLOCKS = 5  # of runs, whose means give a median and a spread
-
-
-def threshold_name(layer: int) -> str:
-    """Graph input float32 [batch, sequence]: the score that an active token of the layer exceeds."""
-    return f"threshold.{layer}"
 
 
 def weights_as_inputs(model: ir.Model) -> dict[str, ir.Value]:
@@ -49,20 +43,6 @@ def weights_as_inputs(model: ir.Model) -> dict[str, ir.Value]:
         value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
         graph.inputs.append(value)
     return weights
-
-
-def thresholds_as_inputs(model: ir.Model) -> None:
-    """Lets every router compare its scores with an input: what is above 1 skips all tokens, what is below 0 none."""
-    graph = model.graph
-    for layer, active in sorted(role_values(graph, ROUTER_ACTIVE).items()):
-        compare = active.producer()
-        assert compare is not None, "a tagged node decides"
-        old = compare.inputs[1]
-        limit = ir.val(threshold_name(layer), dtype=ir.DataType.FLOAT, shape=["batch", "sequence"])
-        graph.inputs.append(limit)
-        compare.replace_input_with(1, limit)
-        if old is not None and old.name is not None and not old.uses():
-            graph.initializers.pop(old.name, None)
 
 
 def random_weights(values: Mapping[str, ir.Value], device: str, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ def graph_without_mlps(graph: Path, folder: Path) -> Path:
         for use in tuple(layer.mlp.stream_out.uses()):
             use.node.replace_input_with(use.idx, layer.mlp.stream_in)
     remove_unused(model.graph)
-    JoinSkipNormsPass()(model)
+    JoinSkipNormsPass(around_routed=True)(model)
     folder.mkdir()
     ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
     shutil.copy(graph.parent / "genai_config.json", folder)
@@ -98,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--precision", choices=("int4", "fp32"), default="int4")
+    parser.add_argument("--phase", choices=tuple(LOWERINGS), action="append", help="may be given twice; default: both")
     parser.add_argument("--launches", type=int, default=LAUNCHES)
     parser.add_argument("--busy", action="store_true", help="take the machine as it is")
     given = parser.parse_args()
@@ -110,6 +111,8 @@ def main() -> None:
         patterns = {NOTHING: [True] * layers, HALF: [i % 2 == 0 for i in range(layers)], ALL: [False] * layers}
         cut = graph_without_mlps(graph, folder / "cut")
         for phase, step, sequence in (("decode", tokens, 1), ("prefill", tokens[:, :PROMPT], PROMPT)):
+            if given.phase and phase not in given.phase:
+                continue
             np.save(folder / "tokens.npy", step)
             graphs = {UNTOUCHED: graph, CUT: cut}
             for name, active in patterns.items():

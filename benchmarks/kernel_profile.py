@@ -11,23 +11,22 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.onnxruntime_worker import DecoderStep
-from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, Block
 
 
 def matmul_seconds(
-    blocks: Collection[Block], graph: Path, tokens: np.ndarray, sequence: int, threads: int, runs: int = 10
+    projections: Collection[str], graph: Path, tokens: np.ndarray, sequence: int, threads: int, runs: int = 10
 ) -> float:
-    """Time that one step spends in the MatMuls of all MLPs, or attention blocks too, the median of several runs.
+    """Time that one step spends in the products of all layers with these projections, the median of several runs.
 
     Args:
-        blocks: Which.
-        graph: Ours: MatMuls are named after their projection.
-        tokens: int64 [1, past + sequence].
+        projections: "q_proj" and the like; of several in one product, the last.
+        graph: Ours: MatMuls are named after their projection, and ONNX Runtime appends what it fuses with them.
+        tokens: int64 [batch, past + sequence].
         sequence: Tokens of the step.
         threads: Of the session.
         runs: Of the step.
     """
-    projections = tuple(module.role for module in LLAMA_LAYER if module.block in blocks and not module.is_norm)
+    names = tuple(projections)
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.enable_profiling = True
@@ -40,6 +39,6 @@ def matmul_seconds(
     spent = np.zeros(runs)
     for event in events:
         name = event["name"].removesuffix("_kernel_time")
-        if name != event["name"] and name.endswith(projections) and event["ts"] >= starts[0]:
+        if name != event["name"] and name.split("/")[0].endswith(names) and event["ts"] >= starts[0]:
             spent[np.searchsorted(starts, event["ts"], side="right") - 1] += event["dur"]
     return float(np.median(spent)) / 1e6

@@ -10,10 +10,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from benchmarks.captured_decoder import ACTIVE, OPTIONS, SKIPPED, CapturedDecoder
-from benchmarks.device_session import DeviceSession, threshold_name, thresholds_as_inputs, weights_as_inputs
+from benchmarks.captured_decoder import OPTIONS, CapturedDecoder
+from benchmarks.device_session import DeviceSession, weights_as_inputs
 from benchmarks.evidence import Evidence
 from benchmarks.random_decoder import RandomDecoder
+from benchmarks.threshold_inputs import ACTIVE, SKIPPED, threshold_name, thresholds_as_inputs
 from dlo_export.checkpoints.dtypes import BY_NAME, BY_OPTION
 from dlo_export.checkpoints.interface import (
     ATTENTION_MASK,

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.captured_decoder import ACTIVE, OPTIONS, SKIPPED, CapturedDecoder
+from benchmarks.captured_decoder import OPTIONS, CapturedDecoder
 from benchmarks.copy_rate import copy_rate
-from benchmarks.device_session import threshold_name
 from benchmarks.evidence import Evidence
 from benchmarks.random_decoder import RandomDecoder
+from benchmarks.threshold_inputs import ACTIVE, SKIPPED, threshold_name
 from dlo_export.checkpoints.interface import KV_LENGTHS, LOGITS
 
 PAST = 512  # tokens in the cache of a decode step

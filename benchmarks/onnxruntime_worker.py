@@ -27,7 +27,7 @@ class DecoderStep:
     Args:
         graph: A .onnx with the graph interface optimum and onnxruntime-genai use; beside its genai_config.json where it
             does not say itself how large its cache is.
-        tokens: int64 [1, past + sequence]; the first `past` fill the cache with a step of their own.
+        tokens: int64 [batch, past + sequence]; the first `past` fill the cache with a step of their own.
         sequence: Tokens of the step.
         threads: Of the session.
         shared_cache: Bind each layer's past and present to one buffer, as onnxruntime-genai does where the graph's
@@ -55,7 +55,7 @@ class DecoderStep:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.cache_names = [name for name in self.inputs if is_state_input(name)]
         self.past_of = {continuation_of(name): name for name in self.cache_names}
-        past = tokens.shape[1] - sequence
+        self.batch, past = tokens.shape[0], tokens.shape[1] - sequence
         self.cache = self._empty_cache(tokens.shape[1] if shared_cache else 0)
         self.shared_cache = shared_cache
         if past:
@@ -88,12 +88,12 @@ class DecoderStep:
         """Of a state of so many tokens: keys and values, or which tokens were active in a layer."""
         dims = self.inputs[name].shape
         if len(dims) == 2:
-            return 1, length
+            return self.batch, length
         if isinstance(dims[1], int) and isinstance(dims[3], int):
-            return 1, dims[1], length, dims[3]
+            return self.batch, dims[1], length, dims[3]
         # onnxruntime-genai's own graphs name dimensions of the cache; the file beside them has the numbers.
         decoder = json.loads((self.graph.parent / "genai_config.json").read_text())["model"]["decoder"]
-        return 1, decoder["num_key_value_heads"], length, decoder["head_size"]
+        return self.batch, decoder["num_key_value_heads"], length, decoder["head_size"]
 
     def _dtype(self, name: str) -> type[np.generic]:
         return np.bool_ if self.inputs[name].type == "tensor(bool)" else np.float32
@@ -102,8 +102,8 @@ class DecoderStep:
         total = past + tokens.shape[1]
         feeds = {
             INPUT_IDS: tokens,
-            ATTENTION_MASK: np.ones((1, total), np.int64),
-            POSITION_IDS: np.arange(past, total, dtype=np.int64)[np.newaxis],
+            ATTENTION_MASK: np.ones((self.batch, total), np.int64),
+            POSITION_IDS: np.tile(np.arange(past, total, dtype=np.int64), (self.batch, 1)),
         }
         binding = self.session.io_binding()
         for name, value in feeds.items():
@@ -128,7 +128,7 @@ class DecoderStep:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("graph", type=Path)
-    parser.add_argument("tokens", type=Path, help="int64 [1, past + sequence], .npy")
+    parser.add_argument("tokens", type=Path, help="int64 [batch, past + sequence], .npy")
     parser.add_argument("--sequence", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--shared-cache", action="store_true")

@@ -14,6 +14,7 @@ those of benchmarks/skip_efficiency.py. The last logits of both graphs are compa
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import sys
@@ -57,6 +58,7 @@ def rows_of(model_folder: Path, library: Path, given: argparse.Namespace, folder
     adapter = save_routers(model, folder / "adapter")
     graphs = {name: export(model_folder, folder / name, adapter, name) for name in ("compact", "plugin")}
     effort = EFFORTS[given.model]
+    effort = dataclasses.replace(effort, launches=given.launches or effort.launches)
     for phase, pattern, rate in CASES:
         fit_routers(model, tokens, PATTERNS[pattern](rate, layers, PROMPT + 1))
         routed = {name: with_routers_of(model, graph, "case") for name, graph in graphs.items()}
@@ -69,10 +71,7 @@ def rows_of(model_folder: Path, library: Path, given: argparse.Namespace, folder
                 "compact": functools.partial(Worker, module, routed["compact"], *arguments),
                 "plugin": functools.partial(Worker, module, routed["plugin"], *arguments, "--plugin-library", library),
             },
-            launches=given.launches or effort.launches,
-            blocks=effort.blocks,
-            runs=effort.runs[phase],
-            settle=effort.settle[phase],
+            **effort.of(sequence),
             busy=given.busy,
         )
         yield {

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from benchmarks.random_llama import H2048, RandomTensor
 from dlo_export.checkpoints.adapter.adapter import DloAdapter
 from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
+from dlo_export.checkpoints.model_types import RoutingKind, leaves_keys
 from dlo_export.exporter.plain_graph.llama import plain_graph
 
 # What differs from H2048, the shape of a 1B model with eight layers.
@@ -24,6 +25,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "vocab_size": 512,
     },
+    # Layers of SmolLM2-135M's size, and of a 1B model's; heads next to nothing, so that a step is its layers.
+    "h576": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 1024,
+    },
+    "h2048": {"num_hidden_layers": 2, "vocab_size": 1024},
     "1b-2-layers": {"num_hidden_layers": 2, "vocab_size": 128256},
     "8b-2-layers": {
         "hidden_size": 4096,
@@ -53,17 +63,17 @@ class RandomDecoder:
         name: Of the shape.
         routed: Whether every layer has a router.
         rescale: Whether routers scale what they let through, as DLO's authors' do and calibrated ones do not.
+        kind: What a token skips.
     """
 
     name: str
     routed: bool
     rescale: bool = False
+    kind: RoutingKind = "mlp"
 
     adapter: DloAdapter | None = None
-    remembers_activity: bool = False
     removed_layers: tuple[int, ...] = ()
     packs_weights: bool = True
-    tensorrt_refusal: str | None = None
 
     @property
     def config(self) -> LlamaConfig:
@@ -74,7 +84,12 @@ class RandomDecoder:
     def routing(self) -> RoutingConfig | None:
         """Of every layer."""
         layers, gap = tuple(range(self.config.num_layers)), 0.05 if self.rescale else 0.0
-        return RoutingConfig("mlp", layers, self.rescale, scale_factor=2.0, scale_gap=gap) if self.routed else None
+        return RoutingConfig(self.kind, layers, self.rescale, scale_factor=2.0, scale_gap=gap) if self.routed else None
+
+    @property
+    def remembers_activity(self) -> bool:
+        """Whether its graph has a state beside the KV cache."""
+        return self.routed and not leaves_keys(self.kind)
 
     @property
     def mlp_bytes(self) -> int:
@@ -92,3 +107,5 @@ class RandomDecoder:
         """The decoder in standard operators; nobody reads its weights from here."""
         shapes = self.config.tensor_shapes()
         return plain_graph(self.config, {key: RandomTensor(key, shape) for key, shape in shapes.items()}, dtype)
+
+    engine_model = plain_model

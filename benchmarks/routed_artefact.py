@@ -50,7 +50,7 @@ def active_rate(graph: Path, tokens: np.ndarray, sequence: int) -> float:
 
     Args:
         graph: Routed.
-        tokens: int64 [1, past + sequence].
+        tokens: int64 [batch, past + sequence].
         sequence: Tokens of the step.
     """
     path = graph.with_name(f"{graph.stem}-exposed.onnx")

@@ -60,17 +60,19 @@ def fit_routers(model: LlamaDloForCausalLM, tokens: np.ndarray, wanted: np.ndarr
 
     Args:
         model: Routed on every layer.
-        tokens: int64 [1, tokens], fewer than hidden units, none twice.
-        wanted: bool [layers, tokens].
+        tokens: int64 [batch, tokens], none twice.
+        wanted: bool [layers, batch·fitted], for the last tokens of every sequence; fewer than there are hidden units.
 
     Raises:
         RuntimeError: A decision came out otherwise.
     """
+    fitted = wanted.shape[1] // len(tokens)
 
     def fit(index: int) -> Any:
         def before_layer(_layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             targets = np.where(wanted[index], MARGIN, -MARGIN)
-            weight = np.linalg.lstsq(inputs[0][0].double().numpy(), targets, rcond=None)[0]
+            states = inputs[0][:, -fitted:].flatten(0, 1).double().numpy()
+            weight = np.linalg.lstsq(states, targets, rcond=None)[0]
             router = model.model.router(index)
             assert router is not None
             router.weight.copy_(torch.from_numpy(weight[np.newaxis]))
@@ -82,7 +84,7 @@ def fit_routers(model: LlamaDloForCausalLM, tokens: np.ndarray, wanted: np.ndarr
         scores = model(torch.from_numpy(tokens)).router_scores
     for handle in handles:
         handle.remove()
-    decided = np.stack([scores[layer][0].numpy() > 0.5 for layer in range(len(wanted))])
+    decided = np.stack([scores[layer][:, -fitted:].flatten().numpy() > 0.5 for layer in range(len(wanted))])
     if wrong := int((decided != wanted).sum()):
         raise RuntimeError(f"{wrong} of {wanted.size} decisions of the fitted routers are not the wanted ones")
 

@@ -1,29 +1,31 @@
 """How much of the work that routing skips is time saved.
 
 Efficiency = (T_dense / T − 1) / (T_dense / T_ideal − 1). T_ideal lies on the line between the dense artefact and the
-routed one that skips every MLP (with `--routing layer`, every layer; with `attention`, every attention), at the
-measured active rate. Decode is one token
-of batch 1 behind 128 tokens; prefill is 128 tokens. Routers are part of the graph and decide by themselves; their
-weights were fitted so that they decide as a pattern wants (benchmarks/routing.py):
+same graph without anything that may be skipped and without routers (benchmarks/skipped_graph.py), at the measured
+active rate. What may be skipped are all MLPs; with `--routing layer`, all layers; with `attention`, each layer's query,
+attention and output projection, since keys and values are every token's. Routers are part of the routed graph and
+decide by themselves; their weights were fitted so that they decide as a pattern wants (benchmarks/routing.py):
 
 * layers: that share of the layers runs, for all tokens (in decode there is one);
 * tokens: in every layer, that share of the tokens, chosen at random.
+
+A phase is a step: decode is one token of one sequence behind 128 tokens, prefill 128 tokens or `--prompt`, batch4 and
+batch16 are one token of as many sequences, each behind 32.
 
 What the second pattern loses is mostly not overhead: a MatMul on half of the rows takes more than half of the time,
 because all of its weights come from memory all the same. The last column is the efficiency that remains when nothing
 but these MatMuls is slower than ideal, from their kernel times in ONNX Runtime's profile: what routing and compaction
 could reach if they cost nothing.
 
-Dense, all-skipped and routed artefact run in processes of their own, alternating, started anew several times; see
-benchmarks/workers.py.
+The artefacts run in processes of their own, alternating, started anew several times; see benchmarks/workers.py.
 
     python -m benchmarks.skip_efficiency smollm2
     python -m benchmarks.skip_efficiency h2048
     python -m benchmarks.skip_efficiency smollm2 --routing layer
-    python -m benchmarks.skip_efficiency smollm2 --routing layer --lowering if --phase decode --rates 0.5
+    python -m benchmarks.skip_efficiency smollm2 --routing attention --lowering if --phase decode --rates 0.5
+    python -m benchmarks.skip_efficiency smollm2 --phase batch4 batch16 --rates 0.5
 
-`h2048` is a random model of hidden size 2048, intermediate size 8192 and 8 layers; it takes 6 GB of disk and 9 of
-memory.
+`h2048` is a random model of hidden size 2048, intermediate size 8192 and 8 layers; it takes 9 GB of disk and of memory.
 """
 
 from __future__ import annotations
@@ -44,23 +46,52 @@ from benchmarks.measure import Samples, print_report, versions
 from benchmarks.random_llama import H2048, random_llama_folder
 from benchmarks.routed_artefact import active_rate, export, with_routers_of
 from benchmarks.routing import fit_routers, layers_active, routable_model, save_routers, tokens_active
+from benchmarks.skipped_graph import everything_skipped
 from benchmarks.smollm2 import distinct_tokens, smollm2_folder
 from benchmarks.workers import Worker, alternate_workers
 from benchmarks.workspace import WORKSPACE
-from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind, kept_projections
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.graph_passes.lowerings.registry import lowering_names
 
 PROMPT = 128
+BEFORE_BATCH = 32
+AT_ONCE = 2
 RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
-PHASES = ("decode", "prefill")
 BARS: dict[RoutingKind, dict[str, float]] = {
     "mlp": {"smollm2": 0.75, "h2048": 0.85},
     "layer": {"smollm2": 0.8, "h2048": 0.8},
     "attention": {"smollm2": 0.8, "h2048": 0.8},
     "attention-active": {"smollm2": 0.8, "h2048": 0.8},
 }
+BATCH_BAR = 0.85
 TITLES = {"smollm2": "SmolLM2-135M", "h2048": "H=2048, I=8192, 8 layers, random weights"}
+PATTERNS = {"layers": layers_active, "tokens": tokens_active}
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A step that is timed.
+
+    Attributes:
+        batch: Sequences.
+        sequence: Tokens of each.
+        past: Tokens before them.
+        pattern: Of PATTERNS, at all rates.
+        also: Another one, at one half only.
+    """
+
+    batch: int
+    sequence: int
+    past: int
+    pattern: str
+    also: str | None = None
+
+    @property
+    def routed_tokens(self) -> int:
+        """Of each sequence, the last ones, for which routers are fitted: all, or of several sequences the step's."""
+        return self.past + self.sequence if self.batch == 1 else self.sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,19 +99,15 @@ class Case:
     """One row of the table.
 
     Attributes:
-        phase: "decode" or "prefill".
+        phase: A key of the phases.
         pattern: "layers" or "tokens".
         graph: Routed accordingly.
-        tokens: .npy of the step and of what is before it.
-        sequence: Tokens of the step.
         rate: Measured share of active pairs of token and layer.
     """
 
     phase: str
     pattern: str
     graph: Path
-    tokens: Path
-    sequence: int
     rate: float
 
 
@@ -92,17 +119,47 @@ class Subject:
         model: A key of TITLES.
         routing: What a token skips.
         lowering: Of the routed graphs.
-        phases: Of PHASES.
-        rates: Of RATES, 0 among them: what the ideal is measured by.
+        phases: By name.
+        rates: Of RATES.
         threads: Of ONNX Runtime.
     """
 
     model: str
     routing: RoutingKind
     lowering: str
-    phases: tuple[str, ...]
+    phases: dict[str, Phase]
     rates: tuple[float, ...]
     threads: int
+
+    @property
+    def skipped_projections(self) -> tuple[str, ...]:
+        """Those that active tokens need only."""
+        kept, blocks = kept_projections(self.routing), ROUTED_BLOCKS[self.routing]
+        own = (module for module in LLAMA_LAYER if module.block in blocks and module not in kept)
+        return tuple(module.role for module in own if not module.is_norm)
+
+    def bar(self, phase: str) -> float:
+        """For the efficiency at one half."""
+        return BATCH_BAR if self.phases[phase].batch > 1 else BARS[self.routing][self.model]
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefacts:
+    """What a phase's rows are measured on.
+
+    Attributes:
+        dense: The artefact that nothing is routed in.
+        skipped: The same without anything that may be skipped.
+        active: By phase, the routed graph in which everything is active.
+        tokens: By phase, .npy of the step's tokens and of those before it.
+        cases: The rows.
+    """
+
+    dense: Path
+    skipped: Path
+    active: dict[str, Path]
+    tokens: dict[str, Path]
+    cases: list[Case]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,92 +169,122 @@ class Effort:
     Attributes:
         launches: Of the processes.
         blocks: Per launch.
-        runs: Per block, by phase.
-        settle: Runs at the start of a block that do not count, by phase.
+        runs: Per block, in decode and with more than a few rows.
+        settle: Runs at the start of a block that do not count, likewise.
     """
 
     launches: int
     blocks: int
-    runs: dict[str, int]
-    settle: dict[str, int]
+    runs: tuple[int, int]
+    settle: tuple[int, int]
+
+    def of(self, rows: int) -> dict[str, int]:
+        """Arguments of `alternate_workers` for a step of so many tokens."""
+        long = rows > BEFORE_BATCH
+        return {
+            "launches": self.launches,
+            "blocks": self.blocks,
+            "runs": self.runs[long],
+            "settle": self.settle[long],
+        }
 
 
 EFFORTS = {
-    "smollm2": Effort(4, 4, runs={"decode": 20, "prefill": 5}, settle={"decode": 15, "prefill": 3}),
-    "h2048": Effort(3, 4, runs={"decode": 8, "prefill": 3}, settle={"decode": 6, "prefill": 1}),
+    "smollm2": Effort(3, 4, runs=(20, 5), settle=(15, 3)),
+    "h2048": Effort(2, 4, runs=(8, 3), settle=(6, 1)),
 }
 
 
-def make_cases(subject: Subject, model_folder: Path, folder: Path) -> tuple[Path, list[Case]]:
-    """Exports the dense artefact and the routed one, and writes a variant per case; returns the dense graph first."""
+def phases_of(prompt: int) -> dict[str, Phase]:
+    """What can be measured, by name.
+
+    Args:
+        prompt: Tokens of prefill.
+    """
+    return {
+        "decode": Phase(1, 1, PROMPT, "layers"),
+        "prefill": Phase(1, prompt, 0, "tokens", also="layers"),
+        "batch4": Phase(4, 1, BEFORE_BATCH, "tokens"),
+        "batch16": Phase(16, 1, BEFORE_BATCH, "tokens"),
+    }
+
+
+def make_artefacts(subject: Subject, model_folder: Path, folder: Path) -> Artefacts:
+    """Exports the dense artefact and the routed one, and writes a variant per case."""
     with open_checkpoint(str(model_folder)) as checkpoint:
         model = routable_model(checkpoint.config.raw, checkpoint.tensors, subject.routing)
         layers, vocabulary = checkpoint.config.num_layers, checkpoint.config.vocab_size
-    tokens = distinct_tokens(PROMPT + 1, vocabulary)
-    files = {"decode": folder / "decode.npy", "prefill": folder / "prefill.npy"}
-    np.save(files["decode"], tokens)
-    np.save(files["prefill"], tokens[:, :PROMPT])
+    adapter = save_routers(model, folder / "adapter")
     dense = export(model_folder, folder / "dense")
-    routed = export(model_folder, folder / "routed", save_routers(model, folder / "adapter"), subject.lowering)
-    patterns = {"layers": layers_active, "tokens": tokens_active}
-    wanted = [("decode", "layers", rate) for rate in subject.rates]
-    wanted += [("prefill", "tokens", rate) for rate in subject.rates]
-    cases = []
-    for phase, pattern, rate in [*wanted, ("prefill", "layers", 0.5)]:
-        if phase not in subject.phases:
-            continue
-        graph = routed.with_name(f"{pattern}-{rate:.2f}.onnx")
-        if not graph.exists():
-            fit_routers(model, tokens, patterns[pattern](rate, layers, PROMPT + 1))
-            with_routers_of(model, routed, graph.stem)
-        sequence = 1 if phase == "decode" else PROMPT
-        decided = active_rate(graph, np.load(files[phase]), sequence)
-        cases.append(Case(phase, pattern, graph, files[phase], sequence, decided))
-    return dense, cases
+    routed = export(model_folder, folder / "routed", adapter, subject.lowering)
+    in_branches = routed if subject.lowering == "if" else export(model_folder, folder / "if", adapter, "if")
+    made = Artefacts(dense, everything_skipped(in_branches, "skipped"), {}, {}, [])
+    for name, phase in subject.phases.items():
+        count = phase.batch * (phase.past + phase.sequence)
+        tokens = distinct_tokens(count, vocabulary).reshape(phase.batch, -1)
+        made.tokens[name] = folder / f"{name}.npy"
+        np.save(made.tokens[name], tokens)
+        rates = {*subject.rates, 1.0}
+        wanted = [(phase.pattern, rate) for rate in sorted(rates)]
+        wanted += [(phase.also, 0.5)] if phase.also and 0.5 in rates else []
+        for pattern, rate in wanted:
+            fit_routers(model, tokens, PATTERNS[pattern](rate, layers, phase.batch * phase.routed_tokens))
+            graph = with_routers_of(model, routed, f"{name}-{pattern}-{rate:.2f}")
+            if rate == 1:
+                made.active[name] = graph
+            if rate in subject.rates:
+                made.cases.append(Case(name, pattern, graph, active_rate(graph, tokens, phase.sequence)))
+    return made
 
 
-def rows_of(subject: Subject, cases: list[Case], dense: Path) -> Iterator[dict[str, Any]]:
-    """Measures the cases, each against the dense artefact and the all-skipped one of its phase."""
-    effort = EFFORTS[subject.model]
-    nothing = {case.phase: case for case in cases if case.rate == 0}
-    for case in cases:
-        graphs = {"dense": dense, "none": nothing[case.phase].graph, "routed": case.graph}
-        if case.rate == 0:
-            del graphs["routed"]
+def rows_of(subject: Subject, made: Artefacts) -> Iterator[dict[str, Any]]:
+    """Measures the cases, each against the dense artefact and the one without anything that may be skipped."""
+    for group in _groups(made.cases):
+        phase, tokens = subject.phases[group[0].phase], made.tokens[group[0].phase]
+        graphs = {"dense": made.dense, "skipped": made.skipped, **{case.graph.stem: case.graph for case in group}}
         start: dict[str, Callable[[], Worker]] = {
-            name: functools.partial(_worker, graph, case, subject.threads) for name, graph in graphs.items()
+            name: functools.partial(_worker, graph, tokens, phase, subject.threads) for name, graph in graphs.items()
         }
-        times = alternate_workers(
-            start,
-            launches=effort.launches,
-            blocks=effort.blocks,
-            runs=effort.runs[case.phase],
-            settle=effort.settle[case.phase],
-        )
-        dense_time, none, routed = times["dense"], times["none"], times.get("routed", times["none"])
-        row: dict[str, Any] = {"case": case, "dense": dense_time, "routed": routed, "speedup": dense_time / routed}
-        if 0 < case.rate < 1:
-            ideal = Samples(none.values + case.rate * (dense_time.values - none.values))
-            row["efficiency"] = _efficiency(dense_time, routed, ideal)
-            slower_matmuls = Samples(ideal.values + _lost_in_matmul(subject, case, dense))
-            row["matmul_bound"] = _efficiency(dense_time, slower_matmuls, ideal).median
-        yield row
+        times = alternate_workers(start, **EFFORTS[subject.model].of(phase.batch * phase.sequence), busy=False)
+        for case in group:
+            yield _row(subject, case, made, times["dense"], times["skipped"], times[case.graph.stem])
+
+
+def _groups(cases: list[Case]) -> Iterator[list[Case]]:
+    """Cases of one phase that are measured together: few, since each worker holds a model."""
+    for phase in dict.fromkeys(case.phase for case in cases):
+        own = [case for case in cases if case.phase == phase]
+        yield from (own[start : start + AT_ONCE] for start in range(0, len(own), AT_ONCE))
+
+
+def _row(
+    subject: Subject, case: Case, made: Artefacts, dense: Samples, skipped: Samples, routed: Samples
+) -> dict[str, Any]:
+    row = {"case": case, "dense": dense, "skipped": skipped, "routed": routed, "speedup": dense / routed}
+    ideal = Samples(skipped.values + case.rate * (dense.values - skipped.values))
+    if case.rate < 1:
+        row["efficiency"] = _efficiency(dense, routed, ideal)
+    if 0 < case.rate < 1:
+        slower_matmuls = Samples(ideal.values + _lost_in_matmul(subject, case, made))
+        row["matmul_bound"] = _efficiency(dense, slower_matmuls, ideal).median
+    return row
 
 
 def _efficiency(dense: Samples, routed: Samples, ideal: Samples) -> Samples:
     return Samples((dense.values / routed.values - 1) / (dense.values / ideal.values - 1))
 
 
-def _lost_in_matmul(subject: Subject, case: Case, dense: Path) -> float:
-    """Milliseconds that the routed blocks' MatMuls take beyond their share of rows."""
-    tokens, blocks = np.load(case.tokens), ROUTED_BLOCKS[subject.routing]
-    all_rows = matmul_seconds(blocks, dense, tokens, case.sequence, subject.threads)
-    some_rows = matmul_seconds(blocks, case.graph, tokens, case.sequence, subject.threads)
+def _lost_in_matmul(subject: Subject, case: Case, made: Artefacts) -> float:
+    """Milliseconds that the skipped blocks' MatMuls take beyond their share of rows."""
+    tokens, sequence = np.load(made.tokens[case.phase]), subject.phases[case.phase].sequence
+    measure = functools.partial(matmul_seconds, subject.skipped_projections)
+    all_rows = measure(made.active[case.phase], tokens, sequence, subject.threads)
+    some_rows = measure(case.graph, tokens, sequence, subject.threads)
     return (some_rows - case.rate * all_rows) * 1e3
 
 
-def _worker(graph: Path, case: Case, threads: int) -> Worker:
-    arguments = (graph, case.tokens, "--sequence", str(case.sequence), "--threads", str(threads))
+def _worker(graph: Path, tokens: Path, phase: Phase, threads: int) -> Worker:
+    arguments = (graph, tokens, "--sequence", str(phase.sequence), "--threads", str(threads))
     return Worker("benchmarks.onnxruntime_worker", *arguments)
 
 
@@ -206,39 +293,35 @@ def main() -> None:
     parser.add_argument("model", choices=sorted(TITLES))
     parser.add_argument("--routing", choices=sorted(BARS), default="mlp")
     parser.add_argument("--lowering", choices=("auto", *lowering_names("onnxruntime-cpu")), default="auto")
-    parser.add_argument("--phase", choices=PHASES, help="Measure one only.")
-    parser.add_argument(
-        "--rates", type=float, nargs="+", choices=RATES, default=RATES, help="Shares of active tokens; 0 is always one."
-    )
+    known = tuple(phases_of(PROMPT))
+    parser.add_argument("--phase", choices=known, nargs="+", default=("decode", "prefill"))
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="Tokens of prefill, fewer than the hidden size.")
+    parser.add_argument("--rates", type=float, nargs="+", choices=RATES, default=RATES, help="Shares of active tokens.")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
-    phases = PHASES if given.phase is None else (given.phase,)
-    rates = tuple(rate for rate in RATES if rate == 0 or rate in given.rates)
-    subject = Subject(given.model, given.routing, given.lowering, phases, rates, given.threads)
+    phases = {name: phase for name, phase in phases_of(given.prompt).items() if name in given.phase}
+    subject = Subject(given.model, given.routing, given.lowering, phases, tuple(sorted({*given.rates})), given.threads)
     folder = smollm2_folder() if given.model == "smollm2" else random_llama_folder("random-h2048", H2048)
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        dense, cases = make_cases(subject, folder, Path(temporary))
-        rows = list(rows_of(subject, cases, dense))
+        rows = list(rows_of(subject, make_artefacts(subject, folder, Path(temporary))))
     print_report(
         f"Skip efficiency, {TITLES[given.model]}, {given.routing} routing, lowering {given.lowering}, fp32, "
         f"{given.threads} threads",
         ["phase", "active", "dense, ms", "routed, ms", "speed-up", "efficiency", "bar", "MatMul's bound"],
-        [_cells(row, BARS[given.routing][given.model]) for row in rows],
+        [_cells(row, subject) for row in rows],
         {
             "dtype": "float32",
-            "batch": 1,
-            "prompt": PROMPT,
+            "phases": {name: dataclasses.asdict(phase) for name, phase in phases.items()},
             "routing": given.routing,
             "lowering": given.lowering,
             "effort": dataclasses.asdict(EFFORTS[given.model]),
-            "warm_up": EFFORTS[given.model].settle,
             "rows": [_record(row) for row in rows],
             "versions": versions("dlo-export", "onnxruntime", "numpy"),
         },
     )
 
 
-def _cells(row: dict[str, Any], bar: float) -> list[Any]:
+def _cells(row: dict[str, Any], subject: Subject) -> list[Any]:
     case = row["case"]
     efficiency = row.get("efficiency", "")
     return [
@@ -248,7 +331,7 @@ def _cells(row: dict[str, Any], bar: float) -> list[Any]:
         row["routed"],
         row["speedup"],
         efficiency,
-        f"≥ {bar}" if efficiency and abs(case.rate - 0.5) < 0.01 else "",
+        f"≥ {subject.bar(case.phase)}" if efficiency and abs(case.rate - 0.5) < 0.01 else "",
         f"{row['matmul_bound']:.2f}" if "matmul_bound" in row else "",
     ]
 

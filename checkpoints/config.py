@@ -15,7 +15,6 @@ from dlo_export.checkpoints.llama_layer import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
-    LLAMA_LAYER,
     MAX_LAYERS,
     Axis,
     LayerModule,
@@ -122,7 +121,7 @@ class LlamaConfig:
     Attributes:
         attention_bias: Whether o has a bias; where config.json says so, q, k and v have one too.
         qkv_bias: Whether q, k and v have biases.
-        qk_norm: Whether queries and keys are normalised, head by head, before they are rotated.
+        qk_norm: Whether queries and keys are normalised before they are rotated.
         layers_without_rope: Indices of layers that do not rotate them, ascending.
         initializer_range: Standard deviation of random weights.
         dtype: What config.json says the weights are ("float32", "bfloat16", …), None where it does not say.
@@ -274,7 +273,7 @@ class LlamaConfig:
         """
         shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, self.hidden_size)}
         for layer in range(self.num_layers):
-            for module in filter(self.has, LLAMA_LAYER):
+            for module in filter(self.has, self.family.layer):
                 for tensor, axes in module.tensors().items():
                     if tensor == module.weight or self.has_bias(module):
                         shapes[layer_tensor_name(layer, tensor)] = tuple(self._axis_size(axis) for axis in axes)

@@ -19,6 +19,9 @@ KV_LENGTHS = "kv_lengths"
 LOGITS = "logits"
 TOKEN_INPUTS = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS)
 
+STREAM_IN, STREAM_OUT = "part.stream_in", "part.stream_out"
+"""Residual stream in front of a part of a decoder and behind it: of graphs that parity cuts."""
+
 LEFT_PADDING = "left_padding"
 """Entry of a graph's metadata: "no" where its attention counts tokens and cannot tell padding in front of them."""
 

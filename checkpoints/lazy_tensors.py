@@ -87,6 +87,40 @@ class ArrayTensor:
 
 
 @dataclass(frozen=True)
+class AbsentTensor:
+    """A tensor of a model without weights: what a graph says of one, and no values.
+
+    Attributes:
+        shape: As a checkpoint would store it.
+        dtype: Likewise.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of the values, if they were there."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def numpy(self) -> np.ndarray:
+        """Never.
+
+        Raises:
+            TypeError: Whoever reads values asks first whether there are any.
+        """
+        raise TypeError("a tensor without values was read; please report this")
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Never: as `numpy`."""
+        del start, stop
+        return self.numpy()
+
+    def release(self) -> None:
+        """Nothing was read."""
+
+
+@dataclass(frozen=True)
 class JoinedTensor:
     """Tensors one below the other, their columns alike.
 

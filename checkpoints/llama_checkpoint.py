@@ -14,7 +14,7 @@ from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
-from dlo_export.checkpoints.lazy_tensors import LazyTensor, are_equal
+from dlo_export.checkpoints.lazy_tensors import AbsentTensor, LazyTensor, are_equal
 from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD
 
 MAX_LISTED_PROBLEMS = 50
@@ -57,7 +57,7 @@ class Checkpoint:
         self,
         path: Path,
         config: LlamaConfig,
-        stored: Mapping[str, StoredTensor],
+        stored: Mapping[str, StoredTensor | AbsentTensor],
         *,
         stored_dtype: str,
         kind: str = "checkpoint",
@@ -129,11 +129,11 @@ def _generation_config(config: LlamaConfig) -> dict[str, Any]:
     return {"_from_model_config": True, **{key: value for key, value in tokens.items() if value not in (None, [])}}
 
 
-def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, StoredTensor]) -> None:
+def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, StoredTensor | AbsentTensor]) -> None:
     expected = config.tensor_shapes()
     problems = [f"{name}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in stored]
     for name, tensor in stored.items():
-        place = tensor.file.path.name
+        place = "config.json" if isinstance(tensor, AbsentTensor) else tensor.file.path.name
         if name not in expected:
             if not _is_redundant(name, config):
                 problems.append(f"{name}: {list(tensor.shape)} in {place} has no place in this model")

@@ -1,15 +1,16 @@
-"""What a Llama decoder layer consists of: the one table of its weights, and the names they have in checkpoints.
+"""What a decoder layer consists of: a Llama's table of its weights, OLMo2's, and the names they have in checkpoints.
 
 Whoever names a weight of a layer takes it from here: the checks of checkpoints and adapters, the plain graph, the
 search for projections in other people's graphs, GGUF, depth scaling. What only some families have (biases of q, k and v
-alone, norms of queries and keys) stands here too, with the field of the configuration that says whether it is there.
+alone, norms of queries and keys) stands here too, with the field of the configuration that says whether it is there. A
+family whose norms stand in other places has a table of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -33,6 +34,8 @@ class LayerModule:
         rotated: Whether its output is turned by the rotary embedding, head by head.
         ends_branch: Whether its output is what the block adds to the residual stream: where all of these are zeros, the
             layer is the identity.
+        behind: Of a norm over the hidden size: whether it normalises what the block adds to the stream, and not what
+            the block reads of it.
         only_with: The field of the configuration that says whether layers have it at all; None where every one has.
     """
 
@@ -44,6 +47,7 @@ class LayerModule:
     bias: BiasFlag | None = None
     rotated: bool = False
     ends_branch: bool = False
+    behind: bool = False
     only_with: ModuleFlag | None = None
 
     @property
@@ -83,6 +87,11 @@ class LayerTable:
     def __getitem__(self, role: str) -> LayerModule:
         return self._by_role[role]
 
+    def block_norm(self, block: Block, *, behind: bool) -> LayerModule | None:
+        """The norm of what a block reads of the stream, or of what it adds to it; None where the family has none."""
+        norms = (module for module in self.modules if module.block == block and module.axes == ("hidden",))
+        return next((norm for norm in norms if norm.behind == behind), None)
+
     @functools.cached_property
     def _by_role(self) -> Mapping[str, LayerModule]:
         return {module.role: module for module in self.modules}
@@ -110,35 +119,60 @@ def _attention(
     return LayerModule(role, "self_attn", f"self_attn.{role}", axes, gguf, bias, rotated, ends)
 
 
-def _head_norm(letter: str, gguf: str) -> LayerModule:
-    """One weight for all heads, of which each is normalised by itself."""
+def _qk_norm(letter: str, axis: Axis) -> LayerModule:
+    """Of queries or keys: one weight for all heads, of which each is normalised by itself, or one over all of them."""
     role = f"{letter}_norm"
-    return LayerModule(role, "self_attn", f"self_attn.{role}", ("head",), gguf, only_with="qk_norm")
+    return LayerModule(role, "self_attn", f"self_attn.{role}", (axis,), f"attn_{role}", only_with="qk_norm")
 
 
 def _mlp(role: str, axes: tuple[Axis, Axis], gguf: str, *, ends: bool = False) -> LayerModule:
     return LayerModule(role, "mlp", f"mlp.{role}", axes, gguf, "mlp_bias", ends_branch=ends)
 
 
-def _norm(role: str, block: Block, gguf: str) -> LayerModule:
-    return LayerModule(role, block, role, ("hidden",), gguf)
+def _norm(role: str, block: Block, gguf: str, *, behind: bool = False) -> LayerModule:
+    return LayerModule(role, block, role, ("hidden",), gguf, behind=behind)
 
 
+_ATTENTION = (
+    _attention("q", ("query", "hidden"), "attn_q", "qkv_bias", rotated=True),
+    _attention("k", ("key-value", "hidden"), "attn_k", "qkv_bias", rotated=True),
+    _attention("v", ("key-value", "hidden"), "attn_v", "qkv_bias"),
+    _attention("o", ("hidden", "query"), "attn_output", "attention_bias", ends=True),
+)
+_MLP = (
+    _mlp("gate_proj", ("intermediate", "hidden"), "ffn_gate"),
+    _mlp("up_proj", ("intermediate", "hidden"), "ffn_up"),
+    _mlp("down_proj", ("hidden", "intermediate"), "ffn_down", ends=True),
+)
 LLAMA_LAYER = LayerTable(
     (
         _norm("input_layernorm", "self_attn", "attn_norm"),
-        _attention("q", ("query", "hidden"), "attn_q", "qkv_bias", rotated=True),
-        _attention("k", ("key-value", "hidden"), "attn_k", "qkv_bias", rotated=True),
-        _attention("v", ("key-value", "hidden"), "attn_v", "qkv_bias"),
-        _attention("o", ("hidden", "query"), "attn_output", "attention_bias", ends=True),
-        _head_norm("q", "attn_q_norm"),
-        _head_norm("k", "attn_k_norm"),
-        _mlp("gate_proj", ("intermediate", "hidden"), "ffn_gate"),
-        _mlp("up_proj", ("intermediate", "hidden"), "ffn_up"),
-        _mlp("down_proj", ("hidden", "intermediate"), "ffn_down", ends=True),
+        *_ATTENTION,
+        _qk_norm("q", "head"),
+        _qk_norm("k", "head"),
+        *_MLP,
         _norm("post_attention_layernorm", "mlp", "ffn_norm"),
     )
 )
+OLMO2_LAYER = LayerTable(
+    (
+        *_ATTENTION,
+        _qk_norm("q", "query"),
+        _qk_norm("k", "key-value"),
+        _norm("post_attention_layernorm", "self_attn", "post_attention_norm", behind=True),
+        *_MLP,
+        _norm("post_feedforward_layernorm", "mlp", "post_ffw_norm", behind=True),
+    )
+)
+"""Norms stand behind attention and MLP, those of queries and keys go over all heads (OLMo 2, arXiv 2501.00656)."""
+LAYER_TABLES = (LLAMA_LAYER, OLMO2_LAYER)
+"""Of all families. They have the same projections under the same names, and differ in norms."""
+
+
+def table_of(tensors: Iterable[str]) -> LayerTable:
+    """The table that knows the most of these names inside layers; a Llama's where they tell nothing."""
+    names = set(tensors)
+    return max(LAYER_TABLES, key=lambda table: len(names & table.axes.keys()))
 
 
 MAX_LAYERS = 10_000

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.json_fields import JsonFields
-from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, Block, LayerModule
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, OLMO2_LAYER, Block, LayerModule, LayerTable
 
 FULL_ATTENTION = "full_attention"
 
@@ -39,8 +39,9 @@ class Family:
     Attributes:
         name: The `model_type` of its plain models.
         prefix: Of the names of its PyTorch classes, "Qwen2" of Qwen2ForCausalLM.
+        layer: What its layers consist of.
         qkv_bias: Whether q, k and v have biases, and o has none, whatever config.json says.
-        qk_norm: Whether queries and keys are normalised, head by head, before they are rotated.
+        qk_norm: Whether queries and keys are normalised before they are rotated; `layer` says over what.
         skips_rope: Whether config.json names layers that do not rotate them (`no_rope_layers`).
         has_multipliers: Whether config.json has factors of embeddings, attention scores, branches and logits.
         gguf_rows: How GGUF files of this architecture order the rows of q and k: "paired", neighbours are rotated
@@ -49,6 +50,7 @@ class Family:
 
     name: str
     prefix: str
+    layer: LayerTable = LLAMA_LAYER
     qkv_bias: bool = False
     qk_norm: bool = False
     skips_rope: bool = False
@@ -162,6 +164,7 @@ _SMOLLM3 = {
     "eos_token_id": 128_001,
     "pad_token_id": 128_004,
 }
+_OLMO2 = {"rms_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50_279}
 _GRANITE = dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
 
 # Of a Llama's type and the routed ones. The DLO authors' code; `llama_dlo_exattn` keeps attention dense.
@@ -205,6 +208,7 @@ _OTHERS = (
     ),
     ModelType("smollm3", Family("smollm3", "SmolLM3", skips_rope=True), window="max_window_layers", defaults=_SMOLLM3),
     ModelType("granite", Family("granite", "Granite", has_multipliers=True), defaults=_GRANITE),
+    ModelType("olmo2", Family("olmo2", "Olmo2", OLMO2_LAYER, qk_norm=True), defaults=_OLMO2, unread=("mlp_bias",)),
 )
 
 

@@ -12,12 +12,13 @@ from dlo_export.checkpoints.llama_checkpoint import Checkpoint
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 
-def open_checkpoint(path_or_id: Path | str) -> Checkpoint:
+def open_checkpoint(path_or_id: Path | str, *, weights: bool = True) -> Checkpoint:
     """Opens a Llama checkpoint without reading its weights.
 
     Args:
         path_or_id: A folder in Hugging Face form, a `.gguf` file, or the id of a hub repository that is already in
             the local cache. Nothing is downloaded.
+        weights: False opens a folder that holds nothing but a config.json too: its tensors have no values then.
 
     Raises:
         InputError: There is no such checkpoint.
@@ -25,7 +26,7 @@ def open_checkpoint(path_or_id: Path | str) -> Checkpoint:
     """
     path = Path(path_or_id)
     if path.is_dir():
-        return open_folder(path)
+        return open_folder(path, weights=weights)
     if path.is_file() and path.suffix.lower() == ".gguf":
         # Imported here so that only GGUF files pay for loading the gguf package.
         from dlo_export.checkpoints.formats.gguf_checkpoint import open_gguf  # noqa: PLC0415
@@ -38,7 +39,7 @@ def open_checkpoint(path_or_id: Path | str) -> Checkpoint:
         )
     # "owner/name", or the bare "name" of the oldest repositories.
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path_or_id)):
-        return open_folder(cached_snapshot(str(path_or_id)))
+        return open_folder(cached_snapshot(str(path_or_id)), weights=weights)
     raise InputError(
         f"{path}: no such file or folder",
         hint="give a checkpoint's folder, a .gguf file, or a hub id in the local cache",

@@ -145,10 +145,13 @@ def compared_thresholds(graph: ir.Graph) -> dict[int, float]:
 
 
 def _weight_dtype(model: ir.Model) -> str | None:
-    """The type of most of the weights' bytes, as `--dtype` calls it: routers, norms and constants may have others."""
+    """The type of most of the weights' bytes, as `--dtype` calls it: routers, norms and constants may have others.
+
+    Codes of quantised weights are of no type to compute in: their scales say it.
+    """
     sizes: collections.Counter[str | None] = collections.Counter()
     for value in model.graph.initializers.values():
-        if (tensor := value.const_value) is not None:
+        if (tensor := value.const_value) is not None and tensor.dtype.is_floating_point():
             sizes[BY_ONNX[word].option if (word := tensor.dtype.name.lower()) in BY_ONNX else word] += tensor.nbytes
     return sizes.most_common(1)[0][0] if sizes else None
 

@@ -14,14 +14,13 @@ from dlo_export import __version__
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.exporter.weight_file import weight_paths
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.runtimes.artefact.description import (
-    ADDED_NAME,
     ENGINES_NAME,
     FORMAT_VERSION,
     MODEL_NAME,
-    WEIGHTS_NAME,
     ArtefactDescription,
     KeptData,
     LayerDescription,
@@ -41,7 +40,7 @@ def describe(
     source: ExportSource,
     model: ir.Model,
     *,
-    sha256: str,
+    sha256: str | None,
     dtype: str,
     provider: ProviderOption,
     lowering: str,
@@ -53,7 +52,7 @@ def describe(
     Args:
         source: What was exported.
         model: The graph as it is released.
-        sha256: Of the source's weights, as its `sha256()` says.
+        sha256: Of the source's weights, as its `sha256()` says; None where they are not read.
         dtype: "fp32", "fp16" or "bf16".
         provider: What it is to run on.
         lowering: What routed layers became.
@@ -87,11 +86,10 @@ def complete_description(description: ArtefactDescription, folder: Path) -> None
         description: Its `files` are filled here: all that are there, of graphs whose engines were not built too.
         folder: The artefact.
     """
-    kept = [file.name for file in description.kept_data]
-    names = [path for name in (MODEL_NAME, WEIGHTS_NAME, ADDED_NAME) if (path := folder / name).is_file()]
-    graphs = [*names, *(path for path in kept if path not in names)]
+    graphs = [path for path in (folder / MODEL_NAME,) if path.is_file()]
+    weights = weight_paths(folder, [file.name for file in description.kept_data])
     engines = folder / ENGINES_NAME
-    paths = [*graphs, *(sorted(engines.iterdir()) if engines.is_dir() else ())]
+    paths = [*graphs, *weights, *(sorted(engines.iterdir()) if engines.is_dir() else ())]
     save_description(dataclasses.replace(description, files=tuple(map(describe_file, paths))), folder)
 
 
@@ -111,7 +109,7 @@ def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
     )
 
 
-def _identity(source: ExportSource, sha256: str) -> SourceIdentity:
+def _identity(source: ExportSource, sha256: str | None) -> SourceIdentity:
     config = source.base.config
     return SourceIdentity(
         source.kind,
@@ -144,7 +142,7 @@ def _routing(source: ExportSource) -> RoutingDescription | None:
 def _layers(source: ExportSource) -> tuple[LayerDescription, ...]:
     injected = {layer.position: layer for layer in source.injected_layers}
     routed = set(source.routing.layers) if source.routing else set()
-    identity = set(source.identity_layers())
+    identity = None if source.weightless else set(source.identity_layers())
     return tuple(
         LayerDescription(
             index=i,
@@ -152,7 +150,7 @@ def _layers(source: ExportSource) -> tuple[LayerDescription, ...]:
             source=injected[i].source if i in injected else None,
             init=injected[i].init if i in injected else None,
             routed=i in routed,
-            identity=i in identity,
+            identity=None if identity is None else i in identity,
         )
         for i in range(source.num_layers)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 
 import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
-from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
+from dlo_export.checkpoints.adapter.adapter import CONFIG_NAME, LORA_FOLDER, DloAdapter, save_adapter
+from dlo_export.checkpoints.adapter.lora import TENSORS_NAME as LORA_TENSORS
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.errors import InputError
@@ -24,6 +26,7 @@ from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresh
 from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
+from dlo_export.exporter.sources.checkpoint_model import CheckpointModel
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate, with_routers
 from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_thresholds
@@ -162,6 +165,7 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
         check_use(source.base, "calibration")
+        lora = _carried_lora(source)
         if request.retarget is not None:
             _check_retarget(source, request)
         for warning in source.base.warnings:
@@ -195,7 +199,7 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             routed_evaluation = evaluate(routed, text.evaluation)
         rate = None if before is None else RateChange(target, before, _rate(fitted, routed_evaluation))
         with reporter.bytes("writing") as written:
-            _save(source, fitted, routing, kept, request, written)
+            _save(source, fitted, routing, kept, request, written, lora)
         injected = tuple(layer.position for layer in source.injected_layers)
         return CalibrationResult(fitted, routing, injected, dense_evaluation, routed_evaluation, rate)
     finally:
@@ -226,6 +230,19 @@ def _kept_tensors(
     injected = source.adapter.injected_layers if source.adapter is not None else ()
     prefixes = tuple(layer_tensor_name(layer.position, "") for layer in injected)
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+
+
+def _carried_lora(source: ExportSource) -> Path | None:
+    """The LoRA matrices that an adapter has beside its routers, and the written one will have; None for none."""
+    lora = source.base.lora if isinstance(source.base, CheckpointModel) else None
+    if lora is None:
+        return None
+    if source.adapter is None:
+        raise InputError(
+            f"{source.base.path}: would be calibrated under the LoRA adapter {lora.path}, which has no routers",
+            hint="merge it with PEFT's merge_and_unload, save the model, and calibrate that",
+        )
+    return lora.path
 
 
 def _check_retarget(source: ExportSource, request: CalibrationRequest) -> None:
@@ -323,7 +340,15 @@ def _save(
     kept: dict[str, LazyTensor],
     request: CalibrationRequest,
     progress: Callable[[int, int], None],
+    lora: Path | None,
 ) -> None:
+    def save_companions(staging: Path) -> None:
+        # Copied byte by byte: the hash of the model that the routers belong to is made of its own.
+        if lora is not None:
+            (staging / LORA_FOLDER).mkdir()
+            for name in (CONFIG_NAME, LORA_TENSORS):
+                shutil.copyfile(lora / name, staging / LORA_FOLDER / name)
+
     routers: dict[str, LazyTensor] = {
         router_name(layer): ArrayTensor(np.asarray(router, np.float32).reshape(1, -1))
         for layer, router in fitted.routers.items()
@@ -334,6 +359,7 @@ def _save(
             dataclasses.replace(source.adapter, router_thresholds=fitted.thresholds),
             request.output,
             overwrite=request.force,
+            save_companions=save_companions,
         )
         return
     if request.makes_adapter:
@@ -346,7 +372,7 @@ def _save(
             base_sha256=source.base.sha256(),
             tensors=kept | routers,
         )
-        save_adapter(adapter, request.output, overwrite=request.force)
+        save_adapter(adapter, request.output, overwrite=request.force, save_companions=save_companions)
         return
     rule: dict[str, Any] = {}
     if request.retarget is not None and source.routing is not None:

@@ -31,11 +31,13 @@ def export_main() -> NoReturn:
 
 def _run(given: list[str], signals: StopSignals) -> int:
     from dlo_export.exporter.bus_errors import report_bus_errors  # noqa: PLC0415 - see above
+    from dlo_export.exporter.deferred_imports import defer_imports  # noqa: PLC0415
     from dlo_export.exporter.exit_codes import BAD_INPUT, OUR_BUG, OUTPUT_LOST, exit_code, report_error  # noqa: PLC0415
     from dlo_export.exporter.standard_streams import is_stdout_gone, prepare_streams  # noqa: PLC0415
 
     prepare_streams()
     report_bus_errors()
+    defer_imports()
     code = 0
     try:
         from dlo_export.exporter.app import app  # noqa: PLC0415

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
-from dlo_export.exporter.weight_file import save_weights, weight_bytes
+from dlo_export.exporter.weight_file import leave_weights_out, save_weights, weight_bytes
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, Target
 from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_names
 from dlo_export.plugins.ort_registration import check_library
@@ -77,7 +78,9 @@ class ExportRequest:
         lowering: "auto", or the name of what routed layers become, in engines where there are any. model.onnx gets
             the same where ONNX Runtime has it by itself, else what "auto" chooses.
         parity: Compare with PyTorch before the artefact appears.
-        weights: False leaves `model.onnx.data` out: a graph to look at.
+        weights: False leaves `model.onnx.data` out, and reads no weight of the model's: a graph to look at, and to
+            compile.
+        weight_file_bytes: Of a file of weights at most; None puts all into one.
         force: Replace an artefact of this program's.
         allow_nonfinite: Let weights be NaN or infinite.
         force_base: Let the adapter be made from other weights.
@@ -101,6 +104,7 @@ class ExportRequest:
     lowering: str = "auto"
     parity: bool = True
     weights: bool = True
+    weight_file_bytes: int | None = None
     force: bool = False
     allow_nonfinite: bool = False
     force_base: bool = False
@@ -170,7 +174,12 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
     """
     check_output_folder(request.output, overwrite=request.force, makes=FolderKind.ARTEFACT, inputs=request.inputs)
     source = open_source(
-        request.model, request.adapter, allow_nonfinite=request.allow_nonfinite, force_base=request.force_base
+        request.model,
+        request.adapter,
+        allow_nonfinite=request.allow_nonfinite,
+        force_base=request.force_base,
+        weights=request.weights,
+        engines=request.trt is not None,
     )
     try:
         for warning in source.warnings:
@@ -185,14 +194,18 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
             if not source.removed_layers:
                 reporter.warn("--remove-identity: no layer passes everything on, so none is removed")
         plan = _plan_engines(request, source, reporter)
-        # With engines, model.onnx stays the fp32 graph that parity runs on a CPU.
-        dtype = source.base.graph_dtype(request.dtype, request.provider) if plan is None else "fp32"
+        # With engines, model.onnx stays what parity runs on a CPU.
+        if plan is None:
+            dtype = source.base.graph_dtype(request.dtype, request.provider)
+        else:
+            dtype = source.base.dtype_beside_engines
         engines_only = plan is not None and not _runs_everywhere(request.lowering, PROVIDER_TARGETS[request.provider])
         lowering, reason = choose_onnxruntime_lowering(
             "auto" if engines_only else request.lowering,
             dtype,
             routing=None if source.routing is None else source.routing.kind,
             path=source.base.path,
+            hidden_size=None if source.base.config is None else source.base.config.hidden_size,
             provider=request.provider,
             library_at_hand=request.ort_plugin_library is not None,
             captured=request.static_cache is not None,
@@ -230,7 +243,9 @@ def _export_into(
     generation = GenerationConfig.from_folder(folder, origin=own if own.is_dir() else own.parent)
     # Reads every weight once more, on another core than the one that writes them; but of files that are kept, whoever
     # keeps them has the hash.
-    sha256 = source.base.sha256 if source.base.data_files else BackgroundValue(source.base.sha256).result
+    sha256: Callable[[], str | None] = source.base.sha256 if request.weights else lambda: None
+    if not source.base.data_files:
+        sha256 = BackgroundValue(sha256).result
     with reporter.stage("graph"):
         if request.static_cache is None:
             model = build_model(
@@ -282,14 +297,16 @@ def _export_into(
 def _save_all_weights(
     model: ir.Model, folder: Path, request: ExportRequest, source: ExportSource, reporter: Reporter
 ) -> tuple[KeptData, ...]:
-    """Has all weights in the folder: in files of somebody's graph that are kept, and in one that is written."""
+    """Has all weights in the folder, in files of somebody's graph that are kept and in new ones; or none."""
     if not request.weights:
-        save_weights(model, folder / WEIGHTS_NAME, write=False)
+        leave_weights_out(model, folder / WEIGHTS_NAME, file_bytes=request.weight_file_bytes)
         return ()
-    kept = kept_files(model, source.base.data_files)
+    kept = kept_files(model, source.base.data_files, request.weight_file_bytes)
     names = kept_names(kept)
     if request.link_weights and not kept:
-        reporter.warn("--link-weights: the new graph reads too little of each data file, so nothing is linked")
+        reporter.warn(
+            "--link-weights: nothing is linked, of each data file the new graph reads too little, or it is too large"
+        )
     placed = [(file, file.place(folder, link=request.link_weights)) for file in kept]
     copied = sum(file.bytes for file, how in placed if how == "copy")
     check_disk_space(folder, copied + weight_bytes(model, names), folder.parent, "the weights need")
@@ -302,6 +319,7 @@ def _save_all_weights(
             model,
             folder / new_weights_name(kept),
             kept=names,
+            file_bytes=request.weight_file_bytes,
             progress=progress,
             allow_nonfinite=request.allow_nonfinite,
         )

@@ -24,6 +24,7 @@ from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, ArtefactDescription, description_json
+from dlo_export.runtimes.artefact.files import has_weights
 from dlo_export.runtimes.tensorrt.engine_check import obstacles
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
 
@@ -41,6 +42,7 @@ class Inspection:
             how they are written, weights None where they cannot be told apart, and problem: why not.
         layers_problem: Why no layers were found; None where they were.
         description: dlo_artifact.json, where there is one.
+        has_weights: Whether the weights' values are there, of an artefact; None of another graph.
         parity_report: The verdict in an artefact's parity.json; None where there is none.
         skips: What a skipped token saves: "nothing", its own part of the MLP ("tokens"), or the MLP of a whole step
             without an active token ("steps"); None where nothing is routed, or nothing says how.
@@ -54,6 +56,7 @@ class Inspection:
     layers: list[dict[str, Any]]
     layers_problem: str | None
     description: ArtefactDescription | None
+    has_weights: bool | None
     parity_report: str | None
     skips: str | None
     untrained_routers: list[int]
@@ -80,6 +83,7 @@ def inspect_model(path: Path) -> Inspection:
         )
     is_artefact = graph_path.name == MODEL_NAME and (graph_path.parent / FILE_NAME).is_file()
     description = open_description(graph_path.parent) if is_artefact else None
+    with_weights = None if description is None else has_weights(description, graph_path.parent)
     # Read twice: operators are counted in the graph as it is, layers found in one prepared for that.
     as_it_is = load_graph(graph_path)
     ops = collections.Counter(
@@ -100,9 +104,10 @@ def inspect_model(path: Path) -> Inspection:
         [_layer_row(model.graph, layer, description) for layer in layers],
         problem,
         description,
+        with_weights,
         _parity_verdict(description, graph_path.parent),
         _skips(description),
-        _untrained_routers(model.graph, description),
+        _untrained_routers(model.graph, description) if with_weights else [],
         _engine_problems(description),
     )
 

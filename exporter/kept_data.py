@@ -103,12 +103,13 @@ class KeptFile:
         return KeptData(target, how, self.unused_bytes)
 
 
-def kept_files(model: ir.Model, data_files: Mapping[Path, str]) -> tuple[KeptFile, ...]:
-    """Which of its source's data files a graph keeps; of the same source and graph always the same.
+def kept_files(model: ir.Model, data_files: Mapping[Path, str], file_bytes: int | None = None) -> tuple[KeptFile, ...]:
+    """Which of its source's data files a graph keeps.
 
     Args:
         model: Complete; its untouched weights lie where they lay.
         data_files: Paths relative to the source's folder, by where the files lie, links followed.
+        file_bytes: A larger file is not kept: its weights are written anew, in files of that size.
 
     Returns:
         Those of which most is still read, in the order of their names.
@@ -120,6 +121,8 @@ def kept_files(model: ir.Model, data_files: Mapping[Path, str]) -> tuple[KeptFil
     for path, name in data_files.items():
         tensors = tuple(tensor for _, tensor in sorted(ranges[path].items(), key=lambda item: item[0]))
         file = KeptFile(path, str(PurePosixPath(name)), path.stat().st_size, tensors)
+        if file_bytes is not None and file.bytes > file_bytes:
+            continue
         used = file.bytes - file.unused_bytes
         if tensors and _may_be_called(file.name) and not _overlap(tensors) and used >= _LEAST_USED * file.bytes:
             found.append(file)
@@ -134,9 +137,9 @@ def kept_names(kept: Sequence[KeptFile]) -> KeptNames:
 
 
 def new_weights_name(kept: Sequence[KeptFile]) -> str:
-    """What the file of new weights is called beside kept ones."""
-    taken = {PurePosixPath(file.name).parts[0].casefold() for file in kept}
-    return ADDED_NAME if WEIGHTS_NAME in taken else WEIGHTS_NAME
+    """What the first file of new weights is called beside kept ones; its name, with a number, is later ones' too."""
+    taken = [PurePosixPath(file.name).parts[0].casefold() for file in kept]
+    return ADDED_NAME if any(name.startswith(WEIGHTS_NAME) for name in taken) else WEIGHTS_NAME
 
 
 class _Sink(Protocol):

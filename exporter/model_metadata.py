@@ -9,6 +9,7 @@ from dlo_export.checkpoints.interface import LEFT_PADDING
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.graph_passes.find.padding import takes_left_padding
+from dlo_export.graph_passes.spec.pass_contract import PASSES_KEY
 
 PRODUCER = "dlo-export"
 INJECTED_LAYERS = "injected_layers"  # key of their positions, in decimal
@@ -51,3 +52,19 @@ def set_model_metadata(model: ir.Model, source: ExportSource, *, dtype: str, low
     if source.routing is not None and source.routing.thresholds:
         listed = (f"{layer}:{threshold!r}" for layer, threshold in source.routing.thresholds.items())
         model.metadata_props[THRESHOLDS] = " ".join(listed)
+
+
+def copy_model_metadata(released: ir.Model, model: ir.Model, lowering: str) -> None:
+    """Lets another lowering of a released graph say the same about itself, but for the lowering.
+
+    Args:
+        released: As `set_model_metadata` left it.
+        model: Changed in place.
+        lowering: Its own.
+    """
+    model.producer_name, model.producer_version = released.producer_name, released.producer_version
+    model.graph.name = released.graph.name
+    before = released.metadata_props["lowering"]
+    model.doc_string = (released.doc_string or "").replace(f" lowering {before})", f" lowering {lowering})")
+    own = {name: value for name, value in released.metadata_props.items() if name != PASSES_KEY}
+    model.metadata_props.update({**own, "lowering": lowering})

@@ -1,14 +1,15 @@
 """The parity ladder of an artefact: PyTorch oracle, masked graph, lowered graph.
 
 Where there is no PyTorch model of somebody's graph, its own masked form is the oracle; where it was deepened only, and
-by layers that add nothing, the graph as it was.
+by layers that add nothing, the graph as it was. Its engines' twins are then compared with the graph itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,25 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.llama_layer import EMBEDDING
 from dlo_export.exporter.artefact_runner import cache_slots, exposed_model, runner_for
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.kept_data import kept_files, kept_names, new_weights_name
 from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.reduced_source import ReducedSource, without_layers
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
-from dlo_export.exporter.weight_file import save_weights, weight_places
+from dlo_export.exporter.weight_file import external_tensors, save_weights, take_weights
+from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
+from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.find.padding import takes_left_padding
+from dlo_export.graph_passes.find.projections import HEAD_NORM_INPUTS
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.graph_passes.spec.ops import MICROSOFT
+from dlo_export.graph_passes.weights.storage import Place
 from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
-from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
+from dlo_export.runtimes.onnxruntime.providers import CPU, NORMING_ATTENTION, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.parity.cases import parity_cases
@@ -83,7 +88,9 @@ def check_parity(
     if not source.removed_layers:  # of an artefact without some, the source as it was opened has all
         source = without_layers(source, description.source.removed_layers)
     released = load_graph(folder / MODEL_NAME)
-    if (reason := _why_not_run(source, description, released, plugin_library, provider)) is not None:
+    tensorrt = tuple(dict.fromkeys(tensorrt))
+    reason = why_not_run(source, description, released, plugin_library, provider, engines=bool(tensorrt))
+    if reason is not None:
         return ParityReport.not_run(reason)
     has_model, tensors = source.base.why_not("parity") is None, source.tensors()
     rungs = {description.lowering: released}
@@ -91,7 +98,7 @@ def check_parity(
     from_graph = description.source.kind == "onnx" and source.kind != "onnx"
     target = PROVIDER_TARGETS[description.provider]
     if has_model and not from_graph and find_lowering(description.lowering, target).make_pass is not None:
-        rungs = {"masked": _masked_graph(source, folder, released, description), **rungs}
+        rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
     candidates = [
         graph_candidate(
             name,
@@ -108,36 +115,59 @@ def check_parity(
     if not has_model and source.routing is None:
         # The graph as it was has fewer layers: there is no telling at which one the streams part.
         candidates = [dataclasses.replace(candidate, open_streams=None) for candidate in candidates]
-    longest = min(MOST_TOKENS, cache_slots(released.graph) or MOST_TOKENS)
-    for options in dict.fromkeys(tensorrt):
-        longest = min(longest, options.max_cache)
-        twin = tensorrt_twin(source, options, released)
-        candidates.append(_twin_candidate(twin, options, folder, routed=source.routing is not None))
+    slots = [cache_slots(released.graph) or MOST_TOKENS, *(options.max_cache for options in tensorrt)]
+    longest = min(MOST_TOKENS, *slots)
     routed, vocab_size = source.routing is not None, tensors[EMBEDDING].shape[0]
     padded = takes_left_padding(released.graph)
     rng = np.random.default_rng(_SEED)
     greedy_prompts = _GREEDY_PROMPTS if padded else (_GREEDY_PROMPTS[0],) * 2
     prompts = [max(1, tokens * longest // MOST_TOKENS) for tokens in greedy_prompts]
-    opened: Callable[[], Runner]
-    another: Callable[[], Runner] | None = None
-    if has_model:
-        opened = functools.partial(_pytorch_reference, source, device=device)
-        # Another precision, which tells rounding from faults: more of it, or the artefact's own.
-        other = "float64" if description.dtype == "fp32" else BY_OPTION[description.dtype].name
-        another = functools.partial(opened, name=f"PyTorch in {other}", dtype=other)
-    else:
-        opened = functools.partial(_own_reference, source, folder, released, description, provider)
-    with opened() as reference:
-        return compare(
-            reference,
-            candidates,
-            parity_cases(vocab_size, routed=routed, seed=_SEED, longest=longest, padded=padded),
-            dtype=description.dtype,
-            greedy_prompts=[rng.integers(0, vocab_size, tokens).tolist() for tokens in prompts],
-            greedy_tokens=max(1, longest - prompts[0]),
-            open_other=another,
-            steps_matter=source.base.config is not None and source.base.config.rope.depends_on_length,
-        )
+    comparison = functools.partial(
+        compare,
+        cases=parity_cases(vocab_size, routed=routed, seed=_SEED, longest=longest, padded=padded),
+        dtype=description.dtype,
+        greedy_prompts=[rng.integers(0, vocab_size, tokens).tolist() for tokens in prompts],
+        greedy_tokens=max(1, longest - prompts[0]),
+        steps_matter=source.base.config is not None and source.base.config.rope.depends_on_length,
+    )
+    with tempfile.TemporaryDirectory(prefix="dlo-export-") as scratch:
+        twins = _twins(source, folder, description, released, tensorrt, Path(scratch))
+        if has_model:
+            opened = functools.partial(_pytorch_reference, source, device=device)
+            # Another precision, which tells rounding from faults: more of it, or the artefact's own.
+            other = "float64" if description.dtype == "fp32" else BY_OPTION[description.dtype].name
+            another = functools.partial(opened, name=f"PyTorch in {other}", dtype=other)
+            with opened() as reference:
+                return comparison(reference, [*candidates, *twins], open_other=another)
+        # What a graph with quantised weights computes depends on its kernels: what it is lowered to runs on the same
+        # ones, engines on weights that were dequantised.
+        reports = []
+        if _why_no_oracle(source, description) is None:
+            with _own_reference(source, folder, released, description, provider) as reference:
+                reports.append(comparison(reference, candidates))
+        if twins:
+            with _dequantising_reference(source, folder, released, description, provider) as reference:
+                reports.append(comparison(reference, twins))
+        return ParityReport.joined(reports)
+
+
+def _twins(
+    source: ExportSource,
+    folder: Path,
+    description: ArtefactDescription,
+    released: ir.Model,
+    tensorrt: Iterable[TensorRtOptions],
+    scratch: Path,
+) -> list[Candidate]:
+    """The fp32 twins of TensorRT's graphs: on the artefact's weights, or, for somebody's graph, on a copy of them."""
+    theirs, candidates = description.source.kind == "onnx", []
+    for number, options in enumerate(tensorrt):
+        twin = tensorrt_twin(source, options, None if theirs else released)
+        if theirs:
+            save_weights(twin, scratch / f"twin_{number}")
+        weights = scratch if theirs else folder
+        candidates.append(_twin_candidate(twin, options, weights, routed=source.routing is not None))
+    return candidates
 
 
 def _pytorch_reference(source: ExportSource, **options: Any) -> Runner:
@@ -159,12 +189,41 @@ def _own_reference(
     if source.routing is None:
         return opened(_as_it_was(source), weights_folder=source.base.path.parent, name="the graph as it was")
     name = "its own masked form"
-    masked = _masked_graph(source, folder, released, description)
+    masked = _masked_graph(source, folder, released, description.dtype)
     free, forced = (
         opened(exposed_model(masked, force=force, streams=True), weights_folder=folder, name=name)
         for force in (False, True)
     )
     return TwoBuildsRunner(free, forced, name=name, thresholds=description.router_thresholds)
+
+
+def _dequantising_reference(
+    source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription, provider: Provider
+) -> Runner:
+    """A graph with quantised weights, not lowered, that multiplies by the numbers its codes stand for.
+
+    Its own kernels may round the other factor to 8 bits besides, which `accuracy_level` asks them for; engines do not.
+    """
+    unlowered = released
+    if source.routing is not None:
+        unlowered = _masked_graph(source, folder, released, description.dtype)
+    exact = ir.from_proto(ir.to_proto(unlowered))
+    for node in exact.graph.all_nodes():
+        if is_op(node, "MatMulNBits", domain=MICROSOFT):
+            node.attributes.pop("accuracy_level", None)
+    name, routed = "its weights dequantised", source.routing is not None
+    runners = [
+        OnnxRuntimeRunner(
+            exposed_model(exact, force=force, streams=True),
+            weights_folder=folder,
+            name=name,
+            allow_spinning=False,
+            provider=provider,
+            exact_products=True,
+        )
+        for force in ((False, True) if routed else (False,))
+    ]
+    return TwoBuildsRunner(*runners, name=name, thresholds=description.router_thresholds) if routed else runners[0]
 
 
 def _as_it_was(source: ExportSource) -> bytes:
@@ -186,15 +245,20 @@ def _why_no_oracle(source: ExportSource, description: ArtefactDescription) -> st
     return "the masked graph would be compared with itself" if masked else None
 
 
-def _why_not_run(
+def why_not_run(
     source: ExportSource,
     description: ArtefactDescription,
     released: ir.Model,
     plugin_library: Path | None,
     provider: Provider,
+    *,
+    engines: bool,
 ) -> str | None:
-    """Why there is nothing to compare: no PyTorch model, or a graph that the provider has no kernels for."""
-    if (refusal := source.base.why_not("parity")) is not None:
+    """Why there is nothing to compare: no PyTorch model, or a graph that the provider has no kernels for.
+
+    Graphs of engines are compared with the graph they were made from, where there is nothing else.
+    """
+    if not engines and (refusal := source.base.why_not("parity")) is not None:
         no_oracle = _why_no_oracle(source, description)
         if no_oracle is not None:
             return f"{refusal.reason}, and {no_oracle}"
@@ -206,12 +270,18 @@ def _why_not_run(
 def named_operators(model: ir.Model) -> set[str]:
     """What of a graph providers' gaps may name: operators with their `reduction`, and those of other domains."""
     nodes = list(model.graph.all_nodes())
+    norming = {
+        NORMING_ATTENTION
+        for node in nodes
+        for index in HEAD_NORM_INPUTS.get((node.domain, node.op_type), {}).values()
+        if Place(node, index).value is not None
+    }
     reductions = {
         f"{node.op_type}({node.attributes['reduction'].as_string()})"
         for node in nodes
         if "reduction" in node.attributes
     }
-    return reductions | {f"{node.domain}::{node.op_type}" for node in nodes if node.domain}
+    return norming | reductions | {f"{node.domain}::{node.op_type}" for node in nodes if node.domain}
 
 
 def graph_candidate(
@@ -275,18 +345,16 @@ def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, r
     )
 
 
-def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> ir.Model:
+def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, dtype: str) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
-    slots, dtype = cache_slots(released.graph), description.dtype
-    if slots:
+    if slots := cache_slots(released.graph):
         model = build_captured_model(source, "masked", slots, graph_dtype(dtype))
     else:
-        model = build_model(source, "masked", graph_dtype(dtype))
-    kept = kept_files(model, source.base.data_files) if description.kept_data else ()
-    save_weights(model, folder / new_weights_name(kept), kept=kept_names(kept), write=False)
-    if weight_places(model) != weight_places(released):
+        model = build_model(source, "masked", graph_dtype(dtype), join_norms=JoinSkipNormsPass.of(released))
+    if different := take_weights(model, external_tensors(released.graph)):
         raise InputError(
-            f"{folder / MODEL_NAME}: its weights are not laid out as an export of this source lays them out",
+            f"{folder / MODEL_NAME}: its weights are not those of an export of this source: "
+            f"{', '.join(sorted(different)[:5])}",
             hint="give the model (and adapter) the artefact was made from, and the version that made it",
         )
     return model

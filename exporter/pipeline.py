@@ -38,6 +38,7 @@ from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerI
 from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
+from dlo_export.graph_passes.lowerings.measured import nearest_model
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, LoweringRecord, Target, Workload
 from dlo_export.graph_passes.lowerings.registry import (
     NOTHING_ROUTED,
@@ -48,6 +49,7 @@ from dlo_export.graph_passes.lowerings.registry import (
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.fuse_router_scores import FuseRouterScoresPass
+from dlo_export.graph_passes.routing.keep_part import KeepPartPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.data_dependent_shapes import data_dependent_shapes
@@ -90,17 +92,20 @@ class GraphSource(Protocol):
         """Whether matrices of its graph may be joined; somebody else's weights stay as they are, byte for byte."""
         ...
 
-    @property
-    def tensorrt_refusal(self) -> str | None:
-        """Why its graph cannot be given TensorRT's interface; None where it can."""
-        ...
-
     def routers(self) -> dict[int, np.ndarray]:
         """Router weights by layer, float32 [hidden]."""
         ...
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
         """The graph before any pass: a new one with every call."""
+        ...
+
+
+class EngineSource(GraphSource, Protocol):
+    """What a graph for TensorRT asks besides."""
+
+    def engine_model(self, dtype: ir.DataType) -> ir.Model:
+        """The graph before any pass for TensorRT, which is ours whatever the source is: a new one with every call."""
         ...
 
 
@@ -171,7 +176,13 @@ def _masked_steps(source: GraphSource) -> list[Step]:
     ]
 
 
-def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord, *, last_logits: bool = False) -> list[Step]:
+def onnxruntime_steps(
+    source: GraphSource,
+    lowering: LoweringRecord,
+    *,
+    last_logits: bool = False,
+    join_norms: JoinSkipNormsPass | None = None,
+) -> list[Step]:
     """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
     return [
         # Runtimes make an empty cache by what its inputs say.
@@ -186,7 +197,7 @@ def onnxruntime_steps(source: GraphSource, lowering: LoweringRecord, *, last_log
         # transformers.js and optimum know the batch by its dimension's name.
         Step(NameBatchDimensionPass(), lowering.stage),
         # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
-        Step(JoinSkipNormsPass(), lowering.stage, released=True),
+        Step(join_norms or JoinSkipNormsPass(lowering.fuses_norms), lowering.stage, released=True),
     ]
 
 
@@ -314,7 +325,26 @@ def exposed(released: ir.Model, *, force: bool = False, streams: bool = False) -
     # Serialising and reading back is the deepest copy there is; weights are external and stay where they are.
     model = ir.from_proto(ir.to_proto(released))
     routed = bool(role_values(model.graph, ROUTER_SCORES))
-    return _run_passes(model, exposure_passes(routed=routed, force=force, streams=streams))
+    join = JoinSkipNormsPass.of(model)
+    passes = exposure_passes(routed=routed, force=force, streams=streams)
+    # What is shown must round as what is released does: a fused norm has its own way.
+    return _run_passes(model, [*passes, *([join] if join is not None else [])])
+
+
+def exposed_part(released: ir.Model, part: int) -> ir.Model:
+    """A part of a released graph, which takes the routers' decisions and shows their scores.
+
+    Args:
+        released: Left as it is.
+        part: 0 is the embedding, then come the layers, then the head.
+
+    Raises:
+        dlo_export.graph_passes.errors.GraphPassError: The graph cannot be cut there.
+    """
+    model = ir.from_proto(ir.to_proto(released))
+    routed = bool(role_values(model.graph, ROUTER_SCORES))
+    # Last, since it leaves one layer, which nothing else is to be looked for in.
+    return _run_passes(model, [*exposure_passes(routed=routed, force=routed, streams=False), KeepPartPass(part)])
 
 
 def build_model(
@@ -324,6 +354,7 @@ def build_model(
     target: Target = "onnxruntime-cpu",
     *,
     last_logits: bool = False,
+    join_norms: JoinSkipNormsPass | None = None,
 ) -> ir.Model:
     """Builds the source's graph for ONNX Runtime.
 
@@ -333,6 +364,7 @@ def build_model(
         dtype: Of weights, KV cache and logits; a foreign graph keeps its own.
         target: What it is to run on.
         last_logits: Compute the logits of each sequence's last token only.
+        join_norms: As another graph's norms were fused that this one is compared with; None: as the lowering's are.
 
     Returns:
         The finished graph, its weights still lazy.
@@ -342,7 +374,8 @@ def build_model(
         dlo_export.graph_passes.errors.GraphPassError: The graph (a foreign one) is not what a pass needs.
         dlo_export.graph_passes.spec.invariants.GraphInvariantError: A stage broke its promise: a bug.
     """
-    steps = onnxruntime_steps(source, find_lowering(lowering, target), last_logits=last_logits)
+    record = find_lowering(lowering, target)
+    steps = onnxruntime_steps(source, record, last_logits=last_logits, join_norms=join_norms)
     return run_steps(_plain(source, dtype), steps)
 
 
@@ -397,11 +430,11 @@ def check_captured(dtype: str, provider: ProviderOption) -> None:
         raise InputError(f"--static-cache with --dtype {dtype}: {gap}", hint="choose another --dtype")
 
 
-def build_tensorrt_model(source: GraphSource, options: TensorRtOptions, dtype: ir.DataType) -> ir.Model:
+def build_tensorrt_model(source: EngineSource, options: TensorRtOptions, dtype: ir.DataType) -> ir.Model:
     """Builds the source's graph with TensorRT's interface.
 
     Args:
-        source: A checkpoint; a foreign graph keeps the interface it has.
+        source: What to export.
         options: What for.
         dtype: Of weights, KV cache and logits; routers and norms are fp32 whatever it is.
 
@@ -413,7 +446,9 @@ def build_tensorrt_model(source: GraphSource, options: TensorRtOptions, dtype: i
         dlo_export.graph_passes.errors.GraphPassError: A layer is not what the lowering needs.
     """
     check_tensorrt_options(source, options)
-    return run_steps(_plain(source, dtype), tensorrt_steps(source, options))
+    model = source.engine_model(dtype)
+    check_stage(model, PLAIN)
+    return run_steps(model, tensorrt_steps(source, options))
 
 
 def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> None:
@@ -422,7 +457,7 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
     Raises:
         InputError: With all reasons.
     """
-    problems = [] if source.tensorrt_refusal is None else [source.tensorrt_refusal]
+    problems: list[str] = []
     routing = None if source.routing is None else source.routing.kind
     if routing not in (None, "mlp") and options.cache != "static":
         problems.append(f"{routing} routing needs --trt-cache static: who may be seen is kept beside its slots")
@@ -451,17 +486,22 @@ def choose_onnxruntime_lowering(
     *,
     routing: RoutingKind | None,
     path: Path,
+    hidden_size: int | None = None,
     provider: ProviderOption = "cpu",
     library_at_hand: bool = False,
     captured: bool = False,
 ) -> tuple[str, str]:
     """The lowering for one of ONNX Runtime's providers, and why.
 
+    "auto" is the one whose worst case is the best, of those that were measured on a model like it
+    (`graph_passes/lowerings/measured.py`); where none was, what the lowerings' records say of themselves.
+
     Args:
         choice: "auto" or the name of one.
         dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
         routing: What tokens of the source skip; None where it has no routers.
         path: Of the source, for messages.
+        hidden_size: Of the source, where it is known: it decides which measured model is like it.
         provider: What is to run it.
         library_at_hand: Whether the library of the dlo operators was given.
         captured: Whether a CUDA graph is to capture its steps, on a cache that is written in place.
@@ -492,22 +532,35 @@ def choose_onnxruntime_lowering(
                 hint="leave --static-cache out, or choose --lowering masked, which skips nothing",
             )
         return capturable[0].name, capturable[0].reason
+    best, *others = _preferred(target, dtype, routing, hidden_size, library_at_hand=library_at_hand)
     # The best for this target, or the best of the others where the provider lacks a kernel that it needs.
-    # On a CPU the library is a choice of the user's: its operators are the faster ones on some models only.
-    workload = Workload(routing=routing, plugins_at_hand=library_at_hand and provider != "cpu")
-    suitable = suitable_lowerings(target, workload)
-    # What needs a library that not everybody has is asked for by name.
-    own = (record for record in skipping_lowerings(target, routing) if not record.domains)
-    best, *others = dict.fromkeys((*suitable, *own))
     kind = BY_OPTION[dtype]
-    gap = runs_it.why_not_run(kind, best.operators)
+    gap = runs_it.why_not_run(kind, best[0].operators)
     if (
         gap is None or runs_it.why_not_run(kind) is not None
     ):  # nothing of this type runs there: it is for another runtime
-        return best.name, best.reason
-    able = (record for record in others if runs_it.why_not_run(kind, record.operators) is None)
-    second = next(able, best)
-    return second.name, f"{gap}, which {best.name} needs; {second.reason}"
+        return best[0].name, best[1]
+    able = (choice for choice in others if runs_it.why_not_run(kind, choice[0].operators) is None)
+    second, reason = next(able, best)
+    return second.name, f"{gap}, which {best[0].name} needs; {reason}"
+
+
+def _preferred(
+    target: Target, dtype: str, routing: RoutingKind, hidden_size: int | None, *, library_at_hand: bool
+) -> list[tuple[LoweringRecord, str]]:
+    """What `auto` may choose, best first, each with the reason."""
+    own = {record.name: record for record in skipping_lowerings(target, routing)}
+    # What needs a library that not everybody has is a choice of those who have given one.
+    usable = [name for name, record in own.items() if library_at_hand or not record.domains]
+    model = nearest_model(target, dtype, routing, hidden_size)
+    ranked = {} if model is None else model.worst_ratios(usable)
+    if model is not None and ranked:
+        shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ranked.items())
+        where = f"{model.machine}, ONNX Runtime {model.onnxruntime}, {model.date}, hidden size {model.hidden_size}"
+        return [(own[name], f"longest step over the fastest lowering's: {shown} ({where})") for name in ranked]
+    workload = Workload(routing=routing, plugins_at_hand=library_at_hand)
+    suitable = dict.fromkeys((*suitable_lowerings(target, workload), *(own[name] for name in usable)))
+    return [(record, record.reason) for record in suitable]
 
 
 def check_nothing_asked(choice: str, path: Path) -> None:

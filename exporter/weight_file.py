@@ -1,9 +1,13 @@
-"""One external data file for a graph's weights, written as a stream; those that lie in kept files stay there."""
+"""External data files of a graph's weights, written as a stream: one, or as many as a size asks for.
+
+Weights that lie in files which are kept (`kept_data.py`) stay there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +17,9 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.files.file_digest import HashedFile
 from dlo_export.checkpoints.finite_weights import NonFiniteWeightError, all_finite
+from dlo_export.checkpoints.llama_layer import parse_router
 from dlo_export.graph_passes.row_tensor import RowTensor
+from dlo_export.runtimes.artefact.description import ADDED_NAME, WEIGHTS_NAME
 
 ALIGNMENT = 64  # bytes; a cache line, so that kernels reading mapped weights start on one
 INLINE_BYTES = 256  # smaller tensors (axes, shapes, scalars) stay in the .onnx file, where shape inference sees them
@@ -30,7 +36,12 @@ NOTHING_KEPT: KeptNames = MappingProxyType({})
 class _Placed:
     value: ir.Value
     tensor: ir.TensorProtocol
+    number: int  # of the file
     offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.tensor.nbytes
 
 
 def save_weights(
@@ -39,77 +50,147 @@ def save_weights(
     *,
     kept: KeptNames = NOTHING_KEPT,
     write: bool = True,
+    file_bytes: int | None = None,
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
 ) -> int:
-    """Moves a model's initializers into an external data file.
+    """Moves a model's initializers into an external data file, or several.
 
-    Afterwards the initializers refer to the file, relative to the folder the model is saved in. The layout depends on
+    Afterwards the initializers refer to the files, relative to the folder the model is saved in. The layout depends on
     the initializers alone, in the order of the graph, so two forms of one graph can share a file.
 
     Args:
         model: Its initializers are replaced.
-        path: The file to write; none where all weights lie in kept ones.
+        path: The file to write, none where all weights lie in kept ones; further ones are called as `numbered_weights`
+            says.
         kept: Weights that lie in these files stay there, and are read from their places in the folder of `path`.
         write: False only lays the file out: the references are right, the file is not made.
+        file_bytes: Of a file at most; a larger tensor has one of its own. None puts all into one.
         progress: Told after every tensor.
         allow_nonfinite: Let a foreign graph's weights be NaN or infinite: those are looked at while they are written. A
             checkpoint's are where they are read.
 
     Returns:
-        Size of the file in bytes.
+        Size of the files in bytes.
 
     Raises:
         NonFiniteWeightError: A weight is not finite.
     """
-    placed, total = _layout(model.graph, kept)
     staying = _kept_tensors(model.graph, kept)
+    placed = _layout(_written_tensors(model.graph, kept), file_bytes)
     if write:
         streamed = {id(entry.tensor) for entry in placed} | {id(tensor) for _, tensor in staying}
         _check_inline_tensors(model.graph, streamed, allow_nonfinite=allow_nonfinite)
         if placed or not staying:
-            _write(placed, path, lambda done: progress and progress(done, total), allow_nonfinite=allow_nonfinite)
-    for entry in placed:
-        entry.value.const_value = ir.ExternalTensor(
-            path.name,
-            entry.offset,
-            entry.tensor.nbytes,
-            entry.tensor.dtype,
-            shape=ir.Shape(entry.tensor.shape.numpy()),
-            name=entry.value.name or "",
-            base_dir=path.parent,
-        )
+            _write(placed, path, progress, allow_nonfinite=allow_nonfinite)
+    _refer(placed, path)
     for value, tensor in staying:
-        value.const_value = ir.ExternalTensor(
-            kept[Path(tensor.path)],
-            tensor.offset,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=value.name or "",
-            base_dir=path.parent,
-        )
-    return total
+        value.const_value = _reference(value, tensor, kept[Path(tensor.path)], tensor.offset or 0, path.parent)
+    return _total(placed)
 
 
-def _write(placed: list[_Placed], path: Path, tell: Callable[[int], object], *, allow_nonfinite: bool) -> None:
-    with HashedFile(path) as file:
-        for entry in placed:
-            file.pad_to(entry.offset)
-            looked_at = isinstance(entry.tensor, RowTensor) or allow_nonfinite
-            entry.tensor.tofile(file if looked_at else FiniteWrites(file, entry.tensor))  # type: ignore[attr-defined]  # every tensor of onnx_ir has it
-            tell(entry.offset + entry.tensor.nbytes)
+def _write(placed: Sequence[_Placed], path: Path, progress: Progress | None, *, allow_nonfinite: bool) -> None:
+    files = {number: list(entries) for number, entries in itertools.groupby(placed, lambda entry: entry.number)}
+    done, total = 0, _total(placed)
+    for number, entries in (files or {0: []}).items():
+        with HashedFile(numbered_weights(path, number)) as file:
+            for entry in entries:
+                file.pad_to(entry.offset)
+                looked_at = isinstance(entry.tensor, RowTensor) or allow_nonfinite
+                entry.tensor.tofile(file if looked_at else FiniteWrites(file, entry.tensor))  # type: ignore[attr-defined]  # every tensor of onnx_ir has it
+                if progress is not None:
+                    progress(done + entry.end, total)
+        done += entries[-1].end if entries else 0
+
+
+def leave_weights_out(model: ir.Model, path: Path, *, file_bytes: int | None = None) -> None:
+    """Makes a model's initializers refer to files that are not made, the smallest weights too; reads none of them.
+
+    Args:
+        model: Its initializers are replaced. What is no weight, such as an axis, stays in the .onnx file.
+        path: As for `save_weights`.
+        file_bytes: Likewise.
+    """
+    weights = [
+        value
+        for name, value in model.graph.initializers.items()
+        if isinstance(value.const_value, RowTensor) or parse_router(name) is not None
+    ]
+    _refer(_layout(list(dict.fromkeys((*_large_tensors(model.graph), *weights))), file_bytes), path)
+
+
+def _refer(placed: Sequence[_Placed], path: Path) -> None:
+    for entry in placed:
+        file = numbered_weights(path, entry.number)
+        entry.value.const_value = _reference(entry.value, entry.tensor, file.name, entry.offset, path.parent)
+
+
+def _reference(value: ir.Value, tensor: ir.TensorProtocol, name: str, offset: int, folder: Path) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        name,
+        offset,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=value.name or "",
+        base_dir=folder,
+    )
+
+
+def numbered_weights(first: Path, number: int) -> Path:
+    """Where the weights go on that do not fit the first file of them: model.onnx.data_1, then model.onnx.data_2.
+
+    Args:
+        first: The first file; `number` 0.
+        number: Of the file.
+    """
+    return first.with_name(f"{first.name}_{number}") if number else first
+
+
+def weight_paths(folder: Path, kept: Iterable[Path] = ()) -> list[Path]:
+    """The files of model.onnx's weights that are in a folder: those that were kept, then those that were written.
+
+    Args:
+        folder: The artefact.
+        kept: The first, in their order.
+    """
+    paths = list(kept)
+    for first in (WEIGHTS_NAME, ADDED_NAME):
+        numbered = (numbered_weights(folder / first, number) for number in itertools.count())
+        paths += itertools.takewhile(Path.is_file, numbered)
+    return list(dict.fromkeys(paths))
 
 
 def weight_bytes(model: ir.Model, kept: KeptNames = NOTHING_KEPT) -> int:
     """Size in bytes of the file `save_weights` would write."""
-    return _layout(model.graph, kept)[1]
+    return _total(_layout(_written_tensors(model.graph, kept), None))
 
 
 def weight_places(model: ir.Model) -> dict[str, tuple[str, int | None, int | None]]:
     """File, offset and length of every weight that lies in an external data file."""
     found = external_tensors(model.graph)
     return {name: (str(tensor.location), tensor.offset, tensor.length) for name, tensor in found.items()}
+
+
+def take_weights(model: ir.Model, stored: Mapping[str, ir.ExternalTensor]) -> set[str]:
+    """Has a model refer to weights that were written for another form of it.
+
+    Args:
+        model: Initializers of the same name, type and shape are replaced.
+        stored: Of the other form, by name.
+
+    Returns:
+        Names of large weights that only one of the two forms has.
+    """
+    large, taken = {value.name or "" for value in _large_tensors(model.graph)}, set()
+    for name in large & stored.keys():
+        value, found = model.graph.initializers[name], stored[name]
+        own = value.const_value
+        assert own is not None, "it was counted by its size"
+        if (own.dtype, own.shape.numpy()) == (found.dtype, found.shape.numpy()):
+            value.const_value = found
+            taken.add(name)
+    return (large | stored.keys()) - taken
 
 
 def external_tensors(graph: ir.Graph) -> dict[str, ir.ExternalTensor]:
@@ -181,20 +262,37 @@ def _check_graph_tensor(values: np.ndarray, tensor: ir.TensorProtocol, first: in
     )
 
 
+def _large_tensors(graph: ir.Graph) -> list[ir.Value]:
+    """Initializers that do not stay in the .onnx file."""
+    values = graph.initializers.values()
+    return [value for value in values if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES]
+
+
 def _kept_tensors(graph: ir.Graph, kept: KeptNames) -> list[tuple[ir.Value, ir.ExternalTensor]]:
     found = external_tensors(graph)
     return [(graph.initializers[name], tensor) for name, tensor in found.items() if Path(tensor.path) in kept]
 
 
-def _layout(graph: ir.Graph, kept: KeptNames) -> tuple[list[_Placed], int]:
+def _written_tensors(graph: ir.Graph, kept: KeptNames) -> list[ir.Value]:
+    """Initializers that stay neither in the .onnx file nor in kept ones."""
+    staying = {id(value) for value, _ in _kept_tensors(graph, kept)}
+    return [value for value in _large_tensors(graph) if id(value) not in staying]
+
+
+def _layout(values: Sequence[ir.Value], file_bytes: int | None) -> list[_Placed]:
     placed: list[_Placed] = []
-    staying = {id(tensor) for _, tensor in _kept_tensors(graph, kept)}
-    end = 0
-    for value in graph.initializers.values():
+    number = end = 0
+    for value in values:
         tensor = value.const_value
-        if tensor is None or tensor.nbytes <= INLINE_BYTES or id(tensor) in staying:
-            continue
+        assert tensor is not None, "only what has a tensor is placed"
         offset = -(-end // ALIGNMENT) * ALIGNMENT
-        placed.append(_Placed(value, tensor, offset))
-        end = offset + tensor.nbytes
-    return placed, end
+        if file_bytes is not None and offset and offset + tensor.nbytes > file_bytes:
+            number, offset = number + 1, 0
+        placed.append(_Placed(value, tensor, number, offset))
+        end = placed[-1].end
+    return placed
+
+
+def _total(placed: Sequence[_Placed]) -> int:
+    """Size of all files."""
+    return sum({entry.number: entry.end for entry in placed}.values())

@@ -11,7 +11,8 @@ from dlo_export.checkpoints.lazy_tensors import BlockTensor, LazyTensor, rows_at
 from dlo_export.graph_passes.row_tensor import RowTensor
 
 # Source rows copied at once into a transposed block: few enough for their cache lines to survive until the next row.
-TRANSPOSED_AT_ONCE = 64
+# Of 14,336 × 4,096 bfloat16, 16 rows transpose 2.8 GB/s and 64 rows 1.0.
+TRANSPOSED_AT_ONCE = 16
 
 
 class WeightOverflowError(InputError):
@@ -38,7 +39,7 @@ class CheckpointWeight(RowTensor):
         self._can_overflow = _largest(dtype) < _largest(ir.DataType.from_numpy(source.dtype))
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start:stop` of the stored layout, cast; the checkpoint's pages are given back afterwards.
+        """Rows `start:stop` of the stored layout, cast; a view of the checkpoint where they are stored like that.
 
         Raises:
             WeightOverflowError: A finite value becomes infinite.
@@ -49,10 +50,17 @@ class CheckpointWeight(RowTensor):
             self._check_overflow()
         return rows
 
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        rows = np.array(self._source.rows(start, stop), dtype=self.dtype.numpy(), order="C")
+    @property
+    def chunk_rows(self) -> int:
+        """Fewer where rows are views of the checkpoint: no page is read twice, and two chunks are held at a time."""
+        return super().chunk_rows if self._transposed else max(1, super().chunk_rows // 4)
+
+    def release(self) -> None:
+        """Gives the checkpoint's pages back."""
         self._source.release()
-        return rows
+
+    def _rows(self, start: int, stop: int) -> np.ndarray:
+        return np.ascontiguousarray(self._source.rows(start, stop), self.dtype.numpy())
 
     def _check_overflow(self) -> None:
         """Looks for the largest finite value: where infinities come through on request, they are not ours."""

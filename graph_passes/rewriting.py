@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from dlo_export.graph_passes.find.data_flow import subgraphs_of
+
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
     """Everybody who read `old`, the graph's outputs included, reads `new`, which takes its name.
@@ -38,6 +40,17 @@ def remove_unused(graph: ir.Graph) -> None:
     for node in reversed(list(graph)):
         if not any(output.uses() or output.is_graph_output() for output in node.outputs):
             graph.remove(node, safe=True)
+            for subgraph in subgraphs_of(node):
+                _empty(subgraph)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+
+
+def _empty(subgraph: ir.Graph) -> None:
+    """Takes the nodes out of a branch that is gone: the graph around it would go on computing what they captured."""
+    subgraph.outputs.clear()
+    for node in reversed(list(subgraph)):
+        subgraph.remove(node, safe=True)
+        for inner in subgraphs_of(node):
+            _empty(inner)

@@ -29,16 +29,25 @@ class RowTensor(ir.LazyTensor, abc.ABC):
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop`, C-contiguous, in the stored element type."""
 
+    @property
+    def chunk_rows(self) -> int:
+        """How many rows are computed and written at once; made whole blocks, at least one."""
+        return rows_at_once(self._row_count, self.nbytes)
+
+    def release(self) -> None:
+        """Gives back what reading rows took, where they are views; arrays stay valid."""
+
     def numpy(self) -> np.ndarray:
         """The whole tensor. Prefer `tofile` or `rows` for large ones."""
         return self.rows(0, self._row_count)
 
     def tofile(self, file: BinaryIO) -> None:
         """Writes the tensor in chunks of at most `lazy_tensors.CHUNK_BYTES`, but of at least one block of rows."""
-        step = max(1, rows_at_once(self._row_count, self.nbytes) // self.row_block) * self.row_block
+        step = max(1, self.chunk_rows // self.row_block) * self.row_block
         for start in range(0, self._row_count, step):
             chunk = self.rows(start, min(start + step, self._row_count))
             file.write(chunk.view(np.uint8).data)  # as bytes: bfloat16 has no buffer format of its own
+            self.release()
 
     @property
     def _row_count(self) -> int:

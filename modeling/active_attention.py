@@ -47,8 +47,8 @@ def attend_among_active(
         What attention adds to the rows, [n, hidden].
     """
     projected = (
-        _head_normed(attention.q_proj(rows), attention, "q_norm"),
-        _head_normed(attention.k_proj(rows), attention, "k_norm"),
+        _normed(attention.q_proj(rows), attention, "q_norm"),
+        _normed(attention.k_proj(rows), attention, "k_norm"),
         attention.v_proj(rows),
     )
     query, key, value = (_heads(attention, tokens.spread(each)) for each in projected)
@@ -88,8 +88,8 @@ def attend_to_all(
         What attention adds to the rows, [n, hidden].
     """
     rows = tokens.gather(hidden_states)
-    query = _heads(attention, tokens.spread(_head_normed(attention.q_proj(rows), attention, "q_norm")))
-    key = _heads(attention, _head_normed(attention.k_proj(hidden_states), attention, "k_norm"))
+    query = _heads(attention, tokens.spread(_normed(attention.q_proj(rows), attention, "q_norm")))
+    key = _heads(attention, _normed(attention.k_proj(hidden_states), attention, "k_norm"))
     value = _heads(attention, attention.v_proj(hidden_states))
     query, key = _rotated(attention, query, key, position_embeddings)
     if past_key_values is not None:
@@ -135,10 +135,14 @@ def _rotated(
     return turned
 
 
-def _head_normed(rows: torch.Tensor, attention: nn.Module, name: str) -> torch.Tensor:
-    """Queries or keys [..., heads · head_dim], each head normalised by itself in families that do so (Qwen3)."""
+def _normed(rows: torch.Tensor, attention: nn.Module, name: str) -> torch.Tensor:
+    """Queries or keys [..., heads · head_dim], normalised where the family does so, head by head or all at once."""
     norm = getattr(attention, name, None)
-    return rows if norm is None else norm(rows.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
+    if norm is None:
+        return rows
+    width = norm.weight.shape[0]
+    normed: torch.Tensor = norm(rows.unflatten(-1, (-1, width))).flatten(-2)
+    return normed
 
 
 def _mask_of_active(mask: torch.Tensor, active: torch.Tensor, sequence: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     GraniteConfig,
     LlamaConfig,
+    Olmo2Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -181,6 +182,7 @@ _FAMILIES: Mapping[str, type[PreTrainedConfig]] = {
     "qwen3": Qwen3Config,
     "smollm3": SmolLM3Config,
     "granite": GraniteConfig,
+    "olmo2": Olmo2Config,
 }
 _LLAMAS = {
     config_class.model_type: config_class

@@ -14,7 +14,7 @@ from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.modeling.active_attention import attend_among_active, attend_to_all
 from dlo_export.modeling.active_tokens import ActiveTokens, MaskedTokens, TokenRows, every_token
 from dlo_export.modeling.configuration import LlamaDloConfig
-from dlo_export.modeling.family_modules import use_family_modules
+from dlo_export.modeling.family_modules import block_branch, block_input, use_family_modules
 from dlo_export.modeling.routing import (
     GateTokens,
     SelectTokens,
@@ -139,14 +139,21 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
 
     def _attended(self, hidden_states: torch.Tensor, **attention_kwargs: Any) -> torch.Tensor:
         attended: torch.Tensor
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_kwargs)
-        return hidden_states + attended
+        attended, _ = self.self_attn(hidden_states=block_input(self, "self_attn", hidden_states), **attention_kwargs)
+        return hidden_states + block_branch(self, "self_attn", attended)
+
+    def _attended_among_active(
+        self, rows: torch.Tensor, tokens: TokenRows, active: torch.Tensor, **attention_kwargs: Any
+    ) -> torch.Tensor:
+        """What attention adds to the rows of `tokens`, [n, hidden], where skipped tokens are hidden."""
+        normed = block_input(self, "self_attn", rows)
+        attended = attend_among_active(self.self_attn, normed, tokens, active, **attention_kwargs)
+        return block_branch(self, "self_attn", attended)
 
     def _mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not hidden_states.numel():
             return hidden_states
-        branch: torch.Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
-        return branch
+        return block_branch(self, "mlp", self.mlp(block_input(self, "mlp", hidden_states)))
 
 
 class MlpRoutedLayer(RoutedDecoderLayer):
@@ -173,9 +180,7 @@ class WhollyRoutedLayer(RoutedDecoderLayer):
         self, hidden_states: torch.Tensor, tokens: TokenRows, active: torch.Tensor, **attention_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = tokens.gather(hidden_states)
-        rows = rows + attend_among_active(
-            self.self_attn, self.input_layernorm(rows), tokens, active, **attention_kwargs
-        )
+        rows = rows + self._attended_among_active(rows, tokens, active, **attention_kwargs)
         return hidden_states, rows, self._mlp_branch(rows)
 
     def _similarity(
@@ -190,8 +195,9 @@ class AttentionRoutedLayer(RoutedDecoderLayer):
     def _routed(
         self, hidden_states: torch.Tensor, tokens: TokenRows, active: torch.Tensor, **attention_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        branch = attend_to_all(self.self_attn, self.input_layernorm(hidden_states), tokens, **attention_kwargs)
-        return hidden_states, tokens.gather(hidden_states), branch
+        normed = block_input(self, "self_attn", hidden_states)
+        attended = attend_to_all(self.self_attn, normed, tokens, **attention_kwargs)
+        return hidden_states, tokens.gather(hidden_states), block_branch(self, "self_attn", attended)
 
     def _finished(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states + self._mlp_branch(hidden_states)
@@ -210,8 +216,7 @@ class ActiveAttentionRoutedLayer(AttentionRoutedLayer):
         self, hidden_states: torch.Tensor, tokens: TokenRows, active: torch.Tensor, **attention_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = tokens.gather(hidden_states)
-        branch = attend_among_active(self.self_attn, self.input_layernorm(rows), tokens, active, **attention_kwargs)
-        return hidden_states, rows, branch
+        return hidden_states, rows, self._attended_among_active(rows, tokens, active, **attention_kwargs)
 
     def _similarity(
         self, hidden_states: torch.Tensor, kept: torch.Tensor, output: torch.Tensor, **attention_kwargs: Any

@@ -7,11 +7,19 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from transformers.models.granite.modeling_granite import GraniteAttention
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, Block, LayerModule
+from dlo_export.checkpoints.model_types import LLAMA
 from dlo_export.modeling.configuration import LlamaDloConfig
 
 ATTENTIONS: Mapping[str, type[nn.Module]] = {
@@ -20,6 +28,7 @@ ATTENTIONS: Mapping[str, type[nn.Module]] = {
     "qwen3": Qwen3Attention,
     "smollm3": SmolLM3Attention,
     "granite": GraniteAttention,
+    "olmo2": Olmo2Attention,
 }
 """By family."""
 
@@ -76,7 +85,7 @@ class StepRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 def use_family_modules(layer: LlamaDecoderLayer, config: LlamaDloConfig, index: int) -> None:
-    """Puts the family's attention into a Llama's layer, and its factor into what attention and MLP add to the stream.
+    """Puts the family's attention and norms into a Llama's layer, and its factor into what the blocks add.
 
     Args:
         layer: Number `index` of the model.
@@ -89,6 +98,46 @@ def use_family_modules(layer: LlamaDecoderLayer, config: LlamaDloConfig, index: 
     if config.family.has_multipliers:
         for block, role in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
             setattr(block, role, _scaled(getattr(block, role), config.residual_multiplier))
+    if config.family.layer is not LLAMA_LAYER:
+        for module in filter(_is_block_norm, LLAMA_LAYER):
+            delattr(layer, module.path)
+        for module in filter(_is_block_norm, config.family.layer):
+            setattr(layer, module.path, rms_norm(config))
+
+
+def _is_block_norm(module: LayerModule) -> bool:
+    return module.axes == ("hidden",)
+
+
+def rms_norm(config: LlamaDloConfig) -> nn.Module:
+    """The family's norm over the hidden size."""
+    norm = Olmo2RMSNorm if config.family.name == "olmo2" else LlamaRMSNorm
+    module: nn.Module = norm(config.hidden_size, eps=config.rms_norm_eps)
+    return module
+
+
+def block_input(layer: LlamaDecoderLayer, block: Block, stream: torch.Tensor) -> torch.Tensor:
+    """What attention or MLP reads of the stream [..., hidden]: normalised, unless the family does so behind the block.
+
+    Args:
+        layer: transformers' Llama's, or one of ours.
+        block: Of the two.
+        stream: Its input.
+    """
+    return _block_normed(layer, block, stream, behind=False)
+
+
+def block_branch(layer: LlamaDecoderLayer, block: Block, output: torch.Tensor) -> torch.Tensor:
+    """What attention or MLP adds to the stream, [..., hidden], of its output; arguments as of `block_input`."""
+    return _block_normed(layer, block, output, behind=True)
+
+
+def _block_normed(layer: LlamaDecoderLayer, block: Block, values: torch.Tensor, *, behind: bool) -> torch.Tensor:
+    # transformers' own Llama has a configuration that knows no family.
+    family = getattr(layer.self_attn.config, "family", LLAMA)
+    norm = family.layer.block_norm(block, behind=behind)
+    normed: torch.Tensor = values if norm is None else getattr(layer, norm.path)(values)
+    return normed
 
 
 def _scaled(linear: nn.Linear, factor: float) -> ScaledLinear:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 
@@ -15,7 +16,7 @@ class Float64RMSNorm(nn.Module):
         norm: Whose weight and ε it takes over.
     """
 
-    def __init__(self, norm: LlamaRMSNorm | Qwen3RMSNorm) -> None:
+    def __init__(self, norm: LlamaRMSNorm | Olmo2RMSNorm | Qwen3RMSNorm) -> None:
         super().__init__()
         self.weight = norm.weight
         self.epsilon = float(norm.variance_epsilon)
@@ -31,5 +32,5 @@ def use_float64_norms(model: nn.Module) -> None:
     """Replaces every norm of a float64 model, in place; its parameters keep their names."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, (LlamaRMSNorm, Qwen3RMSNorm)):
+            if isinstance(child, (LlamaRMSNorm, Olmo2RMSNorm, Qwen3RMSNorm)):
                 setattr(module, name, Float64RMSNorm(child))

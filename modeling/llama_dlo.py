@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, Pr
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from dlo_export.checkpoints.model_types import (
@@ -47,7 +47,7 @@ from dlo_export.modeling.configuration import (
     LlamaDloThresholdsConfig,
 )
 from dlo_export.modeling.decoder_layer import ROUTED_LAYERS
-from dlo_export.modeling.family_modules import StepRotaryEmbedding, language_head, token_embedding
+from dlo_export.modeling.family_modules import StepRotaryEmbedding, language_head, rms_norm, token_embedding
 from dlo_export.modeling.routing import GateTokens, SelectTokens, TokenRouter, TrainingRouting
 
 
@@ -110,7 +110,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         self.layers = nn.ModuleList(layer_class(config, index) for index in range(config.num_hidden_layers))
         # Keyed by layer: the numbers of layers without a router are missing from the tensors' names.
         self.routers = nn.ModuleDict({str(layer): TokenRouter(config.hidden_size) for layer in config.routed_layers})
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = rms_norm(config)
         self.rotary_emb = StepRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.masked = False

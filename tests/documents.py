@@ -15,7 +15,18 @@ DOCUMENTS = sorted(
     for file in ROOT.glob(pattern)
 )
 # What a line or a piece of inline code begins with when it is a command.
-PROGRAMS = ("dlo", "dlo-export", "accelerate", "python", "pip", "make", "cmake", "polygraphy", "build/dlo_generate")
+PROGRAMS = (
+    "dlo",
+    "dlo-export",
+    "accelerate",
+    "python",
+    "pip",
+    "make",
+    "cmake",
+    "polygraphy",
+    "build/dlo_generate",
+    "build/cpp_onnxruntime/generate",
+)
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -43,7 +43,7 @@ class Foreign:
 
     def export(self, graph: Path, output: Path, **options: object) -> Path:
         """Its artefact, without parity unless asked for: what it computes is compared by `check_logits`."""
-        request = ExportRequest(str(graph), output, adapter=self.adapter, **{"parity": False, **options})
+        request = ExportRequest(str(graph), output, **{"adapter": self.adapter, "parity": False, **options})
         export_model(request, Reporter())
         return output
 

@@ -50,7 +50,7 @@ PACKAGES = {
     "dlo_export": set(),
     "samples": set(),
     "benchmarks": {"benchmarks", "gguf", "ml_dtypes", "numpy", "onnx_ir", "onnxruntime", "torch", "transformers"}
-    | {"onnxruntime_genai"}
+    | {"llama_cpp", "onnxruntime_genai"}
     | {"matplotlib", "tokenizers"},
     "tests": {
         *("gguf", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "pytest", "rich"),
@@ -69,7 +69,7 @@ PACKAGES = {
     },
     "tests/benchmarks": {"benchmarks"},
     "tests/data": {"optimum"},
-    "tests/interop": {"benchmarks", "optimum"},
+    "tests/interop": {"benchmarks", "optimum", "polygraphy"},  # which writes what its program reads
     "tests/plugins": {"tensorrt_bindings"},
     "tests/runtimes": {"cuda"},
 }

@@ -110,10 +110,16 @@ def test_wheel_holds_what_is_no_python_too_when_built(wheel):
         for path in (*library.iterdir(), *(library / "onnxruntime").iterdir())
         if path.suffix in {".cpp", ".h"} or path.name in {"CMakeLists.txt", "Makefile"}
     }
+    runtime = ROOT / "runtimes" / "cpp"
+    headers = {
+        str(path.relative_to(runtime)) for path in runtime.rglob("*") if path.suffix in {".txt", ".cmake", ".in", ".h"}
+    }
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
     assert len(sources) > 10
+    assert len(headers) > 8
     assert {f"dlo_export/plugins/library/{name}" for name in sources} | {"dlo_export/py.typed"} <= files
+    assert {f"dlo_export/runtimes/cpp/{name}" for name in headers} <= files
 
 
 def test_source_distribution_holds_files_and_no_links_when_built(source_distribution):

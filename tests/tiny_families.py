@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.checkpoints.model_types import RoutingKind, family_of
 from tests.tiny_models import BYTE_VOCABULARY, save_byte_tokenizer
+from tests.tiny_models import ROPES as LLAMA_ROPES
 
 LAYERS = 4
 ORIGINAL_CONTEXT = 16
@@ -43,6 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
         "tie_word_embeddings": True,
     },
+    "olmo2": {"attention_bias": True},
 }
 ROPES: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
@@ -70,6 +72,8 @@ ROPES: dict[str, dict[str, Any]] = {
             "long_factor": [1.5, 2.0, 3.0, 4.0],
         },
     },
+    "llama3": {"rope_parameters": LLAMA_ROPES["llama3"]},
+    "linear": {"rope_parameters": LLAMA_ROPES["linear"], "max_position_embeddings": 64},
 }
 
 

@@ -12,12 +12,13 @@ from dlo_export.checkpoints.depth.layer_init import LayerInitError, canonical_in
 from dlo_export.checkpoints.files.json_fields import is_number
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import (
-    LLAMA_LAYER,
     MAX_LAYERS,
+    LayerTable,
     layer_tensor_name,
     parse_layer_tensor,
     parse_router,
     router_name,
+    table_of,
 )
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
@@ -74,15 +75,17 @@ def tensor_problems(
 ) -> list[str]:
     """Tensors that are missing or unexpected, shapes that contradict each other, routers that are not finite."""
     routers = {router_name(layer) for layer in routed_layers}
-    required = routers | {layer_tensor_name(layer, n) for layer in injected_positions for n in LLAMA_LAYER.required}
-    allowed = required | {layer_tensor_name(layer, n) for layer in injected_positions for n in LLAMA_LAYER.axes}
+    # An adapter does not name its model's family: what its layers hold tells it.
+    table = table_of(place.tensor for place in map(parse_layer_tensor, tensors) if place is not None)
+    required = routers | {layer_tensor_name(layer, n) for layer in injected_positions for n in table.required}
+    allowed = required | {layer_tensor_name(layer, n) for layer in injected_positions for n in table.axes}
     problems = [f"{name} is missing" for name in sorted(required - tensors.keys())]
     problems += [
         f"{name} is unexpected: that layer is not {'injected' if parse_router(name) is None else 'routed'}"
         for name in sorted(tensors.keys() - allowed)
     ]
     known = {name: tensor for name, tensor in tensors.items() if name in allowed}
-    problems += _shape_problems({name: tensor.shape for name, tensor in known.items()})
+    problems += _shape_problems({name: tensor.shape for name, tensor in known.items()}, table)
     problems += [
         f"{name} holds values that are not finite"
         for name in sorted(routers & known.keys())
@@ -122,12 +125,12 @@ def injected_layer_problems(entries: Sequence[Any], num_layers: int) -> list[str
     return problems
 
 
-def _shape_problems(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _shape_problems(shapes: Mapping[str, tuple[int, ...]], table: LayerTable) -> list[str]:
     """Shapes that contradict each other: every tensor is measured against the first of its kind."""
     sizes: dict[str, tuple[int, str]] = {}
     problems = []
     for name, shape in shapes.items():
-        axes = _axes(name)
+        axes = _axes(name, table)
         if len(shape) != len(axes) or (axes[0] == "1" and shape[0] != 1):
             problems.append(f"{name} has shape {list(shape)}, expected [{', '.join(axes)}]")
             continue
@@ -138,7 +141,7 @@ def _shape_problems(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     return problems
 
 
-def _axes(name: str) -> tuple[str, ...]:
+def _axes(name: str, table: LayerTable) -> tuple[str, ...]:
     """Names of a tensor's axes, in checkpoint orientation."""
     place = parse_layer_tensor(name)
-    return ("1", "hidden") if place is None else LLAMA_LAYER.axes[place.tensor]
+    return ("1", "hidden") if place is None else table.axes[place.tensor]

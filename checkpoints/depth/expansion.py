@@ -103,7 +103,7 @@ def expanded_tensors(
     # Routers follow their layers.
     placed = {plan.original_positions[layer]: tensor for layer, tensor in routers.items()}
     if zero_routers:
-        hidden = layers[0][LLAMA_LAYER["input_layernorm"].weight].shape[0]
+        hidden = layers[0][LLAMA_LAYER["o_proj"].weight].shape[0]
         zero = ArrayTensor(np.zeros((1, hidden), np.float32))
         placed = {position: placed.get(position, zero) for position in range(plan.num_layers)}
     result |= {router_name(position): placed[position] for position in sorted(placed)}

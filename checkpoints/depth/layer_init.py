@@ -16,7 +16,7 @@ import numpy as np
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
-from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
+from dlo_export.checkpoints.llama_layer import LAYER_TABLES, LLAMA_LAYER
 
 LAYER_INITS: tuple[str, ...] = ("zero_out", "copy", "linear", "slerp", "random", "linear_zero_out", "slerp_zero_out")
 """The inits, canonical names. The last two mix two layers first and zero the output projections of the mixture."""
@@ -27,7 +27,7 @@ _NEARLY_PARALLEL = 0.9995
 """Above this |cosine| the angle is too small to divide by its sine: slerp is replaced by linear interpolation."""
 
 
-_NORMS = frozenset(module.weight for module in LLAMA_LAYER if module.is_norm)
+_NORMS = frozenset(module.weight for table in LAYER_TABLES for module in table if module.is_norm)
 
 
 class LayerInitError(InputError):

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-# A larger chunk is not kept in memory for its hash while the next one is made.
-_KEPT_BYTES = 16 * 2**20
+# A larger chunk is not kept in memory for its hash while the next one is made. Those of weights are: to hash them
+# takes as long as to transpose the next one.
+_KEPT_BYTES = 64 * 2**20
 # By path, size, time of change and inode.
 _KNOWN: dict[tuple[Path, int, int, int], str] = {}
 

@@ -25,7 +25,7 @@ from dlo_export.checkpoints.formats.gguf_tokenizer import (
 )
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.llama_checkpoint import Checkpoint
-from dlo_export.checkpoints.llama_layer import GGUF_OUTER_NAMES, LLAMA_LAYER, layer_tensor_name, parse_layer_tensor
+from dlo_export.checkpoints.llama_layer import GGUF_OUTER_NAMES, layer_tensor_name, parse_layer_tensor
 from dlo_export.checkpoints.model_types import GGUF_FAMILIES
 from dlo_export.checkpoints.tokenization.errors import UnknownTokenizerError
 
@@ -217,7 +217,7 @@ def _llama3_scaling(factors: GgufTensor, config: LlamaConfig, path: Path) -> dic
 
 def _renamed(stored: Mapping[str, GgufTensor], config: LlamaConfig) -> dict[str, GgufTensor]:
     """The tensors under Hugging Face names; names that have none are kept, for Checkpoint to complain about."""
-    modules = {module.gguf: module for module in LLAMA_LAYER}
+    modules = {module.gguf: module for module in config.family.layer}
     heads = {"query": config.num_heads, "key-value": config.num_kv_heads}
     paired = config.family.gguf_rows == "paired"
     tensors = {}
@@ -252,7 +252,7 @@ def _absent_biases(tensors: Mapping[str, GgufTensor], config: LlamaConfig, file:
     Models with biases of q, k and v alone are common. A bias that some layers have is expected in all of them.
     """
     stored = {parsed.tensor for parsed in map(parse_layer_tensor, tensors) if parsed}
-    absent = {module.bias_name for module in LLAMA_LAYER if module.bias} - stored
+    absent = {module.bias_name for module in config.family.layer if module.bias} - stored
     return {
         name: _ZeroBias(np.zeros(shape, np.float32), file)
         for name, shape in config.tensor_shapes().items()

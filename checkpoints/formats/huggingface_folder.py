@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.dtypes import FLOAT32, FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import read_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
 from dlo_export.checkpoints.formats.stored_tensors import StoredName, model_tensors
+from dlo_export.checkpoints.lazy_tensors import AbsentTensor
 from dlo_export.checkpoints.llama_checkpoint import Checkpoint
 from dlo_export.checkpoints.llama_layer import HEAD
 from dlo_export.checkpoints.tokenization.vocabulary import check_vocabulary
@@ -39,13 +41,19 @@ COMPANIONS = (
 )
 
 
-def open_folder(folder: Path) -> Checkpoint:
+def open_folder(folder: Path, *, weights: bool = True) -> Checkpoint:
     """Opens a folder that holds config.json and `model.safetensors`, or shards and their index.
+
+    Args:
+        folder: As a training script or the hub's client left it.
+        weights: False does without the weights' files where there are none: the tensors are config.json's.
 
     Raises:
         CheckpointError: A file is missing, damaged, outside the folder, or not of a supported model.
     """
     config = LlamaConfig.from_json(_config_file(folder))
+    if not weights and not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        return _without_weights(folder, config)
     files, stored, indexed = _open_weights(folder)
     tensors, unequal = model_tensors(stored, config)
     if unequal:
@@ -69,6 +77,21 @@ def open_folder(folder: Path) -> Checkpoint:
         files=files,
         save_tokenizer=tokenizer.save,
         warnings=[*tokenizer.warnings, *_leftover_warnings(folder, leftovers)],
+    )
+
+
+def _without_weights(folder: Path, config: LlamaConfig) -> Checkpoint:
+    """What config.json says of a model, in the element type that it says, else in float32."""
+    kind = next((kind for kind in FLOATS if kind.name == config.dtype), FLOAT32)
+    tokenizer = FolderTokenizer(folder, config.vocab_size)
+    return Checkpoint(
+        folder,
+        config,
+        {name: AbsentTensor(shape, kind.numpy) for name, shape in config.tensor_shapes().items()},
+        stored_dtype=kind.name,
+        files=(),
+        save_tokenizer=tokenizer.save,
+        warnings=tokenizer.warnings,
     )
 
 

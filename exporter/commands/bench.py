@@ -30,6 +30,12 @@ def main(
     threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="Of ONNX Runtime.")] = None,
     provider: Provider = None,
     ort_plugin_library: OrtPluginLibrary = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="Of one artefact: time every lowering of its graph, and rewrite it to the fastest."
+        ),
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="First compare all files with their hashes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of the table.")] = False,
 ) -> None:
@@ -46,6 +52,12 @@ def main(
     from dlo_export.runtimes.evaluation.scorer import RunnerScorer, Segment  # noqa: PLC0415
 
     reporter = Reporter()
+    if tune:
+        if len(artefacts) > 1 or perplexity_tokens:
+            raise typer.BadParameter("--tune takes one artefact, and no --perplexity")
+        workload = Workload(batch, prompt_tokens, decode_tokens, rounds)
+        _tune(artefacts[0], text, workload, reporter, threads, provider, ort_plugin_library, as_json=as_json)
+        return
     descriptions = [open_description(folder) if verify else load_description(folder) for folder in artefacts]
     for folder in artefacts:
         context = GenerationConfig.from_folder(folder).context_length
@@ -91,6 +103,51 @@ def main(
         print_json({"workload": vars(workload), "artefacts": rows}, indent=None)
     else:
         _print_table(rows, workload)
+
+
+def _tune(
+    folder: Path,
+    text: Path | None,
+    workload: Any,
+    reporter: Any,
+    threads: int | None,
+    provider: Any,
+    plugin_library: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
+    from dlo_export.exporter.tune import tunable, tune  # noqa: PLC0415
+    from dlo_export.runtimes.bench import ratio  # noqa: PLC0415
+
+    description = tunable(folder, provider, plugin_library)
+    needed = workload.batch * (workload.prompt_tokens + workload.decode_tokens)
+    ids = held_out_sequences(folder, text, -(-needed // SEQUENCE) * SEQUENCE).reshape(-1).tolist()
+    tuned = tune(folder, description, ids, workload, reporter, threads=threads, plugin_library=plugin_library)
+    base = tuned.timings[tuned.before]
+    rows = [
+        {
+            "lowering": name,
+            **timing.summary(),
+            "prefill_ratio": ratio(timing.prefill, base.prefill),
+            "decode_ratio": ratio(timing.decode, base.decode),
+            "workload_ratio": tuned.totals[name],
+            "logits_difference": tuned.differences[name],
+        }
+        for name, timing in tuned.timings.items()
+    ]
+    if as_json:
+        found = {"workload": vars(workload), "before": tuned.before, "after": tuned.after, "lowerings": rows}
+        print_json({"artefact": str(folder), **found}, indent=None)
+        return
+    for row in rows:
+        shares = (
+            "{median:.2f} ({p10:.2f} to {p90:.2f})".format(**row[f"{each}_ratio"])
+            for each in ("prefill", "decode", "workload")
+        )
+        typer.echo("{:8} prefill {}  decode {}  both {}".format(row["lowering"], *shares))
+    kept = f"stays {tuned.before}" if tuned.after == tuned.before else f"was {tuned.before}, is {tuned.after} now"
+    typer.echo(f"{folder}: lowering {kept}")
 
 
 def held_out_sequences(folder: Path, text: Path | None, tokens: int) -> Any:

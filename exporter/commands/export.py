@@ -10,7 +10,7 @@ import typer
 
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtype_options import DTYPE_CHOICES
-from dlo_export.exporter.commands.numbers import MAX_COUNT, positive
+from dlo_export.exporter.commands.numbers import MAX_COUNT, byte_count, positive
 from dlo_export.exporter.commands.shared_options import (
     AllowNonfinite,
     Force,
@@ -117,7 +117,13 @@ def main(
     ] = None,
     ort_plugin_library: OrtPluginLibrary = None,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Do not compare with PyTorch.")] = False,
-    no_weights: Annotated[bool, typer.Option("--no-weights", help="Leave model.onnx.data out.")] = False,
+    no_weights: Annotated[
+        bool, typer.Option("--no-weights", help="The graph alone; of a folder, config.json is enough.")
+    ] = False,
+    external_data_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of a weights file at most, such as 2GB or 4GiB; one file unless given."),
+    ] = None,
     link_weights: Annotated[
         bool,
         typer.Option(
@@ -133,7 +139,7 @@ def main(
 ) -> None:
     """Export a Llama, plain, deepened or routed, to an ONNX artefact that is proven equal to PyTorch.
 
-    Mistral, Qwen2, Qwen3, SmolLM3 and Granite are exported alike: docs/checkpoints.md says what is read of each.
+    Mistral, Qwen2, Qwen3, SmolLM3, Granite and OLMo2 are exported alike: docs/checkpoints.md says what is read of each.
     """
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick
@@ -166,6 +172,9 @@ def main(
         lowering=lowering,
         parity=not no_parity,
         weights=not no_weights,
+        weight_file_bytes=None
+        if external_data_size is None
+        else byte_count("--external-data-size", external_data_size),
         force=force,
         allow_nonfinite=allow_nonfinite,
         force_base=force_base,
@@ -204,7 +213,7 @@ def main(
     if (kept := kept_data_summary(description, result.folder)) is not None:
         typer.echo(printable(kept))
     layers = description.layers
-    counts = {kind: sum(getattr(layer, kind) for layer in layers) for kind in ("injected", "routed", "identity")}
+    counts = {kind: sum(bool(getattr(layer, kind)) for layer in layers) for kind in ("injected", "routed", "identity")}
     typer.echo(
         f"{result.folder}: {len(layers)} layers ({counts['injected']} injected, {counts['routed']} routed, "
         f"{counts['identity']} identity), lowering {description.lowering}, {result.bytes / 2**20:.0f} MB, "

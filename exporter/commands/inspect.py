@@ -80,6 +80,7 @@ def _description_lines(inspection: Inspection) -> Iterator[str]:
         + (f"without its layers {removed}, which pass everything on, " if removed else "")
         + f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
         f"parity {description.parity.verdict} (parity.json: {inspection.parity_report or 'not there'})"
+        + ("" if inspection.has_weights else "; no weights: a graph to look at, and to compile")
     )
     if (kept := kept_data_summary(description, inspection.path.parent)) is not None:
         yield kept

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from dlo_export.runtimes.parity.by_layer import LayerReport
+    from dlo_export.runtimes.parity.report import ParityReport
 
 from dlo_export.exporter.commands.shared_options import (
     AllowNonfinite,
@@ -29,13 +33,19 @@ def main(
     provider: Provider = None,
     device: Device = "cpu",
     ort_plugin_library: OrtPluginLibrary = None,
+    by_layer: Annotated[
+        bool,
+        typer.Option("--by-layer", help="A layer at a time: names the first that differs, and needs memory for one."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
     """Compare an artefact with PyTorch: decisions, logits, greedy tokens. Exit code 1 if it fails."""
+    from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.exit_codes import PARITY_FAILED  # noqa: PLC0415
     from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
+    from dlo_export.exporter.layer_parity import check_parity_by_layer  # noqa: PLC0415
     from dlo_export.exporter.parity_check import check_parity  # noqa: PLC0415
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.exporter.sources.source import open_source  # noqa: PLC0415
@@ -44,20 +54,35 @@ def main(
     from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER  # noqa: PLC0415
 
     description = open_description(artefact)
+    if by_layer and (provider or description.provider) != "cpu":
+        raise InputError("--by-layer compares on the CPU, --provider cuda is another", hint="add --provider cpu")
+    if by_layer and device != "cpu":
+        raise InputError(f"--by-layer compares on the CPU, --device {device} is another", hint="leave --device out")
     runs_it = BY_PROVIDER[provider or description.provider]
     runs_it.check_here()
     check_model_files(description, artefact)
     reporter = Reporter(verbose=verbose)
     with naming_allow_nonfinite():
-        source = open_source(model, adapter, allow_nonfinite=allow_nonfinite, force_base=force_base)
+        source = open_source(
+            model,
+            adapter,
+            allow_nonfinite=allow_nonfinite,
+            force_base=force_base,
+            engines=bool(description.engines),
+        )
         with contextlib.closing(source):
             for warning in source.warnings:
                 reporter.warn(warning)
-            with reporter.stage("parity"):
-                graphs = map(graph_options, description.engines)
-                report = check_parity(
-                    source, artefact, description, graphs, ort_plugin_library, provider=runs_it, device=device
-                )
+            report: ParityReport | LayerReport
+            if by_layer:
+                with reporter.count("parity") as progress:
+                    report = check_parity_by_layer(source, artefact, description, ort_plugin_library, progress=progress)
+            else:
+                with reporter.stage("parity"):
+                    graphs = map(graph_options, description.engines)
+                    report = check_parity(
+                        source, artefact, description, graphs, ort_plugin_library, provider=runs_it, device=device
+                    )
     if as_json:
         print_json(report.to_json())
     else:

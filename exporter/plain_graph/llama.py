@@ -23,7 +23,7 @@ from dlo_export.checkpoints.interface import (
     present_name,
 )
 from dlo_export.checkpoints.lazy_tensors import LazyTensor
-from dlo_export.checkpoints.llama_layer import EMBEDDING, LLAMA_LAYER, layer_path, layer_tensor_name
+from dlo_export.checkpoints.llama_layer import EMBEDDING, Block, layer_path, layer_tensor_name
 from dlo_export.exporter.plain_graph.graph_builder import GraphBuilder
 from dlo_export.exporter.plain_graph.rotary import rotary_tables
 from dlo_export.graph_passes.checkpoint_weight import CheckpointWeight
@@ -59,6 +59,7 @@ class _DecoderGraph:
     ) -> None:
         self.builder = builder
         self.config = config
+        self.table = config.family.layer
         self.tensors = tensors
         self.dtype = dtype
 
@@ -138,11 +139,13 @@ class _DecoderGraph:
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """One layer; returns the residual stream behind it and the layer's keys and values."""
         builder, name = self.builder, layer_path(index)
-        normed = self._norm(hidden_states, self._path(index, "input_layernorm"))
+        normed = self._block_norm(index, hidden_states, "self_attn", behind=False)
         attended, key, value = self._attention(index, normed, past)
+        attended = self._block_norm(index, attended, "self_attn", behind=True)
         attended = self._added(attended, f"{name}.attention_multiplied")
         residual = builder.op("Add", [hidden_states, attended], f"{name}.attention_residual")
-        branch = self._mlp(index, self._norm(residual, self._path(index, "post_attention_layernorm")))
+        branch = self._mlp(index, self._block_norm(index, residual, "mlp", behind=False))
+        branch = self._block_norm(index, branch, "mlp", behind=True)
         branch = self._added(branch, f"{name}.mlp_multiplied")
         return builder.op("Add", [residual, branch], f"{name}.mlp_residual"), key, value
 
@@ -152,8 +155,8 @@ class _DecoderGraph:
         key = self._projection(index, "k_proj", normed)
         value = self._projection(index, "v_proj", normed)
         if config.qk_norm:
-            query = self._head_norm(index, "q_norm", query, config.num_heads)
-            key = self._head_norm(index, "k_norm", key, config.num_kv_heads)
+            query = self._qk_norm(index, "q_norm", query, config.num_heads)
+            key = self._qk_norm(index, "k_norm", key, config.num_kv_heads)
         if index not in config.layers_without_rope:
             query = builder.op("RotaryEmbedding", [query, *self.rotary], f"{name}.q_rotary", num_heads=config.num_heads)
             key = builder.op("RotaryEmbedding", [key, *self.rotary], f"{name}.k_rotary", num_heads=config.num_kv_heads)
@@ -205,9 +208,16 @@ class _DecoderGraph:
         )
         return builder.op("Reshape", [scores, shape], output)
 
-    def _head_norm(self, index: int, role: str, value: ir.Value, heads: int) -> ir.Value:
-        """Every head of queries or keys [batch, sequence, heads · head_dim] normalised by itself."""
+    def _block_norm(self, index: int, value: ir.Value, block: Block, *, behind: bool) -> ir.Value:
+        """What a block reads, or (behind) what it adds, normalised where the family does so there."""
+        norm = self.table.block_norm(block, behind=behind)
+        return value if norm is None else self._norm(value, layer_tensor_name(index, norm.path))
+
+    def _qk_norm(self, index: int, role: str, value: ir.Value, heads: int) -> ir.Value:
+        """Queries or keys [batch, sequence, heads · head_dim], all heads normalised together or each by itself."""
         builder, name = self.builder, self._path(index, role)
+        if self.table[role].axes != ("head",):
+            return self._norm(value, name)
         # A 0 keeps the dimension as it is: batch and sequence stay free.
         apart = builder.constant(f"heads_{heads}", np.array([0, 0, heads, self.config.head_dim]))
         together = builder.constant(f"width_{heads}", np.array([0, 0, heads * self.config.head_dim]))
@@ -233,10 +243,10 @@ class _DecoderGraph:
         )
 
     def _projection(self, index: int, role: str, value: ir.Value) -> ir.Value:
-        return self._linear(value, self._path(index, role), bias=self.config.has_bias(LLAMA_LAYER[role]))
+        return self._linear(value, self._path(index, role), bias=self.config.has_bias(self.table[role]))
 
     def _path(self, index: int, role: str) -> str:
-        return layer_tensor_name(index, LLAMA_LAYER[role].path)
+        return layer_tensor_name(index, self.table[role].path)
 
     def _linear(self, value: ir.Value, name: str, *, bias: bool, output: str | None = None) -> ir.Value:
         weight = self._weight(f"{name}.weight", transposed=True)

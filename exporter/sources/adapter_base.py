@@ -9,7 +9,9 @@ from dlo_export.exporter.sources.base_model import BaseModel
 from dlo_export.runtimes.artefact.description import AdapterBase
 
 
-def check_adapter_base(adapter: DloAdapter, base: BaseModel, folder: Path, *, force: bool) -> AdapterBase:
+def check_adapter_base(
+    adapter: DloAdapter, base: BaseModel, folder: Path, *, force: bool, weights: bool = True
+) -> AdapterBase:
     """Compares the hash an adapter names with the base model's.
 
     Routers are fitted to a checkpoint or a GGUF file, never to a graph, whose bytes are others even where its weights
@@ -20,6 +22,7 @@ def check_adapter_base(adapter: DloAdapter, base: BaseModel, folder: Path, *, fo
         base: What it is to go on. Its weights are hashed, once: the description needs the hash anyway.
         folder: Of the adapter, for messages.
         force: Take another base too.
+        weights: False hashes nothing, and compares nothing.
 
     Returns:
         What the description says of it.
@@ -29,7 +32,7 @@ def check_adapter_base(adapter: DloAdapter, base: BaseModel, folder: Path, *, fo
     """
     if adapter.base_sha256 is None:
         return "not stated"
-    if base.kind == "onnx":
+    if base.kind == "onnx" or not weights:
         return "not comparable"
     found = base.sha256()
     if found == adapter.base_sha256:

@@ -104,6 +104,20 @@ class BaseModel(Protocol):
             dtype: Of weights, KV cache and logits, as `graph_dtype` gave it.
         """
 
+    @property
+    def dtype_beside_engines(self) -> str:
+        """Type of the model.onnx that goes with TensorRT's engines and proves them on a CPU, as `--dtype` names it."""
+
+    def engine_model(self, dtype: ir.DataType) -> ir.Model:
+        """Its decoder in the form that passes turn into TensorRT's, weights still lazy: a new one with every call.
+
+        Args:
+            dtype: Of weights, KV cache and logits.
+
+        Raises:
+            InputError: There is none; `why_not("TensorRT")` says why.
+        """
+
     def why_not(self, use: Use) -> Refusal | None:
         """Why it does not serve a use; None where it does."""
 

@@ -24,7 +24,7 @@ from dlo_export.exporter.sources.base_model import Refusal, Use
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointModel:
-    """An open checkpoint that answers as a `BaseModel`: it serves every use, but for calibration with a LoRA adapter.
+    """An open checkpoint that answers as a `BaseModel`: it serves every use.
 
     Attributes:
         checkpoint: Open.
@@ -115,13 +115,16 @@ class CheckpointModel:
     def plain_model(self, dtype: ir.DataType) -> ir.Model:  # noqa: D102
         return plain_graph(self.config, self.tensors, dtype)
 
-    def why_not(self, use: Use) -> Refusal | None:
-        """Routers are fitted to a model of which every weight has a name and a hash of its own."""
-        if use == "calibration" and self.lora is not None:
-            return Refusal(
-                f"would be calibrated under the LoRA adapter {self.lora.path}",
-                "merge it with PEFT's merge_and_unload, save the model, and calibrate that",
-            )
+    @property
+    def dtype_beside_engines(self) -> str:
+        """fp32, whatever the engines are: nothing is rounded twice."""
+        return "fp32"
+
+    def engine_model(self, dtype: ir.DataType) -> ir.Model:
+        """The plain graph, as for ONNX Runtime."""
+        return self.plain_model(dtype)
+
+    def why_not(self, use: Use) -> Refusal | None:  # noqa: D102 - it serves every use
         return None
 
     def save_companions(self, folder: Path, config_overrides: Mapping[str, Any] | None = None) -> None:  # noqa: D102

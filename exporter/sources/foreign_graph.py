@@ -23,18 +23,21 @@ from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.file_digest import known_sha256
 from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import read_json, save_json
+from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer
 from dlo_export.checkpoints.interface import TOKEN_INPUTS
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, are_equal
 from dlo_export.checkpoints.llama_layer import EMBEDDING, FINAL_NORM, HEAD, layer_tensor_name
 from dlo_export.exporter.pipeline import prepare_foreign
-from dlo_export.exporter.sources.base_model import Refusal, Use
+from dlo_export.exporter.plain_graph.llama import plain_graph
+from dlo_export.exporter.sources.base_model import Refusal, Use, check_use
 from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file, tensor_problems
 from dlo_export.exporter.sources.graph_types import infer_types
 from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.exporter.sources.vendor_nodes import check_vendor_nodes, check_vendor_types
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
+from dlo_export.graph_passes.find.projections import branch_ends
 from dlo_export.graph_passes.weights.dense import DenseStorage, dense_storage
 from dlo_export.graph_passes.weights.embedding import embedding_table
 from dlo_export.graph_passes.weights.linear import linear_weight
@@ -48,15 +51,19 @@ _FINAL_NORMS = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalizati
 class ForeignGraph:
     """A `.onnx` file whose decoder layers were found, answering as a `BaseModel`.
 
-    It keeps its dtype, its attention and its cache: what is injected and routed adapts to them.
+    It keeps its dtype, its attention and its cache: what is injected and routed adapts to them. TensorRT takes neither
+    such attention nor such a cache: for engines it is read as a checkpoint, its weights by what they feed, and what no
+    weight says (rope, epsilon, heads) from the config.json beside it. Parity compares the two.
 
     Attributes:
         path: The file.
         config: From the config.json beside it; None where there is none.
+        allow_nonfinite: Let weights be NaN or infinite.
     """
 
     path: Path
     config: LlamaConfig | None
+    allow_nonfinite: bool = False
 
     @property
     def kind(self) -> str:  # noqa: D102 - BaseModel's questions, here and below
@@ -132,7 +139,7 @@ class ForeignGraph:
             case "export without adapter":
                 return Refusal(
                     "is an ONNX graph and no adapter was given, so there is nothing to inject or route",
-                    "add --adapter DIR, as `dlo expand --adapter` or `dlo calibrate` write it",
+                    "add --adapter DIR, as `dlo expand --adapter` or `dlo calibrate` write it, or --trt for engines",
                 )
             case "calibration":
                 return Refusal(
@@ -142,9 +149,7 @@ class ForeignGraph:
             case "training":
                 return Refusal("is a graph, which does not learn", "train the checkpoint it was exported from")
             case "TensorRT":
-                return Refusal(
-                    "is an ONNX graph, whose attention and cache stay what they are", "export the checkpoint with --trt"
-                )
+                return self._why_no_checkpoint()
             case "injection" | "parity":
                 unnamed = self._why_unnamed()
                 return unnamed if use == "injection" or unnamed is not None else self._why_no_pytorch()
@@ -157,13 +162,45 @@ class ForeignGraph:
                 "no config.json lies beside the graph, so there is no PyTorch model of it",
                 "put the config.json of the exported model beside the graph",
             )
-        storages = (projection.storage for layer in self._layers for projection in layer.projections.values())
-        if all(isinstance(storage, DenseStorage) for storage in storages):
+        if not any(map(_is_quantised, self.tensors.values())):
             return None
         return Refusal(
             "its weights are quantised, which PyTorch does not compute with as ONNX Runtime does",
             "compare it with its own masked form, as the export does",
         )
+
+    def _why_no_checkpoint(self) -> Refusal | None:
+        """Why the decoder cannot be built anew from its weights and its config.json."""
+        if (unnamed := self._why_unnamed()) is not None:
+            return unnamed._replace(hint="export the checkpoint with --trt")
+        if self.config is None:
+            return Refusal(
+                "no config.json lies beside the graph, which says what engines need and no weight tells (rope, "
+                "epsilon, heads)",
+                "put the config.json of the exported model beside the graph, or export the checkpoint with --trt",
+            )
+        missing = sorted(self.config.tensor_shapes().keys() - self.tensors.keys())
+        if not missing:
+            return None
+        return Refusal(
+            f"holds no {', '.join(missing[:3])} where a {self.config.model_type} has it, so no engine can be built of "
+            "its weights",
+            "put the config.json of the exported model beside the graph, or export the checkpoint with --trt",
+        )
+
+    @property
+    def dtype_beside_engines(self) -> str:
+        """Its own: the graph stays what it is."""
+        return self.graph_dtype("auto")
+
+    def engine_model(self, dtype: ir.DataType) -> ir.Model:
+        """The plain graph of its configuration on its weights, dequantised where they are quantised."""
+        check_use(self, "TensorRT")
+        assert self.config is not None, "or it would have refused"
+        config = dataclasses.replace(self.config, tie_word_embeddings=HEAD not in self.tensors)
+        # Nobody else looks at them: what is written of the graph itself is looked at there.
+        tensors = self.tensors if self.allow_nonfinite else finite_tensors(self.tensors, self.path)
+        return plain_graph(config, tensors, dtype)
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
         """As it was exported: `dtype` is its own already (`graph_dtype`)."""
@@ -177,7 +214,7 @@ class ForeignGraph:
         """Refuses what cannot be exported, before anything is made of it.
 
         Raises:
-            InputError: It is routed already, or counts its tokens in another type than the interface's.
+            InputError: It is routed already, counts its tokens in another type than the interface's, or has experts.
             CheckpointError: The config.json beside it is of another model.
         """
         for value in self._file.model.graph.inputs:
@@ -192,6 +229,7 @@ class ForeignGraph:
                 f"{self.path}: its layers have routers already, and an adapter's would be added to them",
                 hint="give the model it was made from, a checkpoint or a graph, and the adapter",
             )
+        self._check_mlps()
         _ = self.client_settings  # refused before the work, if it is
         if self.config is None:
             return
@@ -236,6 +274,22 @@ class ForeignGraph:
             "route it: masking and skipping MLPs needs none; or inject into the checkpoint, and export that",
         )
 
+    def _check_mlps(self) -> None:
+        """Refuses experts: each would be somebody's MLP, and the sum of them is nobody's."""
+        for layer in self._layers:
+            if self._unnamed_weights(layer) is None:
+                continue
+            try:
+                ends = branch_ends(layer.mlp)
+            except GraphPassError:
+                continue  # a quantisation that nobody here reads: its MLP is masked all the same
+            if len(ends) > 1:
+                raise InputError(
+                    f"{self.path}: the MLP of layer {layer.index} ends in {len(ends)} matrices, {', '.join(ends[:4])}; "
+                    "expected one, down_proj",
+                    hint="only Llamas and their relatives can be routed or deepened, no mixtures of experts",
+                )
+
     @staticmethod
     def _unnamed_weights(layer: DecoderLayer) -> str | None:
         """Why a layer's weights have no names; None where they have."""
@@ -269,8 +323,9 @@ class ForeignGraph:
                 named[layer_tensor_name(layer.index, projection.tensor)] = projection.contents
         named |= _outer_weights(self._layers[0], self._layers[-1])
         head = named.get(HEAD)
-        # Some exporters store a tied matrix twice.
-        if self.config is not None and self.config.tie_word_embeddings and head is not None:
+        # Some exporters store a tied matrix twice; quantised, the two may be rounded apart, and both count.
+        tied = self.config is not None and self.config.tie_word_embeddings
+        if tied and head is not None and not (_is_quantised(head) or _is_quantised(named[EMBEDDING])):
             if not are_equal(head, named[EMBEDDING]):
                 raise CheckpointError(
                     f"{self.path}: head and embedding differ, but config.json says tie_word_embeddings",
@@ -308,8 +363,12 @@ class ForeignGraph:
         """Nothing to unmap: onnx_ir releases its files with the model."""
 
 
-def open_foreign_graph(path: Path) -> ForeignGraph:
+def open_foreign_graph(path: Path, *, allow_nonfinite: bool = False) -> ForeignGraph:
     """Opens someone else's Llama graph.
+
+    Args:
+        path: The file.
+        allow_nonfinite: Let weights be NaN or infinite.
 
     Raises:
         InputError: There is no such file, it is no ONNX model, or an external data file is missing or too short.
@@ -320,7 +379,7 @@ def open_foreign_graph(path: Path) -> ForeignGraph:
         raise InputError(f"{path}: no such file", hint="give the .onnx file itself, or a checkpoint folder")
     config_path = _beside(path, "config.json")
     config = None if config_path is None else LlamaConfig.from_json(config_path)
-    graph = ForeignGraph(path, config)
+    graph = ForeignGraph(path, config, allow_nonfinite)
     graph.check()
     return graph
 
@@ -398,6 +457,11 @@ def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTen
                 found[FINAL_NORM] = norm
     behind = {name: StoredRows(storage, 0, storage.shape[0]) for name, storage in found.items()}
     return {EMBEDDING: embedding, **behind}
+
+
+def _is_quantised(tensor: LazyTensor) -> bool:
+    """Whether a graph stores something else than the numbers it computes with."""
+    return not (isinstance(tensor, StoredRows) and isinstance(tensor.storage, DenseStorage))
 
 
 def _nodes_behind(value: ir.Value) -> list[ir.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class ExportSource:
         adapter_name: Of the folder of an adapter, a LoRA one included; None where there is none.
         adapter_base: Whether that was made from the base model's weights.
         removed_layers: Indices of layers that pass everything on and are left out: none here, see `ReducedSource`.
+        weightless: Whether the graph alone is wanted. Then no weight is read, and nothing is said that only weights
+            tell: they need not be there.
     """
 
     base: BaseModel
@@ -48,6 +51,7 @@ class ExportSource:
     adapter_name: str | None = None
     adapter_base: AdapterBase | None = None
     removed_layers: tuple[int, ...] = ()
+    weightless: bool = False
 
     @property
     def kind(self) -> str:
@@ -65,12 +69,6 @@ class ExportSource:
         return self.base.packs_weights
 
     @property
-    def tensorrt_refusal(self) -> str | None:
-        """Why its graph cannot be given TensorRT's interface; None where it can."""
-        refusal = self.base.why_not("TensorRT")
-        return None if refusal is None else f"{self.base.path.name} {refusal.reason}"
-
-    @property
     def remembers_activity(self) -> bool:
         """Whether its graph has a state beside the KV cache: which cached tokens were active in a layer."""
         return self.routing is not None and not leaves_keys(self.routing.kind)
@@ -85,6 +83,8 @@ class ExportSource:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user is to be shown, one sentence each: the base model's, and of routers that skip everything."""
+        if self.weightless:
+            return self.base.warnings
         thresholds = {} if self.routing is None else self.routing.thresholds
         zero = [layer for layer, router in self.routers().items() if not router.any()]
         zero = [layer for layer in zero if thresholds.get(layer, ONE_HALF) >= ONE_HALF]  # their scores are one half
@@ -102,14 +102,19 @@ class ExportSource:
         """The base model's graph, before any pass: a new one with every call."""
         return self.base.plain_model(dtype)
 
+    def engine_model(self, dtype: ir.DataType) -> ir.Model:
+        """The base model's decoder as TensorRT's graph begins: a new one with every call."""
+        return self.base.engine_model(dtype)
+
     def routers(self) -> dict[int, np.ndarray]:
-        """Router weights by layer, float32 [hidden]."""
+        """Router weights by layer, float32 [hidden]; zeros, which are not written, where no weights are read."""
         if self.routing is None:
             return {}
         tensors: Mapping[str, LazyTensor] = self.adapter.tensors if self.adapter is not None else self.base.tensors
-        return {
-            layer: tensors[router_name(layer)].numpy().astype(np.float32).reshape(-1) for layer in self.routing.layers
-        }
+        routers = {layer: tensors[router_name(layer)] for layer in self.routing.layers}
+        if self.weightless:
+            return {layer: np.zeros(math.prod(router.shape), np.float32) for layer, router in routers.items()}
+        return {layer: router.numpy().astype(np.float32).reshape(-1) for layer, router in routers.items()}
 
     def tensors(self) -> dict[str, LazyTensor]:
         """The deepened model's weights under Hugging Face names."""
@@ -150,7 +155,16 @@ class ExportSource:
         return {**self.base.config.model_values(), **self.config_values()}
 
     def identity_layers(self) -> tuple[int, ...]:
-        """Layers that pass the residual stream through: o_proj and down_proj, and their biases, are all zeros."""
+        """Layers that pass the residual stream through: o_proj and down_proj, and their biases, are all zeros.
+
+        Raises:
+            InputError: Their weights are not read.
+        """
+        if self.weightless:
+            raise InputError(
+                f"{self.base.path}: which layers pass everything on, only their weights tell",
+                hint="export with weights",
+            )
         tensors = self.tensors()
         ends = LLAMA_LAYER.branch_ends
         return tuple(layer for layer in range(self.num_layers) if _are_zeros(tensors, layer, ends))
@@ -161,30 +175,41 @@ class ExportSource:
 
 
 def open_source(
-    model: str | Path, adapter_folder: Path | None, *, allow_nonfinite: bool = False, force_base: bool = False
+    model: str | Path,
+    adapter_folder: Path | None,
+    *,
+    allow_nonfinite: bool = False,
+    force_base: bool = False,
+    weights: bool = True,
+    engines: bool = False,
 ) -> ExportSource:
     """Opens a model and its adapter, and checks that they fit.
 
     Args:
         model: Checkpoint folder, `.gguf` or `.onnx` file, or hub id in the local cache.
-        adapter_folder: DloAdapter, needed for an `.onnx`; or a LoRA adapter of PEFT's, merged into a checkpoint.
+        adapter_folder: DloAdapter, needed for an `.onnx` that no engine is built of; or a LoRA adapter of PEFT's,
+            merged into a checkpoint.
         allow_nonfinite: Let weights be NaN or infinite.
         force_base: Let the adapter be made from other weights.
+        weights: False opens a source of which no weight is read: of a folder, its config.json is enough.
+        engines: Whether TensorRT engines are built of it, or were.
 
     Raises:
         InputError: The model cannot be read, or both it and the adapter are routed.
         dlo_export.checkpoints.adapter.adapter.AdapterError: The adapter is damaged or does not fit the model.
     """
     if adapter_folder is not None and is_peft_adapter(adapter_folder):
-        return _merged_source(model, adapter_folder, allow_nonfinite=allow_nonfinite)
+        return _merged_source(model, adapter_folder, allow_nonfinite=allow_nonfinite, weights=weights)
     adapter = load_adapter(adapter_folder) if adapter_folder is not None else None
     if adapter_folder is not None and (adapter_folder / LORA_FOLDER).is_dir():
-        base: BaseModel = _merged_base(model, adapter_folder / LORA_FOLDER, allow_nonfinite=allow_nonfinite)
+        lora = adapter_folder / LORA_FOLDER
+        base: BaseModel = _merged_base(model, lora, allow_nonfinite=allow_nonfinite, weights=weights)
     else:
-        base = _open_base(model, allow_nonfinite=allow_nonfinite)
+        base = _open_base(model, allow_nonfinite=allow_nonfinite, weights=weights)
     if adapter is None:
-        check_use(base, "export without adapter")
-        return ExportSource(base, None, base.routing)
+        if not engines:
+            check_use(base, "export without adapter")
+        return ExportSource(base, None, base.routing, weightless=not weights)
     assert adapter_folder is not None, "an adapter was loaded from it"
     if base.routing is not None:
         raise InputError(
@@ -195,33 +220,33 @@ def open_source(
         check_use(base, "injection")
     adapter.check_fits(base.tensor_shapes(), base.num_layers)
     routing = _adapter_routing(adapter)
-    adapter_base = check_adapter_base(adapter, base, adapter_folder, force=force_base)
+    adapter_base = check_adapter_base(adapter, base, adapter_folder, force=force_base, weights=weights)
     if not allow_nonfinite:
         adapter = dataclasses.replace(adapter, tensors=finite_tensors(adapter.tensors, adapter_folder))
-    return ExportSource(base, adapter, routing, adapter_folder.name, adapter_base)
+    return ExportSource(base, adapter, routing, adapter_folder.name, adapter_base, weightless=not weights)
 
 
-def _merged_source(model: str | Path, adapter_folder: Path, *, allow_nonfinite: bool) -> ExportSource:
+def _merged_source(model: str | Path, adapter_folder: Path, *, allow_nonfinite: bool, weights: bool) -> ExportSource:
     """A checkpoint with a LoRA adapter in its weights: plain, deepened or routed, as the checkpoint is."""
-    base = _merged_base(model, adapter_folder, allow_nonfinite=allow_nonfinite)
-    return ExportSource(base, None, base.routing, adapter_folder.name, "not stated")
+    base = _merged_base(model, adapter_folder, allow_nonfinite=allow_nonfinite, weights=weights)
+    return ExportSource(base, None, base.routing, adapter_folder.name, "not stated", weightless=not weights)
 
 
-def _merged_base(model: str | Path, adapter_folder: Path, *, allow_nonfinite: bool) -> CheckpointModel:
+def _merged_base(model: str | Path, adapter_folder: Path, *, allow_nonfinite: bool, weights: bool) -> CheckpointModel:
     lora = load_lora(adapter_folder, allow_nonfinite=allow_nonfinite)
     if _is_graph(model):
         raise InputError(
             f"{model}: is a graph, the LoRA adapter {adapter_folder} is merged into a checkpoint's weights",
             hint="export the checkpoint with that adapter",
         )
-    return CheckpointModel(open_checkpoint(model), lora, allow_nonfinite)
+    return CheckpointModel(open_checkpoint(model, weights=weights), lora, allow_nonfinite)
 
 
-def _open_base(model: str | Path, *, allow_nonfinite: bool) -> BaseModel:
+def _open_base(model: str | Path, *, allow_nonfinite: bool, weights: bool) -> BaseModel:
     """The one place that tells the kinds apart, by what stands on the command line."""
     if _is_graph(model):
-        return open_foreign_graph(Path(model))
-    return CheckpointModel(open_checkpoint(model), allow_nonfinite=allow_nonfinite)
+        return open_foreign_graph(Path(model), allow_nonfinite=allow_nonfinite)
+    return CheckpointModel(open_checkpoint(model, weights=weights), allow_nonfinite=allow_nonfinite)
 
 
 def _is_graph(model: str | Path) -> bool:

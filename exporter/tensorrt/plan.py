@@ -18,6 +18,7 @@ from dlo_export.exporter.pipeline import (
     check_nothing_asked,
     check_tensorrt_options,
 )
+from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.backend import BackendChoice, check_backend, resolve_backend
 from dlo_export.exporter.tensorrt.engine_cache import cache_limit
@@ -125,6 +126,7 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
     options = TensorRtOptions(
         NOTHING_ROUTED, request.cache, request.max_batch, request.max_sequence, request.max_cache, request.last_logits
     )
+    check_use(source.base, "TensorRT")
     check_tensorrt_options(source, options)
     cache_limit()  # before the work: an engine that was built should not be lost to a variable
     if request.plugin_library is not None and not request.plugin_library.is_file():

@@ -16,7 +16,7 @@ from dlo_export.exporter.weight_file import external_tensors
 _MOST_SLOTS = 128
 
 
-def tensorrt_twin(source: ExportSource, options: TensorRtOptions, released: ir.Model) -> ir.Model:
+def tensorrt_twin(source: ExportSource, options: TensorRtOptions, released: ir.Model | None) -> ir.Model:
     """Builds a TensorRT graph in fp32 on the weights of the artefact's own graph.
 
     It differs from the graph the engine is built from in its dtype, in the number of its cache's slots, in that it
@@ -25,7 +25,8 @@ def tensorrt_twin(source: ExportSource, options: TensorRtOptions, released: ir.M
     Args:
         source: What the artefact was made from.
         options: Of the engine's graph.
-        released: The artefact's fp32 model.onnx.
+        released: The artefact's fp32 model.onnx; None where that is somebody's graph, which stores weights its own way:
+            then the twin's are lazy.
 
     Raises:
         InputError: The weights are not those of this source.
@@ -34,8 +35,14 @@ def tensorrt_twin(source: ExportSource, options: TensorRtOptions, released: ir.M
     options = dataclasses.replace(options, max_sequence=min(options.max_sequence, options.max_cache))
     model = build_tensorrt_model(source, options, ir.DataType.FLOAT)
     run_steps(model, twin_steps(options))
+    if released is not None:
+        _take_weights(model, source, released)
+    return model
+
+
+def _take_weights(twin: ir.Model, source: ExportSource, released: ir.Model) -> None:
     stored = external_tensors(released.graph)
-    for name, value in model.graph.initializers.items():
+    for name, value in twin.graph.initializers.items():
         if name in stored:
             value.const_value = stored.pop(name)
     # Routers are written in another form there, and small: the twin holds its own.
@@ -46,4 +53,3 @@ def tensorrt_twin(source: ExportSource, options: TensorRtOptions, released: ir.M
             f"model.onnx holds weights that a TensorRT graph of this source has not: {', '.join(sorted(stored)[:5])}",
             hint="give the model (and adapter) the artefact was made from, and the version that made it",
         )
-    return model

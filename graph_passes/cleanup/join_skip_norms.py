@@ -7,8 +7,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from dlo_export.graph_passes.cleanup.split_skip_norms import FUSED, SplitSkipNormsPass
-from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
+from dlo_export.graph_passes.cleanup.norms_in_branches import join_in_branches
+from dlo_export.graph_passes.cleanup.skip_norms import NORM, SUM, fused_node, is_residual_addition, only_norm_of
+from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
+from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass, forget_run, passes_run
@@ -28,11 +30,20 @@ class JoinSkipNormsPass(GraphPass):
 
         n, _, _, s = com.microsoft.SkipSimplifiedLayerNormalization <epsilon> (x, branch, weight)
 
-    ONNX Runtime fuses neither of the two norms by itself. Optional, and only in a graph that had such nodes: there the
-    additions of injected layers are fused too. Around a routed branch the norms stay by themselves in the masked form
-    as in every other one, because the fused operator rounds in its own way. Layers are not found in the graph any
-    more, before it is split again. Scope: main graph.
+    ONNX Runtime fuses neither of the two norms by itself, and the fused operator rounds in its own way. Around a block
+    that an If skips, the fused operators move into its branches (`norms_in_branches.py`); in the masked form they stand
+    where they were. So both forms, all tokens active, compute what the graph computed before it was routed, bit for
+    bit. Where rows are gathered, an addition of rows and the norm of the stream lie apart: these norms stay alone, and
+    so they do in the masked form that is compared with it.
+
+    Optional, and only in a graph that had such nodes: there the additions of injected layers are fused too. Layers are
+    not found in the graph any more, before it is split again. Scope: main graph.
+
+    Attributes:
+        around_routed: Fuse norms in front of and behind routed blocks too.
     """
+
+    around_routed: bool = False
 
     nodes_from: ClassVar[Border | None] = "plain"
 
@@ -40,13 +51,27 @@ class JoinSkipNormsPass(GraphPass):
         """Fuse every addition that one norm reads."""
         if SplitSkipNormsPass.__name__ not in {run.name for run in passes_run(model)}:
             return False
-        nodes = list(model.graph)
-        routed = {value for node in nodes if _adds_masked_branch(node) for value in (*node.inputs, *node.outputs)}
-        for norm in nodes:
-            if is_op(norm, "RMSNormalization", "SimplifiedLayerNormalization") and norm.inputs[0] not in routed:
-                _join(model.graph, norm)
+        graph, tags = model.graph, {PASS_KEY: type(self).__name__}
+        masked = [node for node in graph if _adds_masked_branch(node)]
+        apart: set[ir.Value | None] = set()
+        if not self.around_routed:
+            apart = {value for node in masked for value in (*node.inputs, *node.outputs)}
+        # First the branches, which take additions and norms from outside; then what is left there.
+        for node in [node for node in graph if self.around_routed and is_op(node, "If")]:
+            join_in_branches(node, tags)
+        for node in list(graph):
+            if not is_residual_addition(node) or node.outputs[0] in apart:
+                continue
+            if (norm := only_norm_of(node.outputs[0], graph)) is not None:
+                _join(graph, node, norm, tags)
         forget_run(model, SplitSkipNormsPass.__name__)
         return True
+
+    @classmethod
+    def of(cls, model: ir.Model) -> JoinSkipNormsPass | None:
+        """The pass as it ran on a model; None where it did not."""
+        settings = [run.settings for run in passes_run(model) if run.name == cls.__name__]
+        return cls(**settings[-1]) if settings else None
 
 
 def _adds_masked_branch(node: ir.Node) -> bool:
@@ -57,32 +82,10 @@ def _adds_masked_branch(node: ir.Node) -> bool:
     return any(mask.metadata_props.get(PASS_KEY) == RouteLayersPass.__name__ for mask in masks)
 
 
-def _join(graph: ir.Graph, norm: ir.Node) -> None:
-    total, weight = norm.inputs[:2]
-    add = None if total is None else total.producer()
-    if total is None or add is None or add.graph is not graph or not is_op(add, "Add"):
-        return
-    # The addition of a bias is no residual one; a second norm of the same sum would need a second node.
-    norms = [node for node in total.consumers() if node.op_type == norm.op_type]
-    is_residual = all(value is not None and constant_tensor(value) is None for value in add.inputs)
-    if not is_residual or len(norms) != 1 or constant_tensor(weight) is None:
-        return
-    epsilon = norm.attributes.get_float("epsilon", 1e-5)
-    fused = ir.node(
-        FUSED,
-        [*add.inputs, weight],
-        {"epsilon": epsilon},
-        domain="com.microsoft",
-        num_outputs=4,
-        name=(norm.name or FUSED).removesuffix("/norm"),
-        metadata_props={PASS_KEY: JoinSkipNormsPass.__name__},
-    )
-    # In the addition's place, since others may read the sum before the norm does. Nobody reads outputs 1 and 2.
-    for output, old in ((fused.outputs[0], norm.outputs[0]), (fused.outputs[3], total)):
-        output.type, output.shape = old.type, old.shape
-    for output in fused.outputs[1:3]:
-        output.name = ""
+def _join(graph: ir.Graph, add: ir.Node, norm: ir.Node, tags: dict[str, str]) -> None:
+    fused = fused_node(add, norm, tags)
+    # In the addition's place, since others may read the sum before the norm does.
     graph.insert_before(add, fused)
-    replace_value(norm.outputs[0], fused.outputs[0])
-    replace_value(total, fused.outputs[3])
+    replace_value(norm.outputs[0], fused.outputs[NORM])
+    replace_value(add.outputs[0], fused.outputs[SUM])
     graph.remove([norm, add], safe=True)

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from dlo_export.graph_passes.cleanup.norms_in_branches import split_in_branches
+from dlo_export.graph_passes.cleanup.skip_norms import NORM, SUM, is_fused, new_addition, new_bias_addition, new_norm
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.rewriting import replace_value
-from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass, forget_run
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
-
-FUSED = "SkipSimplifiedLayerNormalization"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,49 +28,36 @@ class SplitSkipNormsPass(GraphPass):
         s = Add(x, branch)                          # branch = Add(branch, bias) first where there is a bias
         n = RMSNormalization <axis=-1> (s, weight)  # SimplifiedLayerNormalization before opset 23
 
-    Optional: a graph without such nodes is left alone. Scope: main graph. Graphs of onnxruntime-genai's builder and of
-    mobius have them. Source: ONNX Runtime's contrib operators.
+    Where `JoinSkipNormsPass` has moved norms into the branches of an If, they come out again. Optional: a graph without
+    such nodes is left alone. Scope: main graph. Graphs of onnxruntime-genai's builder and of mobius have them. Source:
+    ONNX Runtime's contrib operators.
     """
 
     nodes_from: ClassVar[Border | None] = "plain"
 
     def rewrite(self, model: ir.Model) -> bool:
         """Split every fused node."""
-        fused = [node for node in model.graph if is_op(node, FUSED, domain="com.microsoft")]
+        graph, tags = model.graph, {PASS_KEY: type(self).__name__}
+        opset = graph.opset_imports.get("", 0)
+        # First the branches: what comes out of them is not fused.
+        taken_apart = [node for node in graph if is_op(node, "If") and split_in_branches(node, opset, tags)]
+        fused = [node for node in graph if is_fused(node)]
         for node in fused:
-            _split(model.graph, node)
-        return bool(fused)
+            _split(graph, node, opset, tags)
+        if fused or taken_apart:
+            forget_run(model, "JoinSkipNormsPass")  # the pass that undoes this one, which may run again
+        return bool(fused or taken_apart)
 
 
-def _split(graph: ir.Graph, node: ir.Node) -> None:
+def _split(graph: ir.Graph, node: ir.Node, opset: int, tags: dict[str, str]) -> None:
     # The sum becomes a node of its own, which is the stream; the norm reads it. A bias is part of the branch.
-    stream, branch, weight, *rest = node.inputs
-    nodes: list[ir.Node] = []
-    if rest and rest[0] is not None:
-        nodes.append(_new_node("Add", [branch, rest[0]], f"{node.name}/add_bias", node.outputs[0]))
-        branch = nodes[-1].outputs[0]
-    nodes.append(_new_node("Add", [stream, branch], f"{node.name}/add", node.outputs[0]))
-    op_type = "RMSNormalization" if graph.opset_imports.get("", 0) >= 23 else "SimplifiedLayerNormalization"
-    attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-12), "stash_type": 1}
-    norm = _new_node(op_type, [nodes[-1].outputs[0], weight], f"{node.name}/norm", node.outputs[0], attributes)
-    graph.insert_before(node, [*nodes, norm])
-    # Output 0 is the norm's; output 3, where it is asked for, the sum. Nobody reads 1 and 2, mean and variance.
-    for old, new in (
-        (node.outputs[0], norm.outputs[0]),
-        *((output, nodes[-1].outputs[0]) for output in node.outputs[3:]),
-    ):
+    bias = new_bias_addition(node, tags)
+    add = new_addition(node, tags)
+    if bias is not None:
+        add.replace_input_with(1, bias.outputs[0])
+    norm = new_norm(node, add.outputs[0], opset, tags)
+    graph.insert_before(node, [*([bias] if bias is not None else []), add, norm])
+    # Nobody reads outputs 1 and 2, mean and variance.
+    for old, new in ((node.outputs[NORM], norm.outputs[0]), *((total, add.outputs[0]) for total in node.outputs[SUM:])):
         replace_value(old, new)
     graph.remove(node, safe=True)
-
-
-def _new_node(
-    op_type: str,
-    inputs: list[ir.Value | None],
-    name: str,
-    like: ir.Value,
-    attributes: dict[str, int | float] | None = None,
-) -> ir.Node:
-    node = ir.node(op_type, inputs, attributes or {}, name=name, metadata_props={PASS_KEY: SplitSkipNormsPass.__name__})
-    node.outputs[0].name, node.outputs[0].type = f"{name}/output_0", like.type
-    node.outputs[0].shape = None if like.shape is None else like.shape.copy()
-    return node

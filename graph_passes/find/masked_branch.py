@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import onnx_ir as ir
 
@@ -84,6 +84,23 @@ def column_source(value: ir.Value | None) -> ir.Value | None:
     if node is None or not is_op(node, "Unsqueeze") or constant_integers(node.inputs[1]) not in {(-1,), (2,)}:
         return None
     return node.inputs[0]
+
+
+def own_columns(readers: Collection[ir.Node], by_token: Iterable[ir.Node | None]) -> Iterator[ir.Node]:
+    """The Unsqueeze nodes of decisions and scale, where they serve a branch only: their work can be skipped with it.
+
+    One that another block reads too would no longer be computed in steps where this branch skips.
+
+    Args:
+        readers: All nodes that are skipped.
+        by_token: Those of them that choose or scale token by token, None where there is no such.
+    """
+    for value in (value for node in by_token if node is not None for value in node.inputs):
+        node = None if value is None else value.producer()
+        if value is None or node is None or not is_op(node, "Unsqueeze") or node in readers:
+            continue
+        if set(readers).issuperset(value.consumers()) and not value.is_graph_output():
+            yield node
 
 
 def foreign_uses(

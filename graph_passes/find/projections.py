@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
+from dlo_export.checkpoints.llama_layer import LAYER_TABLES, LLAMA_LAYER, LayerModule, LayerTable
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import SHAPE_OPS, constant_behind, constant_tensor, is_op
 from dlo_export.graph_passes.find.linear_flow import LinearFlow, Part
@@ -29,6 +29,11 @@ _ROTARY_TABLES = {
     ("com.microsoft", "RotaryEmbedding"): (2, 3),
     ("com.microsoft", "GroupQueryAttention"): (7, 8),
 }
+HEAD_NORM_INPUTS: Mapping[tuple[str, str], Mapping[str, int]] = {
+    ("com.microsoft", "GroupQueryAttention"): {"q_norm": 14, "k_norm": 15}
+}
+"""Inputs of attention operators that hold the norms of queries and keys, where they compute these themselves."""
+
 _ACTIVATIONS = frozenset({"Sigmoid", "Swish", "Gelu", "FastGelu", "QuickGelu", "Relu", "Tanh", "Erf", "HardSwish"})
 
 
@@ -73,8 +78,8 @@ def find_projections(
 
     Returns:
         Projections by role: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, input_layernorm,
-        post_attention_layernorm, q_norm and k_norm where there are norms of queries and keys, and "{role}.bias" where
-        there is one.
+        post_attention_layernorm (or the norms behind attention and MLP, by OLMo2's roles), q_norm and k_norm where
+        there are norms of queries and keys, and "{role}.bias" where there is one.
 
     Raises:
         GraphPassError: A role is missing or ambiguous, or a weight has none, with all problems.
@@ -96,14 +101,21 @@ def find_projections(
         "up_proj": mlp_flow.first_without(gate),
         "down_proj": mlp_flow.of(mlp.branch),
     }
-    # A norm's weight is a vector that scales what no matrix of the block has touched yet.
+    # A norm's weight is a vector that scales what no matrix of the block has touched yet, or what its last one has.
     traced = {"self_attn": (attention.nodes, flow), "mlp": (mlp.nodes, mlp_flow)}
-    norms = {
-        module.role: list(_norm_weights(*traced[module.block]))
-        for module in LLAMA_LAYER
-        if module.is_norm and module.only_with is None
-    }
-    norms |= _head_norms(attention, flow, matrices, present_key)
+
+    def weights_of(norm: LayerModule) -> list[DenseStorage]:
+        nodes, block_flow = traced[norm.block]
+        touched_by = block_flow.of(ends[norm.block]) if norm.behind else frozenset()
+        return list(_norm_weights(nodes, block_flow, touched_by))
+
+    ends = {"self_attn": attention.branch, "mlp": mlp.branch}
+    by_table = [
+        (table, {norm.role: weights_of(norm) for norm in table if norm.is_norm and norm.only_with is None})
+        for table in LAYER_TABLES
+    ]
+    table, norms = next((found for found in by_table if all(found[1].values())), by_table[0])
+    norms |= _qk_norms(table, attention, flow, matrices, present_key)
     # A role is one weight. None or several, or a weight without a role: then nothing is taken for granted.
     problems = []
     if key & value:
@@ -113,7 +125,7 @@ def find_projections(
             problems.append(_not_one(role, [_named(part) for part in parts]))
     for role, vectors in norms.items():
         if len(vectors) != 1:
-            problems.append(_not_one(role, [place(vector.node) for vector in vectors]))
+            problems.append(_not_one(role, [place(vector.node) for vector in vectors], table))
     if problems:
         raise GraphPassError(
             f"projections of {where}: " + "; ".join(problems) + ". Expected exactly one per role.",
@@ -121,7 +133,7 @@ def find_projections(
             "projections",
         )
     found = {
-        role: Projection(LLAMA_LAYER[role].weight, vector, 0, vector.shape[0])
+        role: Projection(table[role].weight, vector, 0, vector.shape[0])
         for role, vectors in norms.items()
         for vector in vectors
     }
@@ -151,8 +163,17 @@ def key_width(attention: ResidualBlock, present_key: ir.Value) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
-def _not_one(role: str, candidates: Sequence[str]) -> str:
-    return f"{LLAMA_LAYER[role].path} could be {', '.join(candidates) or 'no node with a constant weight'}"
+def branch_ends(block: ResidualBlock) -> tuple[str, ...]:
+    """The matrices that what a block adds to the stream comes from, by the places of their nodes: one in a Llama.
+
+    Raises:
+        GraphPassError: A matrix is stored in a way that is not understood.
+    """
+    return tuple(sorted(_named(part) for part in LinearFlow(block.nodes).of(block.branch)))
+
+
+def _not_one(role: str, candidates: Sequence[str], table: LayerTable = LLAMA_LAYER) -> str:
+    return f"{table[role].path} could be {', '.join(candidates) or 'no node with a constant weight'}"
 
 
 def _named(part: Part) -> str:
@@ -160,20 +181,41 @@ def _named(part: Part) -> str:
     return f"{place(part.matrix.node)}{columns}"
 
 
-def _head_norms(
-    attention: ResidualBlock, flow: LinearFlow, matrices: Mapping[str, frozenset[Part]], present_key: ir.Value
+def _qk_norms(
+    table: LayerTable,
+    attention: ResidualBlock,
+    flow: LinearFlow,
+    matrices: Mapping[str, frozenset[Part]],
+    present_key: ir.Value,
 ) -> dict[str, list[DenseStorage]]:
-    """Norms of queries and of keys, head by head; none where there are none, or only one of the two.
+    """Norms of queries and of keys; none where there are none, only one of the two, or of another width.
 
-    What scales queries has touched q_proj and nothing else. A norm over the width of all heads has no role here.
+    What scales queries has touched q_proj and nothing else, or is an input of the operator that attends. The family's
+    table says whether heads are normalised one by one, or all together.
     """
-    head_dim = present_key.shape[-1] if present_key.shape is not None else None
+    head_dim = _head_dim(matrices["k_proj"], present_key)
     found = {}
     for role, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
         vectors = list(_norm_weights(attention.nodes, flow, matrices[projection]))
-        if {vector.shape[0] for vector in vectors} == {head_dim}:
+        inside = [(node, HEAD_NORM_INPUTS.get((node.domain, node.op_type), {}).get(role)) for node in attention.nodes]
+        read = (dense_storage(Place(node, index), "vector") for node, index in inside if index is not None)
+        vectors += [vector for vector in read if vector is not None]
+        by_head = table[role].axes == ("head",)
+        widths = {head_dim} if by_head else {part.stop - part.start for part in matrices[projection]}
+        if {vector.shape[0] for vector in vectors} == widths:
             found[role] = vectors
     return found if len(found) == 2 else {}
+
+
+def _head_dim(key: frozenset[Part], present_key: ir.Value) -> int | None:
+    """Width of a head: as the cache's shape says it, or as k_proj's width and the number of heads do."""
+    if present_key.shape is None or len(present_key.shape) != 4:
+        return None
+    _, heads, _, head_dim = present_key.shape
+    if isinstance(head_dim, int):
+        return head_dim
+    widths = {part.stop - part.start for part in key}
+    return widths.pop() // heads if isinstance(heads, int) and heads > 0 and len(widths) == 1 else None
 
 
 def _refuse_other_weights(blocks: Sequence[ResidualBlock], named: Collection[Projection], where: str) -> None:
@@ -198,7 +240,7 @@ def _refuse_other_weights(blocks: Sequence[ResidualBlock], named: Collection[Pro
     if problems:
         raise GraphPassError(
             f"projections of {where}: " + "; ".join(problems) + ".",
-            hint="the graph is not a plain Llama's: only layers of projections and two norms can be copied or compared",
+            hint="not a plain decoder: only layers of projections and their norms can be copied or compared",
         )
 
 

@@ -30,6 +30,12 @@ class RowAccess(abc.ABC):
 
     def __init__(self, graph: ir.Graph, masked: MaskedBlock, made_by: str) -> None:
         self.graph, self.masked, self.made_by = graph, masked, made_by
+        self._made: list[TaggedNodes] = []
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """Those made for this block alone, and not removed since; the last one closes it once rows were added."""
+        return [node for made in self._made for node in made.nodes if node.graph is not None]
 
     @property
     def count(self) -> str:
@@ -37,8 +43,9 @@ class RowAccess(abc.ABC):
         return f"active_tokens_{self.masked.layer.index}"
 
     def new_nodes(self) -> TaggedNodes:
-        """An empty list of nodes of this layer."""
-        return TaggedNodes(self.made_by, self.masked.layer.index)
+        """An empty list of nodes of this block."""
+        self._made.append(TaggedNodes(self.made_by, self.masked.layer.index))
+        return self._made[-1]
 
     @abc.abstractmethod
     def gather(self, nodes: TaggedNodes, value: ir.Value, width: int | None, name: str) -> ir.Value:
@@ -179,12 +186,12 @@ def run_on_rows(nodes: Sequence[ir.Node], stream: ir.Value, rows: ir.Value, lead
 
 
 def projected_width(value: ir.Value) -> int | None:
-    """Size of the last axis of a projection, rotated or not: as declared, or as its matrix or bias says."""
+    """Size of the last axis of a projection, rotated or not: as declared, or as its matrix, bias or norm says."""
     value = unrotated(value)
     if value.shape is not None and isinstance(last := value.shape[-1], int):
         return last
     node = value.producer()
-    if node is None or not is_op(node, "MatMul", "Add"):
+    if node is None or not is_op(node, "MatMul", "Add", "RMSNormalization"):
         return None
     tensors = [constant_tensor(operand) for operand in node.inputs]
     sizes = [int(tensor.shape[-1]) for tensor in tensors if tensor is not None and len(tensor.shape)]  # type: ignore[arg-type]  # tensors have no symbolic dimensions

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -9,6 +11,7 @@ from dlo_export.checkpoints.interface import CACHE_PARTS
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name
 from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
+from dlo_export.graph_passes.find.masked_branch import own_columns
 from dlo_export.graph_passes.lowerings.active_rows import token_zeros
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
@@ -25,10 +28,7 @@ def branch_problems(masked: MaskedAttention) -> list[str]:
 
 
 def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str) -> None:
-    """Puts an If in place of the block: it computes it, or passes on the stream and appends to the cache what it must.
-
-    That is zeros where skipped tokens leave no keys and values; those of the step where they do, which are computed
-    in front of the If.
+    """Puts an If in place of the block, as it is, with an addition of its own that closes it.
 
     Args:
         graph: Holds the layer; its nodes need sorting afterwards.
@@ -36,30 +36,58 @@ def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Val
         condition: bool, 0-D: whether the block is computed.
         made_by: Name of the pass.
     """
-    layer, block = masked.layer, masked.layer.attention
-    name, dtype = layer_tensor_name(layer.index, "self_attn"), element_type(block.stream_operand)
+    block, add = masked.layer.attention, TaggedNodes(made_by, masked.layer.index)
+    operands = [value for value in block.add.inputs if value is not None]
+    added = add.add(
+        "Add",
+        *operands,
+        name=f"{layer_tensor_name(masked.layer.index, 'self_attn')}.added",
+        dtype=element_type(block.stream_operand),
+        shape=(*masked.layer.token_dims, masked.layer.hidden_size),
+        closes=operands.index(block.branch),
+    )
+    graph.insert_before(block.add, add.nodes)
+    replace_value(block.stream_out, added)
+    graph.remove(block.add, safe=True)
+    order = node_order(graph)
+    hides = None if masked.hidden is None else masked.hidden.mask_select
+    columns = own_columns(masked.nodes, (masked.select, masked.scaling, hides))
+    moved = sorted({*masked.nodes, *columns}, key=order.__getitem__)
+    close_in_branch(graph, masked, condition, made_by, [*moved, *add.nodes])
+
+
+def close_in_branch(
+    graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str, nodes: Sequence[ir.Node]
+) -> None:
+    """Puts an If in place of nodes: it computes them, or passes on the stream and appends to the cache what it must.
+
+    That is zeros where skipped tokens leave no keys and values; those of the step where they do, which are computed
+    in front of the If.
+
+    Args:
+        graph: Holds the layer; its nodes need sorting afterwards.
+        masked: Without `branch_problems`.
+        condition: bool, 0-D: whether they are computed.
+        made_by: Name of the pass.
+        nodes: All that serve active tokens only, whatever a lowering has made of them; the last one gives the stream
+            behind the block.
+    """
+    layer = masked.layer
+    name, dtype = layer_tensor_name(layer.index, "self_attn"), element_type(layer.input)
     shape, tags = (*layer.token_dims, layer.hidden_size), TaggedNodes(made_by, layer.index).tags
-    zeros = None if masked.hidden is None else _zero_rows(graph, masked, made_by, block.add)
+    zeros = None if masked.hidden is None else _zero_rows(graph, masked, made_by, nodes[0])
 
     # What the If gives out takes the place of stream and cache first: the branch's own values get other names,
     # since names are unique across a graph and its branches.
-    kept = (block.stream_out, layer.present_key, layer.present_value)
+    kept = (nodes[-1].outputs[0], layer.present_key, layer.present_value)
     results = [ir.Value(type=value.type, shape=None if value.shape is None else value.shape.copy()) for value in kept]
     results[0].type, results[0].shape = ir.TensorType(dtype), ir.Shape(shape)  # type: ignore[arg-type]  # known since routing
     for old, new in zip(kept, results, strict=True):
         replace_value(old, new)
-    inner = [f"{name}.active_{part}" for part in ("output", *CACHE_PARTS)]
+    for value, part in zip(kept, ("output", *CACHE_PARTS), strict=True):
+        value.name = f"{name}.active_{part}"
 
-    # Both branches: all of the block that serves active tokens, which ends in an addition of its own; or the stream as
-    # it is, and what the step leaves in the cache.
-    order = node_order(graph)
-    moved = sorted(masked.nodes, key=order.__getitem__)
-    add = TaggedNodes(made_by, layer.index)
-    operands = [value for value in block.add.inputs if value is not None]
-    closes = operands.index(block.branch)
-    outputs = [add.add("Add", *operands, name=inner[0], dtype=dtype, shape=shape, closes=closes), *kept[1:]]
-    for value, own_name in zip(outputs, inner, strict=True):
-        value.name = own_name
+    # The other branch: the stream as it is, and what the step leaves in the cache.
     keep = TaggedNodes(made_by, layer.index)
     skipped = [keep.add("Identity", layer.input, name=f"{name}.skipped_output", dtype=dtype, shape=shape)]
     for number, (past, present, part) in enumerate(
@@ -77,20 +105,19 @@ def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Val
                 axis=2,
             )
         )
-    graph.remove(moved)
+    graph.remove(nodes)
     conditional = ir.node(
         "If",
         [condition],
         {
-            "then_branch": ir.Graph([], outputs, nodes=[*moved, *add.nodes], name=f"{name}.then_branch"),
+            "then_branch": ir.Graph([], list(kept), nodes=list(nodes), name=f"{name}.then_branch"),
             "else_branch": ir.Graph([], skipped, nodes=keep.nodes, name=f"{name}.else_branch"),
         },
         outputs=results,
         name=f"{name}.if",
         metadata_props=dict(tags),
     )
-    graph.insert_before(block.add, conditional)
-    graph.remove(block.add, safe=True)
+    graph.append(conditional)
 
 
 def _cache_sizes(masked: MaskedAttention) -> tuple[int, int] | None:

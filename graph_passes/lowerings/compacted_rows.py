@@ -19,11 +19,21 @@ class CompactedRows(RowAccess):
         masked: A block of it.
         made_by: Name of the pass.
         before: Where the index is computed on first use: once per layer, whatever of it is routed.
+        own: Compute the index for this block alone, among its `nodes`.
     """
 
-    def __init__(self, graph: ir.Graph, masked: MaskedBlock, made_by: str, before: ir.Node) -> None:
+    def __init__(
+        self, graph: ir.Graph, masked: MaskedBlock, made_by: str, before: ir.Node, *, own: bool = False
+    ) -> None:
         super().__init__(graph, masked, made_by)
-        router, int64, tags = router_path(masked.layer.index), ir.DataType.INT64, self.new_nodes().tags
+        router, int64, new = router_path(masked.layer.index), ir.DataType.INT64, self.new_nodes()
+        if own:
+            path, dims = block_path(masked), (2, self.count)
+            places = new.add("NonZero", masked.active, name=f"{path}.nonzero", dtype=int64, shape=dims)
+            self._index = new.add("Transpose", places, name=f"{path}.index", dtype=int64, shape=dims[::-1], perm=(1, 0))
+            graph.insert_before(before, new.nodes)
+            return
+        tags = new.tags
         nonzero = shared_node(
             graph,
             "NonZero",

@@ -11,6 +11,7 @@ from dlo_export.graph_passes.lowerings import lower_skip_to_if
 RECORD = dataclasses.replace(
     lower_skip_to_if.RECORD,
     targets=("tensorrt",),
+    make_pass=lambda workload: lower_skip_to_if.LowerSkipToIfPass(),  # it reduces numbers only
     routing=("mlp", "layer"),
     tensorrt_layers=frozenset({"CONDITION", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT"}),
     tensorrt_start="CONDITIONAL_INPUT",

@@ -13,15 +13,20 @@ from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
+from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
 from dlo_export.graph_passes.lowerings.active_rows import run_on_rows, stream_for_all_tokens
+from dlo_export.graph_passes.lowerings.attention_in_branch import branch_problems, close_in_branch
 from dlo_export.graph_passes.lowerings.attention_on_rows import projections_on_rows, row_problems, run_on_active_rows
 from dlo_export.graph_passes.lowerings.compacted_rows import CompactedRows
+from dlo_export.graph_passes.lowerings.lower_skip_to_if import any_active
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
-from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
+from dlo_export.graph_passes.lowerings.mlp_in_branch import add_skip, close_mlp_in_branch, dequantised_outside
+from dlo_export.graph_passes.lowerings.record import LoweringRecord
+from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
-from dlo_export.graph_passes.spec.provenance import shared_constant
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,24 +58,39 @@ class LowerSkipToCompactionPass(LoweringPass):
     Where attention alone is skipped and skipped tokens leave keys and values, the query's projection runs on rows of
     the norm's output, and keys and values come from all of it.
 
-    Rows are [1, n, hidden] instead where a node of the MLP counts its axes from the front. Scope:
-    every routed decoder layer of the main graph. Source: ONNX ScatterND-11, GatherND-12.
+    Rows are [1, n, hidden] instead where a node of the MLP counts its axes from the front.
+
+    An MLP of no rows takes no time; attention for which no token is active does. With `branches`, attention on rows
+    stands in an If, whose other branch passes x on and appends to the cache what skipped tokens leave
+    (`LowerSkipToIfPass`); where whole layers are skipped, so does the MLP, which shares the condition. In steps with
+    active tokens these cost a microsecond or two. An MLP that is skipped alone stays in the main graph, where tools
+    that quantise graphs find it, and so does one whose weights are dequantised by nodes of their own.
+
+    Scope: every routed decoder layer of the main graph. Source: ONNX ScatterND-11, GatherND-12, If-1.
+
+    Attributes:
+        branches: Leave out what rows do not make cheap, in steps in which nobody is active.
     """
+
+    branches: bool = True
 
     def problems(self, masked: MaskedMlp) -> Sequence[str]:
         """Nodes of the branch that do not compute each token by itself."""
         return row_rank(masked.nodes)[1]
 
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
-        """Projections that do not compute each token by itself."""
-        return row_problems(masked)
+        """Projections that do not compute each token by itself; with branches, sizes that the graph does not say."""
+        return [*row_problems(masked), *(branch_problems(masked) if self.branches else ())]
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Run the MLP of one layer on its active tokens."""
         layer, block, nodes = masked.layer, masked.layer.mlp, masked.nodes
         mlp, dtype = layer_tensor_name(layer.index, "mlp"), element_type(block.stream_in)
-        access = CompactedRows(graph, masked, type(self).__name__, nodes[0])
+        # Where a state says who was active, the layer is skipped whole.
+        in_branch = self.branches and layer.past_active is not None and dequantised_outside(masked) is None
+        access = CompactedRows(graph, masked, type(self).__name__, nodes[0], own=in_branch)
         rank, _ = row_rank(nodes)
+        skip = add_skip(masked, self._name) if in_branch else None
 
         # In front of the branch: where the active tokens are, and their rows. A branch that counts its axes from the
         # front gets them as a batch of one.
@@ -93,18 +113,32 @@ class LowerSkipToCompactionPass(LoweringPass):
         if first_axis is not None:
             kept = scatter.add("Squeeze", kept, first_axis, name=f"{mlp}.kept_rows", dtype=dtype, shape=row_shape)
         access.add(scatter, stream, gathered if stream is block.stream_in else None, kept)
+        if skip is not None:
+            served = [*(node for node in nodes if node.graph is graph), *access.nodes]
+            close_mlp_in_branch(graph, masked, self._any_active(graph, masked), served, skip)
 
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Run the projections of one layer's attention on its active tokens."""
-        access = CompactedRows(graph, masked, type(self).__name__, projections_on_rows(masked)[0])
+        first = projections_on_rows(masked)[0]
+        access = CompactedRows(graph, masked, self._name, first, own=self.branches)
         run_on_active_rows(masked, access)
+        if self.branches:
+            # What is left of the masked form, and what rows need besides.
+            nodes = [*(node for node in masked.nodes if node.graph is graph), *access.nodes]
+            close_in_branch(graph, masked, self._any_active(graph, masked), self._name, nodes)
+
+    def _any_active(self, graph: ir.Graph, masked: MaskedBlock) -> ir.Value:
+        decision = masked.active.producer()
+        assert decision is not None, "a router decides"
+        tags = TaggedNodes(self._name, masked.layer.index).tags
+        return any_active(graph, masked, decision, tags, reduce_bool=True)  # branches are for ONNX Runtime alone
 
 
 RECORD = LoweringRecord(
     name="compact",
-    targets=ONNXRUNTIME,
+    targets=("onnxruntime-cpu",),
     make_pass=lambda workload: LowerSkipToCompactionPass(),
-    stage=lowered_stage(LowerSkipToCompactionPass.__name__),
+    stage=lowered_stage(LowerSkipToCompactionPass.__name__, graph_checks.eager_branches),
     skips="tokens",
     not_capturable="the number of active tokens is read back by the host",
     reason="compaction skips work in prefill, batches and decode alike, in standard operators",

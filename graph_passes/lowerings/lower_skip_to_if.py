@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import onnx_ir as ir
@@ -11,12 +11,14 @@ import onnx_ir as ir
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_path
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import element_type, is_op, node_order
+from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
+from dlo_export.graph_passes.find.masked_branch import own_columns
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.lowerings.attention_in_branch import branch_problems, move_into_branch
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.lowerings.mlp_in_branch import add_skip, close_mlp_in_branch, dequantised_outside
 from dlo_export.graph_passes.lowerings.projections_in_branches import (
     move_projections_into_branches,
     projection_problems,
@@ -26,6 +28,8 @@ from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
 from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes, shared_node
+
+_REDUCES_BOOL = 20  # the first opset whose ReduceMax does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,7 @@ class LowerSkipToIfPass(LoweringPass):
 
     After::
 
-        any = Cast<BOOL>(ReduceMax<keepdims=0>(Cast<FLOAT>(active)))     # 0-D
+        any = ReduceMax<keepdims=0>(active)                              # 0-D
         y   = If(any) <
           then_branch = {                                                # the same nodes, all of them
             d       = MLP(RMSNormalization(h))
@@ -84,65 +88,48 @@ class LowerSkipToIfPass(LoweringPass):
     initializers cost several times their memory at load); no node that depends on h and serves the MLP stays outside
     (TensorRT runs lazily only what hangs on the conditional's inputs); each branch produces its output itself (so no
     pass may eliminate Identity nodes afterwards), of equal rank and type and under a name of its own. The router and
-    its scale, the state of activity and what prepares constants (runtimes fold it) stay outside. The condition goes
-    through fp32 because TensorRT reduces numbers only, and ONNX reduces bool from opset 20 on only.
+    its scale, the state of activity and what prepares constants (runtimes fold it) stay outside. TensorRT reduces
+    numbers only, and ONNX reduces bool from opset 20 on: elsewhere the condition goes through fp32,
+    Cast<BOOL>(ReduceMax<keepdims=0>(Cast<FLOAT>(active))).
 
-    Scope: every routed decoder layer of the main graph. Source: ONNX If-1, ReduceMax-1; TensorRT IIfConditional.
+    Scope: every routed decoder layer of the main graph. Source: ONNX If-1, ReduceMax-1 and -20; TensorRT
+    IIfConditional.
+
+    Attributes:
+        reduce_bool: Reduce decisions as they are, where the opset can. Each node of a router costs a decode step about
+            as much as an addition of hidden states.
     """
 
-    def problems(self, masked: MaskedMlp) -> Sequence[str]:
-        """Weights that a node dequantises: outside of the branch it runs in every step, inside ONNX Runtime fails.
+    reduce_bool: bool = False
 
-        ONNX Runtime 1.32 fuses such a node with the MatMul that reads it, and refuses to load a graph where the weight
-        is not an initializer of the subgraph they stand in.
-        """
-        sources = [value.producer() for node in masked.nodes for value in node.inputs if value is not None]
-        outside = [source for source in sources if source is not None and source not in masked.nodes]
-        found = [source for source in outside if is_op(source, "DequantizeLinear")]
-        return [f"{place(found[0])} dequantises a weight, which no branch can leave out"] if found else []
+    def problems(self, masked: MaskedMlp) -> Sequence[str]:
+        """Weights that a node dequantises."""
+        node = dequantised_outside(masked)
+        return [] if node is None else [f"{place(node)} dequantises a weight, which no branch can leave out"]
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Move the block of one layer into an If."""
-        index, block = masked.layer.index, masked.layer.mlp
-        mlp, output, dtype = layer_tensor_name(index, "mlp"), block.stream_out, element_type(block.stream_operand)
-        shape = (*masked.layer.token_dims, masked.layer.hidden_size)
-        tags = TaggedNodes(type(self).__name__, index).tags
-        condition = _any_active(graph, masked, block.add, tags)
+        block, add = masked.layer.mlp, TaggedNodes(self._name, masked.layer.index)
+        condition = any_active(graph, masked, block.add, add.tags, reduce_bool=self.reduce_bool)
+        skip = add_skip(masked, self._name)
 
-        # Both branches: what is moved keeps its order, and ends in an addition of the branch's own, which closes the
-        # block; else the stream passes through.
+        # What is moved keeps its order, and ends in an addition of the branch's own, which closes the block.
         order = node_order(graph)
-        moved = sorted({*masked.nodes, masked.select, *_columns(masked)}, key=order.__getitem__)
+        serving = {*masked.nodes, masked.select}
+        moved = sorted({*serving, *own_columns(serving, (masked.select, masked.scaling))}, key=order.__getitem__)
         operands = [value for value in block.add.inputs if value is not None]
-        add = TaggedNodes(type(self).__name__, index)
         added = add.add(
             "Add",
             *operands,
-            name=f"{mlp}.active_output",
-            dtype=dtype,
-            shape=shape,
+            name=layer_tensor_name(masked.layer.index, "mlp.added"),
+            dtype=element_type(block.stream_operand),
+            shape=(*masked.layer.token_dims, masked.layer.hidden_size),
             closes=operands.index(block.branch),
         )
-        keep = TaggedNodes(type(self).__name__, index)
-        skipped = _add_skip(keep, masked, shape)
-        graph.remove(moved)
-        conditional = ir.node(
-            "If",
-            [condition],
-            {
-                "then_branch": ir.Graph([], [added], nodes=[*moved, *add.nodes], name=f"{mlp}.then_branch"),
-                "else_branch": ir.Graph([], [skipped], nodes=keep.nodes, name=f"{mlp}.else_branch"),
-            },
-            name=f"{mlp}.if",
-            metadata_props=dict(tags),
-        )
-
-        # The If stands where the addition stood, and gives the stream under its name.
-        graph.insert_before(block.add, conditional)
-        result = conditional.outputs[0]
-        result.type, result.shape = added.type, ir.Shape(shape)
-        replace_value(output, result)
+        graph.insert_before(block.add, add.nodes)
+        replace_value(block.stream_out, added)
         graph.remove(block.add, safe=True)
+        close_mlp_in_branch(graph, masked, condition, [*moved, *add.nodes], skip)
 
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
         """A cast between stream and sum, or sizes that the graph does not say."""
@@ -151,19 +138,32 @@ class LowerSkipToIfPass(LoweringPass):
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Move the attention of one layer into an If, or the projections around it where it must stay outside."""
         tags = TaggedNodes(type(self).__name__, masked.layer.index).tags
-        condition = _any_active(graph, masked, masked.layer.attention.add, tags)
+        add = masked.layer.attention.add
+        condition = any_active(graph, masked, add, tags, reduce_bool=self.reduce_bool)
         move = move_projections_into_branches if masked.is_static else move_into_branch
         move(graph, masked, condition, type(self).__name__)
 
 
-def _any_active(graph: ir.Graph, masked: MaskedBlock, before: ir.Node, tags: Mapping[str, str]) -> ir.Value:
-    """Whether any token is active: bool, 0-D; once per layer, whatever of it is routed."""
+def any_active(
+    graph: ir.Graph, masked: MaskedBlock, before: ir.Node, tags: Mapping[str, str], *, reduce_bool: bool
+) -> ir.Value:
+    """Whether any token is active: bool, 0-D; once per layer, whatever of it is routed.
+
+    Args:
+        graph: The main graph.
+        masked: The block.
+        before: The node that the new ones go before.
+        tags: Of the new nodes.
+        reduce_bool: See `LowerSkipToIfPass`.
+    """
     router, float32, boolean = router_path(masked.layer.index), ir.DataType.FLOAT, ir.DataType.BOOL
     steps: tuple[tuple[str, str, ir.DataType, Dims | None, dict[str, int]], ...] = (
         ("Cast", "active_number", float32, masked.active.shape, {"to": int(float32)}),
         ("ReduceMax", "any_number", float32, (), {"keepdims": 0}),
         ("Cast", "any_active", boolean, (), {"to": int(boolean)}),
     )
+    if reduce_bool and graph.opset_imports.get("", 0) >= _REDUCES_BOOL:
+        steps = (("ReduceMax", "any_active", boolean, (), {"keepdims": 0}),)
     value = masked.active
     for op_type, name, dtype, shape, attributes in steps:
         value = shared_node(
@@ -180,48 +180,15 @@ def _any_active(graph: ir.Graph, masked: MaskedBlock, before: ir.Node, tags: Map
     return value
 
 
-def _columns(masked: MaskedMlp) -> Iterator[ir.Node]:
-    """The Unsqueeze nodes of decision and scale, where they serve this block only: their work can be skipped too."""
-    # An Unsqueeze that another layer reads too would no longer be computed in steps where this layer skips.
-    readers = {*masked.nodes, masked.select}
-    operands = [masked.select.inputs[0], *(masked.scaling.inputs if masked.scaling is not None else ())]
-    for value in operands:
-        node = None if value is None else value.producer()
-        if value is None or node is None or not is_op(node, "Unsqueeze") or node in readers:
-            continue
-        if readers.issuperset(value.consumers()) and not value.is_graph_output():
-            yield node
-
-
-def _add_skip(nodes: TaggedNodes, masked: MaskedMlp, shape: Dims) -> ir.Value:
-    """The stream as the addition reads it, for steps without an active token: h, cast where the operand is."""
-    # The addition may read a cast of the stream: both branches must give the same type, so the cast is repeated here.
-    block = masked.layer.mlp
-    casts: list[ir.Node] = []
-    value = block.stream_operand
-    while value is not block.stream_in:
-        node = value.producer()
-        assert node is not None, "the operand is the stream behind Cast and Identity"
-        assert node.inputs[0] is not None, "Cast and Identity have an input"
-        if is_op(node, "Cast"):
-            casts.append(node)
-        value = node.inputs[0]
-    for cast in reversed(casts):
-        source, to = cast.outputs[0], cast.attributes["to"].as_int()
-        name = f"{source.name}.skipped"
-        value = nodes.add("Cast", value, name=name, dtype=ir.DataType(to), shape=shape, to=to)
-    name = layer_tensor_name(masked.layer.index, "mlp.skipped_output")
-    return nodes.add("Identity", value, name=name, dtype=element_type(block.stream_operand), shape=shape)
-
-
 RECORD = LoweringRecord(
     name="if",
     targets=ONNXRUNTIME,
-    make_pass=lambda workload: LowerSkipToIfPass(),
+    make_pass=lambda workload: LowerSkipToIfPass(reduce_bool=True),
     stage=lowered_stage(LowerSkipToIfPass.__name__, graph_checks.eager_branches),
     skips="steps",
     not_capturable="the host decides which branch runs",
     reason="decode of one sequence: a skipped layer runs nothing, in native operators",
     suits=lambda workload: workload.phase == "decode" and workload.max_batch == 1,
     routing=get_args(RoutingKind),
+    fuses_norms=True,
 )

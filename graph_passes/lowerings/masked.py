@@ -18,6 +18,7 @@ RECORD = LoweringRecord(
     reason="the oracle: exact, and computes everything",
     suits=lambda workload: False,
     routing=get_args(RoutingKind),
+    fuses_norms=True,
 )
 
 DENSE = LoweringRecord(

@@ -53,6 +53,7 @@ class LoweringRecord:
         suits: Whether `auto` may choose it for a workload.
         routing: What tokens may skip in the graphs that it takes.
         blocks: Those of a layer that it makes skip; others stay masked.
+        fuses_norms: Whether norms around a routed block are fused with their additions, where a graph had them so.
         domains: Operator domains besides ONNX's own that its graphs use.
         operators: Operators it writes that a runtime may lack for some types; one of another domain as
             "dlo::SkipGateUp".
@@ -70,6 +71,7 @@ class LoweringRecord:
     suits: Callable[[Workload], bool]
     routing: tuple[RoutingKind, ...] = ("mlp",)
     blocks: tuple[Block, ...] = ("self_attn", "mlp")
+    fuses_norms: bool = False
     domains: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
     tensorrt_layers: frozenset[str] = frozenset()

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from dlo_export.graph_passes.lowerings.record import LoweringRecord, Target, Workload
 
 # By name, the modules beside this one that hold its records (`RECORD`), one per target or group of targets. Where
-# `auto` finds several that suit, the first one is its choice.
+# `auto` finds several that suit, and none of them was measured (`measured.py`), the first one is its choice.
 _MODULES: dict[str, tuple[str, ...]] = {
     "plugin": ("lower_skip_to_plugin",),
     "if": ("lower_skip_to_if", "if_on_tensorrt"),
-    "compact": ("lower_skip_to_compaction", "lower_skip_to_topk"),
+    "compact": ("lower_skip_to_compaction", "compaction_on_cuda", "lower_skip_to_topk"),
     "masked": ("masked",),
 }
 EXTRA_RECORDS: list[LoweringRecord] = []
-"""Lowerings of others, before all of these for `auto`."""
+"""Lowerings of others; `auto` chooses none where others were measured."""
 
 NOTHING_ROUTED = "none"
 """Stands in a lowering's place where nothing is routed."""

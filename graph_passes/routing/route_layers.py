@@ -196,7 +196,8 @@ class RouteLayersPass(GraphPass):
     def _check_masked(self, graph: ir.Graph, weights: Mapping[int, np.ndarray]) -> None:
         """Lowerings look for the masked form; in a foreign graph, more than the addition may read a layer's branch.
 
-        Where only queries serve active tokens, they are marked: no pass may join them with keys and values again.
+        Where only queries serve active tokens, their projection and those of keys and values are marked: no pass may
+        join the one with the others.
         """
         problems = []
         for layer in find_decoder_layers(graph):
@@ -206,8 +207,7 @@ class RouteLayersPass(GraphPass):
                 if isinstance(match, Mismatch):
                     problems.append(match.reason)
                 elif isinstance(match, MaskedAttention) and match.hidden is None:
-                    for node in match.projections:
-                        node.metadata_props[SERVES_KEY] = "active"
+                    _mark_served(match)
         if problems:
             raise GraphPassError(
                 "RouteLayersPass: " + "; ".join(problems) + ".",
@@ -261,6 +261,14 @@ class RouteLayersPass(GraphPass):
         return scale
 
 
+def _mark_served(attention: MaskedAttention) -> None:
+    """Says of projections of one value whether active tokens read them or all, where that differs."""
+    for node in attention.source.consumers():
+        node.metadata_props.setdefault(SERVES_KEY, "all")  # a router says of itself whom it serves
+    for node in attention.projections:
+        node.metadata_props[SERVES_KEY] = "active"
+
+
 def _add_router(
     graph: ir.Graph, nodes: TaggedNodes, layer: DecoderLayer, weight: np.ndarray, threshold: float
 ) -> tuple[ir.Value, ir.Value]:
@@ -274,6 +282,8 @@ def _add_router(
     router_weight = shared_constant(graph, f"{router}.weight", weight[:, np.newaxis])
     shape = (*tokens, 1)
     column = nodes.add("MatMul", stream, router_weight, name=f"{router}.logits_column", dtype=float32, shape=shape)
+    # Where no norm stands before attention, the projections read the stream too; they are skipped, the router is not.
+    nodes.nodes[-1].metadata_props[SERVES_KEY] = "router"
     axis = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))
     logits = nodes.add("Squeeze", column, axis, name=f"{router}.logits", dtype=float32, shape=tokens)
     scores = nodes.add("Sigmoid", logits, name=f"{router}.scores", dtype=float32, shape=tokens, role=ROUTER_SCORES)

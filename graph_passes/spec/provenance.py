@@ -16,7 +16,7 @@ ROLE_KEY = "dlo.role"
 CLOSES_KEY = "dlo.closes"
 """Of the node that closes a routed block: the number of its input that carries the branch."""
 SERVES_KEY = "dlo.serves"
-"""Of nodes of a routed block: "active" where they serve active tokens only, though others beside them serve all."""
+"""Of nodes that read one value: "active" where they serve active tokens only, "all" beside those; or the "router"."""
 
 Role = Literal["router_scores", "router_active"]
 ROUTER_SCORES: Role = "router_scores"

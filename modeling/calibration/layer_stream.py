@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind, leaves_keys
 from dlo_export.modeling.active_attention import attend_among_active
 from dlo_export.modeling.active_tokens import ActiveTokens
+from dlo_export.modeling.family_modules import block_branch, block_input
 from dlo_export.modeling.llama_dlo import adds_nothing
 
 _SEQUENCES_AT_ONCE = 8
@@ -123,27 +124,28 @@ class LayerStream:
             mask = self._causal_mask(stream, as_numbers=True)
             assert isinstance(mask, torch.Tensor), "sdpa and eager attention take numbers"
             rows = tokens.gather(stream)
-            rows = rows + attend_among_active(
+            attended = attend_among_active(
                 layer.self_attn,
-                layer.input_layernorm(rows),
+                block_input(layer, "self_attn", rows),
                 tokens,
                 active[batch],
                 attention_mask=mask,
                 position_embeddings=self._position_embeddings,
             )
+            rows = rows + block_branch(layer, "self_attn", attended)
             if "mlp" in ROUTED_BLOCKS[self._routing]:
                 rows = rows + _mlp_branch(layer, rows)
             self.hidden_states[batch] = tokens.put(rows, stream)
 
     def _attention(self, layer: LlamaDecoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
-        branch: torch.Tensor
-        branch, _ = layer.self_attn(
-            hidden_states=layer.input_layernorm(hidden_states),
+        attended: torch.Tensor
+        attended, _ = layer.self_attn(
+            hidden_states=block_input(layer, "self_attn", hidden_states),
             attention_mask=self._causal_mask(hidden_states),
             position_ids=self._position_ids,
             position_embeddings=self._position_embeddings,
         )
-        return branch
+        return block_branch(layer, "self_attn", attended)
 
     def _causal_mask(self, hidden_states: torch.Tensor, *, as_numbers: bool = False) -> Any:
         """The mask of transformers: of numbers, or whatever its attention takes for causal order."""
@@ -158,5 +160,4 @@ class LayerStream:
 
 
 def _mlp_branch(layer: LlamaDecoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
-    branch: torch.Tensor = layer.mlp(layer.post_attention_layernorm(hidden_states))
-    return branch
+    return block_branch(layer, "mlp", layer.mlp(block_input(layer, "mlp", hidden_states)))

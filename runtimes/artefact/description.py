@@ -43,7 +43,7 @@ _REWRITE = "export the model again, or use the dlo-export that wrote it"
 
 
 # Whether an adapter's base_sha256 is the base's: equal; another one, allowed by --force-base; the adapter has none; the
-# base is a graph, whose bytes are others than its checkpoint's.
+# base is a graph, whose bytes are others than its checkpoint's, or its weights were not read.
 AdapterBase = Literal["same", "forced", "not stated", "not comparable"]
 
 
@@ -54,7 +54,7 @@ class SourceIdentity:
     Attributes:
         kind: Of source, such as "gguf".
         name: Of its file or folder.
-        sha256: Of its weights; with a LoRA adapter, of both files' hashes.
+        sha256: Of its weights; with a LoRA adapter, of both files' hashes; None where no weights were read.
         model_type: What its config.json calls the model, such as "mistral"; None where a graph lies without one.
         adapter: Name of the adapter's folder; None where there was none.
         adapter_base: Whether the adapter was made from these weights; None where there was none.
@@ -63,7 +63,7 @@ class SourceIdentity:
 
     kind: str
     name: str
-    sha256: str
+    sha256: str | None
     model_type: str | None
     adapter: str | None = None
     adapter_base: AdapterBase | None = None
@@ -140,7 +140,7 @@ class LayerDescription:
         source: The original layer it was made from; None where there is none.
         init: How it was initialised; None where it was not.
         routed: Whether tokens skip it.
-        identity: Whether it changes nothing.
+        identity: Whether it changes nothing; None where no weights were read.
     """
 
     index: Count
@@ -148,7 +148,7 @@ class LayerDescription:
     source: Count | None
     init: str | None
     routed: bool
-    identity: bool
+    identity: bool | None
 
 
 Layers = Annotated[

@@ -42,13 +42,27 @@ def check_model_files(description: ArtefactDescription, folder: Path) -> None:
     Raises:
         ModelLoadError: A file is missing or of another size, or the artefact was made without weights.
     """
-    files = [file for file in description.files if not file.name.is_relative_to(folder / ENGINES_NAME)]
-    if {file.name for file in files} <= {folder / MODEL_NAME}:
+    if not has_weights(description, folder):
         raise ModelLoadError(
             f"{folder}: has no weights, {WEIGHTS_NAME} was left out",
             hint="export the model again, without --no-weights",
         )
-    _refuse(size_changes(files))
+    _refuse(size_changes(_model_files(description, folder)))
+
+
+def has_weights(description: ArtefactDescription, folder: Path) -> bool:
+    """Whether model.onnx was written with its weights: without them it is a graph to look at, and to compile.
+
+    Args:
+        description: Of the artefact.
+        folder: The artefact.
+    """
+    return any(file.name != folder / MODEL_NAME for file in _model_files(description, folder))
+
+
+def _model_files(description: ArtefactDescription, folder: Path) -> list[ArtefactFile]:
+    """All but those of engines: model.onnx and its weights. Kept ones may lie in folders of their own."""
+    return [file for file in description.files if not file.name.is_relative_to(folder / ENGINES_NAME)]
 
 
 def changes(files: Iterable[ArtefactFile]) -> Iterator[str]:

@@ -6,8 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-from onnxruntime.capi import onnxruntime_pybind11_state as ort
-
 DOMAIN = "com.microsoft"
 # Operators of ONNX Runtime that it registers in ONNX's domain, where ONNX knows none of these names.
 IN_ONNX_DOMAIN = frozenset({"SimplifiedLayerNormalization"})
@@ -35,6 +33,9 @@ class Operator:
 @functools.cache
 def own_operators() -> Mapping[str, Operator]:
     """By name, those of the installed ONNX Runtime."""
+    # Imported here: what meets no graph of somebody else's starts in less time and memory without it.
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort  # noqa: PLC0415
+
     schemas = [
         schema
         for schema in ort.get_all_operator_schema()

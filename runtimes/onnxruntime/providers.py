@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-import onnxruntime as ort
-
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, ElementType
 from dlo_export.runtimes.errors import ProviderUnavailableError
@@ -22,6 +20,9 @@ SKIP_GATE_UP = "dlo::SkipGateUp"
 
 GROUP_QUERY_ATTENTION = "com.microsoft::GroupQueryAttention"
 """How a graph attends that writes its cache in place."""
+
+NORMING_ATTENTION = f"{GROUP_QUERY_ATTENTION}(q_norm_weight)"
+"""The same with the norms of queries and keys inside."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class Provider:
 
     def why_not_here(self) -> str | None:
         """Why this ONNX Runtime does not have it; None where it has. Whether it starts, a session finds out."""
+        # Imported here: an export that runs nothing starts in less time and memory without it.
+        import onnxruntime as ort  # noqa: PLC0415
+
         if self.name in (available := ort.get_available_providers()):
             return None
         return f"ONNX Runtime {ort.__version__} has no {self.name} here, it has {', '.join(available)}"
@@ -107,6 +111,10 @@ CPU = Provider(
     gaps=(
         Gap(BFLOAT16, None, "ONNX Runtime's CPU provider does not implement bfloat16"),
         Gap(FLOAT16, SKIP_GATE_UP, "libdlo_ort.so computes float32 alone on a CPU"),
+        *(
+            Gap(dtype, NORMING_ATTENTION, "ONNX Runtime's CPU provider norms no queries and keys inside of attention")
+            for dtype in (FLOAT32, FLOAT16)
+        ),
     ),
 )
 

@@ -37,6 +37,8 @@ class SessionArguments(TypedDict, total=False):
         options: Session options to start from.
         placement: Remember which provider each node was given to.
         plugin_library: libdlo_ort.so, for graphs with dlo operators.
+        exact_products: What a DequantizeLinear feeds multiplies in the graph's own type; by default ONNX Runtime fuses
+            the two, and rounds the other factor to 8 bits.
     """
 
     weights_folder: str | Path | None
@@ -46,6 +48,7 @@ class SessionArguments(TypedDict, total=False):
     options: ort.SessionOptions | None
     placement: bool
     plugin_library: Path | None
+    exact_products: bool
 
 
 class DecoderSession:
@@ -72,7 +75,7 @@ class DecoderSession:
     def __init__(self, model: str | Path | bytes, name: str, cache: CacheKind, arguments: SessionArguments) -> None:
         self._name = name
         self.provider = arguments.get("provider", CPU)
-        self._session = _open(model, name, _options(arguments), self.provider)
+        self._session = open_session(model, name, arguments)
         specs = (_specs(self._session.get_inputs()), _specs(self._session.get_outputs()))
         self.interface = DecoderInterface.of(*specs, name, cache=cache)
 
@@ -139,6 +142,22 @@ def model_name(model: str | Path | bytes) -> str:
     return "model" if isinstance(model, bytes) else Path(model).name
 
 
+def open_session(model: str | Path | bytes, name: str, arguments: SessionArguments) -> ort.InferenceSession:
+    """A session of any graph, with our options, on the provider asked for.
+
+    Args:
+        model: A .onnx file, or a serialized model.
+        name: Of the model, for messages.
+        arguments: How it runs.
+
+    Raises:
+        ModelLoadError: The model is missing, damaged or cannot run here.
+        ProviderUnavailableError: The provider is not there, or does not start.
+        BackendUnavailableError: It has no memory left, or CUDA failed.
+    """
+    return _open(model, name, _options(arguments), arguments.get("provider", CPU))
+
+
 def _options(arguments: SessionArguments) -> ort.SessionOptions:
     options = arguments.get("options") or ort.SessionOptions()
     # Warnings of ONNX Runtime's own passes are not for users, its errors are raised: their text stands in ours.
@@ -151,6 +170,8 @@ def _options(arguments: SessionArguments) -> ort.SessionOptions:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(Path(folder).absolute())
         )
+    if arguments.get("exact_products", False):
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     if arguments.get("placement", False):
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if (library := arguments.get("plugin_library")) is not None:

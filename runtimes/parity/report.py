@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from dlo_export.runtimes.parity.statistics import Flip, LogitStatistics
@@ -190,6 +190,16 @@ class ParityReport:
     def not_run(cls, reason: str) -> ParityReport:
         """A comparison that could not be made."""
         return cls("", "", None, reason=reason)
+
+    @classmethod
+    def joined(cls, reports: Sequence[ParityReport]) -> ParityReport:
+        """Comparisons of one artefact's candidates with several references, at least one, by one tolerance."""
+        return replace(
+            reports[0],
+            reference=" and ".join(report.reference for report in reports),
+            cases=tuple(case for report in reports for case in report.cases),
+            greedy=tuple(result for report in reports for result in report.greedy),
+        )
 
     @property
     def verdict(self) -> Verdict:

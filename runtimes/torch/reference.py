@@ -92,26 +92,27 @@ def streamed_llama_dlo(
     for prefix, module in small.items():
         # Routers are in float32 at least.
         exact = torch.promote_types(dtype, torch.float32) if module is model.model.routers else dtype
-        _load(module, _block_tensors(module, prefix, tensors), exact, device)
+        load_block(module, block_tensors(module, prefix, tensors), exact, device)
     for prefix, module in blocks.items():
-        _stream(module, _block_tensors(module, prefix, tensors), dtype, device)
+        _stream(module, block_tensors(module, prefix, tensors), dtype, device)
     model.model.rotary_emb.to(device)
     return model
 
 
-def _block_tensors(module: nn.Module, prefix: str, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def block_tensors(module: nn.Module, prefix: str, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """A block's tensors under its own parameters' names; a tied head's is the embedding matrix."""
     names = {name: f"{prefix}.{name}" for name, _ in module.named_parameters()}
     return {name: tensors[EMBEDDING if full == HEAD and full not in tensors else full] for name, full in names.items()}
 
 
-def _load(module: nn.Module, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, device: torch.device) -> None:
+def load_block(module: nn.Module, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Gives a block its weights."""
     values = {name: released_parameter(tensor, dtype).to(device) for name, tensor in tensors.items()}
     module.load_state_dict(values, assign=True)
 
 
 def _stream(module: nn.Module, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, device: torch.device) -> None:
-    module.register_forward_pre_hook(lambda block, _inputs: _load(block, tensors, dtype, device))
+    module.register_forward_pre_hook(lambda block, _inputs: load_block(block, tensors, dtype, device))
     module.register_forward_hook(lambda block, _inputs, _output: _drop(block), always_call=True)
 
 

@@ -104,7 +104,7 @@ class TorchRunner(Runner):
         forced = {layer: self._placed(decisions) for layer, decisions in (request.force_active or {}).items()}
         streams: dict[int, torch.Tensor] = {}
         layers = self._model.model.layers if request.hidden_states else []
-        with torch.inference_mode(), _captured(layers, streams):
+        with torch.inference_mode(), captured_layers(layers, streams):
             output = self._model(
                 input_ids=self._placed(request.input_ids),
                 attention_mask=self._placed(request.attention_mask),
@@ -116,9 +116,9 @@ class TorchRunner(Runner):
             )
         scores = getattr(output, "router_scores", None) or {}
         return StepResult(
-            _array(output.logits),
-            {layer: _array(values) for layer, values in scores.items()},
-            {layer: _array(values) for layer, values in streams.items()},
+            float32_array(output.logits),
+            {layer: float32_array(values) for layer, values in scores.items()},
+            {layer: float32_array(values) for layer, values in streams.items()},
         )
 
     def _placed(self, array: np.ndarray) -> torch.Tensor:
@@ -130,7 +130,7 @@ class TorchRunner(Runner):
 
 
 @contextlib.contextmanager
-def _captured(layers: Any, streams: dict[int, torch.Tensor]) -> Iterator[None]:
+def captured_layers(layers: Any, streams: dict[int, torch.Tensor]) -> Iterator[None]:
     """Notes each layer's output; transformers' own hidden states end with the normalised stream instead."""
 
     def capture(index: int) -> Any:
@@ -147,6 +147,7 @@ def _captured(layers: Any, streams: dict[int, torch.Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def _array(values: torch.Tensor) -> FloatArray:
+def float32_array(values: torch.Tensor) -> FloatArray:
+    """On the host."""
     array: FloatArray = values.float().cpu().numpy()
     return array

@@ -1,4 +1,4 @@
-"""gpu_onnxruntime as far as it goes without a GPU: all but the CUDA provider; skipped without ORT_INCLUDE."""
+"""gpu_onnxruntime as far as it goes without a GPU: all but the CUDA provider; skipped without its headers."""
 
 from __future__ import annotations
 

@@ -21,13 +21,13 @@ def test_step_reads_the_cache_that_its_first_tokens_wrote(tmp_path, sequence, ro
     model = save_tiny_llama(tmp_path / "model", heads=3, kv_heads=3, hidden=96, head_dim=64, layers=8, **routed)
     export_model(ExportRequest(str(model), tmp_path / "out", parity=False), Reporter())
     graph = tmp_path / "out" / "model.onnx"
-    tokens = np.random.default_rng(0).integers(0, 97, (1, 101))
+    tokens = np.random.default_rng(0).integers(0, 97, (2, 101))
     step = DecoderStep(graph, tokens, sequence, threads=1)
     gc.collect()
-    _reused = [np.full((1, 3, 100, 64), 7, np.float32) for _ in range(64)]  # where freed memory would be given away
+    _reused = [np.full((2, 3, 100, 64), 7, np.float32) for _ in range(64)]  # where freed memory would be given away
     step()
     with OnnxRuntimeRunner(graph, threads=1) as runner:
-        runner.reset(1)
-        ones, positions = np.ones_like(tokens), np.arange(tokens.shape[1])[np.newaxis]
+        runner.reset(2)
+        ones, positions = np.ones_like(tokens), np.tile(np.arange(tokens.shape[1]), (2, 1))
         expected = runner.step(tokens, ones, positions).logits[:, -sequence:]
     np.testing.assert_allclose(step.outputs()[LOGITS], expected, atol=1e-5)

@@ -170,7 +170,10 @@ def test_routing_is_refused_when_a_key_is_missing(key: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "olmo2"}, "model_type is 'olmo2', expected one of llama, mistral, ministral, qwen2, qwen3, sm"),
+        (
+            {"model_type": "gemma3"},
+            "model_type is 'gemma3', expected one of llama, mistral, ministral, qwen2, qwen3, sm",
+        ),
         ({"model_type": None}, "model_type is None"),
         ({"model_type": ["llama"]}, "model_type is"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),

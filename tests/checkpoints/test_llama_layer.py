@@ -3,12 +3,13 @@
 import gguf
 import torch
 from transformers import LlamaConfig as TransformersConfig
-from transformers import Qwen3Config
+from transformers import Olmo2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from dlo_export.checkpoints import llama_layer
-from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
+from dlo_export.checkpoints.llama_layer import LLAMA_LAYER, OLMO2_LAYER
 
 SIZES = {"hidden": 24, "query": 32, "key-value": 16, "intermediate": 40, "head": 8}
 
@@ -45,6 +46,13 @@ def test_table_equals_transformers_layer_when_biases_are_there_or_not() -> None:
     assert _shapes(normed) == _expected(*LLAMA_LAYER.required, *norms)
 
 
+def test_table_equals_olmo2s_layer_when_norms_stand_behind() -> None:
+    with torch.device("meta"):
+        layer = Olmo2DecoderLayer(Olmo2Config(**_config(biases=False).to_dict()), 0)
+    names = [module.weight for module in OLMO2_LAYER]
+    assert _shapes(layer) == {name: tuple(SIZES[axis] for axis in OLMO2_LAYER.axes[name]) for name in names}
+
+
 def test_outer_names_are_transformers_when_a_model_is_built() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(_config(biases=False))
@@ -53,6 +61,9 @@ def test_outer_names_are_transformers_when_a_model_is_built() -> None:
 
 
 def test_gguf_names_are_the_packages_when_looked_up_by_hugging_face_names() -> None:
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OLMO2, 2)
+    for module in OLMO2_LAYER:
+        assert names.get_name(f"model.layers.1.{module.path}") == f"blk.1.{module.gguf}"
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
     for module in LLAMA_LAYER:
         assert names.get_name(f"model.layers.1.{module.path}") == f"blk.1.{module.gguf}"

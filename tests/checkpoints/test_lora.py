@@ -13,10 +13,11 @@ from safetensors.numpy import load_file, save_file
 from dlo_export.checkpoints.adapter.adapter import AdapterError
 from dlo_export.checkpoints.adapter.lora import load_lora
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.calibrate import CalibrationRequest, calibrate
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.modeling.calibration.router_calibration import CalibrationSettings
 from tests.foreign_graphs import save_foreign_graph
 from tests.tiny_models import save_tiny_llama
 
@@ -196,8 +197,12 @@ def test_pickles_graphs_and_calibration_are_refused_when_the_adapter_is_lora(tmp
     folder = save_lora(tmp_path / "lora")
     with pytest.raises(InputError, match="is a graph, the LoRA adapter"):
         open_source(save_foreign_graph(tmp_path / "foreign", "fp32"), folder)
-    with pytest.raises(InputError, match="would be calibrated under the LoRA adapter"):
-        check_use(open_source(model, folder).base, "calibration")
+    request = CalibrationRequest(
+        *(str(model), tmp_path / "out", folder, False, CalibrationSettings(), None, None, 512, 0, False)
+    )
+    with pytest.raises(InputError, match=r"would be calibrated under the LoRA adapter .*, which has no routers"):
+        calibrate(request, Reporter())
+    assert not (tmp_path / "out").exists()
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors not found[\s\S]*pickles are not read"):
         load_lora(folder)

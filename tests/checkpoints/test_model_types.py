@@ -113,7 +113,7 @@ def test_config_is_read_when_no_layer_of_a_qwen_has_a_window_in_force(keys: dict
     assert LlamaConfig.from_dict(config.raw).model_values() == config.model_values()
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "smollm3", "granite"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "smollm3", "granite", "olmo2"])
 def test_config_has_its_own_classs_defaults_when_keys_are_left_out(model_type: str) -> None:
     values = {key: value for key, value in TINY.items() if key != "max_position_embeddings"} | {
         "num_attention_heads": 32,

@@ -99,7 +99,7 @@ def test_export_names_tensors_when_shapes_are_wrong(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("model_type", "olmo2"), ("hidden_act", "gelu"), ("rope_scaling", {"rope_type": "yarn"})]
+    ("key", "value"), [("model_type", "gemma3"), ("hidden_act", "gelu"), ("rope_scaling", {"rope_type": "yarn"})]
 )
 def test_export_names_the_field_when_the_configuration_is_unsupported(tmp_path, key, value):
     checkpoint = save_tiny_llama(tmp_path / "model", legacy_keys=True)

@@ -36,9 +36,23 @@ from tests.exporter.test_cli import dlo
 from tests.static_session import StaticSession
 from tests.tiny_families import FAMILIES, LAYERS, ORIGINAL_CONTEXT, ROPES, route_tiny_family, save_tiny_family
 
+# Ropes that the length, or a factor of their own, changes; the others are in test_llama.py.
+LENGTHENED = ("dynamic", "yarn", "yarn with options", "longrope")
+# Every rope, every kind of routing, every family and lowering, in few models.
+ROUTED_AND_DEEPENED: dict[tuple[str, str], tuple[RoutingKind, str]] = {
+    ("llama", "dynamic"): ("layer", "compact"),
+    ("smollm3", "dynamic"): ("mlp", "if"),
+    ("granite", "yarn"): ("attention-active", "if"),
+    ("llama", "yarn with options"): ("attention", "compact"),
+    ("qwen2", "longrope"): ("mlp", "compact"),
+    ("olmo2", "longrope"): ("layer", "if"),
+    ("qwen3", "llama3"): ("attention", "if"),
+    ("olmo2", "linear"): ("attention-active", "compact"),
+}
+
 CASES: dict[str, dict[str, Any]] = {
     **{family: {"model_type": family} for family in FAMILIES},
-    **{f"llama, {rope}": {"model_type": "llama", **values} for rope, values in ROPES.items()},
+    **{f"llama, {rope}": {"model_type": "llama", **ROPES[rope]} for rope in LENGTHENED},
     "qwen3, yarn": {"model_type": "qwen3", **ROPES["yarn"]},
 }
 # Prefill, a chunk and single tokens, from inside the original context to beyond it.
@@ -75,7 +89,7 @@ def test_artefact_computes_what_transformers_does_when_the_family_differs_from_l
     assert (client["model_type"], client["num_key_value_heads"]) == ("llama", 2)
 
 
-@pytest.mark.parametrize("case", ["qwen3, yarn", "smollm3", "granite", "llama, dynamic", "llama, longrope"])
+@pytest.mark.parametrize("case", ["qwen3, yarn", "smollm3", "granite", "olmo2", "llama, dynamic", "llama, longrope"])
 def test_tensorrt_graph_computes_what_transformers_does_when_the_family_differs_from_llama(
     tmp_path: Path, case: str
 ) -> None:
@@ -156,6 +170,32 @@ def test_injected_layers_pass_everything_on_when_the_family_differs_from_llama(t
     positions = np.tile(np.arange(CUTS[-1]), (2, 1))
     found = BareSession(result.folder / "model.onnx").logits_of(IDS, np.ones_like(IDS), positions, CUTS)
     np.testing.assert_allclose(found, stepwise_logits(reference), rtol=1e-5, atol=5e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "rope"), ROUTED_AND_DEEPENED)
+def test_artefact_equals_pytorch_beyond_the_original_context_when_routed_and_deepened(
+    tmp_path: Path, family: str, rope: str
+) -> None:
+    routing, lowering = ROUTED_AND_DEEPENED[family, rope]
+    save_tiny_family(tmp_path / "model", family, **ROPES[rope], head_dim=8)
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        adapter = expansion_adapter(
+            checkpoint.tensors, placements("tli", LAYERS, every=2, init="slerp"), zero_routers=True, routing=routing
+        )
+        rng = np.random.default_rng(8)
+        routers = {
+            name: ArrayTensor(rng.standard_normal(tensor.shape).astype(np.float32))
+            for name, tensor in adapter.tensors.items()
+            if parse_router(name) is not None
+        }
+        save_adapter(dataclasses.replace(adapter, tensors={**adapter.tensors, **routers}), tmp_path / "adapter")
+    result = exported(tmp_path / "model", adapter=tmp_path / "adapter", lowering=lowering, parity=False)
+    source = open_source(str(tmp_path / "model"), tmp_path / "adapter")
+    expected = stepwise_logits(llama_dlo_from_tensors(source.config_json(), source.tensors()))
+    positions = np.tile(np.arange(CUTS[-1]), (2, 1))
+    found = BareSession(result.folder / "model.onnx").logits_of(IDS, np.ones_like(IDS), positions, CUTS)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=5e-5)
 
 
 def test_calibrated_model_has_its_familys_own_type_when_it_was_plain(tmp_path: Path) -> None:

@@ -132,9 +132,11 @@ def test_lowerings_equal_the_masked_graph_when_routed(graph, form, tmp_path):
         assert parity.verdict == ("NOT RUN" if lowering == "masked" else "PASS"), parity.reason
         found[lowering] = logits(tmp_path / lowering / "model.onnx", (4, 1, 1))
     assert np.abs(found["masked"] - logits(graph(form), (4, 1, 1))).max() > 0.1
-    for lowering in ("compact", "if"):
-        allowed = 2 * FLOAT16_UNIT * np.abs(found["masked"]).max() if form == "fp16" else 1e-5
-        assert np.abs(found[lowering] - found["masked"]).max() <= allowed
+    # Masked and if have their norms fused as before, and are equal bit for bit. Compact has not: a norm that rounds in
+    # another way may move an activation's 8 bits by one in int4 graphs: parity's masked form is fused as compact is.
+    np.testing.assert_array_equal(found["if"], found["masked"])
+    share = {"fp32": 1e-5, "fp16": 2 * FLOAT16_UNIT}.get(form.split(",")[0], 0.02)
+    assert np.abs(found["compact"] - found["masked"]).max() <= share * max(1, np.abs(found["masked"]).max())
 
 
 def test_branches_are_refused_when_weights_are_dequantised_by_nodes(graph, tmp_path):
@@ -181,16 +183,26 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def relative(request, tmp_path_factory):
-    """A graph of another family with the same block, or nearly."""
-    folder, (config, model) = tmp_path_factory.mktemp(request.param), FAMILIES[request.param]
+def save_relative(folder, family):
+    """A tiny checkpoint of another family with the same block, or nearly."""
+    config, model = FAMILIES[family]
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": BYTE_VOCABULARY}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(0)
-    model(config(**sizes, **heads, tie_word_embeddings=False)).save_pretrained(folder / "checkpoint")
-    save_byte_tokenizer(folder / "checkpoint", BYTE_VOCABULARY)
-    return request.param, build(folder / "checkpoint", folder / "graph", "int4")
+    made = model(config(**sizes, **heads, tie_word_embeddings=False))
+    for name, parameter in made.named_parameters():
+        if name.endswith("bias"):  # they start as zeros, which the builder leaves out
+            torch.nn.init.normal_(parameter, std=0.1)
+    made.save_pretrained(folder)
+    save_byte_tokenizer(folder, BYTE_VOCABULARY)
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def relative(request, tmp_path_factory):
+    """A graph of such a checkpoint."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, build(save_relative(folder / "checkpoint", request.param), folder / "graph", "int4")
 
 
 def test_other_families_are_routed_and_deepened_as_far_as_their_weights_have_names(relative, tmp_path):
@@ -203,16 +215,32 @@ def test_other_families_are_routed_and_deepened_as_far_as_their_weights_have_nam
     save_adapter(DloAdapter("mlp", (True,) * 3, tensors=routers), tmp_path / "routers")
     result = exported(path, tmp_path / "routed", adapter=tmp_path / "routers")
     assert result.description.parity.verdict == "PASS", result.parity_summary
-    if family != "qwen3":
-        assert exported(path, tmp_path / "deepened").description.parity.verdict == "PASS"
-        return
-    # A layer of two norms is given to a graph whose layers have four.
+    assert exported(path, tmp_path / "deepened").description.parity.verdict == "PASS"
+    named = open_foreign_graph(path).tensors
+    assert any(".q_norm." in name for name in named) == (family == "qwen3")
+
+
+@pytest.mark.parametrize(("family", "missing"), [("qwen2", "q_proj.bias"), ("qwen3", "q_norm")])
+def test_layers_of_other_weights_are_refused_when_they_are_injected(tmp_path, family, missing):
+    path = build(save_relative(tmp_path / "model", family), tmp_path / "graph", "fp32")
     injection = save_tiny_llama(tmp_path / "llama", hidden=64, intermediate=96, vocab=BYTE_VOCABULARY)
     with contextlib.closing(open_source(injection, None)) as llama:
         save_adapter(expansion_adapter(llama.tensors(), placements("tli", 3, every=1)), tmp_path / "layers")
-    with pytest.raises(InputError, match=r"weights of its layers have no names: .*q_norm"):
+    with pytest.raises(InputError, match=missing):
         exported(path, tmp_path / "deepened", adapter=tmp_path / "layers")
     assert not (tmp_path / "deepened").exists()
+
+
+def test_norms_inside_of_attention_are_copied_and_left_to_providers_that_have_them(tmp_path):
+    checkpoint = save_relative(tmp_path / "model", "qwen3")
+    path = build(checkpoint, tmp_path / "graph", "fp16")
+    assert set(open_foreign_graph(path).tensors) == set(load_file(checkpoint / "model.safetensors"))
+    parity = exported(path, tmp_path / "out").description.parity
+    assert (parity.verdict, "norms no queries and keys" in parity.reason) == ("NOT RUN", True)
+    new = ir.load(tmp_path / "out" / "model.onnx").graph
+    assert all(name in new.initializers for name in (f"model.layers.{i}.self_attn.q_norm.weight" for i in (1, 3, 5)))
+    with OnnxRuntimeRunner(tmp_path / "out" / "model.onnx") as runner, pytest.raises(StepError, match="q_norm_weight"):
+        generate(runner, [[5, 6]], max_new_tokens=1)  # or the table of gaps would say too much
 
 
 SAID = {

@@ -72,6 +72,7 @@ def test_untouched_weights_stay_in_the_sources_file_and_what_is_new_is_written_b
     ("name", "kept"),
     [
         ("model.onnx.data", True),
+        ("model.onnx.data_1", True),
         ("data/of/weights.bin", True),
         ("Weights ü.data", True),
         ("config.json.data", True),
@@ -93,10 +94,39 @@ def test_data_file_keeps_its_name_when_that_means_nothing_else(foreign, tmp_path
 
     graph = foreign.changed(tmp_path / "model", rename)
     artefact = foreign.export(graph, tmp_path / "out")
-    new = "dlo_added.data" if name == "model.onnx.data" else "model.onnx.data"
+    new = "dlo_added.data" if name.startswith("model.onnx.data") else "model.onnx.data"
     assert {place["location"] for place in _places(artefact).values()} == ({name, new} if kept else {new})
     assert len(load_description(artefact).kept_data) == kept
     open_description(artefact)
+    foreign.check_logits(artefact)
+
+
+def test_new_weights_are_split_beside_kept_files_when_a_size_is_asked_for(foreign, tmp_path):
+    """A file for every weight: those up to the size stay, the embedding is written anew and stands alone."""
+
+    def split(proto, folder):
+        weights = (folder / "weights").read_bytes()
+        for number, tensor in enumerate(each for each in proto.graph.initializer if each.external_data):
+            place = reference_of(tensor)
+            offset, length = int(place["offset"]), int(place["length"])
+            (folder / f"weight_{number}").write_bytes(weights[offset : offset + length])
+            refer(tensor, location=f"weight_{number}", offset="0")
+        (folder / "weights").unlink()
+
+    graph = foreign.changed(tmp_path / "model", split)
+    sizes = {file.name: file.stat().st_size for file in graph.parent.glob("weight_*")}
+    limit = max(size for size in sizes.values() if size < max(sizes.values()))
+    artefact = foreign.export(graph, tmp_path / "out", weight_file_bytes=limit)
+    description = open_description(artefact)
+    kept = {file.name.name for file in description.kept_data}
+    written = {file.name.name for file in description.files} - kept - {"model.onnx"}
+    assert {"model.onnx.data", "model.onnx.data_1"} <= written
+    assert kept
+    assert all(sizes[name] <= limit for name in kept)
+    locations = [place["location"] for place in _places(artefact).values()]
+    assert set(locations) == kept | written
+    alone = {name for name in written if locations.count(name) == 1}
+    assert all((artefact / name).stat().st_size <= limit for name in written - alone)
     foreign.check_logits(artefact)
 
 

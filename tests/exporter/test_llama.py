@@ -33,7 +33,9 @@ def test_plain_graph_equals_transformers_when_prefilled_padded_and_cached(varian
     with open_checkpoint(folder) as checkpoint:
         model = plain_graph(checkpoint.config, checkpoint.tensors)
         config = checkpoint.config
-        ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 11))
+        ids = np.random.default_rng(0).integers(
+            0, config.vocab_size, (2, 23)
+        )  # beyond the original context of rope_llama3
         mask = np.ones_like(ids)
         mask[1, :4] = 0
         positions = np.maximum(mask.cumsum(1) - 1, 0)
@@ -47,7 +49,7 @@ def test_plain_graph_equals_transformers_when_prefilled_padded_and_cached(varian
             for kind in ("key", "value")
         }
         got = []
-        for start, stop in ((0, 8), (8, 9), (9, 11)):
+        for start, stop in ((0, 14), (14, 15), (15, 23)):
             feeds = {
                 "input_ids": ids[:, start:stop],
                 "attention_mask": mask[:, :stop],

@@ -68,10 +68,10 @@ def test_every_kind_answers_alike_when_it_is_asked(model, tmp_path):
 
 def test_every_kind_is_refused_what_it_does_not_serve_by_itself(model):
     kind, path = model
-    uses = ("export without adapter", "calibration", "TensorRT")
+    uses = ("export without adapter", "calibration")
     if kind != "onnx":
         source = open_source(path, None)
-        assert [source.base.why_not(use) for use in uses] == [None] * 3
+        assert [source.base.why_not(use) for use in (*uses, "TensorRT")] == [None] * 3
         assert source.base.graph_dtype("auto") == "fp32"
         source.close()
         return
@@ -84,6 +84,8 @@ def test_every_kind_is_refused_what_it_does_not_serve_by_itself(model):
     assert source.base.graph_dtype("auto") == "fp16"
     (path.parent / "config.json").unlink()
     alone = open_source(path, path.parent / "routers")
+    with pytest.raises(InputError, match=r"no config\.json[\s\S]*hint: put the config\.json"):
+        check_use(alone.base, "TensorRT")
     with pytest.raises(InputError, match=r"no config\.json[\s\S]*hint: put the config\.json"):
         alone.config_json()
 

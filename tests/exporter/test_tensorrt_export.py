@@ -1,6 +1,7 @@
 """`dlo-export --trt` as a user runs it: engines built by TensorRT-RTX, or a reason before anything starts."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ from dlo_export.exporter.exit_codes import BUILD_FAILED, DONE, MACHINE
 from dlo_export.runtimes.artefact.description import load_description
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
 from tests.exporter.test_cli import check_refused, dlo
-from tests.foreign_graphs import save_routed_adapter
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 DATA = Path(__file__).parents[1] / "data"
@@ -157,11 +157,10 @@ def test_export_refuses_before_anything_is_built_when(tmp_path, model, options, 
     check_refused(dlo("export", model, "-o", tmp_path / "out", *options), tmp_path, reason)
 
 
-def test_export_refuses_someone_elses_graph_when_engines_are_asked_for(tmp_path):
-    graph = DATA / "optimum_llama" / "model.onnx"
-    adapter = save_routed_adapter(graph, tmp_path / "adapter")
-    result = dlo("export", graph, "--adapter", adapter, "-o", tmp_path / "out", "--trt")
-    check_refused(result, tmp_path, "is an ONNX graph, whose attention and cache stay what they are")
+def test_export_refuses_someone_elses_graph_when_engines_are_asked_for_and_no_config_lies_beside_it(tmp_path):
+    graph = shutil.copy(DATA / "optimum_llama" / "model.onnx", tmp_path)
+    result = dlo("export", graph, "-o", tmp_path / "out", "--trt")
+    check_refused(result, tmp_path, "model.onnx: no config.json lies beside the graph", "hint: put the config")
 
 
 def test_run_says_what_is_missing_when_there_is_no_gpu(tmp_path):

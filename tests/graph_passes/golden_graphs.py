@@ -26,6 +26,7 @@ from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_topk import LowerSkipToTopKPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.routing.keep_part import KeepPartPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from tests.graph_passes.injections import injection_pass
@@ -48,7 +49,7 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "route_layers": (_ROUTE,),
     "route_whole_layers": (_ROUTE_WHOLE,),
     "lower_skip_to_compaction": (_ROUTE, LowerSkipToCompactionPass()),
-    "lower_skip_to_if": (_ROUTE, LowerSkipToIfPass()),
+    "lower_skip_to_if": (_ROUTE, LowerSkipToIfPass(reduce_bool=True)),
     "lower_whole_layers_to_compaction": (_ROUTE_WHOLE, LowerSkipToCompactionPass()),
     "lower_whole_layers_to_if": (_ROUTE_WHOLE, LowerSkipToIfPass()),
     "route_attention": (_ROUTE_ATTENTION,),
@@ -56,6 +57,7 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "lower_attention_to_compaction": (_ROUTE_ATTENTION, LowerSkipToCompactionPass()),
     "lower_attention_to_if": (_ROUTE_ATTENTION, LowerSkipToIfPass()),
     "expose_routing": (_ROUTE, LowerSkipToCompactionPass(), ExposeRoutingPass(force=True)),
+    "keep_part": (_ROUTE, ExposeRoutingPass(force=True), KeepPartPass(1)),
     "fuse_sibling_matmuls": (FuseSiblingMatMulsPass(),),
     "name_batch_dimension": (NameBatchDimensionPass(),),
     "use_static_cache": (UseStaticCachePass(8),),

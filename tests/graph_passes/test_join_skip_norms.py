@@ -7,11 +7,39 @@ import onnx_ir as ir
 import pytest
 
 from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
+from dlo_export.graph_passes.cleanup.skip_norms import FUSED
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
+from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
+from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec import graph_checks
 from tests.graph_passes.graphs import tiny_feeds
 from tests.graph_passes.harness import run_model
 from tests.graph_passes.test_split_skip_norms import _fused
+
+_BETWEEN = _fused().replace(
+    "y = Add (h, d)", "normed, m2, v2, y = com.microsoft." + FUSED + " <epsilon = 0.1> (h, d, norm)"
+)
+_BETWEEN = _BETWEEN.replace("{", "{{").replace("}", "}}").replace("logits = Identity (y)", "{behind}")
+
+
+def _between_norms(behind: str) -> ir.Model:
+    """A layer with a fused norm on both sides of its MLP."""
+    return ir.from_onnx_text(_BETWEEN.format(behind=behind))
+
+
+def _join_routed(
+    model: ir.Model, lowering: LowerSkipToIfPass | None, *, threshold: float = 0.5, join: bool = True
+) -> None:
+    """Splits the norms, routes the layer, lowers it and joins the norms again."""
+    SplitSkipNormsPass()(model)
+    RouteLayersPass({0: np.array([1.0, -1.0])}, thresholds={0: threshold})(model)
+    if lowering is not None:
+        lowering(model)
+    if join:
+        assert JoinSkipNormsPass(around_routed=True)(model).modified
+    remove_unused(model.graph)
 
 
 def _ops(model: ir.Model) -> list[str]:
@@ -33,13 +61,64 @@ def test_joined_graph_is_the_one_that_was_split(opset: int) -> None:
         np.testing.assert_array_equal(found, run_model(before, tiny_feeds())[name])
 
 
-def test_norm_stays_by_itself_when_a_routed_branch_begins_with_it() -> None:
+@pytest.mark.parametrize("lowering", [None, LowerSkipToIfPass(reduce_bool=True)], ids=["masked", "if"])
+@pytest.mark.parametrize("behind", ["logits = Identity (normed)", "logits = Mul (normed, y)"], ids=["last", "not_last"])
+def test_routed_graph_is_the_untouched_one_when_all_tokens_are_active(
+    lowering: LowerSkipToIfPass | None, behind: str
+) -> None:
+    before, model = _between_norms(behind), _between_norms(behind)
+    _join_routed(model, lowering, threshold=1e-9)
+    fused = [node for node in model.graph.all_nodes() if node.op_type == FUSED]
+    assert len(fused) == (2 if lowering is None else 3), "as many as before in a step, and one in a step that skips"
+    assert not {node.op_type for node in model.graph.all_nodes()} & {"Add", "RMSNormalization"}
+    (wanted, _, _), (found, *_) = run_model(before, tiny_feeds()).values(), run_model(model, tiny_feeds()).values()
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("behind", ["logits = Identity (normed)", "logits = Mul (normed, y)"], ids=["last", "not_last"])
+def test_branches_equal_the_mask_when_the_same_tokens_are_active(behind: str) -> None:
+    masked, branches = _between_norms(behind), _between_norms(behind)
+    _join_routed(masked, None)
+    _join_routed(branches, LowerSkipToIfPass())
+    for feeds in (tiny_feeds(), tiny_feeds(1, 1), {**tiny_feeds(1, 1), "ids": np.array([[2]])}):
+        wanted = run_model(masked, feeds)
+        for name, found in run_model(branches, feeds).items():
+            np.testing.assert_array_equal(found, wanted[name])
+
+
+@pytest.mark.parametrize("behind", ["logits = Identity (normed)", "logits = Mul (normed, y)"], ids=["last", "not_last"])
+def test_branches_come_apart_again_when_they_were_joined_and_saved(behind: str) -> None:
+    model, apart = _between_norms(behind), _between_norms(behind)
+    _join_routed(model, LowerSkipToIfPass())
+    _join_routed(apart, LowerSkipToIfPass(), join=False)
+    saved = ir.from_proto(ir.to_proto(model))
+    assert SplitSkipNormsPass()(saved).modified
+    assert FUSED not in {node.op_type for node in saved.graph.all_nodes()}
+    assert sorted(node.op_type for node in saved.graph.all_nodes()) == sorted(
+        node.op_type for node in apart.graph.all_nodes()
+    )
+    (layer,) = find_decoder_layers(saved.graph)
+    assert layer.mlp.conditional is not None
+    assert not list(graph_checks.eager_branches(saved.graph))
+    for name, found in run_model(saved, tiny_feeds()).items():
+        np.testing.assert_array_equal(found, run_model(apart, tiny_feeds())[name])
+
+
+def test_norm_stays_by_itself_around_a_routed_branch_when_asked_to() -> None:
     model = ir.from_onnx_text(_fused())
     SplitSkipNormsPass()(model)
     RouteLayersPass({0: np.ones(2)})(model)
     before = _ops(model)
-    JoinSkipNormsPass()(model)
+    JoinSkipNormsPass(around_routed=False)(model)
     assert _ops(model) == before
+
+
+def test_branches_stay_as_they_are_when_something_else_reads_the_stream() -> None:
+    text = _BETWEEN.format(behind="logits = Mul (normed, h)")
+    model = ir.from_onnx_text(text)
+    _join_routed(model, LowerSkipToIfPass())
+    (conditional,) = (node for node in model.graph if node.op_type == "If")
+    assert len(conditional.outputs) == 1
 
 
 def test_graph_is_left_alone_when_nothing_was_split() -> None:

@@ -57,6 +57,13 @@ def test_conditional_equals_the_mask_when_active_tokens_are(active: np.ndarray) 
     assert list(_conditionals(model.graph)[0].outputs[0].shape) == ["B", "S", 2]
 
 
+@pytest.mark.parametrize(("opset", "casts"), [(19, 2), (20, 0)])
+def test_decisions_are_reduced_as_they_are_when_the_opset_can(opset: int, casts: int) -> None:
+    text = masked_decoder(MLP.replace("RMSNormalization", "Mul"), opset=opset)
+    for active in DECISIONS.values():
+        check_pass(text, LowerSkipToIfPass(reduce_bool=True), BEFORE, {**AFTER, "Cast": casts}, _feeds(active))
+
+
 @pytest.mark.parametrize("active", DECISIONS.values(), ids=DECISIONS)
 def test_conditional_takes_the_scale_inside_when_branch_is_scaled_per_token(active: np.ndarray) -> None:
     text = masked_decoder(select=SCALED, inputs=", float[B,S] scale")

@@ -35,7 +35,7 @@ ROUTED_LAYERS = (0, 2)
 LOWERINGS: dict[str, tuple[GraphPass, ...]] = {
     "masked": (),
     "compact": (LowerSkipToCompactionPass(),),
-    "compact_fused": (LowerSkipToCompactionPass(), FuseSiblingMatMulsPass()),
+    "rows_fused": (LowerSkipToCompactionPass(branches=False), FuseSiblingMatMulsPass()),
     "if": (LowerSkipToIfPass(),),
 }
 KINDS: tuple[RoutingKind, ...] = ("layer", "attention", "attention-active")
@@ -182,7 +182,9 @@ def test_layers_are_found_and_legal_when_tokens_skip_attention(folder: Path, low
     assert [layer.index for layer in layers if layer.present_active is not None] == remembering
     for layer in layers:
         assert any(node.op_type == "Attention" for node in layer.attention.nodes)
-        assert (layer.attention.conditional is not None) == (lowering == "if" and layer.index in ROUTED_LAYERS)
+        in_branch = lowering in ("if", "compact") and layer.index in ROUTED_LAYERS
+        assert (layer.attention.conditional is not None) == in_branch
+        assert (layer.mlp.conditional is not None) == (in_branch and kind == "layer")
     passes = LOWERINGS[lowering]
     check_stage(model, lowered_stage(type(passes[0]).__name__) if passes else ROUTED)
 
@@ -230,7 +232,7 @@ def test_projections_process_active_rows_only_when_tokens_skip_attention(
     for layer in range(LAYERS):
         for role in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"):
             found = [shape[:-1] for shape in shapes.get(f"model.layers.{layer}.{role}", [])]
-            rows = [[int(active.sum())]] if lowering == "compact" else [list(active.shape)] * bool(active.any())
+            rows = ([[int(active.sum())]] if lowering == "compact" else [list(active.shape)]) * bool(active.any())
             skipped = layer in ROUTED_LAYERS and role not in everybodys
             assert found == (rows if skipped else [list(active.shape)]), (layer, role)
 

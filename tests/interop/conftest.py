@@ -28,6 +28,50 @@ def routed_artefact(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def if_artefact(tmp_path_factory):
+    """The same model, whole steps skipped."""
+    return of_kind(tmp_path_factory, "llama_dlo_exattn", lowering="if")
+
+
+@pytest.fixture(scope="session")
+def attention_artefact(tmp_path_factory):
+    """Tokens skip attention and leave their keys, so that the cache is a Llama's."""
+    return of_kind(tmp_path_factory, "llama_dlo_attn")
+
+
+@pytest.fixture(scope="session")
+def attention_if_artefact(tmp_path_factory):
+    """The same, whole steps skipped."""
+    return of_kind(tmp_path_factory, "llama_dlo_attn", lowering="if")
+
+
+@pytest.fixture(scope="session")
+def layer_artefact(tmp_path_factory):
+    """Tokens skip whole layers: there is one more state, which a Llama has not."""
+    return of_kind(tmp_path_factory, "llama_dlo")
+
+
+@pytest.fixture(scope="session")
+def active_artefact(tmp_path_factory):
+    """Attention among the active tokens, likewise."""
+    return of_kind(tmp_path_factory, "llama_dlo_attn", routing_kv="active")
+
+
+def of_kind(tmp_path_factory, model_type, *, routing_kv=None, **options):
+    root = tmp_path_factory.mktemp(model_type)
+    model = save_tiny_llama(
+        root / "model",
+        hidden=HIDDEN,
+        vocab=BYTE_VOCABULARY + 1,
+        tokenizer=True,
+        routed=[True, False, True],
+        model_type=model_type,
+        routing_kv=routing_kv,
+    )
+    return exported(model, root / "artefact", **options)
+
+
+@pytest.fixture(scope="session")
 def deepened_artefact(tmp_path_factory):
     """A plain checkpoint, deepened and routed by an adapter."""
     root = tmp_path_factory.mktemp("deepened")

@@ -76,6 +76,18 @@ class Client:
         Returns:
             What the script prints: `prompt` and `tokens`, ids; else what a tokenizer gives.
         """
+        result = self._finished(artefact, request)
+        assert result.returncode == 0, f"{self.name}: {result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+        answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        return answer
+
+    def refusal(self, artefact: Path, **request: Any) -> str:
+        """What it says to an artefact that it cannot run; arguments as above."""
+        result = self._finished(artefact, request)
+        assert result.returncode != 0, f"{self.name} ran it: {result.stdout[-2000:]}"
+        return result.stderr
+
+    def _finished(self, artefact: Path, request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
         if self.requirements is not None:
             # -P: the scripts' folder is not searched for modules, or a script would hide the package of its name.
             command = [WORKSPACE / self.name / "bin" / "python", "-P", FOLDER / "clients" / f"{self.name}.py"]
@@ -83,7 +95,7 @@ class Client:
             # A module is looked for from where the script lies.
             script = shutil.copy(FOLDER / "clients" / f"{self.name}.mjs", NPM_FOLDER)
             command = ["node", script]
-        result = subprocess.run(
+        return subprocess.run(
             [*command, artefact, json.dumps(request)],
             capture_output=True,
             text=True,
@@ -92,9 +104,6 @@ class Client:
             # Nothing of this environment's packages.
             env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         )
-        assert result.returncode == 0, f"{self.name}: {result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-        answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-        return answer
 
 
 CLIENTS = {
@@ -111,6 +120,8 @@ CLIENTS = {
 }
 EXPORTER = "mobius"
 """Of graphs, with PyTorch's own exporter beside it."""
+COMPARER = "polygraphy"
+"""Of a graph's outputs with saved ones; its own program is called."""
 GENERATING = [name for name in CLIENTS if name != "transformers_4"]
 
 
@@ -118,6 +129,7 @@ def main() -> None:
     """Installs what is missing; goes on where one program cannot be had."""
     installs = {client.name: client.install for client in CLIENTS.values() if not client.installed}
     installs[EXPORTER] = functools.partial(peer_environment, EXPORTER)
+    installs[COMPARER] = functools.partial(peer_environment, COMPARER, REQUIREMENTS / "polygraphy.txt")
     for name, install in installs.items():
         try:
             install()

@@ -20,7 +20,10 @@ NEW_TOKENS = 24
 TEXTS = ("Hello world", "  naïve café — 日本語 🎉", "def f(x):\n    return x**2\n")
 
 
-@pytest.fixture(scope="module", params=["routed", "deepened", pytest.param("smollm2", marks=pytest.mark.smollm2)])
+CARRIED = ("routed", "if", "attention", "attention_if", "deepened")
+
+
+@pytest.fixture(scope="module", params=[*CARRIED, pytest.param("smollm2", marks=pytest.mark.smollm2)])
 def artefact(request):
     return request.getfixturevalue(f"{request.param}_artefact")
 
@@ -65,6 +68,21 @@ def test_client_generates_the_runners_tokens_when_given_a_routed_artefact(name, 
 def test_client_tokenizes_and_generates_as_the_runner_when_given_text(name, artefact, prompt, expected):
     answer = client(name).run(artefact, prompt=PROMPT, new_tokens=NEW_TOKENS)
     assert answer == {"prompt": prompt, "tokens": expected}
+
+
+@pytest.mark.parametrize("kind", ["layer", "active"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("genai", "genai_config.json"),
+        ("optimum", "llama_dlo"),
+        ("transformers_js", "llama_dlo"),
+        ("onnxruntime_least", "past_active.0"),
+    ],
+)
+def test_client_says_what_it_cannot_carry_when_skipped_tokens_leave_no_keys(name, message, kind, request):
+    refusal = client(name).refusal(request.getfixturevalue(f"{kind}_artefact"), prompt=[5, 6, 7], new_tokens=2)
+    assert message in refusal
 
 
 def test_optimum_generates_the_runners_tokens_when_a_batch_is_left_padded(artefact, prompt):

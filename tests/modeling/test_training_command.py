@@ -31,6 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_routed(folder / "routed")
     save_tiny_llama(folder / "plain", layers=2, vocab=BYTE_VOCABULARY, tokenizer=True, dtype="bfloat16")
     save_chats(folder / "chats.jsonl")
+    (folder / "text.txt").write_text("What a router lets through, and what it does not, is read off a text. " * 40)
     return folder
 
 
@@ -118,6 +119,25 @@ def test_a_plain_model_is_trained_with_routers_of_whole_layers(place: Path, tmp_
     assert json.loads((tmp_path / "more" / "config.json").read_text())["model_type"] == "llama_dlo"
 
 
+@pytest.mark.parametrize("routing", ["attention", "attention-active"])
+def test_a_model_is_exported_and_measured_when_it_was_trained_to_skip_attention(
+    place: Path, tmp_path: Path, routing: str
+) -> None:
+    options = ("--max-steps", 4, "--routers", "add", "--routing", routing, "--learning-rate", 0.01)
+    result = train(place, "plain", tmp_path / "out", *options)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    kept = {"attention": "all", "attention-active": "active"}[routing]
+    assert (config["model_type"], config["attention_routing_kv"]) == ("llama_dlo_attn", kept)
+    exported = run("export", tmp_path / "out", "-o", tmp_path / "artefact", messages=tmp_path / "export")
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads((tmp_path / "artefact" / "parity.json").read_text())["verdict"] == "PASS"
+    sizes = ("--prompt-tokens", 8, "--decode-tokens", 2, "--rounds", 1, "--text", place / "text.txt")
+    measured = run("bench", tmp_path / "artefact", *sizes, "--json", messages=tmp_path / "bench")
+    assert measured.returncode == 0, measured.stderr
+    assert 0 < json.loads(measured.stdout)["artefacts"][0]["active_rate"]["original"] < 1
+
+
 @pytest.mark.parametrize("mode", ["lora", "routers"])
 def test_an_adapter_makes_the_trained_model_when_training_wrote_one(place: Path, tmp_path: Path, mode: str) -> None:
     options = ("--mode", mode, "--max-steps", 3, "--routers", "add", "--learning-rate", 0.01, "--target", 0.6)
@@ -151,6 +171,20 @@ def test_an_adapter_makes_the_trained_model_when_training_wrote_one(place: Path,
         messages=tmp_path / "export",
     )
     assert exported.returncode == 0, exported.stderr
+    if mode == "lora":  # another rate is another adapter, with the same matrices
+        sizes = ("--text", place / "text.txt", "--tokens", 512, "--evaluation-tokens", 512)
+        calibrated = ("calibrate", place / "plain", "--adapter", tmp_path / "adapter", "-o", tmp_path / "moved")
+        moved = run(*calibrated, "--retarget", 0.8, *sizes, messages=tmp_path / "calibrate")
+        assert moved.returncode == 0, moved.stderr
+        source = open_source(place / "plain", tmp_path / "moved")
+        try:
+            assert source.adapter_base == "same"
+            assert source.adapter is not None
+            assert source.adapter.router_thresholds not in ({}, thresholds)
+            for name, tensor in source.tensors().items():
+                np.testing.assert_array_equal(tensor.numpy(), made[name], err_msg=name)
+        finally:
+            source.close()
     again = train(place, "plain", tmp_path / "again", *options, "--adapter", tmp_path / "adapter", "--as-adapter")
     assert again.returncode == (2 if mode == "lora" else 0), again.stderr
     assert ("the adapter has LoRA matrices already" in again.stderr) == (mode == "lora")

@@ -1,27 +1,24 @@
-"""libdlo_ort.so, built once per test run against the headers that the environment variable ORT_INCLUDE points to."""
+"""libdlo_ort.so, built once for all processes of a test run, and not again while its sources stay as they are."""
 
+import fcntl
 import functools
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import pytest
+from tests.ort_headers import ort_headers
 
-SOURCES = Path(__file__).parents[2] / "plugins" / "library"
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "ort-library"
 
 
 @functools.cache
 def built_library() -> Path:
     """Without GPU kernels, which take a minute to compile; skips the test where there are no headers."""
-    headers = os.environ.get("ORT_INCLUDE")
-    if not headers:
-        pytest.skip("libdlo_ort.so: ORT_INCLUDE is not given")
-    folder = _FOLDER.name
-    command = ["make", "-C", str(SOURCES), f"PYTHON={sys.executable}", f"ORT_INCLUDE={headers}", "TensorRT_ROOT="]
-    subprocess.run([*command, "DLO_TARGETS=none", f"BUILD={folder}"], check=True)
-    return Path(folder) / "libdlo_ort.so"
-
-
-_FOLDER = tempfile.TemporaryDirectory(prefix="dlo-ort-")  # removed when the process ends
+    headers = ort_headers("onnxruntime_c_api.h")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    command = ["make", "-C", str(ROOT / "plugins" / "library"), f"PYTHON={sys.executable}", f"ORT_INCLUDE={headers}"]
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run([*command, "TensorRT_ROOT=", "DLO_TARGETS=none", f"BUILD={BUILD}"], check=True)
+    return BUILD / "libdlo_ort.so"

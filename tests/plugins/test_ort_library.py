@@ -1,4 +1,4 @@
-"""libdlo_ort.so on ONNX Runtime's CPU provider against NumPy; skipped where ORT_INCLUDE is not given."""
+"""libdlo_ort.so on ONNX Runtime's CPU provider against NumPy; skipped where ONNX Runtime's headers are not."""
 
 import ctypes
 import json

@@ -184,7 +184,8 @@ def _foreign_parts(model: LlamaForCausalLM | LlamaDloForCausalLM) -> list[str]:
     layers: Any = model.model.layers
     for layer in layers:
         parts |= {type(layer.self_attn): LlamaAttention, type(layer.mlp): LlamaMLP}
-        parts |= {type(norm): LlamaRMSNorm for norm in (layer.input_layernorm, layer.post_attention_layernorm)}
+        norms = (part for part in layer.children() if part not in (layer.self_attn, layer.mlp))
+        parts |= {type(norm): LlamaRMSNorm for norm in norms}
     foreign = [found.__name__ for found, expected in parts.items() if found is not expected]
     rope = (model.config.rope_parameters or {}).get("rope_type")
     if rope in {"dynamic", "longrope"}:  # its tables depend on how far a step reaches, these are made once

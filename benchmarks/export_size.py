@@ -1,0 +1,269 @@
+"""Export of large models: peak memory and wall time do not grow beyond what writing the bytes takes.
+
+An 8B-shaped bf16 checkpoint (Llama 3.1 8B's config.json and shapes, 16 GB) becomes a bf16 graph, and TensorRT's bf16
+graph without its engine; the time of a synced copy of the checkpoint's bytes is taken in the same run. Its files are
+sparse, but for the head of every tensor: holes are read from no disk, by the export and by the copy alike, and both
+write all bytes. Both are synced. Peak memory is what the kernel counted for the finished process, mapped pages of the
+checkpoint included. Then Llama 3.1 405B's config.json becomes a graph without weights: plain, all MLPs routed, and
+deepened by an adapter of two layers with routers.
+
+It needs room for one copy of the checkpoint at a time, and removes what it wrote, also when it is stopped.
+
+    python -m benchmarks.export_size [--layers 32] [--rounds 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from benchmarks.export_speed import run_once
+from benchmarks.measure import Samples, print_report, versions
+from benchmarks.workspace import WORKSPACE
+from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.errors import DloError
+from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_name
+from dlo_export.exporter.exit_codes import exit_code, report_error
+
+BAR_MEGABYTES, BAR_COPIES, BAR_SECONDS = 500, 1.5, 20
+_SHARED = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": False,
+    "bos_token_id": 128_000,
+    "eos_token_id": 128_001,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+LLAMA_8B = {
+    **_SHARED,
+    **{"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+LLAMA_405B = {
+    **_SHARED,
+    **{"hidden_size": 16_384, "intermediate_size": 53_248, "num_hidden_layers": 126, "num_attention_heads": 128},
+}
+_TENSORS_PER_FILE = 72  # about 5 GB
+_HEAD = np.random.default_rng(0).standard_normal(4096).astype(ml_dtypes.bfloat16).tobytes()
+
+
+def save_sparse(shapes: Mapping[str, tuple[int, ...]], path: Path) -> int:
+    """Writes a safetensors file of bf16 tensors: a few numbers at the head of each, then a hole.
+
+    Returns:
+        Its size in bytes.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        places[name] = start, end
+    entries = {name: {"dtype": "BF16", "shape": shapes[name], "data_offsets": places[name]} for name in shapes}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for start, stop in places.values():
+            file.seek(8 + len(header) + start)
+            file.write(_HEAD[: stop - start])
+        file.truncate(8 + len(header) + end)
+    return path.stat().st_size
+
+
+def save_config(config: Mapping[str, Any], folder: Path) -> LlamaConfig:
+    """Writes config.json into a new folder; returns it as it is read."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return LlamaConfig.from_json(folder / "config.json")
+
+
+def save_checkpoint(config: Mapping[str, Any], folder: Path) -> int:
+    """Writes a sparse checkpoint in files of some GB each.
+
+    Returns:
+        Bytes of its weights' files.
+    """
+    shapes = list(save_config(config, folder).tensor_shapes().items())
+    parts = [shapes[start : start + _TENSORS_PER_FILE] for start in range(0, len(shapes), _TENSORS_PER_FILE)]
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, part in enumerate(parts, 1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        total += save_sparse(dict(part), folder / name)
+        weight_map |= {tensor: name for tensor, _ in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return total
+
+
+def save_sparse_adapter(config: LlamaConfig, folder: Path) -> None:
+    """An adapter of two new layers, each a copy of the one before it, with a router."""
+    folder.mkdir()
+    new, depth = (32, 96), config.num_layers + 2
+    layer = {name.removeprefix(layer_tensor_name(0, "")): shape for name, shape in config.tensor_shapes().items()}
+    shapes = {
+        layer_tensor_name(position, name): shape
+        for position in new
+        for name, shape in layer.items()
+        if not name.startswith(("model.", "lm_head"))
+    }
+    save_sparse({**shapes, **{router_name(i): (1, config.hidden_size) for i in new}}, folder / "adapter.safetensors")
+    injected = [{"position": position, "source": position - 1 - i, "init": "copy"} for i, position in enumerate(new)]
+    values = {
+        "format_version": 1,
+        "routing": "mlp",
+        "is_dlo": [index in new for index in range(depth)],
+        "rescale_hidden_states": False,
+        "scale_factor": 2.0,
+        "scale_gap": 0.0,
+        "injected_layers": injected,  # sources count in the model without new layers
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+
+
+def synced(command: list[str], output: Path, log: Path) -> tuple[float, float]:
+    """Runs a command and syncs what it wrote; returns seconds and peak megabytes. The output is removed again."""
+    start = time.perf_counter()
+    _, megabytes = run_once(command, log)
+    for path in output.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    shutil.rmtree(output)
+    return seconds, megabytes
+
+
+def save_tensorrt_graph(model: Path, output: Path) -> None:
+    """Writes the bf16 graph that an engine would be built from, its weights with it."""
+    import onnx_ir as ir  # noqa: PLC0415 - of the measured process alone
+
+    from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model  # noqa: PLC0415
+    from dlo_export.exporter.sources.source import open_source  # noqa: PLC0415
+    from dlo_export.exporter.weight_file import save_weights  # noqa: PLC0415
+
+    output.mkdir()
+    graph = build_tensorrt_model(open_source(str(model), None), TensorRtOptions("none"), ir.DataType.BFLOAT16)
+    save_weights(graph, output / "model.onnx.data")
+    ir.save(graph, output / "model.onnx")
+
+
+def measure_8b(layers: int, rounds: int, folder: Path) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+    """By what was run, seconds and peak megabytes of each round; the copy first."""
+    model, output, log = folder / "8b", folder / "out", folder / "log"
+    size = save_checkpoint({**LLAMA_8B, "num_hidden_layers": layers}, model)
+    check_disk_space(folder, size + (1 << 30), folder, "a copy of the checkpoint, and then its export, need")
+    export = str(Path(sys.executable).parent / "dlo-export")
+    commands = {
+        "cp": ["sh", "-c", f"mkdir {output} && cp --sparse=never {model}/*.safetensors {output}"],
+        "dlo-export --no-parity": [export, str(model), "-o", str(output), "--dtype", "bf16", "--no-parity"],
+        "TensorRT's graph": [
+            sys.executable,
+            "-m",
+            "benchmarks.export_size",
+            "--tensorrt-graph",
+            str(model),
+            str(output),
+        ],
+    }
+    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            costs[name].append(synced(command, output, log))
+    yield from costs.items()
+
+
+def measure_405b(rounds: int, folder: Path) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+    """The same of graphs without weights."""
+    routed = {"model_type": "llama_dlo_exattn", "is_dlo": True, "rescale_hidden_states": False}
+    routed |= {"scale_factor": 2.0, "scale_gap": 0.0}
+    plain = save_config(LLAMA_405B, folder / "405b")
+    save_config({**LLAMA_405B, **routed}, folder / "405b-routed")
+    save_sparse_adapter(plain, folder / "adapter")
+    export = str(Path(sys.executable).parent / "dlo-export")
+    output = folder / "out"
+    for name, arguments in {
+        "plain": [str(folder / "405b")],
+        "routed": [str(folder / "405b-routed")],
+        "two layers injected, routed": [str(folder / "405b"), "--adapter", str(folder / "adapter")],
+    }.items():
+        command = [export, *arguments, "-o", str(output), "--dtype", "bf16", "--no-weights"]
+        yield name, [synced(command, output, folder / "log") for _ in range(rounds)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"], help="of the 8B-shaped model")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--tensorrt-graph", type=Path, nargs=2, metavar=("MODEL", "OUT"), help="only write that graph")
+    arguments = parser.parse_args()
+    if arguments.tensorrt_graph is not None:
+        save_tensorrt_graph(*arguments.tensorrt_graph)
+        return
+    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: what was written is removed
+    WORKSPACE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WORKSPACE) as place:
+        (Path(place) / "small").mkdir()
+        small = dict(measure_405b(max(3, arguments.rounds), Path(place) / "small"))
+        large = dict(measure_8b(arguments.layers, arguments.rounds, Path(place)))
+    copy = Samples(np.array([seconds for seconds, _ in large["cp"]]))
+    rows, ratios = [], {}
+    for name, costs in {**large, **small}.items():
+        seconds, megabytes = (Samples(np.array(column)) for column in zip(*costs, strict=True))
+        if name in small:
+            rows.append([f"405B, no weights, {name}", seconds, f"≤ {BAR_SECONDS}", megabytes, f"≤ {BAR_MEGABYTES}"])
+        elif name == "cp":
+            rows.append([f"8B, {arguments.layers} layers, cp", seconds, "", megabytes, ""])
+        else:
+            ratios[name] = seconds / copy
+            said = f"{ratios[name]} of the copy's, ≤ {BAR_COPIES}"
+            rows.append([f"8B, {arguments.layers} layers, {name}", seconds, said, megabytes, f"≤ {BAR_MEGABYTES}"])
+    print_report(
+        "Export of large models, bf16",
+        ["", "wall, s", "bar", "peak memory, MB", "bar"],
+        rows,
+        {
+            "layers": arguments.layers,
+            "rounds": arguments.rounds,
+            "costs": {name: [list(map(float, cost)) for cost in costs] for name, costs in {**large, **small}.items()},
+            "copies": {name: samples.summary() for name, samples in ratios.items()},
+            "versions": versions("dlo-export", "onnx-ir", "numpy"),
+        },
+    )
+
+
+def _stop(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DloError as err:
+        report_error(err)
+        sys.exit(exit_code(err))

@@ -1,0 +1,110 @@
+"""Steps of one lowered graph, of sizes and with tokens active as a cell of the grid says."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from benchmarks.lowering_grid import Cell
+from benchmarks.threshold_inputs import ACTIVE, SKIPPED, threshold_name
+from dlo_export.checkpoints.dtypes import BY_ONNX
+from dlo_export.checkpoints.interface import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    is_state_input,
+    layers_with,
+)
+from dlo_export.plugins.ort_registration import register_library
+from dlo_export.runtimes.onnxruntime.providers import Provider
+
+
+def share_threads(count: int) -> None:
+    """Makes the pool of all sessions to come; once in a process.
+
+    Args:
+        count: Threads of one operator.
+    """
+    ort.set_global_thread_pool_sizes(count, 1)
+
+
+class GridSteps:
+    """An open graph whose routers' thresholds are inputs.
+
+    It computes with the process's one thread pool (`share_threads`): of several sessions with pools of their own, the
+    idle ones' threads disturb the one that runs, and each finds its own threads asleep.
+
+    Args:
+        graph: A .onnx.
+        provider: What runs it.
+        library: libdlo_ort.so, for graphs with dlo operators.
+    """
+
+    def __init__(self, graph: Path, provider: Provider, library: Path | None = None) -> None:
+        options = ort.SessionOptions()
+        options.use_per_session_threads = False
+        if library is not None:
+            register_library(options, library)
+        settings = [dict(provider.options)]
+        self._session = ort.InferenceSession(str(graph), options, providers=[provider.name], provider_options=settings)
+        if self._session.get_providers()[0] != provider.name:
+            raise RuntimeError(f"ONNX Runtime dropped {provider.name}")
+        self._provider = provider
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._layers = layers_with(self._inputs, threshold_name("{i}"))
+        self._binding: ort.IOBinding | None = None
+
+    def set_up(self, cell: Cell) -> np.ndarray:
+        """Binds a step's inputs; its outputs are made anew with every run, as a client has them that keeps the cache.
+
+        Returns:
+            The step's logits, [batch, sequence, vocab].
+        """
+        batch, sequence, total = cell.batch, cell.sequence, cell.past + cell.sequence
+        feeds = {
+            INPUT_IDS: np.arange(batch * sequence, dtype=np.int64).reshape(batch, sequence) % 512,
+            ATTENTION_MASK: np.ones((batch, total), np.int64),
+            POSITION_IDS: np.tile(np.arange(cell.past, total, dtype=np.int64), (batch, 1)),
+        }
+        for layer, active in zip(self._layers, cell.active(len(self._layers)), strict=True):
+            feeds[threshold_name(layer)] = np.where(active, ACTIVE, SKIPPED).astype(np.float32)
+        for name, value in self._inputs.items():
+            if not is_state_input(name):
+                continue
+            kind = BY_ONNX[value.type.removeprefix("tensor(").removesuffix(")")].numpy
+            if len(value.shape) == 2:  # who was active of the cached tokens: everybody
+                feeds[name] = np.ones((batch, cell.past), kind)
+            else:
+                feeds[name] = np.zeros((batch, value.shape[1], cell.past, value.shape[3]), kind)
+        self._binding = self._session.io_binding()
+        device = self._provider.device, self._provider.device_id
+        for name in self._inputs:
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(feeds[name], *device))
+        for value in self._session.get_outputs():
+            self._binding.bind_output(value.name, *device)
+        self.run()
+        return self.outputs()[LOGITS]
+
+    def run(self) -> None:
+        """One step; a GPU has computed it when this returns."""
+        assert self._binding is not None, "set up before"
+        self._session.run_with_iobinding(self._binding)
+
+    def timed(self, runs: int) -> list[float]:
+        """Milliseconds of each of so many steps."""
+        durations = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            self.run()
+            durations.append((time.perf_counter() - start) * 1e3)
+        return durations
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Of the last run, by name."""
+        assert self._binding is not None, "set up before"
+        names = [value.name for value in self._session.get_outputs()]
+        return dict(zip(names, self._binding.copy_outputs_to_cpu(), strict=True))

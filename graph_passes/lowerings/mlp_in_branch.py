@@ -1,0 +1,79 @@
+"""Move a masked MLP, whatever a lowering has made of it, into a branch of an If."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from dlo_export.checkpoints.llama_layer import layer_tensor_name
+from dlo_export.graph_passes.find.data_flow import element_type, is_op
+from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
+from dlo_export.graph_passes.rewriting import replace_value
+from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes
+
+
+def dequantised_outside(masked: MaskedMlp) -> ir.Node | None:
+    """A node that dequantises a weight of the MLP, and does not belong to it: no branch can leave it out.
+
+    Outside of the branch it runs in every step; inside, ONNX Runtime 1.32 fuses it with the MatMul that reads it, and
+    refuses to load a graph where the weight is not an initializer of the subgraph they stand in.
+    """
+    sources = [value.producer() for node in masked.nodes for value in node.inputs if value is not None]
+    outside = [source for source in sources if source is not None and source not in masked.nodes]
+    return next((source for source in outside if is_op(source, "DequantizeLinear")), None)
+
+
+def add_skip(masked: MaskedMlp, made_by: str) -> TaggedNodes:
+    """The other branch: the stream as the addition reads it, h, cast where the operand is."""
+    # The addition may read a cast of the stream: both branches must give the same type, so the cast is repeated here.
+    block, shape = masked.layer.mlp, (*masked.layer.token_dims, masked.layer.hidden_size)
+    nodes, casts = TaggedNodes(made_by, masked.layer.index), list[ir.Node]()
+    value = block.stream_operand
+    while value is not block.stream_in:
+        node = value.producer()
+        assert node is not None, "the operand is the stream behind Cast and Identity"
+        assert node.inputs[0] is not None, "Cast and Identity have an input"
+        if is_op(node, "Cast"):
+            casts.append(node)
+        value = node.inputs[0]
+    for cast in reversed(casts):
+        source, to = cast.outputs[0], cast.attributes["to"].as_int()
+        name = f"{source.name}.skipped"
+        value = nodes.add("Cast", value, name=name, dtype=ir.DataType(to), shape=shape, to=to)
+    name = layer_tensor_name(masked.layer.index, "mlp.skipped_output")
+    nodes.add("Identity", value, name=name, dtype=element_type(block.stream_operand), shape=shape)
+    return nodes
+
+
+def close_mlp_in_branch(
+    graph: ir.Graph, masked: MaskedMlp, condition: ir.Value, nodes: Sequence[ir.Node], skip: TaggedNodes
+) -> None:
+    """Puts an If in place of nodes: it computes them, or passes on the stream.
+
+    Args:
+        graph: Holds the layer; its nodes need sorting afterwards.
+        masked: The MLP.
+        condition: bool, 0-D: whether they are computed.
+        nodes: All that serve active tokens only; the last one gives the stream behind the block.
+        skip: What is computed otherwise, as `add_skip` has made it before the addition was replaced.
+    """
+    mlp, output, skipped = layer_tensor_name(masked.layer.index, "mlp"), nodes[-1].outputs[0], skip.nodes[-1].outputs[0]
+    shape: Dims = (*masked.layer.token_dims, masked.layer.hidden_size)
+    # The If gives the stream under its name; the branch's own value gets another.
+    result = ir.Value(type=output.type, shape=ir.Shape(shape))
+    replace_value(output, result)
+    output.name = f"{mlp}.active_output"
+    graph.remove(nodes)
+    conditional = ir.node(
+        "If",
+        [condition],
+        {
+            "then_branch": ir.Graph([], [output], nodes=list(nodes), name=f"{mlp}.then_branch"),
+            "else_branch": ir.Graph([], [skipped], nodes=skip.nodes, name=f"{mlp}.else_branch"),
+        },
+        outputs=[result],
+        name=f"{mlp}.if",
+        metadata_props=dict(skip.tags),
+    )
+    graph.append(conditional)

@@ -1,0 +1,34 @@
+"""What skipping is measured against computes what a graph does that skips everything."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from benchmarks.onnxruntime_worker import DecoderStep
+from benchmarks.skipped_graph import everything_skipped
+from dlo_export.checkpoints.interface import LOGITS
+from dlo_export.checkpoints.llama_layer import ROUTERS
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
+from tests.tiny_models import save_tiny_llama
+
+
+@pytest.mark.parametrize("kind", ["llama_dlo_exattn", "llama_dlo", "llama_dlo_attn"])
+def test_skipped_graph_gives_what_the_routed_one_does_when_no_router_lets_a_token_through(tmp_path, kind):
+    never = {layer: np.float32(0.9999).item() for layer in range(3)}
+    model = save_tiny_llama(tmp_path / "model", routed=[True] * 3, model_type=kind, thresholds=never)
+    export_model(ExportRequest(str(model), tmp_path / "out", lowering="if", parity=False), Reporter())
+    routed = tmp_path / "out" / "model.onnx"
+    skipped = everything_skipped(routed, "skipped")
+    tokens = np.random.default_rng(0).integers(0, 97, (2, 9))
+    outputs = []
+    for graph in (routed, skipped):
+        step = DecoderStep(graph, tokens, 2, threads=1)
+        step()
+        outputs.append(step.outputs())
+    assert LOGITS in outputs[1]
+    for name, value in outputs[1].items():  # the cache too
+        np.testing.assert_array_equal(value, outputs[0][name], err_msg=name)
+    left = ir.load(skipped).graph
+    assert not [name for name in left.initializers if name.startswith(f"{ROUTERS}.0.")]
+    assert not [node for node in left if node.op_type == "If"]

@@ -1,0 +1,137 @@
+"""`dlo bench --tune`: an artefact lowered again from itself alone, and rewritten whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dlo_export.checkpoints.adapter.adapter import save_adapter
+from dlo_export.checkpoints.depth.expansion import expansion_adapter
+from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.exporter.artefact_check import open_description
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.relowering import ReloweredGraph
+from dlo_export.exporter.tune import rewrite_lowering, tunable
+from tests.bare_session import BareSession
+from tests.exporter.forked_commands import run
+from tests.tiny_models import save_byte_tokenizer, save_tiny_llama
+
+ROUTED = (True, False, True)
+TYPES = {"mlp": "llama_dlo_exattn", "layer": "llama_dlo", "attention": "llama_dlo_attn"}
+IDS = np.random.default_rng(0).integers(0, 97, (2, 7))
+
+
+def exported(folder: Path, **options: object) -> Path:
+    """An artefact of the model beside it."""
+    export_model(ExportRequest(str(folder / "model"), folder / "out", parity=False, **options), Reporter())  # type: ignore[arg-type]
+    return folder / "out"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def logits(artefact: Path) -> np.ndarray:
+    positions = np.tile(np.arange(IDS.shape[1]), (2, 1))
+    return BareSession(artefact / "model.onnx").logits_of(IDS, np.ones_like(IDS), positions, (4, 7))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("before", "after"), [("if", "compact"), ("masked", "if")])
+def test_artefact_is_the_export_in_the_other_lowering_when_it_is_rewritten(tmp_path, kind, before, after) -> None:
+    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, model_type=TYPES[kind])
+    artefact = exported(tmp_path, lowering=before, last_logits=kind == "mlp")
+    description, own, expected = open_description(artefact), contents(artefact), logits(artefact)
+    model = ReloweredGraph(artefact, description).lowered(after)
+    rewrite_lowering(artefact, description, model, after, "a reason", 0.0)
+    np.testing.assert_allclose(logits(artefact), expected, rtol=1e-5, atol=1e-5)
+    found = open_description(artefact)  # hashes and contradictions
+    assert (found.lowering, found.lowering_reason, found.parity.verdict) == (after, "a reason", "NOT RUN")
+    assert f"from {before} (parity NOT RUN) to {after}" in (found.parity.reason or "")
+    changed = {name for name, content in contents(artefact).items() if own.get(name) != content}
+    assert changed == {"model.onnx", "dlo_artifact.json", "dlo_files.json"}
+    # What an export with that lowering gives, weights included.
+    (tmp_path / "other").mkdir()
+    shutil.move(tmp_path / "model", tmp_path / "other" / "model")
+    other = exported(tmp_path / "other", lowering=after, last_logits=kind == "mlp")
+    assert contents(other)["model.onnx"] == contents(artefact)["model.onnx"]
+    assert (artefact / "model.onnx.data").stat().st_nlink == 1  # onnx refuses data files of several names
+
+
+def test_injected_layers_are_lowered_again_when_an_adapter_brought_them(tmp_path) -> None:
+    save_tiny_llama(tmp_path / "model", layers=2)
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        plan = placements("tli", 2, every=1, init="zero_out")
+        save_adapter(expansion_adapter(checkpoint.tensors, plan, zero_routers=True), tmp_path / "adapter")
+    artefact = exported(tmp_path, lowering="if", adapter=tmp_path / "adapter")
+    graph = ReloweredGraph(artefact, open_description(artefact)).lowered("compact").graph
+    assert sum(node.op_type == "NonZero" for node in graph.all_nodes()) == 4
+
+
+def test_graph_is_refused_when_it_is_not_what_config_json_says(tmp_path) -> None:
+    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED)
+    artefact = exported(tmp_path)
+    config = json.loads((artefact / "config.json").read_text())
+    (artefact / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.25}))
+    with pytest.raises(
+        InputError, match=r"cannot be lowered again: built from config\.json, it has other nodes"
+    ) as err:
+        ReloweredGraph(artefact, open_description(artefact))
+    assert "export the model once with each --lowering" in str(err.value)
+
+
+def test_bench_tunes_an_artefact_when_its_lowerings_are_measured(tmp_path) -> None:
+    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, vocab=300)
+    save_byte_tokenizer(tmp_path / "model", 300)
+    artefact = exported(tmp_path, lowering="masked")
+    (tmp_path / "text.txt").write_text("Some words of a text that is long enough. " * 400)
+    few = ("--rounds", "2", "--prompt-tokens", "8", "--decode-tokens", "2", "--text", tmp_path / "text.txt")
+    ended = run("bench", "--tune", artefact, *few, "--json", messages=tmp_path / "messages")
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads(ended.stdout)
+    assert [row["lowering"] for row in report["lowerings"]] == ["masked", "if", "compact"]
+    assert all(row["logits_difference"] < 1e-5 for row in report["lowerings"])
+    assert (report["before"], report["after"]) == ("masked", open_description(artefact).lowering)
+
+
+def test_artefact_stays_as_it_is_when_it_cannot_be_tuned(tmp_path) -> None:
+    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED)
+    artefact = exported(tmp_path)
+    own = contents(artefact)
+    with pytest.raises(InputError, match="was made for --provider cpu"):
+        tunable(artefact, "cuda", None)
+    (artefact / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes\.txt"):
+        tunable(artefact, None, None)
+    (artefact / "notes.txt").unlink()
+    (artefact / "model.onnx").write_bytes(own["model.onnx"] + b" ")
+    with pytest.raises(InputError, match=r"model\.onnx: was changed"):
+        tunable(artefact, None, None)
+    (artefact / "model.onnx").write_bytes(own["model.onnx"])
+    assert contents(artefact) == own
+    several = run("bench", "--tune", artefact, artefact, messages=tmp_path / "messages")
+    assert (several.returncode, "--tune takes one artefact" in several.stderr) == (2, True), several.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "nothing is routed, so it has no lowering"),
+        ({"static_cache": 32, "lowering": "masked"}, "has a static cache"),
+        ({"lowering": "plugin"}, "ONNX Runtime computes them with libdlo_ort.so alone, and none is given"),
+    ],
+)
+def test_artefact_is_refused_when_there_is_nothing_to_choose(tmp_path, options, reason) -> None:
+    sizes = {"head_dim": 16, "hidden": 64} if "static_cache" in options else {}
+    save_tiny_llama(tmp_path / "model", layers=2, routed=(True, True) if options else None, **sizes)
+    artefact = exported(tmp_path, **options)
+    with pytest.raises(Exception, match=reason) as err:
+        tunable(artefact, None, None)
+    assert getattr(err.value, "hint", None)

@@ -1,0 +1,336 @@
+"""The C++ program generates what `dlo run` does, from every kind of artefact; the target is found in every way.
+
+Skipped where there are no headers of ONNX Runtime's, or no cmake.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import onnxruntime as ort
+import pytest
+
+import dlo_export
+from dlo_export.checkpoints.device_options import ProviderOption
+from dlo_export.exporter.artefact_runner import open_artefact
+from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.runtimes.artefact.description import FORMAT_VERSION
+from dlo_export.runtimes.generation.generate import generate
+from tests.documents import ROOT, text_of
+from tests.foreign_graphs import save_routed_adapter
+from tests.ort_headers import ort_headers
+from tests.plugins.ort_library import built_library
+from tests.tiny_models import save_tiny_llama
+
+PROMPT = [5, 9, 14, 3, 27, 31, 8, 44, 60, 2, 11]
+STEPS = 12
+ROUTED = (True, False, True)
+CHECKS = Path(__file__).with_name("cpp_runtime_checks.cpp")
+OPTIMUM = ROOT / "tests" / "data" / "optimum_llama"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is exported, and how."""
+
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    export: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def library(self) -> Path | None:
+        """The plugin library where it needs one."""
+        return built_library() if self.export.get("lowering") == "plugin" else None
+
+
+KINDS = {
+    "plain": Kind({"tie": True}, {"last_logits": True}),
+    "mlp, compact": Kind({"routed": ROUTED, "thresholds": {0: 0.4}}),
+    "mlp, if": Kind({"routed": ROUTED}, {"lowering": "if"}),
+    "mlp, plugin": Kind({"routed": ROUTED}, {"lowering": "plugin"}),
+    "layer": Kind({"routed": ROUTED, "model_type": "llama_dlo"}),
+    "layer, if": Kind({"routed": ROUTED, "model_type": "llama_dlo"}, {"lowering": "if"}),
+    "attention": Kind({"routed": ROUTED, "model_type": "llama_dlo_attn"}),
+    "attention among the active": Kind(
+        {"routed": ROUTED, "model_type": "llama_dlo_attn", "routing_kv": "active"}, {"lowering": "if"}
+    ),
+    "static cache": Kind({"routed": ROUTED, "head_dim": 16}, {"static_cache": 24, "lowering": "masked"}),
+    "static cache, plugin, fp16": Kind({"routed": (False,) * 3, "head_dim": 16}, {"static_cache": 24, "dtype": "fp16"}),
+}
+
+
+def run(command: list[str | Path], folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def build(source: Path, folder: Path, *options: str, target: str = "all") -> Path:
+    """Configures and builds a target with cmake, warnings being errors; returns the folder."""
+    if shutil.which("cmake") is None:
+        pytest.skip("there is no cmake")
+    (library,) = (Path(ort.__file__).parent / "capi").glob("libonnxruntime.so*")
+    places = [f"-DORT_INCLUDE={ort_headers()}", f"-DORT_LIBRARY={library}"]
+    for command in (
+        [
+            "cmake",
+            "-S",
+            source,
+            "-B",
+            folder,
+            *places,
+            "-DCMAKE_BUILD_TYPE=Debug",
+            "-DCMAKE_CXX_FLAGS=-Werror",
+            *options,
+        ],
+        ["cmake", "--build", folder, "--target", target],
+    ):
+        result = run(command)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """samples/cpp_onnxruntime, which takes the target in by add_subdirectory."""
+    return build(ROOT / "samples" / "cpp_onnxruntime", tmp_path_factory.mktemp("sample")) / "generate"
+
+
+def exported(folder: Path, kind: Kind) -> Path:
+    model = save_tiny_llama(folder / "model", **kind.model)
+    request = ExportRequest(
+        str(model), folder / "artefact", parity=False, ort_plugin_library=kind.library, **kind.export
+    )
+    export_model(request, Reporter())
+    return folder / "artefact"
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tmp_path_factory.mktemp("artefact"), KINDS["mlp, compact"])
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_program_generates_the_runners_tokens_when_given_an_artefact(program: Path, kind: Kind, tmp_path: Path) -> None:
+    library = kind.library
+    folder = exported(tmp_path, kind)
+    with open_artefact(folder, plugin_library=library) as runner:
+        expected = generate(runner, [PROMPT], max_new_tokens=STEPS, prefill_tokens=4)
+    given = ["--tokens", ",".join(map(str, PROMPT)), "--steps", str(STEPS), "--prefill", "4", "--no-end", "--json"]
+    result = run([program, folder, *given, *(["--plugin-library", library] if library else [])])
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["tokens"] == expected.sequences[0]
+    assert len(answer["step_ms"]) == STEPS - 1
+    rates = {int(layer): rate for layer, rate in answer["active_rate"].items()}
+    assert rates == pytest.approx(expected.stats.active_rate, abs=1e-6)
+    if any(kind.model.get("routed", [])):
+        assert 0 < sum(rates.values()) / len(rates) < 1, "the comparison must see tokens that run and tokens that skip"
+
+
+def test_program_generates_the_runners_tokens_when_the_graph_was_another_exporters(
+    program: Path, tmp_path: Path
+) -> None:
+    adapter = save_routed_adapter(OPTIMUM / "model.onnx", tmp_path / "adapter")
+    folder = tmp_path / "artefact"
+    export_model(ExportRequest(str(OPTIMUM / "model.onnx"), folder, adapter=adapter, parity=False), Reporter())
+    with open_artefact(folder) as runner:
+        expected = generate(runner, [PROMPT], max_new_tokens=STEPS).sequences[0]
+    result = run([program, folder, "--tokens", ",".join(map(str, PROMPT)), "--steps", str(STEPS), "--no-end"])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ",".join(map(str, expected))
+
+
+def test_program_prints_ids_and_rates_when_it_stops_at_an_end_token(program: Path, artefact: Path) -> None:
+    whole = run([program, artefact, "--tokens", "5,6,7", "--steps", "6", "--no-end"])
+    tokens = [int(token) for token in whole.stdout.split(",")]
+    (artefact / "generation_config.json").write_text(json.dumps({"eos_token_id": [95, tokens[2]]}))
+    ended = run([program, artefact, "--tokens", "5,6,7", "--steps", "6"])
+    end = tokens.index(tokens[2]) + 1
+    assert [int(token) for token in ended.stdout.split(",")] == tokens[:end]
+    assert re.search(rf"3 prompt tokens in .* s, {end} new ones at .* tokens/s\nactive, layer 0: .*%\n", ended.stderr)
+
+
+def test_program_draws_the_likeliest_token_when_only_that_may_be_drawn(program: Path, artefact: Path) -> None:
+    command = [program, artefact, "--tokens", "5,6,7", "--steps", "6", "--no-end", "--no-scores"]
+    greedy = run(command).stdout
+    assert greedy
+    for choice in (["--top-k", "1"], ["--top-p", "0.000001"]):
+        assert run([*command, "--temperature", "9", *choice]).stdout == greedy
+    drawn = {run([*command, "--temperature", "9", "--seed", str(seed)]).stdout for seed in (1, 1, 2)}
+    assert len(drawn) == 2
+    assert greedy not in drawn
+
+
+def changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """Changes a copy of dlo_artifact.json."""
+
+    def apply(folder: Path) -> None:
+        values = json.loads((folder / "dlo_artifact.json").read_text())
+        change(values)
+        (folder / "dlo_artifact.json").write_text(json.dumps(values))
+
+    return apply
+
+
+def written(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def resized(folder: Path) -> None:
+    """A graph of the described size that is none."""
+    (folder / "model.onnx").write_bytes(b"\xff" * (folder / "model.onnx").stat().st_size)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no description": (lambda folder: (folder / "dlo_artifact.json").unlink(), "dlo_artifact.json: cannot be read"),
+    "no JSON": (written("dlo_artifact.json", b'{\n"a": [1, 2,]}'), "is no JSON: no value in line 2, column 12"),
+    "cut short": (written("dlo_artifact.json", b'{"a": "b'), "is no JSON: a text that does not end in line 1"),
+    "nested": (written("dlo_artifact.json", b"[" * 9000), "is no JSON: lists or objects nested too deep"),
+    "twice": (written("dlo_artifact.json", b'{"a": 1, "a": 2}'), 'is no JSON: "a" a second time'),
+    "half a character": (written("dlo_artifact.json", b'{"a": "\\ud800"}'), "is no JSON: no '\\'"),
+    "other format": (
+        changed(lambda values: values.update(format_version=3)),
+        f"format_version is 3, expected {FORMAT_VERSION}",
+    ),
+    "no field": (changed(lambda values: values.pop("lowering")), "dlo_artifact.json: lowering is missing"),
+    "wrong field": (
+        changed(lambda values: values["layers"][1].update(injected="no")),
+        'layers[1].injected is "no", expected true or false',
+    ),
+    "stray threshold": (
+        changed(lambda values: values["routing"].update(router_thresholds={"1": 0.4})),
+        "routing.router_thresholds.1 is 0.4, expected no entry: layer 1 is not routed",
+    ),
+    "other layers": (
+        changed(lambda values: values["routing"].update(layers=[0, 1], router_thresholds={})),
+        "model.onnx: has no router in layer 1, which dlo_artifact.json calls routed",
+    ),
+    "wrong provider": (
+        changed(lambda values: values.update(provider="tpu")),
+        "provider is 'tpu', expected cpu or cuda",
+    ),
+    "no weights": (lambda folder: (folder / "model.onnx.data").unlink(), "model.onnx.data: cannot be read"),
+    "weights cut": (written("model.onnx.data", b"x"), "model.onnx.data: was changed: it has 1 bytes, expected"),
+    "no graph": (resized, "model.onnx: is no ONNX graph, or is cut short"),
+    "wrong end": (written("generation_config.json", b'{"eos_token_id": ["</s>"]}'), 'eos_token_id[0] is "</s>"'),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_program_names_file_and_field_when_an_artefact_is_damaged(
+    program: Path, artefact: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    folder = Path(shutil.copytree(artefact, tmp_path / "damaged"))
+    damage(folder)
+    result = run([program, folder, "--tokens", "5"])
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert message in result.stderr
+    assert "\nhint: " in result.stderr or "provider" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "usage: generate ARTEFACT --tokens 1,2,3"),
+        (["--tokens", "1,x"], 2, "--tokens got 'x', expected a number >= 0"),
+        (["--tokens", "1", "--steps", "-3"], 2, "--steps got '-3', expected a number >= 0"),
+        (["--tokens", "1", "--step", "3"], 2, "--step is unknown"),
+        (["--tokens", "1", "--steps"], 2, "--steps is unknown or lacks its value"),
+        (["--tokens", "1", "--top-p", "2"], 2, "top-p is 2.000000, expected 0 < top-p <= 1"),
+        (["--tokens", "1", "--prefill", "0"], 2, "prefill in steps of 0 tokens"),
+        (["--tokens", "1", "--provider", "cuda"], 4, "CUDA does not start in this ONNX Runtime: "),
+    ],
+)
+def test_program_ends_with_the_code_of_the_fault_when_it_cannot_run(
+    program: Path, artefact: Path, arguments: list[str], code: int, message: str
+) -> None:
+    if "CUDAExecutionProvider" in ort.get_available_providers() and code == 4:
+        pytest.skip("this ONNX Runtime has CUDA")
+    result = run([program, artefact, *arguments])
+    assert (result.returncode, result.stdout) == (code, "")
+    assert message in result.stderr
+
+
+def test_program_names_the_option_when_a_static_cache_is_full(program: Path, tmp_path: Path) -> None:
+    folder = exported(tmp_path, KINDS["static cache"])
+    result = run([program, folder, "--tokens", ",".join(["5"] * 20), "--steps", "8", "--no-end"])
+    assert result.returncode == 2
+    assert "the cache is full: it holds 24 of 24 tokens" in result.stderr
+    assert "--static-cache 25 or more" in result.stderr
+
+
+def test_program_asks_for_the_library_when_an_artefact_needs_one(program: Path, tmp_path: Path) -> None:
+    folder = exported(tmp_path, KINDS["mlp, plugin"])
+    for given, message in (
+        ((), "are in libdlo_ort.so alone"),
+        (["--plugin-library", "none.so"], "none.so: cannot be used"),
+    ):
+        result = run([program, folder, "--tokens", "5", *given])
+        assert result.returncode == 4, result.stderr
+        assert message in result.stderr
+
+
+def documented(folder: Path, edit: Callable[[str], str] = str) -> Path:
+    """The program of docs/cpp.md, its CMakeLists.txt edited."""
+    blocks = dict(re.findall(r"^```(cmake|cpp)\n(.*?)^```", text_of("docs/cpp.md"), flags=re.MULTILINE | re.DOTALL))
+    folder.mkdir()
+    (folder / "CMakeLists.txt").write_text(edit(blocks["cmake"]))
+    (folder / "main.cpp").write_text(blocks["cpp"])
+    return folder
+
+
+def test_documented_program_runs_when_the_target_is_installed(artefact: Path, tmp_path: Path) -> None:
+    prefix = tmp_path / "prefix"
+    install = ["-S", ROOT / "runtimes" / "cpp", "-B", tmp_path / "runtime", f"-DCMAKE_INSTALL_PREFIX={prefix}"]
+    for command in (["cmake", *install], ["cmake", "--install", tmp_path / "runtime"]):
+        result = run(command)
+        assert result.returncode == 0, result.stderr
+    fetched = re.compile(r"include\(FetchContent\).*?MakeAvailable\(\w+\)", re.DOTALL)
+    checks = f"add_executable(checks {CHECKS})\ntarget_link_libraries(checks PRIVATE dlo::runtime)\n"
+    source = documented(
+        tmp_path / "source", lambda script: fetched.sub("find_package(dlo_runtime REQUIRED)", script) + checks
+    )
+    folder = build(source, tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}")
+    (tmp_path / "artefact").symlink_to(artefact)
+    result = run([folder / "continue_text"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"(\d+ )+\n(layer \d: \d+ of \d+ tokens active\n)+", result.stdout)
+    checked = run([folder / "checks", artefact])
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_documented_project_has_the_target_when_it_fetches_the_repository(tmp_path: Path) -> None:
+    """As the document shows it, but that the repository is here already."""
+    build(
+        documented(tmp_path / "source"),
+        tmp_path / "build",
+        f"-DFETCHCONTENT_SOURCE_DIR_DLO_EXPORT={ROOT}",
+        target="help",
+    )
+
+
+def test_configuration_names_the_variable_when_onnxruntime_is_not_found(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("there is no cmake")
+    sample = ROOT / "samples" / "cpp_onnxruntime"
+    for given, message in ([], "ONNX Runtime is not found"), (["-DORT_INCLUDE=/none"], "ORT_INCLUDE is '/none'"):
+        result = run(["cmake", "-S", sample, "-B", tmp_path / str(len(given)), *given])
+        assert result.returncode == 1
+        assert message in result.stderr
+
+
+def test_headers_say_what_the_package_does_when_both_have_a_table() -> None:
+    headers = {path.name: path.read_text() for path in (ROOT / "runtimes" / "cpp" / "include" / "dlo").iterdir()}
+    assert f"kFORMAT_VERSION = {FORMAT_VERSION};" in headers["artefact.h"]
+    project = f"project(dlo_runtime VERSION {dlo_export.__version__} "
+    assert project in (ROOT / "runtimes" / "cpp" / "CMakeLists.txt").read_text()
+    assert all(
+        f'== "{provider}"' in headers["model.h"] or f'!= "{provider}"' in headers["model.h"]
+        for provider in get_args(ProviderOption)
+    )
