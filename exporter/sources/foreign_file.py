@@ -160,7 +160,8 @@ def _declared_types(op_type: str, version: int) -> dict[str, str]:
         schema = onnx.defs.get_schema(op_type, version)
     except onnx.defs.SchemaError:
         return {}
-    return {name: attribute.type.name for name, attribute in schema.attributes.items()}
+    # onnx's stubs do not know that its enumeration has names.
+    return {name: attribute.type.name for name, attribute in schema.attributes.items()}  # type: ignore[attr-defined]
 
 
 def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
