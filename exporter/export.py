@@ -24,8 +24,9 @@ from dlo_export.exporter.client_config import client_config
 from dlo_export.exporter.genai_config import WHY_NONE, WHY_NONE_STATIC, carried_genai_config, genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.kept_data import kept_files, kept_names, new_weights_name
+from dlo_export.exporter.lowering_choice import choose_onnxruntime_lowering
 from dlo_export.exporter.model_metadata import set_model_metadata
-from dlo_export.exporter.pipeline import build_captured_model, build_model, check_captured, choose_onnxruntime_lowering
+from dlo_export.exporter.pipeline import build_captured_model, build_model, check_captured
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource, open_source
