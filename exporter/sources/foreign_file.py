@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections import Counter
@@ -136,6 +137,8 @@ def _name_problems(proto: onnx.ModelProto) -> Iterator[str]:
 
 
 def _attribute_problems(proto: onnx.ModelProto) -> Iterator[str]:
+    """Attributes that are there twice, and such of other types than ONNX's operators declare: passes read them."""
+    version = next((entry.version for entry in proto.opset_import if not entry.domain), 0)
     for node in _nodes(proto):
         for name, count in Counter(attribute.name for attribute in node.attribute).items():
             if count > 1 or not name:
@@ -143,6 +146,22 @@ def _attribute_problems(proto: onnx.ModelProto) -> Iterator[str]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.UNDEFINED:
                 yield f"{node.op_type} node '{node.name}': attribute '{attribute.name}' has no type"
+                continue
+            found = onnx.AttributeProto.AttributeType.Name(attribute.type)
+            expected = found if node.domain else _declared_types(node.op_type, version).get(attribute.name, found)
+            if found != expected:
+                yield f"{node.op_type} node '{node.name}': attribute '{attribute.name}' is {found}, expected {expected}"
+
+
+@functools.cache
+def _declared_types(op_type: str, version: int) -> dict[str, str]:
+    """Types of an ONNX operator's attributes by their names; of one that there is not, the checker tells later."""
+    try:
+        schema = onnx.defs.get_schema(op_type, version)
+    except onnx.defs.SchemaError:
+        return {}
+    # onnx's stubs do not know that its enumeration has names.
+    return {name: attribute.type.name for name, attribute in schema.attributes.items()}  # type: ignore[attr-defined]
 
 
 def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

@@ -16,7 +16,11 @@ _MODULES = (
     *("exporter.evaluate", "runtimes.torch.scorer"),
     *("exporter.commands.expand", "exporter.inspection", "exporter.parity_check", "exporter.train"),
     *("runtimes.bench", "runtimes.generation.generate", "runtimes.generation.tokenizer", "runtimes.torch.reference"),
+    *("graph_passes.lowerings.lower_skip_to_compaction", "graph_passes.lowerings.lower_skip_to_if"),
+    *("graph_passes.lowerings.lower_skip_to_plugin", "graph_passes.lowerings.lower_skip_to_topk"),
+    *("graph_passes.lowerings.if_on_tensorrt", "graph_passes.lowerings.masked"),
 )
+_LIBRARY_MODULES = ("pydantic.type_adapter",)  # typer's, for the command line
 _LIMITED = {
     "cpu_seconds": resource.RLIMIT_CPU,
     "memory_bytes": resource.RLIMIT_AS,
@@ -35,6 +39,15 @@ class Ended:
     stderr: str
 
 
+def forkserver():
+    """The context whose processes have everything imported: one list, since the first that starts one decides."""
+    context = multiprocessing.get_context("forkserver")
+    # pytest, because every process imports the main module of the one that starts it.
+    modules = (f"dlo_export.{module}" for module in _MODULES)
+    context.set_forkserver_preload(["pytest", __name__, *_LIBRARY_MODULES, *modules])
+    return context
+
+
 def start(
     arguments, messages: Path, *, working_folder: Path | None = None, limits=None, environment=None, privileged=True
 ):
@@ -48,9 +61,7 @@ def start(
         environment: Variables it has beside this one's.
         privileged: Leave root its right to read and write whatever permissions say.
     """
-    context = multiprocessing.get_context("forkserver")
-    # pytest, because every process imports the main module of the one that starts it.
-    context.set_forkserver_preload(["pytest", __name__, *(f"dlo_export.{module}" for module in _MODULES)])
+    context = forkserver()
     ready, begins = context.Pipe(duplex=False)
     process = context.Process(
         target=_run,
@@ -85,8 +96,9 @@ def ended(process, messages: Path):
 def join_unless_blocked(process, seconds):
     """Waits for a command's end, and kills it when it has been blocked for so long in all.
 
-    Blocked is a process without a thread that runs, is ready to, or waits for a disk: an overloaded machine makes it
-    wait for a core, where it is ready. What works without an end the limit on processor time ends.
+    Blocked is a process without a thread that runs, is ready to, waits for a disk, or was stopped by a signal: an
+    overloaded machine makes it wait for a core, where it is ready, and a stopped one goes on when somebody lets it.
+    What works without an end the limit on processor time ends.
     """
     blocked = 0.0
     while process.is_alive() and blocked < seconds:
@@ -103,7 +115,7 @@ def _is_blocked(pid):
     except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         return False
     # "pid (name) state …", where a name may hold anything; proc_pid_stat(5).
-    return not any(thread.rpartition(")")[2].split()[0] in "RD" for thread in threads)
+    return not any(thread.rpartition(")")[2].split()[0] in "RDTt" for thread in threads)
 
 
 def _give_up_privileges():

@@ -172,6 +172,12 @@ def _attribute_twice(proto, folder):
     attributes.add().CopyFrom(attributes[0])
 
 
+def _constant_of_another_type(proto, folder):
+    node = helper.make_node("Constant", [], ["unread"], name="constant")
+    node.attribute.add(name="value", type=onnx.AttributeProto.GRAPH)
+    proto.graph.node.insert(0, node)
+
+
 def _strings(proto, folder):
     initializer(proto, "model.norm.weight").CopyFrom(helper.make_tensor("model.norm.weight", 8, [1], ["text"]))
 
@@ -291,6 +297,8 @@ ILLEGAL = {
     "attribute_without_type": (_attribute(type=0), "Cast"),
     "attribute_without_name": (_attribute(name=""), "Cast"),
     "attribute_twice": (_attribute_twice, "Cast"),
+    "attribute_of_another_type": (_attribute(type=onnx.AttributeProto.FLOAT), "'to' is FLOAT, expected INT"),
+    "constant_of_another_type": (_constant_of_another_type, "'value' is GRAPH, expected TENSOR"),
     "strings": (_strings, "model.norm.weight"),
     "insides_shared": (_shared_insides, "mlp.gate_sigmoid"),
     "value_unknown": (_unknown_value, "nowhere"),

@@ -1,11 +1,10 @@
-"""Graphs of several exporters, changed at random, edited by a command, and compared with what they compute."""
+"""Graphs of `graph_sources`, changed at random, edited by a command, and compared with what they compute."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -15,24 +14,17 @@ from random import Random
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
-from dlo_export.checkpoints.adapter.adapter import save_adapter
-from dlo_export.checkpoints.depth.expansion import expansion_adapter
-from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.exporter.cli import main
 from dlo_export.exporter.exit_codes import BAD_INPUT, DONE, MACHINE, PARITY_FAILED
-from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 from tests.exporter import forked_commands
-from tests.foreign_graphs import save_foreign_graph
-from tests.foreign_protos import fuse_skip_norms
 from tests.fuzz.graph_changes import change_graph
-from tests.genai_graphs import save_genai_graph
 
 KINDS: tuple[RoutingKind, ...] = ("mlp", "layer", "attention", "attention-active")
-_OPTIMUM = Path(__file__).parents[1] / "data" / "optimum_llama"
+"""Of routing, each of which a source has an adapter for."""
+_QUANTISED = "int4"  # a source without a PyTorch model: parity compares what is made of it with itself
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bool)": np.bool_}
 _STEPS = (5, 1, 2)  # tokens: a prompt, then more behind the cache
 _HEAD_DIM = 16  # of genai's graphs
@@ -54,42 +46,12 @@ class Outcome:
     said: str
 
 
-def save_sources(folder: Path) -> None:
-    """Writes each graph into a folder of its own, and for each an adapter per kind of routing.
-
-    The adapters change nothing: layers that add nothing, and routers that let every token through.
-    """
-    folder.mkdir()
-    for name in ("plain", "fused"):
-        graph = save_foreign_graph(folder / name, "fp32", layers=2)
-        shutil.rmtree(folder / name / "checkpoint")
-        if name == "fused":
-            model = onnx.load(graph, load_external_data=False)
-            fuse_skip_norms(model)
-            onnx.save(model, graph)
-    (folder / "optimum").mkdir()
-    for name in ("model.onnx", "config.json"):
-        shutil.copy(_OPTIMUM / name, folder / "optimum")
-    for name, form in (("packed", "fp32"), ("int4", "int4, zero points")):
-        graph = save_genai_graph(folder / f"{name}.genai", form, layers=2)
-        graph.parent.rename(folder / name)
-        shutil.rmtree(folder / f"{name}.genai")
-    for source in sorted(path for path in folder.iterdir()):
-        graph = open_foreign_graph(source / "model.onnx")
-        plan = placements("tli", graph.num_layers, every=1)
-        for kind in KINDS:
-            adapter = expansion_adapter(graph.tensors, plan, zero_routers=True, routing=kind)
-            open_to_all = dict.fromkeys(range(plan.num_layers), 0.25)  # a router of zeros scores one half
-            adapter = dataclasses.replace(adapter, rescale_hidden_states=False, router_thresholds=open_to_all)
-            save_adapter(adapter, folder / "adapters" / source.name / kind)
-
-
 def run_case(seed: int, sources: Path, folder: Path) -> Outcome:
     """Changes a copy of a graph, has a command edit it, and compares, all in a process of its own.
 
     Args:
         seed: Of the case.
-        sources: From `save_sources`.
+        sources: From `graph_sources.save_sources`.
         folder: Created; kept where the case went wrong.
     """
     random = Random(f"graph {seed}")
@@ -99,12 +61,10 @@ def run_case(seed: int, sources: Path, folder: Path) -> Outcome:
     changed = change_graph(random, folder / "graph" / "model.onnx")
     arguments = _command(random, sources / "adapters" / source, data_files=source != "optimum")
     said = f"seed {seed}, {source}: {changed}\n  dlo {' '.join(arguments)}"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", __name__, forked_commands.__name__])
-    process = context.Process(target=_edit_and_compare, args=(arguments, folder))
+    process = forked_commands.forkserver().Process(target=_edit_and_compare, args=(arguments, folder))
     process.start()
     forked_commands.join_unless_blocked(process, _HANGING_SECONDS)
-    kind, why = _judged(process.exitcode, folder)
+    kind, why = _judged(source, process.exitcode, folder)
     if kind == "wrong":
         return Outcome(kind, f"{said}\n  {why}; kept in {folder}")
     shutil.rmtree(folder)
@@ -126,7 +86,7 @@ def _command(random: Random, adapters: Path, *, data_files: bool) -> list[str]:
     return ["export", "graph/model.onnx", "-o", "out", "--adapter", str(adapters / kind), *options]
 
 
-def _judged(exit_code: int | None, folder: Path) -> tuple[str, str]:
+def _judged(source: str, exit_code: int | None, folder: Path) -> tuple[str, str]:
     """The kind of an outcome, and why."""
     report = folder / "report.json"
     if not report.is_file():
@@ -134,19 +94,23 @@ def _judged(exit_code: int | None, folder: Path) -> tuple[str, str]:
     found = json.loads(report.read_text())
     stderr = (folder / "stderr").read_text()
     if found["code"] in (BAD_INPUT, MACHINE):
-        named = "error: " in stderr and "\nhint: " in stderr and "Traceback" not in stderr
-        left = [path.name for path in folder.iterdir() if path.name.startswith((".out", "out"))]
-        return (
-            ("refused", stderr) if named and not left else ("wrong", f"refused without a name, left {left}: {stderr}")
-        )
-    if found["code"] == PARITY_FAILED:  # the config.json beside the graph is of another model by now
-        kept = sorted(path.name for path in folder.glob("out*"))
-        return ("refused", stderr) if kept == ["out.failed"] else ("wrong", f"parity failed, left {kept}: {stderr}")
-    if found["code"] != DONE:
-        return "wrong", f"ended with {found['code']}: {stderr[-3000:]}"
-    if exit_code != 0:
-        return "wrong", f"the comparison ended with {exit_code}: {stderr[-3000:]}"
-    return found["kind"], found["why"]
+        return _judged_refusal(folder, stderr)
+    if found["code"] not in (DONE, PARITY_FAILED) or exit_code != 0:
+        return "wrong", f"the command ended with {found['code']}, the comparison with {exit_code}: {stderr[-3000:]}"
+    if found["code"] == DONE or found["kind"] == "wrong":
+        return found["kind"], found["why"]
+    kept = sorted(path.name for path in folder.glob("out*"))
+    if kept != ["out.failed"] or (source == _QUANTISED and found["kind"] == "right"):
+        return "wrong", f"parity failed of what is {found['kind']}, left {kept}: {stderr}"
+    return "refused", stderr  # the config.json beside the graph is of another model by now
+
+
+def _judged_refusal(folder: Path, stderr: str) -> tuple[str, str]:
+    named = "error: " in stderr and "\nhint: " in stderr and "Traceback" not in stderr
+    left = [path.name for path in folder.iterdir() if path.name.startswith((".out", "out"))]
+    if named and not left:
+        return "refused", stderr
+    return "wrong", f"refused without a name, left {left}: {stderr}"
 
 
 def _edit_and_compare(arguments: list[str], folder: Path) -> None:
@@ -163,21 +127,22 @@ def _edit_and_compare(arguments: list[str], folder: Path) -> None:
         code = end.code
     report: dict[str, Any] = {"code": code, "kind": "inspected", "why": ""}
     Path("report.json").write_text(json.dumps(report))
-    if code == DONE and arguments[0] == "export":
-        report["kind"], report["why"] = _compared(last_only="--last-logits" in arguments)
+    if code in (DONE, PARITY_FAILED) and arguments[0] == "export":
+        made = Path("out" if code == DONE else "out.failed", "model.onnx")
+        report["kind"], report["why"] = _compared(made, last_only="--last-logits" in arguments)
         Path("report.json").write_text(json.dumps(report))
 
 
-def _compared(*, last_only: bool) -> tuple[str, str]:
+def _compared(made: Path, *, last_only: bool) -> tuple[str, str]:
     try:
         expected = _logits(Path("graph/model.onnx"))
     except Exception as err:  # whatever ONNX Runtime says: the graph is nobody's to run
         with contextlib.suppress(Exception):
-            _logits(Path("out/model.onnx"))
+            _logits(made)
             return "unrunnable", f"only what was made of it runs; the graph itself: {str(err)[:300]}"
         return "unrunnable", str(err)[:300]
     try:
-        found = _logits(Path("out/model.onnx"))
+        found = _logits(made)
     except Exception as err:  # it ran before
         return "wrong", f"does not run any more: {err}"
     for step, (wanted, given) in enumerate(zip(expected, found, strict=True)):

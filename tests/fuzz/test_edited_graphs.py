@@ -6,7 +6,8 @@ DLO_TEST_FUZZ_GRAPHS is how many are tried, DLO_TEST_FUZZ_SEED where they begin.
 import collections
 import os
 
-from tests.fuzz.edited_graphs import run_case, save_sources
+from tests.fuzz.edited_graphs import run_case
+from tests.fuzz.graph_sources import save_sources
 
 CASES = int(os.environ.get("DLO_TEST_FUZZ_GRAPHS", "20"))
 FIRST_SEED = int(os.environ.get("DLO_TEST_FUZZ_SEED", "0"))

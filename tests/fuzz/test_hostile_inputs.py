@@ -63,10 +63,19 @@ def compute():
         pass
 
 
+def be_stopped():
+    """Stops, until a process of its own lets it go on a second later."""
+    if not os.fork():
+        time.sleep(1)
+        os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 @pytest.mark.parametrize(
     ("work", "code"),
-    [(compute, 0), (functools.partial(time.sleep, 60), -signal.SIGKILL)],
-    ids=["computing", "sleeping"],
+    [(compute, 0), (be_stopped, 0), (functools.partial(time.sleep, 60), -signal.SIGKILL)],
+    ids=["computing", "stopped", "sleeping"],
 )
 def test_process_is_ended_when_it_is_blocked_and_not_when_it_works(work, code):
     process = multiprocessing.get_context("fork").Process(target=work)
