@@ -177,7 +177,8 @@ def main() -> None:
             return target / "model.onnx"
 
         graph = made(
-            "genai", lambda target: build_with_genai(checkpoint_of(given.shape, Path(temporary)), target, given.precision)
+            "genai",
+            lambda target: build_with_genai(checkpoint_of(given.shape, Path(temporary)), target, given.precision),
         )
         layers = open_foreign_graph(graph).num_layers
         patterns = {NOTHING: [True] * layers, HALF: [i % 2 == 0 for i in range(layers)], ALL: [False] * layers}
