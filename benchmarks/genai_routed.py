@@ -131,7 +131,8 @@ def graph_with_one_router(routed: Path, folder: Path) -> Path:
 def _reduced(condition: ir.Value) -> ir.Value:
     """Which tokens are active, of whether any is."""
     node = condition.producer()
-    assert node is not None and node.op_type == "ReduceMax"
+    assert node is not None
+    assert node.op_type == "ReduceMax"
     assert node.inputs[0] is not None
     return node.inputs[0]
 
@@ -176,10 +177,10 @@ def main() -> None:
                 make(target)
             return target / "model.onnx"
 
-        graph = made(
-            "genai",
-            lambda target: build_with_genai(checkpoint_of(given.shape, Path(temporary)), target, given.precision),
-        )
+        def build(target: Path) -> None:
+            build_with_genai(checkpoint_of(given.shape, Path(temporary)), target, given.precision)
+
+        graph = made("genai", build)
         layers = open_foreign_graph(graph).num_layers
         patterns = {NOTHING: [True] * layers, HALF: [i % 2 == 0 for i in range(layers)], ALL: [False] * layers}
         for phase, step, sequence in (("decode", tokens, 1), ("prefill", tokens[:, :PROMPT], PROMPT)):

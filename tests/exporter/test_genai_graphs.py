@@ -132,9 +132,9 @@ def test_lowerings_equal_the_masked_graph_when_routed(graph, form, tmp_path):
         assert parity.verdict == ("NOT RUN" if lowering == "masked" else "PASS"), parity.reason
         found[lowering] = logits(tmp_path / lowering / "model.onnx", (4, 1, 1))
     assert np.abs(found["masked"] - logits(graph(form), (4, 1, 1))).max() > 0.1
-    # Masked and if have their norms fused as before, and are equal bit for bit. Compact has not, and a norm that rounds in
-    # another way may move one of the 8 bits that int4 products round activations to: by one step of 127, in each of
-    # some products in a row. Where those products read their activations as they are, nothing else is left.
+    # Masked and if have their norms fused as before, and are equal bit for bit. Compact has not, and a norm that rounds
+    # in another way may move what int4 products round to 8 bits by a step, 1/127 of the largest of its block. Where
+    # these products read their activations as they are, nothing else is left.
     np.testing.assert_array_equal(found["if"], found["masked"])
     if form.startswith("int4"):
         assert np.abs(found["compact"] - found["masked"]).max() <= 2 / 127 * np.abs(found["masked"]).max()
