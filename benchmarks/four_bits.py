@@ -57,7 +57,7 @@ def main() -> None:
         graphs = {DENSE: graph}
         for name, active in patterns.items():
             graphs[OURS[name]] = routed_graph(graph, folder / name.replace(" ", "-"), active, "if")
-        options = [folder / "tokens.npy", "--threads", str(given.threads)]
+        options: list[str | Path] = [folder / "tokens.npy", "--threads", str(given.threads)]
         llama = functools.partial(Worker, "benchmarks.llama_cpp_worker", gguf, *options, python=python)
         start: dict[str, Callable[[], Worker]] = {
             Q4_1: llama,

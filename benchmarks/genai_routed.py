@@ -22,6 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -116,7 +117,8 @@ def graph_with_one_router(routed: Path, folder: Path) -> Path:
         folder: Made.
     """
     model = ir.load(routed)
-    first, *others = [node.inputs[0] for node in model.graph if node.op_type == "If"]
+    conditionals = [node for node in model.graph if node.op_type == "If"]
+    first, *others = [value for node in conditionals for value in node.inputs if value is not None]
     for condition in others:
         # Inside the branches the tokens are masked by what the condition was reduced from.
         for value, by in ((condition, first), (_reduced(condition), _reduced(first))):
@@ -165,8 +167,8 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="take the machine as it is")
     given = parser.parse_args()
     rows, record = [], {}
-    vocabulary = {"smollm2": VOCABULARY, "h2048": int(H2048["vocab_size"])}[given.shape]
-    tokens = distinct_tokens(PROMPT + 1, vocabulary)
+    vocabularies: dict[str, Any] = {"smollm2": VOCABULARY, "h2048": H2048["vocab_size"]}
+    tokens = distinct_tokens(PROMPT + 1, vocabularies[given.shape])
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
         folder = given.artefacts or Path(temporary)
         folder.mkdir(exist_ok=True)
@@ -193,7 +195,8 @@ def main() -> None:
                 graphs[name] = made(f"{phase}-{name}", route)
             if LOWERINGS[phase] == "if":
                 graphs[IFS] = made(f"{phase}-{IFS}", functools.partial(graph_with_one_router, graphs[NOTHING]))
-            options = [folder / "tokens.npy", "--sequence", str(sequence), "--threads", str(given.threads)]
+            options: list[str | Path] = [folder / "tokens.npy", "--sequence", str(sequence)]
+            options += ["--threads", str(given.threads)]
             start: dict[str, Callable[[], Worker]] = {
                 name: functools.partial(Worker, "benchmarks.genai_worker", path, *options)
                 for name, path in graphs.items()
