@@ -1,11 +1,15 @@
 """Four bits, half of the MLPs skipped, against four bits dense: decode of SmolLM2-135M, everybody in one run.
 
 Candidates: llama.cpp on the model's GGUF file as it is published (Q4_1) and requantised to Q4_0, its fastest kernels on
-a CPU; onnxruntime-genai's builder's int4 graph (blocks of 32, accuracy level 4: activations in 8 bits, as llama.cpp's);
-and that graph routed in place, no and half of its layers' MLPs skipped (`if`). The routers are real ones of zeros,
-their decisions forced by thresholds: nothing is said about quality here, docs/evaluation.md says what skipping costs.
+a CPU; onnxruntime-genai on its builder's int4 graph (blocks of 32, accuracy level 4: activations in 8 bits, as
+llama.cpp's), and on that graph routed in place, no and half of its layers' MLPs skipped (`if`). The routers are real
+ones of zeros, their decisions forced by thresholds: nothing is said about quality here, docs/evaluation.md says what
+skipping costs.
 
-One token of batch 1 behind 128 tokens, the same number of threads, a process of its own each, alternating blocks.
+One token of batch 1 behind 128 tokens, the same number of threads. genai's step chooses the next token as well,
+llama.cpp's ends with the logits. Each candidate has the machine to itself: its process is started, warmed up, measured
+and ended before the next one starts, in turn and backwards. Beside waiting processes of the others, llama.cpp takes
+three times as long.
 
     python -m benchmarks.four_bits
 """
@@ -22,18 +26,18 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.dense_speed import build_with_genai
-from benchmarks.genai_routed import HALF, NOTHING, PROMPT, routed_graph
+from benchmarks.genai_routed import HALF, NOTHING, PROMPT, RUNS, SETTLE, routed_graph
 from benchmarks.measure import print_report, versions
 from benchmarks.peers import peer_environment, requirements_of
 from benchmarks.smollm2 import distinct_tokens, smollm2_folder, smollm2_gguf
-from benchmarks.workers import Worker, alternate_workers
+from benchmarks.workers import Worker, launch_workers_in_turn
 from benchmarks.workspace import WORKSPACE
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 
 LLAMA_CPP = "llama_cpp"
 Q4_1, Q4_0, DENSE = "llama.cpp, Q4_1", "llama.cpp, Q4_0", "genai, int4"
 OURS = {name: f"genai, int4, routed, {name}" for name in (NOTHING, HALF)}
-LAUNCHES, BLOCKS, RUNS, SETTLE = 6, 4, 20, 15
+LAUNCHES = 8
 BAR = 1.0
 
 
@@ -53,28 +57,18 @@ def main() -> None:
         graphs = {DENSE: graph}
         for name, active in patterns.items():
             graphs[OURS[name]] = routed_graph(graph, folder / name.replace(" ", "-"), active, "if")
-        tokens, threads = folder / "tokens.npy", ["--threads", str(given.threads)]
-        llama = functools.partial(Worker, "benchmarks.llama_cpp_worker", gguf, tokens, *threads, python=python)
-        onnx = ["--sequence", "1", *threads, "--shared-cache"]
+        options: list[str | Path] = [folder / "tokens.npy", "--threads", str(given.threads)]
+        llama = functools.partial(Worker, "benchmarks.llama_cpp_worker", gguf, *options, python=python)
         start: dict[str, Callable[[], Worker]] = {
             Q4_1: llama,
-            Q4_0: functools.partial(
-                Worker,
-                "benchmarks.llama_cpp_worker",
-                gguf,
-                tokens,
-                *threads,
-                "--q4-0",
-                folder / "q4_0.gguf",
-                python=python,
-            ),
+            Q4_0: functools.partial(llama, "--q4-0", folder / "q4_0.gguf"),
             **{
-                name: functools.partial(Worker, "benchmarks.onnxruntime_worker", path, tokens, *onnx)
+                name: functools.partial(Worker, "benchmarks.genai_worker", path, *options, "--sequence", "1")
                 for name, path in graphs.items()
             },
         }
-        times = alternate_workers(
-            start, launches=given.launches, blocks=BLOCKS, runs=RUNS, settle=SETTLE, busy=given.busy
+        times = launch_workers_in_turn(
+            start, launches=given.launches, runs=RUNS["decode"], settle=SETTLE["decode"], busy=given.busy
         )
     ours = times[OURS[HALF]]
     ratios = {name: ours / time for name, time in times.items() if name != OURS[HALF]}
@@ -89,9 +83,8 @@ def main() -> None:
             "prompt": PROMPT,
             "accuracy_level": 4,
             "launches": given.launches,
-            "blocks": BLOCKS,
-            "runs": RUNS,
-            "warm_up": SETTLE,
+            "runs": RUNS["decode"],
+            "warm_up": SETTLE["decode"],
             "milliseconds": {name: time.summary() for name, time in times.items()},
             "ratio": {name: ratio.summary() for name, ratio in ratios.items()},
             "llama.cpp": requirements_of(LLAMA_CPP).read_text().split(),

@@ -1,11 +1,16 @@
-"""onnxruntime-genai's own graph of SmolLM2-135M, routed in place: what routing costs there, and what skipping saves.
+"""onnxruntime-genai's own graph routed in place, in onnxruntime-genai: what routing costs there, what skipping saves.
 
 The builder's graph (4 bits, GroupQueryAttention with its cache in one buffer) is compared with itself routed so that
 nothing, half of the layers' MLPs, or every MLP is skipped, and with itself without MLPs, the most that skipping saves.
-Routers are real ones, of zeros: their scores are one half, and a layer's threshold says whether that is enough.
-Decode is one token of batch 1 behind 128 tokens, prefill is 128 tokens. Processes of their own, alternating.
+One more graph asks a single router for all layers: what it takes over the untouched one is what the Ifs cost, the rest
+of "nothing skipped" is the routers. These are real ones, of zeros: their scores are one half, and a layer's threshold
+says whether that is enough. Decode is one token of batch 1 behind 128 tokens, prefill is 128 tokens, each with the
+choice of the next token. Each graph has the machine to itself: its process is started, measured and ended, in turn.
 
     python -m benchmarks.genai_routed
+    python -m benchmarks.genai_routed --shape h2048 --phase decode
+
+`h2048` is a random model of hidden size 2048, intermediate size 8192 and 8 layers, where MLPs are most of the work.
 """
 
 from __future__ import annotations
@@ -17,14 +22,16 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from benchmarks.dense_speed import build_with_genai
 from benchmarks.measure import Samples, print_report, versions
-from benchmarks.smollm2 import distinct_tokens, smollm2_folder
-from benchmarks.workers import Worker, alternate_workers
+from benchmarks.random_llama import H2048, random_llama_folder
+from benchmarks.smollm2 import VOCABULARY, distinct_tokens, smollm2_folder
+from benchmarks.workers import Worker, launch_workers_in_turn
 from benchmarks.workspace import WORKSPACE
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
@@ -40,8 +47,10 @@ from dlo_export.graph_passes.rewriting import remove_unused
 PROMPT = 128
 OVERHEAD_BAR, EFFICIENCY_BAR = 1.03, 0.85
 UNTOUCHED, NOTHING, HALF, ALL, CUT = "untouched", "nothing skipped", "half skipped", "all skipped", "without MLPs"
-LAUNCHES, BLOCKS = 6, 4
-RUNS, SETTLE = {"decode": 20, "prefill": 5}, {"decode": 15, "prefill": 3}
+IFS = "one router for all Ifs"
+TITLES = {"smollm2": "SmolLM2-135M", "h2048": "H=2048, I=8192, 8 layers, random weights"}
+LAUNCHES = 8
+RUNS, SETTLE = {"decode": 60, "prefill": 8}, {"decode": 20, "prefill": 3}
 # As `auto` would choose for a step of one token, and for longer ones.
 LOWERINGS = {"decode": "if", "prefill": "compact"}
 
@@ -82,6 +91,54 @@ def graph_without_mlps(graph: Path, folder: Path) -> Path:
     return folder / "model.onnx"
 
 
+def checkpoint_of(shape: str, folder: Path) -> Path:
+    """The checkpoint folder of a shape; the builder asks for a tokenizer, which random weights borrow.
+
+    Args:
+        shape: "smollm2" or "h2048".
+        folder: Where one is put together.
+    """
+    if shape == "smollm2":
+        return smollm2_folder()
+    made = folder / "checkpoint"
+    made.mkdir()
+    for file in random_llama_folder("random-h2048", H2048).iterdir():
+        (made / file.name).symlink_to(file)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (made / name).symlink_to(smollm2_folder() / name)
+    return made
+
+
+def graph_with_one_router(routed: Path, folder: Path) -> Path:
+    """The graph all of whose Ifs ask the first layer's router: what is left of routing's costs are the Ifs.
+
+    Args:
+        routed: With `--lowering if`, all layers alike in what they decide.
+        folder: Made.
+    """
+    model = ir.load(routed)
+    conditionals = [node for node in model.graph if node.op_type == "If"]
+    first, *others = [value for node in conditionals for value in node.inputs if value is not None]
+    for condition in others:
+        # Inside the branches the tokens are masked by what the condition was reduced from.
+        for value, by in ((condition, first), (_reduced(condition), _reduced(first))):
+            value.replace_all_uses_with(by)
+    remove_unused(model.graph)
+    folder.mkdir()
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
+    shutil.copy(routed.parent / "genai_config.json", folder)
+    return folder / "model.onnx"
+
+
+def _reduced(condition: ir.Value) -> ir.Value:
+    """Which tokens are active, of whether any is."""
+    node = condition.producer()
+    assert node is not None
+    assert node.op_type == "ReduceMax"
+    assert node.inputs[0] is not None
+    return node.inputs[0]
+
+
 def saved_share(times: dict[str, Samples], name: str, share: float) -> Samples:
     """Of the time that the skipped MLPs take, how much is saved.
 
@@ -94,64 +151,90 @@ def saved_share(times: dict[str, Samples], name: str, share: float) -> Samples:
     return Samples((whole - times[name].values) / (share * (whole - times[CUT].values)))
 
 
+def more_per_layer(times: dict[str, Samples], name: str, layers: int) -> Samples:
+    """Microseconds that a graph takes over the untouched one, by layer."""
+    return Samples((times[name].values - times[UNTOUCHED].values) * 1000 / layers)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--shape", choices=tuple(TITLES), default="smollm2")
     parser.add_argument("--precision", choices=("int4", "fp32"), default="int4")
     parser.add_argument("--phase", choices=tuple(LOWERINGS), action="append", help="may be given twice; default: both")
     parser.add_argument("--launches", type=int, default=LAUNCHES)
+    parser.add_argument("--artefacts", type=Path, help="keep the graphs here, and take them from here")
     parser.add_argument("--busy", action="store_true", help="take the machine as it is")
     given = parser.parse_args()
     rows, record = [], {}
-    tokens = distinct_tokens(PROMPT + 1)
+    vocabularies: dict[str, Any] = {"smollm2": VOCABULARY, "h2048": H2048["vocab_size"]}
+    tokens = distinct_tokens(PROMPT + 1, vocabularies[given.shape])
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        folder = Path(temporary)
-        graph = build_with_genai(smollm2_folder(), folder / "genai", given.precision)
+        folder = given.artefacts or Path(temporary)
+        folder.mkdir(exist_ok=True)
+
+        def made(name: str, make: Callable[[Path], object]) -> Path:
+            target = folder / name.replace(" ", "-")
+            if not target.exists():
+                make(target)
+            return target / "model.onnx"
+
+        def build(target: Path) -> None:
+            build_with_genai(checkpoint_of(given.shape, Path(temporary)), target, given.precision)
+
+        graph = made("genai", build)
         layers = open_foreign_graph(graph).num_layers
         patterns = {NOTHING: [True] * layers, HALF: [i % 2 == 0 for i in range(layers)], ALL: [False] * layers}
-        cut = graph_without_mlps(graph, folder / "cut")
         for phase, step, sequence in (("decode", tokens, 1), ("prefill", tokens[:, :PROMPT], PROMPT)):
             if given.phase and phase not in given.phase:
                 continue
             np.save(folder / "tokens.npy", step)
-            graphs = {UNTOUCHED: graph, CUT: cut}
+            graphs = {UNTOUCHED: graph, CUT: made("cut", functools.partial(graph_without_mlps, graph))}
             for name, active in patterns.items():
-                made = folder / f"{phase}-{name.replace(' ', '-')}"
-                graphs[name] = routed_graph(graph, made, active, LOWERINGS[phase])
-            options = ["--sequence", str(sequence), "--threads", str(given.threads), "--shared-cache"]
-            worker = functools.partial(Worker, "benchmarks.onnxruntime_worker")
+                route = functools.partial(routed_graph, graph, active=active, lowering=LOWERINGS[phase])
+                graphs[name] = made(f"{phase}-{name}", route)
+            if LOWERINGS[phase] == "if":
+                graphs[IFS] = made(f"{phase}-{IFS}", functools.partial(graph_with_one_router, graphs[NOTHING]))
+            options: list[str | Path] = [folder / "tokens.npy", "--sequence", str(sequence)]
+            options += ["--threads", str(given.threads)]
             start: dict[str, Callable[[], Worker]] = {
-                name: functools.partial(worker, path, folder / "tokens.npy", *options) for name, path in graphs.items()
+                name: functools.partial(Worker, "benchmarks.genai_worker", path, *options)
+                for name, path in graphs.items()
             }
-            times = alternate_workers(
-                start,
-                launches=given.launches,
-                blocks=BLOCKS,
-                runs=RUNS[phase],
-                settle=SETTLE[phase],
-                busy=given.busy,
+            times = launch_workers_in_turn(
+                start, launches=given.launches, runs=RUNS[phase], settle=SETTLE[phase], busy=given.busy
             )
             for name, time in times.items():
                 ratio, share = time / times[UNTOUCHED], {HALF: sum(patterns[HALF]) / layers, ALL: 1.0}.get(name)
                 saved = "" if share is None else saved_share(times, name, share)
+                more = more_per_layer(times, name, layers) if name in (NOTHING, IFS) else ""
                 bar = {NOTHING: f"≤ {OVERHEAD_BAR}", ALL: f"saved ≥ {EFFICIENCY_BAR}"}.get(name, "")
-                rows.append([phase, name, time, "" if name == UNTOUCHED else ratio, saved, bar])
+                rows.append([phase, name, time, "" if name == UNTOUCHED else ratio, more, saved, bar])
                 record[f"{phase}, {name}"] = {
                     "milliseconds": time.summary(),
                     "ratio": ratio.summary(),
+                    **({} if isinstance(more, str) else {"more_microseconds_per_layer": more.summary()}),
                     **({} if isinstance(saved, str) else {"saved": saved.summary()}),
                 }
     print_report(
-        f"SmolLM2-135M, onnxruntime-genai's graph, {given.precision}, {given.threads} threads",
-        ["phase", "graph", "ms", "this / untouched", "of the skipped MLPs' time saved", "bar"],
+        f"{TITLES[given.shape]}, in onnxruntime-genai, its builder's graph, {given.precision}, {given.threads} threads",
+        [
+            "phase",
+            "graph",
+            "ms",
+            "this / untouched",
+            "µs per layer more",
+            "of the skipped MLPs' time saved",
+            "bar",
+        ],
         rows,
         {
+            "shape": given.shape,
             "precision": given.precision,
             "lowerings": LOWERINGS,
             "batch": 1,
             "prompt": PROMPT,
             "launches": given.launches,
-            "blocks": BLOCKS,
             "runs": RUNS,
             "warm_up": SETTLE,
             "results": record,

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from benchmarks.foreign_load import ForeignLoad, wait_for_quiet
 from benchmarks.measure import Samples, alternate, joined
 from benchmarks.workspace import REPOSITORY
@@ -113,6 +115,43 @@ def alternate_workers(
             print(f"other programs took {share:.0%} of the CPUs during a launch that counts", file=sys.stderr)
         parts.append(part)
     return joined(parts)
+
+
+def launch_workers_in_turn(
+    start: Mapping[str, Callable[[], Worker]],
+    *,
+    launches: int,
+    runs: int,
+    settle: int,
+    busy: bool = False,
+) -> dict[str, Samples]:
+    """Measures candidates each of which has the machine to itself: none of the others' processes is alive meanwhile.
+
+    Programs of different kinds do not wait alike: a session's idle threads spin for a while, another's sleep and are
+    woken on the wrong core, so one that is merely alive can cost its neighbour several times the step.
+
+    Args:
+        start: Starts each candidate's worker.
+        launches: How often every candidate is started anew; every second time in reverse order.
+        runs: Runs of a launch that count.
+        settle: Runs at its start that do not.
+        busy: Take the machine as it is, see `alternate_workers`.
+
+    Returns:
+        Of each candidate one sample per launch, the median of its runs: ratios are of neighbours in time.
+    """
+    values: dict[str, list[float]] = {name: [] for name in start}
+    for launch in range(launches):
+        for name in start if launch % 2 == 0 else reversed(list(start)):
+            if not busy:
+                wait_for_quiet(DISTURBED, PATIENCE)
+            load = ForeignLoad()
+            with start[name]() as worker:
+                times = worker(settle + runs)[settle:]
+            if (share := load.share()) > DISTURBED and not busy:
+                print(f"{name}: other programs took {share:.0%} of the CPUs during a launch", file=sys.stderr)
+            values[name].append(float(np.median(times)))
+    return {name: Samples(np.array(numbers)) for name, numbers in values.items()}
 
 
 def serve(run: Callable[[], object], facts: dict[str, Any], *, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -1,0 +1,21 @@
+"""What is measured in turn has the machine to itself."""
+
+from pathlib import Path
+
+from benchmarks.workers import Worker, launch_workers_in_turn
+
+
+def test_no_other_candidate_is_alive_when_one_starts():
+    started = []
+
+    def start(name):
+        assert not [process for _, process in started if Path(f"/proc/{process}").exists()]
+        worker = Worker("tests.benchmarks.idle_worker")
+        started.append((name, worker.facts["process"]))
+        return worker
+
+    times = launch_workers_in_turn(
+        {name: lambda name=name: start(name) for name in "ab"}, launches=2, runs=3, settle=1, busy=True
+    )
+    assert [name for name, _ in started] == ["a", "b", "b", "a"]
+    assert {name: len(samples.values) for name, samples in times.items()} == {"a": 2, "b": 2}
