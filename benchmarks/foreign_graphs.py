@@ -18,6 +18,7 @@ batch: left-padded, or of equal lengths where the graph's attention counts token
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -40,7 +41,9 @@ from dlo_export.checkpoints.depth.placements import ExpansionPlan, placements
 from dlo_export.checkpoints.errors import DloError
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.artefact_runner import open_artefact
+from dlo_export.exporter.parity_check import as_it_was
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
+from dlo_export.exporter.sources.source import open_source
 from dlo_export.graph_passes.find.padding import takes_left_padding
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.parity.cases import Case, step_feeds
@@ -203,7 +206,10 @@ def rows_of(name: str, source: ForeignSource, plan: ExpansionPlan, folder: Path)
     try:
         padded = takes_left_padding(open_foreign_graph(graph).model().graph)
         cases = text_cases(tokens, padded=padded)
-        with OnnxRuntimeRunner(graph, allow_spinning=False) as runner:
+        with (
+            contextlib.closing(open_source(str(graph), folder / "layers")) as opened,
+            OnnxRuntimeRunner(as_it_was(opened), weights_folder=graph.parent, allow_spinning=False) as runner,
+        ):
             untouched = outcomes(runner, cases)
         expected = pytorch_outcomes(graph, load_adapter(folder / "routers"), plan, cases)
     except DloError as err:

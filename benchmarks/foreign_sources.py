@@ -69,7 +69,8 @@ def _optimum(folder: Path) -> None:
 
 
 def _torch(folder: Path) -> None:
-    _run([sys.executable, "-P", _DYNAMO, smollm2_folder(), folder / "model.onnx", "sdpa"])
+    # onnxscript, which the exporter needs, is in that environment.
+    _run([_environment("mobius") / "python", "-P", _DYNAMO, smollm2_folder(), folder / "model.onnx", "sdpa"])
 
 
 def _mobius(provider: str) -> Callable[[Path], None]:
