@@ -84,7 +84,15 @@ def _genai(precision: str, provider: str, *options: str) -> Callable[[Path], Non
     """Of the builder; the provider is what the graph is for, and half precision is for a GPU alone."""
 
     def write(folder: Path) -> None:
-        module = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", smollm2_folder(), "-o", folder]
+        module: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "onnxruntime_genai.models.builder",
+            "-i",
+            smollm2_folder(),
+            "-o",
+            folder,
+        ]
         extra = ["--extra_options", *options] if options else []
         _run([*module, "-p", precision, "-e", provider, "-c", folder / "cache", *extra])
 
@@ -100,9 +108,20 @@ def _olive(pass_name: str, options: dict[str, object]) -> Callable[[Path], None]
             raise CannotBeMadeError("no olive-ai 0.13 in .peers/olive")
         graph, config = SOURCES["optimum"].graph("optimum"), json.dumps(_OF_OLIVE | options)
         with tempfile.TemporaryDirectory(dir=GRAPHS) as temporary:
-            command = [program, "run-pass", "--pass-name", pass_name, "--pass-config", config, "-m", graph]
-            _run([*command, "-o", temporary, "--disable_telemetry"])
-            made = next(iter(sorted(Path(temporary).rglob("model.onnx"))), None)
+            command: list[str | Path] = [
+                program,
+                "run-pass",
+                "--pass-name",
+                pass_name,
+                "--pass-config",
+                config,
+                "-m",
+                graph,
+            ]
+            output = Path(temporary) / "output"
+            # It leaves a cache where it stands.
+            _run([*command, "-o", output, "--disable_telemetry"], cwd=Path(temporary))
+            made = next(iter(sorted(output.rglob("model.onnx"))), None)
             if made is None:
                 raise CannotBeMadeError("Olive left no model.onnx")
             for path in made.parent.iterdir():
@@ -135,11 +154,13 @@ def _environment(name: str) -> Path:
         raise CannotBeMadeError(f"{name} cannot be installed: {err}") from err
 
 
-def _run(command: Sequence[str | Path]) -> None:
+def _run(command: Sequence[str | Path], cwd: Path | None = None) -> None:
     # Nothing of this environment's packages: other programs have their own.
     surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
-        made = subprocess.run(command, check=False, capture_output=True, text=True, env=surroundings, timeout=900)
+        made = subprocess.run(
+            command, check=False, capture_output=True, text=True, cwd=cwd, env=surroundings, timeout=900
+        )
     except (OSError, subprocess.TimeoutExpired) as err:
         raise CannotBeMadeError(str(err).splitlines()[0]) from err
     if made.returncode:
