@@ -59,24 +59,29 @@ EXPANSIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _TiledTensor:
-    """The same numbers over and over: quick to make, and none of them is zero or out of range."""
+class TiledTensor:
+    """The same numbers over and over: quick to make, and none of them is zero or out of range.
+
+    Attributes:
+        shape: Of the whole.
+        tile: The numbers, in a row.
+    """
 
     shape: tuple[int, ...]
     tile: np.ndarray
 
     @property
-    def dtype(self) -> np.dtype:
+    def dtype(self) -> np.dtype:  # noqa: D102 - a lazy tensor's questions, here and below
         return self.tile.dtype
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # noqa: D102
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def numpy(self) -> np.ndarray:
+    def numpy(self) -> np.ndarray:  # noqa: D102
         return np.resize(self.tile, self.shape)
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def rows(self, start: int, stop: int) -> np.ndarray:  # noqa: D102
         return np.resize(self.tile, (stop - start, *self.shape[1:]))
 
     def release(self) -> None:
@@ -94,7 +99,7 @@ def save_synthetic_checkpoint(folder: Path, layers: int) -> None:
     shapes = LlamaConfig.from_dict(config, "synthetic").tensor_shapes()
     tile = (np.random.default_rng(0).standard_normal(1 << 20, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
     folder.mkdir()
-    save_model_tensors({name: _TiledTensor(shape, tile) for name, shape in shapes.items()}, folder)
+    save_model_tensors({name: TiledTensor(shape, tile) for name, shape in shapes.items()}, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 

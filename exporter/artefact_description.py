@@ -22,6 +22,7 @@ from dlo_export.runtimes.artefact.description import (
     FORMAT_VERSION,
     MODEL_NAME,
     ArtefactDescription,
+    KeptData,
     LayerDescription,
     RoutingDescription,
     SourceIdentity,
@@ -44,6 +45,7 @@ def describe(
     provider: ProviderOption,
     lowering: str,
     reason: str,
+    kept_data: tuple[KeptData, ...] = (),
 ) -> ArtefactDescription:
     """Everything known before parity runs, engines are built and files are complete.
 
@@ -55,12 +57,14 @@ def describe(
         provider: What it is to run on.
         lowering: What routed layers became.
         reason: Why that one.
+        kept_data: Data files of the source's that its weights go on lying in.
     """
     return ArtefactDescription(
         format_version=FORMAT_VERSION,
         tools={"dlo-export": __version__, "python": platform.python_version(), **_tool_versions()},
         source=_identity(source, sha256),
         files=(),
+        kept_data=kept_data,
         dtype=dtype,
         provider=provider,
         lowering=lowering,
@@ -83,8 +87,9 @@ def complete_description(description: ArtefactDescription, folder: Path) -> None
         folder: The artefact.
     """
     graphs = [path for path in (folder / MODEL_NAME,) if path.is_file()]
+    weights = weight_paths(folder, [file.name for file in description.kept_data])
     engines = folder / ENGINES_NAME
-    paths = [*graphs, *weight_paths(folder), *(sorted(engines.iterdir()) if engines.is_dir() else ())]
+    paths = [*graphs, *weights, *(sorted(engines.iterdir()) if engines.is_dir() else ())]
     save_description(dataclasses.replace(description, files=tuple(map(describe_file, paths))), folder)
 
 

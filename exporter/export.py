@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from dlo_export.exporter.background import BackgroundValue
 from dlo_export.exporter.client_config import client_config
 from dlo_export.exporter.genai_config import WHY_NONE, WHY_NONE_STATIC, carried_genai_config, genai_config
 from dlo_export.exporter.graph_dtype import graph_dtype
+from dlo_export.exporter.kept_data import kept_files, kept_names, new_weights_name
+from dlo_export.exporter.lowering_choice import choose_onnxruntime_lowering
 from dlo_export.exporter.model_metadata import set_model_metadata
-from dlo_export.exporter.pipeline import build_captured_model, build_model, check_captured, choose_onnxruntime_lowering
+from dlo_export.exporter.pipeline import build_captured_model, build_model, check_captured
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource, open_source
@@ -38,6 +41,7 @@ from dlo_export.runtimes.artefact.description import (
     PARITY_NAME,
     WEIGHTS_NAME,
     ArtefactDescription,
+    KeptData,
     load_description,
 )
 from dlo_export.runtimes.artefact.engine_record import ParityVerdict
@@ -88,6 +92,7 @@ class ExportRequest:
         provider: Of ONNX Runtime, that model.onnx is made for, and parity runs on where it is there.
         static_cache: Tokens per sequence in a KV cache that ONNX Runtime writes in place, so that a CUDA graph captures
             a decode step of model.onnx; None lets the cache grow.
+        link_weights: Make hard links, not copies, of a graph's data files that stay as they are.
 
     Raises:
         InputError: There is no such dtype, or options contradict each other.
@@ -110,6 +115,7 @@ class ExportRequest:
     remove_identity: bool = False
     provider: ProviderOption = "cpu"
     static_cache: int | None = None
+    link_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_CHOICES:
@@ -179,6 +185,11 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
     try:
         for warning in source.warnings:
             reporter.warn(warning)
+        if request.link_weights and not (request.weights and source.base.data_files):
+            raise InputError(
+                f"{source.base.path}: --link-weights is for a graph whose weights lie in data files beside it",
+                hint="leave --link-weights out: these weights are written anew",
+            )
         if request.remove_identity:
             source = without_layers(source, source.identity_layers())
             if not source.removed_layers:
@@ -231,8 +242,11 @@ def _export_into(
     source.base.save_companions(folder, client_config(source))
     own = source.base.path
     generation = GenerationConfig.from_folder(folder, origin=own if own.is_dir() else own.parent)
-    # Reads every weight once more, on another core than the one that writes them.
-    identity = BackgroundValue(source.base.sha256 if request.weights else lambda: None)
+    # Reads every weight once more, on another core than the one that writes them; but of files that are kept, whoever
+    # keeps them has the hash.
+    sha256: Callable[[], str | None] = source.base.sha256 if request.weights else lambda: None
+    if not source.base.data_files:
+        sha256 = BackgroundValue(sha256).result
     with reporter.stage("graph"):
         if request.static_cache is None:
             model = build_model(
@@ -251,18 +265,7 @@ def _export_into(
 
         # Before weights and parity, which take long: it finds what the engines' type cannot hold.
         save_graphs(plan, folder / ENGINES_NAME, reporter)
-    if request.weights:
-        check_disk_space(folder, weight_bytes(model), folder.parent, "the weights need")
-        with reporter.bytes("weights") as progress:
-            save_weights(
-                model,
-                folder / WEIGHTS_NAME,
-                file_bytes=request.weight_file_bytes,
-                progress=progress,
-                allow_nonfinite=request.allow_nonfinite,
-            )
-    else:
-        leave_weights_out(model, folder / WEIGHTS_NAME, file_bytes=request.weight_file_bytes)
+    kept_data = _save_all_weights(model, folder, request, source, reporter)
     ir.save(model, folder / MODEL_NAME)
     with reporter.stage("description"):
         if request.static_cache is not None:
@@ -274,11 +277,12 @@ def _export_into(
         description = describe(
             source,
             model,
-            sha256=identity.result(),
+            sha256=sha256(),
             dtype=dtype,
             provider=request.provider,
             lowering=lowering,
             reason=reason,
+            kept_data=kept_data,
         )
     peak = None if plan is None else _float16_peak(folder, request, source, plan, reporter)
     parity, summary = _run_parity(folder, request, source, description, plan, reporter)
@@ -289,6 +293,38 @@ def _export_into(
     with reporter.stage("hashes"):
         complete_description(description, folder)
     return summary
+
+
+def _save_all_weights(
+    model: ir.Model, folder: Path, request: ExportRequest, source: ExportSource, reporter: Reporter
+) -> tuple[KeptData, ...]:
+    """Has all weights in the folder, in files of somebody's graph that are kept and in new ones; or none."""
+    if not request.weights:
+        leave_weights_out(model, folder / WEIGHTS_NAME, file_bytes=request.weight_file_bytes)
+        return ()
+    kept = kept_files(model, source.base.data_files, request.weight_file_bytes)
+    names = kept_names(kept)
+    if request.link_weights and not kept:
+        reporter.warn(
+            "--link-weights: nothing is linked, of each data file the new graph reads too little, or it is too large"
+        )
+    placed = [(file, file.place(folder, link=request.link_weights)) for file in kept]
+    copied = sum(file.bytes for file, how in placed if how == "copy")
+    check_disk_space(folder, copied + weight_bytes(model, names), folder.parent, "the weights need")
+    kept_data = []
+    for file, how in placed:
+        with reporter.bytes(file.name) as progress:
+            kept_data.append(file.read_through(folder, how, progress, allow_nonfinite=request.allow_nonfinite))
+    with reporter.bytes("weights") as progress:
+        save_weights(
+            model,
+            folder / new_weights_name(kept),
+            kept=names,
+            file_bytes=request.weight_file_bytes,
+            progress=progress,
+            allow_nonfinite=request.allow_nonfinite,
+        )
+    return tuple(kept_data)
 
 
 def _client_settings(

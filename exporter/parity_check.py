@@ -347,8 +347,7 @@ def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, r
 
 def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, dtype: str) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
-    slots = cache_slots(released.graph)
-    if slots:
+    if slots := cache_slots(released.graph):
         model = build_captured_model(source, "masked", slots, graph_dtype(dtype))
     else:
         model = build_model(source, "masked", graph_dtype(dtype), join_norms=JoinSkipNormsPass.of(released))

@@ -7,7 +7,6 @@ Nothing here knows what a source is: it gives a plain graph and says what is to 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,7 +17,6 @@ from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
 from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
@@ -38,13 +36,11 @@ from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerI
 from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
-from dlo_export.graph_passes.lowerings.measured import nearest_model
-from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, LoweringRecord, Target, Workload
+from dlo_export.graph_passes.lowerings.record import LoweringRecord, Target, Workload
 from dlo_export.graph_passes.lowerings.registry import (
     NOTHING_ROUTED,
     find_lowering,
     skipping_lowerings,
-    suitable_lowerings,
 )
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
@@ -478,102 +474,6 @@ def check_tensorrt_options(source: GraphSource, options: TensorRtOptions) -> Non
         problems.append("--trt-last-logits needs --trt-cache static, which tells where a sequence ends")
     if problems:
         raise InputError("TensorRT: " + "; ".join(problems), hint="export the checkpoint with other --trt options")
-
-
-def choose_onnxruntime_lowering(
-    choice: str,
-    dtype: str,
-    *,
-    routing: RoutingKind | None,
-    path: Path,
-    hidden_size: int | None = None,
-    provider: ProviderOption = "cpu",
-    library_at_hand: bool = False,
-    captured: bool = False,
-) -> tuple[str, str]:
-    """The lowering for one of ONNX Runtime's providers, and why.
-
-    "auto" is the one whose worst case is the best, of those that were measured on a model like it
-    (`graph_passes/lowerings/measured.py`); where none was, what the lowerings' records say of themselves.
-
-    Args:
-        choice: "auto" or the name of one.
-        dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
-        routing: What tokens of the source skip; None where it has no routers.
-        path: Of the source, for messages.
-        hidden_size: Of the source, where it is known: it decides which measured model is like it.
-        provider: What is to run it.
-        library_at_hand: Whether the library of the dlo operators was given.
-        captured: Whether a CUDA graph is to capture its steps, on a cache that is written in place.
-
-    Raises:
-        InputError: A lowering is asked for and nothing is routed, or not what it takes, or ONNX Runtime has none so
-            called.
-    """
-    target, runs_it = PROVIDER_TARGETS[provider], BY_PROVIDER[provider]
-    if routing is None:
-        nothing_routed = find_lowering(NOTHING_ROUTED, target)
-        check_nothing_asked(choice, path)
-        return nothing_routed.name, nothing_routed.reason
-    if choice != "auto":
-        asked = find_lowering(choice, target)
-        if routing not in asked.routing:
-            takes = " and ".join(asked.routing)
-            choices = ", ".join(record.name for record in skipping_lowerings(target, routing))
-            raise InputError(
-                f"{path}: is of {routing} routing, --lowering {choice} takes {takes} routing", hint=f"choose {choices}"
-            )
-        return asked.name, "asked for"
-    if captured:
-        capturable = [record for record in skipping_lowerings(target, routing) if record.capturable]
-        if not capturable:
-            raise InputError(
-                f"{path}: is of {routing} routing, which no lowering makes skip at fixed shapes",
-                hint="leave --static-cache out, or choose --lowering masked, which skips nothing",
-            )
-        return capturable[0].name, capturable[0].reason
-    best, *others = _preferred(target, dtype, routing, hidden_size, library_at_hand=library_at_hand)
-    # The best for this target, or the best of the others where the provider lacks a kernel that it needs.
-    kind = BY_OPTION[dtype]
-    gap = runs_it.why_not_run(kind, best[0].operators)
-    if (
-        gap is None or runs_it.why_not_run(kind) is not None
-    ):  # nothing of this type runs there: it is for another runtime
-        return best[0].name, best[1]
-    able = (choice for choice in others if runs_it.why_not_run(kind, choice[0].operators) is None)
-    second, reason = next(able, best)
-    return second.name, f"{gap}, which {best[0].name} needs; {reason}"
-
-
-def _preferred(
-    target: Target, dtype: str, routing: RoutingKind, hidden_size: int | None, *, library_at_hand: bool
-) -> list[tuple[LoweringRecord, str]]:
-    """What `auto` may choose, best first, each with the reason."""
-    own = {record.name: record for record in skipping_lowerings(target, routing)}
-    # What needs a library that not everybody has is a choice of those who have given one.
-    usable = [name for name, record in own.items() if library_at_hand or not record.domains]
-    model = nearest_model(target, dtype, routing, hidden_size)
-    ranked = {} if model is None else model.worst_ratios(usable)
-    if model is not None and ranked:
-        shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ranked.items())
-        where = f"{model.machine}, ONNX Runtime {model.onnxruntime}, {model.date}, hidden size {model.hidden_size}"
-        return [(own[name], f"longest step over the fastest lowering's: {shown} ({where})") for name in ranked]
-    workload = Workload(routing=routing, plugins_at_hand=library_at_hand)
-    suitable = dict.fromkeys((*suitable_lowerings(target, workload), *(own[name] for name in usable)))
-    return [(record, record.reason) for record in suitable]
-
-
-def check_nothing_asked(choice: str, path: Path) -> None:
-    """Refuses to lower a model without routers.
-
-    Raises:
-        InputError: A lowering is asked for.
-    """
-    if choice != "auto":
-        raise InputError(
-            f"{path}: has no routers, so --lowering {choice} has nothing to lower",
-            hint="leave --lowering out, or give an adapter with routers (`dlo calibrate`)",
-        )
 
 
 def _run_passes(model: ir.Model, passes: list[GraphPass]) -> ir.Model:

@@ -1,11 +1,15 @@
-"""External data files of a graph's weights, written as a stream: one, or as many as a size asks for."""
+"""External data files of a graph's weights, written as a stream: one, or as many as a size asks for.
+
+Weights that lie in files which are kept (`kept_data.py`) stay there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,13 +19,17 @@ from dlo_export.checkpoints.files.file_digest import HashedFile
 from dlo_export.checkpoints.finite_weights import NonFiniteWeightError, all_finite
 from dlo_export.checkpoints.llama_layer import parse_router
 from dlo_export.graph_passes.row_tensor import RowTensor
-from dlo_export.runtimes.artefact.description import WEIGHTS_NAME
+from dlo_export.runtimes.artefact.description import ADDED_NAME, WEIGHTS_NAME
 
 ALIGNMENT = 64  # bytes; a cache line, so that kernels reading mapped weights start on one
 INLINE_BYTES = 256  # smaller tensors (axes, shapes, scalars) stay in the .onnx file, where shape inference sees them
 
 # Called with the bytes written so far and the bytes in all.
 Progress = Callable[[int, int], None]
+
+# Data files that stand in the artefact as they stood beside its source: names in its folder, by where tensors lie now.
+KeptNames = Mapping[Path, str]
+NOTHING_KEPT: KeptNames = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +48,7 @@ def save_weights(
     model: ir.Model,
     path: Path,
     *,
+    kept: KeptNames = NOTHING_KEPT,
     write: bool = True,
     file_bytes: int | None = None,
     progress: Progress | None = None,
@@ -52,7 +61,9 @@ def save_weights(
 
     Args:
         model: Its initializers are replaced.
-        path: The file to write; further ones are called as `numbered_weights` says.
+        path: The file to write, none where all weights lie in kept ones; further ones are called as `numbered_weights`
+            says.
+        kept: Weights that lie in these files stay there, and are read from their places in the folder of `path`.
         write: False only lays the file out: the references are right, the file is not made.
         file_bytes: Of a file at most; a larger tensor has one of its own. None puts all into one.
         progress: Told after every tensor.
@@ -65,23 +76,31 @@ def save_weights(
     Raises:
         NonFiniteWeightError: A weight is not finite.
     """
-    placed = _layout(_large_tensors(model.graph), file_bytes)
-    total = _total(placed)
+    staying = _kept_tensors(model.graph, kept)
+    placed = _layout(_written_tensors(model.graph, kept), file_bytes)
     if write:
-        streamed = {id(entry.tensor) for entry in placed}
+        streamed = {id(entry.tensor) for entry in placed} | {id(tensor) for _, tensor in staying}
         _check_inline_tensors(model.graph, streamed, allow_nonfinite=allow_nonfinite)
-        done = 0
-        for number, entries in itertools.groupby(placed, lambda entry: entry.number):
-            with HashedFile(numbered_weights(path, number)) as file:
-                for entry in entries:
-                    file.pad_to(entry.offset)
-                    looked_at = isinstance(entry.tensor, RowTensor) or allow_nonfinite
-                    entry.tensor.tofile(file if looked_at else _FiniteWrites(file, entry.tensor))  # type: ignore[attr-defined]  # every tensor of onnx_ir has it
-                    if progress is not None:
-                        progress(done + entry.end, total)
-            done += entry.end
+        if placed or not staying:
+            _write(placed, path, progress, allow_nonfinite=allow_nonfinite)
     _refer(placed, path)
-    return total
+    for value, tensor in staying:
+        value.const_value = _reference(value, tensor, kept[Path(tensor.path)], tensor.offset or 0, path.parent)
+    return _total(placed)
+
+
+def _write(placed: Sequence[_Placed], path: Path, progress: Progress | None, *, allow_nonfinite: bool) -> None:
+    files = {number: list(entries) for number, entries in itertools.groupby(placed, lambda entry: entry.number)}
+    done, total = 0, _total(placed)
+    for number, entries in (files or {0: []}).items():
+        with HashedFile(numbered_weights(path, number)) as file:
+            for entry in entries:
+                file.pad_to(entry.offset)
+                looked_at = isinstance(entry.tensor, RowTensor) or allow_nonfinite
+                entry.tensor.tofile(file if looked_at else FiniteWrites(file, entry.tensor))  # type: ignore[attr-defined]  # every tensor of onnx_ir has it
+                if progress is not None:
+                    progress(done + entry.end, total)
+        done += entries[-1].end if entries else 0
 
 
 def leave_weights_out(model: ir.Model, path: Path, *, file_bytes: int | None = None) -> None:
@@ -102,15 +121,20 @@ def leave_weights_out(model: ir.Model, path: Path, *, file_bytes: int | None = N
 
 def _refer(placed: Sequence[_Placed], path: Path) -> None:
     for entry in placed:
-        entry.value.const_value = ir.ExternalTensor(
-            numbered_weights(path, entry.number).name,
-            entry.offset,
-            entry.tensor.nbytes,
-            entry.tensor.dtype,
-            shape=ir.Shape(entry.tensor.shape.numpy()),
-            name=entry.value.name or "",
-            base_dir=path.parent,
-        )
+        file = numbered_weights(path, entry.number)
+        entry.value.const_value = _reference(entry.value, entry.tensor, file.name, entry.offset, path.parent)
+
+
+def _reference(value: ir.Value, tensor: ir.TensorProtocol, name: str, offset: int, folder: Path) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        name,
+        offset,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=value.name or "",
+        base_dir=folder,
+    )
 
 
 def numbered_weights(first: Path, number: int) -> Path:
@@ -123,20 +147,29 @@ def numbered_weights(first: Path, number: int) -> Path:
     return first.with_name(f"{first.name}_{number}") if number else first
 
 
-def weight_paths(folder: Path) -> list[Path]:
-    """The files of model.onnx's weights that are in a folder, in their order."""
-    numbered = (numbered_weights(folder / WEIGHTS_NAME, number) for number in itertools.count())
-    return list(itertools.takewhile(Path.is_file, numbered))
+def weight_paths(folder: Path, kept: Iterable[Path] = ()) -> list[Path]:
+    """The files of model.onnx's weights that are in a folder: those that were kept, then those that were written.
+
+    Args:
+        folder: The artefact.
+        kept: The first, in their order.
+    """
+    paths = list(kept)
+    for first in (WEIGHTS_NAME, ADDED_NAME):
+        numbered = (numbered_weights(folder / first, number) for number in itertools.count())
+        paths += itertools.takewhile(Path.is_file, numbered)
+    return list(dict.fromkeys(paths))
 
 
-def weight_bytes(model: ir.Model) -> int:
+def weight_bytes(model: ir.Model, kept: KeptNames = NOTHING_KEPT) -> int:
     """Size in bytes of the file `save_weights` would write."""
-    return _total(_layout(_large_tensors(model.graph), None))
+    return _total(_layout(_written_tensors(model.graph, kept), None))
 
 
-def weight_places(model: ir.Model) -> dict[str, tuple[int | None, int | None]]:
-    """Offset and length of every weight that lies in an external data file."""
-    return {name: (tensor.offset, tensor.length) for name, tensor in external_tensors(model.graph).items()}
+def weight_places(model: ir.Model) -> dict[str, tuple[str, int | None, int | None]]:
+    """File, offset and length of every weight that lies in an external data file."""
+    found = external_tensors(model.graph)
+    return {name: (str(tensor.location), tensor.offset, tensor.length) for name, tensor in found.items()}
 
 
 def take_weights(model: ir.Model, stored: Mapping[str, ir.ExternalTensor]) -> set[str]:
@@ -166,8 +199,13 @@ def external_tensors(graph: ir.Graph) -> dict[str, ir.ExternalTensor]:
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, ir.ExternalTensor)}
 
 
-class _FiniteWrites:
-    """Passes a tensor's bytes on to a file, and refuses those that are no finite numbers."""
+class FiniteWrites:
+    """Passes a tensor's bytes on to a file, and refuses those that are no finite numbers.
+
+    Args:
+        file: Takes them.
+        tensor: Of a foreign graph; its elements come whole.
+    """
 
     def __init__(self, file: HashedFile, tensor: ir.TensorProtocol) -> None:
         self._file = file
@@ -228,6 +266,17 @@ def _large_tensors(graph: ir.Graph) -> list[ir.Value]:
     """Initializers that do not stay in the .onnx file."""
     values = graph.initializers.values()
     return [value for value in values if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES]
+
+
+def _kept_tensors(graph: ir.Graph, kept: KeptNames) -> list[tuple[ir.Value, ir.ExternalTensor]]:
+    found = external_tensors(graph)
+    return [(graph.initializers[name], tensor) for name, tensor in found.items() if Path(tensor.path) in kept]
+
+
+def _written_tensors(graph: ir.Graph, kept: KeptNames) -> list[ir.Value]:
+    """Initializers that stay neither in the .onnx file nor in kept ones."""
+    staying = {id(value) for value, _ in _kept_tensors(graph, kept)}
+    return [value for value in _large_tensors(graph) if id(value) not in staying]
 
 
 def _layout(values: Sequence[ir.Value], file_bytes: int | None) -> list[_Placed]:

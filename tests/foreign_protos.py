@@ -99,3 +99,25 @@ def refer(tensor: onnx.TensorProto, **changes: str | None) -> None:
     for key, value in entries.items():
         if value is not None:
             tensor.external_data.add(key=key, value=value)
+
+
+def fuse_skip_norms(proto: onnx.ModelProto, _: Path | None = None) -> None:
+    """As onnxruntime-genai's builder and mobius write: every addition but the last with the norm behind it."""
+    nodes = proto.graph.node
+    norms = [node for node in nodes if node.op_type == "RMSNormalization"]
+    for norm in norms[1:]:
+        (add,) = [node for node in nodes if norm.input[0] in node.output]
+        assert add.op_type == "Add"
+        fused = onnx.helper.make_node(
+            "SkipSimplifiedLayerNormalization",
+            [*add.input, norm.input[1]],
+            [norm.output[0], "", "", add.output[0]],
+            name=f"{norm.name}.skip",
+            domain="com.microsoft",
+            epsilon=onnx.helper.get_node_attr_value(norm, "epsilon"),
+        )
+        at = list(nodes).index(norm)
+        nodes.insert(at, fused)
+        nodes.remove(add)
+        nodes.remove(norm)
+    proto.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))

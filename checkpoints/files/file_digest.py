@@ -46,11 +46,12 @@ class HashedFile:
 
     Args:
         path: The file, made anew.
+        write: False only hashes: the file is there already, and holds what is passed on.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, write: bool = True) -> None:
         self._path = path
-        self._file: BinaryIO = path.open("wb")
+        self._file: BinaryIO | None = path.open("wb") if write else None
         self._digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
         self._hashing: Future[None] | None = None
         self._position = 0
@@ -60,7 +61,8 @@ class HashedFile:
         chunk = memoryview(data).cast("B")
         self._wait()
         self._hashing = self._hasher.submit(self._digest.update, chunk)
-        self._file.write(chunk)
+        if self._file is not None:
+            self._file.write(chunk)
         if chunk.nbytes > _KEPT_BYTES:
             self._wait()
         self._position += chunk.nbytes
@@ -86,6 +88,7 @@ class HashedFile:
             self._wait()
         finally:
             self._hasher.shutdown()
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
         if error is None:
             remember_sha256(self._path, self._digest.hexdigest())

@@ -124,6 +124,13 @@ def main(
         str | None,
         typer.Option(metavar="SIZE", help="Of a weights file at most, such as 2GB or 4GiB; one file unless given."),
     ] = None,
+    link_weights: Annotated[
+        bool,
+        typer.Option(
+            "--link-weights",
+            help="Hard links, not copies, of a graph's data files that stay as they are; onnx.load refuses such files.",
+        ),
+    ] = False,
     force: Force = False,
     allow_nonfinite: AllowNonfinite = False,
     force_base: ForceBase = False,
@@ -137,9 +144,10 @@ def main(
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
+    from dlo_export.exporter.messages import printable  # noqa: PLC0415
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.exporter.tensorrt.plan import TensorRtRequest  # noqa: PLC0415
-    from dlo_export.runtimes.artefact.description import description_json  # noqa: PLC0415
+    from dlo_export.runtimes.artefact.description import description_json, kept_data_summary  # noqa: PLC0415
 
     tensorrt = TensorRtRequest(
         backend=trt_backend.value,
@@ -175,6 +183,7 @@ def main(
         last_logits=last_logits,
         remove_identity=remove_identity,
         static_cache=static_cache,
+        link_weights=link_weights,
         provider=provider,
     )
     with naming_allow_nonfinite():
@@ -201,6 +210,8 @@ def main(
         typer.echo(f"--trt-split: both engines hold the weights, so the second one costs {extra / 2**20:.0f} MB")
     if removed := description.source.removed_layers:
         typer.echo(f"removed, since they pass everything on: layers {', '.join(map(str, removed))} of the source")
+    if (kept := kept_data_summary(description, result.folder)) is not None:
+        typer.echo(printable(kept))
     layers = description.layers
     counts = {kind: sum(bool(getattr(layer, kind)) for layer in layers) for kind in ("injected", "routed", "identity")}
     typer.echo(

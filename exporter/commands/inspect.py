@@ -66,6 +66,32 @@ def _layer_forms(layers: list[dict[str, Any]]) -> Iterator[str]:
         yield from (row["problem"] for row in alike if row["problem"] is not None)
 
 
+def _description_lines(inspection: Inspection) -> Iterator[str]:
+    """What an artefact says of itself."""
+    from dlo_export.graph_passes.lowerings.registry import find_lowering  # noqa: PLC0415
+    from dlo_export.runtimes.artefact.description import kept_data_summary  # noqa: PLC0415
+
+    description = inspection.description
+    if description is None:
+        return
+    removed = ", ".join(map(str, description.source.removed_layers))
+    yield (
+        f"{inspection.path.parent}: {description.source.kind} {description.source.name}, "
+        + (f"without its layers {removed}, which pass everything on, " if removed else "")
+        + f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
+        f"parity {description.parity.verdict} (parity.json: {inspection.parity_report or 'not there'})"
+        + ("" if inspection.has_weights else "; no weights: a graph to look at, and to compile")
+    )
+    if (kept := kept_data_summary(description, inspection.path.parent)) is not None:
+        yield kept
+    if inspection.skips is not None:
+        assert description.routing is not None, "or nothing would be skipped"
+        # A lowering that knows MLPs only leaves the rest of a skipped layer masked.
+        only_mlps = find_lowering(description.lowering, "onnxruntime-cpu").blocks == ("mlp",)
+        saved = _SAVED["mlp" if only_mlps else description.routing.kind]
+        yield f"a token that skips a layer saves {saved[inspection.skips]}"
+
+
 def _print_tables(inspection: Inspection) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
@@ -74,7 +100,6 @@ def _print_tables(inspection: Inspection) -> None:
     from dlo_export.checkpoints.router_thresholds import ONE_HALF  # noqa: PLC0415
     from dlo_export.exporter.messages import escaped, printable  # noqa: PLC0415
     from dlo_export.exporter.sources.untrained_routers import untrained_router_warning  # noqa: PLC0415
-    from dlo_export.graph_passes.lowerings.registry import find_lowering  # noqa: PLC0415
 
     console = Console()
 
@@ -83,22 +108,8 @@ def _print_tables(inspection: Inspection) -> None:
         console.print(printable(line), markup=False, highlight=False)
 
     description = inspection.description
-    if description is not None:
-        removed = ", ".join(map(str, description.source.removed_layers))
-        tell(
-            f"{inspection.path.parent}: {description.source.kind} {description.source.name}, "
-            + (f"without its layers {removed}, which pass everything on, " if removed else "")
-            + f"{description.dtype}, lowering {description.lowering} ({description.lowering_reason}), "
-            f"parity {description.parity.verdict} (parity.json: {inspection.parity_report or 'not there'})"
-            + ("" if inspection.has_weights else "; no weights: a graph to look at, and to compile")
-        )
-    if inspection.skips is not None:
-        assert description is not None, "or nothing would say what is skipped"
-        assert description.routing is not None, "or nothing would be skipped"
-        # A lowering that knows MLPs only leaves the rest of a skipped layer masked.
-        only_mlps = find_lowering(description.lowering, "onnxruntime-cpu").blocks == ("mlp",)
-        saved = _SAVED["mlp" if only_mlps else description.routing.kind]
-        tell(f"a token that skips a layer saves {saved[inspection.skips]}")
+    for line in _description_lines(inspection):
+        tell(line)
     if inspection.untrained_routers:
         assert description is not None, "or no router could be named"
         assert description.routing is not None, "or no router could be named"

@@ -79,6 +79,10 @@ class BaseModel(Protocol):
     def sha256(self) -> str:
         """Identity of the weights."""
 
+    @property
+    def data_files(self) -> Mapping[Path, str]:
+        """Files that its graph's weights lie in as the graph reads them: paths relative to its folder, by place."""
+
     def graph_dtype(self, choice: str, provider: ProviderOption = "cpu") -> str:
         """What `--dtype` comes to in its graph.
 

@@ -93,6 +93,11 @@ class CheckpointModel:
         return own if self.lora is None else merged_sha256(own, self.lora.sha256())
 
     @property
+    def data_files(self) -> dict[Path, str]:
+        """None: its weights are transposed and cast for the graph."""
+        return {}
+
+    @property
     def packs_weights(self) -> bool:
         """Yes: its graph is ours."""
         return True

@@ -39,12 +39,13 @@ class ForeignFile:
     Attributes:
         model: Its large external weights are mapped when they are asked for; small ones, which stay inside the file
             that is written, were read.
-        data_files: The external data files it refers to, in the order of their names.
+        data_files: The external data files it refers to: where they lie, links followed, and their paths relative to
+            the graph's folder, in the order of those.
         routed: Layers that it says have routers of this project already.
     """
 
     model: ir.Model
-    data_files: tuple[Path, ...]
+    data_files: dict[Path, str]
     routed: str
 
 
@@ -66,13 +67,14 @@ def read_foreign_file(path: Path, *, for_inspection: bool = False) -> ForeignFil
     proto = parsed_model(path)
     _use_one_name_of_onnx(proto)
     problems = [*_version_problems(proto), *_name_problems(proto), *_attribute_problems(proto)]
-    data_files: set[Path] = set()
+    data_files: dict[str, Path] = {}
     of_files: dict[str, str] = {}  # what is wrong with a file is said once, with the first tensor that refers to it
     for place, tensor, in_constant in _tensors(proto):
         try:
             _check_tensor(tensor)
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                data_files.add(_settle_external(path, tensor, stays_external=in_constant))
+                location, file = _settle_external(path, tensor, stays_external=in_constant)
+                data_files[location] = file
         except CheckpointError as err:
             if for_inspection:
                 continue
@@ -95,7 +97,9 @@ def read_foreign_file(path: Path, *, for_inspection: bool = False) -> ForeignFil
         model = ir.from_proto(proto)
     except Exception as err:  # onnx_ir's own errors have no common base; each means that the model is not a graph
         raise InputError(f"{path}: is no valid graph: {_root_cause(err)}", hint="export it again") from err
-    return ForeignFile(model, tuple(sorted(data_files)), routed)
+    # Of a file that has several names, links or "./", the last one is as good as any.
+    by_place = {file: location for location, file in sorted(data_files.items())}
+    return ForeignFile(model, by_place, routed)
 
 
 def _version_problems(proto: onnx.ModelProto) -> Iterator[str]:
@@ -219,14 +223,14 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
         raise ValueError(f"{kind.name}{dims} has {len(getattr(tensor, field))} elements, expected {expected}")
 
 
-def _settle_external(path: Path, tensor: onnx.TensorProto, *, stays_external: bool) -> Path:
+def _settle_external(path: Path, tensor: onnx.TensorProto, *, stays_external: bool) -> tuple[str, Path]:
     """Checks a reference to a data file, and makes it one that holds wherever the model is written.
 
     A large constant refers to its file by the full path. What will be written inside the .onnx file, a small one or a
     tensor in an attribute, is read: such a reference would mean other bytes beside the file that is written.
 
     Returns:
-        The data file.
+        What it calls the data file, and where that lies, links followed.
 
     Raises:
         ValueError: There is no such file inside the folder, or the tensor does not lie inside it.
@@ -253,7 +257,7 @@ def _settle_external(path: Path, tensor: onnx.TensorProto, *, stays_external: bo
             tensor.raw_data = data.read(size)
         tensor.ClearField("external_data")
         tensor.data_location = onnx.TensorProto.DEFAULT
-    return file
+    return location, file.resolve()
 
 
 def _use_one_name_of_onnx(proto: onnx.ModelProto) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import InjectedLayer
@@ -21,13 +20,13 @@ from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.checkpoints.errors import CheckpointError, InputError
-from dlo_export.checkpoints.files.file_digest import file_sha256
+from dlo_export.checkpoints.files.file_digest import known_sha256
 from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer
 from dlo_export.checkpoints.interface import TOKEN_INPUTS
-from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, are_equal
 from dlo_export.checkpoints.llama_layer import EMBEDDING, FINAL_NORM, HEAD, layer_tensor_name
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.plain_graph.llama import plain_graph
@@ -327,7 +326,7 @@ class ForeignGraph:
         # Some exporters store a tied matrix twice; quantised, the two may be rounded apart, and both count.
         tied = self.config is not None and self.config.tie_word_embeddings
         if tied and head is not None and not (_is_quantised(head) or _is_quantised(named[EMBEDDING])):
-            if not np.array_equal(head.numpy(), named[EMBEDDING].numpy()):
+            if not are_equal(head, named[EMBEDDING]):
                 raise CheckpointError(
                     f"{self.path}: head and embedding differ, but config.json says tie_word_embeddings",
                     hint="put the config.json of the exported model beside the graph",
@@ -342,9 +341,14 @@ class ForeignGraph:
     def sha256(self) -> str:
         """SHA-256 over the graph file and its external data files, in the order of their names."""
         digest = hashlib.sha256()
-        for file in (self.path, *self._file.data_files):
-            digest.update(bytes.fromhex(file_sha256(file)))
+        for file in (self.path, *self.data_files):
+            digest.update(bytes.fromhex(known_sha256(file)))
         return digest.hexdigest()
+
+    @property
+    def data_files(self) -> Mapping[Path, str]:
+        """Where its external data lie, links followed: paths relative to its folder, in their order."""
+        return self._file.data_files
 
     def save_companions(self, folder: Path, config_overrides: Mapping[str, Any] | None = None) -> None:
         """Writes config.json with the overrides, and copies what else stands beside the graph."""

@@ -12,10 +12,10 @@ from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.exporter.graph_dtype import graph_dtype, sixteen_bits
+from dlo_export.exporter.lowering_choice import check_nothing_asked
 from dlo_export.exporter.pipeline import (
     TensorRtOptions,
     build_tensorrt_model,
-    check_nothing_asked,
     check_tensorrt_options,
 )
 from dlo_export.exporter.sources.base_model import check_use

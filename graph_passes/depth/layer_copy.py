@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.find.data_flow import SHAPE_OPS, consumed_values, is_op, node_order, nodes_between
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer
 from dlo_export.graph_passes.weights.storage import Place, Replacements
 
@@ -36,7 +36,7 @@ def copy_layer(
     rename: Callable[[str], str],
     tags: Mapping[str, str],
 ) -> LayerCopy:
-    """Copy a layer's nodes; whatever the layer does not compute itself is shared.
+    """Copy a layer's nodes, and what its cache passes on the way to them; whatever else it does not compute is shared.
 
     Args:
         layer: What to copy. None of its nodes holds a subgraph.
@@ -71,7 +71,7 @@ def copy_layer(
     # Node by node, in order: a copy reads what was copied before it, the replacements in `reads`, and else what the
     # original reads (masks, rotary tables, constants are shared). Where a weight enters, the new weight does, behind
     # copies of the nodes that prepare it.
-    for node in layer.nodes:
+    for node in (*_cache_nodes(layer), *layer.nodes):
         inputs = [None if value is None else values.get(value, value) for value in node.inputs]
         for index, value in enumerate(node.inputs):
             constants = weights.get(Place(node, index))
@@ -87,6 +87,17 @@ def copy_layer(
     )
     initializers = tuple(new for constants in weights.values() for new in constants.values())
     return LayerCopy(tuple(nodes), initializers, values[layer.output], cache)
+
+
+def _cache_nodes(layer: DecoderLayer) -> tuple[ir.Node, ...]:
+    """What stands between a layer's cache and its nodes and reads no stream: a cast, or a factor, of its keys."""
+    (graph,) = {node.graph for node in layer.nodes}
+    assert isinstance(graph, ir.Graph), "a layer that is copied holds no subgraph, and is in none"
+    order = node_order(graph)
+    # A cache's length serves the masks of all layers, and is the same for all.
+    excluded = {*layer.nodes, *(node for node in order if is_op(node, *SHAPE_OPS))}
+    read = [value for node in layer.nodes for value in consumed_values(node)]
+    return nodes_between(order, {layer.past_key, layer.past_value}, read, excluded)
 
 
 def _prepared(

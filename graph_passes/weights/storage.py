@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import mmap
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -114,4 +115,8 @@ class StoredRows:
         return self.storage.rows(self.start + start, min(self.start + stop, self.stop))
 
     def release(self) -> None:
-        """Nothing: the mapping belongs to the graph."""
+        """Gives back the pages of the graph's data files that reading took; the mappings stay, arrays too."""
+        for constant in self.storage.constants:
+            tensor = ir.convenience.get_const_tensor(constant)
+            if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None:
+                tensor.raw.madvise(mmap.MADV_DONTNEED)

@@ -28,10 +28,11 @@ from dlo_export.runtimes.artefact.engine_record import (
 from dlo_export.runtimes.artefact.typed_json import JsonProblemsError, Rule, from_json, to_json
 from dlo_export.runtimes.errors import ModelLoadError
 
-FORMAT_VERSION = 4  # 3 says each router's threshold, 4 what model.onnx is to run on
+FORMAT_VERSION = 5  # 3 says each router's threshold, 4 what model.onnx is to run on, 5 which data are the source's
 FILE_NAME = ARTEFACT_FILE
 MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
+ADDED_NAME = "dlo_added.data"  # of new weights, where the source's own have that name
 ENGINES_NAME = "engines"
 PARITY_NAME = "parity.json"
 
@@ -82,6 +83,25 @@ class ArtefactFile:
     name: Path
     bytes: Count
     sha256: Sha256
+
+
+# As a copy, as one that shares the source's blocks on the disk, or as the source's own file under a second name.
+KeptHow = Literal["copy", "reflink", "hard link"]
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptData:
+    """A data file that stands here as it stood beside the graph the artefact was made from, byte for byte.
+
+    Attributes:
+        name: Where it lies; under the same name there.
+        how: It came here.
+        unused_bytes: What model.onnx does not read of it.
+    """
+
+    name: Path
+    how: KeptHow
+    unused_bytes: Count
 
 
 Score = Annotated[float, Rule("a score above 0 and below 1", lambda score: 0 < score < 1)]
@@ -146,6 +166,7 @@ class ArtefactDescription(LoweringDescription):
         tools: Versions of what wrote it, by name.
         source: What it was made from.
         files: Graphs, weights and engines. Others (configuration, tokenizer) are the user's to edit.
+        kept_data: Those of the weights that are the source's own files.
         dtype: "fp32", "fp16" or "bf16", of model.onnx: weights, KV cache and logits.
         provider: Of ONNX Runtime, "cpu" or "cuda": what model.onnx was made for, and runs on unless told otherwise.
         routing: None where nothing is routed.
@@ -159,6 +180,7 @@ class ArtefactDescription(LoweringDescription):
     tools: Mapping[str, str]
     source: SourceIdentity
     files: tuple[ArtefactFile, ...]
+    kept_data: tuple[KeptData, ...]
     dtype: FloatOption
     provider: ProviderOption
     routing: RoutingDescription | None
@@ -250,6 +272,23 @@ def content_sha256(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
+def kept_data_summary(description: ArtefactDescription, folder: Path) -> str | None:
+    """Which data files are the source's own, in a line; None where there are none.
+
+    Args:
+        description: Of the artefact.
+        folder: The artefact.
+    """
+    kept = description.kept_data
+    if not kept:
+        return None
+    sizes = {file.name: file.bytes for file in description.files}
+    names = ", ".join(file.name.relative_to(folder).as_posix() for file in kept)
+    ways = " and ".join(sorted({file.how for file in kept}))
+    unused, total = sum(file.unused_bytes for file in kept), sum(sizes[file.name] for file in kept)
+    return f"kept as the source has them ({ways}): {names}; {unused / 2**20:.2f} of {total / 2**20:.2f} MB are not read"
+
+
 def mean_active_rates(description: ArtefactDescription, rates: Mapping[int, float]) -> dict[str, float | None]:
     """Share of tokens whose MLP runs, averaged over the original and over the injected layers.
 
@@ -277,6 +316,9 @@ def _contradictions(description: ArtefactDescription) -> Iterator[str]:
         if (record.lowering == "none") != (description.routing is None):
             yield f"{name}lowering is {record.lowering}, but routing is {'not ' if description.routing else ''}null"
     listed = {file.name for file in description.files}
+    for index, kept in enumerate(description.kept_data):
+        if kept.name not in listed:
+            yield f"kept_data[{index}].name is {kept.name.name}, which files does not list"
     for index, engine in enumerate(description.engines):
         for field in ("file", "graph"):
             if getattr(engine, field) not in listed:

@@ -6,7 +6,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlo_export.checkpoints.files.file_digest import known_sha256
-from dlo_export.runtimes.artefact.description import WEIGHTS_NAME, ArtefactDescription, ArtefactFile
+from dlo_export.runtimes.artefact.description import (
+    ENGINES_NAME,
+    MODEL_NAME,
+    WEIGHTS_NAME,
+    ArtefactDescription,
+    ArtefactFile,
+)
 from dlo_export.runtimes.errors import ModelLoadError
 
 
@@ -41,7 +47,7 @@ def check_model_files(description: ArtefactDescription, folder: Path) -> None:
             f"{folder}: has no weights, {WEIGHTS_NAME} was left out",
             hint="export the model again, without --no-weights",
         )
-    _refuse(size_changes(file for file in description.files if file.name.parent == folder))
+    _refuse(size_changes(_model_files(description, folder)))
 
 
 def has_weights(description: ArtefactDescription, folder: Path) -> bool:
@@ -51,7 +57,12 @@ def has_weights(description: ArtefactDescription, folder: Path) -> bool:
         description: Of the artefact.
         folder: The artefact.
     """
-    return folder / WEIGHTS_NAME in [file.name for file in description.files]
+    return any(file.name != folder / MODEL_NAME for file in _model_files(description, folder))
+
+
+def _model_files(description: ArtefactDescription, folder: Path) -> list[ArtefactFile]:
+    """All but those of engines: model.onnx and its weights. Kept ones may lie in folders of their own."""
+    return [file for file in description.files if not file.name.is_relative_to(folder / ENGINES_NAME)]
 
 
 def changes(files: Iterable[ArtefactFile]) -> Iterator[str]:

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dlo_export.runtimes.artefact.description import load_description
-from tests.foreign_protos import Foreign, initializer, refer, reference_of
+from tests.foreign_protos import Foreign, fuse_skip_norms, initializer, refer, reference_of
 
 
 @pytest.fixture(scope="module")
@@ -230,36 +230,14 @@ def _functions(proto, folder):
             node.op_type, node.domain = "Product", "custom"
 
 
-def _fused_skip_norms(proto, folder):
-    """As onnxruntime-genai's builder and mobius write: every addition but the last with the norm behind it."""
-    nodes = proto.graph.node
-    norms = [node for node in nodes if node.op_type == "RMSNormalization"]
-    for norm in norms[1:]:
-        (add,) = [node for node in nodes if norm.input[0] in node.output]
-        assert add.op_type == "Add"
-        fused = helper.make_node(
-            "SkipSimplifiedLayerNormalization",
-            [*add.input, norm.input[1]],
-            [norm.output[0], "", "", add.output[0]],
-            name=f"{norm.name}.skip",
-            domain="com.microsoft",
-            epsilon=helper.get_node_attr_value(norm, "epsilon"),
-        )
-        at = list(nodes).index(norm)
-        nodes.insert(at, fused)
-        nodes.remove(add)
-        nodes.remove(norm)
-    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-
-
 def _fused_skip_norms_without_names(proto, folder):
-    _fused_skip_norms(proto, folder)
+    fuse_skip_norms(proto, folder)
     _no_node_names(proto, folder)
 
 
 def _as_mobius_writes(proto, folder):
     """Fused norms, and rotary tables that are looked up by positions as the embedding is by tokens."""
-    _fused_skip_norms(proto, folder)
+    fuse_skip_norms(proto, folder)
     frequencies = numpy_helper.to_array(initializer(proto, "model.rotary_emb.inv_freq"))
     angles = np.arange(64, dtype=np.float32)[:, None] * frequencies
     for op_type, table in (("Cos", np.cos(angles)), ("Sin", np.sin(angles))):
@@ -313,7 +291,7 @@ LEGAL = [
     *(_table_in_branches, _table_in_the_other_branch, _table_shared_by_a_branch),
     *(_unused_things, _unused_mask_and_more, _no_node_names, _one_node_name),
     *(_initializers_as_inputs, _names_of_passes, _stray_metadata, _hard_links, _link_inside, _folder_of_data),
-    *(_config_through_hub, _shadowed_names, _functions, _fused_skip_norms, _fused_skip_norms_without_names),
+    *(_config_through_hub, _shadowed_names, _functions, fuse_skip_norms, _fused_skip_norms_without_names),
     *(
         _other_name_of_onnx,
         _both_names_of_onnx,
@@ -329,12 +307,13 @@ LEGAL = [
 def test_foreign_graph_computes_what_it_did_when_it_is_legal(foreign, tmp_path, change):
     graph = foreign.changed(tmp_path / "model", change)
     artefact = foreign.export(graph, tmp_path / "out")
-    # Only its own file may be read: with the source gone, no byte of it can be.
+    # Only its own files may be read: with the source gone, no byte of it can be.
     (tmp_path / "model").rename(tmp_path / "away")
     foreign.check_logits(artefact)
     proto = onnx.load(artefact / "model.onnx", load_external_data=False)
     places = {reference_of(tensor)["location"] for tensor in _external(proto)}
-    assert places == {"model.onnx.data"}
+    listed = {file.name.relative_to(artefact).as_posix() for file in load_description(artefact).files}
+    assert places == listed - {"model.onnx"}
 
 
 def _external(proto):

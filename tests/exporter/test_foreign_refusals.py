@@ -357,7 +357,7 @@ def test_graph_is_refused_when_its_layers_are_routed_already(foreign, tmp_path):
         foreign.export(artefact / "model.onnx", tmp_path / "again")
     # The graph alone says so too.
     (tmp_path / "alone").mkdir()
-    for name in ("model.onnx", "model.onnx.data"):
+    for name in ("model.onnx", "model.onnx.data", "weights"):
         shutil.copy(artefact / name, tmp_path / "alone")
     with pytest.raises(InputError, match="routers already"):
         foreign.export(tmp_path / "alone" / "model.onnx", tmp_path / "again")

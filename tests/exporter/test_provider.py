@@ -8,7 +8,7 @@ import pytest
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.export import ExportRequest, export_model
-from dlo_export.exporter.pipeline import choose_onnxruntime_lowering
+from dlo_export.exporter.lowering_choice import choose_onnxruntime_lowering
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.runtimes.artefact.description import load_description

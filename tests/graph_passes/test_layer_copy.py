@@ -53,6 +53,22 @@ def test_copy_computes_the_same_when_it_reads_what_the_layer_reads() -> None:
         np.testing.assert_array_equal(array, expected[name])
 
 
+def test_copy_reads_its_own_cache_alone_when_a_node_stands_between_cache_and_layer() -> None:
+    text = tiny_decoder().replace('Concat <axis = 1> ("past_key_values.0.key", x)', "Concat <axis = 1> (scaled, x)")
+    text = text.replace("x = Gather", 'length = Shape ("past_key_values.0.key")\n  two = Cast <to = 1> (last)\n'
+                        '  scaled = Mul ("past_key_values.0.key", two)\n  x = Gather')  # fmt: skip
+    (layer,) = find_decoder_layers(ir.from_onnx_text(text).graph)
+    past = [ir.Value(name=f"new.{part}") for part in ("key", "value")]
+    reads = dict(zip((layer.past_key, layer.past_value), past, strict=True))
+    copy = copy_layer(layer, reads, {}, lambda name: f"{name}.copy", {})
+    (scaled,) = [node for node in copy.nodes if node.op_type == "Mul" and node.inputs[0] is past[0]]
+    (joined,) = [node for node in copy.nodes if node.op_type == "Concat" and node.inputs[0] is scaled.outputs[0]]
+    assert joined.outputs[0] is copy.cache[2]
+    # Lengths are the same for all layers, and computed once.
+    assert not [node for node in copy.nodes if node.op_type == "Shape"]
+    assert not {layer.past_key, layer.past_value} & {value for node in copy.nodes for value in node.inputs}
+
+
 def test_copy_has_names_tags_and_shapes_of_its_own_when_made() -> None:
     graph = ir.from_onnx_text(source_text()).graph
     (layer,) = find_decoder_layers(graph)

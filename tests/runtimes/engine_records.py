@@ -120,6 +120,7 @@ def description(*engines: EngineRecord) -> ArtefactDescription:
         tools={"dlo-export": "0.1.0"},
         source=SourceIdentity("checkpoint", "tiny", "0" * 64, "llama"),
         files=tuple(describe_file(path) for engine in engines for path in (engine.file, engine.graph)),
+        kept_data=(),
         dtype="fp32",
         provider="cpu",
         routing=RoutingDescription("mlp", "in words", tuple(range(LAYERS)), True, 2.0, 0.05, {LAYERS - 1: 0.25}),

@@ -13,7 +13,7 @@
 namespace dlo {
 
 // The form of dlo_artifact.json that this header reads.
-inline constexpr int64_t kFORMAT_VERSION = 4;
+inline constexpr int64_t kFORMAT_VERSION = 5;
 
 // dlo_artifact.json (docs/artefact.md lists its fields), and the end tokens of generation_config.json.
 struct Artefact {
@@ -42,8 +42,8 @@ inline void checkFiles(Json const& files, std::filesystem::path const& folder) {
     bool hasWeights = false;
     for (Json const& file : files.items()) {
         std::filesystem::path const name = file["name"].text();
-        if (name.has_parent_path()) continue;  // of an engine
-        hasWeights = hasWeights || name == "model.onnx.data";
+        if (*name.begin() == "engines") continue;
+        hasWeights = hasWeights || name != "model.onnx";
         std::error_code error;
         auto const size = std::filesystem::file_size(folder / name, error);
         int64_t const expected = file["bytes"].count();
