@@ -187,7 +187,7 @@ def _own_reference(
     """What a graph without a PyTorch model is compared with, on the same provider."""
     opened = functools.partial(OnnxRuntimeRunner, allow_spinning=False, provider=provider)
     if source.routing is None:
-        return opened(_as_it_was(source), weights_folder=source.base.path.parent, name="the graph as it was")
+        return opened(as_it_was(source), weights_folder=source.base.path.parent, name="the graph as it was")
     name = "its own masked form"
     masked = _masked_graph(source, folder, released, description.dtype)
     free, forced = (
@@ -226,7 +226,7 @@ def _dequantising_reference(
     return TwoBuildsRunner(*runners, name=name, thresholds=description.router_thresholds) if routed else runners[0]
 
 
-def _as_it_was(source: ExportSource) -> bytes:
+def as_it_was(source: ExportSource) -> bytes:
     """Somebody's file, its cache's sizes said."""
     model, sized = load_graph(source.base.path), source.plain_model(ir.DataType.FLOAT)
     StateCacheSizesPass()(sized)
