@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.measure import print_report, versions
-from benchmarks.smollm2 import smollm2_folder
+from benchmarks.common.measure import print_report, versions
+from benchmarks.common.smollm2 import smollm2_folder
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate, with_routers
 from dlo_export.modeling.calibration.layer_stream import LayerStream

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Samples, print_report, versions
-from benchmarks.routed_artefact import export
-from benchmarks.smollm2 import distinct_tokens, smollm2_gguf
-from benchmarks.workspace import REPOSITORY, WORKSPACE
+from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.routed_artefact import export
+from benchmarks.common.smollm2 import distinct_tokens, smollm2_gguf
+from benchmarks.common.workspace import REPOSITORY, WORKSPACE
 
 PROGRAM = REPOSITORY / "build" / "cpp_onnxruntime" / "generate"
 ADAPTER = REPOSITORY / "samples" / "smollm2_trained"

@@ -18,7 +18,7 @@ import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wa
 # isort: split
 import torch
 
-from benchmarks.measure import print_report, versions
+from benchmarks.common.measure import print_report, versions
 from benchmarks.papers.subjects import BaseModel
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.modeling.calibration.evaluation import evaluate, with_routers

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.onnxruntime_worker import DecoderStep
+from benchmarks.common.routed_artefact import export
+from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
+from benchmarks.common.workspace import WORKSPACE
 from benchmarks.dense_speed import OURS, PROMPT, build_with_genai
-from benchmarks.measure import Samples, print_report, versions
-from benchmarks.onnxruntime_worker import DecoderStep
-from benchmarks.routed_artefact import export
-from benchmarks.smollm2 import distinct_tokens, smollm2_folder
-from benchmarks.workspace import WORKSPACE
 
 GENAI = "genai builder"
 ROUNDS = 3

@@ -3,7 +3,7 @@
 Both are made from the same fp32 Hugging Face folder of SmolLM2-135M. Decode is one token of batch 1 behind 128 tokens,
 prefill is 128 tokens. The builder's GroupQueryAttention can append to its cache in place, which is how
 onnxruntime-genai runs it; it is measured that way and, like ours, with a cache that grows by one output per step.
-Processes of their own, alternating, started anew several times; see benchmarks/workers.py.
+Processes of their own, alternating, started anew several times; see benchmarks/common/workers.py.
 
     python -m benchmarks.dense_speed
 """
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import print_report, versions
-from benchmarks.routed_artefact import export
-from benchmarks.smollm2 import distinct_tokens, smollm2_folder
-from benchmarks.workers import Worker, alternate_workers
-from benchmarks.workspace import WORKSPACE
+from benchmarks.common.measure import print_report, versions
+from benchmarks.common.routed_artefact import export
+from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
+from benchmarks.common.workers import Worker, alternate_workers
+from benchmarks.common.workspace import WORKSPACE
 
 BAR = 1.05
 PROMPT = 128
@@ -65,7 +65,7 @@ def main() -> None:
         for phase, step, sequence in (("decode", tokens, 1), ("prefill", tokens[:, :PROMPT], PROMPT)):
             np.save(folder / "tokens.npy", step)
             arguments = [folder / "tokens.npy", "--sequence", str(sequence), "--threads", str(threads)]
-            worker = functools.partial(Worker, "benchmarks.onnxruntime_worker")
+            worker = functools.partial(Worker, "benchmarks.common.onnxruntime_worker")
             start: dict[str, Callable[[], Worker]] = {
                 OURS: functools.partial(worker, ours, *arguments),
                 "genai builder, cache in place": functools.partial(worker, genai, *arguments, "--shared-cache"),

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Samples, print_report, versions
-from benchmarks.smollm2 import smollm2_gguf
-from benchmarks.workspace import WORKSPACE
+from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.smollm2 import smollm2_gguf
+from benchmarks.common.workspace import WORKSPACE
 from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements

@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import print_report, versions
-from benchmarks.random_llama import H2048, random_llama_folder
-from benchmarks.workspace import WORKSPACE
+from benchmarks.common.measure import print_report, versions
+from benchmarks.common.random_llama import H2048, random_llama_folder
+from benchmarks.common.workspace import WORKSPACE
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.engines import build_engine

@@ -22,9 +22,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from benchmarks.common.measure import print_report, versions
+from benchmarks.common.workspace import WORKSPACE
 from benchmarks.export_speed import run_once
-from benchmarks.measure import print_report, versions
-from benchmarks.workspace import WORKSPACE
 from dlo_export.checkpoints.checkpoint_folder import save_model_tensors
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.files.disk_space import check_disk_space

@@ -30,9 +30,9 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
+from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.workspace import WORKSPACE
 from benchmarks.export_speed import run_once
-from benchmarks.measure import Samples, print_report, versions
-from benchmarks.workspace import WORKSPACE
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.errors import DloError
 from dlo_export.checkpoints.files.disk_space import check_disk_space

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import Samples, print_report, versions
-from benchmarks.peers import peer_environment
-from benchmarks.smollm2 import smollm2_folder
-from benchmarks.workspace import WORKSPACE
+from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.peers import peer_environment
+from benchmarks.common.smollm2 import smollm2_folder
+from benchmarks.common.workspace import WORKSPACE
 
 BAR = 0.25
 

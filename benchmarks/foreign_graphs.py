@@ -1,6 +1,6 @@
 """Graphs of SmolLM2-135M that others exported: deepened and routed in place, each against itself and PyTorch.
 
-Every source of benchmarks/foreign_sources.py makes its graph. Then, as `dlo-export model.onnx --adapter` does:
+Every source of benchmarks/common/foreign_sources.py makes its graph. Then, as `dlo-export model.onnx --adapter` does:
 
 * six TLI layers (one after every five, zero_out) are put in: the logits must be the untouched graph's;
 * one more adapter, the same for all sources, also has a router for each of the 36 layers. Compact and `if` must give
@@ -29,12 +29,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.foreign_sources import SOURCES, CannotBeMadeError, ForeignSource
-from benchmarks.measure import print_report, versions
-from benchmarks.routed_artefact import export
-from benchmarks.routing import fit_routers, routable_model, router_tensors, tokens_active
-from benchmarks.smollm2 import distinct_tokens, smollm2_folder
-from benchmarks.workspace import WORKSPACE
+from benchmarks.common.foreign_sources import SOURCES, CannotBeMadeError, ForeignSource
+from benchmarks.common.measure import print_report, versions
+from benchmarks.common.routed_artefact import export
+from benchmarks.common.routing import fit_routers, routable_model, router_tensors, tokens_active
+from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
+from benchmarks.common.workspace import WORKSPACE
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, load_adapter, save_adapter
 from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter
 from dlo_export.checkpoints.depth.placements import ExpansionPlan, placements

@@ -25,13 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common.measure import print_report, versions
+from benchmarks.common.peers import peer_environment, requirements_of
+from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder, smollm2_gguf
+from benchmarks.common.workers import Worker, launch_workers_in_turn
+from benchmarks.common.workspace import WORKSPACE
 from benchmarks.dense_speed import build_with_genai
 from benchmarks.genai_routed import HALF, NOTHING, PROMPT, RUNS, SETTLE, routed_graph
-from benchmarks.measure import print_report, versions
-from benchmarks.peers import peer_environment, requirements_of
-from benchmarks.smollm2 import distinct_tokens, smollm2_folder, smollm2_gguf
-from benchmarks.workers import Worker, launch_workers_in_turn
-from benchmarks.workspace import WORKSPACE
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 
 LLAMA_CPP = "llama_cpp"
@@ -58,12 +58,12 @@ def main() -> None:
         for name, active in patterns.items():
             graphs[OURS[name]] = routed_graph(graph, folder / name.replace(" ", "-"), active, "if")
         options: list[str | Path] = [folder / "tokens.npy", "--threads", str(given.threads)]
-        llama = functools.partial(Worker, "benchmarks.llama_cpp_worker", gguf, *options, python=python)
+        llama = functools.partial(Worker, "benchmarks.common.llama_cpp_worker", gguf, *options, python=python)
         start: dict[str, Callable[[], Worker]] = {
             Q4_1: llama,
             Q4_0: functools.partial(llama, "--q4-0", folder / "q4_0.gguf"),
             **{
-                name: functools.partial(Worker, "benchmarks.genai_worker", path, *options, "--sequence", "1")
+                name: functools.partial(Worker, "benchmarks.common.genai_worker", path, *options, "--sequence", "1")
                 for name, path in graphs.items()
             },
         }

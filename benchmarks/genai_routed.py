@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.random_llama import H2048, random_llama_folder
+from benchmarks.common.smollm2 import VOCABULARY, distinct_tokens, smollm2_folder
+from benchmarks.common.workers import Worker, launch_workers_in_turn
+from benchmarks.common.workspace import WORKSPACE
 from benchmarks.dense_speed import build_with_genai
-from benchmarks.measure import Samples, print_report, versions
-from benchmarks.random_llama import H2048, random_llama_folder
-from benchmarks.smollm2 import VOCABULARY, distinct_tokens, smollm2_folder
-from benchmarks.workers import Worker, launch_workers_in_turn
-from benchmarks.workspace import WORKSPACE
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.llama_layer import router_name
@@ -198,7 +198,7 @@ def main() -> None:
             options: list[str | Path] = [folder / "tokens.npy", "--sequence", str(sequence)]
             options += ["--threads", str(given.threads)]
             start: dict[str, Callable[[], Worker]] = {
-                name: functools.partial(Worker, "benchmarks.genai_worker", path, *options)
+                name: functools.partial(Worker, "benchmarks.common.genai_worker", path, *options)
                 for name, path in graphs.items()
             }
             times = launch_workers_in_turn(

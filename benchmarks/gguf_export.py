@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, quant_shape_to_byte_shape
 
+from benchmarks.common.measure import print_report, versions
+from benchmarks.common.workspace import WORKSPACE
 from benchmarks.export_speed import run_once
-from benchmarks.measure import print_report, versions
-from benchmarks.workspace import WORKSPACE
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.llama_layer import GGUF_OUTER_NAMES, LLAMA_LAYER
 

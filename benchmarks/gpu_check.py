@@ -26,8 +26,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu_engines import engine_subject, forced_engines
-from benchmarks.gpu_report import Findings, examine, print_findings
+from benchmarks.engines.gpu_engines import engine_subject, forced_engines
+from benchmarks.engines.gpu_report import Findings, examine, print_findings
 from dlo_export.checkpoints.errors import DloError, InputError
 from dlo_export.exporter.exit_codes import exit_code, report_error
 from dlo_export.exporter.progress import Reporter

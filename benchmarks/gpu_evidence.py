@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.evidence import BAR_MISSED, DONE, NO_GPU
-from benchmarks.measure import print_report
+from benchmarks.common.measure import print_report
+from benchmarks.gpu.evidence import BAR_MISSED, DONE, NO_GPU
 from dlo_export.checkpoints.errors import DloError, InputError
 from dlo_export.exporter.exit_codes import exit_code, report_error
 

@@ -22,13 +22,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.copy_rate import copy_rate
-from benchmarks.evidence import Evidence, run_part
-from benchmarks.evidence_processes import Process, run_processes
-from benchmarks.kernel_cases import LARGEST_ERROR, POISON, cases
-from benchmarks.kernel_images import Image, images_in
-from benchmarks.kernel_launch import LoadedImage
-from benchmarks.kernel_timing import (
+from benchmarks.gpu.copy_rate import copy_rate
+from benchmarks.gpu.evidence import Evidence, run_part
+from benchmarks.gpu.evidence_processes import Process, run_processes
+from benchmarks.gpu.kernel_cases import LARGEST_ERROR, POISON, cases
+from benchmarks.gpu.kernel_launch import LoadedImage
+from benchmarks.gpu.kernel_timing import (
     Launch,
     Layer,
     Timing,
@@ -38,6 +37,7 @@ from benchmarks.kernel_timing import (
     read_rate,
     timed,
 )
+from benchmarks.kernel_images import Image, images_in
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
 from dlo_export.plugins.tiles import TILE_NAMES, TileName, tile_for
 

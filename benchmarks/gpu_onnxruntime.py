@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks.evidence import Evidence, run_part
+from benchmarks.gpu.evidence import Evidence, run_part
 from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE
 from dlo_export.plugins.ort_registration import check_library, no_library
 
@@ -78,8 +78,8 @@ def run_piece(evidence: Evidence, piece: str, device: str, library: Path, *, sma
     """
     import torch  # noqa: PLC0415 - heavy, and loads what ONNX Runtime's CUDA provider links to
 
-    from benchmarks.onnxruntime_checks import check_decoder, check_operators, check_router, check_runner  # noqa: PLC0415 - behind PyTorch
-    from benchmarks.onnxruntime_times import time_decoders  # noqa: PLC0415
+    from benchmarks.gpu.onnxruntime_checks import check_decoder, check_operators, check_router, check_runner  # noqa: PLC0415 - behind PyTorch
+    from benchmarks.gpu.onnxruntime_times import time_decoders  # noqa: PLC0415
 
     if piece != "checks":
         for shape in piece.split(","):

@@ -8,7 +8,7 @@ lowerings with the PyTorch model in float32, that of the reference checkpoints o
 timed meanwhile, and what ends one process costs its own rows only. Then the dense model's decode step in bfloat16,
 IOBinding and a cache that stays on the GPU, is timed against transformers' static cache, as it is and compiled.
 
-Without a GPU the same comparison runs once on the CPU provider. Exit codes as benchmarks/evidence.py has them.
+Without a GPU the same comparison runs once on the CPU provider. Exit codes as benchmarks/gpu/evidence.py has them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.command_checks import rows_of_commands
-from benchmarks.dense_decode_times import time_decode
-from benchmarks.evidence import Evidence, run_part
-from benchmarks.evidence_processes import Process, run_processes
-from benchmarks.lowering_parity import DATA, NATIVE, Job, jobs, rows_of
+from benchmarks.gpu.command_checks import rows_of_commands
+from benchmarks.gpu.dense_decode_times import time_decode
+from benchmarks.gpu.evidence import Evidence, run_part
+from benchmarks.gpu.evidence_processes import Process, run_processes
+from benchmarks.gpu.lowering_parity import DATA, NATIVE, Job, jobs, rows_of
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE
 from dlo_export.runtimes.onnxruntime.providers import CPU

@@ -19,13 +19,13 @@ import sys
 
 import torch
 
-from benchmarks.copy_rate import copy_rate
-from benchmarks.evidence import Evidence, run_part
-from benchmarks.kernel_timing import product_rate
-from benchmarks.pytorch_checks import FORMS, check, check_models, check_ops
-from benchmarks.pytorch_times import Size
-from benchmarks.random_torch_llama import SIZES
-from benchmarks.transformers_times import outside_reference
+from benchmarks.gpu.copy_rate import copy_rate
+from benchmarks.gpu.evidence import Evidence, run_part
+from benchmarks.gpu.kernel_timing import product_rate
+from benchmarks.gpu.pytorch_checks import FORMS, check, check_models, check_ops
+from benchmarks.gpu.pytorch_times import Size
+from benchmarks.gpu.random_torch_llama import SIZES
+from benchmarks.gpu.transformers_times import outside_reference
 
 
 def measure(evidence: Evidence, smoke: bool) -> None:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import Evidence, run_part
+from benchmarks.gpu.evidence import Evidence, run_part
 from benchmarks.papers.claims import claims
 from benchmarks.papers.forms import FORMS
 from benchmarks.papers.results import Results

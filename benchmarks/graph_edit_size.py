@@ -27,9 +27,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.workspace import WORKSPACE
 from benchmarks.expand_memory import CONFIG, TiledTensor
-from benchmarks.measure import Samples, print_report, versions
-from benchmarks.workspace import WORKSPACE
 from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.depth.expansion import expansion_adapter

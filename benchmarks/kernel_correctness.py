@@ -16,7 +16,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
-from benchmarks.kernel_cases import LARGEST_ERROR, POISON, Case, cases, operands, reference, scales
+from benchmarks.gpu.kernel_cases import LARGEST_ERROR, POISON, Case, cases, operands, reference, scales
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
 from dlo_export.plugins.contract import weight_input
 from dlo_export.plugins.tiles import TILE_NAMES, TileName
@@ -135,8 +135,8 @@ def by_image(folder: Path) -> Iterator[dict[str, Any]]:
     """The driver loads what was compiled elsewhere: cubins, and PTX that it compiles itself."""
     import torch  # noqa: PLC0415 - heavy
 
+    from benchmarks.gpu.kernel_launch import LoadedImage, RefusedError  # noqa: PLC0415
     from benchmarks.kernel_images import images_in  # noqa: PLC0415
-    from benchmarks.kernel_launch import LoadedImage, RefusedError  # noqa: PLC0415
 
     torch.zeros(1, device="cuda")  # makes the context
     words = {"table": "cubin", "portable": "PTX for sm_80", "own": "PTX for sm_90a"}

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.smollm2 import smollm2_folder
+from benchmarks.common.workspace import WORKSPACE
 from benchmarks.dense_speed import build_with_genai
-from benchmarks.measure import Samples, print_report, versions
-from benchmarks.smollm2 import smollm2_folder
-from benchmarks.workspace import WORKSPACE
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter

@@ -33,12 +33,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from benchmarks.grid_steps import GridSteps, share_threads
-from benchmarks.lowering_grid import Cell, cells
-from benchmarks.measure import alternate, print_report, versions
-from benchmarks.random_decoder import SHAPES as DECODERS
-from benchmarks.random_decoder import RandomDecoder
-from benchmarks.threshold_inputs import thresholds_as_inputs
+from benchmarks.common.grid_steps import GridSteps, share_threads
+from benchmarks.common.lowering_grid import Cell, cells
+from benchmarks.common.measure import alternate, print_report, versions
+from benchmarks.common.threshold_inputs import thresholds_as_inputs
+from benchmarks.gpu.random_decoder import SHAPES as DECODERS
+from benchmarks.gpu.random_decoder import RandomDecoder
 from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.weight_file import external_tensors, save_weights
 from dlo_export.graph_passes.lowerings.measured import FILE, read_measured

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from benchmarks.measure import Samples, print_report, versions
+from benchmarks.common.measure import Samples, print_report, versions
 
 ROWS = (1, 2, 4, 8, 12, 13, 16, 32, 48, 63, 64, 65, 96, 127, 128)
 FORMS = ("apart", "side by side", "convolutions")

@@ -26,15 +26,15 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from benchmarks.measure import Samples, print_report, versions
-from benchmarks.onnxruntime_worker import DecoderStep
-from benchmarks.random_llama import H2048, random_llama_folder
-from benchmarks.routed_artefact import active_rate, export, with_routers_of
-from benchmarks.routing import fit_routers, layers_active, routable_model, save_routers, tokens_active
+from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.onnxruntime_worker import DecoderStep
+from benchmarks.common.random_llama import H2048, random_llama_folder
+from benchmarks.common.routed_artefact import active_rate, export, with_routers_of
+from benchmarks.common.routing import fit_routers, layers_active, routable_model, save_routers, tokens_active
+from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
+from benchmarks.common.workers import Worker, alternate_workers
+from benchmarks.common.workspace import WORKSPACE
 from benchmarks.skip_efficiency import EFFORTS, PROMPT, TITLES
-from benchmarks.smollm2 import distinct_tokens, smollm2_folder
-from benchmarks.workers import Worker, alternate_workers
-from benchmarks.workspace import WORKSPACE
 from dlo_export.checkpoints.interface import LOGITS
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.plugins.ort_registration import register_library
@@ -65,7 +65,7 @@ def rows_of(model_folder: Path, library: Path, given: argparse.Namespace, folder
         sequence = 1 if phase == "decode" else PROMPT
         _compare(routed, library, np.load(files[phase]), sequence, given.threads)
         arguments = (files[phase], "--sequence", str(sequence), "--threads", str(given.threads))
-        module = "benchmarks.onnxruntime_worker"
+        module = "benchmarks.common.onnxruntime_worker"
         times = alternate_workers(
             {
                 "compact": functools.partial(Worker, module, routed["compact"], *arguments),

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.measure import Samples, print_report, versions
-from benchmarks.routed_artefact import export
-from benchmarks.routing import fit_routers, layers_active, routable_model, save_routers
-from benchmarks.smollm2 import distinct_tokens, smollm2_folder
-from benchmarks.workspace import WORKSPACE
+from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.routed_artefact import export
+from benchmarks.common.routing import fit_routers, layers_active, routable_model, save_routers
+from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
+from benchmarks.common.workspace import WORKSPACE
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.runtimes.bench import Subject, Workload, compare_speed
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner

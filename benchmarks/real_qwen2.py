@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.common.measure import print_report, versions
+from benchmarks.common.workspace import WORKSPACE
 from benchmarks.export_speed import run_once
-from benchmarks.measure import print_report, versions
-from benchmarks.workspace import WORKSPACE
 from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements

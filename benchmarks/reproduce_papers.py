@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # isort: split
     import torch  # noqa: PLC0415
 
+    from benchmarks.common.workspace import WORKSPACE  # noqa: PLC0415
     from benchmarks.papers.command import Request, check, reproduce  # noqa: PLC0415
-    from benchmarks.workspace import WORKSPACE  # noqa: PLC0415
 
     torch.set_num_threads(parsed.threads)
     name = "quick" if parsed.quick else parsed.form

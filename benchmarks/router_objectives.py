@@ -29,8 +29,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.calibration_quality import by_similarity, evaluate_at_rates, static_rates
-from benchmarks.measure import print_report, versions
-from benchmarks.smollm2 import smollm2_folder
+from benchmarks.common.measure import print_report, versions
+from benchmarks.common.smollm2 import smollm2_folder
 from dlo_export.checkpoints.adapter.adapter import load_adapter
 from dlo_export.modeling.calibration.evaluation import evaluate, with_routers
 from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_thresholds, use_thresholds

@@ -1,10 +1,10 @@
 """How much of the work that routing skips is time saved.
 
 Efficiency = (T_dense / T − 1) / (T_dense / T_ideal − 1). T_ideal lies on the line between the dense artefact and the
-same graph without anything that may be skipped and without routers (benchmarks/skipped_graph.py), at the measured
-active rate. What may be skipped are all MLPs; with `--routing layer`, all layers; with `attention`, each layer's query,
+same graph without anything that may be skipped and without routers (benchmarks/common/skipped_graph.py), at the
+measured active rate. What may be skipped are all MLPs; with `--routing layer`, all layers; with `attention`, each layer's query,
 attention and output projection, since keys and values are every token's. Routers are part of the routed graph and
-decide by themselves; their weights were fitted so that they decide as a pattern wants (benchmarks/routing.py):
+decide by themselves; their weights were fitted so that they decide as a pattern wants (benchmarks/common/routing.py):
 
 * layers: that share of the layers runs, for all tokens (in decode there is one);
 * tokens: in every layer, that share of the tokens, chosen at random.
@@ -17,7 +17,7 @@ because all of its weights come from memory all the same. The last column is the
 but these MatMuls is slower than ideal, from their kernel times in ONNX Runtime's profile: what routing and compaction
 could reach if they cost nothing.
 
-The artefacts run in processes of their own, alternating, started anew several times; see benchmarks/workers.py.
+The artefacts run in processes of their own, alternating, started anew several times; see benchmarks/common/workers.py.
 
     python -m benchmarks.skip_efficiency smollm2
     python -m benchmarks.skip_efficiency h2048
@@ -41,15 +41,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.kernel_profile import matmul_seconds
-from benchmarks.measure import Samples, print_report, versions
-from benchmarks.random_llama import H2048, random_llama_folder
-from benchmarks.routed_artefact import active_rate, export, with_routers_of
-from benchmarks.routing import fit_routers, layers_active, routable_model, save_routers, tokens_active
-from benchmarks.skipped_graph import everything_skipped
-from benchmarks.smollm2 import distinct_tokens, smollm2_folder
-from benchmarks.workers import Worker, alternate_workers
-from benchmarks.workspace import WORKSPACE
+from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.random_llama import H2048, random_llama_folder
+from benchmarks.common.routed_artefact import active_rate, export, with_routers_of
+from benchmarks.common.routing import fit_routers, layers_active, routable_model, save_routers, tokens_active
+from benchmarks.common.skipped_graph import everything_skipped
+from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
+from benchmarks.common.workers import Worker, alternate_workers
+from benchmarks.common.workspace import WORKSPACE
+from benchmarks.gpu.kernel_profile import matmul_seconds
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind, kept_projections
 from dlo_export.checkpoints.opening import open_checkpoint
@@ -285,7 +285,7 @@ def _lost_in_matmul(subject: Subject, case: Case, made: Artefacts) -> float:
 
 def _worker(graph: Path, tokens: Path, phase: Phase, threads: int) -> Worker:
     arguments = (graph, tokens, "--sequence", str(phase.sequence), "--threads", str(threads))
-    return Worker("benchmarks.onnxruntime_worker", *arguments)
+    return Worker("benchmarks.common.onnxruntime_worker", *arguments)
 
 
 def main() -> None:

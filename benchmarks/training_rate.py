@@ -26,7 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.training_sides import random_sequences, train_by_trainer
+from benchmarks.common.training_sides import random_sequences, train_by_trainer
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.modeling.configuration import LlamaDloConfig
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM

@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.foreign_load import ForeignLoad
-from benchmarks.measure import Samples, alternate, print_report, versions
-from benchmarks.random_llama import random_llama_folder
-from benchmarks.smollm2 import smollm2_folder
-from benchmarks.training_sides import random_sequences, train_by_trainer
-from benchmarks.workers import Worker, serve
+from benchmarks.common.foreign_load import ForeignLoad
+from benchmarks.common.measure import Samples, alternate, print_report, versions
+from benchmarks.common.random_llama import random_llama_folder
+from benchmarks.common.smollm2 import smollm2_folder
+from benchmarks.common.training_sides import random_sequences, train_by_trainer
+from benchmarks.common.workers import Worker, serve
 from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, placements, routed_config
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.llama_layer import router_name

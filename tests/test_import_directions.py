@@ -139,7 +139,7 @@ def test_files_import_only_what_is_theirs_to_use(tree):
         ("exporter/export.py", "if TYPE_CHECKING:\n    import torch"),
         ("exporter/export.py", "import runtimes.runner"),
         ("exporter/export.py", "from benchmarks import measure"),
-        ("benchmarks/measure.py", "from exporter.export import export_model"),
+        ("benchmarks/common/measure.py", "from exporter.export import export_model"),
         ("tests/test_readme.py", "from .exporter import conftest"),
         ("tests/test_readme.py", "import numba"),
     ],

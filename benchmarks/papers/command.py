@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine, versions
+from benchmarks.common.measure import machine, versions
+from benchmarks.common.smollm2 import smollm2_folder
 from benchmarks.papers.budget import Budget, Piece, run_pieces
 from benchmarks.papers.expansion_loss import BASE, expansion_pieces, pass_seconds
 from benchmarks.papers.experiment import Experiment
@@ -36,7 +37,6 @@ from benchmarks.papers.training import (
     training_costs,
     training_runs,
 )
-from benchmarks.smollm2 import smollm2_folder
 from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 

@@ -2,7 +2,7 @@
 
 import os
 
-from benchmarks.workers import serve
+from benchmarks.common.workers import serve
 
 if __name__ == "__main__":
     serve(lambda: None, {"process": os.getpid()})

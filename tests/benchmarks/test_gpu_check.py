@@ -16,13 +16,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from benchmarks.engines.gpu_engines import forced_engines
+from benchmarks.engines.gpu_latency import Latency, latency_table
+from benchmarks.engines.gpu_layer_times import repeat_step
+from benchmarks.engines.gpu_report import check_parity, examine, print_findings
+from benchmarks.engines.gpu_skip_proof import medians, mlp_share, skip_proof
+from benchmarks.engines.gpu_subject import LayerSeconds, RoutedReference, Subject
 from benchmarks.gpu_check import read_artefacts
-from benchmarks.gpu_engines import forced_engines
-from benchmarks.gpu_latency import Latency, latency_table
-from benchmarks.gpu_layer_times import repeat_step
-from benchmarks.gpu_report import check_parity, examine, print_findings
-from benchmarks.gpu_skip_proof import medians, mlp_share, skip_proof
-from benchmarks.gpu_subject import LayerSeconds, RoutedReference, Subject
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_runner import exposed_model
 from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model

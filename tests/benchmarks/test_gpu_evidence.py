@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_evidence
-from benchmarks.evidence import BAR_MISSED, DONE, NO_GPU, Evidence
+from benchmarks.gpu.evidence import BAR_MISSED, DONE, NO_GPU, Evidence
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.gpu.kernel_cases import MASKS, NUMPY, POISON, cases
 from benchmarks.gpu_kernels import check, main
-from benchmarks.kernel_cases import MASKS, NUMPY, POISON, cases
 from benchmarks.kernel_correctness import judged, replay_case
 from benchmarks.kernel_images import all_wanted, candidates, images_in, write_images
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_onnxruntime
-from benchmarks.evidence import NO_GPU, Evidence
+from benchmarks.gpu.evidence import NO_GPU, Evidence
 from dlo_export.graph_passes.spec.ops import ORT_OPS
 from dlo_export.plugins.errors import PluginLibraryError
 from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE

@@ -1,12 +1,12 @@
 import json
 from pathlib import Path
 
-from benchmarks.command_checks import rows_of_commands
-from benchmarks.dense_decode_times import time_decode
-from benchmarks.evidence import BAR_MISSED, NO_GPU, Evidence
-from benchmarks.evidence_processes import run_processes
+from benchmarks.gpu.command_checks import rows_of_commands
+from benchmarks.gpu.dense_decode_times import time_decode
+from benchmarks.gpu.evidence import BAR_MISSED, NO_GPU, Evidence
+from benchmarks.gpu.evidence_processes import run_processes
+from benchmarks.gpu.lowering_parity import DATA, Job, rows_of
 from benchmarks.gpu_onnxruntime_parity import main, process_of
-from benchmarks.lowering_parity import DATA, Job, rows_of
 from dlo_export.runtimes.onnxruntime.providers import CPU
 from tests.tiny_models import save_tiny_llama
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from benchmarks import pytorch_checks
-from benchmarks.evidence import NO_GPU, run_part
+from benchmarks.gpu import pytorch_checks
+from benchmarks.gpu.evidence import NO_GPU, run_part
+from benchmarks.gpu.random_torch_llama import TINY, random_model
 from benchmarks.gpu_pytorch import measure
-from benchmarks.random_torch_llama import TINY, random_model
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.lowering_grid import Cell, cells
+from benchmarks.common.lowering_grid import Cell, cells
 from dlo_export.graph_passes.lowerings.measured import read_measured
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 
-from benchmarks.onnxruntime_worker import DecoderStep
+from benchmarks.common.onnxruntime_worker import DecoderStep
 from dlo_export.checkpoints.interface import LOGITS
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter

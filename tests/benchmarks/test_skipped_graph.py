@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from benchmarks.onnxruntime_worker import DecoderStep
-from benchmarks.skipped_graph import everything_skipped
+from benchmarks.common.onnxruntime_worker import DecoderStep
+from benchmarks.common.skipped_graph import everything_skipped
 from dlo_export.checkpoints.interface import LOGITS
 from dlo_export.checkpoints.llama_layer import ROUTERS
 from dlo_export.exporter.export import ExportRequest, export_model

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.workers import Worker, launch_workers_in_turn
+from benchmarks.common.workers import Worker, launch_workers_in_turn
 
 
 def test_no_other_candidate_is_alive_when_one_starts():

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import is_installed, peer_environment, requirements_of
-from benchmarks.workspace import WORKSPACE
+from benchmarks.common.peers import is_installed, peer_environment, requirements_of
+from benchmarks.common.workspace import WORKSPACE
 
 FOLDER = Path(__file__).parent
 REQUIREMENTS = FOLDER / "requirements"

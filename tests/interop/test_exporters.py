@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peers import is_installed, peer_environment, requirements_of
+from benchmarks.common.peers import is_installed, peer_environment, requirements_of
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.parity_check import check_parity
 from dlo_export.exporter.pipeline import TensorRtOptions

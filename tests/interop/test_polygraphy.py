@@ -11,8 +11,8 @@ import pytest
 from polygraphy.comparator import RunResults
 from polygraphy.json import save_json
 
-from benchmarks.peers import is_installed
-from benchmarks.workspace import WORKSPACE
+from benchmarks.common.peers import is_installed
+from benchmarks.common.workspace import WORKSPACE
 from dlo_export.checkpoints.interface import is_state_input
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.runtimes.artefact.description import load_description

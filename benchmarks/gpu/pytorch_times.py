@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.evidence import Evidence
-from benchmarks.kernel_timing import timed
-from benchmarks.random_torch_llama import random_model
+from benchmarks.gpu.evidence import Evidence
+from benchmarks.gpu.kernel_timing import timed
+from benchmarks.gpu.random_torch_llama import random_model
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
 from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Routing, StepOps, TorchOps
 from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, StepWeights

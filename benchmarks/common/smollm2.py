@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 VOCABULARY = 49152

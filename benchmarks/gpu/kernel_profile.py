@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from benchmarks.onnxruntime_worker import DecoderStep
+from benchmarks.common.onnxruntime_worker import DecoderStep
 
 
 def matmul_seconds(

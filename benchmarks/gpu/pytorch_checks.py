@@ -8,9 +8,9 @@ from typing import Any, Final, cast
 import torch
 from torch import nn
 
-from benchmarks.evidence import Evidence
-from benchmarks.pytorch_times import CAPACITY
-from benchmarks.random_torch_llama import TINY, random_model
+from benchmarks.gpu.evidence import Evidence
+from benchmarks.gpu.pytorch_times import CAPACITY
+from benchmarks.gpu.random_torch_llama import TINY, random_model
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
 from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Routing, StepOps, TorchOps

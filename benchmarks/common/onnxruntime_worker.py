@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from benchmarks.workers import serve
+from benchmarks.common.workers import serve
 from dlo_export.checkpoints.interface import (
     ATTENTION_MASK,
     INPUT_IDS,

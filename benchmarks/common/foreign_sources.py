@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks.peers import peer_environment
-from benchmarks.smollm2 import legacy_smollm2_folder, smollm2_folder
-from benchmarks.workspace import REPOSITORY, WORKSPACE
+from benchmarks.common.peers import peer_environment
+from benchmarks.common.smollm2 import legacy_smollm2_folder, smollm2_folder
+from benchmarks.common.workspace import REPOSITORY, WORKSPACE
 
 GRAPHS: Final = WORKSPACE / "smollm2-graphs"
 _DYNAMO: Final = REPOSITORY / "tests" / "interop" / "exporters" / "dynamo.py"

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.foreign_load import ForeignLoad, wait_for_quiet
-from benchmarks.measure import Samples, alternate, joined
-from benchmarks.workspace import REPOSITORY
+from benchmarks.common.foreign_load import ForeignLoad, wait_for_quiet
+from benchmarks.common.measure import Samples, alternate, joined
+from benchmarks.common.workspace import REPOSITORY
 
 DISTURBED = 0.05  # of all CPUs' time
 PATIENCE = 60  # seconds to wait for a quiet machine before each launch
@@ -36,7 +36,7 @@ class Worker:
     """A candidate in a process of its own.
 
     Args:
-        module: What runs there, for example ``benchmarks.onnxruntime_worker``; it calls `serve`.
+        module: What runs there, for example ``benchmarks.common.onnxruntime_worker``; it calls `serve`.
         arguments: Of its command line.
         python: Interpreter to use.
     """

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.evidence import Evidence
-from benchmarks.pytorch_times import CAPACITY, CONTEXT, block_us, spread
+from benchmarks.gpu.evidence import Evidence
+from benchmarks.gpu.pytorch_times import CAPACITY, CONTEXT, block_us, spread
 
 
 def outside_reference(evidence: Evidence, config: dict[str, Any], smoke: bool) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as og
 
-from benchmarks.workers import serve
+from benchmarks.common.workers import serve
 
 
 class GenaiStep:

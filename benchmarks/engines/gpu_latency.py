@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_subject import Subject
+from benchmarks.engines.gpu_subject import Subject
 from dlo_export.runtimes import bench
 from dlo_export.runtimes.runner import Runner
 

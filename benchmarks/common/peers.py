@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE
 
 # Installed first and by its exact version: a range would pull the newest CUDA build.
 TORCH = "torch==2.13.0"
@@ -38,7 +38,7 @@ def peer_environment(name: str, requirements: Path | None = None) -> Path:
 
 def requirements_of(name: str) -> Path:
     """A benchmarked peer's file of requirements."""
-    return Path(__file__).parent / f"requirements-{name}.txt"
+    return Path(__file__).parents[1] / f"requirements-{name}.txt"
 
 
 def is_installed(name: str, requirements: Path) -> bool:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from benchmarks.gpu_layer_times import REPEATS, WARM_UP, repeat_step
-from benchmarks.gpu_skip_proof import medians, mlp_share
-from benchmarks.gpu_subject import LayerSeconds, Phase, RoutedReference, Subject
+from benchmarks.engines.gpu_layer_times import REPEATS, WARM_UP, repeat_step
+from benchmarks.engines.gpu_skip_proof import medians, mlp_share
+from benchmarks.engines.gpu_subject import LayerSeconds, Phase, RoutedReference, Subject
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.interface import INPUT_IDS, LOGITS, force_active_name, layers_with
 from dlo_export.exporter.artefact_description import interface

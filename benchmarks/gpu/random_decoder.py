@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from benchmarks.random_llama import H2048, RandomTensor
+from benchmarks.common.random_llama import H2048, RandomTensor
 from dlo_export.checkpoints.adapter.adapter import DloAdapter
 from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
 from dlo_export.checkpoints.model_types import RoutingKind, leaves_keys

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lowering_parity import ADAPTER, DATA
+from benchmarks.gpu.lowering_parity import ADAPTER, DATA
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.calibrate import CalibrationRequest, calibrate

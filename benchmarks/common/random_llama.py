@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from benchmarks.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE
 from dlo_export.checkpoints.checkpoint_folder import save_model_tensors
 from dlo_export.checkpoints.config import LlamaConfig
 

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.gpu_latency import Latency, latency_table, measure_latency
-from benchmarks.gpu_skip_proof import SkipProof, skip_proof
-from benchmarks.gpu_subject import Subject
-from benchmarks.measure import print_report, versions
+from benchmarks.common.measure import print_report, versions
+from benchmarks.engines.gpu_latency import Latency, latency_table, measure_latency
+from benchmarks.engines.gpu_skip_proof import SkipProof, skip_proof
+from benchmarks.engines.gpu_subject import Subject
 from dlo_export.runtimes import bench
 from dlo_export.runtimes.parity.cases import Case, parity_cases
 from dlo_export.runtimes.parity.compare import Candidate, compare

@@ -13,7 +13,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from benchmarks.workers import serve
+from benchmarks.common.workers import serve
 
 
 class LlamaCppStep:

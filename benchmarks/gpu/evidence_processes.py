@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from benchmarks.evidence import Evidence
+from benchmarks.gpu.evidence import Evidence
 
 
 @dataclasses.dataclass(frozen=True)

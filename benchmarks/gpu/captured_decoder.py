@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.device_session import (
+from benchmarks.common.threshold_inputs import ACTIVE, threshold_name, thresholds_as_inputs
+from benchmarks.gpu.device_session import (
     TORCH_TYPES,
     BoundRun,
     DeviceSession,
     random_weights,
     weights_as_inputs,
 )
-from benchmarks.random_decoder import RandomDecoder
-from benchmarks.threshold_inputs import ACTIVE, threshold_name, thresholds_as_inputs
+from benchmarks.gpu.random_decoder import RandomDecoder
 from dlo_export.checkpoints.interface import CACHE_PARTS, INPUT_IDS, KV_LENGTHS, LOGITS, past_name, present_name
 from dlo_export.exporter.pipeline import build_captured_model
 

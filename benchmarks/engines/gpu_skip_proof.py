@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from benchmarks.gpu_subject import LayerSeconds, Phase
+from benchmarks.engines.gpu_subject import LayerSeconds, Phase
 from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD
 
 # Nodes are named after their decoder layer, and a runtime's layers after the nodes they were fused from.

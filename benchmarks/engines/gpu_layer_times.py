@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.gpu_subject import Phase
+from benchmarks.engines.gpu_subject import Phase
 from dlo_export.runtimes.runner import Runner
 
 WARM_UP, REPEATS = 5, 20

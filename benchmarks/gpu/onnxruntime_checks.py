@@ -10,11 +10,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from benchmarks.captured_decoder import OPTIONS, CapturedDecoder
-from benchmarks.device_session import DeviceSession, weights_as_inputs
-from benchmarks.evidence import Evidence
-from benchmarks.random_decoder import RandomDecoder
-from benchmarks.threshold_inputs import ACTIVE, SKIPPED, threshold_name, thresholds_as_inputs
+from benchmarks.common.threshold_inputs import ACTIVE, SKIPPED, threshold_name, thresholds_as_inputs
+from benchmarks.gpu.captured_decoder import OPTIONS, CapturedDecoder
+from benchmarks.gpu.device_session import DeviceSession, weights_as_inputs
+from benchmarks.gpu.evidence import Evidence
+from benchmarks.gpu.random_decoder import RandomDecoder
 from dlo_export.checkpoints.dtypes import BY_NAME, BY_OPTION
 from dlo_export.checkpoints.interface import (
     ATTENTION_MASK,

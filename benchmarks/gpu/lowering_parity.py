@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import torch  # noqa: F401 - before onnxruntime, which finds CUDA's libraries among PyTorch's
 
-from benchmarks.workspace import REPOSITORY
+from benchmarks.common.workspace import REPOSITORY
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.exporter.graph_dtype import graph_dtype

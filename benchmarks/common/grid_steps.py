@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from benchmarks.lowering_grid import Cell
-from benchmarks.threshold_inputs import ACTIVE, SKIPPED, threshold_name
+from benchmarks.common.lowering_grid import Cell
+from benchmarks.common.threshold_inputs import ACTIVE, SKIPPED, threshold_name
 from dlo_export.checkpoints.dtypes import BY_ONNX
 from dlo_export.checkpoints.interface import (
     ATTENTION_MASK,

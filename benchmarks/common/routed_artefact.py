@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from benchmarks.onnxruntime_worker import DecoderStep
+from benchmarks.common.onnxruntime_worker import DecoderStep
 from dlo_export.checkpoints.interface import router_scores_name
 from dlo_export.checkpoints.llama_layer import router_name
 from dlo_export.exporter.export import ExportRequest, export_model

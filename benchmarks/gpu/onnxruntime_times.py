@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.captured_decoder import OPTIONS, CapturedDecoder
-from benchmarks.copy_rate import copy_rate
-from benchmarks.evidence import Evidence
-from benchmarks.random_decoder import RandomDecoder
-from benchmarks.threshold_inputs import ACTIVE, SKIPPED, threshold_name
+from benchmarks.common.threshold_inputs import ACTIVE, SKIPPED, threshold_name
+from benchmarks.gpu.captured_decoder import OPTIONS, CapturedDecoder
+from benchmarks.gpu.copy_rate import copy_rate
+from benchmarks.gpu.evidence import Evidence
+from benchmarks.gpu.random_decoder import RandomDecoder
 from dlo_export.checkpoints.interface import KV_LENGTHS, LOGITS
 
 PAST = 512  # tokens in the cache of a decode step

@@ -18,8 +18,8 @@ import torch  # before onnxruntime, which finds CUDA's libraries among PyTorch's
 # isort: split
 import onnxruntime as ort
 
-from benchmarks.evidence import Evidence
-from benchmarks.lowering_parity import Job, save_graphs
+from benchmarks.gpu.evidence import Evidence
+from benchmarks.gpu.lowering_parity import Job, save_graphs
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as PROVIDERS

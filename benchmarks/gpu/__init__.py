@@ -1,0 +1,1 @@
+"""What the GPU evidence (`gpu_evidence` and its parts) stands on."""
