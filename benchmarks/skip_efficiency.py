@@ -2,9 +2,10 @@
 
 Efficiency = (T_dense / T − 1) / (T_dense / T_ideal − 1). T_ideal lies on the line between the dense artefact and the
 same graph without anything that may be skipped and without routers (benchmarks/common/skipped_graph.py), at the
-measured active rate. What may be skipped are all MLPs; with `--routing layer`, all layers; with `attention`, each layer's query,
-attention and output projection, since keys and values are every token's. Routers are part of the routed graph and
-decide by themselves; their weights were fitted so that they decide as a pattern wants (benchmarks/common/routing.py):
+measured active rate. What may be skipped are all MLPs; with `--routing layer`, all layers; with `attention`, each
+layer's query, attention and output projection, since keys and values are every token's. Routers are part of the
+routed graph and decide by themselves; their weights were fitted so that they decide as a pattern wants
+(benchmarks/common/routing.py):
 
 * layers: that share of the layers runs, for all tokens (in decode there is one);
 * tokens: in every layer, that share of the tokens, chosen at random.
