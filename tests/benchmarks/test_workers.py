@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.common.workers import Worker, launch_workers_in_turn
+from benchmarks.common.workers import WAIT_POLICY, Worker, launch_workers_in_turn
 
 
 def test_no_other_candidate_is_alive_when_one_starts():
@@ -19,3 +19,10 @@ def test_no_other_candidate_is_alive_when_one_starts():
     )
     assert [name for name, _ in started] == ["a", "b", "b", "a"]
     assert {name: len(samples.values) for name, samples in times.items()} == {"a": 2, "b": 2}
+
+
+def test_candidate_chooses_how_its_threads_wait(monkeypatch):
+    monkeypatch.setenv(WAIT_POLICY, "PASSIVE")  # as importing our runtimes does
+    with Worker("tests.benchmarks.idle_worker") as worker:
+        told = Path(f"/proc/{worker.facts['process']}/environ").read_bytes()
+    assert WAIT_POLICY.encode() not in told
