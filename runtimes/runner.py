@@ -63,6 +63,17 @@ class StepRequest:
         """Tokens per sequence."""
         return int(self.input_ids.shape[1])
 
+    def pass_on(self, runner: Runner) -> StepResult:
+        """Asks another runner for the same."""
+        return runner.step(
+            self.input_ids,
+            self.attention_mask,
+            self.position_ids,
+            force_active=self.force_active,
+            last_logits=self.last_logits,
+            hidden_states=self.hidden_states,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:

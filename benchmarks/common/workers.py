@@ -132,8 +132,8 @@ def launch_workers_in_turn(
 ) -> dict[str, Samples]:
     """Measures candidates each of which has the machine to itself: none of the others' processes is alive meanwhile.
 
-    Programs of different kinds do not wait alike: a session's idle threads spin for a while, another's sleep and are
-    woken on the wrong core, so one that is merely alive can cost its neighbour several times the step.
+    Programs of different kinds do not wait alike: an idle session's threads spin for a while, and one that is merely
+    alive can cost its neighbour time.
 
     Args:
         start: Starts each candidate's worker.

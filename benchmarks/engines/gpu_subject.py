@@ -67,14 +67,7 @@ class RoutedReference(Runner):
 
     def _compute(self, request: StepRequest) -> StepResult:
         runner = self._free_runner if request.force_active is None else self._forced_runner
-        return runner.step(
-            request.input_ids,
-            request.attention_mask,
-            request.position_ids,
-            force_active=request.force_active,
-            last_logits=request.last_logits,
-            hidden_states=request.hidden_states,
-        )
+        return request.pass_on(runner)
 
     def _free(self) -> None:
         self._free_runner.close()

@@ -13,6 +13,7 @@ from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_branch import own_columns
 from dlo_export.graph_passes.lowerings.active_rows import token_zeros
+from dlo_export.graph_passes.lowerings.branch_addition import renew_addition
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
 
@@ -36,24 +37,13 @@ def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Val
         condition: bool, 0-D: whether the block is computed.
         made_by: Name of the pass.
     """
-    block, add = masked.layer.attention, TaggedNodes(made_by, masked.layer.index)
-    operands = [value for value in block.add.inputs if value is not None]
-    added = add.add(
-        "Add",
-        *operands,
-        name=f"{layer_tensor_name(masked.layer.index, 'self_attn')}.added",
-        dtype=element_type(block.stream_operand),
-        shape=(*masked.layer.token_dims, masked.layer.hidden_size),
-        closes=operands.index(block.branch),
-    )
-    graph.insert_before(block.add, add.nodes)
-    replace_value(block.stream_out, added)
-    graph.remove(block.add, safe=True)
+    name = f"{layer_tensor_name(masked.layer.index, 'self_attn')}.added"
+    addition = renew_addition(graph, masked, masked.layer.attention, name, made_by)
     order = node_order(graph)
     hides = None if masked.hidden is None else masked.hidden.mask_select
     columns = own_columns(masked.nodes, (masked.select, masked.scaling, hides))
     moved = sorted({*masked.nodes, *columns}, key=order.__getitem__)
-    close_in_branch(graph, masked, condition, made_by, [*moved, *add.nodes])
+    close_in_branch(graph, masked, condition, made_by, [*moved, addition])
 
 
 def close_in_branch(

@@ -88,7 +88,7 @@ class LowerSkipToCompactionPass(LoweringPass):
         mlp, dtype = layer_tensor_name(layer.index, "mlp"), element_type(block.stream_in)
         # Where a state says who was active, the layer is skipped whole.
         in_branch = self.branches and layer.past_active is not None and dequantised_outside(masked) is None
-        access = CompactedRows(graph, masked, type(self).__name__, nodes[0], own=in_branch)
+        access = CompactedRows(graph, masked, self._name, nodes[0], own=in_branch)
         rank, _ = row_rank(nodes)
         skip = add_skip(masked, self._name) if in_branch else None
 

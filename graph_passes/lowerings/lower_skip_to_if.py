@@ -11,12 +11,13 @@ import onnx_ir as ir
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_path
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import element_type, node_order
+from dlo_export.graph_passes.find.data_flow import node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_branch import own_columns
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.lowerings.attention_in_branch import branch_problems, move_into_branch
+from dlo_export.graph_passes.lowerings.branch_addition import renew_addition
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.lowerings.mlp_in_branch import add_skip, close_mlp_in_branch, dequantised_outside
 from dlo_export.graph_passes.lowerings.projections_in_branches import (
@@ -24,7 +25,6 @@ from dlo_export.graph_passes.lowerings.projections_in_branches import (
     projection_problems,
 )
 from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
-from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
 from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes, shared_node
@@ -109,27 +109,17 @@ class LowerSkipToIfPass(LoweringPass):
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Move the block of one layer into an If."""
-        block, add = masked.layer.mlp, TaggedNodes(self._name, masked.layer.index)
-        condition = any_active(graph, masked, block.add, add.tags, reduce_bool=self.reduce_bool)
+        block, tags = masked.layer.mlp, TaggedNodes(self._name, masked.layer.index).tags
+        condition = any_active(graph, masked, block.add, tags, reduce_bool=self.reduce_bool)
         skip = add_skip(masked, self._name)
 
         # What is moved keeps its order, and ends in an addition of the branch's own, which closes the block.
         order = node_order(graph)
         serving = {*masked.nodes, masked.select}
         moved = sorted({*serving, *own_columns(serving, (masked.select, masked.scaling))}, key=order.__getitem__)
-        operands = [value for value in block.add.inputs if value is not None]
-        added = add.add(
-            "Add",
-            *operands,
-            name=layer_tensor_name(masked.layer.index, "mlp.added"),
-            dtype=element_type(block.stream_operand),
-            shape=(*masked.layer.token_dims, masked.layer.hidden_size),
-            closes=operands.index(block.branch),
-        )
-        graph.insert_before(block.add, add.nodes)
-        replace_value(block.stream_out, added)
-        graph.remove(block.add, safe=True)
-        close_mlp_in_branch(graph, masked, condition, [*moved, *add.nodes], skip)
+        name = layer_tensor_name(masked.layer.index, "mlp.added")
+        addition = renew_addition(graph, masked, block, name, self._name)
+        close_mlp_in_branch(graph, masked, condition, [*moved, addition], skip)
 
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
         """A cast between stream and sum, or sizes that the graph does not say."""
@@ -137,11 +127,11 @@ class LowerSkipToIfPass(LoweringPass):
 
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Move the attention of one layer into an If, or the projections around it where it must stay outside."""
-        tags = TaggedNodes(type(self).__name__, masked.layer.index).tags
+        tags = TaggedNodes(self._name, masked.layer.index).tags
         add = masked.layer.attention.add
         condition = any_active(graph, masked, add, tags, reduce_bool=self.reduce_bool)
         move = move_projections_into_branches if masked.is_static else move_into_branch
-        move(graph, masked, condition, type(self).__name__)
+        move(graph, masked, condition, self._name)
 
 
 def any_active(

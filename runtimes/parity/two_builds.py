@@ -35,14 +35,7 @@ class TwoBuildsRunner(Runner):
             build.reset(self._sequences)
             self._running = build
         assert self._running is build, "a case is forced in all of its steps, or in none"
-        return build.step(
-            request.input_ids,
-            request.attention_mask,
-            request.position_ids,
-            force_active=request.force_active,
-            last_logits=request.last_logits,
-            hidden_states=request.hidden_states,
-        )
+        return request.pass_on(build)
 
     def _free(self) -> None:
         for build in self._builds.values():
