@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -50,27 +50,13 @@ class NBitsStorage(WeightStorage):
         self._blocks = -(-columns // self._block)
         self._codes, self._scales, self._zero_points = codes, scales, zero_points
         self._values = {index: value for index in tensors if (value := inputs[index]) is not None}
-        self._check_sizes(node, rows)
+        kinds = [] if codes.dtype == ir.DataType.UINT8 else [f"{codes.dtype.name} codes"]
+        kinds += [] if scales.dtype.is_floating_point() else [f"{scales.dtype.name} scales"]
+        if zero_points is not None and zero_points.dtype not in (ir.DataType.UINT8, scales.dtype):
+            kinds.append(f"{zero_points.dtype.name} zero points")
+        if wrong := [*part_problems(node), *kinds]:
+            raise GraphPassError(f"{place(node)}: its weight has {'; '.join(wrong)}", hint="export the graph again")
         super().__init__(node, (rows, columns), scales.dtype)
-
-    def _check_sizes(self, node: ir.Node, rows: int) -> None:
-        zero_points = self._zero_points
-        packed = zero_points is not None and zero_points.dtype == ir.DataType.UINT8
-        width = -(-self._blocks * self._bits // 8) if packed else self._blocks
-        expected = {
-            "codes": (self._codes, rows * self._blocks * self._block * self._bits // 8),
-            "scales": (self._scales, rows * self._blocks),
-            **({} if zero_points is None else {"zero points": (zero_points, rows * width)}),
-        }
-        problems = [
-            f"{tensor.size} {name}, expected {size}" for name, (tensor, size) in expected.items() if tensor.size != size
-        ]
-        problems += [] if self._codes.dtype == ir.DataType.UINT8 else [f"{self._codes.dtype.name} codes"]
-        problems += [] if self._scales.dtype.is_floating_point() else [f"{self._scales.dtype.name} scales"]
-        if not packed and zero_points is not None and zero_points.dtype != self._scales.dtype:
-            problems.append(f"{zero_points.dtype.name} zero points")
-        if problems:
-            raise GraphPassError(f"{place(node)}: its weight has {'; '.join(problems)}", hint="export the graph again")
 
     @property
     def constants(self) -> tuple[ir.Value, ...]:
@@ -122,6 +108,31 @@ class NBitsStorage(WeightStorage):
             tensor = _RowParts(unique(f"{name}.{part}"), like, self.shape[0], compute)
             found[Place(self.node, index)] = {old: new_constant(tensor)}
         return found
+
+
+def part_problems(node: ir.Node) -> Iterator[str]:
+    """Constant parts of a MatMulNBits node that are not of the shape its attributes say.
+
+    ONNX Runtime looks at them when it packs the weight, and its type inference does not.
+    """
+    columns, rows = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
+    bits, block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 0)
+    if block < 1 or not _ATTRIBUTES.issuperset(node.attributes):
+        return  # another form, such as one that was packed before
+    blocks = -(-columns // block)
+    given = [*node.inputs, *[None] * BIAS][:BIAS]
+    zero_points = constant_tensor(given[_ZERO_POINTS])
+    packed = zero_points is not None and zero_points.dtype == ir.DataType.UINT8
+    width = -(-blocks * bits // 8) if packed else blocks
+    expected: dict[str, tuple[int, list[tuple[int, ...]]]] = {
+        "codes": (_CODES, [(rows, blocks, block * bits // 8)]),
+        "scales": (_SCALES, [(rows * blocks,), (rows, blocks)]),
+        "zero points": (_ZERO_POINTS, [(rows * width,), (rows, width)]),
+    }
+    for name, (index, shapes) in expected.items():
+        tensor = constant_tensor(given[index])
+        if tensor is not None and (found := tuple(tensor.shape.numpy())) not in shapes:
+            yield f"{name} {list(found)}, expected {' or '.join(str(list(shape)) for shape in shapes)}"
 
 
 class _RowParts(RowTensor):

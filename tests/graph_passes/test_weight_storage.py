@@ -154,9 +154,9 @@ def test_bias_is_found_when_it_is_added_behind_or_inside() -> None:
 
 REFUSED = {
     "prepacked": (lambda: _nbits(4, "none", weight_prepacked=1), "attribute weight_prepacked"),
-    "blocks": (lambda: _nbits(4, "none", block_size=16), "codes, expected"),
+    "blocks": (lambda: _nbits(4, "none", block_size=16), "codes [6, 2, 16], expected [6, 3, 8]"),
     "bits": (lambda: _nbits(3, "none"), "3 bits in 32s"),
-    "rows": (lambda: _nbits(4, "none", N=7), "192 codes, expected 224"),
+    "rows": (lambda: _nbits(4, "none", N=7), "codes [6, 2, 16], expected [7, 2, 16]"),
     "scales": (lambda: _nbits(4, "none", scale_type=np.int32), "INT32 scales"),
 }
 
