@@ -29,6 +29,7 @@ from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import external_tensors, save_weights, take_weights
 from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
+from dlo_export.graph_passes.cleanup.name_logits import NameLogitsPass
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.find.padding import takes_left_padding
@@ -227,9 +228,10 @@ def _dequantising_reference(
 
 
 def as_it_was(source: ExportSource) -> bytes:
-    """Somebody's file, its cache's sizes said."""
+    """Somebody's file, its cache's sizes said, and its logits called so."""
     model, sized = load_graph(source.base.path), source.plain_model(ir.DataType.FLOAT)
     StateCacheSizesPass()(sized)
+    NameLogitsPass()(model)
     shapes = {value.name: value.shape for value in (*sized.graph.inputs, *sized.graph.outputs)}
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = shapes.get(value.name, value.shape)

@@ -27,6 +27,7 @@ from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.lift_constants import LiftConstantsPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
+from dlo_export.graph_passes.cleanup.name_logits import NameLogitsPass
 from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
 from dlo_export.graph_passes.cleanup.remove_identities import RemoveIdentitiesPass
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
@@ -155,6 +156,8 @@ def foreign_passes() -> list[GraphPass]:
         RemoveUnusedPass(),
         # New nodes are named after old ones.
         NameUniquelyPass(),
+        # Whoever runs a graph looks for its logits under one name, whatever a tool has made of it.
+        NameLogitsPass(),
         # Additions that were fused with the norm behind them stand apart again: layers are found between two of them.
         SplitSkipNormsPass(),
     ]

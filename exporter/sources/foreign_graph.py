@@ -92,6 +92,11 @@ class ForeignGraph:
         """No: what is not touched stays as it is."""
         return False
 
+    @property
+    def is_built_here(self) -> bool:
+        """No: whoever wrote it may have written what nothing runs."""
+        return False
+
     @functools.cached_property
     def client_settings(self) -> Mapping[str, Any] | None:
         """The genai_config.json beside the graph, where it is about this graph.

@@ -8,6 +8,7 @@ import pytest
 
 from dlo_export.graph_passes.cleanup.inline_functions import InlineFunctionsPass
 from dlo_export.graph_passes.cleanup.lift_constants import LiftConstantsPass
+from dlo_export.graph_passes.cleanup.name_logits import NameLogitsPass
 from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
 from dlo_export.graph_passes.errors import GraphPassError
@@ -149,3 +150,28 @@ def test_shared_constant_takes_another_name_when_its_own_is_taken(held: np.ndarr
     value = shared_constant(graph, "zero", np.array(0, np.float32))
     assert value.name == "zero_1"
     assert shared_constant(graph, "zero", np.array(0, np.float32)) is value
+
+
+LOGITS = f"""{HEADER}
+g (float[2] x, float[2] "past_key_values.0.key") => (float[2] logits_Q4, float[2] "present.0.key") {{
+  logits = Neg (x)
+  logits_Q4 = Neg (logits)
+  "present.0.key" = Add ("past_key_values.0.key", x)
+}}"""
+
+
+def test_logits_get_their_name_when_an_output_that_is_no_cache_has_another() -> None:
+    model, feeds = ir.from_onnx_text(LOGITS), {"x": FEEDS["x"], "past_key_values.0.key": FEEDS["x"]}
+    wanted = run_model(model, feeds)["logits_Q4"]
+    assert NameLogitsPass()(model).modified
+    assert [value.name for value in model.graph.outputs] == ["logits", "present.0.key"]
+    np.testing.assert_array_equal(run_model(model, feeds)["logits"], wanted)
+    check_idempotence(model, NameLogitsPass())
+
+
+def test_outputs_keep_their_names_when_several_may_be_the_logits() -> None:
+    text = LOGITS.replace("=> (", "=> (float[2] other, ").replace("logits = ", "other = Abs (x)\n  logits = ", 1)
+    model = ir.from_onnx_text(text)
+    before = as_text(model)
+    assert not NameLogitsPass()(model).modified
+    assert as_text(model) == before
