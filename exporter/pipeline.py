@@ -33,6 +33,7 @@ from dlo_export.graph_passes.cleanup.remove_identities import RemoveIdentitiesPa
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
+from dlo_export.graph_passes.cleanup.use_matmul_nbits import UseMatMulNBitsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
@@ -180,23 +181,38 @@ def onnxruntime_steps(
     lowering: LoweringRecord,
     *,
     last_logits: bool = False,
-    join_norms: JoinSkipNormsPass | None = None,
+    compared_with: LoweringRecord | None = None,
 ) -> list[Step]:
-    """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
+    """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason.
+
+    Args:
+        source: What is exported.
+        lowering: What routed blocks become.
+        last_logits: Compute the logits of each sequence's last token only.
+        compared_with: Of the graph that this one is held against: all around routed blocks is done as for that one.
+    """
+    around, routed = compared_with or lowering, source.routing is not None
+    by_codes = routed and around.multiplies_by_codes
+    masked, lowered = (
+        dataclasses.replace(stage, domains=stage.domains | ({MICROSOFT} if by_codes else set()))
+        for stage in (ROUTED if routed else INJECTED, lowering.stage)
+    )
     return [
         # Runtimes make an empty cache by what its inputs say.
         Step(StateCacheSizesPass(), PLAIN),
         *_masked_steps(source),
+        # In a branch, ONNX Runtime cannot fuse a weight's DequantizeLinear with the product itself.
+        *([Step(UseMatMulNBitsPass(), masked)] if by_codes else []),
         # The head is the largest matrix, and its output larger: one row per sequence instead of one per prompt token.
-        *([Step(KeepLastLogitsPass(), INJECTED if source.routing is None else ROUTED)] if last_logits else []),
+        *([Step(KeepLastLogitsPass(), masked)] if last_logits else []),
         # The one lowering: tokens that skip leave the MLP's batch, or the MLP runs only where a token is active.
-        *_lowering_steps(lowering, Workload()),
+        *_lowering_steps(lowering, Workload(), lowered),
         # Late: the fewer nodes the passes above meet the better. Decode gets 4 % faster.
-        *([Step(FuseSiblingMatMulsPass(), lowering.stage)] if source.packs_weights else []),
+        *([Step(FuseSiblingMatMulsPass(), lowered)] if source.packs_weights else []),
         # transformers.js and optimum know the batch by its dimension's name.
-        Step(NameBatchDimensionPass(), lowering.stage),
+        Step(NameBatchDimensionPass(), lowered),
         # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
-        Step(join_norms or JoinSkipNormsPass(lowering.fuses_norms), lowering.stage, released=True),
+        Step(JoinSkipNormsPass(around.fuses_norms), lowered, released=True),
     ]
 
 
@@ -353,7 +369,7 @@ def build_model(
     target: Target = "onnxruntime-cpu",
     *,
     last_logits: bool = False,
-    join_norms: JoinSkipNormsPass | None = None,
+    compared_with: str | None = None,
 ) -> ir.Model:
     """Builds the source's graph for ONNX Runtime.
 
@@ -363,7 +379,8 @@ def build_model(
         dtype: Of weights, KV cache and logits; a foreign graph keeps its own.
         target: What it is to run on.
         last_logits: Compute the logits of each sequence's last token only.
-        join_norms: As another graph's norms were fused that this one is compared with; None: as the lowering's are.
+        compared_with: Name of the lowering of a graph that this one is held against: all around routed blocks is done
+            as for that one.
 
     Returns:
         The finished graph, its weights still lazy.
@@ -374,7 +391,8 @@ def build_model(
         dlo_export.graph_passes.spec.invariants.GraphInvariantError: A stage broke its promise: a bug.
     """
     record = find_lowering(lowering, target)
-    steps = onnxruntime_steps(source, record, last_logits=last_logits, join_norms=join_norms)
+    other = None if compared_with is None else find_lowering(compared_with, target)
+    steps = onnxruntime_steps(source, record, last_logits=last_logits, compared_with=other)
     return run_steps(_plain(source, dtype), steps)
 
 
@@ -492,8 +510,8 @@ def _plain(source: GraphSource, dtype: ir.DataType) -> ir.Model:
     return model
 
 
-def _lowering_steps(lowering: LoweringRecord, workload: Workload) -> list[Step]:
-    return [] if lowering.make_pass is None else [Step(lowering.make_pass(workload), lowering.stage)]
+def _lowering_steps(lowering: LoweringRecord, workload: Workload, stage: StageSpec | None = None) -> list[Step]:
+    return [] if lowering.make_pass is None else [Step(lowering.make_pass(workload), stage or lowering.stage)]
 
 
 def _injects(source: GraphSource) -> bool:

@@ -10,6 +10,7 @@ from dlo_export.checkpoints.lazy_tensors import ArrayTensor, JoinedTensor
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.weights.block_codes import dequantize, pack, quantize, unpack
 from dlo_export.graph_passes.weights.linear import linear_bias, linear_weight
+from dlo_export.graph_passes.weights.matmul_nbits import packed_codes
 from dlo_export.graph_passes.weights.storage import StoredRows
 
 ROWS, COLUMNS, BLOCK = 6, 40, 32  # [out, in]: the second block of a row is not full
@@ -178,3 +179,13 @@ def test_rows_of_a_part_are_a_tensor_of_their_own() -> None:
     part = StoredRows(storage, 2, 5)
     assert (part.shape, part.nbytes) == ((3, COLUMNS), 3 * COLUMNS * 4)
     np.testing.assert_array_equal(part.rows(1, 9), storage.rows(3, 5))
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UINT8])
+@pytest.mark.parametrize("turned", [False, True])
+def test_weight_is_the_same_when_its_codes_are_stored_as_one_operator_reads_them(dtype, turned) -> None:
+    weight = linear_weight(_dequantized(dtype, by_block=True, turned=turned))
+    attributes = {"K": weight.shape[1], "N": ROWS, "bits": weight.bits, "block_size": weight.block}
+    inputs = [ir.val("x", ir.DataType.FLOAT), *packed_codes("weight", weight, lambda name: name)]
+    packed = linear_weight(ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name="product"))
+    np.testing.assert_array_equal(packed.rows(0, ROWS), weight.rows(0, ROWS))
