@@ -331,7 +331,7 @@ ILLEGAL = {
     "insides_shared": (_shared_insides, "mlp.gate_sigmoid"),
     "no_logits": (_no_output_called_logits, r"outputs \['logits'\] are missing"),
     "input_of_its_own": (_input_of_its_own, r"inputs \['temperature'\] are unknown"),
-    "no_kernel": (_no_kernel, r"ONNX Runtime .* cannot load this graph: .*Max\(13\)"),
+    "no_kernel": (_no_kernel, r"cannot be loaded: ONNX Runtime .*Max\(13\)"),
     "value_unknown": (_unknown_value, "nowhere"),
     "weight_of_another_type": (_other_element_type, "up_proj"),
     "weight_of_another_shape": (_other_shape, "mlp.gated"),
