@@ -17,7 +17,9 @@ from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
+from dlo_export.graph_passes.cache.use_full_mask import UseFullMaskPass
 from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
@@ -171,6 +173,8 @@ def _masked_steps(source: GraphSource) -> list[Step]:
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
         # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
         *([Step(RemoveIdentityLayersPass(source.removed_layers), INJECTED)] if source.removed_layers else []),
+        # Tokens that skip attention are hidden by its mask, which must say everything.
+        *([Step(UseFullMaskPass(), INJECTED)] if _routes_attention(source) else []),
         # The masked form is exact standard ONNX, its routers in fp32, and the oracle for what follows.
         *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
     ]
@@ -512,6 +516,10 @@ def _plain(source: GraphSource, dtype: ir.DataType) -> ir.Model:
 
 def _lowering_steps(lowering: LoweringRecord, workload: Workload, stage: StageSpec | None = None) -> list[Step]:
     return [] if lowering.make_pass is None else [Step(lowering.make_pass(workload), stage or lowering.stage)]
+
+
+def _routes_attention(source: GraphSource) -> bool:
+    return source.routing is not None and "self_attn" in ROUTED_BLOCKS[source.routing.kind]
 
 
 def _injects(source: GraphSource) -> bool:

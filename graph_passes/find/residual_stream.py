@@ -143,6 +143,8 @@ class _Walk:
             tagged = ((node, closed_branch(node)) for node in self.tagged)
             blocks = (self._block(stream, node, branch) for node, branch in tagged if branch is not None)
             found = list(itertools.islice((block for block in blocks if block is not None), 1))
+            if any(not _joins_stream(block) for block in found):
+                return None  # no stream, such as rotary tables, which all that attends depends on
             for block in found:  # those before it close blocks before it
                 self.tagged = self.tagged[self.tagged.index(block.add) + 1 :]
         self._check_subgraphs(stream, [node for node, _ in uses], found, aliases)
@@ -202,6 +204,14 @@ class _Walk:
         others = [graph for graph in subgraphs_of(block.conditional) if graph is not block.add.graph]
         position = block.conditional.outputs.index(block.stream_out)
         return all(graph.outputs[position] in aliases for graph in others)
+
+
+def _joins_stream(block: ResidualBlock) -> bool:
+    """Whether what closes a block joins its branch with the stream itself."""
+    # A lowering may close a block by giving rows the stream's shape again, which it takes from the stream itself.
+    stream = pass_through_values(block.stream_in)
+    shapes = [node.outputs[0] for value in stream for node in value.consumers() if is_op(node, *SHAPE_OPS)]
+    return not {*stream, *shapes}.isdisjoint(block.add.inputs)
 
 
 def _added_branch(node: ir.Node, stream_index: int) -> ir.Value | None:

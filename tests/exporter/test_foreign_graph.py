@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from tokenizers import Tokenizer
@@ -19,6 +20,8 @@ from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 from dlo_export.graph_passes.errors import DecoderLayersNotFound
+from tests.foreign_graphs import save_foreign_graph
+from tests.foreign_protos import leave_later_tokens_to_attention
 from tests.tiny_sentencepiece import train_sentencepiece
 
 GRAPH = Path(__file__).parents[1] / "data" / "optimum_llama" / "model.onnx"
@@ -87,6 +90,23 @@ def test_parity_says_why_it_cannot_run_when_there_is_neither_config_nor_another_
     assert parity.verdict == "NOT RUN"
     assert "config.json" in parity.reason
     assert "the masked graph would be compared with itself" in parity.reason
+
+
+def test_whole_layers_are_skipped_as_pytorch_does_when_attention_is_causal_by_itself(tmp_path):
+    path = save_foreign_graph(tmp_path / "graph", "fp32")
+    proto = onnx.load(path, load_external_data=False)
+    leave_later_tokens_to_attention(proto)
+    onnx.save(proto, path)
+    rng = np.random.default_rng(0)
+    routers = {
+        f"model.routers.{layer}.weight": ArrayTensor(rng.standard_normal((1, 32)).astype(np.float32))
+        for layer in range(3)
+    }
+    save_adapter(DloAdapter("layer", (True,) * 3, tensors=routers), tmp_path / "adapter")
+    request = ExportRequest(str(path), tmp_path / "out", adapter=tmp_path / "adapter", lowering="compact")
+    result = export_model(request, Reporter())
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    assert "against PyTorch" in result.parity_summary
 
 
 def test_graph_is_refused_when_external_weights_are_missing_or_short(tmp_path):
