@@ -19,7 +19,7 @@ from dlo_export.graph_passes.find.data_flow import (
     subgraphs_of,
 )
 from dlo_export.graph_passes.spec.provenance import closed_branch
-from dlo_export.graph_passes.weights.embedding import embedding_table
+from dlo_export.graph_passes.weights.embedding import dequantized_rows, embedding_table
 
 # Ops of com.microsoft that add to the stream and normalise it in one node: a branch cannot be cut out of them.
 _FUSED_ADD_AND_NORM = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
@@ -55,9 +55,9 @@ class ResidualBlock:
 
 
 def embedding_values(graph: ir.Graph) -> tuple[ir.Value, ...]:
-    """Rows of a constant table, looked up by an integer graph input (input_ids): as they are, or times a number."""
+    """Rows of a constant table, looked up by an integer graph input (input_ids): as numbers, or times one."""
     return tuple(
-        _scaled(node.outputs[0])
+        _scaled(dequantized_rows(node) or node.outputs[0])
         for node in graph
         if len(node.inputs) > 1 and _is_integer_input(node.inputs[1]) and embedding_table(node) is not None
     )
@@ -66,7 +66,7 @@ def embedding_values(graph: ir.Graph) -> tuple[ir.Value, ...]:
 def embedding_lookup(value: ir.Value) -> ir.Node:
     """The node that looks up one of `embedding_values`."""
     node = value.producer()
-    while node is not None and is_op(node, "Mul"):
+    while node is not None and is_op(node, "Mul", "DequantizeLinear"):
         node = next(operand for operand in node.inputs if constant_scalar(operand) is None).producer()  # type: ignore[union-attr]  # a value
     assert node is not None, "the stream starts at an embedding node"
     return node
