@@ -36,10 +36,10 @@ from dlo_export.exporter.sources.graph_types import infer_types
 from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.exporter.sources.vendor_nodes import check_vendor_nodes, check_vendor_types
 from dlo_export.graph_passes.errors import GraphPassError, place
-from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.find.projections import branch_ends
 from dlo_export.graph_passes.find.residual_stream import embedding_lookup
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.weights.dense import DenseStorage, dense_storage
 from dlo_export.graph_passes.weights.embedding import embedding_table
 from dlo_export.graph_passes.weights.linear import linear_weight
@@ -47,6 +47,9 @@ from dlo_export.graph_passes.weights.storage import Place, StoredRows, WeightSto
 
 # What scales the stream behind the last layer.
 _FINAL_NORMS = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalization"})
+
+# What measures a scale of all that it is given.
+_ROUND_TOGETHER = {("", "DynamicQuantizeLinear"), (MICROSOFT, "DynamicQuantizeMatMul")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +289,7 @@ class ForeignGraph:
     def _check_tokens_stand_alone(self) -> None:
         """Refuses activations that one scale rounds for all tokens: who is beside a token changes what it computes."""
         nodes = ((layer.index, node) for layer in self._layers for node in layer.nodes)
-        found = next(((index, node) for index, node in nodes if is_op(node, "DynamicQuantizeLinear")), None)
+        found = next(((index, node) for index, node in nodes if (node.domain, node.op_type) in _ROUND_TOGETHER), None)
         if found is not None:
             raise InputError(
                 f"{self.path}: layer {found[0]}: {place(found[1])} rounds the activations of all tokens by one scale, "

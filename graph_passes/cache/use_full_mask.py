@@ -29,7 +29,7 @@ class UseFullMaskPass(GraphPass):
 
     After::
 
-        keys    = Range(0, total, 1)                                    # total: the mask's last dimension
+        keys    = Range(0, total, 1)                                    # total: past + sequence
         queries = Unsqueeze(Range(total − sequence, total, 1), 1)
         seen    = And(mask, LessOrEqual(keys, queries))
         bias    = Where(seen, 0, lowest)                                # [batch, 1, sequence, total]
@@ -49,56 +49,70 @@ class UseFullMaskPass(GraphPass):
 
     def rewrite(self, model: ir.Model) -> bool:
         """Give every attention its mask."""
-        graph, made = model.graph, dict[tuple[ir.Value | None, bool], ir.Value]()
-        for node in list(graph):
-            if not _is_ours_to_change(node):
+        graph, made = model.graph, dict[tuple[ir.Value | None, bool, ir.DataType], ir.Value]()
+        tokens = next((value for value in graph.inputs if value.name == INPUT_IDS), None)
+        for node in list(graph) if tokens is not None else ():
+            dtype = _mask_type(node)
+            if tokens is None or dtype is None:
                 continue
             mask, causal = node.inputs[_MASK], bool(node.attributes.get_int("is_causal", 0))
-            if (mask, causal) not in made:
+            if (mask, causal, dtype) not in made:
                 new = TaggedNodes(type(self).__name__, None)
-                made[mask, causal] = _full_mask(graph, new, node, causal=causal)
+                seen = _not_later(graph, new, tokens, node.inputs[_PAST_KEY]) if causal else None
+                made[mask, causal, dtype] = _additive(graph, new, mask, seen, dtype)
                 graph.insert_before(node, new.nodes)
-            node.replace_input_with(_MASK, made[mask, causal])
+            node.replace_input_with(_MASK, made[mask, causal, dtype])
             node.attributes.pop("is_causal", None)
         return bool(made)
 
 
-def _is_ours_to_change(node: ir.Node) -> bool:
-    """Whether it attends to a cache of its own, heads side by side, and its mask does not say everything."""
-    graph = node.graph
-    if not isinstance(graph, ir.Graph) or INPUT_IDS not in {value.name for value in graph.inputs}:
-        return False  # what rewrites attention says so
+def _mask_type(node: ir.Node) -> ir.DataType | None:
+    """The type of the additive mask an attention is to get.
+
+    None where it is to get none: it is no attention to a cache of its own with heads side by side, or its mask says
+    everything already, or is of a type that is not known to be right. What rewrites attention says so then.
+    """
     if not is_op(node, "Attention") or len(node.inputs) != _PAST_KEY + 2 or "q_num_heads" not in node.attributes:
-        return False
-    mask = node.inputs[_MASK]
-    return bool(node.attributes.get_int("is_causal", 0)) or (mask is not None and mask.dtype == ir.DataType.BOOL)
-
-
-def _full_mask(graph: ir.Graph, new: TaggedNodes, node: ir.Node, *, causal: bool) -> ir.Value:
-    """The additive mask of an attention, [batch, 1, sequence, total] or what broadcasts to that."""
-    mask, past_key, boolean = node.inputs[_MASK], node.inputs[_PAST_KEY], ir.DataType.BOOL
+        return None
+    mask, past_key = node.inputs[_MASK], node.inputs[_PAST_KEY]
     dtype = None if past_key is None else element_type(past_key)
-    assert dtype is not None, "a graph input has a type"
+    of_bool = mask is not None and mask.dtype == ir.DataType.BOOL
+    if not of_bool and not node.attributes.get_int("is_causal", 0):
+        return None
+    return dtype if mask is None or of_bool or mask.dtype == dtype else None
+
+
+def _additive(
+    graph: ir.Graph, new: TaggedNodes, mask: ir.Value | None, seen: ir.Value | None, dtype: ir.DataType
+) -> ir.Value:
+    """One mask of two: [batch, 1, sequence, total], or what broadcasts to that.
+
+    Args:
+        graph: Holds the attention.
+        new: Takes the nodes.
+        mask: Of bool or additive; None where there is none.
+        seen: bool, which is to be said besides; None where it is nothing.
+        dtype: Of the result.
+    """
     zero, lowest = (
         shared_constant(graph, f"{_NAME}.{name}_{dtype.name.lower()}", np.array(number, dtype.numpy()))
         for name, number in (("zero", 0.0), ("lowest", float(dtype.min)))
     )
-    seen = mask if mask is not None and mask.dtype == boolean else None
-    if causal:
-        earlier = _not_later(graph, new, node)
-        seen = (
-            earlier if seen is None else new.add("And", seen, earlier, name=f"{_NAME}.seen", dtype=boolean, shape=None)
-        )
-    assert seen is not None, "a full additive mask is left alone"
-    kept = mask if mask is not None and mask.dtype != boolean else zero
+    kept = zero
+    if mask is not None and mask.dtype != ir.DataType.BOOL:
+        kept = mask
+    elif mask is not None and seen is not None:
+        seen = new.add("And", mask, seen, name=f"{_NAME}.seen", dtype=ir.DataType.BOOL, shape=None)
+    elif mask is not None:
+        seen = mask
+    assert seen is not None, "an additive mask that says everything is left alone"
     return new.add("Where", seen, kept, lowest, name=f"{_NAME}.bias", dtype=dtype, shape=None)
 
 
-def _not_later(graph: ir.Graph, new: TaggedNodes, node: ir.Node) -> ir.Value:
+def _not_later(graph: ir.Graph, new: TaggedNodes, tokens: ir.Value, past_key: ir.Value | None) -> ir.Value:
     """Which keys are no later than each of a step's queries: bool [sequence, total]."""
-    tokens = next(value for value in graph.inputs if value.name == INPUT_IDS)
-    mask, past_key, int64 = node.inputs[_MASK], node.inputs[_PAST_KEY], ir.DataType.INT64
-    assert past_key is not None, "asked before"
+    assert past_key is not None, "its type was asked for"
+    int64 = ir.DataType.INT64
     zero, one = (shared_constant(graph, f"{_NAME}.{name}", np.array(number, np.int64)) for number, name in _NUMBERS)
     column = shared_constant(graph, f"{_NAME}.column", np.array([1], np.int64))
 
@@ -109,12 +123,8 @@ def _not_later(graph: ir.Graph, new: TaggedNodes, node: ir.Node) -> ir.Value:
         return new.add("Gather", shape, index, name=f"{_NAME}.{name}", dtype=int64, shape=())
 
     # Of the ids, not of the query: what is computed in a layer serves that layer alone.
-    sequence = size(tokens, 1, "sequence")
-    if mask is not None:
-        total = size(mask, -1, "total")
-    else:
-        past = size(past_key, 2, "past")
-        total = new.add("Add", past, sequence, name=f"{_NAME}.total", dtype=int64, shape=())
+    sequence, past = size(tokens, 1, "sequence"), size(past_key, 2, "past")
+    total = new.add("Add", past, sequence, name=f"{_NAME}.total", dtype=int64, shape=())
     first = new.add("Sub", total, sequence, name=f"{_NAME}.first_query", dtype=int64, shape=())
     keys = new.add("Range", zero, total, one, name=f"{_NAME}.keys", dtype=int64, shape=None)
     queries = new.add("Range", first, total, one, name=f"{_NAME}.queries", dtype=int64, shape=None)

@@ -153,25 +153,36 @@ def test_shared_constant_takes_another_name_when_its_own_is_taken(held: np.ndarr
 
 
 LOGITS = f"""{HEADER}
-g (float[2] x, float[2] "past_key_values.0.key") => (float[2] logits_Q4, float[2] "present.0.key") {{
-  logits = Neg (x)
+g (int64[1,S] ids, float[1,P,2] "past_key_values.0.key")
+  => (float[1,S,3] logits_Q4, float[1,S,2] hidden, float[1,T,2] "present.0.key")
+<float[3,2] table = {{1, 2, -1, 0, 3, 1}}, float[2,3] head = {{1, 0, 2, -1, 1, 3}}> {{
+  hidden = Gather (table, ids)
+  logits = MatMul (hidden, head)
   logits_Q4 = Neg (logits)
-  "present.0.key" = Add ("past_key_values.0.key", x)
+  "present.0.key" = Concat <axis = 1> ("past_key_values.0.key", hidden)
 }}"""
+TOKENS = {"ids": np.array([[1, 2]]), "past_key_values.0.key": np.ones((1, 1, 2), np.float32)}
 
 
-def test_logits_get_their_name_when_an_output_that_is_no_cache_has_another() -> None:
-    model, feeds = ir.from_onnx_text(LOGITS), {"x": FEEDS["x"], "past_key_values.0.key": FEEDS["x"]}
-    wanted = run_model(model, feeds)["logits_Q4"]
+def test_logits_get_their_name_when_an_output_as_wide_as_the_vocabulary_has_another() -> None:
+    model = ir.from_onnx_text(LOGITS)
+    wanted = run_model(model, TOKENS)["logits_Q4"]
     assert NameLogitsPass()(model).modified
-    assert [value.name for value in model.graph.outputs] == ["logits", "present.0.key"]
-    np.testing.assert_array_equal(run_model(model, feeds)["logits"], wanted)
+    assert [value.name for value in model.graph.outputs] == ["logits", "hidden", "present.0.key"]
+    np.testing.assert_array_equal(run_model(model, TOKENS)["logits"], wanted)
     check_idempotence(model, NameLogitsPass())
 
 
-def test_outputs_keep_their_names_when_several_may_be_the_logits() -> None:
-    text = LOGITS.replace("=> (", "=> (float[2] other, ").replace("logits = ", "other = Abs (x)\n  logits = ", 1)
-    model = ir.from_onnx_text(text)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("float[1,S,3] logits_Q4", "float[1,S,W] logits_Q4"),
+        ("logits_Q4, float[1,S,2] hidden", "logits_Q4, float[1,S,3] logits_Q8, float[1,S,2] hidden"),
+    ],
+    ids=["none is known to be", "two are"],
+)
+def test_outputs_keep_their_names_when_none_or_several_may_be_the_logits(old: str, new: str) -> None:
+    model = ir.from_onnx_text(LOGITS.replace(old, new).replace('  "present', '  logits_Q8 = Abs (logits)\n  "present'))
     before = as_text(model)
     assert not NameLogitsPass()(model).modified
     assert as_text(model) == before
