@@ -112,11 +112,11 @@ def add_norm_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size 
         EARLY: See `wait_for_inputs`.
     """
     row = tl.program_id(0)
-    if CHUNK > 0:
+    if CHUNK > 0:  # noqa: SIM102 - one is the compiler's to decide, the other the program's
         if row >= tokens:
             wanted = True
             if UNLESS_ACTIVE:
-                # Decided two launches ago or more: seen before the wait.
+                # Decided two launches ago or more, hence seen before the wait; if not, too much or too little is read.
                 token = tl.arange(0, 64)
                 wanted = tl.max((tl.load(scale + token, mask=token < tokens, other=0.0) != 0.0).to(tl.int32), 0) == 0
             if wanted:
@@ -281,7 +281,7 @@ def joined_splits(  # noqa: PLR0913, PLR0917
 
 
 @triton.jit
-def attend_kernel(  # noqa: PLR0913, PLR0917
+def attend_kernel(  # noqa: PLR0913, PLR0915, PLR0917
     qkv,
     start,
     cosines,
@@ -525,7 +525,19 @@ def early_skip_gate_up_kernel(  # noqa: PLR0913, PLR0917
             prefetch(up_weight.to(tl.int64) + place * (size // COLUMNS), size)
     wait_for_inputs(True)
     skip_gate_up_kernel(
-        hidden_states, scale, gate_weight, up_weight, tokens, hidden, intermediate, gated, ROWS, COLUMNS, DEPTH, SCAN, UPCAST
+        hidden_states,
+        scale,
+        gate_weight,
+        up_weight,
+        tokens,
+        hidden,
+        intermediate,
+        gated,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+        SCAN,
+        UPCAST,
     )
 
 

@@ -245,8 +245,8 @@ class Overlap:
     """How a step's kernels overlap: what keeps the memory at work between its large products.
 
     Attributes:
-        early: Kernels start before the one in front is done, and wait for it where they need what it writes (programmatic
-            dependent launch). Needs compute capability 9.0, as reading ahead does.
+        early: Kernels start before the one in front is done, and wait for it where they need what it writes
+            (programmatic dependent launch). Needs compute capability 9.0, as reading ahead does.
         attention_ahead: Bytes of the next product's weights that attention reads ahead.
         norm_ahead: Likewise, a norm.
         skip_ahead: Likewise, the norm in front of an MLP that no token needs, of the product behind it.
