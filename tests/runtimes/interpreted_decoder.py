@@ -30,7 +30,9 @@ CASES = {
     ),
 }
 
-PRODUCTS = Overlap(product=(16, 16, 4, 2))
+OPS = {"own products": {"overlap": Overlap(product=(16, 16, 4, 2))}, "long, not split": {"programs": 1}}
+
+CASES["long, not split"] = CASES["long"]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -42,7 +44,7 @@ if __name__ == "__main__":
             StepWeights(model, kernels=True),
             batch=len(lengths),
             capacity=capacity,
-            ops=KernelOps(interpreted=True, overlap=PRODUCTS if name == "own products" else None),
+            ops=KernelOps(interpreted=True, **OPS.get(name, {})),
         )
         got, decided = decoder_outputs(decoder, lengths, steps)
         found[name] = [float((got - logits).abs().max()), float((decided - scores).abs().max())]

@@ -238,6 +238,32 @@ def rotated_head(head, half_place, cosines, sines, HEAD: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
+def attended_block(q, k, v, seen, peak, total, result, scaling):
+    """Attention to one more block of slots.
+
+    Args:
+        q: T [rows, width].
+        k: T [width, slots].
+        v: T [slots, width].
+        seen: bool [slots], which are in use: at least one.
+        peak: float32 [rows], the largest score so far, which weights are relative to.
+        total: float32 [rows], the weights' sum so far.
+        result: float32 [rows, width], the sum of weighted values so far.
+        scaling: Of the scores.
+
+    Returns:
+        The new peak, total and result.
+    """
+    score = tl.where(seen[None, :], tl.dot(q, k, input_precision="ieee") * scaling, float("-inf"))
+    higher = tl.maximum(peak, tl.max(score, axis=1))
+    fading = tl.exp(peak - higher)
+    weight = tl.exp(score - higher[:, None])
+    total = total * fading + tl.sum(weight, axis=1)
+    result = result * fading[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+    return higher, total, result
+
+
+@triton.jit
 def joined_splits(  # noqa: PLR0913, PLR0917
     parts,
     peaks,
@@ -351,6 +377,14 @@ def attend_kernel(  # noqa: PLR0913, PLR0915, PLR0917
     token, cached = qkv + sequence.to(tl.int64) * (GROUP + 2) * kv_heads * HEAD, pair.to(tl.int64) * capacity * HEAD
     group_head = kv_head * GROUP + tl.minimum(row, GROUP - 1)[:, None]
     half_place = length * (HEAD // 2)
+    first = split * share
+    key_tile = keys + cached + column[:, None]
+    value_tile = values + cached + column[None, :]
+    # Earlier tokens' keys and values are there since the last step: on their way before the query is waited for.
+    slot = first + tl.arange(0, BLOCK)
+    seen = slot < last
+    k = tl.load(key_tile + slot[None, :] * HEAD, mask=seen[None, :] & column_used[:, None], other=0.0)
+    v = tl.load(value_tile + slot[:, None] * HEAD, mask=seen[:, None] & column_used[None, :], other=0.0)
     wait_for_inputs(EARLY)
     q = rotated_head(token + group_head * HEAD, half_place, cosines, sines, HEAD, WIDTH)
     peak, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
@@ -365,25 +399,14 @@ def attend_kernel(  # noqa: PLR0913, PLR0915, PLR0917
         peak = tl.sum(q.to(tl.float32) * own_key.to(tl.float32), axis=1) * scaling
         total += 1.0
         result = tl.broadcast_to(own_value.to(tl.float32), [ROWS, WIDTH])
-    for begin in range(split * share, last, BLOCK):
+    if first < last:  # a block has a slot in use, so no peak stays infinite
+        peak, total, result = attended_block(q, k, v, seen, peak, total, result, scaling)
+    for begin in range(first + BLOCK, last, BLOCK):
         slot = begin + tl.arange(0, BLOCK)
         seen = slot < last
-        k = tl.load(
-            keys + cached + slot[None, :] * HEAD + column[:, None], mask=seen[None, :] & column_used[:, None], other=0.0
-        )
-        score = tl.where(seen[None, :], tl.dot(q, k, input_precision="ieee") * scaling, float("-inf"))
-        # A block has a slot in use, so no peak stays infinite.
-        higher = tl.maximum(peak, tl.max(score, axis=1))
-        fading = tl.exp(peak - higher)
-        weight = tl.exp(score - higher[:, None])
-        v = tl.load(
-            values + cached + slot[:, None] * HEAD + column[None, :],
-            mask=seen[:, None] & column_used[None, :],
-            other=0.0,
-        )
-        total = total * fading + tl.sum(weight, axis=1)
-        result = result * fading[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-        peak = higher
+        k = tl.load(key_tile + slot[None, :] * HEAD, mask=seen[None, :] & column_used[:, None], other=0.0)
+        v = tl.load(value_tile + slot[:, None] * HEAD, mask=seen[:, None] & column_used[None, :], other=0.0)
+        peak, total, result = attended_block(q, k, v, seen, peak, total, result, scaling)
     head, used = pair * GROUP + row, row_used[:, None] & column_used[None, :]
     target = attended + head[:, None] * HEAD + column[None, :]
     if SPLITS == 1:

@@ -240,6 +240,9 @@ def add_scaled(stream: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) 
     return torch.where(scale != 0, stream + branch * scale.to(branch.dtype), stream)
 
 
+_PROGRAMS = 128
+
+
 @dataclasses.dataclass(frozen=True)
 class Overlap:
     """How a step's kernels overlap: what keeps the memory at work between its large products.
@@ -271,9 +274,10 @@ class KernelOps(StepOps):
     Args:
         interpreted: Triton's interpreter runs the kernels, on tensors in host memory.
         overlap: How kernels overlap; not at all by default.
+        programs: That attention is split among at the most; about as many as the GPU has multiprocessors.
     """
 
-    def __init__(self, *, interpreted: bool = False, overlap: Overlap | None = None) -> None:
+    def __init__(self, *, interpreted: bool = False, overlap: Overlap | None = None, programs: int = _PROGRAMS) -> None:
         # Only here is Triton needed, and it may be missing.
         from dlo_export.plugins import kernels  # noqa: PLC0415
         from dlo_export.runtimes.torch.captured import step_kernels  # noqa: PLC0415
@@ -282,6 +286,7 @@ class KernelOps(StepOps):
         self._launch = kernels.launch
         self._interpreted = interpreted
         self._overlap = overlap or Overlap()
+        self._programs = programs
         self._early: dict[str, Any] = {"launch_pdl": True} if self._overlap.early else {}
         self._arrived: dict[int, torch.Tensor] = {}
 
@@ -406,7 +411,7 @@ class KernelOps(StepOps):
         heads = qkv.shape[-1] // width - 2 * kv_heads
         wide = _power_of_two(width, 16)
         slots = slots_of(wide, qkv.itemsize)
-        splits = _splits(batch * kv_heads, capacity, slots)
+        splits = _splits(self._programs, batch * kv_heads, capacity, slots)
         partial = qkv.new_empty(batch, heads, splits, width, dtype=torch.float32)
         peaks, totals = (qkv.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
         attended = qkv.new_empty(batch, heads * width)
@@ -517,7 +522,6 @@ def _chunk(wanted: int, weight: torch.Tensor, threads: int) -> int:
 
 
 _COLUMNS = 1024  # of the gated products, that a program computes
-_PROGRAMS = 128  # about as many as a data-centre GPU has multiprocessors
 
 
 def slots_of(width: int, itemsize: int) -> int:
@@ -530,10 +534,10 @@ def slots_of(width: int, itemsize: int) -> int:
     return max(16, min(64, (1 << 14) // (width * itemsize)))
 
 
-def _splits(pairs: int, capacity: int, slots: int) -> int:
+def _splits(programs: int, pairs: int, capacity: int, slots: int) -> int:
     """Programs among which the slots of one sequence and key head are split: a power of two, each with work to do."""
     enough = _power_of_two(-(-capacity // slots))
-    return min(enough, 1 << (max(1, _PROGRAMS // pairs).bit_length() - 1))
+    return min(enough, 1 << (max(1, programs // pairs).bit_length() - 1))
 
 
 def _power_of_two(size: int, least: int = 1) -> int:
