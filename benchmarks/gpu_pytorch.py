@@ -8,11 +8,11 @@ Of shapes of 1B and 8B, random bfloat16 weights made on the device: a decode ste
 
 * ``removed``: the dense model without those layers' MLPs and without routers, the least that skipping could take.
 
-First, how the kernels of a step overlap best is tried on the card, in a process of its own (`pytorch_candidates`); the
-dense decoder and the routed one take what is fastest for each. What skip efficiency is stands in
-`benchmarks.gpu.skip_efficiency`; `efficiency_line` has T_ideal on the line between the same decoder's times with
-everything active and everything skipped. Last, in another process, decode steps of transformers, as they come and
-compiled.
+First, in processes side by side, what must be right: kernels, decoders, and every way in which kernels may overlap
+(`pytorch_candidates`). Those that are right are timed; the dense decoder and the routed one take the fastest for each.
+What skip efficiency is stands in `benchmarks.gpu.skip_efficiency`; `efficiency_line` has T_ideal on the line between
+the same decoder's times with everything active and everything skipped. Last, in another process, decode steps of
+transformers, as they come and compiled.
 
     python -m benchmarks.gpu_pytorch --out DIR
 """
@@ -27,8 +27,8 @@ from benchmarks.gpu.copy_rate import copy_rate
 from benchmarks.gpu.evidence import Evidence, run_part
 from benchmarks.gpu.evidence_processes import Process, run_processes
 from benchmarks.gpu.kernel_timing import product_rate
-from benchmarks.gpu.pytorch_candidates import fastest_overlaps
-from benchmarks.gpu.pytorch_checks import FORMS, check, check_models, check_ops
+from benchmarks.gpu.pytorch_candidates import right_candidates
+from benchmarks.gpu.pytorch_checks import check
 from benchmarks.gpu.pytorch_times import Size
 from benchmarks.gpu.random_torch_llama import SIZES
 from dlo_export.runtimes.torch.captured.step_ops import Overlap
@@ -42,21 +42,15 @@ def measure(evidence: Evidence, smoke: bool) -> None:
         copy, tflops = copy_rate("cuda", 3 if smoke else 10), product_rate(3 if smoke else 10) * 1e-12
         evidence.row("ceilings", copy_gb_s=round(copy * 1e-9), bf16_matmul_tflop_s=round(tflops))
     torch.cuda.empty_cache()
+    candidates: dict[str, Overlap] = {}
+    with evidence.guard("right"):
+        candidates = right_candidates(evidence, 60, [Process("checks", "gpu.pytorch_checks")])
     for name in ("8B", "1B"):
         config = {**SIZES[name], **({"num_hidden_layers": 4, "vocab_size": 32_768} if smoke else {})}
-        overlaps = (Overlap(), Overlap())
-        with evidence.guard("candidates", model=name):
-            if evidence.fits(f"candidates {name}", 25):
-                overlaps = fastest_overlaps(evidence, name, 30 if name == "8B" else 20, smoke)
         with evidence.guard(name):
             if evidence.fits(name, 12 if smoke else 20):
-                Size(evidence, name, config, smoke, copy, tflops, overlaps).measure()
+                Size(evidence, name, config, smoke, copy, tflops, candidates).measure()
         torch.cuda.empty_cache()
-    for dtype in (torch.bfloat16, torch.float32):
-        check_ops(evidence, dtype)
-    if evidence.fits("captured decoder", 10):
-        check_models(evidence, torch.float32, FORMS)
-        check_models(evidence, torch.bfloat16, FORMS)
     if evidence.fits("transformers", 15):
         options = ("--smoke",) if smoke else ()
         run_processes(evidence, [Process("transformers", "gpu.transformers_times", options)], evidence.left, threads=8)

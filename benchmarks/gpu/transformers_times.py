@@ -40,8 +40,8 @@ def step_times(config: dict[str, Any], form: str, smoke: bool) -> dict[str, Any]
 
     Args:
         config: Of a plain Llama.
-        form: "eager", or "compiled": what `generate` does of itself for a static cache on a GPU, mode
-            "reduce-overhead", which replays CUDA graphs.
+        form: "eager", or "compiled": the call that `generate` itself compiles for a static cache on a GPU, in its
+            default mode, "reduce-overhead", which replays CUDA graphs.
         smoke: Few steps.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache  # noqa: PLC0415 - heavy
@@ -56,9 +56,9 @@ def step_times(config: dict[str, Any], form: str, smoke: bool) -> dict[str, Any]
     cast("nn.Module", model).eval()
     forward: Callable[..., Any] = model.forward
     if form == "compiled":
-        forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        forward = cast("Any", model).get_compiled_call(None)
     ids = torch.randint(0, config["vocab_size"], (1, CONTEXT), device="cuda")
-    with torch.inference_mode():
+    with torch.no_grad():  # as `generate` has it
         cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
         model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
         token, place = ids[:, :1].clone(), torch.full((1, 1), CONTEXT, device="cuda")
