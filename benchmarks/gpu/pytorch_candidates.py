@@ -24,27 +24,32 @@ from dlo_export.runtimes.torch.captured.step_weights import StepWeights
 
 _MB: Final = 2**20
 _AHEAD = Overlap(attention_ahead=32 * _MB, norm_ahead=4 * _MB, skip_ahead=16 * _MB)
-_EARLY = dataclasses.replace(_AHEAD, early=True)
+_EARLY = dataclasses.replace(_AHEAD, early=1)
 _OWN = dataclasses.replace(_EARLY, norm_ahead=0, product=(32, 256, 4, 3), product_ahead=65_536)
 
 CANDIDATES: Final[Mapping[str, Overlap]] = {
     "apart": Overlap(),
-    "attention ahead 16": Overlap(attention_ahead=16 * _MB),
     "attention ahead 32": Overlap(attention_ahead=32 * _MB),
     "ahead": _AHEAD,
-    "ahead more": dataclasses.replace(_AHEAD, norm_ahead=12 * _MB, skip_ahead=32 * _MB),
-    "early": Overlap(early=True),
+    "early": Overlap(early=1),
     "early, ahead": _EARLY,
-    "early, ahead more": dataclasses.replace(_EARLY, norm_ahead=12 * _MB, skip_ahead=32 * _MB),
     "early, ahead, MLP ahead": dataclasses.replace(_EARLY, mlp_ahead=128),
-    "early, own products": dataclasses.replace(_OWN, attention_ahead=0, skip_ahead=0, product_ahead=0),
-    "early, own products ahead": dataclasses.replace(_OWN, attention_ahead=0, skip_ahead=0),
+    "early, own products": Overlap(early=1, product=(32, 256, 4, 3)),
+    "early, own products ahead": Overlap(early=1, product=(32, 256, 4, 3), product_ahead=65_536),
     "early, own products, all ahead": _OWN,
-    "early, own products, all ahead, MLP ahead": dataclasses.replace(_OWN, mlp_ahead=128),
     "early, own products 16 512": dataclasses.replace(_OWN, product=(16, 512, 4, 3)),
     "early, own products 64 128": dataclasses.replace(_OWN, product=(64, 128, 4, 4), product_ahead=131_072),
-    "early, own products 32 128": dataclasses.replace(_OWN, product=(32, 128, 4, 6)),
-    "early, own products, more ahead": dataclasses.replace(_OWN, product_ahead=131_072, skip_ahead=32 * _MB),
+    "early, own vectors 8 4": Overlap(early=1, vector=(8, 4)),
+    "early, own vectors, ahead": dataclasses.replace(_EARLY, vector=(8, 4)),
+    "earlier": Overlap(early=2),
+    "earlier, ahead": dataclasses.replace(_EARLY, early=2),
+    "earlier, own products ahead": dataclasses.replace(_OWN, early=2, attention_ahead=0, skip_ahead=0),
+    "earlier, own vectors 4 4": Overlap(early=2, vector=(4, 4)),
+    "earlier, own vectors 8 4": Overlap(early=2, vector=(8, 4)),
+    "earlier, own vectors 16 8": Overlap(early=2, vector=(16, 8)),
+    "earlier, own vectors, MLP ahead": Overlap(early=2, vector=(8, 4), mlp_ahead=128),
+    "earlier, own vectors, ahead": dataclasses.replace(_EARLY, early=2, vector=(8, 4)),
+    "earlier, own vectors, all ahead": dataclasses.replace(_EARLY, early=2, vector=(8, 4), mlp_ahead=128),
 }
 
 

@@ -20,7 +20,8 @@ from tests.runtimes.captured_cases import CAPACITY, LENGTHS, decoder_outputs, mo
 # 70 tokens fill more than one block of slots, so that splits have work; one of them stays empty.
 CASES = {
     "ragged": (LENGTHS, 3, CAPACITY, {}),
-    "own products": (LENGTHS, 2, CAPACITY, {}),
+    "own products": ((5, 1), 2, CAPACITY, {}),
+    "own vector products": ((5,), 2, CAPACITY, {}),
     "bias": (LENGTHS, 2, CAPACITY, {"attention_bias": True, "rescale": False}),
     "long": (
         (70,),
@@ -30,7 +31,11 @@ CASES = {
     ),
 }
 
-OPS = {"own products": {"overlap": Overlap(product=(16, 16, 4, 2))}, "long, not split": {"programs": 1}}
+OPS = {
+    "own products": {"overlap": Overlap(product=(16, 16, 4, 2))},
+    "own vector products": {"overlap": Overlap(vector=(16, 4))},
+    "long, not split": {"programs": 1},
+}
 
 CASES["long, not split"] = CASES["long"]
 

@@ -12,8 +12,8 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = {"HEAD": 128, "WIDTH": 128, "GROUP": 4, "ROWS": 16, "SPLITS": 8, "THREADS": 128}
 NORM = {"ADDS": True, "ROUTES": True, "UNLESS_ACTIVE": False, "BLOCK": 4096, "THREADS": 128}
 # What kernels are compiled with where nothing overlaps, and where all does, which takes compute capability 9.0.
-APART = {"CHUNK": 0, "EARLY": False}
-EARLY = {"CHUNK": 256, "EARLY": True, "AHEAD": 128}
+APART = {"CHUNK": 0, "EARLY": 0}
+EARLY = {"CHUNK": 256, "AHEAD": 128}
 # By kernel: the types of its arguments, T the model's, and its constants at an 8B's widths.
 KERNELS = {
     "add_norm_kernel": ("T T T fp32 fp32 T T fp32 fp32 T i32 i32 f f f", NORM),
@@ -21,6 +21,7 @@ KERNELS = {
     "attend_kernel": ("T i64 T T T T fp32 fp32 fp32 i32* T T f i32 i32", HEADS),
     "gate_kernel": ("T T i32", {"BLOCK": 1024}),
     "product_kernel": ("T T i32 i32 i32 T", {"ROWS": 16, "COLUMNS": 32, "DEPTH": 128, "THREADS": 128, "UPCAST": False}),
+    "vector_product_kernel": ("T T i32 i32 T", {"COLUMNS": 8, "BLOCK": 4096}),
 }
 MLP = {"ROWS": 16, "COLUMNS": 32, "DEPTH": 64, "SCAN": 32, "UPCAST": False}
 EARLY_KERNELS = {
@@ -61,11 +62,14 @@ def test_kernel_fits_every_gpu_when_compiled(name, dtype, target):
     assert not {"griddepcontrol", "prefetch"} & set(compiled.asm["ptx"].replace(".", " ").split())
 
 
+@pytest.mark.parametrize("early", [1, 2])
 @pytest.mark.parametrize("name", [name for name in {**KERNELS, **EARLY_KERNELS} if name != "rotate_and_store_kernel"])
-def test_kernel_waits_before_it_lets_the_next_one_start_when_it_is_started_early(name):
+def test_kernel_waits_before_it_writes_when_it_is_started_early(name, early):
     types, constants = {**KERNELS, **EARLY_KERNELS}[name]
-    ptx = compiled_kernel(name, "bf16", 90, types, constants | EARLY).asm["ptx"]
+    ptx = compiled_kernel(name, "bf16", 90, types, constants | EARLY | {"EARLY": early}).asm["ptx"]
     wait, launch = (ptx.index(f"griddepcontrol.{word}") for word in ("wait", "launch_dependents"))
-    assert wait < launch < ptx.index("st.global")
+    assert wait < ptx.index("st.global")
+    assert (wait < launch) == (early == 1)
     # A norm's readers are programs of their own, and the gate has nothing to read ahead.
-    assert name in {"add_norm_kernel", "gate_kernel"} or ptx.index("prefetch.L2") < wait
+    if name not in {"add_norm_kernel", "gate_kernel"}:
+        assert ptx.index("ld.global" if name == "vector_product_kernel" else "prefetch.L2") < wait

@@ -17,17 +17,30 @@ from dlo_export.plugins.skip_gate_up.kernel import skip_gate_up_kernel
 
 
 @triton.jit
-def wait_for_inputs(EARLY: tl.constexpr):
-    """Waits until the kernel before has written what this one reads, where this one was started before that.
-
-    The kernel behind may start from here on: whatever stands before its own wait then runs while this kernel works, and
-    everything that was launched before this kernel is done by then.
+def let_next_start(EARLY: tl.constexpr):
+    """Lets the next kernel start as soon as all programs of this one have, to do what stands before its own wait.
 
     Args:
-        EARLY: Whether kernels are started early (programmatic dependent launch, compute capability 9.0).
+        EARLY: See `wait_for_inputs`.
     """
-    if EARLY:
+    if EARLY == 2:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs(EARLY: tl.constexpr):
+    """Waits until the kernel before is done, where this one was started earlier (programmatic dependent launch).
+
+    Every kernel waits before it is done, so whoever has waited for one has waited for all before it. Before its wait a
+    kernel may read what no kernel of a step writes, weights and earlier tokens' keys and values, and write nothing.
+
+    Args:
+        EARLY: 0 where kernels start one after the other; 1 where the next may start once this one's inputs are there, 2
+            where it may from this one's start on. Either takes compute capability 9.0.
+    """
+    if EARLY > 0:
         gdc_wait()
+    if EARLY == 1:
         gdc_launch_dependents()
 
 
@@ -48,6 +61,21 @@ def prefetch(address, SIZE: tl.constexpr):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def expects_active(scale, tokens, MOST: tl.constexpr):
+    """Whether any token seems to be active, for who has not waited: what is read ahead hangs on it, and no result.
+
+    Args:
+        scale: Pointer to float32 [tokens], which an earlier kernel may not have written yet. Read past the cache of
+            this multiprocessor, where the old number would stay.
+        tokens: At most MOST.
+        MOST: A power of two.
+    """
+    token = tl.arange(0, MOST)
+    scales = tl.load(scale + token, mask=token < tokens, other=0.0, cache_modifier=".cg")
+    return tl.max((scales != 0.0).to(tl.int32), 0) != 0
 
 
 @triton.jit
@@ -112,13 +140,12 @@ def add_norm_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size 
         EARLY: See `wait_for_inputs`.
     """
     row = tl.program_id(0)
+    let_next_start(EARLY)
     if CHUNK > 0:  # noqa: SIM102 - one is the compiler's to decide, the other the program's
         if row >= tokens:
             wanted = True
             if UNLESS_ACTIVE:
-                # Decided two launches ago or more, hence seen before the wait; if not, too much or too little is read.
-                token = tl.arange(0, 64)
-                wanted = tl.max((tl.load(scale + token, mask=token < tokens, other=0.0) != 0.0).to(tl.int32), 0) == 0
+                wanted = not expects_active(scale, tokens, 64)
             if wanted:
                 prefetch_share(ahead, row - tokens, THREADS, CHUNK)
             return
@@ -365,6 +392,7 @@ def attend_kernel(  # noqa: PLR0913, PLR0915, PLR0917
         EARLY: See `wait_for_inputs`.
     """
     pair, split = tl.program_id(0), tl.program_id(1)
+    let_next_start(EARLY)
     if CHUNK > 0:
         prefetch_share(ahead, pair * SPLITS + split, THREADS, CHUNK)
     sequence, kv_head = pair // kv_heads, pair % kv_heads
@@ -436,6 +464,7 @@ def gate_kernel(gate_up, gated, intermediate, BLOCK: tl.constexpr, EARLY: tl.con
         BLOCK: Columns of a program.
         EARLY: See `wait_for_inputs`.
     """
+    let_next_start(EARLY)
     wait_for_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -480,6 +509,7 @@ def product_kernel(  # noqa: PLR0913, PLR0917
         EARLY: See `wait_for_inputs`.
     """
     program = tl.program_id(0)
+    let_next_start(EARLY)
     column = program * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, DEPTH)
     weight_tile = weight + column.to(tl.int64)[None, :] * depth + inner[:, None]
@@ -504,6 +534,40 @@ def product_kernel(  # noqa: PLR0913, PLR0917
 
 
 @triton.jit
+def vector_product_kernel(
+    row,
+    weight,
+    depth,
+    columns,
+    output,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Program (n): columns n · COLUMNS… of one token's product; their weights are read before the token is there.
+
+    Args:
+        row: Pointer to T [depth].
+        weight: Pointer to T [columns, depth].
+        depth: Of the sums.
+        columns: A multiple of COLUMNS.
+        output: Pointer to T [columns], written.
+        COLUMNS: Of a program.
+        BLOCK: A power of two, at least `depth`.
+        EARLY: See `wait_for_inputs`.
+    """
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    let_next_start(EARLY)
+    inner = tl.arange(0, BLOCK)
+    used = inner < depth
+    weights = tl.load(weight + column.to(tl.int64)[:, None] * depth + inner[None, :], mask=used[None, :], other=0.0)
+    wait_for_inputs(EARLY)
+    x = tl.load(row + inner, mask=used, other=0.0).to(tl.float32)
+    total = tl.sum(weights.to(tl.float32) * x[None, :], axis=1)
+    tl.store(output + column, total.to(output.dtype.element_ty))
+
+
+@triton.jit
 def early_skip_gate_up_kernel(  # noqa: PLR0913, PLR0917
     hidden_states,
     scale,
@@ -519,12 +583,13 @@ def early_skip_gate_up_kernel(  # noqa: PLR0913, PLR0917
     SCAN: tl.constexpr,
     UPCAST: tl.constexpr,
     AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """`skip_gate_up_kernel` that is started early: where a token is active, its first weights are on their way by then.
 
     Args:
-        hidden_states: As there, and so are the others.
-        scale: Written two launches ago or more: seen before the wait.
+        hidden_states: As there, and so are all up to UPCAST.
+        scale: .
         gate_weight: .
         up_weight: .
         tokens: At most SCAN.
@@ -537,16 +602,16 @@ def early_skip_gate_up_kernel(  # noqa: PLR0913, PLR0917
         SCAN: .
         UPCAST: .
         AHEAD: Rows of both weights that are read ahead, as many as the program has threads or a multiple; 0 for none.
+        EARLY: See `wait_for_inputs`.
     """
-    if AHEAD > 0:
-        token = tl.arange(0, SCAN)
-        active = tl.load(scale + token, mask=token < tokens, other=0.0) != 0.0
-        if tl.max(active.to(tl.int32), 0) != 0:
+    let_next_start(EARLY)
+    if AHEAD > 0:  # noqa: SIM102 - one is the compiler's to decide, the other the program's
+        if expects_active(scale, tokens, SCAN):
             place = tl.arange(0, AHEAD).to(tl.int64) * intermediate + tl.program_id(1) * COLUMNS
             size: tl.constexpr = COLUMNS * (gate_weight.dtype.element_ty.primitive_bitwidth // 8)
             prefetch(gate_weight.to(tl.int64) + place * (size // COLUMNS), size)
             prefetch(up_weight.to(tl.int64) + place * (size // COLUMNS), size)
-    wait_for_inputs(True)
+    wait_for_inputs(EARLY)
     skip_gate_up_kernel(
         hidden_states,
         scale,
@@ -580,16 +645,16 @@ def early_skip_down_kernel(  # noqa: PLR0913, PLR0917
     SCAN: tl.constexpr,
     UPCAST: tl.constexpr,
     AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """`skip_down_kernel` that is started early, likewise."""
-    if AHEAD > 0:
-        token = tl.arange(0, SCAN)
-        active = tl.load(scale + token, mask=token < tokens, other=0.0) != 0.0
-        if tl.max(active.to(tl.int32), 0) != 0:
+    let_next_start(EARLY)
+    if AHEAD > 0:  # noqa: SIM102 - one is the compiler's to decide, the other the program's
+        if expects_active(scale, tokens, SCAN):
             place = tl.arange(0, AHEAD).to(tl.int64) * hidden + tl.program_id(1) * COLUMNS
             size: tl.constexpr = COLUMNS * (down_weight.dtype.element_ty.primitive_bitwidth // 8)
             prefetch(down_weight.to(tl.int64) + place * (size // COLUMNS), size)
-    wait_for_inputs(True)
+    wait_for_inputs(EARLY)
     skip_down_kernel(
         gated, scale, down_weight, residual, tokens, intermediate, hidden, output, ROWS, COLUMNS, DEPTH, SCAN, UPCAST
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -248,8 +249,9 @@ class Overlap:
     """How a step's kernels overlap: what keeps the memory at work between its large products.
 
     Attributes:
-        early: Kernels start before the one in front is done, and wait for it where they need what it writes
-            (programmatic dependent launch). Needs compute capability 9.0, as reading ahead does.
+        early: 0 starts kernels one after the other; with 1 a kernel starts before the one in front is done, with 2 even
+            before that one has its inputs, and waits where it needs what the other writes (programmatic dependent
+            launch). Takes compute capability 9.0, as reading ahead does.
         attention_ahead: Bytes of the next product's weights that attention reads ahead.
         norm_ahead: Likewise, a norm.
         skip_ahead: Likewise, the norm in front of an MLP that no token needs, of the product behind it.
@@ -257,15 +259,17 @@ class Overlap:
         product: Columns, depth, warps and stages of a kernel for products of at most 16 rows without bias; None leaves
             them to PyTorch.
         product_ahead: Bytes of a program's own weights that such a kernel reads ahead while it waits.
+        vector: Columns and warps of a kernel for products of one row without bias.
     """
 
-    early: bool = False
+    early: int = 0
     attention_ahead: int = 0
     norm_ahead: int = 0
     skip_ahead: int = 0
     mlp_ahead: int = 0
     product: tuple[int, int, int, int] | None = None
     product_ahead: int = 0
+    vector: tuple[int, int] | None = None
 
 
 class KernelOps(StepOps):
@@ -473,7 +477,8 @@ class KernelOps(StepOps):
         second: dict[str, Any] = {}
         # A prompt's kernels work long enough to hide what is between them.
         if self._overlap.early and len(normed) <= MOST_TOKENS["decode"]:
-            options |= {"AHEAD": self._overlap.mlp_ahead if len(normed) <= _ROWS else 0, **self._early}
+            ahead = self._overlap.mlp_ahead if len(normed) <= _ROWS else 0
+            options |= {"AHEAD": ahead, "EARLY": self._overlap.early, **self._early}
             first, second = (
                 {"kernel": kernel}
                 for kernel in (self._kernels.early_skip_gate_up_kernel, self._kernels.early_skip_down_kernel)
@@ -484,6 +489,8 @@ class KernelOps(StepOps):
 
     def product(self, rows: torch.Tensor, product: Product) -> torch.Tensor:  # noqa: D102
         tokens, depth = rows.shape
+        if tokens == 1 and self._overlap.vector is not None and product.bias is None:
+            return self._vector_product(rows, product.weight, *self._overlap.vector)
         if self._overlap.product is None or tokens > _ROWS or product.bias is not None:
             return product(rows)
         columns, step, warps, stages = self._overlap.product
@@ -506,6 +513,24 @@ class KernelOps(StepOps):
             EARLY=self._overlap.early,
             num_warps=warps,
             num_stages=stages,
+            **self._early,
+        )
+        return output
+
+    def _vector_product(self, row: torch.Tensor, weight: torch.Tensor, columns: int, warps: int) -> torch.Tensor:
+        wide, depth = weight.shape
+        columns = math.gcd(columns, wide)
+        output = row.new_empty(1, wide)
+        self._kernels.vector_product_kernel[(wide // columns,)](
+            row,
+            weight,
+            depth,
+            wide,
+            output,
+            COLUMNS=columns,
+            BLOCK=_power_of_two(depth),
+            EARLY=self._overlap.early,
+            num_warps=warps,
             **self._early,
         )
         return output
