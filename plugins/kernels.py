@@ -9,7 +9,7 @@ from dlo_export.plugins.contract import weight_input
 from dlo_export.plugins.router_scores.kernel import router_scores_kernel
 from dlo_export.plugins.skip_down.kernel import skip_down_kernel
 from dlo_export.plugins.skip_gate_up.kernel import skip_gate_up_kernel
-from dlo_export.plugins.tiles import TileName, tile_for, tile_of
+from dlo_export.plugins.tiles import Tile, TileName, tile_for, tile_of
 
 KERNELS: Final[dict[str, Any]] = {
     "SkipGateUp": skip_gate_up_kernel,
@@ -58,6 +58,11 @@ def launch(
         num_stages=tile.stages,
         **options,
     )
+
+
+def decode_tile(op_name: str, dtype: str) -> Tile:
+    """The tile that few tokens are launched with on the current GPU."""
+    return tile_of(op_name, "decode", dtype, _target())
 
 
 def _target() -> int:

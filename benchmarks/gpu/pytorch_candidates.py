@@ -33,7 +33,7 @@ CANDIDATES: Final[Mapping[str, Overlap]] = {
     "ahead": _AHEAD,
     "early": Overlap(early=1),
     "early, ahead": _EARLY,
-    "early, ahead, MLP ahead": dataclasses.replace(_EARLY, mlp_ahead=128),
+    "early, ahead, MLP ahead": dataclasses.replace(_EARLY, mlp_ahead=4 * _MB),
     "early, own products": Overlap(early=1, product=(32, 256, 4, 3)),
     "early, own products ahead": Overlap(early=1, product=(32, 256, 4, 3), product_ahead=65_536),
     "early, own products, all ahead": _OWN,
@@ -47,9 +47,9 @@ CANDIDATES: Final[Mapping[str, Overlap]] = {
     "earlier, own vectors 4 4": Overlap(early=2, vector=(4, 4)),
     "earlier, own vectors 8 4": Overlap(early=2, vector=(8, 4)),
     "earlier, own vectors 16 8": Overlap(early=2, vector=(16, 8)),
-    "earlier, own vectors, MLP ahead": Overlap(early=2, vector=(8, 4), mlp_ahead=128),
+    "earlier, own vectors, MLP ahead": Overlap(early=2, vector=(8, 4), mlp_ahead=4 * _MB),
     "earlier, own vectors, ahead": dataclasses.replace(_EARLY, early=2, vector=(8, 4)),
-    "earlier, own vectors, all ahead": dataclasses.replace(_EARLY, early=2, vector=(8, 4), mlp_ahead=128),
+    "earlier, own vectors, all ahead": dataclasses.replace(_EARLY, early=2, vector=(8, 4), mlp_ahead=4 * _MB),
 }
 
 

@@ -13,7 +13,7 @@ HEADS = {"HEAD": 128, "WIDTH": 128, "GROUP": 4, "ROWS": 16, "SPLITS": 8, "THREAD
 NORM = {"ADDS": True, "ROUTES": True, "UNLESS_ACTIVE": False, "BLOCK": 4096, "THREADS": 128}
 # What kernels are compiled with where nothing overlaps, and where all does, which takes compute capability 9.0.
 APART = {"CHUNK": 0, "EARLY": 0}
-EARLY = {"CHUNK": 256, "AHEAD": 128}
+EARLY = {"CHUNK": 256}
 # By kernel: the types of its arguments, T the model's, and its constants at an 8B's widths.
 KERNELS = {
     "add_norm_kernel": ("T T T fp32 fp32 T T fp32 fp32 T i32 i32 f f f", NORM),
@@ -23,7 +23,7 @@ KERNELS = {
     "product_kernel": ("T T i32 i32 i32 T", {"ROWS": 16, "COLUMNS": 32, "DEPTH": 128, "THREADS": 128, "UPCAST": False}),
     "vector_product_kernel": ("T T i32 i32 T", {"COLUMNS": 8, "BLOCK": 4096}),
 }
-MLP = {"ROWS": 16, "COLUMNS": 32, "DEPTH": 64, "SCAN": 32, "UPCAST": False}
+MLP = {"ROWS": 16, "COLUMNS": 32, "DEPTH": 64, "SCAN": 32, "UPCAST": False, "THREADS": 128}
 EARLY_KERNELS = {
     "early_skip_gate_up_kernel": ("T fp32 T T i32 i32 i32 T", MLP),
     "early_skip_down_kernel": ("T fp32 T T i32 i32 i32 T", MLP),
@@ -70,6 +70,6 @@ def test_kernel_waits_before_it_writes_when_it_is_started_early(name, early):
     wait, launch = (ptx.index(f"griddepcontrol.{word}") for word in ("wait", "launch_dependents"))
     assert wait < ptx.index("st.global")
     assert (wait < launch) == (early == 1)
-    # A norm's readers are programs of their own, and the gate has nothing to read ahead.
-    if name not in {"add_norm_kernel", "gate_kernel"}:
+    # A norm's readers are programs of their own; the gate and SkipDown read nothing ahead.
+    if name not in {"add_norm_kernel", "gate_kernel", "early_skip_down_kernel"}:
         assert ptx.index("ld.global" if name == "vector_product_kernel" else "prefetch.L2") < wait

@@ -582,51 +582,38 @@ def early_skip_gate_up_kernel(  # noqa: PLR0913, PLR0917
     DEPTH: tl.constexpr,
     SCAN: tl.constexpr,
     UPCAST: tl.constexpr,
-    AHEAD: tl.constexpr,
+    THREADS: tl.constexpr,
+    CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """`skip_gate_up_kernel` that is started early: where a token is active, its first weights are on their way by then.
+    """`skip_gate_up_kernel` that is started early: where a token is active, first weights are on their way by then.
 
     Args:
         hidden_states: As there, and so are all up to UPCAST.
         scale: .
         gate_weight: .
         up_weight: .
-        tokens: At most SCAN.
+        tokens: At most ROWS.
         hidden: .
         intermediate: .
         gated: .
         ROWS: .
         COLUMNS: .
         DEPTH: .
-        SCAN: .
+        SCAN: At least ROWS.
         UPCAST: .
-        AHEAD: Rows of both weights that are read ahead, as many as the program has threads or a multiple; 0 for none.
+        THREADS: Of a program.
+        CHUNK: Bytes of each weight that a thread reads ahead, 0 for none. All programs begin with the first rows.
         EARLY: See `wait_for_inputs`.
     """
     let_next_start(EARLY)
-    if AHEAD > 0:  # noqa: SIM102 - one is the compiler's to decide, the other the program's
+    if CHUNK > 0:  # noqa: SIM102 - one is the compiler's to decide, the other the program's
         if expects_active(scale, tokens, SCAN):
-            place = tl.arange(0, AHEAD).to(tl.int64) * intermediate + tl.program_id(1) * COLUMNS
-            size: tl.constexpr = COLUMNS * (gate_weight.dtype.element_ty.primitive_bitwidth // 8)
-            prefetch(gate_weight.to(tl.int64) + place * (size // COLUMNS), size)
-            prefetch(up_weight.to(tl.int64) + place * (size // COLUMNS), size)
+            prefetch_share(gate_weight, tl.program_id(1), THREADS, CHUNK)
+            prefetch_share(up_weight, tl.program_id(1), THREADS, CHUNK)
     wait_for_inputs(EARLY)
-    skip_gate_up_kernel(
-        hidden_states,
-        scale,
-        gate_weight,
-        up_weight,
-        tokens,
-        hidden,
-        intermediate,
-        gated,
-        ROWS,
-        COLUMNS,
-        DEPTH,
-        SCAN,
-        UPCAST,
-    )
+    sizes = (tokens, hidden, intermediate)
+    skip_gate_up_kernel(hidden_states, scale, gate_weight, up_weight, *sizes, gated, ROWS, COLUMNS, DEPTH, SCAN, UPCAST)
 
 
 @triton.jit
@@ -644,17 +631,13 @@ def early_skip_down_kernel(  # noqa: PLR0913, PLR0917
     DEPTH: tl.constexpr,
     SCAN: tl.constexpr,
     UPCAST: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """`skip_down_kernel` that is started early, likewise."""
+    """`skip_down_kernel` that is started early; arguments as there.
+
+    It reads nothing ahead: while it waits, other weights pass through the cache, more than that holds.
+    """
     let_next_start(EARLY)
-    if AHEAD > 0:  # noqa: SIM102 - one is the compiler's to decide, the other the program's
-        if expects_active(scale, tokens, SCAN):
-            place = tl.arange(0, AHEAD).to(tl.int64) * hidden + tl.program_id(1) * COLUMNS
-            size: tl.constexpr = COLUMNS * (down_weight.dtype.element_ty.primitive_bitwidth // 8)
-            prefetch(down_weight.to(tl.int64) + place * (size // COLUMNS), size)
     wait_for_inputs(EARLY)
-    skip_down_kernel(
-        gated, scale, down_weight, residual, tokens, intermediate, hidden, output, ROWS, COLUMNS, DEPTH, SCAN, UPCAST
-    )
+    sizes = (tokens, intermediate, hidden)
+    skip_down_kernel(gated, scale, down_weight, residual, *sizes, output, ROWS, COLUMNS, DEPTH, SCAN, UPCAST)

@@ -255,7 +255,7 @@ class Overlap:
         attention_ahead: Bytes of the next product's weights that attention reads ahead.
         norm_ahead: Likewise, a norm.
         skip_ahead: Likewise, the norm in front of an MLP that no token needs, of the product behind it.
-        mlp_ahead: Rows of its weights that a routed MLP's kernel reads ahead while it waits, a multiple of 128.
+        mlp_ahead: Bytes of either weight that a routed MLP's first kernel reads ahead while it waits.
         product: Columns, depth, warps and stages of a kernel for products of at most 16 rows without bias; None leaves
             them to PyTorch.
         product_ahead: Bytes of a program's own weights that such a kernel reads ahead while it waits.
@@ -287,7 +287,7 @@ class KernelOps(StepOps):
         from dlo_export.runtimes.torch.captured import step_kernels  # noqa: PLC0415
 
         self._kernels: Any = step_kernels
-        self._launch = kernels.launch
+        self._launch, self._decode_tile = kernels.launch, kernels.decode_tile
         self._interpreted = interpreted
         self._overlap = overlap or Overlap()
         self._programs = programs
@@ -477,12 +477,13 @@ class KernelOps(StepOps):
         second: dict[str, Any] = {}
         # A prompt's kernels work long enough to hide what is between them.
         if self._overlap.early and len(normed) <= MOST_TOKENS["decode"]:
-            ahead = self._overlap.mlp_ahead if len(normed) <= _ROWS else 0
-            options |= {"AHEAD": ahead, "EARLY": self._overlap.early, **self._early}
-            first, second = (
-                {"kernel": kernel}
-                for kernel in (self._kernels.early_skip_gate_up_kernel, self._kernels.early_skip_down_kernel)
-            )
+            options |= {"EARLY": self._overlap.early, **self._early}
+            tile = self._decode_tile("SkipGateUp", dtype)
+            threads, programs = 32 * tile.warps, -(-mlp.gate.shape[1] // tile.columns)
+            ahead = self._overlap.mlp_ahead if len(normed) <= tile.rows else 0
+            first = {"kernel": self._kernels.early_skip_gate_up_kernel, "THREADS": threads}
+            first["CHUNK"] = _chunk(ahead, mlp.gate, programs * threads)
+            second = {"kernel": self._kernels.early_skip_down_kernel}
         self._launch("SkipGateUp", rows, scales, mlp.gate, mlp.up, gated, **options, **first)
         self._launch("SkipDown", gated, scales, mlp.down, residual, output, **options, **second)
         return output.squeeze(0)
