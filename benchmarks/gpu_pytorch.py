@@ -44,7 +44,7 @@ def measure(evidence: Evidence, smoke: bool) -> None:
     torch.cuda.empty_cache()
     candidates: dict[str, Overlap] = {}
     with evidence.guard("right"):
-        candidates = right_candidates(evidence, 60, [Process("checks", "gpu.pytorch_checks")])
+        candidates = right_candidates(evidence, 30 if smoke else 40, [Process("checks", "gpu.pytorch_checks")])
     for name in ("8B", "1B"):
         config = {**SIZES[name], **({"num_hidden_layers": 4, "vocab_size": 32_768} if smoke else {})}
         with evidence.guard(name):
