@@ -17,6 +17,7 @@ from benchmarks.gpu.captured_decoder import OPTIONS, CapturedDecoder
 from benchmarks.gpu.copy_rate import copy_rate
 from benchmarks.gpu.decoder_edits import NORMS, Edit, remove_mlps
 from benchmarks.gpu.evidence import Evidence
+from benchmarks.gpu.onnxruntime_checks import LOGITS_ERROR
 from benchmarks.gpu.random_decoder import RandomDecoder
 from benchmarks.gpu.skip_efficiency import skip_efficiency
 from dlo_export.checkpoints.interface import KV_LENGTHS, LOGITS
@@ -105,8 +106,12 @@ def _both(first: Edit, second: Edit | None) -> Edit:
 
 
 def _fastest(evidence: Evidence, forms: Mapping[str, CapturedDecoder], seconds: float) -> tuple[CapturedDecoder, str]:
-    """Times every way to norm, everything active; returns the fastest and its name, the first one where none runs."""
+    """Times every way to norm, everything active; returns the fastest and its name, the first one where none runs.
+
+    Logits are compared with the first's: a norm of a wide row may add up in more or fewer bits.
+    """
     times: dict[str, float] = {}
+    logits: list[torch.Tensor] = []
     for norms, decoder in forms.items():
         source = decoder.source
         with evidence.guard("norms", model=source.name, norms=norms):
@@ -115,7 +120,12 @@ def _fastest(evidence: Evidence, forms: Mapping[str, CapturedDecoder], seconds: 
             _synchronize(decoder.device)
             figures, graph = step.time(seconds), "routed" if source.routed else "dense"
             times[norms] = figures["step_ms"]
-            evidence.row("norms", graph=graph, norms=norms, model=source.name, batch=1, past=PAST, **figures)
+            logits.append(step.tensors[LOGITS].float().cpu())
+            off = float((logits[-1] - logits[0]).abs().max() / logits[0].abs().max())
+            common: dict[str, Any] = {"graph": graph, "norms": norms, "model": source.name, "batch": 1, "past": PAST}
+            evidence.row(
+                "norms", passed=off <= LOGITS_ERROR[OPTIONS[decoder.dtype]], **common, **figures, off_the_first_by=off
+            )
     fastest = min(times, key=lambda name: times[name]) if times else next(iter(forms))
     return forms[fastest], fastest
 
