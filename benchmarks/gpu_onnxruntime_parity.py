@@ -89,7 +89,7 @@ def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Pat
     given = [] if model is None else ["--model", str(model)]
     with tempfile.TemporaryDirectory() as temporary:
         # What follows needs the rest, where it follows. What takes longest starts first.
-        seconds = 30.0 if smoke else evidence.left * (0.85 if model is None else 0.65)
+        seconds = 45.0 if smoke else evidence.left * (0.85 if model is None else 0.65)
         processes = [
             Process("graphs for onnxruntime-genai", PROGRAM, ("--genai-graphs", temporary, *given)),
             *(process_of(job) for job in jobs(model, library_given, smoke=smoke)),

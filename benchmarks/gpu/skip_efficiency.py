@@ -6,8 +6,8 @@ there are three answers to, and every decoder gives all of them:
 * **removed**: what the same dense model takes, in the same runtime, without those MLPs (and their norms) and without
   routers, measured. Nobody who decides at run time can do better than a model that never had them. The bar is judged
   by this one, which is what the CPU's figures are judged by.
-* **proportional**: T_dense times the share of the step's bytes that are still read. The strictest: it asks what remains,
-  attention and its small launches, to be as close to the memory's rate as the large products of MLPs that went.
+* **proportional**: T_dense times the share of the step's bytes that are still read. The strictest: it asks what
+  remains, attention and its small launches, to be as close to the memory's rate as the large products that went.
 * **copied**: T_dense less what the card copies the unread bytes in. The mildest where the dense products are slower
   than a copy: the time that skipping saves of those is more than that.
 """
@@ -49,7 +49,13 @@ class Efficiency:
 
 
 def skip_efficiency(
-    dense_ms: float, step_ms: float, *, dense_bytes: float, unread_bytes: float, copy_rate: float, removed_ms: float | None
+    dense_ms: float,
+    step_ms: float,
+    *,
+    dense_bytes: float,
+    unread_bytes: float,
+    copy_rate: float,
+    removed_ms: float | None,
 ) -> Efficiency:
     """Of a step that skips something.
 
