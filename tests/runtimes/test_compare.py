@@ -221,6 +221,21 @@ def test_parity_passes_when_sixteen_bits_flip_near_ties() -> None:
     assert "under the decisions that its own routers took" in flipped.judge(TOLERANCES["bf16"]).reason
 
 
+def test_parity_is_ambiguous_when_sixteen_bits_flip_near_ties_of_routers_that_are_off(reference: TorchRunner) -> None:
+    def widen(tensors: dict[str, np.ndarray]) -> None:
+        for name in tensors:
+            if "routers" in name:
+                tensors[name] = tensors[name] * np.float32(1.03)
+
+    wide, other = _model(edit=widen).to(torch.bfloat16), _model().to(torch.bfloat16)
+    report = _compare(reference, _torch_candidate(wide), dtype="bf16", other=other)
+    assert report.verdict == "AMBIGUOUS", report.summary()
+    (case,) = (case for case in report.cases if case.flips)
+    assert case.own_error is not None
+    assert case.score_error > 2 * case.own_error.score_mean
+    assert "scores are off by mean" in case.judge(TOLERANCES["bf16"]).reason
+
+
 def test_parity_fails_when_the_released_graph_is_another_than_the_forced_one(reference: TorchRunner) -> None:
     other = _torch_candidate(_model(edit=lambda tensors: tensors["model.norm.weight"].__imul__(-1)))
     good = _torch_candidate(_model())
