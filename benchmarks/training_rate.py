@@ -5,6 +5,7 @@ layer and without, and transformers' own Trainer, one after the other in one pro
 the next, data included. `--profile` shows where the time of two routed steps goes, and whether the GPU waited.
 
     python -m benchmarks.training_rate --device cuda --dtype bf16 [--compile] [--profile] [--steps 12]
+    python -m benchmarks.training_rate --device cuda --dtype bf16 --compile --layers 2 --steps 1    # compiles ahead
     python -m benchmarks.training_rate --tiny --batch 2 --sequence 64                # on any CPU: shows that it runs
 """
 
@@ -159,6 +160,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true", help="two more routed steps under PyTorch's profiler")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: only shows that all of it runs")
+    parser.add_argument(
+        "--layers", type=int, help="fewer than the model has: what is compiled for them serves them all"
+    )
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="sequences of a step; each in turn")
     parser.add_argument("--sequence", type=int, default=512)
@@ -166,7 +170,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
     shapes = TINY if arguments.tiny else SMOLLM2
+    if arguments.layers is not None:
+        shapes = shapes | {"num_hidden_layers": arguments.layers}
     for batch, side in itertools.product(arguments.batch, arguments.sides):
+        torch._dynamo.reset()  # or a second batch would be compiled for every size, and be the slower for it
         tokens = batch * arguments.sequence
         profiled = 2 if arguments.profile and side == SIDES[0] else 0
         watch = Stopwatch(arguments.warm_up, arguments.steps, profiled)
@@ -196,6 +203,7 @@ def main() -> None:
             "benchmark": "training_rate",
             "side": side,
             "compile": arguments.compile,
+            "layers": shapes["num_hidden_layers"],
             "dtype": arguments.dtype,
             "batch": [batch, arguments.sequence],
             "steps": len(seconds),
@@ -203,9 +211,12 @@ def main() -> None:
             "tokens_per_second": round(tokens / float(np.median(seconds))),
             "all_s": round(time.perf_counter() - start, 1),
             "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if on_gpu else None,
+            "card": torch.cuda.get_device_name() if on_gpu else None,
             "profile": watch.summary,
         }
         print(json.dumps(line), flush=True)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
 
 
 _QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
