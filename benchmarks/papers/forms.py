@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from dlo_export.checkpoints.errors import InputError
 
@@ -182,7 +183,7 @@ def with_values(form: Form, words: Sequence[str]) -> Form:
     Raises:
         InputError: It has no such value, or one of another kind.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
     names = [field.name for field in fields(form) if not isinstance(getattr(form, field.name), bool)]
     for word in words:
         name, _, text = word.partition("=")

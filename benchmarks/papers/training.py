@@ -254,7 +254,6 @@ def train(
 
 def tokens_per_second(run: TrainingRun, experiment: Experiment, batch: int) -> float:
     """Trains a few steps: how fast this machine is. The first step, which also warms up, does not count."""
-    torch._dynamo.reset()  # or a second batch would be compiled for every size, and be the slower for it
     model = run.model(experiment)
     settings = settings_of(run, experiment, model, experiment.form.probe_steps, batch)
     _, speeds, _ = _trained(run, experiment, model, settings, lambda: False)

@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 _COMPILATIONS = 64
 """In one process, which may train many models: routed ones and others, with this learning and with that."""
 
+# A step of another size, as an epoch's last one, is compiled for itself; else all would be, for any size, and slower.
+_STATIC = {"dynamic": False}
+
 
 def compile_layers(model: PreTrainedModel, **options: Any) -> None:
     """Has torch.compile take each layer where it is called; the model keeps its modules and their names.
@@ -22,6 +25,7 @@ def compile_layers(model: PreTrainedModel, **options: Any) -> None:
         model: About to be trained, ours or transformers' Llama.
         options: As torch.compile takes them.
     """
+    options = _STATIC | options
     # Beyond the limit, 8 as PyTorch has it, layers would run as they are, without a word.
     torch._dynamo.config.recompile_limit = max(_COMPILATIONS, torch._dynamo.config.recompile_limit)
     for layer in model.model.layers:
@@ -35,7 +39,7 @@ def compile_loss(model: PreTrainedModel, **options: Any) -> None:
         model: As above.
         options: As above.
     """
-    model.loss_function = torch.compile(model.loss_function, **options)
+    model.loss_function = torch.compile(model.loss_function, **(_STATIC | options))
 
 
 def uncompiled() -> Any:
