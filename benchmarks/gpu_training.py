@@ -18,6 +18,7 @@ import functools
 import io
 import itertools
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -51,7 +52,7 @@ _BATCHES = (32, 64)  # sequences of a step, of the rates
 _MOVED = "train-routed-0.80-seed-0"  # to other rates by its thresholds, so the first process trains it
 _PARTS = ("rates", "trials", "papers", "adapter")
 _FINISHING_S = 12.0  # behind the experiments, for tables and the archive
-_ADAPTER_S = 60.0
+_ADAPTER_S, _PACKING_S = 60.0, 6.0
 _RATES_S = 75.0
 _TO_TRAIN = 0.88  # of the experiments' time; in the rest the first process measures what the others trained
 _LARGEST_ARCHIVE = 15_000_000
@@ -225,7 +226,7 @@ def measure(inputs: Inputs, evidence: Evidence, smoke: bool) -> None:
             part.finish_adapter(part.start_adapter(), evidence.left - 5)
         if "papers" in chosen:
             part.finish_shipped(max(2.0, evidence.left - 8))
-        if inputs.compile:
+        if inputs.compile and evidence.fits("compiled code", _PACKING_S):
             part.keep_compiled()
 
 
@@ -423,7 +424,7 @@ class _Part:
         """Packs what torch.compile made, for the next run."""
         with self._evidence.guard("compiled code"):
             packed = self._evidence.out / "compiled.tar.xz"
-            _archive(packed, sorted(_COMPILED.iterdir()))
+            _archive(packed, sorted(_COMPILED.iterdir()), effort=1)
             size = packed.stat().st_size
             self._evidence.row("compiled code", bytes=size, too_large=size > _LARGEST_ARCHIVE)
 
@@ -475,10 +476,10 @@ def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _archive(file: Path, paths: Sequence[Path]) -> None:
+def _archive(file: Path, paths: Sequence[Path], *, effort: int = 6) -> None:
     """Packs files and folders, whole or not at all."""
     partial = io.BytesIO()
-    with tarfile.open(fileobj=partial, mode="w:xz") as archive:
+    with lzma.LZMAFile(partial, "w", preset=effort) as packed, tarfile.open(fileobj=packed, mode="w") as archive:
         for path in paths:
             archive.add(path, path.name)
     temporary = file.with_suffix(".partial")
