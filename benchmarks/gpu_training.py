@@ -49,7 +49,7 @@ _REPOSITORY = Path(__file__).resolve().parent.parent
 _DLO = (sys.executable, "-c", "from dlo_export.exporter.cli import main; raise SystemExit(main())")
 _FORM = "five-minutes"
 _BATCHES = (32, 64)  # sequences of a step, of the rates
-_MOVED = "train-routed-0.80-seed-0"  # to other rates by its thresholds, so the first process trains it
+_OWN = ("train-original", "train-routed-0.80-seed-0")  # runs of the first process
 _PARTS = ("rates", "trials", "papers", "adapter")
 _FINISHING_S = 12.0  # behind the experiments, for tables and the archive
 _ADAPTER_S, _PACKING_S = 60.0, 6.0
@@ -369,9 +369,9 @@ class _Part:
             self._shipped = shipped[0] if shipped else None
 
     def _shares(self) -> list[list[str]]:
-        """Runs of the processes beside the first one, which keeps those that others build on."""
+        """Runs of the processes beside the first one, which keeps those that it measures most on."""
         runs = with_values(FORMS[self._form], self._in.changes).runs
-        given = [name for name in runs if name not in (*SHIPPED, _MOVED)]
+        given = [name for name in runs if name not in _OWN]
         others = self._in.workers - 1
         return [given[start::others] for start in range(others)]
 

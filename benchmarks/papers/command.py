@@ -233,9 +233,10 @@ def _run_others(experiment: Experiment, budget: Budget, request: Request) -> dic
     # What other processes train is measured as it comes, whichever comes first.
     waiting = [run.name for run in theirs]
     while waiting and _wait_for_one(waiting, results, budget):
-        come = [name for name in waiting if name in results]
-        waiting = [name for name in waiting if name not in come]
-        left_out |= run_pieces(_rate_pieces(experiment, [run for run in theirs if run.name in come]), results, budget)
+        come = [run for run in theirs if run.name in waiting and run.name in results]
+        waiting = [name for name in waiting if name not in results]
+        measured = [*_rate_pieces(experiment, come), *kind_pieces(experiment, come)]
+        left_out |= run_pieces([*measured, *task_pieces(experiment, come, of_artefacts=exports)], results, budget)
     last = [*calibrated_baselines(experiment), *removal_pieces(experiment, budget)]
     return left_out | run_pieces(last, results, budget)
 
