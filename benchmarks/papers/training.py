@@ -77,7 +77,13 @@ class TrainingRun:
 
 
 def training_runs(experiment: Experiment) -> list[TrainingRun]:
-    """The form's runs, by falling importance.
+    """The form's runs, by falling importance."""
+    by_name = {run.name: run for run in _every_run(experiment)}
+    return [by_name[name] for name in experiment.form.runs or by_name]
+
+
+def _every_run(experiment: Experiment) -> list[TrainingRun]:
+    """All there are, by falling importance.
 
     DLO's interleaving with zeros and TLI's injection with zero_out make the same model here, so one dense run stands
     for both. Routers are compared with other ways to skip on the original layers: in a deepened model, the injected
@@ -124,7 +130,7 @@ def training_runs(experiment: Experiment) -> list[TrainingRun]:
         distilled(targets[0]),
     ]
     unequal = [run for run in runs if run.kind in ("original", "llama-pro", "moe")]  # the original's comes first
-    every = [
+    return [
         *runs,
         *(dataclasses.replace(run, suffix="-equal-flops", kept=False, equal_flops=True) for run in unequal),
         *(routed(targets[0], seed) for seed in others),
@@ -132,8 +138,6 @@ def training_runs(experiment: Experiment) -> list[TrainingRun]:
         *(routed(target, first) for target in targets[1:]),
         *(routed(target, seed) for target in targets[1:] for seed in others),
     ]
-    by_name = {run.name: run for run in every}
-    return [by_name[name] for name in form.runs or by_name]
 
 
 @torch.no_grad()
@@ -333,14 +337,15 @@ def training_costs(
         ``flops`` of a token by kind of run; ``batch``; ``tokens_per_second`` of the deepened model, dense and routed;
         ``steps`` by name of the run.
     """
-    form = experiment.form
-    costs: dict[str, Any] = {"flops": flops_per_token(runs, experiment)}
+    form, every = experiment.form, _every_run(experiment)
+    compared = [_run_of(every, kind) for kind in ("original", "deepened", _REFERENCE)]  # whatever the form's runs are
+    costs: dict[str, Any] = {"flops": flops_per_token([*runs, *compared], experiment)}
     if speeds is not None:
         costs |= {"batch": form.batches[0], "tokens_per_second": dict(speeds)}
         return {**costs, "steps": planned_steps(runs, form, costs, seconds)}
     probes = {
-        "dense": TrainingRun("deepened", _run_of(runs, "deepened").dense, "-probe"),
-        "routed": dataclasses.replace(_run_of(runs, _REFERENCE), suffix="-probe", kept=False),
+        "dense": TrainingRun("deepened", _run_of(every, "deepened").dense, "-probe"),
+        "routed": dataclasses.replace(_run_of(every, _REFERENCE), suffix="-probe", kept=False),
     }
     for batch in form.batches:
         try:
