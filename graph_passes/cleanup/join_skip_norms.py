@@ -36,20 +36,22 @@ class JoinSkipNormsPass(GraphPass):
     bit. Where rows are gathered, an addition of rows and the norm of the stream lie apart: these norms stay alone, and
     so they do in the masked form that is compared with it.
 
-    Optional, and only in a graph that had such nodes: there the additions of injected layers are fused too. Layers are
-    not found in the graph any more, before it is split again. Scope: main graph.
+    Optional, and only in a graph that had such nodes, unless it is asked for: there the additions of injected layers
+    are fused too. Layers are not found in the graph any more, before it is split again. Scope: main graph.
 
     Attributes:
         around_routed: Fuse norms in front of and behind routed blocks too.
+        uninvited: Fuse in a graph that had no such nodes.
     """
 
     around_routed: bool = False
+    uninvited: bool = False
 
     nodes_from: ClassVar[Border | None] = "plain"
 
     def rewrite(self, model: ir.Model) -> bool:
         """Fuse every addition that one norm reads."""
-        if SplitSkipNormsPass.__name__ not in {run.name for run in passes_run(model)}:
+        if not self.uninvited and SplitSkipNormsPass.__name__ not in {run.name for run in passes_run(model)}:
             return False
         graph, tags = model.graph, {PASS_KEY: type(self).__name__}
         masked = [node for node in graph if _adds_masked_branch(node)]
