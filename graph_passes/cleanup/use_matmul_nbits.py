@@ -43,8 +43,9 @@ class UseMatMulNBitsPass(GraphPass):
     tries to, misses the weight, which stands outside, and does not load the graph; and a DequantizeLinear outside of
     the branch runs in every step. So this comes before a lowering that moves MLPs into branches.
 
-    Optional: weights that are dense, or that ONNX Runtime would not fuse so (a scale for each output, or read through a
-    Transpose or by a Gemm), are left alone. Scope: the MLPs of the main graph that have a mask.
+    Optional: weights that are dense, or that ONNX Runtime would not fuse so (a scale for each output, codes or scales
+    that several nodes read, a Transpose or a Gemm behind them), are left alone: it multiplies by these as they are, and
+    would round the other factor to 8 bits here. Scope: the MLPs of the main graph that have a mask.
     Source: ONNX Runtime's DQMatMulToMatMulNBits; com.microsoft.MatMulNBits-1.
     """
 
@@ -57,6 +58,7 @@ class UseMatMulNBitsPass(GraphPass):
         found = list(_products(graph))
         unique = unique_names(graph)
         for layer, node, weight in found:
+            # The codes are stored anew, packed and turned; they are computed when they are written.
             rows, columns = weight.shape
             parts = packed_codes(weight.constants[0].name or "weight", weight, unique)
             for part in parts:
@@ -80,6 +82,7 @@ class UseMatMulNBitsPass(GraphPass):
             graph.insert_before(node, product)
             replace_value(node.outputs[0], output)
             graph.remove(node, safe=True)
+        # With the products go the nodes that dequantised, and what they read.
         if found:
             graph.opset_imports.setdefault(MICROSOFT, 1)
             remove_unused(graph)
@@ -91,13 +94,17 @@ def _products(graph: ir.Graph) -> Iterator[tuple[int, ir.Node, DequantizedStorag
     for layer in find_decoder_layers(graph):
         masked = match_masked_mlp(layer)
         for node in () if isinstance(masked, Mismatch) else masked.nodes:
-            source = node.inputs[1].producer() if is_op(node, "MatMul") and node.inputs[1] is not None else None
-            if (
-                source is None
-                or not is_op(source, "DequantizeLinear")
-                or not source.attributes.get_int("block_size", 0)
-            ):
+            if not is_op(node, "MatMul") or not _is_fused(node.inputs[1]):
                 continue
             weight = dequantized_storage(Place(node, 1), "in_out")
             if weight is not None and weight.block >= _SMALLEST_BLOCK and not weight.block & (weight.block - 1):
                 yield layer.index, node, weight
+
+
+def _is_fused(weight: ir.Value | None) -> bool:
+    """Whether a product's weight is dequantised by blocks for it alone, from codes and scales that nobody shares."""
+    source = None if weight is None else weight.producer()
+    if source is None or not is_op(source, "DequantizeLinear") or not source.attributes.get_int("block_size", 0):
+        return False
+    own = (weight, *source.inputs[:2])
+    return all(value is not None and len(value.uses()) == 1 and not value.is_graph_output() for value in own)

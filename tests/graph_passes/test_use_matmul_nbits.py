@@ -18,6 +18,16 @@ DEQUANTIZED = """n = RMSNormalization (h, norm)
   u = MatMul (n, w)
   a = Sigmoid (u)
   d = MatMul (a, down)"""
+# ONNX Runtime fuses neither of two that share their scales.
+SHARED = """n = RMSNormalization (h, norm)
+  w = DequantizeLinear <axis = 0, block_size = 16> (codes, scales, points)
+  w2 = DequantizeLinear <axis = 0, block_size = 16> (codes2, scales, points)
+  p = MatMul (n, w)
+  q = MatMul (n, w2)
+  u = Add (p, q)
+  a = Sigmoid (u)
+  d = MatMul (a, down)"""
+OTHER_CODES = ", int8[2,3] codes2 = {1, 2, 3, 4, 5, 6}"
 ACTIVE = np.array([[True, False, True], [False, False, True]])
 
 
@@ -38,8 +48,9 @@ def test_product_and_dequantisation_are_one_when_a_masked_mlp_has_them() -> None
     [
         tiny_decoder(DEQUANTIZED, initializers=CODES),
         masked_decoder(DEQUANTIZED.replace("block_size = 16", "block_size = 24"), initializers=CODES),
+        masked_decoder(SHARED, initializers=CODES + OTHER_CODES),
     ],
-    ids=["nothing skips it", "the operator has no such blocks"],
+    ids=["nothing skips it", "the operator has no such blocks", "two nodes read its scales"],
 )
 def test_weights_are_left_alone_when(text: str) -> None:
     model = ir.from_onnx_text(text)
