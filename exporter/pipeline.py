@@ -7,6 +7,7 @@ Nothing here knows what a source is: it gives a plain graph and says what is to 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Literal, Protocol
 
 import numpy as np
@@ -65,6 +66,7 @@ from dlo_export.graph_passes.spec.invariants import (
 from dlo_export.graph_passes.spec.ops import DOMAIN, MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
+from dlo_export.runtimes.onnxruntime.operators import declared_by_onnxruntime
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
 from dlo_export.runtimes.onnxruntime.providers import GROUP_QUERY_ATTENTION
 
@@ -146,11 +148,15 @@ class Step:
     released: bool = False
 
 
-def foreign_passes() -> list[GraphPass]:
-    """What turns somebody else's graph into one whose layers can be found."""
+def foreign_passes(stand_ins: Iterable[str] = ()) -> list[GraphPass]:
+    """What turns somebody else's graph into one whose layers can be found.
+
+    Args:
+        stand_ins: Names of its functions that stand in for operators of ONNX Runtime's own.
+    """
     return [
         # Layers are found by operators, wherever an exporter drew the line of a function.
-        InlineFunctionsPass(),
+        InlineFunctionsPass(tuple(sorted(stand_ins))),
         # Weights are initializers of the main graph, also what was a Constant, the default of an input, or in a branch.
         LiftConstantsPass(),
         # Nobody has to look through them, however many there are.
@@ -325,7 +331,22 @@ def prepare_foreign(model: ir.Model) -> ir.Model:
             "the nodes cannot be run in the order they are in:\n  " + "\n  ".join(problems),
             hint="export the graph again: ONNX lists a node behind those whose outputs it reads",
         )
-    return _run_passes(model, foreign_passes())
+    return _run_passes(model, foreign_passes(_stand_ins(model)))
+
+
+def _stand_ins(model: ir.Model) -> list[str]:
+    """Names of functions that ONNX Runtime has operators for; none of those whose constants lie in data files."""
+
+    def is_external(node: ir.Node) -> bool:
+        tensors = (each for each in node.attributes.values() if each.type == ir.AttributeType.TENSOR)
+        return any(isinstance(each.value, ir.ExternalTensor) for each in tensors)
+
+    return [
+        function.name
+        for function in model.functions.values()
+        if declared_by_onnxruntime(function.domain, function.name) is not None
+        and not any(map(is_external, function.all_nodes()))
+    ]
 
 
 def prepare_released(model: ir.Model) -> ir.Model:

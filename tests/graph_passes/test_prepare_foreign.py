@@ -111,6 +111,20 @@ def test_functions_are_inlined_with_their_constants_when_called_twice() -> None:
     check_idempotence(model, InlineFunctionsPass())
 
 
+STAND_IN = """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+g (float[2] x) => (float[2] y) { h = com.microsoft.Own (x)  y = com.microsoft.QuickGelu (h) }
+<domain: "com.microsoft", opset_import: ["" : 21]> Own (a) => (c) { c = Neg (a) }
+<domain: "com.microsoft", opset_import: ["" : 21]> QuickGelu (a) => (c) { c = Abs (a) }"""
+
+
+def test_function_stays_with_its_calls_when_the_runtime_has_an_operator_of_its_name() -> None:
+    model, pass_ = ir.from_onnx_text(STAND_IN), InlineFunctionsPass(("QuickGelu", "Gelu"))
+    assert pass_(model).modified
+    assert [node.op_type for node in model.graph] == ["Neg", "QuickGelu"]
+    assert [name for _, name, _ in model.functions] == ["QuickGelu"]
+    check_idempotence(model, pass_)
+
+
 def test_functions_are_refused_when_one_calls_itself() -> None:
     model = ir.from_onnx_text(FUNCTIONS.replace("c = Mul (a, b)", "c = custom.twice (a)"))
     with pytest.raises(GraphPassError, match="twice"):
