@@ -43,6 +43,7 @@ from dlo_export.checkpoints.adapter.adapter import DloAdapter, load_adapter, sav
 from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter
 from dlo_export.checkpoints.depth.placements import ExpansionPlan, placements
 from dlo_export.checkpoints.errors import DloError
+from dlo_export.checkpoints.llama_layer import HEAD
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.artefact_runner import exposed_model, open_artefact
 from dlo_export.exporter.graph_dtype import graph_dtype
@@ -212,8 +213,10 @@ def pytorch_outcomes(
     graph: Path, adapter: DloAdapter, plan: ExpansionPlan, cases: list[Case], dtype: torch.dtype
 ) -> list[Outcome]:
     """What the PyTorch model computes that has the graph's own weights, deepened and routed by the adapter."""
-    config = json.loads((graph.parent / "config.json").read_text())
-    deepened = expanded_tensors(open_foreign_graph(graph).tensors, plan)
+    tensors = open_foreign_graph(graph).tensors
+    # A head and an embedding that are quantised apart are tied no more.
+    config = json.loads((graph.parent / "config.json").read_text()) | {"tie_word_embeddings": HEAD not in tensors}
+    deepened = expanded_tensors(tensors, plan)
     model = routable_model(config | expanded_config(config, plan), deepened, dtype=dtype)
     for layer in adapter.routed_layers:
         router = model.model.router(layer)
