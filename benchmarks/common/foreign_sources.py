@@ -141,7 +141,7 @@ SOURCES: Final = {
     "olive fused": ForeignSource("fp32", _olive("OrtTransformersOptimization", _FUSED_BY_OLIVE)),
     "genai fp16": ForeignSource("fp16", _genai("fp16", "cuda")),
     "genai int4": ForeignSource("int4", _genai("int4", "cpu")),
-    "genai int4, exact": ForeignSource("int4", _genai("int4", "cpu", "int4_accuracy_level=1")),
+    "genai int4, exact": ForeignSource("int4", _genai("int4", "cpu", "accuracy_level=1")),
     "olive int4": ForeignSource("int4", _olive("OnnxBlockWiseRtnQuantization", {"block_size": 32})),
 }
 """By name. Of genai's two int4 graphs the first asks for activations in 8 bits, as the builder does by default."""
