@@ -42,14 +42,14 @@ def measure(evidence: Evidence, smoke: bool) -> None:
         copy, tflops = copy_rate("cuda", 3 if smoke else 10), product_rate(3 if smoke else 10) * 1e-12
         evidence.row("ceilings", copy_gb_s=round(copy * 1e-9), bf16_matmul_tflop_s=round(tflops))
     torch.cuda.empty_cache()
-    candidates: dict[str, Overlap] = {}
+    candidates: dict[str, dict[str, Overlap]] = {}
     with evidence.guard("right"):
-        candidates = right_candidates(evidence, 30 if smoke else 40, [Process("checks", "gpu.pytorch_checks")])
+        candidates = right_candidates(evidence, 50, [Process("checks", "gpu.pytorch_checks")])
     for name in ("8B", "1B"):
         config = {**SIZES[name], **({"num_hidden_layers": 4, "vocab_size": 32_768} if smoke else {})}
         with evidence.guard(name):
             if evidence.fits(name, 12 if smoke else 20):
-                Size(evidence, name, config, smoke, copy, tflops, candidates).measure()
+                Size(evidence, name, config, smoke, copy, tflops, candidates.get(name, {})).measure()
         torch.cuda.empty_cache()
     if evidence.fits("transformers", 15):
         options = ("--smoke",) if smoke else ()

@@ -58,6 +58,7 @@ class Size:
         self.evidence, self.name, self.smoke, self.copy, self.tflops = evidence, name, smoke, copy, tflops
         self.candidates = candidates
         self.overlaps = (Overlap(), Overlap())  # of the dense decoder, and of the routed one
+        self.taken = ("apart", "apart")  # their names
         self.config = config
         self.layers: int = config["num_hidden_layers"]
         begin = time.monotonic()
@@ -81,6 +82,10 @@ class Size:
         """Decode, then prefill, then where a step's time goes."""
         once = self.smoke and self.name == "1B"  # the same code as of the other size
         for batch in (1,) if once else (1, 4) if self.smoke else (1, 4, 16):
+            if batch == 1 and self.candidates and not self.smoke:
+                # What there is without a candidate: figures to compare with, and to keep if one of them never ends.
+                with self.evidence.guard("decode", model=self.name, batch=batch):
+                    self.decode(batch)
             if batch <= 4:  # more rows of a tensor core's instruction are no other case
                 with self.evidence.guard("overlaps", model=self.name, batch=batch):
                     self.choose_overlaps(batch)
@@ -123,6 +128,7 @@ class Size:
         if times:
             dense_name, routed_name = (min(times, key=lambda name: times[name][of]) for of in ("dense", "layers 50%"))
             self.row("overlaps taken", batch=batch, dense=dense_name, routed=routed_name)
+            self.taken = dense_name, routed_name
             self.overlaps = self.candidates[dense_name], self.candidates[routed_name]
 
     def skipping(self, share: float) -> torch.Tensor:
@@ -205,9 +211,10 @@ class Size:
             self.row(
                 "decode",
                 # Four layers and a small vocabulary are no 8B: a smoke run's times are held to nothing.
-                passed=None if self.smoke else passed,
+                passed=None if self.smoke or (self.candidates and self.taken == ("apart", "apart")) else passed,
                 batch=batch,
                 subject=subject.name,
+                overlaps=self.taken,
                 **values,
             )
         with self.evidence.guard("overlap", model=self.name, batch=batch):
