@@ -98,7 +98,7 @@ def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Pat
         run_processes(evidence, processes, seconds=seconds)
         for runtime in RUNTIMES:
             job = {"folder": temporary, "runtime": runtime, "smoke": smoke}
-            run_processes(evidence, [Process(runtime, PROGRAM, ("--genai", json.dumps(job)))], seconds=20)
+            run_processes(evidence, [Process(runtime, PROGRAM, ("--genai", json.dumps(job)))], seconds=30)
         for row in compared(evidence.rows, smoke=smoke):
             evidence.row(**row)
     if model is None:

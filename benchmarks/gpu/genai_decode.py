@@ -22,7 +22,7 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.runtimes.generation.generate import Generation
 from dlo_export.runtimes.runner import Runner
 
-PROMPT, STEPS, REPEATS = 128, 64, 5
+PROMPT, STEPS, REPEATS = 128, 64, 3
 ROUTED, DENSE, IN_PLACE, PEER = "routed", "dense", "dense, cache in place", "dense, its builder's graph"
 """Folders of what runs; the first is the small routed checkpoint, the others are of one model."""
 Runtime = Literal["onnxruntime", "onnxruntime-genai"]
