@@ -7,7 +7,6 @@ from benchmarks.gpu.command_checks import rows_of_commands
 from benchmarks.gpu.dense_decode_times import time_decode
 from benchmarks.gpu.evidence import BAR_MISSED, NO_GPU, Evidence
 from benchmarks.gpu.evidence_processes import run_processes
-from benchmarks.gpu.genai_decode import RUNTIMES, compared, rows_of_decode, save_graphs
 from benchmarks.gpu.lowering_parity import ATTENTION, DATA, NATIVE, Job, rows_of
 from benchmarks.gpu_onnxruntime_parity import main, process_of
 from dlo_export.runtimes.onnxruntime.providers import CPU
@@ -65,21 +64,6 @@ def test_decode_is_timed_against_transformers_when_a_model_is_given(tmp_path: Pa
     assert nodes["nodes_per_step"].keys() == {"CPUExecutionProvider"}
     assert nodes["us_per_step"]["Attention"] > 0
     assert all(row["passed"] is None for row in evidence.rows), evidence.rows
-
-
-def test_genai_gives_the_tokens_of_our_runner_when_it_runs_our_artefacts(tmp_path: Path):
-    model = save_tiny_llama(tmp_path / "model", layers=2, head_dim=16)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
-    made = list(save_graphs(model, tmp_path, "cpu", builder=False))
-    assert [row["passed"] for row in made] == [None] * 3, made
-    rows = [row for runtime in RUNTIMES for row in rows_of_decode(tmp_path, runtime, smoke=True, vocabulary=32)]
-    assert all(row.get("step_ms", 0) > 0 for row in rows), rows
-    said = list(compared(rows, smoke=True))
-    assert [row["passed"] for row in said if "same" in row] == [True, True]
-    assert said[-1]["ratio"] > 0
-    rows[-1]["tokens"][-1] += 1
-    assert [row["passed"] for row in compared(rows, smoke=True) if "same" in row] == [True, False]
 
 
 def test_commands_pass_when_no_model_with_a_tokenizer_is_given():
