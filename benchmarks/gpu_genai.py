@@ -1,7 +1,8 @@
 """onnxruntime-genai on a GPU beside our runner: tokens of the same artefacts, and a dense decode step of each.
 
-    python -m benchmarks.gpu_genai --prepare GRAPHS [--model MODEL]     # needs no GPU
-    python -m benchmarks.gpu_genai --graphs GRAPHS --out DIR
+    python -m benchmarks.gpu_genai --out DIR [--model MODEL]
+    python -m benchmarks.gpu_genai --prepare GRAPHS [--model MODEL]     # the half a minute that needs no GPU, before
+    python -m benchmarks.gpu_genai --out DIR --graphs GRAPHS
 
 Prepared are a small routed artefact, and of a model in bfloat16 (without --model a random one: hidden size 2048,
 intermediate size 8192, 8 layers) an artefact with a cache that grows, one with a cache in place, and what
@@ -38,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--job", type=json.loads)
     own, others = parser.parse_known_args(arguments)
     if own.prepare is not None:
-        own.prepare.mkdir(parents=True)
+        own.prepare.mkdir(parents=True, exist_ok=True)
         return _say(save_graphs(own.model, own.prepare, "cuda"))
     if own.job is not None:
         _say(rows_of_decode(Path(own.job["graphs"]), own.job["runtime"], smoke=own.job["smoke"]))
         return DONE
-    return run_part("genai", __doc__, check, functools.partial(measure, graphs=own.graphs), others)
+    return run_part("genai", __doc__, check, functools.partial(measure, model=own.model, graphs=own.graphs), others)
 
 
 def check() -> None:
@@ -61,17 +62,21 @@ def check() -> None:
         raise InputError(f"on the CPU: {failed}", hint="the graphs are wrong, or one of the runtimes is")
 
 
-def measure(evidence: Evidence, smoke: bool, *, graphs: Path | None) -> None:
+def measure(evidence: Evidence, smoke: bool, *, model: Path | None, graphs: Path | None) -> None:
     """Both runtimes, one after the other.
 
     Raises:
-        InputError: No graphs were prepared.
+        InputError: `graphs` is no folder.
     """
-    if graphs is None or not graphs.is_dir():
-        raise InputError(f"--graphs {graphs}: no folder of graphs", hint="make one with --prepare")
-    for runtime in RUNTIMES:
-        job = {"graphs": str(graphs.absolute()), "runtime": runtime, "smoke": smoke}
-        run_processes(evidence, [Process(runtime, PROGRAM, ("--job", json.dumps(job)))], seconds=60)
+    if graphs is not None and not graphs.is_dir():
+        raise InputError(f"--graphs {graphs}: no such folder", hint="make one with --prepare")
+    with tempfile.TemporaryDirectory() as temporary:
+        if graphs is None:
+            for row in save_graphs(model, Path(temporary), "cuda"):
+                evidence.row(**row)
+        for runtime in RUNTIMES:
+            job = {"graphs": str(graphs.absolute() if graphs else temporary), "runtime": runtime, "smoke": smoke}
+            run_processes(evidence, [Process(runtime, PROGRAM, ("--job", json.dumps(job)))], seconds=60)
     for row in compared(evidence.rows, smoke=smoke):
         evidence.row(**row)
 

@@ -45,11 +45,11 @@ def save_graphs(
     """Exports what is run, and has onnxruntime-genai's builder make its graph of the same weights.
 
     Args:
-        model: Checkpoint folder with a tokenizer, or GGUF file; None makes a random one.
+        model: Checkpoint folder or GGUF file; None makes a random one.
         folder: To hold a folder of each.
         provider: That they are for; the type is bfloat16 on CUDA, float32 on a CPU.
         routed_alone: Leave out all but the routed reference.
-        builder: Whether to run the builder, which needs the tokenizer.
+        builder: Whether to run the builder, which takes a quarter of a minute.
 
     Yields:
         A row of each.
@@ -58,7 +58,7 @@ def save_graphs(
         ROUTED: lambda: _export(DATA / "reference_mlp_routed", folder / ROUTED, provider, lowering="compact")
     }
     if not routed_alone:
-        chosen = random_model() if model is None else model
+        chosen = random_llama_folder("random-h2048", H2048) if model is None else model
         steps[DENSE] = lambda: _export(chosen, folder / DENSE, provider)
         steps[IN_PLACE] = lambda: _export(chosen, folder / IN_PLACE, provider, static_cache=512)
         if builder:
@@ -72,21 +72,6 @@ def save_graphs(
             yield {**row, "passed": False, "error": f"{type(err).__name__}: {err}"[-1500:]}
             continue
         yield {**row, "passed": None, "seconds": round(time.monotonic() - begin, 1)}
-
-
-def random_model() -> Path:
-    """The random checkpoint of `H2048`, with a tokenizer that nobody uses but the builder asks for."""
-    from tokenizers import Tokenizer, models  # noqa: PLC0415 - only where graphs are made
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - heavy
-
-    folder = random_llama_folder("random-h2048-tokenizer", H2048)
-    if not (folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
-        words = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-        )
-        words.save_pretrained(folder)
-    return folder
 
 
 def rows_of_decode(
@@ -201,6 +186,9 @@ def _build(model: Path, folder: Path, provider: ProviderOption) -> None:
     if model.suffix == ".gguf":
         checkpoint = folder / "checkpoint"
         save_dequantised(model, checkpoint)
+    elif not (model / "tokenizer.json").exists():
+        checkpoint = folder / "checkpoint"
+        _with_tokenizer(model, checkpoint)
     precision = ["-p", "bf16", "-e", "cuda"] if provider == "cuda" else ["-p", "fp32", "-e", "cpu"]
     extra = ["--extra_options", "enable_cuda_graph=true"] if provider == "cuda" else []
     places = ["-i", str(checkpoint), "-o", str(folder / PEER), "-c", str(folder / "cache")]
@@ -208,6 +196,19 @@ def _build(model: Path, folder: Path, provider: ProviderOption) -> None:
     built = subprocess.run(command, check=False, capture_output=True, text=True)
     if built.returncode:
         raise RuntimeError(f"the builder ended with {built.returncode}: {built.stderr[-1200:]}")
+
+
+def _with_tokenizer(model: Path, folder: Path) -> None:
+    """The same checkpoint with a tokenizer that nobody uses: the builder asks for one."""
+    from tokenizers import Tokenizer, models  # noqa: PLC0415 - only where graphs are made
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - heavy
+
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file)
+    words: Any = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    named: Any = PreTrainedTokenizerFast
+    named(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
 
 
 def _shared(one: list[int], other: list[int]) -> int:

@@ -17,14 +17,14 @@ from tests.tiny_models import save_tiny_llama
 def test_part_checks_the_cpu_and_says_what_is_missing_when_there_is_no_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gpu_genai.main(["--out", str(tmp_path), "--graphs", str(tmp_path)]) == NO_GPU
+    assert gpu_genai.main(["--out", str(tmp_path)]) == NO_GPU
     assert "run it where an NVIDIA GPU is" in capsys.readouterr().err
 
 
-def test_part_asks_for_graphs_when_none_were_prepared(tmp_path: Path) -> None:
+def test_part_names_the_folder_when_no_graphs_were_prepared_there(tmp_path: Path) -> None:
     evidence = Evidence("genai", tmp_path, 10)
     with pytest.raises(InputError, match="--prepare"):
-        gpu_genai.measure(evidence, smoke=True, graphs=tmp_path / "missing")
+        gpu_genai.measure(evidence, smoke=True, model=None, graphs=tmp_path / "missing")
     assert evidence.close() != BAR_MISSED
 
 
