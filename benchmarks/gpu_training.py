@@ -162,6 +162,7 @@ class Child:
                     "PYTHONPATH": path,
                     "PYTHONUNBUFFERED": "1",
                     "TORCHINDUCTOR_CACHE_DIR": str(_COMPILED),
+                    "TORCHINDUCTOR_COMPILE_THREADS": "4",  # each of several processes would take all cores
                 },
             )
         if self.cores:
