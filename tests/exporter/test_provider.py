@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from benchmarks.gpu.random_decoder import RandomDecoder
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.lowering_choice import choose_onnxruntime_lowering
+from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.runtimes.artefact.description import load_description
@@ -115,3 +120,18 @@ def test_auto_takes_the_plugin_where_cuda_has_its_library(provider, library, exp
         "auto", "fp32", routing="layer", path=Path("model"), provider=provider, library_at_hand=library
     )
     assert layers == "compact"
+
+
+@pytest.mark.parametrize("kind", get_args(RoutingKind))
+@pytest.mark.parametrize("lowering", ["masked", "compact", "if"])
+def test_graph_for_cuda_has_no_operator_its_provider_lacks(kind: RoutingKind, lowering: str) -> None:
+    source = RandomDecoder("small", routed=True, rescale=True, kind=kind)
+    model = build_model(source, lowering, ir.DataType.BFLOAT16, "onnxruntime-cuda")
+    nodes = list(model.graph.all_nodes())
+    # As the kernels of onnxruntime-gpu 1.31.1 say: it reduces numbers alone, and adds no bfloat16 in ScatterND.
+    reduced = [node for node in nodes if node.op_type == "ReduceMax"]
+    assert bool(reduced) == (lowering == "if")
+    assert all(node.inputs[0].dtype == ir.DataType.FLOAT for node in reduced)
+    assert not [node for node in nodes if node.op_type == "ScatterND" and "reduction" in node.attributes]
+    # The host waits for conditions: compact, which knows the number of rows already, asks for none.
+    assert any(node.op_type == "If" for node in nodes) == (lowering == "if")
