@@ -406,10 +406,11 @@ class _Part:
                 self._shipped = None
             results = Results(self._results)
             self._note(results)
-            self._tabulate()
             for claim in claims(results):
                 # A tiny model shows that the command works, and nothing about the methods.
                 self._evidence.row(claim.what, passed=None if self._smoke else claim.passed, **claim.figures)
+            self._pack()
+            self._tabulate()
             self._pack()
 
     def _tabulate(self) -> None:
