@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_training --model SMOLLM2.gguf --text TEXT --tasks TASKS --out DIR --budget-s 400
 
-TEXT is what `benchmarks.training_payload` made, TASKS a folder of log-likelihood requests; both may be packed (.tar.xz).
+TEXT is what `benchmarks.training_payload` made, TASKS a folder of log-likelihood requests; either may be a .tar.xz.
 Results are written as they come: DIR/training.jsonl has a row for each, DIR/papers.tar.xz all of them with tables and
 plots, DIR/adapter.tar.xz the trained adapter, DIR/compiled.tar.xz what torch.compile made. Without a GPU it checks what
 it was given and ends with 4.
