@@ -101,6 +101,8 @@ class Size:
         ids = torch.randint(0, self.vocab, (batch, CONTEXT), device="cuda")
         expected: list[torch.Tensor] = []
         for name, options in OVERLAPS.items():
+            if batch > 1 and "vectors" in options:
+                continue  # of one token alone
             with self.evidence.guard("overlap", model=self.name, overlap=name, batch=batch):
                 dense, routed = (
                     self.decoder(weights, batch, ops=KernelOps(**options)) for weights in (self.dense, self.routed)
@@ -284,6 +286,10 @@ class Size:
             "down product": each(lambda index: plain(index).down(gated)),
             "head product, once": [lambda: nn.functional.linear(stream, head)],
         }
+        if batch == 1:
+            vectors = KernelOps(vectors=True)
+            parts["qkv product, own kernel"] = each(lambda index: vectors.product(stream, layers[index].qkv))
+            parts["out product, own kernel"] = each(lambda index: vectors.product(stream, layers[index].out))
         with torch.inference_mode():
             for name, part in parts.items():
                 with self.evidence.guard("breakdown", model=self.name, batch=batch, step=name):
