@@ -19,9 +19,9 @@ from tests.runtimes.captured_cases import CAPACITY, LENGTHS, decoder_outputs, mo
 
 # 70 tokens fill more than one block of slots, so that splits have work; one of them stays empty.
 CASES = {
-    "ragged": (LENGTHS, 3, CAPACITY, {}),
+    "ragged": (LENGTHS, 2, CAPACITY, {}),
     "vectors": ((5,), 2, CAPACITY, {}),
-    "bias": (LENGTHS, 2, CAPACITY, {"attention_bias": True, "rescale": False}),
+    "bias": (LENGTHS, 1, CAPACITY, {"attention_bias": True, "rescale": False}),
     "long": (
         (70,),
         2,

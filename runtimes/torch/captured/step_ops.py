@@ -393,7 +393,8 @@ class KernelOps(StepOps):
         if not self._vectors or len(rows) > 1 or product.bias is not None:
             return product(rows)
         wide, depth = product.weight.shape
-        columns = math.gcd(_VECTOR_COLUMNS, wide)
+        block = _power_of_two(depth)
+        columns = math.gcd(vector_columns(block, rows.itemsize), wide)
         output = rows.new_empty(1, wide)
         self._kernels.vector_product_kernel[(wide // columns,)](
             rows,
@@ -401,14 +402,23 @@ class KernelOps(StepOps):
             depth,
             output,
             COLUMNS=columns,
-            BLOCK=_power_of_two(depth),
+            BLOCK=block,
             num_warps=4,
             **self._early,
         )
         return output
 
 
-_VECTOR_COLUMNS = 8  # whose weights of an 8B, 64 KB, fit the registers of 128 threads
+def vector_columns(block: int, itemsize: int) -> int:
+    """Columns of a program of one token's product: as many as have their weights, 64 KB, in registers of 128 threads.
+
+    Args:
+        block: Elements of a column, a power of two.
+        itemsize: Bytes of an element.
+    """
+    return max(1, min(8, (1 << 16) // (block * itemsize)))
+
+
 _COLUMNS = 1024  # of the gated products, that a program computes
 
 
