@@ -20,6 +20,7 @@ transformers, as they come and compiled.
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -31,7 +32,6 @@ from benchmarks.gpu.pytorch_candidates import right_candidates
 from benchmarks.gpu.pytorch_checks import check
 from benchmarks.gpu.pytorch_times import Size
 from benchmarks.gpu.random_torch_llama import SIZES
-from dlo_export.runtimes.torch.captured.step_ops import Overlap
 
 
 def measure(evidence: Evidence, smoke: bool) -> None:
@@ -42,16 +42,28 @@ def measure(evidence: Evidence, smoke: bool) -> None:
         copy, tflops = copy_rate("cuda", 3 if smoke else 10), product_rate(3 if smoke else 10) * 1e-12
         evidence.row("ceilings", copy_gb_s=round(copy * 1e-9), bf16_matmul_tflop_s=round(tflops))
     torch.cuda.empty_cache()
-    candidates: dict[str, Overlap] = {}
-    with evidence.guard("right"):
-        candidates = right_candidates(evidence, 30 if smoke else 40, [Process("checks", "gpu.pytorch_checks")])
+    sizes = {}
     for name in ("8B", "1B"):
         config = {**SIZES[name], **({"num_hidden_layers": 4, "vocab_size": 32_768} if smoke else {})}
         with evidence.guard(name):
-            if evidence.fits(name, 12 if smoke else 20):
-                Size(evidence, name, config, smoke, copy, tflops, candidates).measure()
-        torch.cuda.empty_cache()
-    if evidence.fits("transformers", 15):
+            sizes[name] = Size(evidence, name, config, smoke, copy, tflops)
+    with ThreadPoolExecutor() as beside, evidence.guard("candidates"):
+        # Their processes compile meanwhile, and so does this one.
+        trying = beside.submit(right_candidates, evidence, 25, [Process("checks", "gpu.pytorch_checks")])
+        for size in sizes.values():
+            size.compile_plain()
+        for name, right in trying.result().items():
+            sizes[name].candidates = right
+    for size in sizes.values():
+        size.decode_plain()
+        for batch in (1, 16):
+            size.decode_overlapped(batch)
+    for size in sizes.values():
+        size.the_rest()
+        size.decode_overlapped(4)
+    for size in sizes.values():
+        size.last()
+    if evidence.fits("transformers", 40):
         options = ("--smoke",) if smoke else ()
         run_processes(evidence, [Process("transformers", "gpu.transformers_times", options)], evidence.left, threads=8)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import tempfile
@@ -190,12 +191,16 @@ def main() -> int:
     """Every check on a GPU, rows as lines of JSON on stdout: a program of its own, so that others may run beside it."""
     with tempfile.TemporaryDirectory() as folder:
         evidence = Evidence("pytorch_checks", Path(folder), 600)
-        for dtype in (torch.bfloat16, torch.float32):
-            check_ops(evidence, dtype)
-        for dtype in (torch.float32, torch.bfloat16):
-            check_models(evidence, dtype, FORMS)
-        for row in evidence.rows:
-            print(json.dumps({name: value for name, value in row.items() if name not in {"part", "at_s"}}), flush=True)
+        checks: list[Callable[[], None]] = [functools.partial(check_ops, evidence, torch.bfloat16)]
+        checks.append(functools.partial(check_models, evidence, torch.float32, FORMS))
+        checks.append(functools.partial(check_ops, evidence, torch.float32))
+        checks.append(functools.partial(check_models, evidence, torch.bfloat16, FORMS))
+        for run in checks:
+            before = len(evidence.rows)
+            run()
+            for row in evidence.rows[before:]:
+                said = {name: value for name, value in row.items() if name not in {"part", "at_s"}}
+                print(json.dumps(said), flush=True)
     return 0
 
 

@@ -23,10 +23,10 @@ from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp,
 
 CONTEXT: Final = 512
 CAPACITY: Final = 640
-ROUNDS, STEPS = 8, 8
+ROUNDS, STEPS = 5, 8
 ACTIVE_BAR = 1.03
 """At 8B, batch 1: none skipped, over dense."""
-REMOVED: Final = (0.25, 0.5, 0.75)
+REMOVED: Final = (0.5,)
 """Shares of the MLPs that a dense model has not."""
 OVERLAP_BAR: Final = 2**-5
 """Largest difference of bfloat16 logits, of the largest: products may sum in another order; nothing else differs."""
@@ -42,7 +42,9 @@ class Size:
         smoke: Little of everything.
         copy: The card's copy bandwidth, bytes per second.
         tflops: Its rate of bfloat16 products, TFLOP/s.
-        candidates: By name, how kernels may overlap: those that are right on this card.
+
+    Attributes:
+        candidates: By batch and name, how kernels may overlap: those that are right on this card, once that is known.
     """
 
     def __init__(
@@ -53,11 +55,11 @@ class Size:
         smoke: bool,
         copy: float,
         tflops: float,
-        candidates: Mapping[str, Overlap],
     ) -> None:
         self.evidence, self.name, self.smoke, self.copy, self.tflops = evidence, name, smoke, copy, tflops
-        self.candidates = candidates
+        self.candidates: Mapping[int, Mapping[str, Overlap]] = {}
         self.overlaps = (Overlap(), Overlap())  # of the dense decoder, and of the routed one
+        self.taken: tuple[str, str] | None = None  # their names, once they were chosen
         self.config = config
         self.layers: int = config["num_hidden_layers"]
         begin = time.monotonic()
@@ -77,36 +79,44 @@ class Size:
         """A row of this size."""
         self.evidence.row(what, model=self.name, **values)
 
-    def measure(self) -> None:
-        """Decode, then prefill, then where a step's time goes."""
-        once = self.smoke and self.name == "1B"  # the same code as of the other size
-        for batch in (1,) if once else (1, 4) if self.smoke else (1, 4, 16):
-            if batch <= 4:  # more rows of a tensor core's instruction are no other case
-                with self.evidence.guard("overlaps", model=self.name, batch=batch):
-                    self.choose_overlaps(batch)
-            with self.evidence.guard("decode", model=self.name, batch=batch):
-                if self.evidence.fits(f"decode {self.name}, batch {batch}", 4 if self.smoke else 8):
-                    self.decode(batch)
-        if once:
-            return
-        with self.evidence.guard("prefill", model=self.name):
-            if self.evidence.fits(f"prefill {self.name}", 3 if self.smoke else 6):
-                self.prefill()
-        for batch in (1,) if self.smoke else (1, 16):
-            with self.evidence.guard("breakdown", model=self.name, batch=batch):
-                if self.evidence.fits(f"breakdown {self.name}, batch {batch}", 3 if self.smoke else 5):
-                    self.breakdown(batch)
-        with self.evidence.guard("masked", model=self.name):
-            if self.evidence.fits(f"masked {self.name}", 3 if self.smoke else 5):
-                self.masked()
+    def compile_plain(self) -> None:
+        """Has the kernels of a plain step compiled, by recording one; times nothing."""
+        for weights in (self.dense, self.routed):
+            self.decoder(weights, 1)
+
+    def piece(self, what: str, seconds: float, run: Callable[[], None], **values: Any) -> None:
+        """Runs a piece where so many seconds are left; what breaks it is a row."""
+        with self.evidence.guard(what, model=self.name, **values):
+            if self.evidence.fits(f"{what} {self.name} {values}", seconds):
+                run()
+
+    def decode_plain(self) -> None:
+        """Batch 1, kernels one by one: figures to compare with, and to keep if a candidate never ends."""
+        self.piece("decode", 3, lambda: self.decode(1), batch=1)
+
+    def decode_overlapped(self, batch: int) -> None:
+        """As the fastest candidates have it; where there are several tokens, those of 16 serve for all."""
+        if batch in {1, 16}:
+            self.piece("overlaps", 6, lambda: self.choose_overlaps(batch), batch=batch)
+        self.piece("decode", 4, lambda: self.decode(batch), batch=batch)
+        if batch in {1, 16}:
+            self.piece("overlap", 2, lambda: self.check_overlap(batch), batch=batch)
+
+    def the_rest(self) -> None:
+        """Where a step's time goes, and prefill."""
+        self.piece("breakdown", 3, lambda: self.breakdown(1), batch=1)
+        self.piece("prefill", 6, self.prefill)
+
+    def last(self) -> None:
+        """What needs the weights in another order, and leaves them so."""
+        self.piece("masked", 4, self.masked)
 
     def choose_overlaps(self, batch: int) -> None:
         """Times the candidates: which dense decoder is fastest, and which with half of the MLPs skipped."""
         ids = torch.randint(0, self.vocab, (batch, CONTEXT), device="cuda")
         times: dict[str, dict[str, float]] = {}
-        for name, overlap in self.candidates.items():
-            if batch > 1 and overlap.vector is not None:
-                continue  # products of one row alone are another matter
+        candidates = self.candidates.get(batch, {})
+        for name, overlap in candidates.items():
             with self.evidence.guard("overlap", model=self.name, overlap=name, batch=batch):
                 self.overlaps = (overlap, overlap)
                 dense, routed = self.decoder(self.dense, batch), self.decoder(self.routed, batch)
@@ -123,7 +133,8 @@ class Size:
         if times:
             dense_name, routed_name = (min(times, key=lambda name: times[name][of]) for of in ("dense", "layers 50%"))
             self.row("overlaps taken", batch=batch, dense=dense_name, routed=routed_name)
-            self.overlaps = self.candidates[dense_name], self.candidates[routed_name]
+            self.taken = dense_name, routed_name
+            self.overlaps = candidates[dense_name], candidates[routed_name]
 
     def skipping(self, share: float) -> torch.Tensor:
         """Thresholds that skip a share of the layers, evenly spread."""
@@ -149,7 +160,7 @@ class Size:
             fewer = self.decoder(without_mlps(self.dense, share), batch)
             fewer.prefill(ids)
             found.append(Subject(f"removed {share:.0%}", fewer, skipped=share))
-        for share in (0.0, *REMOVED, 1.0):
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
             found.append(Subject(f"layers {share:.0%}", routed, self.skipping(share), share))
         # Scores are spread around one half: what each layer's tokens say of it decides for about half of them.
         halves = torch.full((self.layers,), 0.5, device="cuda")
@@ -205,16 +216,16 @@ class Size:
             self.row(
                 "decode",
                 # Four layers and a small vocabulary are no 8B: a smoke run's times are held to nothing.
-                passed=None if self.smoke else passed,
+                passed=None if self.smoke or self.taken is None else passed,
                 batch=batch,
                 subject=subject.name,
+                overlaps=self.taken,
                 **values,
             )
-        with self.evidence.guard("overlap", model=self.name, batch=batch):
-            self.check_overlap(batch, ids)
 
-    def check_overlap(self, batch: int, ids: torch.Tensor) -> None:
+    def check_overlap(self, batch: int) -> None:
         """Whether kernels that overlap say what they say one after the other, half of the layers' MLPs skipped."""
+        ids = torch.randint(0, self.vocab, (batch, CONTEXT), device="cuda")
         error = 0.0
         for weights in (self.dense, self.routed):
             found = []
