@@ -28,13 +28,13 @@ from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import external_tensors, save_weights, take_weights
-from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.find.padding import takes_left_padding
 from dlo_export.graph_passes.find.projections import HEAD_NORM_INPUTS
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.graph_passes.naming import free_interface_names
 from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.weights.storage import Place
 from dlo_export.plugins.ort_registration import no_library
@@ -98,7 +98,7 @@ def check_parity(
     from_graph = description.source.kind == "onnx" and source.kind != "onnx"
     target = PROVIDER_TARGETS[description.provider]
     if has_model and not from_graph and find_lowering(description.lowering, target).make_pass is not None:
-        rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
+        rungs = {"masked": _masked_graph(source, folder, released, description), **rungs}
     candidates = [
         graph_candidate(
             name,
@@ -189,7 +189,7 @@ def _own_reference(
     if source.routing is None:
         return opened(as_it_was(source), weights_folder=source.base.path.parent, name="the graph as it was")
     name = "its own masked form"
-    masked = _masked_graph(source, folder, released, description.dtype)
+    masked = _masked_graph(source, folder, released, description)
     free, forced = (
         opened(exposed_model(masked, force=force, streams=True), weights_folder=folder, name=name)
         for force in (False, True)
@@ -206,7 +206,7 @@ def _dequantising_reference(
     """
     unlowered = released
     if source.routing is not None:
-        unlowered = _masked_graph(source, folder, released, description.dtype)
+        unlowered = _masked_graph(source, folder, released, description)
     exact = ir.from_proto(ir.to_proto(unlowered))
     for node in exact.graph.all_nodes():
         if is_op(node, "MatMulNBits", domain=MICROSOFT):
@@ -227,9 +227,12 @@ def _dequantising_reference(
 
 
 def as_it_was(source: ExportSource) -> bytes:
-    """Somebody's file, its cache's sizes said."""
+    """Somebody's file, its cache's sizes said, and its logits called so."""
     model, sized = load_graph(source.base.path), source.plain_model(ir.DataType.FLOAT)
     StateCacheSizesPass()(sized)
+    free_interface_names(model.graph)
+    for value, named in zip(model.graph.outputs, sized.graph.outputs, strict=True):
+        value.name = named.name
     shapes = {value.name: value.shape for value in (*sized.graph.inputs, *sized.graph.outputs)}
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = shapes.get(value.name, value.shape)
@@ -347,12 +350,14 @@ def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, r
     )
 
 
-def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, dtype: str) -> ir.Model:
+def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
+    dtype = description.dtype
     if slots := cache_slots(released.graph):
         model = build_captured_model(source, "masked", slots, graph_dtype(dtype))
     else:
-        model = build_model(source, "masked", graph_dtype(dtype), join_norms=JoinSkipNormsPass.of(released))
+        target = PROVIDER_TARGETS[description.provider]
+        model = build_model(source, "masked", graph_dtype(dtype), target, compared_with=description.lowering)
     if different := take_weights(model, external_tensors(released.graph)):
         raise InputError(
             f"{folder / MODEL_NAME}: its weights are not those of an export of this source: "
