@@ -1,14 +1,15 @@
 """ONNX Runtime on CUDA: parity of every lowering in every float type, who runs which node, and a dense decode step.
 
     python -m benchmarks.gpu_onnxruntime_parity --out DIR [--model SmolLM2.gguf] [--ort-plugin-library libdlo_ort.so]
+        [--only smollm2]
 
 Models are the two reference checkpoints of tests/data, one of them once more with attention alone routed, and, with
 --model, SmolLM2-135M-Instruct's GGUF file dense and under tests/data/smollm2_routers. A process per model and float
 type (and one more for the plugin lowering) compares all lowerings with the PyTorch model in float32, that of the
 reference checkpoints on the CPU, several at once: nothing is timed meanwhile, and what ends one process costs its own
 rows only.
-Then our artefacts run in onnxruntime-genai too, and the dense model's decode step in bfloat16 is timed: with a cache
-that grows and one in place, its builder's graph in onnxruntime-genai, and transformers with a static cache.
+Then the dense model's decode step in bfloat16, IOBinding and a cache that stays on the GPU, is timed against
+transformers' static cache, not compiled. --only takes the models whose names begin so.
 
 Without a GPU the same comparison runs once on the CPU provider. Exit codes as benchmarks/gpu/evidence.py has them.
 """
@@ -21,7 +22,6 @@ import functools
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from benchmarks.gpu.command_checks import rows_of_commands
 from benchmarks.gpu.dense_decode_times import time_decode
 from benchmarks.gpu.evidence import Evidence, run_part
 from benchmarks.gpu.evidence_processes import Process, run_processes
-from benchmarks.gpu.genai_decode import RUNTIMES, compared, rows_of_decode, save_graphs
 from benchmarks.gpu.lowering_parity import DATA, NATIVE, Job, jobs, rows_of
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE
@@ -45,16 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ort-plugin-library", type=Path, default=os.environ.get(ORT_LIBRARY_VARIABLE) or None)
     parser.add_argument("--job", type=json.loads)
     parser.add_argument("--commands", action="store_true")
-    parser.add_argument("--genai-graphs", type=Path)
-    parser.add_argument("--genai", type=json.loads)
+    parser.add_argument("--only", default="")
     own, others = parser.parse_known_args(arguments)
     rows: Iterator[dict[str, Any]] | None = None
     if own.commands:
         rows = rows_of_commands(own.model, "cuda")
-    elif own.genai_graphs is not None:
-        rows = save_graphs(own.model, own.genai_graphs, "cuda")
-    elif own.genai is not None:
-        rows = rows_of_decode(Path(own.genai["folder"]), own.genai["runtime"], smoke=own.genai["smoke"])
     elif own.job is not None:
         rows = rows_of(Job(**own.job))
     if rows is not None:
@@ -65,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "onnxruntime_parity",
         __doc__,
         check,
-        functools.partial(measure, model=own.model, library=own.ort_plugin_library),
+        functools.partial(measure, model=own.model, library=own.ort_plugin_library, only=own.only),
         others,
     )
 
@@ -83,24 +77,15 @@ def check() -> None:
         raise InputError(f"on the CPU: {failed}", hint="the graphs are wrong, or this ONNX Runtime is")
 
 
-def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Path | None) -> None:
+def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Path | None, only: str) -> None:
     """All rows that need a GPU."""
     library_given = None if library is None else str(Path(library).absolute())
-    given = [] if model is None else ["--model", str(model)]
-    with tempfile.TemporaryDirectory() as temporary:
-        # What follows needs the rest, where it follows. What takes longest starts first.
-        seconds = 45.0 if smoke else evidence.left * (0.85 if model is None else 0.65)
-        processes = [
-            Process("graphs for onnxruntime-genai", PROGRAM, ("--genai-graphs", temporary, *given)),
-            *(process_of(job) for job in jobs(model, library_given, smoke=smoke)),
-            Process("commands", PROGRAM, ("--commands", *given)),
-        ]
-        run_processes(evidence, processes, seconds=seconds)
-        for runtime in RUNTIMES:
-            job = {"folder": temporary, "runtime": runtime, "smoke": smoke}
-            run_processes(evidence, [Process(runtime, PROGRAM, ("--genai", json.dumps(job)))], seconds=20)
-        for row in compared(evidence.rows, smoke=smoke):
-            evidence.row(**row)
+    # What follows needs the rest, where it follows.
+    seconds = 45.0 if smoke else evidence.left * (1 if model is None else 0.75)
+    chosen = [job for job in jobs(model, library_given, smoke=smoke) if job.subject.startswith(only)]
+    commands = ["--commands", *([] if model is None else ["--model", str(model)])]
+    processes = [*map(process_of, chosen), Process("commands", PROGRAM, tuple(commands))]
+    run_processes(evidence, processes, seconds=seconds)
     if model is None:
         evidence.row("decode", left_out="no --model is given")
         return

@@ -1,13 +1,20 @@
 """Training on a GPU: tokens per second, the papers' experiments on SmolLM2-135M, and the demo's adapter.
 
-    python -m benchmarks.gpu_training --model SMOLLM2.gguf --text TEXT --tasks TASKS --out DIR --budget-s 400 \
-        --compile --workers 3 [--only rates] [--adapter ADAPTER] [--compiled DIR/compiled.tar.xz]
+    python -m benchmarks.gpu_training --model SMOLLM2.gguf --text TEXT --tasks TASKS --out DIR --budget-s 400
 
-TEXT is what `benchmarks.training_payload` made, TASKS a folder of log-likelihood requests, ADAPTER the calibrated
-routers that the demo's adapter starts from; the first two may be packed (.tar.xz). Results are written as they come:
-DIR/training.jsonl has a row for each, DIR/papers.tar.xz all of them with tables and plots, DIR/adapter.tar.xz the
-trained adapter, DIR/compiled.tar.xz what torch.compile made, which saves the next run on such a card that time.
-Without a GPU it checks what it was given and ends with 4.
+TEXT is what `benchmarks.training_payload` made, TASKS a folder of log-likelihood requests; either may be a .tar.xz.
+Results are written as they come: DIR/training.jsonl has a row for each, DIR/papers.tar.xz all of them with tables and
+plots, DIR/adapter.tar.xz the trained adapter, DIR/compiled.tar.xz what torch.compile made. Without a GPU it checks what
+it was given and ends with 4.
+
+    --only PART ...           rates, trials, papers, adapter; without it, all but trials
+    --compile                 as `dlo train --compile`
+    --compiled FILE           the compiled.tar.xz of an earlier run on such a card, which saves that time
+    --workers N               processes that train at once, 1 to 4
+    --speeds DENSE ROUTED     tokens/s, all processes together, to plan with where no rates are measured
+    --set NAME=VALUE ...      other values of the experiments' form
+    --trial "NAME=VALUE ..."  the same, for a trial of its own beside the others
+    --adapter ADAPTER         calibrated routers that the demo's adapter starts from; none is trained without
 """
 
 from __future__ import annotations
@@ -53,7 +60,7 @@ _OWN = ("train-original", "train-routed-0.80-seed-0")  # runs of the first proce
 _PARTS = ("rates", "trials", "papers", "adapter")
 _FINISHING_S = 12.0  # behind the experiments, for tables and the archive
 _ADAPTER_S, _PACKING_S = 60.0, 6.0
-_RATES_S = 90.0
+_RATES_S, _LAST_WORDS_S = 90.0, 3.0
 _TO_TRAIN = 0.88  # of the experiments' time; in the rest the first process measures what the others trained
 _LARGEST_ARCHIVE = 15_000_000
 _COMPILED = Path(tempfile.gettempdir()) / "dlo-compiled"  # files in there name each other, so it never moves
@@ -162,6 +169,7 @@ class Child:
                     "PYTHONPATH": path,
                     "PYTHONUNBUFFERED": "1",
                     "TORCHINDUCTOR_CACHE_DIR": str(_COMPILED),
+                    "TORCHINDUCTOR_COMPILE_THREADS": "4",  # each of several processes would take all cores
                 },
             )
         if self.cores:
@@ -261,23 +269,36 @@ class _Part:
             shutil.copy(self._text / FLOPS_NAME, results)
 
     def rates(self) -> None:
-        """Tokens per second of dlo train and of transformers' Trainer: processes get ready at once and time in turn."""
-        sizes = [str(size) for size in ((2,) if self._in.device == "cpu" else _BATCHES)]
-        profiled = () if self._in.device == "cpu" else ("--profile",)
-        children = []
+        """Tokens per second of dlo train and of transformers' Trainer: processes get ready at once and time in turn.
+
+        A row is written as soon as there is one, and whoever takes too long is ended: the others' rows stay.
+        """
+        small, *larger = [str(size) for size in ((2,) if self._in.device == "cpu" else _BATCHES)]
+        children = [self._start_rate("eager", "--batch", small)]
         if self._in.compile:
             for number, side in enumerate(SIDES):
-                words = ("--compile", "--batch", *sizes, "--sides", side, *profiled)
+                words = ("--compile", "--batch", small, *larger, "--sides", side)
                 children.append(self._start_rate(f"compiled-{number}", *words))
-        children.append(self._start_rate("eager", "--batch", sizes[0]))
-        with self._evidence.guard("training rate"):
-            for child in children:
-                done = child.wait(min(_RATES_S - child.seconds, self._evidence.left))
-                for line in _json_lines(child.log):
-                    self._evidence.row("training rate", **line)
-                if not done:
-                    self._evidence.row(child.name, passed=False, error=child.complaint())
+        written: set[str] = set()
+        until = time.monotonic() + min(_RATES_S, self._evidence.left - _LAST_WORDS_S)
+        while time.monotonic() < until and any(child.poll() is None for child in children):
+            self._write_rates(children, written)
+            if larger and children[0].poll() is not None:  # the small steps are timed: now the larger ones
+                children.append(self._start_rate("eager-larger", "--batch", *larger))
+                larger = []
+            time.sleep(0.2)
+        for child in children:
+            if child.end():
+                self._evidence.row(child.name, passed=False, error=child.complaint())
+        self._write_rates(children, written)
         self._compare_rates()
+        self._pack()
+
+    def _write_rates(self, children: Sequence[Child], written: set[str]) -> None:
+        for line in itertools.chain(*(_json_lines(child.log) for child in children)):
+            if (words := json.dumps(line)) not in written:
+                written.add(words)
+                self._evidence.row("training rate", **line)
 
     def _compare_rates(self) -> None:
         rows = [row for row in self._evidence.rows if row["what"] == "training rate" and "side" in row]
@@ -392,10 +413,11 @@ class _Part:
                 self._shipped = None
             results = Results(self._results)
             self._note(results)
-            self._tabulate()
             for claim in claims(results):
                 # A tiny model shows that the command works, and nothing about the methods.
                 self._evidence.row(claim.what, passed=None if self._smoke else claim.passed, **claim.figures)
+            self._pack()
+            self._tabulate()
             self._pack()
 
     def _tabulate(self) -> None:
@@ -471,8 +493,8 @@ class _Part:
 
 
 def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith('{"benchmark"'):
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        if line.startswith('{"benchmark"') and line.endswith("\n"):
             yield json.loads(line)
 
 

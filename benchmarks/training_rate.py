@@ -173,17 +173,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
     shapes = TINY if arguments.tiny else SMOLLM2
-    cases = [*itertools.product(arguments.batch, arguments.sides)]
-    if arguments.turn is not None and arguments.compile:
-        # What is compiled for two layers serves all, and two take little of a memory that others need.
-        few = {**shapes, "num_hidden_layers": 2}
-        with _turn(arguments.turn, fcntl.LOCK_SH):
-            for batch, side in cases:
-                _train(side, few, _settings(arguments, batch, 2), Stopwatch(1, 1, 0))
-    for batch, side in cases:
+    for batch, side in itertools.product(arguments.batch, arguments.sides):
+        if arguments.turn is not None and arguments.compile:
+            # What is compiled for two layers serves all, and two hardly show in what others time meanwhile.
+            few = {**shapes, "num_hidden_layers": 2}
+            _train(side, few, _settings(arguments, batch, 2), Stopwatch(1, 1, 0))
         profiled = 2 if arguments.profile and side == SIDES[0] else 0
         watch = Stopwatch(arguments.warm_up, arguments.steps, profiled)
-        with _turn(arguments.turn, fcntl.LOCK_EX):
+        with _turn(arguments.turn):
             start = time.perf_counter()
             _train(side, shapes, _settings(arguments, batch, watch.all_steps), watch)
             # A line for each side, at once: whoever stops this has what was measured before.
@@ -195,14 +192,15 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _turn(file: Path | None, kind: int) -> Iterator[None]:
-    """Alone among those that ask for the same file, or beside others that get ready as well."""
+def _turn(file: Path | None) -> Iterator[None]:
+    """Alone among those that ask for the same file."""
     if file is None:
         yield
         return
     with file.open("a") as lock:
-        fcntl.flock(lock, kind)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    time.sleep(_LET_OTHERS_S)
 
 
 def _settings(arguments: argparse.Namespace, batch: int, steps: int) -> TrainingSettings:
@@ -248,6 +246,7 @@ def _line(arguments: argparse.Namespace, batch: int, side: str, watch: Stopwatch
     }
 
 
+_LET_OTHERS_S = 0.2  # whoever waits for a turn is slower to take it than whoever just had it
 _QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
 

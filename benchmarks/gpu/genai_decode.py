@@ -13,7 +13,8 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch  # noqa: F401 - before onnxruntime, which finds CUDA's libraries among PyTorch's
 
-from benchmarks.common.smollm2 import VOCABULARY, save_dequantised
+from benchmarks.common.random_llama import H2048, random_llama_folder
+from benchmarks.common.smollm2 import save_dequantised
 from benchmarks.gpu.lowering_parity import DATA
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.exporter.artefact_runner import open_artefact
@@ -34,15 +35,21 @@ RUNTIMES: Final[Mapping[Runtime, tuple[str, ...]]] = {
 
 
 def save_graphs(
-    model: Path | None, folder: Path, provider: ProviderOption, *, builder: bool = True
+    model: Path | None,
+    folder: Path,
+    provider: ProviderOption,
+    *,
+    routed_alone: bool = False,
+    builder: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Exports what is run, and has onnxruntime-genai's builder make its graph of the same weights.
 
     Args:
-        model: Checkpoint folder or GGUF file; None leaves out all but the routed reference.
+        model: Checkpoint folder or GGUF file; None makes a random one.
         folder: To hold a folder of each.
         provider: That they are for; the type is bfloat16 on CUDA, float32 on a CPU.
-        builder: Whether to run the builder, which takes half a minute and needs a tokenizer.
+        routed_alone: Leave out all but the routed reference.
+        builder: Whether to run the builder, which takes a quarter of a minute.
 
     Yields:
         A row of each.
@@ -50,11 +57,12 @@ def save_graphs(
     steps: dict[str, Callable[[], None]] = {
         ROUTED: lambda: _export(DATA / "reference_mlp_routed", folder / ROUTED, provider, lowering="compact")
     }
-    if model is not None:
-        steps[DENSE] = lambda: _export(model, folder / DENSE, provider)
-        steps[IN_PLACE] = lambda: _export(model, folder / IN_PLACE, provider, static_cache=512)
+    if not routed_alone:
+        chosen = random_llama_folder("random-h2048", H2048) if model is None else model
+        steps[DENSE] = lambda: _export(chosen, folder / DENSE, provider)
+        steps[IN_PLACE] = lambda: _export(chosen, folder / IN_PLACE, provider, static_cache=512)
         if builder:
-            steps[PEER] = lambda: _build(model, folder, provider)
+            steps[PEER] = lambda: _build(chosen, folder, provider)
     for name, step in steps.items():
         begin = time.monotonic()
         row: dict[str, Any] = {"what": f"graph for onnxruntime-genai, {name}"}
@@ -67,7 +75,7 @@ def save_graphs(
 
 
 def rows_of_decode(
-    folder: Path, runtime: Runtime, *, smoke: bool, vocabulary: int = VOCABULARY
+    folder: Path, runtime: Runtime, *, smoke: bool, vocabulary: int = 32_000
 ) -> Iterator[dict[str, Any]]:
     """Greedy tokens and milliseconds of each, known to the host: a row of each graph that is there.
 
@@ -75,7 +83,7 @@ def rows_of_decode(
         folder: Of `save_graphs`.
         runtime: That runs them.
         smoke: Few steps.
-        vocabulary: Of the model.
+        vocabulary: Of the model, at least.
     """
     decode = ours if runtime == "onnxruntime" else genais
     for name in RUNTIMES[runtime]:
@@ -86,11 +94,11 @@ def rows_of_decode(
         prompt = np.random.default_rng(0).integers(3, tokens, count)
         row: dict[str, Any] = {"what": f"decode {runtime}, {name}"}
         try:
-            found, step_ms = decode(folder / name, prompt, steps)
+            found, times = decode(folder / name, prompt, steps)
         except Exception as err:  # as above
             yield {**row, "passed": False, "error": f"{type(err).__name__}: {err}"[:1500]}
             continue
-        yield {**row, "passed": None, "prompt": count, "batch": 1, "step_ms": round(step_ms, 4), "tokens": found}
+        yield {**row, "passed": None, "prompt": count, "batch": 1, **times, "tokens": found}
 
 
 def compared(rows: Sequence[Mapping[str, Any]], *, smoke: bool) -> Iterator[dict[str, Any]]:
@@ -115,13 +123,13 @@ def compared(rows: Sequence[Mapping[str, Any]], *, smoke: bool) -> Iterator[dict
             yield {"what": what, "passed": None if smoke or mine == DENSE else ratio < 1, "ratio": ratio}
 
 
-def ours(folder: Path, prompt: np.ndarray, steps: int) -> tuple[list[int], float]:
+def ours(folder: Path, prompt: np.ndarray, steps: int) -> tuple[list[int], dict[str, float]]:
     """Greedy tokens behind a prompt in our runner, and milliseconds of each."""
     with open_artefact(folder, scores=False, threads=1) as runner:
         return _measured(lambda: _our_tokens(runner, prompt, steps))
 
 
-def genais(folder: Path, prompt: np.ndarray, steps: int) -> tuple[list[int], float]:
+def genais(folder: Path, prompt: np.ndarray, steps: int) -> tuple[list[int], dict[str, float]]:
     """The same in onnxruntime-genai, as its own loop has it."""
     import onnxruntime_genai as og  # noqa: PLC0415 - loads a library of ONNX Runtime of its own
 
@@ -156,10 +164,15 @@ def _our_tokens(runner: Runner, prompt: np.ndarray, steps: int) -> tuple[list[in
     return tokens, (time.perf_counter() - begin) / steps * 1e3
 
 
-def _measured(generate: Callable[[], tuple[list[int], float]]) -> tuple[list[int], float]:
-    """The tokens, and the median of some runs behind the first."""
+def _measured(generate: Callable[[], tuple[list[int], float]]) -> tuple[list[int], dict[str, float]]:
+    """The tokens, and milliseconds of each: median, least and most of some runs behind the first."""
     tokens, _ = generate()
-    return tokens, statistics.median(generate()[1] for _ in range(REPEATS))
+    times = sorted(generate()[1] for _ in range(REPEATS))
+    return tokens, {
+        "step_ms": round(statistics.median(times), 4),
+        "lowest_ms": round(times[0], 4),
+        "highest_ms": round(times[-1], 4),
+    }
 
 
 def _export(model: Path, output: Path, provider: ProviderOption, **options: Any) -> None:
@@ -173,6 +186,9 @@ def _build(model: Path, folder: Path, provider: ProviderOption) -> None:
     if model.suffix == ".gguf":
         checkpoint = folder / "checkpoint"
         save_dequantised(model, checkpoint)
+    elif not (model / "tokenizer.json").exists():
+        checkpoint = folder / "checkpoint"
+        _with_tokenizer(model, checkpoint)
     precision = ["-p", "bf16", "-e", "cuda"] if provider == "cuda" else ["-p", "fp32", "-e", "cpu"]
     extra = ["--extra_options", "enable_cuda_graph=true"] if provider == "cuda" else []
     places = ["-i", str(checkpoint), "-o", str(folder / PEER), "-c", str(folder / "cache")]
@@ -180,6 +196,19 @@ def _build(model: Path, folder: Path, provider: ProviderOption) -> None:
     built = subprocess.run(command, check=False, capture_output=True, text=True)
     if built.returncode:
         raise RuntimeError(f"the builder ended with {built.returncode}: {built.stderr[-1200:]}")
+
+
+def _with_tokenizer(model: Path, folder: Path) -> None:
+    """The same checkpoint with a tokenizer that nobody uses: the builder asks for one."""
+    from tokenizers import Tokenizer, models  # noqa: PLC0415 - only where graphs are made
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - heavy
+
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file)
+    words: Any = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    named: Any = PreTrainedTokenizerFast
+    named(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
 
 
 def _shared(one: list[int], other: list[int]) -> int:

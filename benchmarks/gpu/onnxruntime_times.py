@@ -32,7 +32,7 @@ DENSE_BAR = 1.03
 def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *, small: bool, capture: bool) -> None:
     """A decode step, dense and with so many MLPs skipped, and a prompt."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    seconds = 0.05 if small else 0.4
+    seconds = 0.05 if small else 0.3
     copy = copy_rate(device, 3 if small else 10)
     evidence.row("copy rate", model=shape, gb_per_s=round(copy / 1e9, 1))
     source = RandomDecoder(shape, routed=False)

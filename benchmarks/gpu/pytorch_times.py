@@ -18,16 +18,24 @@ from benchmarks.gpu.kernel_timing import timed
 from benchmarks.gpu.random_torch_llama import random_model
 from benchmarks.gpu.skip_efficiency import BAR, skip_efficiency
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
-from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Overlap, Routing, StepOps, TorchOps
+from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Routing, StepOps, TorchOps
 from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, StepWeights
 
 CONTEXT: Final = 512
 CAPACITY: Final = 640
-ROUNDS, STEPS = 8, 8
+ROUNDS, STEPS = 5, 8
 ACTIVE_BAR = 1.03
 """At 8B, batch 1: none skipped, over dense."""
-REMOVED: Final = (0.25, 0.5, 0.75)
+REMOVED: Final = (0.5,)
 """Shares of the MLPs that a dense model has not."""
+OVERLAPS: Final[Mapping[str, dict[str, Any]]] = {
+    "one by one": {},
+    "early": {"early": 1},
+    "earlier": {"early": 2},
+    "early, vectors": {"early": 1, "vectors": True},
+    "earlier, vectors": {"early": 2, "vectors": True},
+}
+"""How kernels may overlap: arguments of `KernelOps`."""
 OVERLAP_BAR: Final = 2**-5
 """Largest difference of bfloat16 logits, of the largest: products may sum in another order; nothing else differs."""
 
@@ -42,22 +50,12 @@ class Size:
         smoke: Little of everything.
         copy: The card's copy bandwidth, bytes per second.
         tflops: Its rate of bfloat16 products, TFLOP/s.
-        candidates: By name, how kernels may overlap: those that are right on this card.
     """
 
     def __init__(
-        self,
-        evidence: Evidence,
-        name: str,
-        config: dict[str, Any],
-        smoke: bool,
-        copy: float,
-        tflops: float,
-        candidates: Mapping[str, Overlap],
+        self, evidence: Evidence, name: str, config: dict[str, Any], smoke: bool, copy: float, tflops: float
     ) -> None:
         self.evidence, self.name, self.smoke, self.copy, self.tflops = evidence, name, smoke, copy, tflops
-        self.candidates = candidates
-        self.overlaps = (Overlap(), Overlap())  # of the dense decoder, and of the routed one
         self.config = config
         self.layers: int = config["num_hidden_layers"]
         begin = time.monotonic()
@@ -69,61 +67,59 @@ class Size:
         self.row("made", seconds=round(time.monotonic() - begin, 1), gb=round(torch.cuda.memory_allocated() / 1e9, 1))
 
     def decoder(self, weights: StepWeights, batch: int, **options: Any) -> CapturedDecoder:
-        """A decoder whose kernels overlap as they were found to be fastest."""
-        ops = KernelOps(overlap=self.overlaps[weights is self.routed])
-        return CapturedDecoder(weights, batch=batch, capacity=CAPACITY, ops=ops, **options)
+        """A decoder whose kernels overlap as those of any decoder do, where `ops` does not say otherwise."""
+        return CapturedDecoder(weights, batch=batch, capacity=CAPACITY, **options)
 
     def row(self, what: str, **values: Any) -> None:
         """A row of this size."""
         self.evidence.row(what, model=self.name, **values)
 
+    def piece(self, what: str, seconds: float, run: Callable[[], None], **values: Any) -> None:
+        """Runs a piece where so many seconds are left; what breaks it is a row."""
+        with self.evidence.guard(what, model=self.name, **values):
+            if self.evidence.fits(f"{what} {self.name} {values}", seconds):
+                run()
+
     def measure(self) -> None:
-        """Decode, then prefill, then where a step's time goes."""
+        """Decode, the single step first, then where a step's time goes, then prefill."""
         once = self.smoke and self.name == "1B"  # the same code as of the other size
         for batch in (1,) if once else (1, 4) if self.smoke else (1, 4, 16):
-            if batch <= 4:  # more rows of a tensor core's instruction are no other case
-                with self.evidence.guard("overlaps", model=self.name, batch=batch):
-                    self.choose_overlaps(batch)
-            with self.evidence.guard("decode", model=self.name, batch=batch):
-                if self.evidence.fits(f"decode {self.name}, batch {batch}", 4 if self.smoke else 8):
-                    self.decode(batch)
+            self.piece("decode", 4, functools.partial(self.decode, batch), batch=batch)
+            self.piece("overlaps", 5, functools.partial(self.overlaps, batch), batch=batch)
         if once:
             return
-        with self.evidence.guard("prefill", model=self.name):
-            if self.evidence.fits(f"prefill {self.name}", 3 if self.smoke else 6):
-                self.prefill()
         for batch in (1,) if self.smoke else (1, 16):
-            with self.evidence.guard("breakdown", model=self.name, batch=batch):
-                if self.evidence.fits(f"breakdown {self.name}, batch {batch}", 3 if self.smoke else 5):
-                    self.breakdown(batch)
-        with self.evidence.guard("masked", model=self.name):
-            if self.evidence.fits(f"masked {self.name}", 3 if self.smoke else 5):
-                self.masked()
+            self.piece("breakdown", 3, functools.partial(self.breakdown, batch), batch=batch)
+        self.piece("prefill", 6, self.prefill)
+        self.piece("masked", 4, self.masked)
 
-    def choose_overlaps(self, batch: int) -> None:
-        """Times the candidates: which dense decoder is fastest, and which with half of the MLPs skipped."""
+    def overlaps(self, batch: int) -> None:
+        """Every way in which kernels may overlap, beside kernels one by one, half of the layers' MLPs skipped: right?
+
+        How fast each is, dense and with none, half and all of the MLPs skipped.
+        """
         ids = torch.randint(0, self.vocab, (batch, CONTEXT), device="cuda")
-        times: dict[str, dict[str, float]] = {}
-        for name, overlap in self.candidates.items():
-            if batch > 1 and overlap.vector is not None:
-                continue  # products of one row alone are another matter
+        expected: list[torch.Tensor] = []
+        for name, options in OVERLAPS.items():
+            if batch > 1 and "vectors" in options:
+                continue  # of one token alone
             with self.evidence.guard("overlap", model=self.name, overlap=name, batch=batch):
-                self.overlaps = (overlap, overlap)
-                dense, routed = self.decoder(self.dense, batch), self.decoder(self.routed, batch)
-                for decoder in (dense, routed):
-                    decoder.prefill(ids)
+                dense, routed = (
+                    self.decoder(weights, batch, ops=KernelOps(**options)) for weights in (self.dense, self.routed)
+                )
+                found = [logits_of(decoder, self.skipping(0.5), ids) for decoder in (dense, routed)]
+                expected = expected or found
+                errors = [largest_difference(got, wanted) for got, wanted in zip(found, expected, strict=True)]
                 subjects = [Subject("dense", dense)]
                 subjects += [Subject(f"layers {share:.0%}", routed, self.skipping(share)) for share in (0.0, 0.5, 1.0)]
-                blocks = {
-                    subject.name: [subject.block_ms(ids[:, 0], [CONTEXT] * batch, 4) for _ in range(4)]
+                ms = {
+                    subject.name: spread(
+                        np.array([subject.block_ms(ids[:, 0], [CONTEXT] * batch, 4) for _ in range(4)][1:])
+                    )["median"]
                     for subject in subjects
                 }
-                times[name] = {word: round(float(np.median(found[1:])), 4) for word, found in blocks.items()}
-                self.row("overlap", batch=batch, overlap=name, ms=times[name])
-        if times:
-            dense_name, routed_name = (min(times, key=lambda name: times[name][of]) for of in ("dense", "layers 50%"))
-            self.row("overlaps taken", batch=batch, dense=dense_name, routed=routed_name)
-            self.overlaps = self.candidates[dense_name], self.candidates[routed_name]
+                right = all(error <= OVERLAP_BAR for error in errors)  # which no NaN is
+                self.row("overlap", passed=right, batch=batch, overlap=name, errors=errors, bar=OVERLAP_BAR, ms=ms)
 
     def skipping(self, share: float) -> torch.Tensor:
         """Thresholds that skip a share of the layers, evenly spread."""
@@ -149,7 +145,7 @@ class Size:
             fewer = self.decoder(without_mlps(self.dense, share), batch)
             fewer.prefill(ids)
             found.append(Subject(f"removed {share:.0%}", fewer, skipped=share))
-        for share in (0.0, *REMOVED, 1.0):
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
             found.append(Subject(f"layers {share:.0%}", routed, self.skipping(share), share))
         # Scores are spread around one half: what each layer's tokens say of it decides for about half of them.
         halves = torch.full((self.layers,), 0.5, device="cuda")
@@ -210,19 +206,6 @@ class Size:
                 subject=subject.name,
                 **values,
             )
-        with self.evidence.guard("overlap", model=self.name, batch=batch):
-            self.check_overlap(batch, ids)
-
-    def check_overlap(self, batch: int, ids: torch.Tensor) -> None:
-        """Whether kernels that overlap say what they say one after the other, half of the layers' MLPs skipped."""
-        error = 0.0
-        for weights in (self.dense, self.routed):
-            found = []
-            for ops in (KernelOps(overlap=self.overlaps[weights is self.routed]), KernelOps()):
-                decoder = CapturedDecoder(weights, batch=batch, capacity=CAPACITY, ops=ops)
-                found.append(logits_of(decoder, self.skipping(0.5), ids))
-            error = max(error, largest_difference(*found))
-        self.row("overlap against one by one", passed=error <= OVERLAP_BAR, batch=batch, error=error, bar=OVERLAP_BAR)
 
     def prefill(self) -> None:
         """A prompt of 512, captured; and where the host counts active tokens, launch by launch."""
@@ -303,6 +286,10 @@ class Size:
             "down product": each(lambda index: plain(index).down(gated)),
             "head product, once": [lambda: nn.functional.linear(stream, head)],
         }
+        if batch == 1:
+            vectors = KernelOps(vectors=True)
+            parts["qkv product, own kernel"] = each(lambda index: vectors.product(stream, layers[index].qkv))
+            parts["out product, own kernel"] = each(lambda index: vectors.product(stream, layers[index].out))
         with torch.inference_mode():
             for name, part in parts.items():
                 with self.evidence.guard("breakdown", model=self.name, batch=batch, step=name):

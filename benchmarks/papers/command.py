@@ -70,8 +70,8 @@ class Request:
         runs: Of ``runs``: which.
         elsewhere: Runs that other processes train, into the same folder.
         workers: Processes that train at once: a small model's steps keep no GPU busy.
-        speeds: Tokens per second of the deepened model in one process, ``dense`` and ``routed``, where they were
-            measured before (`benchmarks.training_rate`); None to measure them first.
+        speeds: Tokens per second of the deepened model in all processes together, ``dense`` and ``routed``, where they
+            are known (`benchmarks.training_rate` measures those of one alone); None to measure them first.
     """
 
     output: Path
@@ -230,15 +230,30 @@ def _run_others(experiment: Experiment, budget: Budget, request: Request) -> dic
         *task_pieces(experiment, first, of_artefacts=exports),
     ]
     left_out |= run_pieces(pieces, results, budget)
-    # What other processes train is measured as it comes, whichever comes first.
-    waiting = [run.name for run in theirs]
-    while waiting and _wait_for_one(waiting, results, budget):
-        come = [run for run in theirs if run.name in waiting and run.name in results]
-        waiting = [name for name in waiting if name not in results]
-        measured = [*_rate_pieces(experiment, come), *kind_pieces(experiment, come)]
-        left_out |= run_pieces([*measured, *task_pieces(experiment, come, of_artefacts=exports)], results, budget)
+    left_out |= _measure_others(theirs, experiment, budget, of_artefacts=exports)
     last = [*calibrated_baselines(experiment), *removal_pieces(experiment, budget)]
     return left_out | run_pieces(last, results, budget)
+
+
+def _measure_others(
+    runs: Sequence[TrainingRun], experiment: Experiment, budget: Budget, *, of_artefacts: bool
+) -> dict[str, str]:
+    """What other processes train, as it comes; what only repeats it with another seed, while nothing else does."""
+    results, waiting = experiment.results, [*runs]
+    left_out: dict[str, str] = {}
+    repeated = calibrated_baselines(experiment)
+    while waiting and not budget.is_over():
+        come = [run for run in waiting if run.name in results]
+        waiting = [run for run in waiting if run not in come]
+        first = [run for run in come if run.seed == experiment.form.seeds[0]]
+        pieces = [*_rate_pieces(experiment, first), *kind_pieces(experiment, first)]
+        pieces += task_pieces(experiment, first, of_artefacts=of_artefacts)
+        repeated[:0] = _rate_pieces(experiment, [run for run in come if run not in first])
+        if not pieces and repeated:
+            pieces.append(repeated.pop(0))
+        left_out |= run_pieces(pieces, results, budget)
+        time.sleep(0 if pieces else 0.2)
+    return left_out | run_pieces(repeated, results, budget)
 
 
 def _training_seconds(form: Form, budget: Budget, request: Request) -> float:
@@ -252,13 +267,6 @@ def _rate_pieces(experiment: Experiment, runs: list[TrainingRun]) -> list[Piece]
     retargeted = retargeted_pieces(experiment, runs)
     routed = [run.name for run in runs if run.kind in ("routed", "distilled")]
     return [*retargeted, *as_many_pieces(experiment, [*routed, *(piece.name for piece in retargeted)])]
-
-
-def _wait_for_one(names: Sequence[str], results: Results, budget: Budget) -> bool:
-    """Until others have trained one of these; whether they have, and time is left."""
-    while not budget.is_over() and not any(name in results for name in names):
-        time.sleep(0.2)
-    return not budget.is_over()
 
 
 def _training_pieces(
@@ -294,7 +302,8 @@ def _heading(request: Request, model: Path, results: Results) -> str:
     if COSTS in results:
         costs = results[COSTS]
         speeds = ", ".join(f"{speed:,.0f} {kind}" for kind, speed in costs["tokens_per_second"].items())
-        lines.append(f"Measured first: {costs['batch']} sequences a step; tokens/s of the deepened model: {speeds}.")
+        how = "Planned with" if "given" in costs else "Measured first"
+        lines.append(f"{how}: {costs['batch']} sequences a step; tokens/s of the deepened model: {speeds}.")
     return "# The papers' experiments\n\n" + "\n".join(lines)
 
 

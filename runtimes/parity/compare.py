@@ -161,6 +161,8 @@ class _Comparison:
             with self._candidate.open_streams() as runner:
                 for index in differing:
                     self._compare_streams(runner, index)
+        # All logits of this candidate, which nobody asks for any more: the next one has as many.
+        self._free_traces, self._own_traces, self._found_traces = {}, {}, []
 
     def _run_own_decisions(self) -> None:
         """Where decisions flipped that are the candidate's to take, makes the reference take them."""

@@ -278,7 +278,8 @@ class ParityReport:
         cases = []
         for result in self.cases:
             values = asdict(result) | {"flip_count": len(result.flips)}
-            values["flips"] = values["flips"][:_FLIPS_IN_JSON]
+            for flipped in (values, values["own_run"] or {"flips": []}):
+                flipped["flips"] = flipped["flips"][:_FLIPS_IN_JSON]
             cases.append(values | result.judge(self.tolerance)._asdict())
         greedy = [asdict(result) | {"identical": result.identical} | result.judge()._asdict() for result in self.greedy]
         values = {

@@ -51,10 +51,13 @@ def test_part_ends_with_4_behind_its_checks_when_there_is_no_gpu(
     assert main([*_options(given, text=given / "tasks"), "--out", str(tmp_path)]) == 2
     assert "tasks: has no folder text" in capsys.readouterr().err
     assert main([*_options(given, adapter=given / "nothing"), "--out", str(tmp_path)]) == 2
+    assert main([*_options(given), "--out", str(tmp_path), "--trial", "runs=train-dlo steps=1"]) == 2
+    assert "--set steps=1: a form has no such" in capsys.readouterr().err
 
 
-def test_rates_of_training_come_line_by_line_when_they_are_measured() -> None:
+def test_rates_of_training_come_line_by_line_when_they_are_measured(tmp_path: Path) -> None:
     options = ("--tiny", "--batch", "2", "--sequence", "32", "--steps", "1", "--warm-up", "1", "--profile")
+    options = (*options, "--turn", str(tmp_path / "turn"))
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.training_rate", *options],
         capture_output=True,
@@ -77,8 +80,8 @@ def test_claims_compare_runs_with_what_skips_as_much_when_results_are_there(tmp_
     control = {"target": 0.8, "before": 0.7, "after": 0.83}
     results.save("train-routed-0.80", {"kind": "routed", "target": 0.8, "rate_control": control, **measured(10.0)})
     ways = {"static": measured(11.0), "random, same layers": measured(9.0), "random, every layer": measured(None)}
+    ways["calibrated"] = measured(12.0)
     results.save("skipping-as-much-as-train-routed-0.80", {"of": "train-routed-0.80", **ways})
-    results.save("skipping-calibrated-0.80", {"target": 0.8, **measured(12.0)})
     results.save("train-deepened", {"kind": "deepened", **measured(10.0, 1.0)})
     results.save("train-dlo", {"kind": "dlo", **measured(10.4)})
     results.save("train-dus", {"kind": "dus", "diverged": "the loss of step 3 is not a finite number"})

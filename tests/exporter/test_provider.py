@@ -1,5 +1,6 @@
 """What --provider and --device make of the commands where no GPU is."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import get_args
@@ -8,13 +9,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from benchmarks.gpu.random_decoder import RandomDecoder
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.model_types import RoutingKind, routed_type
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.lowering_choice import choose_onnxruntime_lowering
 from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.runtimes.artefact.description import load_description
 from tests.exporter.forked_commands import run
@@ -124,9 +125,13 @@ def test_auto_takes_the_plugin_where_cuda_has_its_library(provider, library, exp
 
 @pytest.mark.parametrize("kind", get_args(RoutingKind))
 @pytest.mark.parametrize("lowering", ["masked", "compact", "if"])
-def test_graph_for_cuda_has_no_operator_its_provider_lacks(kind: RoutingKind, lowering: str) -> None:
-    source = RandomDecoder("small", routed=True, rescale=True, kind=kind)
-    model = build_model(source, lowering, ir.DataType.BFLOAT16, "onnxruntime-cuda")
+def test_graph_for_cuda_has_no_operator_its_provider_lacks(kind: RoutingKind, lowering: str, tmp_path: Path) -> None:
+    routing_kv = "active" if kind == "attention-active" else None
+    checkpoint = save_tiny_llama(
+        tmp_path / "model", layers=2, routed=(True, True), model_type=routed_type(kind).name, routing_kv=routing_kv
+    )
+    with contextlib.closing(open_source(str(checkpoint), None)) as source:
+        model = build_model(source, lowering, ir.DataType.BFLOAT16, "onnxruntime-cuda")
     nodes = list(model.graph.all_nodes())
     # As the kernels of onnxruntime-gpu 1.31.1 say: it reduces numbers alone, and adds no bfloat16 in ScatterND.
     reduced = [node for node in nodes if node.op_type == "ReduceMax"]
