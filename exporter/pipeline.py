@@ -26,6 +26,7 @@ from dlo_export.graph_passes.cleanup.inline_functions import InlineFunctionsPass
 from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.lift_constants import LiftConstantsPass
+from dlo_export.graph_passes.cleanup.multiply_tied_head import MultiplyTiedHeadPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
 from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
 from dlo_export.graph_passes.cleanup.remove_identities import RemoveIdentitiesPass
@@ -175,11 +176,14 @@ def _masked_steps(source: GraphSource) -> list[Step]:
 def onnxruntime_steps(
     source: GraphSource,
     lowering: LoweringRecord,
+    target: Target,
     *,
     last_logits: bool = False,
     join_norms: JoinSkipNormsPass | None = None,
 ) -> list[Step]:
     """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
+    # A copy of many tokens' logits costs a CPU as much as all norms together; one token's costs nothing.
+    copies_logits = target == "onnxruntime-cpu" and not last_logits
     return [
         # Runtimes make an empty cache by what its inputs say.
         Step(StateCacheSizesPass(), PLAIN),
@@ -190,6 +194,8 @@ def onnxruntime_steps(
         *_lowering_steps(lowering, Workload()),
         # Late: the fewer nodes the passes above meet the better. Decode gets 4 % faster.
         *([Step(FuseSiblingMatMulsPass(), lowering.stage)] if source.packs_weights else []),
+        # Logits are written where the caller wants them.
+        *([Step(MultiplyTiedHeadPass(), lowering.stage)] if copies_logits else []),
         # transformers.js and optimum know the batch by its dimension's name.
         Step(NameBatchDimensionPass(), lowering.stage),
         # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
@@ -371,7 +377,7 @@ def build_model(
         dlo_export.graph_passes.spec.invariants.GraphInvariantError: A stage broke its promise: a bug.
     """
     record = find_lowering(lowering, target)
-    steps = onnxruntime_steps(source, record, last_logits=last_logits, join_norms=join_norms)
+    steps = onnxruntime_steps(source, record, target, last_logits=last_logits, join_norms=join_norms)
     return run_steps(_plain(source, dtype), steps)
 
 
