@@ -98,7 +98,7 @@ def check_parity(
     from_graph = description.source.kind == "onnx" and source.kind != "onnx"
     target = PROVIDER_TARGETS[description.provider]
     if has_model and not from_graph and find_lowering(description.lowering, target).make_pass is not None:
-        rungs = {"masked": _masked_graph(source, folder, released, description.dtype), **rungs}
+        rungs = {"masked": _masked_graph(source, folder, released, description), **rungs}
     candidates = [
         graph_candidate(
             name,
@@ -189,7 +189,7 @@ def _own_reference(
     if source.routing is None:
         return opened(as_it_was(source), weights_folder=source.base.path.parent, name="the graph as it was")
     name = "its own masked form"
-    masked = _masked_graph(source, folder, released, description.dtype)
+    masked = _masked_graph(source, folder, released, description)
     free, forced = (
         opened(exposed_model(masked, force=force, streams=True), weights_folder=folder, name=name)
         for force in (False, True)
@@ -206,7 +206,7 @@ def _dequantising_reference(
     """
     unlowered = released
     if source.routing is not None:
-        unlowered = _masked_graph(source, folder, released, description.dtype)
+        unlowered = _masked_graph(source, folder, released, description)
     exact = ir.from_proto(ir.to_proto(unlowered))
     for node in exact.graph.all_nodes():
         if is_op(node, "MatMulNBits", domain=MICROSOFT):
@@ -345,12 +345,13 @@ def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, r
     )
 
 
-def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, dtype: str) -> ir.Model:
+def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
+    dtype, target = graph_dtype(description.dtype), PROVIDER_TARGETS[description.provider]
     if slots := cache_slots(released.graph):
-        model = build_captured_model(source, "masked", slots, graph_dtype(dtype))
+        model = build_captured_model(source, "masked", slots, dtype, target)
     else:
-        model = build_model(source, "masked", graph_dtype(dtype), join_norms=JoinSkipNormsPass.of(released))
+        model = build_model(source, "masked", dtype, target, join_norms=JoinSkipNormsPass.of(released))
     if different := take_weights(model, external_tensors(released.graph)):
         raise InputError(
             f"{folder / MODEL_NAME}: its weights are not those of an export of this source: "

@@ -182,8 +182,6 @@ def onnxruntime_steps(
     join_norms: JoinSkipNormsPass | None = None,
 ) -> list[Step]:
     """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
-    # A copy of many tokens' logits costs a CPU as much as all norms together; one token's costs nothing.
-    copies_logits = target == "onnxruntime-cpu" and not last_logits
     return [
         # Runtimes make an empty cache by what its inputs say.
         Step(StateCacheSizesPass(), PLAIN),
@@ -194,8 +192,8 @@ def onnxruntime_steps(
         *_lowering_steps(lowering, Workload()),
         # Late: the fewer nodes the passes above meet the better. Decode gets 4 % faster.
         *([Step(FuseSiblingMatMulsPass(), lowering.stage)] if source.packs_weights else []),
-        # Logits are written where the caller wants them.
-        *([Step(MultiplyTiedHeadPass(), lowering.stage)] if copies_logits else []),
+        # One token's logits may be copied.
+        *([] if last_logits else _head_steps(lowering, target)),
         # transformers.js and optimum know the batch by its dimension's name.
         Step(NameBatchDimensionPass(), lowering.stage),
         # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
@@ -204,7 +202,12 @@ def onnxruntime_steps(
 
 
 def captured_steps(
-    source: GraphSource, lowering: LoweringRecord, max_cache: int, *, fuse_routers: bool = True
+    source: GraphSource,
+    lowering: LoweringRecord,
+    max_cache: int,
+    target: Target,
+    *,
+    fuse_routers: bool = True,
 ) -> list[Step]:
     """What turns the plain graph into one whose step a CUDA graph captures in ONNX Runtime, each step with its reason.
 
@@ -212,6 +215,7 @@ def captured_steps(
         source: What is exported.
         lowering: One that a CUDA graph can capture.
         max_cache: Slots of the cache, per sequence.
+        target: What it is to run on.
         fuse_routers: Let the dlo operators' library compute routers' scores too, where it is needed anyway.
     """
     fused = fuse_routers and DOMAIN in lowering.domains
@@ -223,6 +227,7 @@ def captured_steps(
         *([Step(FuseRouterScoresPass(), lowering.stage)] if fused else []),
         # One product for query, key and value, which attention takes as it is.
         Step(FuseSiblingMatMulsPass(), lowering.stage),
+        *_head_steps(lowering, target),
     ]
     # A cache at fixed addresses. Last: where query, key and value are one product shows only now.
     stage = dataclasses.replace(
@@ -386,6 +391,7 @@ def build_captured_model(
     lowering: str,
     max_cache: int,
     dtype: ir.DataType = ir.DataType.FLOAT,
+    target: Target = "onnxruntime-cuda",
     *,
     fuse_routers: bool = True,
 ) -> ir.Model:
@@ -396,6 +402,7 @@ def build_captured_model(
         lowering: Name of what routed layers become.
         max_cache: Slots of the cache, per sequence.
         dtype: Of weights, KV cache and logits.
+        target: What it is to run on.
         fuse_routers: Let the dlo operators' library compute routers' scores too, where it is needed anyway.
 
     Returns:
@@ -417,7 +424,8 @@ def build_captured_model(
             f"a static cache for ONNX Runtime: {'; '.join(problems)}",
             hint="export without it, or choose --lowering plugin",
         )
-    return run_steps(_plain(source, dtype), captured_steps(source, record, max_cache, fuse_routers=fuse_routers))
+    steps = captured_steps(source, record, max_cache, target, fuse_routers=fuse_routers)
+    return run_steps(_plain(source, dtype), steps)
 
 
 def check_captured(dtype: str, provider: ProviderOption) -> None:
@@ -497,6 +505,11 @@ def _plain(source: GraphSource, dtype: ir.DataType) -> ir.Model:
 
 def _lowering_steps(lowering: LoweringRecord, workload: Workload) -> list[Step]:
     return [] if lowering.make_pass is None else [Step(lowering.make_pass(workload), lowering.stage)]
+
+
+def _head_steps(lowering: LoweringRecord, target: Target) -> list[Step]:
+    # On a CPU, copying a prompt's logits takes as long as half of its norms and additions.
+    return [Step(MultiplyTiedHeadPass(), lowering.stage)] if target == "onnxruntime-cpu" else []
 
 
 def _injects(source: GraphSource) -> bool:
