@@ -14,6 +14,7 @@ from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_branch import own_columns
 from dlo_export.graph_passes.lowerings.active_rows import token_zeros
 from dlo_export.graph_passes.lowerings.branch_addition import renew_addition
+from dlo_export.graph_passes.lowerings.zeroed_projections import zero_in_front
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
 
@@ -39,10 +40,11 @@ def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Val
     """
     name = f"{layer_tensor_name(masked.layer.index, 'self_attn')}.added"
     addition = renew_addition(graph, masked, masked.layer.attention, name, made_by)
-    order = node_order(graph)
+    nodes = zero_in_front(graph, masked, made_by)
     hides = None if masked.hidden is None else masked.hidden.mask_select
-    columns = own_columns(masked.nodes, (masked.select, masked.scaling, hides))
-    moved = sorted({*masked.nodes, *columns}, key=order.__getitem__)
+    columns = own_columns(nodes, (masked.select, masked.scaling, hides))
+    order = node_order(graph)
+    moved = sorted({*nodes, *columns}, key=order.__getitem__)
     close_in_branch(graph, masked, condition, made_by, [*moved, addition])
 
 

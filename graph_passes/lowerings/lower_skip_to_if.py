@@ -58,8 +58,9 @@ class LowerSkipToIfPass(LoweringPass):
     Where attention is masked too (`RouteLayersPass`, kind "layer"), it moves into an If of its own, with its cache::
 
         h, pk, pv = If(any) <
-          then_branch = {                                                # the same nodes, all of them
-            a, pk, pv = Attention(q, Where(…, k, 0), Where(…, v, 0), Where(…, bias, lowest), past_key, past_value)
+          then_branch = {                                                # the same nodes, all of them, but for
+            n         = Where(Unsqueeze(active, -1), RMSNormalization(x), 0)   # the zeros of k and v (`zero_in_front`)
+            a, pk, pv = Attention(n·Wq, n·Wk, n·Wv, Where(…, bias, lowest), past_key, past_value)
             h         = Add(x, Where(Unsqueeze(active, -1), a·Wo, 0))
           } => (h, pk, pv)
           else_branch = {
