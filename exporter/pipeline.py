@@ -31,6 +31,7 @@ from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimens
 from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
 from dlo_export.graph_passes.cleanup.remove_identities import RemoveIdentitiesPass
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
+from dlo_export.graph_passes.cleanup.scatter_packed_rows import ScatterPackedRowsPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
@@ -192,6 +193,8 @@ def onnxruntime_steps(
         *_lowering_steps(lowering, Workload()),
         # Late: the fewer nodes the passes above meet the better. Decode gets 4 % faster.
         *([Step(FuseSiblingMatMulsPass(), lowering.stage)] if source.packs_weights else []),
+        # Rows of what is one product now are put in their places at once.
+        *([Step(ScatterPackedRowsPass(), lowering.stage)] if source.packs_weights else []),
         # One token's logits may be copied.
         *([] if last_logits else _head_steps(lowering, target)),
         # transformers.js and optimum know the batch by its dimension's name.
