@@ -1,6 +1,6 @@
 """All evidence that needs a GPU but no TensorRT, in one command of ten minutes at most.
 
-    python -m benchmarks.gpu_evidence --out DIR [--parts kernels,onnxruntime,pytorch] [--budget-s 540] [--smoke]
+    python -m benchmarks.gpu_evidence --out DIR [--parts kernels,onnxruntime,genai,pytorch] [--budget-s 540] [--smoke]
 
 Every part is a command of its own (`PARTS`) in a process of its own, gets its share of what is left of the budget, and
 writes DIR/<part>.jsonl as it goes: whatever ends one leaves the figures taken so far, and costs no other part.
@@ -54,6 +54,7 @@ PARTS: Final[Mapping[str, tuple[Command, ...]]] = {
         Command("gpu_onnxruntime_parity", 0.7, ("model",)),
         Command("gpu_onnxruntime", 0.8),
     ),
+    "genai": (Command("gpu_genai", 0.5, ("model",)),),
     "pytorch": (Command("gpu_pytorch", 0.8),),
 }
 _FILES: Final[Mapping[str, str]] = {

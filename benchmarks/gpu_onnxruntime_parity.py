@@ -1,12 +1,15 @@
 """ONNX Runtime on CUDA: parity of every lowering in every float type, who runs which node, and a dense decode step.
 
     python -m benchmarks.gpu_onnxruntime_parity --out DIR [--model SmolLM2.gguf] [--ort-plugin-library libdlo_ort.so]
+        [--only smollm2]
 
-Models are the two reference checkpoints of tests/data and, with --model, SmolLM2-135M-Instruct's GGUF file dense and
-under tests/data/smollm2_routers. A process per model and float type (and one more for the plugin lowering) compares all
-lowerings with the PyTorch model in float32, that of the reference checkpoints on the CPU, several at once: nothing is
-timed meanwhile, and what ends one process costs its own rows only. Then the dense model's decode step in bfloat16,
-IOBinding and a cache that stays on the GPU, is timed against transformers' static cache, as it is and compiled.
+Models are the two reference checkpoints of tests/data, one of them once more with attention alone routed, and, with
+--model, SmolLM2-135M-Instruct's GGUF file dense and under tests/data/smollm2_routers. A process per model and float
+type (and one more for the plugin lowering) compares all lowerings with the PyTorch model in float32, that of the
+reference checkpoints on the CPU, several at once: nothing is timed meanwhile, and what ends one process costs its own
+rows only.
+Then the dense model's decode step in bfloat16, IOBinding and a cache that stays on the GPU, is timed against
+transformers' static cache, not compiled. --only takes the models whose names begin so.
 
 Without a GPU the same comparison runs once on the CPU provider. Exit codes as benchmarks/gpu/evidence.py has them.
 """
@@ -19,8 +22,9 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.command_checks import rows_of_commands
 from benchmarks.gpu.dense_decode_times import time_decode
@@ -40,9 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ort-plugin-library", type=Path, default=os.environ.get(ORT_LIBRARY_VARIABLE) or None)
     parser.add_argument("--job", type=json.loads)
     parser.add_argument("--commands", action="store_true")
+    parser.add_argument("--only", default="")
     own, others = parser.parse_known_args(arguments)
-    if own.job is not None or own.commands:
-        rows = rows_of_commands(own.model, "cuda") if own.commands else rows_of(Job(**own.job))
+    rows: Iterator[dict[str, Any]] | None = None
+    if own.commands:
+        rows = rows_of_commands(own.model, "cuda")
+    elif own.job is not None:
+        rows = rows_of(Job(**own.job))
+    if rows is not None:
         for row in rows:
             print(json.dumps(row), flush=True)
         return 0
@@ -50,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "onnxruntime_parity",
         __doc__,
         check,
-        functools.partial(measure, model=own.model, library=own.ort_plugin_library),
+        functools.partial(measure, model=own.model, library=own.ort_plugin_library, only=own.only),
         others,
     )
 
@@ -68,14 +77,15 @@ def check() -> None:
         raise InputError(f"on the CPU: {failed}", hint="the graphs are wrong, or this ONNX Runtime is")
 
 
-def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Path | None) -> None:
+def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Path | None, only: str) -> None:
     """All rows that need a GPU."""
     library_given = None if library is None else str(Path(library).absolute())
     # What follows needs the rest, where it follows.
-    seconds = 30.0 if smoke else evidence.left * (1 if model is None else 0.65)
-    processes = [process_of(job) for job in jobs(model, library_given, smoke=smoke)]
+    seconds = 45.0 if smoke else evidence.left * (1 if model is None else 0.75)
+    chosen = [job for job in jobs(model, library_given, smoke=smoke) if job.subject.startswith(only)]
     commands = ["--commands", *([] if model is None else ["--model", str(model)])]
-    run_processes(evidence, [*processes, Process("commands", PROGRAM, tuple(commands))], seconds=seconds)
+    processes = [*map(process_of, chosen), Process("commands", PROGRAM, tuple(commands))]
+    run_processes(evidence, processes, seconds=seconds)
     if model is None:
         evidence.row("decode", left_out="no --model is given")
         return

@@ -1,12 +1,12 @@
 """Training on a GPU: tokens per second, the papers' experiments on SmolLM2-135M, and the demo's adapter.
 
-    python -m benchmarks.gpu_training --model SMOLLM2.gguf --text TEXT --tasks TASKS --adapter ADAPTER \
-        --out DIR --budget-s 300 [--compile] [--smoke]
+    python -m benchmarks.gpu_training --model SMOLLM2.gguf --text TEXT --tasks TASKS --out DIR --budget-s 400 \
+        --compile --workers 3 [--only rates] [--adapter ADAPTER] [--compiled DIR/compiled.tar.xz]
 
 TEXT is what `benchmarks.training_payload` made, TASKS a folder of log-likelihood requests, ADAPTER the calibrated
 routers that the demo's adapter starts from; the first two may be packed (.tar.xz). Results are written as they come:
 DIR/training.jsonl has a row for each, DIR/papers.tar.xz all of them with tables and plots, DIR/adapter.tar.xz the
-trained adapter.
+trained adapter, DIR/compiled.tar.xz what torch.compile made, which saves the next run on such a card that time.
 Without a GPU it checks what it was given and ends with 4.
 """
 
@@ -16,7 +16,9 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -32,10 +34,11 @@ from typing import Any
 
 from benchmarks.gpu.evidence import Evidence, run_part
 from benchmarks.papers.claims import claims
-from benchmarks.papers.forms import FORMS
+from benchmarks.papers.forms import FORMS, with_values
 from benchmarks.papers.results import Results
 from benchmarks.papers.shipped import SHIPPED
 from benchmarks.papers.tasks import task_files
+from benchmarks.papers.training import FLOPS_NAME
 from benchmarks.training_rate import SIDES
 from dlo_export.checkpoints.adapter.adapter import load_adapter
 from dlo_export.checkpoints.errors import InputError
@@ -44,9 +47,16 @@ from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _DLO = (sys.executable, "-c", "from dlo_export.exporter.cli import main; raise SystemExit(main())")
-_OTHERS_S, _RATES_S = 55.0, 40.0  # behind the experiments: for the adapter and the rates; for the rates alone
-_STARTING_S = 25.0  # imports and tokens of the adapter's process, and the tables of the experiments', need no GPU
-_TO_TRAIN = 0.75  # of the experiments' time; in the rest the first process measures what the others trained
+_FORM = "five-minutes"
+_BATCHES = (32, 64)  # sequences of a step, of the rates
+_OWN = ("train-original", "train-routed-0.80-seed-0")  # runs of the first process
+_PARTS = ("rates", "trials", "papers", "adapter")
+_FINISHING_S = 12.0  # behind the experiments, for tables and the archive
+_ADAPTER_S, _PACKING_S = 60.0, 6.0
+_RATES_S, _LAST_WORDS_S = 90.0, 3.0
+_TO_TRAIN = 0.88  # of the experiments' time; in the rest the first process measures what the others trained
+_LARGEST_ARCHIVE = 15_000_000
+_COMPILED = Path(tempfile.gettempdir()) / "dlo-compiled"  # files in there name each other, so it never moves
 _OF_TRAINER = 0.9  # tokens per second of dlo train over those of transformers' Trainer on the dense model
 _TARGET = 0.9  # of the demo, over all layers
 # What a result says that a row can do without: the archive has it.
@@ -61,18 +71,28 @@ class Inputs:
         model: Checkpoint folder or .gguf.
         text: Folder with text/, tokens/ and library/, or an archive of one.
         tasks: Folder of log-likelihood requests, or an archive of one.
-        adapter: Folder of routers to start the demo's adapter from.
+        adapter: Folder of routers to start the demo's adapter from; None to train none.
         compile: Compile layers in training.
         workers: Processes that train at once, 1 to 4.
+        only: Of `_PARTS`, which; none for all but trials.
+        speeds: Tokens per second of the deepened model, dense and routed, where no rates are measured here.
+        changes: Of the experiments' form, see `with_values`.
+        trials: Of the same: each is tried on a few runs.
+        compiled: What an earlier run brought of torch.compile.
         device: "cuda"; tests say "cpu".
     """
 
     model: Path
     text: Path
     tasks: Path
-    adapter: Path
+    adapter: Path | None = None
     compile: bool = False
     workers: int = 1
+    only: Sequence[str] = ()
+    speeds: Sequence[float] | None = None
+    changes: Sequence[str] = ()
+    trials: Sequence[str] = ()
+    compiled: Path | None = None
     device: str = "cuda"
 
     def check(self) -> None:
@@ -81,10 +101,14 @@ class Inputs:
         Raises:
             InputError: So.
         """
-        missing = [path for path in (self.model, self.text, self.tasks, self.adapter) if not path.exists()]
+        given = filter(None, (self.model, self.text, self.tasks, self.adapter, self.compiled))
+        missing = [path for path in given if not path.exists()]
         if missing:
             raise InputError(f"gpu_training: {missing[0]}: no such file or folder", hint="see --help")
-        load_adapter(self.adapter)
+        if self.adapter is not None:
+            load_adapter(self.adapter)
+        for words in (self.changes, *map(str.split, self.trials)):
+            with_values(FORMS[_FORM], words)
         with tempfile.TemporaryDirectory() as folder:
             task_files(unpacked(self.tasks, Path(folder) / "tasks"))
             text = unpacked(self.text, Path(folder) / "text")
@@ -133,7 +157,13 @@ class Child:
                 stderr=subprocess.STDOUT,
                 process_group=0,
                 cwd=_REPOSITORY,
-                env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": path,
+                    "PYTHONUNBUFFERED": "1",
+                    "TORCHINDUCTOR_CACHE_DIR": str(_COMPILED),
+                    "TORCHINDUCTOR_COMPILE_THREADS": "4",  # each of several processes would take all cores
+                },
             )
         if self.cores:
             with contextlib.suppress(ProcessLookupError):
@@ -180,22 +210,25 @@ class Child:
 
 
 def measure(inputs: Inputs, evidence: Evidence, smoke: bool) -> None:
-    """All pieces: the rates of training first where everything is small, else what is worth most."""
+    """All parts, those of most worth first; the rates alone on the GPU."""
     with tempfile.TemporaryDirectory() as folder:
         part = _Part(inputs, evidence, smoke, Path(folder))
         with evidence.guard("inputs"):
             part.prepare()
-        if smoke:
-            part.smoke()
-            return
-        part.papers(min(FORMS["five-minutes"].budget_s, evidence.left - _OTHERS_S))
-        if part.adapter is None and evidence.fits("adapter", 25):  # the experiments ended before their time
-            part.adapter = part.start_adapter()
-        if part.adapter is not None:
-            part.finish_adapter(part.adapter, min(60, evidence.left - 5))
-        if evidence.fits("training rate, eager", 18):
-            part.finish_rate("eager", part.start_rate("eager"), min(_RATES_S, evidence.left - 8))
-        part.finish_shipped(max(8.0, evidence.left - 5))
+        chosen = inputs.only or [name for name in _PARTS if name != "trials"]
+        trains_adapter = "adapter" in chosen and inputs.adapter is not None
+        if "rates" in chosen:
+            part.rates()
+        if "trials" in chosen:
+            part.trials(evidence.left - _FINISHING_S)
+        if "papers" in chosen:
+            part.papers(evidence.left - _FINISHING_S - (_ADAPTER_S if trains_adapter else 0))
+        if trains_adapter and evidence.fits("adapter", 25):
+            part.finish_adapter(part.start_adapter(), evidence.left - 5)
+        if "papers" in chosen:
+            part.finish_shipped(max(2.0, evidence.left - 8))
+        if inputs.compile and evidence.fits("compiled code", _PACKING_S):
+            part.keep_compiled()
 
 
 class _Part:
@@ -203,62 +236,115 @@ class _Part:
 
     def __init__(self, inputs: Inputs, evidence: Evidence, smoke: bool, folder: Path) -> None:
         self._in, self._evidence, self._smoke, self._folder = inputs, evidence, smoke, folder
+        self._form = "smoke" if smoke else _FORM
         self._results = folder / "papers"
         self._tasks = self._library = folder
-        self.adapter: Child | None = None
         self._shipped: Child | None = None
         self._seen: set[str] = set()
+        self._speeds = inputs.speeds
 
     def prepare(self) -> None:
-        """Unpacks the text."""
+        """Unpacks the text, and what was compiled before."""
         start = time.monotonic()
-        text = unpacked(self._in.text, self._folder / "payload")
+        self._text = unpacked(self._in.text, self._folder / "payload")
         self._tasks = unpacked(self._in.tasks, self._folder / "tasks")
-        self._library = text / "library"
-        for name in ("text", "tokens"):
-            if (text / name).is_dir():
-                shutil.copytree(text / name, self._results / name)
+        self._library = self._text / "library"
+        self._copy_text(self._results)
+        if self._in.compiled is not None:
+            unpacked(self._in.compiled, _COMPILED)
         self._evidence.row("inputs", seconds=round(time.monotonic() - start, 1))
 
-    def start_rate(self, name: str) -> Child:
-        """Tokens per second of dlo train and of transformers' Trainer, and what a routed step's time goes to."""
-        words = ["-m", "benchmarks.training_rate", "--device", self._in.device, "--dtype", "bf16"]
+    def _copy_text(self, results: Path) -> None:
+        for name in ("text", "tokens"):
+            if (self._text / name).is_dir():
+                shutil.copytree(self._text / name, results / name)
+        if (self._text / FLOPS_NAME).is_file():
+            shutil.copy(self._text / FLOPS_NAME, results)
+
+    def rates(self) -> None:
+        """Tokens per second of dlo train and of transformers' Trainer: processes get ready at once and time in turn.
+
+        A row is written as soon as there is one, and whoever takes too long is ended: the others' rows stay.
+        """
+        small, *larger = [str(size) for size in ((2,) if self._in.device == "cpu" else _BATCHES)]
+        children = [self._start_rate("eager", "--batch", small)]
+        if self._in.compile:
+            for number, side in enumerate(SIDES):
+                words = ("--compile", "--batch", small, *larger, "--sides", side)
+                children.append(self._start_rate(f"compiled-{number}", *words))
+        written: set[str] = set()
+        until = time.monotonic() + min(_RATES_S, self._evidence.left - _LAST_WORDS_S)
+        while time.monotonic() < until and any(child.poll() is None for child in children):
+            self._write_rates(children, written)
+            if larger and children[0].poll() is not None:  # the small steps are timed: now the larger ones
+                children.append(self._start_rate("eager-larger", "--batch", *larger))
+                larger = []
+            time.sleep(0.2)
+        for child in children:
+            if child.end():
+                self._evidence.row(child.name, passed=False, error=child.complaint())
+        self._write_rates(children, written)
+        self._compare_rates()
+        self._pack()
+
+    def _write_rates(self, children: Sequence[Child], written: set[str]) -> None:
+        for line in itertools.chain(*(_json_lines(child.log) for child in children)):
+            if (words := json.dumps(line)) not in written:
+                written.add(words)
+                self._evidence.row("training rate", **line)
+
+    def _compare_rates(self) -> None:
+        rows = [row for row in self._evidence.rows if row["what"] == "training rate" and "side" in row]
+        speeds = {(row["compile"], row["batch"][0], row["side"]): row["tokens_per_second"] for row in rows}
+        for compiled, batch, ours in itertools.product((False, True), _BATCHES, SIDES[:2]):
+            if {(compiled, batch, ours), (compiled, batch, SIDES[2])} <= speeds.keys():
+                ratio = speeds[compiled, batch, ours] / speeds[compiled, batch, SIDES[2]]
+                how = f"{'compiled' if compiled else 'eager'}, batch {batch}"
+                self._evidence.row(
+                    f"{ours} against Trainer, {how}",
+                    passed=ratio >= _OF_TRAINER,
+                    ratio=round(ratio, 3),
+                    bar=_OF_TRAINER,
+                )
+        known = [speeds.get((self._in.compile, _BATCHES[0], side)) for side in (SIDES[1], SIDES[0])]
+        if all(known):
+            self._speeds = [float(speed) for speed in known if speed]
+
+    def trials(self, budget: float) -> None:
+        """Other values of the form, each on its few runs, all at once.
+
+        Args:
+            budget: Seconds they have.
+        """
+        with self._evidence.guard("trials"):
+            folders = {words: self._folder / f"trial-{number}" for number, words in enumerate(self._in.trials)}
+            children = []
+            for words, folder in folders.items():
+                folder.mkdir()
+                self._copy_text(folder)
+                command = [*self._command(folder, budget), "--only", "trained", "--threads", 4]
+                children.append(self._child(folder.name, *command, "--set", *self._in.changes, *words.split()))
+
+            def meanwhile() -> None:
+                for words, folder in folders.items():
+                    self._note(Results(folder), f"trial [{words}]: ")
+
+            for child in children:
+                if not child.wait(max(1.0, budget - child.seconds), meanwhile):
+                    self._evidence.row(child.name, passed=False, error=child.complaint())
+            meanwhile()
+
+    def _command(self, results: Path, budget: float) -> list[Any]:
+        words = ["-m", "benchmarks.reproduce_papers", "--form", self._form, "--device", self._in.device]
+        words += ["--model", str(self._in.model), "--output", str(results), "--budget-s", f"{budget:.0f}"]
+        words += ["--compile"] if self._in.compile else []
+        return [*words, "--speeds", *map(str, self._speeds)] if self._speeds else words
+
+    def _start_rate(self, name: str, *words: Any) -> Child:
+        command: list[Any] = ["-m", "benchmarks.training_rate", "--device", self._in.device, "--dtype", "bf16"]
         if self._in.device == "cpu":
-            words += ["--tiny", "--sequence", "64", "--steps", "2"]
-        elif self._smoke:
-            words += ["--steps", "4", "--warm-up", "2"]
-        words += ["--compile", "--sides", *SIDES[:2]] if name == "compiled" else []
-        if (
-            self._in.device == "cuda" and name == "eager"
-        ):  # the host sets the pace of small steps, the GPU that of large ones
-            words += ["--batch", "16", "64", *(["--profile"] if self._smoke else [])]
-        return self._child(f"rate-{name}", *words)
-
-    def finish_rate(self, name: str, child: Child, seconds: float) -> None:
-        """Waits for it and writes its rows; what it had measured before it was ended counts."""
-        with self._evidence.guard(f"training rate, {name}"):
-            done = child.wait(seconds)
-            speeds: dict[tuple[int, str], float] = {}
-            for line in _json_lines(child.log):
-                batch, side = line["batch"][0], line["side"]
-                speeds[batch, side] = line["tokens_per_second"]
-                self._evidence.row(f"training rate, {name}", **line)
-                if side == SIDES[2]:
-                    ratio = speeds[batch, SIDES[0]] / speeds[batch, side]
-                    what = f"dlo train against Trainer, {name}, batch {batch}"
-                    self._evidence.row(what, passed=ratio >= _OF_TRAINER, ratio=round(ratio, 3), bar=_OF_TRAINER)
-            if not done:
-                self._evidence.row(f"training rate, {name}", passed=False, error=child.complaint())
-
-    def smoke(self) -> None:
-        """Everything once: rates alone on the GPU first, the rest at once, since nothing else is timed."""
-        evidence = self._evidence
-        self.finish_rate("eager", self.start_rate("eager"), min(_RATES_S, evidence.left))
-        compiled, self.adapter = self.start_rate("compiled"), self.start_adapter()
-        self.papers(min(FORMS["smoke"].budget_s, max(10.0, evidence.left - 15)))
-        self.finish_adapter(self.adapter, max(2.0, evidence.left - 10))
-        self.finish_rate("compiled", compiled, max(2.0, evidence.left - 10))
-        self.finish_shipped(max(2.0, evidence.left - 8))
+            command += ["--tiny", "--sequence", "64", "--steps", "2"]
+        return self._child(f"rate-{name}", *command, "--turn", self._folder / "turn", *words)
 
     def papers(self, budget: float) -> None:
         """The experiments; artefacts are made and timed on a few cores beside them, once the models are there.
@@ -266,35 +352,30 @@ class _Part:
         Args:
             budget: Seconds they have.
         """
-        form = "smoke" if self._smoke else "five-minutes"
         with self._evidence.guard("papers"):
             cores = sorted(os.sched_getaffinity(0))
             aside = set(cores[-6:]) if len(cores) >= 12 else None
-            command = ["-m", "benchmarks.reproduce_papers", "--form", form, "--device", self._in.device]
-            command += ["--model", str(self._in.model), "--output", str(self._results), "--tasks", str(self._tasks)]
+            command = [*self._command(self._results, budget), "--tasks", str(self._tasks)]
+            command += ["--set", *self._in.changes] if self._in.changes else []
             threads = len(cores) - len(aside or ())
-            compiled = ["--compile"] if self._in.compile else []
             elsewhere = [name for names in self._shares() for name in names]
             shared = ["--elsewhere", *elsewhere, "--workers", self._in.workers] if elsewhere else []
             main = self._child(
                 "papers",
-                *(*command, "--only", "training", "--budget-s", f"{budget:.0f}", "--threads", threads, *compiled),
-                *shared,
+                *(*command, "--only", "training", "--threads", threads, *shared),
                 cores=set(cores) - aside if aside else None,
             )
-            workers = self._start_workers(command, budget, compiled, set(cores) - (aside or set()))
+            workers = self._start_workers(command, budget, set(cores) - (aside or set()))
             shipped: list[Child] = []
 
             def meanwhile() -> None:
                 results = Results(self._results)
                 self._note(results)
-                if self.adapter is None and not self._smoke and main.seconds > budget - _STARTING_S:
-                    self.adapter = self.start_adapter()
                 if not shipped and all(name in results for name in SHIPPED):
-                    options = ("--only", "shipped", "--budget-s", "150", "--threads", len(aside or cores))
+                    options = ("--only", "shipped", "--budget-s", "240", "--threads", len(aside or cores))
                     shipped.append(self._child("shipped", *command, *options, cores=aside))
 
-            done = main.wait(budget + 5, meanwhile)
+            done = main.wait(budget + 3, meanwhile)
             meanwhile()
             for each in (main, *workers):
                 if each.end() or not done:
@@ -302,23 +383,17 @@ class _Part:
             self._shipped = shipped[0] if shipped else None
 
     def _shares(self) -> list[list[str]]:
-        """Runs of the processes beside the first one, which keeps those that others build on."""
-        runs = FORMS["smoke" if self._smoke else "five-minutes"].runs
-        kept = [name for name in runs if name in SHIPPED or "distilled" in name]
-        given = [name for name in runs if name not in kept]
+        """Runs of the processes beside the first one, which keeps those that it measures most on."""
+        runs = with_values(FORMS[self._form], self._in.changes).runs
+        given = [name for name in runs if name not in _OWN]
         others = self._in.workers - 1
         return [given[start::others] for start in range(others)]
 
-    def _start_workers(
-        self, command: Sequence[str], budget: float, compiled: Sequence[str], cores: set[int]
-    ) -> list[Child]:
-        seconds = f"{_TO_TRAIN * budget:.0f}"
+    def _start_workers(self, command: Sequence[str], budget: float, cores: set[int]) -> list[Child]:
+        options = ("--only", "runs", "--budget-s", f"{_TO_TRAIN * budget:.0f}", "--threads", 2)
+        sharing = ("--workers", self._in.workers)
         return [
-            self._child(
-                f"worker-{number}",
-                *(*command, "--only", "runs", "--runs", *names, "--budget-s", seconds, "--threads", 2, *compiled),
-                cores=cores,
-            )
+            self._child(f"worker-{number}", *command, *options, *sharing, "--runs", *names, cores=cores)
             for number, names in enumerate(self._shares())
         ]
 
@@ -326,35 +401,32 @@ class _Part:
         """Waits for artefacts, which need no GPU; then tables, plots and claims."""
         with self._evidence.guard("shipped"):
             if self._shipped is not None:
-                if not self._shipped.wait(seconds, lambda: self._note(Results(self._results))):
+                if not self._shipped.wait(seconds, lambda: self._note(Results(self._results), pack=False)):
                     self._evidence.row("shipped", passed=False, error=self._shipped.complaint())
                 self._shipped = None
             results = Results(self._results)
             self._note(results)
-            self._tabulate()
             for claim in claims(results):
                 # A tiny model shows that the command works, and nothing about the methods.
                 self._evidence.row(claim.what, passed=None if self._smoke else claim.passed, **claim.figures)
             self._pack()
+            self._tabulate()
+            self._pack()
 
     def _tabulate(self) -> None:
         """Tables and plots anew: artefacts came behind those that were written."""
-        options = ["--only", "shipped", "--budget-s", "1", "--form", "smoke" if self._smoke else "five-minutes"]
-        command = ["-m", "benchmarks.reproduce_papers", *options, "--device", self._in.device]
-        self._child("tables", *command, "--model", self._in.model, "--output", self._results).wait(
-            max(8.0, min(25.0, self._evidence.left))
-        )
+        command = [*self._command(self._results, 1), "--only", "shipped"]
+        command += ["--set", *self._in.changes] if self._in.changes else []
+        self._child("tables", *command).wait(max(8.0, min(25.0, self._evidence.left)))
 
-    def _note(self, results: Results) -> None:
+    def _note(self, results: Results, prefix: str = "papers: ", *, pack: bool = True) -> None:
         """Rows of results that are new, and the archive with them: whoever ends this has all that there was."""
         before = len(self._seen)
         for name, values in results.found("").items():
-            if name not in self._seen:
-                self._seen.add(name)
-                self._evidence.row(
-                    f"papers: {name}", **{key: value for key, value in values.items() if key not in _LONG}
-                )
-        if len(self._seen) > before:
+            if prefix + name not in self._seen:
+                self._seen.add(prefix + name)
+                self._evidence.row(prefix + name, **{key: value for key, value in values.items() if key not in _LONG})
+        if pack and len(self._seen) > before:
             self._pack()
 
     def _pack(self) -> None:
@@ -363,8 +435,17 @@ class _Part:
         logs = sorted(self._folder.glob("*.log"))
         _archive(self._evidence.out / "logs.tar.xz", logs)
 
+    def keep_compiled(self) -> None:
+        """Packs what torch.compile made, for the next run."""
+        with self._evidence.guard("compiled code"):
+            packed = self._evidence.out / "compiled.tar.xz"
+            _archive(packed, sorted(_COMPILED.iterdir()), effort=1)
+            size = packed.stat().st_size
+            self._evidence.row("compiled code", bytes=size, too_large=size > _LARGEST_ARCHIVE)
+
     def start_adapter(self) -> Child:
         """Routers and LoRA for the demo: distilled from the dense model on the standard library's text alone."""
+        assert self._in.adapter is not None, "there is something to start from"
         start = load_adapter(self._in.adapter)
         routed = len(start.routed_layers)
         target = 1 - (1 - _TARGET) * start.num_layers / routed  # training's counts the layers with routers
@@ -405,15 +486,15 @@ class _Part:
 
 
 def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith('{"benchmark"'):
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        if line.startswith('{"benchmark"') and line.endswith("\n"):
             yield json.loads(line)
 
 
-def _archive(file: Path, paths: Sequence[Path]) -> None:
+def _archive(file: Path, paths: Sequence[Path], *, effort: int = 6) -> None:
     """Packs files and folders, whole or not at all."""
     partial = io.BytesIO()
-    with tarfile.open(fileobj=partial, mode="w:xz") as archive:
+    with lzma.LZMAFile(partial, "w", preset=effort) as packed, tarfile.open(fileobj=packed, mode="w") as archive:
         for path in paths:
             archive.add(path, path.name)
     temporary = file.with_suffix(".partial")
@@ -423,13 +504,19 @@ def _archive(file: Path, paths: Sequence[Path]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    for name in ("model", "text", "tasks", "adapter"):
+    for name in ("model", "text", "tasks"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    for name in ("adapter", "compiled"):
+        parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=_PARTS, default=())
+    parser.add_argument("--speeds", type=float, nargs=2)
+    parser.add_argument("--set", nargs="+", default=(), dest="changes")
+    parser.add_argument("--trial", action="append", default=[], dest="trials")
     parser.add_argument("--workers", type=int, default=1, choices=(1, 2, 3, 4))
     asks_for_help = "--help" in (arguments or sys.argv[1:])
     parsed, others = (None, ["--help"]) if asks_for_help else parser.parse_known_args(arguments)
-    inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path(), Path(), Path())
+    inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path(), Path())
     return run_part("training", __doc__, inputs.check, functools.partial(measure, inputs), others)
 
 

@@ -24,8 +24,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.papers.forms import FORMS
-from dlo_export.checkpoints.errors import DloError
+from benchmarks.papers.forms import FORMS, with_values
+from dlo_export.checkpoints.errors import DloError, InputError
 from dlo_export.exporter.exit_codes import INTERRUPTED, exit_code, report_error
 
 
@@ -44,11 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--held-out-tokens", type=int, help="of each domain; each form has its own")
     parser.add_argument("--compile", action="store_true", help="compile layers in training, as `dlo train` does")
     parser.add_argument(
-        "--only", choices=["expansion", "training", "shipped", "runs"], help="table (a); all but (d); (d)"
+        "--only",
+        choices=["expansion", "training", "shipped", "trained", "runs"],
+        help="table (a); all but (d); (d); runs alone; some runs of another's plan",
     )
     parser.add_argument("--runs", nargs="+", default=(), help="of --only runs: which; it waits for the plan of another")
     parser.add_argument("--elsewhere", nargs="+", default=(), help="runs that other processes train, to wait for")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at once, this one included")
+    parser.add_argument(
+        "--speeds", type=float, nargs=2, metavar=("DENSE", "ROUTED"), help="tokens/s, measured before (training_rate)"
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=(), metavar="NAME=VALUE", help="other values of the form, as learning_rate=1e-4"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch on the CPU")
     parsed = parser.parse_args(arguments)
     # Not at the top: processes that extract text import this file, and need none of PyTorch.
@@ -68,6 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         held_out_tokens=form.held_out_tokens if parsed.held_out_tokens is None else parsed.held_out_tokens,
         compile=parsed.compile,
     )
+    try:
+        form = with_values(form, parsed.set)
+    except InputError as err:
+        report_error(err)
+        return exit_code(err)
+    speeds = None if parsed.speeds is None else dict(zip(("dense", "routed"), parsed.speeds, strict=True))
     request = Request(
         output=parsed.output or WORKSPACE / f"papers-{name}",
         form=(name, form),
@@ -82,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs=tuple(parsed.runs),
         elsewhere=tuple(parsed.elsewhere),
         workers=parsed.workers,
+        speeds=speeds,
     )
     try:
         check(request)

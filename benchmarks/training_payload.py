@@ -2,7 +2,8 @@
 
     python -m benchmarks.training_payload MODEL FOLDER
 
-FOLDER/text and FOLDER/tokens are the papers' text (benchmarks.papers.text) and its tokens. FOLDER/library is of the
+FOLDER/text and FOLDER/tokens are the papers' text (benchmarks.papers.text) and its tokens, FOLDER/flops.json what
+training costs by kind of run. FOLDER/library is of the
 Python standard library alone (PSF licence), for the demo's adapter: modules, and the language reference without the
 documents that `dlo calibrate` measures on.
 """
@@ -21,6 +22,8 @@ from benchmarks.papers.results import Results
 from benchmarks.papers.sources import Unit, files_of, library_units, read_python
 from benchmarks.papers.subjects import BaseModel
 from benchmarks.papers.text import prepare_text
+from benchmarks.papers.training import FLOPS_NAME, flops_per_token, training_runs
+from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.modeling.calibration.text import calibration_text, read_documents
 
 _TRAINING_TOKENS = 4_000_000
@@ -65,7 +68,9 @@ def main() -> None:
         results.text, training_tokens=_TRAINING_TOKENS, held_out_tokens=form.held_out_tokens, packages=form.packages
     )
     with BaseModel(path) as base:
-        print(Experiment(base, form, results, "cpu").prepare())
+        experiment = Experiment(base, form, results, "cpu")
+        print(experiment.prepare())
+        save_json(folder / FLOPS_NAME, flops_per_token(training_runs(experiment), experiment))
         for name, texts in zip(("train", "held-out"), library_text(base), strict=True):
             target = folder / "library" / name
             target.mkdir(parents=True, exist_ok=True)

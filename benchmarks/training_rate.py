@@ -2,7 +2,9 @@
 
 A Llama of SmolLM2-135M's shapes with random weights, deepened to 36 layers: `dlo train`'s loop with a router on every
 layer and without, and transformers' own Trainer, one after the other in one process. A step is everything from one to
-the next, data included. `--profile` shows where the time of two routed steps goes, and whether the GPU waited.
+the next, data included. `--profile` shows where the time of two routed steps goes, and whether the GPU waited. With
+`--turn FILE`, several of these may run at once: they import and compile side by side, for two layers, and time one
+after the other.
 
     python -m benchmarks.training_rate --device cuda --dtype bf16 [--compile] [--profile] [--steps 12]
     python -m benchmarks.training_rate --tiny --batch 2 --sequence 64                # on any CPU: shows that it runs
@@ -11,10 +13,14 @@ the next, data included. `--profile` shows where the time of two routed steps go
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import gc
 import itertools
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +165,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true", help="two more routed steps under PyTorch's profiler")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: only shows that all of it runs")
+    parser.add_argument("--turn", type=Path, help="lock file, shared by those that must not time at once")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="sequences of a step; each in turn")
     parser.add_argument("--sequence", type=int, default=512)
@@ -167,47 +174,79 @@ def main() -> None:
     arguments = parser.parse_args()
     shapes = TINY if arguments.tiny else SMOLLM2
     for batch, side in itertools.product(arguments.batch, arguments.sides):
-        tokens = batch * arguments.sequence
+        if arguments.turn is not None and arguments.compile:
+            # What is compiled for two layers serves all, and two hardly show in what others time meanwhile.
+            few = {**shapes, "num_hidden_layers": 2}
+            _train(side, few, _settings(arguments, batch, 2), Stopwatch(1, 1, 0))
         profiled = 2 if arguments.profile and side == SIDES[0] else 0
         watch = Stopwatch(arguments.warm_up, arguments.steps, profiled)
-        settings = TrainingSettings(
-            target=0.8,
-            anneal_steps=0,
-            selection="threshold",
-            max_steps=watch.all_steps,
-            batch=batch,
-            sequence=arguments.sequence,
-            dtype=arguments.dtype,
-            device=arguments.device,
-            compile=arguments.compile,
-            exact_rate=False,
-            eval_every=1_000_000,
-            save_every=1_000_000,
-        )
-        start = time.perf_counter()
-        if side == SIDES[2]:
-            train_theirs(shapes, settings, watch)
-        else:
-            train_ours(shapes, settings, watch, routed=side == SIDES[0])
-        seconds = np.array(watch.seconds)
-        on_gpu = torch.cuda.is_available()
-        # A line for each side, at once: whoever stops this has what was measured before.
-        line = {
-            "benchmark": "training_rate",
-            "side": side,
-            "compile": arguments.compile,
-            "dtype": arguments.dtype,
-            "batch": [batch, arguments.sequence],
-            "steps": len(seconds),
-            "step_ms": {name: round(1e3 * float(np.quantile(seconds, at)), 2) for name, at in _QUANTILES.items()},
-            "tokens_per_second": round(tokens / float(np.median(seconds))),
-            "all_s": round(time.perf_counter() - start, 1),
-            "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if on_gpu else None,
-            "profile": watch.summary,
-        }
-        print(json.dumps(line), flush=True)
+        with _turn(arguments.turn):
+            start = time.perf_counter()
+            _train(side, shapes, _settings(arguments, batch, watch.all_steps), watch)
+            # A line for each side, at once: whoever stops this has what was measured before.
+            print(json.dumps(_line(arguments, batch, side, watch, time.perf_counter() - start)), flush=True)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
 
 
+@contextlib.contextmanager
+def _turn(file: Path | None) -> Iterator[None]:
+    """Alone among those that ask for the same file."""
+    if file is None:
+        yield
+        return
+    with file.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    time.sleep(_LET_OTHERS_S)
+
+
+def _settings(arguments: argparse.Namespace, batch: int, steps: int) -> TrainingSettings:
+    return TrainingSettings(
+        target=0.8,
+        anneal_steps=0,
+        selection="threshold",
+        max_steps=steps,
+        batch=batch,
+        sequence=arguments.sequence,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        compile=arguments.compile,
+        exact_rate=False,
+        eval_every=1_000_000,
+        save_every=1_000_000,
+    )
+
+
+def _train(side: str, shapes: dict[str, Any], settings: TrainingSettings, watch: Stopwatch) -> None:
+    if side == SIDES[2]:
+        train_theirs(shapes, settings, watch)
+    else:
+        train_ours(shapes, settings, watch, routed=side == SIDES[0])
+
+
+def _line(arguments: argparse.Namespace, batch: int, side: str, watch: Stopwatch, seconds: float) -> dict[str, Any]:
+    taken = np.array(watch.seconds)
+    on_gpu = torch.cuda.is_available()
+    return {
+        "benchmark": "training_rate",
+        "side": side,
+        "compile": arguments.compile,
+        "dtype": arguments.dtype,
+        "batch": [batch, arguments.sequence],
+        "steps": len(taken),
+        "step_ms": {name: round(1e3 * float(np.quantile(taken, at)), 2) for name, at in _QUANTILES.items()},
+        "tokens_per_second": round(batch * arguments.sequence / float(np.median(taken))),
+        "all_s": round(seconds, 1),
+        "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if on_gpu else None,
+        "card": torch.cuda.get_device_name() if on_gpu else None,
+        "profile": watch.summary,
+    }
+
+
+_LET_OTHERS_S = 0.2  # whoever waits for a turn is slower to take it than whoever just had it
 _QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
 

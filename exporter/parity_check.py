@@ -324,17 +324,18 @@ def graph_candidate(
         functools.partial(opened, force=False) if file is None else functools.partial(open_runner, file),
         functools.partial(opened, force=True) if routed else None,
         functools.partial(opened, force=routed, streams=True),
+        functools.partial(opened, force=False) if routed else None,
     )
 
 
 def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, routed: bool) -> Candidate:
     label = f"trt {options.lowering}" + (", growing" if options.cache == "growing" else "")
 
-    def opened(*, force: bool, streams: bool = False) -> OnnxRuntimeRunner | StaticCacheRunner:
+    def opened(*, force: bool, streams: bool = False, shown: bool = False) -> OnnxRuntimeRunner | StaticCacheRunner:
         runner = StaticCacheRunner if options.cache == "static" else OnnxRuntimeRunner
         # Only parity builds show their routers.
-        shown = force or streams
-        model = exposed_model(twin, force=force, streams=streams) if shown else ir.to_proto(twin).SerializeToString()
+        inside = force or streams or shown
+        model = exposed_model(twin, force=force, streams=streams) if inside else ir.to_proto(twin).SerializeToString()
         return runner(model, weights_folder=folder, name=label, allow_spinning=False)
 
     return Candidate(
@@ -342,6 +343,7 @@ def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, r
         functools.partial(opened, force=False),
         functools.partial(opened, force=True) if routed else None,
         functools.partial(opened, force=routed, streams=True),
+        functools.partial(opened, force=False, shown=True) if routed else None,
     )
 
 

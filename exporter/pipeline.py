@@ -239,7 +239,12 @@ def captured_steps(
         domains=lowering.stage.domains | {MICROSOFT},
         checks=(*lowering.stage.checks, data_dependent_shapes),
     )
-    return [*steps, Step(UseGroupQueryAttentionPass(max_cache), stage)]
+    return [
+        *steps,
+        Step(UseGroupQueryAttentionPass(max_cache), stage),
+        # A norm takes longer than the operator that adds first; each kernel of a step costs a microsecond or two.
+        Step(JoinSkipNormsPass(every=True), stage, released=True),
+    ]
 
 
 def tensorrt_steps(source: GraphSource, options: TensorRtOptions) -> list[Step]:

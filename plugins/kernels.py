@@ -9,7 +9,7 @@ from dlo_export.plugins.contract import weight_input
 from dlo_export.plugins.router_scores.kernel import router_scores_kernel
 from dlo_export.plugins.skip_down.kernel import skip_down_kernel
 from dlo_export.plugins.skip_gate_up.kernel import skip_gate_up_kernel
-from dlo_export.plugins.tiles import TileName, tile_for, tile_of
+from dlo_export.plugins.tiles import Tile, TileName, tile_for, tile_of
 
 KERNELS: Final[dict[str, Any]] = {
     "SkipGateUp": skip_gate_up_kernel,
@@ -21,7 +21,13 @@ INTEGERS: Final = 3
 
 
 def launch(
-    op_name: str, *operands: Any, dtype: str, tile_name: TileName | None = None, interpreted: bool = False
+    op_name: str,
+    *operands: Any,
+    dtype: str,
+    tile_name: TileName | None = None,
+    interpreted: bool = False,
+    kernel: Any = None,
+    **options: Any,
 ) -> None:
     """Launches a kernel on tensors that Triton takes (data_ptr, dtype, shape), inputs then output, all contiguous.
 
@@ -31,6 +37,8 @@ def launch(
         dtype: T as the schema names it.
         tile_name: The tile to use; by default the one the number of tokens asks for.
         interpreted: Triton's interpreter runs the kernel (TRITON_INTERPRET=1 was set before triton was imported).
+        kernel: One that wraps the operator's, and takes its arguments.
+        **options: More constants of such a one, and how Triton launches it.
     """
     op = ORT_OPS[op_name]
     inputs = operands[: len(op.inputs)]
@@ -38,7 +46,7 @@ def launch(
     depth, columns = operands[weight_input(op)].shape
     tokens = batch * sequence
     tile = tile_of(op_name, tile_name or tile_for(tokens), dtype, None if interpreted else _target())
-    KERNELS[op_name][tile.grid(tokens, columns)](
+    (kernel or KERNELS[op_name])[tile.grid(tokens, columns)](
         *inputs,
         tokens,
         depth,
@@ -48,7 +56,13 @@ def launch(
         UPCAST=interpreted,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **options,
     )
+
+
+def decode_tile(op_name: str, dtype: str) -> Tile:
+    """The tile that few tokens are launched with on the current GPU."""
+    return tile_of(op_name, "decode", dtype, _target())
 
 
 def _target() -> int:

@@ -64,12 +64,12 @@ _TILES: Final[dict[str, dict[TileName, Tile]]] = {
 }
 # By compute capability, where a GPU was at hand to measure it. 9.0: H200, hidden 4096, intermediate 14336, bfloat16;
 # the fastest of docs/results/gpu_kernels.md. Decode, 8 of 16 tokens active: 56 and 33 µs, 4.2 and 3.6 TB/s of weights
-# (the tiles above: 77 and 50 µs). Prefill, 256 of 512 active: 114 and 76 µs (155 and 108 µs).
+# (the tiles above: 77 and 50 µs). Prefill, 256 of 512 active: 102 and 76 µs (155 and 108 µs).
 _TUNED: Final[dict[int, dict[str, dict[TileName, Tile]]]] = {
     90: {
         "SkipGateUp": {
             "decode": Tile(rows=16, columns=128, depth=64, scan=32, warps=4, stages=4),
-            "prefill": Tile(rows=128, columns=128, depth=32, scan=512, warps=8, stages=6),
+            "prefill": Tile(rows=128, columns=128, depth=32, scan=512, warps=8, stages=5),
         },
         "SkipDown": {
             "decode": Tile(rows=16, columns=32, depth=256, scan=32, warps=4, stages=5),

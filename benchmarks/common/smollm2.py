@@ -39,7 +39,7 @@ def smollm2_folder() -> Path:
         WORKSPACE.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
             staging = Path(temporary) / "smollm2"
-            _save_dequantised(smollm2_gguf(), staging)
+            save_dequantised(smollm2_gguf(), staging)
             staging.rename(folder)
     return folder
 
@@ -64,7 +64,8 @@ def distinct_tokens(count: int, vocabulary: int = VOCABULARY, seed: int = 0) -> 
     return np.random.default_rng(seed).choice(vocabulary, count, replace=False).astype(np.int64)[np.newaxis]
 
 
-def _save_dequantised(gguf: Path, folder: Path) -> None:
+def save_dequantised(gguf: Path, folder: Path) -> None:
+    """Writes a GGUF file's model and tokenizer as a folder, in float32, by transformers."""
     import torch  # noqa: PLC0415 - only the first run needs it
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 

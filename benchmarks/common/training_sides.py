@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from dlo_export.modeling.training.compilation import compile_layers, compile_loss
 from dlo_export.modeling.training.documents import TokenDocument
 from dlo_export.modeling.training.packing import PackedDocuments, stacked
 from dlo_export.modeling.training.run import training_arguments
@@ -41,9 +42,9 @@ def train_by_trainer(
         run: Folder that the Trainer may write to.
         stepped: Called after each step.
     """
-    if settings.compile:
-        for layer in model.model.layers:
-            layer.compile()
+    if settings.compile:  # as ours is
+        compile_layers(model)
+        compile_loss(model)
     arguments = training_arguments(settings, run, saves=False)
     arguments.eval_strategy = "no"
     trainer = Trainer(model, arguments, data_collator=_batch, train_dataset=data, callbacks=[_Stepped(stepped)])

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.threshold_inputs import ACTIVE, threshold_name, thresholds_as_inputs
+from benchmarks.gpu.decoder_edits import Edit
 from benchmarks.gpu.device_session import (
     TORCH_TYPES,
     BoundRun,
@@ -46,7 +47,7 @@ class CapturedDecoder:
     open_s: float
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 - what a benchmark varies
         cls,
         source: RandomDecoder,
         dtype: torch.dtype,
@@ -57,6 +58,7 @@ class CapturedDecoder:
         *,
         capture: bool = True,
         fuse_routers: bool = True,
+        edit: Edit | None = None,
     ) -> CapturedDecoder:
         """Builds the graph and opens it.
 
@@ -69,15 +71,20 @@ class CapturedDecoder:
             max_cache: Slots of the cache.
             capture: On a GPU, whether steps are captured.
             fuse_routers: See `build_captured_model`.
+            edit: Changes the finished graph in place.
         """
         start = time.monotonic()
         lowering = "plugin" if source.routed else "none"
         model = build_captured_model(source, lowering, max_cache, _IR_TYPES[dtype], fuse_routers=fuse_routers)
+        if edit is not None:
+            edit(model)
         thresholds_as_inputs(model)
         values = weights_as_inputs(model)
         session = DeviceSession(model, device, library if source.routed else None, capture=capture)
         open_s = round(time.monotonic() - start, 1)
-        return cls(source, session, weights or random_weights(values, device), dtype, device, open_s)
+        # A graph may read fewer weights than another one of its shape.
+        held = random_weights(values, device) if weights is None else {name: weights[name] for name in values}
+        return cls(source, session, held, dtype, device, open_s)
 
     def cache(self, batch: int, max_cache: int = MAX_CACHE) -> dict[str, torch.Tensor]:
         """Empty caches by the names of inputs."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import re
+import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +22,7 @@ import torch  # noqa: F401 - before onnxruntime, which finds CUDA's libraries am
 from benchmarks.common.workspace import REPOSITORY
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BY_OPTION
+from dlo_export.checkpoints.model_types import KV_KEY
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.parity_check import graph_candidate
 from dlo_export.exporter.pipeline import build_model
@@ -27,6 +30,7 @@ from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.weight_file import save_weights
+from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.runtimes.artefact.description import WEIGHTS_NAME
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as PROVIDERS
@@ -40,6 +44,11 @@ DATA: Final = REPOSITORY / "tests" / "data"
 ADAPTER: Final = DATA / "smollm2_routers"
 NATIVE: Final = ("masked", "compact", "if")
 DTYPES: Final = ("fp32", "fp16", "bf16")
+# What config.json says where tokens skip attention alone, and leave keys and values, or none.
+ATTENTION: Final = {
+    "reference_attention_routed": {"model_type": "llama_dlo_attn"},
+    "reference_active_attention_routed": {"model_type": "llama_dlo_attn", KV_KEY: "active"},
+}
 # By their names: what computes shapes for all layers has no number, and belongs on the host.
 _OF_A_LAYER: Final = re.compile(r"\.(layers|routers)\.\d+\.")
 
@@ -57,6 +66,7 @@ class Job:
         library: libdlo_ort.so, for the plugin lowering.
         provider: What runs the graphs.
         device: Of the reference.
+        settings: Of config.json, in place of the checkpoint's.
     """
 
     subject: str
@@ -67,6 +77,7 @@ class Job:
     library: str | None = None
     provider: ProviderOption = "cuda"
     device: str = "cuda"
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def jobs(model: Path | None, library: str | None, *, smoke: bool) -> Iterator[Job]:
@@ -85,6 +96,10 @@ def jobs(model: Path | None, library: str | None, *, smoke: bool) -> Iterator[Jo
             yield job
             if library is not None and subject != "reference_layer_routed":  # the plugin takes MLP routing
                 yield dataclasses.replace(job, lowerings=("plugin",), library=library)
+    for subject, settings in ATTENTION.items():
+        for dtype in DTYPES:
+            path = str(DATA / "reference_mlp_routed")
+            yield Job(subject, path, dtype, NATIVE, device="cpu", settings=settings)
     if model is not None:
         yield Job("smollm2 dense", str(model), "bf16", ("none",))
 
@@ -98,9 +113,11 @@ def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, An
     """
     provider = provider or PROVIDERS[job.provider]
     library = None if job.library is None else Path(job.library)
-    source = open_source(job.model, None if job.adapter is None else Path(job.adapter))
-    with contextlib.closing(source), tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with contextlib.ExitStack() as stack:
+        folder, model = (Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2))
+        adapter = None if job.adapter is None else Path(job.adapter)
+        path = with_settings(Path(job.model), model, job.settings) if job.settings else job.model
+        source = stack.enter_context(contextlib.closing(open_source(str(path), adapter)))
         files = save_graphs(source, job, folder)
         for lowering, file in files.items():
             yield placement_row(job, lowering, file, provider, library)
@@ -177,11 +194,19 @@ def placement_row(job: Job, lowering: str, file: Path, provider: Provider, libra
     }
 
 
+def with_settings(model: Path, folder: Path, settings: Mapping[str, str]) -> Path:
+    """The same weights under another config.json, in an empty folder."""
+    shutil.copytree(model, folder, dirs_exist_ok=True)  # small, and nothing reads through links
+    values = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**values, **settings}), encoding="utf-8")
+    return folder
+
+
 def save_graphs(source: ExportSource, job: Job, folder: Path) -> dict[str, Path]:
     """Writes a graph for each lowering; they share one file of weights."""
     files: dict[str, Path] = {}
     for lowering in job.lowerings:
-        model = build_model(source, lowering, graph_dtype(job.dtype))
+        model = build_model(source, lowering, graph_dtype(job.dtype), PROVIDER_TARGETS[job.provider])
         save_weights(model, folder / WEIGHTS_NAME, write=not files)
         files[lowering] = folder / f"{lowering}.onnx"
         ir.save(model, files[lowering])

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.common.threshold_inputs import ACTIVE, SKIPPED, threshold_name, thresholds_as_inputs
 from benchmarks.gpu.captured_decoder import OPTIONS, CapturedDecoder
+from benchmarks.gpu.decoder_edits import NORMS
 from benchmarks.gpu.device_session import DeviceSession, weights_as_inputs
 from benchmarks.gpu.evidence import Evidence
 from benchmarks.gpu.random_decoder import RandomDecoder
@@ -174,12 +175,14 @@ def check_decoder(
     dtype: torch.dtype,
     capture: bool,
     unfilled: float = 0.0,
+    norms: str = "as exported",
 ) -> None:
     """A small decoder, prompt and steps, against the masked form of the same weights in float32 on the CPU provider.
 
     The reference has no cache of fixed size, none of the dlo operators and none of ONNX Runtime's attention of its own:
     one step of all tokens. Decisions are drawn anew for every token and layer, so a replayed graph has to follow them.
     `unfilled` is what slots hold that nobody has filled: any number; ONNX Runtime's CUDA kernels multiply it by 0.
+    `norms` is one of `decoder_edits.NORMS`.
     """
     what = f"decoder, {'routed' if routed else 'dense'}"
     source, slots, prompts, steps = RandomDecoder("small", routed), 64, (5, 9), 6
@@ -191,7 +194,7 @@ def check_decoder(
     limits = torch.from_numpy(np.where(active, ACTIVE, SKIPPED).astype(np.float32)).to(device)
     ids = torch.from_numpy(tokens).to(device)
 
-    decoder = CapturedDecoder.open(source, dtype, device, library, max_cache=slots, capture=capture)
+    decoder = CapturedDecoder.open(source, dtype, device, library, max_cache=slots, capture=capture, edit=NORMS[norms])
     cache = decoder.cache(len(prompts), slots)
     for value in cache.values():
         value.fill_(unfilled)
@@ -233,6 +236,7 @@ def check_decoder(
         dtype=option,
         captured=capture and device == "cuda",
         unfilled=str(unfilled),
+        norms=norms,
         largest_error=max(errors),
         bar=LOGITS_ERROR[option],
         elsewhere=decoder.session.operators_elsewhere(),
@@ -240,7 +244,10 @@ def check_decoder(
 
 
 def check_runner(evidence: Evidence, device: str, library: Path) -> None:
-    """The project's own runner from files: prompts of two lengths and six steps, against a growing cache on the CPU."""
+    """The project's own runner from files: prompts of two lengths and six steps, against a growing cache on the CPU.
+
+    On a GPU in memory that held NaN, which its cache must not.
+    """
     source, rng = RandomDecoder("small", routed=True, rescale=True), np.random.default_rng(3)
     option = "fp32" if device == "cpu" else "bf16"
     feeds = step_feeds([rng.integers(0, source.config.vocab_size, length) for length in (14, 11)], 1, 1, 1, 1, 1, 1)
@@ -255,6 +262,7 @@ def check_runner(evidence: Evidence, device: str, library: Path) -> None:
             ir.to_proto(exposed(model, force=True)).SerializeToString() for model in (captured, plain)
         )
         provider = CPU if device == "cpu" else CUDA
+        _leave_nan(device)
         with (
             OnnxRuntimeRunner(reference, weights_folder=folder) as oracle,
             InPlaceRunner(candidate, weights_folder=folder, plugin_library=library, provider=provider) as runner,
@@ -270,6 +278,14 @@ def check_runner(evidence: Evidence, device: str, library: Path) -> None:
     evidence.row(
         "runner", passed=worst <= LOGITS_ERROR[option], dtype=option, largest_error=worst, bar=LOGITS_ERROR[option]
     )
+
+
+def _leave_nan(device: str) -> None:
+    """Fills memory with NaN and gives it back, so that whoever allocates next may find it there."""
+    if device == "cuda":
+        torch.full((2**30,), torch.nan, device=device)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def _reference_logits(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -15,15 +16,20 @@ from torch import nn
 from benchmarks.gpu.evidence import Evidence
 from benchmarks.gpu.kernel_timing import timed
 from benchmarks.gpu.random_torch_llama import random_model
+from benchmarks.gpu.skip_efficiency import BAR, skip_efficiency
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
-from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Routing, StepOps, TorchOps
+from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Overlap, Routing, StepOps, TorchOps
 from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, StepWeights
 
 CONTEXT: Final = 512
 CAPACITY: Final = 640
-ROUNDS, STEPS = 8, 8
-EFFICIENCY_BAR, ACTIVE_BAR = 0.9, 1.03
-"""At 8B, batch 1: half of the MLPs skipped; none skipped, over dense."""
+ROUNDS, STEPS = 5, 8
+ACTIVE_BAR = 1.03
+"""At 8B, batch 1: none skipped, over dense."""
+REMOVED: Final = (0.5,)
+"""Shares of the MLPs that a dense model has not."""
+OVERLAP_BAR: Final = 2**-5
+"""Largest difference of bfloat16 logits, of the largest: products may sum in another order; nothing else differs."""
 
 
 class Size:
@@ -34,14 +40,26 @@ class Size:
         name: For the rows.
         config: Of a plain Llama.
         smoke: Little of everything.
-        copy: The card's copy bandwidth, GB/s.
+        copy: The card's copy bandwidth, bytes per second.
         tflops: Its rate of bfloat16 products, TFLOP/s.
+
+    Attributes:
+        candidates: By batch and name, how kernels may overlap: those that are right on this card, once that is known.
     """
 
     def __init__(
-        self, evidence: Evidence, name: str, config: dict[str, Any], smoke: bool, copy: float, tflops: float
+        self,
+        evidence: Evidence,
+        name: str,
+        config: dict[str, Any],
+        smoke: bool,
+        copy: float,
+        tflops: float,
     ) -> None:
         self.evidence, self.name, self.smoke, self.copy, self.tflops = evidence, name, smoke, copy, tflops
+        self.candidates: Mapping[int, Mapping[str, Overlap]] = {}
+        self.overlaps = (Overlap(), Overlap())  # of the dense decoder, and of the routed one
+        self.taken: tuple[str, str] | None = None  # their names, once they were chosen
         self.config = config
         self.layers: int = config["num_hidden_layers"]
         begin = time.monotonic()
@@ -52,34 +70,75 @@ class Size:
         torch.cuda.synchronize()
         self.row("made", seconds=round(time.monotonic() - begin, 1), gb=round(torch.cuda.memory_allocated() / 1e9, 1))
 
+    def decoder(self, weights: StepWeights, batch: int, **options: Any) -> CapturedDecoder:
+        """A decoder whose kernels overlap as they were found to be fastest."""
+        ops = KernelOps(overlap=self.overlaps[weights is self.routed])
+        return CapturedDecoder(weights, batch=batch, capacity=CAPACITY, ops=ops, **options)
+
     def row(self, what: str, **values: Any) -> None:
         """A row of this size."""
         self.evidence.row(what, model=self.name, **values)
 
-    def measure(self) -> None:
-        """Decode, then prefill, then where a step's time goes."""
-        once = self.smoke and self.name == "1B"  # the same code as of the other size
-        for batch in (1,) if once else (1, 4) if self.smoke else (1, 4, 16):
-            with self.evidence.guard("decode", model=self.name, batch=batch):
-                if self.evidence.fits(f"decode {self.name}, batch {batch}", 4 if self.smoke else 8):
-                    self.decode(batch)
-        if once:
-            return
-        with self.evidence.guard("prefill", model=self.name):
-            if self.evidence.fits(f"prefill {self.name}", 3 if self.smoke else 6):
-                self.prefill()
-        for batch in (1,) if self.smoke else (1, 16):
-            with self.evidence.guard("breakdown", model=self.name, batch=batch):
-                if self.evidence.fits(f"breakdown {self.name}, batch {batch}", 3 if self.smoke else 5):
-                    self.breakdown(batch)
-        with self.evidence.guard("masked", model=self.name):
-            if self.evidence.fits(f"masked {self.name}", 3 if self.smoke else 5):
-                self.masked()
+    def compile_plain(self) -> None:
+        """Has the kernels of a plain step compiled, by recording one; times nothing."""
+        for weights in (self.dense, self.routed):
+            self.decoder(weights, 1)
+
+    def piece(self, what: str, seconds: float, run: Callable[[], None], **values: Any) -> None:
+        """Runs a piece where so many seconds are left; what breaks it is a row."""
+        with self.evidence.guard(what, model=self.name, **values):
+            if self.evidence.fits(f"{what} {self.name} {values}", seconds):
+                run()
+
+    def decode_plain(self) -> None:
+        """Batch 1, kernels one by one: figures to compare with, and to keep if a candidate never ends."""
+        self.piece("decode", 3, lambda: self.decode(1), batch=1)
+
+    def decode_overlapped(self, batch: int) -> None:
+        """As the fastest candidates have it; where there are several tokens, those of 16 serve for all."""
+        if batch in {1, 16}:
+            self.piece("overlaps", 6, lambda: self.choose_overlaps(batch), batch=batch)
+        self.piece("decode", 4, lambda: self.decode(batch), batch=batch)
+        if batch in {1, 16}:
+            self.piece("overlap", 2, lambda: self.check_overlap(batch), batch=batch)
+
+    def the_rest(self) -> None:
+        """Where a step's time goes, and prefill."""
+        self.piece("breakdown", 3, lambda: self.breakdown(1), batch=1)
+        self.piece("prefill", 6, self.prefill)
+
+    def last(self) -> None:
+        """What needs the weights in another order, and leaves them so."""
+        self.piece("masked", 4, self.masked)
+
+    def choose_overlaps(self, batch: int) -> None:
+        """Times the candidates: which dense decoder is fastest, and which with half of the MLPs skipped."""
+        ids = torch.randint(0, self.vocab, (batch, CONTEXT), device="cuda")
+        times: dict[str, dict[str, float]] = {}
+        candidates = self.candidates.get(batch, {})
+        for name, overlap in candidates.items():
+            with self.evidence.guard("overlap", model=self.name, overlap=name, batch=batch):
+                self.overlaps = (overlap, overlap)
+                dense, routed = self.decoder(self.dense, batch), self.decoder(self.routed, batch)
+                for decoder in (dense, routed):
+                    decoder.prefill(ids)
+                subjects = [Subject("dense", dense)]
+                subjects += [Subject(f"layers {share:.0%}", routed, self.skipping(share)) for share in (0.0, 0.5, 1.0)]
+                blocks = {
+                    subject.name: [subject.block_ms(ids[:, 0], [CONTEXT] * batch, 4) for _ in range(4)]
+                    for subject in subjects
+                }
+                times[name] = {word: round(float(np.median(found[1:])), 4) for word, found in blocks.items()}
+                self.row("overlap", batch=batch, overlap=name, ms=times[name])
+        if times:
+            dense_name, routed_name = (min(times, key=lambda name: times[name][of]) for of in ("dense", "layers 50%"))
+            self.row("overlaps taken", batch=batch, dense=dense_name, routed=routed_name)
+            self.taken = dense_name, routed_name
+            self.overlaps = candidates[dense_name], candidates[routed_name]
 
     def skipping(self, share: float) -> torch.Tensor:
         """Thresholds that skip a share of the layers, evenly spread."""
-        steps = np.floor(np.arange(self.layers + 1) * share + 1e-9)
-        return torch.tensor(np.where(np.diff(steps) > 0, 2.0, -1.0), dtype=torch.float32, device="cuda")
+        return torch.tensor(np.where(spread_layers(self.layers, share), 2.0, -1.0), dtype=torch.float32, device="cuda")
 
     def step_bytes(self, batch: int, skipped: float) -> float:
         """Bytes that a decode step reads at least: weights but the embedding, and the cache."""
@@ -93,11 +152,14 @@ class Size:
 
     def subjects(self, batch: int, token: torch.Tensor, ids: torch.Tensor) -> list[Subject]:
         """Decoders behind their prompts; the routed one's states share a cache, whose content does not matter here."""
-        dense = CapturedDecoder(self.dense, batch=batch, capacity=CAPACITY)
-        routed = CapturedDecoder(self.routed, batch=batch, capacity=CAPACITY)
+        dense, routed = self.decoder(self.dense, batch), self.decoder(self.routed, batch)
         found = [Subject("dense", dense)]
         for decoder in (dense, routed):
             decoder.prefill(ids)
+        for share in REMOVED:
+            fewer = self.decoder(without_mlps(self.dense, share), batch)
+            fewer.prefill(ids)
+            found.append(Subject(f"removed {share:.0%}", fewer, skipped=share))
         for share in (0.0, 0.25, 0.5, 0.75, 1.0):
             found.append(Subject(f"layers {share:.0%}", routed, self.skipping(share), share))
         # Scores are spread around one half: what each layer's tokens say of it decides for about half of them.
@@ -121,6 +183,7 @@ class Size:
                 times[subject.name].append(subject.block_ms(token, lengths, STEPS))
         samples = {name: np.array(values[2:]) for name, values in times.items()}  # two rounds to warm up
         dense, whole, none = samples["dense"], samples["layers 0%"], samples["layers 100%"]
+        all_bytes = self.step_bytes(batch, 0)
         for subject in subjects:
             ms = samples[subject.name]
             values: dict[str, Any] = {"ms": spread(ms), "over_dense": spread(ms / dense)}
@@ -130,37 +193,56 @@ class Size:
             values[share] = round(subject.skipped, 3)
             nbytes = self.step_bytes(batch, subject.skipped)
             values["gb_s"] = round(nbytes / float(np.median(ms)) * 1e-6)
-            values["of_copy_bandwidth"] = round(values["gb_s"] / self.copy, 3)
+            values["of_copy_bandwidth"] = round(values["gb_s"] / self.copy * 1e9, 3)
             passed = None
-            if subject.name.startswith("layers") and 0 < subject.skipped < 1:
-                ideal = dense * nbytes / self.step_bytes(batch, 0)
+            if subject.name.startswith("layers") and subject.skipped > 0:
+                removed = samples.get(f"removed {subject.skipped:.0%}")
+                found = skip_efficiency(
+                    float(np.median(dense)),
+                    values["step_ms"],
+                    dense_bytes=all_bytes,
+                    unread_bytes=all_bytes - nbytes,
+                    copy_rate=self.copy,
+                    removed_ms=None if removed is None else float(np.median(removed)),
+                )
                 line = whole + subject.skipped * (none - whole)
-                values["ideal_ms"] = round(float(np.median(ideal)), 4)
-                values["efficiency"] = spread(_efficiency(dense, ms, ideal))
-                values["efficiency_line"] = spread(_efficiency(dense, ms, line))
+                values |= {**found.facts, "efficiency_line": spread(_efficiency(dense, ms, line))}
                 if (self.name, batch, subject.name) == ("8B", 1, "layers 50%"):
-                    values["bar"] = EFFICIENCY_BAR
-                    passed = values["efficiency"]["median"] >= EFFICIENCY_BAR
+                    values["bar"] = BAR
+                    passed = found.passed
             if (self.name, batch, subject.name) == ("8B", 1, "layers 0%"):
                 values["bar"] = ACTIVE_BAR
                 passed = values["over_dense"]["median"] <= ACTIVE_BAR
             self.row(
                 "decode",
                 # Four layers and a small vocabulary are no 8B: a smoke run's times are held to nothing.
-                passed=None if self.smoke else passed,
+                passed=None if self.smoke or self.taken is None else passed,
                 batch=batch,
                 subject=subject.name,
+                overlaps=self.taken,
                 **values,
             )
+
+    def check_overlap(self, batch: int) -> None:
+        """Whether kernels that overlap say what they say one after the other, half of the layers' MLPs skipped."""
+        ids = torch.randint(0, self.vocab, (batch, CONTEXT), device="cuda")
+        error = 0.0
+        for weights in (self.dense, self.routed):
+            found = []
+            for ops in (KernelOps(overlap=self.overlaps[weights is self.routed]), KernelOps()):
+                decoder = CapturedDecoder(weights, batch=batch, capacity=CAPACITY, ops=ops)
+                found.append(logits_of(decoder, self.skipping(0.5), ids))
+            error = max(error, largest_difference(*found))
+        self.row("overlap against one by one", passed=error <= OVERLAP_BAR, batch=batch, error=error, bar=OVERLAP_BAR)
 
     def prefill(self) -> None:
         """A prompt of 512, captured; and where the host counts active tokens, launch by launch."""
         ids = torch.randint(0, self.vocab, (1, CONTEXT), device="cuda")
         halves = torch.full((self.layers,), 0.5, device="cuda")
         decoders = {
-            "dense": CapturedDecoder(self.dense, batch=1, capacity=CAPACITY, prompt=CONTEXT),
-            "kernels": CapturedDecoder(self.routed, batch=1, capacity=CAPACITY, prompt=CONTEXT),
-            "gathered": CapturedDecoder(self.routed, batch=1, capacity=CAPACITY, gather_prompts=True),
+            "dense": self.decoder(self.dense, 1, prompt=CONTEXT),
+            "kernels": self.decoder(self.routed, 1, prompt=CONTEXT),
+            "gathered": self.decoder(self.routed, 1, gather_prompts=True),
         }
         states = {"none skipped": self.skipping(0.0), "half of the tokens": halves, "all skipped": self.skipping(1.0)}
         cases = [("dense", "none skipped"), *((form, state) for form in ("kernels", "gathered") for state in states)]
@@ -277,6 +359,36 @@ class Subject:
         self.decoder.crop(lengths)
         self.decoder.decode(token)  # so that the device is at work when the clock starts
         return block_us(lambda: self.decoder.decode(token), steps) * 1e-3
+
+
+def spread_layers(layers: int, share: float) -> np.ndarray:
+    """Which layers a share of them are, evenly spread: bool [layers]."""
+    steps = np.floor(np.arange(layers + 1) * share + 1e-9)
+    chosen: np.ndarray = np.diff(steps) > 0
+    return chosen
+
+
+def without_mlps(weights: StepWeights, share: float) -> StepWeights:
+    """The same model without the MLPs, and their norms, of a share of its layers; the others' weights are shared."""
+    fewer = copy.copy(weights)
+    gone = spread_layers(len(weights.layers), share)
+    fewer.layers = [
+        dataclasses.replace(layer, mlp=None) if removed else layer
+        for layer, removed in zip(weights.layers, gone, strict=True)
+    ]
+    return fewer
+
+
+def logits_of(decoder: CapturedDecoder, thresholds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Of three steps behind a prompt, float32 [3, batch, vocabulary]."""
+    decoder.thresholds.copy_(thresholds)
+    decoder.prefill(ids)
+    return torch.stack([decoder.decode(ids[:, step]).logits.float().clone() for step in range(3)])
+
+
+def largest_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the largest number expected; NaN where one of them is not a number."""
+    return float((got - expected).abs().max() / expected.abs().max())
 
 
 def block_us(run: Callable[[], object], runs: int) -> float:

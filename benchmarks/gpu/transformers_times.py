@@ -1,51 +1,79 @@
-"""How long a dense decode step of transformers takes on a GPU: what captured decode is held against."""
+"""How long a dense decode step of transformers takes on a GPU: what captured decode is held against.
+
+A program of its own, which may be ended at any time: compiling takes most of a minute. Rows are lines of JSON on
+stdout.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 import time
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.gpu.evidence import Evidence
 from benchmarks.gpu.pytorch_times import CAPACITY, CONTEXT, block_us, spread
+from benchmarks.gpu.random_torch_llama import SIZES
+
+FORMS: Final = ("eager", "compiled")
 
 
-def outside_reference(evidence: Evidence, config: dict[str, Any], smoke: bool) -> None:
-    """Dense decode by transformers with its static cache: as it comes, and compiled by PyTorch."""
-    from transformers import LlamaConfig as TransformersConfig  # noqa: PLC0415 - heavy, and only here
-    from transformers import LlamaForCausalLM, StaticCache  # noqa: PLC0415
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The 1B's shape first, since it compiles sooner; then the 8B's."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="two layers")
+    smoke = parser.parse_args(arguments).smoke
+    for name in ("1B",) if smoke else ("1B", "8B"):
+        config = {**SIZES[name], **({"num_hidden_layers": 2} if smoke else {})}
+        for form in FORMS:
+            print(json.dumps({"what": "transformers", "model": name, **step_times(config, form, smoke)}), flush=True)
+    return 0
+
+
+def step_times(config: dict[str, Any], form: str, smoke: bool) -> dict[str, Any]:
+    """Of a step behind the context, batch 1, bfloat16, a static cache.
+
+    Args:
+        config: Of a plain Llama.
+        form: "eager", or "compiled": the call that `generate` itself compiles for a static cache on a GPU, in its
+            default mode, "reduce-overhead", which replays CUDA graphs.
+        smoke: Few steps.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache  # noqa: PLC0415 - heavy
 
     values = {key: value for key, value in config.items() if key not in {"model_type", "architectures"}}
+    begin = time.monotonic()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = LlamaForCausalLM(TransformersConfig(**values, dtype=torch.bfloat16))
-    cast("nn.Module", model).to(torch.bfloat16).eval()
+        model = LlamaForCausalLM(LlamaConfig(**values, dtype=torch.bfloat16))
+    torch.set_default_dtype(default)
+    cast("nn.Module", model).eval()
+    forward: Callable[..., Any] = model.forward
+    if form == "compiled":
+        forward = cast("Any", model).get_compiled_call(None)
     ids = torch.randint(0, config["vocab_size"], (1, CONTEXT), device="cuda")
-    compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-    needed = 12 if smoke else 60  # to compile
-    for name, forward, seconds in (
-        ("transformers, eager", model.forward, 3),
-        ("transformers, compiled", compiled, needed),
-    ):
-        if not evidence.fits(name, seconds):
-            continue
-        with evidence.guard("outside reference", subject=name), torch.inference_mode():
-            begin = time.monotonic()
-            cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
-            model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
-            token, place = ids[:, :1].clone(), torch.full((1, 1), CONTEXT, device="cuda")
+    with torch.no_grad():  # as `generate` has it
+        cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
+        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        token, place = ids[:, :1].clone(), torch.full((1, 1), CONTEXT, device="cuda")
 
-            def step(forward: Any = forward, cache: Any = cache, token: Any = token, place: Any = place) -> None:
-                forward(input_ids=token, position_ids=place, past_key_values=cache, logits_to_keep=1)
-                place.add_(1)
+        def step() -> None:
+            forward(input_ids=token, position_ids=place, past_key_values=cache, logits_to_keep=1)
+            place.add_(1)
 
-            for _ in range(3):
-                step()
-            torch.cuda.synchronize()
-            warm = time.monotonic() - begin
-            times = np.array([block_us(step, 4) * 1e-3 for _ in range(2 if smoke else 8)])
-            evidence.row(
-                "outside reference", model="1B", batch=1, subject=name, ms=spread(times), warm_up_s=round(warm, 1)
-            )
+        for _ in range(4):
+            step()
+        torch.cuda.synchronize()
+        warm_up = round(time.monotonic() - begin, 1)
+        times = np.array([block_us(step, 4) * 1e-3 for _ in range(2 if smoke else 8)])
+    return {"form": form, "batch": 1, "past": CONTEXT, "ms": spread(times), "warm_up_s": warm_up}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

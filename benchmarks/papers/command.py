@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ from benchmarks.papers.forms import Form
 from benchmarks.papers.plots import save_plots
 from benchmarks.papers.results import Results
 from benchmarks.papers.shipped import shipped_pieces
-from benchmarks.papers.skipping_cost import as_many_pieces, calibrated_pieces, removal_pieces, retargeted_pieces
+from benchmarks.papers.skipping_cost import (
+    as_many_pieces,
+    calibrated_baselines,
+    calibrated_pieces,
+    removal_pieces,
+    retargeted_pieces,
+)
 from benchmarks.papers.subjects import BaseModel
 from benchmarks.papers.tables import COSTS, all_tables, broken_promises
 from benchmarks.papers.tasks import task_files, task_pieces
@@ -41,7 +47,6 @@ from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 
 _FOR_THE_REPORT_S = 15.0  # tables and plots
-_TO_MEASURE = 0.6  # of the time there is when a process has trained its own runs
 _TABLES = "papers.md"
 
 
@@ -60,10 +65,13 @@ class Request:
         data: Chats to train on in place of the extracted ones.
         publish: Folder for copies of the tables and plots.
         only: ``expansion``: table (a), which needs no training; ``training``: all but artefacts; ``shipped``: artefacts
-            of the models that are there, which needs no GPU; ``runs``: some training runs. None for everything.
+            of the models that are there, which needs no GPU; ``trained``: training runs, and nothing of what they are
+            compared with; ``runs``: some training runs of another process' plan. None for everything.
         runs: Of ``runs``: which.
         elsewhere: Runs that other processes train, into the same folder.
         workers: Processes that train at once: a small model's steps keep no GPU busy.
+        speeds: Tokens per second of the deepened model in one process, ``dense`` and ``routed``, where they were
+            measured before (`benchmarks.training_rate`); None to measure them first.
     """
 
     output: Path
@@ -79,6 +87,7 @@ class Request:
     runs: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
     workers: int = 1
+    speeds: Mapping[str, float] | None = None
 
 
 def reproduce(request: Request) -> dict[str, Any]:
@@ -115,10 +124,10 @@ def reproduce(request: Request) -> dict[str, Any]:
         left_out: dict[str, str] = {}
         if request.only not in ("shipped", "runs"):
             left_out |= run_pieces(expansion_pieces(experiment), results, budget)
-        if request.only in (None, "training"):
+        if request.only in (None, "training", "trained"):
             left_out |= _run_others(experiment, budget, request)
         if request.only == "runs":
-            return {"form": name, "left_out": _run_some(experiment, budget, request.runs), "passed": True}
+            return {"form": name, "left_out": _run_some(experiment, budget, request), "passed": True}
         if request.only == "shipped":
             left_out |= run_pieces(shipped_pieces(experiment), results, budget)
     heading = _heading(request, path, results)
@@ -161,9 +170,12 @@ def prepare(results: Results, request: Request) -> None:
         use_other_chats(results.text, request.data)
 
 
-def _run_some(experiment: Experiment, budget: Budget, names: Sequence[str]) -> dict[str, str]:
+def _run_some(experiment: Experiment, budget: Budget, request: Request) -> dict[str, str]:
     """Training runs of a plan that another process makes."""
-    runs, results = training_runs(experiment), experiment.results
+    runs, results, names = training_runs(experiment), experiment.results, request.runs
+    if request.speeds is not None:  # which are those of a process alone
+        while COSTS not in results and not budget.is_over():
+            time.sleep(0.1)
     load = dataclasses.replace(next(run for run in runs if run.kind == "deepened"), suffix=f"-load-{os.getpid()}")
     while BASE not in results and not budget.is_over():
         time.sleep(0.1)  # a measurement that is not to be disturbed
@@ -174,7 +186,7 @@ def _run_some(experiment: Experiment, budget: Budget, names: Sequence[str]) -> d
         return dict.fromkeys(names, "no plan was made")
     steps: dict[str, int] = results[COSTS]["steps"]
     chosen = [run for run in runs if run.name in names and run.name in steps]
-    return run_pieces([_training_piece(run, experiment, budget) for run in chosen], results, budget)
+    return run_pieces(_training_pieces(chosen, experiment, budget, request), results, budget)
 
 
 def _run_others(experiment: Experiment, budget: Budget, request: Request) -> dict[str, str]:
@@ -184,7 +196,7 @@ def _run_others(experiment: Experiment, budget: Budget, request: Request) -> dic
     costs = Piece(
         COSTS,
         lambda: 10 * pass_seconds(experiment),
-        lambda: training_costs(runs, experiment, request.workers * experiment.form.training_share * budget.left),
+        lambda: training_costs(runs, experiment, _training_seconds(experiment.form, budget, request), request.speeds),
     )
     left_out = run_pieces([costs], results, budget)
     if COSTS not in results:
@@ -196,31 +208,58 @@ def _run_others(experiment: Experiment, budget: Budget, request: Request) -> dic
         for run in runs
         if run.name not in steps
     }
+    if request.only == "trained":
+        return left_out | run_pieces(_training_pieces(planned, experiment, budget, request), results, budget)
+    own = [run for run in planned if run.name not in request.elsewhere]
+    theirs = [run for run in planned if run.name in request.elsewhere]
     # Other pieces need the models that are kept.
-    count = 1 + max((number for number, run in enumerate(planned) if run.kept), default=-1)
-    first, others = planned[:count], planned[count:]
+    count = 1 + max((number for number, run in enumerate(own) if run.kept), default=-1)
+    first, others = own[:count], own[count:]
     shipped = shipped_pieces(experiment) if exports else []
     if importlib.util.find_spec("onnxruntime") is None:
         left_out |= {piece.name: "ONNX Runtime is not installed" for piece in shipped}
         shipped = []
-    if request.elsewhere:
-        own = [run for run in planned if run.name not in request.elsewhere]
-        left_out |= run_pieces([_training_piece(run, experiment, budget) for run in own], results, budget)
-        _wait_for([name for name in request.elsewhere if name in steps], results, budget)
-        planned = [run for run in planned if run.name in results]
-        first, others = planned, []
     pieces = [
-        *(_training_piece(run, experiment, budget) for run in first),
+        *_training_pieces(first, experiment, budget, request),
         *calibrated_pieces(experiment),
         *_rate_pieces(experiment, first),
         *shipped,
         *kind_pieces(experiment, first),
-        *(_training_piece(run, experiment, budget) for run in others),
+        *_training_pieces(others, experiment, budget, request),
         *_rate_pieces(experiment, others),
         *task_pieces(experiment, first, of_artefacts=exports),
-        *removal_pieces(experiment, budget),
     ]
-    return left_out | run_pieces(pieces, results, budget)
+    left_out |= run_pieces(pieces, results, budget)
+    left_out |= _measure_others(theirs, experiment, budget, of_artefacts=exports)
+    last = [*calibrated_baselines(experiment), *removal_pieces(experiment, budget)]
+    return left_out | run_pieces(last, results, budget)
+
+
+def _measure_others(
+    runs: Sequence[TrainingRun], experiment: Experiment, budget: Budget, *, of_artefacts: bool
+) -> dict[str, str]:
+    """What other processes train, as it comes; what only repeats it with another seed, while nothing else does."""
+    results, waiting = experiment.results, [*runs]
+    left_out: dict[str, str] = {}
+    repeated = calibrated_baselines(experiment)
+    while waiting and not budget.is_over():
+        come = [run for run in waiting if run.name in results]
+        waiting = [run for run in waiting if run not in come]
+        first = [run for run in come if run.seed == experiment.form.seeds[0]]
+        pieces = [*_rate_pieces(experiment, first), *kind_pieces(experiment, first)]
+        pieces += task_pieces(experiment, first, of_artefacts=of_artefacts)
+        repeated[:0] = _rate_pieces(experiment, [run for run in come if run not in first])
+        if not pieces and repeated:
+            pieces.append(repeated.pop(0))
+        left_out |= run_pieces(pieces, results, budget)
+        time.sleep(0 if pieces else 0.2)
+    return left_out | run_pieces(repeated, results, budget)
+
+
+def _training_seconds(form: Form, budget: Budget, request: Request) -> float:
+    """What training the main table may take, at the speeds of the plan."""
+    processes = request.workers if request.speeds is None else 1
+    return processes * form.training_share * budget.left
 
 
 def _rate_pieces(experiment: Experiment, runs: list[TrainingRun]) -> list[Piece]:
@@ -230,17 +269,18 @@ def _rate_pieces(experiment: Experiment, runs: list[TrainingRun]) -> list[Piece]
     return [*retargeted, *as_many_pieces(experiment, [*routed, *(piece.name for piece in retargeted)])]
 
 
-def _wait_for(names: list[str], results: Results, budget: Budget) -> None:
-    """Until others have trained these, or too little time is left to measure them."""
-    enough = _TO_MEASURE * budget.left
-    while budget.left > enough and not all(name in results for name in names):
-        time.sleep(0.2)
+def _training_pieces(
+    runs: Sequence[TrainingRun], experiment: Experiment, budget: Budget, request: Request
+) -> list[Piece]:
+    return [_training_piece(run, experiment, budget, request) for run in runs]
 
 
-def _training_piece(run: TrainingRun, experiment: Experiment, budget: Budget) -> Piece:
+def _training_piece(run: TrainingRun, experiment: Experiment, budget: Budget, request: Request) -> Piece:
     costs = experiment.results[COSTS]  # decided once, so that a resumed run keeps to it
     steps, batch = costs["steps"][run.name], costs["batch"]
-    training: float = steps * batch * experiment.form.sequence * seconds_per_token(run, costs)
+    alone: float = steps * batch * experiment.form.sequence * seconds_per_token(run, costs)
+    # Speeds that were measured by a process alone are those of all of them together.
+    training = alone if request.speeds is None else alone * request.workers
     slower: float = costs["flops"][run.kind] / costs["flops"]["original"]
 
     def seconds() -> float:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from dlo_export.checkpoints.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class Form:
         compile: Compile layers in training, but for those of experts, whose shapes depend on the tokens.
         learning_rate: Of weights.
         router_learning_rate: Of routers, as a share of their weights' root mean square.
+        selection: Of trained routers, as `TrainingSettings` has it.
+        skip_weight: Of labels in their loss, likewise.
+        distill_weight: Of the dense model before training in the loss of routed ones, beside the text's, likewise.
         curve_points: How often a run is measured on its way.
         held_out_tokens: Of each domain, in windows of `sequence` tokens.
         artefact_tokens: Of these, how many of each domain an artefact is measured on.
@@ -56,6 +63,9 @@ class Form:
     compile: bool = False
     learning_rate: float = 3e-5
     router_learning_rate: float = 0.02
+    selection: str = "threshold"
+    skip_weight: float = 0.1
+    distill_weight: float = 0.0
     curve_points: int = 4
     held_out_tokens: int = 2_048
     artefact_tokens: int = 2_048
@@ -75,14 +85,14 @@ class Form:
     decode_tokens: int = 32
 
 
-# What each claim needs, the claims about routers first: a run that falls behind its time takes those behind it along.
+# What each claim needs: a run that falls behind its time takes those behind it along.
 _BY_WORTH = (
     "train-original",
-    *(f"train-routed-{target}-seed-0" for target in ("0.80", "0.90", "0.70")),
-    "train-distilled-0.80",
-    "train-distilled-0.90",
     "train-deepened",
     "train-dlo",
+    *(f"train-routed-{target}-seed-0" for target in ("0.80", "0.90", "0.70")),
+    "train-distilled-0.90",
+    "train-distilled-0.80",
     *(f"train-routed-{target}-seed-{seed}" for seed in (1, 2) for target in ("0.80", "0.90", "0.70")),
     "train-llama-pro",
     "train-dus",
@@ -132,11 +142,11 @@ FORMS: dict[str, Form] = {
     ),
     "five-minutes": Form(
         budget_s=300,
-        training_share=0.4,
-        tokens=3_000_000,
+        training_share=0.7,
+        tokens=3_500_000,
         least_tokens=250_000,
         probe_steps=6,
-        batches=(16, 32, 64),
+        batches=(32, 64),
         learning_rate=2e-4,
         curve_points=3,
         held_out_tokens=8_192,
@@ -161,3 +171,29 @@ FORMS: dict[str, Form] = {
         expansions=False,
     ),
 }
+
+
+def with_values(form: Form, words: Sequence[str]) -> Form:
+    """The form with some values changed.
+
+    Args:
+        form: To change.
+        words: NAME=VALUE each, several values with commas between them: numbers or words, as the form has them.
+
+    Raises:
+        InputError: It has no such value, or one of another kind.
+    """
+    changes: dict[str, Any] = {}
+    names = [field.name for field in fields(form) if not isinstance(getattr(form, field.name), bool)]
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in names:
+            raise InputError(f"--set {word}: a form has no such number or word", hint=f"it has {', '.join(names)}")
+        before = getattr(form, name)
+        kind = type(before[0] if isinstance(before, tuple) and before else "" if isinstance(before, tuple) else before)
+        try:
+            values = tuple(kind(part) for part in text.split(","))
+        except ValueError as err:
+            raise InputError(f"--set {word}: expected {kind.__name__}", hint=f"the form has {before!r}") from err
+        changes[name] = values if isinstance(before, tuple) else values[0]
+    return replace(form, **changes)

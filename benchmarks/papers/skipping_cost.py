@@ -37,10 +37,10 @@ _DENSE = "train-original"
 
 
 def calibrated_pieces(experiment: Experiment) -> list[Piece]:
-    """Calibrated routers at the rates of the form, and what skips as much."""
+    """Calibrated routers at the rates of the form."""
     form, measure = experiment.form, _Measurements(experiment)
     calibration = form.calibration_tokens / _held_out_tokens(experiment)
-    calibrated = [
+    return [
         Piece(
             f"{CALIBRATED}{target:.2f}",
             _passes(experiment, 1 + 2 * calibration),
@@ -49,7 +49,11 @@ def calibrated_pieces(experiment: Experiment) -> list[Piece]:
         )
         for target in form.targets
     ]
-    return [*calibrated, *as_many_pieces(experiment, [piece.name for piece in calibrated])]
+
+
+def calibrated_baselines(experiment: Experiment) -> list[Piece]:
+    """What skips as much as calibrated routers do."""
+    return as_many_pieces(experiment, [piece.name for piece in calibrated_pieces(experiment)])
 
 
 def removal_pieces(experiment: Experiment, budget: Budget) -> list[Piece]:

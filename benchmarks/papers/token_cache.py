@@ -44,7 +44,7 @@ def _identity(text: str, tokenizer: Any, length: int) -> str:
 
 def _save(file: Path, documents: list[TokenDocument]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
+    partial = file.with_suffix(f".partial-{os.getpid()}")  # several processes may make the same
     with partial.open("wb") as stream:
         np.savez_compressed(
             stream,

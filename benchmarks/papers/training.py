@@ -16,6 +16,7 @@ from benchmarks.papers.flops import training_flops
 from benchmarks.papers.forms import Form
 from benchmarks.papers.subjects import deeper, dus_plan, mixtures, saved_model
 from dlo_export.checkpoints.depth.placements import placements
+from dlo_export.checkpoints.files.json_file import read_json
 from dlo_export.modeling.calibration.evaluation import with_routers
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_layers
 from dlo_export.modeling.training.errors import TrainingDivergedError
@@ -26,6 +27,7 @@ from dlo_export.modeling.training.run_folder import LOG_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.trainer import StepReport
 
+FLOPS_NAME = "flops.json"
 _REFERENCE = "dlo"  # whose FLOPs the runs of equal FLOPs have
 _WORTH_A_LARGER_BATCH = 1.1  # times the tokens per second
 _SOFT_SHARE = 0.75  # of the steps in which distilled routers' gates harden
@@ -75,7 +77,13 @@ class TrainingRun:
 
 
 def training_runs(experiment: Experiment) -> list[TrainingRun]:
-    """The form's runs, by falling importance.
+    """The form's runs, by falling importance."""
+    by_name = {run.name: run for run in _every_run(experiment)}
+    return [by_name[name] for name in experiment.form.runs or by_name]
+
+
+def _every_run(experiment: Experiment) -> list[TrainingRun]:
+    """All there are, by falling importance.
 
     DLO's interleaving with zeros and TLI's injection with zero_out make the same model here, so one dense run stands
     for both. Routers are compared with other ways to skip on the original layers: in a deepened model, the injected
@@ -122,7 +130,7 @@ def training_runs(experiment: Experiment) -> list[TrainingRun]:
         distilled(targets[0]),
     ]
     unequal = [run for run in runs if run.kind in ("original", "llama-pro", "moe")]  # the original's comes first
-    every = [
+    return [
         *runs,
         *(dataclasses.replace(run, suffix="-equal-flops", kept=False, equal_flops=True) for run in unequal),
         *(routed(targets[0], seed) for seed in others),
@@ -130,8 +138,6 @@ def training_runs(experiment: Experiment) -> list[TrainingRun]:
         *(routed(target, first) for target in targets[1:]),
         *(routed(target, seed) for target in targets[1:] for seed in others),
     ]
-    by_name = {run.name: run for run in every}
-    return [by_name[name] for name in form.runs or by_name]
 
 
 @torch.no_grad()
@@ -162,7 +168,8 @@ def settings_of(
     """Of a run over so many steps of so many sequences.
 
     Routers start calibrated, so tokens are selected as at inference from the first step on, and nothing is annealed but
-    the gates of routers that learn alone (`router_distillation`). What the rate lacks in the end, thresholds make up.
+    gates: those of routers that learn alone (`router_distillation`), and of all where the form says so. What the rate
+    lacks in the end, thresholds make up.
     """
     form, target = experiment.form, 1.0
     if run.target is not None:  # of all layers; training's is of those that are routed
@@ -171,8 +178,10 @@ def settings_of(
         mode=run.mode,
         target=target,
         anneal_steps=0,
-        selection="threshold",
-        skip_weight=0.1,
+        selection=form.selection,
+        soft_steps=round(_SOFT_SHARE * steps),
+        skip_weight=form.skip_weight,
+        distill_weight=form.distill_weight if run.target is not None else 0.0,
         max_steps=steps,
         batch=batch,
         sequence=form.sequence,
@@ -193,7 +202,6 @@ def settings_of(
         settings,
         labels="self",
         selection="annealed",
-        soft_steps=round(_SOFT_SHARE * steps),
         language_weight=0.0,
         distill_weight=1.0,
         skip_weight=0.0,
@@ -289,8 +297,12 @@ def _trained(
 
 
 def flops_per_token(runs: Sequence[TrainingRun], experiment: Experiment) -> dict[str, float]:
-    """FLOPs of training by kind. They depend on shapes and on what learns, and not on what routers decide."""
-    found: dict[str, float] = {}
+    """FLOPs of training by kind. They depend on shapes and on what learns, and not on what routers decide.
+
+    What `benchmarks.training_payload` counted ahead, for the same model and form, is not counted again.
+    """
+    counted = experiment.results.folder / FLOPS_NAME
+    found: dict[str, float] = dict(read_json(counted)) if counted.is_file() else {}
     for run in runs:
         if run.kind in found:
             continue
@@ -306,7 +318,9 @@ def flops_per_token(runs: Sequence[TrainingRun], experiment: Experiment) -> dict
     return found
 
 
-def training_costs(runs: Sequence[TrainingRun], experiment: Experiment, seconds: float) -> dict[str, Any]:
+def training_costs(
+    runs: Sequence[TrainingRun], experiment: Experiment, seconds: float, speeds: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """What training costs on this machine, and what follows for each run.
 
     The fastest batch is taken: small steps leave a GPU waiting for its host. One that does not fit into memory, is
@@ -316,17 +330,23 @@ def training_costs(runs: Sequence[TrainingRun], experiment: Experiment, seconds:
         runs: By falling importance.
         experiment: Says what is tried.
         seconds: What training the main table may take.
+        speeds: Tokens per second of the deepened model, ``dense`` and ``routed``, where they are known: the form's
+            first batch is taken then, and nothing is tried.
 
     Returns:
         ``flops`` of a token by kind of run; ``batch``; ``tokens_per_second`` of the deepened model, dense and routed;
         ``steps`` by name of the run.
     """
-    form = experiment.form
+    form, every = experiment.form, _every_run(experiment)
+    compared = [_run_of(every, kind) for kind in ("original", "deepened", _REFERENCE)]  # whatever the form's runs are
+    costs: dict[str, Any] = {"flops": flops_per_token([*runs, *compared], experiment)}
+    if speeds is not None:
+        costs |= {"batch": form.batches[0], "tokens_per_second": dict(speeds)}
+        return {**costs, "steps": planned_steps(runs, form, costs, seconds)}
     probes = {
-        "dense": TrainingRun("deepened", _run_of(runs, "deepened").dense, "-probe"),
-        "routed": dataclasses.replace(_run_of(runs, _REFERENCE), suffix="-probe", kept=False),
+        "dense": TrainingRun("deepened", _run_of(every, "deepened").dense, "-probe"),
+        "routed": dataclasses.replace(_run_of(every, _REFERENCE), suffix="-probe", kept=False),
     }
-    costs: dict[str, Any] = {"flops": flops_per_token(runs, experiment)}
     for batch in form.batches:
         try:
             speeds = {name: tokens_per_second(run, experiment, batch) for name, run in probes.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -11,12 +11,26 @@ from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
 FUSED, FUSED_DOMAIN = "SkipSimplifiedLayerNormalization", "com.microsoft"
 """Inputs x, branch, weight, and perhaps a bias; output 0 is the norm, output 3, where asked for, the sum."""
 NORM, SUM = 0, 3
+ZEROS = "model.zeros"
+"""Name of the node of what a norm adds that stands behind no addition."""
 _NORMS = ("RMSNormalization", "SimplifiedLayerNormalization")
 
 
 def is_fused(node: ir.Node | None) -> bool:
     """Whether a node adds and normalises."""
     return is_op(node, FUSED, domain=FUSED_DOMAIN)
+
+
+def is_norm(node: ir.Node | None) -> bool:
+    """Whether a node normalises and nothing else."""
+    return node is not None and is_op(node, *_NORMS)
+
+
+def adds_zeros(fused: ir.Node) -> bool:
+    """Whether a fused node is a norm alone, made so to run faster."""
+    added = fused.inputs[1]
+    source = None if added is None else added.producer()
+    return source is not None and is_op(source, "ConstantOfShape") and source.name == ZEROS
 
 
 def is_residual_addition(node: ir.Node | None) -> bool:
@@ -43,16 +57,27 @@ def fused_node(add: ir.Node, norm: ir.Node, metadata: Mapping[str, str], *more: 
         metadata: Of the new node.
         *more: Values of the type and shape of its outputs, asked where neither the addition's nor the norm's has one.
     """
+    return _fused(add.inputs, norm, metadata, norm.outputs[0], add.outputs[0], *more)
+
+
+def fused_norm(norm: ir.Node, zeros: ir.Value, metadata: Mapping[str, str]) -> ir.Node:
+    """A norm alone as such a node, not in any graph yet; its outputs have no names."""
+    return _fused([norm.inputs[0], zeros], norm, metadata, norm.outputs[0], zeros)
+
+
+def _fused(
+    summands: Sequence[ir.Value | None], norm: ir.Node, metadata: Mapping[str, str], *typed: ir.Value
+) -> ir.Node:
     fused = ir.node(
         FUSED,
-        [*add.inputs, norm.inputs[1]],
+        [*summands, norm.inputs[1]],
         {"epsilon": norm.attributes.get_float("epsilon", 1e-5)},
         domain=FUSED_DOMAIN,
         num_outputs=4,
         name=(norm.name or FUSED).removesuffix("/norm"),
         metadata_props=dict(metadata),
     )
-    like = next((value for value in (norm.outputs[0], add.outputs[0], *more) if value.type is not None), add.outputs[0])
+    like = next((value for value in typed if value.type is not None), typed[0])
     for output in fused.outputs:
         output.name = ""  # nobody reads mean and variance
     for index in (NORM, SUM):

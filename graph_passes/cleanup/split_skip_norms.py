@@ -8,9 +8,17 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from dlo_export.graph_passes.cleanup.norms_in_branches import split_in_branches
-from dlo_export.graph_passes.cleanup.skip_norms import NORM, SUM, is_fused, new_addition, new_bias_addition, new_norm
+from dlo_export.graph_passes.cleanup.skip_norms import (
+    NORM,
+    SUM,
+    adds_zeros,
+    is_fused,
+    new_addition,
+    new_bias_addition,
+    new_norm,
+)
 from dlo_export.graph_passes.find.data_flow import is_op
-from dlo_export.graph_passes.rewriting import replace_value
+from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass, forget_run
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
@@ -27,6 +35,8 @@ class SplitSkipNormsPass(GraphPass):
 
         s = Add(x, branch)                          # branch = Add(branch, bias) first where there is a bias
         n = RMSNormalization <axis=-1> (s, weight)  # SimplifiedLayerNormalization before opset 23
+
+    What adds zeros (`JoinSkipNormsPass`) becomes the norm alone.
 
     Where `JoinSkipNormsPass` has moved norms into the branches of an If, they come out again. Optional: a graph without
     such nodes is left alone. Scope: main graph. Graphs of onnxruntime-genai's builder and of mobius have them. Source:
@@ -50,6 +60,17 @@ class SplitSkipNormsPass(GraphPass):
 
 
 def _split(graph: ir.Graph, node: ir.Node, opset: int, tags: dict[str, str]) -> None:
+    if adds_zeros(node):
+        stream, zeros = node.inputs[:2]
+        assert stream is not None, "it has an input"
+        assert zeros is not None, "and adds to it"
+        norm = new_norm(node, stream, opset, tags)
+        graph.insert_before(node, norm)
+        replace_value(node.outputs[NORM], norm.outputs[0])
+        graph.remove(node, safe=True)
+        if not zeros.uses() and (source := zeros.producer()) is not None:
+            remove_with_sources(graph, source)
+        return
     # The sum becomes a node of its own, which is the stream; the norm reads it. A bias is part of the branch.
     bias = new_bias_addition(node, tags)
     add = new_addition(node, tags)

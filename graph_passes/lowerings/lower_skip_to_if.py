@@ -24,7 +24,7 @@ from dlo_export.graph_passes.lowerings.projections_in_branches import (
     move_projections_into_branches,
     projection_problems,
 )
-from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
+from dlo_export.graph_passes.lowerings.record import LoweringRecord
 from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
 from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes, shared_node
@@ -89,9 +89,9 @@ class LowerSkipToIfPass(LoweringPass):
     initializers cost several times their memory at load); no node that depends on h and serves the MLP stays outside
     (TensorRT runs lazily only what hangs on the conditional's inputs); each branch produces its output itself (so no
     pass may eliminate Identity nodes afterwards), of equal rank and type and under a name of its own. The router and
-    its scale, the state of activity and what prepares constants (runtimes fold it) stay outside. TensorRT reduces
-    numbers only, and ONNX reduces bool from opset 20 on: elsewhere the condition goes through fp32,
-    Cast<BOOL>(ReduceMax<keepdims=0>(Cast<FLOAT>(active))).
+    its scale, the state of activity and what prepares constants (runtimes fold it) stay outside. TensorRT and ONNX
+    Runtime's CUDA provider reduce numbers only, and ONNX reduces bool from opset 20 on: elsewhere the condition goes
+    through fp32, Cast<BOOL>(ReduceMax<keepdims=0>(Cast<FLOAT>(active))).
 
     Scope: every routed decoder layer of the main graph. Source: ONNX If-1, ReduceMax-1 and -20; TensorRT
     IIfConditional.
@@ -173,7 +173,7 @@ def any_active(
 
 RECORD = LoweringRecord(
     name="if",
-    targets=ONNXRUNTIME,
+    targets=("onnxruntime-cpu",),
     make_pass=lambda workload: LowerSkipToIfPass(reduce_bool=True),
     stage=lowered_stage(LowerSkipToIfPass.__name__, graph_checks.eager_branches),
     skips="steps",

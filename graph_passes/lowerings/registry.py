@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # `auto` finds several that suit, and none of them was measured (`measured.py`), the first one is its choice.
 _MODULES: dict[str, tuple[str, ...]] = {
     "plugin": ("lower_skip_to_plugin",),
-    "if": ("lower_skip_to_if", "if_on_tensorrt"),
+    "if": ("lower_skip_to_if", "if_on_cuda", "if_on_tensorrt"),
     "compact": ("lower_skip_to_compaction", "compaction_on_cuda", "lower_skip_to_topk"),
     "masked": ("masked",),
 }

@@ -53,10 +53,12 @@ def choose_parameters(model: LlamaDloForCausalLM, settings: TrainingSettings) ->
 
 
 def parameter_groups(model: LlamaDloForCausalLM, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """The optimiser's groups: one per layer, the routers, and the rest.
+    """The optimiser's groups: one per layer where capacities scale rates, the routers, and the rest.
 
-    Each has its `lr`, and `layer`: the layer whose capacity scales it, None for routers, embedding, norm and head.
+    Each has its `lr`, and `layer`: the layer whose capacity scales it, None for routers, embedding, norm and head, and
+    for all where nothing is scaled: a group costs the host as much as its kernels take.
     """
+    scaled = settings.layer_wise and bool(model.config.routed_layers)
     sizes = _router_sizes(model) if settings.relative_router_rate else {}
     groups: dict[tuple[float, int | None, int | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -67,7 +69,7 @@ def parameter_groups(model: LlamaDloForCausalLM, settings: TrainingSettings) -> 
             if alone is not None:
                 rate *= sizes[alone]
             place = parse_layer_tensor(name)
-            layer = None if place is None else place.layer
+            layer = place.layer if scaled and place is not None else None
             groups.setdefault((rate, layer, alone), []).append(parameter)
     return [{"params": parameters, "lr": rate, "layer": layer} for (rate, layer, _), parameters in groups.items()]
 

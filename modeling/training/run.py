@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from dlo_export.checkpoints.errors import MachineError
 from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
-from dlo_export.modeling.training.compilation import compile_layers
+from dlo_export.modeling.training.compilation import compile_layers, compile_loss
 from dlo_export.modeling.training.distillation import dense_teacher
 from dlo_export.modeling.training.fused_norm import use_fused_norms
 from dlo_export.modeling.training.packing import PackedSets
@@ -89,7 +89,9 @@ def train_model(
         for each in filter(None, (model, teacher)):
             use_fused_norms(each)
     if settings.compile:
-        compile_layers(model)
+        for each in filter(None, (model, teacher)):
+            compile_layers(each)
+        compile_loss(model)
     arguments = training_arguments(settings, folder.path, saves=folder.resumable)
     check_processes()
     if arguments.process_index == 0:

@@ -162,7 +162,7 @@ class DloTrainer(Trainer):
         self._report = report
         self._micro_batches: list[_MicroBatch] = []
         self._should_stop = should_stop
-        self._sums = torch.zeros(0)
+        self._sums = self._found = torch.zeros(0)
         self._step_started = 0.0
         super().__init__(
             model=model,
@@ -233,23 +233,41 @@ class DloTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clips, and refuses to go on where a loss or a gradient is not finite: the step would spoil the weights.
+        """Clips, and has a step left out where a loss or a gradient is not finite: it would spoil the weights.
+
+        A fused optimiser is told so on its device: the host goes on, and `check_step` asks once the step is on its way.
 
         Raises:
-            TrainingDivergedError: One is not.
+            TrainingDivergedError: One is not finite, and the optimiser cannot be told.
         """
+        assert self.optimizer is not None, "this comes before its step"
         learning = [*self._routed.parameters()]
         norm = torch.nn.utils.get_total_norm([each.grad for each in learning if each.grad is not None])
         # A finite gradient is no proof: softmax has one where its logits overflow. No router's loss is large.
         losses = torch.stack([batch.loss for batch in self._micro_batches]).sum()
         found = torch.stack([whole(norm).double(), losses.double()])
-        gradient_is_finite, loss_is_finite = self.accelerator.reduce(found, "sum").isfinite().tolist()
-        if not loss_is_finite:
-            raise self._diverged("the loss", self._first_bad_layer())
-        if not gradient_is_finite:  # before clipping, which makes every gradient NaN where one is
-            raise self._diverged("the gradient", self._first_bad_gradient())
+        self._found = self.accelerator.reduce(found, "sum")
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate's is around PyTorch's
+        if optimizer.defaults.get("fused") and not self.is_fsdp_enabled:
+            is_finite = self._found.isfinite().all()
+            optimizer.found_inf = (~is_finite).float()
+            norm = torch.where(is_finite, norm, 0.0)  # else clipping makes every gradient NaN where one is
+        else:
+            self.check_step()
         torch.nn.utils.clip_grads_with_norm_(learning, self.settings.max_grad_norm, norm)
         return norm
+
+    def check_step(self) -> None:
+        """Waits for a step's loss and gradient.
+
+        Raises:
+            TrainingDivergedError: One is not finite; the weights are as before the step.
+        """
+        gradient_is_finite, loss_is_finite = self._found.isfinite().tolist()
+        if not loss_is_finite:
+            raise self._diverged("the loss", self._first_bad_layer())
+        if not gradient_is_finite:
+            raise self._diverged("the gradient", self._first_bad_gradient())
 
     def scale_learning_rates(self) -> None:
         """Gives each layer its share of the learning rate; the scheduler sets the rates anew after the step."""
@@ -518,6 +536,9 @@ class _StepCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.scale_learning_rates()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.check_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.end_step()

@@ -12,17 +12,19 @@ import numpy as np
 from dlo_export.runtimes.generation.generate import Generation
 from dlo_export.runtimes.generation.sampling import LogitsError
 from dlo_export.runtimes.parity.cases import Case, step_feeds
-from dlo_export.runtimes.parity.report import CaseResult, GreedyDifference, GreedyResult, ParityReport
+from dlo_export.runtimes.parity.report import CaseResult, GreedyDifference, GreedyResult, OwnRun, ParityReport
 from dlo_export.runtimes.parity.statistics import (
     LogitStatistics,
     first_diverging_layer,
     flips,
     logit_statistics,
+    mean_of,
     own_error,
+    score_errors,
 )
 from dlo_export.runtimes.parity.tolerances import TOLERANCES, Tolerance
-from dlo_export.runtimes.parity.trace import Trace, compare_streams, trace_case, trace_reference
-from dlo_export.runtimes.runner import Runner
+from dlo_export.runtimes.parity.trace import Trace, compare_streams, trace_case, trace_reference, with_own_decisions
+from dlo_export.runtimes.runner import FloatArray, Runner
 
 OpenRunner = Callable[[], AbstractContextManager[Runner]]
 
@@ -37,12 +39,15 @@ class Candidate:
         open_forced: A build that takes decisions and shows scores; None where nothing is routed.
         open_streams: The forced build (the free one where nothing is routed) with residual streams exposed, to name the
             first diverging layer; opened only where logits differ.
+        open_shown: A build whose routers decide, and show it; opened only where decisions flipped. None leaves open
+            what such decisions lead to.
     """
 
     name: str
     open_free: OpenRunner
     open_forced: OpenRunner | None = None
     open_streams: OpenRunner | None = None
+    open_shown: OpenRunner | None = None
 
 
 def compare(
@@ -60,7 +65,8 @@ def compare(
 
     Candidates are fed the reference's decisions, so that one near-tie that falls the other way does not hide what else
     differs; what their own routers would have decided is compared apart, with the margin. The released graph, whose
-    routers nobody sees, must then agree wherever no decision flipped.
+    routers nobody sees, must then agree wherever no decision flipped; where one did, with the reference made to decide
+    as the candidate does.
 
     Args:
         reference: What is right; open.
@@ -69,9 +75,9 @@ def compare(
         dtype: Of the candidates, a key of TOLERANCES.
         greedy_prompts: Left-padded into one batch; none leave the greedy comparison out.
         greedy_tokens: How many tokens to generate per prompt.
-        open_other: The reference in another precision, opened only where a case would fail: float64 for candidates in
-            fp32, their own type for those of 16 bits. How far the two are apart tells rounding from a fault. None
-            leaves the table's tolerances as they are.
+        open_other: The reference in another precision, opened only where a case would fail or something flipped:
+            float64 for candidates in fp32, their own type for those of 16 bits. How far the two are apart tells
+            rounding from a fault. None leaves the table's tolerances as they are, and what flipped ambiguous.
         steps_matter: Whether the same tokens in other steps are another result (rope that depends on the length).
             Generated tokens are then refed as they were fed, not all at once.
 
@@ -125,7 +131,9 @@ class _Comparison:
         self._open_other = open_other
         self._dtype = dtype
         self._steps_matter = steps_matter
-        self._free_logits: dict[str, LogitStatistics] = {}
+        self._free_traces: dict[str, Trace] = {}
+        self._found_traces: list[Trace] = []
+        self._own_traces: dict[str, Trace] = {}  # of the reference, under the candidate's decisions
         self._tokens: list[list[int]] = []
         self._not_finite = False
         self.results: list[CaseResult] = []
@@ -143,17 +151,41 @@ class _Comparison:
         if self._candidate.open_forced is not None:
             with self._candidate.open_forced() as runner:
                 self._compare_cases(runner)
+        self._run_own_decisions()
+        if self._tokens:
+            # The refed tokens are the last case.
+            self.greedy = self._compare_greedy()
         self._measure_own_errors()
         differing = [i for i, result in enumerate(self.results) if self._logits_differ(result)]
         if differing and self._candidate.open_streams is not None:
             with self._candidate.open_streams() as runner:
                 for index in differing:
                     self._compare_streams(runner, index)
+        # All logits of this candidate, which nobody asks for any more: the next one has as many.
+        self._free_traces, self._own_traces, self._found_traces = {}, {}, []
+
+    def _run_own_decisions(self) -> None:
+        """Where decisions flipped that are the candidate's to take, makes the reference take them."""
+        names = [result.case for result in self.results if result.flips and result.case in self._free_traces]
+        if not names or self._candidate.open_shown is None:
+            return
+        with self._candidate.open_shown() as runner:
+            for index, case in enumerate(self._cases):
+                if case.name not in names:
+                    continue
+                shown = with_own_decisions(trace_case(runner, case, None), case, self._reference.thresholds)
+                wanted = trace_case(self._reference, case, shown.decisions)
+                flipped = tuple(flips(wanted.scores, shown.scores, case.real, self._reference.thresholds))
+                logits = _logit_statistics(wanted, self._free_traces[case.name], case)
+                self.results[index] = dataclasses.replace(self.results[index], own_run=OwnRun(logits, flipped))
+                self._own_traces[case.name] = wanted
 
     def _measure_own_errors(self) -> None:
-        """Where a case would fail by the table, asks how exact PyTorch itself is there."""
-        failed = [i for i, result in enumerate(self.results) if result.judge(self._tolerance).verdict == "FAIL"]
-        measurable = [i for i in failed if math.isfinite(self.results[i].logits.mean)]
+        """Where a case would fail by the table, or something flipped, asks how exact PyTorch itself is there."""
+        doubtful = {i for i, result in enumerate(self.results) if result.judge(self._tolerance).verdict != "PASS"}
+        if self.greedy is not None and self.greedy.differences:
+            doubtful.add(len(self.results) - 1)
+        measurable = [i for i in sorted(doubtful) if math.isfinite(self.results[i].logits.mean)]
         if self._open_other is None or not measurable:
             return
         with self._open_other() as other:
@@ -165,6 +197,8 @@ class _Comparison:
                     exact, rounded, compared = trace, found, f"PyTorch's own {self._dtype} is off its fp32"
                 own = own_error(exact.logits, rounded.logits, exact.scores, rounded.scores, case.real, compared)
                 self.results[index] = dataclasses.replace(self.results[index], own_error=own)
+                if self.greedy is not None and index == len(self.results) - 1:
+                    self.greedy = self._with_rounding(self.greedy, np.abs(exact.logits - rounded.logits).max(-1))
 
     def _logits_differ(self, result: CaseResult) -> bool:
         tolerance = self._tolerance if result.own_error is None else self._tolerance.widened(result.own_error)
@@ -187,31 +221,34 @@ class _Comparison:
         self._traces.append(trace_reference(self._reference, self._cases[-1]))
 
     def _compare_free(self, runner: Runner) -> None:
-        for case, wanted in zip(self._cases, self._traces, strict=True):
+        for case in self._cases:
             if case.forcing is None:
-                found = trace_case(runner, case, None)
-                self._free_logits[case.name] = _logit_statistics(wanted, found, case)
+                self._free_traces[case.name] = trace_case(runner, case, None)
 
     def _compare_cases(self, runner: Runner) -> None:
-        found_traces = [
+        self._found_traces = [
             trace_case(runner, case, wanted.decisions) for case, wanted in zip(self._cases, self._traces, strict=True)
         ]
-        for case, wanted, found in zip(self._cases, self._traces, found_traces, strict=True):
+        for case, wanted, found in zip(self._cases, self._traces, self._found_traces, strict=True):
+            free = self._free_traces.get(case.name)
             self.results.append(
                 CaseResult(
                     case=case.name,
                     candidate=self._candidate.name,
                     logits=_logit_statistics(wanted, found, case),
-                    free_logits=self._free_logits.get(case.name),
+                    free_logits=None if free is None else _logit_statistics(wanted, free, case),
                     decisions=len(wanted.scores) * int(case.real.sum()),
                     flips=tuple(flips(wanted.scores, found.scores, case.real, self._reference.thresholds)),
+                    score_error=mean_of(score_errors(wanted.scores, found.scores, case.real)),
                 )
             )
-        if self._tokens:
-            # The refed tokens are the last case.
-            self.greedy = self._compare_greedy(self._traces[-1], found_traces[-1])
 
-    def _compare_greedy(self, wanted: Trace, found: Trace) -> GreedyResult:
+    def _compare_greedy(self) -> GreedyResult:
+        """Compares new tokens with the reference's, under the candidate's own decisions where they are known."""
+        name = self._cases[-1].name
+        wanted, found, flipped = self._traces[-1], self._found_traces[-1], self.results[-1].flips
+        if name in self._own_traces:
+            wanted, found, flipped = self._own_traces[name], self._free_traces[name], ()
         tokens = np.array(self._tokens)  # all of one length, because no end token stops them
         first = wanted.logits.shape[1] - tokens.shape[1]
         differences = []
@@ -221,7 +258,7 @@ class _Comparison:
                 continue
             index = int(differing[0])
             logits = wanted.logits[row, first + index]
-            earlier = [flip for flip in self.results[-1].flips if flip.row == row and flip.position <= first + index]
+            earlier = [flip for flip in flipped if flip.row == row and flip.position <= first + index]
             differences.append(
                 GreedyDifference(
                     row=row,
@@ -237,6 +274,15 @@ class _Comparison:
             tuple(differences),
             self._not_finite,
         )
+
+    def _with_rounding(self, greedy: GreedyResult, errors: FloatArray) -> GreedyResult:
+        """The same with the reference's own errors, [batch, tokens], where tokens differ."""
+        first = errors.shape[1] - len(self._tokens[0])
+        differences = [
+            dataclasses.replace(difference, rounding=float(errors[difference.row, first + difference.index]))
+            for difference in greedy.differences
+        ]
+        return dataclasses.replace(greedy, differences=tuple(differences))
 
     def _compare_streams(self, runner: Runner, index: int) -> None:
         errors = compare_streams(self._reference, runner, self._cases[index], self._traces[index])

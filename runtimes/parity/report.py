@@ -24,6 +24,19 @@ class Judgement(NamedTuple):
 
 
 @dataclass(frozen=True)
+class OwnRun:
+    """The released graph, its own routers deciding, against the reference made to decide as it did.
+
+    Attributes:
+        logits: Under the candidate's decisions.
+        flips: Where the reference, behind layers that obeyed the candidate's decisions, would have decided otherwise.
+    """
+
+    logits: LogitStatistics
+    flips: tuple[Flip, ...]
+
+
+@dataclass(frozen=True)
 class CaseResult:
     """One case on one candidate.
 
@@ -36,7 +49,10 @@ class CaseResult:
         flips: Those that differ, each made behind layers that obeyed the reference's decisions.
         stream_errors: By layer, how far the residual streams are apart; empty where not looked at.
         first_diverging_layer: The first whose stream is off.
-        own_error: Of the reference on this case; measured only where the table's tolerance was exceeded.
+        own_error: Of the reference on this case; measured only where the table's tolerance was exceeded, or decisions
+            flipped.
+        score_error: Mean absolute difference of scores, under the reference's decisions.
+        own_run: Where decisions flipped that were the candidate's own to take; None where nobody could see them.
     """
 
     case: str
@@ -48,6 +64,8 @@ class CaseResult:
     stream_errors: Mapping[int, float] = field(default_factory=dict)
     first_diverging_layer: int | None = None
     own_error: OwnError | None = None
+    score_error: float = 0.0
+    own_run: OwnRun | None = None
 
     def judge(self, tolerance: Tolerance) -> Judgement:
         """Judges by the table, and where that fails, by the reference's own error.
@@ -79,13 +97,37 @@ class CaseResult:
         if wide := [flip for flip in self.flips if not flip.margin <= tolerance.margin]:
             return Judgement("FAIL", f"{len(wide)} decisions flipped that are no near-ties: {_named(wide)}")
         if self.flips:
-            return Judgement("AMBIGUOUS", f"{len(self.flips)} near-ties flipped: {_named(self.flips)}")
+            return self._judge_flips(tolerance)
         if self.free_logits is not None and not self.free_logits.within(tolerance):
             return Judgement(
                 "FAIL",
                 f"no decision flipped, but logits differ when its own routers decide: {_place(self.free_logits)}",
             )
         return Judgement("PASS")
+
+    def _judge_flips(self, tolerance: Tolerance) -> Judgement:
+        """Near-ties flipped: PASS where what they led to is right, and all is seen to be rounding."""
+        said = f"{len(self.flips)} near-ties flipped: {_named(self.flips)}"
+        if self.own_run is not None:
+            if not self.own_run.logits.within(tolerance):
+                place = _place(self.own_run.logits)
+                return Judgement(
+                    "FAIL", f"{said}; logits differ under the decisions that its own routers took: {place}"
+                )
+            if wide := [flip for flip in self.own_run.flips if not flip.margin <= tolerance.margin]:
+                return Judgement("FAIL", f"{said}; {len(wide)} decisions of its own are no near-ties: {_named(wide)}")
+        if self.own_error is None or (self.free_logits is not None and self.own_run is None):
+            return Judgement("AMBIGUOUS", said)
+        return self._judge_scores(said, tolerance.own_errors, self.own_error)
+
+    def _judge_scores(self, said: str, times: int, own: OwnError) -> Judgement:
+        """A decision is its score: flips are rounding where all scores, and these, are off by the reference's own."""
+        flips = self.flips if self.own_run is None else (*self.flips, *self.own_run.flips)
+        margin = max(flip.margin for flip in flips)
+        agree = self.score_error <= times * own.score_mean and margin <= times * own.score
+        off = f"scores are off by mean {self.score_error:.1e}, margins are at most {margin:.1e}"
+        compared = f"{own.compared} by mean {own.score_mean:.1e} and largest {own.score:.1e}"
+        return Judgement("PASS" if agree else "AMBIGUOUS", f"{said}; {off}, and {compared} there")
 
     def _divergence(self) -> str:
         if not self.stream_errors:
@@ -104,8 +146,10 @@ class GreedyDifference:
         row: Sequence of the batch.
         index: Among the new tokens.
         gap: By how much the reference prefers its own.
-        error: There, the candidate's largest logit difference under the reference's decisions.
-        flips: Decisions that flipped in the sequence so far.
+        error: There, the candidate's largest logit difference under equal decisions.
+        flips: Decisions that flipped in the sequence so far, where these are the reference's; 0 where they are the
+            candidate's own, which the reference was made to take.
+        rounding: There, the largest difference that the reference's own rounding explains; None where not measured.
     """
 
     row: int
@@ -113,11 +157,17 @@ class GreedyDifference:
     gap: float
     error: float
     flips: int
+    rounding: float | None = None
 
     @property
     def near_tie(self) -> bool:
         """Whether differences of logits that were found acceptable explain it, two of them adding up."""
         return self.gap <= 2 * self.error
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the reference's own rounding would explain it, two logits being off."""
+        return not self.flips and self.near_tie and self.rounding is not None and self.gap <= 2 * self.rounding
 
 
 @dataclass(frozen=True)
@@ -151,7 +201,10 @@ class GreedyResult:
         return self.total - sum(len(self.tokens[d.row]) - d.index for d in self.differences)
 
     def judge(self) -> Judgement:
-        """PASS if all agree; AMBIGUOUS where rounding or flipped decisions (judged apart) explain every difference."""
+        """PASS if all agree, or rounding of the reference itself explains it; AMBIGUOUS where rounding may explain it.
+
+        Flipped decisions, which are judged apart, explain a difference too.
+        """
         if self.not_finite:
             return Judgement("FAIL", f"logits are not finite behind {len(self.tokens[0])} new tokens")
         if not self.total:
@@ -163,6 +216,9 @@ class GreedyResult:
         where = f"sequence {worst.row}, new token {worst.index}: the reference's leads by {worst.gap:.1e}"
         if unexplained:
             return Judgement("FAIL", f"{where}, logits differ by {worst.error:.1e} and no decision flipped")
+        if all(difference.is_rounding for difference in self.differences):
+            said = f"logits differ by {worst.error:.1e}, by rounding of the reference itself {worst.rounding:.1e}"
+            return Judgement("PASS", f"{where}, {said}")
         return Judgement("AMBIGUOUS", f"{where}, logits differ by {worst.error:.1e}, {worst.flips} decisions flipped")
 
 
@@ -222,7 +278,8 @@ class ParityReport:
         cases = []
         for result in self.cases:
             values = asdict(result) | {"flip_count": len(result.flips)}
-            values["flips"] = values["flips"][:_FLIPS_IN_JSON]
+            for flipped in (values, values["own_run"] or {"flips": []}):
+                flipped["flips"] = flipped["flips"][:_FLIPS_IN_JSON]
             cases.append(values | result.judge(self.tolerance)._asdict())
         greedy = [asdict(result) | {"identical": result.identical} | result.judge()._asdict() for result in self.greedy]
         values = {

@@ -144,8 +144,29 @@ def own_error(
         compared: What with what, for reports.
     """
     statistics = logit_statistics(exact_logits, logits, real)
-    differences = [float(np.abs(exact_scores[layer] - scores[layer])[real].max(initial=0.0)) for layer in scores]
-    return OwnError(statistics.mean, statistics.largest, max(differences, default=0.0), compared)
+    differences = score_errors(exact_scores, scores, real)
+    return OwnError(
+        statistics.mean, statistics.largest, float(differences.max(initial=0.0)), mean_of(differences), compared
+    )
+
+
+def score_errors(
+    reference: Mapping[int, FloatArray], candidate: Mapping[int, FloatArray], real: BoolArray
+) -> FloatArray:
+    """How far scores of routers are apart, of all layers and real tokens: float32 [scores].
+
+    Args:
+        reference: By routed layer, float32 [batch, sequence].
+        candidate: The same.
+        real: bool [batch, sequence], False at padding.
+    """
+    errors = [np.abs(candidate[layer] - reference[layer])[real] for layer in sorted(reference)]
+    return np.concatenate(errors) if errors else np.zeros(0, np.float32)
+
+
+def mean_of(errors: FloatArray) -> float:
+    """Their mean; 0 of none."""
+    return float(errors.mean(dtype=np.float64)) if errors.size else 0.0
 
 
 def stream_errors(

@@ -17,12 +17,14 @@ class OwnError:
         mean: Of its logits, as `Tolerance.mean` counts.
         largest: Of its logits, as `Tolerance.largest` counts.
         score: Largest of its routers' scores.
+        score_mean: Mean of them.
         compared: What was compared with what, in words for a report.
     """
 
     mean: float
     largest: float
     score: float
+    score_mean: float = 0.0
     compared: str = "its own fp32 is off float64"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from dlo_export.runtimes.parity.cases import Case
 from dlo_export.runtimes.parity.statistics import stream_errors
 from dlo_export.runtimes.runner import Decisions, FloatArray, Int64Array, Runner
+from dlo_export.runtimes.runner import decisions as decide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,21 @@ def trace_reference(reference: Runner, case: Case) -> Trace:
     """Runs a case as it says: its forcing, or else the reference's own routers, decide."""
     forced = case.forced(reference.routed_layers)
     trace = trace_case(reference, case, forced)
-    if forced is not None or not trace.scores:
+    return trace if forced is not None else with_own_decisions(trace, case, reference.thresholds)
+
+
+def with_own_decisions(trace: Trace, case: Case, thresholds: Mapping[int, float]) -> Trace:
+    """A trace of routers that decided, with what they decided.
+
+    Args:
+        trace: Without decisions, its scores shown; returned as it is where nothing is routed.
+        case: That was fed.
+        thresholds: Of the routers, by layer, where they are not one half.
+    """
+    if not trace.scores:
         return trace
     ends = np.cumsum([feed.input_ids.shape[1] for feed in case.feeds])[:-1]
-    active = {layer: np.split(rows, ends, axis=1) for layer, rows in reference.active(trace.scores).items()}
+    active = {layer: np.split(rows, ends, axis=1) for layer, rows in decide(trace.scores, thresholds).items()}
     own = tuple({layer: steps[index] for layer, steps in active.items()} for index in range(len(case.feeds)))
     return dataclasses.replace(trace, decisions=own)
 

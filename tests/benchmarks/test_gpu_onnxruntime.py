@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_onnxruntime
+from benchmarks.gpu.decoder_edits import NORMS
 from benchmarks.gpu.evidence import NO_GPU, Evidence
 from dlo_export.graph_passes.spec.ops import ORT_OPS
 from dlo_export.plugins.errors import PluginLibraryError
@@ -26,9 +27,12 @@ def test_part_checks_operators_and_decoders_when_there_is_no_gpu(tmp_path: Path)
     rows = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
     passed = [row["what"] for row in rows if row["passed"]]
     operators = [f"operator {name}" for name in ORT_OPS]
-    assert passed == [*operators, "decoder, dense", "decoder, routed", "runner", "decoder, routed"]
+    decoders = [name for name in ("decoder, dense", "decoder, routed") for _ in NORMS]
+    norms = ["norms"] * 2 * len(NORMS)
+    assert passed == [*operators, *decoders, "runner", "decoder, routed", *norms]
     timed = {(row["what"], row["graph"]) for row in rows if "step_ms" in row}
-    assert {("decode", "dense"), ("decode", "routed"), ("prefill", "routed")} <= timed
+    removed = ("decode", "dense, half of its MLPs removed")
+    assert {("decode", "dense"), removed, ("decode", "routed"), ("prefill", "routed")} <= timed
 
 
 def test_part_asks_for_the_library_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.gpu.command_checks import rows_of_commands
 from benchmarks.gpu.dense_decode_times import time_decode
 from benchmarks.gpu.evidence import BAR_MISSED, NO_GPU, Evidence
 from benchmarks.gpu.evidence_processes import run_processes
-from benchmarks.gpu.lowering_parity import DATA, Job, rows_of
+from benchmarks.gpu.lowering_parity import ATTENTION, DATA, NATIVE, Job, rows_of
 from benchmarks.gpu_onnxruntime_parity import main, process_of
 from dlo_export.runtimes.onnxruntime.providers import CPU
 from tests.tiny_models import save_tiny_llama
@@ -21,6 +23,15 @@ def test_rows_say_what_a_provider_lacks_when_it_cannot_run_a_type():
     placement, parity = rows_of(job)
     assert (placement["passed"], parity["passed"]) == (False, False)
     assert "NOT_IMPLEMENTED" in parity["error"]
+
+
+@pytest.mark.parametrize("subject", ATTENTION)
+def test_rows_pass_when_attention_alone_is_routed(subject: str):
+    settings = ATTENTION[subject]
+    job = Job(
+        subject, str(DATA / "reference_mlp_routed"), "fp32", NATIVE, provider="cpu", device="cpu", settings=settings
+    )
+    assert [row["passed"] for row in rows_of(job)] == [True] * 6
 
 
 def test_rows_of_a_process_are_kept_when_another_one_fails(tmp_path):

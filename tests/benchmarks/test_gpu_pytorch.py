@@ -5,9 +5,13 @@ import torch
 
 from benchmarks.gpu import pytorch_checks
 from benchmarks.gpu.evidence import NO_GPU, run_part
+from benchmarks.gpu.pytorch_times import logits_of, without_mlps
 from benchmarks.gpu.random_torch_llama import TINY, random_model
+from benchmarks.gpu.skip_efficiency import BAR, skip_efficiency
 from benchmarks.gpu_pytorch import measure
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
+from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
+from dlo_export.runtimes.torch.captured.step_weights import StepWeights
 
 
 @pytest.mark.skipif(find_gpu().target is not None, reason="there is a GPU here: run it")
@@ -37,3 +41,28 @@ def test_error_is_within_no_bar_when_a_number_is_missing():
     assert not pytorch_checks.largest_error(missing, zeros) <= 1
     assert not pytorch_checks.largest_error(missing, torch.ones(3)) <= 1
     assert pytorch_checks.largest_error(zeros + 1, zeros) > 1
+
+
+def test_decoder_without_mlps_is_the_model_whose_mlps_add_nothing():
+    model = random_model(TINY, routed=False, device="cpu", dtype=torch.float32)
+    ids = pytorch_checks.tokens_of(model, 2, 6)
+    decoder = CapturedDecoder(without_mlps(StepWeights(model), 0.7), batch=2, capacity=16)
+    found = logits_of(decoder, decoder.thresholds, ids)
+    for layer in (1, 2):  # 0.7 of three layers, evenly spread
+        model.model.layers[layer].mlp.down_proj.weight.data.zero_()
+    with torch.inference_mode():
+        expected = model(input_ids=torch.cat([ids, ids[:, :3]], dim=1)).logits[:, 6:].transpose(0, 1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_skip_efficiency_is_one_by_the_ideal_that_a_step_reaches_and_less_by_stricter_ones():
+    sizes = {"dense_bytes": 8e9, "unread_bytes": 3e9, "copy_rate": 4e12}
+    found = skip_efficiency(4.0, 2.5, **sizes, removed_ms=2.5)
+    assert (found.removed, found.proportional) == pytest.approx((1, 1))
+    assert found.copied > 1  # 1.5 ms were saved of bytes that are copied in 0.75
+    assert found.passed
+    slower = skip_efficiency(4.0, 2.6, **sizes, removed_ms=2.4)
+    assert slower.removed < slower.proportional < BAR
+    assert not slower.passed
+    assert skip_efficiency(4.0, 4.0, **sizes, removed_ms=2.4).removed == 0
+    assert skip_efficiency(4.0, 2.5, **sizes, removed_ms=None).passed is None

@@ -51,10 +51,13 @@ def test_part_ends_with_4_behind_its_checks_when_there_is_no_gpu(
     assert main([*_options(given, text=given / "tasks"), "--out", str(tmp_path)]) == 2
     assert "tasks: has no folder text" in capsys.readouterr().err
     assert main([*_options(given, adapter=given / "nothing"), "--out", str(tmp_path)]) == 2
+    assert main([*_options(given), "--out", str(tmp_path), "--trial", "runs=train-dlo steps=1"]) == 2
+    assert "--set steps=1: a form has no such" in capsys.readouterr().err
 
 
-def test_rates_of_training_come_line_by_line_when_they_are_measured() -> None:
+def test_rates_of_training_come_line_by_line_when_they_are_measured(tmp_path: Path) -> None:
     options = ("--tiny", "--batch", "2", "--sequence", "32", "--steps", "1", "--warm-up", "1", "--profile")
+    options = (*options, "--turn", str(tmp_path / "turn"))
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.training_rate", *options],
         capture_output=True,

@@ -19,7 +19,7 @@ from benchmarks.papers import training
 from benchmarks.papers.budget import Budget, Piece, run_pieces
 from benchmarks.papers.experiment import Experiment
 from benchmarks.papers.flops import training_flops
-from benchmarks.papers.forms import FORMS
+from benchmarks.papers.forms import FORMS, with_values
 from benchmarks.papers.functions import function_chats
 from benchmarks.papers.moe import ExpertMlp, upcycle
 from benchmarks.papers.removal import greedily, without_layers
@@ -442,3 +442,29 @@ def test_training_takes_the_fastest_batch_that_fits_and_leaves_enough_steps(
         costs = training.training_costs(training_runs(experiment), experiment, 3_000)
     assert costs["batch"] == chosen
     assert costs["tokens_per_second"] == {"dense": speeds[chosen], "routed": speeds[chosen]}
+
+
+def test_plan_stands_on_speeds_that_were_measured_before_when_they_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "tokens_per_second", lambda *_: pytest.fail("nothing is to be tried"))
+    form = dataclasses.replace(FORMS["hour"], batches=(8, 16), runs=("train-original", "train-dlo"))
+    results = Results(tmp_path / "results")
+    counted = {"original": 1.0, "deepened": 1.0, "dlo": 2.0}
+    (results.folder / training.FLOPS_NAME).write_text(json.dumps(counted))
+    with BaseModel(save_tiny_llama(tmp_path / "model", layers=5, vocab=300, tokenizer=True)) as base:
+        experiment = Experiment(base, form, results, "cpu")
+        speeds = {"dense": 1000.0, "routed": 500.0}
+        costs = training.training_costs(training_runs(experiment), experiment, 90, speeds)
+    assert (costs["batch"], costs["tokens_per_second"], costs["flops"]) == (8, speeds, counted)
+    # A token of each takes 3 ms, and a step has 4096.
+    assert costs["steps"] == {"train-original": 7, "train-dlo": 7}
+
+
+def test_form_takes_other_values_of_its_own_kinds_and_no_others() -> None:
+    changed = with_values(FORMS["hour"], ["tokens=1000", "targets=0.9,0.7", "selection=annealed", "runs=train-dlo"])
+    wanted = {"tokens": 1000, "targets": (0.9, 0.7), "selection": "annealed", "runs": ("train-dlo",)}
+    assert changed == dataclasses.replace(FORMS["hour"], **wanted)
+    for wrong in ("nothing=1", "tokens=many", "compile=1"):
+        with pytest.raises(InputError, match=wrong):
+            with_values(FORMS["hour"], [wrong])

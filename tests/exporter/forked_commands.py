@@ -18,7 +18,7 @@ _MODULES = (
     *("runtimes.bench", "runtimes.generation.generate", "runtimes.generation.tokenizer", "runtimes.torch.reference"),
     *("graph_passes.lowerings.lower_skip_to_compaction", "graph_passes.lowerings.lower_skip_to_if"),
     *("graph_passes.lowerings.lower_skip_to_plugin", "graph_passes.lowerings.lower_skip_to_topk"),
-    *("graph_passes.lowerings.if_on_tensorrt", "graph_passes.lowerings.masked"),
+    *("graph_passes.lowerings.if_on_cuda", "graph_passes.lowerings.if_on_tensorrt", "graph_passes.lowerings.masked"),
 )
 _LIBRARY_MODULES = ("pydantic.type_adapter",)  # typer's, for the command line
 _LIMITED = {

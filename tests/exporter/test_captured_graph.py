@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from dlo_export.checkpoints.dtypes import FLOAT32
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
-from dlo_export.exporter.pipeline import build_captured_model, exposed
+from dlo_export.exporter.pipeline import build_captured_model, exposed, prepare_released
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
@@ -117,10 +118,15 @@ def test_runner_refuses_when_positions_are_others(tmp_path: Path) -> None:
 
 def test_layers_are_found_when_attention_is_onnxruntimes(tmp_path: Path) -> None:
     model = build_captured_model(source_of(tmp_path / "model"), "none", SLOTS)
-    layers = find_decoder_layers(model.graph)
-    assert len(layers) == 3
     assert [value.name for value in model.graph.inputs][:2] == ["input_ids", "kv_lengths"]
-    assert not [node.op_type for node in model.graph if node.op_type in ("Cos", "RotaryEmbedding", "Split")]
+    operators = Counter(node.op_type for node in model.graph)
+    assert not operators.keys() & {"Cos", "RotaryEmbedding", "Split"}
+    # Every norm adds first, the first one zeros.
+    assert (operators["SkipSimplifiedLayerNormalization"], operators["ConstantOfShape"]) == (7, 1)
+    assert not operators.keys() & {"Add", "RMSNormalization"}
+    assert len(find_decoder_layers(prepare_released(model).graph)) == 3
+    operators = Counter(node.op_type for node in model.graph)
+    assert (operators["RMSNormalization"], operators["Add"], operators["ConstantOfShape"]) == (7, 6, 0)
 
 
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.BFLOAT16])

@@ -1,15 +1,21 @@
 """What --provider and --device make of the commands where no GPU is."""
 
+import contextlib
 import json
 from pathlib import Path
+from typing import get_args
 
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.model_types import RoutingKind, routed_type
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.lowering_choice import choose_onnxruntime_lowering
+from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.runtimes.artefact.description import load_description
 from tests.exporter.forked_commands import run
@@ -115,3 +121,22 @@ def test_auto_takes_the_plugin_where_cuda_has_its_library(provider, library, exp
         "auto", "fp32", routing="layer", path=Path("model"), provider=provider, library_at_hand=library
     )
     assert layers == "compact"
+
+
+@pytest.mark.parametrize("kind", get_args(RoutingKind))
+@pytest.mark.parametrize("lowering", ["masked", "compact", "if"])
+def test_graph_for_cuda_has_no_operator_its_provider_lacks(kind: RoutingKind, lowering: str, tmp_path: Path) -> None:
+    routing_kv = "active" if kind == "attention-active" else None
+    checkpoint = save_tiny_llama(
+        tmp_path / "model", layers=2, routed=(True, True), model_type=routed_type(kind).name, routing_kv=routing_kv
+    )
+    with contextlib.closing(open_source(str(checkpoint), None)) as source:
+        model = build_model(source, lowering, ir.DataType.BFLOAT16, "onnxruntime-cuda")
+    nodes = list(model.graph.all_nodes())
+    # As the kernels of onnxruntime-gpu 1.31.1 say: it reduces numbers alone, and adds no bfloat16 in ScatterND.
+    reduced = [node for node in nodes if node.op_type == "ReduceMax"]
+    assert bool(reduced) == (lowering == "if")
+    assert all(node.inputs[0].dtype == ir.DataType.FLOAT for node in reduced)
+    assert not [node for node in nodes if node.op_type == "ScatterND" and "reduction" in node.attributes]
+    # The host waits for conditions: compact, which knows the number of rows already, asks for none.
+    assert any(node.op_type == "If" for node in nodes) == (lowering == "if")

@@ -12,7 +12,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dlo_export.checkpoints.errors import MachineError
-from dlo_export.modeling.training.compilation import compile_layers
+from dlo_export.modeling.training.compilation import compile_layers, compile_loss
 from dlo_export.modeling.training.errors import TrainingDivergedError, TrainingError
 from dlo_export.modeling.training.fused_norm import use_fused_norms
 from dlo_export.modeling.training.packing import PackedDocuments, stacked
@@ -297,8 +297,9 @@ def test_layers_are_compiled_once_for_all_steps(
     torch._dynamo.reset()
     model = opened(folder)
     compile_layers(model, backend=backend, fullgraph=True)
+    compile_loss(model, backend=backend, fullgraph=True)
     run(model, data, tmp_path / "compiled", settings)
-    assert len(graphs) == 2  # of a routed layer and of another, whatever is selected in which step
+    assert len(graphs) == 3  # of a routed layer, of another, whatever is selected in which step, and of the loss
     assert steps_of(tmp_path / "compiled") == steps_of(tmp_path / "eager")
 
 

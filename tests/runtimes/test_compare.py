@@ -40,7 +40,7 @@ def _torch_candidate(model: Any) -> Candidate:
     def opened() -> TorchRunner:
         return TorchRunner(model)
 
-    return Candidate("torch", opened, opened, opened)
+    return Candidate("torch", opened, opened, opened, opened)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,23 @@ def reference() -> Iterator[TorchRunner]:
         yield runner
 
 
-def _compare(reference: TorchRunner, candidate: Candidate, cases: tuple[Case, ...] = CASES) -> ParityReport:
-    return compare(reference, [candidate], cases, dtype="fp32", greedy_prompts=PROMPTS, greedy_tokens=8)
+def _compare(
+    reference: TorchRunner,
+    candidate: Candidate,
+    cases: tuple[Case, ...] = CASES,
+    dtype: str = "fp32",
+    other: Any = None,
+) -> ParityReport:
+    open_other = None if other is None else lambda: TorchRunner(other, masked=True)
+    return compare(
+        reference,
+        [candidate],
+        cases,
+        dtype=dtype,
+        greedy_prompts=PROMPTS,
+        greedy_tokens=8,
+        open_other=open_other,
+    )
 
 
 def _onnx_candidate(name: str, builds: Builds) -> Candidate:
@@ -171,15 +186,53 @@ def _nudged_router(score_logit: float) -> Callable[[dict[str, np.ndarray]], None
     return nudge
 
 
-def test_parity_is_ambiguous_when_only_a_near_tie_flipped() -> None:
-    with TorchRunner(_model(edit=_nudged_router(1e-5)), masked=True) as reference:
-        report = _compare(reference, _torch_candidate(_model(edit=_nudged_router(-1e-5))))
+@pytest.mark.parametrize("measured", [False, True])
+def test_parity_is_ambiguous_when_a_near_tie_flipped_that_rounding_does_not_flip(measured: bool) -> None:
+    nudged = _nudged_router(1e-5)
+    other = _model(edit=nudged).double() if measured else None
+    with TorchRunner(_model(edit=nudged), masked=True) as reference:
+        report = _compare(reference, _torch_candidate(_model(edit=_nudged_router(-1e-5))), other=other)
     assert report.verdict == "AMBIGUOUS", report.summary()
     assert not report
     flipped = next(case for case in report.cases if case.case == "prefill")
     assert [(flip.layer, flip.row, flip.position) for flip in flipped.flips] == [(0, 0, 31)]
     assert flipped.flips[0].margin < 1e-5
     assert "near-ties flipped: layer 0 token 31" in report.summary()
+    assert ("its own fp32 is off float64" in report.summary()) == measured
+
+
+def test_parity_passes_when_sixteen_bits_flip_near_ties() -> None:
+    nudged = _nudged_router(-1e-6)
+    rounded, other = (_model(edit=nudged).to(torch.bfloat16) for _ in range(2))
+    with TorchRunner(_model(edit=nudged), masked=True) as reference:
+        report = _compare(reference, _torch_candidate(rounded), dtype="bf16", other=other)
+        assert report.verdict == "PASS", report.summary()
+        flipped = next(case for case in report.cases if case.case == "prefill")
+        assert (0, 31) in [(flip.layer, flip.position) for flip in flipped.flips]
+        assert "near-ties flipped: layer 0 token 31" in report.summary()
+        # The released graph decides likewise, but makes something else of it.
+        broken = _model(edit=nudged).to(torch.bfloat16)
+        with torch.no_grad():
+            broken.model.layers[0].mlp.down_proj.weight *= -1
+        candidate = dataclasses.replace(_torch_candidate(rounded), open_free=_torch_candidate(broken).open_free)
+        report = _compare(reference, candidate, dtype="bf16", other=other)
+    assert report.verdict == "FAIL", report.summary()
+    flipped = next(case for case in report.cases if case.case == "prefill")
+    assert "under the decisions that its own routers took" in flipped.judge(TOLERANCES["bf16"]).reason
+
+
+def test_parity_is_ambiguous_when_sixteen_bits_flip_near_ties_of_routers_that_are_off(reference: TorchRunner) -> None:
+    def widen(tensors: dict[str, np.ndarray]) -> None:
+        for name in [name for name in tensors if "routers" in name]:
+            tensors[name] = tensors[name] * np.float32(1.03)
+
+    wide, other = _model(edit=widen).to(torch.bfloat16), _model().to(torch.bfloat16)
+    report = _compare(reference, _torch_candidate(wide), dtype="bf16", other=other)
+    assert report.verdict == "AMBIGUOUS", report.summary()
+    (case,) = (case for case in report.cases if case.flips)
+    assert case.own_error is not None
+    assert case.score_error > 2 * case.own_error.score_mean
+    assert "scores are off by mean" in case.judge(TOLERANCES["bf16"]).reason
 
 
 def test_parity_fails_when_the_released_graph_is_another_than_the_forced_one(reference: TorchRunner) -> None:

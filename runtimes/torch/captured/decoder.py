@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dlo_export.runtimes.errors import BackendUnavailableError, StepError
 from dlo_export.runtimes.torch.captured.step_ops import (
+    Ahead,
     Decisions,
     KernelOps,
     Routing,
@@ -18,7 +19,7 @@ from dlo_export.runtimes.torch.captured.step_ops import (
     add_scaled,
     gathered_mlp,
 )
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, StepWeights
+from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, StepWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +198,7 @@ class CapturedDecoder:
 
     def _output(self, stream: torch.Tensor, added: torch.Tensor | None, decisions: dict[int, Decisions]) -> StepOutput:
         scores = {layer: made.scores.view(self._batch, -1) for layer, made in decisions.items()}
-        _, normed = self._ops.add_norm(stream, added, self._norm, self._epsilon)
+        _, normed = self._ops.add_norm(stream, added, self._norm, self._epsilon, Ahead(self._head))
         return StepOutput(F.linear(normed, self._head), scores)
 
     def _forward(
@@ -211,13 +212,18 @@ class CapturedDecoder:
         for index, layer in enumerate(self._weights.layers):
             made = None
             if layer.router is None:
-                stream, normed = ops.add_norm(stream, added, layer.attention_norm, epsilon)
+                stream, normed = ops.add_norm(stream, added, layer.attention_norm, epsilon, Ahead(layer.qkv.weight))
             else:
                 routing = Routing(layer.router, self.thresholds[index : index + 1], self._weights.branch_scale)
-                stream, normed, made = ops.add_norm_route(stream, added, layer.attention_norm, epsilon, routing)
+                stream, normed, made = ops.add_norm_route(
+                    stream, added, layer.attention_norm, epsilon, routing, Ahead(layer.qkv.weight)
+                )
                 decisions[index] = made
-            added = layer.out(self._attended(index, layer.qkv(normed), sequence))
-            stream, normed = ops.add_norm(stream, added, layer.mlp_norm, epsilon)
+            added = ops.product(self._attended(index, ops.product(normed, layer.qkv), sequence), layer.out)
+            if layer.mlp is None:
+                continue
+            behind = self._behind(index, layer.mlp, made)
+            stream, normed = ops.add_norm(stream, added, layer.mlp_norm, epsilon, behind)
             # What an MLP adds is left to the next norm, but for a routed one, which knows whose rows it leaves alone.
             added = None
             if made is not None and gathers:
@@ -231,10 +237,18 @@ class CapturedDecoder:
                 stream = add_scaled(stream, ops.plain_mlp(normed, layer.mlp), made.scale)
         return stream, added, decisions
 
+    def _behind(self, index: int, mlp: PlainMlp | KernelMlp, made: Decisions | None) -> Ahead:
+        """What is read behind the norm of an MLP: its weights, or, where its tokens skip it, those behind it."""
+        if made is None or not isinstance(mlp, KernelMlp):
+            return Ahead(mlp.gate if isinstance(mlp, KernelMlp) else mlp.gate_up.weight)
+        last = index + 1 == len(self._weights.layers)
+        return Ahead(self._head if last else self._weights.layers[index + 1].qkv.weight, made.scale)
+
     def _attended(self, index: int, qkv: torch.Tensor, sequence: int) -> torch.Tensor:
         keys, values = self._keys[index], self._values[index]
         if sequence == 1:
-            return self._ops.attend(qkv, self._start, self._rotary, keys, values)
+            following = Ahead(self._weights.layers[index].out.weight)
+            return self._ops.attend(qkv, self._start, self._rotary, keys, values, following)
         query = self._ops.rotate_and_store(qkv, self._start, self._rotary, keys, values)
         # A prompt begins an empty cache. What stands behind a shorter one's end nobody sees: decode overwrites it.
         attended = F.scaled_dot_product_attention(

@@ -10,6 +10,79 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from dlo_export.plugins.skip_down.kernel import skip_down_kernel
+from dlo_export.plugins.skip_gate_up.kernel import skip_gate_up_kernel
+
+
+@triton.jit
+def let_next_start(EARLY: tl.constexpr):
+    """Lets the next kernel start as soon as all programs of this one have, to do what stands before its own wait.
+
+    Args:
+        EARLY: See `wait_for_inputs`.
+    """
+    if EARLY == 2:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs(EARLY: tl.constexpr):
+    """Waits until the kernel before is done, where this one was started earlier (programmatic dependent launch).
+
+    Every kernel waits before it is done, so whoever has waited for one has waited for all before it. Before its wait a
+    kernel may read what no kernel of a step writes, weights and earlier tokens' keys and values, and write nothing.
+
+    Args:
+        EARLY: 0 where kernels start one after the other; 1 where the next may start once this one's inputs are there, 2
+            where it may from this one's start on. Either takes compute capability 9.0.
+    """
+    if EARLY > 0:
+        gdc_wait()
+    if EARLY == 1:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(address, SIZE: tl.constexpr):
+    """Asks for memory to be read into the L2 cache, and waits for nothing (compute capability 9.0).
+
+    Args:
+        address: int64 [n], each a multiple of 16; as many as the program has threads, or a multiple.
+        SIZE: Bytes at each of them, a multiple of 16.
+    """
+    size = tl.full(address.shape, SIZE, tl.int32)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [address, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def expects_active(scale, tokens, MOST: tl.constexpr):
+    """Whether any token seems to be active, for who has not waited: what is read ahead hangs on it, and no result.
+
+    Args:
+        scale: Pointer to float32 [tokens], which an earlier kernel may not have written yet. Read past the cache of
+            this multiprocessor, where the old number would stay.
+        tokens: At most MOST.
+        MOST: A power of two.
+    """
+    token = tl.arange(0, MOST)
+    scales = tl.load(scale + token, mask=token < tokens, other=0.0, cache_modifier=".cg")
+    return tl.max((scales != 0.0).to(tl.int32), 0) != 0
+
+
+@triton.jit
+def prefetch_share(weights, program, THREADS: tl.constexpr, CHUNK: tl.constexpr):
+    """A program's share of a matrix that lies in one piece: CHUNK bytes for each of its threads."""
+    piece = program * THREADS + tl.arange(0, THREADS)
+    prefetch(weights.to(tl.int64) + piece.to(tl.int64) * CHUNK, CHUNK)
 
 
 @triton.jit(do_not_specialize_on_alignment=["threshold"])  # one of a vector of them
@@ -23,15 +96,23 @@ def add_norm_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size 
     normed,
     scores,
     scale,
+    ahead,
+    tokens,
     hidden,
     epsilon,
     offset,
     slope,
     ADDS: tl.constexpr,
     ROUTES: tl.constexpr,
+    UNLESS_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (token): adds a branch to the stream, normalises the sum, and lets a router decide from it.
+
+    Programs behind the tokens' read ahead what the next product multiplies with: this kernel leaves the memory idle.
 
     Args:
         stream: Pointer to T [tokens, hidden].
@@ -42,24 +123,41 @@ def add_norm_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size 
         summed: Pointer to T [tokens, hidden], written where ADDS.
         normed: Pointer to T [tokens, hidden], written.
         scores: Pointer to float32 [tokens], written where ROUTES.
-        scale: Pointer to float32 [tokens], written where ROUTES: offset + slope · score, 0 where the token skips.
+        scale: Pointer to float32 [tokens], written where ROUTES: offset + slope · score, 0 where the token skips. Where
+            UNLESS_ACTIVE, what another norm has written there.
+        ahead: Pointer to weights that are read next.
+        tokens: How many.
         hidden: Width of the stream.
         epsilon: Of the norm.
         offset: See scale.
         slope: See scale.
         ADDS: Whether there is a branch to add.
         ROUTES: Whether there is a router.
+        UNLESS_ACTIVE: Nothing is read ahead where a token is active: the MLP's weights come first.
         BLOCK: A power of two, at least `hidden`.
+        THREADS: Of the program.
+        CHUNK: Bytes that each thread behind the tokens' reads ahead, 0 for none.
+        EARLY: See `wait_for_inputs`.
     """
     row = tl.program_id(0)
+    let_next_start(EARLY)
+    if CHUNK > 0:  # noqa: SIM102 - one is the compiler's to decide, the other the program's
+        if row >= tokens:
+            wanted = True
+            if UNLESS_ACTIVE:
+                wanted = not expects_active(scale, tokens, 64)
+            if wanted:
+                prefetch_share(ahead, row - tokens, THREADS, CHUNK)
+            return
     column = tl.arange(0, BLOCK)
     used = column < hidden
     place = row.to(tl.int64) * hidden + column
     # Everything is on its way before anything is waited for.
-    x = tl.load(stream + place, mask=used, other=0.0)
     norm = tl.load(weight + column, mask=used, other=0.0).to(tl.float32)
     if ROUTES:
         direction, least = tl.load(router + column, mask=used, other=0.0), tl.load(threshold)
+    wait_for_inputs(EARLY)
+    x = tl.load(stream + place, mask=used, other=0.0)
     if ADDS:
         # Rounded before it is normalised: the next layer reads the stream as it is stored.
         x = (x.to(tl.float32) + tl.load(added + place, mask=used, other=0.0).to(tl.float32)).to(x.dtype)
@@ -167,6 +265,32 @@ def rotated_head(head, half_place, cosines, sines, HEAD: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
+def attended_block(q, k, v, seen, peak, total, result, scaling):
+    """Attention to one more block of slots.
+
+    Args:
+        q: T [rows, width].
+        k: T [width, slots].
+        v: T [slots, width].
+        seen: bool [slots], which are in use: at least one.
+        peak: float32 [rows], the largest score so far, which weights are relative to.
+        total: float32 [rows], the weights' sum so far.
+        result: float32 [rows, width], the sum of weighted values so far.
+        scaling: Of the scores.
+
+    Returns:
+        The new peak, total and result.
+    """
+    score = tl.where(seen[None, :], tl.dot(q, k, input_precision="ieee") * scaling, float("-inf"))
+    higher = tl.maximum(peak, tl.max(score, axis=1))
+    fading = tl.exp(peak - higher)
+    weight = tl.exp(score - higher[:, None])
+    total = total * fading + tl.sum(weight, axis=1)
+    result = result * fading[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+    return higher, total, result
+
+
+@triton.jit
 def joined_splits(  # noqa: PLR0913, PLR0917
     parts,
     peaks,
@@ -210,7 +334,7 @@ def joined_splits(  # noqa: PLR0913, PLR0917
 
 
 @triton.jit
-def attend_kernel(  # noqa: PLR0913, PLR0917
+def attend_kernel(  # noqa: PLR0913, PLR0915, PLR0917
     qkv,
     start,
     cosines,
@@ -222,6 +346,7 @@ def attend_kernel(  # noqa: PLR0913, PLR0917
     totals,
     arrived,
     attended,
+    ahead,
     scaling,
     kv_heads,
     capacity,
@@ -231,6 +356,9 @@ def attend_kernel(  # noqa: PLR0913, PLR0917
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    THREADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (sequence and key head, split): one token's attention to a share of the slots that are in use.
 
@@ -249,6 +377,7 @@ def attend_kernel(  # noqa: PLR0913, PLR0917
         totals: Likewise, for the sums of weights.
         arrived: Pointer to int32 [batch, kv_heads], zeros before and after.
         attended: Pointer to T [batch, heads, HEAD], written.
+        ahead: Pointer to weights that are read next.
         scaling: Of the scores.
         kv_heads: Of keys and of values.
         capacity: Slots of a sequence.
@@ -258,8 +387,14 @@ def attend_kernel(  # noqa: PLR0913, PLR0917
         WIDTH: A power of two, at least HEAD.
         BLOCK: Slots at a time.
         SPLITS: Programs that share a sequence's slots.
+        THREADS: Of a program.
+        CHUNK: Bytes that each thread reads ahead, 0 for none: attention to few slots leaves the memory idle.
+        EARLY: See `wait_for_inputs`.
     """
     pair, split = tl.program_id(0), tl.program_id(1)
+    let_next_start(EARLY)
+    if CHUNK > 0:
+        prefetch_share(ahead, pair * SPLITS + split, THREADS, CHUNK)
     sequence, kv_head = pair // kv_heads, pair % kv_heads
     length = tl.load(start + sequence).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, SPLITS), 16) * 16
@@ -270,6 +405,15 @@ def attend_kernel(  # noqa: PLR0913, PLR0917
     token, cached = qkv + sequence.to(tl.int64) * (GROUP + 2) * kv_heads * HEAD, pair.to(tl.int64) * capacity * HEAD
     group_head = kv_head * GROUP + tl.minimum(row, GROUP - 1)[:, None]
     half_place = length * (HEAD // 2)
+    first = split * share
+    key_tile = keys + cached + column[:, None]
+    value_tile = values + cached + column[None, :]
+    # Earlier tokens' keys and values are there since the last step: on their way before the query is waited for.
+    slot = first + tl.arange(0, BLOCK)
+    seen = slot < last
+    k = tl.load(key_tile + slot[None, :] * HEAD, mask=seen[None, :] & column_used[:, None], other=0.0)
+    v = tl.load(value_tile + slot[:, None] * HEAD, mask=seen[:, None] & column_used[None, :], other=0.0)
+    wait_for_inputs(EARLY)
     q = rotated_head(token + group_head * HEAD, half_place, cosines, sines, HEAD, WIDTH)
     peak, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -283,25 +427,14 @@ def attend_kernel(  # noqa: PLR0913, PLR0917
         peak = tl.sum(q.to(tl.float32) * own_key.to(tl.float32), axis=1) * scaling
         total += 1.0
         result = tl.broadcast_to(own_value.to(tl.float32), [ROWS, WIDTH])
-    for begin in range(split * share, last, BLOCK):
+    if first < last:  # a block has a slot in use, so no peak stays infinite
+        peak, total, result = attended_block(q, k, v, seen, peak, total, result, scaling)
+    for begin in range(first + BLOCK, last, BLOCK):
         slot = begin + tl.arange(0, BLOCK)
         seen = slot < last
-        k = tl.load(
-            keys + cached + slot[None, :] * HEAD + column[:, None], mask=seen[None, :] & column_used[:, None], other=0.0
-        )
-        score = tl.where(seen[None, :], tl.dot(q, k, input_precision="ieee") * scaling, float("-inf"))
-        # A block has a slot in use, so no peak stays infinite.
-        higher = tl.maximum(peak, tl.max(score, axis=1))
-        fading = tl.exp(peak - higher)
-        weight = tl.exp(score - higher[:, None])
-        v = tl.load(
-            values + cached + slot[:, None] * HEAD + column[None, :],
-            mask=seen[:, None] & column_used[None, :],
-            other=0.0,
-        )
-        total = total * fading + tl.sum(weight, axis=1)
-        result = result * fading[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-        peak = higher
+        k = tl.load(key_tile + slot[None, :] * HEAD, mask=seen[None, :] & column_used[:, None], other=0.0)
+        v = tl.load(value_tile + slot[:, None] * HEAD, mask=seen[:, None] & column_used[None, :], other=0.0)
+        peak, total, result = attended_block(q, k, v, seen, peak, total, result, scaling)
     head, used = pair * GROUP + row, row_used[:, None] & column_used[None, :]
     target = attended + head[:, None] * HEAD + column[None, :]
     if SPLITS == 1:
@@ -321,7 +454,7 @@ def attend_kernel(  # noqa: PLR0913, PLR0917
 
 
 @triton.jit
-def gate_kernel(gate_up, gated, intermediate, BLOCK: tl.constexpr):
+def gate_kernel(gate_up, gated, intermediate, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Program (token, block of columns): silu(gate) · up.
 
     Args:
@@ -329,7 +462,10 @@ def gate_kernel(gate_up, gated, intermediate, BLOCK: tl.constexpr):
         gated: Pointer to T [tokens, intermediate], written.
         intermediate: Inner width of the MLP.
         BLOCK: Columns of a program.
+        EARLY: See `wait_for_inputs`.
     """
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     used = column < intermediate
@@ -337,3 +473,171 @@ def gate_kernel(gate_up, gated, intermediate, BLOCK: tl.constexpr):
     up = tl.load(gate_up + (row * 2 + 1) * intermediate + column, mask=used, other=0.0).to(tl.float32)
     result = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(gated + row * intermediate + column, result.to(gated.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def product_kernel(  # noqa: PLR0913, PLR0917
+    rows,
+    weight,
+    tokens,
+    depth,
+    columns,
+    output,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    THREADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UPCAST: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Program (n): columns n · COLUMNS… of few rows' product, whose weights it asks for before it has the rows.
+
+    Args:
+        rows: Pointer to T [tokens, depth].
+        weight: Pointer to T [columns, depth].
+        tokens: ROWS at most.
+        depth: A multiple of DEPTH.
+        columns: A multiple of COLUMNS.
+        output: Pointer to T [tokens, columns], written.
+        ROWS: At least the 16 of a tensor core instruction.
+        COLUMNS: Of a program.
+        DEPTH: Elements of the summed axis per step.
+        THREADS: Of a program.
+        CHUNK: Bytes of the program's weights that each thread reads ahead of the wait, 0 for none.
+        UPCAST: For Triton's interpreter; see the kernels of the dlo operators.
+        EARLY: See `wait_for_inputs`.
+    """
+    program = tl.program_id(0)
+    let_next_start(EARLY)
+    column = program * COLUMNS + tl.arange(0, COLUMNS)
+    inner = tl.arange(0, DEPTH)
+    weight_tile = weight + column.to(tl.int64)[None, :] * depth + inner[:, None]
+    if CHUNK > 0:
+        own = weight + (program * COLUMNS).to(tl.int64) * depth
+        prefetch_share(own, 0, THREADS, CHUNK)
+    wait_for_inputs(EARLY)
+    token = tl.arange(0, ROWS)
+    used = (token < tokens)[:, None]
+    row_tile = rows + token[:, None] * depth + inner[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for _ in range(0, depth, DEPTH):
+        x = tl.load(row_tile, mask=used, other=0.0)
+        block = tl.load(weight_tile)
+        if UPCAST:
+            x, block = x.to(tl.float32), block.to(tl.float32)
+        total = tl.dot(x, block, total, input_precision="ieee")
+        row_tile += DEPTH
+        weight_tile += DEPTH
+    target = output + token[:, None] * columns + column[None, :]
+    tl.store(target, total.to(output.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def vector_product_kernel(
+    row,
+    weight,
+    depth,
+    columns,
+    output,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Program (n): columns n · COLUMNS… of one token's product; their weights are read before the token is there.
+
+    Args:
+        row: Pointer to T [depth].
+        weight: Pointer to T [columns, depth].
+        depth: Of the sums.
+        columns: A multiple of COLUMNS.
+        output: Pointer to T [columns], written.
+        COLUMNS: Of a program.
+        BLOCK: A power of two, at least `depth`.
+        EARLY: See `wait_for_inputs`.
+    """
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    let_next_start(EARLY)
+    inner = tl.arange(0, BLOCK)
+    used = inner < depth
+    weights = tl.load(weight + column.to(tl.int64)[:, None] * depth + inner[None, :], mask=used[None, :], other=0.0)
+    wait_for_inputs(EARLY)
+    x = tl.load(row + inner, mask=used, other=0.0).to(tl.float32)
+    total = tl.sum(weights.to(tl.float32) * x[None, :], axis=1)
+    tl.store(output + column, total.to(output.dtype.element_ty))
+
+
+@triton.jit
+def early_skip_gate_up_kernel(  # noqa: PLR0913, PLR0917
+    hidden_states,
+    scale,
+    gate_weight,
+    up_weight,
+    tokens,
+    hidden,
+    intermediate,
+    gated,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SCAN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    THREADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """`skip_gate_up_kernel` that is started early: where a token is active, first weights are on their way by then.
+
+    Args:
+        hidden_states: As there, and so are all up to UPCAST.
+        scale: .
+        gate_weight: .
+        up_weight: .
+        tokens: At most ROWS.
+        hidden: .
+        intermediate: .
+        gated: .
+        ROWS: .
+        COLUMNS: .
+        DEPTH: .
+        SCAN: At least ROWS.
+        UPCAST: .
+        THREADS: Of a program.
+        CHUNK: Bytes of each weight that a thread reads ahead, 0 for none. All programs begin with the first rows.
+        EARLY: See `wait_for_inputs`.
+    """
+    let_next_start(EARLY)
+    if CHUNK > 0:  # noqa: SIM102 - one is the compiler's to decide, the other the program's
+        if expects_active(scale, tokens, SCAN):
+            prefetch_share(gate_weight, tl.program_id(1), THREADS, CHUNK)
+            prefetch_share(up_weight, tl.program_id(1), THREADS, CHUNK)
+    wait_for_inputs(EARLY)
+    sizes = (tokens, hidden, intermediate)
+    skip_gate_up_kernel(hidden_states, scale, gate_weight, up_weight, *sizes, gated, ROWS, COLUMNS, DEPTH, SCAN, UPCAST)
+
+
+@triton.jit
+def early_skip_down_kernel(  # noqa: PLR0913, PLR0917
+    gated,
+    scale,
+    down_weight,
+    residual,
+    tokens,
+    intermediate,
+    hidden,
+    output,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SCAN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """`skip_down_kernel` that is started early; arguments as there.
+
+    It reads nothing ahead: while it waits, other weights pass through the cache, more than that holds.
+    """
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
+    sizes = (tokens, intermediate, hidden)
+    skip_down_kernel(gated, scale, down_weight, residual, *sizes, output, ROWS, COLUMNS, DEPTH, SCAN, UPCAST)

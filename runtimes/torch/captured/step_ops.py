@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp
+from dlo_export.plugins.tiles import MOST_TOKENS
+from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +42,48 @@ class Routing:
     branch_scale: tuple[float, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """Weights that are read next, for whoever leaves the memory idle and would have them in the cache by then.
+
+    Attributes:
+        weight: T, in one piece.
+        unless: float32 [tokens], scales of the MLP in between: where any of them is not 0, its weights come first.
+    """
+
+    weight: torch.Tensor
+    unless: torch.Tensor | None = None
+
+
 class StepOps(abc.ABC):
     """Nothing here waits for the device, and shapes depend on arguments' shapes alone: a CUDA graph may capture it."""
 
     @abc.abstractmethod
     def add_norm(
-        self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+        self,
+        stream: torch.Tensor,
+        added: torch.Tensor | None,
+        weight: torch.Tensor,
+        epsilon: float,
+        ahead: Ahead | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream with a branch added to it, and its RMS norm; all T [tokens, hidden]."""
 
     @abc.abstractmethod
     def add_norm_route(
-        self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float, routing: Routing
+        self,
+        stream: torch.Tensor,
+        added: torch.Tensor | None,
+        weight: torch.Tensor,
+        epsilon: float,
+        routing: Routing,
+        ahead: Ahead | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, Decisions]:
         """The same, and what a router decides from the stream."""
+
+    def product(self, rows: torch.Tensor, product: Product) -> torch.Tensor:
+        """Rows [tokens, in] times a weight, T [tokens, out]."""
+        return product(rows)
 
     @abc.abstractmethod
     def rotate_and_store(
@@ -85,6 +115,7 @@ class StepOps(abc.ABC):
         rotary: tuple[torch.Tensor, torch.Tensor],
         keys: torch.Tensor,
         values: torch.Tensor,
+        ahead: Ahead | None = None,
     ) -> torch.Tensor:
         """One token per sequence: as `rotate_and_store`, and its attention to its own slot and those before.
 
@@ -109,7 +140,12 @@ class TorchOps(StepOps):
     """Their definition: what transformers' modules compute, step by step."""
 
     def add_norm(  # noqa: D102
-        self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+        self,
+        stream: torch.Tensor,
+        added: torch.Tensor | None,
+        weight: torch.Tensor,
+        epsilon: float,
+        ahead: Ahead | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         stream = stream if added is None else stream + added
         wide = stream.float()
@@ -117,7 +153,13 @@ class TorchOps(StepOps):
         return stream, weight * even.to(stream.dtype)
 
     def add_norm_route(  # noqa: D102
-        self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float, routing: Routing
+        self,
+        stream: torch.Tensor,
+        added: torch.Tensor | None,
+        weight: torch.Tensor,
+        epsilon: float,
+        routing: Routing,
+        ahead: Ahead | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, Decisions]:
         stream, normed = self.add_norm(stream, added, weight, epsilon)
         scores = torch.sigmoid(stream.float() @ routing.router)
@@ -152,6 +194,7 @@ class TorchOps(StepOps):
         rotary: tuple[torch.Tensor, torch.Tensor],
         keys: torch.Tensor,
         values: torch.Tensor,
+        ahead: Ahead | None = None,
     ) -> torch.Tensor:
         query = self.rotate_and_store(qkv, start, rotary, keys, values)
         seen = torch.arange(keys.shape[2], device=start.device) <= start[:, None]
@@ -198,33 +241,80 @@ def add_scaled(stream: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) 
     return torch.where(scale != 0, stream + branch * scale.to(branch.dtype), stream)
 
 
+_PROGRAMS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """How a step's kernels overlap: what keeps the memory at work between its large products.
+
+    Attributes:
+        early: 0 starts kernels one after the other; with 1 a kernel starts before the one in front is done, with 2 even
+            before that one has its inputs, and waits where it needs what the other writes (programmatic dependent
+            launch). Takes compute capability 9.0, as reading ahead does.
+        attention_ahead: Bytes of the next product's weights that attention reads ahead.
+        norm_ahead: Likewise, a norm.
+        skip_ahead: Likewise, the norm in front of an MLP that no token needs, of the product behind it.
+        mlp_ahead: Bytes of either weight that a routed MLP's first kernel reads ahead while it waits.
+        product: Columns, depth, warps and stages of a kernel for products of at most 16 rows without bias; None leaves
+            them to PyTorch.
+        product_ahead: Bytes of a program's own weights that such a kernel reads ahead while it waits.
+        vector: Columns and warps of a kernel for products of one row without bias.
+    """
+
+    early: int = 0
+    attention_ahead: int = 0
+    norm_ahead: int = 0
+    skip_ahead: int = 0
+    mlp_ahead: int = 0
+    product: tuple[int, int, int, int] | None = None
+    product_ahead: int = 0
+    vector: tuple[int, int] | None = None
+
+
 class KernelOps(StepOps):
     """One launch each. For one decoder, on one stream: launches share counters.
 
     Args:
         interpreted: Triton's interpreter runs the kernels, on tensors in host memory.
+        overlap: How kernels overlap; not at all by default.
+        programs: That attention is split among at the most; about as many as the GPU has multiprocessors.
     """
 
-    def __init__(self, *, interpreted: bool = False) -> None:
+    def __init__(self, *, interpreted: bool = False, overlap: Overlap | None = None, programs: int = _PROGRAMS) -> None:
         # Only here is Triton needed, and it may be missing.
         from dlo_export.plugins import kernels  # noqa: PLC0415
         from dlo_export.runtimes.torch.captured import step_kernels  # noqa: PLC0415
 
         self._kernels: Any = step_kernels
-        self._launch = kernels.launch
+        self._launch, self._decode_tile = kernels.launch, kernels.decode_tile
         self._interpreted = interpreted
+        self._overlap = overlap or Overlap()
+        self._programs = programs
+        self._early: dict[str, Any] = {"launch_pdl": True} if self._overlap.early else {}
         self._arrived: dict[int, torch.Tensor] = {}
 
     def add_norm(  # noqa: D102
-        self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+        self,
+        stream: torch.Tensor,
+        added: torch.Tensor | None,
+        weight: torch.Tensor,
+        epsilon: float,
+        ahead: Ahead | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        stream, normed, _ = self._add_norm(stream, added, weight, epsilon, None)
+        stream, normed, _ = self._add_norm(stream, added, weight, epsilon, None, ahead)
         return stream, normed
 
     def add_norm_route(  # noqa: D102
-        self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float, routing: Routing
+        self,
+        stream: torch.Tensor,
+        added: torch.Tensor | None,
+        weight: torch.Tensor,
+        epsilon: float,
+        routing: Routing,
+        ahead: Ahead | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, Decisions]:
-        stream, normed, decisions = self._add_norm(stream, added, weight, epsilon, routing)
+        stream, normed, decisions = self._add_norm(stream, added, weight, epsilon, routing, ahead)
         assert decisions is not None, "a routing was given"
         return stream, normed, decisions
 
@@ -235,6 +325,7 @@ class KernelOps(StepOps):
         weight: torch.Tensor,
         epsilon: float,
         routing: Routing | None,
+        ahead: Ahead | None,
     ) -> tuple[torch.Tensor, torch.Tensor, Decisions | None]:
         tokens, hidden = stream.shape
         normed = torch.empty_like(stream)
@@ -246,7 +337,15 @@ class KernelOps(StepOps):
             scores, scale = (stream.new_empty(tokens, dtype=torch.float32) for _ in range(2))
             router, threshold, (offset, slope) = routing.router, routing.threshold, routing.branch_scale
         block = _power_of_two(hidden)
-        self._kernels.add_norm_kernel[(tokens,)](
+        warps = max(1, min(16, block // 256))
+        unless = None if ahead is None or tokens > MOST_TOKENS["decode"] else ahead.unless
+        chunk = 0
+        if ahead is not None and tokens <= MOST_TOKENS["decode"]:
+            wanted = self._overlap.norm_ahead if unless is None else self._overlap.skip_ahead
+            chunk = _chunk(wanted, ahead.weight, _READERS * warps * 32)
+        if unless is not None and chunk:
+            scale = unless
+        self._kernels.add_norm_kernel[(tokens + (_READERS if chunk else 0),)](
             stream,
             stream if added is None else added,
             weight,
@@ -256,14 +355,21 @@ class KernelOps(StepOps):
             normed,
             scores,
             scale,
+            stream if ahead is None else ahead.weight,
+            tokens,
             hidden,
             epsilon,
             offset,
             slope,
             ADDS=added is not None,
             ROUTES=routing is not None,
+            UNLESS_ACTIVE=unless is not None,
             BLOCK=block,
-            num_warps=max(1, min(16, block // 256)),
+            THREADS=warps * 32,
+            CHUNK=chunk,
+            EARLY=self._overlap.early,
+            num_warps=warps,
+            **self._early,
         )
         return summed, normed, None if routing is None else Decisions(scores, scale)
 
@@ -303,12 +409,13 @@ class KernelOps(StepOps):
         rotary: tuple[torch.Tensor, torch.Tensor],
         keys: torch.Tensor,
         values: torch.Tensor,
+        ahead: Ahead | None = None,
     ) -> torch.Tensor:
         batch, kv_heads, capacity, width = keys.shape
         heads = qkv.shape[-1] // width - 2 * kv_heads
         wide = _power_of_two(width, 16)
         slots = slots_of(wide, qkv.itemsize)
-        splits = _splits(batch * kv_heads, capacity, slots)
+        splits = _splits(self._programs, batch * kv_heads, capacity, slots)
         partial = qkv.new_empty(batch, heads, splits, width, dtype=torch.float32)
         peaks, totals = (qkv.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
         attended = qkv.new_empty(batch, heads * width)
@@ -323,6 +430,7 @@ class KernelOps(StepOps):
             totals,
             self._counters(batch * kv_heads, start.device),
             attended,
+            qkv if ahead is None else ahead.weight,
             width**-0.5,
             kv_heads,
             capacity,
@@ -332,7 +440,13 @@ class KernelOps(StepOps):
             WIDTH=wide,
             BLOCK=slots,
             SPLITS=splits,
-            num_warps=4,
+            THREADS=_THREADS,
+            CHUNK=0
+            if ahead is None
+            else _chunk(self._overlap.attention_ahead, ahead.weight, batch * kv_heads * splits * _THREADS),
+            EARLY=self._overlap.early,
+            num_warps=_THREADS // 32,
+            **self._early,
         )
         return attended
 
@@ -346,7 +460,7 @@ class KernelOps(StepOps):
         tokens, intermediate = len(gate_up), gate_up.shape[1] // 2
         gated = gate_up.new_empty(tokens, intermediate)
         self._kernels.gate_kernel[(tokens, -(-intermediate // _COLUMNS))](
-            gate_up, gated, intermediate, BLOCK=_COLUMNS, num_warps=4
+            gate_up, gated, intermediate, BLOCK=_COLUMNS, EARLY=self._overlap.early, num_warps=4, **self._early
         )
         return gated
 
@@ -359,13 +473,81 @@ class KernelOps(StepOps):
         output = torch.empty_like(residual)
         dtype = str(normed.dtype).removeprefix("torch.")
         options: dict[str, Any] = {"dtype": dtype, "interpreted": self._interpreted}
-        self._launch("SkipGateUp", rows, scales, mlp.gate, mlp.up, gated, **options)
-        self._launch("SkipDown", gated, scales, mlp.down, residual, output, **options)
+        first: dict[str, Any] = {}
+        second: dict[str, Any] = {}
+        # A prompt's kernels work long enough to hide what is between them.
+        if self._overlap.early and len(normed) <= MOST_TOKENS["decode"]:
+            options |= {"EARLY": self._overlap.early, **self._early}
+            tile = self._decode_tile("SkipGateUp", dtype)
+            threads, programs = 32 * tile.warps, -(-mlp.gate.shape[1] // tile.columns)
+            ahead = self._overlap.mlp_ahead if len(normed) <= tile.rows else 0
+            first = {"kernel": self._kernels.early_skip_gate_up_kernel, "THREADS": threads}
+            first["CHUNK"] = _chunk(ahead, mlp.gate, programs * threads)
+            second = {"kernel": self._kernels.early_skip_down_kernel}
+        self._launch("SkipGateUp", rows, scales, mlp.gate, mlp.up, gated, **options, **first)
+        self._launch("SkipDown", gated, scales, mlp.down, residual, output, **options, **second)
         return output.squeeze(0)
+
+    def product(self, rows: torch.Tensor, product: Product) -> torch.Tensor:  # noqa: D102
+        tokens, depth = rows.shape
+        if tokens == 1 and self._overlap.vector is not None and product.bias is None:
+            return self._vector_product(rows, product.weight, *self._overlap.vector)
+        if self._overlap.product is None or tokens > _ROWS or product.bias is not None:
+            return product(rows)
+        columns, step, warps, stages = self._overlap.product
+        if len(product.weight) % columns or depth % step:
+            return product(rows)
+        output = rows.new_empty(tokens, len(product.weight))
+        self._kernels.product_kernel[(len(product.weight) // columns,)](
+            rows,
+            product.weight,
+            tokens,
+            depth,
+            len(product.weight),
+            output,
+            ROWS=_ROWS,
+            COLUMNS=columns,
+            DEPTH=step,
+            THREADS=warps * 32,
+            CHUNK=_chunk(self._overlap.product_ahead, product.weight[:columns], warps * 32),
+            UPCAST=self._interpreted,
+            EARLY=self._overlap.early,
+            num_warps=warps,
+            num_stages=stages,
+            **self._early,
+        )
+        return output
+
+    def _vector_product(self, row: torch.Tensor, weight: torch.Tensor, columns: int, warps: int) -> torch.Tensor:
+        wide, depth = weight.shape
+        columns = math.gcd(columns, wide)
+        output = row.new_empty(1, wide)
+        self._kernels.vector_product_kernel[(wide // columns,)](
+            row,
+            weight,
+            depth,
+            wide,
+            output,
+            COLUMNS=columns,
+            BLOCK=_power_of_two(depth),
+            EARLY=self._overlap.early,
+            num_warps=warps,
+            **self._early,
+        )
+        return output
+
+
+_ROWS = 16  # of a tensor core instruction
+_THREADS = 128  # of a program of the attention kernel
+_READERS = 64  # programs of a norm that read ahead
+
+
+def _chunk(wanted: int, weight: torch.Tensor, threads: int) -> int:
+    """Bytes of a weight that each of so many threads reads ahead: so many of it in all, a multiple of 16 each."""
+    return min(wanted, weight.nbytes) // threads // 16 * 16
 
 
 _COLUMNS = 1024  # of the gated products, that a program computes
-_PROGRAMS = 128  # about as many as a data-centre GPU has multiprocessors
 
 
 def slots_of(width: int, itemsize: int) -> int:
@@ -378,10 +560,10 @@ def slots_of(width: int, itemsize: int) -> int:
     return max(16, min(64, (1 << 14) // (width * itemsize)))
 
 
-def _splits(pairs: int, capacity: int, slots: int) -> int:
+def _splits(programs: int, pairs: int, capacity: int, slots: int) -> int:
     """Programs among which the slots of one sequence and key head are split: a power of two, each with work to do."""
     enough = _power_of_two(-(-capacity // slots))
-    return min(enough, 1 << (max(1, _PROGRAMS // pairs).bit_length() - 1))
+    return min(enough, 1 << (max(1, programs // pairs).bit_length() - 1))
 
 
 def _power_of_two(size: int, least: int = 1) -> int:

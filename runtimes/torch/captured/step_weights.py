@@ -74,7 +74,7 @@ class LayerWeights:
         qkv: Queries, keys and values.
         out: Attention's last projection.
         mlp_norm: T [hidden].
-        mlp: In the form that computes it.
+        mlp: In the form that computes it; None where the layer has none, and is attention alone.
         router: float32 [hidden], None where no token skips.
     """
 
@@ -82,7 +82,7 @@ class LayerWeights:
     qkv: Product
     out: Product
     mlp_norm: torch.Tensor
-    mlp: PlainMlp | KernelMlp
+    mlp: PlainMlp | KernelMlp | None
     router: torch.Tensor | None
 
 

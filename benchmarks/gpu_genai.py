@@ -1,0 +1,94 @@
+"""onnxruntime-genai on a GPU beside our runner: tokens of the same artefacts, and a dense decode step of each.
+
+    python -m benchmarks.gpu_genai --out DIR [--model MODEL]
+    python -m benchmarks.gpu_genai --prepare GRAPHS [--model MODEL]     # the half a minute that needs no GPU, before
+    python -m benchmarks.gpu_genai --out DIR --graphs GRAPHS
+
+Prepared are a small routed artefact, and of a model in bfloat16 (without --model a random one: hidden size 2048,
+intermediate size 8192, 8 layers) an artefact with a cache that grows, one with a cache in place, and what
+onnxruntime-genai's own builder makes of the same weights for CUDA, captured. Each runtime then has the GPU to itself,
+in a process of its own: 64 greedy tokens behind a prompt of 128, each known to the host before the next one.
+
+Without a GPU the routed artefact's tokens are compared on the CPU. Exit codes as benchmarks/gpu/evidence.py has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.evidence import BAR_MISSED, DONE, Evidence, run_part
+from benchmarks.gpu.evidence_processes import Process, run_processes
+from benchmarks.gpu.genai_decode import RUNTIMES, compared, rows_of_decode, save_graphs
+from dlo_export.checkpoints.errors import InputError
+
+PROGRAM = "gpu_genai"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--prepare", type=Path)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--graphs", type=Path)
+    parser.add_argument("--job", type=json.loads)
+    own, others = parser.parse_known_args(arguments)
+    if own.prepare is not None:
+        own.prepare.mkdir(parents=True, exist_ok=True)
+        return _say(save_graphs(own.model, own.prepare, "cuda"))
+    if own.job is not None:
+        _say(rows_of_decode(Path(own.job["graphs"]), own.job["runtime"], smoke=own.job["smoke"]))
+        return DONE
+    return run_part("genai", __doc__, check, functools.partial(measure, model=own.model, graphs=own.graphs), others)
+
+
+def check() -> None:
+    """The routed artefact in both runtimes, on the CPU.
+
+    Raises:
+        InputError: Tokens differ, or one of them does not run it.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        rows = list(save_graphs(None, folder, "cpu", routed_alone=True))
+        rows += [row for runtime in RUNTIMES for row in rows_of_decode(folder, runtime, smoke=True)]
+        rows += compared(rows, smoke=True)
+    if failed := [row for row in rows if row["passed"] is False]:
+        raise InputError(f"on the CPU: {failed}", hint="the graphs are wrong, or one of the runtimes is")
+
+
+def measure(evidence: Evidence, smoke: bool, *, model: Path | None, graphs: Path | None) -> None:
+    """Both runtimes, one after the other.
+
+    Raises:
+        InputError: `graphs` is no folder.
+    """
+    if graphs is not None and not graphs.is_dir():
+        raise InputError(f"--graphs {graphs}: no such folder", hint="make one with --prepare")
+    with tempfile.TemporaryDirectory() as temporary:
+        if graphs is None:
+            for row in save_graphs(model, Path(temporary), "cuda"):
+                evidence.row(**row)
+        for runtime in RUNTIMES:
+            job = {"graphs": str(graphs.absolute() if graphs else temporary), "runtime": runtime, "smoke": smoke}
+            run_processes(evidence, [Process(runtime, PROGRAM, ("--job", json.dumps(job)))], seconds=60)
+    for row in compared(evidence.rows, smoke=smoke):
+        evidence.row(**row)
+
+
+def _say(rows: Iterator[dict[str, Any]]) -> int:
+    """Prints them as they come; whether one failed."""
+    code = DONE
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        code = BAR_MISSED if row["passed"] is False else code
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
