@@ -10,9 +10,6 @@ from dlo_export.graph_passes.lowerings.active_rows import block_path
 from dlo_export.graph_passes.rewriting import remove_with_sources
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
-# Of zeros, in their first operand, they make zeros: rotation, norms of heads, and what only turns shapes.
-_KEEPS_ZEROS = ("RotaryEmbedding", "RMSNormalization", "Reshape", "Transpose")
-
 
 def zero_in_front(graph: ir.Graph, masked: MaskedAttention, made_by: str) -> list[ir.Node]:
     """Replaces the Where of the keys and that of the values by one of what both are projected from.
@@ -77,8 +74,15 @@ def _common_source(masked: MaskedAttention, hidden: HiddenTokens) -> ir.Value | 
 def _projected_from(masked: MaskedAttention, value: ir.Value | None) -> ir.Value | None:
     # From what is written to the cache back to the product.
     node = None if value is None else value.producer()
-    while node is not None and node in masked.projections and is_op(node, *_KEEPS_ZEROS):
+    while node is not None and node in masked.projections and _keeps_zeros(node):
         node = None if node.inputs[0] is None else node.inputs[0].producer()
     if node is None or node not in masked.projections or not is_op(node, "MatMul"):
         return None
     return node.inputs[0] if constant_tensor(node.inputs[1]) is not None else None
+
+
+def _keeps_zeros(node: ir.Node) -> bool:
+    """Of zeros, in its first operand, it makes zeros: rotation, norms of heads, and what only turns shapes."""
+    if is_op(node, "RMSNormalization"):
+        return node.attributes.get_float("epsilon", 1e-5) > 0  # else zero by zero
+    return is_op(node, "RotaryEmbedding", "Reshape", "Transpose")
