@@ -77,22 +77,18 @@ class ScatterPackedRowsPass(GraphPass):
 
 def _scatters(split: ir.Node) -> list[ir.Node]:
     """The nodes that put a split product's parts in their places; none where they are not all there is."""
-    if (
-        not is_op(split, "Split") or split.attributes.get_int("axis", 0) != -1
-    ):  # rows have one axis less than what they are put in
+    # Counted from the back: rows have one axis less than what they are put in.
+    if not is_op(split, "Split") or split.attributes.get_int("axis", 0) != -1:
         return []
     uses = [tuple(part.uses()) for part in split.outputs]
-    if any(len(readers) != 1 or readers[0].idx != 2 for readers in uses) or any(map(_is_output, split.outputs)):
+    shown = any(part.is_graph_output() for part in split.outputs)
+    if shown or any(len(readers) != 1 or readers[0].idx != 2 for readers in uses):
         return []
     scatters = [node for ((node, _),) in uses]
     if not all(is_op(node, "ScatterND") and PASS_KEY in node.metadata_props for node in scatters):
         return []
     alike = len({node.inputs[1] for node in scatters}) == 1 and {node.graph for node in scatters} == {split.graph}
     return scatters if alike and all(map(_puts_into_zeros, scatters)) else []
-
-
-def _is_output(value: ir.Value) -> bool:
-    return value.is_graph_output()
 
 
 def _puts_into_zeros(scatter: ir.Node) -> bool:
