@@ -2,10 +2,12 @@
 
 The builder's graph (4 bits, GroupQueryAttention with its cache in one buffer) is compared with itself routed so that
 nothing, half of the layers' MLPs, or every MLP is skipped, and with itself without MLPs, the most that skipping saves.
-One more graph asks a single router for all layers: what it takes over the untouched one is what the Ifs cost, the rest
-of "nothing skipped" is the routers. These are real ones, of zeros: their scores are one half, and a layer's threshold
-says whether that is enough. Decode is one token of batch 1 behind 128 tokens, prefill is 128 tokens, each with the
-choice of the next token. Each graph has the machine to itself: its process is started, measured and ended, in turn.
+Decode is measured in `if`, which `auto` would choose for steps of one token, and in `compact`, whose products of no
+rows cost nothing. One more graph asks a single router for all layers: what it takes over the untouched one is what the
+Ifs cost, the rest of "nothing skipped" is the routers. These are real ones, of zeros: their scores are one half, and a
+layer's threshold says whether that is enough. Decode is one token of batch 1 behind 128 tokens, prefill is 128 tokens,
+each with the choice of the next token. Each graph has the machine to itself: its process is started, measured and
+ended, in turn.
 
     python -m benchmarks.genai_routed
     python -m benchmarks.genai_routed --shape h2048 --phase decode
@@ -51,8 +53,7 @@ IFS = "one router for all Ifs"
 TITLES = {"smollm2": "SmolLM2-135M", "h2048": "H=2048, I=8192, 8 layers, random weights"}
 LAUNCHES = 8
 RUNS, SETTLE = {"decode": 60, "prefill": 8}, {"decode": 20, "prefill": 3}
-# As `auto` would choose for a step of one token, and for longer ones.
-LOWERINGS = {"decode": "if", "prefill": "compact"}
+LOWERINGS = {"decode": ("if", "compact"), "prefill": ("compact",)}
 
 
 def routed_graph(graph: Path, folder: Path, active: list[bool], lowering: str) -> Path:
@@ -190,11 +191,15 @@ def main() -> None:
                 continue
             np.save(folder / "tokens.npy", step)
             graphs = {UNTOUCHED: graph, CUT: made("cut", functools.partial(graph_without_mlps, graph))}
-            for name, active in patterns.items():
-                route = functools.partial(routed_graph, graph, active=active, lowering=LOWERINGS[phase])
-                graphs[name] = made(f"{phase}-{name}", route)
-            if LOWERINGS[phase] == "if":
-                graphs[IFS] = made(f"{phase}-{IFS}", functools.partial(graph_with_one_router, graphs[NOTHING]))
+            skipped: dict[str, float] = {}  # share of the MLPs, by graph
+            for lowering in LOWERINGS[phase]:
+                for pattern, active in patterns.items():
+                    name = f"{pattern}, {lowering}"
+                    route = functools.partial(routed_graph, graph, active=active, lowering=lowering)
+                    graphs[name], skipped[name] = made(name, route), 1 - sum(active) / layers
+                if lowering == "if":
+                    one_router = functools.partial(graph_with_one_router, graphs[f"{NOTHING}, {lowering}"])
+                    graphs[IFS], skipped[IFS] = made(IFS, one_router), 0.0
             options: list[str | Path] = [folder / "tokens.npy", "--sequence", str(sequence)]
             options += ["--threads", str(given.threads)]
             start: dict[str, Callable[[], Worker]] = {
@@ -205,10 +210,11 @@ def main() -> None:
                 start, launches=given.launches, runs=RUNS[phase], settle=SETTLE[phase], busy=given.busy
             )
             for name, time in times.items():
-                ratio, share = time / times[UNTOUCHED], {HALF: sum(patterns[HALF]) / layers, ALL: 1.0}.get(name)
-                saved = "" if share is None else saved_share(times, name, share)
-                more = more_per_layer(times, name, layers) if name in (NOTHING, IFS) else ""
-                bar = {NOTHING: f"≤ {OVERHEAD_BAR}", ALL: f"saved ≥ {EFFICIENCY_BAR}"}.get(name, "")
+                ratio, share = time / times[UNTOUCHED], skipped.get(name)
+                saved = saved_share(times, name, share) if share else ""
+                more = more_per_layer(times, name, layers) if share == 0 else ""
+                bars = {NOTHING: f"≤ {OVERHEAD_BAR}", ALL: f"saved ≥ {EFFICIENCY_BAR}"}
+                bar = bars.get(name.partition(",")[0], "")
                 rows.append([phase, name, time, "" if name == UNTOUCHED else ratio, more, saved, bar])
                 record[f"{phase}, {name}"] = {
                     "milliseconds": time.summary(),

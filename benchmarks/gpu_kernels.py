@@ -289,6 +289,12 @@ def measure(evidence: Evidence, smoke: bool, options: argparse.Namespace) -> Non
     kernels = Kernels(options.cubins)
     speed = Speed(evidence, kernels, replays=8 if smoke else 20)
     _bars(evidence, speed, lambda tokens: kernels.table("bfloat16", tokens), f"the table's tiles, {kernels.way}")
+    if options.cubins is not None:
+        # What captured decode in PyTorch launches: another compiler's code, of tiles of its own.
+        with evidence.guard("decode, one active token: Triton JIT"):
+            compiled_here = Kernels(None).table("bfloat16", 1)
+            for size in (LARGE, SMALL):
+                speed.one_token(size, "bfloat16", compiled_here, "the table's tiles, Triton JIT", bars=False)
     if options.cubins is None or not evidence.fits("candidates", 8):
         return
     best: dict[TileName, Pair] = {}

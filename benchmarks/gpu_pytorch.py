@@ -8,11 +8,10 @@ Of shapes of 1B and 8B, random bfloat16 weights made on the device: a decode ste
 
 * ``removed``: the dense model without those layers' MLPs and without routers, the least that skipping could take.
 
-First, in processes side by side, what must be right: kernels, decoders, and every way in which kernels may overlap
-(`pytorch_candidates`). Those that are right are timed; the dense decoder and the routed one take the fastest for each.
-What skip efficiency is stands in `benchmarks.gpu.skip_efficiency`; `efficiency_line` has T_ideal on the line between
-the same decoder's times with everything active and everything skipped. Last, in another process, decode steps of
-transformers, as they come and compiled.
+Every way in which kernels may overlap is timed beside kernels one by one, and held against them. What skip efficiency
+is stands in `benchmarks.gpu.skip_efficiency`; `efficiency_line` has T_ideal on the line between the same decoder's
+times with everything active and everything skipped. Last, in a process of its own, decode steps of transformers, as
+they come and compiled.
 
     python -m benchmarks.gpu_pytorch --out DIR
 """
@@ -20,7 +19,6 @@ transformers, as they come and compiled.
 from __future__ import annotations
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -28,8 +26,7 @@ from benchmarks.gpu.copy_rate import copy_rate
 from benchmarks.gpu.evidence import Evidence, run_part
 from benchmarks.gpu.evidence_processes import Process, run_processes
 from benchmarks.gpu.kernel_timing import product_rate
-from benchmarks.gpu.pytorch_candidates import right_candidates
-from benchmarks.gpu.pytorch_checks import check
+from benchmarks.gpu.pytorch_checks import FORMS, check, check_models, check_ops
 from benchmarks.gpu.pytorch_times import Size
 from benchmarks.gpu.random_torch_llama import SIZES
 
@@ -42,27 +39,18 @@ def measure(evidence: Evidence, smoke: bool) -> None:
         copy, tflops = copy_rate("cuda", 3 if smoke else 10), product_rate(3 if smoke else 10) * 1e-12
         evidence.row("ceilings", copy_gb_s=round(copy * 1e-9), bf16_matmul_tflop_s=round(tflops))
     torch.cuda.empty_cache()
-    sizes = {}
     for name in ("8B", "1B"):
         config = {**SIZES[name], **({"num_hidden_layers": 4, "vocab_size": 32_768} if smoke else {})}
         with evidence.guard(name):
-            sizes[name] = Size(evidence, name, config, smoke, copy, tflops)
-    with ThreadPoolExecutor() as beside, evidence.guard("candidates"):
-        # Their processes compile meanwhile, and so does this one.
-        trying = beside.submit(right_candidates, evidence, 25, [Process("checks", "gpu.pytorch_checks")])
-        for size in sizes.values():
-            size.compile_plain()
-        for name, right in trying.result().items():
-            sizes[name].candidates = right
-    for size in sizes.values():
-        size.decode_plain()
-        for batch in (1, 16):
-            size.decode_overlapped(batch)
-    for size in sizes.values():
-        size.the_rest()
-        size.decode_overlapped(4)
-    for size in sizes.values():
-        size.last()
+            if evidence.fits(name, 8):
+                Size(evidence, name, config, smoke, copy, tflops).measure()
+        torch.cuda.empty_cache()
+    for dtype in (torch.bfloat16, torch.float32):
+        if evidence.fits(f"operators {dtype}", 5):
+            check_ops(evidence, dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        if evidence.fits(f"captured decoder {dtype}", 10):
+            check_models(evidence, dtype, FORMS)
     if evidence.fits("transformers", 40):
         options = ("--smoke",) if smoke else ()
         run_processes(evidence, [Process("transformers", "gpu.transformers_times", options)], evidence.left, threads=8)

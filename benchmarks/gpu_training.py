@@ -1,13 +1,20 @@
 """Training on a GPU: tokens per second, the papers' experiments on SmolLM2-135M, and the demo's adapter.
 
-    python -m benchmarks.gpu_training --model SMOLLM2.gguf --text TEXT --tasks TASKS --out DIR --budget-s 400 \
-        --compile --workers 3 [--only rates] [--adapter ADAPTER] [--compiled DIR/compiled.tar.xz]
+    python -m benchmarks.gpu_training --model SMOLLM2.gguf --text TEXT --tasks TASKS --out DIR --budget-s 400
 
-TEXT is what `benchmarks.training_payload` made, TASKS a folder of log-likelihood requests, ADAPTER the calibrated
-routers that the demo's adapter starts from; the first two may be packed (.tar.xz). Results are written as they come:
-DIR/training.jsonl has a row for each, DIR/papers.tar.xz all of them with tables and plots, DIR/adapter.tar.xz the
-trained adapter, DIR/compiled.tar.xz what torch.compile made, which saves the next run on such a card that time.
-Without a GPU it checks what it was given and ends with 4.
+TEXT is what `benchmarks.training_payload` made, TASKS a folder of log-likelihood requests; either may be a .tar.xz.
+Results are written as they come: DIR/training.jsonl has a row for each, DIR/papers.tar.xz all of them with tables and
+plots, DIR/adapter.tar.xz the trained adapter, DIR/compiled.tar.xz what torch.compile made. Without a GPU it checks what
+it was given and ends with 4.
+
+    --only PART ...           rates, trials, papers, adapter; without it, all but trials
+    --compile                 as `dlo train --compile`
+    --compiled FILE           the compiled.tar.xz of an earlier run on such a card, which saves that time
+    --workers N               processes that train at once, 1 to 4
+    --speeds DENSE ROUTED     tokens/s, all processes together, to plan with where no rates are measured
+    --set NAME=VALUE ...      other values of the experiments' form
+    --trial "NAME=VALUE ..."  the same, for a trial of its own beside the others
+    --adapter ADAPTER         calibrated routers that the demo's adapter starts from; none is trained without
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ artefacts; (e) which layers and which tokens skip.
 Every result is a JSON file in the output folder, and what is there is never repeated: the same command goes on where it
 was stopped. Speed is measured first, whatever the budget; then the budget decides how many tokens each run gets, and
 what does not fit is left out and named. Prints the tables and one JSON line. Exit codes: 0 done; 1 a method that must
-keep the function does not; 2 bad arguments; 4 no such device. Nobody has run the form for GPUs yet.
+keep the function does not; 2 bad arguments; 4 no such device. The `full` form was never run to its end.
 """
 
 from __future__ import annotations

@@ -74,6 +74,11 @@ def is_state_input(name: str) -> bool:
     return _layer_of(past_active_name(""), name) is not None or parse_past(name) is not None
 
 
+def is_state_output(name: str) -> bool:
+    """Whether a graph output carries state to the next step."""
+    return _layer_of(present_active_name(""), name) is not None or parse_present(name) is not None
+
+
 def is_interface_name(name: str) -> bool:
     """Whether a graph's interface uses this name, or may once layers are added to it or parity looks inside."""
     if name in {*TOKEN_INPUTS, WRITE_INDICES, KV_LENGTHS, LOGITS}:

@@ -254,6 +254,11 @@ def _export_into(
         else:
             model = build_captured_model(source, lowering, request.static_cache, graph_dtype(dtype), target)
         set_model_metadata(model, source, dtype=dtype, lowering=lowering)
+        if not source.base.is_built_here:
+            # Imported here: an export that runs nothing starts in less time and memory without ONNX Runtime.
+            from dlo_export.exporter.load_check import check_loads  # noqa: PLC0415
+
+            check_loads(model, source.base.path, dtype, BY_PROVIDER[request.provider], request.ort_plugin_library)
     if plan is not None:
         # Imported here: only these exports need what builds engines.
         from dlo_export.exporter.tensorrt.export import build_planned_engines, save_graphs  # noqa: PLC0415

@@ -110,6 +110,8 @@ def carried_genai_config(given: Mapping[str, Any], num_layers: int) -> dict[str,
     """
     model = given["model"]
     decoder = {**model["decoder"], "filename": "model.onnx", "num_hidden_layers": num_layers}
+    if isinstance(outputs := decoder.get("outputs"), dict):
+        decoder["outputs"] = {**outputs, "logits": LOGITS}  # what the graph's are called now, if they were not
     return {**given, "model": {**model, "decoder": decoder}}
 
 

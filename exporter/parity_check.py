@@ -28,13 +28,13 @@ from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import external_tensors, save_weights, take_weights
-from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.find.padding import takes_left_padding
 from dlo_export.graph_passes.find.projections import HEAD_NORM_INPUTS
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.graph_passes.naming import free_interface_names
 from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.weights.storage import Place
 from dlo_export.plugins.ort_registration import no_library
@@ -227,9 +227,12 @@ def _dequantising_reference(
 
 
 def as_it_was(source: ExportSource) -> bytes:
-    """Somebody's file, its cache's sizes said."""
+    """Somebody's file, its cache's sizes said, and its logits called so."""
     model, sized = load_graph(source.base.path), source.plain_model(ir.DataType.FLOAT)
     StateCacheSizesPass()(sized)
+    free_interface_names(model.graph)
+    for value, named in zip(model.graph.outputs, sized.graph.outputs, strict=True):
+        value.name = named.name
     shapes = {value.name: value.shape for value in (*sized.graph.inputs, *sized.graph.outputs)}
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = shapes.get(value.name, value.shape)
@@ -353,7 +356,7 @@ def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, descri
     if slots := cache_slots(released.graph):
         model = build_captured_model(source, "masked", slots, dtype, target)
     else:
-        model = build_model(source, "masked", dtype, target, join_norms=JoinSkipNormsPass.of(released))
+        model = build_model(source, "masked", dtype, target, compared_with=description.lowering)
     if different := take_weights(model, external_tensors(released.graph)):
         raise InputError(
             f"{folder / MODEL_NAME}: its weights are not those of an export of this source: "

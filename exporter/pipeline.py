@@ -7,6 +7,7 @@ Nothing here knows what a source is: it gives a plain graph and says what is to 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Literal, Protocol
 
 import numpy as np
@@ -17,7 +18,9 @@ from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.model_types import ROUTED_BLOCKS
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
+from dlo_export.graph_passes.cache.use_full_mask import UseFullMaskPass
 from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
@@ -28,12 +31,14 @@ from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.lift_constants import LiftConstantsPass
 from dlo_export.graph_passes.cleanup.multiply_tied_head import MultiplyTiedHeadPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
+from dlo_export.graph_passes.cleanup.name_logits import NameLogitsPass
 from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
 from dlo_export.graph_passes.cleanup.remove_identities import RemoveIdentitiesPass
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
 from dlo_export.graph_passes.cleanup.scatter_packed_rows import ScatterPackedRowsPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
+from dlo_export.graph_passes.cleanup.use_matmul_nbits import UseMatMulNBitsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
@@ -63,6 +68,7 @@ from dlo_export.graph_passes.spec.invariants import (
 from dlo_export.graph_passes.spec.ops import DOMAIN, MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
+from dlo_export.runtimes.onnxruntime.operators import declared_by_onnxruntime
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
 from dlo_export.runtimes.onnxruntime.providers import GROUP_QUERY_ATTENTION
 
@@ -144,11 +150,15 @@ class Step:
     released: bool = False
 
 
-def foreign_passes() -> list[GraphPass]:
-    """What turns somebody else's graph into one whose layers can be found."""
+def foreign_passes(stand_ins: Iterable[str] = ()) -> list[GraphPass]:
+    """What turns somebody else's graph into one whose layers can be found.
+
+    Args:
+        stand_ins: Names of its functions that stand in for operators of ONNX Runtime's own.
+    """
     return [
         # Layers are found by operators, wherever an exporter drew the line of a function.
-        InlineFunctionsPass(),
+        InlineFunctionsPass(tuple(sorted(stand_ins))),
         # Weights are initializers of the main graph, also what was a Constant, the default of an input, or in a branch.
         LiftConstantsPass(),
         # Nobody has to look through them, however many there are.
@@ -157,6 +167,8 @@ def foreign_passes() -> list[GraphPass]:
         RemoveUnusedPass(),
         # New nodes are named after old ones.
         NameUniquelyPass(),
+        # Whoever runs a graph looks for its logits under one name, whatever a tool has made of it.
+        NameLogitsPass(),
         # Additions that were fused with the norm behind them stand apart again: layers are found between two of them.
         SplitSkipNormsPass(),
     ]
@@ -169,6 +181,8 @@ def _masked_steps(source: GraphSource) -> list[Step]:
         *([Step(_inject_layers(source), INJECTED)] if _injects(source) else []),
         # On request, what passes everything on goes, with its cache; routers are numbered in what is left.
         *([Step(RemoveIdentityLayersPass(source.removed_layers), INJECTED)] if source.removed_layers else []),
+        # Tokens that skip attention are hidden by its mask, which must say everything.
+        *([Step(UseFullMaskPass(), INJECTED)] if _routes_attention(source) else []),
         # The masked form is exact standard ONNX, its routers in fp32, and the oracle for what follows.
         *([Step(_route_layers(source), ROUTED)] if source.routing is not None else []),
     ]
@@ -180,27 +194,43 @@ def onnxruntime_steps(
     target: Target,
     *,
     last_logits: bool = False,
-    join_norms: JoinSkipNormsPass | None = None,
+    compared_with: LoweringRecord | None = None,
 ) -> list[Step]:
-    """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason."""
+    """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason.
+
+    Args:
+        source: What is exported.
+        lowering: What routed blocks become.
+        target: What it is to run on.
+        last_logits: Compute the logits of each sequence's last token only.
+        compared_with: Of the graph that this one is held against: all around routed blocks is done as for that one.
+    """
+    around, routed = compared_with or lowering, source.routing is not None
+    by_codes = routed and around.multiplies_by_codes
+    masked, lowered = (
+        dataclasses.replace(stage, domains=stage.domains | ({MICROSOFT} if by_codes else set()))
+        for stage in (ROUTED if routed else INJECTED, lowering.stage)
+    )
     return [
         # Runtimes make an empty cache by what its inputs say.
         Step(StateCacheSizesPass(), PLAIN),
         *_masked_steps(source),
+        # In a branch, ONNX Runtime cannot fuse a weight's DequantizeLinear with the product itself.
+        *([Step(UseMatMulNBitsPass(), masked)] if by_codes else []),
         # The head is the largest matrix, and its output larger: one row per sequence instead of one per prompt token.
-        *([Step(KeepLastLogitsPass(), INJECTED if source.routing is None else ROUTED)] if last_logits else []),
+        *([Step(KeepLastLogitsPass(), masked)] if last_logits else []),
         # The one lowering: tokens that skip leave the MLP's batch, or the MLP runs only where a token is active.
-        *_lowering_steps(lowering, Workload()),
+        *_lowering_steps(lowering, Workload(), lowered),
         # Late: the fewer nodes the passes above meet the better. Decode gets 4 % faster.
-        *([Step(FuseSiblingMatMulsPass(), lowering.stage)] if source.packs_weights else []),
+        *([Step(FuseSiblingMatMulsPass(), lowered)] if source.packs_weights else []),
         # Rows of what is one product now are put in their places at once.
-        *([Step(ScatterPackedRowsPass(), lowering.stage)] if source.packs_weights else []),
+        *([Step(ScatterPackedRowsPass(), lowered)] if source.packs_weights else []),
         # One token's logits may be copied.
-        *([] if last_logits else _head_steps(lowering, target)),
+        *([] if last_logits else _head_steps(lowered, target)),
         # transformers.js and optimum know the batch by its dimension's name.
-        Step(NameBatchDimensionPass(), lowering.stage),
+        Step(NameBatchDimensionPass(), lowered),
         # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
-        Step(join_norms or JoinSkipNormsPass(lowering.fuses_norms), lowering.stage, released=True),
+        Step(JoinSkipNormsPass(around.fuses_norms), lowered, released=True),
     ]
 
 
@@ -230,7 +260,7 @@ def captured_steps(
         *([Step(FuseRouterScoresPass(), lowering.stage)] if fused else []),
         # One product for query, key and value, which attention takes as it is.
         Step(FuseSiblingMatMulsPass(), lowering.stage),
-        *_head_steps(lowering, target),
+        *_head_steps(lowering.stage, target),
     ]
     # A cache at fixed addresses. Last: where query, key and value are one product shows only now.
     stage = dataclasses.replace(
@@ -321,7 +351,22 @@ def prepare_foreign(model: ir.Model) -> ir.Model:
             "the nodes cannot be run in the order they are in:\n  " + "\n  ".join(problems),
             hint="export the graph again: ONNX lists a node behind those whose outputs it reads",
         )
-    return _run_passes(model, foreign_passes())
+    return _run_passes(model, foreign_passes(_stand_ins(model)))
+
+
+def _stand_ins(model: ir.Model) -> list[str]:
+    """Names of functions that ONNX Runtime has operators for; none of those whose constants lie in data files."""
+
+    def is_external(node: ir.Node) -> bool:
+        tensors = (each for each in node.attributes.values() if each.type == ir.AttributeType.TENSOR)
+        return any(isinstance(each.value, ir.ExternalTensor) for each in tensors)
+
+    return [
+        function.name
+        for function in model.functions.values()
+        if declared_by_onnxruntime(function.domain, function.name) is not None
+        and not any(map(is_external, function.all_nodes()))
+    ]
 
 
 def prepare_released(model: ir.Model) -> ir.Model:
@@ -369,7 +414,7 @@ def build_model(
     target: Target = "onnxruntime-cpu",
     *,
     last_logits: bool = False,
-    join_norms: JoinSkipNormsPass | None = None,
+    compared_with: str | None = None,
 ) -> ir.Model:
     """Builds the source's graph for ONNX Runtime.
 
@@ -379,7 +424,8 @@ def build_model(
         dtype: Of weights, KV cache and logits; a foreign graph keeps its own.
         target: What it is to run on.
         last_logits: Compute the logits of each sequence's last token only.
-        join_norms: As another graph's norms were fused that this one is compared with; None: as the lowering's are.
+        compared_with: Name of the lowering of a graph that this one is held against: all around routed blocks is done
+            as for that one.
 
     Returns:
         The finished graph, its weights still lazy.
@@ -390,7 +436,8 @@ def build_model(
         dlo_export.graph_passes.spec.invariants.GraphInvariantError: A stage broke its promise: a bug.
     """
     record = find_lowering(lowering, target)
-    steps = onnxruntime_steps(source, record, target, last_logits=last_logits, join_norms=join_norms)
+    other = None if compared_with is None else find_lowering(compared_with, target)
+    steps = onnxruntime_steps(source, record, target, last_logits=last_logits, compared_with=other)
     return run_steps(_plain(source, dtype), steps)
 
 
@@ -511,13 +558,17 @@ def _plain(source: GraphSource, dtype: ir.DataType) -> ir.Model:
     return model
 
 
-def _lowering_steps(lowering: LoweringRecord, workload: Workload) -> list[Step]:
-    return [] if lowering.make_pass is None else [Step(lowering.make_pass(workload), lowering.stage)]
+def _lowering_steps(lowering: LoweringRecord, workload: Workload, stage: StageSpec | None = None) -> list[Step]:
+    return [] if lowering.make_pass is None else [Step(lowering.make_pass(workload), stage or lowering.stage)]
 
 
-def _head_steps(lowering: LoweringRecord, target: Target) -> list[Step]:
+def _routes_attention(source: GraphSource) -> bool:
+    return source.routing is not None and "self_attn" in ROUTED_BLOCKS[source.routing.kind]
+
+
+def _head_steps(stage: StageSpec, target: Target) -> list[Step]:
     # On a CPU, copying a prompt's logits takes as long as half of its norms and additions.
-    return [Step(MultiplyTiedHeadPass(), lowering.stage)] if target == "onnxruntime-cpu" else []
+    return [Step(MultiplyTiedHeadPass(), stage)] if target == "onnxruntime-cpu" else []
 
 
 def _injects(source: GraphSource) -> bool:

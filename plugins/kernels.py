@@ -9,7 +9,7 @@ from dlo_export.plugins.contract import weight_input
 from dlo_export.plugins.router_scores.kernel import router_scores_kernel
 from dlo_export.plugins.skip_down.kernel import skip_down_kernel
 from dlo_export.plugins.skip_gate_up.kernel import skip_gate_up_kernel
-from dlo_export.plugins.tiles import Tile, TileName, tile_for, tile_of
+from dlo_export.plugins.tiles import TileName, jit_tile_of, tile_for, tile_of
 
 KERNELS: Final[dict[str, Any]] = {
     "SkipGateUp": skip_gate_up_kernel,
@@ -45,7 +45,8 @@ def launch(
     batch, sequence, _ = operands[0].shape
     depth, columns = operands[weight_input(op)].shape
     tokens = batch * sequence
-    tile = tile_of(op_name, tile_name or tile_for(tokens), dtype, None if interpreted else _target())
+    name = tile_name or tile_for(tokens)
+    tile = tile_of(op_name, name, dtype) if interpreted else jit_tile_of(op_name, name, dtype, _target())
     (kernel or KERNELS[op_name])[tile.grid(tokens, columns)](
         *inputs,
         tokens,
@@ -58,11 +59,6 @@ def launch(
         num_stages=tile.stages,
         **options,
     )
-
-
-def decode_tile(op_name: str, dtype: str) -> Tile:
-    """The tile that few tokens are launched with on the current GPU."""
-    return tile_of(op_name, "decode", dtype, _target())
 
 
 def _target() -> int:

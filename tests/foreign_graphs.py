@@ -14,6 +14,7 @@ from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 from dlo_export.exporter.sources.source import open_source
@@ -47,7 +48,7 @@ def save_foreign_graph(folder: Path, dtype: str, layers: int = 3) -> Path:
     return folder / "model.onnx"
 
 
-def save_routed_adapter(graph: Path, folder: Path, seed: int = 0) -> Path:
+def save_routed_adapter(graph: Path, folder: Path, seed: int = 0, routing: RoutingKind = "mlp") -> Path:
     """Writes an adapter: TLI after every layer, and routers that let about half of the tokens through."""
     opened = open_foreign_graph(graph)
     plan = placements("tli", opened.num_layers, every=1)
@@ -60,5 +61,8 @@ def save_routed_adapter(graph: Path, folder: Path, seed: int = 0) -> Path:
     }
     tensors = {**injection.tensors, **routers}
     is_dlo, thresholds = (True,) * plan.num_layers, {1: 0.25}
-    save_adapter(dataclasses.replace(injection, is_dlo=is_dlo, router_thresholds=thresholds, tensors=tensors), folder)
+    save_adapter(
+        dataclasses.replace(injection, routing=routing, is_dlo=is_dlo, router_thresholds=thresholds, tensors=tensors),
+        folder,
+    )
     return folder

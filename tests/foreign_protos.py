@@ -121,3 +121,25 @@ def fuse_skip_norms(proto: onnx.ModelProto, _: Path | None = None) -> None:
         nodes.remove(add)
         nodes.remove(norm)
     proto.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+
+
+def leave_later_tokens_to_attention(proto: onnx.ModelProto, _: Path | None = None) -> None:
+    """As mobius writes it: the operator is causal by itself, its mask says in bool what is padding."""
+    made = [
+        onnx.helper.make_node("Cast", ["attention_mask"], ["real"], to=onnx.TensorProto.BOOL),
+        onnx.helper.make_node("Unsqueeze", ["real", "heads_and_queries"], ["row"]),
+        onnx.helper.make_node("Shape", ["input_ids"], ["queries"], start=1, end=2),
+        onnx.helper.make_node("Shape", ["attention_mask"], ["keys"], start=1, end=2),
+        onnx.helper.make_node("Concat", ["ones", "queries", "keys"], ["mask_shape"], axis=0),
+        onnx.helper.make_node("Expand", ["row", "mask_shape"], ["padding"]),
+    ]
+    for name, values in (("heads_and_queries", [1, 2]), ("ones", [1, 1])):
+        proto.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [2], values))
+    nodes = [*made, *proto.graph.node]
+    for node in nodes:
+        if node.op_type == "Attention":
+            node.input[3] = "padding"
+            node.attribute.append(onnx.helper.make_attribute("is_causal", 1))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del proto.graph.node[:]
+    proto.graph.node.extend(copies)

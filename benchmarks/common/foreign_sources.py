@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks.common.peers import peer_environment
+from benchmarks.common.peers import peer_program
 from benchmarks.common.smollm2 import legacy_smollm2_folder, smollm2_folder
 from benchmarks.common.workspace import REPOSITORY, WORKSPACE
 
@@ -64,18 +64,18 @@ class ForeignSource:
 
 
 def _optimum(folder: Path) -> None:
-    program = _environment("optimum") / "optimum-cli"
-    _run([program, "export", "onnx", "-m", legacy_smollm2_folder(), "--task", "text-generation-with-past", folder])
+    task = ["--task", "text-generation-with-past"]
+    _run([*_program("optimum", "optimum-cli"), "export", "onnx", "-m", legacy_smollm2_folder(), *task, folder])
 
 
 def _torch(folder: Path) -> None:
     # onnxscript, which the exporter needs, is in that environment.
-    _run([_environment("mobius") / "python", "-P", _DYNAMO, smollm2_folder(), folder / "model.onnx", "sdpa"])
+    _run([*_program("mobius", "python"), "-P", _DYNAMO, smollm2_folder(), folder / "model.onnx", "sdpa"])
 
 
 def _mobius(provider: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
-        _run([_environment("mobius") / "mobius", "build", "--config", smollm2_folder(), "--ep", provider, folder])
+        _run([*_program("mobius", "mobius"), "build", "--config", smollm2_folder(), "--ep", provider, folder])
 
     return write
 
@@ -141,17 +141,17 @@ SOURCES: Final = {
     "olive fused": ForeignSource("fp32", _olive("OrtTransformersOptimization", _FUSED_BY_OLIVE)),
     "genai fp16": ForeignSource("fp16", _genai("fp16", "cuda")),
     "genai int4": ForeignSource("int4", _genai("int4", "cpu")),
-    "genai int4, exact": ForeignSource("int4", _genai("int4", "cpu", "int4_accuracy_level=1")),
+    "genai int4, exact": ForeignSource("int4", _genai("int4", "cpu", "accuracy_level=1")),
     "olive int4": ForeignSource("int4", _olive("OnnxBlockWiseRtnQuantization", {"block_size": 32})),
 }
 """By name. Of genai's two int4 graphs the first asks for activations in 8 bits, as the builder does by default."""
 
 
-def _environment(name: str) -> Path:
+def _program(environment: str, name: str) -> Sequence[Path]:
     try:
-        return peer_environment(name)
+        return peer_program(environment, name)
     except (subprocess.CalledProcessError, OSError) as err:
-        raise CannotBeMadeError(f"{name} cannot be installed: {err}") from err
+        raise CannotBeMadeError(f"{environment} cannot be installed: {err}") from err
 
 
 def _run(command: Sequence[str | Path], cwd: Path | None = None) -> None:

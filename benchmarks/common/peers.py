@@ -36,6 +36,17 @@ def peer_environment(name: str, requirements: Path | None = None) -> Path:
     return environment / "bin"
 
 
+def peer_program(name: str, program: str) -> tuple[Path, ...]:
+    """A command of a peer's environment, run by its Python: the file itself names the folder it was installed in.
+
+    Args:
+        name: Of the environment, as for `peer_environment`.
+        program: "python" is the Python itself.
+    """
+    folder = peer_environment(name)
+    return (folder / "python",) if program == "python" else (folder / "python", folder / program)
+
+
 def requirements_of(name: str) -> Path:
     """A benchmarked peer's file of requirements."""
     return Path(__file__).parents[1] / f"requirements-{name}.txt"

@@ -39,7 +39,11 @@ def tokens_active(rate: float, layers: int, tokens: int, seed: int = 0) -> np.nd
 
 
 def routable_model(
-    config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], routing: RoutingKind = "mlp"
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    routing: RoutingKind = "mlp",
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> LlamaDloForCausalLM:
     """The PyTorch model with a router on every layer, still to be fitted.
 
@@ -47,11 +51,12 @@ def routable_model(
         config: A plain Llama's.
         tensors: Its weights under Hugging Face names.
         routing: What a token skips.
+        dtype: It computes in.
     """
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     unfitted = {router_name(layer): ArrayTensor(np.ones((1, hidden), np.float32)) for layer in range(layers)}
     return llama_dlo_from_tensors(
-        {**config, **routed_config([True] * layers, routing=routing)}, {**tensors, **unfitted}
+        {**config, **routed_config([True] * layers, routing=routing)}, {**tensors, **unfitted}, dtype=dtype
     )
 
 

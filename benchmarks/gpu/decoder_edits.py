@@ -19,7 +19,7 @@ def remove_mlps(model: ir.Model, layers: Collection[int]) -> None:
     """Takes MLPs and their norms out of a dense graph, in place: what no decision at run time can be faster than.
 
     Args:
-        model: With its weights; its norms are as the pipeline leaves them, before and after.
+        model: With its weights. Norms are fused with additions afterwards, the first one, which has none, is not.
         layers: Whose MLPs go.
     """
     part_norms(model)
@@ -28,7 +28,7 @@ def remove_mlps(model: ir.Model, layers: Collection[int]) -> None:
             for use in tuple(layer.mlp.stream_out.uses()):
                 use.node.replace_input_with(use.idx, layer.mlp.stream_in)
     remove_unused(model.graph)
-    JoinSkipNormsPass(every=True)(model)
+    JoinSkipNormsPass()(model)
 
 
 def part_norms(model: ir.Model) -> None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
@@ -185,24 +180,3 @@ def largest_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """The largest difference, of the largest of what is wanted; 0 where all of both is 0."""
     largest = wanted.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     return float((got - wanted).float().abs().max() / largest)
-
-
-def main() -> int:
-    """Every check on a GPU, rows as lines of JSON on stdout: a program of its own, so that others may run beside it."""
-    with tempfile.TemporaryDirectory() as folder:
-        evidence = Evidence("pytorch_checks", Path(folder), 600)
-        checks: list[Callable[[], None]] = [functools.partial(check_ops, evidence, torch.bfloat16)]
-        checks.append(functools.partial(check_models, evidence, torch.float32, FORMS))
-        checks.append(functools.partial(check_ops, evidence, torch.float32))
-        checks.append(functools.partial(check_models, evidence, torch.bfloat16, FORMS))
-        for run in checks:
-            before = len(evidence.rows)
-            run()
-            for row in evidence.rows[before:]:
-                said = {name: value for name, value in row.items() if name not in {"part", "at_s"}}
-                print(json.dumps(said), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

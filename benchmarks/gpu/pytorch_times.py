@@ -18,7 +18,7 @@ from benchmarks.gpu.kernel_timing import timed
 from benchmarks.gpu.random_torch_llama import random_model
 from benchmarks.gpu.skip_efficiency import BAR, skip_efficiency
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
-from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Overlap, Routing, StepOps, TorchOps
+from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Routing, StepOps, TorchOps
 from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, StepWeights
 
 CONTEXT: Final = 512
@@ -28,6 +28,14 @@ ACTIVE_BAR = 1.03
 """At 8B, batch 1: none skipped, over dense."""
 REMOVED: Final = (0.5,)
 """Shares of the MLPs that a dense model has not."""
+OVERLAPS: Final[Mapping[str, dict[str, Any]]] = {
+    "one by one": {},
+    "early": {"early": 1},
+    "earlier": {"early": 2},
+    "early, vectors": {"early": 1, "vectors": True},
+    "earlier, vectors": {"early": 2, "vectors": True},
+}
+"""How kernels may overlap: arguments of `KernelOps`."""
 OVERLAP_BAR: Final = 2**-5
 """Largest difference of bfloat16 logits, of the largest: products may sum in another order; nothing else differs."""
 
@@ -42,24 +50,12 @@ class Size:
         smoke: Little of everything.
         copy: The card's copy bandwidth, bytes per second.
         tflops: Its rate of bfloat16 products, TFLOP/s.
-
-    Attributes:
-        candidates: By batch and name, how kernels may overlap: those that are right on this card, once that is known.
     """
 
     def __init__(
-        self,
-        evidence: Evidence,
-        name: str,
-        config: dict[str, Any],
-        smoke: bool,
-        copy: float,
-        tflops: float,
+        self, evidence: Evidence, name: str, config: dict[str, Any], smoke: bool, copy: float, tflops: float
     ) -> None:
         self.evidence, self.name, self.smoke, self.copy, self.tflops = evidence, name, smoke, copy, tflops
-        self.candidates: Mapping[int, Mapping[str, Overlap]] = {}
-        self.overlaps = (Overlap(), Overlap())  # of the dense decoder, and of the routed one
-        self.taken: tuple[str, str] | None = None  # their names, once they were chosen
         self.config = config
         self.layers: int = config["num_hidden_layers"]
         begin = time.monotonic()
@@ -71,18 +67,12 @@ class Size:
         self.row("made", seconds=round(time.monotonic() - begin, 1), gb=round(torch.cuda.memory_allocated() / 1e9, 1))
 
     def decoder(self, weights: StepWeights, batch: int, **options: Any) -> CapturedDecoder:
-        """A decoder whose kernels overlap as they were found to be fastest."""
-        ops = KernelOps(overlap=self.overlaps[weights is self.routed])
-        return CapturedDecoder(weights, batch=batch, capacity=CAPACITY, ops=ops, **options)
+        """A decoder whose kernels overlap as those of any decoder do, where `ops` does not say otherwise."""
+        return CapturedDecoder(weights, batch=batch, capacity=CAPACITY, **options)
 
     def row(self, what: str, **values: Any) -> None:
         """A row of this size."""
         self.evidence.row(what, model=self.name, **values)
-
-    def compile_plain(self) -> None:
-        """Has the kernels of a plain step compiled, by recording one; times nothing."""
-        for weights in (self.dense, self.routed):
-            self.decoder(weights, 1)
 
     def piece(self, what: str, seconds: float, run: Callable[[], None], **values: Any) -> None:
         """Runs a piece where so many seconds are left; what breaks it is a row."""
@@ -90,51 +80,46 @@ class Size:
             if self.evidence.fits(f"{what} {self.name} {values}", seconds):
                 run()
 
-    def decode_plain(self) -> None:
-        """Batch 1, kernels one by one: figures to compare with, and to keep if a candidate never ends."""
-        self.piece("decode", 3, lambda: self.decode(1), batch=1)
-
-    def decode_overlapped(self, batch: int) -> None:
-        """As the fastest candidates have it; where there are several tokens, those of 16 serve for all."""
-        if batch in {1, 16}:
-            self.piece("overlaps", 6, lambda: self.choose_overlaps(batch), batch=batch)
-        self.piece("decode", 4, lambda: self.decode(batch), batch=batch)
-        if batch in {1, 16}:
-            self.piece("overlap", 2, lambda: self.check_overlap(batch), batch=batch)
-
-    def the_rest(self) -> None:
-        """Where a step's time goes, and prefill."""
-        self.piece("breakdown", 3, lambda: self.breakdown(1), batch=1)
+    def measure(self) -> None:
+        """Decode, the single step first, then where a step's time goes, then prefill."""
+        once = self.smoke and self.name == "1B"  # the same code as of the other size
+        for batch in (1,) if once else (1, 4) if self.smoke else (1, 4, 16):
+            self.piece("decode", 4, functools.partial(self.decode, batch), batch=batch)
+            self.piece("overlaps", 5, functools.partial(self.overlaps, batch), batch=batch)
+        if once:
+            return
+        for batch in (1,) if self.smoke else (1, 16):
+            self.piece("breakdown", 3, functools.partial(self.breakdown, batch), batch=batch)
         self.piece("prefill", 6, self.prefill)
-
-    def last(self) -> None:
-        """What needs the weights in another order, and leaves them so."""
         self.piece("masked", 4, self.masked)
 
-    def choose_overlaps(self, batch: int) -> None:
-        """Times the candidates: which dense decoder is fastest, and which with half of the MLPs skipped."""
+    def overlaps(self, batch: int) -> None:
+        """Every way in which kernels may overlap, beside kernels one by one, half of the layers' MLPs skipped: right?
+
+        How fast each is, dense and with none, half and all of the MLPs skipped.
+        """
         ids = torch.randint(0, self.vocab, (batch, CONTEXT), device="cuda")
-        times: dict[str, dict[str, float]] = {}
-        candidates = self.candidates.get(batch, {})
-        for name, overlap in candidates.items():
+        expected: list[torch.Tensor] = []
+        for name, options in OVERLAPS.items():
+            if batch > 1 and "vectors" in options:
+                continue  # of one token alone
             with self.evidence.guard("overlap", model=self.name, overlap=name, batch=batch):
-                self.overlaps = (overlap, overlap)
-                dense, routed = self.decoder(self.dense, batch), self.decoder(self.routed, batch)
-                for decoder in (dense, routed):
-                    decoder.prefill(ids)
+                dense, routed = (
+                    self.decoder(weights, batch, ops=KernelOps(**options)) for weights in (self.dense, self.routed)
+                )
+                found = [logits_of(decoder, self.skipping(0.5), ids) for decoder in (dense, routed)]
+                expected = expected or found
+                errors = [largest_difference(got, wanted) for got, wanted in zip(found, expected, strict=True)]
                 subjects = [Subject("dense", dense)]
                 subjects += [Subject(f"layers {share:.0%}", routed, self.skipping(share)) for share in (0.0, 0.5, 1.0)]
-                blocks = {
-                    subject.name: [subject.block_ms(ids[:, 0], [CONTEXT] * batch, 4) for _ in range(4)]
+                ms = {
+                    subject.name: spread(
+                        np.array([subject.block_ms(ids[:, 0], [CONTEXT] * batch, 4) for _ in range(4)][1:])
+                    )["median"]
                     for subject in subjects
                 }
-                times[name] = {word: round(float(np.median(found[1:])), 4) for word, found in blocks.items()}
-                self.row("overlap", batch=batch, overlap=name, ms=times[name])
-        if times:
-            dense_name, routed_name = (min(times, key=lambda name: times[name][of]) for of in ("dense", "layers 50%"))
-            self.row("overlaps taken", batch=batch, dense=dense_name, routed=routed_name)
-            self.taken = dense_name, routed_name
-            self.overlaps = candidates[dense_name], candidates[routed_name]
+                right = all(error <= OVERLAP_BAR for error in errors)  # which no NaN is
+                self.row("overlap", passed=right, batch=batch, overlap=name, errors=errors, bar=OVERLAP_BAR, ms=ms)
 
     def skipping(self, share: float) -> torch.Tensor:
         """Thresholds that skip a share of the layers, evenly spread."""
@@ -216,24 +201,11 @@ class Size:
             self.row(
                 "decode",
                 # Four layers and a small vocabulary are no 8B: a smoke run's times are held to nothing.
-                passed=None if self.smoke or self.taken is None else passed,
+                passed=None if self.smoke else passed,
                 batch=batch,
                 subject=subject.name,
-                overlaps=self.taken,
                 **values,
             )
-
-    def check_overlap(self, batch: int) -> None:
-        """Whether kernels that overlap say what they say one after the other, half of the layers' MLPs skipped."""
-        ids = torch.randint(0, self.vocab, (batch, CONTEXT), device="cuda")
-        error = 0.0
-        for weights in (self.dense, self.routed):
-            found = []
-            for ops in (KernelOps(overlap=self.overlaps[weights is self.routed]), KernelOps()):
-                decoder = CapturedDecoder(weights, batch=batch, capacity=CAPACITY, ops=ops)
-                found.append(logits_of(decoder, self.skipping(0.5), ids))
-            error = max(error, largest_difference(*found))
-        self.row("overlap against one by one", passed=error <= OVERLAP_BAR, batch=batch, error=error, bar=OVERLAP_BAR)
 
     def prefill(self) -> None:
         """A prompt of 512, captured; and where the host counts active tokens, launch by launch."""
@@ -314,6 +286,10 @@ class Size:
             "down product": each(lambda index: plain(index).down(gated)),
             "head product, once": [lambda: nn.functional.linear(stream, head)],
         }
+        if batch == 1:
+            vectors = KernelOps(vectors=True)
+            parts["qkv product, own kernel"] = each(lambda index: vectors.product(stream, layers[index].qkv))
+            parts["out product, own kernel"] = each(lambda index: vectors.product(stream, layers[index].out))
         with torch.inference_mode():
             for name, part in parts.items():
                 with self.evidence.guard("breakdown", model=self.name, batch=batch, step=name):

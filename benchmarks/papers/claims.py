@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.papers.results import Results
 from benchmarks.papers.shipped import SPEED
-from benchmarks.papers.skipping_cost import BASELINES, CALIBRATED
+from benchmarks.papers.skipping_cost import BASELINES
 
 _NEAR_DENSE = 1.05  # perplexity of the deepened, routed model over that of the dense one
 _RATE_WITHIN = 0.02
@@ -54,13 +54,9 @@ def _against_others(results: Results, run: str, values: dict[str, Any]) -> Itera
         return
     baselines, own = results[f"{BASELINES}train-{run}"], values["all"]
     figures = {"perplexity": own["perplexity"], "active": own["active"]}
-    ways = ["static"] if values["kind"] == "distilled" else ["static", "random, same layers", "random, every layer"]
-    for way in ways:
-        theirs = baselines[way]["all"]
-        yield _better(f"{run} against {way}", figures, theirs)
-    calibrated = f"{CALIBRATED}{values['target']:.2f}"
-    if calibrated in results:
-        yield _better(f"{run} against calibrated", figures, results[calibrated]["all"])
+    others = () if values["kind"] == "distilled" else ("random, same layers", "random, every layer", "calibrated")
+    for way in ("static", *others):
+        yield _better(f"{run} against {way}", figures, baselines[way]["all"])
 
 
 def _better(what: str, figures: dict[str, Any], theirs: dict[str, Any]) -> Claim:

@@ -70,8 +70,8 @@ class Request:
         runs: Of ``runs``: which.
         elsewhere: Runs that other processes train, into the same folder.
         workers: Processes that train at once: a small model's steps keep no GPU busy.
-        speeds: Tokens per second of the deepened model in one process, ``dense`` and ``routed``, where they were
-            measured before (`benchmarks.training_rate`); None to measure them first.
+        speeds: Tokens per second of the deepened model in all processes together, ``dense`` and ``routed``, where they
+            are known (`benchmarks.training_rate` measures those of one alone); None to measure them first.
     """
 
     output: Path
@@ -302,7 +302,8 @@ def _heading(request: Request, model: Path, results: Results) -> str:
     if COSTS in results:
         costs = results[COSTS]
         speeds = ", ".join(f"{speed:,.0f} {kind}" for kind, speed in costs["tokens_per_second"].items())
-        lines.append(f"Measured first: {costs['batch']} sequences a step; tokens/s of the deepened model: {speeds}.")
+        how = "Planned with" if "given" in costs else "Measured first"
+        lines.append(f"{how}: {costs['batch']} sequences a step; tokens/s of the deepened model: {speeds}.")
     return "# The papers' experiments\n\n" + "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class Experiment:
         return model
 
     def calibrated(self, name: str, model: LlamaDloForCausalLM, share: float) -> dict[int, np.ndarray]:
-        """Routers fitted to a model; each model's once for each share.
+        """Routers fitted to a model; each model's once for each share, whichever process asks first.
 
         Args:
             name: Of the model.
@@ -106,8 +107,12 @@ class Experiment:
         """
         key = (name, share)
         if key not in self._routers:
-            settings = CalibrationSettings(target_active=share)
-            self._routers[key] = calibrate_routers(self.placed(model), self.calibration, settings).routers
+            file = self.results.folder / "routers" / f"{name.replace(' ', '-')}-{share:.6f}.npz"
+            if not file.exists():
+                settings = CalibrationSettings(target_active=share)
+                _save_routers(file, calibrate_routers(self.placed(model), self.calibration, settings).routers)
+            with np.load(file) as stored:
+                self._routers[key] = dict(zip(stored["layers"].tolist(), stored["routers"], strict=True))
         return self._routers[key]
 
     def measured(self, model: LlamaDloForCausalLM, decide: DecideShape | None = None) -> dict[str, Any]:
@@ -150,6 +155,14 @@ class Experiment:
             return tokenize_records(records, self.base.tokenizer, length=length, long_chats="skip").documents
 
         return cached_documents(self.results.folder / "tokens", file, self.base.tokenizer, length, make)
+
+
+def _save_routers(file: Path, routers: Mapping[int, np.ndarray]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(f".partial-{os.getpid()}")  # several processes may make the same
+    with partial.open("wb") as stream:
+        np.savez(stream, layers=np.array([*routers]), routers=np.stack([*routers.values()]))
+    os.replace(partial, file)
 
 
 def drawn_windows(documents: Mapping[str, Sequence[int]], count: int, experiment: Experiment) -> torch.Tensor:

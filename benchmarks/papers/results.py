@@ -20,6 +20,7 @@ class Results:
     models/{name}/      what later pieces need of it
     text/               what is trained on and measured on
     tokens/             the chats of it, in tokens
+    routers/            calibrated ones that runs start from
     reproduction.json   what all of it was run with
 
     Args:

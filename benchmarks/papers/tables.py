@@ -114,12 +114,12 @@ def _training(results: Results) -> Iterator[Sequence[str]]:
 
 
 def _skipping(results: Results) -> Iterator[Sequence[str]]:
-    ways = ("static", "random, same layers", "random, every layer")
+    ways = ("static", "random, same layers", "random, every layer", "calibrated")
     yield ["routers", "asked for", "active MLPs", "perplexity", *(f"{way}, as many" for way in ways)]
     for baselines in results.found(BASELINES).values():
         values = results[baselines["of"]]
         if "diverged" in values:
-            yield [baselines["of"], f"{values.get('target')}", "diverged", *[""] * 4]
+            yield [baselines["of"], f"{values.get('target')}", "diverged", *[""] * len(ways)]
             continue
         name = baselines["of"].removeprefix("train-").removeprefix("skipping-")
         yield [
@@ -127,7 +127,7 @@ def _skipping(results: Results) -> Iterator[Sequence[str]]:
             f"{values['target']:.0%}",
             f"{values['all']['active']:.1%}",
             _number(values["all"]["perplexity"], ".2f"),
-            *(_number(baselines[way]["all"]["perplexity"], ".2f") for way in ways),
+            *(_number(baselines[way]["all"]["perplexity"], ".2f") if way in baselines else "" for way in ways),
         ]
 
 

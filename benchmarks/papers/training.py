@@ -335,13 +335,13 @@ def training_costs(
 
     Returns:
         ``flops`` of a token by kind of run; ``batch``; ``tokens_per_second`` of the deepened model, dense and routed;
-        ``steps`` by name of the run.
+        ``steps`` by name of the run; ``given`` where the speeds were.
     """
     form, every = experiment.form, _every_run(experiment)
     compared = [_run_of(every, kind) for kind in ("original", "deepened", _REFERENCE)]  # whatever the form's runs are
     costs: dict[str, Any] = {"flops": flops_per_token([*runs, *compared], experiment)}
     if speeds is not None:
-        costs |= {"batch": form.batches[0], "tokens_per_second": dict(speeds)}
+        costs |= {"batch": form.batches[0], "tokens_per_second": dict(speeds), "given": True}
         return {**costs, "steps": planned_steps(runs, form, costs, seconds)}
     probes = {
         "dense": TrainingRun("deepened", _run_of(every, "deepened").dense, "-probe"),

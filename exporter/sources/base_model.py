@@ -70,6 +70,10 @@ class BaseModel(Protocol):
         """Whether matrices of its graph may be joined, which changes the bytes of its weights."""
 
     @property
+    def is_built_here(self) -> bool:
+        """Whether its graph is written by this project; ONNX Runtime is asked whether it loads any other one."""
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What it has that is not taken over as it is, one sentence each, for the user to be shown."""
 

@@ -103,6 +103,11 @@ class CheckpointModel:
         return True
 
     @property
+    def is_built_here(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
     def client_settings(self) -> None:
         """None: what fits its graph is written by the export."""
 

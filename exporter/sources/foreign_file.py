@@ -17,6 +17,7 @@ from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.exporter.weight_file import INLINE_BYTES
+from dlo_export.runtimes.onnxruntime.operators import DOMAIN
 
 # onnx_ir logs what it finds strange, names as they are; what counts of it is refused here, in our words.
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
@@ -67,6 +68,7 @@ def read_foreign_file(path: Path, *, for_inspection: bool = False) -> ForeignFil
     """
     proto = parsed_model(path)
     _use_one_name_of_onnx(proto)
+    _import_what_onnxruntime_does(proto)
     problems = [*_version_problems(proto), *_name_problems(proto), *_attribute_problems(proto)]
     data_files: dict[str, Path] = {}
     of_files: dict[str, str] = {}  # what is wrong with a file is said once, with the first tensor that refers to it
@@ -291,6 +293,13 @@ def _use_one_name_of_onnx(proto: onnx.ModelProto) -> None:
                 holder.opset_import.remove(entry)
             else:
                 entry.domain = ""  # beside another version, which the checker tells of
+
+
+def _import_what_onnxruntime_does(proto: onnx.ModelProto) -> None:
+    """A graph that uses ONNX Runtime's own operators need not import their domain: ONNX Runtime imports it itself."""
+    used = {node.domain for graph in _graphs(proto) for node in graph.node}
+    if DOMAIN in used - {entry.domain for entry in proto.opset_import}:
+        proto.opset_import.add(domain=DOMAIN, version=1)
 
 
 def _forget_own_metadata(proto: onnx.ModelProto) -> None:

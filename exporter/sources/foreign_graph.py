@@ -35,9 +35,11 @@ from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_f
 from dlo_export.exporter.sources.graph_types import infer_types
 from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.exporter.sources.vendor_nodes import check_vendor_nodes, check_vendor_types
-from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.find.projections import branch_ends
+from dlo_export.graph_passes.find.residual_stream import embedding_lookup
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.weights.dense import DenseStorage, dense_storage
 from dlo_export.graph_passes.weights.embedding import embedding_table
 from dlo_export.graph_passes.weights.linear import linear_weight
@@ -45,6 +47,9 @@ from dlo_export.graph_passes.weights.storage import Place, StoredRows, WeightSto
 
 # What scales the stream behind the last layer.
 _FINAL_NORMS = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalization"})
+
+# What measures a scale of all that it is given.
+_ROUND_TOGETHER = {("", "DynamicQuantizeLinear"), (MICROSOFT, "DynamicQuantizeMatMul")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +95,11 @@ class ForeignGraph:
     @property
     def packs_weights(self) -> bool:
         """No: what is not touched stays as it is."""
+        return False
+
+    @property
+    def is_built_here(self) -> bool:
+        """No: whoever wrote it may have written what nothing runs."""
         return False
 
     @functools.cached_property
@@ -214,7 +224,8 @@ class ForeignGraph:
         """Refuses what cannot be exported, before anything is made of it.
 
         Raises:
-            InputError: It is routed already, counts its tokens in another type than the interface's, or has experts.
+            InputError: It is routed already, counts its tokens in another type than the interface's, rounds tokens
+                together, or has experts.
             CheckpointError: The config.json beside it is of another model.
         """
         for value in self._file.model.graph.inputs:
@@ -229,6 +240,7 @@ class ForeignGraph:
                 f"{self.path}: its layers have routers already, and an adapter's would be added to them",
                 hint="give the model it was made from, a checkpoint or a graph, and the adapter",
             )
+        self._check_tokens_stand_alone()
         self._check_mlps()
         _ = self.client_settings  # refused before the work, if it is
         if self.config is None:
@@ -273,6 +285,18 @@ class ForeignGraph:
             f"weights of its layers have no names: {unnamed}",
             "route it: masking and skipping MLPs needs none; or inject into the checkpoint, and export that",
         )
+
+    def _check_tokens_stand_alone(self) -> None:
+        """Refuses activations that one scale rounds for all tokens: who is beside a token changes what it computes."""
+        nodes = ((layer.index, node) for layer in self._layers for node in layer.nodes)
+        found = next(((index, node) for index, node in nodes if (node.domain, node.op_type) in _ROUND_TOGETHER), None)
+        if found is not None:
+            raise InputError(
+                f"{self.path}: layer {found[0]}: {place(found[1])} rounds the activations of all tokens by one scale, "
+                "so what a token computes depends on the tokens beside it; routing is of each token by itself",
+                hint="route the graph before it is quantised, and quantise the artefact; or quantise the weights alone "
+                "(MatMulNBits, DequantizeLinear)",
+            )
 
     def _check_mlps(self) -> None:
         """Refuses experts: each would be somebody's MLP, and the sum of them is nobody's."""
@@ -443,16 +467,14 @@ def _cache_sizes(layer: DecoderLayer) -> dict[str, int]:
 
 def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTensor]:
     """Embedding, final norm and head: the constants before the first layer and behind the last."""
-    lookup = first.input.producer()
-    assert lookup is not None, "the residual stream starts at an embedding lookup"
-    embedding = embedding_table(lookup)
+    embedding = embedding_table(embedding_lookup(first.input))
     assert embedding is not None, "the stream starts at a table"
     found: dict[str, WeightStorage] = {}
     for node in _nodes_behind(last.output):
         if (head := linear_weight(node)) is not None and head.shape[1] == last.hidden_size:
             found[HEAD] = head
-        for place in (Place(node, index) for index in range(len(node.inputs)) if node.op_type in _FINAL_NORMS):
-            norm = dense_storage(place, "vector")
+        for at in (Place(node, index) for index in range(len(node.inputs)) if node.op_type in _FINAL_NORMS):
+            norm = dense_storage(at, "vector")
             if norm is not None and norm.shape == (last.hidden_size,):
                 found[FINAL_NORM] = norm
     behind = {name: StoredRows(storage, 0, storage.shape[0]) for name, storage in found.items()}

@@ -6,10 +6,10 @@ import onnx
 import onnx.shape_inference
 import onnx_ir as ir
 
+from dlo_export.exporter.skeleton import without_weights
+from dlo_export.exporter.sources.shared_types import complete_types
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.runtimes.onnxruntime.operators import DOMAIN, IN_ONNX_DOMAIN
-
-_SMALL_BYTES = 1024  # axes, shapes, scalars: what inference computes with
 
 
 def infer_types(model: ir.Model) -> None:
@@ -25,7 +25,7 @@ def infer_types(model: ir.Model) -> None:
         GraphPassError: A node has other inputs, attributes or types than its operator, or an output is not of the type
             or shape that it is said to be.
     """
-    proto = _without_weights(model)
+    proto = _checkable(model)
     try:
         onnx.checker.check_model(proto)
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
@@ -39,25 +39,12 @@ def infer_types(model: ir.Model) -> None:
         for output in node.outputs:
             if (found := types.get(output.name or "")) is not None and not output.is_graph_output():
                 ir.serde.deserialize_value_info_proto(found, output)
+    complete_types(model.graph)
 
 
-def _without_weights(model: ir.Model) -> onnx.ModelProto:
-    """The graph with inputs in place of its large initializers, and nothing said of the values inside it."""
-    graph = model.graph
-    inputs, initializers = list(graph.inputs), list(graph.initializers.values())
-    large = [value for value in initializers if _is_large(value.const_value)]
-    for value in large:
-        assert value.const_value is not None, "the reader has seen its contents"
-        value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(value.const_value.shape.numpy())
-        del graph.initializers[value.name]  # type: ignore[arg-type]  # initializers have names
-    graph.inputs.extend(large)
-    try:
-        proto = ir.to_proto(model)
-    finally:
-        graph.inputs[:] = inputs
-        graph.initializers.clear()
-        for value in initializers:  # all of them, in the order they were in, which the data file follows
-            graph.register_initializer(value)
+def _checkable(model: ir.Model) -> onnx.ModelProto:
+    """The graph without its weights, nothing said of the values inside it, its operators where ONNX's checker looks."""
+    proto = without_weights(model)
     del proto.graph.value_info[:]
     for node in proto.graph.node:
         if node.domain == "" and node.op_type in IN_ONNX_DOMAIN:
@@ -65,10 +52,3 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
     if DOMAIN not in {entry.domain for entry in proto.opset_import}:
         proto.opset_import.add(domain=DOMAIN, version=1)
     return proto
-
-
-def _is_large(tensor: ir.TensorProtocol | None) -> bool:
-    """Whether inference does without its contents; those of a data file it would look for beside the graph."""
-    if tensor is None or tensor.dtype == ir.DataType.STRING:
-        return False
-    return isinstance(tensor, ir.ExternalTensor) or tensor.nbytes > _SMALL_BYTES

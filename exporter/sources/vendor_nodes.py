@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import GraphPassError, place
+from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.weights.matmul_nbits import part_problems
 from dlo_export.runtimes.onnxruntime.operators import DOMAIN, IN_ONNX_DOMAIN, Operator, own_operators
 
 
@@ -33,7 +35,7 @@ def check_vendor_nodes(model: ir.Model, *, for_inspection: bool) -> None:
 
 
 def check_vendor_types(model: ir.Model) -> None:
-    """Refuses nodes that read values of other types than their operators take.
+    """Refuses nodes that read values of other types than their operators take, or weights of other shapes.
 
     Args:
         model: The graph, with what type inference knows of its values.
@@ -42,10 +44,13 @@ def check_vendor_types(model: ir.Model) -> None:
         GraphPassError: With all places.
     """
     operators = own_operators()
-    nodes = [node for node in _vendor_nodes(model) if node.op_type in operators]
-    _refuse(
-        [f"{place(node)}: {problem}" for node in nodes for problem in _type_problems(node, operators[node.op_type])]
-    )
+    problems: list[str] = []
+    for node in _vendor_nodes(model):
+        if (operator := operators.get(node.op_type)) is not None:
+            problems += [f"{place(node)}: {problem}" for problem in _type_problems(node, operator)]
+        if is_op(node, "MatMulNBits", domain=DOMAIN):
+            problems += [f"{place(node)}: its weight has {problem}" for problem in part_problems(node)]
+    _refuse(problems)
 
 
 def _refuse(problems: list[str]) -> None:
@@ -96,5 +101,5 @@ def _type_problems(node: ir.Node, operator: Operator) -> Iterator[str]:
         found = value.dtype.name.lower()
         if found not in allowed:
             yield f"input '{value.name}' is {found}, expected {' or '.join(sorted(allowed))}"
-        elif shared.setdefault(letter, found) != found:
+        elif letter and shared.setdefault(letter, found) != found:
             yield f"input '{value.name}' is {found}, others of its type {shared[letter]}"

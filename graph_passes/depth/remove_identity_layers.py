@@ -13,7 +13,7 @@ from dlo_export.checkpoints.lazy_tensors import all_zeros
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.depth.layer_names import renumber_layers
 from dlo_export.graph_passes.errors import GraphPassError, place
-from dlo_export.graph_passes.find.data_flow import constant_behind, constant_scalar, is_op
+from dlo_export.graph_passes.find.data_flow import constant_behind, constant_scalar, element_type, is_op
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.find.projections import Projection
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
@@ -38,7 +38,8 @@ class RemoveIdentityLayersPass(GraphPass):
         x3, present.1 = layer_2(x1, past.1)
 
     The proof: what either block adds to the stream is a product with a matrix of zeros, behind which nothing stands but
-    a bias of zeros, factors that are numbers, and casts. Scope: main graph.
+    a bias of zeros, factors that are numbers, and casts; and what it is added to is the stream, cast to no other type.
+    Scope: main graph.
 
     Attributes:
         layers: Indices of the layers to remove.
@@ -103,12 +104,31 @@ def _why_not_identity(layer: DecoderLayer) -> Iterator[str]:
         yield str(error)
         return
     for block, role in ((layer.attention, "o_proj"), (layer.mlp, "down_proj")):
-        if block.conditional is not None or block.stream_operand is not block.stream_in:
-            yield f"{place(block.add)} does not add to the stream itself"
+        if block.conditional is not None:
+            yield f"{place(block.conditional)} skips the block already"
+        elif (cast := _changing_cast(block)) is not None:
+            yield f"{place(cast)} changes the type of the stream in front of {place(block.add)}"
         ends = [projections[name] for name in (role, f"{role}.bias") if name in projections]
         yield from (f"{end.tensor} is not all zeros" for end in ends if not all_zeros(end.contents))
         if (node := _not_linear(block, ends)) is not None:
             yield f"{place(node)} stands between {ends[0].tensor} and the stream"
+
+
+def _changing_cast(block: ResidualBlock) -> ir.Node | None:
+    """A Cast between the stream and the addition that is not to the type the stream has; None where there is none.
+
+    What computes a norm in float32 casts the stream first, and exporters let the addition read that too: in a float32
+    graph it is the stream.
+    """
+    value, dtype = block.stream_operand, element_type(block.stream_in)
+    while value is not block.stream_in:
+        node = value.producer()
+        assert node is not None, "the operand is the stream behind Cast and Identity"
+        assert node.inputs[0] is not None, "Cast and Identity have an input"
+        if is_op(node, "Cast") and node.attributes["to"].as_int() != dtype:
+            return node
+        value = node.inputs[0]
+    return None
 
 
 def _not_linear(block: ResidualBlock, ends: Sequence[Projection]) -> ir.Node | None:

@@ -29,7 +29,6 @@ from dlo_export.graph_passes.find.data_flow import (
     is_op,
     node_order,
     nodes_between,
-    pass_through_values,
 )
 from dlo_export.graph_passes.find.projections import Projection, find_projections
 from dlo_export.graph_passes.find.residual_stream import (
@@ -145,10 +144,7 @@ def _stream_blocks(graph: ir.Graph, order: Mapping[ir.Node, int]) -> tuple[Resid
     # Other tables may be looked up by integers too (positions, token types): the stream starts at the one that branches
     # are added to.
     roots = embedding_values(graph)
-    # Rotary tables are looked up by positions, and what is computed from them ends in a tagged node too, as does all of
-    # a layer. But what closes a block of the stream joins the branch with the stream itself.
-    found_blocks = (residual_blocks(order, root) for root in roots)
-    streams = [blocks for blocks in found_blocks if blocks and _joins_stream(blocks[0])]
+    streams = [blocks for blocks in (residual_blocks(order, root) for root in roots) if blocks]
     if len(streams) == 1:
         return streams[0]
     if not roots:
@@ -162,13 +158,6 @@ def _stream_blocks(graph: ir.Graph, order: Mapping[ir.Node, int]) -> tuple[Resid
         "expected one token embedding followed by additions of attention and MLP branches.",
         hint="only decoder-only language models that read input_ids are supported",
     )
-
-
-def _joins_stream(block: ResidualBlock) -> bool:
-    # A lowering may close a block by giving rows the stream's shape again, which it takes from the stream itself.
-    stream = pass_through_values(block.stream_in)
-    shapes = [node.outputs[0] for value in stream for node in value.consumers() if is_op(node, *SHAPE_OPS)]
-    return not {*stream, *shapes}.isdisjoint(block.add.inputs)
 
 
 def _stream_dims(embedding: ir.Value) -> tuple[tuple[int | str | None, int | str | None], int]:

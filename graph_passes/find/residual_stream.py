@@ -19,7 +19,7 @@ from dlo_export.graph_passes.find.data_flow import (
     subgraphs_of,
 )
 from dlo_export.graph_passes.spec.provenance import closed_branch
-from dlo_export.graph_passes.weights.embedding import embedding_table
+from dlo_export.graph_passes.weights.embedding import dequantized_rows, embedding_table
 
 # Ops of com.microsoft that add to the stream and normalise it in one node: a branch cannot be cut out of them.
 _FUSED_ADD_AND_NORM = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
@@ -56,9 +56,9 @@ class ResidualBlock:
 
 
 def embedding_values(graph: ir.Graph) -> tuple[ir.Value, ...]:
-    """Rows of a constant table, looked up by an integer graph input (input_ids): as they are, or times a number."""
+    """Rows of a constant table, looked up by an integer graph input (input_ids): as numbers, or times one."""
     return tuple(
-        _scaled(node.outputs[0])
+        _scaled(dequantized_rows(node) or node.outputs[0])
         for node in graph
         if len(node.inputs) > 1 and _is_integer_input(node.inputs[1]) and embedding_table(node) is not None
     )
@@ -67,7 +67,7 @@ def embedding_values(graph: ir.Graph) -> tuple[ir.Value, ...]:
 def embedding_lookup(value: ir.Value) -> ir.Node:
     """The node that looks up one of `embedding_values`."""
     node = value.producer()
-    while node is not None and is_op(node, "Mul"):
+    while node is not None and is_op(node, "Mul", "DequantizeLinear"):
         node = next(operand for operand in node.inputs if constant_scalar(operand) is None).producer()  # type: ignore[union-attr]  # a value
     assert node is not None, "the stream starts at an embedding node"
     return node
@@ -146,6 +146,8 @@ class _Walk:
             tagged = ((node, closed_branch(node)) for node in self.tagged)
             blocks = (self._block(stream, node, branch) for node, branch in tagged if branch is not None)
             found = list(itertools.islice((block for block in blocks if block is not None), 1))
+            if any(not _joins_stream(block) for block in found):
+                return None  # no stream, such as rotary tables, which all that attends depends on
             for block in found:  # those before it close blocks before it
                 self.tagged = self.tagged[self.tagged.index(block.add) + 1 :]
         self._check_subgraphs(stream, [node for node, _ in uses], found, aliases)
@@ -210,6 +212,14 @@ class _Walk:
         others = [graph for graph in subgraphs_of(block.conditional) if graph is not block.add.graph]
         position = block.conditional.outputs.index(block.stream_out)
         return all(graph.outputs[position] in entering for graph in others)
+
+
+def _joins_stream(block: ResidualBlock) -> bool:
+    """Whether what closes a block joins its branch with the stream itself."""
+    # A lowering may close a block by giving rows the stream's shape again, which it takes from the stream itself.
+    stream = pass_through_values(block.stream_in)
+    shapes = [node.outputs[0] for value in stream for node in value.consumers() if is_op(node, *SHAPE_OPS)]
+    return not {*stream, *shapes}.isdisjoint(block.add.inputs)
 
 
 def _added_branch(node: ir.Node, stream_index: int) -> ir.Value | None:

@@ -13,6 +13,7 @@ RECORD = dataclasses.replace(
     targets=("tensorrt",),
     make_pass=lambda workload: lower_skip_to_if.LowerSkipToIfPass(),  # it reduces numbers only
     routing=("mlp", "layer"),
+    multiplies_by_codes=False,
     tensorrt_layers=frozenset({"CONDITION", "CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT"}),
     tensorrt_start="CONDITIONAL_INPUT",
 )

@@ -196,4 +196,5 @@ RECORD = LoweringRecord(
     suits=lambda workload: workload.phase == "decode" and workload.max_batch == 1,
     routing=get_args(RoutingKind),
     fuses_norms=True,
+    multiplies_by_codes=True,
 )

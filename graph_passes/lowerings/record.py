@@ -54,6 +54,7 @@ class LoweringRecord:
         routing: What tokens may skip in the graphs that it takes.
         blocks: Those of a layer that it makes skip; others stay masked.
         fuses_norms: Whether norms around a routed block are fused with their additions, where a graph had them so.
+        multiplies_by_codes: Whether a routed MLP's weights that nodes dequantise become part of the products.
         domains: Operator domains besides ONNX's own that its graphs use.
         operators: Operators it writes that a runtime may lack for some types; one of another domain as
             "dlo::SkipGateUp".
@@ -72,6 +73,7 @@ class LoweringRecord:
     routing: tuple[RoutingKind, ...] = ("mlp",)
     blocks: tuple[Block, ...] = ("self_attn", "mlp")
     fuses_norms: bool = False
+    multiplies_by_codes: bool = False
     domains: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
     tensorrt_layers: frozenset[str] = frozenset()

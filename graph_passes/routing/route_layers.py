@@ -15,6 +15,7 @@ from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind, leave
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import ONE_HALF, threshold_problems, thresholds_json
 from dlo_export.graph_passes.cache.attention_cache import CachedAttention, cached_attentions
+from dlo_export.graph_passes.cache.use_full_mask import UseFullMaskPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
@@ -96,7 +97,11 @@ class RouteLayersPass(GraphPass):
     kind: RoutingKind = "mlp"
     thresholds: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
-    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, RemoveIdentityLayersPass)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (
+        InjectLayersPass,
+        RemoveIdentityLayersPass,
+        UseFullMaskPass,
+    )
     nodes_from: ClassVar[Border | None] = "routed"
 
     @property

@@ -30,6 +30,10 @@ class DequantizedStorage(WeightStorage):
         node: The DequantizeLinear; between it and `at` may stand Identity, Cast and Transpose.
         layout: How the codes lie: "in_out" or "out_in".
 
+    Attributes:
+        bits: Of a code.
+        block: Inputs that share a scale; all of them where each output has one.
+
     Raises:
         GraphPassError: It is scaled in a way that is not understood.
     """
@@ -59,9 +63,9 @@ class DequantizedStorage(WeightStorage):
             )
         super().__init__(at.node, (rows, columns), scales.dtype)
         self._at, self._in_out = at, layout == "in_out"
-        self._bits = 4 if codes.dtype in (ir.DataType.INT4, ir.DataType.UINT4) else 8
-        self._block = block if by_block else columns
-        self._shift = 1 << (self._bits - 1) if signed else 0
+        self.bits = 4 if codes.dtype in (ir.DataType.INT4, ir.DataType.UINT4) else 8
+        self.block = block if by_block else columns
+        self._shift = 1 << (self.bits - 1) if signed else 0
         self._tensors = {_CODES: codes, _SCALES: scales}
         if zero_points is not None:
             self._tensors[_ZERO_POINTS] = zero_points
@@ -75,22 +79,30 @@ class DequantizedStorage(WeightStorage):
     @property
     def form(self) -> str:
         """Bits and size of a block, and that they are dequantised by a node of their own."""
-        blocks = "by output" if self._block == self.shape[1] else f"in blocks of {self._block}"
-        return f"{self._bits} bits {blocks} (DequantizeLinear)"
+        blocks = "by output" if self.block == self.shape[1] else f"in blocks of {self.block}"
+        return f"{self.bits} bits {blocks} (DequantizeLinear)"
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the middle code stands for zero everywhere."""
+        return _ZERO_POINTS not in self._tensors
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Dequantised."""
+        return dequantize(self.codes(start, stop), self.shape[1])
+
+    def codes(self, start: int, stop: int) -> BlockCodes:
+        """Of some outputs, unsigned; what fills up the last block of a row is the middle code."""
         stop = min(stop, self.shape[0])
-        blocks = -(-self.shape[1] // self._block)
-        padded = np.zeros((stop - start, blocks * self._block), np.uint8)
+        blocks = -(-self.shape[1] // self.block)
+        padded = np.full((stop - start, blocks * self.block), 1 << (self.bits - 1), np.uint8)
         padded[:, : self.shape[1]] = self._part(_CODES, start, stop).astype(np.int16) + self._shift
         scales = self._part(_SCALES, start, stop).reshape(stop - start, blocks)
         zero_points = np.full(scales.shape, self._shift, np.uint8)
-        if _ZERO_POINTS in self._tensors:
+        if not self.is_symmetric:
             shifted = self._part(_ZERO_POINTS, start, stop).astype(np.int16) + self._shift
             zero_points = shifted.reshape(scales.shape).astype(np.uint8)
-        codes = padded.reshape(stop - start, blocks, self._block)
-        return dequantize(BlockCodes(codes, scales, zero_points), self.shape[1])
+        return BlockCodes(padded.reshape(stop - start, blocks, self.block), scales, zero_points)
 
     def _part(self, index: int, start: int, stop: int) -> np.ndarray:
         """Of some outputs, one row each."""
@@ -122,8 +134,8 @@ class DequantizedStorage(WeightStorage):
     def _quantized(self, index: int, source: LazyTensor, start: int, stop: int) -> np.ndarray:
         rows = np.asarray(source.rows(start, stop), np.float32)
         source.release()
-        symmetric, scale_type = _ZERO_POINTS not in self._tensors, self._tensors[_SCALES].dtype.numpy()
-        stored = quantize(rows, bits=self._bits, block=self._block, scale_type=scale_type, symmetric=symmetric)
+        symmetric, scale_type = self.is_symmetric, self._tensors[_SCALES].dtype.numpy()
+        stored = quantize(rows, bits=self.bits, block=self.block, scale_type=scale_type, symmetric=symmetric)
         if index == _SCALES:
             return stored.scales
         numbers = (

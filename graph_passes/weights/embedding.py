@@ -1,4 +1,4 @@
-"""Tables that tokens' rows are looked up in: dense, or quantised by blocks and shared with the head."""
+"""Tables that tokens' rows are looked up in: dense, of one scale, or quantised by blocks and shared with the head."""
 
 from __future__ import annotations
 
@@ -67,6 +67,50 @@ class QuantizedTable:
         """Nothing: the mapping belongs to the graph."""
 
 
+class ScaledTable:
+    """A table of integers, all of one scale, as a checkpoint's tensor.
+
+    Args:
+        codes: [rows, columns].
+        scale: Of one element.
+        zero_point: Of one element, of the codes' type; None for zero.
+    """
+
+    def __init__(
+        self, codes: ir.TensorProtocol, scale: ir.TensorProtocol, zero_point: ir.TensorProtocol | None
+    ) -> None:
+        self._codes = codes
+        self.shape: tuple[int, ...] = tuple(codes.shape.numpy())
+        self.dtype: np.dtype = scale.dtype.numpy()
+        self._scale = np.float32(scale.numpy().reshape(()))
+        self._zero_point = 0 if zero_point is None else int(zero_point.numpy().reshape(()))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of `numpy()`."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def numpy(self) -> np.ndarray:
+        """All of it, dequantised."""
+        return self.rows(0, self.shape[0])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows, dequantised."""
+        codes = np.asarray(self._codes.numpy()[start:stop], np.float32)
+        return ((codes - self._zero_point) * self._scale).astype(self.dtype)
+
+    def release(self) -> None:
+        """Nothing: the mapping belongs to the graph."""
+
+
+def dequantized_rows(lookup: ir.Node) -> ir.Value | None:
+    """What a DequantizeLinear makes of the integers that a Gather looks up, where nothing else reads them."""
+    readers = lookup.outputs[0].consumers()
+    if not is_op(lookup, "Gather") or len(readers) != 1 or not is_op(readers[0], "DequantizeLinear"):
+        return None
+    return readers[0].outputs[0]
+
+
 def embedding_table(lookup: ir.Node) -> LazyTensor | None:
     """The constant [rows, columns] that a node looks up rows of; None for every other node.
 
@@ -74,10 +118,23 @@ def embedding_table(lookup: ir.Node) -> LazyTensor | None:
     """
     if is_op(lookup, "Gather") and lookup.attributes.get_int("axis", 0) == 0:
         dense = dense_storage(Place(lookup, 0), "out_in")
-        return None if dense is None else StoredRows(dense, 0, dense.shape[0])
+        return _scaled_table(lookup) if dense is None else StoredRows(dense, 0, dense.shape[0])
     if is_op(lookup, "GatherBlockQuantized", domain="com.microsoft"):
         return _quantized_table(lookup)
     return None
+
+
+def _scaled_table(lookup: ir.Node) -> ScaledTable | None:
+    """Of what ONNX Runtime's dynamic quantisation makes of an embedding."""
+    rows, codes = dequantized_rows(lookup), constant_tensor(lookup.inputs[0])
+    node = None if rows is None else rows.producer()
+    if node is None or codes is None or len(codes.shape) != 2:
+        return None
+    scale, zero_point = (constant_tensor(value) for value in (*node.inputs[1:], None)[:2])
+    alone = [tensor.size == 1 for tensor in (scale, zero_point) if tensor is not None]
+    if scale is None or not all(alone) or codes.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
+        return None
+    return ScaledTable(codes, scale, zero_point)
 
 
 def _quantized_table(lookup: ir.Node) -> QuantizedTable | None:

@@ -6,7 +6,7 @@ Tokens of padding count nowhere: `counted` is bool [batch, sequence], False for 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,8 +60,8 @@ class TopKSelection:
 
 def top_k_selection(capacities: Mapping[int, float], counted: torch.Tensor) -> dict[int, SelectTokens]:
     """Activates in each layer the ceil(N·capacity) tokens with the highest scores, at least one, ties included."""
-    shares = torch.tensor([min(1.0, share) for share in capacities.values()], dtype=torch.float64)
-    wanted = (counted.sum() * shares.to(counted.device)).ceil().long().clamp(min=1)
+    shares = _made_there([min(1.0, share) for share in capacities.values()], torch.float64, counted.device)
+    wanted = (counted.sum() * shares).ceil().long().clamp(min=1)
     return {layer: TopKSelection(counted, number) for layer, number in zip(capacities, wanted, strict=True)}
 
 
@@ -176,7 +176,10 @@ def router_losses(
     selected = torch.stack([values.active for values in routing.values()]) & counted
     tokens = counted.sum()
     every = tokens * len(routing)
-    limits = scores.new_tensor([(thresholds or {}).get(layer, ONE_HALF) for layer in routing]).reshape(-1, 1, 1)
+    limits: float | torch.Tensor = ONE_HALF
+    if thresholds:
+        by_layer = [thresholds.get(layer, ONE_HALF) for layer in routing]
+        limits = _made_there(by_layer, scores.dtype, scores.device).reshape(-1, 1, 1)
     with maybe_autocast(scores.device.type, enabled=False):
         # Not F.binary_cross_entropy: a score that is no number stops the process there, on a GPU without a word.
         likelihood = torch.where(targets, scores, 1 - scores).clamp(min=torch.finfo(scores.dtype).tiny)
@@ -191,6 +194,11 @@ def router_losses(
         (hard * counted).sum().double() / every,
         selected.sum().double() / every,
     )
+
+
+def _made_there(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A vector of few numbers. Copied to a GPU, it would wait for all that this has to do, in the middle of a step."""
+    return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
 
 
 def _lowest(values: torch.Tensor, number: torch.Tensor, rate: float) -> torch.Tensor:

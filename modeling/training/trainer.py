@@ -201,7 +201,7 @@ class DloTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The loss of a micro-batch: language, skip labels, rate. Nothing here waits for a GPU."""
+        """The loss of a micro-batch: language, skip labels, rate. Nothing here waits for a GPU, but for a teacher's."""
         counted = inputs.pop("counted")
         rate = self.settings.rate(self.state.global_step)
         routing = self._training_routing(counted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 DOMAIN = "com.microsoft"
 # Operators of ONNX Runtime that it registers in ONNX's domain, where ONNX knows none of these names.
@@ -20,7 +21,9 @@ class Operator:
         required: Attributes that have no default.
         inputs: The smallest and the largest number of them.
         outputs: Likewise.
-        input_types: Of each input, the letter that inputs of one type share, and which types it stands for.
+        input_types: Of each input, the letter that inputs of one type share, "" where any number of them may each be
+            of another, and which types it stands for.
+        output_letters: The letter of each output, which it shares with the inputs that are of its type.
     """
 
     attributes: Mapping[str, str]
@@ -28,6 +31,7 @@ class Operator:
     inputs: tuple[int, int]
     outputs: tuple[int, int]
     input_types: tuple[tuple[str, frozenset[str]], ...]
+    output_letters: tuple[str, ...]
 
 
 @functools.cache
@@ -47,10 +51,22 @@ def own_operators() -> Mapping[str, Operator]:
             frozenset(name for name, attribute in schema.attributes.items() if attribute.required),
             (schema.min_input, schema.max_input),
             (schema.min_output, schema.max_output),
-            tuple((each.typeStr, frozenset(map(_element_type, each.types))) for each in schema.inputs),
+            tuple((_letter(each), frozenset(map(_element_type, each.types))) for each in schema.inputs),
+            tuple(map(_letter, schema.outputs)),
         )
         for schema in schemas
     }
+
+
+def declared_by_onnxruntime(domain: str, op_type: str) -> Operator | None:
+    """The declaration of an operator of ONNX Runtime's own; None for every other one."""
+    own = domain == DOMAIN or (not domain and op_type in IN_ONNX_DOMAIN)
+    return own_operators().get(op_type) if own else None
+
+
+def _letter(parameter: Any) -> str:
+    """Of an input or output, as ONNX Runtime declares it."""
+    return parameter.typeStr if parameter.isHomogeneous else ""
 
 
 def _element_type(type_: str) -> str:

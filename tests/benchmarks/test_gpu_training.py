@@ -80,8 +80,8 @@ def test_claims_compare_runs_with_what_skips_as_much_when_results_are_there(tmp_
     control = {"target": 0.8, "before": 0.7, "after": 0.83}
     results.save("train-routed-0.80", {"kind": "routed", "target": 0.8, "rate_control": control, **measured(10.0)})
     ways = {"static": measured(11.0), "random, same layers": measured(9.0), "random, every layer": measured(None)}
+    ways["calibrated"] = measured(12.0)
     results.save("skipping-as-much-as-train-routed-0.80", {"of": "train-routed-0.80", **ways})
-    results.save("skipping-calibrated-0.80", {"target": 0.8, **measured(12.0)})
     results.save("train-deepened", {"kind": "deepened", **measured(10.0, 1.0)})
     results.save("train-dlo", {"kind": "dlo", **measured(10.4)})
     results.save("train-dus", {"kind": "dus", "diverged": "the loss of step 3 is not a finite number"})

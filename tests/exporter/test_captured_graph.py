@@ -25,11 +25,12 @@ from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ROUTER_SCORES, ro
 from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.onnxruntime.in_place_runner import InPlaceRunner
-from dlo_export.runtimes.parity.cases import Case, step_feeds
+from dlo_export.runtimes.parity.cases import LONGEST_CASE, Case, step_feeds
 from dlo_export.runtimes.parity.compare import Candidate, compare
 from dlo_export.runtimes.torch.reference import open_reference
 from dlo_export.runtimes.torch.runner import TorchRunner
 from tests.plugins.ort_library import built_library
+from tests.tiny_families import LAYERS, save_tiny_family
 from tests.tiny_models import save_tiny_llama
 
 SLOTS = 32
@@ -127,6 +128,21 @@ def test_layers_are_found_when_attention_is_onnxruntimes(tmp_path: Path) -> None
     assert len(find_decoder_layers(prepare_released(model).graph)) == 3
     operators = Counter(node.op_type for node in model.graph)
     assert (operators["RMSNormalization"], operators["Add"], operators["ConstantOfShape"]) == (7, 6, 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "left"),
+    [("qwen2", {}), ("qwen3", {"RMSNormalization": 2 * LAYERS}), ("olmo2", {"RMSNormalization": 4 * LAYERS})],
+)
+def test_norms_of_heads_and_branches_stay_when_those_of_the_stream_are_fused(
+    family: str, left: dict[str, int], tmp_path: Path
+) -> None:
+    save_tiny_family(tmp_path / "model", family, head_dim=16)
+    request = ExportRequest(str(tmp_path / "model"), tmp_path / "out", static_cache=LONGEST_CASE * 2)
+    result = export_model(request, Reporter())
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    operators = Counter(node.op_type for node in ir.load(result.folder / "model.onnx").graph)
+    assert {name: count for name, count in operators.items() if name == "RMSNormalization"} == left
 
 
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.BFLOAT16])

@@ -235,9 +235,21 @@ def _fused_skip_norms_without_names(proto, folder):
     _no_node_names(proto, folder)
 
 
+def _fused_norm(opset):
+    """ONNX Runtime's operator, for runtimes that lack it."""
+    norm = helper.make_node("RMSNormalization", ["sum", "weight"], ["norm"], axis=-1)
+    norm.attribute.add(name="epsilon", type=onnx.AttributeProto.FLOAT, ref_attr_name="epsilon")
+    nodes = [helper.make_node("Add", ["x", "skip"], ["sum"]), norm]
+    nodes += [helper.make_node("Constant", [], [name], value_float=0.0) for name in ("mean", "variance")]
+    inputs, outputs = ["x", "skip", "weight"], ["norm", "mean", "variance", "sum"]
+    opsets, name = [helper.make_opsetid("", opset)], "SkipSimplifiedLayerNormalization"
+    return helper.make_function("com.microsoft", name, inputs, outputs, nodes, opsets, ["epsilon"])
+
+
 def _as_mobius_writes(proto, folder):
-    """Fused norms, and rotary tables that are looked up by positions as the embedding is by tokens."""
+    """Fused norms, what stands in for them elsewhere, and rotary tables looked up by positions as tokens are."""
     fuse_skip_norms(proto, folder)
+    proto.functions.append(_fused_norm(next(o.version for o in proto.opset_import if not o.domain)))
     frequencies = numpy_helper.to_array(initializer(proto, "model.rotary_emb.inv_freq"))
     angles = np.arange(64, dtype=np.float32)[:, None] * frequencies
     for op_type, table in (("Cos", np.cos(angles)), ("Sin", np.sin(angles))):

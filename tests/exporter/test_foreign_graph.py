@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from onnxruntime.quantization import quantize_dynamic
 from tokenizers import Tokenizer
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
@@ -15,10 +17,13 @@ from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
+from dlo_export.exporter.app import app
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 from dlo_export.graph_passes.errors import DecoderLayersNotFound
+from tests.foreign_graphs import save_foreign_graph
+from tests.foreign_protos import leave_later_tokens_to_attention
 from tests.tiny_sentencepiece import train_sentencepiece
 
 GRAPH = Path(__file__).parents[1] / "data" / "optimum_llama" / "model.onnx"
@@ -87,6 +92,45 @@ def test_parity_says_why_it_cannot_run_when_there_is_neither_config_nor_another_
     assert parity.verdict == "NOT RUN"
     assert "config.json" in parity.reason
     assert "the masked graph would be compared with itself" in parity.reason
+
+
+def test_whole_layers_are_skipped_as_pytorch_does_when_attention_is_causal_by_itself(tmp_path):
+    path = save_foreign_graph(tmp_path / "graph", "fp32")
+    proto = onnx.load(path, load_external_data=False)
+    leave_later_tokens_to_attention(proto)
+    onnx.save(proto, path)
+    rng = np.random.default_rng(0)
+    routers = {
+        f"model.routers.{layer}.weight": ArrayTensor(rng.standard_normal((1, 32)).astype(np.float32))
+        for layer in range(3)
+    }
+    save_adapter(DloAdapter("layer", (True,) * 3, tensors=routers), tmp_path / "adapter")
+    request = ExportRequest(str(path), tmp_path / "out", adapter=tmp_path / "adapter", lowering="compact")
+    result = export_model(request, Reporter())
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    assert "against PyTorch" in result.parity_summary
+
+
+def test_graph_is_refused_when_its_activations_are_rounded_by_a_scale_that_tokens_share(adapter, tmp_path, capsys):
+    shutil.copy(GRAPH.with_name("config.json"), tmp_path)
+    quantize_dynamic(GRAPH, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match=r"layer 0: DynamicQuantizeLinear node .* depends on the tokens beside it"):
+        export_model(ExportRequest(str(tmp_path / "model.onnx"), tmp_path / "out", adapter=adapter), Reporter())
+    assert not (tmp_path / "out").exists()
+    app(["inspect", str(tmp_path / "model.onnx")], standalone_mode=False)
+    assert "layers 0 to 2: attention spelled out" in " ".join(capsys.readouterr().out.split())
+
+
+def test_embedding_is_found_when_it_is_scaled_before_the_first_layer(tmp_path):
+    path = save_foreign_graph(tmp_path / "graph", "fp32")
+    proto = onnx.load(path, load_external_data=False)
+    (lookup,) = [node for node in proto.graph.node if node.op_type == "Gather" and "embed" in node.input[0]]
+    scaled, lookup.output[0] = lookup.output[0], "looked_up"
+    proto.graph.initializer.append(onnx.helper.make_tensor("factor", onnx.TensorProto.FLOAT, [], [12.0]))
+    place = list(proto.graph.node).index(lookup) + 1
+    proto.graph.node.insert(place, onnx.helper.make_node("Mul", ["looked_up", "factor"], [scaled]))
+    onnx.save(proto, path)
+    assert open_foreign_graph(path).tensors["model.embed_tokens.weight"].shape == (97, 32)
 
 
 def test_graph_is_refused_when_external_weights_are_missing_or_short(tmp_path):

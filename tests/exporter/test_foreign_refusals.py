@@ -191,6 +191,34 @@ def _shared_insides(proto, folder):
     proto.graph.node.append(helper.make_node("Add", ["raw", "sum"], ["logits"]))
 
 
+def _no_output_called_logits(proto, folder):
+    """Two outputs are no part of the cache, and neither has the name."""
+    (last,) = [node for node in proto.graph.node if "logits" in node.output]
+    last.output[0] = proto.graph.output[0].name = "scores"
+    proto.graph.output.add().CopyFrom(proto.graph.output[0])
+    proto.graph.output[-1].name = "again"
+    proto.graph.node.append(helper.make_node("Neg", ["scores"], ["again"]))
+
+
+def _added_to_the_logits(proto, *nodes):
+    (last,) = [node for node in proto.graph.node if "logits" in node.output]
+    last.output[0] = "raw"
+    proto.graph.node.extend([*nodes, helper.make_node("Add", ["raw", nodes[-1].output[0]], ["logits"])])
+
+
+def _input_of_its_own(proto, folder):
+    proto.graph.input.append(helper.make_tensor_value_info("temperature", TensorProto.FLOAT, []))
+    _added_to_the_logits(proto, helper.make_node("Neg", ["temperature"], ["colder"]))
+
+
+def _no_kernel(proto, folder):
+    """ONNX compares 16-bit integers, ONNX Runtime's CPU provider does not."""
+    cast = helper.make_node("Cast", ["input_ids"], ["short"], to=TensorProto.INT16)
+    wide = helper.make_node("Cast", ["larger"], ["wide"], to=TensorProto.FLOAT)
+    total = helper.make_node("ReduceSum", ["wide"], ["total"], keepdims=0)
+    _added_to_the_logits(proto, cast, helper.make_node("Max", ["short", "short"], ["larger"]), wide, total)
+
+
 def _unknown_value(proto, folder):
     next(node for node in proto.graph.node if node.op_type == "Mul").input[0] = "nowhere"
 
@@ -301,6 +329,9 @@ ILLEGAL = {
     "constant_of_another_type": (_constant_of_another_type, "'value' is GRAPH, expected TENSOR"),
     "strings": (_strings, "model.norm.weight"),
     "insides_shared": (_shared_insides, "mlp.gate_sigmoid"),
+    "no_logits": (_no_output_called_logits, r"outputs \['logits'\] are missing"),
+    "input_of_its_own": (_input_of_its_own, r"inputs \['temperature'\] are unknown"),
+    "no_kernel": (_no_kernel, r"cannot be loaded: ONNX Runtime .*Max\(13\)"),
     "value_unknown": (_unknown_value, "nowhere"),
     "weight_of_another_type": (_other_element_type, "up_proj"),
     "weight_of_another_shape": (_other_shape, "mlp.gated"),

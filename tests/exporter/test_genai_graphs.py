@@ -7,6 +7,7 @@ import json
 import shutil
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import onnxruntime_genai as og
@@ -159,13 +160,19 @@ def with_activations_as_they_are(path):
     return path.with_name("float32-activations.onnx")
 
 
-def test_branches_are_refused_when_weights_are_dequantised_by_nodes(graph, tmp_path):
+def test_branches_skip_weights_that_nodes_dequantise_and_compute_what_the_masked_graph_does(graph, tmp_path):
     path = graph("int4, DequantizeLinear")
     adapter = save_routed_adapter(path, tmp_path / "adapter")
-    with pytest.raises(GraphPassError, match=r"layer 0: DequantizeLinear node .* which no branch can leave out"):
-        exported(path, tmp_path / "out", adapter=adapter, lowering="if")
-    assert not (tmp_path / "out").exists()
-    assert exported(path, tmp_path / "out", adapter=adapter).description.lowering == "compact"
+    for lowering in ("masked", "if"):
+        exported(path, tmp_path / lowering, adapter=adapter, lowering=lowering)
+    found, masked = (tmp_path / lowering / "model.onnx" for lowering in ("if", "masked"))
+    # The one multiplies by codes in another order, the other by what ONNX Runtime makes of the graph's own nodes.
+    np.testing.assert_array_equal(logits(found, (4, 1, 1)), logits(masked, (4, 1, 1)))
+    parity = json.loads((tmp_path / "if" / "parity.json").read_text())
+    assert (parity["verdict"], {case["logits"]["largest_absolute"] for case in parity["cases"]}) == ("PASS", {0.0})
+    branches = [node for node in ir.load(found).graph if node.op_type == "If"]
+    products = [node.op_type for branch in branches for node in branch.attributes["then_branch"].as_graph()]
+    assert products.count("MatMulNBits") == 3 * 6
 
 
 def test_routed_graph_equals_pytorch_when_a_config_lies_beside_it(graph, tmp_path):
@@ -303,6 +310,28 @@ def test_genai_config_goes_with_the_graph_and_counts_its_layers(graph, tmp_path)
     assert after["model"]["decoder"].pop("num_hidden_layers") == 6
     assert before["model"]["decoder"].pop("num_hidden_layers") == 3
     assert after == before
+
+
+def test_graph_is_taken_when_a_tool_has_renamed_its_logits_and_says_nothing_of_its_values(graph, tmp_path):
+    # Olive leaves a graph so when it quantises the head: its output is called after the new node.
+    shutil.copytree(graph("int4, tied").parent, tmp_path / "graph")
+    path = tmp_path / "graph" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for names in (node.output for node in model.graph.node):
+        names[:] = [f"{name}_Q4" if name == "logits" else name for name in names]
+    next(value for value in model.graph.output if value.name == "logits").name = "logits_Q4"
+    del model.graph.value_info[:]
+    (own,) = [entry for entry in model.opset_import if entry.domain]
+    model.opset_import.remove(own)  # ONNX Runtime does without
+    onnx.save(model, path)
+    settings = path.with_name("genai_config.json")
+    settings.write_text(settings.read_text().replace('"logits": "logits"', '"logits": "logits_Q4"'))
+    result = exported(path, tmp_path / "deepened")
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    found = json.loads((tmp_path / "deepened" / "genai_config.json").read_text())["model"]["decoder"]
+    assert found["outputs"]["logits"] == "logits"
+    exported(path, tmp_path / "routed", adapter=save_routed_adapter(path, tmp_path / "adapter"), parity=False)
+    assert np.isfinite(logits(tmp_path / "routed" / "model.onnx")).all()
 
 
 def test_onnxruntime_genai_runs_the_routed_graph_as_it_ran_the_first(graph, tmp_path):

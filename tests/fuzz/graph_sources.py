@@ -16,7 +16,7 @@ from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 from tests.foreign_graphs import save_foreign_graph
-from tests.foreign_protos import fuse_skip_norms
+from tests.foreign_protos import fuse_skip_norms, leave_later_tokens_to_attention
 from tests.fuzz.edited_graphs import KINDS
 from tests.genai_graphs import save_genai_graph
 
@@ -29,17 +29,18 @@ def save_sources(folder: Path) -> None:
     The adapters change nothing: layers that add nothing, and routers that let every token through.
     """
     folder.mkdir()
-    for name in ("plain", "fused"):
+    for name, change in (("plain", None), ("fused", fuse_skip_norms), ("causal", leave_later_tokens_to_attention)):
         graph = save_foreign_graph(folder / name, "fp32", layers=2)
         shutil.rmtree(folder / name / "checkpoint")
-        if name == "fused":
+        if change is not None:
             model = onnx.load(graph, load_external_data=False)
-            fuse_skip_norms(model)
+            change(model)
             onnx.save(model, graph)
     (folder / "optimum").mkdir()
     for name in ("model.onnx", "config.json"):
         shutil.copy(_OPTIMUM / name, folder / "optimum")
-    for name, form in (("packed", "fp32"), ("int4", "int4, zero points")):
+    forms = {"packed": "fp32", "int4": "int4, zero points", "int4-dequantised": "int4, DequantizeLinear"}
+    for name, form in forms.items():
         graph = save_genai_graph(folder / f"{name}.genai", form, layers=2)
         graph.parent.rename(folder / name)
         shutil.rmtree(folder / f"{name}.genai")

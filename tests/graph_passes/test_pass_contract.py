@@ -33,7 +33,13 @@ def test_model_remembers_what_ran_when_it_was_saved() -> None:
     runs = passes_run(_round_trip(model))
     assert [run.name for run in runs] == ["RouteLayersPass", "UseStaticCachePass", "LowerSkipToTopKPass"]
     assert runs[1].settings == {"max_cache": 8}
-    earlier = {"InjectLayersPass", "RemoveIdentityLayersPass", "RouteLayersPass", "UseStaticCachePass"}
+    earlier = {
+        "InjectLayersPass",
+        "RemoveIdentityLayersPass",
+        "UseFullMaskPass",
+        "RouteLayersPass",
+        "UseStaticCachePass",
+    }
     assert set(runs[2].runs_after) == earlier
 
 

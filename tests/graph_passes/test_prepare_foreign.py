@@ -8,6 +8,7 @@ import pytest
 
 from dlo_export.graph_passes.cleanup.inline_functions import InlineFunctionsPass
 from dlo_export.graph_passes.cleanup.lift_constants import LiftConstantsPass
+from dlo_export.graph_passes.cleanup.name_logits import NameLogitsPass
 from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
 from dlo_export.graph_passes.errors import GraphPassError
@@ -110,6 +111,20 @@ def test_functions_are_inlined_with_their_constants_when_called_twice() -> None:
     check_idempotence(model, InlineFunctionsPass())
 
 
+STAND_IN = """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+g (float[2] x) => (float[2] y) { h = com.microsoft.Own (x)  y = com.microsoft.QuickGelu (h) }
+<domain: "com.microsoft", opset_import: ["" : 21]> Own (a) => (c) { c = Neg (a) }
+<domain: "com.microsoft", opset_import: ["" : 21]> QuickGelu (a) => (c) { c = Abs (a) }"""
+
+
+def test_function_stays_with_its_calls_when_the_runtime_has_an_operator_of_its_name() -> None:
+    model, pass_ = ir.from_onnx_text(STAND_IN), InlineFunctionsPass(("QuickGelu", "Gelu"))
+    assert pass_(model).modified
+    assert [node.op_type for node in model.graph] == ["Neg", "QuickGelu"]
+    assert [name for _, name, _ in model.functions] == ["QuickGelu"]
+    check_idempotence(model, pass_)
+
+
 def test_functions_are_refused_when_one_calls_itself() -> None:
     model = ir.from_onnx_text(FUNCTIONS.replace("c = Mul (a, b)", "c = custom.twice (a)"))
     with pytest.raises(GraphPassError, match="twice"):
@@ -149,3 +164,39 @@ def test_shared_constant_takes_another_name_when_its_own_is_taken(held: np.ndarr
     value = shared_constant(graph, "zero", np.array(0, np.float32))
     assert value.name == "zero_1"
     assert shared_constant(graph, "zero", np.array(0, np.float32)) is value
+
+
+LOGITS = f"""{HEADER}
+g (int64[1,S] ids, float[1,P,2] "past_key_values.0.key")
+  => (float[1,S,3] logits_Q4, float[1,S,2] hidden, float[1,T,2] "present.0.key")
+<float[3,2] table = {{1, 2, -1, 0, 3, 1}}, float[2,3] head = {{1, 0, 2, -1, 1, 3}}> {{
+  hidden = Gather (table, ids)
+  logits = MatMul (hidden, head)
+  logits_Q4 = Neg (logits)
+  "present.0.key" = Concat <axis = 1> ("past_key_values.0.key", hidden)
+}}"""
+TOKENS = {"ids": np.array([[1, 2]]), "past_key_values.0.key": np.ones((1, 1, 2), np.float32)}
+
+
+def test_logits_get_their_name_when_an_output_as_wide_as_the_vocabulary_has_another() -> None:
+    model = ir.from_onnx_text(LOGITS)
+    wanted = run_model(model, TOKENS)["logits_Q4"]
+    assert NameLogitsPass()(model).modified
+    assert [value.name for value in model.graph.outputs] == ["logits", "hidden", "present.0.key"]
+    np.testing.assert_array_equal(run_model(model, TOKENS)["logits"], wanted)
+    check_idempotence(model, NameLogitsPass())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("float[1,S,3] logits_Q4", "float[1,S,W] logits_Q4"),
+        ("logits_Q4, float[1,S,2] hidden", "logits_Q4, float[1,S,3] logits_Q8, float[1,S,2] hidden"),
+    ],
+    ids=["none is known to be", "two are"],
+)
+def test_outputs_keep_their_names_when_none_or_several_may_be_the_logits(old: str, new: str) -> None:
+    model = ir.from_onnx_text(LOGITS.replace(old, new).replace('  "present', '  logits_Q8 = Abs (logits)\n  "present'))
+    before = as_text(model)
+    assert not NameLogitsPass()(model).modified
+    assert as_text(model) == before

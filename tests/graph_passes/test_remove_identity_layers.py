@@ -88,6 +88,22 @@ def test_layer_stays_when_something_may_come_of_nothing_behind_its_last_projecti
         RemoveIdentityLayersPass((1,))(model)
 
 
+@pytest.mark.parametrize("to", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+def test_layer_goes_when_the_addition_reads_the_stream_cast_to_its_own_type_and_no_other(to: ir.DataType) -> None:
+    # As exporters write where a norm computes in float32: the addition reads what the norm does.
+    model = deepened((1, 0))
+    (_, layer) = find_decoder_layers(model.graph)
+    cast = ir.node("Cast", [layer.mlp.stream_in], {"to": to}, name="widened")
+    cast.outputs[0].name = "widened"
+    model.graph.insert_before(layer.mlp.nodes[0], cast)
+    layer.mlp.add.replace_input_with(0, cast.outputs[0])
+    if to == ir.DataType.FLOAT:
+        assert RemoveIdentityLayersPass((1,))(model).modified
+        return
+    with pytest.raises(GraphPassError, match=r"layer 1: Cast node 'widened' .*changes the type of the stream in front"):
+        RemoveIdentityLayersPass((1,))(model)
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [

@@ -10,6 +10,7 @@ from dlo_export.checkpoints.lazy_tensors import ArrayTensor, JoinedTensor
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.weights.block_codes import dequantize, pack, quantize, unpack
 from dlo_export.graph_passes.weights.linear import linear_bias, linear_weight
+from dlo_export.graph_passes.weights.matmul_nbits import packed_codes
 from dlo_export.graph_passes.weights.storage import StoredRows
 
 ROWS, COLUMNS, BLOCK = 6, 40, 32  # [out, in]: the second block of a row is not full
@@ -154,9 +155,9 @@ def test_bias_is_found_when_it_is_added_behind_or_inside() -> None:
 
 REFUSED = {
     "prepacked": (lambda: _nbits(4, "none", weight_prepacked=1), "attribute weight_prepacked"),
-    "blocks": (lambda: _nbits(4, "none", block_size=16), "codes, expected"),
+    "blocks": (lambda: _nbits(4, "none", block_size=16), "codes [6, 2, 16], expected [6, 3, 8]"),
     "bits": (lambda: _nbits(3, "none"), "3 bits in 32s"),
-    "rows": (lambda: _nbits(4, "none", N=7), "192 codes, expected 224"),
+    "rows": (lambda: _nbits(4, "none", N=7), "codes [6, 2, 16], expected [7, 2, 16]"),
     "scales": (lambda: _nbits(4, "none", scale_type=np.int32), "INT32 scales"),
 }
 
@@ -178,3 +179,13 @@ def test_rows_of_a_part_are_a_tensor_of_their_own() -> None:
     part = StoredRows(storage, 2, 5)
     assert (part.shape, part.nbytes) == ((3, COLUMNS), 3 * COLUMNS * 4)
     np.testing.assert_array_equal(part.rows(1, 9), storage.rows(3, 5))
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UINT8])
+@pytest.mark.parametrize("turned", [False, True])
+def test_weight_is_the_same_when_its_codes_are_stored_as_one_operator_reads_them(dtype, turned) -> None:
+    weight = linear_weight(_dequantized(dtype, by_block=True, turned=turned))
+    attributes = {"K": weight.shape[1], "N": ROWS, "bits": weight.bits, "block_size": weight.block}
+    inputs = [ir.val("x", ir.DataType.FLOAT), *packed_codes("weight", weight, lambda name: name)]
+    packed = linear_weight(ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name="product"))
+    np.testing.assert_array_equal(packed.rows(0, ROWS), weight.rows(0, ROWS))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.common.peers import is_installed, peer_environment, requirements_of
+from benchmarks.common.peers import is_installed, peer_program, requirements_of
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.parity_check import check_parity
 from dlo_export.exporter.pipeline import TensorRtOptions
@@ -68,7 +68,7 @@ def exported_graph(checkpoint: Path, folder: Path, program: str, form: str) -> P
         # PyTorch, transformers and onnxscript are in that environment too.
         "python": ["-P", SCRIPT, checkpoint, graph, form],
     }
-    command = [peer_environment(EXPORTER) / program, *arguments[program]]
+    command = [*peer_program(EXPORTER, program), *arguments[program]]
     made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env={"PATH": "/usr/bin"})
     assert made.returncode == 0, made.stderr[-4000:]
     shutil.copy(checkpoint / "config.json", folder)
@@ -89,3 +89,14 @@ def test_graph_equals_pytorch_when_it_is_deepened_and_routed(checkpoint_of, fami
         report = check_parity(source, result.folder, result.description, [options])
     assert report.verdict == "PASS", report.summary()
     assert "trt compact" in report.summary()
+
+
+@pytest.mark.parametrize("exporter", ["mobius default", "mobius trt-rtx"])
+@pytest.mark.parametrize("kind", ["layer", "attention", "attention-active"])
+def test_graph_equals_pytorch_when_its_attention_is_skipped(checkpoint_of, exporter, kind, tmp_path):
+    graph = exported_graph(checkpoint_of("llama"), tmp_path / "graph", *EXPORTERS[exporter])
+    adapter = save_routed_adapter(graph, tmp_path / "adapter", routing=kind)
+    for lowering in ("compact", "if"):
+        request = ExportRequest(str(graph), tmp_path / lowering, adapter=adapter, lowering=lowering)
+        result = export_model(request, Reporter())
+        assert result.description.parity.verdict == "PASS", result.parity_summary

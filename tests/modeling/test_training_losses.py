@@ -1,8 +1,10 @@
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlo_export.modeling.routing import TrainingRouting, is_active, mixed, straight_through
 from dlo_export.modeling.training.errors import TrainingError
@@ -189,3 +191,33 @@ def test_choice_has_the_gradient_of_the_score_it_was_made_by(dtype: torch.dtype)
     )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+class _WhatWaits(TorchDispatchMode):
+    """Notes what would have the host wait for a GPU: numbers copied there or fetched, sizes that depend on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operator.name()
+        if name in ("aten::lift_fresh", "aten::_local_scalar_dense", "aten::nonzero", "aten::index.Tensor"):
+            self.found.add(name)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("labels", ["cos-global", "cos", "self"])
+def test_routers_losses_never_wait_for_a_gpu(labels: str) -> None:
+    values, thresholds, capacities = routing(1, 4), {4: 0.75}, {1: 0.5, 4: 0.25}
+    with _WhatWaits() as noted:
+        for select in (top_k_selection(capacities, COUNTED), threshold_selection(capacities, thresholds)):
+            select[4](values[4].scores)
+        gates = annealed_gates(capacities, thresholds, 0.5, COUNTED.device)
+        assert gates is not None
+        gates[4](values[4].scores)
+        router_losses(values, skip_labels(labels, values, COUNTED, 0.5), COUNTED, 0.5, thresholds)
+    assert not noted.found
+    with _WhatWaits() as noted:  # it does note
+        torch.tensor([1.0, 2.0])[COUNTED[0, :2]].sum().item()
+    assert len(noted.found) == 3

@@ -1,5 +1,6 @@
 """The Triton kernels compiled ahead of time for every target, without a GPU."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
 from dlo_export.plugins.compile import compile_all, resource_table
+from dlo_export.plugins.contract import T_DTYPES
 from dlo_export.plugins.errors import PluginError
 from dlo_export.plugins.ptx import ptx_of, without_scratch_parameters
-from dlo_export.plugins.tiles import TILE_NAMES
+from dlo_export.plugins.tiles import TILE_NAMES, jit_tile_of, tile_of
 from dlo_export.plugins.variants import TARGETS, Variant, variants
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
@@ -118,3 +121,12 @@ def test_command_prints_the_table_and_writes_the_files_when_one_target_is_asked(
     assert {path.name for path in tmp_path.iterdir()} == {
         f"SkipDown_float16_{tile}_sm89.{kind}" for tile in TILE_NAMES for kind in ("cubin", "ptx")
     }
+
+
+def test_jit_takes_the_tile_of_the_cubins_when_none_of_its_own_was_measured():
+    own = {
+        (op_name, name, dtype, target)
+        for op_name, name, dtype, target in itertools.product(PLUGIN_OPS, TILE_NAMES, T_DTYPES, TARGETS)
+        if jit_tile_of(op_name, name, dtype, target) != tile_of(op_name, name, dtype, target)
+    }
+    assert own == {(op_name, "decode", dtype, 90) for op_name in PLUGIN_OPS for dtype in ("float16", "bfloat16")}

@@ -13,16 +13,15 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
-from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Overlap
+from dlo_export.runtimes.torch.captured.step_ops import KernelOps
 from dlo_export.runtimes.torch.captured.step_weights import StepWeights
 from tests.runtimes.captured_cases import CAPACITY, LENGTHS, decoder_outputs, model_outputs, tiny_model
 
 # 70 tokens fill more than one block of slots, so that splits have work; one of them stays empty.
 CASES = {
-    "ragged": (LENGTHS, 3, CAPACITY, {}),
-    "own products": ((5, 1), 2, CAPACITY, {}),
-    "own vector products": ((5,), 2, CAPACITY, {}),
-    "bias": (LENGTHS, 2, CAPACITY, {"attention_bias": True, "rescale": False}),
+    "ragged": (LENGTHS, 2, CAPACITY, {}),
+    "vectors": ((5,), 2, CAPACITY, {}),
+    "bias": (LENGTHS, 1, CAPACITY, {"attention_bias": True, "rescale": False}),
     "long": (
         (70,),
         2,
@@ -31,12 +30,7 @@ CASES = {
     ),
 }
 
-OPS = {
-    "own products": {"overlap": Overlap(product=(16, 16, 4, 2))},
-    "own vector products": {"overlap": Overlap(vector=(16, 4))},
-    "long, not split": {"programs": 1},
-}
-
+OPS = {"vectors": {"vectors": True}, "long, not split": {"programs": 1}}
 CASES["long, not split"] = CASES["long"]
 
 if __name__ == "__main__":

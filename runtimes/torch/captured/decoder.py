@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from dlo_export.runtimes.errors import BackendUnavailableError, StepError
 from dlo_export.runtimes.torch.captured.step_ops import (
-    Ahead,
     Decisions,
     KernelOps,
     Routing,
@@ -19,7 +18,7 @@ from dlo_export.runtimes.torch.captured.step_ops import (
     add_scaled,
     gathered_mlp,
 )
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, StepWeights
+from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, StepWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ class CapturedDecoder:
         self._weights, self._embedding = weights, embedding
         self._norm, self._head = model.model.norm.weight.data, model.lm_head.weight.data
         self._epsilon = config.rms_norm_eps
-        self._ops = ops or (kernel_ops() if on_cuda else TorchOps())
+        self._ops = ops or (kernel_ops(embedding, batch) if on_cuda else TorchOps())
         self._batch, self._capacity, self._gather_prompts = batch, capacity, gather_prompts
         width = config.head_dim or config.hidden_size // config.num_attention_heads
         cache = (2, config.num_hidden_layers, batch, config.num_key_value_heads, capacity, width)
@@ -198,7 +197,7 @@ class CapturedDecoder:
 
     def _output(self, stream: torch.Tensor, added: torch.Tensor | None, decisions: dict[int, Decisions]) -> StepOutput:
         scores = {layer: made.scores.view(self._batch, -1) for layer, made in decisions.items()}
-        _, normed = self._ops.add_norm(stream, added, self._norm, self._epsilon, Ahead(self._head))
+        _, normed = self._ops.add_norm(stream, added, self._norm, self._epsilon)
         return StepOutput(F.linear(normed, self._head), scores)
 
     def _forward(
@@ -212,18 +211,15 @@ class CapturedDecoder:
         for index, layer in enumerate(self._weights.layers):
             made = None
             if layer.router is None:
-                stream, normed = ops.add_norm(stream, added, layer.attention_norm, epsilon, Ahead(layer.qkv.weight))
+                stream, normed = ops.add_norm(stream, added, layer.attention_norm, epsilon)
             else:
                 routing = Routing(layer.router, self.thresholds[index : index + 1], self._weights.branch_scale)
-                stream, normed, made = ops.add_norm_route(
-                    stream, added, layer.attention_norm, epsilon, routing, Ahead(layer.qkv.weight)
-                )
+                stream, normed, made = ops.add_norm_route(stream, added, layer.attention_norm, epsilon, routing)
                 decisions[index] = made
             added = ops.product(self._attended(index, ops.product(normed, layer.qkv), sequence), layer.out)
             if layer.mlp is None:
                 continue
-            behind = self._behind(index, layer.mlp, made)
-            stream, normed = ops.add_norm(stream, added, layer.mlp_norm, epsilon, behind)
+            stream, normed = ops.add_norm(stream, added, layer.mlp_norm, epsilon)
             # What an MLP adds is left to the next norm, but for a routed one, which knows whose rows it leaves alone.
             added = None
             if made is not None and gathers:
@@ -237,18 +233,10 @@ class CapturedDecoder:
                 stream = add_scaled(stream, ops.plain_mlp(normed, layer.mlp), made.scale)
         return stream, added, decisions
 
-    def _behind(self, index: int, mlp: PlainMlp | KernelMlp, made: Decisions | None) -> Ahead:
-        """What is read behind the norm of an MLP: its weights, or, where its tokens skip it, those behind it."""
-        if made is None or not isinstance(mlp, KernelMlp):
-            return Ahead(mlp.gate if isinstance(mlp, KernelMlp) else mlp.gate_up.weight)
-        last = index + 1 == len(self._weights.layers)
-        return Ahead(self._head if last else self._weights.layers[index + 1].qkv.weight, made.scale)
-
     def _attended(self, index: int, qkv: torch.Tensor, sequence: int) -> torch.Tensor:
         keys, values = self._keys[index], self._values[index]
         if sequence == 1:
-            following = Ahead(self._weights.layers[index].out.weight)
-            return self._ops.attend(qkv, self._start, self._rotary, keys, values, following)
+            return self._ops.attend(qkv, self._start, self._rotary, keys, values)
         query = self._ops.rotate_and_store(qkv, self._start, self._rotary, keys, values)
         # A prompt begins an empty cache. What stands behind a shorter one's end nobody sees: decode overwrites it.
         attended = F.scaled_dot_product_attention(
@@ -290,14 +278,23 @@ class Recorded:
         return self._output
 
 
-def kernel_ops() -> StepOps:
-    """The kernels.
+_WIDE_STREAM = 4096  # of an 8B; a 1B's, 2048, wants kernels to start less early (docs/results/gpu_pytorch.md)
+
+
+def kernel_ops(embedding: torch.Tensor, batch: int) -> StepOps:
+    """The kernels, overlapping as was fastest where it was measured: on an H200, with one token a step.
+
+    Args:
+        embedding: T [vocabulary, hidden], on the GPU.
+        batch: Tokens of a step.
 
     Raises:
         BackendUnavailableError: Triton is missing.
     """
     try:
-        return KernelOps()
+        if batch > 1 or torch.cuda.get_device_capability(embedding.device) != (9, 0):
+            return KernelOps()
+        return KernelOps(early=2 if embedding.shape[1] >= _WIDE_STREAM else 1, vectors=True)
     except ModuleNotFoundError as err:
         raise BackendUnavailableError(
             f"captured decode: {err.name} is missing", hint="install triton, which comes with PyTorch for CUDA"

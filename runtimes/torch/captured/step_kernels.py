@@ -44,47 +44,6 @@ def wait_for_inputs(EARLY: tl.constexpr):
         gdc_launch_dependents()
 
 
-@triton.jit
-def prefetch(address, SIZE: tl.constexpr):
-    """Asks for memory to be read into the L2 cache, and waits for nothing (compute capability 9.0).
-
-    Args:
-        address: int64 [n], each a multiple of 16; as many as the program has threads, or a multiple.
-        SIZE: Bytes at each of them, a multiple of 16.
-    """
-    size = tl.full(address.shape, SIZE, tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [address, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def expects_active(scale, tokens, MOST: tl.constexpr):
-    """Whether any token seems to be active, for who has not waited: what is read ahead hangs on it, and no result.
-
-    Args:
-        scale: Pointer to float32 [tokens], which an earlier kernel may not have written yet. Read past the cache of
-            this multiprocessor, where the old number would stay.
-        tokens: At most MOST.
-        MOST: A power of two.
-    """
-    token = tl.arange(0, MOST)
-    scales = tl.load(scale + token, mask=token < tokens, other=0.0, cache_modifier=".cg")
-    return tl.max((scales != 0.0).to(tl.int32), 0) != 0
-
-
-@triton.jit
-def prefetch_share(weights, program, THREADS: tl.constexpr, CHUNK: tl.constexpr):
-    """A program's share of a matrix that lies in one piece: CHUNK bytes for each of its threads."""
-    piece = program * THREADS + tl.arange(0, THREADS)
-    prefetch(weights.to(tl.int64) + piece.to(tl.int64) * CHUNK, CHUNK)
-
-
 @triton.jit(do_not_specialize_on_alignment=["threshold"])  # one of a vector of them
 def add_norm_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size and constant
     stream,
@@ -96,23 +55,16 @@ def add_norm_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size 
     normed,
     scores,
     scale,
-    ahead,
-    tokens,
     hidden,
     epsilon,
     offset,
     slope,
     ADDS: tl.constexpr,
     ROUTES: tl.constexpr,
-    UNLESS_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
-    THREADS: tl.constexpr,
-    CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Program (token): adds a branch to the stream, normalises the sum, and lets a router decide from it.
-
-    Programs behind the tokens' read ahead what the next product multiplies with: this kernel leaves the memory idle.
 
     Args:
         stream: Pointer to T [tokens, hidden].
@@ -123,32 +75,18 @@ def add_norm_kernel(  # noqa: PLR0913, PLR0917 - one argument per operand, size 
         summed: Pointer to T [tokens, hidden], written where ADDS.
         normed: Pointer to T [tokens, hidden], written.
         scores: Pointer to float32 [tokens], written where ROUTES.
-        scale: Pointer to float32 [tokens], written where ROUTES: offset + slope · score, 0 where the token skips. Where
-            UNLESS_ACTIVE, what another norm has written there.
-        ahead: Pointer to weights that are read next.
-        tokens: How many.
+        scale: Pointer to float32 [tokens], written where ROUTES: offset + slope · score, 0 where the token skips.
         hidden: Width of the stream.
         epsilon: Of the norm.
         offset: See scale.
         slope: See scale.
         ADDS: Whether there is a branch to add.
         ROUTES: Whether there is a router.
-        UNLESS_ACTIVE: Nothing is read ahead where a token is active: the MLP's weights come first.
         BLOCK: A power of two, at least `hidden`.
-        THREADS: Of the program.
-        CHUNK: Bytes that each thread behind the tokens' reads ahead, 0 for none.
         EARLY: See `wait_for_inputs`.
     """
     row = tl.program_id(0)
     let_next_start(EARLY)
-    if CHUNK > 0:  # noqa: SIM102 - one is the compiler's to decide, the other the program's
-        if row >= tokens:
-            wanted = True
-            if UNLESS_ACTIVE:
-                wanted = not expects_active(scale, tokens, 64)
-            if wanted:
-                prefetch_share(ahead, row - tokens, THREADS, CHUNK)
-            return
     column = tl.arange(0, BLOCK)
     used = column < hidden
     place = row.to(tl.int64) * hidden + column
@@ -346,7 +284,6 @@ def attend_kernel(  # noqa: PLR0913, PLR0915, PLR0917
     totals,
     arrived,
     attended,
-    ahead,
     scaling,
     kv_heads,
     capacity,
@@ -356,8 +293,6 @@ def attend_kernel(  # noqa: PLR0913, PLR0915, PLR0917
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
-    THREADS: tl.constexpr,
-    CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Program (sequence and key head, split): one token's attention to a share of the slots that are in use.
@@ -377,7 +312,6 @@ def attend_kernel(  # noqa: PLR0913, PLR0915, PLR0917
         totals: Likewise, for the sums of weights.
         arrived: Pointer to int32 [batch, kv_heads], zeros before and after.
         attended: Pointer to T [batch, heads, HEAD], written.
-        ahead: Pointer to weights that are read next.
         scaling: Of the scores.
         kv_heads: Of keys and of values.
         capacity: Slots of a sequence.
@@ -387,14 +321,10 @@ def attend_kernel(  # noqa: PLR0913, PLR0915, PLR0917
         WIDTH: A power of two, at least HEAD.
         BLOCK: Slots at a time.
         SPLITS: Programs that share a sequence's slots.
-        THREADS: Of a program.
-        CHUNK: Bytes that each thread reads ahead, 0 for none: attention to few slots leaves the memory idle.
         EARLY: See `wait_for_inputs`.
     """
     pair, split = tl.program_id(0), tl.program_id(1)
     let_next_start(EARLY)
-    if CHUNK > 0:
-        prefetch_share(ahead, pair * SPLITS + split, THREADS, CHUNK)
     sequence, kv_head = pair // kv_heads, pair % kv_heads
     length = tl.load(start + sequence).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, SPLITS), 16) * 16
@@ -476,69 +406,10 @@ def gate_kernel(gate_up, gated, intermediate, BLOCK: tl.constexpr, EARLY: tl.con
 
 
 @triton.jit
-def product_kernel(  # noqa: PLR0913, PLR0917
-    rows,
-    weight,
-    tokens,
-    depth,
-    columns,
-    output,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    THREADS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    UPCAST: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """Program (n): columns n · COLUMNS… of few rows' product, whose weights it asks for before it has the rows.
-
-    Args:
-        rows: Pointer to T [tokens, depth].
-        weight: Pointer to T [columns, depth].
-        tokens: ROWS at most.
-        depth: A multiple of DEPTH.
-        columns: A multiple of COLUMNS.
-        output: Pointer to T [tokens, columns], written.
-        ROWS: At least the 16 of a tensor core instruction.
-        COLUMNS: Of a program.
-        DEPTH: Elements of the summed axis per step.
-        THREADS: Of a program.
-        CHUNK: Bytes of the program's weights that each thread reads ahead of the wait, 0 for none.
-        UPCAST: For Triton's interpreter; see the kernels of the dlo operators.
-        EARLY: See `wait_for_inputs`.
-    """
-    program = tl.program_id(0)
-    let_next_start(EARLY)
-    column = program * COLUMNS + tl.arange(0, COLUMNS)
-    inner = tl.arange(0, DEPTH)
-    weight_tile = weight + column.to(tl.int64)[None, :] * depth + inner[:, None]
-    if CHUNK > 0:
-        own = weight + (program * COLUMNS).to(tl.int64) * depth
-        prefetch_share(own, 0, THREADS, CHUNK)
-    wait_for_inputs(EARLY)
-    token = tl.arange(0, ROWS)
-    used = (token < tokens)[:, None]
-    row_tile = rows + token[:, None] * depth + inner[None, :]
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for _ in range(0, depth, DEPTH):
-        x = tl.load(row_tile, mask=used, other=0.0)
-        block = tl.load(weight_tile)
-        if UPCAST:
-            x, block = x.to(tl.float32), block.to(tl.float32)
-        total = tl.dot(x, block, total, input_precision="ieee")
-        row_tile += DEPTH
-        weight_tile += DEPTH
-    target = output + token[:, None] * columns + column[None, :]
-    tl.store(target, total.to(output.dtype.element_ty), mask=used)
-
-
-@triton.jit
 def vector_product_kernel(
     row,
     weight,
     depth,
-    columns,
     output,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -550,9 +421,8 @@ def vector_product_kernel(
         row: Pointer to T [depth].
         weight: Pointer to T [columns, depth].
         depth: Of the sums.
-        columns: A multiple of COLUMNS.
         output: Pointer to T [columns], written.
-        COLUMNS: Of a program.
+        COLUMNS: Of a program; a divisor of all.
         BLOCK: A power of two, at least `depth`.
         EARLY: See `wait_for_inputs`.
     """
@@ -582,35 +452,10 @@ def early_skip_gate_up_kernel(  # noqa: PLR0913, PLR0917
     DEPTH: tl.constexpr,
     SCAN: tl.constexpr,
     UPCAST: tl.constexpr,
-    THREADS: tl.constexpr,
-    CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """`skip_gate_up_kernel` that is started early: where a token is active, first weights are on their way by then.
-
-    Args:
-        hidden_states: As there, and so are all up to UPCAST.
-        scale: .
-        gate_weight: .
-        up_weight: .
-        tokens: At most ROWS.
-        hidden: .
-        intermediate: .
-        gated: .
-        ROWS: .
-        COLUMNS: .
-        DEPTH: .
-        SCAN: At least ROWS.
-        UPCAST: .
-        THREADS: Of a program.
-        CHUNK: Bytes of each weight that a thread reads ahead, 0 for none. All programs begin with the first rows.
-        EARLY: See `wait_for_inputs`.
-    """
+    """`skip_gate_up_kernel`, arguments as there, that may be started early; see `wait_for_inputs`."""
     let_next_start(EARLY)
-    if CHUNK > 0:  # noqa: SIM102 - one is the compiler's to decide, the other the program's
-        if expects_active(scale, tokens, SCAN):
-            prefetch_share(gate_weight, tl.program_id(1), THREADS, CHUNK)
-            prefetch_share(up_weight, tl.program_id(1), THREADS, CHUNK)
     wait_for_inputs(EARLY)
     sizes = (tokens, hidden, intermediate)
     skip_gate_up_kernel(hidden_states, scale, gate_weight, up_weight, *sizes, gated, ROWS, COLUMNS, DEPTH, SCAN, UPCAST)
@@ -633,10 +478,7 @@ def early_skip_down_kernel(  # noqa: PLR0913, PLR0917
     UPCAST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """`skip_down_kernel` that is started early; arguments as there.
-
-    It reads nothing ahead: while it waits, other weights pass through the cache, more than that holds.
-    """
+    """`skip_down_kernel`, likewise."""
     let_next_start(EARLY)
     wait_for_inputs(EARLY)
     sizes = (tokens, intermediate, hidden)

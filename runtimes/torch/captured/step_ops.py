@@ -42,42 +42,18 @@ class Routing:
     branch_scale: tuple[float, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class Ahead:
-    """Weights that are read next, for whoever leaves the memory idle and would have them in the cache by then.
-
-    Attributes:
-        weight: T, in one piece.
-        unless: float32 [tokens], scales of the MLP in between: where any of them is not 0, its weights come first.
-    """
-
-    weight: torch.Tensor
-    unless: torch.Tensor | None = None
-
-
 class StepOps(abc.ABC):
     """Nothing here waits for the device, and shapes depend on arguments' shapes alone: a CUDA graph may capture it."""
 
     @abc.abstractmethod
     def add_norm(
-        self,
-        stream: torch.Tensor,
-        added: torch.Tensor | None,
-        weight: torch.Tensor,
-        epsilon: float,
-        ahead: Ahead | None = None,
+        self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream with a branch added to it, and its RMS norm; all T [tokens, hidden]."""
 
     @abc.abstractmethod
     def add_norm_route(
-        self,
-        stream: torch.Tensor,
-        added: torch.Tensor | None,
-        weight: torch.Tensor,
-        epsilon: float,
-        routing: Routing,
-        ahead: Ahead | None = None,
+        self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float, routing: Routing
     ) -> tuple[torch.Tensor, torch.Tensor, Decisions]:
         """The same, and what a router decides from the stream."""
 
@@ -115,7 +91,6 @@ class StepOps(abc.ABC):
         rotary: tuple[torch.Tensor, torch.Tensor],
         keys: torch.Tensor,
         values: torch.Tensor,
-        ahead: Ahead | None = None,
     ) -> torch.Tensor:
         """One token per sequence: as `rotate_and_store`, and its attention to its own slot and those before.
 
@@ -140,12 +115,7 @@ class TorchOps(StepOps):
     """Their definition: what transformers' modules compute, step by step."""
 
     def add_norm(  # noqa: D102
-        self,
-        stream: torch.Tensor,
-        added: torch.Tensor | None,
-        weight: torch.Tensor,
-        epsilon: float,
-        ahead: Ahead | None = None,
+        self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         stream = stream if added is None else stream + added
         wide = stream.float()
@@ -153,13 +123,7 @@ class TorchOps(StepOps):
         return stream, weight * even.to(stream.dtype)
 
     def add_norm_route(  # noqa: D102
-        self,
-        stream: torch.Tensor,
-        added: torch.Tensor | None,
-        weight: torch.Tensor,
-        epsilon: float,
-        routing: Routing,
-        ahead: Ahead | None = None,
+        self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float, routing: Routing
     ) -> tuple[torch.Tensor, torch.Tensor, Decisions]:
         stream, normed = self.add_norm(stream, added, weight, epsilon)
         scores = torch.sigmoid(stream.float() @ routing.router)
@@ -194,7 +158,6 @@ class TorchOps(StepOps):
         rotary: tuple[torch.Tensor, torch.Tensor],
         keys: torch.Tensor,
         values: torch.Tensor,
-        ahead: Ahead | None = None,
     ) -> torch.Tensor:
         query = self.rotate_and_store(qkv, start, rotary, keys, values)
         seen = torch.arange(keys.shape[2], device=start.device) <= start[:, None]
@@ -244,77 +207,42 @@ def add_scaled(stream: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) 
 _PROGRAMS = 128
 
 
-@dataclasses.dataclass(frozen=True)
-class Overlap:
-    """How a step's kernels overlap: what keeps the memory at work between its large products.
-
-    Attributes:
-        early: 0 starts kernels one after the other; with 1 a kernel starts before the one in front is done, with 2 even
-            before that one has its inputs, and waits where it needs what the other writes (programmatic dependent
-            launch). Takes compute capability 9.0, as reading ahead does.
-        attention_ahead: Bytes of the next product's weights that attention reads ahead.
-        norm_ahead: Likewise, a norm.
-        skip_ahead: Likewise, the norm in front of an MLP that no token needs, of the product behind it.
-        mlp_ahead: Bytes of either weight that a routed MLP's first kernel reads ahead while it waits.
-        product: Columns, depth, warps and stages of a kernel for products of at most 16 rows without bias; None leaves
-            them to PyTorch.
-        product_ahead: Bytes of a program's own weights that such a kernel reads ahead while it waits.
-        vector: Columns and warps of a kernel for products of one row without bias.
-    """
-
-    early: int = 0
-    attention_ahead: int = 0
-    norm_ahead: int = 0
-    skip_ahead: int = 0
-    mlp_ahead: int = 0
-    product: tuple[int, int, int, int] | None = None
-    product_ahead: int = 0
-    vector: tuple[int, int] | None = None
-
-
 class KernelOps(StepOps):
     """One launch each. For one decoder, on one stream: launches share counters.
 
     Args:
         interpreted: Triton's interpreter runs the kernels, on tensors in host memory.
-        overlap: How kernels overlap; not at all by default.
+        early: 0 starts kernels one after the other. With 1 a kernel starts once the one in front has its inputs, with 2
+            once that one has started, and waits where it needs what the other writes (programmatic dependent launch).
+            Takes compute capability 9.0.
+        vectors: Products of one token run in a kernel of their own, whose weights are on their way while it waits.
         programs: That attention is split among at the most; about as many as the GPU has multiprocessors.
     """
 
-    def __init__(self, *, interpreted: bool = False, overlap: Overlap | None = None, programs: int = _PROGRAMS) -> None:
+    def __init__(
+        self, *, interpreted: bool = False, early: int = 0, vectors: bool = False, programs: int = _PROGRAMS
+    ) -> None:
         # Only here is Triton needed, and it may be missing.
         from dlo_export.plugins import kernels  # noqa: PLC0415
         from dlo_export.runtimes.torch.captured import step_kernels  # noqa: PLC0415
 
         self._kernels: Any = step_kernels
-        self._launch, self._decode_tile = kernels.launch, kernels.decode_tile
+        self._launch = kernels.launch
         self._interpreted = interpreted
-        self._overlap = overlap or Overlap()
-        self._programs = programs
-        self._early: dict[str, Any] = {"launch_pdl": True} if self._overlap.early else {}
+        self._vectors, self._programs = vectors, programs
+        self._early: dict[str, Any] = {"EARLY": early, **({"launch_pdl": True} if early else {})}
         self._arrived: dict[int, torch.Tensor] = {}
 
     def add_norm(  # noqa: D102
-        self,
-        stream: torch.Tensor,
-        added: torch.Tensor | None,
-        weight: torch.Tensor,
-        epsilon: float,
-        ahead: Ahead | None = None,
+        self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        stream, normed, _ = self._add_norm(stream, added, weight, epsilon, None, ahead)
+        stream, normed, _ = self._add_norm(stream, added, weight, epsilon, None)
         return stream, normed
 
     def add_norm_route(  # noqa: D102
-        self,
-        stream: torch.Tensor,
-        added: torch.Tensor | None,
-        weight: torch.Tensor,
-        epsilon: float,
-        routing: Routing,
-        ahead: Ahead | None = None,
+        self, stream: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float, routing: Routing
     ) -> tuple[torch.Tensor, torch.Tensor, Decisions]:
-        stream, normed, decisions = self._add_norm(stream, added, weight, epsilon, routing, ahead)
+        stream, normed, decisions = self._add_norm(stream, added, weight, epsilon, routing)
         assert decisions is not None, "a routing was given"
         return stream, normed, decisions
 
@@ -325,7 +253,6 @@ class KernelOps(StepOps):
         weight: torch.Tensor,
         epsilon: float,
         routing: Routing | None,
-        ahead: Ahead | None,
     ) -> tuple[torch.Tensor, torch.Tensor, Decisions | None]:
         tokens, hidden = stream.shape
         normed = torch.empty_like(stream)
@@ -337,15 +264,7 @@ class KernelOps(StepOps):
             scores, scale = (stream.new_empty(tokens, dtype=torch.float32) for _ in range(2))
             router, threshold, (offset, slope) = routing.router, routing.threshold, routing.branch_scale
         block = _power_of_two(hidden)
-        warps = max(1, min(16, block // 256))
-        unless = None if ahead is None or tokens > MOST_TOKENS["decode"] else ahead.unless
-        chunk = 0
-        if ahead is not None and tokens <= MOST_TOKENS["decode"]:
-            wanted = self._overlap.norm_ahead if unless is None else self._overlap.skip_ahead
-            chunk = _chunk(wanted, ahead.weight, _READERS * warps * 32)
-        if unless is not None and chunk:
-            scale = unless
-        self._kernels.add_norm_kernel[(tokens + (_READERS if chunk else 0),)](
+        self._kernels.add_norm_kernel[(tokens,)](
             stream,
             stream if added is None else added,
             weight,
@@ -355,20 +274,14 @@ class KernelOps(StepOps):
             normed,
             scores,
             scale,
-            stream if ahead is None else ahead.weight,
-            tokens,
             hidden,
             epsilon,
             offset,
             slope,
             ADDS=added is not None,
             ROUTES=routing is not None,
-            UNLESS_ACTIVE=unless is not None,
             BLOCK=block,
-            THREADS=warps * 32,
-            CHUNK=chunk,
-            EARLY=self._overlap.early,
-            num_warps=warps,
+            num_warps=max(1, min(16, block // 256)),
             **self._early,
         )
         return summed, normed, None if routing is None else Decisions(scores, scale)
@@ -409,7 +322,6 @@ class KernelOps(StepOps):
         rotary: tuple[torch.Tensor, torch.Tensor],
         keys: torch.Tensor,
         values: torch.Tensor,
-        ahead: Ahead | None = None,
     ) -> torch.Tensor:
         batch, kv_heads, capacity, width = keys.shape
         heads = qkv.shape[-1] // width - 2 * kv_heads
@@ -430,7 +342,6 @@ class KernelOps(StepOps):
             totals,
             self._counters(batch * kv_heads, start.device),
             attended,
-            qkv if ahead is None else ahead.weight,
             width**-0.5,
             kv_heads,
             capacity,
@@ -440,12 +351,7 @@ class KernelOps(StepOps):
             WIDTH=wide,
             BLOCK=slots,
             SPLITS=splits,
-            THREADS=_THREADS,
-            CHUNK=0
-            if ahead is None
-            else _chunk(self._overlap.attention_ahead, ahead.weight, batch * kv_heads * splits * _THREADS),
-            EARLY=self._overlap.early,
-            num_warps=_THREADS // 32,
+            num_warps=4,
             **self._early,
         )
         return attended
@@ -460,7 +366,7 @@ class KernelOps(StepOps):
         tokens, intermediate = len(gate_up), gate_up.shape[1] // 2
         gated = gate_up.new_empty(tokens, intermediate)
         self._kernels.gate_kernel[(tokens, -(-intermediate // _COLUMNS))](
-            gate_up, gated, intermediate, BLOCK=_COLUMNS, EARLY=self._overlap.early, num_warps=4, **self._early
+            gate_up, gated, intermediate, BLOCK=_COLUMNS, num_warps=4, **self._early
         )
         return gated
 
@@ -476,75 +382,41 @@ class KernelOps(StepOps):
         first: dict[str, Any] = {}
         second: dict[str, Any] = {}
         # A prompt's kernels work long enough to hide what is between them.
-        if self._overlap.early and len(normed) <= MOST_TOKENS["decode"]:
-            options |= {"EARLY": self._overlap.early, **self._early}
-            tile = self._decode_tile("SkipGateUp", dtype)
-            threads, programs = 32 * tile.warps, -(-mlp.gate.shape[1] // tile.columns)
-            ahead = self._overlap.mlp_ahead if len(normed) <= tile.rows else 0
-            first = {"kernel": self._kernels.early_skip_gate_up_kernel, "THREADS": threads}
-            first["CHUNK"] = _chunk(ahead, mlp.gate, programs * threads)
-            second = {"kernel": self._kernels.early_skip_down_kernel}
+        if self._early["EARLY"] and len(normed) <= MOST_TOKENS["decode"]:
+            first = {"kernel": self._kernels.early_skip_gate_up_kernel, **self._early}
+            second = {"kernel": self._kernels.early_skip_down_kernel, **self._early}
         self._launch("SkipGateUp", rows, scales, mlp.gate, mlp.up, gated, **options, **first)
         self._launch("SkipDown", gated, scales, mlp.down, residual, output, **options, **second)
         return output.squeeze(0)
 
     def product(self, rows: torch.Tensor, product: Product) -> torch.Tensor:  # noqa: D102
-        tokens, depth = rows.shape
-        if tokens == 1 and self._overlap.vector is not None and product.bias is None:
-            return self._vector_product(rows, product.weight, *self._overlap.vector)
-        if self._overlap.product is None or tokens > _ROWS or product.bias is not None:
+        if not self._vectors or len(rows) > 1 or product.bias is not None:
             return product(rows)
-        columns, step, warps, stages = self._overlap.product
-        if len(product.weight) % columns or depth % step:
-            return product(rows)
-        output = rows.new_empty(tokens, len(product.weight))
-        self._kernels.product_kernel[(len(product.weight) // columns,)](
+        wide, depth = product.weight.shape
+        block = _power_of_two(depth)
+        columns = math.gcd(vector_columns(block, rows.itemsize), wide)
+        output = rows.new_empty(1, wide)
+        self._kernels.vector_product_kernel[(wide // columns,)](
             rows,
             product.weight,
-            tokens,
             depth,
-            len(product.weight),
-            output,
-            ROWS=_ROWS,
-            COLUMNS=columns,
-            DEPTH=step,
-            THREADS=warps * 32,
-            CHUNK=_chunk(self._overlap.product_ahead, product.weight[:columns], warps * 32),
-            UPCAST=self._interpreted,
-            EARLY=self._overlap.early,
-            num_warps=warps,
-            num_stages=stages,
-            **self._early,
-        )
-        return output
-
-    def _vector_product(self, row: torch.Tensor, weight: torch.Tensor, columns: int, warps: int) -> torch.Tensor:
-        wide, depth = weight.shape
-        columns = math.gcd(columns, wide)
-        output = row.new_empty(1, wide)
-        self._kernels.vector_product_kernel[(wide // columns,)](
-            row,
-            weight,
-            depth,
-            wide,
             output,
             COLUMNS=columns,
-            BLOCK=_power_of_two(depth),
-            EARLY=self._overlap.early,
-            num_warps=warps,
+            BLOCK=block,
+            num_warps=4,
             **self._early,
         )
         return output
 
 
-_ROWS = 16  # of a tensor core instruction
-_THREADS = 128  # of a program of the attention kernel
-_READERS = 64  # programs of a norm that read ahead
+def vector_columns(block: int, itemsize: int) -> int:
+    """Columns of a program of one token's product: as many as have their weights, 64 KB, in registers of 128 threads.
 
-
-def _chunk(wanted: int, weight: torch.Tensor, threads: int) -> int:
-    """Bytes of a weight that each of so many threads reads ahead: so many of it in all, a multiple of 16 each."""
-    return min(wanted, weight.nbytes) // threads // 16 * 16
+    Args:
+        block: Elements of a column, a power of two.
+        itemsize: Bytes of an element.
+    """
+    return max(1, min(8, (1 << 16) // (block * itemsize)))
 
 
 _COLUMNS = 1024  # of the gated products, that a program computes
