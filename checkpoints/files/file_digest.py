@@ -76,7 +76,7 @@ class HashedFile:
         """Memory to make the next chunk in, uint8 [nbytes], by turns one of two: the last chunk may still be hashed.
 
         What is allocated anew for every chunk goes back to the system, which has to find and to clear pages for the
-        next: a tenth of the CPU time in which an 8B model is exported.
+        next.
         """
         self._buffers.rotate()
         if self._buffers[0].nbytes < nbytes:

@@ -62,9 +62,9 @@ class LowerSkipToCompactionPass(LoweringPass):
 
     An MLP of no rows takes no time; attention for which no token is active does. With `branches`, attention on rows
     stands in an If, whose other branch passes x on and appends to the cache what skipped tokens leave
-    (`LowerSkipToIfPass`); where whole layers are skipped, so does the MLP, in the same one: a second costs a decode
-    step as much as ten additions. An MLP that is skipped alone stays in the main graph, where tools that quantise
-    graphs find it, and so does one whose weights are dequantised by nodes of their own.
+    (`LowerSkipToIfPass`); where whole layers are skipped, so does the MLP, in the same one, since each If costs more
+    than several small nodes. An MLP that is skipped alone stays in the main graph, where tools that quantise graphs
+    find it, and so does one whose weights are dequantised by nodes of their own.
 
     Scope: every routed decoder layer of the main graph. Source: ONNX ScatterND-11, GatherND-12, If-1.
 

@@ -23,8 +23,8 @@ def zero_in_front(graph: ir.Graph, masked: MaskedAttention, made_by: str) -> lis
         m      = Where(column, n, 0)
         k', v' = Rotary(MatMul(m, Wk)), MatMul(m, Wv)
 
-    The query is projected from m as well: what attention computes for a skipped token is masked behind it. A Where
-    takes ONNX Runtime as long as a norm and an addition together. Left alone where a projection has a bias, or the two
+    The query is projected from m as well: what attention computes for a skipped token is masked behind it. A Where is
+    among the dearest of ONNX Runtime's small operators. Left alone where a projection has a bias, or the two
     read different values.
 
     Args:
