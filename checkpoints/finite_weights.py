@@ -97,6 +97,8 @@ class FiniteTensor:
         self._name = name
         self._tensor = tensor
         self._origin = origin
+        # A matrix that is written transposed is read from end to end for every chunk of its columns.
+        self._looked_at: set[tuple[int, int]] = set()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -124,13 +126,15 @@ class FiniteTensor:
         return values
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start:stop`.
+        """Rows `start:stop`; looked at once, however often they are read.
 
         Raises:
             NonFiniteWeightError: A value of them is not finite.
         """
         values = self._tensor.rows(start, stop)
-        check_finite(values, self._name, self._origin, first_row=start)
+        if (start, stop) not in self._looked_at:
+            check_finite(values, self._name, self._origin, first_row=start)
+            self._looked_at.add((start, stop))
         return values
 
     def release(self) -> None:

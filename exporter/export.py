@@ -247,17 +247,12 @@ def _export_into(
     sha256: Callable[[], str | None] = source.base.sha256 if request.weights else lambda: None
     if not source.base.data_files:
         sha256 = BackgroundValue(sha256).result
+    target = PROVIDER_TARGETS[request.provider]
     with reporter.stage("graph"):
         if request.static_cache is None:
-            model = build_model(
-                source,
-                lowering,
-                graph_dtype(dtype),
-                PROVIDER_TARGETS[request.provider],
-                last_logits=request.last_logits,
-            )
+            model = build_model(source, lowering, graph_dtype(dtype), target, last_logits=request.last_logits)
         else:
-            model = build_captured_model(source, lowering, request.static_cache, graph_dtype(dtype))
+            model = build_captured_model(source, lowering, request.static_cache, graph_dtype(dtype), target)
         set_model_metadata(model, source, dtype=dtype, lowering=lowering)
         if not source.base.is_built_here:
             # Imported here: an export that runs nothing starts in less time and memory without ONNX Runtime.

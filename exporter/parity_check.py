@@ -352,12 +352,11 @@ def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, r
 
 def _masked_graph(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
-    dtype = description.dtype
+    dtype, target = graph_dtype(description.dtype), PROVIDER_TARGETS[description.provider]
     if slots := cache_slots(released.graph):
-        model = build_captured_model(source, "masked", slots, graph_dtype(dtype))
+        model = build_captured_model(source, "masked", slots, dtype, target)
     else:
-        target = PROVIDER_TARGETS[description.provider]
-        model = build_model(source, "masked", graph_dtype(dtype), target, compared_with=description.lowering)
+        model = build_model(source, "masked", dtype, target, compared_with=description.lowering)
     if different := take_weights(model, external_tensors(released.graph)):
         raise InputError(
             f"{folder / MODEL_NAME}: its weights are not those of an export of this source: "

@@ -29,11 +29,13 @@ from dlo_export.graph_passes.cleanup.inline_functions import InlineFunctionsPass
 from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.lift_constants import LiftConstantsPass
+from dlo_export.graph_passes.cleanup.multiply_tied_head import MultiplyTiedHeadPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
 from dlo_export.graph_passes.cleanup.name_logits import NameLogitsPass
 from dlo_export.graph_passes.cleanup.name_uniquely import NameUniquelyPass
 from dlo_export.graph_passes.cleanup.remove_identities import RemoveIdentitiesPass
 from dlo_export.graph_passes.cleanup.remove_unused import RemoveUnusedPass
+from dlo_export.graph_passes.cleanup.scatter_packed_rows import ScatterPackedRowsPass
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.cleanup.use_matmul_nbits import UseMatMulNBitsPass
@@ -189,6 +191,7 @@ def _masked_steps(source: GraphSource) -> list[Step]:
 def onnxruntime_steps(
     source: GraphSource,
     lowering: LoweringRecord,
+    target: Target,
     *,
     last_logits: bool = False,
     compared_with: LoweringRecord | None = None,
@@ -198,6 +201,7 @@ def onnxruntime_steps(
     Args:
         source: What is exported.
         lowering: What routed blocks become.
+        target: What it is to run on.
         last_logits: Compute the logits of each sequence's last token only.
         compared_with: Of the graph that this one is held against: all around routed blocks is done as for that one.
     """
@@ -219,6 +223,10 @@ def onnxruntime_steps(
         *_lowering_steps(lowering, Workload(), lowered),
         # Late: the fewer nodes the passes above meet the better. Decode gets 4 % faster.
         *([Step(FuseSiblingMatMulsPass(), lowered)] if source.packs_weights else []),
+        # Rows of what is one product now are put in their places at once.
+        *([Step(ScatterPackedRowsPass(), lowered)] if source.packs_weights else []),
+        # One token's logits may be copied.
+        *([] if last_logits else _head_steps(lowered, target)),
         # transformers.js and optimum know the batch by its dimension's name.
         Step(NameBatchDimensionPass(), lowered),
         # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
@@ -227,7 +235,12 @@ def onnxruntime_steps(
 
 
 def captured_steps(
-    source: GraphSource, lowering: LoweringRecord, max_cache: int, *, fuse_routers: bool = True
+    source: GraphSource,
+    lowering: LoweringRecord,
+    max_cache: int,
+    target: Target,
+    *,
+    fuse_routers: bool = True,
 ) -> list[Step]:
     """What turns the plain graph into one whose step a CUDA graph captures in ONNX Runtime, each step with its reason.
 
@@ -235,6 +248,7 @@ def captured_steps(
         source: What is exported.
         lowering: One that a CUDA graph can capture.
         max_cache: Slots of the cache, per sequence.
+        target: What it is to run on.
         fuse_routers: Let the dlo operators' library compute routers' scores too, where it is needed anyway.
     """
     fused = fuse_routers and DOMAIN in lowering.domains
@@ -246,6 +260,7 @@ def captured_steps(
         *([Step(FuseRouterScoresPass(), lowering.stage)] if fused else []),
         # One product for query, key and value, which attention takes as it is.
         Step(FuseSiblingMatMulsPass(), lowering.stage),
+        *_head_steps(lowering.stage, target),
     ]
     # A cache at fixed addresses. Last: where query, key and value are one product shows only now.
     stage = dataclasses.replace(
@@ -422,7 +437,7 @@ def build_model(
     """
     record = find_lowering(lowering, target)
     other = None if compared_with is None else find_lowering(compared_with, target)
-    steps = onnxruntime_steps(source, record, last_logits=last_logits, compared_with=other)
+    steps = onnxruntime_steps(source, record, target, last_logits=last_logits, compared_with=other)
     return run_steps(_plain(source, dtype), steps)
 
 
@@ -431,6 +446,7 @@ def build_captured_model(
     lowering: str,
     max_cache: int,
     dtype: ir.DataType = ir.DataType.FLOAT,
+    target: Target = "onnxruntime-cuda",
     *,
     fuse_routers: bool = True,
 ) -> ir.Model:
@@ -441,6 +457,7 @@ def build_captured_model(
         lowering: Name of what routed layers become.
         max_cache: Slots of the cache, per sequence.
         dtype: Of weights, KV cache and logits.
+        target: What it is to run on.
         fuse_routers: Let the dlo operators' library compute routers' scores too, where it is needed anyway.
 
     Returns:
@@ -462,7 +479,8 @@ def build_captured_model(
             f"a static cache for ONNX Runtime: {'; '.join(problems)}",
             hint="export without it, or choose --lowering plugin",
         )
-    return run_steps(_plain(source, dtype), captured_steps(source, record, max_cache, fuse_routers=fuse_routers))
+    steps = captured_steps(source, record, max_cache, target, fuse_routers=fuse_routers)
+    return run_steps(_plain(source, dtype), steps)
 
 
 def check_captured(dtype: str, provider: ProviderOption) -> None:
@@ -546,6 +564,11 @@ def _lowering_steps(lowering: LoweringRecord, workload: Workload, stage: StageSp
 
 def _routes_attention(source: GraphSource) -> bool:
     return source.routing is not None and "self_attn" in ROUTED_BLOCKS[source.routing.kind]
+
+
+def _head_steps(stage: StageSpec, target: Target) -> list[Step]:
+    # On a CPU, copying a prompt's logits takes as long as half of its norms and additions.
+    return [Step(MultiplyTiedHeadPass(), stage)] if target == "onnxruntime-cpu" else []
 
 
 def _injects(source: GraphSource) -> bool:

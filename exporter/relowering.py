@@ -123,8 +123,9 @@ class ReloweredGraph:
         config = LlamaConfig.from_json(self._folder / "config.json")
         source = _ReleasedSource(config, self._released)
         logits = next(spec for spec in self._description.interface.outputs if spec.name == LOGITS)
-        record = find_lowering(lowering, PROVIDER_TARGETS[self._description.provider])
-        steps = onnxruntime_steps(source, record, last_logits=logits.shape[1] == 1)
+        target = PROVIDER_TARGETS[self._description.provider]
+        record = find_lowering(lowering, target)
+        steps = onnxruntime_steps(source, record, target, last_logits=logits.shape[1] == 1)
         return run_steps(source.plain_model(graph_dtype(self._description.dtype)), steps)
 
     def _not_the_same(self) -> str | None:

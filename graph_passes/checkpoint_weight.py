@@ -38,17 +38,22 @@ class CheckpointWeight(RowTensor):
         self._transposed = transposed
         self._can_overflow = _largest(dtype) < _largest(ir.DataType.from_numpy(source.dtype))
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Rows `start:stop` of the stored layout, cast; a view of the checkpoint where they are stored like that.
 
         Raises:
             WeightOverflowError: A finite value becomes infinite.
         """
         with np.errstate(over="ignore"):  # an error of ours says more than NumPy's warning
-            rows = self._columns(start, stop) if self._transposed else self._rows(start, stop)
+            rows = self._columns(start, stop, out) if self._transposed else self._rows(start, stop, out)
         if self._can_overflow and not all_finite(rows):
             self._check_overflow()
         return rows
+
+    @property
+    def makes_rows(self) -> bool:
+        """Where they are not views of the checkpoint."""
+        return self._transposed or self._source.dtype != self.dtype.numpy()
 
     @property
     def chunk_rows(self) -> int:
@@ -59,8 +64,12 @@ class CheckpointWeight(RowTensor):
         """Gives the checkpoint's pages back."""
         self._source.release()
 
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        return np.ascontiguousarray(self._source.rows(start, stop), self.dtype.numpy())
+    def _rows(self, start: int, stop: int, out: np.ndarray | None) -> np.ndarray:
+        rows = self._source.rows(start, stop)
+        if out is None:
+            return np.ascontiguousarray(rows, self.dtype.numpy())
+        out[:] = rows
+        return out
 
     def _check_overflow(self) -> None:
         """Looks for the largest finite value: where infinities come through on request, they are not ours."""
@@ -80,15 +89,17 @@ class CheckpointWeight(RowTensor):
                 hint=bf16 if self.dtype == ir.DataType.FLOAT16 else "use --dtype fp32",
             )
 
-    def _columns(self, start: int, stop: int) -> np.ndarray:
-        """Columns `start:stop` of the source, transposed.
+    def _columns(self, start: int, stop: int, out: np.ndarray | None) -> np.ndarray:
+        """Columns `start:stop` of the source, transposed; in `out` where it is given.
 
         A few columns of every row touch nearly all pages of a mapped file, so the source is read and released a range
         of rows at a time.
         """
         source = self._source
-        columns = np.empty((stop - start, source.shape[0]), self.dtype.numpy())
+        columns = np.empty((stop - start, source.shape[0]), self.dtype.numpy()) if out is None else out
         step = rows_at_once(source.shape[0], source.nbytes)
+        if isinstance(source, BlockTensor):
+            step = max(1, step // 4)  # what is dequantised is held beside the chunk, with what that takes besides
         for first in range(0, source.shape[0], step):
             last = min(first + step, source.shape[0])
             part = _part(source, slice(first, last), slice(start, stop))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.checkpoints.files.file_digest import HashedFile
 from dlo_export.checkpoints.lazy_tensors import rows_at_once
 
 
@@ -26,8 +28,19 @@ class RowTensor(ir.LazyTensor, abc.ABC):
         self.row_block = row_block
 
     @abc.abstractmethod
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start:stop`, C-contiguous, in the stored element type."""
+    def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows `start:stop` in the stored element type, C-contiguous unless they are made in `out`.
+
+        Args:
+            start: The first.
+            stop: Behind the last.
+            out: Of their shape and type; given to a tensor that `makes_rows`, which returns it.
+        """
+
+    @property
+    def makes_rows(self) -> bool:
+        """Whether rows can be made in memory that is there already; else they are a view, or come as they come."""
+        return False
 
     @property
     def chunk_rows(self) -> int:
@@ -45,17 +58,25 @@ class RowTensor(ir.LazyTensor, abc.ABC):
         """Writes the tensor in chunks of at most `lazy_tensors.CHUNK_BYTES`, but of at least one block of rows."""
         step = max(1, self.chunk_rows // self.row_block) * self.row_block
         for start in range(0, self._row_count, step):
-            chunk = self.rows(start, min(start + step, self._row_count))
+            stop = min(start + step, self._row_count)
+            chunk = self.rows(start, stop, self._memory(file, stop - start))
             file.write(chunk.view(np.uint8).data)  # as bytes: bfloat16 has no buffer format of its own
             self.release()
+
+    def _memory(self, file: BinaryIO, rows: int) -> np.ndarray | None:
+        """What so many rows are made in, where the file keeps memory for chunks."""
+        if not (self.makes_rows and isinstance(file, HashedFile)):
+            return None
+        dtype, shape = self.dtype.numpy(), (rows, *self.shape.numpy()[1:])
+        return file.buffer(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
     @property
     def _row_count(self) -> int:
         return self.shape.numpy()[0]
 
 
-def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> np.ndarray:
-    """Rows `start:stop` of any tensor, without computing the others where the tensor allows it."""
+def read_rows(tensor: ir.TensorProtocol, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Rows `start:stop` of any tensor, without computing the others where the tensor allows it; `out` as for `rows`."""
     if isinstance(tensor, RowTensor):
-        return tensor.rows(start, stop)
+        return tensor.rows(start, stop, out)
     return np.asarray(tensor.numpy()[start:stop])

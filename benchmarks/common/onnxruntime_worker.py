@@ -13,6 +13,7 @@ from benchmarks.common.workers import serve
 from dlo_export.checkpoints.interface import (
     ATTENTION_MASK,
     INPUT_IDS,
+    KV_LENGTHS,
     LOGITS,
     POSITION_IDS,
     continuation_of,
@@ -31,7 +32,7 @@ class DecoderStep:
         sequence: Tokens of the step.
         threads: Of the session.
         shared_cache: Bind each layer's past and present to one buffer, as onnxruntime-genai does where the graph's
-            GroupQueryAttention appends in place.
+            GroupQueryAttention appends in place; what `--static-cache` makes is bound so in any case.
         spinning: Let idle threads spin, as ONNX Runtime does unless told otherwise.
         options: Session options to start from.
     """
@@ -56,6 +57,7 @@ class DecoderStep:
         self.cache_names = [name for name in self.inputs if is_state_input(name)]
         self.past_of = {continuation_of(name): name for name in self.cache_names}
         self.batch, past = tokens.shape[0], tokens.shape[1] - sequence
+        shared_cache = shared_cache or KV_LENGTHS in self.inputs
         self.cache = self._empty_cache(tokens.shape[1] if shared_cache else 0)
         self.shared_cache = shared_cache
         if past:
@@ -90,7 +92,8 @@ class DecoderStep:
         if len(dims) == 2:
             return self.batch, length
         if isinstance(dims[1], int) and isinstance(dims[3], int):
-            return self.batch, dims[1], length, dims[3]
+            slots = dims[2] if isinstance(dims[2], int) else length
+            return self.batch, dims[1], slots, dims[3]
         # onnxruntime-genai's own graphs name dimensions of the cache; the file beside them has the numbers.
         decoder = json.loads((self.graph.parent / "genai_config.json").read_text())["model"]["decoder"]
         return self.batch, decoder["num_key_value_heads"], length, decoder["head_size"]
@@ -104,6 +107,7 @@ class DecoderStep:
             INPUT_IDS: tokens,
             ATTENTION_MASK: np.ones((self.batch, total), np.int64),
             POSITION_IDS: np.tile(np.arange(past, total, dtype=np.int64), (self.batch, 1)),
+            KV_LENGTHS: np.full(self.batch, total, np.int64),
         }
         binding = self.session.io_binding()
         for name, value in feeds.items():

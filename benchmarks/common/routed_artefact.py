@@ -18,9 +18,23 @@ from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.runtimes.artefact.description import MODEL_NAME
 
 
-def export(model: Path, output: Path, adapter: Path | None = None, lowering: str = "auto") -> Path:
+def export(
+    model: Path,
+    output: Path,
+    adapter: Path | None = None,
+    lowering: str = "auto",
+    static_cache: int | None = None,
+) -> Path:
     """Does what `dlo-export MODEL -o OUTPUT --adapter ADAPTER --no-parity` does; returns the graph."""
-    request = ExportRequest(str(model), output, adapter=adapter, lowering=lowering, parity=False, force=True)
+    request = ExportRequest(
+        str(model),
+        output,
+        adapter=adapter,
+        lowering=lowering,
+        parity=False,
+        force=True,
+        static_cache=static_cache,
+    )
     export_model(request, Reporter())
     return output / MODEL_NAME
 

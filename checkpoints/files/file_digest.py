@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
+
+import numpy as np
 
 # A larger chunk is not kept in memory for its hash while the next one is made. Those of weights are: to hash them
 # takes as long as to transpose the next one.
@@ -55,6 +58,7 @@ class HashedFile:
         self._digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
         self._hashing: Future[None] | None = None
         self._position = 0
+        self._buffers: deque[np.ndarray] = deque([np.empty(0, np.uint8)] * 2)
 
     def write(self, data: Any) -> int:
         """Appends bytes, given as any contiguous buffer, which must not change until the next call."""
@@ -67,6 +71,18 @@ class HashedFile:
             self._wait()
         self._position += chunk.nbytes
         return chunk.nbytes
+
+    def buffer(self, nbytes: int) -> np.ndarray:
+        """Memory to make the next chunk in, uint8 [nbytes], by turns one of two: the last chunk may still be hashed.
+
+        What is allocated anew for every chunk goes back to the system, which has to find and to clear pages for the
+        next.
+        """
+        self._buffers.rotate()
+        if self._buffers[0].nbytes < nbytes:
+            self._buffers[0] = np.empty(0, np.uint8)  # the smaller one goes first
+            self._buffers[0] = np.empty(nbytes, np.uint8)
+        return self._buffers[0][:nbytes]
 
     def pad_to(self, offset: int) -> None:
         """Appends zeros up to an offset, which lies ahead."""

@@ -46,7 +46,7 @@ class GrowCacheOutsideAttentionPass(GraphPass):
             GraphPassError: There is none with a growing cache, or one cannot be rewritten; with all reasons.
         """
         graph = model.graph
-        for attention in cached_attentions(graph, type(self).__name__):
+        for attention in cached_attentions(graph, self._name):
             _rewrite(graph, attention)
         remove_unused(graph)
         return True

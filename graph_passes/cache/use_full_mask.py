@@ -57,7 +57,7 @@ class UseFullMaskPass(GraphPass):
                 continue
             mask, causal = node.inputs[_MASK], bool(node.attributes.get_int("is_causal", 0))
             if (mask, causal, dtype) not in made:
-                new = TaggedNodes(type(self).__name__, None)
+                new = TaggedNodes(self._name, None)
                 seen = _not_later(graph, new, tokens, node.inputs[_PAST_KEY]) if causal else None
                 made[mask, causal, dtype] = _additive(graph, new, mask, seen, dtype)
                 graph.insert_before(node, new.nodes)

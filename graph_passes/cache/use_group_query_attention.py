@@ -71,7 +71,7 @@ class UseGroupQueryAttentionPass(GraphPass):
             GraphPassError: With all reasons.
         """
         problems = [] if self.max_cache >= 1 else [f"max_cache is {self.max_cache}, expected at least 1"]
-        for attention in cached_attentions(model.graph, type(self).__name__):
+        for attention in cached_attentions(model.graph, self._name):
             if attention.head_dim % _HEAD_MULTIPLE:
                 problems.append(
                     f"{place(attention.node)} has heads of {attention.head_dim}, expected a multiple of "
@@ -93,7 +93,7 @@ class UseGroupQueryAttentionPass(GraphPass):
             GraphPassError: There is none with a growing cache, or one cannot be rewritten; with all reasons.
         """
         graph = model.graph
-        attentions = cached_attentions(graph, type(self).__name__)
+        attentions = cached_attentions(graph, self._name)
         graph.opset_imports[MICROSOFT] = 1
         kv_lengths = ir.val(KV_LENGTHS, dtype=ir.DataType.INT64, shape=["batch"])
         past_lengths = self._past_lengths(graph, attentions[0], kv_lengths)
@@ -108,7 +108,7 @@ class UseGroupQueryAttentionPass(GraphPass):
 
     def _past_lengths(self, graph: ir.Graph, first: CachedAttention, kv_lengths: ir.Value) -> ir.Value:
         """The operator's int32 [batch], one less than there are tokens, put in front of the first attention."""
-        new = TaggedNodes(type(self).__name__, None)
+        new = TaggedNodes(self._name, None)
         one = shared_constant(graph, "model.kv_lengths.one", np.array(1, np.int64))
         less = new.add("Sub", kv_lengths, one, name="model.kv_lengths.less", dtype=ir.DataType.INT64, shape=("batch",))
         int32 = ir.DataType.INT32
@@ -139,7 +139,7 @@ class UseGroupQueryAttentionPass(GraphPass):
             domain=MICROSOFT,
             num_outputs=3,
             name=f"{attention.name}.group_query_attention",
-            metadata_props=TaggedNodes(type(self).__name__, attention.layer).tags,
+            metadata_props=TaggedNodes(self._name, attention.layer).tags,
         )
         graph.insert_before(node, new)
         # Whoever read the old outputs reads the new ones, which take their names once the old ones are gone.

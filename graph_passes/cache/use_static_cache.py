@@ -91,7 +91,7 @@ class UseStaticCachePass(GraphPass):
             GraphPassError: There is none with a growing cache, or one cannot be rewritten; with all reasons.
         """
         graph = model.graph
-        attentions = cached_attentions(graph, type(self).__name__)
+        attentions = cached_attentions(graph, self._name)
         graph.opset_imports[""] = max(OPSET, graph.opset_imports[""])
         write_indices = ir.val(WRITE_INDICES, dtype=ir.DataType.INT64, shape=["batch"])
         kv_lengths = ir.val(KV_LENGTHS, dtype=ir.DataType.INT64, shape=["batch"])
@@ -110,7 +110,7 @@ class UseStaticCachePass(GraphPass):
 
     def _mask(self, graph: ir.Graph, first: CachedAttention, write_indices: ir.Value, kv_lengths: ir.Value) -> ir.Value:
         """The additive mask of all layers, [batch, 1, sequence, max_cache], put in front of the first."""
-        new, int64, boolean = TaggedNodes(type(self).__name__, None), ir.DataType.INT64, ir.DataType.BOOL
+        new, int64, boolean = TaggedNodes(self._name, None), ir.DataType.INT64, ir.DataType.BOOL
         dtype = first.dtype
 
         def constant(name: str, array: np.ndarray) -> ir.Value:
@@ -165,7 +165,7 @@ class UseStaticCachePass(GraphPass):
         assert is_op(hide, "Where"), "RouteLayersPass masks it"
         active, old, dtype = state.inputs[1], state.outputs[0], attention.dtype
         assert active is not None, "Concat has two inputs here"
-        new, shape = TaggedNodes(type(self).__name__, attention.layer), ("batch", 1, self.max_cache, 1)
+        new, shape = TaggedNodes(self._name, attention.layer), ("batch", 1, self.max_cache, 1)
         router = router_path(attention.layer)
         past.type, past.shape = ir.TensorType(dtype), ir.Shape(shape)
         numbers = new.add("Cast", active, name=f"{router}.numbers", dtype=dtype, shape=active.shape, to=int(dtype))
@@ -192,7 +192,7 @@ class UseStaticCachePass(GraphPass):
     def _rewrite(self, graph: ir.Graph, attention: CachedAttention, write_indices: ir.Value, mask: ir.Value) -> None:
         # A step's keys and values are written into their slots, and all slots are attended over under the one mask.
         # Past and present have one fixed shape, so that a runtime may keep them in one buffer.
-        new = TaggedNodes(type(self).__name__, attention.layer)
+        new = TaggedNodes(self._name, attention.layer)
         shape = ("batch", attention.kv_heads, self.max_cache, attention.head_dim)
         present = []
         for index, part in ((1, "key"), (2, "value")):

@@ -74,8 +74,20 @@ class _SideBySide(RowTensor):
         super().__init__(name, parts[0].dtype, (shapes[0][0], sum(width for _, width in shapes)), row_block=row_block)
         self._parts = parts
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        return np.concatenate([read_rows(part, start, stop) for part in self._parts], axis=1)
+    def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        joined = np.empty((stop - start, self.shape.numpy()[1]), self.dtype.numpy()) if out is None else out
+        first = 0
+        for part in self._parts:
+            columns = joined[:, first : first + part.shape.numpy()[1]]
+            made = read_rows(part, start, stop, columns)
+            if made is not columns:
+                columns[:] = made
+            first += columns.shape[1]
+        return joined
+
+    @property
+    def makes_rows(self) -> bool:
+        return True
 
     def release(self) -> None:
         for part in self._parts:

@@ -73,7 +73,7 @@ class JoinSkipNormsPass(GraphPass):
         """Fuse every addition that one norm reads."""
         if not self.every and SplitSkipNormsPass.__name__ not in {run.name for run in passes_run(model)}:
             return False
-        graph, tags = model.graph, {PASS_KEY: type(self).__name__}
+        graph, tags = model.graph, {PASS_KEY: self._name}
         streams = _stream_values(graph) if self.every else set()
         masked = [node for node in graph if _adds_masked_branch(node)]
         apart: set[ir.Value | None] = set()

@@ -46,7 +46,7 @@ class KeepLastLogitsPass(GraphPass):
         graph = model.graph
         inputs = {value.name: value for value in graph.inputs}
         layer = find_decoder_layers(graph)[-1]
-        stream, new = layer.output, TaggedNodes(type(self).__name__, None)
+        stream, new = layer.output, TaggedNodes(self._name, None)
         # Whoever reads the stream now is the head; noted before what follows reads it too.
         readers = [(node, index) for node, index in stream.uses()]
         if WRITE_INDICES in inputs and KV_LENGTHS in inputs:

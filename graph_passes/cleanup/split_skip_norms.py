@@ -47,7 +47,7 @@ class SplitSkipNormsPass(GraphPass):
 
     def rewrite(self, model: ir.Model) -> bool:
         """Split every fused node."""
-        graph, tags = model.graph, {PASS_KEY: type(self).__name__}
+        graph, tags = model.graph, {PASS_KEY: self._name}
         opset = graph.opset_imports.get("", 0)
         # First the branches: what comes out of them is not fused.
         taken_apart = [node for node in graph if is_op(node, "If") and split_in_branches(node, opset, tags)]

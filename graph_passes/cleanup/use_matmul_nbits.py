@@ -75,7 +75,7 @@ class UseMatMulNBitsPass(GraphPass):
                 },
                 domain=MICROSOFT,
                 name=node.name,
-                metadata_props={PASS_KEY: type(self).__name__, LAYER_KEY: str(layer)},
+                metadata_props={PASS_KEY: self._name, LAYER_KEY: str(layer)},
             )
             output = product.outputs[0]
             output.type, output.shape = node.outputs[0].type, node.outputs[0].shape

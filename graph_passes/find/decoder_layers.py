@@ -106,9 +106,10 @@ def find_decoder_layers(graph: ir.Graph) -> tuple[DecoderLayer, ...]:
     order = node_order(graph)
     blocks = _stream_blocks(graph, order)
     token_dims, hidden_size = _stream_dims(blocks[0].stream_in)
+    # A conditional that holds both blocks of a layer gives out the cache of the first.
     owner = {
         node: number
-        for number, block in enumerate(blocks)
+        for number, block in reversed(list(enumerate(blocks)))
         for node in (*block.nodes, block.add, block.conditional)
         if node is not None
     }

@@ -36,8 +36,9 @@ class ResidualBlock:
         branch: What `add` joins with the stream: the value added, or what a lowering has made of it.
         add: The node that closes the block: an Add, or the node that a lowering has tagged.
         stream_out: Residual stream after the block.
-        conditional: The node with subgraphs (an If) one of which holds `nodes` and `add`, and whose output `stream_out`
-            is; None where the block stands in the main graph.
+        conditional: The node with subgraphs (an If) one of which holds `nodes` and `add`; None where the block stands
+            in the main graph. `stream_out` is an output of it, or a value in that branch, where the next block stands
+            there too.
     """
 
     stream_in: ir.Value
@@ -122,6 +123,8 @@ class _Walk:
         inner = (node for subgraph in self.holders for node in subgraph)
         tagged = [node for node in (*order, *inner) if closed_branch(node) is not None]
         self.tagged = sorted(tagged, key=self._position)
+        # By conditional, the values that carry the stream into it.
+        self.entering: dict[ir.Node, Collection[ir.Value]] = {}
 
     def _position(self, node: ir.Node) -> int:
         """Of the node, or of the one in whose subgraph it stands."""
@@ -163,12 +166,14 @@ class _Walk:
             # Its paths may run through the subgraph it stands in, whose output the holder passes on.
             subgraph = closing.graph
             assert isinstance(subgraph, ir.Graph), "a node that reads a value of a graph stands in one"
-            conditional = self.holders.get(subgraph)
-            if conditional is None or output not in subgraph.outputs:
+            conditional, ends = self.holders.get(subgraph), output in subgraph.outputs
+            # A branch may hold several blocks: then only the last one's stream is given out, and all are tagged.
+            if conditional is None or not (ends or closed_branch(closing) is not None):
                 return None
             inner = {node: len(self.order) + number for node, number in node_order(subgraph).items()}
             scope = {**self.order, **inner}
-            output = conditional.outputs[list(subgraph.outputs).index(output)]
+            if ends:
+                output = conditional.outputs[list(subgraph.outputs).index(output)]
         targets = [value for value in closing.inputs if value is not None]
         nodes = nodes_between(scope, (stream,), targets, self.shared)
         if branch.producer() not in nodes:
@@ -201,9 +206,12 @@ class _Walk:
         """Whether what skips a block gives out the stream as it is when it does."""
         if block.conditional is None:
             return False
+        entering = self.entering.setdefault(block.conditional, aliases)
+        if block.stream_out not in block.conditional.outputs:
+            return True  # the last block of the branch is asked
         others = [graph for graph in subgraphs_of(block.conditional) if graph is not block.add.graph]
         position = block.conditional.outputs.index(block.stream_out)
-        return all(graph.outputs[position] in aliases for graph in others)
+        return all(graph.outputs[position] in entering for graph in others)
 
 
 def _joins_stream(block: ResidualBlock) -> bool:

@@ -8,12 +8,13 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import CACHE_PARTS
-from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name
+from dlo_export.checkpoints.llama_layer import ROUTERS, layer_path, layer_tensor_name
 from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_branch import own_columns
 from dlo_export.graph_passes.lowerings.active_rows import token_zeros
 from dlo_export.graph_passes.lowerings.branch_addition import renew_addition
+from dlo_export.graph_passes.lowerings.zeroed_projections import zero_in_front
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
 
@@ -28,7 +29,9 @@ def branch_problems(masked: MaskedAttention) -> list[str]:
     return problems
 
 
-def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str) -> None:
+def move_into_branch(
+    graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str, behind: Sequence[ir.Node] = ()
+) -> None:
     """Puts an If in place of the block, as it is, with an addition of its own that closes it.
 
     Args:
@@ -36,18 +39,25 @@ def move_into_branch(graph: ir.Graph, masked: MaskedAttention, condition: ir.Val
         masked: Without `branch_problems`.
         condition: bool, 0-D: whether the block is computed.
         made_by: Name of the pass.
+        behind: The layer's MLP, where the branch holds it too.
     """
     name = f"{layer_tensor_name(masked.layer.index, 'self_attn')}.added"
     addition = renew_addition(graph, masked, masked.layer.attention, name, made_by)
-    order = node_order(graph)
+    nodes = zero_in_front(graph, masked, made_by)
     hides = None if masked.hidden is None else masked.hidden.mask_select
-    columns = own_columns(masked.nodes, (masked.select, masked.scaling, hides))
-    moved = sorted({*masked.nodes, *columns}, key=order.__getitem__)
-    close_in_branch(graph, masked, condition, made_by, [*moved, addition])
+    columns = own_columns(nodes, (masked.select, masked.scaling, hides))
+    order = node_order(graph)
+    moved = sorted({*nodes, *columns}, key=order.__getitem__)
+    close_in_branch(graph, masked, condition, made_by, [*moved, addition], behind)
 
 
 def close_in_branch(
-    graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str, nodes: Sequence[ir.Node]
+    graph: ir.Graph,
+    masked: MaskedAttention,
+    condition: ir.Value,
+    made_by: str,
+    nodes: Sequence[ir.Node],
+    behind: Sequence[ir.Node] = (),
 ) -> None:
     """Puts an If in place of nodes: it computes them, or passes on the stream and appends to the cache what it must.
 
@@ -61,9 +71,11 @@ def close_in_branch(
         made_by: Name of the pass.
         nodes: All that serve active tokens only, whatever a lowering has made of them; the last one gives the stream
             behind the block.
+        behind: Those of the layer's MLP, likewise, where the If is to hold the whole layer.
     """
-    layer = masked.layer
-    name, dtype = layer_tensor_name(layer.index, "self_attn"), element_type(layer.input)
+    layer, nodes = masked.layer, [*nodes, *behind]
+    name = layer_path(layer.index) if behind else layer_tensor_name(layer.index, "self_attn")
+    dtype = element_type(layer.input)
     shape, tags = (*layer.token_dims, layer.hidden_size), TaggedNodes(made_by, layer.index).tags
     zeros = None if masked.hidden is None else _zero_rows(graph, masked, made_by, nodes[0])
 

@@ -20,13 +20,25 @@ class CompactedRows(RowAccess):
         made_by: Name of the pass.
         before: Where the index is computed on first use: once per layer, whatever of it is routed.
         own: Compute the index for this block alone, among its `nodes`.
+        like: The rows of another block of the layer, whose index serves this one too.
     """
 
     def __init__(
-        self, graph: ir.Graph, masked: MaskedBlock, made_by: str, before: ir.Node, *, own: bool = False
+        self,
+        graph: ir.Graph,
+        masked: MaskedBlock,
+        made_by: str,
+        before: ir.Node,
+        *,
+        own: bool = False,
+        like: CompactedRows | None = None,
     ) -> None:
         super().__init__(graph, masked, made_by)
         router, int64, new = router_path(masked.layer.index), ir.DataType.INT64, self.new_nodes()
+        self._index: ir.Value
+        if like is not None:
+            self._index = like._index
+            return
         if own:
             path, dims = block_path(masked), (2, self.count)
             places = new.add("NonZero", masked.active, name=f"{path}.nonzero", dtype=int64, shape=dims)

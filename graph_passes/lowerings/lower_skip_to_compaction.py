@@ -22,7 +22,7 @@ from dlo_export.graph_passes.lowerings.attention_on_rows import projections_on_r
 from dlo_export.graph_passes.lowerings.compacted_rows import CompactedRows
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import any_active
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
-from dlo_export.graph_passes.lowerings.mlp_in_branch import add_skip, close_mlp_in_branch, dequantised_outside
+from dlo_export.graph_passes.lowerings.mlp_in_branch import dequantised_outside
 from dlo_export.graph_passes.lowerings.record import LoweringRecord
 from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
@@ -62,9 +62,9 @@ class LowerSkipToCompactionPass(LoweringPass):
 
     An MLP of no rows takes no time; attention for which no token is active does. With `branches`, attention on rows
     stands in an If, whose other branch passes x on and appends to the cache what skipped tokens leave
-    (`LowerSkipToIfPass`); where whole layers are skipped, so does the MLP, which shares the condition. In steps with
-    active tokens these cost a microsecond or two. An MLP that is skipped alone stays in the main graph, where tools
-    that quantise graphs find it, and so does one whose weights are dequantised by nodes of their own.
+    (`LowerSkipToIfPass`); where whole layers are skipped, so does the MLP, in the same one, since each If costs more
+    than several small nodes. An MLP that is skipped alone stays in the main graph, where tools that quantise graphs
+    find it, and so does one whose weights are dequantised by nodes of their own.
 
     Scope: every routed decoder layer of the main graph. Source: ONNX ScatterND-11, GatherND-12, If-1.
 
@@ -84,13 +84,40 @@ class LowerSkipToCompactionPass(LoweringPass):
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Run the MLP of one layer on its active tokens."""
+        self._mlp_on_rows(graph, masked, CompactedRows(graph, masked, self._name, masked.nodes[0]))
+
+    def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
+        """Run the projections of one layer's attention on its active tokens."""
+        first = projections_on_rows(masked)[0]
+        access = CompactedRows(graph, masked, self._name, first, own=self.branches)
+        self._attention_on_rows(graph, masked, access)
+
+    def lower_layer(self, graph: ir.Graph, attention: MaskedAttention, mlp: MaskedMlp) -> None:
+        """Run both blocks of a layer that is skipped whole on the same rows, with branches in one of them."""
+        block = mlp.layer.mlp
+        if not self.branches or dequantised_outside(mlp) is not None or block.stream_operand is not block.stream_in:
+            super().lower_layer(graph, attention, mlp)
+            return
+        access = CompactedRows(graph, attention, self._name, projections_on_rows(attention)[0], own=True)
+        rows = CompactedRows(graph, mlp, self._name, mlp.nodes[0], like=access)
+        self._mlp_on_rows(graph, mlp, rows)
+        behind = [*(node for node in mlp.nodes if node.graph is graph), *rows.nodes]
+        self._attention_on_rows(graph, attention, access, behind)
+
+    def _attention_on_rows(
+        self, graph: ir.Graph, masked: MaskedAttention, access: CompactedRows, behind: Sequence[ir.Node] = ()
+    ) -> None:
+        """Runs it on rows; with branches, in one that holds what is behind it in the layer, too."""
+        run_on_active_rows(masked, access)
+        if self.branches:
+            # What is left of the masked form, and what rows need besides.
+            nodes = [*(node for node in masked.nodes if node.graph is graph), *access.nodes]
+            close_in_branch(graph, masked, self._any_active(graph, masked), self._name, nodes, behind)
+
+    def _mlp_on_rows(self, graph: ir.Graph, masked: MaskedMlp, access: CompactedRows) -> None:
         layer, block, nodes = masked.layer, masked.layer.mlp, masked.nodes
         mlp, dtype = layer_tensor_name(layer.index, "mlp"), element_type(block.stream_in)
-        # Where a state says who was active, the layer is skipped whole.
-        in_branch = self.branches and layer.past_active is not None and dequantised_outside(masked) is None
-        access = CompactedRows(graph, masked, self._name, nodes[0], own=in_branch)
         rank, _ = row_rank(nodes)
-        skip = add_skip(masked, self._name) if in_branch else None
 
         # In front of the branch: where the active tokens are, and their rows. A branch that counts its axes from the
         # front gets them as a batch of one.
@@ -113,19 +140,6 @@ class LowerSkipToCompactionPass(LoweringPass):
         if first_axis is not None:
             kept = scatter.add("Squeeze", kept, first_axis, name=f"{mlp}.kept_rows", dtype=dtype, shape=row_shape)
         access.add(scatter, stream, gathered if stream is block.stream_in else None, kept)
-        if skip is not None:
-            served = [*(node for node in nodes if node.graph is graph), *access.nodes]
-            close_mlp_in_branch(graph, masked, self._any_active(graph, masked), served, skip)
-
-    def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
-        """Run the projections of one layer's attention on its active tokens."""
-        first = projections_on_rows(masked)[0]
-        access = CompactedRows(graph, masked, self._name, first, own=self.branches)
-        run_on_active_rows(masked, access)
-        if self.branches:
-            # What is left of the masked form, and what rows need besides.
-            nodes = [*(node for node in masked.nodes if node.graph is graph), *access.nodes]
-            close_in_branch(graph, masked, self._any_active(graph, masked), self._name, nodes)
 
     def _any_active(self, graph: ir.Graph, masked: MaskedBlock) -> ir.Value:
         decision = masked.active.producer()

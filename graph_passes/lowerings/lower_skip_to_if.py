@@ -55,20 +55,22 @@ class LowerSkipToIfPass(LoweringPass):
             skipped = Identity(h)
           } => (skipped)
 
-    Where attention is masked too (`RouteLayersPass`, kind "layer"), it moves into an If of its own, with its cache::
+    Where attention is masked too (`RouteLayersPass`, kind "layer"), one If holds the layer and its cache::
 
-        h, pk, pv = If(any) <
-          then_branch = {                                                # the same nodes, all of them
-            a, pk, pv = Attention(q, Where(…, k, 0), Where(…, v, 0), Where(…, bias, lowest), past_key, past_value)
+        y, pk, pv = If(any) <
+          then_branch = {                                                # the same nodes, all of them, but for
+            n         = Where(Unsqueeze(active, -1), RMSNormalization(x), 0)   # the zeros of k and v (`zero_in_front`)
+            a, pk, pv = Attention(n·Wq, n·Wk, n·Wv, Where(…, bias, lowest), past_key, past_value)
             h         = Add(x, Where(Unsqueeze(active, -1), a·Wo, 0))
-          } => (h, pk, pv)
+            y         = Add(h, Where(Unsqueeze(active, -1), MLP(RMSNormalization(h)), 0))
+          } => (y, pk, pv)
           else_branch = {
-            h         = Identity(x)
+            y         = Identity(x)
             pk        = Concat(past_key, zeros)                          # what a skipped token leaves; pv likewise
-          } => (h, pk, pv)
+          } => (y, pk, pv)
 
-    Where attention alone is skipped and skipped tokens leave keys and values, norm, keys and values stay in front of
-    the If, and the else branch appends them::
+    Where attention alone is skipped, the If ends at h. If skipped tokens leave keys and values, norm, keys and values
+    stay in front of it, and the else branch appends them::
 
             pk        = Concat(past_key, Transpose(Reshape(k)))
 
@@ -112,14 +114,15 @@ class LowerSkipToIfPass(LoweringPass):
         block, tags = masked.layer.mlp, TaggedNodes(self._name, masked.layer.index).tags
         condition = any_active(graph, masked, block.add, tags, reduce_bool=self.reduce_bool)
         skip = add_skip(masked, self._name)
+        close_mlp_in_branch(graph, masked, condition, self._mlp_nodes(graph, masked), skip)
 
-        # What is moved keeps its order, and ends in an addition of the branch's own, which closes the block.
+    def _mlp_nodes(self, graph: ir.Graph, masked: MaskedMlp) -> list[ir.Node]:
+        """What a branch holds of an MLP, in order: it ends in an addition of the pass's own, which closes the block."""
         order = node_order(graph)
         serving = {*masked.nodes, masked.select}
         moved = sorted({*serving, *own_columns(serving, (masked.select, masked.scaling))}, key=order.__getitem__)
         name = layer_tensor_name(masked.layer.index, "mlp.added")
-        addition = renew_addition(graph, masked, block, name, self._name)
-        close_mlp_in_branch(graph, masked, condition, [*moved, addition], skip)
+        return [*moved, renew_addition(graph, masked, masked.layer.mlp, name, self._name)]
 
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
         """A cast between stream and sum, or sizes that the graph does not say."""
@@ -127,11 +130,23 @@ class LowerSkipToIfPass(LoweringPass):
 
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Move the attention of one layer into an If, or the projections around it where it must stay outside."""
+        condition = self._attention_condition(graph, masked)
+        if masked.is_static:
+            move_projections_into_branches(graph, masked, condition, self._name)
+        else:
+            move_into_branch(graph, masked, condition, self._name)
+
+    def lower_layer(self, graph: ir.Graph, attention: MaskedAttention, mlp: MaskedMlp) -> None:
+        """Move a layer that is skipped whole into one If, but where TensorRT wants attention outside of it."""
+        if attention.is_static or mlp.layer.mlp.stream_operand is not mlp.layer.mlp.stream_in:
+            super().lower_layer(graph, attention, mlp)
+            return
+        behind = self._mlp_nodes(graph, mlp)
+        move_into_branch(graph, attention, self._attention_condition(graph, attention), self._name, behind)
+
+    def _attention_condition(self, graph: ir.Graph, masked: MaskedAttention) -> ir.Value:
         tags = TaggedNodes(self._name, masked.layer.index).tags
-        add = masked.layer.attention.add
-        condition = any_active(graph, masked, add, tags, reduce_bool=self.reduce_bool)
-        move = move_projections_into_branches if masked.is_static else move_into_branch
-        move(graph, masked, condition, self._name)
+        return any_active(graph, masked, masked.layer.attention.add, tags, reduce_bool=self.reduce_bool)
 
 
 def any_active(

@@ -83,7 +83,7 @@ class LowerSkipToTopKPass(LoweringPass):
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Run the MLP of one layer on the rows that its TopKs choose."""
         block, nodes, mlp = masked.layer.mlp, masked.nodes, block_path(masked)
-        access = ChosenRows(graph, masked, type(self).__name__, self.chunks, nodes[0])
+        access = ChosenRows(graph, masked, self._name, self.chunks, nodes[0])
         gather = access.new_nodes()
         rows = access.gather(gather, block.stream_in, masked.layer.hidden_size, f"{mlp}.rows")
         access.scale(gather)
@@ -94,7 +94,7 @@ class LowerSkipToTopKPass(LoweringPass):
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Run the projections of one layer's attention on the same rows."""
         first = projections_on_rows(masked)[0]
-        run_on_active_rows(masked, ChosenRows(graph, masked, type(self).__name__, self.chunks, first))
+        run_on_active_rows(masked, ChosenRows(graph, masked, self._name, self.chunks, first))
 
 
 def _cast_problems(masked: MaskedBlock) -> list[str]:

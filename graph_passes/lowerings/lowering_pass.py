@@ -40,9 +40,14 @@ class LoweringPass(GraphPass):
         """
         graph = model.graph
         # From the last block to the first: each replaces the stream behind it, which only those behind it read.
-        for masked in reversed(self._masked_blocks(graph)):
+        blocks = self._masked_blocks(graph)
+        while blocks:
+            masked, before = blocks.pop(), blocks[-1] if blocks else None
             if isinstance(masked, MaskedAttention):
                 self.lower_attention(graph, masked)
+            elif isinstance(before, MaskedAttention) and before.layer is masked.layer:
+                blocks.pop()
+                self.lower_layer(graph, before, masked)
             else:
                 self.lower(graph, masked)
         # What was put in front of a block may read what stands between the block's nodes.
@@ -66,6 +71,11 @@ class LoweringPass(GraphPass):
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Rewrite one layer's attention; the node that closes its block is tagged. Its MLP is lowered already."""
         raise NotImplementedError(f"{self._name} refuses masked attention")
+
+    def lower_layer(self, graph: ir.Graph, attention: MaskedAttention, mlp: MaskedMlp) -> None:
+        """Rewrite a layer that tokens skip whole; by default block by block."""
+        self.lower(graph, mlp)
+        self.lower_attention(graph, attention)
 
     def ensures(self, model: ir.Model) -> None:
         """Every layer with a router is closed by a node of this pass; that it is found there, the stage checks.

@@ -40,7 +40,7 @@ class ExposeHiddenStatesPass(GraphPass):
         graph = model.graph
         for layer in find_decoder_layers(graph):
             shape = (*layer.token_dims, layer.hidden_size)
-            new = TaggedNodes(type(self).__name__, layer.index)
+            new = TaggedNodes(self._name, layer.index)
             # An Identity, because an output must have the name that parity looks for and the stream keeps its own.
             dtype = element_type(layer.output)
             name = hidden_name(layer.index)

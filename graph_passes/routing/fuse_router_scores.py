@@ -47,7 +47,7 @@ class FuseRouterScoresPass(GraphPass):
             old = scores.producer()
             assert old is not None, "a tagged node computes it"
             lookup: dict[str, Any] = dict(ROUTER.attributes)
-            new, name = TaggedNodes(type(self).__name__, layer), scores.name or ""
+            new, name = TaggedNodes(self._name, layer), scores.name or ""
             value = new.add(
                 ROUTER.name,
                 *found,

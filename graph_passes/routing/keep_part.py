@@ -89,7 +89,7 @@ class KeepPartPass(GraphPass):
         return True
 
     def _stream_out(self, graph: ir.Graph, stream: ir.Value, shape: ir.Shape) -> ir.Value:
-        new = TaggedNodes(type(self).__name__, self.part)
+        new = TaggedNodes(self._name, self.part)
         output = new.add("Identity", stream, name=STREAM_OUT, dtype=element_type(stream), shape=shape)
         graph.extend(new.nodes)
         return output

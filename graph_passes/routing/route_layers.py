@@ -155,7 +155,7 @@ class RouteLayersPass(GraphPass):
 
     def _attentions(self, graph: ir.Graph) -> list[CachedAttention]:
         """What is masked besides the MLPs."""
-        return cached_attentions(graph, type(self).__name__) if "self_attn" in ROUTED_BLOCKS[self.kind] else []
+        return cached_attentions(graph, self._name) if "self_attn" in ROUTED_BLOCKS[self.kind] else []
 
     def _refuse(
         self,
@@ -227,7 +227,7 @@ class RouteLayersPass(GraphPass):
         self, graph: ir.Graph, layer: DecoderLayer, weight: np.ndarray, attention: CachedAttention | None
     ) -> None:
         # The router reads the stream that enters the layer, before attention, as the authors' code does.
-        blocks, made_by = ROUTED_BLOCKS[self.kind], type(self).__name__
+        blocks, made_by = ROUTED_BLOCKS[self.kind], self._name
         decide = TaggedNodes(made_by, layer.index)
         scores, active = _add_router(graph, decide, layer, weight, self.thresholds.get(layer.index, ONE_HALF))
         dtype = element_type(self._scaled_block(layer)[0].stream_operand)

@@ -186,7 +186,8 @@ class _RowParts(RowTensor):
         super().__init__(name, dtype, shape, row_block=max(1, shape[0] // max(1, rows)))
         self._compute = compute
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        del out
         first, last = start // self.row_block, -(-stop // self.row_block)
         found = self._compute(first, last)
         return np.ascontiguousarray(found).reshape(stop - start, *self.shape.numpy()[1:])

@@ -31,3 +31,17 @@ def test_step_reads_the_cache_that_its_first_tokens_wrote(tmp_path, sequence, ro
         ones, positions = np.ones_like(tokens), np.tile(np.arange(tokens.shape[1]), (2, 1))
         expected = runner.step(tokens, ones, positions).logits[:, -sequence:]
     np.testing.assert_allclose(step.outputs()[LOGITS], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sequence", [1, 9])
+def test_step_reads_the_cache_that_its_first_tokens_wrote_when_it_is_written_in_place(tmp_path, sequence):
+    model = save_tiny_llama(tmp_path / "model", hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16)
+    tokens, logits = np.random.default_rng(0).integers(0, 97, (1, 9)), []
+    for slots in (None, 12):
+        request = ExportRequest(str(model), tmp_path / f"{slots}", parity=False, static_cache=slots)
+        export_model(request, Reporter())
+        step = DecoderStep(request.output / "model.onnx", tokens, sequence, threads=1)
+        for _ in range(2):  # the second reads the cache as the first left it
+            step()
+        logits.append(step.outputs()[LOGITS])
+    np.testing.assert_allclose(*logits, atol=1e-5)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.common.workers import WAIT_POLICY, Worker, launch_workers_in_turn
+from benchmarks.common.workers import WAIT_POLICY, Worker, alternate_workers, launch_workers_in_turn
 
 
 def test_no_other_candidate_is_alive_when_one_starts():
@@ -19,6 +19,18 @@ def test_no_other_candidate_is_alive_when_one_starts():
     )
     assert [name for name, _ in started] == ["a", "b", "b", "a"]
     assert {name: len(samples.values) for name, samples in times.items()} == {"a": 2, "b": 2}
+
+
+def test_every_candidate_starts_first_once_when_there_are_as_many_launches():
+    started = []
+
+    def start(name):
+        started.append(name)
+        return Worker("tests.benchmarks.idle_worker")
+
+    candidates = {name: lambda name=name: start(name) for name in "abc"}
+    alternate_workers(candidates, launches=3, blocks=1, runs=1, settle=0, busy=True)
+    assert "".join(started) == "abcbcacab"
 
 
 def test_candidate_chooses_how_its_threads_wait(monkeypatch):

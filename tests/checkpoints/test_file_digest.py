@@ -22,6 +22,20 @@ def test_file_is_hashed_while_it_is_written(tmp_path, monkeypatch):
     assert known_sha256(path) == hashlib.sha256(content).hexdigest()
 
 
+def test_content_is_hashed_right_when_chunks_are_made_in_turn_in_two_buffers(tmp_path):
+    path, memory = tmp_path / "weights", set()
+    with HashedFile(path) as file:
+        for number in range(6):
+            chunk = file.buffer(1 << 20 if number else 1 << 10)
+            chunk[:] = number
+            memory.add(chunk.ctypes.data)
+            file.write(chunk)
+    content = bytes(1 << 10) + b"".join(bytes([number]) * (1 << 20) for number in range(1, 6))
+    assert path.read_bytes() == content
+    assert known_sha256(path) == hashlib.sha256(content).hexdigest()
+    assert len(memory) <= 3  # two, and what was too small
+
+
 def test_file_is_hashed_again_when_it_changed(tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(b"before")

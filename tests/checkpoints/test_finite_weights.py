@@ -47,3 +47,14 @@ def test_tensor_names_the_row_when_rows_are_read():
         tensor.rows(5, 8)
     with pytest.raises(NonFiniteWeightError, match=r"model\.w\[6, 1\] is nan"):
         tensor.numpy()
+
+
+def test_rows_are_refused_every_time_and_looked_at_once_when_they_are_finite():
+    array = np.ones((4, 2), np.float32)
+    tensor = finite_tensors({"model.w": ArrayTensor(array)}, Path("file"))["model.w"]
+    tensor.rows(0, 2)
+    array[:] = np.nan
+    assert np.isnan(tensor.rows(0, 2)).all(), "it was looked at before"
+    for _ in range(2):
+        with pytest.raises(NonFiniteWeightError, match=r"model\.w\[2, 0\] is nan"):
+            tensor.rows(2, 4)

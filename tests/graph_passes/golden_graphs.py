@@ -20,6 +20,7 @@ from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
+from dlo_export.graph_passes.cleanup.scatter_packed_rows import ScatterPackedRowsPass
 from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
@@ -59,6 +60,12 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "expose_routing": (_ROUTE, LowerSkipToCompactionPass(), ExposeRoutingPass(force=True)),
     "keep_part": (_ROUTE, ExposeRoutingPass(force=True), KeepPartPass(1)),
     "fuse_sibling_matmuls": (FuseSiblingMatMulsPass(),),
+    "scatter_packed_rows": (
+        _ROUTE_WHOLE,
+        LowerSkipToCompactionPass(),
+        FuseSiblingMatMulsPass(),
+        ScatterPackedRowsPass(),
+    ),
     "name_batch_dimension": (NameBatchDimensionPass(),),
     "use_static_cache": (UseStaticCachePass(8),),
     "use_static_cache_with_activity": (_ROUTE_WHOLE, UseStaticCachePass(8)),

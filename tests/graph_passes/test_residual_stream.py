@@ -98,9 +98,29 @@ def test_block_in_a_branch_is_found_only_when_the_other_branch_passes_the_stream
     assert mlp.conditional is not None
     assert mlp.stream_out is mlp.conditional.outputs[0]
     assert mlp.add.graph is not graph
-    (skipping,) = (branch for branch in subgraphs_of(mlp.conditional) if branch is not mlp.add.graph)
+    _double_what_is_skipped(mlp)
+    with pytest.raises(DecoderLayersNotFound, match="passes it on in the other"):
+        residual_blocks(node_order(graph), root)
+
+
+@pytest.mark.parametrize("lowering", ["if", "compaction"])
+def test_both_blocks_are_found_in_one_branch_only_when_the_other_passes_the_stream_on(lowering: str) -> None:
+    graph = golden_graph(f"lower_whole_layers_to_{lowering}").graph
+    (root,) = embedding_values(graph)
+    attention, mlp = residual_blocks(node_order(graph), root)
+    assert attention.conditional is mlp.conditional is not None
+    assert attention.stream_out is mlp.stream_in is attention.add.outputs[0]
+    assert mlp.stream_out is mlp.conditional.outputs[0]
+    assert attention.add.graph is mlp.add.graph is not graph
+    _double_what_is_skipped(mlp)
+    with pytest.raises(DecoderLayersNotFound, match="passes it on in the other"):
+        residual_blocks(node_order(graph), root)
+
+
+def _double_what_is_skipped(block: ResidualBlock) -> None:
+    """What leaves the branch of skipped steps is not the stream any more."""
+    assert block.conditional is not None
+    (skipping,) = (branch for branch in subgraphs_of(block.conditional) if branch is not block.add.graph)
     doubled = ir.node("Add", [skipping.outputs[0]] * 2)
     skipping.append(doubled)
     skipping.outputs[0] = doubled.outputs[0]
-    with pytest.raises(DecoderLayersNotFound, match="passes it on in the other"):
-        residual_blocks(node_order(graph), root)

@@ -1,0 +1,125 @@
+"""What routing itself costs a layer of a decode step: a router, its decision, a branch and the masks in it.
+
+Layers of hidden size 576 (`--shape`), one token behind 128, random weights, next to no head, fp32. Per layer: with
+everything active, the time over the dense graph's; with everything skipped, the time over the same graph without
+anything that may be skipped and without routers (benchmarks/common/skipped_graph.py). One thread, and the CPU time of
+that thread: other programs take none of it, though they take cache and memory from it, so blocks alternate and the
+tenth percentile counts. Where a graph's weights lie in memory moves it by more than routing costs: all graphs are
+opened anew several times, each time beginning with the next one, and the median of the differences counts.
+
+    python -m benchmarks.routing_cost
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from benchmarks.common.grid_steps import GridSteps, share_threads
+from benchmarks.common.lowering_grid import Cell
+from benchmarks.common.measure import Samples, alternate, print_report, versions
+from benchmarks.common.skipped_graph import everything_skipped
+from benchmarks.common.threshold_inputs import thresholds_as_inputs
+from benchmarks.gpu.random_decoder import SHAPES, RandomDecoder
+from dlo_export.exporter.pipeline import build_model
+from dlo_export.exporter.weight_file import save_weights
+from dlo_export.runtimes.onnxruntime.providers import CPU
+
+ROUTINGS, LOWERINGS = ("mlp", "layer", "attention"), ("if", "compact")
+BLOCKS, RUNS, SETTLE = 16, 8, 1
+ACTIVE, SKIPPED = (Cell("decode", 1, skipped, "layers") for skipped in (0.0, 1.0))
+
+
+def opened(shape: str, routing: Any, lowering: str, cell: Cell, folder: Path, *, without: bool = False) -> GridSteps:
+    """A graph, set up for a step.
+
+    Args:
+        shape: Of SHAPES.
+        routing: What tokens skip.
+        lowering: Of the graph; "none" for the dense one.
+        cell: The step.
+        folder: Takes it.
+        without: Leave out what may be skipped, and the routers.
+    """
+    model = build_model(RandomDecoder(shape, routed=lowering != "none", kind=routing), lowering)
+    path = folder / f"{routing}-{lowering}.onnx"
+    if not without:
+        thresholds_as_inputs(model)
+    save_weights(model, path.with_suffix(".data"))
+    ir.save(model, path)
+    steps = GridSteps(everything_skipped(path, f"{routing}-without") if without else path, CPU)
+    steps.set_up(cell)
+    return steps
+
+
+def measure(shape: str, routing: str, launches: int) -> dict[str, Samples]:
+    """Microseconds of a step, of every graph of one kind of routing: of each launch, the tenth percentile of blocks."""
+    wanted: dict[str, tuple[str, Cell, bool]] = {"dense": ("none", ACTIVE, False), "without": ("if", SKIPPED, True)}
+    for lowering in LOWERINGS:
+        wanted |= {f"{lowering}, active": (lowering, ACTIVE, False), f"{lowering}, skipped": (lowering, SKIPPED, False)}
+    found: dict[str, list[float]] = {name: [] for name in wanted}
+    for launch in range(launches):
+        names = [*wanted][launch % len(wanted) :] + [*wanted][: launch % len(wanted)]
+        with tempfile.TemporaryDirectory() as temporary:
+            graphs = {}
+            for name in names:
+                lowering, cell, without = wanted[name]
+                graphs[name] = opened(shape, routing, lowering, cell, Path(temporary), without=without)
+            candidates = {name: lambda runs, steps=steps: _cpu_times(steps, runs) for name, steps in graphs.items()}
+            for name, samples in alternate(candidates, blocks=BLOCKS, runs=RUNS, settle=SETTLE).items():
+                found[name].append(float(np.percentile(samples.values, 10)))
+    return {name: Samples(np.array(values)) for name, values in found.items()}
+
+
+def _cpu_times(steps: GridSteps, runs: int) -> list[float]:
+    times = []
+    for _ in range(runs):
+        start = time.thread_time_ns()
+        steps.run()
+        times.append((time.thread_time_ns() - start) / 1e3)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="h576")
+    parser.add_argument("--routings", choices=ROUTINGS, nargs="+", default=ROUTINGS)
+    parser.add_argument("--launches", type=int, default=6)
+    given = parser.parse_args()
+    share_threads(1)
+    layers = RandomDecoder(given.shape, routed=False).config.num_layers
+    rows: list[list[Any]] = []
+    record: dict[str, Any] = {}
+    for routing in given.routings:
+        samples = measure(given.shape, routing, given.launches)
+        per_layer = {name: Samples(times.values / layers) for name, times in samples.items()}
+        for lowering in LOWERINGS:
+            row: list[Any] = [routing, lowering, *(f"{per_layer[name].median:.0f}" for name in ("dense", "without"))]
+            for name, ideal in (("active", "dense"), ("skipped", "without")):
+                more = Samples(per_layer[f"{lowering}, {name}"].values - per_layer[ideal].values)
+                row.append(more)
+                record[f"{routing}, {lowering}, {name}"] = more.summary()
+            rows.append(row)
+    print_report(
+        f"What routing costs a layer of a decode step, {given.shape}, one thread, µs of its time",
+        ["routing", "lowering", "dense", "nothing but what no token skips", "active: more", "skipped: more"],
+        rows,
+        {
+            "layers": layers,
+            "launches": given.launches,
+            "blocks": BLOCKS,
+            "runs": RUNS,
+            "microseconds": record,
+            "versions": versions("dlo-export", "onnxruntime", "numpy"),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
