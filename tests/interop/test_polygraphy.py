@@ -35,10 +35,11 @@ def polygraphy(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Its program, finished."""
     if not is_installed(COMPARER, REQUIREMENTS / "polygraphy.txt"):
         pytest.skip(f"{COMPARER} is not installed: make test-interop")
-    program = WORKSPACE / COMPARER / "bin" / "polygraphy"
+    # Through its Python: programs of an environment that was moved name the old one.
+    programs = WORKSPACE / COMPARER / "bin"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [str(part) for part in (program, *arguments)],
+        [str(part) for part in (programs / "python", programs / "polygraphy", *arguments)],
         capture_output=True,
         text=True,
         check=False,
