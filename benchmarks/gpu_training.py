@@ -130,7 +130,9 @@ def unpacked(source: Path, folder: Path) -> Path:
     if source.is_dir():
         return source
     with tarfile.open(source) as archive:
-        archive.extractall(folder, filter="data")
+        # Python has filters since 3.11.4, and asks for one since 3.12.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(folder)
     return folder
 
 
