@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.graph_passes.cleanup.norms_around_rows import move_norms_off_rows
 from dlo_export.graph_passes.cleanup.norms_in_branches import join_in_branches
 from dlo_export.graph_passes.cleanup.skip_norms import (
     FUSED_DOMAIN,
@@ -44,10 +45,10 @@ class JoinSkipNormsPass(GraphPass):
         n, _, _, s = com.microsoft.SkipSimplifiedLayerNormalization <epsilon> (x, branch, weight)
 
     ONNX Runtime fuses neither of the two norms by itself, and the fused operator rounds in its own way. Around a block
-    that an If skips, the fused operators move into its branches (`norms_in_branches.py`); in the masked form they stand
-    where they were. So both forms, all tokens active, compute what the graph computed before it was routed, bit for
-    bit. Where rows are gathered, an addition of rows and the norm of the stream lie apart: these norms stay alone, and
-    so they do in the masked form that is compared with it.
+    that an If skips, the fused operators move into its branches (`norms_in_branches.py`), around one that runs on rows,
+    rows are gathered behind the one and put back in front of the other (`norms_around_rows.py`); in the masked form
+    they stand where they were. So all forms, all tokens active, compute what the graph computed before it was routed,
+    bit for bit.
 
     Optional, and only in a graph that had such nodes, unless every norm is asked for: there the additions of injected
     layers are fused too. Layers are not found in the graph any more, before it is split again. Scope: main graph.
@@ -79,9 +80,12 @@ class JoinSkipNormsPass(GraphPass):
         apart: set[ir.Value | None] = set()
         if not self.around_routed:
             apart = {value for node in masked for value in (*node.inputs, *node.outputs)}
-        # First the branches, which take additions and norms from outside; then what is left there.
-        for node in [node for node in graph if self.around_routed and is_op(node, "If")]:
-            join_in_branches(node, tags)
+        # First the branches, which take additions and norms from outside, and what rows keep apart; then what is left.
+        for node in list(graph) if self.around_routed else ():
+            if is_op(node, "If"):
+                join_in_branches(node, tags)
+            elif node.graph is graph:
+                move_norms_off_rows(node, tags)
         for node in list(graph):
             if not is_residual_addition(node) or node.outputs[0] in apart:
                 continue

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.interface import INPUT_IDS
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
 from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
-from dlo_export.graph_passes.find.residual_stream import ResidualBlock
+from dlo_export.graph_passes.find.residual_stream import ResidualBlock, embedding_lookup, embedding_values
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
 
@@ -144,13 +143,14 @@ def token_zeros(graph: ir.Graph, made_by: str, width: int, dtype: ir.DataType, b
     """Zeros for all tokens of a step, [batch, sequence, width]: one node for all layers.
 
     Args:
-        graph: With an input of token ids, as whoever masked its attention has seen.
+        graph: Its layers have been found.
         made_by: Name of the pass.
         width: Of the last axis.
         dtype: Of the zeros.
         before: Where the node is inserted on first use.
     """
-    tokens = next(value for value in graph.inputs if value.name == INPUT_IDS)
+    tokens = embedding_lookup(embedding_values(graph)[0]).inputs[1]
+    assert tokens is not None, "an embedding is looked up by token ids"
     tags, int64, batch_and_sequence = TaggedNodes(made_by, None).tags, ir.DataType.INT64, (tokens.shape or (None, None))
     sizes = shared_node(
         graph, "Shape", tokens, name=f"{ROUTERS}.token_sizes", tags=tags, dtype=int64, shape=(2,), before=before

@@ -158,4 +158,5 @@ RECORD = LoweringRecord(
     reason="compaction skips work in prefill, batches and decode alike, in standard operators",
     suits=lambda workload: True,
     routing=get_args(RoutingKind),
+    fuses_norms=True,
 )

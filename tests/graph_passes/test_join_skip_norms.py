@@ -10,7 +10,9 @@ from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.cleanup.skip_norms import FUSED
 from dlo_export.graph_passes.cleanup.split_skip_norms import SplitSkipNormsPass
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec import graph_checks
@@ -29,9 +31,7 @@ def _between_norms(behind: str) -> ir.Model:
     return ir.from_onnx_text(_BETWEEN.format(behind=behind))
 
 
-def _join_routed(
-    model: ir.Model, lowering: LowerSkipToIfPass | None, *, threshold: float = 0.5, join: bool = True
-) -> None:
+def _join_routed(model: ir.Model, lowering: LoweringPass | None, *, threshold: float = 0.5, join: bool = True) -> None:
     """Splits the norms, routes the layer, lowers it and joins the norms again."""
     SplitSkipNormsPass()(model)
     RouteLayersPass({0: np.array([1.0, -1.0])}, thresholds={0: threshold})(model)
@@ -61,28 +61,34 @@ def test_joined_graph_is_the_one_that_was_split(opset: int) -> None:
         np.testing.assert_array_equal(found, run_model(before, tiny_feeds())[name])
 
 
-@pytest.mark.parametrize("lowering", [None, LowerSkipToIfPass(reduce_bool=True)], ids=["masked", "if"])
+@pytest.mark.parametrize(
+    "lowering",
+    [None, LowerSkipToIfPass(reduce_bool=True), LowerSkipToCompactionPass()],
+    ids=["masked", "if", "compact"],
+)
 @pytest.mark.parametrize("behind", ["logits = Identity (normed)", "logits = Mul (normed, y)"], ids=["last", "not_last"])
 def test_routed_graph_is_the_untouched_one_when_all_tokens_are_active(
-    lowering: LowerSkipToIfPass | None, behind: str
+    lowering: LoweringPass | None, behind: str
 ) -> None:
     before, model = _between_norms(behind), _between_norms(behind)
     _join_routed(model, lowering, threshold=1e-9)
     fused = [node for node in model.graph.all_nodes() if node.op_type == FUSED]
-    assert len(fused) == (2 if lowering is None else 3), "as many as before in a step, and one in a step that skips"
+    branches = isinstance(lowering, LowerSkipToIfPass)
+    assert len(fused) == (3 if branches else 2), "as many as before in a step, and one in a step that skips"
     assert not {node.op_type for node in model.graph.all_nodes()} & {"Add", "RMSNormalization"}
     (wanted, _, _), (found, *_) = run_model(before, tiny_feeds()).values(), run_model(model, tiny_feeds()).values()
     np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("lowering", [LowerSkipToIfPass(), LowerSkipToCompactionPass()], ids=["if", "compact"])
 @pytest.mark.parametrize("behind", ["logits = Identity (normed)", "logits = Mul (normed, y)"], ids=["last", "not_last"])
-def test_branches_equal_the_mask_when_the_same_tokens_are_active(behind: str) -> None:
-    masked, branches = _between_norms(behind), _between_norms(behind)
+def test_lowered_graph_equals_the_mask_when_the_same_tokens_are_active(lowering: LoweringPass, behind: str) -> None:
+    masked, lowered = _between_norms(behind), _between_norms(behind)
     _join_routed(masked, None)
-    _join_routed(branches, LowerSkipToIfPass())
+    _join_routed(lowered, lowering)
     for feeds in (tiny_feeds(), tiny_feeds(1, 1), {**tiny_feeds(1, 1), "ids": np.array([[2]])}):
         wanted = run_model(masked, feeds)
-        for name, found in run_model(branches, feeds).items():
+        for name, found in run_model(lowered, feeds).items():
             np.testing.assert_array_equal(found, wanted[name])
 
 
@@ -102,6 +108,31 @@ def test_branches_come_apart_again_when_they_were_joined_and_saved(behind: str) 
     assert not list(graph_checks.eager_branches(saved.graph))
     for name, found in run_model(saved, tiny_feeds()).items():
         np.testing.assert_array_equal(found, run_model(apart, tiny_feeds())[name])
+
+
+def test_rows_come_apart_again_when_norms_were_joined_around_them_and_saved() -> None:
+    model = _between_norms("logits = Mul (normed, y)")
+    _join_routed(model, LowerSkipToCompactionPass())
+    saved = ir.from_proto(ir.to_proto(model))
+    assert SplitSkipNormsPass()(saved).modified
+    (layer,) = find_decoder_layers(saved.graph)
+    assert (layer.mlp.add.op_type, layer.mlp.branch.producer().op_type) == ("Add", "ScatterND")
+    joined = JoinSkipNormsPass(around_routed=True)(saved).model
+    assert sorted(_ops(joined)) == sorted(_ops(model))
+    for name, found in run_model(joined, tiny_feeds()).items():
+        np.testing.assert_array_equal(found, run_model(model, tiny_feeds())[name])
+
+
+@pytest.mark.parametrize(
+    ("read", "fused", "alone"), [("h", 2, 1), ("y", 1, 2)], ids=["in_front_of_the_rows", "behind_them"]
+)
+def test_norm_of_rows_stays_where_it_is_when_two_norms_read_the_stream(read: str, fused: int, alone: int) -> None:
+    behind = f"again = RMSNormalization ({read}, norm)\nlogits = Mul (normed, again)"
+    before, model = _between_norms(behind), _between_norms(behind)
+    _join_routed(model, LowerSkipToCompactionPass(), threshold=1e-9)
+    assert [_ops(model).count(op) for op in (FUSED, "RMSNormalization")] == [fused, alone]
+    wanted, found = run_model(before, tiny_feeds()), run_model(model, tiny_feeds())
+    np.testing.assert_allclose(found["logits"], wanted["logits"], rtol=1e-5)
 
 
 def test_norm_stays_by_itself_around_a_routed_branch_when_asked_to() -> None:
