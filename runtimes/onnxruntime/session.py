@@ -76,7 +76,7 @@ class DecoderSession:
         self._name = name
         self.provider = arguments.get("provider", CPU)
         self._session = open_session(model, name, arguments)
-        specs = (_specs(self._session.get_inputs()), _specs(self._session.get_outputs()))
+        specs = (tensor_specs(self._session.get_inputs()), tensor_specs(self._session.get_outputs()))
         self.interface = DecoderInterface.of(*specs, name, cache=cache)
 
     @property
@@ -238,7 +238,8 @@ def _check_start(provider: Provider, name: str) -> None:
         ) from err
 
 
-def _specs(arguments: Sequence[ort.NodeArg]) -> list[TensorSpec]:
+def tensor_specs(arguments: Sequence[ort.NodeArg]) -> list[TensorSpec]:
+    """What a session says of its inputs or outputs."""
     return [
         TensorSpec(argument.name, argument.type.removeprefix("tensor(").removesuffix(")"), tuple(argument.shape))
         for argument in arguments

@@ -219,6 +219,22 @@ def _no_kernel(proto, folder):
     _added_to_the_logits(proto, cast, helper.make_node("Max", ["short", "short"], ["larger"]), wide, total)
 
 
+def _counted(proto, *made):
+    """Numbers of a node's that must have come about, whatever they say."""
+    wide = helper.make_node("Cast", ["made"], ["wide"], to=TensorProto.FLOAT)
+    _added_to_the_logits(proto, *made, wide, helper.make_node("ReduceSum", ["wide"], ["total"], keepdims=0))
+
+
+def _one_token_alone(proto, folder):
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axis"))
+    _counted(proto, helper.make_node("Squeeze", ["input_ids", "axis"], ["made"]))
+
+
+def _nothing_before(proto, folder):
+    shape = helper.make_node("Shape", ["input_ids"], ["ids"])
+    _counted(proto, shape, helper.make_node("Reshape", ["attention_mask", "ids"], ["made"]))
+
+
 def _unknown_value(proto, folder):
     next(node for node in proto.graph.node if node.op_type == "Mul").input[0] = "nowhere"
 
@@ -332,6 +348,8 @@ ILLEGAL = {
     "no_logits": (_no_output_called_logits, r"outputs \['logits'\] are missing"),
     "input_of_its_own": (_input_of_its_own, r"inputs \['temperature'\] are unknown"),
     "no_kernel": (_no_kernel, r"cannot be loaded: ONNX Runtime .*Max\(13\)"),
+    "one_token_alone": (_one_token_alone, r"cannot be run: ONNX Runtime .*2 tokens behind 0: .*Squeeze"),
+    "nothing_before": (_nothing_before, r"cannot be run: ONNX Runtime .*1 tokens behind 2: .*Reshape"),
     "value_unknown": (_unknown_value, "nowhere"),
     "weight_of_another_type": (_other_element_type, "up_proj"),
     "weight_of_another_shape": (_other_shape, "mlp.gated"),
