@@ -26,7 +26,7 @@ from benchmarks.papers.training import FLOPS_NAME, flops_per_token, training_run
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.modeling.calibration.text import calibration_text, read_documents
 
-_TRAINING_TOKENS = 4_000_000
+_TRAINING_TOKENS = 2_000_000
 _MODULE_CHARACTERS, _LONGEST_PIECE = 4_000_000, 20_000
 _MEASURED_TOKENS = 16_384  # at least twice what any command measures on
 _PROSE_TIMES = 4  # there is ten times as much code
