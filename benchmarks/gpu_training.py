@@ -59,6 +59,7 @@ _BATCHES = (32, 64)  # sequences of a step, of the rates
 _OWN = ("train-original", "train-routed-0.80-seed-0")  # runs of the first process
 _PARTS = ("rates", "trials", "papers", "adapter")
 _FINISHING_S = 12.0  # behind the experiments, for tables and the archive
+_TIMING_S = 45.0  # of artefacts, when nothing trains
 _ADAPTER_S, _PACKING_S = 60.0, 6.0
 _RATES_S, _LAST_WORDS_S = 90.0, 3.0
 _TO_TRAIN = 0.88  # of the experiments' time; in the rest the first process measures what the others trained
@@ -231,7 +232,7 @@ def measure(inputs: Inputs, evidence: Evidence, smoke: bool) -> None:
         if "trials" in chosen:
             part.trials(evidence.left - _FINISHING_S)
         if "papers" in chosen:
-            part.papers(evidence.left - _FINISHING_S - (_ADAPTER_S if trains_adapter else 0))
+            part.papers(evidence.left - _FINISHING_S - _TIMING_S - (_ADAPTER_S if trains_adapter else 0))
         if trains_adapter and evidence.fits("adapter", 25):
             part.finish_adapter(part.start_adapter(), evidence.left - 5)
         if "papers" in chosen:
@@ -356,7 +357,7 @@ class _Part:
         return self._child(f"rate-{name}", *command, "--turn", self._folder / "turn", *words)
 
     def papers(self, budget: float) -> None:
-        """The experiments; artefacts are made and timed on a few cores beside them, once the models are there.
+        """The experiments; artefacts are made on a few cores beside them, once the models are there.
 
         Args:
             budget: Seconds they have.
@@ -381,7 +382,7 @@ class _Part:
                 results = Results(self._results)
                 self._note(results)
                 if not shipped and all(name in results for name in SHIPPED):
-                    options = ("--only", "shipped", "--budget-s", "240", "--threads", len(aside or cores))
+                    options = ("--only", "exported", "--budget-s", "240", "--threads", len(aside or cores))
                     shipped.append(self._child("shipped", *command, *options, cores=aside))
 
             done = main.wait(budget + 3, meanwhile)
@@ -407,12 +408,15 @@ class _Part:
         ]
 
     def finish_shipped(self, seconds: float) -> None:
-        """Waits for artefacts, which need no GPU; then tables, plots and claims."""
+        """Waits for artefacts, which need no GPU, and has them timed alone; then tables, plots and claims."""
         with self._evidence.guard("shipped"):
+            until = time.monotonic() + seconds
             if self._shipped is not None:
-                if not self._shipped.wait(seconds, lambda: self._note(Results(self._results), pack=False)):
-                    self._evidence.row("shipped", passed=False, error=self._shipped.complaint())
+                self._wait_for_artefacts(self._shipped, until)
                 self._shipped = None
+                command = [*self._command(self._results, 240), "--only", "shipped"]
+                command += ["--set", *self._in.changes] if self._in.changes else []
+                self._wait_for_artefacts(self._child("timed", *command), until)
             results = Results(self._results)
             self._note(results)
             for claim in claims(results):
@@ -421,6 +425,10 @@ class _Part:
             self._pack()
             self._tabulate()
             self._pack()
+
+    def _wait_for_artefacts(self, child: Child, until: float) -> None:
+        if not child.wait(max(1.0, until - time.monotonic()), lambda: self._note(Results(self._results), pack=False)):
+            self._evidence.row(child.name, passed=False, error=child.complaint())
 
     def _tabulate(self) -> None:
         """Tables and plots anew: artefacts came behind those that were written."""
