@@ -265,7 +265,7 @@ class _Part:
         self._evidence.row("inputs", seconds=round(time.monotonic() - start, 1))
 
     def _copy_text(self, results: Path) -> None:
-        for name in ("text", "tokens"):
+        for name in ("text", "tokens", "routers"):
             if (self._text / name).is_dir():
                 shutil.copytree(self._text / name, results / name)
         if (self._text / FLOPS_NAME).is_file():
