@@ -34,7 +34,7 @@ from dlo_export.checkpoints.files.whole_folder import whole_folder
 TRAINING, HELD_OUT = "train.jsonl", "held-out.jsonl"
 DOMAINS = ("reference", "readme", "code")
 _CHARACTERS_PER_TOKEN = 5  # more than there are, so that there is text enough
-_PLAIN = 0.3  # of the characters that are learned
+_PLAIN = 0.3  # of the characters, before chats that are longer than a sequence are left out
 _SPARE = 4  # times what is needed: windows are to come from many modules, and long chats will be left out
 _FILES_AT_ONCE = 4_096
 _SMALL_CORPUS = 20_000_000  # characters; starting processes takes longer than parsing so much
