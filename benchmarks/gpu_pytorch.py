@@ -8,10 +8,9 @@ Of shapes of 1B and 8B, random bfloat16 weights made on the device: a decode ste
 
 * ``removed``: the dense model without those layers' MLPs and without routers, the least that skipping could take.
 
-Every way in which kernels may overlap is timed beside kernels one by one, and held against them. What skip efficiency
-is stands in `benchmarks.gpu.skip_efficiency`; `efficiency_line` has T_ideal on the line between the same decoder's
-times with everything active and everything skipped. Last, in a process of its own, decode steps of transformers, as
-they come and compiled.
+One token a step, kernels overlap as those of any decoder do; kernels one by one are timed beside them, and they are
+held against those. What skip efficiency is stands in `benchmarks.gpu.skip_efficiency`; `efficiency_line` has T_ideal on
+the line between the same decoder's times with everything active and everything skipped.
 
     python -m benchmarks.gpu_pytorch --out DIR
 """
@@ -24,7 +23,6 @@ import torch
 
 from benchmarks.gpu.copy_rate import copy_rate
 from benchmarks.gpu.evidence import Evidence, run_part
-from benchmarks.gpu.evidence_processes import Process, run_processes
 from benchmarks.gpu.kernel_timing import product_rate
 from benchmarks.gpu.pytorch_checks import FORMS, check, check_models, check_ops
 from benchmarks.gpu.pytorch_times import Size
@@ -51,9 +49,6 @@ def measure(evidence: Evidence, smoke: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         if evidence.fits(f"captured decoder {dtype}", 10):
             check_models(evidence, dtype, FORMS)
-    if evidence.fits("transformers", 40):
-        options = ("--smoke",) if smoke else ()
-        run_processes(evidence, [Process("transformers", "gpu.transformers_times", options)], evidence.left, threads=8)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,7 @@ def run_processes(evidence: Evidence, processes: Sequence[Process], seconds: flo
             # Rows go to a file, so that none waits for somebody to read; what else is said shows where it fails.
             rows, said = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
             command = [sys.executable, "-m", f"benchmarks.{process.module}", *process.arguments]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONFAULTHANDLER": "1"}
             running.append((process, subprocess.Popen(command, stdout=rows, stderr=said, env=environment), rows, said))
         end = time.monotonic() + min(seconds, max(5.0, evidence.left - 5.0))
         for process, started, rows, said in running:
@@ -55,6 +56,9 @@ def run_processes(evidence: Evidence, processes: Sequence[Process], seconds: flo
                 code = started.wait(timeout=max(0.1, end - time.monotonic()))
                 problem = f"ended with {code}" if code else None
             except subprocess.TimeoutExpired:
+                started.send_signal(signal.SIGABRT)  # so that it says where it is
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    started.wait(timeout=2)
                 started.kill()
                 started.wait()
                 problem = "was not done in time"

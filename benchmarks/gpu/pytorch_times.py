@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -28,14 +28,6 @@ ACTIVE_BAR = 1.03
 """At 8B, batch 1: none skipped, over dense."""
 REMOVED: Final = (0.5,)
 """Shares of the MLPs that a dense model has not."""
-OVERLAPS: Final[Mapping[str, dict[str, Any]]] = {
-    "one by one": {},
-    "early": {"early": 1},
-    "earlier": {"early": 2},
-    "early, vectors": {"early": 1, "vectors": True},
-    "earlier, vectors": {"early": 2, "vectors": True},
-}
-"""How kernels may overlap: arguments of `KernelOps`."""
 OVERLAP_BAR: Final = 2**-5
 """Largest difference of bfloat16 logits, of the largest: products may sum in another order; nothing else differs."""
 
@@ -85,7 +77,8 @@ class Size:
         once = self.smoke and self.name == "1B"  # the same code as of the other size
         for batch in (1,) if once else (1, 4) if self.smoke else (1, 4, 16):
             self.piece("decode", 4, functools.partial(self.decode, batch), batch=batch)
-            self.piece("overlaps", 5, functools.partial(self.overlaps, batch), batch=batch)
+            if batch == 1:
+                self.piece("one by one", 5, self.one_by_one)
         if once:
             return
         for batch in (1,) if self.smoke else (1, 16):
@@ -93,33 +86,28 @@ class Size:
         self.piece("prefill", 6, self.prefill)
         self.piece("masked", 4, self.masked)
 
-    def overlaps(self, batch: int) -> None:
-        """Every way in which kernels may overlap, beside kernels one by one, half of the layers' MLPs skipped: right?
+    def one_by_one(self) -> None:
+        """One token a step, kernels one by one: what overlapping ones are held against, and how fast it is.
 
-        How fast each is, dense and with none, half and all of the MLPs skipped.
+        Half of the layers' MLPs are skipped where logits are compared.
         """
-        ids = torch.randint(0, self.vocab, (batch, CONTEXT), device="cuda")
+        ids = torch.randint(0, self.vocab, (1, CONTEXT), device="cuda")
         expected: list[torch.Tensor] = []
-        for name, options in OVERLAPS.items():
-            if batch > 1 and "vectors" in options:
-                continue  # of one token alone
-            with self.evidence.guard("overlap", model=self.name, overlap=name, batch=batch):
-                dense, routed = (
-                    self.decoder(weights, batch, ops=KernelOps(**options)) for weights in (self.dense, self.routed)
-                )
-                found = [logits_of(decoder, self.skipping(0.5), ids) for decoder in (dense, routed)]
-                expected = expected or found
-                errors = [largest_difference(got, wanted) for got, wanted in zip(found, expected, strict=True)]
-                subjects = [Subject("dense", dense)]
-                subjects += [Subject(f"layers {share:.0%}", routed, self.skipping(share)) for share in (0.0, 0.5, 1.0)]
-                ms = {
-                    subject.name: spread(
-                        np.array([subject.block_ms(ids[:, 0], [CONTEXT] * batch, 4) for _ in range(4)][1:])
-                    )["median"]
-                    for subject in subjects
-                }
-                right = all(error <= OVERLAP_BAR for error in errors)  # which no NaN is
-                self.row("overlap", passed=right, batch=batch, overlap=name, errors=errors, bar=OVERLAP_BAR, ms=ms)
+        for form, ops in (("one by one", KernelOps()), ("overlapping", None)):
+            decoders = [self.decoder(weights, 1, ops=ops) for weights in (self.dense, self.routed)]
+            found = [logits_of(decoder, self.skipping(0.5), ids) for decoder in decoders]
+            expected = expected or found
+            errors = [largest_difference(got, wanted) for got, wanted in zip(found, expected, strict=True)]
+            subjects = [Subject("dense", decoders[0])]
+            subjects += [Subject(f"layers {share:.0%}", decoders[1], self.skipping(share)) for share in (0.0, 0.5, 1.0)]
+            ms = {
+                subject.name: spread(np.array([subject.block_ms(ids[:, 0], [CONTEXT], 4) for _ in range(4)][1:]))[
+                    "median"
+                ]
+                for subject in subjects
+            }
+            right = all(error <= OVERLAP_BAR for error in errors)  # which no NaN is
+            self.row("form", passed=right, batch=1, form=form, errors=errors, bar=OVERLAP_BAR, ms=ms)
 
     def skipping(self, share: float) -> torch.Tensor:
         """Thresholds that skip a share of the layers, evenly spread."""
