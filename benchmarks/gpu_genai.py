@@ -59,7 +59,7 @@ def check() -> None:
         rows = list(save_graphs(None, folder, "cpu", routed_alone=True))
         for runtime, names in RUNTIMES.items():
             rows += rows_of_decode(folder, runtime, names, smoke=True, theirs=_tokens(rows))
-        rows += compared(rows, "cpu", smoke=True)
+        rows += compared(rows, "cpu")
     if failed := [row for row in rows if row["passed"] is False]:
         raise InputError(f"on the CPU: {failed}", hint="the graphs are wrong, or one of the runtimes is")
 
@@ -84,7 +84,7 @@ def measure(evidence: Evidence, smoke: bool, *, model: Path | None, graphs: Path
             for name in names:
                 if f"decode {runtime}, {name}" not in said and evidence.fits(f"{runtime}, {name} alone", 20):
                     _run(evidence, folder, runtime, (name,), smoke)
-    for row in compared(evidence.rows, "cuda", smoke=smoke):
+    for row in compared(evidence.rows, "cuda"):
         evidence.row(**row)
 
 
