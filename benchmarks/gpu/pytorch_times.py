@@ -32,6 +32,21 @@ OVERLAP_BAR: Final = 2**-5
 """Largest difference of bfloat16 logits, of the largest: products may sum in another order; nothing else differs."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What is timed in one go.
+
+    Attributes:
+        what: For a row, where it is left out.
+        seconds: It takes, about.
+        run: It.
+    """
+
+    what: str
+    seconds: float
+    run: Callable[[], None]
+
+
 class Size:
     """One shape of model.
 
@@ -66,25 +81,25 @@ class Size:
         """A row of this size."""
         self.evidence.row(what, model=self.name, **values)
 
-    def piece(self, what: str, seconds: float, run: Callable[[], None], **values: Any) -> None:
-        """Runs a piece where so many seconds are left; what breaks it is a row."""
-        with self.evidence.guard(what, model=self.name, **values):
-            if self.evidence.fits(f"{what} {self.name} {values}", seconds):
-                run()
-
-    def measure(self) -> None:
-        """Decode, the single step first, then where a step's time goes, then prefill."""
+    def pieces(self) -> list[Piece]:
+        """Decode, the single step first, where a step's time goes, prefill; the last one ends the routed model."""
         once = self.smoke and self.name == "1B"  # the same code as of the other size
+        found: list[Piece] = []
         for batch in (1,) if once else (1, 4) if self.smoke else (1, 4, 16):
-            self.piece("decode", 4, functools.partial(self.decode, batch), batch=batch)
+            found.append(Piece(f"decode, batch {batch}", 4, functools.partial(self.decode, batch)))
             if batch == 1:
-                self.piece("one by one", 5, self.one_by_one)
+                found.append(Piece("one by one", 5, self.one_by_one))
         if once:
-            return
+            return found
         for batch in (1,) if self.smoke else (1, 16):
-            self.piece("breakdown", 3, functools.partial(self.breakdown, batch), batch=batch)
-        self.piece("prefill", 6, self.prefill)
-        self.piece("masked", 4, self.masked)
+            found.append(Piece(f"breakdown, batch {batch}", 3, functools.partial(self.breakdown, batch)))
+        return [*found, Piece("prefill", 6, self.prefill), Piece("masked", 4, self.masked)]
+
+    def run(self, piece: Piece) -> None:
+        """Runs a piece where so many seconds are left; what breaks it is a row."""
+        with self.evidence.guard(piece.what, model=self.name):
+            if self.evidence.fits(f"{self.name}, {piece.what}", piece.seconds):
+                piece.run()
 
     def one_by_one(self) -> None:
         """One token a step, kernels one by one: what overlapping ones are held against, and how fast it is.
