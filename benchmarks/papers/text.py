@@ -15,6 +15,7 @@ thresholds fitted to it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -64,18 +65,19 @@ def prepare_text(folder: Path, *, training_tokens: int, held_out_tokens: int, pa
     held_out = [unit for unit in units if unit.held_out]
     # What is held out comes first: of the rest, only what does not stand in it is learned.
     spare = _SPARE * held_out_tokens * _CHARACTERS_PER_TOKEN
-    modules, asked = _modules(held_out, spare), _enough(_distinct(held_out, set()), (1 - _PLAIN) * spare)
+    files, asked = _module_files(held_out, spare), _enough(_distinct(held_out, set()), (1 - _PLAIN) * spare)
     descriptions = [(unit.name, unit.description) for unit in installed if unit.description_held_out]
     reference = _reference()
-    known = {chat.digest for _, text in modules for chat in function_chats(text)} | {chat.digest for chat in asked}
+    modules = [(_shown(file), text) for file, text in files.items()]
+    # Of the whole files: a beginning can seldom be parsed.
+    known = {chat.digest for file in files for chat in _file_chats(file)} | {chat.digest for chat in asked}
     characters = training_tokens * _CHARACTERS_PER_TOKEN
     watched, plain = _plain_documents(
-        units if packages else [*units, *installed],
+        units if packages else [*units, *(dataclasses.replace(unit, files=()) for unit in installed)],
         [*reference, *descriptions, *modules],
         _PLAIN * spare,
         _PLAIN * characters,
     )
-    known |= {chat.digest for _, text in (*watched, *plain) for chat in function_chats(text)}
     chats = _distinct([unit for unit in units if not unit.held_out], known, characters)
     learned = _enough(chats, (1 - _PLAIN) * characters)
     sets: dict[str, list[dict[str, Any]]] = {
@@ -150,17 +152,21 @@ def _reference() -> list[Document]:
     return [(name, topics[name]) for name in sorted(topics)]
 
 
-def _modules(units: Sequence[Unit], characters: int) -> list[Document]:
-    """Beginnings of modules, of about so many characters in all."""
-    modules: list[Document] = []
+def _module_files(units: Sequence[Unit], characters: int) -> dict[Path, str]:
+    """Beginnings of modules by their files, of about so many characters in all."""
+    found: dict[Path, str] = {}
     for file in files_of(units):
         text = read_python(file)[:LONGEST_MODULE]
         if len(text) >= SHORTEST_DOCUMENT:
-            modules.append(("/".join(file.parts[-3:]), text))
+            found[file] = text
             characters -= len(text)
         if characters <= 0:
             break
-    return modules
+    return found
+
+
+def _shown(file: Path) -> str:
+    return "/".join(file.parts[-3:])
 
 
 def _enough(chats: Iterable[FunctionChat], characters: float) -> list[FunctionChat]:
