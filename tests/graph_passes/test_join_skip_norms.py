@@ -110,6 +110,20 @@ def test_branches_come_apart_again_when_they_were_joined_and_saved(behind: str) 
         np.testing.assert_array_equal(found, run_model(apart, tiny_feeds())[name])
 
 
+def test_compacted_graph_is_the_untouched_one_when_its_rows_are_a_batch_of_one() -> None:
+    text = _BETWEEN.format(behind="logits = Identity (normed)")
+    text = text.replace("a = Sigmoid (u)", "a = Mul (u, leading)")  # a constant of three dimensions
+    text = text.replace(", float[2] offset", ", float[1,1,1] leading = {0.5}, float[2] offset")
+    assert text.count("leading") == 2
+    before, model = ir.from_onnx_text(text), ir.from_onnx_text(text)
+    _join_routed(model, LowerSkipToCompactionPass(), threshold=1e-9)
+    ops = _ops(model)
+    assert "Unsqueeze" in ops
+    assert [ops.count(op) for op in (FUSED, "RMSNormalization")] == [2, 0]
+    wanted, found = run_model(before, tiny_feeds()), run_model(model, tiny_feeds())
+    np.testing.assert_array_equal(found["logits"], wanted["logits"])
+
+
 def test_rows_come_apart_again_when_norms_were_joined_around_them_and_saved() -> None:
     model = _between_norms("logits = Mul (normed, y)")
     _join_routed(model, LowerSkipToCompactionPass())
