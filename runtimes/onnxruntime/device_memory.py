@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from dlo_export.checkpoints.dtypes import BFLOAT16, UINT16, ElementType
 from dlo_export.runtimes.onnxruntime.machine_faults import check_machine
-from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
+from dlo_export.runtimes.onnxruntime.providers import Provider
 
 
 class DeviceMemory:
@@ -88,10 +88,7 @@ class DeviceMemory:
             stored = UINT16 if kind == BFLOAT16 else kind
             part.bind_output(self._any_output, *self._place, stored.onnx_number, list(shape), place)
             self._part = asked, part.get_outputs()[0]
-        found: np.ndarray = self._part[1].numpy()
-        # The host's memory is shown as it lies, that of a device is copied already.
-        array: np.ndarray = (found.copy() if self._place[0] == CPU.device else found).view(kind.numpy)
-        return array
+        return np.array(self._part[1].numpy(), copy=True).view(kind.numpy)
 
     def bind_input(
         self, binding: ort.IOBinding, name: str, kind: ElementType, shape: Sequence[int], first: int = 0
