@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.common.measure import print_report
-from benchmarks.gpu.evidence import BAR_MISSED, DONE, NO_GPU
+from benchmarks.gpu.evidence import BAR_MISSED, DONE, NO_GPU, make_folder
 from benchmarks.gpu.evidence_bars import Bar, judge_bars
 from dlo_export.checkpoints.errors import DloError, InputError
 from dlo_export.exporter.exit_codes import exit_code, report_error
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(
                 f"--report: {parsed.out} has no rows", hint="give the --out of a run, with its .jsonl files"
             )
-        parsed.out.mkdir(parents=True, exist_ok=True)
+        make_folder(parsed.out)
     except (DloError, OSError) as err:
         report_error(err)
         return exit_code(err)
