@@ -87,9 +87,9 @@ def measure(evidence: Evidence, smoke: bool, *, model: Path | None, graphs: Path
         for runtime, names in RUNTIMES.items():
             _run(evidence, folder, runtime, names, smoke)
             # What ends the process costs the graphs behind it: each of them once more, by itself.
-            said = {row["what"] for row in evidence.rows}
+            said = {(row.get("runtime"), row.get("graph")) for row in evidence.rows}
             for name in names:
-                if f"decode {runtime}, {name}" not in said and evidence.fits(f"{runtime}, {name} alone", 20):
+                if (runtime, name) not in said and evidence.fits(f"{runtime}, {name} alone", 20):
                     _run(evidence, folder, runtime, (name,), smoke)
     for row in compared(evidence.rows, "cuda"):
         evidence.row(**row)
@@ -103,11 +103,8 @@ def _run(evidence: Evidence, folder: str, runtime: Runtime, names: Sequence[str]
 
 def _tokens(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     """onnxruntime-genai's, by the name of the graph."""
-    mark = "decode onnxruntime-genai, "
     return {
-        row["what"].removeprefix(mark): row["tokens"]
-        for row in rows
-        if row["what"].startswith(mark) and "tokens" in row
+        row["graph"]: row["tokens"] for row in rows if row.get("runtime") == "onnxruntime-genai" and "tokens" in row
     }
 
 

@@ -62,9 +62,10 @@ class Evidence:
         """Writes a figure, at once.
 
         Args:
-            what: The subject.
+            what: The subject, for people.
             passed: Whether it holds what was promised of it; None where nothing was.
-            **values: Figures with their units in their names, such as median_us, and what they were taken with.
+            **values: Figures with their units in their names, such as median_us, and what they were taken with; of a
+                row that a bar is judged by, its `kind` (`evidence_bars`).
         """
         at = round(time.monotonic() - self._start, 1)
         row = {"part": self._part, "what": what, "passed": passed, **values, "at_s": at}
