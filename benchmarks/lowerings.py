@@ -34,6 +34,7 @@ import numpy as np
 import onnx_ir as ir
 
 from benchmarks.common.grid_steps import GridSteps, share_threads
+from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.lowering_grid import Cell, cells
 from benchmarks.common.measure import alternate, print_report, versions
 from benchmarks.common.threshold_inputs import thresholds_as_inputs
@@ -137,6 +138,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help=".jsonl that is continued")
     parser.add_argument("--prepare", action="store_true", help="write the graphs and end")

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.onnxruntime_worker import DecoderStep
 from benchmarks.common.random_llama import H2048, random_llama_folder
@@ -99,6 +100,7 @@ def _compare(graphs: dict[str, Path], library: Path, tokens: np.ndarray, sequenc
 
 
 def main() -> None:
+    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(TITLES))
     parser.add_argument("library", type=Path, help="libdlo_ort.so")

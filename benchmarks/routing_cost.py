@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from benchmarks.common.grid_steps import GridSteps, share_threads
+from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.lowering_grid import Cell
 from benchmarks.common.measure import Samples, alternate, print_report, versions
 from benchmarks.common.skipped_graph import everything_skipped
@@ -87,6 +88,7 @@ def _cpu_times(steps: GridSteps, runs: int) -> list[float]:
 
 
 def main() -> None:
+    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="h576")
     parser.add_argument("--routings", choices=ROUTINGS, nargs="+", default=ROUTINGS)
