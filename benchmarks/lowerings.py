@@ -157,12 +157,9 @@ def disputed(rows: Iterable[Mapping[str, Any]], limit: float) -> Iterator[tuple[
     """
     for (provider, shape, routing), cells_of in pooled(rows).items():
         found = {cell: ratios({"ms": times}) for cell, times in cells_of.items()}
-        skipping = {
-            name
-            for each in found.values()
-            for name in each
-            if find_lowering(name, PROVIDER_TARGETS[provider]).make_pass
-        }  # type: ignore[index]  # of the choices
+        target = PROVIDER_TARGETS[provider]  # type: ignore[index]  # of the choices
+        names = {name for each in found.values() for name in each}
+        skipping = [name for name in names if find_lowering(name, target).make_pass is not None]
         choice = min(skipping, key=lambda name: max(each[name] for each in found.values()))
         yield from ((shape, routing, provider, cell) for cell, each in found.items() if each[choice] > limit)
 
