@@ -262,9 +262,13 @@ def _report(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
 
 
 def _write_table(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
-    """The package's table: of the providers that were measured the new figures, of others those that it has."""
-    targets = {PROVIDER_TARGETS[row["provider"]] for row in rows}
-    entries = [dataclasses.asdict(each) for each in read_measured() if each.target not in targets]
+    """The package's table: of the models that were measured the new figures, of others those that it has."""
+    new = {
+        (PROVIDER_TARGETS[row["provider"]], row["routing"], RandomDecoder(row["shape"], routed=True).config.hidden_size)
+        for row in rows
+    }
+    known = [each for each in read_measured() if (each.target, each.routing, each.hidden_size) not in new]
+    entries = [dataclasses.asdict(each) for each in known]
     for (provider, shape, routing), cells_of in pooled(rows).items():
         names = list(next(iter(cells_of.values())))
         entries.append(
