@@ -17,6 +17,8 @@ _TUNABLES = {
     "glibc.malloc.mmap_threshold": str(32 << 20),  # a block of its own is cut to pages of 4 KiB at both ends
     "glibc.malloc.trim_threshold": str(4 << 30),
 }
+ENVIRONMENT = {_VARIABLE: ":".join(f"{name}={value}" for name, value in _TUNABLES.items())}
+"""What a process is to be started with."""
 
 
 def use_huge_pages() -> None:
@@ -27,5 +29,5 @@ def use_huge_pages() -> None:
     """
     if sys.platform != "linux" or _VARIABLE in os.environ:
         return
-    os.environ[_VARIABLE] = ":".join(f"{name}={value}" for name, value in _TUNABLES.items())
+    os.environ.update(ENVIRONMENT)
     os.execv(sys.executable, sys.orig_argv)
