@@ -205,7 +205,7 @@ EFFORTS = {
     "h2048": Effort(4, 3, runs=(8, 3), settle=(4, 1)),
 }
 BOUNDS = ("products", "and attention", "and rows moved")
-ROW_MOVES = ("NonZero", "GatherND", "ScatterND")
+ROW_MOVES = ("NonZero", "TopK", "GatherND", "ScatterND")
 
 
 def phases_of(prompt: int) -> dict[str, Phase]:
