@@ -1,9 +1,9 @@
 """Weights in huge pages: where they lie in memory is then the same for all candidates of a benchmark.
 
-In pages of 4 KiB, which ones a session gets moves a step that reads its weights from memory by up to 15 percent for as
+In pages of 4 KiB, which ones a session gets moves a step that reads its weights from memory by up to a tenth for as
 long as the session lives, more than most candidates differ by; whoever loads first fares worst. glibc (2.35 or newer)
 asks the kernel for pages of 2 MiB where it is told to, and packs what is smaller than them into the same ones where
-such blocks come from its heap. Sessions of one graph then differ by less than one percent.
+such blocks come from its heap. Sessions of one graph then differ by less.
 """
 
 from __future__ import annotations
