@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.onnxruntime_worker import DecoderStep
 from benchmarks.common.routed_artefact import export
 from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
 from benchmarks.common.workspace import WORKSPACE
 from benchmarks.dense_speed import OURS, PROMPT, build_with_genai
+from dlo_export.runtimes.artefact.description import MODEL_NAME
 
 GENAI = "genai builder"
 ROUNDS = 3
@@ -67,16 +69,22 @@ def kernel_times(
 
 
 def main() -> None:
+    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    threads = parser.parse_args().threads
+    parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="keep them there, for the next call")
+    given = parser.parse_args()
+    threads = given.threads
     tokens = distinct_tokens(PROMPT + 1)
     phases = {"prefill": (tokens[:, :PROMPT], PROMPT), "decode": (tokens, 1)}
     rows: list[list[Any]] = []
     record: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        model, folder = smollm2_folder(), Path(temporary)
-        graphs = {OURS: export(model, folder / OURS), GENAI: build_with_genai(model, folder / GENAI)}
+        folder = given.graphs or Path(temporary)
+        graphs = {name: folder / name / MODEL_NAME for name in (OURS, GENAI)}
+        for name, make in ((OURS, export), (GENAI, build_with_genai)):
+            if not graphs[name].exists():
+                make(smollm2_folder(), folder / name)
         for phase, (step, sequence) in phases.items():
             found: dict[str, list[dict[str, float]]] = {name: [] for name in graphs}
             for _ in range(ROUNDS):

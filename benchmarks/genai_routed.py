@@ -31,6 +31,7 @@ import numpy as np
 import onnx_ir as ir
 
 from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.one_router import ask_first_router
 from benchmarks.common.qwen2 import VOCABULARY as QWEN2_VOCABULARY
 from benchmarks.common.qwen2 import qwen2_folder
 from benchmarks.common.random_llama import H2048, random_llama_folder
@@ -125,26 +126,11 @@ def graph_with_one_router(routed: Path, folder: Path) -> Path:
         folder: Made.
     """
     model = ir.load(routed)
-    conditionals = [node for node in model.graph if node.op_type == "If"]
-    first, *others = [value for node in conditionals for value in node.inputs if value is not None]
-    for condition in others:
-        # Inside the branches the tokens are masked by what the condition was reduced from.
-        for value, by in ((condition, first), (_reduced(condition), _reduced(first))):
-            value.replace_all_uses_with(by)
-    remove_unused(model.graph)
+    ask_first_router(model)
     folder.mkdir()
     ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
     shutil.copy(routed.parent / "genai_config.json", folder)
     return folder / "model.onnx"
-
-
-def _reduced(condition: ir.Value) -> ir.Value:
-    """Which tokens are active, of whether any is."""
-    node = condition.producer()
-    assert node is not None
-    assert node.op_type == "ReduceMax"
-    assert node.inputs[0] is not None
-    return node.inputs[0]
 
 
 def saved_share(times: dict[str, Samples], name: str, share: float) -> Samples:

@@ -1,13 +1,15 @@
 """Every lowering that ONNX Runtime runs here, against the fastest of them, over a grid of steps and skip rates.
 
 Graphs of one model have the same weights, and routers whose thresholds are inputs: who is active is decided from cell
-to cell, and routing costs what it costs. Each lowering runs in a process of its own; blocks of runs alternate. Before a
-cell is timed, the lowerings' logits are compared. What a cell has shown is written to a file at once, and is not
-measured again by the next call. With --write-table, the file's content becomes the table by which `--lowering auto`
-chooses.
+to cell, and routing costs what it costs. Blocks of runs alternate; weights lie in huge pages, and each launch opens
+another lowering's graph first (benchmarks/common/huge_pages.py). Before a cell is timed, the lowerings' logits are
+compared. What a cell has shown is written to a file at once, and is not measured again by the next call, unless
+--disputed asks for cells in which what `auto` would choose was not nearly the fastest. With --write-table, the file's
+content becomes the table by which `--lowering auto` chooses.
 
     python -m benchmarks.lowerings --results grid.jsonl --prepare
-    python -m benchmarks.lowerings --results grid.jsonl --seconds 280
+    python -m benchmarks.lowerings --results grid.jsonl --seconds 280 --launches 2
+    python -m benchmarks.lowerings --results grid.jsonl --seconds 280 --disputed 1.03
     python -m benchmarks.lowerings --results grid.jsonl --write-table 'AMD EPYC (Zen 5), 2 cores'
 
 The graphs take 4 GB of disk, beside the results. With --provider cuda they run on a GPU, in float16.
@@ -34,6 +36,7 @@ import numpy as np
 import onnx_ir as ir
 
 from benchmarks.common.grid_steps import GridSteps, share_threads
+from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.lowering_grid import Cell, cells
 from benchmarks.common.measure import alternate, print_report, versions
 from benchmarks.common.threshold_inputs import thresholds_as_inputs
@@ -43,7 +46,7 @@ from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.weight_file import external_tensors, save_weights
 from dlo_export.graph_passes.lowerings.measured import FILE, read_measured
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, LoweringRecord
-from dlo_export.graph_passes.lowerings.registry import lowering_records
+from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_records
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION
 
 SHAPES = ("h576", "h2048")
@@ -101,20 +104,31 @@ class Grid:
 
 
 def measure(
-    grid: Grid, shape: str, routing: str, wanted: list[Cell], seconds: float
+    grid: Grid, shape: str, routing: str, wanted: list[Cell], seconds: float, first: int
 ) -> Iterator[tuple[Cell, dict[str, list[float]]]]:
-    """Milliseconds of every lowering's blocks in cells of one model, about so many seconds each."""
-    steps = {each.name: grid.steps(shape, routing, each) for each in grid.lowerings(routing)}
+    """Milliseconds of every lowering's blocks in cells of one model.
+
+    Args:
+        grid: What is measured.
+        shape: Of the model.
+        routing: Its kind.
+        wanted: The cells.
+        seconds: About so many for each.
+        first: Number of the lowering that is opened first.
+    """
+    records = grid.lowerings(routing)
+    turned = records[first % len(records) :] + records[: first % len(records)]
+    steps = {each.name: grid.steps(shape, routing, each) for each in turned}
     for cell in wanted:
         logits = {name: each.set_up(cell) for name, each in steps.items()}
         worst = max(np.abs(values - logits["masked"]).max() for values in logits.values())
         if not worst <= NEAR[grid.provider] * np.abs(logits["masked"]).max():
             raise RuntimeError(f"{shape}, {routing}, {cell}: logits differ by {worst:.1e}")
-        first = {name: min(each.timed(2)) for name, each in steps.items()}
-        runs = {name: max(1, round(BLOCK_MS / each)) for name, each in first.items()}
+        once = {name: min(each.timed(2)) for name, each in steps.items()}
+        runs = {name: max(1, round(BLOCK_MS / each)) for name, each in once.items()}
         # A block's first run finds other weights in the caches: where it is not the only one, it does not count.
         settle = {name: int(count > 1) for name, count in runs.items()}
-        block = sum((runs[name] + settle[name]) * each for name, each in first.items()) / 1e3
+        block = sum((runs[name] + settle[name]) * each for name, each in once.items()) / 1e3
         blocks = int(np.clip(seconds / block, *BLOCKS))
         candidates = {name: functools.partial(_block, each, runs[name], settle[name]) for name, each in steps.items()}
         samples = alternate(candidates, blocks=blocks, runs=1, settle=0)
@@ -131,12 +145,32 @@ def ratios(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(np.median(np.array(values) / fastest)) for name, values in row["ms"].items()}
 
 
+def disputed(rows: Iterable[Mapping[str, Any]], limit: float) -> Iterator[tuple[Any, ...]]:
+    """Cells in which what `auto` would choose takes longer than the fastest lowering.
+
+    Args:
+        rows: What was measured.
+        limit: So much longer, over the fastest one's time.
+
+    Yields:
+        Shape, routing, provider and cell.
+    """
+    for (provider, shape, routing), cells_of in pooled(rows).items():
+        found = {cell: ratios({"ms": times}) for cell, times in cells_of.items()}
+        target = PROVIDER_TARGETS[provider]  # type: ignore[index]  # of the choices
+        names = {name for each in found.values() for name in each}
+        skipping = [name for name in names if find_lowering(name, target).make_pass is not None]
+        choice = min(skipping, key=lambda name: max(each[name] for each in found.values()))
+        yield from ((shape, routing, provider, cell) for cell, each in found.items() if each[choice] > limit)
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """What was measured so far."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main() -> None:
+    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help=".jsonl that is continued")
     parser.add_argument("--prepare", action="store_true", help="write the graphs and end")
@@ -148,6 +182,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after that")
     parser.add_argument("--cell-seconds", type=float, default=1.0)
     parser.add_argument("--launches", type=int, default=1, help="measure every cell so often, in sessions of their own")
+    parser.add_argument("--disputed", type=float, metavar="RATIO", help="measure anew only what auto misses by so much")
     parser.add_argument("--cells", type=int, help="of each model and call at most")
     parser.add_argument("--shapes", nargs="+", choices=sorted(DECODERS), default=SHAPES)
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
@@ -169,9 +204,13 @@ def main() -> None:
         done = collections.Counter(_key(row) for row in read_rows(given.results))
         layers = RandomDecoder(shape, routed=True).config.num_layers
         wanted = [cell for cell in cells(layers) if done[shape, routing, given.provider, cell] <= launch]
+        if given.disputed is not None:
+            again = set(disputed(read_rows(given.results), given.disputed))
+            wanted = [cell for cell in cells(layers) if (shape, routing, given.provider, cell) in again]
         if not wanted or time.monotonic() > end:
             continue
-        for cell, times in measure(grid, shape, routing, wanted[: given.cells], given.cell_seconds):
+        first = max(done[shape, routing, given.provider, cell] for cell in wanted)
+        for cell, times in measure(grid, shape, routing, wanted[: given.cells], given.cell_seconds, first):
             row = {
                 "shape": shape,
                 "routing": routing,
@@ -223,9 +262,13 @@ def _report(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
 
 
 def _write_table(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
-    """The package's table: of the providers that were measured the new figures, of others those that it has."""
-    targets = {PROVIDER_TARGETS[row["provider"]] for row in rows}
-    entries = [dataclasses.asdict(each) for each in read_measured() if each.target not in targets]
+    """The package's table: of the models that were measured the new figures, of others those that it has."""
+    new = {
+        (PROVIDER_TARGETS[row["provider"]], row["routing"], RandomDecoder(row["shape"], routed=True).config.hidden_size)
+        for row in rows
+    }
+    known = [each for each in read_measured() if (each.target, each.routing, each.hidden_size) not in new]
+    entries = [dataclasses.asdict(each) for each in known]
     for (provider, shape, routing), cells_of in pooled(rows).items():
         names = list(next(iter(cells_of.values())))
         entries.append(

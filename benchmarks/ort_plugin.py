@@ -3,7 +3,8 @@
 Both graphs have the same routers and weights. Compaction gathers the active rows, multiplies them with ONNX Runtime's
 own MatMuls, and adds them back in place; the plugin lowering is two operators of libdlo_ort.so per routed layer. Ratios
 are times of the plugin lowering over compaction's, block by block: below 1 it is the faster one. Cases and patterns are
-those of benchmarks/skip_efficiency.py. The last logits of both graphs are compared before anything is timed.
+those of benchmarks/skip_efficiency.py, and so is how they run. The last logits of both graphs are compared before
+anything is timed. With `--artefacts FOLDER` the graphs stay there, for the next call.
 
     make -C plugins/library ORT_INCLUDE=/path/to/onnxruntime/include DLO_TARGETS=none
     python -m benchmarks.ort_plugin smollm2 plugins/library/build/libdlo_ort.so
@@ -14,8 +15,10 @@ those of benchmarks/skip_efficiency.py. The last logits of both graphs are compa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import json
 import os
 import sys
 import tempfile
@@ -26,6 +29,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.onnxruntime_worker import DecoderStep
 from benchmarks.common.random_llama import H2048, random_llama_folder
@@ -46,8 +50,32 @@ CASES += [("prefill", "layers", rate) for rate in RATES]
 NEAR = 1e-3  # of the largest logit, which sums of another order reach over 30 layers
 
 
-def rows_of(model_folder: Path, library: Path, given: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """Exports both graphs and measures every case."""
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Attributes:
+        phase: "decode" or "prefill".
+        pattern: A key of PATTERNS.
+        active_rate: Measured share of active pairs of token and layer.
+        tokens: .npy of the step's tokens and of those before it.
+        graphs: .onnx by lowering.
+    """
+
+    phase: str
+    pattern: str
+    active_rate: float
+    tokens: str
+    graphs: dict[str, str]
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of the step."""
+        return 1 if self.phase == "decode" else PROMPT
+
+
+def make_cases(model_folder: Path, library: Path, threads: int, folder: Path) -> list[Case]:
+    """Exports both graphs, and writes and compares a variant of each per case."""
     with open_checkpoint(str(model_folder)) as checkpoint:
         model = routable_model(checkpoint.config.raw, checkpoint.tensors)
         layers, vocabulary = checkpoint.config.num_layers, checkpoint.config.vocab_size
@@ -57,30 +85,54 @@ def rows_of(model_folder: Path, library: Path, given: argparse.Namespace, folder
     np.save(files["prefill"], tokens[:, :PROMPT])
     adapter = save_routers(model, folder / "adapter")
     graphs = {name: export(model_folder, folder / name, adapter, name) for name in ("compact", "plugin")}
-    effort = EFFORTS[given.model]
-    effort = dataclasses.replace(effort, launches=given.launches or effort.launches)
+    made = []
     for phase, pattern, rate in CASES:
         fit_routers(model, tokens, PATTERNS[pattern](rate, layers, PROMPT + 1))
-        routed = {name: with_routers_of(model, graph, "case") for name, graph in graphs.items()}
-        sequence = 1 if phase == "decode" else PROMPT
-        _compare(routed, library, np.load(files[phase]), sequence, given.threads)
-        arguments = (files[phase], "--sequence", str(sequence), "--threads", str(given.threads))
-        module = "benchmarks.common.onnxruntime_worker"
+        routed = {name: with_routers_of(model, graph, f"{phase}-{pattern}-{rate}") for name, graph in graphs.items()}
+        case = Case(phase, pattern, 0, str(files[phase]), {name: str(graph) for name, graph in routed.items()})
+        _compare(routed, library, np.load(case.tokens), case.sequence, threads)
+        active = active_rate(routed["compact"], np.load(case.tokens), case.sequence)
+        made.append(dataclasses.replace(case, active_rate=round(active, 4)))
+    return made
+
+
+def rows_of(cases: list[Case], library: Path, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measures every case."""
+    effort = EFFORTS[given.model]
+    effort = dataclasses.replace(effort, launches=given.launches or effort.launches)
+    for case in cases:
+        arguments = (case.tokens, "--sequence", str(case.sequence), "--threads", str(given.threads))
+        module, graphs = "benchmarks.common.onnxruntime_worker", case.graphs
         times = alternate_workers(
             {
-                "compact": functools.partial(Worker, module, routed["compact"], *arguments),
-                "plugin": functools.partial(Worker, module, routed["plugin"], *arguments, "--plugin-library", library),
+                "compact": functools.partial(Worker, module, graphs["compact"], *arguments),
+                "plugin": functools.partial(Worker, module, graphs["plugin"], *arguments, "--plugin-library", library),
             },
-            **effort.of(sequence),
+            **effort.of(case.sequence),
             busy=given.busy,
         )
         yield {
-            "phase": phase,
-            "pattern": pattern,
-            "active_rate": round(active_rate(routed["compact"], np.load(files[phase]), sequence), 4),
+            "phase": case.phase,
+            "pattern": case.pattern,
+            "active_rate": case.active_rate,
             **times,
             "ratio": times["plugin"] / times["compact"],
         }
+
+
+def _kept_cases(model: str, library: Path, threads: int, folder: Path) -> list[Case]:
+    """Those of a folder, made on first use."""
+    folder = folder.resolve()
+    known = folder / "cases.json"
+    if not known.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        model_folder = smollm2_folder() if model == "smollm2" else random_llama_folder("random-h2048", H2048)
+        made = make_cases(model_folder, library, threads, folder)
+        known.write_text(json.dumps({"model": model, "cases": [dataclasses.asdict(case) for case in made]}))
+    kept = json.loads(known.read_text())
+    if kept["model"] != model:
+        raise RuntimeError(f"{folder}: holds cases of {kept['model']}")
+    return [Case(**case) for case in kept["cases"]]
 
 
 def _compare(graphs: dict[str, Path], library: Path, tokens: np.ndarray, sequence: int, threads: int) -> None:
@@ -99,19 +151,27 @@ def _compare(graphs: dict[str, Path], library: Path, tokens: np.ndarray, sequenc
 
 
 def main() -> None:
+    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(TITLES))
     parser.add_argument("library", type=Path, help="libdlo_ort.so")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--busy", action="store_true", help="do not wait for other programs, nor repeat for them")
     parser.add_argument("--launches", type=int, help="of the processes, per case; the model's own number unless given")
+    parser.add_argument("--artefacts", type=Path, metavar="FOLDER", help="keep there what is exported")
+    parser.add_argument("--prepare", action="store_true", help="export, measure nothing; needs --artefacts")
     given = parser.parse_args()
+    if given.prepare and given.artefacts is None:
+        parser.error("--prepare: needs --artefacts")
     library = given.library.resolve()
-    model_folder = smollm2_folder() if given.model == "smollm2" else random_llama_folder("random-h2048", H2048)
     WORKSPACE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
+    with contextlib.ExitStack() as stack:
+        place = given.artefacts or Path(stack.enter_context(tempfile.TemporaryDirectory(dir=WORKSPACE)))
+        cases = _kept_cases(given.model, library, given.threads, place)
+        if given.prepare:
+            return
         rows = []
-        for row in rows_of(model_folder, library, given, Path(temporary)):
+        for row in rows_of(cases, library, given):
             print(f"{row['phase']}, {row['pattern']}, {row['active_rate']:.3f}: {row['ratio']}", file=sys.stderr)
             rows.append(row)
     print_report(

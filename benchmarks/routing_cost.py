@@ -4,8 +4,9 @@ Layers of hidden size 576 (`--shape`), one token behind 128, random weights, nex
 everything active, the time over the dense graph's; with everything skipped, the time over the same graph without
 anything that may be skipped and without routers (benchmarks/common/skipped_graph.py). One thread, and the CPU time of
 that thread: other programs take none of it, though they take cache and memory from it, so blocks alternate and the
-tenth percentile counts. Where a graph's weights lie in memory moves it by more than routing costs: all graphs are
-opened anew several times, each time beginning with the next one, and the median of the differences counts.
+tenth percentile counts. Where a graph's weights lie in memory moves it by more than routing costs: they lie in huge
+pages, all graphs are opened anew several times, each time beginning with the next one, and the median of the
+differences counts. "One router" is the graph all of whose Ifs ask the first layer's: what they cost without it.
 
     python -m benchmarks.routing_cost
 """
@@ -22,8 +23,10 @@ import numpy as np
 import onnx_ir as ir
 
 from benchmarks.common.grid_steps import GridSteps, share_threads
+from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.lowering_grid import Cell
 from benchmarks.common.measure import Samples, alternate, print_report, versions
+from benchmarks.common.one_router import ask_first_router
 from benchmarks.common.skipped_graph import everything_skipped
 from benchmarks.common.threshold_inputs import thresholds_as_inputs
 from benchmarks.gpu.random_decoder import SHAPES, RandomDecoder
@@ -32,52 +35,57 @@ from dlo_export.exporter.weight_file import save_weights
 from dlo_export.runtimes.onnxruntime.providers import CPU
 
 ROUTINGS, LOWERINGS = ("mlp", "layer", "attention"), ("if", "compact")
+DENSE, WITHOUT, ONE_ROUTER = "dense", "without", "if, one router"
+VARIANTS = (*LOWERINGS, ONE_ROUTER)
 BLOCKS, RUNS, SETTLE = 16, 8, 1
 ACTIVE, SKIPPED = (Cell("decode", 1, skipped, "layers") for skipped in (0.0, 1.0))
 
 
-def opened(shape: str, routing: Any, lowering: str, cell: Cell, folder: Path, *, without: bool = False) -> GridSteps:
+def opened(shape: str, routing: Any, variant: str, cell: Cell, folder: Path) -> GridSteps:
     """A graph, set up for a step.
 
     Args:
         shape: Of SHAPES.
         routing: What tokens skip.
-        lowering: Of the graph; "none" for the dense one.
+        variant: A lowering, or DENSE, WITHOUT or ONE_ROUTER.
         cell: The step.
         folder: Takes it.
-        without: Leave out what may be skipped, and the routers.
     """
-    model = build_model(RandomDecoder(shape, routed=lowering != "none", kind=routing), lowering)
-    path = folder / f"{routing}-{lowering}.onnx"
-    if not without:
+    lowering = variant if variant in LOWERINGS else "if"
+    model = build_model(
+        RandomDecoder(shape, routed=variant != DENSE, kind=routing), "none" if variant == DENSE else lowering
+    )
+    path = folder / f"{routing}-{variant}.onnx"
+    if variant == ONE_ROUTER:
+        ask_first_router(model)
+    if variant in (*LOWERINGS, ONE_ROUTER):
         thresholds_as_inputs(model)
     save_weights(model, path.with_suffix(".data"))
     ir.save(model, path)
-    steps = GridSteps(everything_skipped(path, f"{routing}-without") if without else path, CPU)
+    steps = GridSteps(everything_skipped(path, f"{routing}-skipped") if variant == WITHOUT else path, CPU)
     steps.set_up(cell)
     return steps
 
 
 def measure(shape: str, routing: str, launches: int) -> dict[str, Samples]:
     """Microseconds of a step, of every graph of one kind of routing: of each launch, the tenth percentile of blocks."""
-    wanted: dict[str, tuple[str, Cell, bool]] = {"dense": ("none", ACTIVE, False), "without": ("if", SKIPPED, True)}
-    for lowering in LOWERINGS:
-        wanted |= {f"{lowering}, active": (lowering, ACTIVE, False), f"{lowering}, skipped": (lowering, SKIPPED, False)}
+    wanted = {DENSE: (DENSE, ACTIVE), WITHOUT: (WITHOUT, SKIPPED)}
+    for variant in VARIANTS:
+        wanted |= {f"{variant}, active": (variant, ACTIVE), f"{variant}, skipped": (variant, SKIPPED)}
     found: dict[str, list[float]] = {name: [] for name in wanted}
     for launch in range(launches):
-        names = [*wanted][launch % len(wanted) :] + [*wanted][: launch % len(wanted)]
+        first = launch % len(wanted)
+        names = [*wanted][first:] + [*wanted][:first]
         with tempfile.TemporaryDirectory() as temporary:
-            graphs = {}
-            for name in names:
-                lowering, cell, without = wanted[name]
-                graphs[name] = opened(shape, routing, lowering, cell, Path(temporary), without=without)
-            candidates = {name: lambda runs, steps=steps: _cpu_times(steps, runs) for name, steps in graphs.items()}
+            graphs = {name: opened(shape, routing, *wanted[name], Path(temporary)) for name in names}
+            candidates = {name: lambda runs, steps=steps: cpu_times(steps, runs) for name, steps in graphs.items()}
             for name, samples in alternate(candidates, blocks=BLOCKS, runs=RUNS, settle=SETTLE).items():
                 found[name].append(float(np.percentile(samples.values, 10)))
     return {name: Samples(np.array(values)) for name, values in found.items()}
 
 
-def _cpu_times(steps: GridSteps, runs: int) -> list[float]:
+def cpu_times(steps: GridSteps, runs: int) -> list[float]:
+    """Microseconds of this thread in each of so many steps."""
     times = []
     for _ in range(runs):
         start = time.thread_time_ns()
@@ -87,6 +95,7 @@ def _cpu_times(steps: GridSteps, runs: int) -> list[float]:
 
 
 def main() -> None:
+    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="h576")
     parser.add_argument("--routings", choices=ROUTINGS, nargs="+", default=ROUTINGS)
@@ -99,12 +108,12 @@ def main() -> None:
     for routing in given.routings:
         samples = measure(given.shape, routing, given.launches)
         per_layer = {name: Samples(times.values / layers) for name, times in samples.items()}
-        for lowering in LOWERINGS:
-            row: list[Any] = [routing, lowering, *(f"{per_layer[name].median:.0f}" for name in ("dense", "without"))]
-            for name, ideal in (("active", "dense"), ("skipped", "without")):
-                more = Samples(per_layer[f"{lowering}, {name}"].values - per_layer[ideal].values)
+        for variant in VARIANTS:
+            row: list[Any] = [routing, variant, *(f"{per_layer[name].median:.0f}" for name in (DENSE, WITHOUT))]
+            for name, ideal in (("active", DENSE), ("skipped", WITHOUT)):
+                more = Samples(per_layer[f"{variant}, {name}"].values - per_layer[ideal].values)
                 row.append(more)
-                record[f"{routing}, {lowering}, {name}"] = more.summary()
+                record[f"{routing}, {variant}, {name}"] = more.summary()
             rows.append(row)
     print_report(
         f"What routing costs a layer of a decode step, {given.shape}, one thread, µs of its time",

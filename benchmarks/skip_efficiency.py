@@ -14,11 +14,16 @@ A phase is a step: decode is one token of one sequence behind 128 tokens, prefil
 batch16 are one token of as many sequences, each behind 32.
 
 What the second pattern loses is mostly not overhead: a MatMul on half of the rows takes more than half of the time,
-because all of its weights come from memory all the same. The last column is the efficiency that remains when nothing
-but these MatMuls is slower than ideal, from their kernel times in ONNX Runtime's profile: what routing and compaction
-could reach if they cost nothing.
+because all of its weights come from memory all the same. The last columns are the efficiency that remains when nothing
+but these MatMuls is slower than ideal, from their kernel times in ONNX Runtime's profile; when attention is, too, which
+runs for all queries though some tokens skip it; and when gathering rows and putting them back takes what its kernels
+take: what routing could reach if routers and branches cost nothing.
 
-The artefacts run in processes of their own, alternating, started anew several times; see benchmarks/common/workers.py.
+The artefacts run in processes of their own, alternating, started anew several times, with weights in huge pages; see
+benchmarks/common/workers.py and huge_pages.py. A launch's efficiency comes from the medians of its blocks' ratios; the
+spread is that of launches.
+
+With `--artefacts FOLDER` what is measured stays there, for the next call with the same arguments.
 
     python -m benchmarks.skip_efficiency smollm2
     python -m benchmarks.skip_efficiency h2048
@@ -32,8 +37,10 @@ The artefacts run in processes of their own, alternating, started anew several t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -42,6 +49,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.random_llama import H2048, random_llama_folder
 from benchmarks.common.routed_artefact import active_rate, export, with_routers_of
@@ -50,7 +58,7 @@ from benchmarks.common.skipped_graph import everything_skipped
 from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
 from benchmarks.common.workers import Worker, alternate_workers
 from benchmarks.common.workspace import WORKSPACE
-from benchmarks.gpu.kernel_profile import matmul_seconds
+from benchmarks.gpu.kernel_profile import kernel_seconds
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind, kept_projections
 from dlo_export.checkpoints.opening import open_checkpoint
@@ -123,6 +131,7 @@ class Subject:
         phases: By name.
         rates: Of RATES.
         threads: Of ONNX Runtime.
+        busy: Take the machine as it is.
     """
 
     model: str
@@ -131,6 +140,7 @@ class Subject:
     phases: dict[str, Phase]
     rates: tuple[float, ...]
     threads: int
+    busy: bool = False
 
     @property
     def skipped_projections(self) -> tuple[str, ...]:
@@ -191,9 +201,11 @@ class Effort:
 
 
 EFFORTS = {
-    "smollm2": Effort(3, 4, runs=(20, 5), settle=(15, 3)),
-    "h2048": Effort(2, 4, runs=(8, 3), settle=(6, 1)),
+    "smollm2": Effort(6, 3, runs=(16, 5), settle=(8, 2)),
+    "h2048": Effort(4, 3, runs=(8, 3), settle=(4, 1)),
 }
+BOUNDS = ("products", "and attention", "and rows moved")
+ROW_MOVES = ("NonZero", "TopK", "GatherND", "ScatterND")
 
 
 def phases_of(prompt: int) -> dict[str, Phase]:
@@ -238,7 +250,25 @@ def make_artefacts(subject: Subject, model_folder: Path, folder: Path) -> Artefa
     return made
 
 
-def rows_of(subject: Subject, made: Artefacts) -> Iterator[dict[str, Any]]:
+def _kept_artefacts(subject: Subject, folder: Path) -> Artefacts:
+    """Those of a folder, made on first use."""
+    folder = folder.resolve()
+    wanted = [subject.model, subject.routing, subject.lowering, sorted(subject.phases), list(subject.rates)]
+    known = folder / "artefacts.json"
+    if not known.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        model = smollm2_folder() if subject.model == "smollm2" else random_llama_folder("random-h2048", H2048)
+        made = make_artefacts(subject, model, folder)
+        known.write_text(json.dumps({"made for": wanted, **dataclasses.asdict(made)}, default=str))
+    kept = json.loads(known.read_text())
+    if kept["made for"] != wanted:
+        raise RuntimeError(f"{folder}: holds artefacts of other arguments, {kept['made for']}")
+    active, tokens = ({name: Path(path) for name, path in kept[part].items()} for part in ("active", "tokens"))
+    cases = [Case(**{**case, "graph": Path(case["graph"])}) for case in kept["cases"]]
+    return Artefacts(Path(kept["dense"]), Path(kept["skipped"]), active, tokens, cases)
+
+
+def rows_of(subject: Subject, made: Artefacts, effort: Effort) -> Iterator[dict[str, Any]]:
     """Measures the cases, each against the dense artefact and the one without anything that may be skipped."""
     for group in _groups(made.cases):
         phase, tokens = subject.phases[group[0].phase], made.tokens[group[0].phase]
@@ -246,9 +276,10 @@ def rows_of(subject: Subject, made: Artefacts) -> Iterator[dict[str, Any]]:
         start: dict[str, Callable[[], Worker]] = {
             name: functools.partial(_worker, graph, tokens, phase, subject.threads) for name, graph in graphs.items()
         }
-        times = alternate_workers(start, **EFFORTS[subject.model].of(phase.batch * phase.sequence), busy=False)
+        times = alternate_workers(start, **effort.of(phase.batch * phase.sequence), busy=subject.busy)
         for case in group:
-            yield _row(subject, case, made, times["dense"], times["skipped"], times[case.graph.stem])
+            samples = [times[name] for name in ("dense", "skipped", case.graph.stem)]
+            yield _row(subject, case, made, effort.blocks, *samples)
 
 
 def _groups(cases: list[Case]) -> Iterator[list[Case]]:
@@ -259,29 +290,60 @@ def _groups(cases: list[Case]) -> Iterator[list[Case]]:
 
 
 def _row(
-    subject: Subject, case: Case, made: Artefacts, dense: Samples, skipped: Samples, routed: Samples
+    subject: Subject, case: Case, made: Artefacts, blocks: int, dense: Samples, skipped: Samples, routed: Samples
 ) -> dict[str, Any]:
     row = {"case": case, "dense": dense, "skipped": skipped, "routed": routed, "speedup": dense / routed}
     ideal = Samples(skipped.values + case.rate * (dense.values - skipped.values))
-    if case.rate < 1:
-        row["efficiency"] = _efficiency(dense, routed, ideal)
-    if 0 < case.rate < 1:
-        slower_matmuls = Samples(ideal.values + _lost_in_matmul(subject, case, made))
-        row["matmul_bound"] = _efficiency(dense, slower_matmuls, ideal).median
+    if case.rate == 1:
+        return row
+    row["efficiency"] = efficiency(dense, routed, ideal, blocks)
+    if case.rate > 0 and row["efficiency"] is not None:
+        lost = _lost_in_kernels(subject, case, made)
+        bounds = [efficiency(dense, Samples(ideal.values + each), ideal, blocks) for each in np.cumsum(lost)]
+        row["bounds"] = [bound.median for bound in bounds if bound is not None]
     return row
 
 
-def _efficiency(dense: Samples, routed: Samples, ideal: Samples) -> Samples:
-    return Samples((dense.values / routed.values - 1) / (dense.values / ideal.values - 1))
+def efficiency(dense: Samples, routed: Samples, ideal: Samples, blocks: int) -> Samples | None:
+    """Skip efficiency of each launch, from the medians of its blocks' ratios.
+
+    Of each block, it would be a ratio of two small differences, which noise alone makes anything.
+
+    Args:
+        dense: Milliseconds, [launches · blocks].
+        routed: Likewise.
+        ideal: Likewise.
+        blocks: Of a launch.
+
+    Returns:
+        One per launch; None where in one of them the ideal takes no less than the dense step: the machine was too busy.
+    """
+    speedup, possible = (np.median((dense / other).values.reshape(-1, blocks), axis=1) for other in (routed, ideal))
+    return None if (possible <= 1).any() else Samples((speedup - 1) / (possible - 1))
 
 
-def _lost_in_matmul(subject: Subject, case: Case, made: Artefacts) -> float:
-    """Milliseconds that the skipped blocks' MatMuls take beyond their share of rows."""
+def _lost_in_kernels(subject: Subject, case: Case, made: Artefacts) -> list[float]:
+    """Milliseconds beyond the ideal, by BOUNDS: more than their share of rows, and what only compaction does."""
     tokens, sequence = np.load(made.tokens[case.phase]), subject.phases[case.phase].sequence
-    measure = functools.partial(matmul_seconds, subject.skipped_projections)
-    all_rows = measure(made.active[case.phase], tokens, sequence, subject.threads)
-    some_rows = measure(case.graph, tokens, sequence, subject.threads)
-    return (some_rows - case.rate * all_rows) * 1e3
+    all_rows, some_rows = (
+        kernel_seconds(graph, tokens, sequence, subject.threads) for graph in (made.active[case.phase], case.graph)
+    )
+    projections = subject.skipped_projections
+
+    def is_product(node: str, operator: str) -> bool:
+        return operator in ("MatMul", "Gemm", "FusedMatMul") and node.endswith(projections)
+
+    def is_attention(node: str, operator: str) -> bool:
+        return operator == "Attention" and "self_attn" in ROUTED_BLOCKS[subject.routing]
+
+    def moves_rows(node: str, operator: str) -> bool:
+        return operator in ROW_MOVES
+
+    def total(times: dict[tuple[str, str], float], belongs: Callable[[str, str], bool]) -> float:
+        return sum(seconds for (node, operator), seconds in times.items() if belongs(node, operator)) * 1e3
+
+    beyond = [total(some_rows, kind) - case.rate * total(all_rows, kind) for kind in (is_product, is_attention)]
+    return [*beyond, total(some_rows, moves_rows)]
 
 
 def _worker(graph: Path, tokens: Path, phase: Phase, threads: int) -> Worker:
@@ -290,6 +352,7 @@ def _worker(graph: Path, tokens: Path, phase: Phase, threads: int) -> Worker:
 
 
 def main() -> None:
+    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(TITLES))
     parser.add_argument("--routing", choices=sorted(BARS), default="mlp")
@@ -299,23 +362,37 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=PROMPT, help="Tokens of prefill, fewer than the hidden size.")
     parser.add_argument("--rates", type=float, nargs="+", choices=RATES, default=RATES, help="Shares of active tokens.")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--launches", type=int, help="Of the processes; the model's own number unless given.")
+    parser.add_argument("--busy", action="store_true", help="Do not wait for other programs, nor repeat for them.")
+    parser.add_argument("--artefacts", type=Path, metavar="FOLDER", help="Keep there what is exported.")
+    parser.add_argument("--prepare", action="store_true", help="Export, measure nothing; needs --artefacts.")
     given = parser.parse_args()
+    if given.prepare and given.artefacts is None:
+        parser.error("--prepare: needs --artefacts")
     phases = {name: phase for name, phase in phases_of(given.prompt).items() if name in given.phase}
-    subject = Subject(given.model, given.routing, given.lowering, phases, tuple(sorted({*given.rates})), given.threads)
-    folder = smollm2_folder() if given.model == "smollm2" else random_llama_folder("random-h2048", H2048)
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        rows = list(rows_of(subject, make_artefacts(subject, folder, Path(temporary))))
+    subject = Subject(
+        given.model, given.routing, given.lowering, phases, tuple(sorted({*given.rates})), given.threads, given.busy
+    )
+    effort = EFFORTS[given.model]
+    effort = dataclasses.replace(effort, launches=given.launches or effort.launches)
+    with contextlib.ExitStack() as stack:
+        place = given.artefacts or Path(stack.enter_context(tempfile.TemporaryDirectory(dir=WORKSPACE)))
+        made = _kept_artefacts(subject, place)
+        if given.prepare:
+            return
+        rows = list(rows_of(subject, made, effort))
     print_report(
         f"Skip efficiency, {TITLES[given.model]}, {given.routing} routing, lowering {given.lowering}, fp32, "
         f"{given.threads} threads",
-        ["phase", "active", "dense, ms", "routed, ms", "speed-up", "efficiency", "bar", "MatMul's bound"],
+        ["phase", "active", "dense, ms", "routed, ms", "speed-up", "efficiency", "bar", f"bounds: {', '.join(BOUNDS)}"],
         [_cells(row, subject) for row in rows],
         {
             "dtype": "float32",
             "phases": {name: dataclasses.asdict(phase) for name, phase in phases.items()},
             "routing": given.routing,
             "lowering": given.lowering,
-            "effort": dataclasses.asdict(EFFORTS[given.model]),
+            "effort": dataclasses.asdict(effort),
+            "bounds": BOUNDS,
             "rows": [_record(row) for row in rows],
             "versions": versions("dlo-export", "onnxruntime", "numpy"),
         },
@@ -324,27 +401,24 @@ def main() -> None:
 
 def _cells(row: dict[str, Any], subject: Subject) -> list[Any]:
     case = row["case"]
-    efficiency = row.get("efficiency", "")
+    reached = row.get("efficiency", "")
     return [
         f"{case.phase}, {case.pattern}",
         f"{case.rate:.3f}",
         row["dense"],
         row["routed"],
         row["speedup"],
-        efficiency,
-        f"≥ {subject.bar(case.phase)}" if efficiency and abs(case.rate - 0.5) < 0.01 else "",
-        f"{row['matmul_bound']:.2f}" if "matmul_bound" in row else "",
+        "not known: too busy" if reached is None else reached,
+        f"≥ {subject.bar(case.phase)}" if reached and abs(case.rate - 0.5) < 0.01 else "",
+        ", ".join(f"{bound:.2f}" for bound in row.get("bounds", ())),
     ]
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
     case = row["case"]
     record = {"phase": case.phase, "pattern": case.pattern, "active_rate": round(case.rate, 4)}
-    return record | {
-        name: value.summary() if isinstance(value, Samples) else round(value, 3)
-        for name, value in row.items()
-        if name != "case"
-    }
+    figures = {name: value.summary() for name, value in row.items() if isinstance(value, Samples)}
+    return record | figures | {"bounds": [round(bound, 3) for bound in row.get("bounds", ())]}
 
 
 if __name__ == "__main__":

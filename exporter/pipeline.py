@@ -23,6 +23,7 @@ from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCache
 from dlo_export.graph_passes.cache.use_full_mask import UseFullMaskPass
 from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
+from dlo_export.graph_passes.cleanup.attend_active_queries import AttendActiveQueriesPass
 from dlo_export.graph_passes.cleanup.compute_norms_in_float32 import ComputeNormsInFloat32Pass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.cleanup.inline_functions import InlineFunctionsPass
@@ -225,6 +226,8 @@ def onnxruntime_steps(
         *([Step(FuseSiblingMatMulsPass(), lowered)] if source.packs_weights else []),
         # Rows of what is one product now are put in their places at once.
         *([Step(ScatterPackedRowsPass(), lowered)] if source.packs_weights else []),
+        # Attention takes longer the more tokens are seen: in long steps, those that skip ask nothing.
+        *([Step(AttendActiveQueriesPass(), lowered)] if source.packs_weights else []),
         # One token's logits may be copied.
         *([] if last_logits else _head_steps(lowered, target)),
         # transformers.js and optimum know the batch by its dimension's name.

@@ -41,15 +41,22 @@ class Worker:
         module: What runs there, for example ``benchmarks.common.onnxruntime_worker``; it calls `serve`.
         arguments: Of its command line.
         python: Interpreter to use.
+        environment: What it finds there besides ours.
     """
 
-    def __init__(self, module: str, *arguments: str | Path, python: str | Path = sys.executable) -> None:
+    def __init__(
+        self,
+        module: str,
+        *arguments: str | Path,
+        python: str | Path = sys.executable,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._command = [str(python), "-m", module, *map(str, arguments)]
         # Whoever imports our runtimes has OpenMP's threads sleep while they wait. That is for PyTorch beside other
         # runtimes; a peer whose threads are OpenMP's takes three times as long, and a worker of ours says it itself.
-        environment = {name: value for name, value in os.environ.items() if name != WAIT_POLICY}
+        variables = {name: value for name, value in os.environ.items() if name != WAIT_POLICY} | {**(environment or {})}
         self._process = subprocess.Popen(
-            self._command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            self._command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
         )
         self.facts: dict[str, Any] = self._answer()
 

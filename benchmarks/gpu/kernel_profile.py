@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +12,22 @@ import onnxruntime as ort
 from benchmarks.common.onnxruntime_worker import DecoderStep
 
 
-def matmul_seconds(
-    projections: Collection[str], graph: Path, tokens: np.ndarray, sequence: int, threads: int, runs: int = 10
-) -> float:
-    """Time that one step spends in the products of all layers with these projections, the median of several runs.
+def kernel_seconds(
+    graph: Path, tokens: np.ndarray, sequence: int, threads: int, runs: int = 10
+) -> dict[tuple[str, str], float]:
+    """Time that one step spends in each node, the median of several runs.
 
     Args:
-        projections: "q_proj" and the like; of several in one product, the last.
-        graph: Ours: MatMuls are named after their projection, and ONNX Runtime appends what it fuses with them.
+        graph: A .onnx.
         tokens: int64 [batch, past + sequence].
         sequence: Tokens of the step.
         threads: Of the session.
         runs: Of the step.
+
+    Returns:
+        Seconds by name and operator, of branches that ran, too, and of their If besides. ONNX Runtime appends to a name
+        what it fuses with a node; that is left out.
     """
-    names = tuple(projections)
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.enable_profiling = True
@@ -36,9 +37,11 @@ def matmul_seconds(
             step()
         events = json.loads(Path(step.session.end_profiling()).read_text())
     starts = sorted(event["ts"] for event in events if event["name"] == "model_run")[-runs:]
-    spent = np.zeros(runs)
+    spent: dict[tuple[str, str], np.ndarray] = {}
     for event in events:
         name = event["name"].removesuffix("_kernel_time")
-        if name != event["name"] and name.split("/")[0].endswith(names) and event["ts"] >= starts[0]:
-            spent[np.searchsorted(starts, event["ts"], side="right") - 1] += event["dur"]
-    return float(np.median(spent)) / 1e6
+        if name == event["name"] or event.get("cat") != "Node" or event["ts"] < starts[0]:
+            continue
+        times = spent.setdefault((name.split("/")[0], event["args"]["op_name"]), np.zeros(runs))
+        times[np.searchsorted(starts, event["ts"], side="right") - 1] += event["dur"]
+    return {node: float(np.median(times)) / 1e6 for node, times in spent.items()}

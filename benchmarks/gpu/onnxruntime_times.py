@@ -178,7 +178,7 @@ def _time_decode(evidence: Evidence, decoders: _Decoders, batch: int, seconds: f
         figures = steps["routed"].time(seconds)
         ratio = figures["step_ms"] / base["step_ms"]
         passed = ratio <= DENSE_BAR if source.name == BAR_SHAPE and batch == 1 and count == 0 else None
-        efficiencies: dict[str, float | None] = {}
+        efficiencies: dict[str, float | str | None] = {}
         if count:
             half = count == layers // 2
             efficiency = skip_efficiency(

@@ -194,7 +194,7 @@ class Size:
                     removed_ms=None if removed is None else float(np.median(removed)),
                 )
                 line = whole + subject.skipped * (none - whole)
-                values |= {**found.facts, "efficiency_line": spread(_efficiency(dense, ms, line))}
+                values |= {**found.facts, "efficiency_line": _efficiency(dense, ms, line)}
                 if (self.name, batch, subject.name) == ("8B", 1, "layers 50%"):
                     values["bar"] = BAR
                     passed = found.passed
@@ -388,6 +388,6 @@ def spread(values: np.ndarray) -> dict[str, float]:
     return dict(zip(("median", "p10", "p90"), (round(float(value), 4) for value in found), strict=True))
 
 
-def _efficiency(dense: np.ndarray, routed: np.ndarray, ideal: np.ndarray) -> np.ndarray:
-    efficiency: np.ndarray = (dense / routed - 1) / (dense / ideal - 1)
-    return efficiency
+def _efficiency(dense: np.ndarray, routed: np.ndarray, ideal: np.ndarray) -> dict[str, float] | None:
+    """Its spread; None where a block's ideal saves nothing."""
+    return None if (ideal >= dense).any() else spread((dense / routed - 1) / (dense / ideal - 1))

@@ -25,27 +25,30 @@ class Efficiency:
     """One step's.
 
     Attributes:
-        removed: By the model without those MLPs; None where it was not measured.
+        removed: By the model without those MLPs; None where it was not measured, or took no less than the dense one.
         proportional: By the bytes that are still read.
         copied: By the bytes that are not, at the rate of a copy.
+        unknown: Why an answer is None though there was an ideal: by it, nothing was to be saved.
     """
 
     removed: float | None
-    proportional: float
-    copied: float
+    proportional: float | None
+    copied: float | None
+    unknown: str | None = None
 
     @property
     def passed(self) -> bool | None:
-        """Whether it holds the bar; None where what it is judged by was not measured."""
+        """Whether it holds the bar; None where what it is judged by is not known."""
         return None if self.removed is None else self.removed >= BAR
 
     @property
-    def facts(self) -> dict[str, float | None]:
+    def facts(self) -> dict[str, float | str | None]:
         """For a row."""
-        return {
-            f"efficiency_{name}": None if value is None else round(value, 3)
-            for name, value in dataclasses.asdict(self).items()
+        answers = {"removed": self.removed, "proportional": self.proportional, "copied": self.copied}
+        figures: dict[str, float | str | None] = {
+            f"efficiency_{name}": None if value is None else round(value, 3) for name, value in answers.items()
         }
+        return figures | ({} if self.unknown is None else {"efficiency_unknown": self.unknown})
 
 
 def skip_efficiency(
@@ -71,7 +74,12 @@ def skip_efficiency(
     # A read moves a byte once, a copy twice: the rate counts both, so that a byte read costs one byte of it.
     copied_ms = dense_ms - unread_bytes / copy_rate * 1e3
 
-    def by(ideal_ms: float) -> float:
-        return (dense_ms / step_ms - 1) / (dense_ms / ideal_ms - 1)
-
-    return Efficiency(None if removed_ms is None else by(removed_ms), by(proportional_ms), by(copied_ms))
+    ideals = {"removed": removed_ms, "proportional": proportional_ms, "copied": copied_ms}
+    found = {
+        name: None if ideal is None or ideal >= dense_ms else (dense_ms / step_ms - 1) / (dense_ms / ideal - 1)
+        for name, ideal in ideals.items()
+    }
+    # Two measurements of nearly the same may come out equal, or the wrong way round: no share of that is known.
+    nothing = [f"{name} {ideal:.4g} ms" for name, ideal in ideals.items() if ideal is not None and ideal >= dense_ms]
+    unknown = f"nothing to save of the dense step's {dense_ms:.4g} ms: {', '.join(nothing)}" if nothing else None
+    return Efficiency(**found, unknown=unknown)

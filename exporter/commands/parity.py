@@ -40,7 +40,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
-    """Compare an artefact with PyTorch: decisions, logits, greedy tokens. Exit code 1 if it fails, 4 if it cannot run."""
+    """Compare an artefact with PyTorch: decisions, logits, greedy tokens. Exit code 1: it fails; 4: it cannot run."""
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.exit_codes import MACHINE, PARITY_FAILED  # noqa: PLC0415

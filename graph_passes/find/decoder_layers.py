@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -29,6 +29,7 @@ from dlo_export.graph_passes.find.data_flow import (
     is_op,
     node_order,
     nodes_between,
+    subgraphs_of,
 )
 from dlo_export.graph_passes.find.projections import Projection, find_projections
 from dlo_export.graph_passes.find.residual_stream import (
@@ -110,7 +111,7 @@ def find_decoder_layers(graph: ir.Graph) -> tuple[DecoderLayer, ...]:
     owner = {
         node: number
         for number, block in reversed(list(enumerate(blocks)))
-        for node in (*block.nodes, block.add, block.conditional)
+        for node in (*_with_inner(block.nodes), block.add, block.conditional)
         if node is not None
     }
     past = _past_owners(graph.inputs, owner)
@@ -138,6 +139,14 @@ def find_decoder_layers(graph: ir.Graph) -> tuple[DecoderLayer, ...]:
             )
         )
     return tuple(layers)
+
+
+def _with_inner(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
+    """The nodes, and those in their subgraphs."""
+    for node in nodes:
+        yield node
+        for subgraph in subgraphs_of(node):
+            yield from _with_inner(subgraph)
 
 
 def _stream_blocks(graph: ir.Graph, order: Mapping[ir.Node, int]) -> tuple[ResidualBlock, ...]:

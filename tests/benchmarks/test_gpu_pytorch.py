@@ -81,3 +81,13 @@ def test_skip_efficiency_is_one_by_the_ideal_that_a_step_reaches_and_less_by_str
     assert not slower.passed
     assert skip_efficiency(4.0, 4.0, **sizes, removed_ms=2.4).removed == 0
     assert skip_efficiency(4.0, 2.5, **sizes, removed_ms=None).passed is None
+
+
+@pytest.mark.parametrize("removed_ms", [4.0, 4.1])
+def test_skip_efficiency_is_unknown_with_a_reason_when_nothing_was_to_be_saved(removed_ms: float):
+    sizes = {"dense_bytes": 8e9, "unread_bytes": 3e9, "copy_rate": 4e12}
+    found = skip_efficiency(4.0, 3.9, **sizes, removed_ms=removed_ms)
+    assert (found.removed, found.passed) == (None, None)
+    assert f"of the dense step's 4 ms: removed {removed_ms:.4g} ms" in str(found.facts["efficiency_unknown"])
+    assert found.proportional is not None
+    assert "efficiency_unknown" not in skip_efficiency(4.0, 3.9, **sizes, removed_ms=3.0).facts

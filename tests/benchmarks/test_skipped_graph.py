@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from benchmarks.common.one_router import ask_first_router
 from benchmarks.common.onnxruntime_worker import DecoderStep
 from benchmarks.common.skipped_graph import everything_skipped
 from dlo_export.checkpoints.interface import LOGITS
@@ -20,15 +21,21 @@ def test_skipped_graph_gives_what_the_routed_one_does_when_no_router_lets_a_toke
     export_model(ExportRequest(str(model), tmp_path / "out", lowering="if", parity=False), Reporter())
     routed = tmp_path / "out" / "model.onnx"
     skipped = everything_skipped(routed, "skipped")
+    one_router, model = routed.with_name("one_router.onnx"), ir.load(routed)
+    ask_first_router(model)
+    ir.save(model, one_router)
     tokens = np.random.default_rng(0).integers(0, 97, (2, 9))
     outputs = []
-    for graph in (routed, skipped):
+    for graph in (routed, skipped, one_router):
         step = DecoderStep(graph, tokens, 2, threads=1)
         step()
         outputs.append(step.outputs())
     assert LOGITS in outputs[1]
     for name, value in outputs[1].items():  # the cache too
         np.testing.assert_array_equal(value, outputs[0][name], err_msg=name)
+        np.testing.assert_array_equal(value, outputs[2][name], err_msg=name)
+    asked = {node.inputs[0].name for node in ir.load(one_router).graph if node.op_type == "If"}
+    assert asked == {f"{ROUTERS}.0.any_active"}
     left = ir.load(skipped).graph
     assert not [name for name in left.initializers if name.startswith(f"{ROUTERS}.0.")]
     assert not [node for node in left if node.op_type == "If"]

@@ -14,6 +14,7 @@ from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.exporter import pipeline
 from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
@@ -73,6 +74,19 @@ def test_injected_layers_are_lowered_again_when_an_adapter_brought_them(tmp_path
     artefact = exported(tmp_path, lowering="if", adapter=tmp_path / "adapter")
     graph = ReloweredGraph(artefact, open_description(artefact)).lowered("compact").graph
     assert sum(node.op_type == "NonZero" for node in graph.all_nodes()) == 4
+
+
+def test_tied_head_stays_as_an_older_export_wrote_it_when_its_graph_is_lowered_again(tmp_path, monkeypatch) -> None:
+    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, tie=True)
+    with monkeypatch.context() as older:
+        older.setattr(pipeline, "_head_steps", lambda stage, target: [])
+        artefact = exported(tmp_path, lowering="if")
+    graph = ReloweredGraph(artefact, open_description(artefact)).lowered("compact").graph
+    assert "Gemm" in {node.op_type for node in graph}
+    newer = exported(tmp_path, lowering="if", force=True)
+    assert "Gemm" not in {
+        node.op_type for node in ReloweredGraph(newer, open_description(newer)).lowered("compact").graph
+    }
 
 
 def test_graph_is_refused_when_it_is_not_what_config_json_says(tmp_path) -> None:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
+from dlo_export.graph_passes.cleanup.attend_active_queries import AttendActiveQueriesPass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.cleanup.keep_last_logits import KeepLastLogitsPass
 from dlo_export.graph_passes.cleanup.name_batch_dimension import NameBatchDimensionPass
@@ -66,6 +67,7 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
         FuseSiblingMatMulsPass(),
         ScatterPackedRowsPass(),
     ),
+    "attend_active_queries": (_ROUTE_ATTENTION, LowerSkipToCompactionPass(), AttendActiveQueriesPass()),
     "name_batch_dimension": (NameBatchDimensionPass(),),
     "use_static_cache": (UseStaticCachePass(8),),
     "use_static_cache_with_activity": (_ROUTE_WHOLE, UseStaticCachePass(8)),

@@ -14,8 +14,10 @@ import pytest
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.plain_graph.llama import plain_graph
+from dlo_export.graph_passes.cleanup.attend_active_queries import AttendActiveQueriesPass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.find.data_flow import subgraphs_of
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
@@ -35,6 +37,7 @@ ROUTED_LAYERS = (0, 2)
 LOWERINGS: dict[str, tuple[GraphPass, ...]] = {
     "masked": (),
     "compact": (LowerSkipToCompactionPass(),),
+    "queries": (LowerSkipToCompactionPass(), AttendActiveQueriesPass(least=2)),
     "rows_fused": (LowerSkipToCompactionPass(branches=False), FuseSiblingMatMulsPass()),
     "if": (LowerSkipToIfPass(),),
 }
@@ -181,8 +184,9 @@ def test_layers_are_found_and_legal_when_tokens_skip_attention(folder: Path, low
     assert [layer.index for layer in layers if layer.past_active is not None] == remembering
     assert [layer.index for layer in layers if layer.present_active is not None] == remembering
     for layer in layers:
-        assert any(node.op_type == "Attention" for node in layer.attention.nodes)
-        in_branch = lowering in ("if", "compact") and layer.index in ROUTED_LAYERS
+        inner = (each for node in layer.attention.nodes for branch in subgraphs_of(node) for each in branch)
+        assert any(node.op_type == "Attention" for node in (*layer.attention.nodes, *inner))
+        in_branch = lowering in ("if", "compact", "queries") and layer.index in ROUTED_LAYERS
         assert (layer.attention.conditional is not None) == in_branch
         assert (layer.mlp.conditional is not None) == (in_branch and kind == "layer")
     passes = LOWERINGS[lowering]

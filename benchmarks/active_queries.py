@@ -1,0 +1,109 @@
+"""What it saves to attend from active tokens' queries only: compact as it is, and with attention for all queries.
+
+Layers of hidden size 576 (`--shape`), random weights, next to no head, fp32; a part of a prompt behind more or less of
+it, as `dlo run` feeds long prompts, with all of each layer's tokens active, and with half of them, at random. One
+thread, and the CPU time of that thread, blocks alternating: other programs may run beside. Outputs are compared before
+anything is timed.
+
+    python -m benchmarks.active_queries
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from benchmarks.common.grid_steps import GridSteps, share_threads
+from benchmarks.common.huge_pages import use_huge_pages
+from benchmarks.common.lowering_grid import Cell
+from benchmarks.common.measure import alternate, print_report, versions
+from benchmarks.common.threshold_inputs import thresholds_as_inputs
+from benchmarks.gpu.random_decoder import SHAPES, RandomDecoder
+from benchmarks.routing_cost import cpu_times
+from dlo_export.exporter.pipeline import onnxruntime_steps, run_steps
+from dlo_export.exporter.weight_file import save_weights
+from dlo_export.graph_passes.cleanup.attend_active_queries import AttendActiveQueriesPass
+from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.runtimes.onnxruntime.providers import CPU
+
+ROUTINGS = ("layer", "attention")
+ALL, ACTIVE = "all queries", "active queries"
+NEAR = 1e-5  # of the largest logit
+
+
+@dataclasses.dataclass(frozen=True)
+class Part(Cell):
+    """A part of a prompt.
+
+    Attributes:
+        before: Tokens of the prompt in front of it.
+    """
+
+    before: int = 0
+
+    @property
+    def past(self) -> int:
+        """Tokens in the cache."""
+        return self.before
+
+
+def opened(shape: str, routing: Any, queries: str, folder: Path) -> GridSteps:
+    """The compact graph, as it is exported or without the pass that chooses queries."""
+    source = RandomDecoder(shape, routed=True, kind=routing)
+    steps = onnxruntime_steps(source, find_lowering("compact", "onnxruntime-cpu"), "onnxruntime-cpu")
+    if queries == ALL:
+        steps = [step for step in steps if not isinstance(step.graph_pass, AttendActiveQueriesPass)]
+    model = run_steps(source.plain_model(ir.DataType.FLOAT), steps)
+    thresholds_as_inputs(model)
+    path = folder / f"{routing}-{queries}.onnx"
+    save_weights(model, path.with_suffix(".data"))
+    ir.save(model, path)
+    return GridSteps(path, CPU)
+
+
+def main() -> None:
+    use_huge_pages()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="h576")
+    parser.add_argument("--routings", choices=ROUTINGS, nargs="+", default=ROUTINGS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=(128, 256, 512), help="of a step")
+    parser.add_argument("--before", type=int, nargs="+", default=(0, 1024, 4096), help="tokens in front of it")
+    parser.add_argument("--blocks", type=int, default=5)
+    given = parser.parse_args()
+    share_threads(1)
+    rows: list[list[Any]] = []
+    record: dict[str, Any] = {}
+    for routing in given.routings:
+        with tempfile.TemporaryDirectory() as temporary:
+            graphs = {name: opened(given.shape, routing, name, Path(temporary)) for name in (ALL, ACTIVE)}
+            for tokens, before in ((tokens, before) for tokens in given.tokens for before in given.before):
+                row: list[Any] = [routing, tokens, before]
+                for skipped in (0.0, 0.5):
+                    part = Part("prefill", tokens, skipped, "tokens", before)
+                    logits = {name: steps.set_up(part) for name, steps in graphs.items()}
+                    if not np.abs(logits[ALL] - logits[ACTIVE]).max() <= NEAR * np.abs(logits[ALL]).max():
+                        raise RuntimeError(f"{routing}, {part}: logits differ")
+                    candidates = {
+                        name: lambda runs, steps=steps: cpu_times(steps, runs) for name, steps in graphs.items()
+                    }
+                    samples = alternate(candidates, blocks=given.blocks, runs=1, settle=0)
+                    ratio = samples[ACTIVE] / samples[ALL]
+                    row.append(ratio)
+                    record[f"{routing}, {tokens} behind {before}, {skipped} skipped"] = ratio.summary()
+                rows.append(row)
+    print_report(
+        f"Attention from active queries over attention from all, {given.shape}, compact, one thread",
+        ["routing", "tokens", "behind", "none skipped", "half skipped"],
+        rows,
+        {"blocks": given.blocks, "ratios": record, "versions": versions("dlo-export", "onnxruntime", "numpy")},
+    )
+
+
+if __name__ == "__main__":
+    main()
