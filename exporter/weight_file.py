@@ -24,10 +24,6 @@ from dlo_export.runtimes.artefact.description import ADDED_NAME, WEIGHTS_NAME
 ALIGNMENT = 64  # bytes; a cache line, so that kernels reading mapped weights start on one
 INLINE_BYTES = 256  # smaller tensors (axes, shapes, scalars) stay in the .onnx file, where shape inference sees them
 
-# Weights of this size would take a good part of the page cache, and be on the disk before they are read again: they are
-# written past it.
-DIRECT_BYTES = 2 << 30
-
 # Called with the bytes written so far and the bytes in all.
 Progress = Callable[[int, int], None]
 
@@ -97,7 +93,7 @@ def _write(placed: Sequence[_Placed], path: Path, progress: Progress | None, *, 
     files = {number: list(entries) for number, entries in itertools.groupby(placed, lambda entry: entry.number)}
     done, total = 0, _total(placed)
     for number, entries in (files or {0: []}).items():
-        with HashedFile(numbered_weights(path, number), direct=total >= DIRECT_BYTES) as file:
+        with HashedFile(numbered_weights(path, number), total=total) as file:
             for entry in entries:
                 file.pad_to(entry.offset)
                 looked_at = isinstance(entry.tensor, RowTensor) or allow_nonfinite

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from dlo_export.checkpoints.files.direct_file import BLOCK, DirectFile, aligned
+from dlo_export.checkpoints.files.direct_file import BLOCK, DirectFile, aligned, open_forwards
 
 # A larger chunk is not kept in memory for its hash while the next one is made. Those of weights are: to hash them
 # takes as long as to transpose the next one.
@@ -52,14 +53,12 @@ class HashedFile:
     Args:
         path: The file, made anew.
         write: False only hashes: the file is there already, and holds what is passed on.
-        direct: Write past the page cache.
+        total: Bytes of all files that are written together, as `open_forwards` wants to know.
     """
 
-    def __init__(self, path: Path, *, write: bool = True, direct: bool = False) -> None:
+    def __init__(self, path: Path, *, write: bool = True, total: int = 0) -> None:
         self._path = path
-        self._file: BinaryIO | DirectFile | None = None
-        if write:
-            self._file = DirectFile(path) if direct else path.open("wb")
+        self._file: BinaryIO | DirectFile | None = open_forwards(path, total) if write else None
         self._digest, self._threads = hashlib.sha256(), ThreadPoolExecutor(2)
         self._pending: list[Future[Any]] = []  # what still reads the last chunk
         self._position = 0
@@ -107,14 +106,8 @@ class HashedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with nullcontext() if self._file is None else self._file, self._threads:
             if error is None:
                 self._wait()
-                if isinstance(self._file, DirectFile):
-                    self._file.finish()
-        finally:
-            self._threads.shutdown()
-            if self._file is not None:
-                self._file.close()
         if error is None:
             remember_sha256(self._path, self._digest.hexdigest())
