@@ -2,10 +2,10 @@
 
 The graph is synthetic: bf16, the shapes of Llama 3 8B with a head of its own (128,256 × 4,096), tiles of random numbers
 in one external data file. Embedding and head take 2.1 GB of disk, a layer 0.44 GB. An adapter injects a layer behind
-every fourth one and puts a router on each. Copies need as much disk again; memory does not depend on the number of
+every fourth one, or as many as --every says, and puts a router on each. Copies need as much disk again; memory does not depend on the number of
 layers. Runs take turns, and a run's files are removed before the next one.
 
-    python -m benchmarks.graph_edit_size [--layers 32] [--runs 3]
+    python -m benchmarks.graph_edit_size [--layers 32] [--every 4] [--runs 3]
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from dlo_export.exporter.weight_file import save_weights
 from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, load_description
 
 BAR_MEGABYTES = 700
-EVERY = 4  # layers per injected one
 COPY = "cp, no reflink"
 
 
@@ -59,12 +58,13 @@ class Cost(NamedTuple):
     written_gigabytes: float
 
 
-def save_graph(folder: Path, layers: int) -> None:
+def save_graph(folder: Path, layers: int, every: int) -> None:
     """Writes graph, config.json and adapter, a chunk in memory at a time.
 
     Args:
         folder: To make.
         layers: How many.
+        every: Layers for one that the adapter injects.
     """
     config = CONFIG | {"num_hidden_layers": layers}
     parsed = LlamaConfig.from_dict(config, "synthetic")
@@ -79,7 +79,7 @@ def save_graph(folder: Path, layers: int) -> None:
     ir.save(model, folder / "graph" / MODEL_NAME)
     (folder / "graph" / "config.json").write_text(json.dumps(config))
     graph = open_foreign_graph(folder / "graph" / MODEL_NAME)
-    plan = placements("tli", graph.num_layers, every=EVERY)
+    plan = placements("tli", graph.num_layers, every=every)
     save_adapter(expansion_adapter(graph.tensors, plan, zero_routers=True), folder / "adapter")
 
 
@@ -103,21 +103,31 @@ def run(command: list[str], log: Path) -> Cost:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8, help="of the graph, at least 5")
+    parser.add_argument("--every", type=int, default=4, help="layers for one that is injected")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--write", type=Path, help="only write graph and adapter there")
     arguments = parser.parse_args()
-    layers = arguments.layers
+    layers, every = arguments.layers, arguments.every
     if arguments.write is not None:
-        save_graph(arguments.write, layers)
+        save_graph(arguments.write, layers, every)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the gigabytes would stay
     WORKSPACE.mkdir(exist_ok=True)
     shapes = LlamaConfig.from_dict(CONFIG | {"num_hidden_layers": layers}, "synthetic").tensor_shapes()
     nbytes = 2 * sum(math.prod(shape) for shape in shapes.values())
-    check_disk_space(WORKSPACE, int(2.6 * nbytes), WORKSPACE, "the graph, its adapter and one edited copy need")
+    check_disk_space(WORKSPACE, 2 * (nbytes + nbytes // every), WORKSPACE, "graph, adapter and an edited copy need")
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder:
         # By another process: what this one ever held would count as the command's, which starts as a copy of it.
-        writer = ["-m", "benchmarks.graph_edit_size", "--layers", str(layers), "--write", f"{folder}/source"]
+        writer = [
+            "-m",
+            "benchmarks.graph_edit_size",
+            "--layers",
+            str(layers),
+            "--every",
+            str(every),
+            "--write",
+            f"{folder}/source",
+        ]
         subprocess.run([sys.executable, *writer], check=True)
         graph, output = f"{folder}/source/graph", f"{folder}/output"
         edit = [str(Path(sys.executable).parent / "dlo-export"), f"{graph}/{MODEL_NAME}", "-o", output]
@@ -159,6 +169,7 @@ def main() -> None:
         ],
         {
             "layers": layers,
+            "every": every,
             "dtype": "bfloat16",
             "graph_bytes": nbytes,
             "runs": arguments.runs,
