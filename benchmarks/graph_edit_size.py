@@ -2,8 +2,8 @@
 
 The graph is synthetic: bf16, the shapes of Llama 3 8B with a head of its own (128,256 × 4,096), tiles of random numbers
 in one external data file. Embedding and head take 2.1 GB of disk, a layer 0.44 GB. An adapter injects a layer behind
-every fourth one, or as many as --every says, and puts a router on each. Copies need as much disk again; memory does not depend on the number of
-layers. Runs take turns, and a run's files are removed before the next one.
+every fourth one, or as many as --every says, and puts a router on each. Copies need as much disk again; memory does not
+depend on the number of layers. Runs take turns, and a run's files are removed before the next one.
 
     python -m benchmarks.graph_edit_size [--layers 32] [--every 4] [--runs 3]
 """
