@@ -14,18 +14,20 @@ def transpose_into(out: np.ndarray, matrix: np.ndarray) -> None:
 
     Args:
         out: [columns, rows]; any strides, any type.
-        matrix: [rows, columns], its rows contiguous for speed.
+        matrix: [rows, columns], any strides, any type.
     """
+    # Moved as integers where it can be: NumPy asks bfloat16's own code for every element.
+    bits = np.dtype(f"u{out.dtype.itemsize}")
+    if matrix.dtype == out.dtype:
+        out, matrix = out.view(bits), matrix.view(bits)
+    if matrix.strides[0] < matrix.strides[1]:
+        out[:] = matrix.T  # its rows lie as the result's: there is nothing to turn
+        return
     rows, columns = matrix.shape
     memory = np.empty((min(rows, BLOCK_ROWS), min(columns, _COLUMNS) + _PADDING), out.dtype)
-    # Moved as integers: NumPy asks bfloat16's own code for every element.
-    bits = np.dtype(f"u{out.dtype.itemsize}")
-    moved, moved_out = memory.view(bits), out.view(bits)
-    if matrix.dtype == out.dtype:
-        memory, matrix = moved, matrix.view(bits)
+    turned, out = memory.view(bits).T, out.view(bits)
     for row in range(0, rows, BLOCK_ROWS):
         for column in range(0, columns, _COLUMNS):
             part = matrix[row : row + BLOCK_ROWS, column : column + _COLUMNS]
             memory[: part.shape[0], : part.shape[1]] = part
-            block = moved[: part.shape[0], : part.shape[1]]
-            moved_out[column : column + _COLUMNS, row : row + BLOCK_ROWS] = block.T
+            out[column : column + _COLUMNS, row : row + BLOCK_ROWS] = turned[: part.shape[1], : part.shape[0]]
