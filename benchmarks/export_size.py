@@ -173,9 +173,11 @@ def measure_8b(layers: int, rounds: int, folder: Path) -> Iterator[tuple[str, li
     """By what was run, seconds and peak megabytes of each round; the copy first."""
     model, output, log = saved_8b(layers, folder), folder / "out", folder / "log"
     export = str(Path(sys.executable).parent / "dlo-export")
+    plain = [export, str(model), "-o", str(output), "--dtype", "bf16", "--no-parity"]
     commands = {
         "cp": ["sh", "-c", f"mkdir {output} && cp --reflink=never {model}/*.safetensors {output}"],
-        "dlo-export --no-parity": [export, str(model), "-o", str(output), "--dtype", "bf16", "--no-parity"],
+        "dlo-export --no-parity": plain,
+        "--external-data-size 2GB": [*plain, "--external-data-size", "2GB"],
         "TensorRT's graph": [
             sys.executable,
             "-m",
