@@ -9,9 +9,11 @@ adapter of two layers with routers.
 With --by-layer the checkpoint becomes an fp16 graph (a CPU has no bf16 kernels), and what is measured is its parity by
 layer.
 
-It needs room for the checkpoint and one copy of it, and removes what it wrote, also when it is stopped.
+It needs room for the checkpoint and one copy of it, and removes what it wrote, also when it is stopped. With --sparse
+the checkpoint takes none: its tensors are holes but for their heads, which are read from no disk, and come into the page
+cache as zeros.
 
-    python -m benchmarks.export_size [--layers 32] [--rounds 1]
+    python -m benchmarks.export_size [--layers 32] [--rounds 1] [--sparse]
     python -m benchmarks.export_size --by-layer [--layers 32]
 """
 
@@ -42,9 +44,11 @@ from dlo_export.checkpoints.checkpoint_folder import save_model_tensors
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.errors import DloError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.checkpoints.formats.huggingface_folder import SINGLE_FILE
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_name
 from dlo_export.exporter.exit_codes import exit_code, report_error
 
+COPY = "dd"
 BAR_MEGABYTES, BAR_COPIES, BAR_SECONDS = 500, 1.5, 20
 _SHARED = {
     "architectures": ["LlamaForCausalLM"],
@@ -78,12 +82,8 @@ LLAMA_405B = {
 _HEAD = np.random.default_rng(0).standard_normal(4096).astype(ml_dtypes.bfloat16).tobytes()
 
 
-def save_sparse(shapes: Mapping[str, tuple[int, ...]], path: Path) -> int:
-    """Writes a safetensors file of bf16 tensors: a few numbers at the head of each, then a hole.
-
-    Returns:
-        Its size in bytes.
-    """
+def save_sparse(shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Writes a safetensors file of bf16 tensors: a few numbers at the head of each, then a hole."""
     places: dict[str, tuple[int, int]] = {}
     end = 0
     for name, shape in shapes.items():
@@ -98,7 +98,6 @@ def save_sparse(shapes: Mapping[str, tuple[int, ...]], path: Path) -> int:
             file.seek(8 + len(header) + start)
             file.write(_HEAD[: stop - start])
         file.truncate(8 + len(header) + end)
-    return path.stat().st_size
 
 
 def save_config(config: Mapping[str, Any], folder: Path) -> LlamaConfig:
@@ -108,9 +107,12 @@ def save_config(config: Mapping[str, Any], folder: Path) -> LlamaConfig:
     return LlamaConfig.from_json(folder / "config.json")
 
 
-def save_checkpoint(config: Mapping[str, Any], folder: Path) -> None:
-    """Writes a checkpoint of the same random numbers over and over, its norms ones."""
+def save_checkpoint(config: Mapping[str, Any], folder: Path, *, sparse: bool) -> None:
+    """Writes a checkpoint of the same random numbers over and over, its norms ones; or one that takes no disk."""
     shapes = save_config(config, folder).tensor_shapes()
+    if sparse:
+        save_sparse(shapes, folder / SINGLE_FILE)
+        return
     tile = (np.random.default_rng(0).standard_normal(1 << 20, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
     ones = np.ones(1, ml_dtypes.bfloat16)
     tensors = {name: TiledTensor(shape, tile if len(shape) > 1 else ones) for name, shape in shapes.items()}
@@ -169,13 +171,16 @@ def save_tensorrt_graph(model: Path, output: Path) -> None:
     ir.save(graph, output / "model.onnx")
 
 
-def measure_8b(layers: int, rounds: int, folder: Path) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+def measure_8b(
+    layers: int, rounds: int, folder: Path, *, sparse: bool
+) -> Iterator[tuple[str, list[tuple[float, float]]]]:
     """By what was run, seconds and peak megabytes of each round; the copy first."""
-    model, output, log = saved_8b(layers, folder), folder / "out", folder / "log"
+    model, output, log = saved_8b(layers, folder, sparse=sparse), folder / "out", folder / "log"
     export = str(Path(sys.executable).parent / "dlo-export")
     plain = [export, str(model), "-o", str(output), "--dtype", "bf16", "--no-parity"]
     commands = {
-        "cp": ["sh", "-c", f"mkdir {output} && cp --reflink=never {model}/*.safetensors {output}"],
+        # Not cp: that writes holes without reading them, and shares blocks where it can.
+        COPY: ["sh", "-c", f'mkdir {output}; for f in {model}/*.safetensors; do dd if="$f" of={output}/w bs=4M; done'],
         "dlo-export --no-parity": plain,
         "--external-data-size 2GB": [*plain, "--external-data-size", "2GB"],
         "TensorRT's graph": [
@@ -194,14 +199,15 @@ def measure_8b(layers: int, rounds: int, folder: Path) -> Iterator[tuple[str, li
     yield from costs.items()
 
 
-def saved_8b(layers: int, folder: Path) -> Path:
+def saved_8b(layers: int, folder: Path, *, sparse: bool = False) -> Path:
     """The checkpoint, in a folder with room for a copy of it."""
     config = {**LLAMA_8B, "num_hidden_layers": layers}
     size = 2 * sum(math.prod(shape) for shape in LlamaConfig.from_dict(config, "8B").tensor_shapes().values())
-    check_disk_space(folder, 2 * size + (1 << 30), folder, "the checkpoint and a copy of it need")
+    needed = (size if sparse else 2 * size) + (1 << 30)
+    check_disk_space(folder, needed, folder, "the checkpoint and a copy of it need")
     # By another process: what this one ever held would count as the commands', which start as copies of it.
     writer = ["-m", "benchmarks.export_size", "--layers", str(layers), "--write", str(folder / "8b")]
-    subprocess.run([sys.executable, *writer], check=True)
+    subprocess.run([sys.executable, *writer, *(["--sparse"] if sparse else [])], check=True)
     return folder / "8b"
 
 
@@ -252,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"], help="of the 8B-shaped model")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sparse", action="store_true", help="a checkpoint of holes, which takes no disk")
     parser.add_argument("--by-layer", action="store_true", help="only measure parity by layer")
     parser.add_argument("--write", type=Path, help="only write the checkpoint there")
     parser.add_argument("--tensorrt-graph", type=Path, nargs=2, metavar=("MODEL", "OUT"), help="only write that graph")
@@ -260,7 +267,7 @@ def main() -> None:
         save_tensorrt_graph(*arguments.tensorrt_graph)
         return
     if arguments.write is not None:
-        save_checkpoint({**LLAMA_8B, "num_hidden_layers": arguments.layers}, arguments.write)
+        save_checkpoint({**LLAMA_8B, "num_hidden_layers": arguments.layers}, arguments.write, sparse=arguments.sparse)
         return
     signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: what was written is removed
     WORKSPACE.mkdir(exist_ok=True)
@@ -270,15 +277,15 @@ def main() -> None:
             return
         (Path(place) / "small").mkdir()
         small = dict(measure_405b(max(3, arguments.rounds), Path(place) / "small"))
-        large = dict(measure_8b(arguments.layers, arguments.rounds, Path(place)))
-    copy = Samples(np.array([seconds for seconds, _ in large["cp"]]))
+        large = dict(measure_8b(arguments.layers, arguments.rounds, Path(place), sparse=arguments.sparse))
+    copy = Samples(np.array([seconds for seconds, _ in large[COPY]]))
     rows, ratios = [], {}
     for name, costs in {**large, **small}.items():
         seconds, megabytes = (Samples(np.array(column)) for column in zip(*costs, strict=True))
         if name in small:
             rows.append([f"405B, no weights, {name}", seconds, f"≤ {BAR_SECONDS}", megabytes, f"≤ {BAR_MEGABYTES}"])
-        elif name == "cp":
-            rows.append([f"8B, {arguments.layers} layers, cp", seconds, "", megabytes, ""])
+        elif name == COPY:
+            rows.append([f"8B, {arguments.layers} layers, {COPY}", seconds, "", megabytes, ""])
         else:
             ratios[name] = seconds / copy
             said = f"{ratios[name]} of the copy's, ≤ {BAR_COPIES}"
@@ -289,6 +296,7 @@ def main() -> None:
         rows,
         {
             "layers": arguments.layers,
+            "sparse": arguments.sparse,
             "rounds": arguments.rounds,
             "costs": {name: [list(map(float, cost)) for cost in costs] for name, costs in {**large, **small}.items()},
             "copies": {name: samples.summary() for name, samples in ratios.items()},
