@@ -10,8 +10,7 @@ With --by-layer the checkpoint becomes an fp16 graph (a CPU has no bf16 kernels)
 layer.
 
 It needs room for the checkpoint and one copy of it, and removes what it wrote, also when it is stopped. With --sparse
-the checkpoint takes none: its tensors are holes but for their heads, which are read from no disk, and come into the page
-cache as zeros.
+the checkpoint takes none: its tensors are holes but for their heads, read from no disk, and zeros in the page cache.
 
     python -m benchmarks.export_size [--layers 32] [--rounds 1] [--sparse]
     python -m benchmarks.export_size --by-layer [--layers 32]
@@ -49,6 +48,9 @@ from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_name
 from dlo_export.exporter.exit_codes import exit_code, report_error
 
 COPY = "dd"
+# Not cp: that writes holes without reading them, and shares blocks where it can.
+_COPY = 'mkdir "$2"; for f in "$1"/*.safetensors; do dd if="$f" of="$2/${f##*/}" bs=4M || exit; done'
+Cost = tuple[float, float]  # seconds, peak megabytes
 BAR_MEGABYTES, BAR_COPIES, BAR_SECONDS = 500, 1.5, 20
 _SHARED = {
     "architectures": ["LlamaForCausalLM"],
@@ -144,7 +146,7 @@ def save_sparse_adapter(config: LlamaConfig, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(values))
 
 
-def synced(command: list[str], output: Path, log: Path) -> tuple[float, float]:
+def synced(command: list[str], output: Path, log: Path) -> Cost:
     """Runs a command and syncs what it wrote; returns seconds and peak megabytes. The output is removed again."""
     start = time.perf_counter()
     _, megabytes = run_once(command, log)
@@ -171,16 +173,13 @@ def save_tensorrt_graph(model: Path, output: Path) -> None:
     ir.save(graph, output / "model.onnx")
 
 
-def measure_8b(
-    layers: int, rounds: int, folder: Path, *, sparse: bool
-) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+def measure_8b(layers: int, rounds: int, folder: Path, *, sparse: bool) -> Iterator[tuple[str, list[Cost]]]:
     """By what was run, seconds and peak megabytes of each round; the copy first."""
     model, output, log = saved_8b(layers, folder, sparse=sparse), folder / "out", folder / "log"
     export = str(Path(sys.executable).parent / "dlo-export")
     plain = [export, str(model), "-o", str(output), "--dtype", "bf16", "--no-parity"]
     commands = {
-        # Not cp: that writes holes without reading them, and shares blocks where it can.
-        COPY: ["sh", "-c", f'mkdir {output}; for f in {model}/*.safetensors; do dd if="$f" of={output}/w bs=4M; done'],
+        COPY: ["sh", "-c", _COPY, "sh", str(model), str(output)],
         "dlo-export --no-parity": plain,
         "--external-data-size 2GB": [*plain, "--external-data-size", "2GB"],
         "TensorRT's graph": [
@@ -192,7 +191,7 @@ def measure_8b(
             str(output),
         ],
     }
-    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    costs: dict[str, list[Cost]] = {name: [] for name in commands}
     for number in range(rounds):
         for name in commands if number % 2 == 0 else reversed(commands):
             costs[name].append(synced(commands[name], output, log))
@@ -236,7 +235,7 @@ def measure_by_layer(layers: int, folder: Path) -> None:
     )
 
 
-def measure_405b(rounds: int, folder: Path) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+def measure_405b(rounds: int, folder: Path) -> Iterator[tuple[str, list[Cost]]]:
     """The same of graphs without weights."""
     routed = {"model_type": "llama_dlo_exattn", "is_dlo": True, "rescale_hidden_states": False}
     routed |= {"scale_factor": 2.0, "scale_gap": 0.0}
