@@ -36,6 +36,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.plain_copy import copy_command
 from benchmarks.common.workspace import WORKSPACE
 from benchmarks.expand_memory import TiledTensor
 from benchmarks.export_speed import run_once
@@ -47,9 +48,7 @@ from dlo_export.checkpoints.formats.huggingface_folder import SINGLE_FILE
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_name
 from dlo_export.exporter.exit_codes import exit_code, report_error
 
-COPY = "dd"
-# Not cp: that writes holes without reading them, and shares blocks where it can.
-_COPY = 'mkdir "$2"; for f in "$1"/*.safetensors; do dd if="$f" of="$2/${f##*/}" bs=4M || exit; done'
+COPY = "copy"
 Cost = tuple[float, float]  # seconds, peak megabytes
 BAR_MEGABYTES, BAR_COPIES, BAR_SECONDS = 500, 1.5, 20
 _SHARED = {
@@ -179,7 +178,7 @@ def measure_8b(layers: int, rounds: int, folder: Path, *, sparse: bool) -> Itera
     export = str(Path(sys.executable).parent / "dlo-export")
     plain = [export, str(model), "-o", str(output), "--dtype", "bf16", "--no-parity"]
     commands = {
-        COPY: ["sh", "-c", _COPY, "sh", str(model), str(output)],
+        COPY: copy_command(model, output),
         "dlo-export --no-parity": plain,
         "--external-data-size 2GB": [*plain, "--external-data-size", "2GB"],
         "TensorRT's graph": [
