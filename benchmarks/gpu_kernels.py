@@ -190,17 +190,17 @@ class Speed:
             down_us=round(second.median_us, 2),
         )
 
-    def rows(self, tokens: int, pair: Pair, what: str) -> None:
-        """Half of the tokens active: the batch's bar up to 64 tokens, otherwise the prompt's."""
-        subject = layer(*LARGE, tokens=tokens, active=0.5, dtype="bfloat16", copies=4)
+    def rows(self, tokens: int, active: float, pair: Pair, what: str) -> None:
+        """A share of the tokens active; half of them: the batch's bar up to 64 tokens, otherwise the prompt's."""
+        subject = layer(*LARGE, tokens=tokens, active=active, dtype="bfloat16", copies=4)
         ours = timed(subject.both(*pair), self.replays, of=len(subject.weights))
         cublas, facts = self.cublas(subject, subject.active)
         ratio = ours.median_us / cublas.median_us
         most = 1.1 if tokens <= 64 else 1 / 0.7
         flops = 6 * subject.active * subject.hidden * subject.intermediate
         self.evidence.row(
-            f"half of {tokens} tokens active: {what}",
-            passed=ratio <= most,
+            f"{'half' if active == 0.5 else 'all'} of {tokens} tokens active: {what}",
+            passed=ratio <= most if active == 0.5 else None,
             tokens=tokens,
             active=subject.active,
             dtype="bfloat16",
@@ -305,9 +305,10 @@ def measure(evidence: Evidence, smoke: bool, options: argparse.Namespace) -> Non
             if gate_up is not None and down is not None:
                 best[tile] = kernels.load(gate_up), kernels.load(down)
                 evidence.row(f"best candidates, {tile}", gate_up=gate_up.facts, down=down.facts)
-            if tile != "prefill":
-                for op_name in PLUGIN_OPS:
-                    speed.sweep(op_name, tile, SMALL, tokens, active)
+            # Where a tile's programs go round the card once more, it is another one that is fastest.
+            other, share = (SMALL, active) if tile == "decode" else (LARGE, 1.0)
+            for op_name in PLUGIN_OPS:
+                speed.sweep(op_name, tile, other, tokens, share)
     if len(best) == len(shapes):
         _bars(evidence, speed, lambda tokens: best[tile_for(tokens)], "the best candidates")
 
@@ -322,7 +323,8 @@ def _bars(evidence: Evidence, speed: Speed, pair_for: Callable[[int], Pair], wha
             speed.skipped(tokens, "bfloat16", pair_for(tokens), what)
     with evidence.guard(f"half of the tokens active: {what}"):
         for tokens in (16, 512):
-            speed.rows(tokens, pair_for(tokens), what)
+            speed.rows(tokens, 0.5, pair_for(tokens), what)
+        speed.rows(512, 1.0, pair_for(512), what)
     if "table" in what:
         with evidence.guard(f"float16: {what}"):
             speed.one_token(LARGE, "float16", speed.kernels.table("float16", 1), what, bars=False)

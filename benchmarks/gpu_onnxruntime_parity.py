@@ -81,7 +81,7 @@ def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Pat
     """All rows that need a GPU."""
     library_given = None if library is None else str(Path(library).absolute())
     # What follows needs the rest, where it follows.
-    seconds = 45.0 if smoke else evidence.left * (1 if model is None else 0.75)
+    seconds = 45.0 if smoke else evidence.left - (0 if model is None else 30)
     chosen = [job for job in jobs(model, library_given, smoke=smoke) if job.subject.startswith(only)]
     commands = ["--commands", *([] if model is None else ["--model", str(model)])]
     processes = [*map(process_of, chosen), Process("commands", PROGRAM, tuple(commands))]

@@ -55,12 +55,13 @@ from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _DLO = (sys.executable, "-c", "from dlo_export.exporter.cli import main; raise SystemExit(main())")
 _FORM = "five-minutes"
-_BATCHES = (32, 64)  # sequences of a step, of the rates
+_BATCH = 32  # sequences of a step, of the rates
 _OWN = ("train-original", "train-routed-0.80-seed-0")  # runs of the first process
 _PARTS = ("rates", "trials", "papers", "adapter")
 _FINISHING_S = 12.0  # behind the experiments, for tables and the archive
+_TIMING_S = 45.0  # of artefacts, when nothing trains
 _ADAPTER_S, _PACKING_S = 60.0, 6.0
-_RATES_S, _LAST_WORDS_S = 90.0, 3.0
+_RATES_S, _EAGER_S, _LAST_WORDS_S = 90.0, 30.0, 3.0
 _TO_TRAIN = 0.88  # of the experiments' time; in the rest the first process measures what the others trained
 _LARGEST_ARCHIVE = 15_000_000
 _COMPILED = Path(tempfile.gettempdir()) / "dlo-compiled"  # files in there name each other, so it never moves
@@ -231,7 +232,7 @@ def measure(inputs: Inputs, evidence: Evidence, smoke: bool) -> None:
         if "trials" in chosen:
             part.trials(evidence.left - _FINISHING_S)
         if "papers" in chosen:
-            part.papers(evidence.left - _FINISHING_S - (_ADAPTER_S if trains_adapter else 0))
+            part.papers(evidence.left - _FINISHING_S - _TIMING_S - (_ADAPTER_S if trains_adapter else 0))
         if trains_adapter and evidence.fits("adapter", 25):
             part.finish_adapter(part.start_adapter(), evidence.left - 5)
         if "papers" in chosen:
@@ -264,7 +265,7 @@ class _Part:
         self._evidence.row("inputs", seconds=round(time.monotonic() - start, 1))
 
     def _copy_text(self, results: Path) -> None:
-        for name in ("text", "tokens"):
+        for name in ("text", "tokens", "routers"):
             if (self._text / name).is_dir():
                 shutil.copytree(self._text / name, results / name)
         if (self._text / FLOPS_NAME).is_file():
@@ -273,49 +274,53 @@ class _Part:
     def rates(self) -> None:
         """Tokens per second of dlo train and of transformers' Trainer: processes get ready at once and time in turn.
 
-        A row is written as soon as there is one, and whoever takes too long is ended: the others' rows stay.
+        A row is written as soon as there is one, and whoever takes too long is ended: the others' rows stay. Steps that
+        are not compiled come behind, if there is time.
         """
-        small, *larger = [str(size) for size in ((2,) if self._in.device == "cpu" else _BATCHES)]
-        children = [self._start_rate("eager", "--batch", small)]
-        if self._in.compile:
-            for number, side in enumerate(SIDES):
-                words = ("--compile", "--batch", small, *larger, "--sides", side)
-                children.append(self._start_rate(f"compiled-{number}", *words))
-        written: set[str] = set()
         until = time.monotonic() + min(_RATES_S, self._evidence.left - _LAST_WORDS_S)
-        while time.monotonic() < until and any(child.poll() is None for child in children):
-            self._write_rates(children, written)
-            if larger and children[0].poll() is not None:  # the small steps are timed: now the larger ones
-                children.append(self._start_rate("eager-larger", "--batch", *larger))
-                larger = []
-            time.sleep(0.2)
+        batch = ("--batch", 2 if self._in.device == "cpu" else _BATCH)
+        children: list[Child] = []
+        if self._in.compile:
+            shared = ("--compile", "--turn", self._folder / "turn", "--of", len(SIDES), *batch)
+            children = [
+                self._start_rate(f"compiled-{number}", *shared, "--sides", side) for number, side in enumerate(SIDES)
+            ]
+            self._await_rates(children, until)
+        if until - time.monotonic() > _EAGER_S:
+            children.append(self._start_rate("eager", *batch))
+            self._await_rates(children, until)
         for child in children:
             if child.end():
                 self._evidence.row(child.name, passed=False, error=child.complaint())
-        self._write_rates(children, written)
+        self._write_rates(children)
         self._compare_rates()
         self._pack()
 
-    def _write_rates(self, children: Sequence[Child], written: set[str]) -> None:
+    def _await_rates(self, children: Sequence[Child], until: float) -> None:
+        while time.monotonic() < until and any(child.poll() is None for child in children):
+            self._write_rates(children)
+            time.sleep(0.2)
+
+    def _write_rates(self, children: Sequence[Child]) -> None:
         for line in itertools.chain(*(_json_lines(child.log) for child in children)):
-            if (words := json.dumps(line)) not in written:
-                written.add(words)
+            if (words := json.dumps(line)) not in self._seen:
+                self._seen.add(words)
                 self._evidence.row("training rate", **line)
 
     def _compare_rates(self) -> None:
         rows = [row for row in self._evidence.rows if row["what"] == "training rate" and "side" in row]
-        speeds = {(row["compile"], row["batch"][0], row["side"]): row["tokens_per_second"] for row in rows}
-        for compiled, batch, ours in itertools.product((False, True), _BATCHES, SIDES[:2]):
-            if {(compiled, batch, ours), (compiled, batch, SIDES[2])} <= speeds.keys():
-                ratio = speeds[compiled, batch, ours] / speeds[compiled, batch, SIDES[2]]
-                how = f"{'compiled' if compiled else 'eager'}, batch {batch}"
+        speeds = {(row["compile"], row["side"]): row["tokens_per_second"] for row in rows}
+        for compiled, ours in itertools.product((False, True), SIDES[:2]):
+            if {(compiled, ours), (compiled, SIDES[2])} <= speeds.keys():
+                ratio = speeds[compiled, ours] / speeds[compiled, SIDES[2]]
+                how = "compiled" if compiled else "eager"
                 self._evidence.row(
                     f"{ours} against Trainer, {how}",
                     passed=ratio >= _OF_TRAINER,
                     ratio=round(ratio, 3),
                     bar=_OF_TRAINER,
                 )
-        known = [speeds.get((self._in.compile, _BATCHES[0], side)) for side in (SIDES[1], SIDES[0])]
+        known = [speeds.get((self._in.compile, side)) for side in (SIDES[1], SIDES[0])]
         if all(known):
             self._speeds = [float(speed) for speed in known if speed]
 
@@ -353,10 +358,10 @@ class _Part:
         command: list[Any] = ["-m", "benchmarks.training_rate", "--device", self._in.device, "--dtype", "bf16"]
         if self._in.device == "cpu":
             command += ["--tiny", "--sequence", "64", "--steps", "2"]
-        return self._child(f"rate-{name}", *command, "--turn", self._folder / "turn", *words)
+        return self._child(f"rate-{name}", *command, *words)
 
     def papers(self, budget: float) -> None:
-        """The experiments; artefacts are made and timed on a few cores beside them, once the models are there.
+        """The experiments; artefacts are made on a few cores beside them, once the models are there.
 
         Args:
             budget: Seconds they have.
@@ -381,7 +386,7 @@ class _Part:
                 results = Results(self._results)
                 self._note(results)
                 if not shipped and all(name in results for name in SHIPPED):
-                    options = ("--only", "shipped", "--budget-s", "240", "--threads", len(aside or cores))
+                    options = ("--only", "exported", "--budget-s", "240", "--threads", len(aside or cores))
                     shipped.append(self._child("shipped", *command, *options, cores=aside))
 
             done = main.wait(budget + 3, meanwhile)
@@ -407,12 +412,15 @@ class _Part:
         ]
 
     def finish_shipped(self, seconds: float) -> None:
-        """Waits for artefacts, which need no GPU; then tables, plots and claims."""
+        """Waits for artefacts, which need no GPU, and has them timed alone; then tables, plots and claims."""
         with self._evidence.guard("shipped"):
+            until = time.monotonic() + seconds
             if self._shipped is not None:
-                if not self._shipped.wait(seconds, lambda: self._note(Results(self._results), pack=False)):
-                    self._evidence.row("shipped", passed=False, error=self._shipped.complaint())
+                self._wait_for_artefacts(self._shipped, until)
                 self._shipped = None
+                command = [*self._command(self._results, 240), "--only", "shipped"]
+                command += ["--set", *self._in.changes] if self._in.changes else []
+                self._wait_for_artefacts(self._child("timed", *command), until)
             results = Results(self._results)
             self._note(results)
             for claim in claims(results):
@@ -421,6 +429,10 @@ class _Part:
             self._pack()
             self._tabulate()
             self._pack()
+
+    def _wait_for_artefacts(self, child: Child, until: float) -> None:
+        if not child.wait(max(1.0, until - time.monotonic()), lambda: self._note(Results(self._results), pack=False)):
+            self._evidence.row(child.name, passed=False, error=child.complaint())
 
     def _tabulate(self) -> None:
         """Tables and plots anew: artefacts came behind those that were written."""

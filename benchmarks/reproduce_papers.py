@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="compile layers in training, as `dlo train` does")
     parser.add_argument(
         "--only",
-        choices=["expansion", "training", "shipped", "trained", "runs"],
+        choices=["expansion", "training", "exported", "shipped", "trained", "runs"],
         help="table (a); all but (d); (d); runs alone; some runs of another's plan",
     )
     parser.add_argument("--runs", nargs="+", default=(), help="of --only runs: which; it waits for the plan of another")

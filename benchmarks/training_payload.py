@@ -3,7 +3,8 @@
     python -m benchmarks.training_payload MODEL FOLDER
 
 FOLDER/text and FOLDER/tokens are the papers' text (benchmarks.papers.text) and its tokens, FOLDER/flops.json what
-training costs by kind of run. FOLDER/library is of the
+training costs by kind of run, FOLDER/routers what routed runs start from, as far as that is known before any training.
+FOLDER/library is of the
 Python standard library alone (PSF licence), for the demo's adapter: modules, and the language reference without the
 documents that `dlo calibrate` measures on.
 """
@@ -26,7 +27,7 @@ from benchmarks.papers.training import FLOPS_NAME, flops_per_token, training_run
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.modeling.calibration.text import calibration_text, read_documents
 
-_TRAINING_TOKENS = 4_000_000
+_TRAINING_TOKENS = 2_000_000
 _MODULE_CHARACTERS, _LONGEST_PIECE = 4_000_000, 20_000
 _MEASURED_TOKENS = 16_384  # at least twice what any command measures on
 _PROSE_TIMES = 4  # there is ten times as much code
@@ -71,6 +72,9 @@ def main() -> None:
         experiment = Experiment(base, form, results, "cpu")
         print(experiment.prepare())
         save_json(folder / FLOPS_NAME, flops_per_token(training_runs(experiment), experiment))
+        for run in training_runs(experiment):
+            if run.target is not None and run.after is None:
+                run.model(experiment)  # keeps its routers
         for name, texts in zip(("train", "held-out"), library_text(base), strict=True):
             target = folder / "library" / name
             target.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
 A Llama of SmolLM2-135M's shapes with random weights, deepened to 36 layers: `dlo train`'s loop with a router on every
 layer and without, and transformers' own Trainer, one after the other in one process. A step is everything from one to
 the next, data included. `--profile` shows where the time of two routed steps goes, and whether the GPU waited. With
-`--turn FILE`, several of these may run at once: they import and compile side by side, for two layers, and time one
-after the other.
+`--turn FILE --of N`, N of these may run at once: they import and compile side by side, for two layers, and time one
+after the other once all of them are ready.
 
     python -m benchmarks.training_rate --device cuda --dtype bf16 [--compile] [--profile] [--steps 12]
     python -m benchmarks.training_rate --tiny --batch 2 --sequence 64                # on any CPU: shows that it runs
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="two more routed steps under PyTorch's profiler")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: only shows that all of it runs")
     parser.add_argument("--turn", type=Path, help="lock file, shared by those that must not time at once")
+    parser.add_argument("--of", type=int, default=1, help="so many share it")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="sequences of a step; each in turn")
     parser.add_argument("--sequence", type=int, default=512)
@@ -180,7 +181,7 @@ def main() -> None:
             _train(side, few, _settings(arguments, batch, 2), Stopwatch(1, 1, 0))
         profiled = 2 if arguments.profile and side == SIDES[0] else 0
         watch = Stopwatch(arguments.warm_up, arguments.steps, profiled)
-        with _turn(arguments.turn):
+        with _turn(arguments.turn, arguments.of):
             start = time.perf_counter()
             _train(side, shapes, _settings(arguments, batch, watch.all_steps), watch)
             # A line for each side, at once: whoever stops this has what was measured before.
@@ -192,12 +193,17 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _turn(file: Path | None) -> Iterator[None]:
-    """Alone among those that ask for the same file."""
+def _turn(file: Path | None, number: int) -> Iterator[None]:
+    """Alone among those that ask for the same file, and after all of them have asked, or some did not in time."""
     if file is None:
         yield
         return
     with file.open("a") as lock:
+        lock.write("ready\n")
+        lock.flush()
+        until = time.monotonic() + _WAIT_FOR_OTHERS_S
+        while len(file.read_text().splitlines()) < number and time.monotonic() < until:
+            time.sleep(0.05)
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     time.sleep(_LET_OTHERS_S)
@@ -246,6 +252,7 @@ def _line(arguments: argparse.Namespace, batch: int, side: str, watch: Stopwatch
     }
 
 
+_WAIT_FOR_OTHERS_S = 25.0
 _LET_OTHERS_S = 0.2  # whoever waits for a turn is slower to take it than whoever just had it
 _QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 

@@ -63,8 +63,9 @@ _TILES: Final[dict[str, dict[TileName, Tile]]] = {
     "RouterScores": dict.fromkeys(TILE_NAMES, Tile(rows=1, columns=1, depth=1024, scan=1, warps=4, stages=1)),
 }
 # By compute capability, where a GPU was at hand to measure it. 9.0: H200, hidden 4096, intermediate 14336, bfloat16;
-# the fastest of docs/results/gpu_kernels.md. Decode, 8 of 16 tokens active: 56 and 33 µs, 4.2 and 3.6 TB/s of weights
-# (the tiles above: 77 and 50 µs). Prefill, 256 of 512 active: 102 and 76 µs (155 and 108 µs).
+# from docs/results/gpu_kernels.md. Decode, 8 of 16 tokens active: 56 and 33 µs, 4.2 and 3.6 TB/s of weights (the tiles
+# above: 77 and 50 µs). Prefill, 256 of 512 active: 102 and 81 µs (155 and 109 µs). With 64 rows SkipDown takes 76 µs,
+# but from 257 active tokens on it then has more programs than the card has SMs, and goes round twice.
 _TUNED: Final[dict[int, dict[str, dict[TileName, Tile]]]] = {
     90: {
         "SkipGateUp": {
@@ -73,7 +74,7 @@ _TUNED: Final[dict[int, dict[str, dict[TileName, Tile]]]] = {
         },
         "SkipDown": {
             "decode": Tile(rows=16, columns=32, depth=256, scan=32, warps=4, stages=5),
-            "prefill": Tile(rows=64, columns=128, depth=64, scan=512, warps=8, stages=6),
+            "prefill": Tile(rows=128, columns=128, depth=64, scan=512, warps=8, stages=6),
         },
     }
 }

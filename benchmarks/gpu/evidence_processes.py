@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,11 +24,13 @@ class Process:
         what: For a row, where it fails.
         module: Of this folder.
         arguments: Of its command line.
+        needed: Whether it fails the part where it fails itself.
     """
 
     what: str
     module: str
     arguments: tuple[str, ...] = ()
+    needed: bool = True
 
 
 def run_processes(evidence: Evidence, processes: Sequence[Process], seconds: float, *, threads: int = 1) -> None:
@@ -47,7 +50,7 @@ def run_processes(evidence: Evidence, processes: Sequence[Process], seconds: flo
             # Rows go to a file, so that none waits for somebody to read; what else is said shows where it fails.
             rows, said = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
             command = [sys.executable, "-m", f"benchmarks.{process.module}", *process.arguments]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONFAULTHANDLER": "1"}
             running.append((process, subprocess.Popen(command, stdout=rows, stderr=said, env=environment), rows, said))
         end = time.monotonic() + min(seconds, max(5.0, evidence.left - 5.0))
         for process, started, rows, said in running:
@@ -55,6 +58,9 @@ def run_processes(evidence: Evidence, processes: Sequence[Process], seconds: flo
                 code = started.wait(timeout=max(0.1, end - time.monotonic()))
                 problem = f"ended with {code}" if code else None
             except subprocess.TimeoutExpired:
+                started.send_signal(signal.SIGABRT)  # so that it says where it is
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    started.wait(timeout=2)
                 started.kill()
                 started.wait()
                 problem = "was not done in time"
@@ -64,4 +70,9 @@ def run_processes(evidence: Evidence, processes: Sequence[Process], seconds: flo
                     evidence.row(**json.loads(line))
             if problem is not None:
                 said.seek(0)
-                evidence.row(process.what, passed=False, error=f"{problem}: {said.read()[-2500:]}")
+                text = said.read()
+                # Of a process that was ended, the frames it was in come first, and may be many.
+                start = text.rfind("(most recent call first)")
+                text = text[-2500:] if start < 0 else text[max(0, start - 500) : start + 2000]
+                passed = False if process.needed else None
+                evidence.row(process.what, passed=passed, error=f"{problem}: {text}")

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -28,16 +28,23 @@ ACTIVE_BAR = 1.03
 """At 8B, batch 1: none skipped, over dense."""
 REMOVED: Final = (0.5,)
 """Shares of the MLPs that a dense model has not."""
-OVERLAPS: Final[Mapping[str, dict[str, Any]]] = {
-    "one by one": {},
-    "early": {"early": 1},
-    "earlier": {"early": 2},
-    "early, vectors": {"early": 1, "vectors": True},
-    "earlier, vectors": {"early": 2, "vectors": True},
-}
-"""How kernels may overlap: arguments of `KernelOps`."""
 OVERLAP_BAR: Final = 2**-5
 """Largest difference of bfloat16 logits, of the largest: products may sum in another order; nothing else differs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What is timed in one go.
+
+    Attributes:
+        what: For a row, where it is left out.
+        seconds: It takes, about.
+        run: It.
+    """
+
+    what: str
+    seconds: float
+    run: Callable[[], None]
 
 
 class Size:
@@ -74,52 +81,48 @@ class Size:
         """A row of this size."""
         self.evidence.row(what, model=self.name, **values)
 
-    def piece(self, what: str, seconds: float, run: Callable[[], None], **values: Any) -> None:
-        """Runs a piece where so many seconds are left; what breaks it is a row."""
-        with self.evidence.guard(what, model=self.name, **values):
-            if self.evidence.fits(f"{what} {self.name} {values}", seconds):
-                run()
-
-    def measure(self) -> None:
-        """Decode, the single step first, then where a step's time goes, then prefill."""
+    def pieces(self) -> list[Piece]:
+        """Decode, the single step first, where a step's time goes, prefill; the last one ends the routed model."""
         once = self.smoke and self.name == "1B"  # the same code as of the other size
+        found: list[Piece] = []
         for batch in (1,) if once else (1, 4) if self.smoke else (1, 4, 16):
-            self.piece("decode", 4, functools.partial(self.decode, batch), batch=batch)
-            self.piece("overlaps", 5, functools.partial(self.overlaps, batch), batch=batch)
+            found.append(Piece(f"decode, batch {batch}", 4, functools.partial(self.decode, batch)))
+            if batch == 1:
+                found.append(Piece("one by one", 5, self.one_by_one))
         if once:
-            return
+            return found
         for batch in (1,) if self.smoke else (1, 16):
-            self.piece("breakdown", 3, functools.partial(self.breakdown, batch), batch=batch)
-        self.piece("prefill", 6, self.prefill)
-        self.piece("masked", 4, self.masked)
+            found.append(Piece(f"breakdown, batch {batch}", 3, functools.partial(self.breakdown, batch)))
+        return [*found, Piece("prefill", 6, self.prefill), Piece("masked", 4, self.masked)]
 
-    def overlaps(self, batch: int) -> None:
-        """Every way in which kernels may overlap, beside kernels one by one, half of the layers' MLPs skipped: right?
+    def run(self, piece: Piece) -> None:
+        """Runs a piece where so many seconds are left; what breaks it is a row."""
+        with self.evidence.guard(piece.what, model=self.name):
+            if self.evidence.fits(f"{self.name}, {piece.what}", piece.seconds):
+                piece.run()
 
-        How fast each is, dense and with none, half and all of the MLPs skipped.
+    def one_by_one(self) -> None:
+        """One token a step, kernels one by one: what overlapping ones are held against, and how fast it is.
+
+        Half of the layers' MLPs are skipped where logits are compared.
         """
-        ids = torch.randint(0, self.vocab, (batch, CONTEXT), device="cuda")
+        ids = torch.randint(0, self.vocab, (1, CONTEXT), device="cuda")
         expected: list[torch.Tensor] = []
-        for name, options in OVERLAPS.items():
-            if batch > 1 and "vectors" in options:
-                continue  # of one token alone
-            with self.evidence.guard("overlap", model=self.name, overlap=name, batch=batch):
-                dense, routed = (
-                    self.decoder(weights, batch, ops=KernelOps(**options)) for weights in (self.dense, self.routed)
-                )
-                found = [logits_of(decoder, self.skipping(0.5), ids) for decoder in (dense, routed)]
-                expected = expected or found
-                errors = [largest_difference(got, wanted) for got, wanted in zip(found, expected, strict=True)]
-                subjects = [Subject("dense", dense)]
-                subjects += [Subject(f"layers {share:.0%}", routed, self.skipping(share)) for share in (0.0, 0.5, 1.0)]
-                ms = {
-                    subject.name: spread(
-                        np.array([subject.block_ms(ids[:, 0], [CONTEXT] * batch, 4) for _ in range(4)][1:])
-                    )["median"]
-                    for subject in subjects
-                }
-                right = all(error <= OVERLAP_BAR for error in errors)  # which no NaN is
-                self.row("overlap", passed=right, batch=batch, overlap=name, errors=errors, bar=OVERLAP_BAR, ms=ms)
+        for form, ops in (("one by one", KernelOps()), ("overlapping", None)):
+            decoders = [self.decoder(weights, 1, ops=ops) for weights in (self.dense, self.routed)]
+            found = [logits_of(decoder, self.skipping(0.5), ids) for decoder in decoders]
+            expected = expected or found
+            errors = [largest_difference(got, wanted) for got, wanted in zip(found, expected, strict=True)]
+            subjects = [Subject("dense", decoders[0])]
+            subjects += [Subject(f"layers {share:.0%}", decoders[1], self.skipping(share)) for share in (0.0, 0.5, 1.0)]
+            ms = {
+                subject.name: spread(np.array([subject.block_ms(ids[:, 0], [CONTEXT], 4) for _ in range(4)][1:]))[
+                    "median"
+                ]
+                for subject in subjects
+            }
+            right = all(error <= OVERLAP_BAR for error in errors)  # which no NaN is
+            self.row("form", passed=right, batch=1, form=form, errors=errors, bar=OVERLAP_BAR, ms=ms)
 
     def skipping(self, share: float) -> torch.Tensor:
         """Thresholds that skip a share of the layers, evenly spread."""

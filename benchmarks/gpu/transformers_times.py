@@ -20,29 +20,36 @@ from torch import nn
 from benchmarks.gpu.pytorch_times import CAPACITY, CONTEXT, block_us, spread
 from benchmarks.gpu.random_torch_llama import SIZES
 
-FORMS: Final = ("eager", "compiled")
+FORMS: Final = ("compiled", "eager")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The 1B's shape first, since it compiles sooner; then the 8B's."""
+    """The 8B's shape first, compiled: what the bar asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="two layers")
     smoke = parser.parse_args(arguments).smoke
-    for name in ("1B",) if smoke else ("1B", "8B"):
+    for name in ("1B",) if smoke else ("8B", "1B"):
         config = {**SIZES[name], **({"num_hidden_layers": 2} if smoke else {})}
         for form in FORMS:
-            print(json.dumps({"what": "transformers", "model": name, **step_times(config, form, smoke)}), flush=True)
+            row: dict[str, Any] = {"what": "transformers", "model": name, "form": form}
+            try:
+                row |= step_times(config, form, steps=8 if smoke else 32)
+            except Exception as err:  # what one form cannot do costs the other ones nothing
+                row |= {"passed": False, "error": f"{type(err).__name__}: {err}"[:1500]}
+            print(json.dumps(row), flush=True)
+            torch.cuda.empty_cache()
     return 0
 
 
-def step_times(config: dict[str, Any], form: str, smoke: bool) -> dict[str, Any]:
+def step_times(config: dict[str, Any], form: str, *, steps: int, device: str = "cuda") -> dict[str, Any]:
     """Of a step behind the context, batch 1, bfloat16, a static cache.
 
     Args:
         config: Of a plain Llama.
         form: "eager", or "compiled": the call that `generate` itself compiles for a static cache on a GPU, in its
             default mode, "reduce-overhead", which replays CUDA graphs.
-        smoke: Few steps.
+        steps: To time.
+        device: Of everything.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache  # noqa: PLC0415 - heavy
 
@@ -50,29 +57,41 @@ def step_times(config: dict[str, Any], form: str, smoke: bool) -> dict[str, Any]
     begin = time.monotonic()
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**values, dtype=torch.bfloat16))
     torch.set_default_dtype(default)
     cast("nn.Module", model).eval()
     forward: Callable[..., Any] = model.forward
     if form == "compiled":
         forward = cast("Any", model).get_compiled_call(None)
-    ids = torch.randint(0, config["vocab_size"], (1, CONTEXT), device="cuda")
+    ids = torch.randint(0, config["vocab_size"], (1, CONTEXT), device=device)
     with torch.no_grad():  # as `generate` has it
         cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
         model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
-        token, place = ids[:, :1].clone(), torch.full((1, 1), CONTEXT, device="cuda")
+        token, place = ids[:, :1].clone(), torch.full((1, 1), CONTEXT, device=device)
 
         def step() -> None:
             forward(input_ids=token, position_ids=place, past_key_values=cache, logits_to_keep=1)
             place.add_(1)
 
-        for _ in range(4):
-            step()
-        torch.cuda.synchronize()
+        _block_ms(step, 4, device)
         warm_up = round(time.monotonic() - begin, 1)
-        times = np.array([block_us(step, 4) * 1e-3 for _ in range(2 if smoke else 8)])
-    return {"form": form, "batch": 1, "past": CONTEXT, "ms": spread(times), "warm_up_s": warm_up}
+        times = np.array([_block_ms(step, 4, device) for _ in range(steps // 4)])
+    # The cache counts: had a step not advanced it, what was timed would be no decode.
+    filled = int(cache.get_seq_length())
+    if filled != CONTEXT + 4 + steps // 4 * 4:
+        raise RuntimeError(f"{filled} tokens are in the cache, not {CONTEXT} and those of the steps")
+    return {"batch": 1, "past": CONTEXT, "ms": spread(times), "warm_up_s": warm_up}
+
+
+def _block_ms(step: Callable[[], object], runs: int, device: str) -> float:
+    """Milliseconds of a step, over so many in a row."""
+    if device != "cpu":
+        return block_us(step, runs) * 1e-3
+    begin = time.perf_counter()
+    for _ in range(runs):
+        step()
+    return (time.perf_counter() - begin) / runs * 1e3
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ class Request:
         data: Chats to train on in place of the extracted ones.
         publish: Folder for copies of the tables and plots.
         only: ``expansion``: table (a), which needs no training; ``training``: all but artefacts; ``shipped``: artefacts
-            of the models that are there, which needs no GPU; ``trained``: training runs, and nothing of what they are
+            of the models that are there, which needs no GPU; ``exported``: the same without timing them, which is to be
+            alone on its cores; ``trained``: training runs, and nothing of what they are
             compared with; ``runs``: some training runs of another process' plan. None for everything.
         runs: Of ``runs``: which.
         elsewhere: Runs that other processes train, into the same folder.
@@ -122,14 +123,15 @@ def reproduce(request: Request) -> dict[str, Any]:
         experiment = Experiment(base, form, results, request.device, request.tasks)
         print(f"text: {experiment.prepare()}, {budget.left:.0f} s left", file=sys.stderr, flush=True)
         left_out: dict[str, str] = {}
-        if request.only not in ("shipped", "runs"):
+        if request.only not in ("exported", "shipped", "runs"):
             left_out |= run_pieces(expansion_pieces(experiment), results, budget)
         if request.only in (None, "training", "trained"):
             left_out |= _run_others(experiment, budget, request)
         if request.only == "runs":
             return {"form": name, "left_out": _run_some(experiment, budget, request), "passed": True}
-        if request.only == "shipped":
-            left_out |= run_pieces(shipped_pieces(experiment), results, budget)
+        if request.only in ("exported", "shipped"):
+            pieces = shipped_pieces(experiment)
+            left_out |= run_pieces(pieces[: -1 if request.only == "exported" else None], results, budget)
     heading = _heading(request, path, results)
     tables = all_tables(results, heading, left_out)
     (results.folder / _TABLES).write_text(tables, encoding="utf-8")

@@ -17,7 +17,7 @@ import torch
 from benchmarks.papers.forms import Form
 from benchmarks.papers.results import Results
 from benchmarks.papers.subjects import BaseModel
-from benchmarks.papers.text import DOMAINS, HELD_OUT_CHATS, TRAINING, domain_file
+from benchmarks.papers.text import DOMAINS, HELD_OUT, TRAINING, domain_file
 from benchmarks.papers.token_cache import cached_documents
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate
@@ -76,7 +76,7 @@ class Experiment:
 
     @functools.cached_property
     def data(self) -> PackedSets:
-        """Chats to learn from and to measure on, in sequences."""
+        """Text to learn from and to watch runs on, in sequences."""
         return PackedSets(*(self._packed(documents) for documents in (self._training, self._held_out)))
 
     @functools.cached_property
@@ -145,7 +145,7 @@ class Experiment:
 
     @functools.cached_property
     def _held_out(self) -> list[TokenDocument]:
-        return self._tokenized(HELD_OUT_CHATS)
+        return self._tokenized(HELD_OUT)
 
     def _tokenized(self, name: str) -> list[TokenDocument]:
         file, length = self.results.text / name, self.form.sequence

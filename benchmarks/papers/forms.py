@@ -76,7 +76,7 @@ class Form:
     targets: tuple[float, ...] = (0.9, 0.8, 0.7)
     seeds: tuple[int, ...] = (0,)
     runs: tuple[str, ...] = ()
-    main_runs: int = 10
+    main_runs: int = 11
     expansions: bool = True
     packages: bool = False
     questions: int = 200
@@ -90,6 +90,7 @@ _BY_WORTH = (
     "train-original",
     "train-deepened",
     "train-dlo",
+    "train-dlo-slower-routers",
     *(f"train-routed-{target}-seed-0" for target in ("0.80", "0.90", "0.70")),
     "train-distilled-0.90",
     "train-distilled-0.80",
@@ -145,22 +146,22 @@ FORMS: dict[str, Form] = {
     "five-minutes": Form(
         budget_s=300,
         training_share=0.7,
-        tokens=3_500_000,
+        tokens=1_600_000,
         least_tokens=250_000,
         probe_steps=6,
         batches=(32, 64),
         learning_rate=1e-4,
         selection="annealed",
         skip_weight=0.0,
-        curve_points=3,
+        curve_points=2,
         held_out_tokens=8_192,
         greedy_tokens=2_048,
         seeds=(0, 1, 2),
         runs=_BY_WORTH,
-        main_runs=14,
+        main_runs=15,
         expansions=False,
         packages=True,
-        questions=1000,
+        questions=300,
     ),
     # The quick form's sizes, and every run of the one for GPUs.
     "smoke": replace(
@@ -172,8 +173,8 @@ FORMS: dict[str, Form] = {
         curve_points=1,
         tli_every=Form.tli_every,
         targets=Form.targets,
-        runs=(*_BY_WORTH[:8], "train-moe"),
-        main_runs=9,
+        runs=(*_BY_WORTH[:9], "train-moe"),
+        main_runs=10,
         expansions=False,
     ),
 }

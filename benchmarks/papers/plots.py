@@ -46,7 +46,7 @@ def _curves(folder: Path, runs: Mapping[str, Any], flops: Mapping[str, float]) -
         axes[0].plot(tokens, losses, marker=".", label=name)
         axes[1].plot([count * flops[values["kind"]] for count in tokens], losses, marker=".", label=name)
     for axis, label in zip(axes, ("tokens", "FLOPs"), strict=True):
-        axis.set(xlabel=label, ylabel="loss of held-out chats")
+        axis.set(xlabel=label, ylabel="loss of the held-out mix")
     axes[1].legend(fontsize="x-small")
     return _saved(figure, folder / "loss-against-training.png")
 

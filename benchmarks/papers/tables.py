@@ -18,6 +18,7 @@ from benchmarks.papers.token_kinds import PREFIX as KINDS_PREFIX
 KEPT_WITHIN = 1e-5
 """Nats, by domain, within which a method that keeps the function must have the original's loss."""
 COSTS = "training-costs"
+_WAYS = ("static", "random, same layers", "random, every layer", "calibrated")
 
 
 def all_tables(results: Results, heading: str, left_out: Mapping[str, str]) -> str:
@@ -33,6 +34,7 @@ def all_tables(results: Results, heading: str, left_out: Mapping[str, str]) -> s
         ("(a) Loss right after expansion", _expansion(results)),
         ("(b) Loss after training", _training(results)),
         ("(c) Perplexity against active rate", _skipping(results)),
+        ("(c) Trained routers, mean over seeds (lowest to highest)", _seeds(results)),
         ("(c) Whole layers removed", _removed(results)),
         ("(d) What is shipped", _shipped(results)),
         ("(d) Accuracy of what is shipped", _accuracies(results)),
@@ -89,7 +91,7 @@ def _training(results: Results) -> Iterator[Sequence[str]]:
         "FLOPs per token",
         "FLOPs",
         "active MLPs",
-        "chats, loss",
+        "watched, loss",
         *(f"{domain}, perplexity" for domain in DOMAINS),
         "tokens/s",
     ]
@@ -114,12 +116,11 @@ def _training(results: Results) -> Iterator[Sequence[str]]:
 
 
 def _skipping(results: Results) -> Iterator[Sequence[str]]:
-    ways = ("static", "random, same layers", "random, every layer", "calibrated")
-    yield ["routers", "asked for", "active MLPs", "perplexity", *(f"{way}, as many" for way in ways)]
+    yield ["routers", "asked for", "active MLPs", "perplexity", *(f"{way}, as many" for way in _WAYS)]
     for baselines in results.found(BASELINES).values():
         values = results[baselines["of"]]
         if "diverged" in values:
-            yield [baselines["of"], f"{values.get('target')}", "diverged", *[""] * len(ways)]
+            yield [baselines["of"], f"{values.get('target')}", "diverged", *[""] * len(_WAYS)]
             continue
         name = baselines["of"].removeprefix("train-").removeprefix("skipping-")
         yield [
@@ -127,8 +128,36 @@ def _skipping(results: Results) -> Iterator[Sequence[str]]:
             f"{values['target']:.0%}",
             f"{values['all']['active']:.1%}",
             _number(values["all"]["perplexity"], ".2f"),
-            *(_number(baselines[way]["all"]["perplexity"], ".2f") if way in baselines else "" for way in ways),
+            *(_number(baselines[way]["all"]["perplexity"], ".2f") if way in baselines else "" for way in _WAYS),
         ]
+
+
+def _seeds(results: Results) -> Iterator[Sequence[str]]:
+    yield ["asked for", "seeds", "active MLPs", "perplexity", *(f"{way}, as many" for way in _WAYS)]
+    by_target: dict[float, list[list[float | None]]] = {}
+    for name, values in results.found("train-routed-").items():
+        if "diverged" in values or f"{BASELINES}train-routed-{name}" not in results:
+            continue
+        others = results[f"{BASELINES}train-routed-{name}"]
+        found = [values["all"], *(others[way]["all"] for way in _WAYS)]
+        by_target.setdefault(values["target"], []).append(
+            [values["all"]["active"], *(each["perplexity"] for each in found)]
+        )
+    for target, rows in sorted(by_target.items(), reverse=True):
+        active, *perplexities = zip(*rows, strict=True)
+        yield [
+            f"{target:.0%}",
+            str(len(rows)),
+            _spread(active, ".1%"),
+            *(_spread(values, ".2f") for values in perplexities),
+        ]
+
+
+def _spread(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "over 1e308"
+    return f"{sum(known) / len(known):{form}} ({min(known):{form}} to {max(known):{form}})"
 
 
 def _removed(results: Results) -> Iterator[Sequence[str]]:

@@ -6,7 +6,7 @@ It knows no more than some hundred steps on docstrings teach. What the experimen
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from benchmarks.papers.subjects import BaseModel
 from benchmarks.papers.text import TRAINING
 from benchmarks.papers.training import TrainingRun, train
 from dlo_export.checkpoints.files.whole_folder import whole_folder
+from dlo_export.modeling.training.records import read_records
 
 _VOCABULARY, _LAYERS, _STEPS = 512, 5, 100
 TOY_TOKENS = 50_000
@@ -69,7 +70,10 @@ def _save_random(folder: Path) -> None:
 
 def _save_tokenizer(training: Path, folder: Path) -> None:
     """A byte-level BPE of the training text."""
-    chats = [json.loads(line)["messages"] for line in training.read_text(encoding="utf-8").splitlines()]
+    texts = itertools.chain.from_iterable(
+        [record.text] if record.text else [turn["content"] for turn in record.messages]
+        for record in read_records(training)
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,5 +83,5 @@ def _save_tokenizer(training: Path, folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((turn["content"] for chat in chats for turn in chat), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=_END, eos_token=_END).save_pretrained(folder)

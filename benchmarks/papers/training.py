@@ -31,6 +31,7 @@ FLOPS_NAME = "flops.json"
 _REFERENCE = "dlo"  # whose FLOPs the runs of equal FLOPs have
 _WORTH_A_LARGER_BATCH = 1.1  # times the tokens per second
 _SOFT_SHARE = 0.75  # of the steps in which distilled routers' gates harden
+_SLOWER = 0.5  # times the routers' rate: what they were fitted to says more about text unlike what is learned
 MakeDense = Callable[[Experiment], LlamaDloForCausalLM]
 
 
@@ -48,6 +49,7 @@ class TrainingRun:
         seed: Of the order of the data.
         kept: Later pieces need the model.
         after: The run whose model this one starts from.
+        router_rate: Times the form's.
         equal_flops: Goes on until it has cost as much as the deepened, routed model.
     """
 
@@ -60,6 +62,7 @@ class TrainingRun:
     seed: int = 0
     kept: bool = False
     after: str | None = None
+    router_rate: float = 1.0
     equal_flops: bool = False
 
     @property
@@ -122,6 +125,7 @@ def _every_run(experiment: Experiment) -> list[TrainingRun]:
         TrainingRun("original", original, kept=True),
         TrainingRun("deepened", deepened, kept=True),
         TrainingRun("dlo", deepened, target=form.target, kept=True),
+        TrainingRun("dlo", deepened, "-slower-routers", target=form.target, router_rate=_SLOWER),
         routed(targets[0], first),
         TrainingRun("deepened-copies", lambda at: at.base.expanded(copied)),
         TrainingRun("llama-pro", deepened, mode="new-layers"),
@@ -187,7 +191,7 @@ def settings_of(
         sequence=form.sequence,
         long_chats="skip",
         learning_rate=form.learning_rate,
-        router_learning_rate=form.router_learning_rate,
+        router_learning_rate=form.router_learning_rate * run.router_rate,
         relative_router_rate=True,
         dtype=form.dtype,
         compile=form.compile and run.kind != "moe",

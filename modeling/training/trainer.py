@@ -26,7 +26,7 @@ from dlo_export.modeling.perplexity import perplexity, score_tokens
 from dlo_export.modeling.routing import is_active
 from dlo_export.modeling.training.compilation import uncompiled
 from dlo_export.modeling.training.distillation import distillation_loss
-from dlo_export.modeling.training.errors import TrainingDivergedError
+from dlo_export.modeling.training.errors import TrainingDivergedError, TrainingError
 from dlo_export.modeling.training.packing import IGNORED, PackedSets, stacked
 from dlo_export.modeling.training.parameters import parameter_groups
 from dlo_export.modeling.training.run_folder import CAPACITIES_NAME, RunFolder
@@ -427,6 +427,21 @@ class DloTrainer(Trainer):
             options["weight_decay"] = self.args.weight_decay  # AdamW has one of its own
             self.optimizer = kind(parameter_groups(self._routed, self.settings), **options)
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restores both, as the Trainer does.
+
+        Raises:
+            TrainingError: The checkpoint divides the parameters otherwise, as earlier versions did.
+        """
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as err:  # PyTorch's optimisers, of a state that is not theirs
+            raise TrainingError(
+                f"{checkpoint}: its optimiser has other groups of parameters than layer_wise "
+                f"{self.settings.layer_wise} makes of this model: {err}",
+                hint="finish the run with the version that began it, or start another from what it has saved",
+            ) from err
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint whole or not at all, so that whatever happens the last good one is there.

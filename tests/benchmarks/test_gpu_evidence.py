@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import gpu_evidence
 from benchmarks.gpu.evidence import BAR_MISSED, DONE, NO_GPU, Evidence
+from benchmarks.gpu.evidence_bars import judge_bars
+from benchmarks.gpu.genai_decode import PEER
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
 
 
@@ -57,12 +60,55 @@ def test_report_has_every_row_when_one_failed_and_one_was_cut_short(tmp_path: Pa
         file.write('{"part": "made", "what": "cut sho')
     rows = gpu_evidence.read_rows(tmp_path)
     gpu_evidence.write_report(rows, tmp_path)
-    lines = (tmp_path / "evidence.md").read_text().splitlines()
+    lines = (tmp_path / "evidence.md").read_text().split("\n\n")[1].splitlines()
     assert len(lines) == 2 + 3
     assert "skipped 0.5" in lines[2]
     assert "| broken | NO | error ValueError: a / b |" in lines[4]
     if importlib.util.find_spec("matplotlib") is not None:
         assert (tmp_path / "decode.png").stat().st_size > 0
+
+
+def _row(part: str, what: str, passed: bool | None = None, **figures: Any) -> dict[str, Any]:
+    return {"part": part, "what": what, "passed": passed, **figures}
+
+
+def test_a_bar_is_not_measured_when_a_way_or_a_model_is_missing() -> None:
+    rows = [
+        _row("kernels", "cubin, decode: against NumPy", True),
+        _row("onnxruntime_parity", "parity reference_mlp_routed, fp32, masked", True),
+        _row("transformers", "transformers", model="8B", form="eager", ms={"median": 20.0}),
+    ]
+    assert {bar.passed for bar in judge_bars([])} == {None}
+    assert {bar.passed for bar in judge_bars(rows)} == {None}
+    assert judge_bars(rows)[0].found == "no Triton JIT, libdlo_plugins.so by a C++ host, compute-sanitizer"
+
+
+def test_bars_are_judged_by_all_rows_when_every_part_wrote_some() -> None:
+    said = "libdlo_plugins.so by a C++ host under compute-sanitizer memcheck"
+    efficiency = {"efficiency_removed": 0.92, "efficiency_proportional": 0.7, "efficiency_copied": 1.1}
+    rows = [
+        *(_row("kernels", f"{way}: against NumPy", True) for way in ("Triton JIT, decode", "cubin, decode", said)),
+        _row("onnxruntime_parity", "parity reference_mlp_routed, fp32, masked", True),
+        _row("onnxruntime_parity", "parity smollm2, bf16, if", None),
+        _row("onnxruntime_parity", "parity --device cuda", False),
+        _row("onnxruntime", "decode", model="8b", batch=1, graph="dense", step_ms=5.0),
+        _row(
+            "onnxruntime", "decode", True, model="8b", batch=1, skipped=0.5, step_ms=3.5, graph="routed", **efficiency
+        ),
+        _row("pytorch", "decode", False, model="8B", batch=1, skipped=0.0, over_dense={"median": 1.05}),
+        _row("transformers", "transformers", model="8B", form="compiled", ms={"median": 4.0}),
+    ]
+    bars = judge_bars(rows)
+    assert bars[-1].found == "1.250 of transformers' compiled, ? of onnxruntime-genai's"
+    passed = {bar.what: bar.passed for bar in bars}
+    assert passed["kernels against NumPy, three ways"] is True
+    assert passed["8B decode in onnxruntime: skip efficiency, half of the MLPs skipped"] is True
+    assert passed["8B decode in onnxruntime: all active, over dense"] is None
+    assert passed["8B decode in pytorch: all active, over dense"] is False
+    assert passed["ONNX Runtime on CUDA, every lowering, fp32, fp16, bf16"] is False  # ambiguous is no PASS
+    assert passed["ONNX Runtime, dense bf16 decode"] is False
+    other = _row("genai", f"decode onnxruntime, dense, cache in place, against onnxruntime-genai, {PEER}", ratio=0.8)
+    assert judge_bars([*rows, other])[-1].passed is True
 
 
 def test_evidence_command_names_the_part_when_there_is_none_of_that_name(

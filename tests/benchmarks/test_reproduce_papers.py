@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.papers import training
 from benchmarks.papers.budget import Budget, Piece, run_pieces
+from benchmarks.papers.documents import docstrings, plain_documents
 from benchmarks.papers.experiment import Experiment
 from benchmarks.papers.flops import training_flops
 from benchmarks.papers.forms import FORMS, with_values
@@ -27,7 +28,7 @@ from benchmarks.papers.results import Results
 from benchmarks.papers.sources import Unit, is_permissive, library_units
 from benchmarks.papers.subjects import BaseModel, expansions
 from benchmarks.papers.tables import KEPT_WITHIN
-from benchmarks.papers.text import DOMAINS, HELD_OUT_CHATS, TRAINING, domain_file, use_other_chats
+from benchmarks.papers.text import DOMAINS, HELD_OUT, TRAINING, domain_file, use_other_chats
 from benchmarks.papers.token_kinds import KINDS, token_kinds
 from benchmarks.papers.training import planned_steps, training_runs
 from benchmarks.reproduce_papers import main
@@ -101,14 +102,20 @@ def test_methods_that_keep_the_function_have_the_loss_of_the_original(
 
 def test_training_text_holds_nothing_of_what_is_held_out(finished: tuple[Path, dict[str, object]]) -> None:
     text = finished[0] / "text"
-    learned = [json.loads(line)["messages"][1]["content"] for line in (text / TRAINING).read_text().splitlines()]
-    asked = [json.loads(line)["messages"][1]["content"] for line in (text / HELD_OUT_CHATS).read_text().splitlines()]
-    assert learned
-    assert asked
-    assert not set(learned) & set(asked)
+    learned, watched = (
+        [json.loads(line) for line in (text / name).read_text().splitlines()] for name in (TRAINING, HELD_OUT)
+    )
+    for kind in ("messages", "text"):
+        mine, others = ({str(line[kind]) for line in lines if kind in line} for lines in (learned, watched))
+        assert mine
+        assert others
+        assert not mine & others
+    answers = [line["messages"][1]["content"] for line in learned if "messages" in line]
+    plain = [line["text"] for line in learned if "text" in line]
     for domain in DOMAINS:
-        held_out = (text / domain_file(domain)).read_text()
-        assert not [answer for answer in learned if json.dumps(answer)[1:-1] in held_out]
+        held_out = [json.loads(line)["text"] for line in (text / domain_file(domain)).read_text().splitlines()]
+        assert not [answer for answer in answers if any(answer in document for document in held_out)]
+        assert not [document for document in plain if any(document[:500] in other for other in held_out)]
 
 
 def test_runs_have_equal_tokens_or_equal_flops(finished: tuple[Path, dict[str, object]]) -> None:
@@ -204,10 +211,10 @@ def test_results_are_refused_when_defined_otherwise(tmp_path: Path) -> None:
 
 def test_other_chats_take_the_place_of_the_extracted_ones(tmp_path: Path) -> None:
     chats = save_chats(tmp_path / "chats.jsonl", count=400)
-    for name in (TRAINING, HELD_OUT_CHATS):
+    for name in (TRAINING, HELD_OUT):
         (tmp_path / name).write_text("{}\n")
     use_other_chats(tmp_path, chats)
-    learned, held_out = ((tmp_path / name).read_text().splitlines() for name in (TRAINING, HELD_OUT_CHATS))
+    learned, held_out = ((tmp_path / name).read_text().splitlines() for name in (TRAINING, HELD_OUT))
     assert sorted(learned + held_out) == sorted(chats.read_text().splitlines())
     assert not set(learned) & set(held_out)
     assert 0 < len(held_out) < len(learned)
@@ -247,6 +254,28 @@ def test_function_chats_ask_for_the_source_without_its_docstring() -> None:
     )
     assert copy.digest == chat.digest
     assert not list(function_chats("def broken(:"))
+
+
+LONG_LINE = "a line of {} that is long enough to say whose document it is taken from"
+
+
+def test_plain_documents_leave_out_what_repeats_held_out_text() -> None:
+    def document(name: str, kept: int, copied: int) -> str:
+        lines = [LONG_LINE.format(f"{name} {number}") for number in range(kept)]
+        return "\n".join([*lines, *(LONG_LINE.format(f"held out {number}") for number in range(copied))])
+
+    units = [Unit(f"unit {number}", (), document(str(number), 30, 10 * (number % 2))) for number in range(40)]
+    found = plain_documents(units, [document("", 0, 10)], 1_000_000)
+    assert found
+    assert {name for name, _ in found} == {unit.name for unit in units[::2] if not unit.description_held_out}
+    assert len(plain_documents(units, [], 2 * len(units[0].description))) == 2
+
+
+def test_docstrings_are_those_of_the_module_and_of_what_it_defines() -> None:
+    text = "Says at length what it is for and how it does it, which is more than a line or two. " * 2
+    source = f'"""{text}"""\nclass Box:\n    """{text}"""\n    def get(self):\n        """Short."""\n'
+    assert [name for name, _ in docstrings(source)] == ["", "Box"]
+    assert not [*docstrings("class Broken")]
 
 
 @pytest.mark.parametrize(

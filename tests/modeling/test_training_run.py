@@ -161,6 +161,19 @@ def test_a_run_is_not_resumed_with_other_settings(folder: Path, data: PackedDocu
         run(opened(folder), data, tmp_path / "run")
 
 
+def test_a_run_says_which_setting_is_behind_it_when_its_optimiser_has_other_groups(
+    folder: Path, data: PackedDocuments, tmp_path: Path
+) -> None:
+    settings, steps = dataclasses.replace(SETTINGS, max_steps=3), []
+    run(opened(folder), data, tmp_path, settings, report=steps.append, should_stop=lambda: len(steps) == 1)
+    (file,) = tmp_path.glob("checkpoint-*/optimizer.pt")
+    state = torch.load(file, weights_only=True)
+    state["param_groups"].append(state["param_groups"][0] | {"params": []})
+    torch.save(state, file)
+    with pytest.raises(TrainingError, match="other groups of parameters than layer_wise True"):
+        run(opened(folder), data, tmp_path, settings, resume=True)
+
+
 @pytest.mark.parametrize("mode", ["full", "routers", "new-layers", "lora"])
 def test_what_learns_is_what_the_mode_says(folder: Path, data: PackedDocuments, tmp_path: Path, mode: str) -> None:
     model = opened(folder)
