@@ -48,6 +48,14 @@ def test_last_bytes_are_not_written_when_writing_failed(tmp_path):
     assert (tmp_path / "file").stat().st_size == BLOCK
 
 
+def test_writes_go_through_the_cache_where_there_are_no_direct_ones():
+    """A device of characters has none; this one has no room for anything, either."""
+    with DirectFile(Path("/dev/full")) as file:
+        assert not fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & direct_file._DIRECT
+        with pytest.raises(OSError, match="No space left"):
+            file.write(CONTENT[: 3 * BLOCK])
+
+
 def test_error_is_the_systems_when_a_file_may_not_be_so_long(tmp_path):
     """The limit ends within a block: direct writes alone would call that invalid, which says nothing."""
     allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
