@@ -6,7 +6,7 @@ every fourth one, or as many as --every says, and puts a router on each. Copies 
 depend on the number of layers. Runs take turns, and a run's files are removed before the next one. With --sparse the
 data file is one hole, which takes no disk: nothing but zeros, that come from no disk into the page cache.
 
-    python -m benchmarks.graph_edit_size [--layers 32] [--every 4] [--runs 3] [--sparse]
+    python -m benchmarks.graph_edit_size [--layers 32] [--every 4] [--runs 3] [--sparse] [--no-copies]
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from dlo_export.exporter.weight_file import save_weights
 from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, load_description
 
 BAR_MEGABYTES = 700
-COPY = "copy"
+COPY, LINKED = "copy", "dlo-export --link-weights"
 
 
 class Cost(NamedTuple):
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of the graph, at least 5")
     parser.add_argument("--every", type=int, default=4, help="layers for one that is injected")
     parser.add_argument("--sparse", action="store_true", help="a graph of zeros, which takes no disk")
+    parser.add_argument("--no-copies", action="store_true", help="only what links the old data file")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--write", type=Path, help="only write graph and adapter there")
     arguments = parser.parse_args()
@@ -122,7 +123,7 @@ def main() -> None:
     WORKSPACE.mkdir(exist_ok=True)
     shapes = LlamaConfig.from_dict(CONFIG | {"num_hidden_layers": layers}, "synthetic").tensor_shapes()
     nbytes = 2 * sum(math.prod(shape) for shape in shapes.values())
-    needed = nbytes * (1 if arguments.sparse else 2) + 2 * nbytes // every
+    needed = nbytes * ((not arguments.sparse) + (not arguments.no_copies)) + 2 * nbytes // every
     check_disk_space(WORKSPACE, needed, WORKSPACE, "graph, adapter and an edited copy need")
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder:
         # By another process: what this one ever held would count as the command's, which starts as a copy of it.
@@ -135,8 +136,10 @@ def main() -> None:
         commands = {
             COPY: copy_command(graph, output),
             "dlo-export": edit,
-            "dlo-export --link-weights": [*edit, "--link-weights"],
+            LINKED: [*edit, "--link-weights"],
         }
+        if arguments.no_copies:
+            commands = {LINKED: commands[LINKED]}
         costs: dict[str, list[Cost]] = {name: [] for name in commands}
         ways: dict[str, str] = {}
         for number in range(arguments.runs):
@@ -151,7 +154,7 @@ def main() -> None:
         for name, each in costs.items()
     }
     peak = max(figures[name]["peak_megabytes"].median for name in ways)
-    ratios = {name: figures[name]["seconds"] / figures[COPY]["seconds"] for name in ways}
+    ratios = {name: figures[name]["seconds"] / figures[COPY]["seconds"] for name in ways if COPY in figures}
     print_report(
         f"An 8B-shaped bf16 graph of {layers} layers, {nbytes / 1e9:.1f} GB, edited with an adapter",
         ["", "kept data", "peak memory, MB", "bar", "wall, s", "wall / copy", "written, GB"],
