@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.common.measure import print_report
-from benchmarks.gpu.evidence import BAR_MISSED, DONE, NO_GPU
+from benchmarks.gpu.evidence import BAR_MISSED, DONE, NO_GPU, make_folder
 from benchmarks.gpu.evidence_bars import judge_bars
 from dlo_export.checkpoints.errors import DloError, InputError
 from dlo_export.exporter.exit_codes import exit_code, report_error
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = [f"--{flag}" for flag in ("smoke", "unchecked") if getattr(parsed, flag)]
     try:
         commands = chosen_commands(parsed.parts)
-        parsed.out.mkdir(parents=True, exist_ok=True)
+        make_folder(parsed.out)
     except (DloError, OSError) as err:
         report_error(err)
         return exit_code(err)

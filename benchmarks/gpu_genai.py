@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from typing import Any
 from benchmarks.gpu.evidence import BAR_MISSED, DONE, Evidence, run_part
 from benchmarks.gpu.evidence_processes import Process, run_processes
 from benchmarks.gpu.genai_decode import RUNTIMES, Runtime, compared, rows_of_decode, save_graphs
-from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.errors import InputError, MachineError
 
 PROGRAM = "gpu_genai"
 
@@ -52,8 +53,14 @@ def check() -> None:
     """The routed artefact in both runtimes, on the CPU.
 
     Raises:
+        MachineError: onnxruntime-genai is not installed.
         InputError: Tokens differ, or one of them does not run it.
     """
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise MachineError(
+            "onnxruntime-genai is not installed",
+            hint="pip install onnxruntime-genai-cuda, or leave genai out of --parts",
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         rows = list(save_graphs(None, folder, "cpu", routed_alone=True))

@@ -12,11 +12,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dlo_export.checkpoints.errors import DloError, MachineError
+from dlo_export.checkpoints.errors import DloError, InputError, MachineError
 from dlo_export.exporter.exit_codes import exit_code, report_error
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
 
 DONE, BAR_MISSED, NO_GPU = 0, 1, 4
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder for rows, where it is missing.
+
+    Raises:
+        InputError: A file has its name, or that of a folder around it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as err:
+        raise InputError(f"--out {out}: is no folder, or lies in none", hint="give a new one") from err
 
 
 class Evidence:
@@ -38,7 +50,7 @@ class Evidence:
         self._part = part
         self._start = time.monotonic()
         self._budget_s = budget_s
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         self._file = (out / f"{part}.jsonl").open("w", encoding="utf-8")
 
     @property
@@ -144,10 +156,10 @@ def run_part(
         if not parsed.unchecked:
             check()
         found = card()
+        evidence = Evidence(part, parsed.out, parsed.budget_s)
     except DloError as err:
         report_error(err)
         return exit_code(err)
-    evidence = Evidence(part, parsed.out, parsed.budget_s)
     evidence.row("card", **found)
     with evidence.guard(part):
         measure(evidence, parsed.smoke)

@@ -50,6 +50,7 @@ def main(
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.exporter.sources.source import open_source  # noqa: PLC0415
     from dlo_export.exporter.tensorrt.plan import graph_options  # noqa: PLC0415
+    from dlo_export.plugins.ort_registration import no_library  # noqa: PLC0415
     from dlo_export.runtimes.artefact.files import check_model_files  # noqa: PLC0415
     from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER  # noqa: PLC0415
 
@@ -60,6 +61,8 @@ def main(
         raise InputError(f"--by-layer compares on the CPU, --device {device} is another", hint="leave --device out")
     runs_it = BY_PROVIDER[provider or description.provider]
     runs_it.check_here()
+    if description.plugin_operators and ort_plugin_library is None:
+        raise no_library(description.plugin_operators)
     check_model_files(description, artefact)
     reporter = Reporter(verbose=verbose)
     with naming_allow_nonfinite():

@@ -119,6 +119,15 @@ def test_evidence_command_names_the_part_when_there_is_none_of_that_name(
     assert not (tmp_path / "out").exists()
 
 
+def test_evidence_command_names_the_folder_when_a_file_lies_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert gpu_evidence.main(["--out", str(out)]) == 2
+        assert f"--out {out}: is no folder, or lies in none" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(find_gpu().target is not None, reason="there is a GPU")
 @pytest.mark.parametrize("part", list(gpu_evidence.PARTS))
 def test_evidence_command_ends_with_4_after_what_a_cpu_can_check_when_there_is_no_gpu(
