@@ -28,6 +28,7 @@ from benchmarks.export_speed import run_once
 from dlo_export.checkpoints.checkpoint_folder import save_model_tensors
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.checkpoints.lazy_tensors import TensorOfRows
 
 BAR_MEGABYTES = 1000
 CONFIG: dict[str, Any] = {
@@ -59,7 +60,7 @@ EXPANSIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TiledTensor:
+class TiledTensor(TensorOfRows):
     """The same numbers over and over: quick to make, and none of them is zero or out of range.
 
     Attributes:
@@ -74,18 +75,8 @@ class TiledTensor:
     def dtype(self) -> np.dtype:  # noqa: D102 - a lazy tensor's questions, here and below
         return self.tile.dtype
 
-    @property
-    def nbytes(self) -> int:  # noqa: D102
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def numpy(self) -> np.ndarray:  # noqa: D102
-        return np.resize(self.tile, self.shape)
-
     def rows(self, start: int, stop: int) -> np.ndarray:  # noqa: D102
         return np.resize(self.tile, (stop - start, *self.shape[1:]))
-
-    def release(self) -> None:
-        """Nothing is kept between reads."""
 
 
 def save_synthetic_checkpoint(folder: Path, layers: int) -> None:

@@ -1,15 +1,19 @@
 """Export of large models: peak memory and wall time do not grow beyond what writing the bytes takes.
 
-An 8B-shaped bf16 checkpoint (Llama 3.1 8B's config.json and shapes, 16 GB) becomes a bf16 graph, and TensorRT's bf16
-graph without its engine; the time of a synced copy of the checkpoint's bytes is taken in the same run. Its files are
-sparse, but for the head of every tensor: holes are read from no disk, by the export and by the copy alike, and both
-write all bytes. Both are synced. Peak memory is what the kernel counted for the finished process, mapped pages of the
-checkpoint included. Then Llama 3.1 405B's config.json becomes a graph without weights: plain, all MLPs routed, and
-deepened by an adapter of two layers with routers.
+An 8B-shaped bf16 checkpoint (Llama 3.1 8B's config.json and shapes, 16 GB of random numbers) becomes a bf16 graph, and
+TensorRT's bf16 graph without its engine; the time of a copy of the checkpoint's files is taken in the same run. All are
+synced, and take turns. Peak memory is what the kernel counted for the finished process, mapped pages of the checkpoint
+included. Then Llama 3.1 405B's config.json becomes a graph without weights: plain, all MLPs routed, and deepened by an
+adapter of two layers with routers.
 
-It needs room for one copy of the checkpoint at a time, and removes what it wrote, also when it is stopped.
+With --by-layer the checkpoint becomes an fp16 graph (a CPU has no bf16 kernels), and what is measured is its parity by
+layer.
 
-    python -m benchmarks.export_size [--layers 32] [--rounds 1]
+It needs room for the checkpoint and one copy of it, and removes what it wrote, also when it is stopped. With --sparse
+the checkpoint takes none: its tensors are holes but for their heads, read from no disk, and zeros in the page cache.
+
+    python -m benchmarks.export_size [--layers 32] [--rounds 1] [--sparse]
+    python -m benchmarks.export_size --by-layer [--layers 32]
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,14 +36,20 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.plain_copy import copy_command
 from benchmarks.common.workspace import WORKSPACE
+from benchmarks.expand_memory import TiledTensor
 from benchmarks.export_speed import run_once
+from dlo_export.checkpoints.checkpoint_folder import save_model_tensors
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.errors import DloError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.checkpoints.formats.huggingface_folder import SINGLE_FILE
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_name
 from dlo_export.exporter.exit_codes import exit_code, report_error
 
+COPY = "copy"
+Cost = tuple[float, float]  # seconds, peak megabytes
 BAR_MEGABYTES, BAR_COPIES, BAR_SECONDS = 500, 1.5, 20
 _SHARED = {
     "architectures": ["LlamaForCausalLM"],
@@ -69,16 +80,11 @@ LLAMA_405B = {
     **_SHARED,
     **{"hidden_size": 16_384, "intermediate_size": 53_248, "num_hidden_layers": 126, "num_attention_heads": 128},
 }
-_TENSORS_PER_FILE = 72  # about 5 GB
 _HEAD = np.random.default_rng(0).standard_normal(4096).astype(ml_dtypes.bfloat16).tobytes()
 
 
-def save_sparse(shapes: Mapping[str, tuple[int, ...]], path: Path) -> int:
-    """Writes a safetensors file of bf16 tensors: a few numbers at the head of each, then a hole.
-
-    Returns:
-        Its size in bytes.
-    """
+def save_sparse(shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Writes a safetensors file of bf16 tensors: a few numbers at the head of each, then a hole."""
     places: dict[str, tuple[int, int]] = {}
     end = 0
     for name, shape in shapes.items():
@@ -93,7 +99,6 @@ def save_sparse(shapes: Mapping[str, tuple[int, ...]], path: Path) -> int:
             file.seek(8 + len(header) + start)
             file.write(_HEAD[: stop - start])
         file.truncate(8 + len(header) + end)
-    return path.stat().st_size
 
 
 def save_config(config: Mapping[str, Any], folder: Path) -> LlamaConfig:
@@ -103,22 +108,16 @@ def save_config(config: Mapping[str, Any], folder: Path) -> LlamaConfig:
     return LlamaConfig.from_json(folder / "config.json")
 
 
-def save_checkpoint(config: Mapping[str, Any], folder: Path) -> int:
-    """Writes a sparse checkpoint in files of some GB each.
-
-    Returns:
-        Bytes of its weights' files.
-    """
-    shapes = list(save_config(config, folder).tensor_shapes().items())
-    parts = [shapes[start : start + _TENSORS_PER_FILE] for start in range(0, len(shapes), _TENSORS_PER_FILE)]
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, part in enumerate(parts, 1):
-        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        total += save_sparse(dict(part), folder / name)
-        weight_map |= {tensor: name for tensor, _ in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return total
+def save_checkpoint(config: Mapping[str, Any], folder: Path, *, sparse: bool) -> None:
+    """Writes a checkpoint of the same random numbers over and over, its norms ones; or one that takes no disk."""
+    shapes = save_config(config, folder).tensor_shapes()
+    if sparse:
+        save_sparse(shapes, folder / SINGLE_FILE)
+        return
+    tile = (np.random.default_rng(0).standard_normal(1 << 20, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+    ones = np.ones(1, ml_dtypes.bfloat16)
+    tensors = {name: TiledTensor(shape, tile if len(shape) > 1 else ones) for name, shape in shapes.items()}
+    save_model_tensors(tensors, folder)
 
 
 def save_sparse_adapter(config: LlamaConfig, folder: Path) -> None:
@@ -146,7 +145,7 @@ def save_sparse_adapter(config: LlamaConfig, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(values))
 
 
-def synced(command: list[str], output: Path, log: Path) -> tuple[float, float]:
+def synced(command: list[str], output: Path, log: Path) -> Cost:
     """Runs a command and syncs what it wrote; returns seconds and peak megabytes. The output is removed again."""
     start = time.perf_counter()
     _, megabytes = run_once(command, log)
@@ -173,15 +172,15 @@ def save_tensorrt_graph(model: Path, output: Path) -> None:
     ir.save(graph, output / "model.onnx")
 
 
-def measure_8b(layers: int, rounds: int, folder: Path) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+def measure_8b(layers: int, rounds: int, folder: Path, *, sparse: bool) -> Iterator[tuple[str, list[Cost]]]:
     """By what was run, seconds and peak megabytes of each round; the copy first."""
-    model, output, log = folder / "8b", folder / "out", folder / "log"
-    size = save_checkpoint({**LLAMA_8B, "num_hidden_layers": layers}, model)
-    check_disk_space(folder, size + (1 << 30), folder, "a copy of the checkpoint, and then its export, need")
+    model, output, log = saved_8b(layers, folder, sparse=sparse), folder / "out", folder / "log"
     export = str(Path(sys.executable).parent / "dlo-export")
+    plain = [export, str(model), "-o", str(output), "--dtype", "bf16", "--no-parity"]
     commands = {
-        "cp": ["sh", "-c", f"mkdir {output} && cp --sparse=never {model}/*.safetensors {output}"],
-        "dlo-export --no-parity": [export, str(model), "-o", str(output), "--dtype", "bf16", "--no-parity"],
+        COPY: copy_command(model, output),
+        "dlo-export --no-parity": plain,
+        "--external-data-size 2GB": [*plain, "--external-data-size", "2GB"],
         "TensorRT's graph": [
             sys.executable,
             "-m",
@@ -191,14 +190,51 @@ def measure_8b(layers: int, rounds: int, folder: Path) -> Iterator[tuple[str, li
             str(output),
         ],
     }
-    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    for _ in range(rounds):
-        for name, command in commands.items():
-            costs[name].append(synced(command, output, log))
+    costs: dict[str, list[Cost]] = {name: [] for name in commands}
+    for number in range(rounds):
+        for name in commands if number % 2 == 0 else reversed(commands):
+            costs[name].append(synced(commands[name], output, log))
     yield from costs.items()
 
 
-def measure_405b(rounds: int, folder: Path) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+def saved_8b(layers: int, folder: Path, *, sparse: bool = False) -> Path:
+    """The checkpoint, in a folder with room for a copy of it."""
+    config = {**LLAMA_8B, "num_hidden_layers": layers}
+    size = 2 * sum(math.prod(shape) for shape in LlamaConfig.from_dict(config, "8B").tensor_shapes().values())
+    needed = (size if sparse else 2 * size) + (1 << 30)
+    check_disk_space(folder, needed, folder, "the checkpoint and a copy of it need")
+    # By another process: what this one ever held would count as the commands', which start as copies of it.
+    writer = ["-m", "benchmarks.export_size", "--layers", str(layers), "--write", str(folder / "8b")]
+    subprocess.run([sys.executable, *writer, *(["--sparse"] if sparse else [])], check=True)
+    return folder / "8b"
+
+
+def measure_by_layer(layers: int, folder: Path) -> None:
+    """Seconds, peak memory and verdict of parity by layer."""
+    model, output, log = saved_8b(layers, folder), folder / "out", folder / "log"
+    commands = Path(sys.executable).parent
+    options = ["--dtype", "fp16", "--no-parity"]
+    run_once([str(commands / "dlo-export"), str(model), "-o", str(output), *options], log)
+    seconds, megabytes = run_once(
+        [str(commands / "dlo"), "parity", str(output), str(model), "--by-layer", "--json"], log
+    )
+    said = log.read_text()
+    report = json.loads(said[said.index("{") :])
+    print_report(
+        f"Parity by layer of an 8B-shaped fp16 graph, {layers} layers",
+        ["verdict", "wall, s", "peak memory, MB"],
+        [[report["verdict"], f"{seconds:.0f}", f"{megabytes:.0f}"]],
+        {
+            "layers": layers,
+            "seconds": seconds,
+            "megabytes": megabytes,
+            "report": report,
+            "versions": versions("dlo-export", "onnx-ir", "numpy", "torch", "onnxruntime"),
+        },
+    )
+
+
+def measure_405b(rounds: int, folder: Path) -> Iterator[tuple[str, list[Cost]]]:
     """The same of graphs without weights."""
     routed = {"model_type": "llama_dlo_exattn", "is_dlo": True, "rescale_hidden_states": False}
     routed |= {"scale_factor": 2.0, "scale_gap": 0.0}
@@ -220,25 +256,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"], help="of the 8B-shaped model")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sparse", action="store_true", help="a checkpoint of holes, which takes no disk")
+    parser.add_argument("--by-layer", action="store_true", help="only measure parity by layer")
+    parser.add_argument("--write", type=Path, help="only write the checkpoint there")
     parser.add_argument("--tensorrt-graph", type=Path, nargs=2, metavar=("MODEL", "OUT"), help="only write that graph")
     arguments = parser.parse_args()
     if arguments.tensorrt_graph is not None:
         save_tensorrt_graph(*arguments.tensorrt_graph)
         return
+    if arguments.write is not None:
+        save_checkpoint({**LLAMA_8B, "num_hidden_layers": arguments.layers}, arguments.write, sparse=arguments.sparse)
+        return
     signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: what was written is removed
     WORKSPACE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as place:
+        if arguments.by_layer:
+            measure_by_layer(arguments.layers, Path(place))
+            return
         (Path(place) / "small").mkdir()
         small = dict(measure_405b(max(3, arguments.rounds), Path(place) / "small"))
-        large = dict(measure_8b(arguments.layers, arguments.rounds, Path(place)))
-    copy = Samples(np.array([seconds for seconds, _ in large["cp"]]))
+        large = dict(measure_8b(arguments.layers, arguments.rounds, Path(place), sparse=arguments.sparse))
+    copy = Samples(np.array([seconds for seconds, _ in large[COPY]]))
     rows, ratios = [], {}
     for name, costs in {**large, **small}.items():
         seconds, megabytes = (Samples(np.array(column)) for column in zip(*costs, strict=True))
         if name in small:
             rows.append([f"405B, no weights, {name}", seconds, f"≤ {BAR_SECONDS}", megabytes, f"≤ {BAR_MEGABYTES}"])
-        elif name == "cp":
-            rows.append([f"8B, {arguments.layers} layers, cp", seconds, "", megabytes, ""])
+        elif name == COPY:
+            rows.append([f"8B, {arguments.layers} layers, {COPY}", seconds, "", megabytes, ""])
         else:
             ratios[name] = seconds / copy
             said = f"{ratios[name]} of the copy's, ≤ {BAR_COPIES}"
@@ -249,6 +294,7 @@ def main() -> None:
         rows,
         {
             "layers": arguments.layers,
+            "sparse": arguments.sparse,
             "rounds": arguments.rounds,
             "costs": {name: [list(map(float, cost)) for cost in costs] for name, costs in {**large, **small}.items()},
             "copies": {name: samples.summary() for name, samples in ratios.items()},

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common.measure import Samples, print_report, versions
-from benchmarks.common.peers import peer_environment
+from benchmarks.common.peers import peer_program
 from benchmarks.common.smollm2 import smollm2_folder
 from benchmarks.common.workspace import WORKSPACE
 
@@ -60,11 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7)
     runs = parser.parse_args().runs
-    model, mobius = str(smollm2_folder()), str(peer_environment("mobius") / "mobius")
+    model, mobius = str(smollm2_folder()), [*map(str, peer_program("mobius", "mobius"))]
     ours = str(Path(sys.executable).parent / "dlo-export")
     commands: dict[str, Callable[[str], list[str]]] = {
         "dlo-export --no-parity": lambda output: [ours, model, "-o", output, "--no-parity"],
-        "mobius build --ep cpu": lambda output: [mobius, "build", "--config", model, "--ep", "cpu", output],
+        "mobius build --ep cpu": lambda output: [*mobius, "build", "--config", model, "--ep", "cpu", output],
     }
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as bytecode:

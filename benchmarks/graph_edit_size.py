@@ -2,10 +2,11 @@
 
 The graph is synthetic: bf16, the shapes of Llama 3 8B with a head of its own (128,256 × 4,096), tiles of random numbers
 in one external data file. Embedding and head take 2.1 GB of disk, a layer 0.44 GB. An adapter injects a layer behind
-every fourth one and puts a router on each. Copies need as much disk again; memory does not depend on the number of
-layers. Runs take turns, and a run's files are removed before the next one.
+every fourth one, or as many as --every says, and puts a router on each. Copies need as much disk again; memory does not
+depend on the number of layers. Runs take turns, and a run's files are removed before the next one. With --sparse the
+data file is one hole, which takes no disk: nothing but zeros, that come from no disk into the page cache.
 
-    python -m benchmarks.graph_edit_size [--layers 32] [--runs 3]
+    python -m benchmarks.graph_edit_size [--layers 32] [--every 4] [--runs 3] [--sparse] [--no-copies]
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 import onnx_ir as ir
 
 from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.plain_copy import copy_command
 from benchmarks.common.workspace import WORKSPACE
 from benchmarks.expand_memory import CONFIG, TiledTensor
 from dlo_export.checkpoints.adapter.adapter import save_adapter
@@ -41,8 +43,7 @@ from dlo_export.exporter.weight_file import save_weights
 from dlo_export.runtimes.artefact.description import MODEL_NAME, WEIGHTS_NAME, load_description
 
 BAR_MEGABYTES = 700
-EVERY = 4  # layers per injected one
-COPY = "cp, no reflink"
+COPY, LINKED = "copy", "dlo-export --link-weights"
 
 
 class Cost(NamedTuple):
@@ -59,12 +60,14 @@ class Cost(NamedTuple):
     written_gigabytes: float
 
 
-def save_graph(folder: Path, layers: int) -> None:
+def save_graph(folder: Path, layers: int, every: int, *, sparse: bool) -> None:
     """Writes graph, config.json and adapter, a chunk in memory at a time.
 
     Args:
         folder: To make.
         layers: How many.
+        every: Layers for one that the adapter injects.
+        sparse: Leave the weights out of their file, which is as long.
     """
     config = CONFIG | {"num_hidden_layers": layers}
     parsed = LlamaConfig.from_dict(config, "synthetic")
@@ -75,11 +78,14 @@ def save_graph(folder: Path, layers: int) -> None:
         node.metadata_props.clear()
     model.producer_name = "somebody"
     (folder / "graph").mkdir(parents=True)
-    save_weights(model, folder / "graph" / WEIGHTS_NAME)
+    size = save_weights(model, folder / "graph" / WEIGHTS_NAME, write=not sparse)
+    if sparse:
+        (folder / "graph" / WEIGHTS_NAME).touch()
+        os.truncate(folder / "graph" / WEIGHTS_NAME, size)
     ir.save(model, folder / "graph" / MODEL_NAME)
     (folder / "graph" / "config.json").write_text(json.dumps(config))
     graph = open_foreign_graph(folder / "graph" / MODEL_NAME)
-    plan = placements("tli", graph.num_layers, every=EVERY)
+    plan = placements("tli", graph.num_layers, every=every)
     save_adapter(expansion_adapter(graph.tensors, plan, zero_routers=True), folder / "adapter")
 
 
@@ -103,30 +109,37 @@ def run(command: list[str], log: Path) -> Cost:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8, help="of the graph, at least 5")
+    parser.add_argument("--every", type=int, default=4, help="layers for one that is injected")
+    parser.add_argument("--sparse", action="store_true", help="a graph of zeros, which takes no disk")
+    parser.add_argument("--no-copies", action="store_true", help="only what links the old data file")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--write", type=Path, help="only write graph and adapter there")
     arguments = parser.parse_args()
-    layers = arguments.layers
+    layers, every = arguments.layers, arguments.every
     if arguments.write is not None:
-        save_graph(arguments.write, layers)
+        save_graph(arguments.write, layers, every, sparse=arguments.sparse)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the gigabytes would stay
     WORKSPACE.mkdir(exist_ok=True)
     shapes = LlamaConfig.from_dict(CONFIG | {"num_hidden_layers": layers}, "synthetic").tensor_shapes()
     nbytes = 2 * sum(math.prod(shape) for shape in shapes.values())
-    check_disk_space(WORKSPACE, int(2.6 * nbytes), WORKSPACE, "the graph, its adapter and one edited copy need")
+    needed = nbytes * ((not arguments.sparse) + (not arguments.no_copies)) + 2 * nbytes // every
+    check_disk_space(WORKSPACE, needed, WORKSPACE, "graph, adapter and an edited copy need")
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder:
         # By another process: what this one ever held would count as the command's, which starts as a copy of it.
-        writer = ["-m", "benchmarks.graph_edit_size", "--layers", str(layers), "--write", f"{folder}/source"]
+        sizes = ["--layers", str(layers), "--every", str(every), *(["--sparse"] if arguments.sparse else [])]
+        writer = ["-m", "benchmarks.graph_edit_size", *sizes, "--write", f"{folder}/source"]
         subprocess.run([sys.executable, *writer], check=True)
         graph, output = f"{folder}/source/graph", f"{folder}/output"
         edit = [str(Path(sys.executable).parent / "dlo-export"), f"{graph}/{MODEL_NAME}", "-o", output]
         edit += ["--adapter", f"{folder}/source/adapter", "--no-parity"]
         commands = {
-            COPY: ["cp", "-r", "--reflink=never", graph, output],
+            COPY: copy_command(graph, output),
             "dlo-export": edit,
-            "dlo-export --link-weights": [*edit, "--link-weights"],
+            LINKED: [*edit, "--link-weights"],
         }
+        if arguments.no_copies:
+            commands = {LINKED: commands[LINKED]}
         costs: dict[str, list[Cost]] = {name: [] for name in commands}
         ways: dict[str, str] = {}
         for number in range(arguments.runs):
@@ -141,7 +154,7 @@ def main() -> None:
         for name, each in costs.items()
     }
     peak = max(figures[name]["peak_megabytes"].median for name in ways)
-    ratios = {name: figures[name]["seconds"] / figures[COPY]["seconds"] for name in ways}
+    ratios = {name: figures[name]["seconds"] / figures[COPY]["seconds"] for name in ways if COPY in figures}
     print_report(
         f"An 8B-shaped bf16 graph of {layers} layers, {nbytes / 1e9:.1f} GB, edited with an adapter",
         ["", "kept data", "peak memory, MB", "bar", "wall, s", "wall / copy", "written, GB"],
@@ -159,6 +172,8 @@ def main() -> None:
         ],
         {
             "layers": layers,
+            "every": every,
+            "sparse": arguments.sparse,
             "dtype": "bfloat16",
             "graph_bytes": nbytes,
             "runs": arguments.runs,

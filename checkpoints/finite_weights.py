@@ -45,7 +45,7 @@ def all_finite(values: np.ndarray) -> bool:
     signed, unsigned = np.dtype(f"i{values.dtype.itemsize}"), np.dtype(f"u{values.dtype.itemsize}")
     infinity = int(np.array(np.inf, values.dtype).view(unsigned))
     negative_infinity = int(np.array(-np.inf, values.dtype).view(unsigned))
-    flat = values.reshape(-1) if values.flags.c_contiguous else np.ascontiguousarray(values).reshape(-1)
+    flat = values.ravel(order="K")  # as they lie: a transposed matrix is not put in order first
     parts = (flat[start : start + _AT_ONCE] for start in range(0, flat.size, _AT_ONCE))
     return all(
         int(part.view(signed).max()) < infinity and int(part.view(unsigned).max()) < negative_infinity for part in parts

@@ -53,8 +53,32 @@ class BlockTensor(LazyTensor, Protocol):
         """numpy()[rows, columns], reading only the blocks that these elements lie in."""
 
 
+class _Rows(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def rows(self, start: int, stop: int) -> np.ndarray: ...
+
+
+class TensorOfRows:
+    """What follows from shape, dtype and rows of a lazy tensor, for those that compute theirs."""
+
+    @property
+    def nbytes(self: _Rows) -> int:
+        """Size of `numpy()` in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def numpy(self: _Rows) -> np.ndarray:
+        """All rows."""
+        return self.rows(0, self.shape[0])
+
+    def release(self) -> None:
+        """Nothing: rows are in memory of their own, or in somebody else's."""
+
+
 @dataclass(frozen=True)
-class ArrayTensor:
+class ArrayTensor(TensorOfRows):
     """An array that is in memory already."""
 
     array: np.ndarray
@@ -69,11 +93,6 @@ class ArrayTensor:
         """Element type of the array."""
         return self.array.dtype
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the array."""
-        return self.array.nbytes
-
     def numpy(self) -> np.ndarray:
         """Returns the array itself."""
         return self.array
@@ -82,12 +101,9 @@ class ArrayTensor:
         """A view of the array's rows."""
         return self.array[start:stop]
 
-    def release(self) -> None:
-        """Nothing to release: the array belongs to whoever made it."""
-
 
 @dataclass(frozen=True)
-class AbsentTensor:
+class AbsentTensor(TensorOfRows):
     """A tensor of a model without weights: what a graph says of one, and no values.
 
     Attributes:
@@ -98,30 +114,18 @@ class AbsentTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    @property
-    def nbytes(self) -> int:
-        """Of the values, if they were there."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def numpy(self) -> np.ndarray:
+    def rows(self, start: int, stop: int) -> np.ndarray:
         """Never.
 
         Raises:
             TypeError: Whoever reads values asks first whether there are any.
         """
-        raise TypeError("a tensor without values was read; please report this")
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Never: as `numpy`."""
         del start, stop
-        return self.numpy()
-
-    def release(self) -> None:
-        """Nothing was read."""
+        raise TypeError("a tensor without values was read; please report this")
 
 
 @dataclass(frozen=True)
-class JoinedTensor:
+class JoinedTensor(TensorOfRows):
     """Tensors one below the other, their columns alike.
 
     Attributes:
@@ -139,15 +143,6 @@ class JoinedTensor:
     def dtype(self) -> np.dtype:
         """The type that holds all of theirs."""
         return np.result_type(*(part.dtype for part in self.parts))
-
-    @property
-    def nbytes(self) -> int:
-        """Size of `numpy()`."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def numpy(self) -> np.ndarray:
-        """A new array."""
-        return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Those rows of the parts that they lie in."""

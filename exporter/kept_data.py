@@ -7,8 +7,9 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError, MachineError
@@ -88,14 +89,17 @@ class KeptFile:
             InputError: Somebody changed the file meanwhile.
         """
         target = folder / self.name
-        with self.source.open("rb", buffering=0) as source, HashedFile(target, write=how == "copy") as file:
+        with (
+            self.source.open("rb", buffering=0) as source,
+            HashedFile(target, write=how == "copy", total=self.bytes) as file,
+        ):
             before = os.fstat(source.fileno())
-            read = _Passage(source, self.bytes, progress)
+            read = _Passage(source, file, self.bytes, progress)
             for tensor in () if allow_nonfinite else self.tensors:
                 start = tensor.offset or 0
-                read.pass_on(file, start)
-                read.pass_on(FiniteWrites(file, tensor), start + tensor.nbytes)
-            read.pass_on(file, self.bytes)
+                read.pass_on(start)
+                read.pass_on(start + tensor.nbytes, FiniteWrites(file, tensor))
+            read.pass_on(self.bytes)
             after = os.fstat(source.fileno())
             if (before.st_mtime_ns, self.bytes) != (after.st_mtime_ns, after.st_size):
                 raise _changed(self.source)
@@ -142,41 +146,35 @@ def new_weights_name(kept: Sequence[KeptFile]) -> str:
     return ADDED_NAME if any(name.startswith(WEIGHTS_NAME) for name in taken) else WEIGHTS_NAME
 
 
-class _Sink(Protocol):
-    def write(self, data: memoryview) -> int: ...
-
-
 class _Passage:
-    """Reads a file forwards, chunk by chunk, into what takes its bytes.
+    """Reads a file forwards, chunk by chunk, into another.
 
     Args:
         source: Unbuffered, at its beginning.
+        target: Likewise.
         total: Its size in bytes.
         progress: Told after every chunk.
     """
 
-    def __init__(self, source: BinaryIO, total: int, progress: Progress) -> None:
-        self._source, self._total, self._progress = source, total, progress
-        # Two that take turns: the sink still hashes one while the next one is filled.
-        self._buffers = memoryview(bytearray(_CHUNK_BYTES)), memoryview(bytearray(_CHUNK_BYTES))
+    def __init__(self, source: BinaryIO, target: HashedFile, total: int, progress: Progress) -> None:
+        self._source, self._target, self._total, self._progress = source, target, total, progress
         self._position = 0
 
-    def pass_on(self, sink: _Sink, end: int) -> None:
-        """Everything up to an offset.
+    def pass_on(self, end: int, looked_at: FiniteWrites | None = None) -> None:
+        """Everything up to an offset, through what looks at it where that is given.
 
         Raises:
             InputError: The file is shorter by now.
         """
         while (left := end - self._position) > 0:
-            self._buffers = self._buffers[::-1]
-            chunk = self._buffers[0][: min(left, _CHUNK_BYTES)]
+            chunk = self._target.buffer(min(left, _CHUNK_BYTES))
             _fill(self._source, chunk)
-            sink.write(chunk)
+            (looked_at or self._target).write(chunk)
             self._position += chunk.nbytes
             self._progress(self._position, self._total)
 
 
-def _fill(source: BinaryIO, chunk: memoryview) -> None:
+def _fill(source: BinaryIO, chunk: np.ndarray) -> None:
     done = 0
     while done < chunk.nbytes:
         read = source.readinto(chunk[done:])  # type: ignore[attr-defined]  # an unbuffered file has it

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.interface import LOGITS
+from dlo_export.checkpoints.lazy_tensors import AbsentTensor
 from dlo_export.checkpoints.llama_layer import router_name
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.model_metadata import copy_model_metadata
@@ -29,28 +30,6 @@ from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.graph_passes.row_tensor import RowTensor
 from dlo_export.graph_passes.spec.pass_contract import passes_run
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """A `LazyTensor` that nobody reads: the weight of that name stands in the artefact."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    def numpy(self) -> np.ndarray:
-        raise AssertionError("weights are taken from the artefact")
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        del start, stop
-        return self.numpy()
-
-    def release(self) -> None:
-        """Nothing was read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +53,10 @@ class _ReleasedSource:
         return {layer: tensor.numpy().reshape(-1) for layer, tensor in found.items() if tensor is not None}
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
+        # Weights are taken from the artefact.
         shapes = self.config.tensor_shapes()
-        return plain_graph(self.config, {name: _Place(shape) for name, shape in shapes.items()}, dtype)
+        tensors = {name: AbsentTensor(shape, np.dtype(np.float32)) for name, shape in shapes.items()}
+        return plain_graph(self.config, tensors, dtype)
 
 
 class ReloweredGraph:

@@ -93,7 +93,7 @@ def _write(placed: Sequence[_Placed], path: Path, progress: Progress | None, *, 
     files = {number: list(entries) for number, entries in itertools.groupby(placed, lambda entry: entry.number)}
     done, total = 0, _total(placed)
     for number, entries in (files or {0: []}).items():
-        with HashedFile(numbered_weights(path, number)) as file:
+        with HashedFile(numbered_weights(path, number), total=total) as file:
             for entry in entries:
                 file.pad_to(entry.offset)
                 looked_at = isinstance(entry.tensor, RowTensor) or allow_nonfinite

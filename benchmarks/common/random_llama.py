@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import tempfile
 import zlib
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from benchmarks.common.workspace import WORKSPACE
 from dlo_export.checkpoints.checkpoint_folder import save_model_tensors
 from dlo_export.checkpoints.config import LlamaConfig
+from dlo_export.checkpoints.lazy_tensors import TensorOfRows
 
 # Eight layers of the size of a 1B model, where MLPs are most of the work.
 H2048 = {
@@ -40,7 +40,7 @@ H2048 = {
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomTensor:
+class RandomTensor(TensorOfRows):
     """A `LazyTensor`, drawn when it is read, the same each time."""
 
     name: str
@@ -53,15 +53,8 @@ class RandomTensor:
         values = np.random.default_rng(zlib.crc32(self.name.encode())).standard_normal(self.shape, np.float32)
         return (values * np.float32(self.shape[-1] ** -0.5)).astype(self.dtype)
 
-    @property
-    def nbytes(self) -> int:  # noqa: D102
-        return math.prod(self.shape) * self.dtype.itemsize
-
     def rows(self, start: int, stop: int) -> np.ndarray:  # noqa: D102
         return self.numpy()[start:stop]
-
-    def release(self) -> None:
-        """Nothing is kept between reads."""
 
 
 def random_llama_folder(name: str, config: dict[str, Any]) -> Path:

@@ -29,7 +29,7 @@ from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
-from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, TensorOfRows
 from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD, LLAMA_LAYER, parse_layer_tensor
 
 TENSORS_NAME = "adapter_model.safetensors"
@@ -145,7 +145,7 @@ class LoraAdapter:
                 yield f"{name} is {list(tensor.shape)}, the model's is {list(tensors[name].shape)}"
 
 
-class MergedTensor:
+class MergedTensor(TensorOfRows):
     """W + scale · B · A, in float32, rows computed when they are read.
 
     Args:
@@ -167,15 +167,6 @@ class MergedTensor:
     def dtype(self) -> np.dtype:
         """float32: a small change of a 16-bit weight would be rounded away."""
         return np.dtype(np.float32)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of `numpy()`."""
-        return 4 * math.prod(self.shape)
-
-    def numpy(self) -> np.ndarray:
-        """All of it."""
-        return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop`."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.lazy_tensors import LazyTensor, rows_at_once
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, TensorOfRows, rows_at_once
 from dlo_export.checkpoints.llama_layer import LAYER_TABLES, LLAMA_LAYER
 
 LAYER_INITS: tuple[str, ...] = ("zero_out", "copy", "linear", "slerp", "random", "linear_zero_out", "slerp_zero_out")
@@ -59,7 +59,7 @@ def needs_previous(init: str) -> bool:
     return canonical_init(init).startswith(("linear", "slerp"))
 
 
-class InitialTensor:
+class InitialTensor(TensorOfRows):
     """A tensor of an injected layer, computed from the originals' when it is read: a lazy tensor.
 
     16-bit tensors are computed in float32 and rounded once. Arrays never share memory with the originals'.
@@ -110,15 +110,6 @@ class InitialTensor:
     def dtype(self) -> np.dtype:
         """The source's."""
         return self._source.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """The source's."""
-        return self._source.nbytes
-
-    def numpy(self) -> np.ndarray:
-        """All rows."""
-        return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Computes rows `start:stop`, in memory of their own."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+
+from dlo_export.checkpoints.files.direct_file import BLOCK, DirectFile, aligned, open_forwards
 
 # A larger chunk is not kept in memory for its hash while the next one is made. Those of weights are: to hash them
 # takes as long as to transpose the next one.
@@ -43,20 +46,21 @@ def _key(path: Path) -> tuple[Path, int, int, int]:
 
 
 class HashedFile:
-    """Writes a file forwards and hashes it at once, in a second thread, while the next chunk is made.
+    """Writes a file forwards and hashes it at once, each in a thread of its own, while the next chunk is made.
 
     Leaving it without an exception tells `known_sha256` the hash.
 
     Args:
         path: The file, made anew.
         write: False only hashes: the file is there already, and holds what is passed on.
+        total: Bytes of all files that are written together, as `open_forwards` wants to know.
     """
 
-    def __init__(self, path: Path, *, write: bool = True) -> None:
+    def __init__(self, path: Path, *, write: bool = True, total: int = 0) -> None:
         self._path = path
-        self._file: BinaryIO | None = path.open("wb") if write else None
-        self._digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
-        self._hashing: Future[None] | None = None
+        self._file: BinaryIO | DirectFile | None = open_forwards(path, total) if write else None
+        self._digest, self._threads = hashlib.sha256(), ThreadPoolExecutor(2)
+        self._pending: list[Future[Any]] = []  # what still reads the last chunk
         self._position = 0
         self._buffers: deque[np.ndarray] = deque([np.empty(0, np.uint8)] * 2)
 
@@ -64,25 +68,25 @@ class HashedFile:
         """Appends bytes, given as any contiguous buffer, which must not change until the next call."""
         chunk = memoryview(data).cast("B")
         self._wait()
-        self._hashing = self._hasher.submit(self._digest.update, chunk)
+        self._pending.append(self._threads.submit(self._digest.update, chunk))
         if self._file is not None:
-            self._file.write(chunk)
+            self._pending.append(self._threads.submit(self._file.write, chunk))
         if chunk.nbytes > _KEPT_BYTES:
             self._wait()
         self._position += chunk.nbytes
         return chunk.nbytes
 
     def buffer(self, nbytes: int) -> np.ndarray:
-        """Memory to make the next chunk in, uint8 [nbytes], by turns one of two: the last chunk may still be hashed.
+        """Memory to make the next chunk in, uint8 [nbytes], by turns one of two: the last chunk may still be read.
 
         What is allocated anew for every chunk goes back to the system, which has to find and to clear pages for the
         next.
         """
         self._buffers.rotate()
-        if self._buffers[0].nbytes < nbytes:
+        if self._buffers[0].nbytes < nbytes + BLOCK:
             self._buffers[0] = np.empty(0, np.uint8)  # the smaller one goes first
-            self._buffers[0] = np.empty(nbytes, np.uint8)
-        return self._buffers[0][:nbytes]
+            self._buffers[0] = np.empty(nbytes + BLOCK, np.uint8)
+        return aligned(self._buffers[0], nbytes, self._position)
 
     def pad_to(self, offset: int) -> None:
         """Appends zeros up to an offset, which lies ahead."""
@@ -90,9 +94,11 @@ class HashedFile:
             self.write(bytes(offset - self._position))
 
     def _wait(self) -> None:
-        hashing, self._hashing = self._hashing, None
-        if hashing is not None:
-            hashing.result()
+        """Until nobody reads the last chunk; raises what went wrong with it."""
+        pending, self._pending = self._pending, []
+        wait(pending)
+        for future in pending:
+            future.result()
 
     def __enter__(self) -> Self:
         return self
@@ -100,11 +106,8 @@ class HashedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._wait()
-        finally:
-            self._hasher.shutdown()
-            if self._file is not None:
-                self._file.close()
+        with nullcontext() if self._file is None else self._file, self._threads:
+            if error is None:
+                self._wait()
         if error is None:
             remember_sha256(self._path, self._digest.hexdigest())

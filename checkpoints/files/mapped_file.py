@@ -12,6 +12,7 @@ import numpy as np
 
 from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.files.regular_file import regular_size
+from dlo_export.checkpoints.lazy_tensors import TensorOfRows
 
 
 class MappedFile:
@@ -64,7 +65,7 @@ class MappedFile:
 
 
 @dataclass(frozen=True)
-class MappedTensor:
+class MappedTensor(TensorOfRows):
     """A tensor stored uncompressed, row-major and little-endian, in a mapped file.
 
     Attributes:
@@ -78,11 +79,6 @@ class MappedTensor:
     dtype: np.dtype
     file: MappedFile
     offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the array in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
 
     def numpy(self) -> np.ndarray:
         """The tensor as a read-only view of the file, without a copy."""

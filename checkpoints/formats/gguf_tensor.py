@@ -11,6 +11,7 @@ from gguf.quants import dequantize
 
 from dlo_export.checkpoints.dtypes import FLOAT32, FLOATS, ElementType
 from dlo_export.checkpoints.files.mapped_file import MappedFile
+from dlo_export.checkpoints.lazy_tensors import TensorOfRows
 
 FLOAT_TYPES: dict[str, ElementType] = {kind.safetensors: kind for kind in FLOATS}
 # What gguf.quants dequantises. NVFP4 is left out: the scales of its tensors are tensors of their own.
@@ -24,7 +25,7 @@ DEQUANTISED_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)
-class GgufTensor:
+class GgufTensor(TensorOfRows):
     """A tensor of a GGUF file.
 
     Attributes:
@@ -47,11 +48,6 @@ class GgufTensor:
         return FLOAT_TYPES.get(self.stored_type, FLOAT32).numpy
 
     @property
-    def nbytes(self) -> int:
-        """Size of numpy() in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
     def stored_nbytes(self) -> int:
         """Size in the file in bytes."""
         return prod(self.shape) // self.block_columns * self._block_bytes
@@ -61,12 +57,8 @@ class GgufTensor:
         """Elements of a row that are quantised together; 1 where it is stored as floats."""
         return GGML_QUANT_SIZES[GGMLQuantizationType[self.stored_type]][0]
 
-    def numpy(self) -> np.ndarray:
-        """The whole tensor; a view of the file where it is stored as floats in this order of rows."""
-        return self.rows(0, self.shape[0])
-
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """numpy()[start:stop], dequantising only these rows."""
+        """Rows `start:stop`, dequantised; a view of the file where they are stored as floats in this order."""
         stored = self._stored_rows(slice(start, stop))
         return stored if self.stored_type in FLOAT_TYPES else self._dequantised(stored)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from dlo_export.checkpoints.dtypes import BY_NAME, BY_NUMPY, FLOATS
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.direct_file import open_forwards
 from dlo_export.checkpoints.finite_weights import check_finite
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress, rows_at_once
 
@@ -38,7 +39,7 @@ def save_safetensors(tensors: Mapping[str, LazyTensor], path: Path, *, progress:
     header = _header(tensors)
     total = sum(tensor.nbytes for tensor in tensors.values())
     done = 0
-    with path.open("wb") as file:
+    with open_forwards(path, total) as file:
         file.write(header)
         for name, tensor in tensors.items():
             for chunk in _chunks(tensor):

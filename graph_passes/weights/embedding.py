@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, TensorOfRows
 from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
 from dlo_export.graph_passes.weights.block_codes import BlockCodes, dequantize, unpack
 from dlo_export.graph_passes.weights.dense import dense_storage
 from dlo_export.graph_passes.weights.storage import Place, StoredRows
 
 
-class QuantizedTable:
+class QuantizedTable(TensorOfRows):
     """The table of ONNX Runtime's GatherBlockQuantized, its codes packed in bytes, as a checkpoint's tensor.
 
     Args:
@@ -40,15 +38,6 @@ class QuantizedTable:
         self.shape: tuple[int, ...] = (rows, codes.size * 8 // bits // rows)
         self.dtype: np.dtype = scales.dtype.numpy()
 
-    @property
-    def nbytes(self) -> int:
-        """Size of `numpy()`."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def numpy(self) -> np.ndarray:
-        """All of it, dequantised."""
-        return self.rows(0, self.shape[0])
-
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows, dequantised."""
         rows, columns = self.shape
@@ -63,11 +52,8 @@ class QuantizedTable:
             zero_points = unpack(packed, self._bits, self._blocks)
         return dequantize(BlockCodes(codes.reshape(*scales.shape, -1), scales, zero_points), columns)
 
-    def release(self) -> None:
-        """Nothing: the mapping belongs to the graph."""
 
-
-class ScaledTable:
+class ScaledTable(TensorOfRows):
     """A table of integers, all of one scale, as a checkpoint's tensor.
 
     Args:
@@ -85,22 +71,10 @@ class ScaledTable:
         self._scale = np.float32(scale.numpy().reshape(()))
         self._zero_point = 0 if zero_point is None else int(zero_point.numpy().reshape(()))
 
-    @property
-    def nbytes(self) -> int:
-        """Size of `numpy()`."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def numpy(self) -> np.ndarray:
-        """All of it, dequantised."""
-        return self.rows(0, self.shape[0])
-
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows, dequantised."""
         codes = np.asarray(self._codes.numpy()[start:stop], np.float32)
         return ((codes - self._zero_point) * self._scale).astype(self.dtype)
-
-    def release(self) -> None:
-        """Nothing: the mapping belongs to the graph."""
 
 
 def dequantized_rows(lookup: ir.Node) -> ir.Value | None:

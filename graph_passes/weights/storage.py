@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.lazy_tensors import LazyTensor
+from dlo_export.checkpoints.lazy_tensors import LazyTensor, TensorOfRows
 
 UniqueName = Callable[[str], str]
 
@@ -78,7 +78,7 @@ class WeightStorage(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredRows:
+class StoredRows(TensorOfRows):
     """Some rows of a stored weight, seen as a checkpoint's tensor.
 
     Attributes:
@@ -101,17 +101,8 @@ class StoredRows:
         """Element type of `numpy()`."""
         return self.storage.dtype.numpy()
 
-    @property
-    def nbytes(self) -> int:
-        """Size of `numpy()`."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    def numpy(self) -> np.ndarray:
-        """All of them: a view of the mapped file where they are stored as they are read."""
-        return self.storage.rows(self.start, self.stop)
-
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows of `numpy()`."""
+        """Some of them: a view of the mapped file where they are stored as they are read."""
         return self.storage.rows(self.start + start, min(self.start + stop, self.stop))
 
     def release(self) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,44 @@ def test_packed_quantised_file_is_kept_when_layers_are_injected_and_routed(tmp_p
     assert kept.name.name == "model.onnx.data"
     assert kept.name.read_bytes() == (graph.parent / "model.onnx.data").read_bytes()
     assert {place["location"] for place in _places(tmp_path / "out").values()} == {"model.onnx.data", "dlo_added.data"}
+
+
+@pytest.fixture
+def reflinking(tmp_path):
+    """A folder whose file system has reflinks: the tests' own, or one in a file, which root may mount."""
+    folder, image = tmp_path / "reflinks", tmp_path / "image"
+    folder.mkdir()
+    (folder / "original").write_bytes(b"block")
+    with (folder / "original").open("rb") as original:
+        if clone_file(original, folder / "clone"):
+            yield folder
+            return
+    mkfs = shutil.which("mkfs.btrfs", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if mkfs is None or os.geteuid():
+        pytest.skip("neither is here a file system with reflinks, nor can one be made: that takes root and mkfs.btrfs")
+    image.touch()
+    os.truncate(image, 256 << 20)
+    subprocess.run([mkfs, image], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", image, folder], check=False, capture_output=True).returncode:
+        pytest.skip("root may not mount here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)  # mappings of its files may await collection
+
+
+def test_file_shares_its_blocks_with_the_sources_where_the_file_system_has_reflinks(foreign, reflinking):
+    source = shutil.copytree(foreign.folder, reflinking / "model") / "weights"
+    artefact = foreign.export(source.with_name("model.onnx"), reflinking / "out")
+    (kept,) = load_description(artefact).kept_data
+    assert kept.how == "reflink"
+    assert kept.name.read_bytes() == source.read_bytes()
+    assert not kept.name.samefile(source)
+    open_description(artefact)
+    # Until one of the two is written to.
+    with source.open("r+b") as file:
+        file.write(b"changed")
+    assert kept.name.read_bytes() == (foreign.folder / "weights").read_bytes()
 
 
 def test_links_are_made_when_they_are_asked_for(foreign, tmp_path):
