@@ -21,13 +21,12 @@ COSTS = "training-costs"
 _WAYS = ("static", "random, same layers", "random, every layer", "calibrated")
 
 
-def all_tables(results: Results, heading: str, left_out: Mapping[str, str]) -> str:
+def all_tables(results: Results, heading: str) -> str:
     """Everything there is, as one document.
 
     Args:
         results: To read.
         heading: What it was run with.
-        left_out: By piece, why it is missing.
     """
     parts = [heading]
     for title, rows in (
@@ -43,7 +42,7 @@ def all_tables(results: Results, heading: str, left_out: Mapping[str, str]) -> s
         header, *cells = rows
         if cells:
             parts.append(f"## {title}\n\n{markdown(header, cells)}")
-    if left_out:
+    if left_out := results.left_out:
         lines = "\n".join(f"* {name}: {reason}" for name, reason in left_out.items())
         parts.append(f"## Left out\n\n{lines}")
     return "\n\n".join(parts) + "\n"
@@ -91,8 +90,10 @@ def _training(results: Results) -> Iterator[Sequence[str]]:
         "FLOPs per token",
         "FLOPs",
         "active MLPs",
-        "watched, loss",
+        "watched: active MLPs",
+        "loss",
         *(f"{domain}, perplexity" for domain in DOMAINS),
+        "all",
         "tokens/s",
     ]
     if COSTS not in results:
@@ -100,7 +101,7 @@ def _training(results: Results) -> Iterator[Sequence[str]]:
     flops = results[COSTS]["flops"]
     for name, values in results.found("train-").items():
         if "diverged" in values:
-            yield [name, "diverged", *[""] * (len(DOMAINS) + 5)]
+            yield [name, "diverged", *[""] * (len(DOMAINS) + 7)]
             continue
         per_token = flops[values["kind"]]
         yield [
@@ -109,10 +110,20 @@ def _training(results: Results) -> Iterator[Sequence[str]]:
             f"{per_token:.3g}",
             f"{per_token * values['tokens']:.3g}",
             f"{values['all']['active']:.1%}",
+            _watched_rate(values),
             _number(values["curve"][-1]["loss"], ".4f"),
-            *(_number(values["domains"][domain]["perplexity"], ".2f") for domain in DOMAINS),
+            *(_number(part["perplexity"], ".2f") for part in (*map(values["domains"].get, DOMAINS), values["all"])),
             f"{values['tokens_per_second']:,.0f}",
         ]
+
+
+def _watched_rate(values: Mapping[str, Any]) -> str:
+    """Share of all MLPs that run on the text thresholds are fitted to, of its half that they are not fitted on."""
+    control, target = values["rate_control"], values["target"]
+    if control is None:
+        return "100.0%" if target is None else ""
+    routed = (1 - target) / (1 - control["target"])  # share of layers, since one target was made of the other
+    return f"{1 - routed * (1 - control['after']):.1%}"
 
 
 def _skipping(results: Results) -> Iterator[Sequence[str]]:
