@@ -437,8 +437,8 @@ class _Part:
     def _report(self, results: Results) -> None:
         """Tables, at once, and packed; then plots, if there is time: those of earlier processes may be older."""
         form = (self._form, with_values(FORMS[self._form], self._in.changes))
-        begun = {"model": self._in.model.name, "device": self._in.device, "budget_s": self._evidence.budget_s}
-        write_tables(results, heading(results, form, **begun))
+        given, seconds = self._in, self._evidence.budget_s
+        write_tables(results, heading(results, form, model=given.model.name, device=given.device, budget_s=seconds))
         self._pack()
         if self._evidence.fits("plots", _PLOTS_S):
             write_plots(results)

@@ -144,27 +144,27 @@ def _skipping(results: Results) -> Iterator[Sequence[str]]:
 
 
 def _seeds(results: Results) -> Iterator[Sequence[str]]:
-    yield ["asked for", "seeds", "active MLPs", "perplexity", *(f"{way}, as many" for way in _WAYS)]
-    by_target: dict[float, list[list[float | None]]] = {}
+    """All seeds that were trained; what skips as much, of those that it was measured for."""
+    yield ["asked for", "seeds", "active MLPs", "perplexity", "compared", *(f"{way}, as many" for way in _WAYS)]
+    by_target: dict[float, dict[str, dict[str, Any]]] = {}
     for name, values in results.found("train-routed-").items():
-        if "diverged" in values or f"{BASELINES}train-routed-{name}" not in results:
-            continue
-        others = results[f"{BASELINES}train-routed-{name}"]
-        found = [values["all"], *(others[way]["all"] for way in _WAYS)]
-        by_target.setdefault(values["target"], []).append(
-            [values["all"]["active"], *(each["perplexity"] for each in found)]
-        )
-    for target, rows in sorted(by_target.items(), reverse=True):
-        active, *perplexities = zip(*rows, strict=True)
+        if "diverged" not in values:
+            by_target.setdefault(values["target"], {})[f"{BASELINES}train-routed-{name}"] = values["all"]
+    for target, trained in sorted(by_target.items(), reverse=True):
+        others = [results[name] for name in trained if name in results]
         yield [
             f"{target:.0%}",
-            str(len(rows)),
-            _spread(active, ".1%"),
-            *(_spread(values, ".2f") for values in perplexities),
+            str(len(trained)),
+            _spread([each["active"] for each in trained.values()], ".1%"),
+            _spread([each["perplexity"] for each in trained.values()], ".2f"),
+            str(len(others)),
+            *(_spread([each[way]["all"]["perplexity"] for each in others], ".2f") for way in _WAYS),
         ]
 
 
 def _spread(values: Sequence[float | None], form: str) -> str:
+    if not values:
+        return ""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return "over 1e308"
