@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.evidence import Evidence, run_part
+from benchmarks.gpu.evidence import BEGUN, Evidence, run_part
 from benchmarks.papers.claims import claims
 from benchmarks.papers.forms import FORMS, with_values
 from benchmarks.papers.report import heading, write_plots, write_tables
@@ -455,7 +455,7 @@ class _Part:
             self._pack()
 
     def _pack(self) -> None:
-        kept = [self._results / name for name in ("runs", "plots", "papers.md", "reproduction.json")]
+        kept = [self._results / name for name in ("runs", "left-out", "plots", "papers.md", "reproduction.json")]
         _archive(self._evidence.out / "papers.tar.xz", [path for path in kept if path.exists()])
         logs = sorted(self._folder.glob("*.log"))
         _archive(self._evidence.out / "logs.tar.xz", logs)
@@ -539,10 +539,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", default=(), dest="changes")
     parser.add_argument("--trial", action="append", default=[], dest="trials")
     parser.add_argument("--workers", type=int, default=1, choices=(1, 2, 3, 4))
+    begun = BEGUN if arguments is None else time.monotonic()
     asks_for_help = "--help" in (arguments or sys.argv[1:])
     parsed, others = (None, ["--help"]) if asks_for_help else parser.parse_known_args(arguments)
     inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path(), Path())
-    return run_part("training", __doc__, inputs.check, functools.partial(measure, inputs), others)
+    return run_part("training", __doc__, inputs.check, functools.partial(measure, inputs), others, begun=begun)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from dlo_export.exporter.exit_codes import exit_code, report_error
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
 
 DONE, BAR_MISSED, NO_GPU = 0, 1, 4
-_BEGUN = time.monotonic()  # other imports come behind this one's, and PyTorch takes a new machine ten seconds
+BEGUN = time.monotonic()
+"""The process', for what it runs by its command line: imports come behind, of which PyTorch's takes a new machine ten
+seconds."""
 
 
 class Evidence:
@@ -122,6 +124,8 @@ def run_part(
     check: Callable[[], None],
     measure: Callable[[Evidence, bool], None],
     arguments: Sequence[str] | None = None,
+    *,
+    begun: float | None = None,
 ) -> int:
     """The command line of a part: what a CPU can check first, then the GPU.
 
@@ -130,7 +134,9 @@ def run_part(
         description: For --help.
         check: What needs no GPU; raises where it does not hold.
         measure: What needs one; takes where rows go, and whether a smoke run was asked for.
-        arguments: Of the command line.
+        arguments: Of the command line; the process' own, if not given.
+        begun: When its time began, on the monotonic clock; if not given, now, or with the process whose own arguments
+            it was given.
 
     Returns:
         DONE, BAR_MISSED, NO_GPU after what a CPU can check, or the code of a user's error.
@@ -150,7 +156,9 @@ def run_part(
     except DloError as err:
         report_error(err)
         return exit_code(err)
-    evidence = Evidence(part, parsed.out, parsed.budget_s, _BEGUN)
+    if begun is None:
+        begun = BEGUN if arguments is None else time.monotonic()
+    evidence = Evidence(part, parsed.out, parsed.budget_s, begun)
     evidence.row("card", **found)
     with evidence.guard(part):
         measure(evidence, parsed.smoke)

@@ -120,7 +120,7 @@ def _training(results: Results) -> Iterator[Sequence[str]]:
 def _watched_rate(values: Mapping[str, Any]) -> str:
     """Share of all MLPs that run on the text thresholds are fitted to, of its half that they are not fitted on."""
     control, target = values["rate_control"], values["target"]
-    if control is None:
+    if control is None or target == 1:
         return "100.0%" if target is None else ""
     routed = (1 - target) / (1 - control["target"])  # share of layers, since one target was made of the other
     return f"{1 - routed * (1 - control['after']):.1%}"
