@@ -1,16 +1,18 @@
 """All evidence that needs a GPU but no TensorRT, in one command of ten minutes at most.
 
     python -m benchmarks.gpu_evidence --out DIR [--parts kernels,pytorch,…] [--budget-s 540] [--smoke]
+    python -m benchmarks.gpu_evidence --out DIR --report     # runs nothing: the report of the rows that are there
 
 Parts are kernels, pytorch, onnxruntime, genai and transformers; each is a command of its own (`PARTS`) in a process of
 its own, gets its share of what is left of the budget, and writes DIR/<part>.jsonl as it goes: whatever ends one leaves
 the figures taken so far, and costs no other part. What a command says stands in DIR/<command>.log. Afterwards DIR has
-evidence.md, which says of every bar whether it holds and has a table of all rows, and decode.png, a plot of decode
+rows.md, a table of all rows, evidence.md, which says of every bar whether it holds, and decode.png, a plot of decode
 steps against the share of MLPs skipped.
 
 It runs from a checkout on PYTHONPATH; nothing of this project needs to be installed. DLO_ORT_PLUGIN_LIBRARY names
-libdlo_ort.so. Prints the tables and one JSON line. Exit codes: 0 all holds; 1 something does not; 2 bad arguments; 4 no
-GPU, or no library: each part has then done what a CPU can check.
+libdlo_ort.so. Prints the tables and one JSON line. Exit codes: 0 all holds; 1 something does not, or a bar was not
+measured though its part was asked for (of a smoke run, whose times are held to nothing, no bar is); 2 bad arguments; 4
+no GPU, or no library: each part has then done what a CPU can check.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.common.measure import print_report
-from benchmarks.gpu.evidence import BAR_MISSED, DONE, NO_GPU
-from benchmarks.gpu.evidence_bars import judge_bars
+from benchmarks.gpu.evidence import BAR_MISSED, DONE, NO_GPU, make_folder
+from benchmarks.gpu.evidence_bars import Bar, judge_bars
 from dlo_export.checkpoints.errors import DloError, InputError
 from dlo_export.exporter.exit_codes import exit_code, report_error
 
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=540, help="seconds for everything")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows, table and plot")
     parser.add_argument("--smoke", action="store_true", help="everything once and small, to see that it runs")
+    parser.add_argument("--report", action="store_true", help="write the report of the rows in --out, and run nothing")
     parser.add_argument(
         "--unchecked", action="store_true", help="leave out what a CPU can check: it was checked before"
     )
@@ -84,22 +87,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = [f"--{flag}" for flag in ("smoke", "unchecked") if getattr(parsed, flag)]
     try:
         commands = chosen_commands(parsed.parts)
-        parsed.out.mkdir(parents=True, exist_ok=True)
+        if parsed.report and not list(parsed.out.glob("*.jsonl")):
+            raise InputError(
+                f"--report: {parsed.out} has no rows", hint="give the --out of a run, with its .jsonl files"
+            )
+        make_folder(parsed.out)
     except (DloError, OSError) as err:
         report_error(err)
         return exit_code(err)
-    codes = run_commands(commands, parsed.out, parsed.budget_s, flags, given)
+    codes = {} if parsed.report else run_commands(commands, parsed.out, parsed.budget_s, flags, given)
     rows = read_rows(parsed.out)
-    write_report(rows, parsed.out)
+    bars = write_report(rows, parsed.out)
     failed = [f"{row['part']}: {row['what']}" for row in rows if row["passed"] is False]
-    bars = judge_bars(rows)
     failed += [bar.what for bar in bars if bar.passed is False]
+    due = [] if parsed.smoke else [bar for bar in bars if bar.is_due(parsed.parts.split(","))]
+    unmeasured = [bar.what for bar in due if bar.passed is None]
     for bar in bars:
         print(" | ".join(bar.cells))
-    print_report("gpu_evidence", ("part", "what", "passed", "figures"), table(rows), {"codes": codes, "failed": failed})
-    if set(codes.values()) == {NO_GPU}:
+    facts = {"codes": codes, "failed": failed, "not_measured": unmeasured}
+    print_report("gpu_evidence", ("part", "what", "passed", "figures"), table(rows), facts)
+    if codes and set(codes.values()) == {NO_GPU}:
         return NO_GPU
-    return DONE if set(codes.values()) == {DONE} and not failed else BAR_MISSED
+    return DONE if set(codes.values()) <= {DONE} and not failed and not unmeasured else BAR_MISSED
 
 
 def chosen_commands(parts: str) -> list[Command]:
@@ -177,21 +186,28 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def write_report(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Writes evidence.md, and decode.png where decode steps were timed and matplotlib is installed."""
-    lines = ["| bar | asked for | found | holds |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(bar.cells)} |" for bar in judge_bars(rows)]
-    lines += ["", "| part | what | passed | figures |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in table(rows)]
-    (out / "evidence.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def write_report(rows: Sequence[Mapping[str, Any]], out: Path) -> list[Bar]:
+    """Writes rows.md, evidence.md, and decode.png where decode steps were timed and matplotlib is installed.
+
+    The rows come first: whatever is wrong with judging them, they are there.
+    """
+    _write_table(out / "rows.md", ("part", "what", "passed", "figures"), table(rows))
+    bars = judge_bars(rows)
+    _write_table(out / "evidence.md", ("bar", "asked for", "found", "holds"), [bar.cells for bar in bars])
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if "skipped" in row and "step_ms" in row:
-            curves.setdefault(f"{row['part']}, {row['model']}, batch {row['batch']}", []).append(
+        if row.get("kind") == "decode" and {"skipped", "step_ms", "model", "batch"} <= row.keys():
+            curves.setdefault(f"{row['part']}, {row['model'].upper()}, batch {row['batch']}", []).append(
                 (row["skipped"], row["step_ms"])
             )
     if curves and importlib.util.find_spec("matplotlib") is not None:
         plot(curves, out / "decode.png")
+    return bars
+
+
+def _write_table(file: Path, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "/") for cell in cells] for cells in rows)]
+    file.write_text("".join(f"| {' | '.join(cells)} |\n" for cells in lines), encoding="utf-8")
 
 
 def plot(curves: Mapping[str, Sequence[tuple[float, float]]], file: Path) -> None:
@@ -207,11 +223,12 @@ def plot(curves: Mapping[str, Sequence[tuple[float, float]]], file: Path) -> Non
     from matplotlib import pyplot  # noqa: PLC0415
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes.set_prop_cycle(color=mpl.colormaps["tab20"].colors)
     for name, points in curves.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set(xlabel="share of MLPs skipped", ylabel="decode step [ms]", ylim=(0, None))
-    axes.legend(fontsize="small")
-    figure.savefig(file, dpi=120)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
 

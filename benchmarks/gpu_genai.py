@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from typing import Any
 from benchmarks.gpu.evidence import BAR_MISSED, DONE, Evidence, run_part
 from benchmarks.gpu.evidence_processes import Process, run_processes
 from benchmarks.gpu.genai_decode import RUNTIMES, Runtime, compared, rows_of_decode, save_graphs
-from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.errors import InputError, MachineError
 
 PROGRAM = "gpu_genai"
 
@@ -52,8 +53,14 @@ def check() -> None:
     """The routed artefact in both runtimes, on the CPU.
 
     Raises:
+        MachineError: onnxruntime-genai is not installed.
         InputError: Tokens differ, or one of them does not run it.
     """
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise MachineError(
+            "onnxruntime-genai is not installed",
+            hint="pip install onnxruntime-genai-cuda, or leave genai out of --parts",
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         rows = list(save_graphs(None, folder, "cpu", routed_alone=True))
@@ -80,9 +87,9 @@ def measure(evidence: Evidence, smoke: bool, *, model: Path | None, graphs: Path
         for runtime, names in RUNTIMES.items():
             _run(evidence, folder, runtime, names, smoke)
             # What ends the process costs the graphs behind it: each of them once more, by itself.
-            said = {row["what"] for row in evidence.rows}
+            said = {(row.get("runtime"), row.get("graph")) for row in evidence.rows}
             for name in names:
-                if f"decode {runtime}, {name}" not in said and evidence.fits(f"{runtime}, {name} alone", 20):
+                if (runtime, name) not in said and evidence.fits(f"{runtime}, {name} alone", 20):
                     _run(evidence, folder, runtime, (name,), smoke)
     for row in compared(evidence.rows, "cuda"):
         evidence.row(**row)
@@ -96,11 +103,8 @@ def _run(evidence: Evidence, folder: str, runtime: Runtime, names: Sequence[str]
 
 def _tokens(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     """onnxruntime-genai's, by the name of the graph."""
-    mark = "decode onnxruntime-genai, "
     return {
-        row["what"].removeprefix(mark): row["tokens"]
-        for row in rows
-        if row["what"].startswith(mark) and "tokens" in row
+        row["graph"]: row["tokens"] for row in rows if row.get("runtime") == "onnxruntime-genai" and "tokens" in row
     }
 
 

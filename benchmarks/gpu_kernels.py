@@ -13,17 +13,19 @@ cuBLAS' speed on 256 rows.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
 from benchmarks.gpu.copy_rate import copy_rate
 from benchmarks.gpu.evidence import Evidence, run_part
+from benchmarks.gpu.evidence_bars import WAYS
 from benchmarks.gpu.evidence_processes import Process, run_processes
 from benchmarks.gpu.kernel_cases import LARGEST_ERROR, POISON, cases
 from benchmarks.gpu.kernel_launch import LoadedImage
@@ -65,6 +67,29 @@ def check() -> None:
                 assert not case.judge(touched)["passed"] or not (case.scale == 0).any(), case.name
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where timed kernels come from.
+
+    Attributes:
+        way: To launch them.
+        tiles: The table's, or the fastest of this run's candidates.
+    """
+
+    way: Literal["Triton JIT", "cubin"]
+    tiles: Literal["table", "best"]
+
+    @property
+    def what(self) -> str:
+        """For people."""
+        return "the best candidates" if self.tiles == "best" else f"the table's tiles, {self.way}"
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """For rows."""
+        return dataclasses.asdict(self)
+
+
 class Kernels:
     """Launchers of the table's tiles, by image where a folder is given, otherwise by Triton's JIT."""
 
@@ -74,7 +99,7 @@ class Kernels:
         self._loaded: dict[str, LoadedImage] = {}
 
     @property
-    def way(self) -> str:
+    def way(self) -> Literal["Triton JIT", "cubin"]:
         """How they are launched."""
         return "Triton JIT" if self._folder is None else "cubin"
 
@@ -110,17 +135,23 @@ def correctness(
     evidence: Evidence, seconds: float, cubins: Path | None, library: Path | None, host: Path | None
 ) -> None:
     """Every way in processes of its own, all at once: nothing is timed meanwhile."""
-    ways = {f"Triton JIT, {dtype}, {tile}": ["--jit", dtype, tile] for dtype in LARGEST_ERROR for tile in TILE_NAMES}
+    ways = {"Triton JIT": [["--jit", dtype, tile] for dtype in LARGEST_ERROR for tile in TILE_NAMES]}
     if cubins is not None:
-        ways["cubin"] = ["--cubins", str(cubins)]
+        ways["cubin"] = [["--cubins", str(cubins)]]
     if library is not None and host is not None:
         by_host = ["--library", str(library), "--host", str(host)]
-        ways["libdlo_plugins.so"] = by_host
+        ways["libdlo_plugins.so"] = [by_host]
         if sanitizer := shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"):
-            ways["compute-sanitizer"] = [*by_host, "--sanitizer", sanitizer]
-    for left_out in {"cubin", "libdlo_plugins.so", "compute-sanitizer"} - set(ways):
+            ways["compute-sanitizer"] = [[*by_host, "--sanitizer", sanitizer]]
+    for left_out in set(WAYS) - set(ways):
         evidence.row(left_out, left_out="not given, or not on this machine")
-    processes = [Process(way, "kernel_correctness", tuple(options)) for way, options in ways.items()]
+    processes = [
+        Process(
+            " ".join((way, *options[1:3])), "kernel_correctness", tuple(options), fields={"kind": "right", "way": way}
+        )
+        for way, commands in ways.items()
+        for options in commands
+    ]
     run_processes(evidence, processes, seconds, threads=2)
 
 
@@ -151,7 +182,7 @@ class Speed:
         both = {"cublas_in_out_us": round(straight.median_us, 2), "cublas_out_in_us": round(transposed.median_us, 2)}
         return min(straight, transposed, key=lambda timing: timing.median_us), both
 
-    def one_token(self, size: tuple[int, int], dtype: str, pair: Pair, what: str, bars: bool) -> None:
+    def one_token(self, size: tuple[int, int], dtype: str, pair: Pair, origin: Origin, bars: bool) -> None:
         """Decode of one active token."""
         subject = layer(*size, tokens=1, active=1.0, dtype=dtype, copies=4)
         ours = timed(subject.both(*pair), self.replays, of=len(subject.weights))
@@ -159,8 +190,10 @@ class Speed:
         rate = subject.weight_bytes / (ours.median_us * 1e-6)
         share, ratio = rate / self.copy, ours.median_us / cublas.median_us
         self.evidence.row(
-            f"decode, one active token: {what}",
+            f"decode, one active token: {origin.what}",
             passed=share >= 0.85 and ratio <= 1.05 if bars else None,
+            kind="one token",
+            **origin.fields,
             hidden=size[0],
             intermediate=size[1],
             dtype=dtype,
@@ -173,15 +206,17 @@ class Speed:
             most_times_cublas=1.05,
         )
 
-    def skipped(self, tokens: int, dtype: str, pair: Pair, what: str) -> None:
+    def skipped(self, tokens: int, dtype: str, pair: Pair, origin: Origin) -> None:
         """Nothing active: 20 pairs in a graph."""
         subject = layer(*LARGE, tokens=tokens, active=0.0, dtype=dtype, copies=1)
         ours = timed(subject.both(*pair), self.replays, rounds=20, of=1)
         first = timed(subject.gate_up(pair[0]), self.replays, rounds=20)
         second = timed(subject.down(pair[1]), self.replays, rounds=20)
         self.evidence.row(
-            f"skipped: {what}",
+            f"skipped: {origin.what}",
             passed=ours.median_us <= 3.0 if tokens <= 16 else None,
+            kind="skipped",
+            **origin.fields,
             tokens=tokens,
             dtype=dtype,
             **ours.facts,
@@ -190,7 +225,7 @@ class Speed:
             down_us=round(second.median_us, 2),
         )
 
-    def rows(self, tokens: int, active: float, pair: Pair, what: str) -> None:
+    def rows(self, tokens: int, active: float, pair: Pair, origin: Origin) -> None:
         """A share of the tokens active; half of them: the batch's bar up to 64 tokens, otherwise the prompt's."""
         subject = layer(*LARGE, tokens=tokens, active=active, dtype="bfloat16", copies=4)
         ours = timed(subject.both(*pair), self.replays, of=len(subject.weights))
@@ -199,8 +234,10 @@ class Speed:
         most = 1.1 if tokens <= 64 else 1 / 0.7
         flops = 6 * subject.active * subject.hidden * subject.intermediate
         self.evidence.row(
-            f"{'half' if active == 0.5 else 'all'} of {tokens} tokens active: {what}",
+            f"{'half' if active == 0.5 else 'all'} of {tokens} tokens active: {origin.what}",
             passed=ratio <= most if active == 0.5 else None,
+            kind="some tokens",
+            **origin.fields,
             tokens=tokens,
             active=subject.active,
             dtype="bfloat16",
@@ -288,13 +325,13 @@ def measure(evidence: Evidence, smoke: bool, options: argparse.Namespace) -> Non
         correctness(evidence, 30 if smoke else 60, options.cubins, options.library, options.host)
     kernels = Kernels(options.cubins)
     speed = Speed(evidence, kernels, replays=8 if smoke else 20)
-    _bars(evidence, speed, lambda tokens: kernels.table("bfloat16", tokens), f"the table's tiles, {kernels.way}")
+    _bars(evidence, speed, lambda tokens: kernels.table("bfloat16", tokens), Origin(kernels.way, "table"))
     if options.cubins is not None:
         # What captured decode in PyTorch launches: another compiler's code, of tiles of its own.
         with evidence.guard("decode, one active token: Triton JIT"):
             compiled_here = Kernels(None).table("bfloat16", 1)
             for size in (LARGE, SMALL):
-                speed.one_token(size, "bfloat16", compiled_here, "the table's tiles, Triton JIT", bars=False)
+                speed.one_token(size, "bfloat16", compiled_here, Origin("Triton JIT", "table"), bars=False)
     if options.cubins is None or not evidence.fits("candidates", 8):
         return
     best: dict[TileName, Pair] = {}
@@ -310,24 +347,24 @@ def measure(evidence: Evidence, smoke: bool, options: argparse.Namespace) -> Non
             for op_name in PLUGIN_OPS:
                 speed.sweep(op_name, tile, other, tokens, share)
     if len(best) == len(shapes):
-        _bars(evidence, speed, lambda tokens: best[tile_for(tokens)], "the best candidates")
+        _bars(evidence, speed, lambda tokens: best[tile_for(tokens)], Origin("cubin", "best"))
 
 
-def _bars(evidence: Evidence, speed: Speed, pair_for: Callable[[int], Pair], what: str) -> None:
+def _bars(evidence: Evidence, speed: Speed, pair_for: Callable[[int], Pair], origin: Origin) -> None:
     """Every promise about speed, and what stands beside them."""
-    with evidence.guard(f"decode, one active token: {what}"):
-        speed.one_token(LARGE, "bfloat16", pair_for(1), what, bars=True)
-        speed.one_token(SMALL, "bfloat16", pair_for(1), what, bars=False)
-    with evidence.guard(f"skipped: {what}"):
+    with evidence.guard(f"decode, one active token: {origin.what}"):
+        speed.one_token(LARGE, "bfloat16", pair_for(1), origin, bars=True)
+        speed.one_token(SMALL, "bfloat16", pair_for(1), origin, bars=False)
+    with evidence.guard(f"skipped: {origin.what}"):
         for tokens in (1, 16, 512):
-            speed.skipped(tokens, "bfloat16", pair_for(tokens), what)
-    with evidence.guard(f"half of the tokens active: {what}"):
+            speed.skipped(tokens, "bfloat16", pair_for(tokens), origin)
+    with evidence.guard(f"half of the tokens active: {origin.what}"):
         for tokens in (16, 512):
-            speed.rows(tokens, 0.5, pair_for(tokens), what)
-        speed.rows(512, 1.0, pair_for(512), what)
-    if "table" in what:
-        with evidence.guard(f"float16: {what}"):
-            speed.one_token(LARGE, "float16", speed.kernels.table("float16", 1), what, bars=False)
+            speed.rows(tokens, 0.5, pair_for(tokens), origin)
+        speed.rows(512, 1.0, pair_for(512), origin)
+    if origin.tiles == "table":
+        with evidence.guard(f"float16: {origin.what}"):
+            speed.one_token(LARGE, "float16", speed.kernels.table("float16", 1), origin, bars=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

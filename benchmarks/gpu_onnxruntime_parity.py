@@ -94,8 +94,9 @@ def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Pat
 
 def process_of(job: Job) -> Process:
     """The process that does a job."""
-    what = f"parity {job.subject}, {job.dtype}, {'+'.join(job.lowerings)}"
-    return Process(what, PROGRAM, ("--job", json.dumps(dataclasses.asdict(job))))
+    fields = job.row("parity", "+".join(job.lowerings))
+    what = fields.pop("what")
+    return Process(what, PROGRAM, ("--job", json.dumps(dataclasses.asdict(job))), fields=fields)
 
 
 if __name__ == "__main__":

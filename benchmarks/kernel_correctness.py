@@ -26,8 +26,14 @@ Launch = Callable[..., None]
 REPLAYED: tuple[str, ...] = ("random", "none", "all", "alternating", "one")
 
 
-def judged(found: Iterable[tuple[Case, np.ndarray]], way: str) -> dict[str, Any]:
-    """One row of many cases."""
+def judged(found: Iterable[tuple[Case, np.ndarray]], way: str, what: str) -> dict[str, Any]:
+    """One row of many cases.
+
+    Args:
+        found: What came out of each.
+        way: That they were launched.
+        what: The way in more words, for people.
+    """
     count, largest, failed = 0, 0.0, []
     facts: dict[str, Any] = {}
     for case, output in found:
@@ -38,8 +44,10 @@ def judged(found: Iterable[tuple[Case, np.ndarray]], way: str) -> dict[str, Any]
         if not verdict["passed"]:
             failed.append(f"{case.name}: {verdict}")
     return {
-        "what": f"{way}: against NumPy",
+        "what": f"{what}: against NumPy",
         "passed": bool(count) and not failed,
+        "kind": "right",
+        "way": way,
         **facts,
         "cases": count,
         "largest_error": largest,
@@ -128,7 +136,7 @@ def by_jit(dtype: str, tile: TileName) -> Iterator[dict[str, Any]]:
         def run(*tensors: Any, op_name: str = op_name) -> None:
             launch(op_name, *tensors, dtype=dtype, tile_name=tile)
 
-        yield from _rows(f"Triton JIT, {tile}", op_name, dtype, tile, run)
+        yield from _rows("Triton JIT", op_name, dtype, tile, run)
 
 
 def by_image(folder: Path) -> Iterator[dict[str, Any]]:
@@ -143,14 +151,15 @@ def by_image(folder: Path) -> Iterator[dict[str, Any]]:
     for image in images_in(folder):
         if image.kind not in words:
             continue
-        way = f"{words[image.kind]}, {image.tile}"
+        way = words[image.kind]
         try:
             loaded = LoadedImage(image, folder)
         except RefusedError as err:
             # a driver older than the compiler cannot take the newest PTX: a fact, not a fault of the kernel
             yield {
-                "what": f"{way}: refused",
+                "what": f"{way}, {image.tile}: refused",
                 "passed": None if image.kind == "own" else False,
+                **({} if image.kind == "own" else {"kind": "right", "way": way}),
                 "file": image.file,
                 "error": str(err),
             }
@@ -159,10 +168,11 @@ def by_image(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _rows(way: str, op_name: str, dtype: str, tile: TileName, launch: Launch) -> Iterator[dict[str, Any]]:
-    yield judged(((case, on_device(case, launch)) for case in cases(op_name, dtype, tile)), way)
+    what = f"{way}, {tile}"
+    yield judged(((case, on_device(case, launch)) for case in cases(op_name, dtype, tile)), way, what)
     captured, replays = replay_case(op_name, dtype, tile)
     outputs = replayed(captured, launch, [case.scale for case in replays])
-    yield judged(zip(replays, outputs, strict=True), f"{way}, replays with other decisions")
+    yield judged(zip(replays, outputs, strict=True), way, f"{what}, replays with other decisions")
 
 
 def by_library(library: Path, host: Path, sanitizer: str | None = None) -> Iterator[dict[str, Any]]:
@@ -182,12 +192,14 @@ def by_library(library: Path, host: Path, sanitizer: str | None = None) -> Itera
             command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *command]
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
         said = (result.stdout + result.stderr)[-1500:]
-        way = "libdlo_plugins.so by a C++ host" + (" under compute-sanitizer memcheck" if sanitizer else "")
+        what = "libdlo_plugins.so by a C++ host" + (" under compute-sanitizer memcheck" if sanitizer else "")
+        way = "compute-sanitizer" if sanitizer else "libdlo_plugins.so"
+        row: dict[str, Any] = {"what": what, "kind": "right", "way": way}
         if result.returncode:
-            yield {"what": way, "passed": False, "exit_code": result.returncode, "said": said}
+            yield {**row, "passed": False, "exit_code": result.returncode, "said": said}
             return
         if sanitizer is not None:
-            yield {"what": way, "passed": "ERROR SUMMARY: 0 errors" in said, "said": said[-300:]}
+            yield {**row, "passed": "ERROR SUMMARY: 0 errors" in said, "said": said[-300:]}
         for op_name in PLUGIN_OPS:
             for dtype in LARGEST_ERROR:
                 found = [
@@ -197,7 +209,7 @@ def by_library(library: Path, host: Path, sanitizer: str | None = None) -> Itera
                     if (case.op_name, case.dtype) == (op_name, dtype)
                 ]
                 if found:
-                    yield judged(found, way)
+                    yield judged(found, way, what)
 
 
 def _library_launches(small: bool) -> Iterator[tuple[Case, list[Case]]]:

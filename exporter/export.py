@@ -21,7 +21,14 @@ from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.exporter.artefact_description import complete_description, describe
 from dlo_export.exporter.background import BackgroundValue
 from dlo_export.exporter.client_config import client_config
-from dlo_export.exporter.genai_config import WHY_NONE, WHY_NONE_STATIC, carried_genai_config, genai_config
+from dlo_export.exporter.genai_config import (
+    GENAI_CONFIG_NAME,
+    WHY_NONE,
+    WHY_NONE_STATIC,
+    carried_genai_config,
+    genai_config,
+    with_operator_library,
+)
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.kept_data import kept_files, kept_names, new_weights_name
 from dlo_export.exporter.lowering_choice import choose_onnxruntime_lowering
@@ -30,6 +37,7 @@ from dlo_export.exporter.pipeline import build_captured_model, build_model, chec
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.exporter.weight_file import leave_weights_out, save_weights, weight_bytes
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, Target
@@ -273,7 +281,7 @@ def _export_into(
         elif source.remembers_activity:
             reporter.warn(WHY_NONE)
         elif (values := _client_settings(source, generation, model, request.provider)) is not None:
-            save_json(folder / "genai_config.json", values)
+            save_json(folder / GENAI_CONFIG_NAME, values)
         description = describe(
             source,
             model,
@@ -332,11 +340,13 @@ def _client_settings(
 ) -> dict[str, Any] | None:
     """genai_config.json: what stood beside somebody's graph, of the new depth; else what fits the graph."""
     if (given := source.base.client_settings) is not None:
-        return carried_genai_config(given, source.num_layers)
-    if source.base.config is None:
+        settings = carried_genai_config(given, source.num_layers)
+    elif source.base.config is not None:
+        inputs = [value.name or "" for value in model.graph.inputs]
+        settings = genai_config(source.base.config, source.num_layers, generation, inputs, provider)
+    else:
         return None
-    inputs = [value.name or "" for value in model.graph.inputs]
-    return genai_config(source.base.config, source.num_layers, generation, inputs, provider)
+    return with_operator_library(settings, needed=bool(plugin_operators(model)))
 
 
 def _plan_engines(request: ExportRequest, source: ExportSource, reporter: Reporter) -> TensorRtPlan | None:

@@ -16,6 +16,10 @@ from dlo_export.checkpoints.interface import (
     present_active_name,
     present_name,
 )
+from dlo_export.plugins.ort_registration import LIBRARY
+
+GENAI_CONFIG_NAME = "genai_config.json"
+"""Beside model.onnx, where onnxruntime-genai looks for it."""
 
 WHY_NONE = (
     "tokens that skip leave no keys: besides the KV cache, each step hands on which tokens skipped every routed layer "
@@ -35,6 +39,7 @@ WHY_NONE_STATIC = (
 
 # The CPU is what runs where none is named; CUDA's entry takes the options of its provider, none of which is needed.
 _PROVIDER_OPTIONS: Mapping[ProviderOption, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {}}]}
+_OPERATOR_LIBRARY = "custom_ops_library"
 
 
 def genai_config(
@@ -113,6 +118,28 @@ def carried_genai_config(given: Mapping[str, Any], num_layers: int) -> dict[str,
     if isinstance(outputs := decoder.get("outputs"), dict):
         decoder["outputs"] = {**outputs, "logits": LOGITS}  # what the graph's are called now, if they were not
     return {**given, "model": {**model, "decoder": decoder}}
+
+
+def with_operator_library(settings: Mapping[str, Any], *, needed: bool) -> dict[str, Any]:
+    """Settings that name libdlo_ort.so where the graph has dlo operators, and do not where it has none.
+
+    onnxruntime-genai looks for it beside genai_config.json, and says by name that it is missing; without the name it
+    knows the operators' names alone.
+
+    Args:
+        settings: As the functions above make them, or as they stand in an artefact whose graph is another one now.
+        needed: Whether the graph has dlo operators. A library that somebody else has named stays.
+    """
+    model = settings["model"]
+    decoder = model["decoder"]
+    session = dict(decoder.get("session_options", {}))
+    if needed:
+        session.setdefault(_OPERATOR_LIBRARY, LIBRARY)
+    elif session.get(_OPERATOR_LIBRARY) == LIBRARY:
+        del session[_OPERATOR_LIBRARY]
+    if not session:
+        return dict(settings)
+    return {**settings, "model": {**model, "decoder": {**decoder, "session_options": session}}}
 
 
 def _special_tokens(config: LlamaConfig, generation: GenerationConfig) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.disk_space import no_room_reported
 from dlo_export.checkpoints.files.folder_kind import FolderKind
+from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.output_check import check_output_folder
 from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.checkpoints.files.written_files import LIST_NAME, written_names
 from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.artefact_description import complete_description
 from dlo_export.exporter.artefact_runner import runner_for
+from dlo_export.exporter.genai_config import GENAI_CONFIG_NAME, with_operator_library
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.relowering import ReloweredGraph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
@@ -230,6 +232,10 @@ def rewrite_lowering(
         for name in written_names(folder):
             if name not in (MODEL_NAME, FILE_NAME, PARITY_NAME, LIST_NAME) and (folder / name).is_file():
                 _take_over(folder / name, staging / name)
+        if (settings := staging / GENAI_CONFIG_NAME).is_file():
+            values = with_operator_library(read_json(settings), needed=bool(tuned.plugin_operators))
+            settings.unlink()  # a second name of the artefact's own, which stays as it is
+            save_json(settings, values)
         ir.save(model, staging / MODEL_NAME)
         complete_description(tuned, staging)
 

@@ -17,6 +17,7 @@ from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION
 from dlo_export.plugins.errors import PluginError
 from dlo_export.plugins.library_places import build_hint
 from dlo_export.plugins.rtx_shim import provide_unversioned_library
+from dlo_export.plugins.shared_object import is_cut_short
 
 _RTX = "tensorrt_rtx"
 _BUILD = build_hint("TensorRT_ROOT=<your TensorRT>")
@@ -82,12 +83,14 @@ def load_library(trt: Any, path: Path | str) -> None:
         path: The library, built for that module.
 
     Raises:
-        PluginError: It is missing, cannot be loaded, does not bring every `dlo` plugin, or the process has them from
-            elsewhere.
+        PluginError: It is missing, cut short, cannot be loaded, does not bring every `dlo` plugin, or the process has
+            them from elsewhere.
     """
     path = Path(path)
     if not path.is_file():
         raise PluginError(f"plugin library {path}: no such file; expected libdlo_plugins.so", hint=_BUILD)
+    if is_cut_short(path):
+        raise PluginError(f"plugin library {path}: is cut short", hint=_BUILD)
     path = path.resolve()
     if trt.__name__ == _RTX:
         provide_unversioned_library()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dlo_export.checkpoints.errors import DloError, MachineError
+from dlo_export.checkpoints.errors import DloError, InputError, MachineError
 from dlo_export.exporter.exit_codes import exit_code, report_error
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
 
@@ -20,6 +20,18 @@ DONE, BAR_MISSED, NO_GPU = 0, 1, 4
 BEGUN = time.monotonic()
 """The process', for what it runs by its command line: imports come behind, of which PyTorch's takes a new machine ten
 seconds."""
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder for rows, where it is missing.
+
+    Raises:
+        InputError: A file has its name, or that of a folder around it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as err:
+        raise InputError(f"--out {out}: is no folder, or lies in none", hint="give a new one") from err
 
 
 class Evidence:
@@ -43,7 +55,7 @@ class Evidence:
         self._part = part
         self._start = time.monotonic() if begun is None else begun
         self.budget_s = budget_s
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         self._file = (out / f"{part}.jsonl").open("w", encoding="utf-8")
 
     @property
@@ -55,9 +67,10 @@ class Evidence:
         """Writes a figure, at once.
 
         Args:
-            what: The subject.
+            what: The subject, for people.
             passed: Whether it holds what was promised of it; None where nothing was.
-            **values: Figures with their units in their names, such as median_us, and what they were taken with.
+            **values: Figures with their units in their names, such as median_us, and what they were taken with; of a
+                row that a bar is judged by, its `kind` (`evidence_bars`).
         """
         at = round(time.monotonic() - self._start, 1)
         row = {"part": self._part, "what": what, "passed": passed, **values, "at_s": at}
@@ -153,12 +166,12 @@ def run_part(
         if not parsed.unchecked:
             check()
         found = card()
+        if begun is None:
+            begun = BEGUN if arguments is None else time.monotonic()
+        evidence = Evidence(part, parsed.out, parsed.budget_s, begun)
     except DloError as err:
         report_error(err)
         return exit_code(err)
-    if begun is None:
-        begun = BEGUN if arguments is None else time.monotonic()
-    evidence = Evidence(part, parsed.out, parsed.budget_s, begun)
     evidence.row("card", **found)
     with evidence.guard(part):
         measure(evidence, parsed.smoke)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from benchmarks.gpu.genai_graphs import IN_PLACE, PEER
+
 Row = Mapping[str, Any]
-WAYS: Final = ("Triton JIT", "cubin", "libdlo_plugins.so by a C++ host", "compute-sanitizer")
+WAYS: Final = ("Triton JIT", "cubin", "libdlo_plugins.so", "compute-sanitizer")
 """To launch the kernels; the last two are one, without and with somebody who looks on."""
-BUILDERS_GRAPH: Final = "its builder's graph"
-SUBJECTS: Final = ("reference_", "smollm2")
-"""Whose parity is asked for: how names of models begin."""
+MODELS: Final[Mapping[str, tuple[str, ...]]] = {
+    "reference_mlp_routed": ("masked", "compact", "if", "plugin"),
+    "reference_layer_routed": ("masked", "compact", "if"),
+    "smollm2": ("masked", "compact", "if", "plugin"),
+}
+"""Whose parity is asked for, in every lowering that takes them."""
+DTYPES: Final = ("fp32", "fp16", "bf16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +29,14 @@ class Bar:
         asked: Of it.
         found: By figures, or what is missing.
         passed: Whether it holds; None where it was not measured as a whole.
+        needs: Parts of the evidence that measure it together; one such set is enough.
     """
 
     what: str
     asked: str
     found: str
     passed: bool | None
+    needs: tuple[frozenset[str], ...]
 
     @property
     def cells(self) -> tuple[str, str, str, str]:
@@ -36,126 +44,175 @@ class Bar:
         verdicts = {None: "not measured", True: "yes", False: "NO"}
         return self.what, self.asked, self.found, verdicts[self.passed]
 
+    def is_due(self, parts: Collection[str]) -> bool:
+        """Whether these parts are to measure it."""
+        return any(need <= set(parts) for need in self.needs)
+
+
+Finding = tuple[str, bool | None]
+"""What was found, and whether the bar holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    """A bar before it is judged: `judge` answers it from the rows of all parts."""
+
+    what: str
+    asked: str
+    needs: tuple[frozenset[str], ...]
+    judge: Callable[[Sequence[Row]], Finding]
+
+    def answered(self, rows: Sequence[Row]) -> Bar:
+        """The bar; rows that cannot be read fail this one, say why, and cost no other."""
+        try:
+            found, passed = self.judge(rows)
+        except Exception as err:  # a row of another form than the bar knows is a finding, and fails the evidence
+            found, passed = f"its rows cannot be read: {type(err).__name__}: {err}", False
+        return Bar(self.what, self.asked, found, passed, self.needs)
+
 
 def judge_bars(rows: Sequence[Row]) -> list[Bar]:
     """All bars, from the rows of all parts.
 
+    Rows are picked by their `kind` and the other fields that say what they are; `what` is for people.
+
     Args:
         rows: As the parts have written them; those that are not there leave a bar not measured.
     """
-    kernels, parity = _of(rows, "kernels"), _of(rows, "onnxruntime_parity")
-    table = [row for row in kernels if ": the table's tiles, cubin" in row["what"]]
-    bars = [
-        _complete(
-            "kernels against NumPy, three ways",
-            "fp32 1e-5, fp16 2^-10, bf16 2^-7 of a row's largest; no finding",
-            [row for row in kernels if "against NumPy" in row["what"] or "under compute-sanitizer" in row["what"]],
-            {way: [row for row in kernels if way in row["what"]] for way in WAYS},
-        ),
-        _figures(
-            "kernels, one token, 4096 x 14336, bf16",
-            ">= 0.85 of the copy rate, <= 1.05 of cuBLAS",
-            [row for row in table if row["what"].startswith("decode") and row["passed"] is not None],
-            ("share_of_copy", "times_cublas"),
-        ),
-        _figures(
-            "kernels, skipped, in a graph",
-            "<= 3 us",
-            [row for row in table if row["what"].startswith("skipped") and row["passed"] is not None],
-            ("tokens", "median_us"),
-        ),
-        _figures(
-            "kernels, 8 of 16 tokens active",
-            "<= 1.1 of cuBLAS on 8 rows",
-            [row for row in table if row["what"].startswith("half of 16 ")],
-            ("times_cublas",),
-        ),
-        _figures(
-            "kernels, 256 of 512 tokens active",
-            ">= 0.7 of cuBLAS' speed: <= 1.43 of its time",
-            [row for row in table if row["what"].startswith("half of 512 ")],
-            ("times_cublas",),
-        ),
+    return [question.answered(rows) for question in _QUESTIONS]
+
+
+def _rows_of(rows: Sequence[Row], part: str, kind: str, **fields: Any) -> list[Row]:
+    """Those that say of themselves all of this; of several values, one."""
+    wanted = {"part": part, "kind": kind, **fields}
+    return [
+        row
+        for row in rows
+        if all(row.get(name) in (value if isinstance(value, tuple) else (value,)) for name, value in wanted.items())
     ]
-    for part, active in (
-        ("onnxruntime", lambda row: row["ratio_to_dense"]),
-        ("pytorch", lambda row: row["over_dense"]["median"]),
-    ):
-        bars += _decode_bars(part, _of(rows, part), active)
-    bars.append(
-        _complete(
-            "ONNX Runtime on CUDA, every lowering, fp32, fp16, bf16",
-            "parity PASS",
-            [row for row in parity if row["what"].startswith("parity ") and "--" not in row["what"]],
-            {name: [row for row in parity if row["what"].startswith(f"parity {name}")] for name in SUBJECTS},
-        )
-    )
-    return [*bars, _against_others(rows)]
 
 
-def _of(rows: Sequence[Row], part: str) -> list[Row]:
-    return [row for row in rows if row["part"] == part]
-
-
-def _complete(what: str, asked: str, rows: Sequence[Row], kinds: Mapping[str, Sequence[Row]]) -> Bar:
-    """A bar of many comparisons, of which every kind must be there."""
+def _complete(rows: Sequence[Row], kinds: Mapping[str, Sequence[Row]]) -> Finding:
+    """Of many comparisons, of which every kind must be there."""
     failed = [row["what"] for row in rows if not row["passed"]]
     missing = [name for name, found in kinds.items() if not found]
     if failed:
-        return Bar(what, asked, f"{len(failed)} of {len(rows)} do not hold: {', '.join(failed[:3])}", False)
+        return f"{len(failed)} of {len(rows)} do not hold: {', '.join(failed[:3])}", False
     if missing:
-        return Bar(what, asked, f"no {', '.join(missing)}", None)
-    return Bar(what, asked, f"all of {len(rows)} hold", True)
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        return f"no {', '.join(missing[:3])}{more}", None
+    return f"all of {len(rows)} hold", True
 
 
-def _figures(what: str, asked: str, rows: Sequence[Row], names: Sequence[str]) -> Bar:
-    """A bar that its rows have judged."""
-    found = "; ".join(", ".join(f"{name} {row[name]}" for name in names) for row in rows)
-    return Bar(what, asked, found or "no row", all(row["passed"] for row in rows) if rows else None)
+def _kernels_right(rows: Sequence[Row]) -> Finding:
+    ways = {way: _rows_of(rows, "kernels", "right", way=way) for way in WAYS}
+    return _complete(_rows_of(rows, "kernels", "right"), ways)
 
 
-def _decode_bars(part: str, rows: Sequence[Row], active: Callable[[Row], float]) -> list[Bar]:
-    """A captured 8B's, at batch 1: skip efficiency at half, and the price of routing where nothing is skipped."""
-    steps = {
-        row["skipped"]: row
-        for row in rows
-        if row["what"] == "decode" and str(row["model"]).lower() == "8b" and row["batch"] == 1 and "skipped" in row
+def _kernel_figures(kind: str, names: Sequence[str], **fields: Any) -> Callable[[Sequence[Row]], Finding]:
+    """A bar that its rows have judged: of the table's tiles, as they are shipped."""
+
+    def judge(rows: Sequence[Row]) -> Finding:
+        chosen = _rows_of(rows, "kernels", kind, way="cubin", tiles="table", passed=(True, False), **fields)
+        found = "; ".join(", ".join(f"{name} {row[name]}" for name in names) for row in chosen)
+        return (found, all(row["passed"] for row in chosen)) if chosen else ("no row", None)
+
+    return judge
+
+
+def _captured_8b(part: str, skipped: float) -> Callable[[Sequence[Row]], Finding]:
+    """A captured 8B's step at batch 1: skip efficiency at half, and the price of routing where nothing is skipped."""
+
+    def judge(rows: Sequence[Row]) -> Finding:
+        chosen = _rows_of(rows, part, "decode", model=("8B", "8b"), batch=1, skipped=skipped)
+        if not chosen:
+            return "no row", None
+        row = chosen[0]
+        if not skipped:
+            over_dense = row["ratio_to_dense"] if part == "onnxruntime" else row["over_dense"]["median"]
+            return f"{over_dense:.3f}", row["passed"]
+        kinds = ("removed", "proportional", "copied")
+        return ", ".join(f"by {kind} {row[f'efficiency_{kind}']}" for kind in kinds), row["passed"]
+
+    return judge
+
+
+def _parity(rows: Sequence[Row]) -> Finding:
+    compared = _rows_of(rows, "onnxruntime_parity", "parity")
+    found = {
+        f"{subject} in {dtype}, {lowering}": [
+            row for row in compared if (row["subject"], row["dtype"], row["lowering"]) == (subject, dtype, lowering)
+        ]
+        for subject, lowerings in MODELS.items()
+        for dtype in DTYPES
+        for lowering in lowerings
     }
-    bars = []
-    for skipped, what, asked in (
-        (0.5, "skip efficiency, half of the MLPs skipped", ">= 0.9"),
-        (0.0, "all active, over dense", "<= 1.03"),
-    ):
-        row = steps.get(skipped)
-        found = "no row"
-        if row is not None:
-            kinds = ("removed", "proportional", "copied")
-            by_kind = ", ".join(f"by {kind} {row.get(f'efficiency_{kind}')}" for kind in kinds)
-            found = by_kind if skipped else f"{active(row):.3f}"
-        bars.append(Bar(f"8B decode in {part}: {what}", asked, found, None if row is None else row["passed"]))
-    return bars
+    return _complete(compared, found)
 
 
-def _against_others(rows: Sequence[Row]) -> Bar:
+def _against_others(rows: Sequence[Row]) -> Finding:
     """A dense step: the 8B's shape, captured, beside transformers, compiled; our runner's beside onnxruntime-genai's.
 
     One of the two is asked for; both are shown.
     """
-    ours = [
-        row["step_ms"]
-        for row in _of(rows, "onnxruntime")
-        if row["what"] == "decode" and (row["graph"], row["model"], row["batch"]) == ("dense", "8b", 1)
-    ]
-    theirs = [
-        row["ms"]["median"]
-        for row in _of(rows, "transformers")
-        if (row.get("model"), row.get("form")) == ("8B", "compiled") and "ms" in row
-    ]
+    ours = _rows_of(rows, "onnxruntime", "decode", graph="dense", model="8b", batch=1)
+    theirs = [row for row in _rows_of(rows, "transformers", "decode", model="8B", form="compiled") if "ms" in row]
+    genai = _rows_of(rows, "genai", "ratio", ours=IN_PLACE, theirs=PEER)
     ratios = {
-        "transformers' compiled": [ours[0] / theirs[0]] if ours and theirs else [],
-        "onnxruntime-genai's": [row["ratio"] for row in _of(rows, "genai") if row["what"].endswith(BUILDERS_GRAPH)],
+        "transformers' compiled": ours[0]["step_ms"] / theirs[0]["ms"]["median"] if ours and theirs else None,
+        "onnxruntime-genai's": genai[0]["ratio"] if genai else None,
     }
-    found = ", ".join(f"{'?' if not ratio else f'{ratio[0]:.3f}'} of {name}" for name, ratio in ratios.items())
-    known = [ratio for found in ratios.values() for ratio in found]
-    passed = any(ratio < 1 for ratio in known) if known else None
-    return Bar("ONNX Runtime, dense bf16 decode", "faster than onnxruntime-genai or transformers", found, passed)
+    known = [ratio for ratio in ratios.values() if ratio is not None]
+    found = ", ".join(f"{'?' if ratio is None else f'{ratio:.3f}'} of {name}" for name, ratio in ratios.items())
+    return found, any(ratio < 1 for ratio in known) if known else None
+
+
+def _decode_questions(part: str) -> Iterator[_Question]:
+    name, needs = f"8B decode in {part}", (frozenset({part}),)
+    efficiency = "skip efficiency, half of the MLPs skipped"
+    yield _Question(f"{name}: {efficiency}", ">= 0.9", needs, _captured_8b(part, 0.5))
+    yield _Question(f"{name}: all active, over dense", "<= 1.03", needs, _captured_8b(part, 0.0))
+
+
+_KERNELS: Final = (frozenset({"kernels"}),)
+_QUESTIONS: Final = (
+    _Question(
+        "kernels against NumPy, three ways",
+        "fp32 1e-5, fp16 2^-10, bf16 2^-7 of a row's largest; no finding",
+        _KERNELS,
+        _kernels_right,
+    ),
+    _Question(
+        "kernels, one token, 4096 x 14336, bf16",
+        ">= 0.85 of the copy rate, <= 1.05 of cuBLAS",
+        _KERNELS,
+        _kernel_figures("one token", ("share_of_copy", "times_cublas")),
+    ),
+    _Question("kernels, skipped, in a graph", "<= 3 us", _KERNELS, _kernel_figures("skipped", ("tokens", "median_us"))),
+    _Question(
+        "kernels, 8 of 16 tokens active",
+        "<= 1.1 of cuBLAS on 8 rows",
+        _KERNELS,
+        _kernel_figures("some tokens", ("times_cublas",), tokens=16),
+    ),
+    _Question(
+        "kernels, 256 of 512 tokens active",
+        ">= 0.7 of cuBLAS' speed: <= 1.43 of its time",
+        _KERNELS,
+        _kernel_figures("some tokens", ("times_cublas",), tokens=512),
+    ),
+    *_decode_questions("onnxruntime"),
+    *_decode_questions("pytorch"),
+    _Question(
+        "ONNX Runtime on CUDA, every lowering, fp32, fp16, bf16",
+        "parity PASS",
+        (frozenset({"onnxruntime"}),),
+        _parity,
+    ),
+    _Question(
+        "ONNX Runtime, dense bf16 decode",
+        "faster than onnxruntime-genai or transformers",
+        (frozenset({"genai"}), frozenset({"onnxruntime", "transformers"})),
+        _against_others,
+    ),
+)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.gpu.evidence import Evidence
 
@@ -25,12 +25,14 @@ class Process:
         module: Of this folder.
         arguments: Of its command line.
         needed: Whether it fails the part where it fails itself.
+        fields: What its rows say of themselves, for the one that says that it failed.
     """
 
     what: str
     module: str
     arguments: tuple[str, ...] = ()
     needed: bool = True
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def run_processes(evidence: Evidence, processes: Sequence[Process], seconds: float, *, threads: int = 1) -> None:
@@ -75,4 +77,4 @@ def run_processes(evidence: Evidence, processes: Sequence[Process], seconds: flo
                 start = text.rfind("(most recent call first)")
                 text = text[-2500:] if start < 0 else text[max(0, start - 500) : start + 2000]
                 passed = False if process.needed else None
-                evidence.row(process.what, passed=passed, error=f"{problem}: {text}")
+                evidence.row(process.what, passed=passed, **process.fields, error=f"{problem}: {text}")

@@ -16,6 +16,7 @@ import torch  # noqa: F401 - before onnxruntime, which finds CUDA's libraries am
 
 from benchmarks.common.random_llama import H2048, random_llama_folder
 from benchmarks.common.smollm2 import save_dequantised
+from benchmarks.gpu.genai_graphs import DENSE, IN_PLACE, PEER, ROUTED
 from benchmarks.gpu.lowering_parity import DATA
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.exporter.artefact_runner import open_artefact
@@ -25,8 +26,6 @@ from dlo_export.runtimes.generation.generate import Generation
 from dlo_export.runtimes.runner import Runner
 
 PROMPT, STEPS, REPEATS = 128, 64, 5
-ROUTED, DENSE, IN_PLACE, PEER = "routed", "dense", "dense, cache in place", "dense, its builder's graph"
-"""Folders of what runs; the first is the small routed checkpoint, the others are of one model."""
 Runtime = Literal["onnxruntime", "onnxruntime-genai"]
 RUNTIMES: Final[Mapping[Runtime, tuple[str, ...]]] = {
     "onnxruntime-genai": (PEER, DENSE, ROUTED),
@@ -102,7 +101,7 @@ def rows_of_decode(
         # The routed checkpoint has few positions and tokens.
         count, steps, tokens = (12, 8, 128) if name == ROUTED else (PROMPT, 4 if smoke else STEPS, vocabulary)
         prompt = np.random.default_rng(0).integers(3, tokens, count)
-        row: dict[str, Any] = {"what": f"decode {runtime}, {name}"}
+        row: dict[str, Any] = {"what": f"decode {runtime}, {name}", "kind": "decode", "runtime": runtime, "graph": name}
         try:
             if runtime == "onnxruntime":
                 found, times = ours(folder / name, prompt, steps, (theirs or {}).get(name, ()))
@@ -125,20 +124,20 @@ def compared(rows: Sequence[Mapping[str, Any]], provider: ProviderOption) -> Ite
         rows: Of `rows_of_decode`, among others.
         provider: That they ran on.
     """
-    decoded = {row["what"]: row for row in rows if "tokens" in row}
+    decoded = {(row["runtime"], row["graph"]): row for row in rows if "tokens" in row}
     for name in (ROUTED, DENSE):
-        other, one = (decoded.get(f"decode {runtime}, {name}") for runtime in RUNTIMES)
+        other, one = (decoded.get((runtime, name)) for runtime in RUNTIMES)
         if one is not None and other is not None:
             gap, bar = max(one["gaps"]), GAP[provider]
             alike = {"same": _shared(one["tokens"], other["tokens"]), "of": len(one["tokens"])}
             what = f"tokens of both runtimes, {name}"
             yield {"what": what, "passed": gap <= bar, "largest_gap": gap, "bar": bar, "alike_from_the_first": alike}
     for mine, theirs in ((DENSE, DENSE), (IN_PLACE, PEER)):
-        one, other = decoded.get(f"decode onnxruntime, {mine}"), decoded.get(f"decode onnxruntime-genai, {theirs}")
+        one, other = decoded.get(("onnxruntime", mine)), decoded.get(("onnxruntime-genai", theirs))
         if one is not None and other is not None:
             ratio = round(one["step_ms"] / other["step_ms"], 3)
             what = f"decode onnxruntime, {mine}, against onnxruntime-genai, {theirs}"
-            yield {"what": what, "passed": None, "ratio": ratio}
+            yield {"what": what, "passed": None, "kind": "ratio", "ours": mine, "theirs": theirs, "ratio": ratio}
 
 
 def ours(folder: Path, prompt: np.ndarray, steps: int, theirs: Sequence[int] = ()) -> tuple[list[int], dict[str, Any]]:

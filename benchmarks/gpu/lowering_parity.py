@@ -20,6 +20,7 @@ import onnx_ir as ir
 import torch  # noqa: F401 - before onnxruntime, which finds CUDA's libraries among PyTorch's
 
 from benchmarks.common.workspace import REPOSITORY
+from benchmarks.gpu.evidence_bars import DTYPES
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.model_types import KV_KEY
@@ -43,7 +44,6 @@ from dlo_export.runtimes.torch.reference import open_reference
 DATA: Final = REPOSITORY / "tests" / "data"
 ADAPTER: Final = DATA / "smollm2_routers"
 NATIVE: Final = ("masked", "compact", "if")
-DTYPES: Final = ("fp32", "fp16", "bf16")
 # What config.json says where tokens skip attention alone, and leave keys and values, or none.
 ATTENTION: Final = {
     "reference_attention_routed": {"model_type": "llama_dlo_attn"},
@@ -78,6 +78,11 @@ class Job:
     provider: ProviderOption = "cuda"
     device: str = "cuda"
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def row(self, kind: str, lowering: str) -> dict[str, Any]:
+        """The beginning of a row of one lowering, or of several that are written with a plus."""
+        facts = {"kind": kind, "subject": self.subject, "dtype": self.dtype, "lowering": lowering}
+        return {"what": f"{kind} {self.subject}, {self.dtype}, {lowering}", **facts}
 
 
 def jobs(model: Path | None, library: str | None, *, smoke: bool) -> Iterator[Job]:
@@ -139,7 +144,7 @@ def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, An
                     plugin_library=library,
                     provider=provider,
                 )
-                row: dict[str, Any] = {"what": f"parity {job.subject}, {job.dtype}, {lowering}"}
+                row = job.row("parity", lowering)
                 try:
                     report = compare(
                         reference,
@@ -173,7 +178,7 @@ def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, An
 
 def placement_row(job: Job, lowering: str, file: Path, provider: Provider, library: Path | None) -> dict[str, Any]:
     """Which nodes ONNX Runtime gave to the CPU; none of a layer may be among them."""
-    row: dict[str, Any] = {"what": f"placement {job.subject}, {job.dtype}, {lowering}"}
+    row = job.row("placement", lowering)
     needs = library if plugin_operators(load_graph(file)) else None
     try:
         session = DecoderSession(

@@ -161,7 +161,7 @@ def _time_decode(evidence: Evidence, decoders: _Decoders, batch: int, seconds: f
         step.tensors[KV_LENGTHS].fill_(PAST + 1)
     _synchronize(dense.device)
     base = steps["dense"].time(seconds)
-    evidence.row("decode", graph="dense", **common, **base)
+    evidence.row("decode", kind="decode", graph="dense", **common, **base)
     removed = steps["removed"].time(seconds)
     evidence.row("decode", graph="dense, half of its MLPs removed", **common, **removed)
     if batch == 1:
@@ -195,6 +195,7 @@ def _time_decode(evidence: Evidence, decoders: _Decoders, batch: int, seconds: f
         evidence.row(
             "decode",
             passed=passed,
+            kind="decode",
             graph="routed",
             **common,
             skipped=round(count / layers, 3),

@@ -205,6 +205,7 @@ class Size:
                 "decode",
                 # Four layers and a small vocabulary are no 8B: a smoke run's times are held to nothing.
                 passed=None if self.smoke else passed,
+                kind="decode",
                 batch=batch,
                 subject=subject.name,
                 **values,

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("1B",) if smoke else ("8B", "1B"):
         config = {**SIZES[name], **({"num_hidden_layers": 2} if smoke else {})}
         for form in FORMS:
-            row: dict[str, Any] = {"what": "transformers", "model": name, "form": form}
+            row: dict[str, Any] = {"what": "transformers", "kind": "decode", "model": name, "form": form}
             try:
                 row |= step_times(config, form, steps=8 if smoke else 32)
             except Exception as err:  # what one form cannot do costs the other ones nothing

@@ -40,26 +40,30 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
 ) -> None:
-    """Compare an artefact with PyTorch: decisions, logits, greedy tokens. Exit code 1 if it fails."""
+    """Compare an artefact with PyTorch: decisions, logits, greedy tokens. Exit code 1 if it fails, 4 if it cannot run."""
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
-    from dlo_export.exporter.exit_codes import PARITY_FAILED  # noqa: PLC0415
+    from dlo_export.exporter.exit_codes import MACHINE, PARITY_FAILED  # noqa: PLC0415
     from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
     from dlo_export.exporter.layer_parity import check_parity_by_layer  # noqa: PLC0415
     from dlo_export.exporter.parity_check import check_parity  # noqa: PLC0415
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.exporter.sources.source import open_source  # noqa: PLC0415
     from dlo_export.exporter.tensorrt.plan import graph_options  # noqa: PLC0415
+    from dlo_export.plugins.ort_registration import no_library  # noqa: PLC0415
     from dlo_export.runtimes.artefact.files import check_model_files  # noqa: PLC0415
     from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER  # noqa: PLC0415
 
     description = open_description(artefact)
     if by_layer and (provider or description.provider) != "cpu":
-        raise InputError("--by-layer compares on the CPU, --provider cuda is another", hint="add --provider cpu")
+        asked = "--provider cuda is another" if provider else f"{artefact} was made for cuda"
+        raise InputError(f"--by-layer compares on the CPU, {asked}", hint="add --provider cpu")
     if by_layer and device != "cpu":
         raise InputError(f"--by-layer compares on the CPU, --device {device} is another", hint="leave --device out")
     runs_it = BY_PROVIDER[provider or description.provider]
     runs_it.check_here()
+    if description.plugin_operators and ort_plugin_library is None:
+        raise no_library(description.plugin_operators)
     check_model_files(description, artefact)
     reporter = Reporter(verbose=verbose)
     with naming_allow_nonfinite():
@@ -89,3 +93,6 @@ def main(
         typer.echo(report.summary())
     if report.verdict == "FAIL":
         raise typer.Exit(PARITY_FAILED)
+    if report.verdict == "NOT RUN":
+        # Nothing else was asked for: who goes by exit codes must not take it for proof.
+        raise typer.Exit(MACHINE)

@@ -26,6 +26,7 @@ class DeviceMemory:
         self._any_output = session.get_outputs()[0].name
         self._place = (provider.device, provider.device_id)
         self._value: ort.OrtValue | None = None
+        self._part: tuple[object, ort.OrtValue] | None = None  # what was read last, and from where
         self._bytes = 0
         self._address = 0
 
@@ -78,13 +79,16 @@ class DeviceMemory:
             shape: Of the array.
             first: Index of its first element.
         """
-        # A binding makes a value of any part of memory without copying it, under the name of some output; nothing is
-        # run. NumPy has no bfloat16: its bits are taken.
-        part = self._session.io_binding()
-        stored = UINT16 if kind == BFLOAT16 else kind
         place = self._address + first * kind.itemsize
-        part.bind_output(self._any_output, *self._place, stored.onnx_number, list(shape), place)
-        return np.array(part.get_outputs()[0].numpy(), copy=True).view(kind.numpy)
+        asked = (kind, tuple(shape), place)
+        if self._part is None or self._part[0] != asked:
+            # A binding makes a value of any part of memory without copying it, under the name of some output; nothing
+            # is run. NumPy has no bfloat16: its bits are taken.
+            part = self._session.io_binding()
+            stored = UINT16 if kind == BFLOAT16 else kind
+            part.bind_output(self._any_output, *self._place, stored.onnx_number, list(shape), place)
+            self._part = asked, part.get_outputs()[0]
+        return np.array(self._part[1].numpy(), copy=True).view(kind.numpy)
 
     def bind_input(
         self, binding: ort.IOBinding, name: str, kind: ElementType, shape: Sequence[int], first: int = 0

@@ -19,7 +19,8 @@ class GrowingCache:
     """Past and present of a decoder, bound to memory that is allocated once in many steps, where the provider computes.
 
     Left to ONNX Runtime, every step allocates a present for every layer anew, which costs SmolLM2-135M 7 % of a decode
-    step behind 128 tokens.
+    step behind 128 tokens. A past is bound as the value that the step before returned, which costs the host less than
+    to name its memory by device and address.
 
     Args:
         states: Shape and element type of every state input before the first token; its axis of size 0 grows.
@@ -37,29 +38,35 @@ class GrowingCache:
         self._present_of = present_of
         self._past = 0
         self._next = 0
+        self._values: dict[str, ort.OrtValue] = {}
         self._read = {name: new_memory() for name in states}
         self._write = {name: new_memory() for name in states}
 
     def bind(self, binding: ort.IOBinding, sequence: int) -> None:
-        """Binds the past, and buffers for the present behind `sequence` more tokens."""
+        """Binds the past, and buffers for the present behind `sequence` more tokens; no outputs after it."""
         self._next = self._past + sequence
         for name, (sizes, kind) in self._states.items():
-            past, present = self._read[name], self._write[name]
-            old, new = _with_tokens(sizes, self._past), _with_tokens(sizes, self._next)
-            past.reserve(math.prod(old) * kind.itemsize)
+            present, new = self._write[name], _with_tokens(sizes, self._next)
             if present.bytes < math.prod(new) * kind.itemsize:
                 room = _with_tokens(sizes, self._next + self._next // 2 + _HEADROOM)
                 present.reserve(math.prod(room) * kind.itemsize)
-            past.bind_input(binding, name, kind, old)
+            if name in self._values:
+                binding.bind_ortvalue_input(name, self._values[name])
+            else:
+                past, old = self._read[name], _with_tokens(sizes, self._past)
+                past.reserve(math.prod(old) * kind.itemsize)
+                past.bind_input(binding, name, kind, old)
             present.bind_output(binding, self._present_of[name], kind, new)
 
-    def advance(self) -> None:
+    def advance(self, binding: ort.IOBinding) -> None:
         """After the step: what was written is read next."""
+        self._values = dict(zip(self._states, binding.get_outputs()[-len(self._states) :], strict=True))
         self._past = self._next
         self._read, self._write = self._write, self._read
 
     def repeat(self, branches: int) -> None:
         """Makes so many equal sequences of one."""
+        self._values = {}
         for name, memory in self._read.items():
             sizes, kind = self._states[name]
             past = memory.read(kind, _with_tokens(sizes, self._past))

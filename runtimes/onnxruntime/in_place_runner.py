@@ -12,7 +12,14 @@ import numpy as np
 import onnxruntime as ort
 
 from dlo_export.checkpoints.dtypes import ElementType
-from dlo_export.checkpoints.interface import INPUT_IDS, KV_LENGTHS, POSITION_IDS, WRITE_INDICES, force_active_name
+from dlo_export.checkpoints.interface import (
+    INPUT_IDS,
+    KV_LENGTHS,
+    LOGITS,
+    POSITION_IDS,
+    WRITE_INDICES,
+    force_active_name,
+)
 from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.onnxruntime.device_memory import DeviceMemory
 from dlo_export.runtimes.onnxruntime.providers import CPU
@@ -83,7 +90,8 @@ class InPlaceRunner(StaticRunner):
         self._check_positions(step)
         if step.ragged == 1 and not request.hidden_states:
             return self._run_decode(step, request)
-        # Each sequence by itself and without padding; what nobody reads, of padding, stays 0.
+        # Each sequence by itself and without padding; what nobody reads, of padding, stays 0. Where the last token's
+        # logits are asked for, the others, megabytes of a long prompt, stay where they were computed.
         joined: dict[str, np.ndarray] = {}
         for row, count in enumerate(step.counts):
             if not count:
@@ -92,8 +100,9 @@ class InPlaceRunner(StaticRunner):
             feeds[KV_LENGTHS] = step.feeds[KV_LENGTHS][row : row + 1]
             bound = _BoundStep(self._session, self._cache, feeds, request, row)
             for name, value in bound.run(feeds, None).items():
-                whole = joined.setdefault(name, np.zeros((step.batch, step.ragged, *value.shape[2:]), np.float32))
-                whole[row, :count] = value[0]
+                last = name == LOGITS and request.last_logits
+                shape = (step.batch, 1 if last else step.ragged, *value.shape[2:])
+                joined.setdefault(name, np.zeros(shape, np.float32))[row, : 1 if last else count] = value[0]
         return joined
 
     def _run_decode(self, step: StaticCacheStep, request: StepRequest) -> Mapping[str, np.ndarray]:
@@ -152,7 +161,7 @@ class _BoundStep:
         self.batch = len(feeds[KV_LENGTHS])
         self._session = session
         self._binding: ort.IOBinding = session.binding()
-        self._request = dataclasses.replace(request, input_ids=feeds[INPUT_IDS], last_logits=False)
+        self._request = dataclasses.replace(request, input_ids=feeds[INPUT_IDS])
         # Memory of its own: an address that a graph has captured is nobody else's.
         self._outputs = StepOutputs(session.interface, session.memory)
         self._outputs.bind(self._binding, self._request)

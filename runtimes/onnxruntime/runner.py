@@ -64,7 +64,7 @@ class OnnxRuntimeRunner(GrowingRunner):
         self._outputs.bind(binding, request)
         self._cache.bind(binding, request.sequence)
         self._session.run(binding)
-        self._cache.advance()
+        self._cache.advance(binding)
         return self._outputs.read(binding, request)
 
     def _free(self) -> None:

@@ -13,8 +13,9 @@ import pytest
 from benchmarks import gpu_evidence
 from benchmarks.gpu.evidence import BAR_MISSED, DONE, NO_GPU, Evidence
 from benchmarks.gpu.evidence_bars import judge_bars
-from benchmarks.gpu.genai_decode import PEER
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
+
+DATA = Path(__file__).parents[1] / "data" / "gpu_evidence"
 
 
 def _rows(folder: Path) -> list[dict[str, object]]:
@@ -59,7 +60,7 @@ def test_evidence_counts_what_was_over_before_when_it_is_told(tmp_path: Path) ->
 def test_report_has_every_row_when_one_failed_and_one_was_cut_short(tmp_path: Path) -> None:
     evidence = Evidence("made", tmp_path, budget_s=60)
     for skipped, step_ms in ((0.5, 2.0), (0.0, 3.0)):
-        evidence.row("decode", passed=True, model="8B", batch=1, skipped=skipped, step_ms=step_ms)
+        evidence.row("decode", passed=True, kind="decode", model="8B", batch=1, skipped=skipped, step_ms=step_ms)
     with evidence.guard("broken"):
         raise ValueError("a | b")
     evidence.close()
@@ -67,7 +68,7 @@ def test_report_has_every_row_when_one_failed_and_one_was_cut_short(tmp_path: Pa
         file.write('{"part": "made", "what": "cut sho')
     rows = gpu_evidence.read_rows(tmp_path)
     gpu_evidence.write_report(rows, tmp_path)
-    lines = (tmp_path / "evidence.md").read_text().split("\n\n")[1].splitlines()
+    lines = (tmp_path / "rows.md").read_text().splitlines()
     assert len(lines) == 2 + 3
     assert "skipped 0.5" in lines[2]
     assert "| broken | NO | error ValueError: a / b |" in lines[4]
@@ -75,47 +76,94 @@ def test_report_has_every_row_when_one_failed_and_one_was_cut_short(tmp_path: Pa
         assert (tmp_path / "decode.png").stat().st_size > 0
 
 
-def _row(part: str, what: str, passed: bool | None = None, **figures: Any) -> dict[str, Any]:
-    return {"part": part, "what": what, "passed": passed, **figures}
+def _measured() -> list[dict[str, Any]]:
+    """What all parts said in one run on an H200: of the rows that bars are judged by, the fields that they are."""
+    return gpu_evidence.read_rows(DATA)
 
 
-def test_a_bar_is_not_measured_when_a_way_or_a_model_is_missing() -> None:
-    rows = [
-        _row("kernels", "cubin, decode: against NumPy", True),
-        _row("onnxruntime_parity", "parity reference_mlp_routed, fp32, masked", True),
-        _row("transformers", "transformers", model="8B", form="eager", ms={"median": 20.0}),
+def _save(rows: list[dict[str, Any]], folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _without(part: str, **fields: Any) -> list[dict[str, Any]]:
+    return [
+        row
+        for row in _measured()
+        if row["part"] != part or any(row.get(name) != value for name, value in fields.items())
     ]
-    assert {bar.passed for bar in judge_bars([])} == {None}
-    assert {bar.passed for bar in judge_bars(rows)} == {None}
-    assert judge_bars(rows)[0].found == "no Triton JIT, libdlo_plugins.so by a C++ host, compute-sanitizer"
 
 
-def test_bars_are_judged_by_all_rows_when_every_part_wrote_some() -> None:
-    said = "libdlo_plugins.so by a C++ host under compute-sanitizer memcheck"
-    efficiency = {"efficiency_removed": 0.92, "efficiency_proportional": 0.7, "efficiency_copied": 1.1}
-    rows = [
-        *(_row("kernels", f"{way}: against NumPy", True) for way in ("Triton JIT, decode", "cubin, decode", said)),
-        _row("onnxruntime_parity", "parity reference_mlp_routed, fp32, masked", True),
-        _row("onnxruntime_parity", "parity smollm2, bf16, if", None),
-        _row("onnxruntime_parity", "parity --device cuda", False),
-        _row("onnxruntime", "decode", model="8b", batch=1, graph="dense", step_ms=5.0),
-        _row(
-            "onnxruntime", "decode", True, model="8b", batch=1, skipped=0.5, step_ms=3.5, graph="routed", **efficiency
+def test_every_bar_holds_when_the_rows_are_those_of_the_documented_run() -> None:
+    bars = judge_bars(_measured())
+    assert [bar.what for bar in bars if bar.passed is not True] == []
+    found = {bar.what: bar.found for bar in bars}
+    assert found["ONNX Runtime, dense bf16 decode"] == "0.810 of transformers' compiled, 1.330 of onnxruntime-genai's"
+    assert found["8B decode in pytorch: all active, over dense"] == "1.014"
+    assert found["kernels, 256 of 512 tokens active"] == "times_cublas 1.365"
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "bar", "found"),
+    [
+        ("kernels", {"way": "compute-sanitizer"}, "kernels against NumPy, three ways", "no compute-sanitizer"),
+        ("kernels", {"kind": "skipped"}, "kernels, skipped, in a graph", "no row"),
+        (
+            "onnxruntime_parity",
+            {"lowering": "plugin", "dtype": "fp16"},
+            "ONNX Runtime on CUDA, every lowering, fp32, fp16, bf16",
+            "no reference_mlp_routed in fp16, plugin, smollm2 in fp16, plugin",
         ),
-        _row("pytorch", "decode", False, model="8B", batch=1, skipped=0.0, over_dense={"median": 1.05}),
-        _row("transformers", "transformers", model="8B", form="compiled", ms={"median": 4.0}),
+        ("pytorch", {"skipped": 0.0}, "8B decode in pytorch: all active, over dense", "no row"),
+    ],
+)
+def test_bar_is_not_measured_and_the_command_says_so_when_rows_of_its_part_are_missing(
+    part: str, fields: dict[str, Any], bar: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = _without(part, **fields)
+    unmeasured = {judged.what: judged.found for judged in judge_bars(rows) if judged.passed is None}
+    assert unmeasured == {bar: found}
+    out = _save(rows, tmp_path / "out")
+    assert gpu_evidence.main(["--out", str(out), "--report"]) == BAR_MISSED
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["not_measured"] == [bar]
+    assert gpu_evidence.main(["--out", str(out), "--report", "--parts", "transformers"]) == DONE  # others are not due
+
+
+def test_dense_step_is_judged_by_either_peer_when_the_other_is_missing() -> None:
+    judged = [judge_bars(_without(part))[-1] for part in ("genai", "transformers")]
+    assert [(bar.found, bar.passed) for bar in judged] == [
+        ("0.810 of transformers' compiled, ? of onnxruntime-genai's", True),
+        ("? of transformers' compiled, 1.330 of onnxruntime-genai's", False),
     ]
+    assert judge_bars([])[-1].passed is None
+
+
+def test_bar_fails_when_one_of_its_comparisons_has_no_verdict_or_failed() -> None:
+    for verdict in (None, False):
+        rows = [{**row, "passed": verdict} if row["what"] == "parity smollm2, bf16, if" else row for row in _measured()]
+        bar = next(bar for bar in judge_bars(rows) if bar.asked == "parity PASS")
+        assert (bar.passed, bar.found) == (False, "1 of 52 do not hold: parity smollm2, bf16, if")
+
+
+def test_report_is_written_and_fails_when_a_row_has_another_form_than_its_bar_knows(tmp_path: Path) -> None:
+    rows = _measured()
+    for row in rows:
+        if row["kind"] == "ratio":
+            del row["ratio"]
+    out = _save(rows, tmp_path / "out")
+    assert gpu_evidence.main(["--out", str(out), "--report"]) == BAR_MISSED
     bars = judge_bars(rows)
-    assert bars[-1].found == "1.250 of transformers' compiled, ? of onnxruntime-genai's"
-    passed = {bar.what: bar.passed for bar in bars}
-    assert passed["kernels against NumPy, three ways"] is True
-    assert passed["8B decode in onnxruntime: skip efficiency, half of the MLPs skipped"] is True
-    assert passed["8B decode in onnxruntime: all active, over dense"] is None
-    assert passed["8B decode in pytorch: all active, over dense"] is False
-    assert passed["ONNX Runtime on CUDA, every lowering, fp32, fp16, bf16"] is False  # ambiguous is no PASS
-    assert passed["ONNX Runtime, dense bf16 decode"] is False
-    other = _row("genai", f"decode onnxruntime, dense, cache in place, against onnxruntime-genai, {PEER}", ratio=0.8)
-    assert judge_bars([*rows, other])[-1].passed is True
+    assert [bar.what for bar in bars if bar.passed is not True] == ["ONNX Runtime, dense bf16 decode"]
+    assert bars[-1].found == "its rows cannot be read: KeyError: 'ratio'"
+    assert bars[-1].found in (out / "evidence.md").read_text()
+    assert len((out / "rows.md").read_text().splitlines()) == 2 + len(rows)
+
+
+def test_report_is_refused_when_there_are_no_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_evidence.main(["--out", str(tmp_path / "none"), "--report"]) == 2
+    assert "has no rows" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_evidence_command_names_the_part_when_there_is_none_of_that_name(
@@ -124,6 +172,15 @@ def test_evidence_command_names_the_part_when_there_is_none_of_that_name(
     assert gpu_evidence.main(["--parts", "kernels,magic", "--out", str(tmp_path / "out")]) == 2
     assert "no part 'magic'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_evidence_command_names_the_folder_when_a_file_lies_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert gpu_evidence.main(["--out", str(out)]) == 2
+        assert f"--out {out}: is no folder, or lies in none" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(find_gpu().target is not None, reason="there is a GPU")

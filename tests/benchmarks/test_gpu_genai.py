@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ def test_part_checks_the_cpu_and_says_what_is_missing_when_there_is_no_gpu(
 ) -> None:
     assert gpu_genai.main(["--out", str(tmp_path)]) == NO_GPU
     assert "run it where an NVIDIA GPU is" in capsys.readouterr().err
+
+
+def test_part_ends_with_4_by_name_when_genai_is_not_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert gpu_genai.main(["--out", str(tmp_path)]) == NO_GPU
+    assert "onnxruntime-genai is not installed" in capsys.readouterr().err
 
 
 def test_part_names_the_folder_when_no_graphs_were_prepared_there(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_an_output_is_refused_when_one_element_is_wrong(dtype):
     verdict = case.judge(wrong)
     assert not verdict["passed"]
     assert verdict["error"] > 0.1
-    assert not judged([(case, wrong)], "here")["passed"]
+    assert not judged([(case, wrong)], "here", "here")["passed"]
 
 
 def test_replays_of_a_capture_share_weights_when_decisions_differ():

@@ -6,8 +6,9 @@ import pytest
 from benchmarks.gpu.command_checks import rows_of_commands
 from benchmarks.gpu.dense_decode_times import time_decode
 from benchmarks.gpu.evidence import BAR_MISSED, NO_GPU, Evidence
+from benchmarks.gpu.evidence_bars import DTYPES, MODELS
 from benchmarks.gpu.evidence_processes import Process, run_processes
-from benchmarks.gpu.lowering_parity import ATTENTION, DATA, NATIVE, Job, rows_of
+from benchmarks.gpu.lowering_parity import ATTENTION, DATA, NATIVE, Job, jobs, rows_of
 from benchmarks.gpu_onnxruntime_parity import main, process_of
 from dlo_export.runtimes.onnxruntime.providers import CPU
 from tests.tiny_models import save_tiny_llama
@@ -34,11 +35,23 @@ def test_rows_pass_when_attention_alone_is_routed(subject: str):
     assert [row["passed"] for row in rows_of(job)] == [True] * 6
 
 
+def test_every_comparison_that_the_bar_asks_for_is_made_when_model_and_library_are_given():
+    asked = {
+        (name, dtype, lowering) for name, lowerings in MODELS.items() for dtype in DTYPES for lowering in lowerings
+    }
+    made = {
+        (job.subject, job.dtype, lowering)
+        for job in jobs(Path("model"), "library", smoke=False)
+        for lowering in job.lowerings
+    }
+    assert asked <= made
+
+
 def test_rows_of_a_process_are_kept_when_another_one_fails(tmp_path):
     evidence = Evidence("part", tmp_path, 100)
     model = save_tiny_llama(tmp_path / "model", layers=2)
     dense = Job("tiny", str(model), "fp32", ("none",), provider="cpu", device="cpu")
-    run_processes(evidence, [process_of(dense), Process("gone", "no_such_module")], 90)
+    run_processes(evidence, [process_of(dense), Process("gone", "no_such_module", fields={"kind": "parity"})], 90)
     assert evidence.close() == BAR_MISSED
     rows = [json.loads(line) for line in (tmp_path / "part.jsonl").read_text().splitlines()]
     assert [(row["what"], row["passed"]) for row in rows] == [
@@ -46,6 +59,7 @@ def test_rows_of_a_process_are_kept_when_another_one_fails(tmp_path):
         ("parity tiny, fp32, none", True),
         ("gone", False),
     ]
+    assert rows[-1]["kind"] == "parity"  # so that its bar sees it
     assert "ended with 1: " in rows[-1]["error"]
     assert "no_such_module" in rows[-1]["error"]
 

@@ -27,6 +27,21 @@ def test_check_fails_when_the_decoder_is_not_the_model(monkeypatch):
         pytorch_checks.check()
 
 
+@pytest.mark.parametrize(
+    ("flipped", "error", "kind", "verdict"),
+    [
+        (0, 1e-6, "float32", True),
+        (1, 1e-6, "float32", False),
+        (0, 0.5, "bfloat16", False),
+        (0, float("nan"), "bfloat16", False),
+        (2, 0.5, "bfloat16", None),
+        (50, 0.001, "bfloat16", False),
+    ],
+)
+def test_decoder_is_judged_by_its_logits_unless_few_decisions_flipped(flipped, error, kind, verdict):
+    assert pytorch_checks.judge({"flipped": flipped, "decisions": 144, "error": error}, kind) is verdict
+
+
 def test_dense_and_routed_models_have_the_same_weights_when_one_has_routers():
     dense, routed = (random_model(TINY, routed=routed, device="cpu", dtype=torch.float32) for routed in (False, True))
     others = routed.state_dict()

@@ -98,6 +98,24 @@ def test_tokens_are_the_same_when_a_runner_is_used_again_for_another_batch(tmp_p
     assert first[1] == alone == first[0][:1]
 
 
+def test_last_logits_are_the_last_of_all_when_steps_are_ragged_and_some_sequence_has_none(tmp_path: Path) -> None:
+    graphs = Graphs(source_of(tmp_path / "model"), "none", tmp_path)
+    found = []
+    with graphs.runner() as runner:
+        for last_logits in (False, True):
+            runner.reset(len(PROMPTS))
+            found.append(
+                [
+                    runner.step(fed.input_ids, fed.attention_mask, fed.position_ids, last_logits=last_logits).logits
+                    for fed in step_feeds([np.array(prompt) for prompt in PROMPTS], 3, 1)
+                ]
+            )
+    assert [logits.shape[1] for logits in found[1]] == [1, 1, 1]
+    for whole, last in zip(*found, strict=True):
+        np.testing.assert_array_equal(last, whole[:, -1:])
+    assert not found[1][0][1].any()  # of nothing but padding
+
+
 def test_slots_are_zeros_until_they_are_filled(tmp_path: Path) -> None:
     """CUDA's attention multiplies what nobody has filled by 0."""
     graphs = Graphs(source_of(tmp_path / "model"), "none", tmp_path)

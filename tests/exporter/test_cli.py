@@ -52,6 +52,15 @@ def test_export_writes_a_self_describing_artefact_when_the_model_is_routed(tmp_p
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"model.onnx", "model.onnx.data", "config.json"}
 
 
+def test_parity_ends_with_4_when_it_cannot_run(tmp_path):
+    artefact = tmp_path / "bf16"
+    assert dlo("export", REFERENCE, "-o", artefact, "--dtype", "bf16", "--no-parity").returncode == 0
+    for options in ((), ("--by-layer",)):
+        result = dlo("parity", artefact, REFERENCE, *options)
+        assert result.returncode == MACHINE, result.stderr
+        assert "parity NOT RUN: ONNX Runtime's CPU provider does not implement bfloat16" in result.stdout
+
+
 def test_export_passes_parity_when_nothing_is_said_about_it(tmp_path):
     result = dlo("export", REFERENCE, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr

@@ -5,7 +5,7 @@ import pytest
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.checkpoints.interface import TOKEN_INPUTS
-from dlo_export.exporter.genai_config import genai_config
+from dlo_export.exporter.genai_config import genai_config, with_operator_library
 from tests.tiny_models import save_tiny_llama
 
 
@@ -31,3 +31,14 @@ def test_only_inputs_that_the_graph_has_are_named(config):
     decoder = genai_config(config, 5, GenerationConfig(), TOKEN_INPUTS[:2])["model"]["decoder"]
     assert decoder["num_hidden_layers"] == 5
     assert set(TOKEN_INPUTS) & decoder["inputs"].keys() == set(TOKEN_INPUTS[:2])
+
+
+def test_operator_library_is_named_as_long_as_the_graph_needs_it_when_nobody_named_another(config):
+    dense = genai_config(config, 3, GenerationConfig(), TOKEN_INPUTS)
+    named = with_operator_library(dense, needed=True)
+    assert named["model"]["decoder"]["session_options"]["custom_ops_library"] == "libdlo_ort.so"
+    assert with_operator_library(named, needed=False) == with_operator_library(dense, needed=False) == dense
+    theirs = {"model": {"decoder": {"session_options": {"custom_ops_library": "theirs.so"}}}}
+    assert with_operator_library(theirs, needed=True) == with_operator_library(theirs, needed=False) == theirs
+    without = {"model": {"decoder": {}}}
+    assert with_operator_library(without, needed=False) == without

@@ -87,6 +87,17 @@ def test_graph_is_refused_when_it_is_not_what_config_json_says(tmp_path) -> None
     assert "export the model once with each --lowering" in str(err.value)
 
 
+def test_genai_config_names_the_operators_library_when_the_new_lowering_has_them(tmp_path) -> None:
+    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED)
+    artefact = exported(tmp_path, lowering="compact")
+    for lowering, named in (("plugin", True), ("compact", False)):
+        description = open_description(artefact)
+        model = ReloweredGraph(artefact, description).lowered(lowering)
+        rewrite_lowering(artefact, description, model, lowering, "a reason", 0.0)
+        assert open_description(artefact).lowering == lowering
+        assert ("libdlo_ort.so" in (artefact / "genai_config.json").read_text()) is named
+
+
 def test_bench_tunes_an_artefact_when_its_lowerings_are_measured(tmp_path) -> None:
     save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, vocab=300)
     save_byte_tokenizer(tmp_path / "model", 300)

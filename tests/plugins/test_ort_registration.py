@@ -1,9 +1,11 @@
 """What is said of a library that cannot be libdlo_ort.so, and what is exported without one."""
 
+import json
 import shutil
 import subprocess
 
 import onnxruntime as ort
+import onnxruntime_genai as og
 import pytest
 from typer.testing import CliRunner
 
@@ -13,9 +15,10 @@ from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.graph_passes.spec.ops import VERSION
-from dlo_export.plugins.errors import PluginLibraryError
+from dlo_export.plugins.errors import PluginError, PluginLibraryError
 from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE
 from dlo_export.plugins.ort_registration import register_library
+from dlo_export.plugins.registration import load_library
 from tests.tiny_models import save_tiny_llama
 
 
@@ -57,6 +60,18 @@ def test_library_is_refused_when_it_does_not_load(tmp_path):
     assert f"plugin library {path}: does not load here" in refusal(path)
 
 
+@pytest.mark.parametrize("kept", [0.02, 0.3, 0.6])
+def test_library_is_refused_when_it_was_half_copied(tmp_path, kept):
+    """The system would map it, and end the process where it reads what is not there."""
+    whole = compiled(tmp_path, f"int dlo_operator_version(void) {{ return {VERSION}; }}\nint numbers[9999] = {{1}};")
+    content = whole.read_bytes()
+    path = tmp_path / "half.so"
+    path.write_bytes(content[: int(len(content) * kept)])
+    assert refusal(path).endswith("half.so: is cut short")
+    with pytest.raises(PluginError, match="is cut short"):
+        load_library(None, path)  # TensorRT is not asked
+
+
 def test_library_is_refused_when_it_is_another_one(tmp_path):
     assert refusal(compiled(tmp_path, "int other;")).endswith("is not libdlo_ort.so")
 
@@ -79,6 +94,20 @@ def test_plugin_lowering_is_exported_with_parity_not_run_when_there_is_no_librar
     assert open_description(artefact.folder) == artefact.description
     with pytest.raises(PluginLibraryError, match="none is given"):
         open_artefact(artefact.folder)
+
+
+def test_parity_ends_with_4_when_there_is_no_library(artefact, checkpoint, monkeypatch):
+    monkeypatch.delenv(ORT_LIBRARY_VARIABLE, raising=False)
+    result = CliRunner().invoke(app, ["parity", str(artefact.folder), str(checkpoint)])
+    assert isinstance(result.exception, PluginLibraryError)
+    assert result.exception.message.endswith("libdlo_ort.so alone, and none is given")
+
+
+def test_genai_config_names_the_library_when_the_graph_has_its_operators(artefact):
+    settings = json.loads((artefact.folder / "genai_config.json").read_text())
+    assert settings["model"]["decoder"]["session_options"]["custom_ops_library"] == "libdlo_ort.so"
+    with pytest.raises(Exception, match=r"Failed to load library libdlo_ort\.so"):
+        og.Model(str(artefact.folder))
 
 
 def test_export_ends_with_4_before_any_work_when_the_library_is_missing(checkpoint, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dlo_export.checkpoints.dtypes import BFLOAT16, FLOATS, ElementType
+from dlo_export.checkpoints.dtypes import BFLOAT16, FLOAT32, FLOATS, ElementType
 from dlo_export.runtimes.errors import BackendUnavailableError
 from dlo_export.runtimes.onnxruntime.device_memory import DeviceMemory
 from dlo_export.runtimes.onnxruntime.machine_faults import check_machine
@@ -76,6 +76,19 @@ def test_memory_gives_a_part_when_it_is_asked_for_one() -> None:
     np.testing.assert_array_equal(part.astype(np.float32), [[6, 7], [8, 9]])
     memory.write(np.zeros((3, 4), ml_dtypes.bfloat16))
     assert float(part[0, 0]) == 6
+
+
+def test_memory_gives_what_it_holds_now_when_it_is_read_again() -> None:
+    memory = DeviceMemory(ort.InferenceSession(_identity(), providers=[CPU.name]), CPU)
+    memory.overwrite(np.arange(4, dtype=np.float32))
+    before = memory.read(FLOAT32, (1, 4))
+    memory.overwrite(np.arange(4, 8, dtype=np.float32))
+    np.testing.assert_array_equal(memory.read(FLOAT32, (1, 4)), [[4, 5, 6, 7]])
+    np.testing.assert_array_equal(memory.read(FLOAT32, (2, 1), 2), [[6], [7]])
+    memory.reserve(1 << 20)  # elsewhere
+    memory.overwrite(np.full(1 << 18, 8, np.float32))
+    np.testing.assert_array_equal(memory.read(FLOAT32, (2, 1), 2), [[8], [8]])
+    np.testing.assert_array_equal(before, [[0, 1, 2, 3]])
 
 
 def test_memory_is_refused_when_there_is_not_so_much() -> None:
