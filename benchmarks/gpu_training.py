@@ -39,9 +39,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.evidence import Evidence, run_part
+from benchmarks.gpu.evidence import BEGUN, Evidence, run_part
 from benchmarks.papers.claims import claims
 from benchmarks.papers.forms import FORMS, with_values
+from benchmarks.papers.report import heading, write_plots, write_tables
 from benchmarks.papers.results import Results
 from benchmarks.papers.shipped import SHIPPED
 from benchmarks.papers.tasks import task_files
@@ -54,15 +55,16 @@ from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _DLO = (sys.executable, "-c", "from dlo_export.exporter.cli import main; raise SystemExit(main())")
-_FORM = "five-minutes"
+_FORM = "gpu"
 _BATCH = 32  # sequences of a step, of the rates
 _OWN = ("train-original", "train-routed-0.80-seed-0")  # runs of the first process
 _PARTS = ("rates", "trials", "papers", "adapter")
-_FINISHING_S = 12.0  # behind the experiments, for tables and the archive
+_FINISHING_S = 12.0  # behind the experiments, for the archive, plots and the end of everything
+_PLOTS_S, _ENDING_S = 5.0, 3.0  # the last are for removing what was trained, a gigabyte and more
 _TIMING_S = 45.0  # of artefacts, when nothing trains
-_ADAPTER_S, _PACKING_S = 60.0, 6.0
+_ADAPTER_S, _PACKING_S = 60.0, 6.0 + _ENDING_S
 _RATES_S, _EAGER_S, _LAST_WORDS_S = 90.0, 30.0, 3.0
-_TO_TRAIN = 0.88  # of the experiments' time; in the rest the first process measures what the others trained
+_TO_TRAIN = 0.75  # of the experiments' time; in the rest the first process measures what the others trained
 _LARGEST_ARCHIVE = 15_000_000
 _COMPILED = Path(tempfile.gettempdir()) / "dlo-compiled"  # files in there name each other, so it never moves
 _OF_TRAINER = 0.9  # tokens per second of dlo train over those of transformers' Trainer on the dense model
@@ -236,7 +238,7 @@ def measure(inputs: Inputs, evidence: Evidence, smoke: bool) -> None:
         if trains_adapter and evidence.fits("adapter", 25):
             part.finish_adapter(part.start_adapter(), evidence.left - 5)
         if "papers" in chosen:
-            part.finish_shipped(max(2.0, evidence.left - 8))
+            part.finish_shipped(max(2.0, evidence.left - _PLOTS_S - _ENDING_S))
         if inputs.compile and evidence.fits("compiled code", _PACKING_S):
             part.keep_compiled()
 
@@ -426,19 +428,21 @@ class _Part:
             for claim in claims(results):
                 # A tiny model shows that the command works, and nothing about the methods.
                 self._evidence.row(claim.what, passed=None if self._smoke else claim.passed, **claim.figures)
-            self._pack()
-            self._tabulate()
-            self._pack()
+            self._report(results)
 
     def _wait_for_artefacts(self, child: Child, until: float) -> None:
         if not child.wait(max(1.0, until - time.monotonic()), lambda: self._note(Results(self._results), pack=False)):
             self._evidence.row(child.name, passed=False, error=child.complaint())
 
-    def _tabulate(self) -> None:
-        """Tables and plots anew: artefacts came behind those that were written."""
-        command = [*self._command(self._results, 1), "--only", "shipped"]
-        command += ["--set", *self._in.changes] if self._in.changes else []
-        self._child("tables", *command).wait(max(8.0, min(25.0, self._evidence.left)))
+    def _report(self, results: Results) -> None:
+        """Tables, at once, and packed; then plots, if there is time: those of earlier processes may be older."""
+        form = (self._form, with_values(FORMS[self._form], self._in.changes))
+        given, seconds = self._in, self._evidence.budget_s
+        write_tables(results, heading(results, form, model=given.model.name, device=given.device, budget_s=seconds))
+        self._pack()
+        if self._evidence.fits("plots", _PLOTS_S):
+            write_plots(results)
+            self._pack()
 
     def _note(self, results: Results, prefix: str = "papers: ", *, pack: bool = True) -> None:
         """Rows of results that are new, and the archive with them: whoever ends this has all that there was."""
@@ -451,7 +455,7 @@ class _Part:
             self._pack()
 
     def _pack(self) -> None:
-        kept = [self._results / name for name in ("runs", "plots", "papers.md", "reproduction.json")]
+        kept = [self._results / name for name in ("runs", "left-out", "plots", "papers.md", "reproduction.json")]
         _archive(self._evidence.out / "papers.tar.xz", [path for path in kept if path.exists()])
         logs = sorted(self._folder.glob("*.log"))
         _archive(self._evidence.out / "logs.tar.xz", logs)
@@ -535,10 +539,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", default=(), dest="changes")
     parser.add_argument("--trial", action="append", default=[], dest="trials")
     parser.add_argument("--workers", type=int, default=1, choices=(1, 2, 3, 4))
+    begun = BEGUN if arguments is None else time.monotonic()
     asks_for_help = "--help" in (arguments or sys.argv[1:])
     parsed, others = (None, ["--help"]) if asks_for_help else parser.parse_known_args(arguments)
     inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path(), Path())
-    return run_part("training", __doc__, inputs.check, functools.partial(measure, inputs), others)
+    return run_part("training", __doc__, inputs.check, functools.partial(measure, inputs), others, begun=begun)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.reproduce_papers --quick                      # a tiny model, within three minutes on two cores
     python -m benchmarks.reproduce_papers --form hour                  # SmolLM2-135M, an hour of two cores
-    python -m benchmarks.reproduce_papers --form full --device cuda    # SmolLM2-135M, ten minutes of a large GPU
+    python -m benchmarks.reproduce_papers --form gpu --device cuda     # SmolLM2-135M, ten minutes of a large GPU
 
 (a) loss right after a model was enlarged, by every method; (b) loss against tokens and FLOPs of fine-tuning; (c)
 perplexity against active rate, of routers and of what skips as much without any; (d) perplexity and speed of exported
@@ -11,7 +11,8 @@ artefacts; (e) which layers and which tokens skip.
 Every result is a JSON file in the output folder, and what is there is never repeated: the same command goes on where it
 was stopped. Speed is measured first, whatever the budget; then the budget decides how many tokens each run gets, and
 what does not fit is left out and named. Prints the tables and one JSON line. Exit codes: 0 done; 1 a method that must
-keep the function does not; 2 bad arguments; 4 no such device. The `full` form was never run to its end.
+keep the function does not; 2 bad arguments; 4 no such device. `benchmarks.gpu_training` runs the `gpu`
+form in several processes at once.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only",
         choices=["expansion", "training", "exported", "shipped", "trained", "runs"],
-        help="table (a); all but (d); (d); runs alone; some runs of another's plan",
+        help="table (a); (b), (c) and (e); (d) untimed; (d); runs alone; some runs of another's plan",
     )
     parser.add_argument("--runs", nargs="+", default=(), help="of --only runs: which; it waits for the plan of another")
     parser.add_argument("--elsewhere", nargs="+", default=(), help="runs that other processes train, to wait for")

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="to write to")
     given = parser.parse_args()
     path, folder = given.model, given.folder
-    form = FORMS["five-minutes"]
+    form = FORMS["gpu"]
     results = Results(folder)
     prepare_text(
         results.text, training_tokens=_TRAINING_TOKENS, held_out_tokens=form.held_out_tokens, packages=form.packages

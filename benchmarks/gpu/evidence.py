@@ -17,6 +17,9 @@ from dlo_export.exporter.exit_codes import exit_code, report_error
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
 
 DONE, BAR_MISSED, NO_GPU = 0, 1, 4
+BEGUN = time.monotonic()
+"""The process', for what it runs by its command line: imports come behind, of which PyTorch's takes a new machine ten
+seconds."""
 
 
 def make_folder(out: Path) -> None:
@@ -37,26 +40,28 @@ class Evidence:
     Args:
         part: Its name; rows go to `<out>/<part>.jsonl`.
         out: Folder, made where it is missing.
-        budget_s: Seconds from now that the part may take.
+        budget_s: Seconds that the part may take.
+        begun: When they began, on the monotonic clock; now, if not given.
 
     Attributes:
         out: As given.
         rows: What was written so far.
+        budget_s: As given.
     """
 
-    def __init__(self, part: str, out: Path, budget_s: float) -> None:
+    def __init__(self, part: str, out: Path, budget_s: float, begun: float | None = None) -> None:
         self.out = out
         self.rows: list[dict[str, Any]] = []
         self._part = part
-        self._start = time.monotonic()
-        self._budget_s = budget_s
+        self._start = time.monotonic() if begun is None else begun
+        self.budget_s = budget_s
         make_folder(out)
         self._file = (out / f"{part}.jsonl").open("w", encoding="utf-8")
 
     @property
     def left(self) -> float:
         """Seconds that are left."""
-        return self._start + self._budget_s - time.monotonic()
+        return self._start + self.budget_s - time.monotonic()
 
     def row(self, what: str, *, passed: bool | None = None, **values: Any) -> None:
         """Writes a figure, at once.
@@ -132,6 +137,8 @@ def run_part(
     check: Callable[[], None],
     measure: Callable[[Evidence, bool], None],
     arguments: Sequence[str] | None = None,
+    *,
+    begun: float | None = None,
 ) -> int:
     """The command line of a part: what a CPU can check first, then the GPU.
 
@@ -140,7 +147,9 @@ def run_part(
         description: For --help.
         check: What needs no GPU; raises where it does not hold.
         measure: What needs one; takes where rows go, and whether a smoke run was asked for.
-        arguments: Of the command line.
+        arguments: Of the command line; the process' own, if not given.
+        begun: When its time began, on the monotonic clock; if not given, now, or with the process whose own arguments
+            it was given.
 
     Returns:
         DONE, BAR_MISSED, NO_GPU after what a CPU can check, or the code of a user's error.
@@ -157,7 +166,9 @@ def run_part(
         if not parsed.unchecked:
             check()
         found = card()
-        evidence = Evidence(part, parsed.out, parsed.budget_s)
+        if begun is None:
+            begun = BEGUN if arguments is None else time.monotonic()
+        evidence = Evidence(part, parsed.out, parsed.budget_s, begun)
     except DloError as err:
         report_error(err)
         return exit_code(err)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib.util
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from benchmarks.papers.budget import Budget, Piece, run_pieces
 from benchmarks.papers.expansion_loss import BASE, expansion_pieces, pass_seconds
 from benchmarks.papers.experiment import Experiment
 from benchmarks.papers.forms import Form
-from benchmarks.papers.plots import save_plots
+from benchmarks.papers.report import heading, write_plots, write_tables
 from benchmarks.papers.results import Results
 from benchmarks.papers.shipped import shipped_pieces
 from benchmarks.papers.skipping_cost import (
@@ -30,7 +29,7 @@ from benchmarks.papers.skipping_cost import (
     retargeted_pieces,
 )
 from benchmarks.papers.subjects import BaseModel
-from benchmarks.papers.tables import COSTS, all_tables, broken_promises
+from benchmarks.papers.tables import COSTS, broken_promises
 from benchmarks.papers.tasks import task_files, task_pieces
 from benchmarks.papers.text import prepare_text, use_other_chats
 from benchmarks.papers.token_kinds import kind_pieces
@@ -47,7 +46,6 @@ from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 
 _FOR_THE_REPORT_S = 15.0  # tables and plots
-_TABLES = "papers.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +62,8 @@ class Request:
         tasks: Folder of log-likelihood tasks to measure artefacts on.
         data: Chats to train on in place of the extracted ones.
         publish: Folder for copies of the tables and plots.
-        only: ``expansion``: table (a), which needs no training; ``training``: all but artefacts; ``shipped``: artefacts
+        only: ``expansion``: table (a), which needs no training; ``training``: (b), (c) and (e), and (d)'s tasks on
+            checkpoints; ``shipped``: artefacts
             of the models that are there, which needs no GPU; ``exported``: the same without timing them, which is to be
             alone on its cores; ``trained``: training runs, and nothing of what they are
             compared with; ``runs``: some training runs of another process' plan. None for everything.
@@ -121,28 +120,29 @@ def reproduce(request: Request) -> dict[str, Any]:
             }
         )
         experiment = Experiment(base, form, results, request.device, request.tasks)
-        print(f"text: {experiment.prepare()}, {budget.left:.0f} s left", file=sys.stderr, flush=True)
+        ready = experiment.prepare(warm_up=request.only not in ("exported", "shipped"))  # which run on the CPU
+        print(f"text: {ready}, {budget.left:.0f} s left", file=sys.stderr, flush=True)
         left_out: dict[str, str] = {}
         if request.only not in ("exported", "shipped", "runs"):
-            left_out |= run_pieces(expansion_pieces(experiment), results, budget)
+            expanded = expansion_pieces(experiment)
+            whole_table = request.only in (None, "expansion")
+            left_out |= run_pieces(expanded if whole_table else expanded[:1], results, budget)
         if request.only in (None, "training", "trained"):
             left_out |= _run_others(experiment, budget, request)
         if request.only == "runs":
-            return {"form": name, "left_out": _run_some(experiment, budget, request), "passed": True}
+            left_out |= _run_some(experiment, budget, request)
+            results.leave_out(left_out)
+            return {"form": name, "left_out": left_out, "passed": True}
         if request.only in ("exported", "shipped"):
             pieces = shipped_pieces(experiment)
             left_out |= run_pieces(pieces[: -1 if request.only == "exported" else None], results, budget)
-    heading = _heading(request, path, results)
-    tables = all_tables(results, heading, left_out)
-    (results.folder / _TABLES).write_text(tables, encoding="utf-8")
-    plots = save_plots(results)
-    if plots is None:
-        print("plots: left out, matplotlib is not installed (benchmarks/requirements-papers.txt)", file=sys.stderr)
-    if request.publish is not None:
-        request.publish.mkdir(parents=True, exist_ok=True)
-        for file in (results.folder / _TABLES, *(plots or ())):
-            shutil.copy(file, request.publish)
-    print(tables)
+    results.leave_out(left_out)
+    toy = form.toy and request.model is None
+    shown = heading(
+        results, request.form, model=None if toy else path.name, device=request.device, budget_s=request.budget_s
+    )
+    print(write_tables(results, shown))
+    write_plots(results, request.publish)
     broken = broken_promises(results)
     return {
         "form": name,
@@ -290,23 +290,6 @@ def _training_piece(run: TrainingRun, experiment: Experiment, budget: Budget, re
 
     needs = () if run.after is None else (run.after,)
     return Piece(run.name, seconds, functools.partial(train, run, experiment, steps, batch, budget.is_over), needs)
-
-
-def _heading(request: Request, model: Path, results: Results) -> str:
-    name, form = request.form
-    used = "a tiny model made and taught on the spot: it shows that the command works, and nothing about the methods"
-    shown = used if form.toy and request.model is None else model.name
-    lines = [
-        f"`{name}` form on {request.device}, {request.budget_s:.0f} s; model: {shown}.",
-        f"Held out: {form.held_out_tokens:,} tokens of each domain, windows of {form.sequence}, fp32. Training: "
-        f"{form.dtype}, sequences of {form.sequence}.",
-    ]
-    if COSTS in results:
-        costs = results[COSTS]
-        speeds = ", ".join(f"{speed:,.0f} {kind}" for kind, speed in costs["tokens_per_second"].items())
-        how = "Planned with" if "given" in costs else "Measured first"
-        lines.append(f"{how}: {costs['batch']} sequences a step; tokens/s of the deepened model: {speeds}.")
-    return "# The papers' experiments\n\n" + "\n".join(lines)
 
 
 def check(request: Request) -> None:

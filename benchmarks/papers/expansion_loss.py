@@ -13,18 +13,18 @@ BASE = "expanded-original"
 
 
 def expansion_pieces(experiment: Experiment) -> list[Piece]:
-    """The model as it is, deepened by every method, and widened."""
+    """The model as it is, which comes first, deepened by every method, and widened."""
     layers = experiment.base.layers
 
     def deepened(plan: ExpansionPlan) -> MakeModel:
         return lambda base: base.expanded(plan)
 
-    plans = expansions(layers, experiment.form.tli_every) if experiment.form.expansions else {}
+    plans = expansions(layers, experiment.form.tli_every)
     makers: dict[str, tuple[MakeModel, int, bool]] = {"original": (lambda base: base.model(), layers, True)}
     for name, plan in plans.items():
         preserved = all(preserves_function(layer.init) for layer in plan.injected_layers)
         makers[name] = (deepened(plan), plan.num_layers, preserved)
-    for name, make in mixtures().items() if experiment.form.expansions else ():
+    for name, make in mixtures().items():
         makers[name] = (make, layers, "not renormalised" not in name)
 
     def piece(name: str, make: MakeModel, depth: int, preserved: bool) -> Piece:

@@ -52,12 +52,14 @@ class Experiment:
         self.tasks = tasks
         self._routers: dict[tuple[str, float], dict[int, np.ndarray]] = {}
 
-    def prepare(self) -> str:
+    def prepare(self, *, warm_up: bool = True) -> str:
         """Turns all text into tokens, so that no measurement does; says how much there is.
 
-        A GPU's first pass loads its kernels; the first pass that is measured is what all others are estimated by.
+        Args:
+            warm_up: Run the model once on a GPU: the first pass loads its kernels, and the first one that is measured
+                is what all others are estimated by.
         """
-        if self.device != "cpu":
+        if warm_up and self.device != "cpu":
             self.measured(self.base.model())
         sequences = {"to learn": len(self.data.training), "held out": len(self.data.held_out)}
         sequences |= {domain: len(windows) for domain, windows in self.windows.items()}

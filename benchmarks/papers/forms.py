@@ -42,7 +42,6 @@ class Form:
         seeds: Of the trained routers.
         runs: Names of the training runs, by falling importance; none for all of `training_runs`, as they stand there.
         main_runs: So many of the first ones make the main table: it gets as many tokens as there is time for.
-        expansions: Every way to enlarge the model, or where that was measured elsewhere, the original alone.
         packages: Train on installed packages besides the standard library.
         questions: Of each log-likelihood task.
         rounds: Blocks of each artefact's timing.
@@ -77,7 +76,6 @@ class Form:
     seeds: tuple[int, ...] = (0,)
     runs: tuple[str, ...] = ()
     main_runs: int = 11
-    expansions: bool = True
     packages: bool = False
     questions: int = 200
     rounds: int = 7
@@ -85,7 +83,7 @@ class Form:
     decode_tokens: int = 32
 
 
-# What each claim needs: a run that falls behind its time takes those behind it along.
+# What each claim needs comes first: a run that falls behind its time takes those behind it along.
 _BY_WORTH = (
     "train-original",
     "train-deepened",
@@ -98,6 +96,10 @@ _BY_WORTH = (
     "train-llama-pro",
     "train-dus",
     "train-deepened-copies",
+    "train-original-equal-flops",
+    "train-llama-pro-equal-flops",
+    "train-moe",
+    "train-moe-equal-flops",
 )
 
 _QUICK = Form(
@@ -124,27 +126,8 @@ _QUICK = Form(
 FORMS: dict[str, Form] = {
     "quick": _QUICK,
     "hour": Form(),
-    "full": Form(
+    "gpu": Form(
         budget_s=600,
-        training_share=0.65,
-        tokens=15_000_000,
-        least_tokens=1_000_000,
-        probe_steps=6,
-        batches=(16, 32, 64),
-        sequence=1024,
-        learning_rate=5e-5,
-        selection="annealed",
-        skip_weight=0.0,
-        curve_points=8,
-        held_out_tokens=16_384,
-        calibration_tokens=16_384,
-        greedy_tokens=4_096,
-        seeds=(0, 1, 2),
-        packages=True,
-        questions=1000,
-    ),
-    "five-minutes": Form(
-        budget_s=300,
         training_share=0.7,
         tokens=1_600_000,
         least_tokens=250_000,
@@ -159,7 +142,6 @@ FORMS: dict[str, Form] = {
         seeds=(0, 1, 2),
         runs=_BY_WORTH,
         main_runs=15,
-        expansions=False,
         packages=True,
         questions=300,
     ),
@@ -175,7 +157,6 @@ FORMS: dict[str, Form] = {
         targets=Form.targets,
         runs=(*_BY_WORTH[:9], "train-moe"),
         main_runs=10,
-        expansions=False,
     ),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.papers.results import Results
 from benchmarks.papers.shipped import SHIPPED, SPEED
-from benchmarks.papers.skipping_cost import BASELINES, GREEDY, INFLUENCE
+from benchmarks.papers.skipping_cost import BASELINES, CALIBRATED, GREEDY, INFLUENCE, RETARGETED
 from benchmarks.papers.tables import COSTS
 from benchmarks.papers.token_kinds import KINDS
 from benchmarks.papers.token_kinds import PREFIX as KINDS_PREFIX
@@ -54,16 +54,16 @@ def _curves(folder: Path, runs: Mapping[str, Any], flops: Mapping[str, float]) -
 def _skipping(folder: Path, results: Results) -> Path:
     """(c) Perplexity against active rate."""
     figure, (axis,) = _figure(1)
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, list[tuple[float, float | None]]] = {}
+    routed = {"trained": "train-routed-", "moved by thresholds": RETARGETED, "distilled": "train-distilled-"}
+    for name, prefix in {**routed, "calibrated": CALIBRATED}.items():
+        found = [values["all"] for values in results.found(prefix).values() if "diverged" not in values]
+        points[name] = [(each["active"], each["perplexity"]) for each in found]
     for baselines in results.found(BASELINES).values():
-        values = results[baselines["of"]]
-        if "diverged" in values:
-            continue
-        kind = baselines["of"].removeprefix("train-").removeprefix("skipping-").split("-")[0]
-        active = values["all"]["active"]
-        points.setdefault(kind, []).append((active, values["all"]["perplexity"]))
-        for way in ("static", "random, same layers"):
-            points.setdefault(way, []).append((active, baselines[way]["all"]["perplexity"]))
+        for way in ("calibrated", "static", "random, same layers"):
+            if way in baselines:
+                found = baselines[way]["all"]
+                points.setdefault(way, []).append((found["active"], found["perplexity"]))
     for name, way in ((INFLUENCE, "layers by influence"), (GREEDY, "layers, greedily")):
         if name in results:
             values = results[name]
@@ -73,8 +73,10 @@ def _skipping(folder: Path, results: Results) -> Path:
             ]
     for name, places in points.items():
         known = sorted(place for place in places if place[1] is not None)
-        axis.plot([x for x, _ in known], [y for _, y in known], marker="o", label=name)
+        axis.plot([x for x, _ in known], [y for _, y in known], marker=".", linewidth=0.8, label=name)
     axis.set(xlabel="share of MLPs (or layers) that run", ylabel="perplexity", yscale="log")
+    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        which("{x:g}")
     axis.legend(fontsize="small")
     return _saved(figure, folder / "perplexity-against-active-rate.png")
 
@@ -119,6 +121,6 @@ def _saved(figure: Any, file: Path) -> Path:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=90, pil_kwargs={"optimize": True})
     plt.close(figure)
     return file

@@ -11,12 +11,14 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.json_file import finite, read_json, save_json
 
 _DESCRIPTION = "reproduction.json"
+_LEFT_OUT = "left-out"
 
 
 class Results:
     """The output folder.
 
     runs/{name}.json    a piece of work that is done
+    left-out/{name}.json    why one is not
     models/{name}/      what later pieces need of it
     text/               what is trained on and measured on
     tokens/             the chats of it, in tokens
@@ -62,6 +64,18 @@ class Results:
     def save(self, name: str, values: Mapping[str, Any]) -> None:
         """Keeps a result, whole or not at all."""
         self._save(self._file(name), values)
+
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Keeps why pieces are missing, by their names: another process may write the tables."""
+        (self.folder / _LEFT_OUT).mkdir(exist_ok=True)
+        for name, reason in reasons.items():
+            self._save(self.folder / _LEFT_OUT / f"{name}.json", {"reason": reason})
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why pieces are missing, of those that were not done since."""
+        files = sorted((self.folder / _LEFT_OUT).glob("*.json"))
+        return {file.stem: read_json(file)["reason"] for file in files if file.stem not in self}
 
     def found(self, prefix: str) -> dict[str, dict[str, Any]]:
         """The results whose names begin so, by the rest of their names."""

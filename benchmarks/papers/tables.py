@@ -21,13 +21,12 @@ COSTS = "training-costs"
 _WAYS = ("static", "random, same layers", "random, every layer", "calibrated")
 
 
-def all_tables(results: Results, heading: str, left_out: Mapping[str, str]) -> str:
+def all_tables(results: Results, heading: str) -> str:
     """Everything there is, as one document.
 
     Args:
         results: To read.
         heading: What it was run with.
-        left_out: By piece, why it is missing.
     """
     parts = [heading]
     for title, rows in (
@@ -43,7 +42,7 @@ def all_tables(results: Results, heading: str, left_out: Mapping[str, str]) -> s
         header, *cells = rows
         if cells:
             parts.append(f"## {title}\n\n{markdown(header, cells)}")
-    if left_out:
+    if left_out := results.left_out:
         lines = "\n".join(f"* {name}: {reason}" for name, reason in left_out.items())
         parts.append(f"## Left out\n\n{lines}")
     return "\n\n".join(parts) + "\n"
@@ -91,8 +90,10 @@ def _training(results: Results) -> Iterator[Sequence[str]]:
         "FLOPs per token",
         "FLOPs",
         "active MLPs",
-        "watched, loss",
+        "watched: active MLPs",
+        "loss",
         *(f"{domain}, perplexity" for domain in DOMAINS),
+        "all",
         "tokens/s",
     ]
     if COSTS not in results:
@@ -100,7 +101,7 @@ def _training(results: Results) -> Iterator[Sequence[str]]:
     flops = results[COSTS]["flops"]
     for name, values in results.found("train-").items():
         if "diverged" in values:
-            yield [name, "diverged", *[""] * (len(DOMAINS) + 5)]
+            yield [name, "diverged", *[""] * (len(DOMAINS) + 7)]
             continue
         per_token = flops[values["kind"]]
         yield [
@@ -109,10 +110,20 @@ def _training(results: Results) -> Iterator[Sequence[str]]:
             f"{per_token:.3g}",
             f"{per_token * values['tokens']:.3g}",
             f"{values['all']['active']:.1%}",
+            _watched_rate(values),
             _number(values["curve"][-1]["loss"], ".4f"),
-            *(_number(values["domains"][domain]["perplexity"], ".2f") for domain in DOMAINS),
+            *(_number(part["perplexity"], ".2f") for part in (*map(values["domains"].get, DOMAINS), values["all"])),
             f"{values['tokens_per_second']:,.0f}",
         ]
+
+
+def _watched_rate(values: Mapping[str, Any]) -> str:
+    """Share of all MLPs that run on the text thresholds are fitted to, of its half that they are not fitted on."""
+    control, target = values["rate_control"], values["target"]
+    if control is None or target == 1:
+        return "100.0%" if target is None else ""
+    routed = (1 - target) / (1 - control["target"])  # share of layers, since one target was made of the other
+    return f"{1 - routed * (1 - control['after']):.1%}"
 
 
 def _skipping(results: Results) -> Iterator[Sequence[str]]:
@@ -133,27 +144,27 @@ def _skipping(results: Results) -> Iterator[Sequence[str]]:
 
 
 def _seeds(results: Results) -> Iterator[Sequence[str]]:
-    yield ["asked for", "seeds", "active MLPs", "perplexity", *(f"{way}, as many" for way in _WAYS)]
-    by_target: dict[float, list[list[float | None]]] = {}
+    """All seeds that were trained; what skips as much, of those that it was measured for."""
+    yield ["asked for", "seeds", "active MLPs", "perplexity", "compared", *(f"{way}, as many" for way in _WAYS)]
+    by_target: dict[float, dict[str, dict[str, Any]]] = {}
     for name, values in results.found("train-routed-").items():
-        if "diverged" in values or f"{BASELINES}train-routed-{name}" not in results:
-            continue
-        others = results[f"{BASELINES}train-routed-{name}"]
-        found = [values["all"], *(others[way]["all"] for way in _WAYS)]
-        by_target.setdefault(values["target"], []).append(
-            [values["all"]["active"], *(each["perplexity"] for each in found)]
-        )
-    for target, rows in sorted(by_target.items(), reverse=True):
-        active, *perplexities = zip(*rows, strict=True)
+        if "diverged" not in values:
+            by_target.setdefault(values["target"], {})[f"{BASELINES}train-routed-{name}"] = values["all"]
+    for target, trained in sorted(by_target.items(), reverse=True):
+        others = [results[name] for name in trained if name in results]
         yield [
             f"{target:.0%}",
-            str(len(rows)),
-            _spread(active, ".1%"),
-            *(_spread(values, ".2f") for values in perplexities),
+            str(len(trained)),
+            _spread([each["active"] for each in trained.values()], ".1%"),
+            _spread([each["perplexity"] for each in trained.values()], ".2f"),
+            str(len(others)),
+            *(_spread([each[way]["all"]["perplexity"] for each in others], ".2f") for way in _WAYS),
         ]
 
 
 def _spread(values: Sequence[float | None], form: str) -> str:
+    if not values:
+        return ""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return "over 1e308"

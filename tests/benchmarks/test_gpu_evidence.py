@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def test_evidence_leaves_a_piece_out_by_name_when_time_is_short(tmp_path: Path) 
     (row,) = _rows(tmp_path)
     assert row["what"] == "large"
     assert "needs about 100 s" in str(row["left_out"])
+
+
+def test_evidence_counts_what_was_over_before_when_it_is_told(tmp_path: Path) -> None:
+    evidence = Evidence("made", tmp_path, budget_s=30, begun=time.monotonic() - 20)
+    assert evidence.fits("small", 1)
+    assert not evidence.fits("large", 11)
 
 
 def test_report_has_every_row_when_one_failed_and_one_was_cut_short(tmp_path: Path) -> None:

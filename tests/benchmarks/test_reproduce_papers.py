@@ -24,6 +24,7 @@ from benchmarks.papers.forms import FORMS, with_values
 from benchmarks.papers.functions import function_chats
 from benchmarks.papers.moe import ExpertMlp, upcycle
 from benchmarks.papers.removal import greedily, without_layers
+from benchmarks.papers.report import write_tables
 from benchmarks.papers.results import Results
 from benchmarks.papers.sources import Unit, is_permissive, library_units
 from benchmarks.papers.subjects import BaseModel, expansions
@@ -200,6 +201,22 @@ def test_pieces_are_left_out_when_the_budget_is_too_small(tmp_path: Path) -> Non
     assert left_out["b"].startswith("would take 1000 s")
     assert left_out["c"] == "needs b"
     assert "was stopped" in left_out["stopped"]
+
+
+def test_tables_name_what_is_left_out_until_it_is_there(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.leave_out({"train-dlo": "would take 9 s, 1 s are left", "train-dus": "needs train-original"})
+    assert "* train-dlo: would take 9 s, 1 s are left\n* train-dus: needs" in write_tables(results, "# About")
+    measured = {"loss": 2.0, "perplexity": 7.389, "active": 0.83}
+    run = {"kind": "dlo", "target": 0.8, "tokens": 1_000, "tokens_per_second": 10.0, "curve": [{"loss": 2.5}]}
+    control = {"target": 0.7, "after": 0.73}  # of two layers in three: 1 - 0.2 of all is 1 - 0.3 of them
+    domains = dict.fromkeys(DOMAINS, measured)
+    results.save("train-dlo", {**run, "rate_control": control, "all": measured, "domains": domains})
+    results.save("training-costs", {"flops": {"dlo": 2.0}})
+    tables = write_tables(Results(tmp_path), "# About")
+    assert "* train-dlo" not in tables
+    assert "| dlo | 1,000 | 2 | 2e+03 | 83.0% | 82.0% | 2.5000 | 7.39 | 7.39 | 7.39 | 7.39 | 10 |" in tables
+    assert (tmp_path / "papers.md").read_text() == tables
 
 
 def test_results_are_refused_when_defined_otherwise(tmp_path: Path) -> None:
