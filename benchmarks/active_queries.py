@@ -68,7 +68,6 @@ def opened(shape: str, routing: Any, queries: str, folder: Path) -> GridSteps:
 
 
 def main() -> None:
-    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="h576")
     parser.add_argument("--routings", choices=ROUTINGS, nargs="+", default=ROUTINGS)
@@ -76,6 +75,7 @@ def main() -> None:
     parser.add_argument("--before", type=int, nargs="+", default=(0, 1024, 4096), help="tokens in front of it")
     parser.add_argument("--blocks", type=int, default=5)
     given = parser.parse_args()
+    use_huge_pages()
     share_threads(1)
     rows: list[list[Any]] = []
     record: dict[str, Any] = {}

@@ -69,11 +69,11 @@ def kernel_times(
 
 
 def main() -> None:
-    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="keep them there, for the next call")
     given = parser.parse_args()
+    use_huge_pages()
     threads = given.threads
     tokens = distinct_tokens(PROMPT + 1)
     phases = {"prefill": (tokens[:, :PROMPT], PROMPT), "decode": (tokens, 1)}

@@ -170,7 +170,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help=".jsonl that is continued")
     parser.add_argument("--prepare", action="store_true", help="write the graphs and end")
@@ -190,6 +189,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--ort-plugin-library", type=Path, help="libdlo_ort.so: measure the plugin lowering too")
     given = parser.parse_args()
+    use_huge_pages()
     end = time.monotonic() + given.seconds
     library = None if given.ort_plugin_library is None else given.ort_plugin_library.resolve()
     grid = Grid(given.provider, given.threads, library, given.results.with_suffix(".graphs"))

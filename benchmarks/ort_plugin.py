@@ -151,7 +151,6 @@ def _compare(graphs: dict[str, Path], library: Path, tokens: np.ndarray, sequenc
 
 
 def main() -> None:
-    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(TITLES))
     parser.add_argument("library", type=Path, help="libdlo_ort.so")
@@ -161,6 +160,7 @@ def main() -> None:
     parser.add_argument("--artefacts", type=Path, metavar="FOLDER", help="keep there what is exported")
     parser.add_argument("--prepare", action="store_true", help="export, measure nothing; needs --artefacts")
     given = parser.parse_args()
+    use_huge_pages()
     if given.prepare and given.artefacts is None:
         parser.error("--prepare: needs --artefacts")
     library = given.library.resolve()

@@ -95,12 +95,12 @@ def cpu_times(steps: GridSteps, runs: int) -> list[float]:
 
 
 def main() -> None:
-    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="h576")
     parser.add_argument("--routings", choices=ROUTINGS, nargs="+", default=ROUTINGS)
     parser.add_argument("--launches", type=int, default=6)
     given = parser.parse_args()
+    use_huge_pages()
     share_threads(1)
     layers = RandomDecoder(given.shape, routed=False).config.num_layers
     rows: list[list[Any]] = []

@@ -352,7 +352,6 @@ def _worker(graph: Path, tokens: Path, phase: Phase, threads: int) -> Worker:
 
 
 def main() -> None:
-    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(TITLES))
     parser.add_argument("--routing", choices=sorted(BARS), default="mlp")
@@ -367,6 +366,7 @@ def main() -> None:
     parser.add_argument("--artefacts", type=Path, metavar="FOLDER", help="Keep there what is exported.")
     parser.add_argument("--prepare", action="store_true", help="Export, measure nothing; needs --artefacts.")
     given = parser.parse_args()
+    use_huge_pages()
     if given.prepare and given.artefacts is None:
         parser.error("--prepare: needs --artefacts")
     phases = {name: phase for name, phase in phases_of(given.prompt).items() if name in given.phase}

@@ -24,8 +24,8 @@ ENVIRONMENT = {_VARIABLE: ":".join(f"{name}={value}" for name, value in _TUNABLE
 def use_huge_pages() -> None:
     """Starts the running command over with the tunables set, once; what it starts inherits them.
 
-    The first thing in a benchmark's `main`. Linux only; an allocator other than glibc's takes no notice, and tunables
-    that somebody has set stand.
+    For a benchmark's `main`, once its arguments are read and before anything is loaded. Linux only; an allocator other
+    than glibc's takes no notice, and tunables that somebody has set stand.
     """
     if sys.platform != "linux" or _VARIABLE in os.environ:
         return
