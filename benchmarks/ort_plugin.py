@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -32,13 +31,12 @@ import onnxruntime as ort
 from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.onnxruntime_worker import DecoderStep
-from benchmarks.common.random_llama import H2048, random_llama_folder
 from benchmarks.common.routed_artefact import active_rate, export, with_routers_of
 from benchmarks.common.routing import fit_routers, layers_active, routable_model, save_routers, tokens_active
-from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
+from benchmarks.common.smollm2 import distinct_tokens
 from benchmarks.common.workers import Worker, alternate_workers
-from benchmarks.common.workspace import WORKSPACE
-from benchmarks.skip_efficiency import EFFORTS, PROMPT, TITLES
+from benchmarks.common.workspace import WORKSPACE, kept
+from benchmarks.skip_efficiency import EFFORTS, PROMPT, TITLES, model_folder
 from dlo_export.checkpoints.interface import LOGITS
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.plugins.ort_registration import register_library
@@ -74,9 +72,9 @@ class Case:
         return 1 if self.phase == "decode" else PROMPT
 
 
-def make_cases(model_folder: Path, library: Path, threads: int, folder: Path) -> list[Case]:
+def make_cases(checkpoint_folder: Path, library: Path, threads: int, folder: Path) -> list[Case]:
     """Exports both graphs, and writes and compares a variant of each per case."""
-    with open_checkpoint(str(model_folder)) as checkpoint:
+    with open_checkpoint(str(checkpoint_folder)) as checkpoint:
         model = routable_model(checkpoint.config.raw, checkpoint.tensors)
         layers, vocabulary = checkpoint.config.num_layers, checkpoint.config.vocab_size
     tokens = distinct_tokens(PROMPT + 1, vocabulary)
@@ -84,7 +82,7 @@ def make_cases(model_folder: Path, library: Path, threads: int, folder: Path) ->
     np.save(files["decode"], tokens)
     np.save(files["prefill"], tokens[:, :PROMPT])
     adapter = save_routers(model, folder / "adapter")
-    graphs = {name: export(model_folder, folder / name, adapter, name) for name in ("compact", "plugin")}
+    graphs = {name: export(checkpoint_folder, folder / name, adapter, name) for name in ("compact", "plugin")}
     made = []
     for phase, pattern, rate in CASES:
         fit_routers(model, tokens, PATTERNS[pattern](rate, layers, PROMPT + 1))
@@ -122,17 +120,11 @@ def rows_of(cases: list[Case], library: Path, given: argparse.Namespace) -> Iter
 
 def _kept_cases(model: str, library: Path, threads: int, folder: Path) -> list[Case]:
     """Those of a folder, made on first use."""
-    folder = folder.resolve()
-    known = folder / "cases.json"
-    if not known.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        model_folder = smollm2_folder() if model == "smollm2" else random_llama_folder("random-h2048", H2048)
-        made = make_cases(model_folder, library, threads, folder)
-        known.write_text(json.dumps({"model": model, "cases": [dataclasses.asdict(case) for case in made]}))
-    kept = json.loads(known.read_text())
-    if kept["model"] != model:
-        raise RuntimeError(f"{folder}: holds cases of {kept['model']}")
-    return [Case(**case) for case in kept["cases"]]
+
+    def make(whole: Path) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(case) for case in make_cases(model_folder(model), library, threads, whole)]
+
+    return [Case(**case) for case in kept(folder, model, make)]
 
 
 def _compare(graphs: dict[str, Path], library: Path, tokens: np.ndarray, sequence: int, threads: int) -> None:

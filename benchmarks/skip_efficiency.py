@@ -40,7 +40,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -57,7 +56,7 @@ from benchmarks.common.routing import fit_routers, layers_active, routable_model
 from benchmarks.common.skipped_graph import everything_skipped
 from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
 from benchmarks.common.workers import Worker, alternate_workers
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE, kept
 from benchmarks.gpu.kernel_profile import kernel_seconds
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind, kept_projections
@@ -222,15 +221,15 @@ def phases_of(prompt: int) -> dict[str, Phase]:
     }
 
 
-def make_artefacts(subject: Subject, model_folder: Path, folder: Path) -> Artefacts:
+def make_artefacts(subject: Subject, checkpoint_folder: Path, folder: Path) -> Artefacts:
     """Exports the dense artefact and the routed one, and writes a variant per case."""
-    with open_checkpoint(str(model_folder)) as checkpoint:
+    with open_checkpoint(str(checkpoint_folder)) as checkpoint:
         model = routable_model(checkpoint.config.raw, checkpoint.tensors, subject.routing)
         layers, vocabulary = checkpoint.config.num_layers, checkpoint.config.vocab_size
     adapter = save_routers(model, folder / "adapter")
-    dense = export(model_folder, folder / "dense")
-    routed = export(model_folder, folder / "routed", adapter, subject.lowering)
-    in_branches = routed if subject.lowering == "if" else export(model_folder, folder / "if", adapter, "if")
+    dense = export(checkpoint_folder, folder / "dense")
+    routed = export(checkpoint_folder, folder / "routed", adapter, subject.lowering)
+    in_branches = routed if subject.lowering == "if" else export(checkpoint_folder, folder / "if", adapter, "if")
     made = Artefacts(dense, everything_skipped(in_branches, "skipped"), {}, {}, [])
     for name, phase in subject.phases.items():
         count = phase.batch * (phase.past + phase.sequence)
@@ -250,22 +249,21 @@ def make_artefacts(subject: Subject, model_folder: Path, folder: Path) -> Artefa
     return made
 
 
+def model_folder(model: str) -> Path:
+    """The checkpoint folder of a model; a key of TITLES."""
+    return smollm2_folder() if model == "smollm2" else random_llama_folder("random-h2048", H2048)
+
+
 def _kept_artefacts(subject: Subject, folder: Path) -> Artefacts:
     """Those of a folder, made on first use."""
-    folder = folder.resolve()
-    wanted = [subject.model, subject.routing, subject.lowering, sorted(subject.phases), list(subject.rates)]
-    known = folder / "artefacts.json"
-    if not known.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        model = smollm2_folder() if subject.model == "smollm2" else random_llama_folder("random-h2048", H2048)
-        made = make_artefacts(subject, model, folder)
-        known.write_text(json.dumps({"made for": wanted, **dataclasses.asdict(made)}, default=str))
-    kept = json.loads(known.read_text())
-    if kept["made for"] != wanted:
-        raise RuntimeError(f"{folder}: holds artefacts of other arguments, {kept['made for']}")
-    active, tokens = ({name: Path(path) for name, path in kept[part].items()} for part in ("active", "tokens"))
-    cases = [Case(**{**case, "graph": Path(case["graph"])}) for case in kept["cases"]]
-    return Artefacts(Path(kept["dense"]), Path(kept["skipped"]), active, tokens, cases)
+    made = kept(
+        folder,
+        [subject.model, subject.routing, subject.lowering, sorted(subject.phases), list(subject.rates)],
+        lambda whole: dataclasses.asdict(make_artefacts(subject, model_folder(subject.model), whole)),
+    )
+    active, tokens = ({name: Path(path) for name, path in made[part].items()} for part in ("active", "tokens"))
+    cases = [Case(**{**case, "graph": Path(case["graph"])}) for case in made["cases"]]
+    return Artefacts(Path(made["dense"]), Path(made["skipped"]), active, tokens, cases)
 
 
 def rows_of(subject: Subject, made: Artefacts, effort: Effort) -> Iterator[dict[str, Any]]:

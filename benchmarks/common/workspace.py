@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKSPACE = REPOSITORY / ".peers"
+
+
+def kept(folder: Path, made_for: Any, make: Callable[[Path], Any]) -> Any:
+    """What was made in a folder, as it was told of it; made on first use.
+
+    Args:
+        folder: To keep it in.
+        made_for: What it depends on, in JSON's types.
+        make: Gets the folder's whole path and tells what it has made, in JSON's types; paths become words.
+
+    Raises:
+        RuntimeError: The folder holds what was made for something else.
+    """
+    folder = folder.resolve()
+    known = folder / "made.json"
+    if not known.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = make(folder)
+        known.write_text(json.dumps({"made for": made_for, "made": made}, default=str))
+    found = json.loads(known.read_text())
+    if found["made for"] != made_for:
+        raise RuntimeError(f"{folder}: was made for {found['made for']}, not {made_for}")
+    return found["made"]

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ast
 import itertools
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.papers.sources import Unit, files_of, name_digest, read_python
+from benchmarks.papers.sources import Unit, files_of, name_digest, parsed_python, read_python, shown_name
 
 LONGEST_MODULE, SHORTEST_DOCUMENT = 8_000, 1_000  # characters
 _LONGEST_DESCRIPTION = 20_000
@@ -41,7 +40,8 @@ def plain_documents(units: Sequence[Unit], held_out: Iterable[str], characters: 
     """
     known = {line for text in held_out for line in _long_lines(text)}
     files = [file for file in files_of([unit for unit in units if not unit.held_out]) if is_plain(file)]
-    kinds = (_descriptions(units), _docstrings(files[::2]), _modules(files[1::2]))
+    named = ((shown_name(file), text) for file, text in modules(files[1::2]))
+    kinds = (_descriptions(units), _docstrings(files[::2]), named)
     taken: list[Document] = []
     for document in itertools.chain.from_iterable(itertools.zip_longest(*kinds)):
         if characters <= 0:
@@ -62,16 +62,12 @@ def _docstrings(files: Sequence[Path]) -> Iterator[Document]:
     for file in files:
         text = "\n\n".join(f"{name}\n\n{docstring}" for name, docstring in docstrings(read_python(file)))
         if len(text) >= SHORTEST_DOCUMENT:
-            yield "/".join(file.parts[-3:]), text[:LONGEST_MODULE]
+            yield shown_name(file), text[:LONGEST_MODULE]
 
 
 def docstrings(source: str) -> Iterator[Document]:
     """What a module says about itself and what it defines; nothing where this Python cannot parse it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about other people's escapes and comparisons
-            module = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    if (module := parsed_python(source)) is None:
         return
     for node in ast.walk(module):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -80,11 +76,12 @@ def docstrings(source: str) -> Iterator[Document]:
                 yield getattr(node, "name", ""), docstring
 
 
-def _modules(files: Sequence[Path]) -> Iterator[Document]:
+def modules(files: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Files and their beginnings, of those that are long enough."""
     for file in files:
         text = read_python(file)[:LONGEST_MODULE]
         if len(text) >= SHORTEST_DOCUMENT:
-            yield "/".join(file.parts[-3:]), text
+            yield file, text
 
 
 def _repeats(text: str, known: set[str]) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import hashlib
 import textwrap
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from benchmarks.papers.sources import parsed_python
 
 _SHORTEST_DOCSTRING, _LONGEST_DOCSTRING = 40, 2_000
 _LEAST_LINES, _MOST_LINES = 3, 80
@@ -37,13 +38,9 @@ class FunctionChat:
 def function_chats(source: str) -> Iterator[FunctionChat]:
     """The functions and methods of a module that have a docstring and a body worth asking for, in order.
 
-    A file that this Python cannot parse has none: the corpus holds files for other versions.
+    A file that this Python cannot parse has none.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about other people's escapes and comparisons
-            module = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    if (module := parsed_python(source)) is None:
         return
     lines = source.splitlines()
     for node in ast.walk(module):

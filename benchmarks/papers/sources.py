@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import re
 import sysconfig
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +89,7 @@ def _licence(metadata: importlib.metadata.PackageMetadata) -> str:
 def files_of(units: Sequence[Unit]) -> list[Path]:
     """The files of units, mixed, in an order that only their names decide."""
     files = [file for unit in units for file in unit.files]
-    return sorted(files, key=lambda file: name_digest("/".join(file.parts[-3:])))
+    return sorted(files, key=lambda file: name_digest(shown_name(file)))
 
 
 def read_python(file: Path) -> str:
@@ -96,6 +98,21 @@ def read_python(file: Path) -> str:
         return file.read_text(encoding="utf-8") if file.stat().st_size <= _LARGEST_FILE else ""
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def parsed_python(source: str) -> ast.Module | None:
+    """A module's syntax; None where this Python cannot parse it: a corpus holds files for other versions."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about other people's escapes and comparisons
+            return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def shown_name(file: Path) -> str:
+    """The end of a file's path, which is the same on every machine."""
+    return "/".join(file.parts[-3:])
 
 
 def name_digest(name: str) -> int:

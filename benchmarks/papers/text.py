@@ -26,9 +26,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.papers.documents import LONGEST_MODULE, SHORTEST_DOCUMENT, Document, is_plain, plain_documents
+from benchmarks.papers.documents import SHORTEST_DOCUMENT, Document, is_plain, modules, plain_documents
 from benchmarks.papers.functions import FunctionChat, function_chats
-from benchmarks.papers.sources import Unit, files_of, library_units, package_units, read_python
+from benchmarks.papers.sources import Unit, files_of, library_units, package_units, read_python, shown_name
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.whole_folder import whole_folder
 
@@ -68,13 +68,13 @@ def prepare_text(folder: Path, *, training_tokens: int, held_out_tokens: int, pa
     files, asked = _module_files(held_out, spare), _enough(_distinct(held_out, set()), (1 - _PLAIN) * spare)
     descriptions = [(unit.name, unit.description) for unit in installed if unit.description_held_out]
     reference = _reference()
-    modules = [(_shown(file), text) for file, text in files.items()]
+    beginnings = [(shown_name(file), text) for file, text in files.items()]
     # Of the whole files: a beginning can seldom be parsed.
     known = {chat.digest for file in files for chat in _file_chats(file)} | {chat.digest for chat in asked}
     characters = training_tokens * _CHARACTERS_PER_TOKEN
     watched, plain = _plain_documents(
         units if packages else [*units, *(dataclasses.replace(unit, files=()) for unit in installed)],
-        [*reference, *descriptions, *modules],
+        [*reference, *descriptions, *beginnings],
         _PLAIN * spare,
         _PLAIN * characters,
     )
@@ -85,7 +85,7 @@ def prepare_text(folder: Path, *, training_tokens: int, held_out_tokens: int, pa
         HELD_OUT: _mixed(asked, watched),
         domain_file("reference"): _as_lines(reference),
         domain_file("readme"): _as_lines(descriptions),
-        domain_file("code"): _as_lines(modules),
+        domain_file("code"): _as_lines(beginnings),
     }
     with whole_folder(folder) as staging:
         for name, documents in sets.items():
@@ -155,18 +155,12 @@ def _reference() -> list[Document]:
 def _module_files(units: Sequence[Unit], characters: int) -> dict[Path, str]:
     """Beginnings of modules by their files, of about so many characters in all."""
     found: dict[Path, str] = {}
-    for file in files_of(units):
-        text = read_python(file)[:LONGEST_MODULE]
-        if len(text) >= SHORTEST_DOCUMENT:
-            found[file] = text
-            characters -= len(text)
+    for file, text in modules(files_of(units)):
+        found[file] = text
+        characters -= len(text)
         if characters <= 0:
             break
     return found
-
-
-def _shown(file: Path) -> str:
-    return "/".join(file.parts[-3:])
 
 
 def _enough(chats: Iterable[FunctionChat], characters: float) -> list[FunctionChat]:
