@@ -44,8 +44,8 @@ class RemoveIdentityLayersPass(GraphPass):
         x3, present.1 = layer_2(x1, past.1)
 
     The proof: what either block adds to the stream is a product with a matrix of zeros, behind which nothing stands but
-    a bias of zeros, factors that are numbers, casts, and an RMS norm, which makes zeros of zeros; and what it is added to
-    is the stream, cast to no other type.
+    a bias of zeros, factors that are numbers, casts, and an RMS norm, which makes zeros of zeros; and what it is added
+    to is the stream, cast to no other type.
     Scope: main graph.
 
     Attributes:

@@ -186,7 +186,7 @@ def run_on_rows(nodes: Sequence[ir.Node], stream: ir.Value, rows: ir.Value, lead
 
 
 def projected_width(value: ir.Value) -> int | None:
-    """Size of the last axis of a projection, rotated or not: as declared, or as its matrix, bias, norm or shape says."""
+    """Size of the last axis of a projection, rotated or not: declared, or as its matrix, bias, norm or shape says."""
     value = unrotated(value)
     if value.shape is not None and isinstance(last := value.shape[-1], int):
         return last
