@@ -42,25 +42,12 @@ def check_model_files(description: ArtefactDescription, folder: Path) -> None:
     Raises:
         ModelLoadError: A file is missing or of another size, or the artefact was made without weights.
     """
-    require_weights(description, folder)
-    _refuse(size_changes(_model_files(description, folder)))
-
-
-def require_weights(description: ArtefactDescription, folder: Path) -> None:
-    """Refuses an artefact that was made without weights.
-
-    Args:
-        description: Of the artefact.
-        folder: The artefact.
-
-    Raises:
-        ModelLoadError: It was.
-    """
     if not has_weights(description, folder):
         raise ModelLoadError(
             f"{folder}: has no weights, {WEIGHTS_NAME} was left out",
             hint="export the model again, without --no-weights",
         )
+    _refuse(size_changes(_model_files(description, folder)))
 
 
 def has_weights(description: ArtefactDescription, folder: Path) -> bool:
