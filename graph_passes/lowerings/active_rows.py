@@ -200,7 +200,7 @@ def projected_width(value: ir.Value) -> int | None:
             return width
     if is_op(node, "Reshape"):  # heads that were normalised one by one, together again
         shape = constant_integers(node.inputs[1])
-        return shape[-1] if shape and shape[-1] > 0 else None
+        return shape[-1] if shape is not None and len(shape) == 3 and shape[-1] > 0 else None
     if not is_op(node, "MatMul", "Add", "RMSNormalization"):
         return None
     tensors = [constant_tensor(operand) for operand in node.inputs]
