@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "checkpoints": set(),
     "graph_passes": {"checkpoints"},
-    "modeling": {"checkpoints"},
+    "modeling": {"checkpoints", "plugins"},
     "plugins": {"checkpoints", "graph_passes"},
     "runtimes": {"checkpoints", "modeling", "plugins"},
     "exporter": {"checkpoints", "graph_passes", "modeling", "plugins", "runtimes"},

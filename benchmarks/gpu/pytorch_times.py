@@ -17,9 +17,10 @@ from benchmarks.gpu.evidence import Evidence
 from benchmarks.gpu.kernel_timing import timed
 from benchmarks.gpu.random_torch_llama import random_model
 from benchmarks.gpu.skip_efficiency import BAR, skip_efficiency
+from dlo_export.modeling.skip_kernels import KernelMlp
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
 from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Routing, StepOps, TorchOps
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, StepWeights
+from dlo_export.runtimes.torch.captured.step_weights import PlainMlp, StepWeights
 
 CONTEXT: Final = 512
 CAPACITY: Final = 640
