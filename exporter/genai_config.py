@@ -38,9 +38,12 @@ WHY_NONE_STATIC = (
 """Likewise, where the cache is written in place."""
 
 
-# The CPU is what runs where none is named. Options of CUDA's are ONNX Runtime's own, and strings: onnxruntime-genai hands
-# them on as they are. With TensorFloat-32 fp32 would not be fp32, nor would the routers of a 16-bit graph.
-_PROVIDER_OPTIONS: Mapping[ProviderOption, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": dict(CUDA.options)}]}
+# The CPU is what runs where none is named. Options of CUDA's are ONNX Runtime's own, and strings: onnxruntime-genai
+# hands them on as they are. With TensorFloat-32 fp32 would not be fp32, nor would the routers of a 16-bit graph.
+_PROVIDER_OPTIONS: Mapping[ProviderOption, Mapping[str, Mapping[str, str]]] = {
+    "cpu": {},
+    "cuda": {"cuda": CUDA.options},
+}
 _OPERATOR_LIBRARY = "custom_ops_library"
 
 
@@ -63,6 +66,7 @@ def genai_config(
     Returns:
         `past_present_share_buffer` is false because standard Attention grows its cache (onnxruntime-genai 0.18).
     """
+    providers = [{name: dict(options)} for name, options in _PROVIDER_OPTIONS[provider].items()]
     return {
         "model": {
             "type": "llama",
@@ -71,7 +75,7 @@ def genai_config(
             **_special_tokens(config, generation),
             "decoder": {
                 "filename": "model.onnx",
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": _PROVIDER_OPTIONS[provider]},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": providers},
                 "hidden_size": config.hidden_size,
                 "head_size": config.head_dim,
                 "num_attention_heads": config.num_heads,
