@@ -71,6 +71,7 @@ PACKAGES = {
     },
     "tests/benchmarks": {"benchmarks"},
     "tests/data": {"optimum"},
+    "tests/modeling": {"benchmarks"},  # what a GPU is to show
     "tests/interop": {"benchmarks", "optimum", "polygraphy"},  # which writes what its program reads
     "tests/plugins": {"tensorrt_bindings"},
     "tests/runtimes": {"cuda"},

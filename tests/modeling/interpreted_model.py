@@ -14,6 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.gpu.model_kernels import compare_with_itself
 from dlo_export.checkpoints.errors import DloError
 from dlo_export.modeling import decoder_layer
 from dlo_export.modeling.active_tokens import ActiveTokens
@@ -89,6 +90,8 @@ def main(folder: Path) -> dict[str, object]:
     found["not scaled, biases of attention"] = both(tiny_model(folder / "bias", attention_bias=True, rescale=False))
     for kind in (torch.float16, torch.bfloat16):
         found[str(kind)] = both(copy.deepcopy(fresh).to(kind))
+
+    found["as on a GPU"] = compare_with_itself(copy.deepcopy(fresh), True)
 
     generated = []
     for kernels in (False, True):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu.model_kernels import BARS
 from dlo_export.checkpoints.errors import InputError, MachineError
 from dlo_export.modeling.from_tensors import empty_llama_dlo
 from dlo_export.runtimes.torch.runner import TorchRunner
@@ -46,6 +47,11 @@ def test_model_equals_itself_when_its_mlps_run_in_interpreted_kernels(
     found: dict[str, Any], case: str, bar: float
 ) -> None:
     assert all(difference <= bar for difference in found[case])
+
+
+def test_what_a_gpu_is_to_show_of_the_model_holds_when_interpreted(found: dict[str, Any]) -> None:
+    assert found["as on a GPU"]["error"] <= BARS["float32"]
+    assert found["as on a GPU"]["turned"] == 2
 
 
 def test_generate_gives_the_same_tokens_and_asks_for_no_decision_when_mlps_run_in_kernels(
