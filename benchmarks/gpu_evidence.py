@@ -107,9 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     due = [] if parsed.smoke else [bar for bar in bars if bar.is_due(parsed.parts.split(","))]
     unmeasured = [bar.what for bar in due if bar.passed is None]
     for bar in bars:
-        print(" | ".join(bar.cells))
+        print(_printable(" | ".join(bar.cells)))
     for fault in faults:
-        print(f"gpu_evidence: the report has a fault: {fault}", file=sys.stderr)
+        print(_printable(f"gpu_evidence: the report has a fault: {fault}"), file=sys.stderr)
     facts = {"codes": codes, "failed": failed, "not_measured": unmeasured, "faults": faults}
     print_report("gpu_evidence", ("part", "what", "passed", "figures"), table(rows), facts)
     if codes and set(codes.values()) == {NO_GPU}:
@@ -252,7 +252,7 @@ def _write_table(file: Path, head: Sequence[str], rows: Sequence[Sequence[str]])
         *([" ".join(cell.replace("|", "/").split()) for cell in cells] for cells in rows),
     ]
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    file.write_text(text, encoding="utf-8")
+    file.write_text(_printable(text), encoding="utf-8")
 
 
 def plot(curves: Mapping[str, Sequence[tuple[float, float]]], file: Path) -> None:
