@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal, get_args
 
@@ -24,6 +25,10 @@ SkipKernels = Literal["auto", True, False]
 
 _DTYPES: Final = frozenset(getattr(torch, kind.name) for kind in FLOATS)
 _LEAST_CAPABILITY: Final = (8, 0)  # what the kernels' types need, and the least that they were compiled for
+
+
+class SlowSkippingWarning(UserWarning):
+    """A GPU skips, and its host waits for it, since the kernels cannot run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +126,8 @@ def kernel_mlp(layer: Any, hidden_states: torch.Tensor, wanted: SkipKernels) -> 
         return None
     if wanted is True:
         check_machine(device)
-    elif machine_problem(device) is not None:
+    elif (problem := machine_problem(device)) is not None:
+        _warn_once(problem)
         return None
     problems = list(_layer_problems(layer, hidden_states))
     if problems and wanted is True:
@@ -184,14 +190,13 @@ def machine_problem(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, in words: they take CUDA, or Triton's interpreter and the CPU."""
     if device.type not in {"cpu", "cuda"}:
         return f"the model is on {device}, expected CUDA"
-    if device.type == "cuda" and torch.version.cuda is None:
+    on_cuda = device.type == "cuda"
+    if on_cuda and torch.version.cuda is None:
         return f"PyTorch {torch.__version__} has no CUDA"
-    try:
-        interpreted = _kernels().INTERPRETED
-    except ImportError as err:
-        return f"Triton cannot be imported: {err}"
-    if device.type == "cpu":
-        return None if interpreted else "the model is on the CPU, expected CUDA"
+    if (problem := _triton_problem(starts=on_cuda)) is not None:
+        return problem
+    if not on_cuda:
+        return None if _kernels().INTERPRETED else "the model is on the CPU, expected CUDA"
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         return f"{device} has compute capability {capability[0]}.{capability[1]}, expected 8.0 or more"
@@ -199,6 +204,35 @@ def machine_problem(device: torch.device) -> str | None:
 
 
 @functools.cache
+def _triton_problem(*, starts: bool) -> str | None:
+    """Why there are no kernels to launch.
+
+    Args:
+        starts: On a GPU, where Triton has what launches them made by a C compiler.
+    """
+    try:
+        kernels = _kernels()
+    except ImportError as err:
+        return f"Triton cannot be imported: {err}"
+    if starts and not kernels.INTERPRETED:
+        try:
+            kernels.target()
+        except Exception as err:  # of a compiler, the linker, the driver: whatever a machine lacks
+            first = next(iter(str(err).strip().splitlines()), "")
+            return f"Triton does not start: {type(err).__name__}: {first}"
+    return None
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(
+        f"routed MLPs run in PyTorch's operators, and the host waits for every decision: {problem}"
+        "\n\nhint: skip_kernels False says that this is meant",
+        SlowSkippingWarning,
+        stacklevel=2,
+    )
+
+
 def _kernels() -> Any:
     """The kernels. Only here is Triton needed, and it may be missing."""
     from dlo_export.plugins import kernels  # noqa: PLC0415

@@ -48,7 +48,7 @@ def launch(
     depth, columns = operands[weight_input(op)].shape
     tokens = batch * sequence
     name = tile_name or tile_for(tokens)
-    tile = tile_of(op_name, name, dtype) if INTERPRETED else jit_tile_of(op_name, name, dtype, _target())
+    tile = tile_of(op_name, name, dtype) if INTERPRETED else jit_tile_of(op_name, name, dtype, target())
     (kernel or KERNELS[op_name])[tile.grid(tokens, columns)](
         *inputs,
         tokens,
@@ -63,8 +63,8 @@ def launch(
     )
 
 
-def _target() -> int:
-    """Compute capability of the current GPU."""
+def target() -> int:
+    """Compute capability of the current GPU, by Triton, which compiles what it asks with when it is asked first."""
     from triton.runtime import driver  # noqa: PLC0415 - asks for the GPU
 
     return int(driver.active.get_current_target().arch)
