@@ -11,8 +11,9 @@ steps against the share of MLPs skipped.
 
 It runs from a checkout on PYTHONPATH; nothing of this project needs to be installed. DLO_ORT_PLUGIN_LIBRARY names
 libdlo_ort.so. Prints the tables and one JSON line. Exit codes: 0 all holds; 1 something does not, or a bar was not
-measured though its part was asked for (of a smoke run, whose times are held to nothing, no bar is); 2 bad arguments; 4
-no GPU, or no library: each part has then done what a CPU can check.
+measured though its part was asked for (of a smoke run, whose times are held to nothing, no bar is), or a line is no row
+or cannot be reported, which is named and costs no other; 2 bad arguments; 4 no GPU, or no library: each part has then
+done what a CPU can check.
 """
 
 from __future__ import annotations

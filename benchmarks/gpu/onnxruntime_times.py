@@ -55,7 +55,7 @@ def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *,
     )
     decoders = _Decoders(dense, routed, removed, tuple(layers.tolist()), copy)
     for name, decoder in (("dense", dense), ("routed", routed)):
-        with evidence.guard("placement", model=shape, graph=name):
+        with evidence.guard("placement", kind="placement", model=shape, graph=name):
             facts = decoder.session.placement()
             evidence.row("placement", kind="placement", model=shape, graph=name, **facts, open_s=decoder.open_s)
     batches = (1, 16) if small else (1, 4, 16)
