@@ -91,6 +91,7 @@ def main(folder: Path) -> dict[str, object]:
     for kind in (torch.float16, torch.bfloat16):
         found[str(kind)] = both(copy.deepcopy(fresh).to(kind))
 
+    decoder_layer.ActiveTokens = ActiveTokens
     found["as on a GPU"] = compare_with_itself(copy.deepcopy(fresh), True)
 
     generated = []
