@@ -342,7 +342,7 @@ def _client_settings(
 ) -> dict[str, Any] | None:
     """genai_config.json: what stood beside somebody's graph, of the new depth; else what fits the graph."""
     if (given := source.base.client_settings) is not None:
-        settings = carried_genai_config(given, source.num_layers)
+        settings = carried_genai_config(given, source.num_layers, routed=source.routing is not None)
     elif source.base.config is not None:
         inputs = [value.name or "" for value in model.graph.inputs]
         settings = genai_config(source.base.config, source.num_layers, generation, inputs, provider)
