@@ -47,7 +47,7 @@ class TrainingRun:
         target: Share of all MLPs that are to run; None for a dense model.
         distilled: Towards the dense model's next tokens instead of the text's.
         seed: Of the order of the data.
-        kept: Later pieces need the model.
+        kept: Later pieces need the model; that of other runs that skip stays until it was compared.
         after: The run whose model this one starts from.
         router_rate: Times the form's.
         equal_flops: Goes on until it has cost as much as the deepened, routed model.
@@ -69,6 +69,11 @@ class TrainingRun:
     def name(self) -> str:
         """Of its result and its model."""
         return f"train-{self.kind}{self.suffix}"
+
+    @property
+    def compared(self) -> bool:
+        """Whether it is compared with other ways to skip as much."""
+        return self.kind in ("routed", "distilled")
 
     def model(self, experiment: Experiment) -> LlamaDloForCausalLM:
         """The model as training starts."""
@@ -242,7 +247,7 @@ def train(
     if result.stopped:
         return None
     assert result.held_out is not None, "only stopped runs have none"
-    if run.kept:
+    if run.kept or run.compared:
         experiment.base.save(model, experiment.results.model(run.name))
     measured = [entry for entry in log if "eval_loss" in entry]
     per_step = batch * experiment.form.sequence  # padding counts, since it is computed
