@@ -215,8 +215,9 @@ def _run_others(experiment: Experiment, budget: Budget, request: Request) -> dic
         return left_out | run_pieces(_training_pieces(planned, experiment, budget, request), results, budget)
     own = [run for run in planned if run.name not in request.elsewhere]
     theirs = [run for run in planned if run.name in request.elsewhere]
-    # Other pieces need the models that are kept; and what skips is compared before anything else is trained.
-    count = 1 + max((number for number, run in enumerate(own) if run.kept or run.compared), default=-1)
+    # Other pieces need the models that are kept; what skips in the main table comes before these pieces as well.
+    main = [run.name for run in runs[: experiment.form.main_runs] if run.compared]
+    count = 1 + max((number for number, run in enumerate(own) if run.kept or run.name in main), default=-1)
     first, others = own[:count], own[count:]
     shipped = shipped_pieces(experiment) if exports else []
     if importlib.util.find_spec("onnxruntime") is None:

@@ -49,7 +49,7 @@ _DENSE = "train-original"
 
 def calibrated_pieces(experiment: Experiment) -> list[Piece]:
     """Calibrated routers at the rates of the form."""
-    form, measure = experiment.form, _Measurements(experiment)
+    form, measure = experiment.form, _measurements(experiment)
     calibration = form.calibration_tokens / _held_out_tokens(experiment)
     return [
         Piece(
@@ -69,7 +69,7 @@ def calibrated_baselines(experiment: Experiment) -> list[Piece]:
 
 def removal_pieces(experiment: Experiment, budget: Budget) -> list[Piece]:
     """Whole layers removed, as many as the rates of the form say."""
-    form, measure = experiment.form, _Measurements(experiment)
+    form, measure = experiment.form, _measurements(experiment)
     calibration = form.calibration_tokens / _held_out_tokens(experiment)
     tries = sum(experiment.base.layers - done for done in range(measure.most_removed))
     greedy = len(form.targets) + tries * form.greedy_tokens / _held_out_tokens(experiment)
@@ -86,7 +86,7 @@ def retargeted_pieces(experiment: Experiment, runs: Sequence[TrainingRun]) -> li
         experiment: Where.
         runs: Those of them that are routed and kept at the original's depth count.
     """
-    measure, calibration = _Measurements(experiment), experiment.form.calibration_tokens / _held_out_tokens(experiment)
+    measure, calibration = _measurements(experiment), experiment.form.calibration_tokens / _held_out_tokens(experiment)
     return [
         Piece(
             f"{RETARGETED}{run.name}-{target:.2f}",
@@ -107,7 +107,7 @@ def as_asked_pieces(experiment: Experiment, runs: Sequence[TrainingRun]) -> list
     What needs no training is the same for all runs of a rate, and is measured once. A model that nothing else needs is
     removed behind its comparison.
     """
-    measure, pieces = _Measurements(experiment), []
+    measure, pieces = _measurements(experiment), []
     more = 1 + sum(map(len, experiment.watched.values())) / sum(map(len, experiment.windows.values()))
     for run in runs:
         if not run.compared or run.target is None:
@@ -151,11 +151,17 @@ def as_many_pieces(experiment: Experiment, routed: Sequence[str]) -> list[Piece]
         experiment: Where.
         routed: The results of routed models.
     """
-    measure, seconds = _Measurements(experiment), _as_before(experiment, BASELINES, 8)
+    measure, seconds = _measurements(experiment), _as_before(experiment, BASELINES, 8)
     return [
         Piece(f"{BASELINES}{name}", seconds, functools.partial(measure.baselines, name), (_DENSE, name))
         for name in routed
     ]
+
+
+@functools.lru_cache(maxsize=1)
+def _measurements(experiment: Experiment) -> _Measurements:
+    """One for all pieces: it holds the fine-tuned original."""
+    return _Measurements(experiment)
 
 
 def _held_out_tokens(experiment: Experiment) -> int:
@@ -250,17 +256,13 @@ class _Measurements:
             measured["calibrated"] = self._calibrated_at(found["target"], skipped, self._at.windows)
         return {"of": name, "removed_mlps": self._order[: int(skipped)], **measured}
 
-    def _calibrated_at(
-        self, target: float, skipped: float, windows: Mapping[str, torch.Tensor]
-    ) -> dict[str, Any]:
+    def _calibrated_at(self, target: float, skipped: float, windows: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Calibrated routers that skip so many MLPs on the text they are measured on."""
         routers = self._at.calibrated(_DENSE, self._dense, target)
         model = with_routers(self._dense, {layer: router.copy() for layer, router in routers.items()})
         return self._moved(model, skipped, windows)
 
-    def _moved(
-        self, model: LlamaDloForCausalLM, skipped: float, windows: Mapping[str, torch.Tensor]
-    ) -> dict[str, Any]:
+    def _moved(self, model: LlamaDloForCausalLM, skipped: float, windows: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Routers whose thresholds are moved so that they skip so many MLPs on the text they are measured on."""
         text = torch.cat([*windows.values()]).to(self._at.device)
         rate = 1 - skipped / len(model.config.routed_layers)

@@ -33,6 +33,7 @@ def all_tables(results: Results, heading: str) -> str:
         ("(b) Loss after training", _training(results)),
         ("(c) Perplexity against active rate", _skipping(results)),
         *((f"(c) At the rate asked for, {text}", _as_asked(results, text)) for text in TEXTS),
+        *((f"(c) At the rate asked for, {text}, mean over seeds", _seeds_as_asked(results, text)) for text in TEXTS),
         ("(c) Trained routers, mean over seeds (lowest to highest)", _seeds(results)),
         ("(c) Whole layers removed", _removed(results)),
         ("(d) What is shipped", _shipped(results)),
@@ -144,7 +145,7 @@ def _skipping(results: Results) -> Iterator[Sequence[str]]:
 
 
 def _as_asked(results: Results, text: str) -> Iterator[Sequence[str]]:
-    """Perplexity of all where thresholds are moved to the rate on the very text, and the others' rates are that rate."""
+    """Perplexity of all, thresholds moved so that the rate on the very text is the one that was asked for."""
     yield ["routers", "asked for", "active MLPs", "perplexity", *WAYS]
     for values in results.found(AS_ASKED).values():
         name, target = values["of"].removeprefix("train-"), f"{values['target']:.0%}"
@@ -155,6 +156,17 @@ def _as_asked(results: Results, text: str) -> Iterator[Sequence[str]]:
         own = found.pop("trained")
         others = (_number(found[way]["perplexity"], ".2f") for way in WAYS)
         yield [name, target, f"{own['active']:.1%}", _number(own["perplexity"], ".2f"), *others]
+
+
+def _seeds_as_asked(results: Results, text: str) -> Iterator[Sequence[str]]:
+    yield ["asked for", "seeds", "perplexity", *WAYS]
+    by_target: dict[float, list[dict[str, dict[str, Any]]]] = {}
+    for values in results.found(f"{AS_ASKED}train-routed-").values():
+        if "diverged" not in values:
+            by_target.setdefault(values["target"], []).append(compared_as_asked(results, values, text))
+    for target, compared in sorted(by_target.items(), reverse=True):
+        ways = (_spread([found[way]["perplexity"] for found in compared], ".2f") for way in ("trained", *WAYS))
+        yield [f"{target:.0%}", str(len(compared)), *ways]
 
 
 def _seeds(results: Results) -> Iterator[Sequence[str]]:
