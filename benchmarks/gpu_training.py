@@ -70,7 +70,7 @@ _COMPILED = Path(tempfile.gettempdir()) / "dlo-compiled"  # files in there name 
 _OF_TRAINER = 0.9  # tokens per second of dlo train over those of transformers' Trainer on the dense model
 _TARGET = 0.9  # of the demo, over all layers
 # What a result says that a row can do without: the archive has it.
-_LONG = ("curve", "settings", "domains", "active_by_layer", "skipped", "layers", "timings", "workload")
+_LONG = ("curve", "settings", "domains", "watched", "active_by_layer", "skipped", "layers", "timings", "workload")
 
 
 @dataclass

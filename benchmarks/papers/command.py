@@ -37,6 +37,7 @@ from benchmarks.papers.token_kinds import kind_pieces
 from benchmarks.papers.toy import TOY_TOKENS, toy_model
 from benchmarks.papers.training import (
     TrainingRun,
+    probe,
     seconds_per_token,
     tokens_per_second,
     train,
@@ -179,7 +180,7 @@ def _run_some(experiment: Experiment, budget: Budget, request: Request) -> dict[
     if request.speeds is not None:  # which are those of a process alone
         while COSTS not in results and not budget.is_over():
             time.sleep(0.1)
-    load = dataclasses.replace(next(run for run in runs if run.kind == "deepened"), suffix=f"-load-{os.getpid()}")
+    load = probe(experiment, "dense", f"-load-{os.getpid()}")
     while BASE not in results and not budget.is_over():
         time.sleep(0.1)  # a measurement that is not to be disturbed
     while COSTS not in results and not budget.is_over():
@@ -223,8 +224,8 @@ def _run_others(experiment: Experiment, budget: Budget, request: Request) -> dic
     if importlib.util.find_spec("onnxruntime") is None:
         left_out |= {piece.name: "ONNX Runtime is not installed" for piece in shipped}
         shipped = []
-    pieces = [
-        *_compared_training(first, experiment, budget, request),
+    left_out |= run_pieces(_compared_training(first, experiment, budget, request), results, budget)
+    meanwhile = [
         *calibrated_pieces(experiment),
         *_as_trained(experiment, first),
         *_retargeted(experiment, first),
@@ -235,32 +236,44 @@ def _run_others(experiment: Experiment, budget: Budget, request: Request) -> dic
         *_retargeted(experiment, others),
         *task_pieces(experiment, first, of_artefacts=exports),
     ]
-    left_out |= run_pieces(pieces, results, budget)
-    left_out |= _measure_others(theirs, experiment, budget, of_artefacts=exports)
+    left_out |= _measure_others(theirs, experiment, budget, meanwhile, of_artefacts=exports)
     last = [*calibrated_baselines(experiment), *removal_pieces(experiment, budget)]
     return left_out | run_pieces(last, results, budget)
 
 
 def _measure_others(
-    runs: Sequence[TrainingRun], experiment: Experiment, budget: Budget, *, of_artefacts: bool
+    runs: Sequence[TrainingRun],
+    experiment: Experiment,
+    budget: Budget,
+    meanwhile: Sequence[Piece],
+    *,
+    of_artefacts: bool,
 ) -> dict[str, str]:
-    """What other processes train, as it comes; what only repeats it with another seed, while nothing else does."""
-    results, waiting = experiment.results, [*runs]
+    """What other processes train, as it comes, what skips first; one piece of others while nothing has come.
+
+    Args:
+        runs: That other processes train.
+        experiment: Where.
+        budget: Time there is.
+        meanwhile: The other pieces, by falling importance.
+        of_artefacts: Whether tasks are measured on artefacts.
+    """
+    results, waiting, queue = experiment.results, [*runs], [*meanwhile]
     left_out: dict[str, str] = {}
-    repeated = calibrated_baselines(experiment)
     while waiting and not budget.is_over():
         come = [run for run in waiting if run.name in results]
         waiting = [run for run in waiting if run not in come]
         first = [run for run in come if run.seed == experiment.form.seeds[0]]
-        pieces = [*as_asked_pieces(experiment, come), *_as_trained(experiment, first)]
-        pieces += [*_retargeted(experiment, first), *kind_pieces(experiment, first)]
-        pieces += task_pieces(experiment, first, of_artefacts=of_artefacts)
-        repeated[:0] = _as_trained(experiment, [run for run in come if run not in first])
-        if not pieces and repeated:
-            pieces.append(repeated.pop(0))
+        others = [run for run in come if run not in first]  # which only repeat it
+        more = [*_as_trained(experiment, first), *_retargeted(experiment, first), *kind_pieces(experiment, first)]
+        more += task_pieces(experiment, first, of_artefacts=of_artefacts)
+        queue = [*more, *queue, *_as_trained(experiment, others)]
+        pieces = as_asked_pieces(experiment, come)
+        if not pieces and queue:
+            pieces.append(queue.pop(0))
         left_out |= run_pieces(pieces, results, budget)
         time.sleep(0 if pieces else 0.2)
-    return left_out | run_pieces(repeated, results, budget)
+    return left_out | run_pieces(queue, results, budget)
 
 
 def _training_seconds(form: Form, budget: Budget, request: Request) -> float:

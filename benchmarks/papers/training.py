@@ -352,10 +352,7 @@ def training_costs(
     if speeds is not None:
         costs |= {"batch": form.batches[0], "tokens_per_second": dict(speeds), "given": True}
         return {**costs, "steps": planned_steps(runs, form, costs, seconds)}
-    probes = {
-        "dense": TrainingRun("deepened", _run_of(every, "deepened").dense, "-probe"),
-        "routed": dataclasses.replace(_run_of(every, _REFERENCE), suffix="-probe", kept=False),
-    }
+    probes = {name: probe(experiment, name, "-probe") for name in ("dense", "routed")}
     for batch in form.batches:
         try:
             speeds = {name: tokens_per_second(run, experiment, batch) for name, run in probes.items()}
@@ -371,6 +368,12 @@ def training_costs(
                 break
         costs = tried
     return costs
+
+
+def probe(experiment: Experiment, name: str, suffix: str) -> TrainingRun:
+    """A run to measure tokens per second with: of the deepened model, `dense` or `routed`, whatever the form's are."""
+    kind = {"dense": "deepened", "routed": _REFERENCE}[name]
+    return dataclasses.replace(_run_of(_every_run(experiment), kind), suffix=suffix, kept=False)
 
 
 def seconds_per_token(run: TrainingRun, costs: Mapping[str, Any]) -> float:
