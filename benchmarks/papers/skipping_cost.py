@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -113,7 +112,6 @@ def as_asked_pieces(experiment: Experiment, runs: Sequence[TrainingRun]) -> list
         if not run.compared or run.target is None:
             continue
         untrained = f"{UNTRAINED}{run.target:.2f}"
-        folder = experiment.results.model(run.name)
         pieces += [
             Piece(
                 untrained,
@@ -126,7 +124,7 @@ def as_asked_pieces(experiment: Experiment, runs: Sequence[TrainingRun]) -> list
                 _as_before(experiment, AS_ASKED, 6 * more),
                 functools.partial(measure.as_asked, run.name, run.target),
                 (untrained, run.name),
-                functools.partial(shutil.rmtree, folder, ignore_errors=True) if not run.kept else lambda: None,
+                (lambda: None) if run.kept else functools.partial(experiment.results.remove_model, run.name),
             ),
         ]
     return pieces
