@@ -89,6 +89,11 @@ def block_path(masked: MaskedBlock) -> str:
     return layer_tensor_name(masked.layer.index, "self_attn" if isinstance(masked, MaskedAttention) else "mlp")
 
 
+def first_axis_of(graph: ir.Graph) -> ir.Value:
+    """Where rows get an axis in front of them, as a batch of one."""
+    return shared_constant(graph, f"{ROUTERS}.first_axis", np.array([0], np.int64))
+
+
 def stream_for_all_tokens(block: ResidualBlock, nodes: Collection[ir.Node], new: TaggedNodes) -> ir.Value:
     """The stream operand of a block's addition, for all tokens.
 
@@ -191,6 +196,8 @@ def projected_width(value: ir.Value) -> int | None:
     if value.shape is not None and isinstance(last := value.shape[-1], int):
         return last
     node = value.producer()
+    if is_op(node, "MatMulNBits", domain="com.microsoft"):
+        return node.attributes["N"].as_int()  # type: ignore[union-attr]  # is_op
     if node is None or not is_op(node, "MatMul", "Add", "RMSNormalization"):
         return None
     tensors = [constant_tensor(operand) for operand in node.inputs]
