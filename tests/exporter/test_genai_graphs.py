@@ -400,9 +400,11 @@ def test_graph_is_taken_when_a_tool_has_renamed_its_logits_and_says_nothing_of_i
     assert np.isfinite(logits(tmp_path / "routed" / "model.onnx")).all()
 
 
-def test_onnxruntime_genai_runs_the_routed_graph_as_it_ran_the_first(graph, tmp_path):
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+def test_onnxruntime_genai_runs_the_routed_graph_as_it_ran_the_first(graph, kind, tmp_path):
     path = graph("int4")
-    exported(path, tmp_path / "out", adapter=save_routed_adapter(path, tmp_path / "adapter"), parity=False)
+    adapter = save_routed_adapter(path, tmp_path / "adapter", routing=kind)
+    exported(path, tmp_path / "out", adapter=adapter, parity=False)
     prompt = list(range(5, 14))
     with OnnxRuntimeRunner(tmp_path / "out" / "model.onnx") as runner:
         (wanted,) = generate(runner, [prompt], max_new_tokens=8).sequences
