@@ -83,7 +83,8 @@ class JoinSkipNormsPass(GraphPass):
         # First the branches, which take additions and norms from outside, and what rows keep apart; then what is left.
         for node in list(graph) if self.around_routed else ():
             if is_op(node, "If"):
-                join_in_branches(node, tags) or add_behind_branches(node, tags)
+                if not join_in_branches(node, tags):
+                    add_behind_branches(node, tags)
             elif node.graph is graph:
                 move_norms_off_rows(node, tags)
         for node in list(graph):

@@ -134,7 +134,8 @@ def add_behind_branches(conditional: ir.Node, tags: Mapping[str, str]) -> bool:
         return False
     stream, last, skip, norm = found
     weight, dtype, (branch,) = constant_tensor(norm.inputs[1]), element_type(stream), _others(last, stream)
-    if weight is None or dtype is None:
+    made = branch.producer()
+    if weight is None or dtype is None or made is None or made.graph is not last.graph:
         return False
     then, otherwise, total = last.graph, skip.graph, conditional.outputs[0]
     assert isinstance(then, ir.Graph), "a branch"

@@ -218,7 +218,7 @@ class RouteLayersPass(GraphPass):
             for _, match in match_masked_blocks(layer):
                 if isinstance(match, Mismatch):
                     problems.append(match.reason)
-                elif isinstance(match, MaskedAttention) and match.hidden is None:
+                elif isinstance(match, MaskedAttention) and match.hidden is None and match.projections:
                     _mark_served(match)
         if problems:
             raise GraphPassError(

@@ -42,7 +42,7 @@ from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from tests.foreign_graphs import save_routed_adapter
-from tests.genai_graphs import FORMS, build, save_genai_graph
+from tests.genai_graphs import FORMS, LAST_LOGITS, build, save_genai_graph
 from tests.tiny_models import BYTE_VOCABULARY, save_byte_tokenizer, save_tiny_llama
 
 # How far a weight may be from the checkpoint's, as a share of the largest of its tensor.
@@ -160,6 +160,15 @@ def with_activations_as_they_are(path):
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)  # in float32
     ir.save(model, path.with_name("float32-activations.onnx"))
     return path.with_name("float32-activations.onnx")
+
+
+def test_lowering_is_compared_with_the_masked_graph_when_both_compute_the_last_logits_alone(tmp_path):
+    path = save_genai_graph(tmp_path / "genai", LAST_LOGITS, layers=2)
+    assert logits(path).shape[1] == 1
+    adapter = save_routed_adapter(path, tmp_path / "adapter")
+    parity = exported(path, tmp_path / "out", adapter=adapter, lowering="compact").description.parity
+    assert parity.verdict == "PASS", parity.reason
+    assert logits(tmp_path / "out" / "model.onnx").shape[1] == 1
 
 
 def test_branches_skip_weights_that_nodes_dequantise_and_compute_what_the_masked_graph_does(graph, tmp_path):
