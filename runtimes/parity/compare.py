@@ -78,9 +78,8 @@ def compare(
         open_other: The reference in another precision, opened only where a case would fail or something flipped:
             float64 for candidates in fp32, their own type for those of 16 bits. How far the two are apart tells
             rounding from a fault. None leaves the table's tolerances as they are, and what flipped ambiguous.
-        steps_matter: Whether the same tokens in other steps are another result: by a rope that depends on the length, or
-            by kernels that both models run.
-            Generated tokens are then refed as they were fed, not all at once.
+        steps_matter: Whether the same tokens in other steps are another result: by a rope that depends on the length,
+            or by kernels that both models run. Generated tokens are then refed as they were fed, not all at once.
 
     Raises:
         RuntimeInputError: A candidate is another kind of model, or cannot be opened.
