@@ -116,4 +116,5 @@ def _gather_by_input(graph: ir.Graph, node: ir.Node, layer: int, made_by: str) -
         new.name, new.type, new.shape = f"{name}.gather.{number}", old.type, old.shape
         if number:
             old.replace_all_uses_with(new)
+            old.shape = None  # the router's own number of rows is another one, and may not have its name
     graph.insert_after(node, [*nodes.nodes, again])

@@ -13,10 +13,8 @@ from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.routing.fuse_router_scores import router_operands
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.ops import DOMAIN, GATHER_ACTIVE, VERSION
-from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
+from dlo_export.graph_passes.spec.pass_contract import GraphPass
 from dlo_export.graph_passes.spec.provenance import (
-    LAYER_KEY,
-    PASS_KEY,
     ROLE_KEY,
     ROUTER_ACTIVE,
     ROUTER_SCORES,
@@ -47,16 +45,14 @@ class FuseRouterGatherPass(GraphPass):
     """
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass, LoweringPass)
-    nodes_from: ClassVar[Border | None] = "routed"
 
     def rewrite(self, model: ir.Model) -> bool:
         """Fuses every router whose decision is used for gathering alone."""
         graph, fused = model.graph, False
-        for layer, scores in sorted(role_values(graph, ROUTER_SCORES).items()):
-            found = _match(scores)
-            if found is not None:
+        for scores in role_values(graph, ROUTER_SCORES).values():
+            if (found := _match(scores)) is not None:
                 graph.opset_imports[DOMAIN] = VERSION
-                _fuse(graph, layer, scores, found, self._name)
+                _fuse(graph, scores, found)
                 fused = True
         if fused:
             graph.sort()  # the operator stands where rows were gathered; others may have read the index before
@@ -98,9 +94,9 @@ def _match(scores: ir.Value) -> _Gathering | None:
         return None
     # By the same index scales may be gathered, which have no width.
     gathers = [node for node in index.outputs[0].consumers() if is_op(node, "GatherND")]
-    values = [(node, node.inputs[0]) for node in gathers if "batch_dims" not in node.attributes]
-    for gather, value in values:
-        if value is not None and value.shape is not None and len(value.shape) == 3 and _is_float(operands[0], value):
+    for gather in gathers:
+        value, shape = gather.inputs[0], gather.outputs[0].shape
+        if value is not None and shape is not None and len(shape) == 2 and _is_float(operands[0], value):
             return _Gathering((*operands, threshold, value), index, gather)
     return None
 
@@ -115,8 +111,9 @@ def _is_float(*values: ir.Value) -> bool:
     return all(element_type(value) == ir.DataType.FLOAT for value in values)
 
 
-def _fuse(graph: ir.Graph, layer: int, scores: ir.Value, found: _Gathering, made_by: str) -> None:
-    tags = {PASS_KEY: made_by, LAYER_KEY: str(layer), ROLE_KEY: ROUTER_SCORES, SERVES_KEY: "router"}
+def _fuse(graph: ir.Graph, scores: ir.Value, found: _Gathering) -> None:
+    # It gathers for the lowering, and keeps its tags: a graph's lowering is known by them.
+    tags = {**found.gather.metadata_props, ROLE_KEY: ROUTER_SCORES, SERVES_KEY: "router"}
     # The scores come first: by a node's first output others know what plays a role.
     replaced = (scores, found.index.outputs[0], found.gather.outputs[0])
     node = ir.node(
