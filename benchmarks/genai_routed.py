@@ -6,8 +6,8 @@ Decode is measured in `if`, which `auto` would choose for steps of one token, an
 rows return at once; with `--ort-plugin-library` in `plugin` too, where one operator of the library finds these rows.
 One more graph asks a single router for all layers: what it takes over the untouched one is what the Ifs cost, the rest
 of "nothing skipped" is the routers. These are real ones, of zeros: their scores are one half, and a layer's threshold
-says whether that is enough. Decode is one token of batch 1 behind 128 tokens, prefill is 128 tokens, each with the choice
-of the next token. Each graph has the machine to itself: its process is started, measured and ended, in turn.
+says whether that is enough. Decode is one token of batch 1 behind 128 tokens, prefill is 128 tokens, each with the
+choice of the next token. Each graph has the machine to itself: its process is started, measured and ended, in turn.
 
     python -m benchmarks.genai_routed
     python -m benchmarks.genai_routed --shape h2048 --phase decode
@@ -38,7 +38,7 @@ from benchmarks.common.qwen2 import VOCABULARY as QWEN2_VOCABULARY
 from benchmarks.common.qwen2 import qwen2_folder
 from benchmarks.common.random_llama import H2048, random_llama_folder
 from benchmarks.common.smollm2 import VOCABULARY, distinct_tokens, smollm2_folder
-from benchmarks.common.workers import Worker, launch_workers_in_turn
+from benchmarks.common.workers import Worker, alternate_workers, launch_workers_in_turn
 from benchmarks.common.workspace import WORKSPACE
 from benchmarks.dense_speed import build_with_genai
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
@@ -64,6 +64,7 @@ TITLES = {
 }
 LAUNCHES = 8
 RUNS, SETTLE = {"decode": 60, "prefill": 8}, {"decode": 20, "prefill": 3}
+BLOCKS = 4
 LOWERINGS = {"decode": ("if", "compact"), "prefill": ("compact",)}
 PLUGIN = "plugin"
 
@@ -170,7 +171,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--artefacts", type=Path, help="keep the graphs here, and take them from here")
     parser.add_argument("--busy", action="store_true", help="take the machine as it is")
     parser.add_argument("--huge-pages", action="store_true", help="weights in pages of 2 MiB: launches differ by less")
+    parser.add_argument(
+        "--alternate", action="store_true", help="all graphs at once, their steps in alternating blocks"
+    )
     return parser.parse_args()
+
+
+def measured(given: argparse.Namespace, start: dict[str, Callable[[], Worker]], phase: str) -> dict[str, Samples]:
+    """Milliseconds by graph."""
+    how: dict[str, Any] = {"launches": given.launches, "settle": SETTLE[phase], "busy": given.busy}
+    if given.alternate:
+        return alternate_workers(start, blocks=BLOCKS, runs=RUNS[phase] // BLOCKS, **how)
+    return launch_workers_in_turn(start, runs=RUNS[phase], **how)
 
 
 def main() -> None:
@@ -225,9 +237,7 @@ def main() -> None:
                 name: functools.partial(Worker, "benchmarks.common.genai_worker", path, *options)
                 for name, path in graphs.items()
             }
-            times = launch_workers_in_turn(
-                start, launches=given.launches, runs=RUNS[phase], settle=SETTLE[phase], busy=given.busy
-            )
+            times = measured(given, start, phase)
             for name, time in times.items():
                 ratio, share = time / times[UNTOUCHED], skipped.get(name)
                 saved = saved_share(times, name, share) if share else ""
@@ -261,6 +271,7 @@ def main() -> None:
             "prompt": PROMPT,
             "launches": given.launches,
             "huge_pages": given.huge_pages,
+            "alternate": given.alternate,
             "runs": RUNS,
             "warm_up": SETTLE,
             "results": record,
