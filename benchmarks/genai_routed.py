@@ -171,9 +171,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--artefacts", type=Path, help="keep the graphs here, and take them from here")
     parser.add_argument("--busy", action="store_true", help="take the machine as it is")
     parser.add_argument("--huge-pages", action="store_true", help="weights in pages of 2 MiB: launches differ by less")
-    parser.add_argument(
-        "--alternate", action="store_true", help="all graphs at once, their steps in alternating blocks"
-    )
+    parser.add_argument("--alternate", action="store_true", help="all graphs at once, in alternating blocks")
     return parser.parse_args()
 
 
