@@ -37,8 +37,8 @@ class FuseRouterGatherPass(GraphPass):
 
         scores, idx, rows = dlo::GatherActive(x, w, 0.5, n)
 
-    In a decode step each small operator costs a CPU a microsecond or more, most of it because what the runtime keeps of
-    a node is no longer in the caches when its turn comes: of a routed layer's eight, one is left in place of seven.
+    In a decode step each small operator costs a CPU a microsecond or more, whatever it does: one stands in place of seven
+    of the eight that compaction adds to a layer.
 
     Optional: decisions that somebody else reads, routers in another form and types other than float32 are left alone.
     Scope: routers of the main graph in the form RouteLayersPass writes. Source: graph_passes/spec/ops.py.
@@ -65,7 +65,11 @@ def compared_with(graph: ir.Graph) -> dict[int, ir.Value | None]:
     gathering = {layer: scores.producer() for layer, scores in role_values(graph, ROUTER_SCORES).items()}
     return {
         **{layer: node.inputs[1] if node and len(node.inputs) == 2 else None for layer, node in comparing.items()},
-        **{layer: node.inputs[2] for layer, node in gathering.items() if gathers_active(node)},
+        **{
+            layer: node.inputs[2] if len(node.inputs) == len(GATHER_ACTIVE.inputs) else None
+            for layer, node in gathering.items()
+            if gathers_active(node)
+        },
     }
 
 
