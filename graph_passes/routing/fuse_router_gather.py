@@ -37,8 +37,8 @@ class FuseRouterGatherPass(GraphPass):
 
         scores, idx, rows = dlo::GatherActive(x, w, 0.5, n)
 
-    In a decode step each small operator costs a CPU a microsecond or more, whatever it does: one stands in place of seven
-    of the eight that compaction adds to a layer.
+    In a decode step each small operator costs a CPU a microsecond or more, whatever it does: one stands in place of
+    seven of the eight that compaction adds to a layer.
 
     Optional: decisions that somebody else reads, routers in another form and types other than float32 are left alone.
     Scope: routers of the main graph in the form RouteLayersPass writes. Source: graph_passes/spec/ops.py.
