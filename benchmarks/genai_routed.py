@@ -3,14 +3,15 @@
 The builder's graph (4 bits, GroupQueryAttention with its cache in one buffer) is compared with itself routed so that
 nothing, half of the layers' MLPs, or every MLP is skipped, and with itself without MLPs, the most that skipping saves.
 Decode is measured in `if`, which `auto` would choose for steps of one token, and in `compact`, whose products of no
-rows return at once. One more graph asks a single router for all layers: what it takes over the untouched one is what
-the Ifs cost, the rest of "nothing skipped" is the routers. These are real ones, of zeros: their scores are one half,
-and a layer's threshold says whether that is enough. Decode is one token of batch 1 behind 128 tokens, prefill is 128
-tokens, each with the choice of the next token. Each graph has the machine to itself: its process is started, measured
-and ended, in turn.
+rows return at once; with `--ort-plugin-library` in `plugin` too, where one operator of the library finds these rows.
+One more graph asks a single router for all layers: what it takes over the untouched one is what the Ifs cost, the rest
+of "nothing skipped" is the routers. These are real ones, of zeros: their scores are one half, and a layer's threshold
+says whether that is enough. Decode is one token of batch 1 behind 128 tokens, prefill is 128 tokens, each with the
+choice of the next token. Each graph has the machine to itself: its process is started, measured and ended, in turn.
 
     python -m benchmarks.genai_routed
     python -m benchmarks.genai_routed --shape h2048 --phase decode
+    python -m benchmarks.genai_routed --phase decode --ort-plugin-library plugins/library/build/libdlo_ort.so
 
 `qwen2` is Qwen2.5-Coder-0.5B-Instruct, its weights dequantised from a GGUF file and quantised again by the builder,
 `h2048` a random model of hidden size 2048, intermediate size 8192 and 8 layers, where MLPs are most of the work.
@@ -30,13 +31,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.one_router import ask_first_router
 from benchmarks.common.qwen2 import VOCABULARY as QWEN2_VOCABULARY
 from benchmarks.common.qwen2 import qwen2_folder
 from benchmarks.common.random_llama import H2048, random_llama_folder
 from benchmarks.common.smollm2 import VOCABULARY, distinct_tokens, smollm2_folder
-from benchmarks.common.workers import Worker, launch_workers_in_turn
+from benchmarks.common.workers import Worker, alternate_workers, launch_workers_in_turn
 from benchmarks.common.workspace import WORKSPACE
 from benchmarks.dense_speed import build_with_genai
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
@@ -49,6 +51,7 @@ from dlo_export.exporter.sources.foreign_graph import load_graph, open_foreign_g
 from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.rewriting import remove_unused
+from dlo_export.plugins.ort_registration import LIBRARY
 
 PROMPT = 128
 OVERHEAD_BAR, EFFICIENCY_BAR = 1.03, 0.85
@@ -61,10 +64,12 @@ TITLES = {
 }
 LAUNCHES = 8
 RUNS, SETTLE = {"decode": 60, "prefill": 8}, {"decode": 20, "prefill": 3}
+BLOCKS = 4
 LOWERINGS = {"decode": ("if", "compact"), "prefill": ("compact",)}
+PLUGIN = "plugin"
 
 
-def routed_graph(graph: Path, folder: Path, active: list[bool], lowering: str) -> Path:
+def routed_graph(graph: Path, folder: Path, active: list[bool], lowering: str, library: Path | None = None) -> Path:
     """The graph with a router on every layer.
 
     Args:
@@ -72,6 +77,7 @@ def routed_graph(graph: Path, folder: Path, active: list[bool], lowering: str) -
         folder: Made.
         active: By layer, whether its MLP runs.
         lowering: What skips it.
+        library: libdlo_ort.so, for the plugin lowering; a copy of it lies beside the graph, where genai looks for it.
     """
     opened = open_foreign_graph(graph)
     hidden = opened.tensors["model.norm.weight"].shape[0]
@@ -83,6 +89,8 @@ def routed_graph(graph: Path, folder: Path, active: list[bool], lowering: str) -
         str(graph), folder, adapter=folder.with_name(f"{folder.name}-adapter"), lowering=lowering, parity=False
     )
     export_model(request, Reporter())
+    if library is not None:
+        shutil.copy(library, folder / LIBRARY)
     return folder / "model.onnx"
 
 
@@ -150,16 +158,35 @@ def more_per_layer(times: dict[str, Samples], name: str, layers: int) -> Samples
     return Samples((times[name].values - times[UNTOUCHED].values) * 1000 / layers)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--shape", choices=tuple(TITLES), default="smollm2")
     parser.add_argument("--precision", choices=("int4", "fp32"), default="int4")
     parser.add_argument("--phase", choices=tuple(LOWERINGS), action="append", help="may be given twice; default: both")
     parser.add_argument("--launches", type=int, default=LAUNCHES)
+    parser.add_argument("--ort-plugin-library", type=Path, help="libdlo_ort.so: measure the plugin lowering too")
+    parser.add_argument("--lowering", action="append", help="measure this one alone; may be given again; default: all")
     parser.add_argument("--artefacts", type=Path, help="keep the graphs here, and take them from here")
     parser.add_argument("--busy", action="store_true", help="take the machine as it is")
-    given = parser.parse_args()
+    parser.add_argument("--huge-pages", action="store_true", help="weights in pages of 2 MiB: launches differ by less")
+    parser.add_argument("--alternate", action="store_true", help="all graphs at once, in alternating blocks")
+    return parser.parse_args()
+
+
+def measured(given: argparse.Namespace, start: dict[str, Callable[[], Worker]], phase: str) -> dict[str, Samples]:
+    """Milliseconds by graph."""
+    how: dict[str, Any] = {"launches": given.launches, "settle": SETTLE[phase], "busy": given.busy}
+    if given.alternate:
+        return alternate_workers(start, blocks=BLOCKS, runs=RUNS[phase] // BLOCKS, **how)
+    return launch_workers_in_turn(start, runs=RUNS[phase], **how)
+
+
+def main() -> None:
+    given = arguments()
+    if given.huge_pages:
+        use_huge_pages()
     rows, record = [], {}
     vocabularies: dict[str, Any] = {
         "smollm2": VOCABULARY,
@@ -177,6 +204,10 @@ def main() -> None:
                 make(target)
             return target / "model.onnx"
 
+        def lowerings(phase: str) -> tuple[str, ...]:
+            known = (*LOWERINGS[phase], *((PLUGIN,) if given.ort_plugin_library else ()))
+            return tuple(name for name in known if given.lowering is None or name in given.lowering)
+
         def build(target: Path) -> None:
             build_with_genai(checkpoint_of(given.shape, Path(temporary)), target, given.precision)
 
@@ -189,10 +220,11 @@ def main() -> None:
             np.save(folder / "tokens.npy", step)
             graphs = {UNTOUCHED: graph, CUT: made("cut", functools.partial(graph_without_mlps, graph))}
             skipped: dict[str, float] = {}  # share of the MLPs, by graph
-            for lowering in LOWERINGS[phase]:
+            for lowering in lowerings(phase):
                 for pattern, active in patterns.items():
                     name = f"{pattern}, {lowering}"
-                    route = functools.partial(routed_graph, graph, active=active, lowering=lowering)
+                    library = given.ort_plugin_library if lowering == PLUGIN else None
+                    route = functools.partial(routed_graph, graph, active=active, lowering=lowering, library=library)
                     graphs[name], skipped[name] = made(name, route), 1 - sum(active) / layers
                 if lowering == "if":
                     one_router = functools.partial(graph_with_one_router, graphs[f"{NOTHING}, {lowering}"])
@@ -203,9 +235,7 @@ def main() -> None:
                 name: functools.partial(Worker, "benchmarks.common.genai_worker", path, *options)
                 for name, path in graphs.items()
             }
-            times = launch_workers_in_turn(
-                start, launches=given.launches, runs=RUNS[phase], settle=SETTLE[phase], busy=given.busy
-            )
+            times = measured(given, start, phase)
             for name, time in times.items():
                 ratio, share = time / times[UNTOUCHED], skipped.get(name)
                 saved = saved_share(times, name, share) if share else ""
@@ -234,10 +264,12 @@ def main() -> None:
         {
             "shape": given.shape,
             "precision": given.precision,
-            "lowerings": LOWERINGS,
+            "lowerings": {phase: lowerings(phase) for phase in LOWERINGS},
             "batch": 1,
             "prompt": PROMPT,
             "launches": given.launches,
+            "huge_pages": given.huge_pages,
+            "alternate": given.alternate,
             "runs": RUNS,
             "warm_up": SETTLE,
             "results": record,

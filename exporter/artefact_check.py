@@ -23,7 +23,8 @@ from dlo_export.exporter.weight_file import external_tensors
 from dlo_export.graph_passes.find.data_flow import constant_scalar
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, Target, Workload
 from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowering, lowering_names
-from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_ACTIVE, ROUTER_SCORES, role_values
+from dlo_export.graph_passes.routing.fuse_router_gather import compared_with
+from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.description import (
     MODEL_NAME,
     PARITY_NAME,
@@ -137,9 +138,8 @@ def graph_problems(
 def compared_thresholds(graph: ir.Graph) -> dict[int, float]:
     """What a graph compares its routers' scores with, where that is not one half; NaN where it cannot be told."""
     found = {}
-    for layer, active in role_values(graph, ROUTER_ACTIVE).items():
-        decision = active.producer()
-        threshold = constant_scalar(decision.inputs[1]) if decision is not None and len(decision.inputs) == 2 else None
+    for layer, limit in compared_with(graph).items():
+        threshold = constant_scalar(limit)
         found[layer] = math.nan if threshold is None else float(threshold)
     return {layer: threshold for layer, threshold in sorted(found.items()) if threshold != ONE_HALF}
 
@@ -169,7 +169,7 @@ def _lowering_problems(
     expected = [record.lowering] if passes[record.lowering] is not None else []
     if found != expected:
         yield f"{prefix}lowering is {record.lowering}, {path.name} has {' and '.join(found) or 'no lowered layers'}"
-    not_capturable = find_lowering(record.lowering, target).not_capturable
+    not_capturable = find_lowering(record.lowering, target).why_not_captured(model.graph)
     if (record.capture_problem is None) != (not_capturable is None):  # in whatever words
         yield f"{prefix}capture_problem is {record.capture_problem}, expected {not_capturable} for {record.lowering}"
 

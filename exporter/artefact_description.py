@@ -69,7 +69,7 @@ def describe(
         provider=provider,
         lowering=lowering,
         lowering_reason=reason,
-        capture_problem=find_lowering(lowering, PROVIDER_TARGETS[provider]).not_capturable,
+        capture_problem=find_lowering(lowering, PROVIDER_TARGETS[provider]).why_not_captured(model.graph),
         plugin_operators=plugin_operators(model),
         routing=_routing(source),
         layers=_layers(source),

@@ -52,6 +52,7 @@ from dlo_export.graph_passes.lowerings.registry import (
 )
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.routing.fuse_router_gather import FuseRouterGatherPass
 from dlo_export.graph_passes.routing.fuse_router_scores import FuseRouterScoresPass
 from dlo_export.graph_passes.routing.keep_part import KeepPartPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
@@ -208,6 +209,7 @@ def onnxruntime_steps(
     """
     around, routed = compared_with or lowering, source.routing is not None
     by_codes = routed and around.multiplies_by_codes
+    gathers = routed and DOMAIN in lowering.domains and target == "onnxruntime-cpu"
     masked, lowered = (
         dataclasses.replace(stage, domains=stage.domains | ({MICROSOFT} if by_codes else set()))
         for stage in (ROUTED if routed else INJECTED, lowering.stage)
@@ -234,6 +236,8 @@ def onnxruntime_steps(
         Step(NameBatchDimensionPass(), lowered),
         # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
         Step(JoinSkipNormsPass(around.fuses_norms), lowered, released=True),
+        # Where the library is needed anyway, and behind the norms, whose outputs rows are gathered of.
+        *([Step(FuseRouterGatherPass(), lowered, released=True)] if gathers else []),
     ]
 
 

@@ -224,7 +224,7 @@ def rewrite_lowering(
         description,
         lowering=lowering,
         lowering_reason=reason,
-        capture_problem=find_lowering(lowering, PROVIDER_TARGETS[description.provider]).not_capturable,
+        capture_problem=find_lowering(lowering, PROVIDER_TARGETS[description.provider]).why_not_captured(model.graph),
         plugin_operators=plugin_operators(model),
         parity=parity,
     )

@@ -196,20 +196,18 @@ def projected_width(value: ir.Value) -> int | None:
     if value.shape is not None and isinstance(last := value.shape[-1], int):
         return last
     node = value.producer()
-    if node is None:
-        return None
-    if is_op(node, "MatMulNBits", domain="com.microsoft"):
+    if node is not None and is_op(node, "MatMulNBits", domain="com.microsoft"):
         return node.attributes["N"].as_int()
+    if node is None or not is_op(node, "MatMul", "Add", "RMSNormalization", "Cast", "Identity", "Reshape"):
+        return None
+    if is_op(node, "Reshape"):  # heads that were normalised one by one, together again
+        shape = constant_integers(node.inputs[1])
+        return shape[-1] if shape is not None and len(shape) == 3 and shape[-1] > 0 else None
     # A norm in float32 stands between casts, its scale behind one too: then what it reads says how wide it is.
     if is_op(node, "Cast", "Identity", "RMSNormalization") and node.inputs[0] is not None:
         width = projected_width(node.inputs[0])
         if width is not None:
             return width
-    if is_op(node, "Reshape"):  # heads that were normalised one by one, together again
-        shape = constant_integers(node.inputs[1])
-        return shape[-1] if shape is not None and len(shape) == 3 and shape[-1] > 0 else None
-    if not is_op(node, "MatMul", "Add", "RMSNormalization"):
-        return None
     tensors = [constant_tensor(operand) for operand in node.inputs]
     sizes = [int(tensor.shape[-1]) for tensor in tensors if tensor is not None and len(tensor.shape)]  # type: ignore[arg-type]  # tensors have no symbolic dimensions
     return max(sizes, default=None)

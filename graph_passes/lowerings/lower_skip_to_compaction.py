@@ -8,21 +8,19 @@ from typing import get_args
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.checkpoints.model_types import RoutingKind
-from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
-from dlo_export.graph_passes.lowerings.active_rows import first_axis_of, run_on_rows, stream_for_all_tokens
 from dlo_export.graph_passes.lowerings.attention_in_branch import branch_problems, close_in_branch
 from dlo_export.graph_passes.lowerings.attention_on_rows import projections_on_rows, row_problems, run_on_active_rows
 from dlo_export.graph_passes.lowerings.compacted_rows import CompactedRows
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import any_active
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.lowerings.mlp_in_branch import dequantised_outside
-from dlo_export.graph_passes.lowerings.record import LoweringRecord
+from dlo_export.graph_passes.lowerings.mlp_on_rows import run_mlp_on_rows
+from dlo_export.graph_passes.lowerings.record import ROWS_READ_BACK, LoweringRecord
 from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
@@ -85,7 +83,7 @@ class LowerSkipToCompactionPass(LoweringPass):
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Run the MLP of one layer on its active tokens."""
-        self._mlp_on_rows(graph, masked, CompactedRows(graph, masked, self._name, masked.nodes[0]))
+        run_mlp_on_rows(graph, masked, CompactedRows(graph, masked, self._name, masked.nodes[0]))
 
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Run the projections of one layer's attention on its active tokens."""
@@ -101,7 +99,7 @@ class LowerSkipToCompactionPass(LoweringPass):
             return
         access = CompactedRows(graph, attention, self._name, projections_on_rows(attention)[0], own=True)
         rows = CompactedRows(graph, mlp, self._name, mlp.nodes[0], like=access)
-        self._mlp_on_rows(graph, mlp, rows)
+        run_mlp_on_rows(graph, mlp, rows)
         behind = [*(node for node in mlp.nodes if node.graph is graph), *rows.nodes]
         self._attention_on_rows(graph, attention, access, behind)
 
@@ -119,33 +117,6 @@ class LowerSkipToCompactionPass(LoweringPass):
         """Whether an If leaves out attention itself; projections of no rows need none."""
         return self.branches and not masked.stays
 
-    def _mlp_on_rows(self, graph: ir.Graph, masked: MaskedMlp, access: CompactedRows) -> None:
-        layer, block, nodes = masked.layer, masked.layer.mlp, masked.nodes
-        mlp, dtype = layer_tensor_name(layer.index, "mlp"), element_type(block.stream_in)
-        rank, _ = row_rank(nodes)
-
-        # In front of the branch: where the active tokens are, and their rows. A branch that counts its axes from the
-        # front gets them as a batch of one.
-        gather = access.new_nodes()
-        rows = gathered = access.gather(gather, block.stream_in, layer.hidden_size, f"{mlp}.rows")
-        row_shape = (access.count, layer.hidden_size)
-        first_axis = first_axis_of(graph) if rank == 3 else None
-        if first_axis is not None:
-            rows = gather.add("Unsqueeze", rows, first_axis, name=f"{mlp}.rows_3d", dtype=dtype, shape=(1, *row_shape))
-        stream = stream_for_all_tokens(block, nodes, gather)
-
-        # The branch itself stays, node by node: it reads rows now, and each row is scaled by its own token's factor.
-        access.scale(gather)
-        run_on_rows(nodes, block.stream_in, rows, (access.count,) if rank == 2 else (1, access.count))
-        graph.insert_before(nodes[0], gather.nodes)
-
-        # Behind it: the results are added to the rows, and these put in their places in the stream, in place of Where
-        # and Add: a skipped token keeps h because nothing is put there.
-        scatter, kept = access.new_nodes(), masked.kept
-        if first_axis is not None:
-            kept = scatter.add("Squeeze", kept, first_axis, name=f"{mlp}.kept_rows", dtype=dtype, shape=row_shape)
-        access.add(scatter, stream, gathered if stream is block.stream_in else None, kept)
-
     def _any_active(self, graph: ir.Graph, masked: MaskedBlock) -> ir.Value:
         decision = masked.active.producer()
         assert decision is not None, "a router decides"
@@ -159,7 +130,7 @@ RECORD = LoweringRecord(
     make_pass=lambda workload: LowerSkipToCompactionPass(),
     stage=lowered_stage(LowerSkipToCompactionPass.__name__, graph_checks.eager_branches),
     skips="tokens",
-    not_capturable="the number of active tokens is read back by the host",
+    not_capturable=ROWS_READ_BACK,
     reason="compaction skips work in prefill, batches and decode alike, in standard operators",
     suits=lambda workload: True,
     routing=get_args(RoutingKind),

@@ -12,16 +12,19 @@ import onnx_ir as ir
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import constant_scalar, element_type, is_op
+from dlo_export.graph_passes.find.data_flow import constant_scalar, element_type, is_constant, is_op
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
+from dlo_export.graph_passes.find.token_wise import row_rank
+from dlo_export.graph_passes.lowerings.compacted_rows import CompactedRows
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
-from dlo_export.graph_passes.lowerings.record import ONNXRUNTIME, LoweringRecord
+from dlo_export.graph_passes.lowerings.mlp_on_rows import run_mlp_on_rows
+from dlo_export.graph_passes.lowerings.record import LoweringRecord
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.data_dependent_shapes import data_dependent_shapes
 from dlo_export.graph_passes.spec.invariants import lowered_stage
-from dlo_export.graph_passes.spec.ops import DOMAIN, SKIP_DOWN, SKIP_GATE_UP, VERSION
+from dlo_export.graph_passes.spec.ops import DOMAIN, MICROSOFT, SKIP_DOWN, SKIP_GATE_UP, VERSION
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
@@ -48,13 +51,24 @@ class LowerSkipToPluginPass(LoweringPass):
     No shape depends on data. Where tokens skip whole layers, attention stays masked: the operators compute MLPs. Scope:
     every routed decoder layer of the main graph, its MLP gated by SiLU and without biases. Source:
     graph_passes/spec/ops.py.
+
+    With `quantised_on_rows` an MLP whose weights are quantised, which the operators do not read, is the graph's own and
+    runs on the active tokens' rows, as `LowerSkipToCompactionPass` has it. What finds the rows becomes the library's in
+    the end (`FuseRouterGatherPass`), whose operator's shape depends on data.
+
+    Attributes:
+        quantised_on_rows: Take MLPs of quantised weights too; they are refused otherwise.
     """
+
+    quantised_on_rows: bool = False
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass, UseStaticCachePass)
 
     def problems(self, masked: MaskedMlp) -> Sequence[str]:
         """What the MLP is instead of the one the plugins compute, or a cast between stream and sum."""
         found = _match(masked)
+        if self.quantised_on_rows and _is_quantised(masked):
+            return row_rank(masked.nodes)[1]
         problems = [] if isinstance(found, _GatedMlp) else [found]
         if masked.layer.mlp.stream_operand is not masked.layer.mlp.stream_in:
             problems.append(f"adds to '{masked.layer.mlp.stream_operand.name}', a cast of the stream")
@@ -69,7 +83,10 @@ class LowerSkipToPluginPass(LoweringPass):
         """Leave it masked."""
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
-        """Put the two plugins in place of one layer's MLP."""
+        """Put the two plugins in place of one layer's MLP, or run it on rows."""
+        if self.quantised_on_rows and _is_quantised(masked):
+            run_mlp_on_rows(graph, masked, CompactedRows(graph, masked, self._name, masked.nodes[0]))
+            return
         parts = _match(masked)
         assert isinstance(parts, _GatedMlp), "asked by problems"
         graph.opset_imports[DOMAIN] = VERSION
@@ -84,6 +101,14 @@ class _GatedMlp:
     gate_weight: ir.Value
     up_weight: ir.Value
     down_weight: ir.Value
+
+
+def _is_quantised(masked: MaskedMlp) -> bool:
+    """Whether nodes multiply by codes, or by what is made of codes."""
+    weights = [value for node in masked.nodes for value in node.inputs if is_constant(value)]
+    return any(is_op(node, "MatMulNBits", domain=MICROSOFT) for node in masked.nodes) or any(
+        is_op(_producer(weight), "DequantizeLinear") for weight in weights
+    )
 
 
 def _unscaled(masked: MaskedMlp) -> tuple[ir.Value, float]:
@@ -219,7 +244,7 @@ def _before_rounding(scale: ir.Value) -> ir.Value:
 
 RECORD = LoweringRecord(
     name="plugin",
-    targets=(*ONNXRUNTIME, "tensorrt"),
+    targets=("onnxruntime-cuda", "tensorrt"),
     make_pass=lambda workload: LowerSkipToPluginPass(),
     stage=lowered_stage(
         LowerSkipToPluginPass.__name__, data_dependent_shapes, domains=frozenset({DOMAIN}), blocks=("mlp",)

@@ -6,16 +6,24 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+import onnx_ir as ir
+
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.llama_layer import Block
 from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.spec.invariants import StageSpec
+from dlo_export.graph_passes.spec.ops import DOMAIN, GATHER_ACTIVE
 
 Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
 PROVIDER_TARGETS: Mapping[ProviderOption, Target] = {"cpu": "onnxruntime-cpu", "cuda": "onnxruntime-cuda"}
 """What a graph for one of ONNX Runtime's providers is lowered for."""
 ONNXRUNTIME: tuple[Target, ...] = tuple(PROVIDER_TARGETS.values())
+
+
+ROWS_READ_BACK = "the number of active tokens is read back by the host"
+"""Why steps that run on gathered rows cannot be captured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +56,7 @@ class LoweringRecord:
         stage: What is legal in the graph afterwards.
         skips: What a skipped token saves of the MLP, or of the layer: nothing, its own part ("tokens"), or all of a
             step's where no token of it is active ("steps").
-        not_capturable: Why a CUDA graph cannot capture its steps; None where it can.
+        not_capturable: Why a CUDA graph cannot capture its steps; None where it can, as long as no rows are gathered.
         reason: Why `auto` chooses it, for reports.
         suits: Whether `auto` may choose it for a workload.
         routing: What tokens may skip in the graphs that it takes.
@@ -83,3 +91,8 @@ class LoweringRecord:
     def capturable(self) -> bool:
         """Whether a CUDA graph can capture its steps."""
         return self.not_capturable is None
+
+    def why_not_captured(self, graph: ir.Graph) -> str | None:
+        """Why a CUDA graph cannot capture the steps of a graph of it; None where it can."""
+        gathers = any(is_op(node, GATHER_ACTIVE.name, domain=DOMAIN) for node in graph.all_nodes())
+        return ROWS_READ_BACK if self.not_capturable is None and gathers else self.not_capturable

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # By name, the modules beside this one that hold its records (`RECORD`), one per target or group of targets. Where
 # `auto` finds several that suit, and none of them was measured (`measured.py`), the first one is its choice.
 _MODULES: dict[str, tuple[str, ...]] = {
-    "plugin": ("lower_skip_to_plugin",),
+    "plugin": ("lower_skip_to_plugin", "plugin_on_cpu"),
     "if": ("lower_skip_to_if", "if_on_cuda", "if_on_tensorrt"),
     "compact": ("lower_skip_to_compaction", "compaction_on_cuda", "lower_skip_to_topk"),
     "masked": ("masked",),

@@ -40,7 +40,7 @@ class FuseRouterScoresPass(GraphPass):
         """Fuses every router's nodes."""
         graph, fused = model.graph, False
         for layer, scores in sorted(role_values(graph, ROUTER_SCORES).items()):
-            found = _operands(scores)
+            found = router_operands(scores)
             if found is None:
                 continue
             graph.opset_imports[DOMAIN] = VERSION
@@ -65,8 +65,8 @@ class FuseRouterScoresPass(GraphPass):
         return fused
 
 
-def _operands(scores: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """The stream and the router's weight; None where the score is computed otherwise."""
+def router_operands(scores: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """The stream, of any type, and the router's weight; None where the score is computed otherwise."""
     node = scores.producer()
     for op in ("Sigmoid", "Squeeze"):
         if node is None or not is_op(node, op) or node.inputs[0] is None:

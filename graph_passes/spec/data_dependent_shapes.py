@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import SHAPE_OPS, consumed_values, is_op, subgraphs_of
-from dlo_export.graph_passes.spec.ops import DOMAIN, MICROSOFT
+from dlo_export.graph_passes.spec.ops import DOMAIN, GATHER_ACTIVE, MICROSOFT
 
 # The shape of their output follows from the contents of their input alone.
 _SELECTING_OPS = frozenset(
@@ -49,7 +49,7 @@ _SIZE_OPERANDS: dict[str, tuple[int, ...]] = {
 _RANDOM_OPS = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
-# The dlo ops have the shapes of their inputs by their schemas.
+# The dlo ops have the shapes of their inputs by their schemas, but for the one that selects.
 _KNOWN_DOMAINS = frozenset({"", DOMAIN})
 # ONNX Runtime's own: a cache is as long as its past, or as the number of tokens that the operand says.
 _MICROSOFT_SIZE_OPERANDS: dict[str, tuple[int, ...]] = {"GroupQueryAttention": (6,)}
@@ -105,7 +105,7 @@ def _reasons(node: ir.Node, fixed: set[ir.Value]) -> Iterator[str]:
     if node.domain not in _KNOWN_DOMAINS and not known:
         yield f"the shape rule of domain '{node.domain}' is unknown"
         return
-    if is_op(node, *_SELECTING_OPS):
+    if is_op(node, *_SELECTING_OPS) or is_op(node, GATHER_ACTIVE.name, domain=DOMAIN):
         yield "the shape of its output depends on the contents of its input"
     operands = {"": _SIZE_OPERANDS, MICROSOFT: _MICROSOFT_SIZE_OPERANDS}.get(node.domain, {})
     for position in operands.get(node.op_type, ()):

@@ -27,13 +27,13 @@ class Operand:
 
     Attributes:
         name: In the body, and in messages.
-        dtype: "T" is the operator's one type parameter: float32, float16 or bfloat16.
+        dtype: "T" is the operator's one type parameter: float32, float16 or bfloat16. "int64" holds places.
         dims: Names of its axes; equal names are equal sizes.
         doc: What it holds.
     """
 
     name: str
-    dtype: Literal["T", "float32"]
+    dtype: Literal["T", "float32", "int64"]
     dims: tuple[str, ...]
     doc: str
 
@@ -132,9 +132,39 @@ ROUTER = PluginOp(
     """,
 )
 
+GATHER_ACTIVE = PluginOp(
+    "GatherActive",
+    (
+        Operand("hidden_states", "float32", (*_TOKENS, "hidden"), "The stream that enters the layer."),
+        Operand("router_weight", "float32", ("hidden", "one"), "Of the layer's router, a matrix of one column."),
+        Operand("threshold", "float32", (), "What an active token's score is above."),
+        Operand("values", "float32", (*_TOKENS, "width"), "What the active tokens' rows are taken of."),
+    ),
+    (
+        Operand("scores", "float32", _TOKENS, "Of the router."),
+        Operand(
+            "index", "int64", ("active", "axes"), "Places of the active tokens, ascending, as GatherND reads them."
+        ),
+        Operand("rows", "float32", ("active", "width"), "Their rows of `values`."),
+    ),
+    "Rows of the tokens with sigmoid(x·w) > threshold, all of it in float32; the number of rows depends on data.",
+    body="""
+        column = MatMul (hidden_states, router_weight)
+        last = Constant <value_ints = [-1]> ()
+        logits = Squeeze (column, last)
+        scores = Sigmoid (logits)
+        active = Greater (scores, threshold)
+        places = NonZero (active)
+        index = Transpose <perm = [1, 0]> (places)
+        rows = GatherND (values, index)
+    """,
+)
+
 PLUGIN_OPS: dict[str, PluginOp] = {op.name: op for op in (SKIP_GATE_UP, SKIP_DOWN)}
 ORT_OPS: dict[str, PluginOp] = {**PLUGIN_OPS, ROUTER.name: ROUTER}
-"""What ONNX Runtime's library has: TensorRT fuses small operators by itself."""
+"""What ONNX Runtime's library has for both providers: TensorRT fuses small operators by itself."""
+CPU_OPS: dict[str, PluginOp] = {GATHER_ACTIVE.name: GATHER_ACTIVE}
+"""What it has for the CPU provider alone: on CUDA the host would wait for the shape of what comes out."""
 
 
 def reference_function(op: PluginOp) -> ir.Function:

@@ -28,6 +28,7 @@ from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_topk import LowerSkipToTopKPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.routing.fuse_router_gather import FuseRouterGatherPass
 from dlo_export.graph_passes.routing.keep_part import KeepPartPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
@@ -78,6 +79,7 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "reduce_router_products": (_ROUTE, ReduceRouterProductsPass()),
     "lower_skip_to_topk": (_ROUTE, LowerSkipToTopKPass(16)),
     "lower_skip_to_plugin": (_ROUTE, LowerSkipToPluginPass()),
+    "fuse_router_gather": (_ROUTE, LowerSkipToCompactionPass(), FuseRouterGatherPass()),
 }
 
 

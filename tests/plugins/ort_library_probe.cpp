@@ -47,6 +47,12 @@ int main(int, char** arguments) {
         *tensor = nullptr;
         return nullptr;
     };
+    gApi.KernelInfoGetConstantInput_tensor
+        = [](OrtKernelInfo const*, size_t, int* isConstant, OrtValue const** value) noexcept -> OrtStatus* {
+        *isConstant = 0;
+        *value = nullptr;
+        return nullptr;
+    };
     OrtApiBase const recording{
         [](uint32_t) noexcept -> OrtApi const* { return &gApi; }, []() noexcept { return "recording"; }};
     OrtSessionOptions* options = nullptr;

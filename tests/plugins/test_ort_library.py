@@ -233,6 +233,12 @@ def test_cuda_refuses_by_name_when_there_is_no_driver(answers, name):
     assert any(f" {name}: dlo::{name}: no CUDA driver: libcuda.so.1: " in line for line in refused)
 
 
+def test_cuda_refuses_by_name_when_an_operator_is_the_cpus_alone(answers):
+    (line,) = (line for line in answers if line.startswith("CUDAExecutionProvider GatherActive: "))
+    assert "is for the CPU provider; on CUDA the host would wait for the number of active tokens" in line
+    assert "CPUExecutionProvider GatherActive: made" in answers
+
+
 @pytest.fixture(scope="module")
 def exported(library, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plugin")

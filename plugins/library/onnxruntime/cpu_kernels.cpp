@@ -122,28 +122,32 @@ void skipDown(CpuCall const& call) {
 
 // inputs: hidden_states, router_weight
 void routerScores(CpuCall const& call) {
-    constexpr int64_t kLanes = 16;  // sums side by side, which a compiler makes vectors of
     call.parallelFor(static_cast<size_t>(call.tokens), [&](size_t token) {
         float const* const x = call.inputs[0] + static_cast<int64_t>(token) * call.depth;
-        float sums[kLanes] = {};
-        int64_t const wide = call.depth / kLanes * kLanes;
-        for (int64_t k = 0; k < wide; k += kLanes) {
-            for (int64_t lane = 0; lane < kLanes; ++lane) {
-                sums[lane] += x[k + lane] * call.inputs[1][k + lane];
-            }
-        }
-        float logit = 0;
-        for (float const sum : sums) {
-            logit += sum;
-        }
-        for (int64_t k = wide; k < call.depth; ++k) {
-            logit += x[k] * call.inputs[1][k];
-        }
-        call.output[token] = 1.0F / (1.0F + std::exp(-logit));
+        call.output[token] = routerScore(x, call.inputs[1], call.depth);
     });
 }
 
 }  // namespace
+
+float routerScore(float const* x, float const* weight, int64_t hidden) noexcept {
+    constexpr int64_t kLanes = 16;  // sums side by side, which a compiler makes vectors of
+    float sums[kLanes] = {};
+    int64_t const wide = hidden / kLanes * kLanes;
+    for (int64_t k = 0; k < wide; k += kLanes) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            sums[lane] += x[k + lane] * weight[k + lane];
+        }
+    }
+    float logit = 0;
+    for (float const sum : sums) {
+        logit += sum;
+    }
+    for (int64_t k = wide; k < hidden; ++k) {
+        logit += x[k] * weight[k];
+    }
+    return 1.0F / (1.0F + std::exp(-logit));
+}
 
 CpuKernel findCpuKernel(char const* op) noexcept {
     if (std::strcmp(op, "RouterScores") == 0) {

@@ -23,6 +23,9 @@ struct CpuCall {
 
 using CpuKernel = void (*)(CpuCall const& call);
 
+// sigmoid(x · weight), in float32.
+float routerScore(float const* x, float const* weight, int64_t hidden) noexcept;
+
 // The operator's kernel; nullptr where it has none.
 CpuKernel findCpuKernel(char const* op) noexcept;
 

@@ -1,5 +1,6 @@
 #include "custom_op.h"
 
+#include "api_calls.h"
 #include "cpu_kernels.h"
 #include "driver.h"
 #include "launch.h"
@@ -7,7 +8,6 @@
 
 #include <memory>
 #include <new>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -32,56 +32,6 @@ struct NodeKernel {
     CustomOp const& op;
     LoadedKernel loaded[kTileCount];  // on a GPU, so that a capturing stream finds both
 };
-
-// What ONNX Runtime answers, as an exception within this file.
-struct StatusError : std::exception {
-    explicit StatusError(OrtStatus* failed) noexcept : status(failed) {}
-    OrtStatus* status;
-};
-
-void check(OrtStatus* status) {
-    if (status != nullptr) {
-        throw StatusError(status);
-    }
-}
-
-// Runs what may throw; ONNX Runtime's C API takes statuses.
-template <typename Work>
-OrtStatus* guarded(OrtApi const& api, Work const& work) noexcept {
-    try {
-        work();
-        return nullptr;
-    } catch (StatusError const& error) {
-        return error.status;
-    } catch (std::exception const& error) {
-        return api.CreateStatus(ORT_FAIL, error.what());
-    }
-}
-
-void refuse(std::string const& problem) {
-    if (!problem.empty()) {
-        throw std::runtime_error(problem);
-    }
-}
-
-std::vector<int64_t> dimensionsOf(OrtApi const& api, OrtTensorTypeAndShapeInfo const* info) {
-    size_t rank = 0;
-    check(api.GetDimensionsCount(info, &rank));
-    std::vector<int64_t> shape(rank);
-    check(api.GetDimensions(info, shape.data(), rank));
-    return shape;
-}
-
-// What a session knows of a node's inputs before it runs, which is all of the weights: an axis that it does not know is
-// -1, and a shape that it does not know is empty.
-std::vector<int64_t> declaredShape(OrtApi const& api, OrtKernelInfo const* node, int32_t input) {
-    OrtTypeInfo* info = nullptr;
-    check(api.KernelInfo_GetInputTypeInfo(node, static_cast<size_t>(input), &info));
-    std::unique_ptr<OrtTypeInfo, decltype(api.ReleaseTypeInfo)> const owner(info, api.ReleaseTypeInfo);
-    OrtTensorTypeAndShapeInfo const* tensor = nullptr;
-    check(api.CastTypeInfoToTensorInfo(info, &tensor));
-    return tensor == nullptr ? std::vector<int64_t>{} : dimensionsOf(api, tensor);
-}
 
 // Refuses sizes that the schema does not allow, all of them at once.
 void refuseSizes(Op const& op, std::vector<int64_t> const (&shapes)[kMaxOperands], bool declared) {
@@ -113,20 +63,6 @@ void prepare(NodeKernel& kernel, OrtKernelInfo const* node) {
     for (int32_t tile = 0; tile < kTileCount; ++tile) {
         refuse(loadKernel(op.op.name, op.type, static_cast<TileName>(tile), kernel.loaded[tile]));
     }
-}
-
-std::vector<int64_t> shapeOf(OrtApi const& api, OrtValue const* value) {
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    check(api.GetTensorTypeAndShape(value, &info));
-    std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api.ReleaseTensorTypeAndShapeInfo)> const owner(
-        info, api.ReleaseTensorTypeAndShapeInfo);
-    return dimensionsOf(api, info);
-}
-
-void* dataOf(OrtApi const& api, OrtValue const* value) {
-    void* data = nullptr;
-    check(api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-    return data;
 }
 
 void computeOnCpu(NodeKernel const& kernel, OrtKernelContext* context, void const* const* inputs, void* output,

@@ -1,12 +1,14 @@
 // What ONNX Runtime looks for in a custom-operator library, RegisterCustomOps, and the version that ours answers with.
 #include "custom_op.h"
 #include "dlo_ops.h"
+#include "gather_active.h"
 
 #include <cstdlib>
 #include <deque>
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #define DLO_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -30,6 +32,18 @@ std::deque<CustomOp> const& customOps() {
     return ops;
 }
 
+std::vector<OrtCustomOp const*> allOps() {
+    static GatherActiveOp const gathering[] = {GatherActiveOp(ProviderName::kCPU), GatherActiveOp(ProviderName::kCUDA)};
+    std::vector<OrtCustomOp const*> ops;
+    for (CustomOp const& op : customOps()) {
+        ops.push_back(&op);
+    }
+    for (GatherActiveOp const& op : gathering) {
+        ops.push_back(&op);
+    }
+    return ops;
+}
+
 OrtStatus* registerAll(OrtSessionOptions* options, OrtApi const& api) {
     // A domain is not a session's, but every session gets all of it. It belongs to the ONNX Runtime that made it, of
     // which a process may hold several: one for each, as long as the process lives.
@@ -42,8 +56,8 @@ OrtStatus* registerAll(OrtSessionOptions* options, OrtApi const& api) {
         if (OrtStatus* const status = api.CreateCustomOpDomain(kNamespace, &made)) {
             return status;
         }
-        for (CustomOp const& op : customOps()) {
-            if (OrtStatus* const status = api.CustomOpDomain_Add(made, &op)) {
+        for (OrtCustomOp const* const op : allOps()) {
+            if (OrtStatus* const status = api.CustomOpDomain_Add(made, op)) {
                 api.ReleaseCustomOpDomain(made);
                 return status;
             }
