@@ -34,7 +34,7 @@ PACKAGES = {
     "checkpoints/tokenization": {"tokenizers"},
     "graph_passes": {"ml_dtypes", "numpy", "onnx_ir"},
     "modeling": {"ml_dtypes", "numpy", "torch", "transformers"},
-    "modeling/training": {"accelerate", "peft", "safetensors"},
+    "modeling/training": {"accelerate", "deepspeed", "peft", "safetensors"},
     "plugins": {"numpy", "tensorrt", "tensorrt_rtx", "triton"},
     "runtimes": {"ml_dtypes", "numpy"},
     "runtimes/generation/tokenizer.py": {"transformers"},

@@ -26,6 +26,7 @@ from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.sharding import check_processes, check_sharding
 from dlo_export.modeling.training.trainer import DloTrainer, HeldOut, RateControl, StepReport
+from dlo_export.modeling.training.zero import check_zero, is_zero, process_backend
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def train_model(
     """
     torch_device(settings.device)  # or it says why not, before anything is written
     check_sharding(settings)
+    check_zero(settings)
     transformers_logging.disable_progress_bar()  # of its own, of each file it saves
     teacher = dense_teacher(model, settings.mode) if settings.distill_weight else None
     choose_parameters(model, settings)
@@ -141,8 +143,10 @@ def training_arguments(settings: TrainingSettings, folder: Path, *, saves: bool 
     """
     return TrainingArguments(
         output_dir=str(folder),
-        use_cpu=settings.device == "cpu",
-        bf16=settings.dtype == "bf16",
+        # Accelerate asks for DeepSpeed only where it was not told of a CPU, and DeepSpeed's bf16 is no autocast.
+        use_cpu=settings.device == "cpu" and not is_zero(),
+        ddp_backend=process_backend(settings),
+        bf16=settings.dtype == "bf16" and not is_zero(),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch,
