@@ -116,8 +116,9 @@ def lora_factors(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor
     """
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
-            with gathered(module.parameters()):
-                a, b = (whole(getattr(module, kind)["default"].weight.detach().clone()) for kind in ("lora_A", "lora_B"))
+            matrices = [getattr(module, kind)["default"].weight for kind in ("lora_A", "lora_B")]
+            with gathered(matrices):
+                a, b = (whole(matrix.detach().clone()) for matrix in matrices)
             yield f"{name}.weight", a, b, float(module.scaling["default"])
 
 

@@ -40,6 +40,7 @@ class TrainingResult:
         held_out: What held-out text says of the trained model; None for a stopped run.
         rate_control: How its rate was brought to the target; None for a stopped run, without routers, or where that was
             not asked for.
+        others: What other text says of it, by name; empty for a stopped run.
         is_main: Whether this process is the one that writes.
     """
 
@@ -48,6 +49,7 @@ class TrainingResult:
     stopped: bool
     held_out: HeldOut | None
     rate_control: RateControl | None
+    others: Mapping[str, HeldOut]
     is_main: bool
 
 
@@ -127,9 +129,15 @@ def train_model(
         controlled = trainer.control_rate()
         if controlled.after != controlled.before:
             measured = trainer.measure()
-    state = trainer.state
+    others = {} if trainer.stopped else {name: trainer.measure(text) for name, text in data.others.items()}
     return TrainingResult(
-        state.global_step, state.max_steps, trainer.stopped, measured, controlled, trainer.is_world_process_zero()
+        step=trainer.state.global_step,
+        steps=trainer.state.max_steps,
+        stopped=trainer.stopped,
+        held_out=measured,
+        rate_control=controlled,
+        others=others,
+        is_main=trainer.is_world_process_zero(),
     )
 
 

@@ -27,7 +27,7 @@ from dlo_export.modeling.routing import is_active
 from dlo_export.modeling.training.compilation import uncompiled
 from dlo_export.modeling.training.distillation import distillation_loss
 from dlo_export.modeling.training.errors import TrainingDivergedError, TrainingError
-from dlo_export.modeling.training.packing import IGNORED, PackedSets, stacked
+from dlo_export.modeling.training.packing import IGNORED, PackedDocuments, PackedSets, stacked
 from dlo_export.modeling.training.parameters import parameter_groups
 from dlo_export.modeling.training.run_folder import CAPACITIES_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
@@ -374,8 +374,9 @@ class DloTrainer(Trainer):
         return {layer: torch.cat(values) for layer, values in scores.items()}
 
     @torch.no_grad()
-    def measure(self) -> HeldOut:
-        """Runs the model over held-out text, routed as at inference and, beside it, as in training."""
+    def measure(self, text: PackedDocuments | None = None) -> HeldOut:
+        """Runs the model over text, held out unless given, routed as at inference and, beside it, as in training."""
+        text = self._held_out if text is None else text
         model = self._routed
         was_training = model.training
         model.eval()
@@ -383,7 +384,7 @@ class DloTrainer(Trainer):
         sums = torch.zeros(4 + len(layers), dtype=torch.float64, device=self.args.device)
         config = model.config
         with uncompiled():
-            for batch in self._held_out_batches():
+            for batch in self._batches(text):
                 counted, labels = batch.pop("counted"), batch.pop("labels")
                 with self._autocast():
                     outputs = model(**batch, use_cache=False)
@@ -401,13 +402,13 @@ class DloTrainer(Trainer):
         rates = {layer: count / tokens for layer, count in zip(layers, counts, strict=True)}
         return HeldOut(loss / learned, trained / learned, rates)
 
-    def _held_out_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _batches(self, text: PackedDocuments) -> Iterator[dict[str, torch.Tensor]]:
         """This process's share, in as many batches as every other's: a sharded model runs in all of them or in none."""
-        number, processes = len(self._held_out), self.accelerator.num_processes
+        number, processes = len(text), self.accelerator.num_processes
         step = self.settings.batch * processes
         for start in range(self.accelerator.process_index, -(-number // step) * step, step):
             mine = [index for index in range(start, start + step, processes) if index < number]
-            batch = stacked([self._held_out[index] for index in mine or [0]])
+            batch = stacked([text[index] for index in mine or [0]])
             if not mine:
                 batch["labels"].fill_(IGNORED)
                 batch["counted"].fill_(False)
