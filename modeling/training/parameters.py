@@ -122,6 +122,16 @@ def lora_factors(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor
             yield f"{name}.weight", a, b, float(module.scaling["default"])
 
 
+def router_weights(model: LlamaDloForCausalLM) -> Iterator[tuple[int, torch.Tensor]]:
+    """By routed layer, its router [1, hidden]. Each process has to go through all where the model is sharded."""
+    for layer in model.config.routed_layers:
+        router = model.model.router(layer)
+        assert router is not None, "the layer is routed"
+        with gathered(router.parameters()):
+            weight = whole(router.weight.detach().clone())
+        yield layer, weight
+
+
 def _add_lora(model: LlamaDloForCausalLM, settings: TrainingSettings) -> None:
     from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 - of an extra that other modes do not need
 
