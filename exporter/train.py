@@ -266,7 +266,7 @@ def _packed(request: TrainRequest, tokenizer: Any, config: Mapping[str, Any], re
         _check_vocabulary(data, config["vocab_size"])
         packed.append(PackedDocuments(data.documents, settings.sequence, tokenizer.eos_token_id or 0))
     training, held_out, *others = packed
-    return PackedSets(training, held_out, dict(zip(map(str, request.other_text), others, strict=True)))
+    return PackedSets(training, held_out, others=dict(zip(map(str, request.other_text), others, strict=True)))
 
 
 def _split(records: list[Record], settings: TrainingSettings, data: Path) -> tuple[list[Record], list[Record]]:

@@ -185,6 +185,6 @@ def _print_report(result: TrainingResult, request: TrainRequest) -> None:
     if result.rate_control is not None and result.rate_control.after != result.rate_control.before:
         active += f", {result.rate_control.before:.1%} before its thresholds were shifted"
     for name, measured in result.others.items():
-        rate = "" if measured.active_rate is None else f", active {measured.active_rate:.1%}"
-        typer.echo(f"{name}: perplexity {measured.perplexity:.2f}{rate}")
+        its_rate = "" if measured.active_rate is None else f", active {measured.active_rate:.1%}"
+        typer.echo(f"{name}: perplexity {measured.perplexity:.2f}{its_rate}")
     typer.echo(f"{request.output}: {result.step} steps, held-out perplexity {result.held_out.perplexity:.2f}{active}")

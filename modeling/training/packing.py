@@ -70,7 +70,7 @@ class PackedSets:
 
     training: PackedDocuments
     held_out: PackedDocuments
-    others: Mapping[str, PackedDocuments] = field(default_factory=dict)
+    others: Mapping[str, PackedDocuments] = field(default_factory=dict, kw_only=True)
 
 
 def stacked(sequences: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

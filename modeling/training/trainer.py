@@ -258,7 +258,8 @@ class DloTrainer(Trainer):
         """
         assert self.optimizer is not None, "this comes before its step"
         if self.is_deepspeed_enabled:  # which has clipped by itself, and taken the step
-            self._found = torch.tensor([float(model.get_global_grad_norm()), 0.0], dtype=torch.float64)
+            engine: Any = model
+            self._found = torch.tensor([float(engine.get_global_grad_norm()), 0.0], dtype=torch.float64)
             self.check_step()
             return self._found[0]
         learning = [*self._routed.parameters()]
