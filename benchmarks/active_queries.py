@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from benchmarks.common.grid_steps import GridSteps, share_threads
+from benchmarks.common.grid_steps import GridSteps, save_graph, share_threads
 from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.lowering_grid import Cell
 from benchmarks.common.measure import alternate, print_report, versions
@@ -27,7 +27,6 @@ from benchmarks.common.threshold_inputs import thresholds_as_inputs
 from benchmarks.gpu.random_decoder import SHAPES, RandomDecoder
 from benchmarks.routing_cost import cpu_times
 from dlo_export.exporter.pipeline import onnxruntime_steps, run_steps
-from dlo_export.exporter.weight_file import save_weights
 from dlo_export.graph_passes.cleanup.attend_active_queries import AttendActiveQueriesPass
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.runtimes.onnxruntime.providers import CPU
@@ -61,10 +60,7 @@ def opened(shape: str, routing: Any, queries: str, folder: Path) -> GridSteps:
         steps = [step for step in steps if not isinstance(step.graph_pass, AttendActiveQueriesPass)]
     model = run_steps(source.plain_model(ir.DataType.FLOAT), steps)
     thresholds_as_inputs(model)
-    path = folder / f"{routing}-{queries}.onnx"
-    save_weights(model, path.with_suffix(".data"))
-    ir.save(model, path)
-    return GridSteps(path, CPU)
+    return GridSteps(save_graph(model, folder / f"{routing}-{queries}.onnx"), CPU)
 
 
 def main() -> None:

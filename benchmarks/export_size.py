@@ -247,6 +247,7 @@ def measure_405b(rounds: int, folder: Path) -> Iterator[tuple[str, list[Cost]]]:
         "plain": [str(folder / "405b")],
         "routed": [str(folder / "405b-routed")],
         "two layers injected, routed": [str(folder / "405b"), "--adapter", str(folder / "adapter")],
+        "routed, TensorRT's graph besides": [str(folder / "405b-routed"), "--trt"],
     }.items():
         command = [export, *arguments, "-o", str(output), "--dtype", "bf16", "--no-weights"]
         yield name, [synced(command, output, folder / "log") for _ in range(rounds)]

@@ -11,8 +11,9 @@ steps against the share of MLPs skipped.
 
 It runs from a checkout on PYTHONPATH; nothing of this project needs to be installed. DLO_ORT_PLUGIN_LIBRARY names
 libdlo_ort.so. Prints the tables and one JSON line. Exit codes: 0 all holds; 1 something does not, or a bar was not
-measured though its part was asked for (of a smoke run, whose times are held to nothing, no bar is); 2 bad arguments; 4
-no GPU, or no library: each part has then done what a CPU can check.
+measured though its part was asked for (of a smoke run, whose times are held to nothing, no bar is), or a line is no row
+or cannot be reported, which is named and costs no other; 2 bad arguments; 4 no GPU, or no library: each part has then
+done what a CPU can check.
 """
 
 from __future__ import annotations
@@ -96,19 +97,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report_error(err)
         return exit_code(err)
     codes = {} if parsed.report else run_commands(commands, parsed.out, parsed.budget_s, flags, given)
-    rows = read_rows(parsed.out)
-    bars = write_report(rows, parsed.out)
+    rows, faults = read_rows(parsed.out)
+    try:
+        bars = write_report(rows, parsed.out, faults)
+    except OSError as err:
+        report_error(err)
+        return exit_code(err)
     failed = [f"{row['part']}: {row['what']}" for row in rows if row["passed"] is False]
     failed += [bar.what for bar in bars if bar.passed is False]
     due = [] if parsed.smoke else [bar for bar in bars if bar.is_due(parsed.parts.split(","))]
     unmeasured = [bar.what for bar in due if bar.passed is None]
     for bar in bars:
-        print(" | ".join(bar.cells))
-    facts = {"codes": codes, "failed": failed, "not_measured": unmeasured}
+        print(_printable(" | ".join(bar.cells)))
+    for fault in faults:
+        print(_printable(f"gpu_evidence: the report has a fault: {fault}"), file=sys.stderr)
+    facts = {"codes": codes, "failed": failed, "not_measured": unmeasured, "faults": faults}
     print_report("gpu_evidence", ("part", "what", "passed", "figures"), table(rows), facts)
     if codes and set(codes.values()) == {NO_GPU}:
         return NO_GPU
-    return DONE if set(codes.values()) <= {DONE} and not failed and not unmeasured else BAR_MISSED
+    return BAR_MISSED if set(codes.values()) - {DONE} or failed or unmeasured or faults else DONE
 
 
 def chosen_commands(parts: str) -> list[Command]:
@@ -161,14 +168,32 @@ def run_commands(
     return codes
 
 
-def read_rows(out: Path) -> list[dict[str, Any]]:
-    """All rows that the parts have written; a last line that was cut short is left out."""
-    rows = []
+def read_rows(out: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """All rows that the parts have written, and what of them is no row; a last line that was cut short is left out."""
+    rows, faults = [], []
     for file in sorted(out.glob("*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                rows.append(json.loads(line))
-    return rows
+        # Lines end with \n alone: others of Unicode's may stand in what a row quotes.
+        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                rows.append(_checked_row(json.loads(line)))
+            except (ValueError, RecursionError) as err:  # of UTF-8 and of JSON too
+                faults.append(f"{file.name}, line {number}: {err}")
+    return rows, faults
+
+
+def _checked_row(row: Any) -> dict[str, Any]:
+    """What every row has, whatever else it says.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("is no JSON object")
+    if problems := [name for name in ("part", "what") if not isinstance(row.get(name), str)]:
+        raise ValueError(f"has no {' and no '.join(problems)}")
+    if not isinstance(row.get("passed"), bool | None):
+        raise ValueError(f"has a verdict of {row['passed']!r}, expected true, false or null")
+    return {"passed": None, **row}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
@@ -177,19 +202,29 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
     left_out = {"part", "what", "passed", "at_s", "trace"}
     return [
         (
-            row["part"],
-            row["what"],
+            _printable(row["part"]),
+            _printable(row["what"]),
             verdicts[row["passed"]],
-            ", ".join(f"{name} {value}" for name, value in row.items() if name not in left_out),
+            _printable(", ".join(f"{name} {value}" for name, value in row.items() if name not in left_out)),
         )
         for row in rows
     ]
 
 
-def write_report(rows: Sequence[Mapping[str, Any]], out: Path) -> list[Bar]:
+def _printable(text: str) -> str:
+    """Without what no file or terminal takes: halves of characters, which JSON can hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def write_report(rows: Sequence[Mapping[str, Any]], out: Path, faults: list[str]) -> list[Bar]:
     """Writes rows.md, evidence.md, and decode.png where decode steps were timed and matplotlib is installed.
 
     The rows come first: whatever is wrong with judging them, they are there.
+
+    Args:
+        rows: As `read_rows` gives them.
+        out: Folder.
+        faults: What could not be reported is added to them.
     """
     _write_table(out / "rows.md", ("part", "what", "passed", "figures"), table(rows))
     bars = judge_bars(rows)
@@ -197,17 +232,28 @@ def write_report(rows: Sequence[Mapping[str, Any]], out: Path) -> list[Bar]:
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.get("kind") == "decode" and {"skipped", "step_ms", "model", "batch"} <= row.keys():
-            curves.setdefault(f"{row['part']}, {row['model'].upper()}, batch {row['batch']}", []).append(
-                (row["skipped"], row["step_ms"])
-            )
+            point = row["skipped"], row["step_ms"]
+            name = f"{row['part']}, {str(row['model']).upper()}, batch {row['batch']}"
+            if all(isinstance(value, int | float) for value in point):
+                curves.setdefault(name, []).append(point)
+            else:
+                faults.append(f"{name}: cannot plot {point}")
     if curves and importlib.util.find_spec("matplotlib") is not None:
-        plot(curves, out / "decode.png")
+        try:
+            plot(curves, out / "decode.png")
+        except Exception as err:  # a plot costs the report nothing but the plot
+            faults.append(f"decode.png: {type(err).__name__}: {err}")
     return bars
 
 
 def _write_table(file: Path, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "/") for cell in cells] for cells in rows)]
-    file.write_text("".join(f"| {' | '.join(cells)} |\n" for cells in lines), encoding="utf-8")
+    lines = [
+        head,
+        ["---"] * len(head),
+        *([" ".join(cell.replace("|", "/").split()) for cell in cells] for cells in rows),
+    ]
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    file.write_text(_printable(text), encoding="utf-8")
 
 
 def plot(curves: Mapping[str, Sequence[tuple[float, float]]], file: Path) -> None:

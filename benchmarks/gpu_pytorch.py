@@ -12,6 +12,9 @@ One token a step, kernels overlap as those of any decoder do; kernels one by one
 held against those. What skip efficiency is stands in `benchmarks.gpu.skip_efficiency`; `efficiency_line` has T_ideal on
 the line between the same decoder's times with everything active and everything skipped.
 
+The model class runs in the same kernels by itself: it is held against its own plain operators, with how often the host
+waits in a step, and `generate()` is timed either way.
+
     python -m benchmarks.gpu_pytorch --out DIR
 """
 
@@ -32,6 +35,7 @@ from benchmarks.gpu.copy_rate import copy_rate
 from benchmarks.gpu.evidence import DONE, Evidence, run_part
 from benchmarks.gpu.evidence_processes import Process, run_processes
 from benchmarks.gpu.kernel_timing import product_rate
+from benchmarks.gpu.model_kernels import check_model
 from benchmarks.gpu.pytorch_checks import FORMS, check, check_models, check_ops
 from benchmarks.gpu.pytorch_times import Size
 from benchmarks.gpu.random_torch_llama import SIZES
@@ -42,6 +46,7 @@ CHECKS: Final[tuple[Callable[[Evidence], None], ...]] = tuple(
     for dtype in (torch.bfloat16, torch.float32)
     for check in (
         functools.partial(check_ops, dtype=dtype),
+        functools.partial(check_model, dtype=dtype),
         *(functools.partial(check_models, dtype=dtype, names=(form,)) for form in FORMS),
     )
 )

@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.evidence import BEGUN, Evidence, run_part
+from benchmarks.gpu.evidence import Evidence, begin_time, run_part
 from benchmarks.papers.claims import claims
 from benchmarks.papers.forms import FORMS, with_values
 from benchmarks.papers.report import heading, write_plots, write_tables
@@ -70,7 +70,7 @@ _COMPILED = Path(tempfile.gettempdir()) / "dlo-compiled"  # files in there name 
 _OF_TRAINER = 0.9  # tokens per second of dlo train over those of transformers' Trainer on the dense model
 _TARGET = 0.9  # of the demo, over all layers
 # What a result says that a row can do without: the archive has it.
-_LONG = ("curve", "settings", "domains", "active_by_layer", "skipped", "layers", "timings", "workload")
+_LONG = ("curve", "settings", "domains", "watched", "active_by_layer", "skipped", "layers", "timings", "workload")
 
 
 @dataclass
@@ -539,7 +539,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", default=(), dest="changes")
     parser.add_argument("--trial", action="append", default=[], dest="trials")
     parser.add_argument("--workers", type=int, default=1, choices=(1, 2, 3, 4))
-    begun = BEGUN if arguments is None else time.monotonic()
+    begun = begin_time(arguments)
     asks_for_help = "--help" in (arguments or sys.argv[1:])
     parsed, others = (None, ["--help"]) if asks_for_help else parser.parse_known_args(arguments)
     inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path(), Path())

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from benchmarks.common.grid_steps import GridSteps, share_threads
+from benchmarks.common.grid_steps import GridSteps, save_graph, share_threads
 from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.lowering_grid import Cell
 from benchmarks.common.measure import Samples, alternate, print_report, versions
@@ -31,7 +30,6 @@ from benchmarks.common.skipped_graph import everything_skipped
 from benchmarks.common.threshold_inputs import thresholds_as_inputs
 from benchmarks.gpu.random_decoder import SHAPES, RandomDecoder
 from dlo_export.exporter.pipeline import build_model
-from dlo_export.exporter.weight_file import save_weights
 from dlo_export.runtimes.onnxruntime.providers import CPU
 
 ROUTINGS, LOWERINGS = ("mlp", "layer", "attention"), ("if", "compact")
@@ -60,8 +58,7 @@ def opened(shape: str, routing: Any, variant: str, cell: Cell, folder: Path) -> 
         ask_first_router(model)
     if variant in (*LOWERINGS, ONE_ROUTER):
         thresholds_as_inputs(model)
-    save_weights(model, path.with_suffix(".data"))
-    ir.save(model, path)
+    save_graph(model, path)
     steps = GridSteps(everything_skipped(path, f"{routing}-skipped") if variant == WITHOUT else path, CPU)
     steps.set_up(cell)
     return steps

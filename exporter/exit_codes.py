@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 
 from dlo_export.checkpoints.errors import DloError
@@ -13,8 +14,13 @@ INTERRUPTED, OUTPUT_LOST, TERMINATED = 130, 141, 143
 
 # What extras install, and which; every command that needs one says so by failing to import it.
 _EXTRA_PACKAGES = {**dict.fromkeys(("torch", "transformers", "jinja2", "accelerate"), "torch"), "peft": "train"}
-# PyTorch's word for a GPU without room, by module and name: PyTorch itself is not imported for it.
-_TORCH_OUT_OF_MEMORY = ("torch", "OutOfMemoryError")
+# PyTorch's words for a machine that has no room or whose GPU failed, by module and name, or by what an error that is
+# called nothing in particular says: PyTorch itself is not imported for it.
+_TORCH_ERRORS = {("torch", "OutOfMemoryError"), ("torch", "AcceleratorError")}
+_TORCH_SAYS = re.compile(
+    r"DefaultCPUAllocator: .*|(CUBLAS|CUDNN|CUSOLVER|CUFFT)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED|ARCH_MISMATCH)|"
+    r"CUDA (error|driver): .*|NCCL error.*|Found no NVIDIA driver.*|The NVIDIA driver on your system is too old.*"
+)
 # What the system refuses for reasons of its own: room, rights, limits, devices.
 _MACHINE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM),
@@ -52,7 +58,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno in _NAME_ERRORS:
         return BAD_INPUT
     if (
-        _is_gpu_full(error)
+        _torch_fault(error) is not None
         or isinstance(error, MemoryError)
         or (isinstance(error, OSError) and error.errno in _MACHINE_ERRORS)
     ):
@@ -60,8 +66,12 @@ def exit_code(error: BaseException) -> int:
     return OUR_BUG
 
 
-def _is_gpu_full(error: BaseException) -> bool:
-    return (type(error).__module__, type(error).__name__) == _TORCH_OUT_OF_MEMORY
+def _torch_fault(error: BaseException) -> str | None:
+    """What PyTorch says of the machine, in a line; None where an error is none of it."""
+    if (type(error).__module__, type(error).__name__) in _TORCH_ERRORS:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    found = _TORCH_SAYS.search(str(error)) if type(error) is RuntimeError else None
+    return None if found is None else found[0]
 
 
 def report_error(error: BaseException | str) -> None:
@@ -87,8 +97,8 @@ def _text(error: BaseException | str) -> str:
         text = f"{error.filename or 'disk'}: {error.strerror}"
     elif isinstance(error, MemoryError):
         text = "memory is exhausted"
-    elif _is_gpu_full(error):
-        text = f"{str(error).splitlines()[0]}\n\nhint: take a smaller batch, a GPU with more memory, or --device cpu"
+    elif (fault := _torch_fault(error)) is not None:
+        text = f"{fault}\n\nhint: take a smaller batch, a machine or GPU with more memory, or --device cpu"
     elif usage := getattr(error, "format_message", None):  # typer's own errors, which name the option
         context = getattr(error, "ctx", None)
         command = "dlo" if context is None else context.command_path

@@ -273,7 +273,7 @@ def _export_into(
         from dlo_export.exporter.tensorrt.export import build_planned_engines, save_graphs  # noqa: PLC0415
 
         # Before weights and parity, which take long: it finds what the engines' type cannot hold.
-        save_graphs(plan, folder / ENGINES_NAME, reporter)
+        save_graphs(plan, folder / ENGINES_NAME, reporter, weights=request.weights)
     kept_data = _save_all_weights(model, folder, request, source, reporter)
     ir.save(model, folder / MODEL_NAME)
     with reporter.stage("description"):
@@ -296,7 +296,8 @@ def _export_into(
     peak = None if plan is None else _float16_peak(folder, request, source, plan, reporter)
     parity, summary = _run_parity(folder, request, source, description, plan, reporter)
     description = dataclasses.replace(description, parity=parity)
-    if plan is not None:
+    # An engine holds the weights: without them its graph is all there can be.
+    if plan is not None and request.weights:
         engines = build_planned_engines(plan, folder / ENGINES_NAME, reporter, peak)
         description = dataclasses.replace(description, engines=engines)
     with reporter.stage("hashes"):
@@ -341,7 +342,7 @@ def _client_settings(
 ) -> dict[str, Any] | None:
     """genai_config.json: what stood beside somebody's graph, of the new depth; else what fits the graph."""
     if (given := source.base.client_settings) is not None:
-        settings = carried_genai_config(given, source.num_layers)
+        settings = carried_genai_config(given, source.num_layers, routed=source.routing is not None)
     elif source.base.config is not None:
         inputs = [value.name or "" for value in model.graph.inputs]
         settings = genai_config(source.base.config, source.num_layers, generation, inputs, provider)
@@ -354,8 +355,6 @@ def _plan_engines(request: ExportRequest, source: ExportSource, reporter: Report
     """What engines to build, every reason against it raised before anything is written."""
     if request.trt is None:
         return None
-    if not request.weights:
-        raise InputError("--no-weights and --trt: an engine holds the weights", hint="leave one of the two out")
     plan = plan_tensorrt(source, request.trt, request.lowering, request.dtype)
     for warning in size_warnings(source, request.trt):
         reporter.warn(warning)
@@ -411,7 +410,7 @@ def _float16_peak(
     folder: Path, request: ExportRequest, source: ExportSource, plan: TensorRtPlan, reporter: Reporter
 ) -> float | None:
     """Largest magnitude in the stream an engine is to hold in fp16; None where it is not, or nothing may be run."""
-    if plan.dtype != "fp16" or not request.parity or source.base.config is None:
+    if plan.dtype != "fp16" or not (request.parity and request.weights) or source.base.config is None:
         return None
     from dlo_export.exporter.tensorrt.float16_range import LARGEST, float16_stream_peak, near_overflow  # noqa: PLC0415
 

@@ -17,6 +17,7 @@ from dlo_export.checkpoints.interface import (
     present_name,
 )
 from dlo_export.plugins.ort_registration import LIBRARY
+from dlo_export.runtimes.onnxruntime.providers import CUDA
 
 GENAI_CONFIG_NAME = "genai_config.json"
 """Beside model.onnx, where onnxruntime-genai looks for it."""
@@ -37,8 +38,12 @@ WHY_NONE_STATIC = (
 """Likewise, where the cache is written in place."""
 
 
-# The CPU is what runs where none is named; CUDA's entry takes the options of its provider, none of which is needed.
-_PROVIDER_OPTIONS: Mapping[ProviderOption, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {}}]}
+# The CPU is what runs where none is named. Options of CUDA's are ONNX Runtime's own, and strings: onnxruntime-genai
+# hands them on as they are. With TensorFloat-32 fp32 would not be fp32, nor would the routers of a 16-bit graph.
+_PROVIDER_OPTIONS: Mapping[ProviderOption, Mapping[str, Mapping[str, str]]] = {
+    "cpu": {},
+    "cuda": {"cuda": CUDA.options},
+}
 _OPERATOR_LIBRARY = "custom_ops_library"
 
 
@@ -56,11 +61,12 @@ def genai_config(
         num_layers: Of the deepened model.
         generation: End tokens and sampling defaults.
         inputs: Names of the graph's inputs; those of other exporters may do without `position_ids`.
-        provider: Of ONNX Runtime. CUDA's options are onnxruntime-genai's own.
+        provider: Of ONNX Runtime. CUDA's options are those that parity ran with.
 
     Returns:
         `past_present_share_buffer` is false because standard Attention grows its cache (onnxruntime-genai 0.18).
     """
+    providers = [{name: dict(options)} for name, options in _PROVIDER_OPTIONS[provider].items()]
     return {
         "model": {
             "type": "llama",
@@ -69,7 +75,7 @@ def genai_config(
             **_special_tokens(config, generation),
             "decoder": {
                 "filename": "model.onnx",
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": _PROVIDER_OPTIONS[provider]},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": providers},
                 "hidden_size": config.hidden_size,
                 "head_size": config.head_dim,
                 "num_attention_heads": config.num_heads,
@@ -106,18 +112,30 @@ def genai_config(
     }
 
 
-def carried_genai_config(given: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+def carried_genai_config(given: Mapping[str, Any], num_layers: int, *, routed: bool) -> dict[str, Any]:
     """Somebody's genai_config.json for the deepened graph: how its cache is shared, which provider runs it, stays.
 
     Args:
         given: As it stood beside the graph.
         num_layers: Of the deepened model.
+        routed: Whether it has routers now, whose products are float32: CUDA then gets what keeps them so, unless its
+            entry says something of that.
     """
     model = given["model"]
     decoder = {**model["decoder"], "filename": "model.onnx", "num_hidden_layers": num_layers}
+    session = decoder.get("session_options")
+    if routed and isinstance(session, dict) and isinstance(providers := session.get("provider_options"), list):
+        decoder["session_options"] = {**session, "provider_options": [_with_exact_products(one) for one in providers]}
     if isinstance(outputs := decoder.get("outputs"), dict):
         decoder["outputs"] = {**outputs, "logits": LOGITS}  # what the graph's are called now, if they were not
     return {**given, "model": {**model, "decoder": decoder}}
+
+
+def _with_exact_products(entry: Any) -> Any:
+    """An entry of `provider_options` with what CUDA needs to compute float32 in float32."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("cuda"), dict):
+        return entry
+    return {**entry, "cuda": {**CUDA.options, **entry["cuda"]}}
 
 
 def with_operator_library(settings: Mapping[str, Any], *, needed: bool) -> dict[str, Any]:

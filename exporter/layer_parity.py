@@ -37,8 +37,9 @@ def check_parity_by_layer(
 ) -> LayerReport:
     """Compares the released model.onnx with the PyTorch model of its source, both cut into layers, on the CPU.
 
-    Memory is that of the largest part (a layer, the embedding or the head) in float32, twice, and of the residual
-    streams, whatever the depth. Every layer's weights are read once from either side.
+    Memory is that of the largest part (a layer, the embedding or the head) on one side at a time, and of the residual
+    streams, whatever the depth: in float32, and as ONNX Runtime packs it for its kernels, as much again. Every layer's
+    weights are read once from either side.
 
     Args:
         source: What the artefact was made from.

@@ -68,7 +68,7 @@ def choose_onnxruntime_lowering(
         if not capturable:
             raise InputError(
                 f"{path}: is of {routing} routing, which no lowering makes skip at fixed shapes",
-                hint="leave --static-cache out, or choose --lowering masked, which skips nothing",
+                hint="leave --static-cache out",
             )
         return capturable[0].name, capturable[0].reason
     best, *others = _preferred(target, dtype, routing, hidden_size, library_at_hand=library_at_hand)

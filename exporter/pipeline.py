@@ -472,15 +472,16 @@ def build_captured_model(
     """
     record = find_lowering(lowering, "onnxruntime-cuda")
     problems = [] if record.not_capturable is None else [f"--lowering {lowering}: {record.not_capturable}"]
-    if source.routing is not None and source.routing.kind != "mlp":
-        skipped = f"{source.routing.kind} routing skips or masks attention"
+    routing = None if source.routing is None else source.routing.kind
+    if attention_routed := routing not in (None, "mlp"):
+        skipped = f"{routing} routing skips or masks attention"
         problems.append(f"{skipped}, and the operator that attends to one cache does neither")
     if max_cache < 1:
         problems.append(f"a cache of {max_cache} slots, expected at least 1")
     if problems:
         raise InputError(
             f"a static cache for ONNX Runtime: {'; '.join(problems)}",
-            hint="export without it, or choose --lowering plugin",
+            hint="export without it" + ("" if attention_routed else ", or choose --lowering plugin"),
         )
     steps = captured_steps(source, record, max_cache, target, fuse_routers=fuse_routers)
     return run_steps(_plain(source, dtype), steps)

@@ -72,8 +72,8 @@ def tunable(folder: Path, provider: ProviderOption | None, plugin_library: Path 
         InputError: It is no artefact, damaged, dense, has engines or a static cache, or files of the user's lie in it.
         dlo_export.plugins.errors.PluginLibraryError: It has dlo operators, and no library that computes them is given.
     """
+    description = open_description(folder)  # first: what is no artefact is told so, not that it cannot be replaced
     check_output_folder(folder, overwrite=True, makes=FolderKind.ARTEFACT)
-    description = open_description(folder)
     check_model_files(description, folder)
     again = "export the model again with another --lowering, and compare the artefacts with dlo bench"
     if description.routing is None:

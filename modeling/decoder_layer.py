@@ -24,6 +24,7 @@ from dlo_export.modeling.routing import (
     mixed,
     straight_through,
 )
+from dlo_export.modeling.skip_kernels import KernelMlp, SkipKernels, kernel_mlp, skip_mlp
 
 
 class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
@@ -33,7 +34,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
         super().__init__(config, layer_idx)
         use_family_modules(self, config, layer_idx)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # noqa: PLR0913, PLR0917 - what a step asks of its layers
         self,
         hidden_states: torch.Tensor,
         router: TokenRouter | None = None,
@@ -43,6 +44,7 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
         masked: bool = False,
         select_tokens: SelectTokens | None = None,
         gate_tokens: GateTokens | None = None,
+        skip_kernels: SkipKernels = False,
         **attention_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | TrainingRouting | None]:
         """Runs the layer.
@@ -56,11 +58,16 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
             masked: Compute all for every token and discard it for those that skip.
             select_tokens: Decides in place of the router's threshold, in training.
             gate_tokens: Softens these decisions into shares of what is skipped.
+            skip_kernels: Run what is skipped in the dlo kernels; see `LlamaDloModel`.
             attention_kwargs: Whatever transformers' attention takes.
 
         Returns:
             The residual stream after the layer; if it is routed, the scores (float32 [batch, sequence]), or all that
             training needs where `select_tokens` is given.
+
+        Raises:
+            InputError: `skip_kernels` is True, and the kernels do not take this layer.
+            MachineError: Likewise, and they do not run here.
         """
         # The router sees the stream as it comes in: no decision waits for attention.
         scores = None if router is None else router(hidden_states)
@@ -74,6 +81,14 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
             gate = None if gate_tokens is None else gate_tokens(scores)
             return self._trained(hidden_states, scores, active, scale, gate, **attention_kwargs)
         active = is_active(scores, threshold) if force_active is None else force_active
+        mlp = self._kernel_mlp(hidden_states, skip_kernels)
+        if mlp is not None:
+            attended = self._attended(hidden_states, **attention_kwargs)
+            # One vector says who is active and how much of the branch they get: 0 is none of it.
+            factor = torch.where(active, offset + slope * scores, 0.0)
+            normed = block_input(self, "mlp", attended)
+            return skip_mlp(normed.contiguous(), factor.contiguous(), mlp, attended.contiguous()), scores
+        # Whose rows are gathered the host asks the device, and waits for its answer.
         tokens = MaskedTokens(active) if masked else ActiveTokens(active)
         kept, before, branch = self._routed(hidden_states, tokens, active, **attention_kwargs)
         return self._finished(tokens.put(before + _scaled(branch, scale, tokens), kept)), scores
@@ -94,6 +109,11 @@ class RoutedDecoderLayer(LlamaDecoderLayer, abc.ABC):
             What a token keeps that skips, [batch, sequence, hidden]; for `tokens`, the stream before the branch that is
             scaled, and what that branch adds to it, [n, hidden] both.
         """
+
+    def _kernel_mlp(self, hidden_states: torch.Tensor, wanted: SkipKernels) -> KernelMlp | None:
+        """The MLP for the dlo kernels, which skip MLPs and nothing else; None where it runs in PyTorch's operators."""
+        del hidden_states, wanted
+        return None
 
     def _finished(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What no token skips, behind what some do: nothing, unless a kind of routing has more."""
@@ -165,6 +185,9 @@ class MlpRoutedLayer(RoutedDecoderLayer):
         attended = self._attended(hidden_states, **attention_kwargs)
         rows = tokens.gather(attended)
         return attended, rows, self._mlp_branch(rows)
+
+    def _kernel_mlp(self, hidden_states: torch.Tensor, wanted: SkipKernels) -> KernelMlp | None:
+        return kernel_mlp(self, hidden_states, wanted)
 
     def _similarity(
         self, hidden_states: torch.Tensor, kept: torch.Tensor, output: torch.Tensor, **attention_kwargs: Any

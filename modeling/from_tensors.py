@@ -34,7 +34,7 @@ def llama_dlo_from_tensors(
     dtype: torch.dtype = torch.float32,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
 ) -> LlamaDloForCausalLM:
-    """Builds the model in evaluation mode; a plain one becomes one without routers.
+    """Builds the model in evaluation mode, in PyTorch's operators; a plain one becomes one without routers.
 
     Args:
         config: Of config.json.
@@ -84,6 +84,8 @@ def empty_llama_dlo(
         raise ModelTensorsError(f"PyTorch model: {'; '.join(problems)}", hint="config.json belongs to another model")
     # Its frequencies are computed, not stored, and were left on the meta device.
     model.model.rotary_emb = StepRotaryEmbedding(config=model_config)
+    # What this project calibrates, trains, evaluates and compares with is defined by PyTorch's operators.
+    model.skip_kernels = False
     model.eval()
     return model
 

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.model_types import (
     LLAMA,
     MODEL_TYPES,
@@ -49,6 +50,7 @@ from dlo_export.modeling.configuration import (
 from dlo_export.modeling.decoder_layer import ROUTED_LAYERS
 from dlo_export.modeling.family_modules import StepRotaryEmbedding, language_head, rms_norm, token_embedding
 from dlo_export.modeling.routing import GateTokens, SelectTokens, TokenRouter, TrainingRouting
+from dlo_export.modeling.skip_kernels import SkipKernels, check_machine, checked_choice
 
 
 class UntrainedRoutersWarning(UserWarning):
@@ -101,6 +103,9 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
     Attributes:
         masked: Compute everything for every token and discard what skipped tokens would get, instead of really
             skipping. It is how the routing is defined, and never saved.
+        skip_kernels: Whether routed MLPs run in the dlo kernels, so that the host waits for no decision: "auto" where
+            they can, on CUDA with Triton; True, or an error says why not; False in PyTorch's operators. In inference
+            alone, never where `masked`, and never saved.
     """
 
     def __init__(self, config: LlamaDloConfig) -> None:
@@ -114,6 +119,8 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         self.rotary_emb = StepRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.masked = False
+        self._skip_kernels: SkipKernels = "auto"
+        self._is_trained = False
         self.post_init()
 
     def router(self, layer: int) -> TokenRouter | None:
@@ -123,6 +130,35 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         router = self.routers[str(layer)]
         assert isinstance(router, TokenRouter)
         return router
+
+    @property
+    def skip_kernels(self) -> SkipKernels:
+        """See the class."""
+        return self._skip_kernels
+
+    @skip_kernels.setter
+    def skip_kernels(self, wanted: SkipKernels) -> None:
+        checked_choice(wanted)
+        if wanted is True:
+            if self.config.routing != "mlp":
+                raise InputError(
+                    f"skip_kernels True: this model's routing is {self.config.routing}, expected mlp",
+                    hint='leave it at "auto": its tokens skip in PyTorch\'s operators',
+                )
+            check_machine(self.device)
+        self._skip_kernels = wanted
+
+    def _kernels_for_step(self, device: torch.device) -> SkipKernels:
+        """What a step asks its layers for; the oracle and whatever has a gradient never ask for kernels."""
+        learns = torch.is_grad_enabled()
+        self._is_trained |= learns and self.training
+        if self._skip_kernels is False or self.masked or learns:
+            return False
+        # A compiler traces operators, and autocast takes weights in another type than theirs.
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+            return False
+        # An optimiser's state lies as its weights did when it was made: of a model that learns none are turned.
+        return False if self._skip_kernels == "auto" and self._is_trained else self._skip_kernels
 
     def forward(
         self,
@@ -156,6 +192,8 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
             ValueError: Both or neither of `input_ids` and `inputs_embeds`; `force_active` for a layer without router;
                 `select_tokens` behind cached tokens.
             CacheError: The cache is of a kind that cannot remember who was active.
+            MachineError: `skip_kernels` is True, and the kernels do not run here.
+            InputError: Likewise, and they do not take a layer.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("LlamaDloModel: expected exactly one of input_ids and inputs_embeds")
@@ -191,7 +229,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
-        thresholds = self.config.thresholds
+        thresholds, skip_kernels = self.config.thresholds, self._kernels_for_step(hidden_states.device)
         # Scores are kept, since parity compares them.
         router_scores: dict[int, torch.Tensor] = {}
         training_routing: dict[int, TrainingRouting] = {}
@@ -207,6 +245,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
                 masked=self.masked,
                 select_tokens=selected.get(index),
                 gate_tokens=gates.get(index),
+                skip_kernels=skip_kernels,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
@@ -254,6 +293,21 @@ class LlamaDloForCausalLM(LlamaDloPreTrainedModel, GenerationMixin):
     @masked.setter
     def masked(self, masked: bool) -> None:
         self.model.masked = masked
+
+    @property
+    def skip_kernels(self) -> SkipKernels:
+        """Whether routed MLPs run in the dlo kernels, "auto", True or False, see `LlamaDloModel`.
+
+        Raises:
+            InputError: Set to something else; or to True where tokens skip more than MLPs.
+            MachineError: Set to True where the kernels do not run.
+        """
+        wanted: SkipKernels = self.model.skip_kernels
+        return wanted
+
+    @skip_kernels.setter
+    def skip_kernels(self, wanted: SkipKernels) -> None:
+        self.model.skip_kernels = wanted
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

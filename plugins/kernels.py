@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from triton.runtime import JITFunction
+
 from dlo_export.graph_passes.spec.ops import ORT_OPS
 from dlo_export.plugins.contract import weight_input
 from dlo_export.plugins.router_scores.kernel import router_scores_kernel
@@ -16,6 +18,8 @@ KERNELS: Final[dict[str, Any]] = {
     "SkipDown": skip_down_kernel,
     "RouterScores": router_scores_kernel,
 }
+INTERPRETED: Final = not isinstance(skip_gate_up_kernel, JITFunction)
+"""Whether TRITON_INTERPRET was set when triton was imported: its interpreter runs the kernels, on any machine."""
 INTEGERS: Final = 3
 """Between inputs and outputs: tokens, then rows and columns of the weight."""
 
@@ -25,7 +29,6 @@ def launch(
     *operands: Any,
     dtype: str,
     tile_name: TileName | None = None,
-    interpreted: bool = False,
     kernel: Any = None,
     **options: Any,
 ) -> None:
@@ -36,7 +39,6 @@ def launch(
         *operands: The schema's inputs and outputs.
         dtype: T as the schema names it.
         tile_name: The tile to use; by default the one the number of tokens asks for.
-        interpreted: Triton's interpreter runs the kernel (TRITON_INTERPRET=1 was set before triton was imported).
         kernel: One that wraps the operator's, and takes its arguments.
         **options: More constants of such a one, and how Triton launches it.
     """
@@ -46,7 +48,7 @@ def launch(
     depth, columns = operands[weight_input(op)].shape
     tokens = batch * sequence
     name = tile_name or tile_for(tokens)
-    tile = tile_of(op_name, name, dtype) if interpreted else jit_tile_of(op_name, name, dtype, _target())
+    tile = tile_of(op_name, name, dtype) if INTERPRETED else jit_tile_of(op_name, name, dtype, target())
     (kernel or KERNELS[op_name])[tile.grid(tokens, columns)](
         *inputs,
         tokens,
@@ -54,15 +56,15 @@ def launch(
         columns,
         *operands[len(inputs) :],
         **tile.constants(),
-        UPCAST=interpreted,
+        UPCAST=INTERPRETED,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **options,
     )
 
 
-def _target() -> int:
-    """Compute capability of the current GPU."""
+def target() -> int:
+    """Compute capability of the current GPU, by Triton, which compiles what it asks with when it is asked first."""
     from triton.runtime import driver  # noqa: PLC0415 - asks for the GPU
 
     return int(driver.active.get_current_target().arch)

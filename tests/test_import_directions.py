@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "checkpoints": set(),
     "graph_passes": {"checkpoints"},
-    "modeling": {"checkpoints"},
+    "modeling": {"checkpoints", "plugins"},
     "plugins": {"checkpoints", "graph_passes"},
     "runtimes": {"checkpoints", "modeling", "plugins"},
     "exporter": {"checkpoints", "graph_passes", "modeling", "plugins", "runtimes"},
@@ -71,6 +71,7 @@ PACKAGES = {
     },
     "tests/benchmarks": {"benchmarks"},
     "tests/data": {"optimum"},
+    "tests/modeling": {"benchmarks"},  # what a GPU is to show
     "tests/interop": {"benchmarks", "optimum", "polygraphy"},  # which writes what its program reads
     "tests/plugins": {"tensorrt_bindings"},
     "tests/runtimes": {"cuda"},

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 
 from benchmarks.common.lowering_grid import Cell
@@ -19,6 +20,7 @@ from dlo_export.checkpoints.interface import (
     is_state_input,
     layers_with,
 )
+from dlo_export.exporter.weight_file import save_weights
 from dlo_export.plugins.ort_registration import register_library
 from dlo_export.runtimes.onnxruntime.providers import Provider
 
@@ -30,6 +32,13 @@ def share_threads(count: int) -> None:
         count: Threads of one operator.
     """
     ort.set_global_thread_pool_sizes(count, 1)
+
+
+def save_graph(model: ir.Model, path: Path) -> Path:
+    """Writes a graph and, beside it, its weights; returns the graph's place."""
+    save_weights(model, path.with_suffix(".data"))
+    ir.save(model, path)
+    return path
 
 
 class GridSteps:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
+from benchmarks.gpu.placement import placement_facts
 from dlo_export.graph_passes.row_tensor import RowTensor
 from dlo_export.plugins.ort_registration import register_library
 
@@ -102,13 +103,17 @@ class DeviceSession:
         self._captures = capture
         self._bindings = 0
 
+    def placement(self) -> dict[str, Any]:
+        """Who was given which nodes, and whether none of a layer went to another provider than the one asked for."""
+        placed: dict[str, list[tuple[str, str]]] = {}
+        for part in self._session.get_provider_graph_assignment_info():
+            placed.setdefault(part.ep_name, []).extend((node.name, node.op_type) for node in part.get_nodes())
+        return placement_facts(placed, self._session.get_providers()[0])
+
     def operators_elsewhere(self) -> dict[str, int]:
         """Operators that ONNX Runtime put on another provider than the one asked for, and how many nodes."""
-        wanted, counts = self._session.get_providers()[0], dict[str, int]()
-        for part in self._session.get_provider_graph_assignment_info():
-            for node in part.get_nodes() if part.ep_name != wanted else ():
-                counts[node.op_type] = counts.get(node.op_type, 0) + 1
-        return counts
+        elsewhere: dict[str, int] = self.placement()["elsewhere"]
+        return elsewhere
 
     def bind(
         self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], *, capture: bool = True

@@ -22,6 +22,15 @@ BEGUN = time.monotonic()
 seconds."""
 
 
+def begin_time(arguments: Sequence[str] | None) -> float:
+    """When a part's time begins, on the monotonic clock.
+
+    Args:
+        arguments: Of its command line; None for the process' own, with which its time began.
+    """
+    return BEGUN if arguments is None else time.monotonic()
+
+
 def make_folder(out: Path) -> None:
     """Makes the folder for rows, where it is missing.
 
@@ -148,8 +157,7 @@ def run_part(
         check: What needs no GPU; raises where it does not hold.
         measure: What needs one; takes where rows go, and whether a smoke run was asked for.
         arguments: Of the command line; the process' own, if not given.
-        begun: When its time began, on the monotonic clock; if not given, now, or with the process whose own arguments
-            it was given.
+        begun: When its time began, on the monotonic clock; `begin_time` of the arguments, if not given.
 
     Returns:
         DONE, BAR_MISSED, NO_GPU after what a CPU can check, or the code of a user's error.
@@ -161,13 +169,12 @@ def run_part(
     parser.add_argument(
         "--unchecked", action="store_true", help="leave out what a CPU can check: it was checked before"
     )
+    begun = begin_time(arguments) if begun is None else begun
     parsed = parser.parse_args(arguments)
     try:
         if not parsed.unchecked:
             check()
         found = card()
-        if begun is None:
-            begun = BEGUN if arguments is None else time.monotonic()
         evidence = Evidence(part, parsed.out, parsed.budget_s, begun)
     except DloError as err:
         report_error(err)

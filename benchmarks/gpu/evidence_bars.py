@@ -18,6 +18,10 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Whose parity is asked for, in every lowering that takes them."""
 DTYPES: Final = ("fp32", "fp16", "bf16")
+MODEL_DTYPES: Final = ("float32", "bfloat16")
+"""In which the model class is held against itself."""
+GRAPHS: Final = ("dense", "routed")
+"""Of a captured decoder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +124,11 @@ def _kernel_figures(kind: str, names: Sequence[str], **fields: Any) -> Callable[
     return judge
 
 
+def _model_in_kernels(rows: Sequence[Row]) -> Finding:
+    chosen = _rows_of(rows, "pytorch", "model")
+    return _complete(chosen, {dtype: [row for row in chosen if row["dtype"] == dtype] for dtype in MODEL_DTYPES})
+
+
 def _captured_8b(part: str, skipped: float) -> Callable[[Sequence[Row]], Finding]:
     """A captured 8B's step at batch 1: skip efficiency at half, and the price of routing where nothing is skipped."""
 
@@ -143,11 +152,25 @@ def _parity(rows: Sequence[Row]) -> Finding:
         f"{subject} in {dtype}, {lowering}": [
             row for row in compared if (row["subject"], row["dtype"], row["lowering"]) == (subject, dtype, lowering)
         ]
-        for subject, lowerings in MODELS.items()
-        for dtype in DTYPES
-        for lowering in lowerings
+        for subject, dtype, lowering in _compared()
     }
     return _complete(compared, found)
+
+
+def _placed(rows: Sequence[Row]) -> Finding:
+    """Of the captured 8B's graphs, and of every lowering whose parity is asked for."""
+    captured = _rows_of(rows, "onnxruntime", "placement")
+    lowered = _rows_of(rows, "onnxruntime_parity", "placement")
+    found = {f"8B {graph}": [r for r in captured if (r["model"], r["graph"]) == ("8b", graph)] for graph in GRAPHS}
+    for wanted in _compared():
+        found[" ".join(wanted)] = [r for r in lowered if (r["subject"], r["dtype"], r["lowering"]) == wanted]
+    return _complete([*captured, *lowered], found)
+
+
+def _compared() -> Iterator[tuple[str, str, str]]:
+    """Subject, type and lowering of every comparison that parity is asked for."""
+    for subject, lowerings in MODELS.items():
+        yield from ((subject, dtype, lowering) for dtype in DTYPES for lowering in lowerings)
 
 
 def _against_others(rows: Sequence[Row]) -> Finding:
@@ -208,6 +231,18 @@ _QUESTIONS: Final = (
         "parity PASS",
         (frozenset({"onnxruntime"}),),
         _parity,
+    ),
+    _Question(
+        "ONNX Runtime on CUDA: nodes of layers elsewhere, captured 8B and every lowering",
+        "none",
+        (frozenset({"onnxruntime"}),),
+        _placed,
+    ),
+    _Question(
+        "LlamaDloForCausalLM in the kernels, from a checkpoint folder",
+        "equal to plain operators; no decision asked on the host",
+        (frozenset({"pytorch"}),),
+        _model_in_kernels,
     ),
     _Question(
         "ONNX Runtime, dense bf16 decode",

@@ -6,11 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import json
-import re
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +19,7 @@ import torch  # noqa: F401 - before onnxruntime, which finds CUDA's libraries am
 
 from benchmarks.common.workspace import REPOSITORY
 from benchmarks.gpu.evidence_bars import DTYPES
+from benchmarks.gpu.placement import placement_facts
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.model_types import KV_KEY
@@ -49,8 +48,6 @@ ATTENTION: Final = {
     "reference_attention_routed": {"model_type": "llama_dlo_attn"},
     "reference_active_attention_routed": {"model_type": "llama_dlo_attn", KV_KEY: "active"},
 }
-# By their names: what computes shapes for all layers has no number, and belongs on the host.
-_OF_A_LAYER: Final = re.compile(r"\.(layers|routers)\.\d+\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,16 +184,8 @@ def placement_row(job: Job, lowering: str, file: Path, provider: Provider, libra
         placed = session.placement()
     except Exception as err:  # as above
         return {**row, "passed": False, "error": f"{type(err).__name__}: {err}"[:1500]}
-    elsewhere = [node for name, nodes in placed.items() if name != provider.name for node in nodes]
-    of_layers = [f"{name} ({operator})" for name, operator in elsewhere if _OF_A_LAYER.search(name)]
-    return {
-        **row,
-        "passed": not of_layers,
-        "given": {name: len(nodes) for name, nodes in placed.items()},
-        "elsewhere": dict(Counter(operator for _, operator in elsewhere)),
-        "of_layers": of_layers[:8],
-        "capturable": find_lowering(lowering, "onnxruntime-cuda").capturable,
-    }
+    capturable = find_lowering(lowering, "onnxruntime-cuda").capturable
+    return {**row, **placement_facts(placed, provider.name), "capturable": capturable}
 
 
 def with_settings(model: Path, folder: Path, settings: Mapping[str, str]) -> Path:

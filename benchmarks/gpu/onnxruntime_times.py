@@ -55,9 +55,9 @@ def time_decoders(evidence: Evidence, device: str, library: Path, shape: str, *,
     )
     decoders = _Decoders(dense, routed, removed, tuple(layers.tolist()), copy)
     for name, decoder in (("dense", dense), ("routed", routed)):
-        with evidence.guard("placement", model=shape, graph=name):
-            elsewhere = decoder.session.operators_elsewhere()
-            evidence.row("placement", model=shape, graph=name, elsewhere=elsewhere, open_s=decoder.open_s)
+        with evidence.guard("placement", kind="placement", model=shape, graph=name):
+            facts = decoder.session.placement()
+            evidence.row("placement", kind="placement", model=shape, graph=name, **facts, open_s=decoder.open_s)
     batches = (1, 16) if small else (1, 4, 16)
     for batch in batches:
         if evidence.fits(f"decode {shape}, batch {batch}", 8 * seconds):

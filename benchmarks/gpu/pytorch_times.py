@@ -15,11 +15,13 @@ from torch import nn
 
 from benchmarks.gpu.evidence import Evidence
 from benchmarks.gpu.kernel_timing import timed
+from benchmarks.gpu.model_kernels import generate_times
 from benchmarks.gpu.random_torch_llama import random_model
 from benchmarks.gpu.skip_efficiency import BAR, skip_efficiency
+from dlo_export.modeling.skip_kernels import KernelMlp
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
 from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Routing, StepOps, TorchOps
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, StepWeights
+from dlo_export.runtimes.torch.captured.step_weights import PlainMlp, StepWeights
 
 CONTEXT: Final = 512
 CAPACITY: Final = 640
@@ -93,7 +95,12 @@ class Size:
             return found
         for batch in (1,) if self.smoke else (1, 16):
             found.append(Piece(f"breakdown, batch {batch}", 3, functools.partial(self.breakdown, batch)))
-        return [*found, Piece("prefill", 6, self.prefill), Piece("masked", 4, self.masked)]
+        ends = [
+            Piece("prefill", 6, self.prefill),
+            Piece("generate", 12, self.generate),
+            Piece("masked", 4, self.masked),
+        ]
+        return [*found, *ends]
 
     def run(self, piece: Piece) -> None:
         """Runs a piece where so many seconds are left; what breaks it is a row."""
@@ -242,6 +249,14 @@ class Size:
                 over_dense=spread(ms / dense),
                 mlps_at_matmul_rate_ms=round(mlp_flops / self.tflops * 1e-9, 3),
             )
+
+    def generate(self) -> None:
+        """The model class' own `generate()`, half of the MLPs skipped, at the host's pace; in the kernels and not."""
+        model = self.routed.model  # whose MLPs' weights lie as the kernels read them, either way
+        half, tokens = spread_layers(self.layers, 0.5), 8 if self.smoke else 32
+        times = generate_times(model, half, prompt=CONTEXT, tokens=tokens, rounds=1 if self.smoke else 3)
+        for form, values in times.items():
+            self.row("generate", kind="generate", batch=1, form=form, skipped=0.5, tokens=tokens, **values)
 
     def breakdown(self, batch: int) -> None:
         """Where a step's time goes: each part of all layers in a graph of its own, microseconds per layer."""

@@ -40,12 +40,14 @@ class Piece:
         seconds: About how long it takes; asked just before.
         make: Does it; None where time ran out on the way.
         needs: Results that must be there.
+        afterwards: Called once the result is kept.
     """
 
     name: str
     seconds: Callable[[], float]
     make: Callable[[], Mapping[str, Any] | None]
     needs: tuple[str, ...] = ()
+    afterwards: Callable[[], None] = lambda: None
 
 
 def run_pieces(pieces: Sequence[Piece], results: Results, budget: Budget) -> dict[str, str]:
@@ -77,5 +79,6 @@ def run_pieces(pieces: Sequence[Piece], results: Results, budget: Budget) -> dic
             left_out[piece.name] = f"was stopped after {taken:.0f} s: the time was over"
             continue
         results.save(piece.name, {**values, "seconds": round(taken, 2)})
+        piece.afterwards()
         print(f"{piece.name}: {taken:.1f} s, {budget.left:.0f} s left", file=sys.stderr, flush=True)
     return left_out

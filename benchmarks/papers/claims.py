@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.papers.results import Results
 from benchmarks.papers.shipped import SPEED
-from benchmarks.papers.skipping_cost import BASELINES
+from benchmarks.papers.skipping_cost import AS_ASKED, BASELINES, TEXTS, WAYS, compared_as_asked
 
 _NEAR_DENSE = 1.05  # perplexity of the deepened, routed model over that of the dense one
 _RATE_WITHIN = 0.02
@@ -41,8 +41,7 @@ def claims(results: Results) -> Iterator[Claim]:
             control = values["rate_control"]
             near = abs(control["after"] - control["target"]) <= _RATE_WITHIN
             yield Claim(f"{run}: active rate", near, {key: control[key] for key in ("target", "before", "after")})
-        if f"{BASELINES}train-{run}" in results:
-            yield from _against_others(results, run, values)
+        yield from _against_others(results, run, values)
     if "train-deepened" in results:
         yield from _deepened(results)
     if SPEED in results:
@@ -50,16 +49,25 @@ def claims(results: Results) -> Iterator[Claim]:
 
 
 def _against_others(results: Results, run: str, values: dict[str, Any]) -> Iterator[Claim]:
-    if values["kind"] == "distilled" and values["target"] not in _DISTILLED_AT:
-        return
-    baselines, own = results[f"{BASELINES}train-{run}"], values["all"]
+    """As trained, on the domains; and at the rate that was asked for, on each text."""
+    for way in _rivals(values):
+        if (name := f"{BASELINES}train-{run}") in results:
+            yield _better(f"{run} against {way}", values["all"], results[name][way]["all"])
+        if (name := f"{AS_ASKED}train-{run}") in results:
+            for text in TEXTS:
+                found = compared_as_asked(results, results[name], text)
+                yield _better(f"{run} against {way}, as asked, {text}", found["trained"], found[way])
+
+
+def _rivals(values: dict[str, Any]) -> Sequence[str]:
+    """What a run is to be better than: of those whose weights do not learn, static removal alone."""
+    if values["kind"] != "distilled":
+        return WAYS
+    return ("static",) if values["target"] in _DISTILLED_AT else ()
+
+
+def _better(what: str, own: dict[str, Any], theirs: dict[str, Any]) -> Claim:
     figures = {"perplexity": own["perplexity"], "active": own["active"]}
-    others = () if values["kind"] == "distilled" else ("random, same layers", "random, every layer", "calibrated")
-    for way in ("static", *others):
-        yield _better(f"{run} against {way}", figures, baselines[way]["all"])
-
-
-def _better(what: str, figures: dict[str, Any], theirs: dict[str, Any]) -> Claim:
     others = {"their_perplexity": theirs["perplexity"], "their_active": theirs["active"]}
     # A perplexity beyond float64 is kept as None.
     bound = float("inf") if theirs["perplexity"] is None else theirs["perplexity"]

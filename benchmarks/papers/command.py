@@ -22,6 +22,7 @@ from benchmarks.papers.report import heading, write_plots, write_tables
 from benchmarks.papers.results import Results
 from benchmarks.papers.shipped import shipped_pieces
 from benchmarks.papers.skipping_cost import (
+    as_asked_pieces,
     as_many_pieces,
     calibrated_baselines,
     calibrated_pieces,
@@ -36,6 +37,7 @@ from benchmarks.papers.token_kinds import kind_pieces
 from benchmarks.papers.toy import TOY_TOKENS, toy_model
 from benchmarks.papers.training import (
     TrainingRun,
+    probe,
     seconds_per_token,
     tokens_per_second,
     train,
@@ -178,7 +180,7 @@ def _run_some(experiment: Experiment, budget: Budget, request: Request) -> dict[
     if request.speeds is not None:  # which are those of a process alone
         while COSTS not in results and not budget.is_over():
             time.sleep(0.1)
-    load = dataclasses.replace(next(run for run in runs if run.kind == "deepened"), suffix=f"-load-{os.getpid()}")
+    load = probe(experiment, "dense", f"-load-{os.getpid()}")
     while BASE not in results and not budget.is_over():
         time.sleep(0.1)  # a measurement that is not to be disturbed
     while COSTS not in results and not budget.is_over():
@@ -214,48 +216,64 @@ def _run_others(experiment: Experiment, budget: Budget, request: Request) -> dic
         return left_out | run_pieces(_training_pieces(planned, experiment, budget, request), results, budget)
     own = [run for run in planned if run.name not in request.elsewhere]
     theirs = [run for run in planned if run.name in request.elsewhere]
-    # Other pieces need the models that are kept.
-    count = 1 + max((number for number, run in enumerate(own) if run.kept), default=-1)
+    # Other pieces need the models that are kept; what skips in the main table comes before these pieces as well.
+    main = [run.name for run in runs[: experiment.form.main_runs] if run.compared]
+    count = 1 + max((number for number, run in enumerate(own) if run.kept or run.name in main), default=-1)
     first, others = own[:count], own[count:]
     shipped = shipped_pieces(experiment) if exports else []
     if importlib.util.find_spec("onnxruntime") is None:
         left_out |= {piece.name: "ONNX Runtime is not installed" for piece in shipped}
         shipped = []
-    pieces = [
-        *_training_pieces(first, experiment, budget, request),
+    left_out |= run_pieces(_compared_training(first, experiment, budget, request), results, budget)
+    meanwhile = [
         *calibrated_pieces(experiment),
-        *_rate_pieces(experiment, first),
+        *_as_trained(experiment, first),
+        *_retargeted(experiment, first),
         *shipped,
         *kind_pieces(experiment, first),
-        *_training_pieces(others, experiment, budget, request),
-        *_rate_pieces(experiment, others),
+        *_compared_training(others, experiment, budget, request),
+        *_as_trained(experiment, others),
+        *_retargeted(experiment, others),
         *task_pieces(experiment, first, of_artefacts=exports),
     ]
-    left_out |= run_pieces(pieces, results, budget)
-    left_out |= _measure_others(theirs, experiment, budget, of_artefacts=exports)
+    left_out |= _measure_others(theirs, experiment, budget, meanwhile, of_artefacts=exports)
     last = [*calibrated_baselines(experiment), *removal_pieces(experiment, budget)]
     return left_out | run_pieces(last, results, budget)
 
 
 def _measure_others(
-    runs: Sequence[TrainingRun], experiment: Experiment, budget: Budget, *, of_artefacts: bool
+    runs: Sequence[TrainingRun],
+    experiment: Experiment,
+    budget: Budget,
+    meanwhile: Sequence[Piece],
+    *,
+    of_artefacts: bool,
 ) -> dict[str, str]:
-    """What other processes train, as it comes; what only repeats it with another seed, while nothing else does."""
-    results, waiting = experiment.results, [*runs]
+    """What other processes train, as it comes, what skips first; one piece of others while nothing has come.
+
+    Args:
+        runs: That other processes train.
+        experiment: Where.
+        budget: Time there is.
+        meanwhile: The other pieces, by falling importance.
+        of_artefacts: Whether tasks are measured on artefacts.
+    """
+    results, waiting, queue = experiment.results, [*runs], [*meanwhile]
     left_out: dict[str, str] = {}
-    repeated = calibrated_baselines(experiment)
     while waiting and not budget.is_over():
         come = [run for run in waiting if run.name in results]
         waiting = [run for run in waiting if run not in come]
         first = [run for run in come if run.seed == experiment.form.seeds[0]]
-        pieces = [*_rate_pieces(experiment, first), *kind_pieces(experiment, first)]
-        pieces += task_pieces(experiment, first, of_artefacts=of_artefacts)
-        repeated[:0] = _rate_pieces(experiment, [run for run in come if run not in first])
-        if not pieces and repeated:
-            pieces.append(repeated.pop(0))
+        others = [run for run in come if run not in first]  # which only repeat it
+        more = [*_as_trained(experiment, first), *_retargeted(experiment, first), *kind_pieces(experiment, first)]
+        more += task_pieces(experiment, first, of_artefacts=of_artefacts)
+        queue = [*more, *queue, *_as_trained(experiment, others)]
+        pieces = as_asked_pieces(experiment, come)
+        if not pieces and queue:
+            pieces.append(queue.pop(0))
         left_out |= run_pieces(pieces, results, budget)
         time.sleep(0 if pieces else 0.2)
-    return left_out | run_pieces(repeated, results, budget)
+    return left_out | run_pieces(queue, results, budget)
 
 
 def _training_seconds(form: Form, budget: Budget, request: Request) -> float:
@@ -264,11 +282,29 @@ def _training_seconds(form: Form, budget: Budget, request: Request) -> float:
     return processes * form.training_share * budget.left
 
 
-def _rate_pieces(experiment: Experiment, runs: list[TrainingRun]) -> list[Piece]:
-    """What skips as much as runs that are routed at the original's depth, as trained and at the other rates."""
-    retargeted = retargeted_pieces(experiment, runs)
-    routed = [run.name for run in runs if run.kind in ("routed", "distilled")]
-    return [*retargeted, *as_many_pieces(experiment, [*routed, *(piece.name for piece in retargeted)])]
+def _compared_training(
+    runs: Sequence[TrainingRun], experiment: Experiment, budget: Budget, request: Request
+) -> list[Piece]:
+    """Training runs, each with what it is compared with right behind it: a run without that shows nothing."""
+    return [
+        piece
+        for run in runs
+        for piece in (
+            _training_piece(run, experiment, budget, request),
+            *as_asked_pieces(experiment, [run]),
+        )
+    ]
+
+
+def _as_trained(experiment: Experiment, runs: Sequence[TrainingRun]) -> list[Piece]:
+    """What skips as much as runs do with the thresholds that training left them."""
+    return as_many_pieces(experiment, [run.name for run in runs if run.compared])
+
+
+def _retargeted(experiment: Experiment, runs: Sequence[TrainingRun]) -> list[Piece]:
+    """Routed runs that are kept at the form's other rates, and what skips as much."""
+    moved = retargeted_pieces(experiment, runs)
+    return [*moved, *as_many_pieces(experiment, [piece.name for piece in moved])]
 
 
 def _training_pieces(

@@ -77,6 +77,18 @@ class Experiment:
         return found
 
     @functools.cached_property
+    def watched(self) -> dict[str, torch.Tensor]:
+        """Of the mix that runs are watched on, the half that no threshold is fitted on: int64 [windows, sequence].
+
+        Documents stand one behind the other, at most as many windows as of all domains together.
+        """
+        sequences = [self.data.held_out[index] for index in self.data.not_fitted]
+        tokens = torch.cat([sequence["input_ids"][sequence["counted"]] for sequence in sequences])
+        length = min(self.form.sequence, len(tokens))
+        windows = tokens[: len(tokens) // length * length].reshape(-1, length)
+        return {"watched": windows[: sum(map(len, self.windows.values()))]}
+
+    @functools.cached_property
     def data(self) -> PackedSets:
         """Text to learn from and to watch runs on, in sequences."""
         return PackedSets(*(self._packed(documents) for documents in (self._training, self._held_out)))
@@ -117,22 +129,30 @@ class Experiment:
                 self._routers[key] = dict(zip(stored["layers"].tolist(), stored["routers"], strict=True))
         return self._routers[key]
 
-    def measured(self, model: LlamaDloForCausalLM, decide: DecideShape | None = None) -> dict[str, Any]:
+    def measured(
+        self,
+        model: LlamaDloForCausalLM,
+        decide: DecideShape | None = None,
+        windows: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, Any]:
         """Loss, and share of all MLPs that run, of each domain and of all together, as at inference.
 
         Args:
             model: Moved to the device.
             decide: Decisions to try in place of the routers', for a batch's shape.
+            windows: Other text than the domains, by name.
         """
         self.placed(model).eval()
         with uncompiled():
-            return self._measured(model, decide)
+            return self._measured(model, decide, self.windows if windows is None else windows)
 
-    def _measured(self, model: LlamaDloForCausalLM, decide: DecideShape | None) -> dict[str, Any]:
+    def _measured(
+        self, model: LlamaDloForCausalLM, decide: DecideShape | None, windows: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
         decide_batch = None if decide is None else lambda _batch, shape: decide(shape)
         found = {
-            domain: as_json(evaluate(model, windows.to(self.device), decide_batch), model.config.num_hidden_layers)
-            for domain, windows in self.windows.items()
+            domain: as_json(evaluate(model, text.to(self.device), decide_batch), model.config.num_hidden_layers)
+            for domain, text in windows.items()
         }
         # Domains have as many tokens each, so their mean is that of all tokens.
         means = {key: sum(values[key] for values in found.values()) / len(found) for key in ("loss", "active")}

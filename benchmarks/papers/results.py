@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ class Results:
     def model(self, name: str) -> Path:
         """Where a model is or will be."""
         return self.folder / "models" / name
+
+    def remove_model(self, name: str) -> None:
+        """Makes room where no piece needs a model any more; one that diverged was never there."""
+        if self.model(name).exists():
+            shutil.rmtree(self.model(name))
 
     def _file(self, name: str) -> Path:
         return self.folder / "runs" / f"{name}.json"

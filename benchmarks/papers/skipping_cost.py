@@ -1,7 +1,8 @@
 """(c) Perplexity against active rate: routers, trained or not, and what skips as much without any.
 
-What is not trained works on the original after the same fine-tuning, so that text counts for nobody. At the very rate
-that routers reach on held-out text, as much is skipped by
+What is not trained works on the original after the same fine-tuning, so that text counts for nobody. At the rate that
+was asked for, to which thresholds are moved on the very text that is measured (the domains, and the mix that runs are
+watched on), and at the rate that routers reach on the domains as they were trained, as much is skipped by
 
 * static: whole MLPs, those that change the stream least; of the next one, a random share of the tokens;
 * random: in each layer that has a router, tokens at random, at the routers' rate in that layer; and in every layer, at
@@ -27,6 +28,7 @@ from benchmarks.papers.budget import Budget, Piece
 from benchmarks.papers.expansion_loss import pass_seconds
 from benchmarks.papers.experiment import DecideShape, Experiment
 from benchmarks.papers.removal import greedily, without_layers
+from benchmarks.papers.results import Results
 from benchmarks.papers.subjects import saved_model
 from benchmarks.papers.text import DOMAINS
 from benchmarks.papers.training import TrainingRun
@@ -35,13 +37,18 @@ from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 
 CALIBRATED, RETARGETED, BASELINES = "skipping-calibrated-", "skipping-retargeted-", "skipping-as-much-as-"
+AS_ASKED, UNTRAINED = "skipping-as-asked-", "skipping-untrained-"
 INFLUENCE, GREEDY = "skipping-layers-by-influence", "skipping-layers-greedily"
+WAYS = ("static", "random, same layers", "random, every layer", "calibrated")
+"""What trained routers are compared with."""
+TEXTS = ("domains", "watched")
+"""What is compared at the rate that was asked for: the held-out domains, and the mix that runs are watched on."""
 _DENSE = "train-original"
 
 
 def calibrated_pieces(experiment: Experiment) -> list[Piece]:
     """Calibrated routers at the rates of the form."""
-    form, measure = experiment.form, _Measurements(experiment)
+    form, measure = experiment.form, _measurements(experiment)
     calibration = form.calibration_tokens / _held_out_tokens(experiment)
     return [
         Piece(
@@ -61,7 +68,7 @@ def calibrated_baselines(experiment: Experiment) -> list[Piece]:
 
 def removal_pieces(experiment: Experiment, budget: Budget) -> list[Piece]:
     """Whole layers removed, as many as the rates of the form say."""
-    form, measure = experiment.form, _Measurements(experiment)
+    form, measure = experiment.form, _measurements(experiment)
     calibration = form.calibration_tokens / _held_out_tokens(experiment)
     tries = sum(experiment.base.layers - done for done in range(measure.most_removed))
     greedy = len(form.targets) + tries * form.greedy_tokens / _held_out_tokens(experiment)
@@ -78,7 +85,7 @@ def retargeted_pieces(experiment: Experiment, runs: Sequence[TrainingRun]) -> li
         experiment: Where.
         runs: Those of them that are routed and kept at the original's depth count.
     """
-    measure, calibration = _Measurements(experiment), experiment.form.calibration_tokens / _held_out_tokens(experiment)
+    measure, calibration = _measurements(experiment), experiment.form.calibration_tokens / _held_out_tokens(experiment)
     return [
         Piece(
             f"{RETARGETED}{run.name}-{target:.2f}",
@@ -93,6 +100,48 @@ def retargeted_pieces(experiment: Experiment, runs: Sequence[TrainingRun]) -> li
     ]
 
 
+def as_asked_pieces(experiment: Experiment, runs: Sequence[TrainingRun]) -> list[Piece]:
+    """Runs that skip, and what skips as much, at the rate that was asked for: on the domains, and on watched text.
+
+    What needs no training is the same for all runs of a rate, and is measured once. A model that nothing else needs is
+    removed behind its comparison.
+    """
+    measure, pieces = _measurements(experiment), []
+    more = 1 + sum(map(len, experiment.watched.values())) / sum(map(len, experiment.windows.values()))
+    for run in runs:
+        if not run.compared or run.target is None:
+            continue
+        untrained = f"{UNTRAINED}{run.target:.2f}"
+        pieces += [
+            Piece(
+                untrained,
+                _as_before(experiment, UNTRAINED, 7 * more),
+                functools.partial(measure.untrained, run.target),
+                (_DENSE,),
+            ),
+            Piece(
+                f"{AS_ASKED}{run.name}",
+                _as_before(experiment, AS_ASKED, 6 * more),
+                functools.partial(measure.as_asked, run.name, run.target),
+                (untrained, run.name),
+                (lambda: None) if run.kept else functools.partial(experiment.results.remove_model, run.name),
+            ),
+        ]
+    return pieces
+
+
+def compared_as_asked(results: Results, values: Mapping[str, Any], text: str) -> dict[str, dict[str, Any]]:
+    """Perplexity and rate on all of a text: of the `trained` routers, and of what they are compared with.
+
+    Args:
+        results: Hold what needs no training.
+        values: Of a run's comparison.
+        text: One of `TEXTS`.
+    """
+    found = {**results[f"{UNTRAINED}{values['target']:.2f}"][text], **values[text]}
+    return {way: found[way]["all"] for way in ("trained", *WAYS)}
+
+
 def as_many_pieces(experiment: Experiment, routed: Sequence[str]) -> list[Piece]:
     """What skips as much as routers do.
 
@@ -100,21 +149,31 @@ def as_many_pieces(experiment: Experiment, routed: Sequence[str]) -> list[Piece]
         experiment: Where.
         routed: The results of routed models.
     """
-    measure = _Measurements(experiment)
-
-    def seconds() -> float:
-        """What it took so far, once it is known: models are made too, and other processes train beside it."""
-        taken = [values["seconds"] for values in experiment.results.found(BASELINES).values()]
-        return statistics.median(taken) if taken else _passes(experiment, 8)()
-
+    measure, seconds = _measurements(experiment), _as_before(experiment, BASELINES, 8)
     return [
         Piece(f"{BASELINES}{name}", seconds, functools.partial(measure.baselines, name), (_DENSE, name))
         for name in routed
     ]
 
 
+@functools.lru_cache(maxsize=1)
+def _measurements(experiment: Experiment) -> _Measurements:
+    """One for all pieces: it holds the fine-tuned original."""
+    return _Measurements(experiment)
+
+
 def _held_out_tokens(experiment: Experiment) -> int:
     return len(DOMAINS) * experiment.form.held_out_tokens
+
+
+def _as_before(experiment: Experiment, prefix: str, passes: float) -> Callable[[], float]:
+    """What such pieces took so far, once it is known: models are made too, and other processes train beside it."""
+
+    def seconds() -> float:
+        taken = [values["seconds"] for values in experiment.results.found(prefix).values()]
+        return statistics.median(taken) if taken else _passes(experiment, passes)()
+
+    return seconds
 
 
 def _passes(experiment: Experiment, count: float) -> Callable[[], float]:
@@ -145,6 +204,40 @@ class _Measurements:
         shift = shift_thresholds(model, lambda: sequence_scores(model, text), rate)
         return {"target": target, "of": name, "rate_of_routed": dataclasses.asdict(shift), **self._at.measured(model)}
 
+    def untrained(self, target: float) -> dict[str, Any]:
+        layers = self._at.base.layers
+        skipped = (1 - target) * layers
+        rates = {
+            "static": static_rates(self._order, skipped),
+            "random, every layer": dict.fromkeys(range(layers), target),
+        }
+        return {
+            "target": target,
+            **{
+                text: {
+                    **{way: self._at.measured(*self._at_random(by_layer), windows) for way, by_layer in rates.items()},
+                    "calibrated": self._calibrated_at(target, skipped, windows),
+                }
+                for text, windows in self._texts.items()
+            },
+        }
+
+    def as_asked(self, name: str, target: float) -> dict[str, Any]:
+        if "diverged" in self._at.results[name]:
+            return {"of": name, "target": target, "diverged": True}
+        model = self._at.placed(saved_model(self._at.results.model(name)))
+        skipped = (1 - target) * self._at.base.layers
+        found = {}
+        for text, windows in self._texts.items():
+            own = self._moved(model, skipped, windows)
+            same = self._at.measured(*self._at_random(_rates_by_layer(own["domains"])), windows)
+            found[text] = {"trained": own, "random, same layers": same}
+        return {"of": name, "target": target, **found}
+
+    @property
+    def _texts(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        return dict(zip(TEXTS, (self._at.windows, self._at.watched), strict=True))
+
     def baselines(self, name: str) -> dict[str, Any]:
         found = self._at.results[name]
         if "diverged" in found:
@@ -158,17 +251,21 @@ class _Measurements:
         }
         measured = {way: self._at.measured(*self._at_random(by_layer)) for way, by_layer in rates.items()}
         if not name.startswith(CALIBRATED):
-            measured["calibrated"] = self._calibrated_at(found["target"], skipped)
+            measured["calibrated"] = self._calibrated_at(found["target"], skipped, self._at.windows)
         return {"of": name, "removed_mlps": self._order[: int(skipped)], **measured}
 
-    def _calibrated_at(self, target: float, skipped: float) -> dict[str, Any]:
-        """Calibrated routers that skip so many MLPs on the held-out text."""
+    def _calibrated_at(self, target: float, skipped: float, windows: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Calibrated routers that skip so many MLPs on the text they are measured on."""
         routers = self._at.calibrated(_DENSE, self._dense, target)
         model = with_routers(self._dense, {layer: router.copy() for layer, router in routers.items()})
-        text = torch.cat([*self._at.windows.values()]).to(self._at.device)
-        rate = 1 - skipped / len(routers)
+        return self._moved(model, skipped, windows)
+
+    def _moved(self, model: LlamaDloForCausalLM, skipped: float, windows: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Routers whose thresholds are moved so that they skip so many MLPs on the text they are measured on."""
+        text = torch.cat([*windows.values()]).to(self._at.device)
+        rate = 1 - skipped / len(model.config.routed_layers)
         shift_thresholds(model, lambda: sequence_scores(model, text), max(0.0, rate))
-        return self._at.measured(model)
+        return self._at.measured(model, windows=windows)
 
     def by_influence(self) -> dict[str, Any]:
         return self._without(by_similarity(self._dense, self._at.calibration[:: self._every], "layer"))

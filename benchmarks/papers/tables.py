@@ -9,7 +9,7 @@ from benchmarks.papers.expansion_loss import BASE
 from benchmarks.papers.expansion_loss import PREFIX as EXPANDED
 from benchmarks.papers.results import Results
 from benchmarks.papers.shipped import SHIPPED, SPEED
-from benchmarks.papers.skipping_cost import BASELINES, GREEDY, INFLUENCE
+from benchmarks.papers.skipping_cost import AS_ASKED, BASELINES, GREEDY, INFLUENCE, TEXTS, WAYS, compared_as_asked
 from benchmarks.papers.tasks import PREFIX as TASKS
 from benchmarks.papers.text import DOMAINS
 from benchmarks.papers.token_kinds import KINDS
@@ -18,7 +18,6 @@ from benchmarks.papers.token_kinds import PREFIX as KINDS_PREFIX
 KEPT_WITHIN = 1e-5
 """Nats, by domain, within which a method that keeps the function must have the original's loss."""
 COSTS = "training-costs"
-_WAYS = ("static", "random, same layers", "random, every layer", "calibrated")
 
 
 def all_tables(results: Results, heading: str) -> str:
@@ -33,6 +32,8 @@ def all_tables(results: Results, heading: str) -> str:
         ("(a) Loss right after expansion", _expansion(results)),
         ("(b) Loss after training", _training(results)),
         ("(c) Perplexity against active rate", _skipping(results)),
+        *((f"(c) At the rate asked for, {text}", _as_asked(results, text)) for text in TEXTS),
+        *((f"(c) At the rate asked for, {text}, mean over seeds", _seeds_as_asked(results, text)) for text in TEXTS),
         ("(c) Trained routers, mean over seeds (lowest to highest)", _seeds(results)),
         ("(c) Whole layers removed", _removed(results)),
         ("(d) What is shipped", _shipped(results)),
@@ -127,11 +128,11 @@ def _watched_rate(values: Mapping[str, Any]) -> str:
 
 
 def _skipping(results: Results) -> Iterator[Sequence[str]]:
-    yield ["routers", "asked for", "active MLPs", "perplexity", *(f"{way}, as many" for way in _WAYS)]
+    yield ["routers", "asked for", "active MLPs", "perplexity", *(f"{way}, as many" for way in WAYS)]
     for baselines in results.found(BASELINES).values():
         values = results[baselines["of"]]
         if "diverged" in values:
-            yield [baselines["of"], f"{values.get('target')}", "diverged", *[""] * len(_WAYS)]
+            yield [baselines["of"], f"{values.get('target')}", "diverged", *[""] * len(WAYS)]
             continue
         name = baselines["of"].removeprefix("train-").removeprefix("skipping-")
         yield [
@@ -139,13 +140,38 @@ def _skipping(results: Results) -> Iterator[Sequence[str]]:
             f"{values['target']:.0%}",
             f"{values['all']['active']:.1%}",
             _number(values["all"]["perplexity"], ".2f"),
-            *(_number(baselines[way]["all"]["perplexity"], ".2f") if way in baselines else "" for way in _WAYS),
+            *(_number(baselines[way]["all"]["perplexity"], ".2f") if way in baselines else "" for way in WAYS),
         ]
+
+
+def _as_asked(results: Results, text: str) -> Iterator[Sequence[str]]:
+    """Perplexity of all, thresholds moved so that the rate on the very text is the one that was asked for."""
+    yield ["routers", "asked for", "active MLPs", "perplexity", *WAYS]
+    for values in results.found(AS_ASKED).values():
+        name, target = values["of"].removeprefix("train-"), f"{values['target']:.0%}"
+        if "diverged" in values:
+            yield [name, target, "diverged", *[""] * (1 + len(WAYS))]
+            continue
+        found = compared_as_asked(results, values, text)
+        own = found.pop("trained")
+        others = (_number(found[way]["perplexity"], ".2f") for way in WAYS)
+        yield [name, target, f"{own['active']:.1%}", _number(own["perplexity"], ".2f"), *others]
+
+
+def _seeds_as_asked(results: Results, text: str) -> Iterator[Sequence[str]]:
+    yield ["asked for", "seeds", "perplexity", *WAYS]
+    by_target: dict[float, list[dict[str, dict[str, Any]]]] = {}
+    for values in results.found(f"{AS_ASKED}train-routed-").values():
+        if "diverged" not in values:
+            by_target.setdefault(values["target"], []).append(compared_as_asked(results, values, text))
+    for target, compared in sorted(by_target.items(), reverse=True):
+        ways = (_spread([found[way]["perplexity"] for found in compared], ".2f") for way in ("trained", *WAYS))
+        yield [f"{target:.0%}", str(len(compared)), *ways]
 
 
 def _seeds(results: Results) -> Iterator[Sequence[str]]:
     """All seeds that were trained; what skips as much, of those that it was measured for."""
-    yield ["asked for", "seeds", "active MLPs", "perplexity", "compared", *(f"{way}, as many" for way in _WAYS)]
+    yield ["asked for", "seeds", "active MLPs", "perplexity", "compared", *(f"{way}, as many" for way in WAYS)]
     by_target: dict[float, dict[str, dict[str, Any]]] = {}
     for name, values in results.found("train-routed-").items():
         if "diverged" not in values:
@@ -158,7 +184,7 @@ def _seeds(results: Results) -> Iterator[Sequence[str]]:
             _spread([each["active"] for each in trained.values()], ".1%"),
             _spread([each["perplexity"] for each in trained.values()], ".2f"),
             str(len(others)),
-            *(_spread([each[way]["all"]["perplexity"] for each in others], ".2f") for way in _WAYS),
+            *(_spread([each[way]["all"]["perplexity"] for each in others], ".2f") for way in WAYS),
         ]
 
 

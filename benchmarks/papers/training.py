@@ -47,7 +47,7 @@ class TrainingRun:
         target: Share of all MLPs that are to run; None for a dense model.
         distilled: Towards the dense model's next tokens instead of the text's.
         seed: Of the order of the data.
-        kept: Later pieces need the model.
+        kept: Later pieces need the model; that of other runs that skip stays until it was compared.
         after: The run whose model this one starts from.
         router_rate: Times the form's.
         equal_flops: Goes on until it has cost as much as the deepened, routed model.
@@ -69,6 +69,11 @@ class TrainingRun:
     def name(self) -> str:
         """Of its result and its model."""
         return f"train-{self.kind}{self.suffix}"
+
+    @property
+    def compared(self) -> bool:
+        """Whether it is compared with other ways to skip as much."""
+        return self.kind in ("routed", "distilled")
 
     def model(self, experiment: Experiment) -> LlamaDloForCausalLM:
         """The model as training starts."""
@@ -242,7 +247,7 @@ def train(
     if result.stopped:
         return None
     assert result.held_out is not None, "only stopped runs have none"
-    if run.kept:
+    if run.kept or run.compared:
         experiment.base.save(model, experiment.results.model(run.name))
     measured = [entry for entry in log if "eval_loss" in entry]
     per_step = batch * experiment.form.sequence  # padding counts, since it is computed
@@ -347,10 +352,7 @@ def training_costs(
     if speeds is not None:
         costs |= {"batch": form.batches[0], "tokens_per_second": dict(speeds), "given": True}
         return {**costs, "steps": planned_steps(runs, form, costs, seconds)}
-    probes = {
-        "dense": TrainingRun("deepened", _run_of(every, "deepened").dense, "-probe"),
-        "routed": dataclasses.replace(_run_of(every, _REFERENCE), suffix="-probe", kept=False),
-    }
+    probes = {name: probe(experiment, name, "-probe") for name in ("dense", "routed")}
     for batch in form.batches:
         try:
             speeds = {name: tokens_per_second(run, experiment, batch) for name, run in probes.items()}
@@ -366,6 +368,12 @@ def training_costs(
                 break
         costs = tried
     return costs
+
+
+def probe(experiment: Experiment, name: str, suffix: str) -> TrainingRun:
+    """A run to measure tokens per second with: of the deepened model, `dense` or `routed`, whatever the form's are."""
+    kind = {"dense": "deepened", "routed": _REFERENCE}[name]
+    return dataclasses.replace(_run_of(_every_run(experiment), kind), suffix=suffix, kept=False)
 
 
 def seconds_per_token(run: TrainingRun, costs: Mapping[str, Any]) -> float:

@@ -25,10 +25,19 @@ def check_disk_space(folder: Path, needed: int, shown: Path, wish: str) -> None:
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
+        has, needs = told_apart(free, needed)
         raise MachineError(
-            f"{shown}: has {free / 2**20:.0f} MB free, {wish} {needed / 2**20:.0f} MB",
-            hint="free some space, or give another folder with -o",
+            f"{shown}: has {has} free, {wish} {needs}", hint="free some space, or give another folder with -o"
         )
+
+
+def told_apart(one: int, other: int) -> tuple[str, str]:
+    """Two numbers of bytes in words: in MB with as few decimals as they differ in, or, within 10 kB or so, in bytes."""
+    for decimals in range(3):
+        words = f"{one / 2**20:.{decimals}f} MB", f"{other / 2**20:.{decimals}f} MB"
+        if words[0] != words[1]:
+            return words
+    return f"{one:,} bytes", f"{other:,} bytes"
 
 
 @contextmanager

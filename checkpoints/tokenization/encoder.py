@@ -25,7 +25,10 @@ def load_encoder(folder: Path, model: Path | None = None) -> Callable[[str], Seq
     """
     file, model = folder / "tokenizer.json", model or folder
     if not file.is_file():
-        raise CheckpointError(f"{model}: has no tokenizer.json", hint="save the tokenizer there with transformers")
+        hint = "save the tokenizer there with transformers"
+        if model.is_file():
+            hint = "give a folder that has one: docs/checkpoints.md lists the tokenizers that are read of a GGUF file"
+        raise CheckpointError(f"{model}: has no tokenizer.json", hint=hint)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as err:  # tokenizers raises nothing more precise

@@ -13,7 +13,7 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest, intended_dtypes, plugin_operators
 from dlo_export.exporter.tensorrt.engines import build_engines
 from dlo_export.exporter.tensorrt.plan import PlannedEngine, TensorRtPlan
-from dlo_export.exporter.weight_file import save_weights, weight_bytes, weight_places
+from dlo_export.exporter.weight_file import leave_weights_out, save_weights, weight_bytes, weight_places
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.engine_record import EngineBuild, EngineRecord, OptimizationProfile, ParityVerdict
@@ -55,19 +55,29 @@ def build_planned_engines(
     )
 
 
-def save_graphs(plan: TensorRtPlan, target: Path, reporter: Reporter) -> None:
+def save_graphs(plan: TensorRtPlan, target: Path, reporter: Reporter, *, weights: bool = True) -> None:
     """Writes the graphs of a plan and the one file that holds their weights.
 
     Args:
         plan: The graphs; their weights lie in that file afterwards.
         target: Folder, made if need be.
         reporter: Told of bytes.
+        weights: False leaves that file out and reads no weight: the graphs declare what it would hold.
 
     Raises:
         InputError: A weight is too large for the engines' type, or no finite number.
         MachineError: The disk has no room for them and the engines.
     """
     target.mkdir(exist_ok=True)
+    if weights:
+        _save_weights(plan, target, reporter)
+    for engine in plan.engines:
+        if not weights:
+            leave_weights_out(engine.model, target / WEIGHTS)
+        ir.save(engine.model, target / f"{engine.name}.onnx")
+
+
+def _save_weights(plan: TensorRtPlan, target: Path, reporter: Reporter) -> None:
     first = plan.engines[0].model
     needed = weight_bytes(first) * (1 + len(plan.engines) * _ENGINE_BYTES_PER_WEIGHT_BYTE)
     check_disk_space(target, needed, target.parent.parent, "TensorRT's graphs and engines may need")
@@ -78,8 +88,6 @@ def save_graphs(plan: TensorRtPlan, target: Path, reporter: Reporter) -> None:
         save_weights(engine.model, target / WEIGHTS, write=False)
         shared = weight_places(engine.model).items() <= weight_places(first).items()
         assert shared, "graphs of one source lay their weights out alike"
-    for engine in plan.engines:
-        ir.save(engine.model, target / f"{engine.name}.onnx")
 
 
 def engine_request(plan: TensorRtPlan, engine: PlannedEngine, target: Path) -> EngineRequest:

@@ -13,7 +13,13 @@ from dlo_export.checkpoints.lazy_tensors import all_zeros
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.depth.layer_names import renumber_layers
 from dlo_export.graph_passes.errors import GraphPassError, place
-from dlo_export.graph_passes.find.data_flow import constant_behind, constant_scalar, element_type, is_op
+from dlo_export.graph_passes.find.data_flow import (
+    constant_behind,
+    constant_scalar,
+    constant_tensor,
+    element_type,
+    is_op,
+)
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.find.projections import Projection
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
@@ -38,7 +44,8 @@ class RemoveIdentityLayersPass(GraphPass):
         x3, present.1 = layer_2(x1, past.1)
 
     The proof: what either block adds to the stream is a product with a matrix of zeros, behind which nothing stands but
-    a bias of zeros, factors that are numbers, and casts; and what it is added to is the stream, cast to no other type.
+    a bias of zeros, factors that are numbers, casts, and an RMS norm, which makes zeros of zeros; and what it is added
+    to is the stream, cast to no other type.
     Scope: main graph.
 
     Attributes:
@@ -144,7 +151,7 @@ def _not_linear(block: ResidualBlock, ends: Sequence[Projection]) -> ir.Node | N
     while value is not None and (node := value.producer()) is not product.storage.node:
         if node is None:
             return block.add
-        if is_op(node, "Cast", "Identity", "Reshape"):
+        if is_op(node, "Cast", "Identity", "Reshape") or _is_norm_of_numbers(node):
             value = node.inputs[0]
             continue
         # Beside what comes from the product: a bias that is zero, or a number that is finite.
@@ -154,6 +161,19 @@ def _not_linear(block: ResidualBlock, ends: Sequence[Projection]) -> ir.Node | N
             return node
         value = next(each for each in node.inputs if each is not others[0])
     return None
+
+
+def _is_norm_of_numbers(node: ir.Node) -> bool:
+    """Whether it is an RMS norm of 0 · scale / √epsilon for zeros, and that is a number: zero."""
+    if not is_op(node, "RMSNormalization", "SimplifiedLayerNormalization"):
+        return False
+    scale = constant_behind(node.inputs[1])
+    return node.attributes.get_float("epsilon", 0.0) > 0 and scale is not None and _is_finite(scale[0])
+
+
+def _is_finite(constant: ir.Value) -> bool:
+    tensor = constant_tensor(constant)
+    return tensor is not None and bool(np.isfinite(tensor.numpy().astype(np.float32)).all())
 
 
 def _behind(value: ir.Value | None) -> ir.Value | None:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
-from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op
+from dlo_export.graph_passes.find.data_flow import constant_integers, constant_tensor, element_type, is_op
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock, embedding_lookup, embedding_values
@@ -186,12 +186,22 @@ def run_on_rows(nodes: Sequence[ir.Node], stream: ir.Value, rows: ir.Value, lead
 
 
 def projected_width(value: ir.Value) -> int | None:
-    """Size of the last axis of a projection, rotated or not: as declared, or as its matrix, bias or norm says."""
+    """Size of the last axis of a projection, rotated or not: declared, or as its matrix, bias, norm or shape says."""
     value = unrotated(value)
     if value.shape is not None and isinstance(last := value.shape[-1], int):
         return last
     node = value.producer()
-    if node is None or not is_op(node, "MatMul", "Add", "RMSNormalization"):
+    if node is None:
+        return None
+    # A norm in float32 stands between casts, its scale behind one too: then what it reads says how wide it is.
+    if is_op(node, "Cast", "Identity", "RMSNormalization") and node.inputs[0] is not None:
+        width = projected_width(node.inputs[0])
+        if width is not None:
+            return width
+    if is_op(node, "Reshape"):  # heads that were normalised one by one, together again
+        shape = constant_integers(node.inputs[1])
+        return shape[-1] if shape is not None and len(shape) == 3 and shape[-1] > 0 else None
+    if not is_op(node, "MatMul", "Add", "RMSNormalization"):
         return None
     tensors = [constant_tensor(operand) for operand in node.inputs]
     sizes = [int(tensor.shape[-1]) for tensor in tensors if tensor is not None and len(tensor.shape)]  # type: ignore[arg-type]  # tensors have no symbolic dimensions

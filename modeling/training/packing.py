@@ -72,6 +72,16 @@ class PackedSets:
     held_out: PackedDocuments
     others: Mapping[str, PackedDocuments] = field(default_factory=dict, kw_only=True)
 
+    @property
+    def fitted(self) -> range:
+        """Held-out sequences that thresholds are fitted on: every other one."""
+        return range(0, len(self.held_out), 2)
+
+    @property
+    def not_fitted(self) -> range:
+        """The others, which say what the rate is; all of them where there is a single one."""
+        return range(1, len(self.held_out), 2) or range(len(self.held_out))
+
 
 def stacked(sequences: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """A batch of sequences."""

@@ -159,7 +159,7 @@ class DloTrainer(Trainer):
         self.measured: HeldOut | None = None
         self._routed = model
         self._teacher = teacher
-        self._held_out = data.held_out
+        self._data, self._held_out = data, data.held_out
         self._report = report
         self._micro_batches: list[_MicroBatch] = []
         self._should_stop = should_stop
@@ -342,8 +342,7 @@ class DloTrainer(Trainer):
     def control_rate(self) -> RateControl:
         """Shifts the thresholds where the rate is off the target: fitted on every other held-out sequence."""
         model, target = self._routed, self.settings.target
-        count = len(self._held_out)
-        fitted, others = range(0, count, 2), range(1, count, 2) or range(count)
+        fitted, others = self._data.fitted, self._data.not_fitted
         was_training = model.training
         model.eval()
         before = after = self._rate(others)
@@ -351,7 +350,7 @@ class DloTrainer(Trainer):
             shift_thresholds(model, lambda: self._held_out_scores(fitted), target)
             after = self._rate(others)
         model.train(was_training)
-        return RateControl(target, before, after, model.config.thresholds, count > 1)
+        return RateControl(target, before, after, model.config.thresholds, fitted != others)
 
     def _rate(self, sequences: range) -> float:
         """Mean active rate at inference over the routed layers."""

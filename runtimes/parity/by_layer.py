@@ -7,6 +7,7 @@ to the next part is the residual stream alone, so a cache lives as long as its l
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -193,11 +194,9 @@ def compare_by_layer(
     for part in range(total):
         layer = part - 1 if part - 1 in thresholds else None
         threshold = ONE_HALF if layer is None else thresholds[layer]
-        with open_reference(part) as reference, open_candidate(part) as candidate:
-            runs = [
-                _run_case(reference, candidate, case, (wanted[i], found[i]), layer, threshold)
-                for i, case in enumerate(cases)
-            ]
+        # One behind the other: the weights of one alone are in memory.
+        right = _reference_runs(functools.partial(open_reference, part), cases, wanted, layer, threshold)
+        runs = _candidate_runs(functools.partial(open_candidate, part), cases, right, wanted, found)
         results.append(_result(_name(part, num_layers), runs, cases, layer, threshold))
         wanted = [[output.values for output in run.reference] for run in runs]
         found = [[output.values for output in run.own] for run in runs]
@@ -215,32 +214,64 @@ class _CaseRun(NamedTuple):
     alone: list[PartOutput]
 
 
-def _run_case(
-    reference: Part,
-    candidate: Part,
-    case: Case,
-    streams: tuple[list[FloatArray | None], list[FloatArray | None]],
+class _ReferenceRun(NamedTuple):
+    """Outputs of a case's steps, and the decisions they were computed under, where the part has a router."""
+
+    outputs: list[PartOutput]
+    active: list[BoolArray | None]
+
+
+_Streams = Sequence[list[FloatArray | None]]
+"""In front of a part, by case and step; None in front of the first part."""
+
+
+def _reference_runs(
+    open_part: Callable[[], AbstractContextManager[Part]],
+    cases: Sequence[Case],
+    streams: _Streams,
     layer: int | None,
     threshold: float,
-) -> _CaseRun:
-    right, own = streams
+) -> list[_ReferenceRun]:
+    with open_part() as reference:
+        return [_reference_run(reference, *each, layer, threshold) for each in zip(cases, streams, strict=True)]
+
+
+def _reference_run(
+    reference: Part, case: Case, streams: list[FloatArray | None], layer: int | None, threshold: float
+) -> _ReferenceRun:
     forced = None if layer is None else case.forced([layer])
     reference.reset(case.batch)
-    outputs, active = [], list[BoolArray | None]()
+    run = _ReferenceRun([], [])
     for index, feed in enumerate(case.feeds):
         given = None if forced is None or layer is None else forced[index][layer]
-        outputs.append(reference.step(right[index], feed, given))
-        scores = outputs[-1].scores
+        run.outputs.append(reference.step(streams[index], feed, given))
+        scores = run.outputs[-1].scores
         decided = None if scores is None else decisions({0: scores}, {0: threshold})[0]
-        active.append(decided if given is None else given)
+        run.active.append(decided if given is None else given)
+    return run
 
-    def run(given: list[FloatArray | None]) -> list[PartOutput]:
+
+def _candidate_runs(
+    open_part: Callable[[], AbstractContextManager[Part]],
+    cases: Sequence[Case],
+    references: Sequence[_ReferenceRun],
+    right: _Streams,
+    own: _Streams,
+) -> list[_CaseRun]:
+    """Of the candidate, behind the streams that are right and behind its own."""
+
+    def run(case: Case, reference: _ReferenceRun, streams: list[FloatArray | None]) -> list[PartOutput]:
         candidate.reset(case.batch)
-        return [candidate.step(*step) for step in zip(given, case.feeds, active, strict=True)]
+        return [candidate.step(*step) for step in zip(streams, case.feeds, reference.active, strict=True)]
 
-    behind_own = run(own)
-    # The first part has no stream in front of it, and nothing is off yet.
-    return _CaseRun(outputs, behind_own, behind_own if own[0] is None else run(right))
+    runs = []
+    with open_part() as candidate:
+        for case, reference, behind_right, behind_own in zip(cases, references, right, own, strict=True):
+            outputs = run(case, reference, behind_own)
+            # The first part has no stream in front of it, and nothing is off yet.
+            alone = outputs if behind_own[0] is None else run(case, reference, behind_right)
+            runs.append(_CaseRun(reference.outputs, outputs, alone))
+    return runs
 
 
 def _result(

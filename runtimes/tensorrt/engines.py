@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dlo_export.runtimes.artefact.description import load_description
 from dlo_export.runtimes.artefact.engine_record import EngineRecord
-from dlo_export.runtimes.artefact.files import verify_files
+from dlo_export.runtimes.artefact.files import has_weights, verify_files
 from dlo_export.runtimes.errors import ModelLoadError
 
 
@@ -23,7 +23,10 @@ def load_engines(folder: str | Path) -> tuple[EngineRecord, ...]:
     """
     description = load_description(Path(folder))
     if not description.engines:
-        raise ModelLoadError(f"{folder}: has no engines", hint="export the model again with --trt")
+        hint = "export the model again with --trt"
+        if not has_weights(description, Path(folder)):  # its graphs may be there: engines hold the weights
+            hint += ", and without --no-weights"
+        raise ModelLoadError(f"{folder}: has no engines", hint=hint)
     engines = {engine.file for engine in description.engines}
     # What is loaded as native code is always what was built, however long reading it takes.
     verify_files(file for file in description.files if file.name in engines)

@@ -49,7 +49,8 @@ class TorchRunner(Runner):
         self._model = model.eval()
         self._device = device
         if routed:
-            model.masked = masked
+            # A runner is what kernels are held against: PyTorch's operators, whatever the machine.
+            model.masked, model.skip_kernels = masked, False
         self._cache = DynamicCache()
 
     @classmethod

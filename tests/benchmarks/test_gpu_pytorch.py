@@ -1,10 +1,12 @@
 """What a GPU is to show of captured decode holds on the CPU, as far as one can see it there."""
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.gpu import pytorch_checks
 from benchmarks.gpu.evidence import NO_GPU, run_part
+from benchmarks.gpu.model_kernels import generate_times
 from benchmarks.gpu.pytorch_times import logits_of, without_mlps
 from benchmarks.gpu.random_torch_llama import TINY, random_model
 from benchmarks.gpu.skip_efficiency import BAR, skip_efficiency
@@ -81,6 +83,14 @@ def test_skip_efficiency_is_one_by_the_ideal_that_a_step_reaches_and_less_by_str
     assert not slower.passed
     assert skip_efficiency(4.0, 4.0, **sizes, removed_ms=2.4).removed == 0
     assert skip_efficiency(4.0, 2.5, **sizes, removed_ms=None).passed is None
+
+
+def test_generate_is_timed_in_both_forms_and_thresholds_are_put_back_when_a_share_is_skipped():
+    model = random_model(TINY, routed=True, device="cpu", dtype=torch.float32)
+    times = generate_times(model, np.array([True, False, True]), prompt=4, tokens=2, rounds=1)
+    assert set(times) == {"kernels", "plain"}
+    assert times["plain"]["over_plain"] == 1
+    assert model.config.router_thresholds is None
 
 
 @pytest.mark.parametrize("removed_ms", [4.0, 4.1])

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.gpu_training import main
 from benchmarks.papers.claims import claims
 from benchmarks.papers.results import Results
+from benchmarks.papers.skipping_cost import TEXTS, WAYS
 from benchmarks.training_rate import SIDES
 from tests.exporter.forked_commands import run
 from tests.modeling.training_runs import save_chats
@@ -82,6 +83,11 @@ def test_claims_compare_runs_with_what_skips_as_much_when_results_are_there(tmp_
     ways = {"static": measured(11.0), "random, same layers": measured(9.0), "random, every layer": measured(None)}
     ways["calibrated"] = measured(12.0)
     results.save("skipping-as-much-as-train-routed-0.80", {"of": "train-routed-0.80", **ways})
+    names = ("static", "random, every layer", "calibrated")
+    results.save("skipping-untrained-0.80", {text: dict.fromkeys(names, measured(11.0)) for text in TEXTS})
+    own = {"trained": measured(10.0), "random, same layers": measured(13.0)}
+    compared = {"domains": own, "watched": {**own, "trained": measured(12.0)}}
+    results.save("skipping-as-asked-train-routed-0.80", {"of": "train-routed-0.80", "target": 0.8, **compared})
     results.save("train-deepened", {"kind": "deepened", **measured(10.0, 1.0)})
     results.save("train-dlo", {"kind": "dlo", **measured(10.4)})
     results.save("train-dus", {"kind": "dus", "diverged": "the loss of step 3 is not a finite number"})
@@ -91,6 +97,8 @@ def test_claims_compare_runs_with_what_skips_as_much_when_results_are_there(tmp_
         "routed-0.80 against random, same layers": False,
         "routed-0.80 against random, every layer": True,
         "routed-0.80 against calibrated": True,
+        **{f"routed-0.80 against {way}, as asked, domains": True for way in WAYS},
+        **{f"routed-0.80 against {way}, as asked, watched": way == "random, same layers" for way in WAYS},
         "dlo against deepened, dense": True,
         "dus converges": False,
     }

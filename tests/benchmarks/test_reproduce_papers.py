@@ -26,6 +26,7 @@ from benchmarks.papers.moe import ExpertMlp, upcycle
 from benchmarks.papers.removal import greedily, without_layers
 from benchmarks.papers.report import write_tables
 from benchmarks.papers.results import Results
+from benchmarks.papers.skipping_cost import AS_ASKED, TEXTS, compared_as_asked
 from benchmarks.papers.sources import Unit, is_permissive, library_units
 from benchmarks.papers.subjects import BaseModel, expansions
 from benchmarks.papers.tables import KEPT_WITHIN
@@ -148,6 +149,24 @@ def test_thresholds_move_trained_routers_when_another_rate_is_asked_for(
         assert as_much[way]["all"]["active"] == pytest.approx(trained["active"], abs=0.02)
 
 
+def test_runs_that_skip_are_compared_at_the_rate_that_was_asked_for(finished: tuple[Path, dict[str, object]]) -> None:
+    results = Results(finished[0])
+    compared = results.found(AS_ASKED)
+    assert {"train-routed-0.90-seed-0", "train-routed-0.80-seed-0", "train-distilled-0.80"} <= compared.keys()
+    for values in compared.values():
+        for text in TEXTS:
+            found = compared_as_asked(results, values, text)
+            rates = {way: each["active"] for way, each in found.items()}
+            assert rates == pytest.approx(dict.fromkeys(rates, values["target"]), abs=0.02)  # random ways are a sample
+            assert rates["trained"] == pytest.approx(values["target"], abs=0.002)
+            assert len({each["perplexity"] for each in found.values()}) == len(found)
+    # Right behind the run, whose weights are then of no use; those of another one are.
+    file = finished[0] / "runs" / f"{AS_ASKED}train-routed-0.80-seed-0.json"
+    assert file.stat().st_mtime_ns < (finished[0] / "runs" / "train-llama-pro.json").stat().st_mtime_ns
+    assert results.model("train-routed-0.80-seed-0").is_dir()
+    assert not results.model("train-routed-0.90-seed-0").exists()
+
+
 def test_command_repeats_nothing_when_results_are_there(
     finished: tuple[Path, dict[str, object]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,13 +210,16 @@ def test_command_refuses_when_arguments_are_wrong(
 def test_pieces_are_left_out_when_the_budget_is_too_small(tmp_path: Path) -> None:
     results = Results(tmp_path)
 
+    ended: list[bool] = []
+
     def piece(name: str, seconds: float, *needs: str) -> Piece:
-        return Piece(name, lambda: seconds, lambda: {"value": 1}, needs)
+        return Piece(name, lambda: seconds, lambda: {"value": 1}, needs, lambda: ended.append(name in results))
 
     stopped = Piece("stopped", lambda: 1, lambda: None)
     pieces = [piece("a", 1), piece("b", 1000), piece("c", 1, "b"), piece("d", 1, "a"), stopped]
     left_out = run_pieces(pieces, results, Budget(time.monotonic() + 100))
     assert [name for name in "abcd" if name in results] == ["a", "d"]
+    assert ended == [True, True]
     assert left_out["b"].startswith("would take 1000 s")
     assert left_out["c"] == "needs b"
     assert "was stopped" in left_out["stopped"]

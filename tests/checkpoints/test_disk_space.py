@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dlo_export.checkpoints.errors import MachineError
-from dlo_export.checkpoints.files.disk_space import check_disk_space
+from dlo_export.checkpoints.files.disk_space import check_disk_space, told_apart
 from dlo_export.exporter.exit_codes import MACHINE, exit_code
 
 
@@ -20,3 +20,16 @@ def test_disk_is_refused_under_the_name_shown_when_more_is_needed_than_it_has(tm
     assert f"need {needed / 2**20:.0f} MB" in str(caught.value)
     assert "hint: free some space, or give another folder with -o" in str(caught.value)
     assert exit_code(caught.value) == MACHINE
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        (3 << 20, 5 << 20, ("3 MB", "5 MB")),
+        (0, 1 << 17, ("0.0 MB", "0.1 MB")),
+        (1_000_000, 1_030_000, ("0.95 MB", "0.98 MB")),
+        (1_048_570, 1_048_580, ("1,048,570 bytes", "1,048,580 bytes")),
+    ],
+)
+def test_sizes_are_told_apart_when_they_are_nearly_the_same(one, other, words):
+    assert told_apart(one, other) == words

@@ -18,6 +18,8 @@ def test_text_becomes_ids_without_special_tokens(tmp_path):
 def test_model_is_named_when_it_has_no_usable_tokenizer(tmp_path, content, words):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
+    (tmp_path / "model.gguf").touch()
     with pytest.raises(CheckpointError, match=words) as raised:
         load_encoder(tmp_path, tmp_path / "model.gguf")
+    assert ("give a folder" in raised.value.hint) == (content is None), "nothing can be saved into a GGUF file"
     assert "model.gguf" in str(raised.value)

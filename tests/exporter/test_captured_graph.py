@@ -190,8 +190,9 @@ def test_pipeline_refuses_by_name_when_a_step_cannot_be_captured(
 
 def test_pipeline_refuses_whole_layers_when_they_are_routed(tmp_path: Path) -> None:
     source = source_of(tmp_path / "model", routed=(True, False, True), model_type="llama_dlo")
-    with pytest.raises(InputError, match="layer routing skips or masks attention"):
+    with pytest.raises(InputError, match="layer routing skips or masks attention") as error:
         build_captured_model(source, "masked", SLOTS)
+    assert error.value.hint == "export without it", "no lowering changes that"
 
 
 def test_pass_refuses_with_all_layers_when_heads_are_too_narrow(tmp_path: Path) -> None:

@@ -166,6 +166,30 @@ def test_exit_code_is_the_machines_when_a_gpu_is_full(capsys):
     assert said.count("hint:") == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore"), "illegal memory access"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "ALLOC_FAILED"),
+        (RuntimeError("Found no NVIDIA driver on your system. Please check"), "no NVIDIA driver"),
+    ],
+)
+def test_exit_code_is_the_machines_when_a_gpu_fails(capsys, error, said):
+    assert exit_code(error) == MACHINE
+    report_error(error)
+    assert said in (printed := capsys.readouterr().err)
+    assert printed.count("hint:") == 1
+
+
+def test_exit_code_is_the_machines_when_pytorch_finds_no_memory_on_a_cpu(capsys):
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert exit_code(caught.value) == MACHINE
+    report_error(caught.value)
+    assert "can't allocate memory: you tried to allocate 4000000000000000 bytes" in capsys.readouterr().err
+    assert exit_code(RuntimeError("mat1 and mat2 shapes cannot be multiplied (1x2 and 3x4)")) == OUR_BUG
+
+
 def test_exit_codes_tell_bugs_from_the_machines_and_the_users_faults():
     assert exit_code(KeyError("x")) == OUR_BUG
     assert exit_code(ValueError("of somebody else's library")) == OUR_BUG

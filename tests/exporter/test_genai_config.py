@@ -1,11 +1,15 @@
 """genai_config.json for border cases; that onnxruntime-genai runs with it, test_genai.py shows."""
 
+import json
+
+import onnxruntime_genai as og
 import pytest
 
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.checkpoints.interface import TOKEN_INPUTS
-from dlo_export.exporter.genai_config import genai_config, with_operator_library
+from dlo_export.exporter.genai_config import carried_genai_config, genai_config, with_operator_library
+from dlo_export.runtimes.onnxruntime.providers import CUDA
 from tests.tiny_models import save_tiny_llama
 
 
@@ -42,3 +46,34 @@ def test_operator_library_is_named_as_long_as_the_graph_needs_it_when_nobody_nam
     assert with_operator_library(theirs, needed=True) == with_operator_library(theirs, needed=False) == theirs
     without = {"model": {"decoder": {}}}
     assert with_operator_library(without, needed=False) == without
+
+
+def test_cuda_computes_float32_in_float32_when_genai_runs_the_graph(config, tmp_path):
+    settings = genai_config(config, 3, GenerationConfig(), TOKEN_INPUTS, "cuda")
+    assert settings["model"]["decoder"]["session_options"]["provider_options"] == [{"cuda": {"use_tf32": "0"}}]
+    assert CUDA.options == {"use_tf32": "0"}  # what parity runs with
+    # onnxruntime-genai reads options as strings, and hands them on; anything else it refuses.
+    (tmp_path / "genai_config.json").write_text(json.dumps(settings))
+    og.Config(str(tmp_path))
+    settings["model"]["decoder"]["session_options"]["provider_options"][0]["cuda"]["use_tf32"] = 0
+    (tmp_path / "genai_config.json").write_text(json.dumps(settings))
+    with pytest.raises(RuntimeError, match="use_tf32"):
+        og.Config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("given", "routed", "carried"),
+    [
+        ([{"cuda": {}}], True, [{"cuda": {"use_tf32": "0"}}]),
+        ([{"cuda": {"use_tf32": "1", "enable_cuda_graph": "1"}}], True, None),  # somebody wants it so
+        ([{"cuda": {}}], False, None),
+        ([{"dml": {}}, "odd"], True, None),
+        ([], True, None),
+    ],
+)
+def test_carried_settings_keep_routers_in_float32_when_cuda_runs_them_and_say_nothing_of_it(given, routed, carried):
+    settings = {"model": {"decoder": {"session_options": {"log_id": "x", "provider_options": given}}}}
+    decoder = carried_genai_config(settings, 5, routed=routed)["model"]["decoder"]
+    assert decoder["session_options"] == {"log_id": "x", "provider_options": given if carried is None else carried}
+    bare = carried_genai_config({"model": {"decoder": {}}}, 5, routed=True)["model"]["decoder"]
+    assert bare == {"filename": "model.onnx", "num_hidden_layers": 5}

@@ -57,7 +57,7 @@ def test_export_for_cuda_is_of_16_bits_and_says_why_parity_was_not_run(
     assert "has no CUDAExecutionProvider" in (result.description.parity.reason or "")
     assert "parity is NOT RUN" in " ".join(capsys.readouterr().err.split())
     genai = json.loads((tmp_path / "out" / "genai_config.json").read_text())
-    assert genai["model"]["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
+    assert genai["model"]["decoder"]["session_options"]["provider_options"] == [{"cuda": {"use_tf32": "0"}}]
 
 
 @no_cuda

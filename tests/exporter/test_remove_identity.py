@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +21,8 @@ from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
+from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.runtimes.artefact.description import load_description
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.torch.runner import TorchRunner
@@ -84,6 +87,21 @@ def test_checkpoint_goes_on_as_before_when_its_identity_layers_are_removed(tmp_p
     with open_artefact(tmp_path / "out") as runner, TorchRunner.from_folder(tmp_path / "model") as reference:
         found, wanted = (generate(each, prompts, max_new_tokens=8) for each in (runner, reference))
     assert found.sequences == wanted.sequences
+
+
+def test_identity_layers_go_when_norms_stand_behind_their_projections(tmp_path: Path) -> None:
+    save_tiny_family(tmp_path / "model", "olmo2")
+    assert dlo("expand", tmp_path / "model", "-o", tmp_path / "deep", "--every", 2).returncode == 0
+    request = ExportRequest(str(tmp_path / "deep"), tmp_path / "out", remove_identity=True)
+    description = export_model(request, Reporter()).description
+    assert (description.source.removed_layers, description.parity.verdict) == ((2, 5), "PASS")
+    # Without an epsilon a norm makes no numbers of zeros.
+    model = open_source(str(tmp_path / "deep"), None).base.plain_model(ir.DataType.FLOAT)
+    for node in model.graph:
+        if node.op_type == "RMSNormalization":
+            node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.0)
+    with pytest.raises(GraphPassError, match=r"layer 2: RMSNormalization .* stands between self_attn\.o_proj\.weight"):
+        RemoveIdentityLayersPass((2,))(model)
 
 
 def test_export_says_so_when_there_is_no_identity_layer_to_remove(tmp_path: Path) -> None:

@@ -142,7 +142,6 @@ REFUSED = {
     ),
     "no_routers": (None, ["--trt", "--lowering", "plugin"], "no routers"),
     "options_without_trt": (REFERENCE, ["--trt-target", "sm89"], "--trt is not given"),
-    "no_weights": (REFERENCE, ["--trt", "--no-weights"], "--no-weights"),
     "zero_batch": (REFERENCE, ["--trt", "--trt-max-batch", "0"], "'--trt-max-batch'"),
     "cache_too_small": (REFERENCE, ["--trt", "--trt-max-cache", "16"], "does not fit --trt-max-cache 16"),
     "last_logits_growing": (REFERENCE, ["--trt", "--trt-cache", "growing", "--trt-last-logits"], "--trt-cache static"),

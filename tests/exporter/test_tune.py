@@ -132,6 +132,8 @@ def test_artefact_stays_as_it_is_when_it_cannot_be_tuned(tmp_path) -> None:
     own = contents(artefact)
     with pytest.raises(InputError, match="was made for --provider cpu"):
         tunable(artefact, "cuda", None)
+    with pytest.raises(InputError, match=r"has no dlo_artifact\.json"):
+        tunable(tmp_path / "model", None, None)
     (artefact / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"notes\.txt"):
         tunable(artefact, None, None)

@@ -24,7 +24,11 @@ from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.inspection import inspect_model
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.tensorrt.export import save_graphs
+from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
 from dlo_export.runtimes.errors import ModelLoadError
+from dlo_export.runtimes.tensorrt.engines import load_engines
 from tests.tiny_models import save_tiny_llama
 
 ROUTED = {"routed": (True, False, True), "dtype": "bfloat16"}
@@ -113,6 +117,27 @@ def test_no_weight_is_in_the_graph_and_the_checker_takes_it_when_a_data_file_is_
     with (tmp_path / "out" / "model.onnx.data").open("wb") as file:  # sparse: nothing is written
         file.truncate(max(int(place["offset"]) + int(place["length"]) for place in places))
     onnx.checker.check_model(path, full_check=True)
+
+
+@pytest.mark.parametrize("kind", ["llama_dlo_exattn", "llama_dlo_attn"])
+def test_engines_graph_is_the_same_when_there_are_no_weights_to_build_an_engine_of(tmp_path: Path, kind: str) -> None:
+    model = save_tiny_llama(tmp_path / "model", **ROUTED, model_type=kind)
+    request = TensorRtRequest(targets=("sm89",), max_cache=64, max_sequence=32, split=True)
+    alone = weightless(config_alone(model, tmp_path / "config"), tmp_path / "out", trt=request)
+    engines = tmp_path / "out" / "engines"
+    assert sorted(path.name for path in engines.iterdir()) == ["decode.onnx", "prefill.onnx"]
+    described = alone.description
+    assert (described.engines, described.parity.reason) == ((), "--no-weights")
+    assert {file.name.name for file in described.files} == {"model.onnx", "decode.onnx", "prefill.onnx"}
+    plan = plan_tensorrt(open_source(str(model), None), request, "auto", "auto")
+    save_graphs(plan, tmp_path / "whole", Reporter())
+    for name in ("decode.onnx", "prefill.onnx"):
+        graphs = [graph_without_places(folder / name) for folder in (engines, tmp_path / "whole")]
+        assert graphs[0].graph.name == graphs[1].graph.name
+        assert graphs[0] == graphs[1]
+    with pytest.raises(ModelLoadError, match="has no engines") as error:
+        load_engines(tmp_path / "out")
+    assert error.value.hint == "export the model again with --trt, and without --no-weights"
 
 
 def test_weights_are_not_read_when_they_are_there(tmp_path: Path) -> None:

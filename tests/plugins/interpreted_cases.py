@@ -80,7 +80,7 @@ def run(op_name, rng, number):
     output = torch.full((expected.nbytes,), UNWRITTEN, dtype=torch.uint8).view(TORCH[dtype]).reshape(expected.shape)
     untouched = bits_of(output).copy()
     writes = counted_writes(output)
-    launch(op_name, *map(as_torch, inputs), output, dtype=dtype, tile_name=tile, interpreted=True)
+    launch(op_name, *map(as_torch, inputs), output, dtype=dtype, tile_name=tile)
     counts = writes()
     bits = bits_of(output)
     got = bits.view(NUMPY[dtype])

@@ -22,7 +22,7 @@ for dtype in ("float32", "float16", "bfloat16"):
         x = torch.randn(batch, sequence, hidden, generator=generator).to(getattr(torch, dtype))
         weight = 2 * torch.randn(hidden, 1, generator=generator) / hidden**0.5
         scores = torch.full((batch, sequence), torch.nan)
-        launch("RouterScores", x, weight, scores, dtype=dtype, interpreted=True)
+        launch("RouterScores", x, weight, scores, dtype=dtype)
         np.testing.assert_allclose(scores.numpy(), router_scores(x.float().numpy(), weight.numpy()), rtol=0, atol=1e-6)
 """
 

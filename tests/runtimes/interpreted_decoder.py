@@ -43,7 +43,7 @@ if __name__ == "__main__":
             StepWeights(model, kernels=True),
             batch=len(lengths),
             capacity=capacity,
-            ops=KernelOps(interpreted=True, **OPS.get(name, {})),
+            ops=KernelOps(**OPS.get(name, {})),
         )
         got, decided = decoder_outputs(decoder, lengths, steps)
         found[name] = [float((got - logits).abs().max()), float((decided - scores).abs().max())]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from dlo_export.modeling.skip_kernels import KernelMlp
 from dlo_export.runtimes.errors import BackendUnavailableError, StepError
 from dlo_export.runtimes.torch.captured.step_ops import (
     Decisions,
@@ -18,7 +19,7 @@ from dlo_export.runtimes.torch.captured.step_ops import (
     add_scaled,
     gathered_mlp,
 )
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, StepWeights
+from dlo_export.runtimes.torch.captured.step_weights import StepWeights
 
 
 @dataclasses.dataclass(frozen=True)

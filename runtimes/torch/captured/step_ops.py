@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dlo_export.modeling.skip_kernels import KernelMlp, skip_mlp
 from dlo_export.plugins.tiles import MOST_TOKENS
-from dlo_export.runtimes.torch.captured.step_weights import KernelMlp, PlainMlp, Product
+from dlo_export.runtimes.torch.captured.step_weights import PlainMlp, Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +212,6 @@ class KernelOps(StepOps):
     """One launch each. For one decoder, on one stream: launches share counters.
 
     Args:
-        interpreted: Triton's interpreter runs the kernels, on tensors in host memory.
         early: 0 starts kernels one after the other. With 1 a kernel starts once the one in front has its inputs, with 2
             once that one has started, and waits where it needs what the other writes (programmatic dependent launch).
             Takes compute capability 9.0.
@@ -219,16 +219,11 @@ class KernelOps(StepOps):
         programs: That attention is split among at the most; about as many as the GPU has multiprocessors.
     """
 
-    def __init__(
-        self, *, interpreted: bool = False, early: int = 0, vectors: bool = False, programs: int = _PROGRAMS
-    ) -> None:
+    def __init__(self, *, early: int = 0, vectors: bool = False, programs: int = _PROGRAMS) -> None:
         # Only here is Triton needed, and it may be missing.
-        from dlo_export.plugins import kernels  # noqa: PLC0415
         from dlo_export.runtimes.torch.captured import step_kernels  # noqa: PLC0415
 
         self._kernels: Any = step_kernels
-        self._launch = kernels.launch
-        self._interpreted = interpreted
         self._vectors, self._programs = vectors, programs
         self._early: dict[str, Any] = {"EARLY": early, **({"launch_pdl": True} if early else {})}
         self._arrived: dict[int, torch.Tensor] = {}
@@ -374,20 +369,14 @@ class KernelOps(StepOps):
         self, normed: torch.Tensor, scale: torch.Tensor, mlp: KernelMlp, stream: torch.Tensor
     ) -> torch.Tensor:
         # The operators' operands are [batch, sequence, …]; which token is whose does not matter to an MLP.
-        rows, scales, residual = normed.unsqueeze(0), scale.unsqueeze(0), stream.unsqueeze(0)
-        gated = normed.new_empty(1, len(normed), mlp.gate.shape[1])
-        output = torch.empty_like(residual)
-        dtype = str(normed.dtype).removeprefix("torch.")
-        options: dict[str, Any] = {"dtype": dtype, "interpreted": self._interpreted}
+        operands = normed.unsqueeze(0), scale.unsqueeze(0), mlp, stream.unsqueeze(0)
         first: dict[str, Any] = {}
         second: dict[str, Any] = {}
         # A prompt's kernels work long enough to hide what is between them.
         if self._early["EARLY"] and len(normed) <= MOST_TOKENS["decode"]:
             first = {"kernel": self._kernels.early_skip_gate_up_kernel, **self._early}
             second = {"kernel": self._kernels.early_skip_down_kernel, **self._early}
-        self._launch("SkipGateUp", rows, scales, mlp.gate, mlp.up, gated, **options, **first)
-        self._launch("SkipDown", gated, scales, mlp.down, residual, output, **options, **second)
-        return output.squeeze(0)
+        return skip_mlp(*operands, gate_up_options=first, down_options=second).squeeze(0)
 
     def product(self, rows: torch.Tensor, product: Product) -> torch.Tensor:  # noqa: D102
         if not self._vectors or len(rows) > 1 or product.bias is not None:

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCau
 
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
-from dlo_export.plugins.contract import width_problems
+from dlo_export.modeling.skip_kernels import KernelMlp, size_problems, turned_mlp
 from dlo_export.runtimes.errors import ModelLoadError
 
 
@@ -48,21 +48,6 @@ class PlainMlp:
 
     gate_up: Product
     down: Product
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelMlp:
-    """An MLP as the dlo kernels read it, all contiguous.
-
-    Attributes:
-        gate: T [hidden, intermediate].
-        up: T [hidden, intermediate].
-        down: T [intermediate, hidden].
-    """
-
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +103,7 @@ class StepWeights:
                 f"captured decode: this model has {', '.join(foreign)}; expected a Llama's layers with silu",
                 hint="run it with TorchRunner",
             )
-        problems = kernel_problems(model) if routed else []
+        problems = size_problems(config) if routed else []
         if kernels and problems:
             raise ModelLoadError(
                 f"captured decode: the kernels of routed MLPs got a model with {'; '.join(problems)}",
@@ -152,7 +137,8 @@ class StepWeights:
 
     def _mlp(self, mlp: LlamaMLP, *, kernels: bool) -> PlainMlp | KernelMlp:
         if kernels:
-            return KernelMlp(*map(self._transposed, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+            self._changed += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+            return turned_mlp(mlp)
         return PlainMlp(
             self._joined([mlp.gate_proj, mlp.up_proj]), Product(mlp.down_proj.weight.data, _bias([mlp.down_proj]))
         )
@@ -163,19 +149,6 @@ class StepWeights:
             linear.weight.data = rows
         self._changed += linears
         return Product(weight, _bias(linears))
-
-    def _transposed(self, linear: nn.Linear) -> torch.Tensor:
-        weight = linear.weight.data.t().contiguous()
-        linear.weight.data = weight.t()
-        self._changed.append(linear)
-        return weight
-
-
-def kernel_problems(model: LlamaForCausalLM | LlamaDloForCausalLM) -> list[str]:
-    """Why the dlo kernels do not take this model's MLPs; empty where they do."""
-    config = model.config
-    problems = ["mlp_bias true; expected false"] if config.mlp_bias else []
-    return problems + width_problems({"hidden": config.hidden_size, "intermediate": config.intermediate_size})
 
 
 def _foreign_parts(model: LlamaForCausalLM | LlamaDloForCausalLM) -> list[str]:
