@@ -73,6 +73,7 @@ PACKAGES = {
     "tests/data": {"optimum"},
     "tests/modeling": {"benchmarks"},  # what a GPU is to show
     "tests/interop": {"benchmarks", "optimum", "polygraphy"},  # which writes what its program reads
+    "tests/interop/launched": {"deepspeed"},
     "tests/plugins": {"tensorrt_bindings"},
     "tests/runtimes": {"cuda"},
 }
