@@ -43,7 +43,7 @@ def check_zero(settings: TrainingSettings) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise MachineError(
             "training: DeepSpeed is asked for by ACCELERATE_USE_DEEPSPEED, and is not installed",
-            hint="pip install 'dlo-export[deepspeed]', or shard the model by FSDP: accelerate launch --use_fsdp --fsdp_version 2",
+            hint="pip install 'dlo-export[deepspeed]', or shard by FSDP: accelerate launch --use_fsdp --fsdp_version 2",
         )
     if "LOCAL_RANK" not in os.environ:
         raise TrainingError(
