@@ -28,6 +28,9 @@ FORMS = {
     "fp32, tied": ("fp32", "cpu"),
     "int4, tied": ("int4", "cpu"),
 }
+LAST_LOGITS = "fp32, last logits"
+"""Whose head runs for a step's last token alone."""
+_ALL_FORMS = FORMS | {LAST_LOGITS: ("fp32", "cpu", "prune_lm_head=true")}
 
 
 def build(checkpoint: Path, output: Path, form: str) -> Path:
@@ -36,9 +39,9 @@ def build(checkpoint: Path, output: Path, form: str) -> Path:
     Args:
         checkpoint: Its folder.
         output: Created.
-        form: A key of FORMS.
+        form: A key of FORMS, or LAST_LOGITS.
     """
-    precision, provider, *options = FORMS[form]
+    precision, provider, *options = _ALL_FORMS[form]
     arguments = ("", str(checkpoint), str(output), precision, provider, str(output.with_name("cache")))
     quantizer = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -52,7 +55,7 @@ def save_genai_graph(folder: Path, form: str, layers: int = 3) -> Path:
 
     Args:
         folder: Created.
-        form: A key of FORMS.
+        form: A key of FORMS, or LAST_LOGITS.
         layers: Decoder layers.
 
     Returns:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.graph_passes.cleanup.norms_around_rows import move_norms_off_rows
-from dlo_export.graph_passes.cleanup.norms_in_branches import join_in_branches
+from dlo_export.graph_passes.cleanup.norms_in_branches import add_behind_branches, join_in_branches
 from dlo_export.graph_passes.cleanup.skip_norms import (
     FUSED_DOMAIN,
     NORM,
@@ -83,7 +83,8 @@ class JoinSkipNormsPass(GraphPass):
         # First the branches, which take additions and norms from outside, and what rows keep apart; then what is left.
         for node in list(graph) if self.around_routed else ():
             if is_op(node, "If"):
-                join_in_branches(node, tags)
+                if not join_in_branches(node, tags):
+                    add_behind_branches(node, tags)
             elif node.graph is graph:
                 move_norms_off_rows(node, tags)
         for node in list(graph):

@@ -85,7 +85,9 @@ def _add_behind_scatter(closing: ir.Node, stream: ir.Value, index: ir.Value, tag
     assert weight is not None, "that norm's is one"
     if len(kept) != 1 or dtype is None:
         return
-    zeros = token_zeros(_main(graph), tags[PASS_KEY], int(weight.shape.numpy()[-1]), dtype, closing)
+    # Of the lowering, which may have made such zeros for itself.
+    width = int(weight.shape.numpy()[-1])
+    zeros = token_zeros(_main(graph), closing.metadata_props[PASS_KEY], width, dtype, closing)
     spread = _like(closing, [zeros, index, kept[0]], total, f"{add.name}.spread", tags)
     whole = _like(add, [stream, spread.outputs[0]], total, add.name or "", tags)
     graph.insert_before(closing, [spread, whole])

@@ -17,8 +17,10 @@ from dlo_export.graph_passes.cleanup.skip_norms import (
     new_norm,
     only_norm_of,
 )
-from dlo_export.graph_passes.find.data_flow import is_op, subgraphs_of
+from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op, subgraphs_of
+from dlo_export.graph_passes.lowerings.active_rows import token_zeros
 from dlo_export.graph_passes.rewriting import replace_value
+from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,6 +108,56 @@ def join_in_branches(conditional: ir.Node, tags: Mapping[str, str]) -> bool:
     return True
 
 
+def add_behind_branches(conditional: ir.Node, tags: Mapping[str, str]) -> bool:
+    """Moves the addition that closes a skipped block out of its If, where the norm behind can be fused with it.
+
+    Before, where no norm of x stands in the branch, since attention between the two runs for all tokens::
+
+        h = If(any) <then = { …; z = Add(x, branch) => z }, else = { s = Identity(x) => s }>
+        m = Norm(h, v)
+
+    After::
+
+        b = If(any) <then = { … => branch }, else = { s = Identity(zeros) => s }>
+        h = Add(x, b)
+        m = Norm(h, v)
+
+    Args:
+        conditional: An If of the main graph.
+        tags: Metadata of new nodes.
+
+    Returns:
+        Whether the If is of that form, and one norm reads h.
+    """
+    found, graph = _skipped_addition(conditional), conditional.graph
+    if found is None or not isinstance(graph, ir.Graph):
+        return False
+    stream, last, skip, norm = found
+    weight, dtype, (branch,) = constant_tensor(norm.inputs[1]), element_type(stream), _others(last, stream)
+    made = branch.producer()
+    if weight is None or dtype is None or made is None or made.graph is not last.graph:
+        return False
+    then, otherwise, total = last.graph, skip.graph, conditional.outputs[0]
+    assert isinstance(then, ir.Graph), "a branch"
+    assert isinstance(otherwise, ir.Graph), "a branch"
+    # Each branch gives what is added: the block's result, or the zeros that all layers of the lowering share.
+    zeros = token_zeros(graph, conditional.metadata_props[PASS_KEY], int(weight.shape.numpy()[-1]), dtype, conditional)
+    nothing = _identity(skip, zeros)
+    otherwise.insert_before(skip, nothing)
+    nothing.outputs[0].name, skip.outputs[0].name = skip.outputs[0].name, None
+    then.outputs[:], otherwise.outputs[:] = [branch], [nothing.outputs[0]]
+    then.remove(last, safe=True)
+    otherwise.remove(skip, safe=True)
+    # What closes the block stands behind the If, as it does where nothing is skipped.
+    whole = ir.node("Add", [stream, total], name=last.name, metadata_props=dict(tags))
+    whole.outputs[0].type, whole.outputs[0].shape = total.type, total.shape
+    graph.insert_after(conditional, whole)
+    replace_value(total, whole.outputs[0])
+    whole.replace_input_with(1, total)
+    total.name = f"{whole.outputs[0].name}.added"
+    return True
+
+
 def split_in_branches(conditional: ir.Node, opset: int, tags: Mapping[str, str]) -> bool:
     """Undoes `join_in_branches`.
 
@@ -175,6 +227,26 @@ def _skipped_block(conditional: ir.Node) -> _SkippedBlock | None:
     return (
         _SkippedBlock(add, norm, last, skip, next_norm) if alone and plain and add.graph is conditional.graph else None
     )
+
+
+def _skipped_addition(conditional: ir.Node) -> tuple[ir.Value, ir.Node, ir.Node, ir.Node] | None:
+    """The stream that an If adds to or passes on, the addition, the Identity, and the norm behind."""
+    branches = list(subgraphs_of(conditional))
+    if len(conditional.outputs) != 1 or len(branches) != 2:
+        return None
+    ends = [branch.outputs[0].producer() for branch in branches]
+    skip = next((end for end in ends if is_op(end, "Identity")), None)
+    last = next((end for end in ends if end is not None and is_residual_addition(end)), None)
+    norm = only_norm_of(conditional.outputs[0], conditional.graph)
+    if skip is None or last is None or norm is None or last.graph not in branches or skip.graph not in branches:
+        return None
+    stream = skip.inputs[0]
+    alone = len(skip.graph) == 1 and len(last.outputs[0].uses()) == 0
+    return (stream, last, skip, norm) if stream is not None and alone and len(_others(last, stream)) == 1 else None
+
+
+def _others(add: ir.Node, stream: ir.Value) -> list[ir.Value]:
+    return [value for value in add.inputs if value is not None and value is not stream]
 
 
 def _joined_block(conditional: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:

@@ -1,4 +1,4 @@
-"""Multiply by a routed MLP's codes in one operator, as ONNX Runtime does with a DequantizeLinear in the main graph."""
+"""Multiply by a routed block's codes in one operator, as ONNX Runtime does with a DequantizeLinear outside branches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.find.masked_blocks import match_masked_blocks
 from dlo_export.graph_passes.find.masked_branch import Mismatch
-from dlo_export.graph_passes.find.masked_mlp import match_masked_mlp
 from dlo_export.graph_passes.naming import unique_names
 from dlo_export.graph_passes.rewriting import remove_unused, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
@@ -28,7 +28,7 @@ _ACCURACY_LEVEL = 4  # activations in 8 bits: what ONNX Runtime asks for where i
 
 @dataclasses.dataclass(frozen=True)
 class UseMatMulNBitsPass(GraphPass):
-    """Put one MatMulNBits in place of the DequantizeLinear and the MatMul of each weight of a routed MLP.
+    """Put one MatMulNBits in place of the DequantizeLinear and the MatMul of each weight of a masked block.
 
     Before::
 
@@ -41,11 +41,11 @@ class UseMatMulNBitsPass(GraphPass):
 
     ONNX Runtime 1.32 makes the same of the two when it loads the main graph, bit for bit. In a branch of an If it
     tries to, misses the weight, which stands outside, and does not load the graph; and a DequantizeLinear outside of
-    the branch runs in every step. So this comes before a lowering that moves MLPs into branches.
+    the branch runs in every step. So this comes before a lowering that moves blocks into branches.
 
     Optional: weights that are dense, or that ONNX Runtime would not fuse so (a scale for each output, codes or scales
     that several nodes read, a Transpose or a Gemm behind them), are left alone: it multiplies by these as they are, and
-    would round the other factor to 8 bits here. Scope: the MLPs of the main graph that have a mask.
+    would round the other factor to 8 bits here. Scope: the blocks of the main graph that have a mask.
     Source: ONNX Runtime's DQMatMulToMatMulNBits; com.microsoft.MatMulNBits-1.
     """
 
@@ -92,8 +92,8 @@ class UseMatMulNBitsPass(GraphPass):
 def _products(graph: ir.Graph) -> Iterator[tuple[int, ir.Node, DequantizedStorage]]:
     """Layer, node and weight of each product that ONNX Runtime would fuse."""
     for layer in find_decoder_layers(graph):
-        masked = match_masked_mlp(layer)
-        for node in () if isinstance(masked, Mismatch) else masked.nodes:
+        matches = [match for _, match in match_masked_blocks(layer) if not isinstance(match, Mismatch)]
+        for node in (node for match in matches for node in match.nodes):
             if not is_op(node, "MatMul") or not _is_fused(node.inputs[1]):
                 continue
             weight = dequantized_storage(Place(node, 1), "in_out")

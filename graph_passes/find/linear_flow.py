@@ -90,7 +90,7 @@ class LinearFlow:
         return None if value is None else self._columns.get(value)
 
     def _trace_columns(self, node: ir.Node) -> bool:
-        """What keeps columns apart: casts, biases, and what cuts them."""
+        """What keeps columns apart: casts, biases, other leading axes, and what cuts them."""
         part = self._columns_of(node.inputs[0]) if node.inputs else None
         if is_op(node, "Add"):
             operands = [(self._columns_of(value), Place(node, 1 - index)) for index, value in enumerate(node.inputs)]
@@ -107,6 +107,9 @@ class LinearFlow:
             return True
         elif is_op(node, "Slice"):
             part = None if part is None else _slice_of(node, part)
+        elif is_op(node, "Reshape"):
+            # A Gemm takes tokens in one axis; behind it they are in two again.
+            part = part if part is not None and _last_size(node.inputs[1]) == part.stop - part.start else None
         elif not is_op(node, "Identity", "Cast"):
             return False
         if part is None:
@@ -153,6 +156,15 @@ def _split_sizes(node: ir.Node, part: Part) -> Sequence[int] | None:
         chunk = -(-width // count)
         sizes = tuple(min(chunk, width - start) for start in range(0, width, chunk))
     return sizes if sizes is not None and len(sizes) == count and sum(sizes) == width else None
+
+
+def _last_size(shape: ir.Value | None) -> int | None:
+    """The last dimension of a shape, where that is constant."""
+    node = None if shape is None else shape.producer()
+    if node is not None and is_op(node, "Concat") and node.inputs:
+        shape = node.inputs[-1]
+    sizes = constant_integers(shape)
+    return sizes[-1] if sizes else None
 
 
 def _slice_of(node: ir.Node, part: Part) -> Part | None:

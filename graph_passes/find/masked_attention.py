@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-from dlo_export.graph_passes.errors import place
+from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import (
+    SHAPE_OPS,
     constant_integers,
     constant_scalar,
     consumed_values,
@@ -16,6 +17,7 @@ from dlo_export.graph_passes.find.data_flow import (
     nodes_between,
 )
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer
+from dlo_export.graph_passes.find.linear_flow import ATTENTION_OPS, LinearFlow, Part
 from dlo_export.graph_passes.find.masked_branch import (
     MaskedBranch,
     Mismatch,
@@ -23,6 +25,7 @@ from dlo_export.graph_passes.find.masked_branch import (
     foreign_uses,
     match_masked_branch,
 )
+from dlo_export.graph_passes.spec.provenance import SERVES_KEY
 
 _QUERY, _KEY, _VALUE, _MASK = range(4)  # inputs of an Attention node
 
@@ -57,13 +60,16 @@ class MaskedAttention:
         kept: What it keeps where active: the branch, scaled if it is.
         scale: Per-token factor [batch, sequence], None when the branch is not scaled per token.
         scaling: The Mul that applies it.
-        attention: The Attention node (opset 23), which keeps its own cache or attends to one of fixed size.
-        query: What it is given of the query, [batch, sequence, heads·head_dim].
-        attended: What it computes, of the same shape.
+        attention: The Attention node (opset 23), which keeps its own cache or attends to one of fixed size. None where
+            attention is written in another way (ONNX Runtime's own operators, or spelled out), which serves all tokens.
+        query: What attention is given of the query, [batch, sequence, heads·head_dim]; None where it has no projection
+            of its own.
+        attended: What attention computes, of the same shape.
         hidden: What keeps skipped tokens out; None where they leave keys and values like any token.
         source: What `projections` read, [batch, sequence, hidden]: x; or behind the norm, where keys and values of all
             tokens come from there too.
-        projections: Nodes from `source` to what serves active tokens only: query, key and value; or the query alone.
+        projections: Nodes from `source` to what serves active tokens only: query, key and value; or the query alone,
+            unless it is one product with keys and values.
         around: Nodes that only turn between the shapes of projections and attention, or write the cache of fixed size.
         outputs: Nodes from `attended` to `kept`, `scaling` included. All in order.
     """
@@ -74,8 +80,8 @@ class MaskedAttention:
     kept: ir.Value
     scale: ir.Value | None
     scaling: ir.Node | None
-    attention: ir.Node
-    query: ir.Value
+    attention: ir.Node | None
+    query: ir.Value | None
     attended: ir.Value
     hidden: HiddenTokens | None
     source: ir.Value
@@ -87,12 +93,13 @@ class MaskedAttention:
     def nodes(self) -> tuple[ir.Node, ...]:
         """All nodes that serve active tokens only, in order; the router and the state are not among them."""
         hiding = () if self.hidden is None else self.hidden.nodes
-        return (*self.projections, *hiding, *self.around, self.attention, *self.outputs, self.select)
+        attention = () if self.attention is None else (self.attention,)
+        return (*self.projections, *hiding, *self.around, *attention, *self.outputs, self.select)
 
     @property
-    def is_static(self) -> bool:
-        """Whether the cache is of fixed size, and written outside of the Attention node."""
-        return self.layer.present_key not in self.attention.outputs
+    def stays(self) -> bool:
+        """Whether attention itself runs in every step: in another form, or as its cache is written outside of it."""
+        return self.attention is None or self.layer.present_key not in self.attention.outputs
 
 
 def match_masked_attention(layer: DecoderLayer) -> MaskedAttention | Mismatch:
@@ -106,6 +113,8 @@ def match_masked_attention(layer: DecoderLayer) -> MaskedAttention | Mismatch:
     if isinstance(branch, Mismatch):
         return branch
     attentions = [node for node in block.nodes if is_op(node, "Attention")]
+    if not attentions and layer.past_active is None:
+        return _match_around(layer, branch)
     if len(attentions) != 1:
         return Mismatch(f"layer {layer.index}: has {len(attentions)} Attention nodes, expected one", masked=True)
     (attention,) = attentions
@@ -140,11 +149,102 @@ def match_masked_attention(layer: DecoderLayer) -> MaskedAttention | Mismatch:
         around=tuple(node for node in turning if node is not attention),
         outputs=outputs,
     )
-    cache = (layer.present_key, layer.present_value)
-    for node, user in foreign_uses(masked.nodes, block, cache):
+    return _own(masked)
+
+
+def _match_around(layer: DecoderLayer, branch: MaskedBranch) -> MaskedAttention | Mismatch:
+    """Match attention in whatever form: it runs for all tokens, and writes what they leave in the cache.
+
+    Only what projects its query and what it computes serves active tokens alone, told apart by what flows where.
+    """
+    block, kept = layer.attention, branch.kept.producer()
+    nodes = [node for node in block.nodes if node.metadata_props.get(SERVES_KEY) != "router"]
+    order = {node: number for number, node in enumerate(block.nodes)}
+    # What the branch is multiplied by is the router's.
+    ends = kept.inputs if kept is not None and is_op(kept, "Mul") else (branch.kept,)
+    try:
+        flow = LinearFlow(nodes)
+    except GraphPassError as error:
+        return Mismatch(f"layer {layer.index}: {error.message}", masked=True)
+    everybodys = flow.of(layer.present_key) | flow.of(layer.present_value)
+    behind = flow.union(value for value in ends if column_source(value) is None)
+    in_front = flow.first_without(everybodys)
+    for what, parts in (("query", in_front), ("output", behind)):
+        if len(parts) != 1 or (what == "output" and not all(map(_can_be_skipped, parts))):
+            found = ", ".join(sorted(place(part.matrix.node) for part in parts)) or "no node"
+            reason = f"layer {layer.index}: {found} projects the {what} of its attention, expected one MatMul"
+            return Mismatch(reason, masked=True)
+    (output,), (query,) = behind, in_front
+    attended = _operand(output.matrix.node)
+    # Columns of a matrix that keys or values come from, too, are computed for all tokens.
+    front = query.matrix.node if _can_be_skipped(query) else None
+    if front is None and query.whole:
+        reason = f"layer {layer.index}: {place(query.matrix.node)} projects the query, expected a MatMul"
+        return Mismatch(reason, masked=True)
+    if front is not None and (problem := _query_read_elsewhere(layer, front, attended, order)) is not None:
+        return Mismatch(problem, masked=True)
+    outputs = nodes_between(order, (attended,), (branch.kept,))
+    scale, scaling = branch.scaling(outputs)
+    return _own(
+        MaskedAttention(
+            layer=layer,
+            active=branch.active,
+            select=branch.select,
+            kept=branch.kept,
+            scale=scale,
+            scaling=scaling,
+            attention=None,
+            query=None if front is None else front.outputs[0],
+            attended=attended,
+            hidden=None,
+            source=attended if front is None else _operand(front),
+            projections=() if front is None else (front,),
+            around=(),
+            outputs=outputs,
+        )
+    )
+
+
+def _query_read_elsewhere(
+    layer: DecoderLayer, front: ir.Node, attended: ir.Value, order: Mapping[ir.Node, int]
+) -> str | None:
+    """Why queries of zeros would show: whatever else is computed from them. Their shape stays what it is."""
+    query, cache = front.outputs[0], (layer.present_key, layer.present_value)
+    # An operator that takes them apart computes what it caches from its own keys and values alone.
+    operators = [node for node in layer.attention.nodes if (node.domain, node.op_type) in ATTENTION_OPS]
+    stored = [value for node in operators for value in _present(node.inputs[_KEY:_MASK])] or cache
+    if front in nodes_between(order, (layer.input,), stored):
+        return f"layer {layer.index}: keys or values are computed from what {place(front)} computes"
+    attending = nodes_between(order, (query,), (attended,))
+    for node in (front, *attending):
+        for value in node.outputs:
+            others = (user for user in value.consumers() if user not in attending and not is_op(user, *SHAPE_OPS))
+            if value is not attended and (user := next(others, None)) is not None:
+                return f"layer {layer.index}: {place(node)} of its attention is used elsewhere, by {place(user)}"
+            if value.is_graph_output() and value not in cache:
+                return f"layer {layer.index}: {place(node)} of its attention is used elsewhere, by the graph's outputs"
+    return None
+
+
+def _own(masked: MaskedAttention) -> MaskedAttention | Mismatch:
+    """The match, unless somebody outside of the block uses what serves active tokens only."""
+    layer, nodes = masked.layer, masked.nodes if masked.attention is not None else (*masked.outputs, masked.select)
+    for node, user in foreign_uses(nodes, layer.attention, (layer.present_key, layer.present_value)):
         reason = f"layer {layer.index}: {place(node)} of the attention branch is used elsewhere, by {user}"
         return Mismatch(reason, masked=True)
     return masked
+
+
+def _can_be_skipped(part: Part) -> bool:
+    """Whether a product computes nothing else, and takes tokens as they are."""
+    node = part.matrix.node
+    return part.whole and (is_op(node, "MatMul") or is_op(node, "MatMulNBits", domain="com.microsoft"))
+
+
+def _operand(product: ir.Node) -> ir.Value:
+    value = product.inputs[0]
+    assert value is not None, "a product has two factors"
+    return value
 
 
 def _projections(

@@ -31,20 +31,21 @@ def row_rank(nodes: Iterable[ir.Node]) -> tuple[int, list[str]]:
 
 
 def token_wise_nodes(
-    nodes: Iterable[ir.Node], source: ir.Value, others: Collection[ir.Value] = ()
+    nodes: Iterable[ir.Node], source: ir.Value, others: Collection[ir.Value] = (), *, most: int = 2
 ) -> tuple[ir.Node, ...]:
-    """Those nodes, in order, that can run on rows [rows, hidden] of `source`.
+    """Those nodes, in order, that can run on rows of `source`.
 
     Args:
         nodes: In topological order; what else they read is left to the others.
         source: [batch, sequence, hidden].
         others: Columns [batch, sequence, 1] that may be read besides.
+        most: Rank of the rows at most: 2 for [rows, hidden], 3 for [1, rows, hidden].
     """
     found: list[ir.Node] = []
     reached, constants = {source, *others}, ConstantValues()
     for node in nodes:
         computed = [value for value in node.inputs if value is not None and value not in constants]
-        if reached.issuperset(computed) and _node_rank(node, constants) == 2:
+        if reached.issuperset(computed) and (_node_rank(node, constants) or most + 1) <= most:
             found.append(node)
             reached.update(node.outputs)
     return tuple(found)

@@ -89,6 +89,11 @@ def block_path(masked: MaskedBlock) -> str:
     return layer_tensor_name(masked.layer.index, "self_attn" if isinstance(masked, MaskedAttention) else "mlp")
 
 
+def first_axis_of(graph: ir.Graph) -> ir.Value:
+    """Where rows get an axis in front of them, as a batch of one."""
+    return shared_constant(graph, f"{ROUTERS}.first_axis", np.array([0], np.int64))
+
+
 def stream_for_all_tokens(block: ResidualBlock, nodes: Collection[ir.Node], new: TaggedNodes) -> ir.Value:
     """The stream operand of a block's addition, for all tokens.
 
@@ -193,6 +198,8 @@ def projected_width(value: ir.Value) -> int | None:
     node = value.producer()
     if node is None:
         return None
+    if is_op(node, "MatMulNBits", domain="com.microsoft"):
+        return node.attributes["N"].as_int()
     # A norm in float32 stands between casts, its scale behind one too: then what it reads says how wide it is.
     if is_op(node, "Cast", "Identity", "RMSNormalization") and node.inputs[0] is not None:
         width = projected_width(node.inputs[0])

@@ -132,6 +132,7 @@ def _cache_sizes(masked: MaskedAttention) -> tuple[int, int] | None:
 
 def _heads_first(graph: ir.Graph, masked: MaskedAttention, nodes: TaggedNodes, number: int, name: str) -> ir.Value:
     """Keys or values of a step, the operand of attention of this number, as the cache has them."""
+    assert masked.attention is not None, "only an Attention node is moved"
     computed, sizes = masked.attention.inputs[number], _cache_sizes(masked)
     assert computed is not None, "attention with a cache has keys and values"
     assert sizes is not None, "asked by branch_problems"

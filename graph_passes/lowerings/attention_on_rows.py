@@ -7,19 +7,21 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op
+from dlo_export.graph_passes.find.data_flow import element_type, is_op
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_branch import column_source
-from dlo_export.graph_passes.find.token_wise import token_wise_nodes
+from dlo_export.graph_passes.find.token_wise import row_rank, token_wise_nodes
 from dlo_export.graph_passes.lowerings.active_rows import (
     RowAccess,
     block_path,
+    first_axis_of,
     projected_width,
     run_on_rows,
     stream_for_all_tokens,
     unrotated,
 )
 from dlo_export.graph_passes.rewriting import remove_with_sources
+from dlo_export.graph_passes.weights.linear import linear_weight
 
 
 def projections_on_rows(masked: MaskedAttention) -> tuple[ir.Node, ...]:
@@ -30,13 +32,15 @@ def projections_on_rows(masked: MaskedAttention) -> tuple[ir.Node, ...]:
 def row_problems(masked: MaskedAttention) -> list[str]:
     """Why the projections cannot run on rows; none if they can."""
     on_rows = projections_on_rows(masked)
-    problems = [] if any(is_op(node, "MatMul") for node in on_rows) else ["none of its projections runs on rows"]
+    # What attention computes is projected in any case; where the query is one product with keys and values, no more.
+    runs = masked.attention is None or any(is_op(node, "MatMul") for node in on_rows)
+    problems = [] if runs else ["none of its projections runs on rows"]
     widths = [_attended_width(masked), *map(projected_width, _boundary(on_rows))]
     if None in widths or any(element_type(value) is None for value in _boundary(on_rows)):
         problems.append("the graph does not say how wide its projections are, or of which type")
     columns = [] if masked.scaling is None else [value for value in masked.scaling.inputs if value is not None]
     scales = [column for column in columns if column_source(column) is masked.scale]
-    behind = token_wise_nodes(masked.outputs, masked.attended, scales)
+    behind = token_wise_nodes(masked.outputs, masked.attended, scales, most=3)
     if not masked.outputs:
         problems.append("nothing is projected behind its attention")
     problems += [f"{place(node)} does not run on rows" for node in masked.outputs if node not in behind]
@@ -56,12 +60,14 @@ def run_on_active_rows(masked: MaskedAttention, access: RowAccess) -> None:
 
     # In front: the projections read rows. What is behind them (rotary embedding, attention) is for all tokens again,
     # zeros where a token skips: they are scattered into zeros that all layers share.
-    gather = access.new_nodes()
-    rows = access.gather(gather, masked.source, layer.hidden_size, f"{name}.rows")
-    stream = stream_for_all_tokens(block, on_rows, gather)
-    graph.insert_before(on_rows[0], gather.nodes)
-    run_on_rows(on_rows, masked.source, rows, (access.count,))
-    placed = [_for_all_tokens(value, on_rows, access) for value in boundary]
+    stream, rows, placed = block.stream_operand, None, list[ir.Value]()
+    if on_rows:
+        gather = access.new_nodes()
+        rows = access.gather(gather, masked.source, layer.hidden_size, f"{name}.rows")
+        stream = stream_for_all_tokens(block, on_rows, gather)
+        graph.insert_before(on_rows[0], gather.nodes)
+        run_on_rows(on_rows, masked.source, rows, (access.count,))
+        placed = [_for_all_tokens(value, on_rows, access) for value in boundary]
 
     # Rotated zeros are zeros, so keys and values need no Where any more; behind other nodes they keep it.
     hidden = masked.hidden
@@ -73,12 +79,20 @@ def run_on_active_rows(masked: MaskedAttention, access: RowAccess) -> None:
             remove_with_sources(graph, select)
 
     # Behind attention, rows once more, added to the stream.
-    again = access.new_nodes()
-    attended_rows = access.gather(again, masked.attended, _attended_width(masked), f"{name}.attended_rows")
+    again, width, rank = access.new_nodes(), _attended_width(masked), row_rank(masked.outputs)[0]
+    dtype, batch = element_type(masked.attended), first_axis_of(graph) if rank == 3 else None
+    attended_rows = access.gather(again, masked.attended, width, f"{name}.attended_rows")
+    if batch is not None:
+        path, as_batch = f"{name}.attended_rows_3d", (1, access.count, width)
+        attended_rows = again.add("Unsqueeze", attended_rows, batch, name=path, dtype=dtype, shape=as_batch)
     access.scale(again)
     graph.insert_before(masked.outputs[0], again.nodes)
-    run_on_rows(masked.outputs, masked.attended, attended_rows, (access.count,))
-    access.add(access.new_nodes(), stream, rows if masked.source is stream else None, masked.kept)
+    run_on_rows(masked.outputs, masked.attended, attended_rows, (1, access.count) if rank == 3 else (access.count,))
+    put_back, kept = access.new_nodes(), masked.kept
+    if batch is not None:
+        shape = (access.count, layer.hidden_size)
+        kept = put_back.add("Squeeze", kept, batch, name=f"{name}.kept_rows", dtype=element_type(kept), shape=shape)
+    access.add(put_back, stream, rows if masked.source is stream else None, kept)
 
 
 def _for_all_tokens(rows: ir.Value, on_rows: Sequence[ir.Node], access: RowAccess) -> ir.Value:
@@ -103,6 +117,5 @@ def _boundary(on_rows: Sequence[ir.Node]) -> list[ir.Value]:
 
 def _attended_width(masked: MaskedAttention) -> int | None:
     """Size of the last axis of what attention computes: as the matrices say that read it."""
-    readers = [node for node in masked.attended.consumers() if is_op(node, "MatMul")]
-    tensors = [constant_tensor(node.inputs[1]) for node in readers]
-    return next((int(tensor.shape[0]) for tensor in tensors if tensor is not None), None)  # type: ignore[arg-type]  # tensors have no symbolic dimensions
+    matrices = map(linear_weight, masked.attended.consumers())
+    return next((matrix.shape[1] for matrix in matrices if matrix is not None), None)

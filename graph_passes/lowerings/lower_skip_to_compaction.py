@@ -6,17 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import get_args
 
-import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name
+from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
-from dlo_export.graph_passes.lowerings.active_rows import run_on_rows, stream_for_all_tokens
+from dlo_export.graph_passes.lowerings.active_rows import first_axis_of, run_on_rows, stream_for_all_tokens
 from dlo_export.graph_passes.lowerings.attention_in_branch import branch_problems, close_in_branch
 from dlo_export.graph_passes.lowerings.attention_on_rows import projections_on_rows, row_problems, run_on_active_rows
 from dlo_export.graph_passes.lowerings.compacted_rows import CompactedRows
@@ -26,7 +25,7 @@ from dlo_export.graph_passes.lowerings.mlp_in_branch import dequantised_outside
 from dlo_export.graph_passes.lowerings.record import LoweringRecord
 from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
+from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,9 @@ class LowerSkipToCompactionPass(LoweringPass):
         h    = ScatterND(x, idx, Add(GatherND(x, idx), GatherND(a, idx)·Wo))
 
     Where attention alone is skipped and skipped tokens leave keys and values, the query's projection runs on rows of
-    the norm's output, and keys and values come from all of it.
+    the norm's output, and keys and values come from all of it. Attention in another form than the Attention node's
+    stays where it is, for all tokens: what runs on rows is the output's projection, and the query's where that is a
+    product of its own.
 
     Rows are [1, n, hidden] instead where a node of the MLP counts its axes from the front.
 
@@ -80,7 +81,7 @@ class LowerSkipToCompactionPass(LoweringPass):
 
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
         """Projections that do not compute each token by itself; with branches, sizes that the graph does not say."""
-        return [*row_problems(masked), *(branch_problems(masked) if self.branches else ())]
+        return [*row_problems(masked), *(branch_problems(masked) if self._in_branch(masked) else ())]
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Run the MLP of one layer on its active tokens."""
@@ -88,8 +89,8 @@ class LowerSkipToCompactionPass(LoweringPass):
 
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Run the projections of one layer's attention on its active tokens."""
-        first = projections_on_rows(masked)[0]
-        access = CompactedRows(graph, masked, self._name, first, own=self.branches)
+        first = (*projections_on_rows(masked), *masked.outputs)[0]
+        access = CompactedRows(graph, masked, self._name, first, own=self._in_branch(masked))
         self._attention_on_rows(graph, masked, access)
 
     def lower_layer(self, graph: ir.Graph, attention: MaskedAttention, mlp: MaskedMlp) -> None:
@@ -109,10 +110,14 @@ class LowerSkipToCompactionPass(LoweringPass):
     ) -> None:
         """Runs it on rows; with branches, in one that holds what is behind it in the layer, too."""
         run_on_active_rows(masked, access)
-        if self.branches:
+        if self._in_branch(masked):
             # What is left of the masked form, and what rows need besides.
             nodes = [*(node for node in masked.nodes if node.graph is graph), *access.nodes]
             close_in_branch(graph, masked, self._any_active(graph, masked), self._name, nodes, behind)
+
+    def _in_branch(self, masked: MaskedAttention) -> bool:
+        """Whether an If leaves out attention itself; projections of no rows need none."""
+        return self.branches and not masked.stays
 
     def _mlp_on_rows(self, graph: ir.Graph, masked: MaskedMlp, access: CompactedRows) -> None:
         layer, block, nodes = masked.layer, masked.layer.mlp, masked.nodes
@@ -124,7 +129,7 @@ class LowerSkipToCompactionPass(LoweringPass):
         gather = access.new_nodes()
         rows = gathered = access.gather(gather, block.stream_in, layer.hidden_size, f"{mlp}.rows")
         row_shape = (access.count, layer.hidden_size)
-        first_axis = shared_constant(graph, f"{ROUTERS}.first_axis", np.array([0], np.int64)) if rank == 3 else None
+        first_axis = first_axis_of(graph) if rank == 3 else None
         if first_axis is not None:
             rows = gather.add("Unsqueeze", rows, first_axis, name=f"{mlp}.rows_3d", dtype=dtype, shape=(1, *row_shape))
         stream = stream_for_all_tokens(block, nodes, gather)

@@ -75,8 +75,8 @@ class LowerSkipToIfPass(LoweringPass):
             pk        = Concat(past_key, Transpose(Reshape(k)))
 
     Over a cache of fixed size (`UseStaticCachePass`), attention and the writing of the cache stay outside, since
-    TensorRT builds neither inside an If; the projections in front of them are in one If, zeros in its other branch, and
-    those behind them in another, which closes the block::
+    TensorRT builds neither inside an If, and so they do in other forms than the Attention node's; the projections in
+    front of them are in one If, zeros in its other branch, and those behind them in another, which closes the block::
 
         q, k, v   = If(any) <then_branch = { RMSNormalization, MatMul, … }, else_branch = { Identity(zeros) }>
         pk        = TensorScatter(past_key, heads(k), write_indices)
@@ -106,8 +106,7 @@ class LowerSkipToIfPass(LoweringPass):
 
     def problems(self, masked: MaskedMlp) -> Sequence[str]:
         """Weights that a node dequantises."""
-        node = dequantised_outside(masked)
-        return [] if node is None else [f"{place(node)} dequantises a weight, which no branch can leave out"]
+        return _dequantised(masked)
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Move the block of one layer into an If."""
@@ -125,20 +124,21 @@ class LowerSkipToIfPass(LoweringPass):
         return [*moved, renew_addition(graph, masked, masked.layer.mlp, name, self._name)]
 
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
-        """A cast between stream and sum, or sizes that the graph does not say."""
-        return projection_problems(masked) if masked.is_static else branch_problems(masked)
+        """A cast between stream and sum, sizes that the graph does not say, weights that a node dequantises."""
+        sizes = projection_problems(masked) if masked.stays else branch_problems(masked)
+        return [*sizes, *_dequantised(masked)]
 
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Move the attention of one layer into an If, or the projections around it where it must stay outside."""
         condition = self._attention_condition(graph, masked)
-        if masked.is_static:
+        if masked.stays:
             move_projections_into_branches(graph, masked, condition, self._name)
         else:
             move_into_branch(graph, masked, condition, self._name)
 
     def lower_layer(self, graph: ir.Graph, attention: MaskedAttention, mlp: MaskedMlp) -> None:
         """Move a layer that is skipped whole into one If, but where TensorRT wants attention outside of it."""
-        if attention.is_static or mlp.layer.mlp.stream_operand is not mlp.layer.mlp.stream_in:
+        if attention.stays or mlp.layer.mlp.stream_operand is not mlp.layer.mlp.stream_in:
             super().lower_layer(graph, attention, mlp)
             return
         behind = self._mlp_nodes(graph, mlp)
@@ -147,6 +147,11 @@ class LowerSkipToIfPass(LoweringPass):
     def _attention_condition(self, graph: ir.Graph, masked: MaskedAttention) -> ir.Value:
         tags = TaggedNodes(self._name, masked.layer.index).tags
         return any_active(graph, masked, masked.layer.attention.add, tags, reduce_bool=self.reduce_bool)
+
+
+def _dequantised(masked: MaskedBlock) -> list[str]:
+    node = dequantised_outside(masked)
+    return [] if node is None else [f"{place(node)} dequantises a weight, which no branch can leave out"]
 
 
 def any_active(

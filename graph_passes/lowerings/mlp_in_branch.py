@@ -8,13 +8,15 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.graph_passes.find.data_flow import element_type, is_op
+from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
+from dlo_export.graph_passes.lowerings.active_rows import block_path, residual_block
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes
 
 
-def dequantised_outside(masked: MaskedMlp) -> ir.Node | None:
-    """A node that dequantises a weight of the MLP, and does not belong to it: no branch can leave it out.
+def dequantised_outside(masked: MaskedBlock) -> ir.Node | None:
+    """A node that dequantises a weight of the block, and does not belong to it: no branch can leave it out.
 
     Outside of the branch it runs in every step; inside, ONNX Runtime 1.32 fuses it with the MatMul that reads it, and
     refuses to load a graph where the weight is not an initializer of the subgraph they stand in.
@@ -24,10 +26,10 @@ def dequantised_outside(masked: MaskedMlp) -> ir.Node | None:
     return next((source for source in outside if is_op(source, "DequantizeLinear")), None)
 
 
-def add_skip(masked: MaskedMlp, made_by: str) -> TaggedNodes:
-    """The other branch: the stream as the addition reads it, h, cast where the operand is."""
+def add_skip(masked: MaskedBlock, made_by: str) -> TaggedNodes:
+    """The other branch: the stream as the addition reads it, cast where the operand is."""
     # The addition may read a cast of the stream: both branches must give the same type, so the cast is repeated here.
-    block, shape = masked.layer.mlp, (*masked.layer.token_dims, masked.layer.hidden_size)
+    block, shape = residual_block(masked), (*masked.layer.token_dims, masked.layer.hidden_size)
     nodes, casts = TaggedNodes(made_by, masked.layer.index), list[ir.Node]()
     value = block.stream_operand
     while value is not block.stream_in:
@@ -41,7 +43,7 @@ def add_skip(masked: MaskedMlp, made_by: str) -> TaggedNodes:
         source, to = cast.outputs[0], cast.attributes["to"].as_int()
         name = f"{source.name}.skipped"
         value = nodes.add("Cast", value, name=name, dtype=ir.DataType(to), shape=shape, to=to)
-    name = layer_tensor_name(masked.layer.index, "mlp.skipped_output")
+    name = f"{block_path(masked)}.skipped_output"
     nodes.add("Identity", value, name=name, dtype=element_type(block.stream_operand), shape=shape)
     return nodes
 

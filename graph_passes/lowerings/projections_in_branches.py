@@ -10,6 +10,7 @@ from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.lowerings.active_rows import projected_width, token_zeros
+from dlo_export.graph_passes.lowerings.mlp_in_branch import add_skip
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
@@ -18,10 +19,8 @@ Branch = tuple[Sequence[ir.Node], Sequence[ir.Value]]
 
 
 def projection_problems(masked: MaskedAttention) -> list[str]:
-    """Why the projections cannot be moved: a cast between stream and sum, or a projection of unknown width."""
-    block, problems = masked.layer.attention, []
-    if block.stream_operand is not block.stream_in:
-        problems.append(f"adds to '{block.stream_operand.name}', a cast of the stream")
+    """Why the projections cannot be moved: one of unknown width."""
+    problems = []
     if any(projected_width(value) is None or element_type(value) is None for value in _projected(masked)):
         problems.append("the graph does not say how wide its projections are, or of which type")
     return problems
@@ -30,19 +29,21 @@ def projection_problems(masked: MaskedAttention) -> list[str]:
 def move_projections_into_branches(graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str) -> None:
     """Puts an If in place of the projections in front of attention, and another in place of those behind it.
 
-    TensorRT builds neither attention nor the update of a cache inside an If: both stay, and get zeros in steps that
-    skip. One If gives query, key and value (the query alone, where skipped tokens leave their own keys and values), the
-    other closes the block.
+    TensorRT builds neither attention nor the update of a cache inside an If, and other operators than Attention write
+    the cache for all tokens: both stay, and get zeros in steps that skip. One If gives query, key and value (the query
+    alone, where skipped tokens leave their own keys and values; none, where it is one product with them), the other
+    closes the block.
 
     Args:
         graph: Holds the layer; its nodes need sorting afterwards.
-        masked: With a cache of fixed size, without `projection_problems`.
+        masked: Whose attention stays, without `projection_problems`.
         condition: bool, 0-D: whether they are computed.
         made_by: Name of the pass.
     """
     # Both see the order of the graph as it is now: nodes that move keep it.
     order = node_order(graph)
-    _move_front(graph, masked, condition, made_by, order)
+    if masked.projections:
+        _move_front(graph, masked, condition, made_by, order)
     _move_back(graph, masked, condition, made_by, order)
 
 
@@ -66,7 +67,7 @@ def _move_front(
     projections = sorted(masked.projections, key=order.__getitem__)
     name = f"{layer_tensor_name(layer.index, 'self_attn')}.projections"
     conditional = _conditional(graph, name, condition, (projections, computed), (skip.nodes, zeros), results, skip.tags)
-    graph.insert_before(masked.attention, conditional)
+    graph.append(conditional)
 
 
 def _move_back(
@@ -78,13 +79,12 @@ def _move_back(
     assert dtype is not None, "known since routing"
     result = ir.Value(type=ir.TensorType(dtype), shape=ir.Shape(shape))
     replace_value(block.stream_out, result)
-    add, keep = TaggedNodes(made_by, layer.index), TaggedNodes(made_by, layer.index)
+    add, keep = TaggedNodes(made_by, layer.index), add_skip(masked, made_by)
     operands = [value for value in block.add.inputs if value is not None]
     closes = operands.index(block.branch)
     added = add.add("Add", *operands, name=f"{name}.active_output", dtype=dtype, shape=shape, closes=closes)
-    skipped = keep.add("Identity", layer.input, name=f"{name}.skipped_output", dtype=dtype, shape=shape)
     behind = [*sorted({*masked.outputs, masked.select}, key=order.__getitem__), *add.nodes]
-    branches: tuple[Branch, Branch] = (behind, [added]), (keep.nodes, [skipped])
+    branches: tuple[Branch, Branch] = (behind, [added]), (keep.nodes, [keep.nodes[-1].outputs[0]])
     conditional = _conditional(graph, name, condition, *branches, [result], add.tags)
     graph.insert_before(block.add, conditional)
     graph.remove(block.add, safe=True)

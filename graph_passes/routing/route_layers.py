@@ -19,7 +19,7 @@ from dlo_export.graph_passes.cache.use_full_mask import UseFullMaskPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
-from dlo_export.graph_passes.find.data_flow import element_type
+from dlo_export.graph_passes.find.data_flow import element_type, is_op
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import match_masked_blocks
@@ -154,8 +154,15 @@ class RouteLayersPass(GraphPass):
         return max(map(abs, ends)) if self.rescale else 1.0
 
     def _attentions(self, graph: ir.Graph) -> list[CachedAttention]:
-        """What is masked besides the MLPs."""
-        return cached_attentions(graph, self._name) if "self_attn" in ROUTED_BLOCKS[self.kind] else []
+        """Nodes from which skipped tokens are hidden, or which may be left out.
+
+        Where they leave their keys, attention in another form serves them as it is: what it adds is masked, no more.
+        """
+        if "self_attn" not in ROUTED_BLOCKS[self.kind]:
+            return []
+        if leaves_keys(self.kind) and not any(is_op(node, "Attention") for node in graph):
+            return []
+        return cached_attentions(graph, self._name)
 
     def _refuse(
         self,
@@ -190,7 +197,7 @@ class RouteLayersPass(GraphPass):
                 problems.append(f"layer {index}: {place(scaled.conditional)} skips its {what} branch already")
             if index in routed:
                 problems.append(f"layer {index} is routed already")
-            if "self_attn" in ROUTED_BLOCKS[self.kind]:
+            if attentions:
                 problems += attention_problems(layer, attentions)
         if problems:
             raise GraphPassError(
@@ -211,7 +218,7 @@ class RouteLayersPass(GraphPass):
             for _, match in match_masked_blocks(layer):
                 if isinstance(match, Mismatch):
                     problems.append(match.reason)
-                elif isinstance(match, MaskedAttention) and match.hidden is None:
+                elif isinstance(match, MaskedAttention) and match.hidden is None and match.projections:
                     _mark_served(match)
         if problems:
             raise GraphPassError(

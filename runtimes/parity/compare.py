@@ -78,8 +78,8 @@ def compare(
         open_other: The reference in another precision, opened only where a case would fail or something flipped:
             float64 for candidates in fp32, their own type for those of 16 bits. How far the two are apart tells
             rounding from a fault. None leaves the table's tolerances as they are, and what flipped ambiguous.
-        steps_matter: Whether the same tokens in other steps are another result (rope that depends on the length).
-            Generated tokens are then refed as they were fed, not all at once.
+        steps_matter: Whether the same tokens in other steps are another result: by a rope that depends on the length,
+            or by kernels that both models run. Generated tokens are then refed as they were fed, not all at once.
 
     Raises:
         RuntimeInputError: A candidate is another kind of model, or cannot be opened.
@@ -102,9 +102,9 @@ def compare(
 
 
 def _logit_statistics(wanted: Trace, found: Trace, case: Case) -> LogitStatistics:
-    """Of the tokens whose logits the candidate shows; places are columns of all."""
-    shown = found.shown
-    compared = logit_statistics(wanted.logits[:, shown], found.logits, case.real[:, shown])
+    """Of the tokens whose logits both show; places are columns of all."""
+    shown, of_wanted, of_found = np.intersect1d(wanted.shown, found.shown, return_indices=True)
+    compared = logit_statistics(wanted.logits[:, of_wanted], found.logits[:, of_found], case.real[:, shown])
     return dataclasses.replace(compared, position=int(shown[compared.position]))
 
 
@@ -215,7 +215,7 @@ class _Comparison:
         self._tokens = generation.sequences
         fed = [np.array([*prompt, *new[:-1]]) for prompt, new in zip(prompts, self._tokens, strict=True)]
         # A model that shows each step's last logits only has to be fed token by token to show them all.
-        stepwise = self._steps_matter or runner.last_logits_only
+        stepwise = self._steps_matter or runner.last_logits_only or self._reference.last_logits_only
         steps = (1,) * (len(self._tokens[0]) - 1) if stepwise else ()
         self._cases.append(Case("greedy tokens, refed", step_feeds(fed, *steps)))
         self._traces.append(trace_reference(self._reference, self._cases[-1]))
@@ -264,7 +264,7 @@ class _Comparison:
                     row=row,
                     index=index,
                     gap=float(logits.max() - logits[sequence[index]]),
-                    error=float(np.abs(found.logits[row, found.shown == first + index] - logits).max()),
+                    error=float(np.abs(found.logits[row, found.shown == wanted.shown[first + index]] - logits).max()),
                     flips=len(earlier),
                 )
             )

@@ -21,7 +21,13 @@ class TwoBuildsRunner(Runner):
     """
 
     def __init__(self, free: Runner, forced: Runner, *, name: str, thresholds: Mapping[int, float]) -> None:
-        super().__init__(name, num_layers=free.num_layers, routed_layers=free.routed_layers, thresholds=thresholds)
+        super().__init__(
+            name,
+            num_layers=free.num_layers,
+            routed_layers=free.routed_layers,
+            last_logits_only=free.last_logits_only,
+            thresholds=thresholds,
+        )
         self._builds = {False: free, True: forced}
         self._sequences = 0
         self._running: Runner | None = None

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -32,6 +33,7 @@ from dlo_export.exporter.app import app
 from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.parity_check import check_parity
+from dlo_export.exporter.pipeline import build_model, exposed
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 from dlo_export.exporter.sources.source import open_source
@@ -40,7 +42,7 @@ from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from tests.foreign_graphs import save_routed_adapter
-from tests.genai_graphs import FORMS, build, save_genai_graph
+from tests.genai_graphs import FORMS, LAST_LOGITS, build, save_genai_graph
 from tests.tiny_models import BYTE_VOCABULARY, save_byte_tokenizer, save_tiny_llama
 
 # How far a weight may be from the checkpoint's, as a share of the largest of its tensor.
@@ -160,6 +162,15 @@ def with_activations_as_they_are(path):
     return path.with_name("float32-activations.onnx")
 
 
+def test_lowering_is_compared_with_the_masked_graph_when_both_compute_the_last_logits_alone(tmp_path):
+    path = save_genai_graph(tmp_path / "genai", LAST_LOGITS, layers=2)
+    assert logits(path).shape[1] == 1
+    adapter = save_routed_adapter(path, tmp_path / "adapter")
+    parity = exported(path, tmp_path / "out", adapter=adapter, lowering="compact").description.parity
+    assert parity.verdict == "PASS", parity.reason
+    assert logits(tmp_path / "out" / "model.onnx").shape[1] == 1
+
+
 def test_branches_skip_weights_that_nodes_dequantise_and_compute_what_the_masked_graph_does(graph, tmp_path):
     path = graph("int4, DequantizeLinear")
     adapter = save_routed_adapter(path, tmp_path / "adapter")
@@ -183,6 +194,70 @@ def test_routed_graph_equals_pytorch_when_a_config_lies_beside_it(graph, tmp_pat
     result = exported(path, tmp_path / "out", adapter=save_routed_adapter(path, tmp_path / "adapter"))
     assert result.description.parity.verdict == "PASS", result.parity_summary
     assert "against PyTorch" in result.parity_summary
+
+
+@pytest.mark.parametrize("lowering", ["compact", "if"])
+def test_attention_of_skipped_tokens_is_pytorchs_when_they_leave_their_keys(graph, lowering, tmp_path):
+    shutil.copytree(graph("fp32, apart").parent, tmp_path / "graph")
+    shutil.copy(graph("fp32, apart").parents[1] / "checkpoint" / "config.json", tmp_path / "graph")
+    path = tmp_path / "graph" / "model.onnx"
+    adapter = save_routed_adapter(path, tmp_path / "adapter", routing="attention")
+    parity = exported(path, tmp_path / "out", adapter=adapter, lowering=lowering).parity_summary
+    assert "parity PASS" in parity, parity
+    assert "against PyTorch" in parity
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp32, apart", "int4, apart", "int4, DequantizeLinear"])
+def test_projections_are_skipped_when_attention_serves_all_tokens(graph, form, tmp_path):
+    adapter = save_routed_adapter(graph(form), tmp_path / "adapter", routing="attention")
+    prepared = open_source(graph(form), adapter)
+    found = {lowering: build_model(prepared, lowering) for lowering in ("masked", "compact", "if")}
+    active = np.random.default_rng(2).random((1, SEQUENCE)) < 0.5
+    for lowering, model in found.items():
+        outputs, rows = run_forced(model, active, graph(form).parent, tmp_path)
+        # Norms are fused around all three forms alike: what 8-bit products round does not differ.
+        found[lowering] = outputs
+        wanted = int(active.sum()) if lowering == "compact" else SEQUENCE
+        assert {size for sizes in rows.values() for size in sizes} == {wanted}, lowering
+        assert len(rows["o_proj"]) == 6
+        assert ("q_proj" in rows) == ("apart" in form)
+    for lowering in ("compact", "if"):
+        for name, value in found[lowering].items():
+            np.testing.assert_allclose(value, found["masked"][name], rtol=0, atol=1e-5, err_msg=f"{lowering} {name}")
+
+
+@pytest.mark.parametrize("lowering", ["compact", "if"])
+def test_steps_of_no_active_token_project_nothing_when_attention_serves_all(graph, lowering, tmp_path):
+    path = graph("int4, apart")
+    adapter = save_routed_adapter(path, tmp_path / "adapter", routing="attention")
+    model = build_model(open_source(path, adapter), lowering)
+    _, rows = run_forced(model, np.zeros((1, SEQUENCE), bool), path.parent, tmp_path)
+    assert {size for role in ("q_proj", "o_proj") for size in rows.get(role, ())} <= {0}
+
+
+def run_forced(model, active, folder, profiles):
+    """Outputs of a graph that is told who is active, and by role how many rows its attention's projections saw."""
+    ir.save(exposed(model, force=True), profiles / "told.onnx", external_data="told.data")
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix, options.log_severity_level = True, str(profiles / "p"), 4
+    session = ort.InferenceSession(profiles / "told.onnx", options)
+    inputs = {value.name for value in session.get_inputs()}
+    feeds = {"input_ids": np.arange(5, 5 + SEQUENCE)[np.newaxis], "attention_mask": np.ones((1, SEQUENCE), np.int64)}
+    feeds |= {name: np.zeros((1, 2, 0, 16), np.float32) for name in inputs if name.startswith("past")}
+    feeds |= {name: active for name in inputs if name.startswith("force_active")}
+    names = [value.name for value in session.get_outputs()]
+    outputs = dict(zip(names, session.run(names, feeds), strict=True))
+    rows = collections.defaultdict(list)
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        role = next((role for role in ("q_proj", "o_proj") if role in event["name"]), None)
+        operands = event.get("args", {}).get("input_type_shape")
+        if role is not None and event["name"].endswith("_kernel_time") and event["args"]["op_name"] in PRODUCTS:
+            (shape,) = operands[0].values()
+            rows[role].append(int(np.prod(shape[:-1])))
+    return outputs, rows
+
+
+PRODUCTS = ("MatMul", "MatMulNBits", "FusedMatMul", "Gemm")
 
 
 def test_routed_graph_equals_its_checkpoint_when_one_is_given(graph, tmp_path):
@@ -334,9 +409,11 @@ def test_graph_is_taken_when_a_tool_has_renamed_its_logits_and_says_nothing_of_i
     assert np.isfinite(logits(tmp_path / "routed" / "model.onnx")).all()
 
 
-def test_onnxruntime_genai_runs_the_routed_graph_as_it_ran_the_first(graph, tmp_path):
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+def test_onnxruntime_genai_runs_the_routed_graph_as_it_ran_the_first(graph, kind, tmp_path):
     path = graph("int4")
-    exported(path, tmp_path / "out", adapter=save_routed_adapter(path, tmp_path / "adapter"), parity=False)
+    adapter = save_routed_adapter(path, tmp_path / "adapter", routing=kind)
+    exported(path, tmp_path / "out", adapter=adapter, parity=False)
     prompt = list(range(5, 14))
     with OnnxRuntimeRunner(tmp_path / "out" / "model.onnx") as runner:
         (wanted,) = generate(runner, [prompt], max_new_tokens=8).sequences

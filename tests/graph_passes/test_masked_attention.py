@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -48,6 +49,56 @@ def test_matcher_tells_the_parts_when_attention_is_masked() -> None:
     names = [f"{ATTENTION}.{name}" for name in ("active_keys", "active_values", "bias", "masked")]
     assert [node.outputs[0].name for node in selects] == names
     assert not {"Sigmoid", "Concat"} & {node.op_type for node in masked.nodes}, "router and state serve all tokens"
+
+
+def _optimum() -> ir.Model:
+    return ir.load(Path(__file__).parents[1] / "data" / "optimum_llama" / "model.onnx")
+
+
+def test_matcher_tells_the_projections_apart_when_attention_is_spelled_out() -> None:
+    model = _optimum()
+    RouteLayersPass({1: np.ones(32, np.float32)}, kind="attention")(model)
+    layer = find_decoder_layers(model.graph)[1]
+    masked = match_masked_attention(layer)
+    assert isinstance(masked, MaskedAttention)
+    assert (masked.attention, masked.hidden, masked.stays) == (None, None, True)
+    roles = ["/model/layers.1/self_attn/q_proj/MatMul", "/model/layers.1/self_attn/o_proj/MatMul"]
+    assert [node.name for node in (*masked.projections, *masked.outputs)] == roles
+
+
+def _show_the_scores(graph: ir.Graph) -> None:
+    scores = _node(graph, "/model/layers.1/self_attn/Softmax_output_0").outputs[0]
+    scores.type = ir.TensorType(ir.DataType.FLOAT)
+    graph.outputs.append(scores)
+
+
+def _make_values_of_the_query(graph: ir.Graph) -> None:
+    values = next(node for node in graph if node.name == "/model/layers.1/self_attn/v_proj/MatMul")
+    values.replace_input_with(0, _node(graph, "/model/layers.1/self_attn/q_proj/MatMul_output_0").outputs[0])
+    graph.sort()
+
+
+def _add_the_query(graph: ir.Graph) -> None:
+    query = _node(graph, "/model/layers.1/self_attn/q_proj/MatMul_output_0").outputs[0]
+    down = next(node for node in graph if node.name == "/model/layers.1/mlp/up_proj/MatMul")
+    summed = ir.node("Add", [down.inputs[0], query])
+    graph.insert_before(down, summed)
+    down.replace_input_with(0, summed.outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_show_the_scores, "of its attention is used elsewhere, by the graph's outputs"),
+        (_make_values_of_the_query, "keys or values are computed from what"),
+        (_add_the_query, "is used elsewhere, by Add"),
+    ],
+)
+def test_routing_refuses_when_queries_of_zeros_would_show(change: Callable[[ir.Graph], None], reason: str) -> None:
+    model = _optimum()
+    change(model.graph)
+    with pytest.raises(GraphPassError, match=reason):
+        RouteLayersPass({1: np.ones(32, np.float32)}, kind="attention")(model)
 
 
 def test_matcher_tells_the_query_apart_when_skipped_tokens_leave_keys() -> None:

@@ -6,6 +6,7 @@ import pytest
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.find.linear_flow import LinearFlow
 from tests.graph_passes import golden_graphs
 
 ATTENTION = "model.layers.0.self_attn"
@@ -66,3 +67,25 @@ def test_projections_are_found_when_rotary_tables_are_constants() -> None:
     initializers = "float[3,1] cosines = {1,1,1},\n  float[3,1] sines = {0,0,0}"
     (layer,) = find_decoder_layers(_model(initializers, nodes, "query").graph)
     assert layer.projections["q_proj"].tensor == "self_attn.q_proj.weight"
+
+
+def test_columns_are_told_apart_when_a_gemm_takes_all_tokens_in_one_axis() -> None:
+    # As simplifiers write a packed product and its bias.
+    weights = ",".join("1" * 32)
+    text = f"""<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+decoder (float[1,t,4] x, int64[2] tokens, float[1,1,p,2] past_k, float[1,1,p,2] past_v, int32[1] lengths, int32 total)
+  => (float[1,t,4] y, float[1,1,n,2] key, float[1,1,n,2] value)
+  <float[4,8] weight = {{{weights}}},
+   float[8] bias = {{1,1,1,1,1,1,1,1}}, int64[2] rows = {{-1,4}}, int64[1] width = {{8}}> {{
+  flat = Reshape (x, rows)
+  product = Gemm (flat, weight, bias)
+  shape = Concat <axis: int = 0> (tokens, width)
+  packed = Reshape (product, shape)
+  y, key, value = com.microsoft.GroupQueryAttention <num_heads: int = 2, kv_num_heads: int = 1>
+    (packed, "", "", past_k, past_v, lengths, total)
+}}"""
+    graph = ir.from_onnx_text(text).graph
+    flow = LinearFlow(graph)
+    keys, values = (flow.of(output) for output in graph.outputs[1:])
+    assert [(part.start, part.stop) for part in (*keys, *values)] == [(4, 6), (6, 8)]
+    assert [(part.start, part.stop) for part in flow.first_without(keys | values)] == [(0, 4)]
