@@ -56,9 +56,10 @@ from dlo_export.modeling.training.run import TrainingResult, train_model
 from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.sharding import receives_weights
-from dlo_export.modeling.training.trainer import StepReport
+from dlo_export.modeling.training.trainer import HeldOut, StepReport
 
 _SEQUENCE = 1024
+_RATE_PROMISED = 0.02  # how far from the target a rate may be before a warning says so
 _VERSIONS = ("torch", "transformers", "accelerate", "numpy")
 
 
@@ -71,6 +72,7 @@ class TrainRequest:
         output: Checkpoint folder to make; the run lives beside it, in a folder of its name and `.run`.
         data: .jsonl or .txt file, or a folder of them.
         held_out: The same, to measure on; None takes some documents out of `data`.
+        other_text: The same, to measure the trained model on, each alone.
         adapter: Adapter on the model.
         as_adapter: Make an adapter, routers and LoRA's matrices alone, instead of a checkpoint.
         routers: ``keep`` those the model has, ``add`` an all-zero one to each layer without, or ``none``: train it
@@ -87,6 +89,7 @@ class TrainRequest:
     output: Path
     data: Path
     held_out: Path | None
+    other_text: Sequence[Path]
     adapter: Path | None
     as_adapter: bool
     routers: str
@@ -110,7 +113,7 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
         ValueError: Of our packages: the model, the data or the settings are not usable, or training diverged.
         MachineError: Of our packages: no room on the disk, no such device.
     """
-    inputs = (Path(request.model), request.adapter, request.data, request.held_out)
+    inputs = (Path(request.model), request.adapter, request.data, request.held_out, *request.other_text)
     made = FolderKind.ADAPTER if request.as_adapter else FolderKind.TRAINED_CHECKPOINT
     check_output_folder(request.output, overwrite=request.force, makes=made, inputs=inputs)
     RunFolder(request.run_folder).check_place()
@@ -148,6 +151,9 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
                 report=on_step,
                 should_stop=should_stop,
             )
+            if result.is_main:
+                for warning in rate_warnings(result, request.settings.target):
+                    reporter.warn(warning)
             if result.stopped and result.is_main:
                 reporter.warn(f"stopped after step {result.step} of {result.steps}; go on with --resume")
         if not result.stopped and request.as_adapter:
@@ -175,15 +181,31 @@ def report_json(result: TrainingResult) -> dict[str, Any]:
         controlled = dataclasses.asdict(control) | {"thresholds": thresholds_json(control.thresholds)}
     return {
         "steps": result.step,
-        "held_out": {
-            "loss": held_out.loss,
-            "perplexity": held_out.perplexity,
-            "training_selection_loss": held_out.training_loss,
-            "active_rate": held_out.active_rate,
-            "active_rate_by_layer": {str(layer): rate for layer, rate in held_out.active.items()},
-        },
+        "held_out": _measured_json(held_out),
         "rate_control": controlled,
+        "other_text": {name: _measured_json(measured) for name, measured in result.others.items()},
     }
+
+
+def _measured_json(measured: HeldOut) -> dict[str, Any]:
+    return {
+        "loss": measured.loss,
+        "perplexity": measured.perplexity,
+        "training_selection_loss": measured.training_loss,
+        "active_rate": measured.active_rate,
+        "active_rate_by_layer": {str(layer): rate for layer, rate in measured.active.items()},
+    }
+
+
+def rate_warnings(result: TrainingResult, target: float) -> Iterator[str]:
+    """On which text the trained model's rate is not what was asked for: text decides what routers let skip."""
+    measured = dict(result.others) if result.held_out is None else {"held-out text": result.held_out, **result.others}
+    for name, found in measured.items():
+        if found.active_rate is not None and abs(found.active_rate - target) > _RATE_PROMISED:
+            yield (
+                f"{name}: {found.active_rate:.1%} active, the target is {target:.0%}; train on such text too, or move "
+                "the rate by `dlo calibrate --retarget` with text of the mix it is for"
+            )
 
 
 def _trained_model(
@@ -237,13 +259,14 @@ def _packed(request: TrainRequest, tokenizer: Any, config: Mapping[str, Any], re
     else:
         sets = _split(records, settings, request.data)
     packed = []
-    for chosen in sets:
+    for chosen in (*sets, *map(read_records, request.other_text)):
         data = tokenize_records(chosen, tokenizer, length=settings.sequence, long_chats=settings.long_chats)
         if data.shortened or data.skipped:
             reporter.warn(f"{data.shortened} chats were cut to {settings.sequence} tokens, {data.skipped} left out")
         _check_vocabulary(data, config["vocab_size"])
         packed.append(PackedDocuments(data.documents, settings.sequence, tokenizer.eos_token_id or 0))
-    return PackedSets(*packed)
+    training, held_out, *others = packed
+    return PackedSets(training, held_out, others=dict(zip(map(str, request.other_text), others, strict=True)))
 
 
 def _split(records: list[Record], settings: TrainingSettings, data: Path) -> tuple[list[Record], list[Record]]:
@@ -274,11 +297,13 @@ def _description(request: TrainRequest, source: ExportSource, config: Mapping[st
     data = {"training": [dataclasses.asdict(file) for file in described_files(request.data)]}
     if request.held_out is not None:
         data["held_out"] = [dataclasses.asdict(file) for file in described_files(request.held_out)]
+    others = {str(path): [dataclasses.asdict(file) for file in described_files(path)] for path in request.other_text}
     routing = None if request.routers == "none" else routing_kind(config)
     return {
         "format_version": 1,
         "model": {"sha256": source.base.sha256(), "adapter": adapter, "routers": request.routers, "routing": routing},
         "data": data,
+        "other_text": others,
         "settings": dataclasses.asdict(request.settings),
         "versions": {
             "dlo-export": __version__,  # it may run from its repository, where nothing is installed

@@ -19,7 +19,7 @@ from dlo_export.exporter.sources.checkpoint_model import CheckpointModel
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.errors import TrainingError
-from dlo_export.modeling.training.parameters import lora_factors
+from dlo_export.modeling.training.parameters import lora_factors, router_weights
 from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME
 
 _ADAPTED_MODES = ("routers", "lora")
@@ -76,11 +76,9 @@ def save_trained_adapter(
         name: LoraFactors(ArrayTensor(_half(a)), ArrayTensor(_half(b)), scale)
         for name, a, b, scale in lora_factors(model)
     }
-    routers: dict[str, LazyTensor] = {}
-    for layer in model.config.routed_layers:
-        router = model.model.router(layer)
-        assert router is not None, "the layer is routed"
-        routers[router_name(layer)] = ArrayTensor(router.weight.detach().float().cpu().numpy())
+    routers: dict[str, LazyTensor] = {
+        router_name(layer): ArrayTensor(weight.float().cpu().numpy()) for layer, weight in router_weights(model)
+    }
     if not is_main:
         return
     config = model.config

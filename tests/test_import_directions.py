@@ -34,7 +34,7 @@ PACKAGES = {
     "checkpoints/tokenization": {"tokenizers"},
     "graph_passes": {"ml_dtypes", "numpy", "onnx_ir"},
     "modeling": {"ml_dtypes", "numpy", "torch", "transformers"},
-    "modeling/training": {"accelerate", "peft", "safetensors"},
+    "modeling/training": {"accelerate", "deepspeed", "peft", "safetensors"},
     "plugins": {"numpy", "tensorrt", "tensorrt_rtx", "triton"},
     "runtimes": {"ml_dtypes", "numpy"},
     "runtimes/generation/tokenizer.py": {"transformers"},
@@ -73,6 +73,7 @@ PACKAGES = {
     "tests/data": {"optimum"},
     "tests/modeling": {"benchmarks"},  # what a GPU is to show
     "tests/interop": {"benchmarks", "optimum", "polygraphy"},  # which writes what its program reads
+    "tests/interop/launched": {"deepspeed"},
     "tests/plugins": {"tensorrt_bindings"},
     "tests/runtimes": {"cuda"},
 }
@@ -155,8 +156,9 @@ def test_every_imported_package_is_declared_when_installed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     declared = {normalised(re.split(r"[\[<>=]", requirement)[0]) for requirement in requirements}
-    # TensorRT's modules come with distributions that these two bring.
-    brought_by = packages_distributions() | {"tensorrt": ["tensorrt"], "tensorrt_rtx": ["tensorrt-rtx"]}
+    # TensorRT's modules come with distributions that these two bring; DeepSpeed is not installed here.
+    elsewhere = {"tensorrt": ["tensorrt"], "tensorrt_rtx": ["tensorrt-rtx"], "deepspeed": ["deepspeed"]}
+    brought_by = packages_distributions() | elsewhere
     files = [file for tree in (*ROOMS, "dlo_export") for file in python_files(tree)]
     imported = {module.split(".")[0] for file in files for module in imported_modules(file.read_text())}
     imported -= sys.stdlib_module_names | {"dlo_export"}

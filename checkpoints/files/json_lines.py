@@ -48,11 +48,22 @@ def read_json_lines(path: Path, error: type[InputError] = InputError) -> Iterato
         raise error(f"{path}: cannot be read ({err})", hint="is it complete, and of the kind its name says?") from err
 
 
+def line_value(line: bytes) -> Any:
+    """The JSON value in a line.
+
+    Raises:
+        ValueError: It is none in UTF-8, or has a string that is no text.
+        RecursionError: It is nested too deep.
+    """
+    value = json.loads(line.decode("utf-8-sig"))  # some programs begin a file by a byte order mark
+    if b"\\u" in line:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # an escaped half of a surrogate pair is no text
+    return value
+
+
 def _parsed(origin: str, line: bytes, error: type[InputError]) -> JsonLine:
     try:
-        values = json.loads(line.decode("utf-8"))
-        if b"\\u" in line:
-            json.dumps(values, ensure_ascii=False).encode("utf-8")  # an escaped half of a surrogate pair is no text
+        values = line_value(line)
     except (ValueError, RecursionError) as err:
         raise error(f"{origin}: is not JSON in UTF-8 ({err})", hint="each line holds one JSON object") from err
     if not isinstance(values, dict):

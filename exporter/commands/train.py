@@ -28,6 +28,10 @@ def main(
     held_out_data: Annotated[
         Path | None, typer.Option("--held-out", help="The same to measure on; else a share of the documents.")
     ] = None,
+    other_text: Annotated[
+        list[Path] | None,
+        typer.Option("--other-text", help="The same to measure the trained model on, each alone; may be repeated."),
+    ] = None,
     held_out_share: Annotated[float, typer.Option(callback=finite, help="That share.")] = 0.02,
     adapter: Annotated[Path | None, typer.Option(help="Adapter on the model.")] = None,
     as_adapter: Annotated[
@@ -144,6 +148,7 @@ def main(
         output=output,
         data=data,
         held_out=held_out_data,
+        other_text=tuple(other_text or ()),
         adapter=adapter,
         as_adapter=as_adapter,
         routers=routers,
@@ -179,4 +184,7 @@ def _print_report(result: TrainingResult, request: TrainRequest) -> None:
     active = "" if mean is None else f", active {mean:.1%} over the routed layers (target {target:.0%})"
     if result.rate_control is not None and result.rate_control.after != result.rate_control.before:
         active += f", {result.rate_control.before:.1%} before its thresholds were shifted"
+    for name, measured in result.others.items():
+        its_rate = "" if measured.active_rate is None else f", active {measured.active_rate:.1%}"
+        typer.echo(f"{name}: perplexity {measured.perplexity:.2f}{its_rate}")
     typer.echo(f"{request.output}: {result.step} steps, held-out perplexity {result.held_out.perplexity:.2f}{active}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -60,10 +60,17 @@ class PackedDocuments(Dataset[dict[str, torch.Tensor]]):
 
 @dataclass(frozen=True)
 class PackedSets:
-    """What a run learns from and what it is measured on."""
+    """What a run learns from and what it is measured on.
+
+    Attributes:
+        training: To learn from.
+        held_out: To measure on while it trains, and to bring the rate to the target on.
+        others: By name, what else the trained model is measured on.
+    """
 
     training: PackedDocuments
     held_out: PackedDocuments
+    others: Mapping[str, PackedDocuments] = field(default_factory=dict, kw_only=True)
 
     @property
     def fitted(self) -> range:

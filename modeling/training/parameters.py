@@ -15,6 +15,7 @@ from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.sharding import whole
+from dlo_export.modeling.training.zero import gathered
 
 _LORA_MARK = ".lora_"
 
@@ -92,17 +93,19 @@ def merged_state(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor
     A tied head is left out. Each process has to go through all of them where the model is sharded.
     """
     lora = {
-        f"{name}.base_layer": module.get_delta_weight
-        for name, module in model.named_modules()
-        if hasattr(module, "get_delta_weight")
+        f"{name}.base_layer": module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")
     }
     for name, parameter in model.named_parameters():
         if _LORA_MARK in name:
             continue
         module, _, kind = name.rpartition(".")
-        value = whole(parameter.detach())
-        if module in lora and kind == "weight":
-            value = value + whole(lora[module]("default").detach())
+        beside = lora.get(module) if kind == "weight" else None
+        with gathered([parameter] if beside is None else beside.parameters()):
+            value = whole(parameter.detach())
+            if beside is not None:
+                value = value + whole(beside.get_delta_weight("default").detach())
+            elif hasattr(parameter, "ds_id"):
+                value = value.clone()  # what was gathered is given back
         yield f"{module.removesuffix('.base_layer')}.{kind}", value
 
 
@@ -113,8 +116,20 @@ def lora_factors(model: LlamaDloForCausalLM) -> Iterator[tuple[str, torch.Tensor
     """
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
-            a, b = (whole(getattr(module, kind)["default"].weight.detach()) for kind in ("lora_A", "lora_B"))
+            matrices = [getattr(module, kind)["default"].weight for kind in ("lora_A", "lora_B")]
+            with gathered(matrices):
+                a, b = (whole(matrix.detach().clone()) for matrix in matrices)
             yield f"{name}.weight", a, b, float(module.scaling["default"])
+
+
+def router_weights(model: LlamaDloForCausalLM) -> Iterator[tuple[int, torch.Tensor]]:
+    """By routed layer, its router [1, hidden]. Each process has to go through all where the model is sharded."""
+    for layer in model.config.routed_layers:
+        router = model.model.router(layer)
+        assert router is not None, "the layer is routed"
+        with gathered(router.parameters()):
+            weight = whole(router.weight.detach().clone())
+        yield layer, weight
 
 
 def _add_lora(model: LlamaDloForCausalLM, settings: TrainingSettings) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dlo_export.checkpoints.files.file_digest import file_sha256
+from dlo_export.checkpoints.files.json_lines import line_value
 from dlo_export.modeling.training.errors import TrainingDataError
 
 ROLES = ("system", "user", "assistant")
@@ -108,7 +108,7 @@ def _line_records(file: Path) -> Iterator[Record | str]:
                 continue
             origin = f"{file} line {number}"
             try:
-                value = json.loads(line)
+                value = line_value(line)
             except (ValueError, RecursionError) as err:
                 yield f"{origin}: is not JSON: {err}"
                 continue

@@ -26,6 +26,7 @@ from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.sharding import check_processes, check_sharding
 from dlo_export.modeling.training.trainer import DloTrainer, HeldOut, RateControl, StepReport
+from dlo_export.modeling.training.zero import check_zero, is_zero, process_backend
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TrainingResult:
         held_out: What held-out text says of the trained model; None for a stopped run.
         rate_control: How its rate was brought to the target; None for a stopped run, without routers, or where that was
             not asked for.
+        others: What other text says of it, by name; empty for a stopped run.
         is_main: Whether this process is the one that writes.
     """
 
@@ -47,6 +49,7 @@ class TrainingResult:
     stopped: bool
     held_out: HeldOut | None
     rate_control: RateControl | None
+    others: Mapping[str, HeldOut]
     is_main: bool
 
 
@@ -82,6 +85,7 @@ def train_model(
     """
     torch_device(settings.device)  # or it says why not, before anything is written
     check_sharding(settings)
+    check_zero(settings)
     transformers_logging.disable_progress_bar()  # of its own, of each file it saves
     teacher = dense_teacher(model, settings.mode) if settings.distill_weight else None
     choose_parameters(model, settings)
@@ -125,9 +129,15 @@ def train_model(
         controlled = trainer.control_rate()
         if controlled.after != controlled.before:
             measured = trainer.measure()
-    state = trainer.state
+    others = {} if trainer.stopped else {name: trainer.measure(text) for name, text in data.others.items()}
     return TrainingResult(
-        state.global_step, state.max_steps, trainer.stopped, measured, controlled, trainer.is_world_process_zero()
+        step=trainer.state.global_step,
+        steps=trainer.state.max_steps,
+        stopped=trainer.stopped,
+        held_out=measured,
+        rate_control=controlled,
+        others=others,
+        is_main=trainer.is_world_process_zero(),
     )
 
 
@@ -141,8 +151,10 @@ def training_arguments(settings: TrainingSettings, folder: Path, *, saves: bool 
     """
     return TrainingArguments(
         output_dir=str(folder),
-        use_cpu=settings.device == "cpu",
-        bf16=settings.dtype == "bf16",
+        # Accelerate asks for DeepSpeed only where it was not told of a CPU, and DeepSpeed's bf16 is no autocast.
+        use_cpu=settings.device == "cpu" and not is_zero(),
+        ddp_backend=process_backend(settings),
+        bf16=settings.dtype == "bf16" and not is_zero(),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch,

@@ -17,13 +17,12 @@ Selection = Literal["top-k", "threshold", "annealed"]
 LongChats = Literal["error", "truncate", "skip"]
 Dtype = Literal["fp32", "bf16"]
 _COLDEST = 0.1
+_LOSSES = ("language_weight", "distill_weight", "skip_weight", "rate_weight")
 _RANGES: Mapping[tuple[str, ...], tuple[Callable[[float], bool], str]] = {
     ("target",): (lambda value: 0 < value <= 1, "a capacity above 0 and at most 1"),
     ("epochs", "learning_rate", "router_learning_rate", "max_grad_norm"): (lambda value: value > 0, "more than 0"),
-    ("language_weight", "distill_weight", "skip_weight", "rate_weight", "anneal_steps", "soft_steps", "seed"): (
-        lambda value: value >= 0,
-        "at least 0",
-    ),
+    (*_LOSSES, "anneal_steps", "soft_steps"): (lambda value: value >= 0, "at least 0"),
+    ("seed",): (lambda value: 0 <= value < 2**32, "from 0 to below 2**32"),
     ("warmup", "held_out"): (lambda value: 0 <= value < 1, "a share from 0 to below 1"),
     ("batch", "accumulate", "max_steps", "lora_rank", "eval_every", "save_every"): (
         lambda value: value >= 1,
@@ -138,6 +137,8 @@ class TrainingSettings:
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 yield f"{name} is {getattr(self, name)!r}, expected one of {', '.join(values)}"
+        if not any(getattr(self, name) for name in _LOSSES):
+            yield f"{', '.join(_LOSSES)} are all 0, expected one of them to be learned from"
         if parse_device(self.device).index not in (None, 0):
             yield f"device is {self.device!r}, expected cpu or cuda; CUDA_VISIBLE_DEVICES chooses the GPU"
         for names, (is_allowed, expected) in _RANGES.items():

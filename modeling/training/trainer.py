@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from dlo_export.modeling.routing import is_active
 from dlo_export.modeling.training.compilation import uncompiled
 from dlo_export.modeling.training.distillation import distillation_loss
 from dlo_export.modeling.training.errors import TrainingDivergedError, TrainingError
-from dlo_export.modeling.training.packing import IGNORED, PackedSets, stacked
+from dlo_export.modeling.training.packing import IGNORED, PackedDocuments, PackedSets, stacked
 from dlo_export.modeling.training.parameters import parameter_groups
 from dlo_export.modeling.training.run_folder import CAPACITIES_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
@@ -39,6 +39,7 @@ from dlo_export.modeling.training.skip_loss import (
     threshold_selection,
     top_k_selection,
 )
+from dlo_export.modeling.training.zero import configure_zero
 
 _SLACK_BYTES = 1 << 20
 _RATE_TOLERANCE = 0.01  # half of what a user may expect, since held-out text is a sample
@@ -185,14 +186,27 @@ class DloTrainer(Trainer):
         self.is_fsdp_enabled = self.accelerator.is_fsdp2
         if self.is_fsdp_enabled:
             configure_sharding(self.accelerator, self._routed)
+        if self.is_deepspeed_enabled:
+            configure_zero(self.accelerator, self._routed, self.settings)
 
     # A step, in the order of events.
 
     def begin_step(self) -> None:
-        """Forgets the last step's sums and micro-batches."""
+        """Forgets the last step's sums and micro-batches, and gives each layer its share of the learning rate."""
         self._micro_batches.clear()
         self._sums = torch.zeros(_SUMS + len(self.capacities), dtype=torch.float64, device=self.args.device)
         self._step_started = time.perf_counter()
+        self._scale_learning_rates()
+
+    def _scale_learning_rates(self) -> None:
+        """By the capacities of the step before; the scheduler sets the rates anew when the step is done."""
+        if not (self.settings.layer_wise and self.capacities):
+            return
+        assert self.optimizer is not None, "this comes before its step"
+        mean = sum(self.capacities.values()) / len(self.capacities)
+        for group in self.optimizer.param_groups:
+            if group["layer"] in self.capacities:
+                group["lr"] *= self.capacities[group["layer"]] + 1 - mean
 
     def compute_loss(
         self,
@@ -230,6 +244,8 @@ class DloTrainer(Trainer):
             shares = (losses.skip.detach(), losses.rate.detach(), losses.active, losses.selected)
             routers = [torch.stack([value.double() for value in shares]), losses.labelled]
         self._sums += torch.cat([torch.stack(parts), *routers])
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            self._check_losses()
         return (loss, outputs) if return_outputs else loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -241,6 +257,11 @@ class DloTrainer(Trainer):
             TrainingDivergedError: One is not finite, and the optimiser cannot be told.
         """
         assert self.optimizer is not None, "this comes before its step"
+        if self.is_deepspeed_enabled:  # which has clipped by itself, and taken the step
+            engine: Any = model
+            self._found = torch.tensor([float(engine.get_global_grad_norm()), 0.0], dtype=torch.float64)
+            self.check_step()
+            return self._found[0]
         learning = [*self._routed.parameters()]
         norm = torch.nn.utils.get_total_norm([each.grad for each in learning if each.grad is not None])
         # A finite gradient is no proof: softmax has one where its logits overflow. No router's loss is large.
@@ -257,6 +278,12 @@ class DloTrainer(Trainer):
         torch.nn.utils.clip_grads_with_norm_(learning, self.settings.max_grad_norm, norm)
         return norm
 
+    def _check_losses(self) -> None:
+        """Raises TrainingDivergedError before the step's last backward pass, which takes DeepSpeed's step."""
+        losses = torch.stack([batch.loss for batch in self._micro_batches]).sum().double()
+        self._found = torch.stack([torch.zeros_like(losses), self.accelerator.reduce(losses, "sum")])
+        self.check_step()
+
     def check_step(self) -> None:
         """Waits for a step's loss and gradient.
 
@@ -268,16 +295,6 @@ class DloTrainer(Trainer):
             raise self._diverged("the loss", self._first_bad_layer())
         if not gradient_is_finite:
             raise self._diverged("the gradient", self._first_bad_gradient())
-
-    def scale_learning_rates(self) -> None:
-        """Gives each layer its share of the learning rate; the scheduler sets the rates anew after the step."""
-        if not (self.settings.layer_wise and self.capacities):
-            return
-        assert self.optimizer is not None, "this comes before its step"
-        mean = sum(self.capacities.values()) / len(self.capacities)
-        for group in self.optimizer.param_groups:
-            if group["layer"] in self.capacities:
-                group["lr"] *= self.capacities[group["layer"]] + 1 - mean
 
     def end_step(self) -> None:
         """Takes over the step's capacities, logs it, and stops if that is wished for."""
@@ -357,8 +374,9 @@ class DloTrainer(Trainer):
         return {layer: torch.cat(values) for layer, values in scores.items()}
 
     @torch.no_grad()
-    def measure(self) -> HeldOut:
-        """Runs the model over held-out text, routed as at inference and, beside it, as in training."""
+    def measure(self, text: PackedDocuments | None = None) -> HeldOut:
+        """Runs the model over text, held out unless given, routed as at inference and, beside it, as in training."""
+        text = self._held_out if text is None else text
         model = self._routed
         was_training = model.training
         model.eval()
@@ -366,7 +384,7 @@ class DloTrainer(Trainer):
         sums = torch.zeros(4 + len(layers), dtype=torch.float64, device=self.args.device)
         config = model.config
         with uncompiled():
-            for batch in self._held_out_batches():
+            for batch in self._batches(text):
                 counted, labels = batch.pop("counted"), batch.pop("labels")
                 with self._autocast():
                     outputs = model(**batch, use_cache=False)
@@ -384,13 +402,13 @@ class DloTrainer(Trainer):
         rates = {layer: count / tokens for layer, count in zip(layers, counts, strict=True)}
         return HeldOut(loss / learned, trained / learned, rates)
 
-    def _held_out_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _batches(self, text: PackedDocuments) -> Iterator[dict[str, torch.Tensor]]:
         """This process's share, in as many batches as every other's: a sharded model runs in all of them or in none."""
-        number, processes = len(self._held_out), self.accelerator.num_processes
+        number, processes = len(text), self.accelerator.num_processes
         step = self.settings.batch * processes
         for start in range(self.accelerator.process_index, -(-number // step) * step, step):
             mine = [index for index in range(start, start + step, processes) if index < number]
-            batch = stacked([self._held_out[index] for index in mine or [0]])
+            batch = stacked([text[index] for index in mine or [0]])
             if not mine:
                 batch["labels"].fill_(IGNORED)
                 batch["counted"].fill_(False)
@@ -398,6 +416,8 @@ class DloTrainer(Trainer):
 
     def _autocast(self) -> AbstractContextManager[None]:
         """Accelerate puts its own around a model that it wraps, and none around a sharded one."""
+        if self.is_deepspeed_enabled:
+            return nullcontext()  # the model's own forward has it
         # A cache of casts would hold the 16-bit copy of every weight that shards are gathered into, all at once.
         casts = AutocastKwargs(cache_enabled=not self.is_fsdp_enabled)
         context: AbstractContextManager[None] = self.accelerator.autocast(casts)
@@ -467,7 +487,8 @@ class DloTrainer(Trainer):
             ) from err
 
     def _fill_checkpoint(self, folder: Path) -> None:
-        self.save_model(str(folder), _internal_call=True)
+        if not self.is_deepspeed_enabled:  # whose own checkpoint, with the optimiser's, has the weights
+            self.save_model(str(folder), _internal_call=True)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_rng_state(str(folder))
         if self.is_world_process_zero():
@@ -488,6 +509,9 @@ class DloTrainer(Trainer):
             self.train(resume_from_checkpoint=str(checkpoint))
         else:  # the Trainer would do one step more
             self.state = state
+            if self.is_deepspeed_enabled:
+                self._prepare_for_training(state.max_steps, self.get_train_dataloader(), str(checkpoint))
+                return
             if self.is_fsdp_enabled:  # whose checkpoints are of shards
                 self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
             self._load_from_checkpoint(str(checkpoint))
@@ -526,6 +550,8 @@ class DloTrainer(Trainer):
         return f"layer {position - 1} is the first whose output is not"
 
     def _first_bad_gradient(self) -> str:
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed does not say of which weight"
         for name, parameter in self._routed.named_parameters():
             if parameter.grad is not None and not whole(parameter.grad.isfinite().all()):
                 return f"{name} is the first whose gradient is not"
@@ -547,9 +573,6 @@ class _StepCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.begin_step()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._trainer.scale_learning_rates()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.check_step()

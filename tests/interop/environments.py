@@ -122,6 +122,9 @@ EXPORTER = "mobius"
 """Of graphs, with PyTorch's own exporter beside it."""
 COMPARER = "polygraphy"
 """Of a graph's outputs with saved ones; its own program is called."""
+SHARDER = "deepspeed"
+"""It shards a model that is trained in several processes."""
+SHARDER_REQUIREMENTS = REQUIREMENTS / "deepspeed.txt"
 GENERATING = [name for name in CLIENTS if name != "transformers_4"]
 
 
@@ -130,6 +133,7 @@ def main() -> None:
     installs = {client.name: client.install for client in CLIENTS.values() if not client.installed}
     installs[EXPORTER] = functools.partial(peer_environment, EXPORTER)
     installs[COMPARER] = functools.partial(peer_environment, COMPARER, REQUIREMENTS / "polygraphy.txt")
+    installs[SHARDER] = functools.partial(peer_environment, SHARDER, SHARDER_REQUIREMENTS)
     for name, install in installs.items():
         try:
             install()

@@ -92,8 +92,14 @@ def test_a_terminated_run_goes_on_to_the_same_end_when_resumed(place: Path, tmp_
 def test_a_plain_model_is_trained_with_new_routers_or_without(
     place: Path, tmp_path: Path, routers: str, routed: object
 ) -> None:
-    result = train(place, "plain", tmp_path / "out", "--max-steps", 2, "--routers", routers, "--trained-rate")
+    other = place / "text.txt"
+    options = ("--max-steps", 2, "--routers", routers, "--trained-rate", "--other-text", other)
+    result = train(place, "plain", tmp_path / "out", *options)
     assert result.returncode == 0, result.stderr
+    measured = json.loads((tmp_path / "out" / "training.json").read_text())["result"]["other_text"][str(other)]
+    assert f"{other}: perplexity {measured['perplexity']:.2f}" in result.stdout
+    for name in ("held-out text", str(other)):
+        assert (f"{name}: " in result.stderr and "the target is 70%" in result.stderr) == (routers == "add")
     assert folder_kind(tmp_path / "out") is FolderKind.TRAINED_CHECKPOINT
     assert folder_kind(tmp_path / "out.run" / "checkpoint-2") is FolderKind.RUN_CHECKPOINT
     config = json.loads((tmp_path / "out" / "config.json").read_text())

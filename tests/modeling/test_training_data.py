@@ -43,6 +43,7 @@ def line(*turns: tuple[str, str]) -> str:
     ("bad", "message"),
     [
         ("{", r"d\.jsonl line 3: is not JSON"),
+        (r'{"text": "half a \ud800 pair"}', r"line 3: is not JSON: .*surrogates not allowed"),
         ("[1]", r"line 3: is a JSON list, expected an object"),
         ('{"prompt": "x"}', r"line 3: has neither messages nor text, only prompt"),
         ('{"text": " "}', r"line 3: text is empty"),

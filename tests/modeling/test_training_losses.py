@@ -119,6 +119,8 @@ def test_settings_list_all_that_is_out_of_range() -> None:
         TrainingSettings(mode="all", target=1.5, batch=0)
     with pytest.raises(TrainingError, match="learning_rate is nan"):
         TrainingSettings(learning_rate=math.nan)
+    with pytest.raises(TrainingError, match=r"rate_weight are all 0.*; seed is 4294967296, expected from 0"):
+        TrainingSettings(language_weight=0, skip_weight=0, rate_weight=0, seed=2**32)
 
 
 def test_rate_falls_linearly_to_the_target_then_stays() -> None:

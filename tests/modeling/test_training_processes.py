@@ -1,5 +1,6 @@
 """`dlo train` in two processes that `accelerate launch` describes to each other, each with a shard of the model."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -7,9 +8,11 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.numpy import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from tests.documents import commands
@@ -105,15 +108,21 @@ def rows(checkpoint: Path, part: str) -> dict[str, tuple[int, list[int]]]:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "options"),
+    ("model", "options", "file"),
     [
-        ("llama_dlo_exattn", ("--dtype", "bf16")),
-        ("llama_dlo", ("--gradient-checkpointing",)),
-        ("llama_dlo_attn", ("--mode", "lora")),
+        ({"model_type": "llama_dlo_exattn"}, ("--dtype", "bf16"), "model.safetensors"),
+        ({"model_type": "llama_dlo"}, ("--gradient-checkpointing",), "model.safetensors"),
+        (
+            {"routed": None},
+            ("--routers", "add", "--routing", "attention", "--mode", "lora", "--as-adapter"),
+            "adapter.safetensors",
+        ),
     ],
 )
-def test_shards_train_as_one_process_does(tmp_path: Path, model_type: str, options: tuple[object, ...]) -> None:
-    place = prepared(tmp_path, model_type=model_type)
+def test_shards_train_and_write_what_one_process_does(
+    tmp_path: Path, model: dict[str, object], options: tuple[object, ...], file: str
+) -> None:
+    place = prepared(tmp_path, **model)
     options = (*options, "--max-steps", 3)
     arguments = ("train", place / "model", "-o", tmp_path / "one", "--data", place / "chats.jsonl", *OPTIONS, *options)
     alone = run(*arguments, "--accumulate", 2, messages=tmp_path / "one-messages")
@@ -129,6 +138,10 @@ def test_shards_train_as_one_process_does(tmp_path: Path, model_type: str, optio
     one, two = (log_of(tmp_path / f"{name}.run") for name in ("one", "two"))
     for whole, shards in zip(one, two, strict=True):
         assert shards == pytest.approx(whole, rel=1e-5, abs=1e-7)  # a tenth of what bf16 changes
+    weights, gathered = (load_file(tmp_path / name / file) for name in ("one", "two"))
+    assert gathered.keys() == weights.keys()
+    for name, values in weights.items():
+        np.testing.assert_allclose(gathered[name], values, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -145,4 +158,16 @@ def test_sharding_is_refused_before_anything_is_written_when_it_cannot_work(
     arguments = ("train", place / "model", "-o", tmp_path / "out", "--data", place / "chats.jsonl", *OPTIONS)
     refused = run(*arguments, *options, messages=tmp_path / "messages", environment=sharding() | changes)
     assert (refused.returncode, message in refused.stderr, "hint:" in refused.stderr) == (2, True, True), refused
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_deepspeed_is_refused_before_anything_is_written_when_it_is_not_installed(place: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("deepspeed") is not None:
+        pytest.skip("it is installed here")
+    arguments = ("train", place / "model", "-o", tmp_path / "out", "--data", place / "chats.jsonl", *OPTIONS)
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    refused = run(*arguments, messages=tmp_path / "messages", environment=environment)
+    assert (refused.returncode, "is not installed" in refused.stderr, "hint:" in refused.stderr) == (4, True, True), (
+        refused
+    )
     assert not (tmp_path / "out.run").exists()
