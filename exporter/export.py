@@ -35,6 +35,7 @@ from dlo_export.exporter.lowering_choice import choose_onnxruntime_lowering
 from dlo_export.exporter.model_metadata import set_model_metadata
 from dlo_export.exporter.pipeline import build_captured_model, build_model, check_captured
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
@@ -64,12 +65,14 @@ class ParityFailedError(DloError):
     Args:
         report: What differed.
         kept: Where the artefact was put for inspection.
+        doubt: What else than the artefact may be wrong.
     """
 
     exit_code = 1
 
-    def __init__(self, report: ParityReport, kept: Path) -> None:
-        super().__init__(report.summary(), hint=f"the artefact was kept in {kept} for inspection")
+    def __init__(self, report: ParityReport, kept: Path, doubt: str | None = None) -> None:
+        hints = [f"the artefact was kept in {kept} for inspection", *([doubt] if doubt else [])]
+        super().__init__(report.summary(), hint="; ".join(hints))
         self.report = report
         self.kept = kept
 
@@ -378,7 +381,7 @@ def _run_parity(
         reason = "--no-parity" if not request.parity else "--no-weights"
         return ParityVerdict("NOT RUN", reason), None
     # Parity needs PyTorch; an export without it does not, and starts in a fraction of the time.
-    from dlo_export.exporter.parity_check import MOST_TOKENS, check_parity  # noqa: PLC0415
+    from dlo_export.exporter.parity_check import MOST_TOKENS, check_parity, doubt_about_kernels  # noqa: PLC0415
 
     with reporter.stage("parity"):
         graphs = [engine.options for engine in plan.engines] if plan is not None else []
@@ -401,8 +404,9 @@ def _run_parity(
     save_json(folder / PARITY_NAME, finite(report.to_json()))
     if report.verdict == "FAIL":
         complete_description(dataclasses.replace(description, parity=parity), folder)
+        doubt = doubt_about_kernels(load_graph(folder / MODEL_NAME), description, BY_PROVIDER[request.provider])
         failed = keep_aside(folder, request.output.with_name(f"{request.output.name}.failed"), request.inputs)
-        raise ParityFailedError(report, failed)
+        raise ParityFailedError(report, failed, doubt)
     return parity, report.summary()
 
 

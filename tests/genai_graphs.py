@@ -30,7 +30,12 @@ FORMS = {
 }
 LAST_LOGITS = "fp32, last logits"
 """Whose head runs for a step's last token alone."""
-_ALL_FORMS = FORMS | {LAST_LOGITS: ("fp32", "cpu", "prune_lm_head=true")}
+INT4_FLOAT16 = "int4, float16"
+"""Whose activations are float16 and rounded to 8 bits where they are multiplied: made for WebGPU."""
+_ALL_FORMS = FORMS | {
+    LAST_LOGITS: ("fp32", "cpu", "prune_lm_head=true"),
+    INT4_FLOAT16: ("int4", "webgpu"),
+}
 
 
 def build(checkpoint: Path, output: Path, form: str) -> Path:
@@ -39,7 +44,7 @@ def build(checkpoint: Path, output: Path, form: str) -> Path:
     Args:
         checkpoint: Its folder.
         output: Created.
-        form: A key of FORMS, or LAST_LOGITS.
+        form: A key of FORMS, LAST_LOGITS or INT4_FLOAT16.
     """
     precision, provider, *options = _ALL_FORMS[form]
     arguments = ("", str(checkpoint), str(output), precision, provider, str(output.with_name("cache")))
@@ -55,7 +60,7 @@ def save_genai_graph(folder: Path, form: str, layers: int = 3) -> Path:
 
     Args:
         folder: Created.
-        form: A key of FORMS, or LAST_LOGITS.
+        form: A key of FORMS, LAST_LOGITS or INT4_FLOAT16.
         layers: Decoder layers.
 
     Returns:

@@ -19,11 +19,10 @@ from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY
 from dlo_export.graph_passes.weights.dequantize_linear import DequantizedStorage, dequantized_storage
-from dlo_export.graph_passes.weights.matmul_nbits import packed_codes
+from dlo_export.graph_passes.weights.matmul_nbits import EIGHT_BIT_ACTIVATIONS, packed_codes
 from dlo_export.graph_passes.weights.storage import Place
 
 _SMALLEST_BLOCK = 16  # of MatMulNBits
-_ACCURACY_LEVEL = 4  # activations in 8 bits: what ONNX Runtime asks for where it fuses the two nodes itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,7 @@ class UseMatMulNBitsPass(GraphPass):
                     "N": rows,
                     "bits": weight.bits,
                     "block_size": weight.block,
-                    "accuracy_level": _ACCURACY_LEVEL,
+                    "accuracy_level": EIGHT_BIT_ACTIVATIONS,  # as ONNX Runtime has it where it fuses the two itself
                 },
                 domain=MICROSOFT,
                 name=node.name,

@@ -18,6 +18,8 @@ from dlo_export.graph_passes.weights.storage import Place, Replacements, UniqueN
 
 _CODES, _SCALES, _ZERO_POINTS, _GROUP_INDEX, BIAS = 1, 2, 3, 4, 5
 _PARTS = {_CODES: "codes", _SCALES: "scales", _ZERO_POINTS: "zero_points"}
+EIGHT_BIT_ACTIVATIONS = 4
+"""The `accuracy_level` that lets MatMulNBits round to 8 bits what it multiplies by the codes."""
 _ATTRIBUTES = frozenset({"K", "N", "bits", "block_size", "accuracy_level"})
 
 

@@ -31,7 +31,7 @@ from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.exporter.app import app
 from dlo_export.exporter.artefact_check import open_description
-from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.export import ExportRequest, ParityFailedError, export_model
 from dlo_export.exporter.parity_check import check_parity
 from dlo_export.exporter.pipeline import build_model, exposed
 from dlo_export.exporter.progress import Reporter
@@ -42,7 +42,7 @@ from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from tests.foreign_graphs import save_routed_adapter
-from tests.genai_graphs import FORMS, LAST_LOGITS, build, save_genai_graph
+from tests.genai_graphs import FORMS, INT4_FLOAT16, LAST_LOGITS, build, save_genai_graph
 from tests.tiny_models import BYTE_VOCABULARY, save_byte_tokenizer, save_tiny_llama
 
 # How far a weight may be from the checkpoint's, as a share of the largest of its tensor.
@@ -57,10 +57,14 @@ def graph(tmp_path_factory):
     return functools.cache(lambda form: save_genai_graph(tmp_path_factory.mktemp("genai"), form))
 
 
-def logits(path, steps=(SEQUENCE,)):
-    """Of a graph that counts positions itself, step by step behind its cache, float32 [1, tokens, vocab]."""
+def logits(path, steps=(SEQUENCE,), *, packed=True):
+    """Of a graph that counts positions itself, step by step behind its cache, float32 [1, tokens, vocab].
+
+    Not packed: quantised weights are multiplied by as they are, by activations as they are.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "0" if packed else "1")
     session = ort.InferenceSession(path, options)
     past = {value.name: value for value in session.get_inputs() if value.name.startswith("past")}
     outputs = [value.name for value in session.get_outputs()]
@@ -160,6 +164,42 @@ def with_activations_as_they_are(path):
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)  # in float32
     ir.save(model, path.with_name("float32-activations.onnx"))
     return path.with_name("float32-activations.onnx")
+
+
+def test_if_is_refused_with_a_doubt_about_kernels_when_products_of_8_bits_are_float16(tmp_path):
+    path = save_genai_graph(tmp_path / "genai", INT4_FLOAT16, layers=2)
+    adapter = save_routed_adapter(path, tmp_path / "adapter")
+    exported(path, tmp_path / "masked", adapter=adapter, lowering="masked")
+    with pytest.raises(ParityFailedError, match=r"parity FAIL[\s\S]*hint: .*accuracy_level 0") as caught:
+        exported(path, tmp_path / "if", adapter=adapter, lowering="if")
+    found, masked = caught.value.kept / "model.onnx", tmp_path / "masked" / "model.onnx"
+    # Packed, the branch's product is garbage. The graph is right: on the kernels that do not pack, not a bit differs.
+    np.testing.assert_array_equal(logits(found, (4, 1, 1), packed=False), logits(masked, (4, 1, 1), packed=False))
+    # Nothing of ours is needed for it: one product, its scales constants, or computed from the same numbers (in memory
+    # that nobody has written, so the error may be any).
+    assert error_of_an_8_bit_product("scales") < 1e-2
+    assert not error_of_an_8_bit_product("cast_scales") < 0.1
+
+
+def error_of_an_8_bit_product(scales):
+    """Of MatMulNBits in ONNX Runtime, as a share of the largest product."""
+    rng = np.random.default_rng(0)
+    codes, numbers = rng.integers(0, 256, (96, 2, 16), np.uint8), rng.uniform(0.01, 0.03, (96, 2)).astype(np.float16)
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+        product (float[m, 64] x, float16[96, 2] given) => (float[m, 96] y) {
+            cast_scales = Cast <to=1> (given)
+            y = com.microsoft.MatMulNBits <K=64, N=96, bits=4, block_size=32, accuracy_level=4> (x, codes, SCALES)
+        }""".replace("SCALES", scales)
+    )
+    constants = {"codes": codes, "scales": numbers.astype(np.float32)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in constants.items())
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x, "given": numbers})
+    weight = (np.stack([codes & 15, codes >> 4], axis=-1).reshape(96, 2, 32) - 8.0) * numbers[..., None]
+    wanted = x @ weight.reshape(96, 64).T
+    return np.abs(found - wanted).max() / np.abs(wanted).max()
 
 
 def test_lowering_is_compared_with_the_masked_graph_when_both_compute_the_last_logits_alone(tmp_path):
