@@ -29,7 +29,8 @@ def test_part_checks_operators_and_decoders_when_there_is_no_gpu(tmp_path: Path)
     operators = [f"operator {name}" for name in ORT_OPS]
     decoders = [name for name in ("decoder, dense", "decoder, routed") for _ in NORMS]
     norms = ["norms"] * 2 * len(NORMS)
-    assert passed == [*operators, *decoders, "runner", "decoder, routed", *norms]
+    placements = ["placement"] * 2  # dense and routed
+    assert passed == [*operators, *decoders, "runner", "decoder, routed", *norms, *placements]
     timed = {(row["what"], row["graph"]) for row in rows if "step_ms" in row}
     removed = ("decode", "dense, half of its MLPs removed")
     assert {("decode", "dense"), removed, ("decode", "routed"), ("prefill", "routed")} <= timed
