@@ -207,22 +207,29 @@ def split_in_branches(conditional: ir.Node, opset: int, tags: Mapping[str, str])
     return True
 
 
-def _skipped_block(conditional: ir.Node) -> _SkippedBlock | None:
+def _branch_ends(conditional: ir.Node) -> tuple[ir.Node, ir.Node, ir.Value] | None:
+    """Where an If that runs a block or skips it ends: the Identity, the addition, and the stream that is passed on."""
     branches = list(subgraphs_of(conditional))
     if len(conditional.outputs) != 1 or len(branches) != 2:
         return None
-    # Backwards from the branches' ends: one passes a stream on, the other one ends in its addition.
     ends = [branch.outputs[0].producer() for branch in branches]
     skip = next((end for end in ends if is_op(end, "Identity")), None)
     last = next((end for end in ends if end is not None and is_residual_addition(end)), None)
     stream = None if skip is None else skip.inputs[0]
-    if skip is None or last is None or stream is None:
+    return None if skip is None or last is None or stream is None else (skip, last, stream)
+
+
+def _skipped_block(conditional: ir.Node) -> _SkippedBlock | None:
+    ends = _branch_ends(conditional)
+    if ends is None:
         return None
+    skip, last, stream = ends
     add, norm = stream.producer(), only_norm_of(stream, last.graph)
     next_norm = only_norm_of(conditional.outputs[0], conditional.graph)
     if add is None or norm is None or next_norm is None or not is_residual_addition(add):
         return None
     alone = set(stream.consumers()) == {norm, last, skip} and not stream.is_graph_output()
+    branches = list(subgraphs_of(conditional))
     plain = len(skip.graph or ()) == 1 and last.graph in branches and list(last.inputs).count(stream) == 1
     return (
         _SkippedBlock(add, norm, last, skip, next_norm) if alone and plain and add.graph is conditional.graph else None
@@ -231,18 +238,14 @@ def _skipped_block(conditional: ir.Node) -> _SkippedBlock | None:
 
 def _skipped_addition(conditional: ir.Node) -> tuple[ir.Value, ir.Node, ir.Node, ir.Node] | None:
     """The stream that an If adds to or passes on, the addition, the Identity, and the norm behind."""
-    branches = list(subgraphs_of(conditional))
-    if len(conditional.outputs) != 1 or len(branches) != 2:
+    ends, norm = _branch_ends(conditional), only_norm_of(conditional.outputs[0], conditional.graph)
+    if ends is None or norm is None:
         return None
-    ends = [branch.outputs[0].producer() for branch in branches]
-    skip = next((end for end in ends if is_op(end, "Identity")), None)
-    last = next((end for end in ends if end is not None and is_residual_addition(end)), None)
-    norm = only_norm_of(conditional.outputs[0], conditional.graph)
-    if skip is None or last is None or norm is None or last.graph not in branches or skip.graph not in branches:
+    (skip, last, stream), branches = ends, list(subgraphs_of(conditional))
+    if last.graph not in branches or skip.graph not in branches:
         return None
-    stream = skip.inputs[0]
     alone = len(skip.graph) == 1 and len(last.outputs[0].uses()) == 0
-    return (stream, last, skip, norm) if stream is not None and alone and len(_others(last, stream)) == 1 else None
+    return (stream, last, skip, norm) if alone and len(_others(last, stream)) == 1 else None
 
 
 def _others(add: ir.Node, stream: ir.Value) -> list[ir.Value]:

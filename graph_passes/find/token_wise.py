@@ -45,7 +45,8 @@ def token_wise_nodes(
     reached, constants = {source, *others}, ConstantValues()
     for node in nodes:
         computed = [value for value in node.inputs if value is not None and value not in constants]
-        if reached.issuperset(computed) and (_node_rank(node, constants) or most + 1) <= most:
+        rank = _node_rank(node, constants)
+        if rank is not None and rank <= most and reached.issuperset(computed):
             found.append(node)
             reached.update(node.outputs)
     return tuple(found)

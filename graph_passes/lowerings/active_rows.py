@@ -46,6 +46,21 @@ class RowAccess(abc.ABC):
         self._made.append(TaggedNodes(self.made_by, self.masked.layer.index))
         return self._made[-1]
 
+    def as_batch(self, nodes: TaggedNodes, rows: ir.Value, width: int | None, name: str) -> ir.Value:
+        """Rows [count, width] as a batch of one, for nodes that count their axes from the front."""
+        shape = (1, self.count, width)
+        return nodes.add("Unsqueeze", rows, self._first_axis, name=name, dtype=element_type(rows), shape=shape)
+
+    def from_batch(
+        self, nodes: TaggedNodes, batch: ir.Value, width: int, name: str, dtype: ir.DataType | None
+    ) -> ir.Value:
+        """Rows [count, width] of a batch of one, which need not say its type."""
+        return nodes.add("Squeeze", batch, self._first_axis, name=name, dtype=dtype, shape=(self.count, width))
+
+    @property
+    def _first_axis(self) -> ir.Value:
+        return shared_constant(self.graph, f"{ROUTERS}.first_axis", np.array([0], np.int64))
+
     @abc.abstractmethod
     def gather(self, nodes: TaggedNodes, value: ir.Value, width: int | None, name: str) -> ir.Value:
         """Active tokens' rows [count, width] of [batch, sequence, width]; [count] of [batch, sequence], width None."""
@@ -87,11 +102,6 @@ def residual_block(masked: MaskedBlock) -> ResidualBlock:
 def block_path(masked: MaskedBlock) -> str:
     """What its values are named after."""
     return layer_tensor_name(masked.layer.index, "self_attn" if isinstance(masked, MaskedAttention) else "mlp")
-
-
-def first_axis_of(graph: ir.Graph) -> ir.Value:
-    """Where rows get an axis in front of them, as a batch of one."""
-    return shared_constant(graph, f"{ROUTERS}.first_axis", np.array([0], np.int64))
 
 
 def stream_for_all_tokens(block: ResidualBlock, nodes: Collection[ir.Node], new: TaggedNodes) -> ir.Value:

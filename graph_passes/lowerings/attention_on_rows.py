@@ -14,7 +14,6 @@ from dlo_export.graph_passes.find.token_wise import row_rank, token_wise_nodes
 from dlo_export.graph_passes.lowerings.active_rows import (
     RowAccess,
     block_path,
-    first_axis_of,
     projected_width,
     run_on_rows,
     stream_for_all_tokens,
@@ -80,18 +79,15 @@ def run_on_active_rows(masked: MaskedAttention, access: RowAccess) -> None:
 
     # Behind attention, rows once more, added to the stream.
     again, width, rank = access.new_nodes(), _attended_width(masked), row_rank(masked.outputs)[0]
-    dtype, batch = element_type(masked.attended), first_axis_of(graph) if rank == 3 else None
     attended_rows = access.gather(again, masked.attended, width, f"{name}.attended_rows")
-    if batch is not None:
-        path, as_batch = f"{name}.attended_rows_3d", (1, access.count, width)
-        attended_rows = again.add("Unsqueeze", attended_rows, batch, name=path, dtype=dtype, shape=as_batch)
+    if rank == 3:
+        attended_rows = access.as_batch(again, attended_rows, width, f"{name}.attended_rows_3d")
     access.scale(again)
     graph.insert_before(masked.outputs[0], again.nodes)
     run_on_rows(masked.outputs, masked.attended, attended_rows, (1, access.count) if rank == 3 else (access.count,))
     put_back, kept = access.new_nodes(), masked.kept
-    if batch is not None:
-        shape = (access.count, layer.hidden_size)
-        kept = put_back.add("Squeeze", kept, batch, name=f"{name}.kept_rows", dtype=element_type(kept), shape=shape)
+    if rank == 3:
+        kept = access.from_batch(put_back, kept, layer.hidden_size, f"{name}.kept_rows", element_type(kept))
     access.add(put_back, stream, rows if masked.source is stream else None, kept)
 
 

@@ -66,9 +66,9 @@ class LowerSkipToPluginPass(LoweringPass):
 
     def problems(self, masked: MaskedMlp) -> Sequence[str]:
         """What the MLP is instead of the one the plugins compute, or a cast between stream and sum."""
-        found = _match(masked)
         if self.quantised_on_rows and _is_quantised(masked):
             return row_rank(masked.nodes)[1]
+        found = _match(masked)
         problems = [] if isinstance(found, _GatedMlp) else [found]
         if masked.layer.mlp.stream_operand is not masked.layer.mlp.stream_in:
             problems.append(f"adds to '{masked.layer.mlp.stream_operand.name}', a cast of the stream")

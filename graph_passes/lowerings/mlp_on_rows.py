@@ -8,7 +8,7 @@ from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
-from dlo_export.graph_passes.lowerings.active_rows import first_axis_of, run_on_rows, stream_for_all_tokens
+from dlo_export.graph_passes.lowerings.active_rows import run_on_rows, stream_for_all_tokens
 from dlo_export.graph_passes.lowerings.compacted_rows import CompactedRows
 
 
@@ -28,10 +28,8 @@ def run_mlp_on_rows(graph: ir.Graph, masked: MaskedMlp, access: CompactedRows) -
     # front gets them as a batch of one.
     gather = access.new_nodes()
     rows = gathered = access.gather(gather, block.stream_in, layer.hidden_size, f"{mlp}.rows")
-    row_shape = (access.count, layer.hidden_size)
-    first_axis = first_axis_of(graph) if rank == 3 else None
-    if first_axis is not None:
-        rows = gather.add("Unsqueeze", rows, first_axis, name=f"{mlp}.rows_3d", dtype=dtype, shape=(1, *row_shape))
+    if rank == 3:
+        rows = access.as_batch(gather, rows, layer.hidden_size, f"{mlp}.rows_3d")
     stream = stream_for_all_tokens(block, nodes, gather)
 
     # The branch itself stays, node by node: it reads rows now, and each row is scaled by its own token's factor.
@@ -42,6 +40,6 @@ def run_mlp_on_rows(graph: ir.Graph, masked: MaskedMlp, access: CompactedRows) -
     # Behind it: the results are added to the rows, and these put in their places in the stream, in place of Where
     # and Add: a skipped token keeps h because nothing is put there.
     scatter, kept = access.new_nodes(), masked.kept
-    if first_axis is not None:
-        kept = scatter.add("Squeeze", kept, first_axis, name=f"{mlp}.kept_rows", dtype=dtype, shape=row_shape)
+    if rank == 3:
+        kept = access.from_batch(scatter, kept, layer.hidden_size, f"{mlp}.kept_rows", dtype)
     access.add(scatter, stream, gathered if stream is block.stream_in else None, kept)

@@ -20,10 +20,8 @@ Branch = tuple[Sequence[ir.Node], Sequence[ir.Value]]
 
 def projection_problems(masked: MaskedAttention) -> list[str]:
     """Why the projections cannot be moved: one of unknown width."""
-    problems = []
-    if any(projected_width(value) is None or element_type(value) is None for value in _projected(masked)):
-        problems.append("the graph does not say how wide its projections are, or of which type")
-    return problems
+    unknown = any(projected_width(value) is None or element_type(value) is None for value in _projected(masked))
+    return ["the graph does not say how wide its projections are, or of which type"] if unknown else []
 
 
 def move_projections_into_branches(graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str) -> None:

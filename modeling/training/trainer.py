@@ -159,7 +159,7 @@ class DloTrainer(Trainer):
         self.measured: HeldOut | None = None
         self._routed = model
         self._teacher = teacher
-        self._data, self._held_out = data, data.held_out
+        self._data = data
         self._report = report
         self._micro_batches: list[_MicroBatch] = []
         self._should_stop = should_stop
@@ -364,7 +364,7 @@ class DloTrainer(Trainer):
         """Of all that is not padding. Each process runs all of the sequences, and so comes to the same thresholds."""
         scores: dict[int, list[torch.Tensor]] = {layer: [] for layer in self.capacities}
         for start in range(0, len(sequences), self.settings.batch):
-            chosen = stacked([self._held_out[index] for index in sequences[start : start + self.settings.batch]])
+            chosen = stacked([self._data.held_out[index] for index in sequences[start : start + self.settings.batch]])
             batch = {name: value.to(self.args.device) for name, value in chosen.items() if name != "labels"}
             counted = batch.pop("counted")
             with self._autocast(), uncompiled():
@@ -376,7 +376,7 @@ class DloTrainer(Trainer):
     @torch.no_grad()
     def measure(self, text: PackedDocuments | None = None) -> HeldOut:
         """Runs the model over text, held out unless given, routed as at inference and, beside it, as in training."""
-        text = self._held_out if text is None else text
+        text = self._data.held_out if text is None else text
         model = self._routed
         was_training = model.training
         model.eval()

@@ -79,4 +79,12 @@ inline void* dataOf(OrtApi const& api, OrtValue const* value) {
     return data;
 }
 
+// Calls work(0) … work(count - 1) on ONNX Runtime's own threads, as many as the session has.
+template <typename Work>
+void parallelFor(OrtApi const& api, OrtKernelContext* context, size_t count, Work const& work) {
+    auto const call = [](void* data, size_t item) { (*static_cast<Work const*>(data))(item); };
+    // 0: it cuts the range itself
+    check(api.KernelContext_ParallelFor(context, call, count, 0, const_cast<Work*>(&work)));
+}
+
 }  // namespace dlo

@@ -71,16 +71,11 @@ void computeOnCpu(NodeKernel const& kernel, OrtKernelContext* context, void cons
     for (int32_t i = 0; i < kernel.op.op.nbInputs; ++i) {
         operands[i] = static_cast<float const*>(inputs[i]);
     }
-    auto const parallelFor = [&](size_t total, std::function<void(size_t)> const& work) {
-        // ONNX Runtime's own threads, as many as the session has; 0: it cuts the range itself
-        auto const call = [](void* data, size_t item) {
-            (*static_cast<std::function<void(size_t)> const*>(data))(item);
-        };
-        check(kernel.api.KernelContext_ParallelFor(
-            context, call, total, 0, const_cast<std::function<void(size_t)>*>(&work)));
+    auto const shared = [&](size_t total, std::function<void(size_t)> const& work) {
+        parallelFor(kernel.api, context, total, work);
     };
     findCpuKernel(kernel.op.op.name)(
-        {operands, static_cast<float*>(output), launch.tokens, launch.depth, launch.columns, parallelFor});
+        {operands, static_cast<float*>(output), launch.tokens, launch.depth, launch.columns, shared});
 }
 
 void computeOnGpu(NodeKernel const& kernel, OrtKernelContext* context, void const* const* inputs, void* output,

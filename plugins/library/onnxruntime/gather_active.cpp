@@ -76,9 +76,7 @@ void forEach(OrtApi const& api, OrtKernelContext* context, int64_t count, Work c
     if (count == 1) {
         work(0);
     } else if (count > 0) {
-        auto const call = [](void* data, size_t item) { (*static_cast<Work const*>(data))(static_cast<int64_t>(item)); };
-        check(api.KernelContext_ParallelFor(
-            context, call, static_cast<size_t>(count), 0, const_cast<void*>(static_cast<void const*>(&work))));
+        parallelFor(api, context, static_cast<size_t>(count), work);
     }
 }
 
