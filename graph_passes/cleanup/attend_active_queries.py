@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -14,14 +14,10 @@ from dlo_export.checkpoints.llama_layer import ROUTERS
 from dlo_export.graph_passes.cleanup.scatter_packed_rows import ScatterPackedRowsPass
 from dlo_export.graph_passes.find.data_flow import is_op, subgraphs_of
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.lowerings.projections_in_branches import Branch, conditional_node
+from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
-from dlo_export.graph_passes.spec.provenance import (
-    LAYER_KEY,
-    PASS_KEY,
-    TaggedNodes,
-    shared_constant,
-    shared_node,
-)
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, TaggedNodes, shared_constant, shared_node
 
 _QUERY, _MASK = 0, 3  # inputs of an Attention node
 _INPUTS, _OUTPUTS = 6, 3  # of one that keeps its own cache
@@ -40,17 +36,22 @@ class AttendActiveQueriesPass(GraphPass):
 
         rows, pk, pv = If(sequence >= least) <
           then_branch = {
-            m         = ReduceMax(ReduceSum<axes=1>(active))             # most active tokens of a sequence
-            flag, at  = TopK<axis=1>(active, m)                          # [batch, m]: active ones first, in order
-            q'        = GatherND<batch_dims=1>(q, at)
-            bias'     = GatherND<batch_dims=1>(bias, at)
-            a, pk, pv = Attention(q', k, v, bias', past_key, past_value)
-            rows      = GatherND(a, Transpose(NonZero(flag)))            # of a sequence with fewer, those it has
+            m            = ReduceMax(ReduceSum<axes=1>(active))          # most active tokens of a sequence
+            rows, pk, pv = If(m < sequence) <
+              then_branch = {
+                flag, at  = TopK<axis=1>(active, m)                      # [batch, m]: active ones first, in order
+                q'        = GatherND<batch_dims=1>(q, at)
+                bias'     = GatherND<batch_dims=1>(bias, at)
+                a, pk, pv = Attention(q', k, v, bias', past_key, past_value)
+                rows      = GatherND(a, Transpose(NonZero(flag)))        # of a sequence with fewer, those it has
+              }, else_branch = { as before }
+            >
           }, else_branch = { as before }
         >
 
     What attention computes for skipped tokens nobody reads, and it takes the longer the more tokens are seen. A short
-    step, such as decode's, would pay more for choosing queries than it saves. Optional: attention that is causal by
+    step, such as decode's, would pay more for choosing queries than it saves, and so would one in which a sequence
+    skips nothing. Attention has no weights, so it may stand in several branches. Optional: attention that is causal by
     itself, or is given heads apart, is left alone. The mask must be [batch, 1, sequence, total], as that of our plain
     graph. Scope: branches of the main graph's Ifs. Source: ONNX Attention-23, GatherND-12, TopK-11.
 
@@ -74,60 +75,57 @@ class AttendActiveQueriesPass(GraphPass):
         return bool(found)
 
     def _rewrite(self, graph: ir.Graph, holder: ir.Node, attention: ir.Node, gather: ir.Node, active: ir.Value) -> None:
-        branch = gather.graph
+        branch, number = gather.graph, gather.metadata_props.get(LAYER_KEY)
         assert isinstance(branch, ir.Graph), "a branch of the holder"
-        layer = gather.metadata_props.get(LAYER_KEY)
-        number = None if layer is None else int(layer)
-        results = [gather.outputs[0], *attention.outputs[1:]]
-        long = self._rows_of_queries(graph, attention, gather, active, number)
-        short = [attention, gather]
+        layer, path = None if number is None else int(number), f"{gather.name}.queries"
+        new, float32, int64 = TaggedNodes(self._name, layer), ir.DataType.FLOAT, ir.DataType.INT64
+        sequence, is_long = self._length(graph, holder)
 
-        # What the inner If gives out takes the place of rows and cache; the branches' own values get other names.
-        given = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in results]
-        for old, new in zip(results, given, strict=True):
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
-            old.name = f"{old.name}.all_queries"
-        conditional = ir.node(
-            "If",
-            [self._is_long(graph, holder)],
-            {
-                "then_branch": ir.Graph(
-                    [],
-                    [long.nodes[-1].outputs[0], *_attention_of(long).outputs[1:]],
-                    nodes=long.nodes,
-                    name=f"{gather.name}.long_step",
-                ),
-                "else_branch": ir.Graph([], results, nodes=(), name=f"{gather.name}.short_step"),
-            },
-            outputs=given,
-            name=f"{gather.name}.if",
-            metadata_props=dict(long.tags),
-        )
-        branch.insert_before(attention, [conditional])
-        branch.remove(short)
-        conditional.attributes["else_branch"].as_graph().extend(short)
+        # A long step asks for as many queries as the sequence with most active tokens has, unless that skips nothing.
+        axis = shared_constant(graph, f"{ROUTERS}.second_axis", np.array([1], np.int64))
+        flags = new.add("Cast", active, name=f"{path}.flags", dtype=float32, shape=active.shape, to=int(float32))
+        counts = new.add("ReduceSum", flags, axis, name=f"{path}.counts", dtype=float32, shape=None, keepdims=0)
+        most = new.add("ReduceMax", counts, name=f"{path}.most", dtype=float32, shape=(1,), keepdims=1)
+        size = new.add("Cast", most, name=f"{path}.size", dtype=int64, shape=(1,), to=int(int64))
+        fewer = new.add("Less", size, sequence, name=f"{path}.fewer", dtype=ir.DataType.BOOL, shape=(1,))
+        some = self._some_queries(graph, attention, gather, (flags, size), layer)
+        chosen = _alike(given := (gather.outputs[0], *attention.outputs[1:]), f"{path}.chosen")
+        every = _copies(attention, gather, f"{path}.every")
+        choose = conditional_node(branch, f"{path}.chosen", fewer, some, every, chosen, new.tags)
 
-    def _rows_of_queries(
-        self, graph: ir.Graph, attention: ir.Node, gather: ir.Node, active: ir.Value, layer: int | None
-    ) -> TaggedNodes:
-        """Nodes that attend from active queries alone; the last one gives their rows, in the order of `gather`."""
+        # What the outer If gives out takes the place of rows and cache; the branches' own values get other names.
+        results = _alike(given, "")
+        for old, result in zip(given, results, strict=True):
+            replace_value(old, result)
+            old.name = f"{result.name}.all_queries"
+        long, short = ([*new.nodes, choose], chosen), ([attention, gather], given)
+        branch.append(conditional_node(branch, str(gather.name), is_long, long, short, results, new.tags))
+
+    def _some_queries(
+        self,
+        graph: ir.Graph,
+        attention: ir.Node,
+        gather: ir.Node,
+        active: tuple[ir.Value, ir.Value],
+        layer: int | None,
+    ) -> Branch:
+        """Attends from active queries alone; gives their rows in the order of `gather`, and the cache.
+
+        `active` are flags, float32 [batch, sequence], and how many of a sequence are chosen, int64 [1].
+        """
         new, path = TaggedNodes(self._name, layer), f"{gather.name}.queries"
         query, mask = attention.inputs[_QUERY], attention.inputs[_MASK]
         assert query is not None, "asked by _attended_rows"
         assert mask is not None, "asked by _attended_rows"
-        float32, int64 = ir.DataType.FLOAT, ir.DataType.INT64
+        float32, int64, boolean = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
         first = shared_constant(graph, f"{ROUTERS}.second_axis", np.array([1], np.int64))
         last = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))
 
-        # As many queries as the sequence with most active tokens has. TopK lists equal numbers in their order: active
-        # tokens come first and as they stand, and what fills the other sequences up is not read afterwards.
-        flags = new.add("Cast", active, name=f"{path}.flags", dtype=float32, shape=active.shape, to=int(float32))
-        counts = new.add("ReduceSum", flags, first, name=f"{path}.counts", dtype=float32, shape=None, keepdims=0)
-        most = new.add("ReduceMax", counts, name=f"{path}.most", dtype=float32, shape=(1,), keepdims=1)
-        size = new.add("Cast", most, name=f"{path}.size", dtype=int64, shape=(1,), to=int(int64))
-        top = ir.node("TopK", [flags, size], {"axis": 1}, num_outputs=2, name=f"{path}.chosen", metadata_props=new.tags)
+        # TopK lists equal numbers in their order: active tokens come first and as they stand, and what fills the other
+        # sequences up is not read afterwards.
+        top = ir.node("TopK", active, {"axis": 1}, num_outputs=2, name=f"{path}.top", metadata_props=new.tags)
         chosen, at = top.outputs
-        for value, name, dtype in ((chosen, "chosen", float32), (at, "at", int64)):
+        for value, name, dtype in ((chosen, "top", float32), (at, "at", int64)):
             value.name, value.dtype = f"{path}.{name}", dtype
         new.nodes.append(top)
         places = new.add("Unsqueeze", at, last, name=f"{path}.places", dtype=int64, shape=None)
@@ -137,37 +135,27 @@ class AttendActiveQueriesPass(GraphPass):
         flat = new.add("Squeeze", mask, first, name=f"{path}.mask_rows", dtype=mask.dtype, shape=None)
         rows = new.add("GatherND", flat, places, name=f"{path}.mask_chosen", dtype=mask.dtype, shape=None, batch_dims=1)
         bias = new.add("Unsqueeze", rows, first, name=f"{path}.mask", dtype=mask.dtype, shape=None)
-        inputs = [queries, *attention.inputs[1:_MASK], bias, *attention.inputs[_MASK + 1 :]]
-        copy = ir.node(
-            "Attention",
-            inputs,
-            dict(attention.attributes),
-            num_outputs=len(attention.outputs),
-            name=f"{path}.attention",
-            metadata_props=new.tags,
-        )
-        for value, of, part in zip(copy.outputs, attention.outputs, ("attended", *CACHE_PARTS), strict=True):
-            value.name, value.type = f"{path}.{part}", of.type
-        new.nodes.append(copy)
 
         # Rows of active tokens, sequence by sequence, as the index has them.
-        boolean = ir.DataType.BOOL
         real = new.add("Cast", chosen, name=f"{path}.real", dtype=boolean, shape=None, to=int(boolean))
         nonzero = new.add("NonZero", real, name=f"{path}.nonzero", dtype=int64, shape=None)
         index = new.add("Transpose", nonzero, name=f"{path}.index", dtype=int64, shape=None, perm=(1, 0))
-        result = gather.outputs[0]
-        new.add("GatherND", copy.outputs[0], index, name=f"{path}.rows", dtype=result.dtype, shape=result.shape)
-        return new
+        (attends, gathers), results = _copies(attention, gather, f"{path}.some")
+        attends.replace_input_with(_QUERY, queries)
+        attends.replace_input_with(_MASK, bias)
+        attends.outputs[0].shape = None  # of fewer tokens
+        gathers.replace_input_with(1, index)
+        return [*new.nodes, attends, gathers], results
 
-    def _is_long(self, graph: ir.Graph, before: ir.Node) -> ir.Value:
-        """Bool of one element, once per step."""
+    def _length(self, graph: ir.Graph, before: ir.Node) -> tuple[ir.Value, ir.Value]:
+        """Tokens of a sequence, int64 [1], and whether those are many, bool [1]: once per step."""
         tokens = next(value for value in graph.inputs if value.name == INPUT_IDS)
         tags, int64, name = TaggedNodes(self._name, None).tags, ir.DataType.INT64, f"{ROUTERS}.sequence"
         sequence = shared_node(
             graph, "Shape", tokens, name=name, tags=tags, dtype=int64, shape=(1,), before=before, start=1, end=2
         )
         least = shared_constant(graph, f"{ROUTERS}.long_sequence", np.array(self.least, np.int64))
-        return shared_node(
+        is_long = shared_node(
             graph,
             "GreaterOrEqual",
             sequence,
@@ -178,10 +166,32 @@ class AttendActiveQueriesPass(GraphPass):
             shape=(1,),
             before=before,
         )
+        return sequence, is_long
 
 
-def _attention_of(nodes: TaggedNodes) -> ir.Node:
-    return next(node for node in nodes.nodes if is_op(node, "Attention"))
+def _copies(attention: ir.Node, gather: ir.Node, path: str) -> Branch:
+    """Attention and its reader once more, for another branch; with rows and cache."""
+    pair = []
+    for node in (attention, gather):
+        copy = ir.node(
+            node.op_type,
+            node.inputs,
+            dict(node.attributes),
+            num_outputs=len(node.outputs),
+            name=f"{path}.{node.op_type.lower()}",
+            metadata_props=dict(node.metadata_props),
+        )
+        for new, old, part in zip(copy.outputs, node.outputs, ("output", *CACHE_PARTS), strict=False):
+            new.name, new.type, new.shape = f"{copy.name}.{part}", old.type, old.shape
+        pair.append(copy)
+    pair[1].replace_input_with(0, pair[0].outputs[0])
+    return pair, [pair[1].outputs[0], *pair[0].outputs[1:]]
+
+
+def _alike(values: Sequence[ir.Value], path: str) -> list[ir.Value]:
+    """Values of the same types and shapes; without a path, without names."""
+    names = (f"{path}.{part}" if path else None for part in ("rows", *CACHE_PARTS))
+    return [ir.Value(name=name, type=value.type, shape=value.shape) for name, value in zip(names, values, strict=True)]
 
 
 def _attended_rows(graph: ir.Graph, holder: ir.Node) -> Iterator[tuple[ir.Node, ir.Node, ir.Value]]:

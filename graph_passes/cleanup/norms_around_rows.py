@@ -21,7 +21,7 @@ def move_norms_off_rows(closing: ir.Node, tags: Mapping[str, str]) -> None:
         h = Add(x, a)
         r = GatherND(h, idx)                          # [n, hidden]
         d = MLP(Norm(r, w))
-        y = ScatterND(h, idx, Add(r, d))
+        y = ScatterND(h, idx, Add(r, d))              # or the ScatterND adds d itself
         m = Norm(y, v)
 
     After::
@@ -75,24 +75,36 @@ def _gather_behind_norm(gather: ir.Node, tags: Mapping[str, str]) -> None:
 
 
 def _add_behind_scatter(closing: ir.Node, stream: ir.Value, index: ir.Value, tags: Mapping[str, str]) -> None:
-    graph, total, summed = closing.graph, closing.outputs[0], closed_branch(closing)
-    add = None if summed is None else summed.producer()
-    norm = only_norm_of(total, graph)
-    if graph is None or norm is None or add is None or not is_residual_addition(add):
+    graph, total = closing.graph, closing.outputs[0]
+    norm, kept = only_norm_of(total, graph), _added_rows(closing, stream, index)
+    if graph is None or norm is None or kept is None:
         return
-    kept = [value for value in add.inputs if value is not None and not _is_gathered(value, stream, index)]
     weight, dtype = constant_tensor(norm.inputs[1]), element_type(stream)
     assert weight is not None, "that norm's is one"
-    if len(kept) != 1 or dtype is None:
+    if dtype is None:
         return
     # Of the lowering, which may have made such zeros for itself.
     width = int(weight.shape.numpy()[-1])
     zeros = token_zeros(_main(graph), closing.metadata_props[PASS_KEY], width, dtype, closing)
-    spread = _like(closing, [zeros, index, kept[0]], total, f"{add.name}.spread", tags)
-    whole = _like(add, [stream, spread.outputs[0]], total, add.name or "", tags)
+    spread = _like(closing, [zeros, index, kept], total, f"{total.name}.spread", tags)
+    spread.attributes.pop("reduction", None)
+    whole = ir.node("Add", [stream, spread.outputs[0]], name=f"{total.name}.added", metadata_props=dict(tags))
+    whole.outputs[0].type, whole.outputs[0].shape = total.type, total.shape
     graph.insert_before(closing, [spread, whole])
     replace_value(total, whole.outputs[0])
     remove_with_sources(_main(graph), closing)
+
+
+def _added_rows(closing: ir.Node, stream: ir.Value, index: ir.Value) -> ir.Value | None:
+    """What is added to the stream's rows, by the ScatterND itself or in front of it."""
+    summed = closed_branch(closing)
+    if closing.attributes.get_string("reduction", "none") == "add":
+        return summed
+    add = None if summed is None else summed.producer()
+    if add is None or not is_residual_addition(add):
+        return None
+    kept = [value for value in add.inputs if value is not None and not _is_gathered(value, stream, index)]
+    return kept[0] if len(kept) == 1 else None
 
 
 def _is_gathered(value: ir.Value, stream: ir.Value, index: ir.Value) -> bool:

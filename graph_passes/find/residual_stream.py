@@ -216,10 +216,13 @@ class _Walk:
 
 def _joins_stream(block: ResidualBlock) -> bool:
     """Whether what closes a block joins its branch with the stream itself."""
-    # A lowering may close a block by giving rows the stream's shape again, which it takes from the stream itself.
+    # A lowering may close a block by giving rows the stream's shape again, which it takes from the stream itself; and
+    # between two blocks the stream may be rows of it, gathered in front of the first and put back behind the second.
     stream = pass_through_values(block.stream_in)
-    shapes = [node.outputs[0] for value in stream for node in value.consumers() if is_op(node, *SHAPE_OPS)]
-    return not {*stream, *shapes}.isdisjoint(block.add.inputs)
+    taken = [node.outputs[0] for value in stream for node in value.consumers() if is_op(node, *SHAPE_OPS, "GatherND")]
+    added = block.branch.producer()
+    rows = added.inputs if added is not None and is_op(added, "Add") else ()
+    return not {*stream, *taken}.isdisjoint((*block.add.inputs, *rows))
 
 
 def _added_branch(node: ir.Node, stream_index: int) -> ir.Value | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import router_path
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.lowerings.active_rows import RowAccess, block_path, residual_block, token_zeros
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_node
+from dlo_export.graph_passes.spec.provenance import CLOSES_KEY, TaggedNodes, shared_node
+
+_REDUCES = 16  # opset from which on ScatterND adds
 
 
 class CompactedRows(RowAccess):
@@ -82,11 +86,16 @@ class CompactedRows(RowAccess):
     def add(self, nodes: TaggedNodes, stream: ir.Value, rows: ir.Value | None, kept: ir.Value) -> None:  # noqa: D102
         block, path = residual_block(self.masked), block_path(self.masked)
         dtype, shape = element_type(block.stream_operand), kept.shape
-        # The sum is made on rows and then put in the stream's place. ScatterND could add by itself, but not in every
-        # type: ONNX Runtime adds no float16 on a CPU and no bfloat16 on CUDA.
-        if rows is None:
-            rows = nodes.add("GatherND", stream, self._index, name=f"{path}.stream_rows", dtype=dtype, shape=shape)
-        added = nodes.add("Add", rows, kept, name=f"{path}.added_rows", dtype=dtype, shape=shape)
+        # The sum is made on rows and then put in the stream's place. Where no rows of the stream are at hand, ScatterND
+        # adds by itself, which saves gathering them; not in every type: ONNX Runtime adds no float16 on a CPU and no
+        # bfloat16 on CUDA.
+        how: dict[str, Any] = {}
+        if rows is None and dtype == ir.DataType.FLOAT and self.graph.opset_imports.get("", 0) >= _REDUCES:
+            added, how = kept, {"reduction": "add"}
+        else:
+            if rows is None:
+                rows = nodes.add("GatherND", stream, self._index, name=f"{path}.stream_rows", dtype=dtype, shape=shape)
+            added = nodes.add("Add", rows, kept, name=f"{path}.added_rows", dtype=dtype, shape=shape)
         total = nodes.add(
             "ScatterND",
             stream,
@@ -96,5 +105,38 @@ class CompactedRows(RowAccess):
             dtype=dtype,
             shape=block.stream_out.shape,
             closes=2,
+            **how,
         )
         self.close(nodes, total)
+
+
+def pass_rows_on(first: CompactedRows, second: CompactedRows) -> None:
+    """Lets the second block of a layer read the rows that the first one gives, if no one else reads the stream between.
+
+    Before::
+
+        h = ScatterND(x, idx, Add(GatherND(x, idx), a))     # closes the first block
+        r = GatherND(h, idx)
+        y = ScatterND(h, idx, Add(r, m))
+
+    After::
+
+        r = Add(GatherND(x, idx), a)                        # closes the first block
+        y = ScatterND(x, idx, Add(r, m))
+
+    Args:
+        first: Of the block in front, which has added its rows.
+        second: Of the block behind it, by the same index.
+    """
+    closing, put_back = first.nodes[-1], second.nodes[-1]
+    stream, index, sums = closing.inputs
+    total, added = closing.outputs[0], None if sums is None else sums.producer()
+    gathers = [node for node in second.nodes if node.op_type == "GatherND" and list(node.inputs) == [total, index]]
+    if sums is None or added is None or added.op_type != "Add" or {*total.consumers()} != {*gathers, put_back}:
+        return
+    # The first block is closed by the addition now: of its two operands the branch is the one that it had before.
+    for gather in gathers:
+        gather.outputs[0].replace_all_uses_with(sums)
+    put_back.replace_input_with(0, stream)
+    added.metadata_props[CLOSES_KEY] = "1"  # `RowAccess.add` lists the rows first
+    first.graph.remove([*gathers, closing], safe=True)

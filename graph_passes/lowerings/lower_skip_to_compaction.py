@@ -15,7 +15,7 @@ from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
 from dlo_export.graph_passes.lowerings.attention_in_branch import branch_problems, close_in_branch
 from dlo_export.graph_passes.lowerings.attention_on_rows import projections_on_rows, row_problems, run_on_active_rows
-from dlo_export.graph_passes.lowerings.compacted_rows import CompactedRows
+from dlo_export.graph_passes.lowerings.compacted_rows import CompactedRows, pass_rows_on
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import any_active
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.lowerings.mlp_in_branch import dequantised_outside
@@ -51,6 +51,9 @@ class LowerSkipToCompactionPass(LoweringPass):
         q    = RotaryEmbedding(ScatterND(zeros, idx, n·Wq))  # k and v likewise: the zeros that Where wrote before
         a    = Attention(q, k, v, bias, past_key, past_value)
         h    = ScatterND(x, idx, Add(GatherND(x, idx), GatherND(a, idx)·Wo))
+
+    Where the MLP stands behind it in one branch, it reads the sums as they are, and rows are put in their places once,
+    behind both (`pass_rows_on`).
 
     Where attention alone is skipped and skipped tokens leave keys and values, the query's projection runs on rows of
     the norm's output, and keys and values come from all of it. Attention in another form than the Attention node's
@@ -89,7 +92,9 @@ class LowerSkipToCompactionPass(LoweringPass):
         """Run the projections of one layer's attention on its active tokens."""
         first = (*projections_on_rows(masked), *masked.outputs)[0]
         access = CompactedRows(graph, masked, self._name, first, own=self._in_branch(masked))
-        self._attention_on_rows(graph, masked, access)
+        run_on_active_rows(masked, access)
+        if self._in_branch(masked):
+            self._close_in_branch(graph, masked, access)
 
     def lower_layer(self, graph: ir.Graph, attention: MaskedAttention, mlp: MaskedMlp) -> None:
         """Run both blocks of a layer that is skipped whole on the same rows, with branches in one of them."""
@@ -100,18 +105,18 @@ class LowerSkipToCompactionPass(LoweringPass):
         access = CompactedRows(graph, attention, self._name, projections_on_rows(attention)[0], own=True)
         rows = CompactedRows(graph, mlp, self._name, mlp.nodes[0], like=access)
         run_mlp_on_rows(graph, mlp, rows)
+        run_on_active_rows(attention, access)
+        pass_rows_on(access, rows)
         behind = [*(node for node in mlp.nodes if node.graph is graph), *rows.nodes]
-        self._attention_on_rows(graph, attention, access, behind)
+        self._close_in_branch(graph, attention, access, behind)
 
-    def _attention_on_rows(
+    def _close_in_branch(
         self, graph: ir.Graph, masked: MaskedAttention, access: CompactedRows, behind: Sequence[ir.Node] = ()
     ) -> None:
-        """Runs it on rows; with branches, in one that holds what is behind it in the layer, too."""
-        run_on_active_rows(masked, access)
-        if self._in_branch(masked):
-            # What is left of the masked form, and what rows need besides.
-            nodes = [*(node for node in masked.nodes if node.graph is graph), *access.nodes]
-            close_in_branch(graph, masked, self._any_active(graph, masked), self._name, nodes, behind)
+        """Puts attention on rows into a branch, with what is behind it in the layer."""
+        # What is left of the masked form, and what rows need besides.
+        nodes = [*(node for node in masked.nodes if node.graph is graph), *access.nodes]
+        close_in_branch(graph, masked, self._any_active(graph, masked), self._name, nodes, behind)
 
     def _in_branch(self, masked: MaskedAttention) -> bool:
         """Whether an If leaves out attention itself; projections of no rows need none."""

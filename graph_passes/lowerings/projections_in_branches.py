@@ -64,7 +64,9 @@ def _move_front(
         results.append(result)
     projections = sorted(masked.projections, key=order.__getitem__)
     name = f"{layer_tensor_name(layer.index, 'self_attn')}.projections"
-    conditional = _conditional(graph, name, condition, (projections, computed), (skip.nodes, zeros), results, skip.tags)
+    conditional = conditional_node(
+        graph, name, condition, (projections, computed), (skip.nodes, zeros), results, skip.tags
+    )
     graph.append(conditional)
 
 
@@ -83,7 +85,7 @@ def _move_back(
     added = add.add("Add", *operands, name=f"{name}.active_output", dtype=dtype, shape=shape, closes=closes)
     behind = [*sorted({*masked.outputs, masked.select}, key=order.__getitem__), *add.nodes]
     branches: tuple[Branch, Branch] = (behind, [added]), (keep.nodes, [keep.nodes[-1].outputs[0]])
-    conditional = _conditional(graph, name, condition, *branches, [result], add.tags)
+    conditional = conditional_node(graph, name, condition, *branches, [result], add.tags)
     graph.insert_before(block.add, conditional)
     graph.remove(block.add, safe=True)
 
@@ -94,7 +96,7 @@ def _projected(masked: MaskedAttention) -> list[ir.Value]:
     return [value for value in (masked.query, *(select.inputs[1] for select in selects)) if value is not None]
 
 
-def _conditional(
+def conditional_node(
     graph: ir.Graph,
     name: str,
     condition: ir.Value,
@@ -103,7 +105,17 @@ def _conditional(
     outputs: Sequence[ir.Value],
     tags: Mapping[str, str],
 ) -> ir.Node:
-    """An If, whose nodes leave the graph they stand in."""
+    """An If, in no graph yet; its nodes leave the one they stand in.
+
+    Args:
+        graph: Holds nodes of the branches.
+        name: Of the If and its branches.
+        condition: bool of one element.
+        then: Nodes and outputs of one branch.
+        otherwise: Those of the other.
+        outputs: What the If gives out.
+        tags: Its metadata.
+    """
     branches = {}
     for branch, (nodes, values) in (("then_branch", then), ("else_branch", otherwise)):
         graph.remove([node for node in nodes if node.graph is graph])

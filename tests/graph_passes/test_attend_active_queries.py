@@ -21,7 +21,8 @@ from tests.graph_passes.test_skipping_profile import profiled_shapes
 ROUTE = RouteLayersPass(ROUTERS, kind="layer")
 COMPACT = LowerSkipToCompactionPass()
 ATTENTION = "model.layers.0.self_attn.attention"
-QUERIES = "model.layers.0.self_attn.attended_rows.queries.attention"
+QUERIES = "model.layers.0.self_attn.attended_rows.queries.some.attention"
+EVERY = "model.layers.0.self_attn.attended_rows.queries.every.attention"
 
 
 def _feeds(sequence: int) -> dict[str, np.ndarray]:
@@ -66,12 +67,28 @@ def test_attention_takes_as_many_queries_as_a_sequence_has_active_tokens_when_a_
     check_idempotence(model, AttendActiveQueriesPass(least=8))
 
 
+def test_attention_takes_all_queries_when_a_sequence_of_a_long_step_skips_nothing(tmp_path) -> None:
+    model, feeds = _lowered(ROUTE, COMPACT), _feeds(8)
+    active = run_model(model, feeds)["present_active.0"][:, 2:]
+    tokens = feeds["input_ids"]
+    feeds["input_ids"] = np.stack([np.full(8, tokens[active][0]), tokens[1]])
+    before = run_model(model, feeds)
+    assert before["present_active.0"][0, 2:].all()
+    assert not before["present_active.0"][1, 2:].all()
+    assert AttendActiveQueriesPass(least=8)(model).modified
+    for name, values in run_model(model, feeds).items():
+        np.testing.assert_array_equal(values, before[name], err_msg=name)
+    shapes = profiled_shapes(model, feeds, tmp_path)
+    assert EVERY in shapes
+    assert {ATTENTION, QUERIES}.isdisjoint(shapes)
+
+
 def test_branch_of_the_step_is_chosen_by_one_number_when_several_layers_ask() -> None:
     model = _lowered(dataclasses.replace(ROUTE, kind="attention"), COMPACT, AttendActiveQueriesPass())
     assert census(model, {"GreaterOrEqual": 0, "TopK": 0, "Attention": 0}) == {
         "GreaterOrEqual": 1,
         "TopK": 1,
-        "Attention": 2,
+        "Attention": 3,
     }
 
 
