@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.graph_passes.find.data_flow import is_op, subgraphs_of
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from tests.graph_passes.golden_graphs import ROUTERS, source_text
 from tests.graph_passes.graphs import MLP, masked_decoder, tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import Arrays, check_pass, check_refused
 
@@ -58,6 +63,34 @@ def test_compaction_copies_the_cast_when_norm_and_addition_share_it() -> None:
 def test_compaction_keeps_rows_tokens_apart_when_batches_are_ragged() -> None:
     active = np.array([[True, True, True], [False, True, False]])
     check_pass(masked_decoder(), LowerSkipToCompactionPass(), BEFORE, AFTER, _feeds(active))
+
+
+def _whole_layer(kind: RoutingKind) -> tuple[list[ir.Node], list[ir.Node]]:
+    """Nodes that gather and put back in the branch of a compacted layer, in order."""
+    model = ir.from_onnx_text(source_text())
+    RouteLayersPass(ROUTERS, kind=kind)(model)
+    LowerSkipToCompactionPass()(model)
+    (branch,) = (
+        graph
+        for node in model.graph
+        for graph in subgraphs_of(node)
+        if any(inner.op_type == "NonZero" for inner in graph)
+    )
+    return [node for node in branch if is_op(node, "GatherND")], [node for node in branch if is_op(node, "ScatterND")]
+
+
+def test_rows_of_the_stream_are_gathered_and_put_back_once_when_both_blocks_stand_in_a_branch() -> None:
+    gathers, scatters = _whole_layer("layer")
+    assert [node.inputs[0].name for node in gathers].count("model.embed_tokens") == 1  # type: ignore[union-attr]
+    assert len(gathers) == 2, "the stream's rows, and what attention computed"
+    assert [node.inputs[0].name for node in scatters].count("model.embed_tokens") == 1  # type: ignore[union-attr]
+    assert scatters[-1].inputs[2].producer().op_type == "Add", "of rows that were never put back in between"  # type: ignore[union-attr]
+
+
+def test_scatter_adds_by_itself_when_no_rows_of_the_stream_are_gathered() -> None:
+    gathers, scatters = _whole_layer("attention")
+    assert "model.embed_tokens" not in {node.inputs[0].name for node in gathers}  # type: ignore[union-attr]
+    assert scatters[-1].attributes.get_string("reduction") == "add"
 
 
 NEAR_MISSES = {
