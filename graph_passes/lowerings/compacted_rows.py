@@ -132,7 +132,9 @@ def pass_rows_on(first: CompactedRows, second: CompactedRows) -> None:
     stream, index, sums = closing.inputs
     total, added = closing.outputs[0], None if sums is None else sums.producer()
     gathers = [node for node in second.nodes if node.op_type == "GatherND" and list(node.inputs) == [total, index]]
-    if sums is None or added is None or added.op_type != "Add" or {*total.consumers()} != {*gathers, put_back}:
+    if sums is None or added is None or added.op_type != "Add":
+        return
+    if total.is_graph_output() or {*total.consumers()} != {*gathers, put_back}:
         return
     # The first block is closed by the addition now: of its two operands the branch is the one that it had before.
     for gather in gathers:
