@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -90,7 +90,7 @@ class AttendActiveQueriesPass(GraphPass):
         fewer = new.add("Less", size, sequence, name=f"{path}.fewer", dtype=ir.DataType.BOOL, shape=(1,))
         some = self._some_queries(graph, attention, gather, (flags, size), layer)
         chosen = _alike(given := (gather.outputs[0], *attention.outputs[1:]), f"{path}.chosen")
-        every = _copies(attention, gather, f"{path}.every")
+        every = _copies(attention, gather, f"{path}.every", new.tags)
         choose = conditional_node(branch, f"{path}.chosen", fewer, some, every, chosen, new.tags)
 
         # What the outer If gives out takes the place of rows and cache; the branches' own values get other names.
@@ -140,7 +140,7 @@ class AttendActiveQueriesPass(GraphPass):
         real = new.add("Cast", chosen, name=f"{path}.real", dtype=boolean, shape=None, to=int(boolean))
         nonzero = new.add("NonZero", real, name=f"{path}.nonzero", dtype=int64, shape=None)
         index = new.add("Transpose", nonzero, name=f"{path}.index", dtype=int64, shape=None, perm=(1, 0))
-        (attends, gathers), results = _copies(attention, gather, f"{path}.some")
+        (attends, gathers), results = _copies(attention, gather, f"{path}.some", new.tags)
         attends.replace_input_with(_QUERY, queries)
         attends.replace_input_with(_MASK, bias)
         attends.outputs[0].shape = None  # of fewer tokens
@@ -169,7 +169,7 @@ class AttendActiveQueriesPass(GraphPass):
         return sequence, is_long
 
 
-def _copies(attention: ir.Node, gather: ir.Node, path: str) -> Branch:
+def _copies(attention: ir.Node, gather: ir.Node, path: str, tags: Mapping[str, str]) -> Branch:
     """Attention and its reader once more, for another branch; with rows and cache."""
     pair = []
     for node in (attention, gather):
@@ -179,7 +179,7 @@ def _copies(attention: ir.Node, gather: ir.Node, path: str) -> Branch:
             dict(node.attributes),
             num_outputs=len(node.outputs),
             name=f"{path}.{node.op_type.lower()}",
-            metadata_props=dict(node.metadata_props),
+            metadata_props=dict(tags),
         )
         for new, old, part in zip(copy.outputs, node.outputs, ("output", *CACHE_PARTS), strict=False):
             new.name, new.type, new.shape = f"{copy.name}.{part}", old.type, old.shape

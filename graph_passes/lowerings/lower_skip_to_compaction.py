@@ -58,17 +58,17 @@ class LowerSkipToCompactionPass(LoweringPass):
     Where attention alone is skipped and skipped tokens leave keys and values, the query's projection runs on rows of
     the norm's output, and keys and values come from all of it. Attention in another form than the Attention node's
     stays where it is, for all tokens: what runs on rows is the output's projection, and the query's where that is a
-    product of its own.
+    product of its own. There no rows of the stream are gathered: ScatterND adds to them by itself, in float32.
 
     Rows are [1, n, hidden] instead where a node of the MLP counts its axes from the front.
 
-    An MLP of no rows takes no time; attention for which no token is active does. With `branches`, attention on rows
+    An MLP of no rows takes next to no time; attention for which no token is active does. With `branches`, attention on rows
     stands in an If, whose other branch passes x on and appends to the cache what skipped tokens leave
     (`LowerSkipToIfPass`); where whole layers are skipped, so does the MLP, in the same one, since each If costs more
     than several small nodes. An MLP that is skipped alone stays in the main graph, where tools that quantise graphs
     find it, and so does one whose weights are dequantised by nodes of their own.
 
-    Scope: every routed decoder layer of the main graph. Source: ONNX ScatterND-11, GatherND-12, If-1.
+    Scope: every routed decoder layer of the main graph. Source: ONNX ScatterND-11 and -16, GatherND-12, If-1.
 
     Attributes:
         branches: Leave out what rows do not make cheap, in steps in which nobody is active.
