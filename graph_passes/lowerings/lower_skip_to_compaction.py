@@ -62,7 +62,7 @@ class LowerSkipToCompactionPass(LoweringPass):
 
     Rows are [1, n, hidden] instead where a node of the MLP counts its axes from the front.
 
-    An MLP of no rows takes next to no time; attention for which no token is active does. With `branches`, attention on rows
+    An MLP of no rows takes little time; attention for which no token is active does. With `branches`, attention on rows
     stands in an If, whose other branch passes x on and appends to the cache what skipped tokens leave
     (`LowerSkipToIfPass`); where whole layers are skipped, so does the MLP, in the same one, since each If costs more
     than several small nodes. An MLP that is skipped alone stays in the main graph, where tools that quantise graphs
