@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from benchmarks.common.threshold_inputs import ACTIVE, SKIPPED, thresholds_as_inputs
+from dlo_export.graph_passes.find.data_flow import constant_tensor
 from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
@@ -53,7 +54,9 @@ def test_operator_takes_the_place_of_router_and_gather_when_rows_are_gathered(re
     model = compacted(rescale)
     assert FuseRouterGatherPass()(model).modified
     assert census(model, FUSED) == FUSED
-    assert find_routers(model.graph)[0].threshold == 0.5
+    router = find_routers(model.graph)[0]
+    assert router.threshold == 0.5
+    np.testing.assert_array_equal(constant_tensor(router.weight).numpy(), ROUTER[:, np.newaxis])
     check_idempotence(model, FuseRouterGatherPass())
     np.testing.assert_array_equal(run(model)["logits"], before["logits"])
 
