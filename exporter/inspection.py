@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from dlo_export.exporter.artefact_check import compared_thresholds, open_descrip
 from dlo_export.exporter.pipeline import prepare_released
 from dlo_export.exporter.sources.foreign_graph import load_graph, read_prepared
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
-from dlo_export.graph_passes.find.data_flow import consumed_values
+from dlo_export.graph_passes.find.data_flow import constant_tensor, consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.find.layer_form import layer_form
 from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY
+from dlo_export.graph_passes.spec.provenance import ORIGIN_KEY
 from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, ArtefactDescription, description_json
 from dlo_export.runtimes.artefact.files import has_weights
 from dlo_export.runtimes.tensorrt.engine_check import obstacles
@@ -98,11 +99,13 @@ def inspect_model(path: Path) -> Inspection:
         layers, problem = find_decoder_layers(model.graph), None
     except DecoderLayersNotFound as err:
         layers, problem = (), str(err)
+    routed = dict.fromkeys(find_routers(model.graph), ONE_HALF)
+    thresholds = {**routed, **compared_thresholds(model.graph)}
     return Inspection(
         graph_path,
         dict(ops.most_common()),
         _bytes_by_part(model.graph, layers),
-        [_layer_row(model.graph, layer, description) for layer in layers],
+        [_layer_row(model.graph, layer, thresholds.get(layer.index), description) for layer in layers],
         problem,
         description,
         with_weights,
@@ -129,18 +132,13 @@ def _untrained_routers(graph: ir.Graph, description: ArtefactDescription | None)
     if description is None or description.routing is None:
         return []
     return [
-        int(node.metadata_props[LAYER_KEY])
-        for node in _routers(graph)
-        if not description.layers[layer := int(node.metadata_props[LAYER_KEY])].identity
+        layer
+        for layer, router in find_routers(graph).items()
+        if not description.layers[layer].identity
         and description.router_thresholds.get(layer, ONE_HALF) >= ONE_HALF
-        and any(
-            value.const_value is not None and not value.const_value.numpy().any() for value in consumed_values(node)
-        )
+        and (tensor := constant_tensor(router.weight)) is not None
+        and not tensor.numpy().any()
     ]
-
-
-def _routers(graph: ir.Graph) -> list[ir.Node]:
-    return [node for node in graph if node.metadata_props.get(LAYER_KEY) and node.op_type == "MatMul"]
 
 
 def _engine_problems(description: ArtefactDescription | None) -> list[str] | None:
@@ -149,15 +147,17 @@ def _engine_problems(description: ArtefactDescription | None) -> list[str] | Non
     return [obstacle.reason for obstacle in obstacles(description.engines, find_gpu().target)]
 
 
-def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: ArtefactDescription | None) -> dict[str, Any]:
+def _layer_row(
+    graph: ir.Graph, layer: DecoderLayer, threshold: float | None, description: ArtefactDescription | None
+) -> dict[str, Any]:
+    """What is said of a layer; its router's threshold is None where it has none."""
     said = None if description is None else description.layers[layer.index]
     injected = any(node.metadata_props.get(ORIGIN_KEY) for node in layer.nodes)
-    routed = layer.index in find_routers(graph)
     return {
         "index": layer.index,
         "injected": injected if said is None else said.injected,
-        "routed": routed,
-        "threshold": compared_thresholds(graph).get(layer.index, ONE_HALF) if routed else None,
+        "routed": threshold is not None,
+        "threshold": threshold,
         "identity": _is_identity(layer) if said is None else said.identity,
         "bytes": sum(_weight_bytes(graph, layer.nodes).values()),
         **dataclasses.asdict(layer_form(layer)),
@@ -178,14 +178,15 @@ def _is_identity(layer: DecoderLayer) -> bool | None:
 
 
 def _bytes_by_part(graph: ir.Graph, layers: tuple[DecoderLayer, ...]) -> dict[str, int]:
-    routers = set(_routers(graph))
-    parts: dict[str, dict[str, int]] = {
-        "attention": _weight_bytes(
-            graph, [node for layer in layers for node in layer.attention.nodes if node not in routers]
-        ),
-        "mlp": _weight_bytes(graph, [node for layer in layers for node in layer.mlp.nodes if node not in routers]),
-        "routers": _weight_bytes(graph, routers),
+    routers = _bytes_of(graph, (router.weight for router in find_routers(graph).values()))
+    read = {
+        "attention": _weight_bytes(graph, [node for layer in layers for node in layer.attention.nodes]),
+        "mlp": _weight_bytes(graph, [node for layer in layers for node in layer.mlp.nodes]),
     }
+    parts = {
+        part: {name: size for name, size in weights.items() if name not in routers} for part, weights in read.items()
+    }
+    parts["routers"] = routers
     total = {
         name: value.const_value.nbytes for name, value in graph.initializers.items() if value.const_value is not None
     }
@@ -198,11 +199,15 @@ def _bytes_by_part(graph: ir.Graph, layers: tuple[DecoderLayer, ...]) -> dict[st
     return sizes
 
 
-def _weight_bytes(graph: ir.Graph, nodes: Any) -> dict[str, int]:
+def _weight_bytes(graph: ir.Graph, nodes: Iterable[ir.Node]) -> dict[str, int]:
     """Initializers the nodes read, by name."""
+    return _bytes_of(graph, (value for node in nodes for value in consumed_values(node)))
+
+
+def _bytes_of(graph: ir.Graph, values: Iterable[ir.Value | None]) -> dict[str, int]:
+    """Those of the values that are initializers, by name."""
     return {
         value.name or "": value.const_value.nbytes
-        for node in nodes
-        for value in consumed_values(node)
-        if value.name in graph.initializers and value.const_value is not None
+        for value in values
+        if value is not None and value.name in graph.initializers and value.const_value is not None
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.routers import find_routers
+from dlo_export.graph_passes.spec.provenance import shared_constant
 
 SKIPPED, ACTIVE = 3e38, -3e38  # thresholds above and below every score and every logit
 
@@ -15,16 +17,28 @@ def threshold_name(layer: int | str) -> str:
 
 
 def thresholds_as_inputs(model: ir.Model) -> None:
-    """Lets every router compare its scores or logits with an input of their axes, which is SKIPPED or ACTIVE."""
+    """Lets every router compare its scores or logits with an input of their axes, which is SKIPPED or ACTIVE.
+
+    An operator that decides by itself has one threshold for all tokens: it multiplies the input by -1 in place of the
+    stream by its router's weight, which costs a little less.
+    """
     graph = model.graph
     for layer, router in find_routers(graph).items():
-        assert router.active is not None, "a router decides"
-        compare = router.active.producer()
-        assert compare is not None, "a tagged node decides"
-        old = compare.inputs[1]
-        column = [] if router.logits is None else [1]
+        column = [] if router.logits is None and router.gathering is None else [1]
         limit = ir.val(threshold_name(layer), dtype=ir.DataType.FLOAT, shape=["batch", "sequence", *column])
         graph.inputs.append(limit)
-        compare.replace_input_with(1, limit)
-        if old is not None and old.name is not None and not old.uses():
-            graph.initializers.pop(old.name, None)
+        if router.gathering is not None:
+            minus_one = shared_constant(graph, "threshold.minus_one", np.full((1, 1), -1, np.float32))
+            _replace_inputs(graph, router.gathering, {0: limit, 1: minus_one})
+        else:
+            compare = router.active.producer() if router.active is not None else None
+            assert compare is not None, "a tagged node decides"
+            _replace_inputs(graph, compare, {1: limit})
+
+
+def _replace_inputs(graph: ir.Graph, node: ir.Node, by: dict[int, ir.Value]) -> None:
+    for place, value in by.items():
+        old = node.inputs[place]
+        node.replace_input_with(place, value)
+        if old is not None and old.name is not None and old.is_initializer() and not old.uses():
+            graph.initializers.pop(old.name)

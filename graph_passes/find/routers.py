@@ -43,6 +43,14 @@ class Router:
         return node if gathers_active(node) else None
 
     @property
+    def weight(self) -> ir.Value | None:
+        """What the stream is multiplied by; None where it cannot be told."""
+        # An operator of the library gives out scores, and multiplies itself.
+        product = self.logits or (self.scores and (router_product(self.scores) or self.scores))
+        node = None if product is None else product.producer()
+        return node.inputs[1] if node is not None and len(node.inputs) > 1 else None
+
+    @property
     def threshold(self) -> float | None:
         """The score that an active token's exceeds; None where it cannot be told."""
         decision = self.gathering or (None if self.active is None else self.active.producer())

@@ -24,7 +24,7 @@ THRESHOLD_KEY = "dlo.threshold"
 Role = Literal["router_scores", "router_logits", "router_active"]
 ROUTER_SCORES: Role = "router_scores"
 ROUTER_LOGITS: Role = "router_logits"
-"""Of what a decision compares where a graph computes no scores; `find/routers.py` reads both forms."""
+"""Of what a decision compares where a graph computes no scores; `find/routers.py` reads every form."""
 ROUTER_ACTIVE: Role = "router_active"
 Attribute = int | float | str | Sequence[int] | ir.TensorProtocol
 Dims = Iterable[int | str | ir.SymbolicDim | None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -58,9 +58,13 @@ class GrowingCache:
                 past.bind_input(binding, name, kind, old)
             present.bind_output(binding, self._present_of[name], kind, new)
 
-    def advance(self, binding: ort.IOBinding) -> None:
-        """After the step: what was written is read next."""
-        self._values = dict(zip(self._states, binding.get_outputs()[-len(self._states) :], strict=True))
+    def advance(self, outputs: Sequence[ort.OrtValue]) -> None:
+        """After the step: what was written is read next.
+
+        Args:
+            outputs: All that were bound, in their order.
+        """
+        self._values = dict(zip(self._states, outputs[-len(self._states) :], strict=True))
         self._past = self._next
         self._read, self._write = self._write, self._read
 

@@ -64,8 +64,9 @@ class OnnxRuntimeRunner(GrowingRunner):
         self._outputs.bind(binding, request)
         self._cache.bind(binding, request.sequence)
         self._session.run(binding)
-        self._cache.advance(binding)
-        return self._outputs.read(binding, request)
+        outputs = binding.get_outputs()  # once: it makes an object of every one of them
+        self._cache.advance(outputs)
+        return self._outputs.read(request, outputs)
 
     def _free(self) -> None:
         self._cache = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -47,14 +47,17 @@ class StepOutputs:
             memory.reserve(math.prod(shape) * kind.itemsize)
             memory.bind_output(binding, name, kind, shape)
 
-    def read(self, binding: ort.IOBinding, request: StepRequest) -> dict[str, np.ndarray]:
-        """By name, in the graph's types; logits [batch, 1, vocab] where only the last token's were asked for."""
+    def read(self, request: StepRequest, outputs: Sequence[ort.OrtValue] = ()) -> dict[str, np.ndarray]:
+        """By name, in the graph's types; logits [batch, 1, vocab] where only the last token's were asked for.
+
+        Args:
+            request: What was asked for.
+            outputs: All that were bound, in their order; needed where ONNX Runtime allocates some.
+        """
         found = {}
-        # Made for every output, the cache's too: only where some are ONNX Runtime's own.
-        values = binding.get_outputs() if None in self._shapes.values() else []
         for index, (name, shape) in enumerate(self._shapes.items()):
             if shape is None:
-                found[name] = values[index].numpy()
+                found[name] = outputs[index].numpy()
             elif name == LOGITS and request.last_logits and shape[1] > 1:
                 found[name] = self._last_rows(name, shape)
             else:

@@ -9,6 +9,7 @@ import pytest
 
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.router_thresholds import logit_threshold
+from dlo_export.graph_passes.find.data_flow import constant_tensor
 from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
@@ -66,6 +67,7 @@ def test_deciding_by_logits_changes_no_bit_and_leaves_out_operators(kind: Routin
     router = find_routers(saved(model).graph)[0]
     assert router.threshold == THRESHOLD
     assert router.logits is not None
+    np.testing.assert_array_equal(constant_tensor(router.weight).numpy(), ROUTERS[0][:, np.newaxis])
 
 
 @pytest.mark.parametrize(("kind", "lowering"), GO, ids=["-".join(each) for each in GO])

@@ -7,6 +7,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from benchmarks.common.threshold_inputs import ACTIVE, SKIPPED, thresholds_as_inputs
+from dlo_export.graph_passes.find.data_flow import constant_tensor
 from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
@@ -52,7 +54,9 @@ def test_operator_takes_the_place_of_router_and_gather_when_rows_are_gathered(re
     model = compacted(rescale)
     assert FuseRouterGatherPass()(model).modified
     assert census(model, FUSED) == FUSED
-    assert find_routers(model.graph)[0].threshold == 0.5
+    router = find_routers(model.graph)[0]
+    assert router.threshold == 0.5
+    np.testing.assert_array_equal(constant_tensor(router.weight).numpy(), ROUTER[:, np.newaxis])
     check_idempotence(model, FuseRouterGatherPass())
     np.testing.assert_array_equal(run(model)["logits"], before["logits"])
 
@@ -67,6 +71,18 @@ def test_forced_decisions_reach_the_gathered_rows_when_routing_is_exposed(active
     expected, found = run_model(models[0], {**tiny_feeds(), **forced}), run(models[1], **forced)
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_operator_gathers_the_tokens_that_a_benchmark_says() -> None:
+    models = [compacted(), compacted()]
+    FuseRouterGatherPass()(models[1])
+    for model in models:
+        thresholds_as_inputs(model)
+    limits = np.where([[True, False, True], [False, False, True]], ACTIVE, SKIPPED).astype(np.float32)
+    expected = run_model(models[0], {**tiny_feeds(), "threshold.0": limits})
+    np.testing.assert_array_equal(
+        run(models[1], **{"threshold.0": limits[..., np.newaxis]})["logits"], expected["logits"]
+    )
 
 
 def test_router_is_left_alone_when_others_read_its_decision() -> None:

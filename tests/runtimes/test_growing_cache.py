@@ -37,5 +37,5 @@ def test_present_of_every_step_holds_all_rows_when_buffers_take_turns() -> None:
         binding.bind_cpu_input("rows", rows)
         cache.bind(binding, sequence)
         session.run_with_iobinding(binding)
-        cache.advance(binding)
+        cache.advance(binding.get_outputs())
         np.testing.assert_array_equal(binding.get_outputs()[0].numpy(), fed)
