@@ -47,12 +47,12 @@ def main(
     from dlo_export.checkpoints.adapter.adapter import save_adapter  # noqa: PLC0415
     from dlo_export.checkpoints.checkpoint_folder import save_checkpoint  # noqa: PLC0415
     from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter  # noqa: PLC0415
+    from dlo_export.checkpoints.depth.layer_init import preserves_function  # noqa: PLC0415
     from dlo_export.checkpoints.depth.placements import placements  # noqa: PLC0415
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.checkpoints.files.folder_kind import FolderKind  # noqa: PLC0415
     from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space  # noqa: PLC0415
     from dlo_export.checkpoints.finite_weights import finite_tensors  # noqa: PLC0415
-    from dlo_export.checkpoints.depth.layer_init import preserves_function  # noqa: PLC0415
     from dlo_export.checkpoints.llama_layer import router_name  # noqa: PLC0415
     from dlo_export.checkpoints.model_types import agreed_routing  # noqa: PLC0415
     from dlo_export.checkpoints.opening import open_checkpoint  # noqa: PLC0415 - keeps `dlo --help` quick

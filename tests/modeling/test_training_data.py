@@ -68,6 +68,16 @@ def test_records_raise_when_there_is_nothing(tmp_path: Path) -> None:
         read_records(tmp_path)
 
 
+def test_records_name_a_folders_file_when_it_cannot_be_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "nowhere.jsonl").symlink_to("missing.jsonl")
+    with pytest.raises(TrainingDataError, match=r"nowhere\.jsonl: is no regular file\n\nhint: remove it, or replace"):
+        read_records(tmp_path)
+    with pytest.raises(TrainingDataError, match=r"/dev/null: is no regular file"):
+        read_records(Path("/dev/null"))
+
+
 def test_records_come_from_every_file_when_a_folder_is_given(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     (tmp_path / "b.txt").write_text("two")
