@@ -153,9 +153,9 @@ def test_a_packed_document_equals_its_own_alone(folder: Path, tmp_path: Path, to
 def test_labels_are_the_learned_tokens_but_a_documents_first(tokenizer: Any) -> None:
     texts = [Record("here", text="abc"), Record("there", text="de")]
     data = tokenize_records(texts, tokenizer, length=8, long_chats="error")
-    (sequence,) = [*map(PackedDocuments(data.documents, 8, pad_token=2).__getitem__, [0])]
+    (sequence,) = [*map(PackedDocuments(data.documents, 8).__getitem__, [0])]
     ids = sequence["input_ids"].tolist()
-    assert tokenizer.decode(ids) == "abc</s>de</s></s>"
+    assert tokenizer.decode(ids) == "abc</s>de</s><unk>"
     assert sequence["labels"].tolist() == [IGNORED, *ids[1:4], IGNORED, *ids[5:7], IGNORED]
     assert sequence["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
     assert sequence["counted"].tolist() == [True] * 7 + [False]
