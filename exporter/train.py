@@ -264,7 +264,7 @@ def _packed(request: TrainRequest, tokenizer: Any, config: Mapping[str, Any], re
         if data.shortened or data.skipped:
             reporter.warn(f"{data.shortened} chats were cut to {settings.sequence} tokens, {data.skipped} left out")
         _check_vocabulary(data, config["vocab_size"])
-        packed.append(PackedDocuments(data.documents, settings.sequence, tokenizer.eos_token_id or 0))
+        packed.append(PackedDocuments(data.documents, settings.sequence))
     training, held_out, *others = packed
     return PackedSets(training, held_out, others=dict(zip(map(str, request.other_text), others, strict=True)))
 

@@ -23,7 +23,7 @@ def random_sequences(settings: TrainingSettings, vocabulary: int, count: int) ->
     half = settings.sequence // 2
     ids = np.random.default_rng(0).integers(0, vocabulary, (2 * count, half), np.int32)
     documents = [TokenDocument("", tokens, np.ones(half, bool)) for tokens in ids]
-    return PackedDocuments(documents, 2 * half, 0)
+    return PackedDocuments(documents, 2 * half)
 
 
 def train_by_trainer(

@@ -159,7 +159,7 @@ class Experiment:
         return {"all": means | {"perplexity": perplexity(means["loss"], 1)}, "domains": found}
 
     def _packed(self, documents: Sequence[TokenDocument]) -> PackedDocuments:
-        return PackedDocuments(documents, self.form.sequence, self.base.tokenizer.eos_token_id or 0)
+        return PackedDocuments(documents, self.form.sequence)
 
     @functools.cached_property
     def _training(self) -> list[TokenDocument]:

@@ -125,6 +125,12 @@ def interleave(num_layers: int, *, target_layers: int, init: str = "zero_out") -
         target_layers: L'; 32 to 40 puts the new layers at 4, 9, …, 39.
         init: Any init.
     """
+    if not num_layers < target_layers <= 2 * num_layers:
+        raise ExpansionError(
+            f"expansion interleave: target_layers {target_layers} of {num_layers} layers, expected from "
+            f"{num_layers + 1} to {2 * num_layers}",
+            hint="this method adds at most one new layer per original; llama-pro adds several with per_group",
+        )
     return _grouped(num_layers, target_layers - num_layers, 1, init, "interleave")
 
 

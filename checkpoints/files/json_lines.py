@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.files.regular_file import regular_size
+from dlo_export.checkpoints.files.text_files import check_text_file
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -37,14 +37,14 @@ def read_json_lines(path: Path, error: type[InputError] = InputError) -> Iterato
     Raises:
         InputError: The file cannot be read, or a line is not a JSON object in UTF-8.
     """
+    check_text_file(path, error)
     try:
-        regular_size(path)
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _parsed(f"{path} line {number}", line, error)
     # What gzip says of a file that is cut short or is none.
-    except (gzip.BadGzipFile, EOFError, zlib.error, FileNotFoundError, IsADirectoryError) as err:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as err:
         raise error(f"{path}: cannot be read ({err})", hint="is it complete, and of the kind its name says?") from err
 
 

@@ -111,6 +111,16 @@ def unfamiliar_files(folder: Path) -> list[str]:
     return found
 
 
+def damaged_files(folder: Path) -> list[str]:
+    """Which of the files this program wrote into a folder are gone or have another size than they were written with.
+
+    A power failure may do that, or a copy that was cut short. Whose size was not kept is not looked at.
+    """
+    stamps = {name: stamp for name, stamp in _written(folder).stamps.items() if isinstance(stamp, dict)}
+    sizes = {name: path.lstat().st_size for name, path in _entries(folder).items()}
+    return [name for name, stamp in stamps.items() if "bytes" in stamp and sizes.get(name) != stamp["bytes"]]
+
+
 def remove_written_files(folder: Path) -> None:
     """Removes what this program wrote, and the folder with it if nothing else is left there.
 

@@ -47,6 +47,7 @@ def main(
     from dlo_export.checkpoints.adapter.adapter import save_adapter  # noqa: PLC0415
     from dlo_export.checkpoints.checkpoint_folder import save_checkpoint  # noqa: PLC0415
     from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter  # noqa: PLC0415
+    from dlo_export.checkpoints.depth.layer_init import preserves_function  # noqa: PLC0415
     from dlo_export.checkpoints.depth.placements import placements  # noqa: PLC0415
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.checkpoints.files.folder_kind import FolderKind  # noqa: PLC0415
@@ -87,8 +88,10 @@ def main(
         own = checkpoint.config.routing
         kind = agreed_routing(None if own is None else own.kind, routing)
         untrained = [at for layer, at in enumerate(plan.original_positions) if router_name(layer) not in tensors]
+        # A new layer that adds nothing loses nothing either where it is skipped.
+        untrained += [layer.position for layer in plan.injected_layers if not preserves_function(layer.init)]
         if routers and untrained:
-            reporter.warn(untrained_router_warning(untrained, kind))
+            reporter.warn(untrained_router_warning(sorted(untrained), kind))
         options: dict[str, Any] = {
             "zero_routers": routers,
             "seed": seed,

@@ -59,20 +59,19 @@ def shift_thresholds(
     limits = {layer: _logit(starting.get(layer, ONE_HALF)) for layer in layers}
     best: tuple[float, dict[int, float], float] | None = None
     before = math.nan
+    search = _ShiftSearch()
     for number in range(_RUNS):
         scores = run()
         # How far each token is from its layer's decision, in logits: one shift moves all layers.
-        margins = torch.cat([_logits(scores[layer]) - limits[layer] for layer in layers])
+        margins = torch.cat([_logits(scores[layer]) - _logit(model.config.threshold(layer)) for layer in layers])
         found = float(margins.gt(0).double().mean())
         before = found if number == 0 else before
         if best is None or abs(found - rate) < best[0]:
             best = abs(found - rate), model.config.thresholds, found
         if best[0] <= _CLOSE:
             break
-        shift = _between(margins, round(rate * len(margins)))
-        thresholds = {layer: _threshold(limit + shift) for layer, limit in limits.items()}
-        use_thresholds(model, starting | thresholds)
-        limits = {layer: _logit(threshold) for layer, threshold in thresholds.items()}
+        shift = search.next_after(_between(margins, round(rate * len(margins))))
+        use_thresholds(model, starting | {layer: _threshold(limit + shift) for layer, limit in limits.items()})
     assert best is not None, "there was a run"
     use_thresholds(model, best[1])
     return ThresholdShift(model.config.thresholds, before, best[2])
@@ -93,6 +92,35 @@ def sequence_scores(model: LlamaDloForCausalLM, sequences: torch.Tensor) -> dict
     """
     batches = [model.model(batch, use_cache=False).router_scores for batch in sequences.split(_SEQUENCES_AT_ONCE)]
     return {layer: torch.cat([batch[layer].flatten() for batch in batches]) for layer in batches[0]}
+
+
+class _ShiftSearch:
+    """Finds the shift that needs no further one.
+
+    What a run's own scores ask for is right but for what it changes in the layers behind. Where that is little, each
+    run asks for less than half of what the one before did, and is done as it asks. Where it is much, as of whole
+    layers, that alone would go to and fro for ever: the next shift then lies between one that was too small and one
+    that was too large, by regula falsi (Illinois' form, in which no end stays for ever).
+    """
+
+    def __init__(self) -> None:
+        self._shift, self._further, self._settles = 0.0, math.inf, True
+        self._ends: dict[bool, tuple[float, float]] = {}  # by whether it was too small: a shift, and what it asked for
+
+    def next_after(self, further: float) -> float:
+        """The shift to try next, where the scores under the last one ask to be shifted further by so much."""
+        is_small = further > 0
+        if is_small == (self._further > 0) and (other := self._ends.get(not is_small)) is not None:
+            self._ends[not is_small] = other[0], other[1] / 2
+        self._ends[is_small] = self._shift, further
+        self._settles &= abs(further) < abs(self._further) / 2
+        self._further = further
+        if self._settles or len(self._ends) < 2:
+            self._shift += further
+        else:
+            (low, above), (high, below) = self._ends[True], self._ends[False]
+            self._shift = (low * below - high * above) / (below - above)
+        return self._shift
 
 
 def _between(margins: torch.Tensor, active: int) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.text_files import files_below, read_text_file
 
 Encode = Callable[[str], Sequence[int]]
 """A tokenizer: text to token ids, without special tokens."""
@@ -63,14 +64,14 @@ def read_documents(path: Path | None = None) -> tuple[Document, ...]:
 
         return tuple(Document(name, topics[name]) for name in sorted(topics))
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*.txt") if not file.is_dir())
+        files = files_below(path, (".txt",))
         if not files:
             raise CalibrationTextError(f"{path}: holds no .txt files\n\nhint: give one file, or a folder of .txt files")
-        documents = tuple(Document(str(file.relative_to(path)), _read(file)) for file in files)
+        documents = tuple(
+            Document(str(file.relative_to(path)), read_text_file(file, CalibrationTextError)) for file in files
+        )
         return documents if len(documents) > 1 else _halves(documents[0])
-    if not path.exists():
-        raise CalibrationTextError(f"{path}: no such file or folder\n\nhint: give a .txt file, or a folder of them")
-    return _halves(Document(path.name, _read(path)))
+    return _halves(Document(path.name, read_text_file(path, CalibrationTextError)))
 
 
 def calibration_text(
@@ -126,15 +127,6 @@ def _draw(
         ids += encode(document.text)
         names.append(document.name)
     return torch.tensor(ids[:wanted], dtype=torch.int64).reshape(-1, length), tuple(names)
-
-
-def _read(file: Path) -> str:
-    if not file.is_file():  # a link to nothing or to itself, or a pipe, which would be waited for
-        raise CalibrationTextError(f"{file}: is no regular file", hint="remove it, or replace the link by the file")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise CalibrationTextError(f"{file}: {err}", hint="calibration text is UTF-8") from err
 
 
 def _halves(document: Document) -> tuple[Document, ...]:

@@ -26,13 +26,11 @@ class PackedDocuments(Dataset[dict[str, torch.Tensor]]):
     Args:
         documents: Each of at most `length` tokens.
         length: Of all sequences.
-        pad_token: What padding reads.
     """
 
-    def __init__(self, documents: Sequence[TokenDocument], length: int, pad_token: int) -> None:
+    def __init__(self, documents: Sequence[TokenDocument], length: int) -> None:
         self._documents = documents
         self._length = length
-        self._pad_token = pad_token
         self._sequences = _first_fit([len(document.tokens) for document in documents], length)
 
     def __len__(self) -> int:
@@ -41,7 +39,7 @@ class PackedDocuments(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """int64 [length] `input_ids`, `labels` and `position_ids`; bool [length] `counted`, False for padding."""
-        ids = np.full(self._length, self._pad_token, np.int64)
+        ids = np.zeros(self._length, np.int64)  # padding is read too, and every model knows token 0
         labels = np.full(self._length, IGNORED, np.int64)
         positions = np.empty(self._length, np.int64)
         end = 0

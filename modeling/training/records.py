@@ -9,9 +9,11 @@ from typing import Any
 
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.json_lines import line_value
+from dlo_export.checkpoints.files.text_files import check_text_file, files_below, read_text_file
 from dlo_export.modeling.training.errors import TrainingDataError
 
 ROLES = ("system", "user", "assistant")
+_SUFFIXES = (".jsonl", ".txt")
 _LISTED_PROBLEMS = 5
 _FORM = 'each line is {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]} or {"text": "…"}'
 
@@ -45,18 +47,16 @@ def data_files(path: Path) -> list[Path]:
     """The .jsonl and .txt files of a folder in the order of their names, or the one file.
 
     Raises:
-        TrainingDataError: There is none.
+        TrainingDataError: There is none, or one cannot be read to its end.
     """
-    if path.is_dir():
-        files = sorted(file for kind in ("*.jsonl", "*.txt") for file in path.rglob(kind) if file.is_file())
-        if not files:
-            raise TrainingDataError(f"{path}: holds no .jsonl and no .txt file", hint=_FORM)
-        return files
-    if not path.is_file():
-        raise TrainingDataError(f"{path}: no such file or folder", hint="give a .jsonl or .txt file, or a folder")
-    if path.suffix.lower() not in (".jsonl", ".txt"):
-        raise TrainingDataError(f"{path}: is neither .jsonl nor .txt", hint="name the file by what it holds")
-    return [path]
+    files = files_below(path, _SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise TrainingDataError(f"{path}: holds no .jsonl and no .txt file", hint=_FORM)
+    for file in files:
+        check_text_file(file, TrainingDataError)
+        if file.suffix.lower() not in _SUFFIXES:
+            raise TrainingDataError(f"{file}: is neither .jsonl nor .txt", hint="name the file by what it holds")
+    return files
 
 
 def described_files(path: Path) -> list[DataFile]:
@@ -92,9 +92,9 @@ def read_records(path: Path) -> list[Record]:
 
 def _text_record(file: Path) -> Iterator[Record | str]:
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        yield f"{file}: is not UTF-8: {err}"
+        text = read_text_file(file, TrainingDataError)
+    except TrainingDataError as err:
+        yield err.message
         return
     if text.strip():
         yield Record(str(file), text=text)

@@ -129,4 +129,4 @@ def _packed(sequences: torch.Tensor) -> PackedDocuments:
         TokenDocument(f"sequence {number}", tokens, np.ones(len(tokens), bool))
         for number, tokens in enumerate(sequences.cpu().numpy())
     ]
-    return PackedDocuments(documents, sequences.shape[1], pad_token=0)
+    return PackedDocuments(documents, sequences.shape[1])

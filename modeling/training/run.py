@@ -116,7 +116,7 @@ def train_model(
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(folder.path / "tensorboard"))))
     try:
-        trainer.train_from(folder.last_checkpoint() if resume else None)
+        trainer.train_from(folder.checkpoint_to_resume() if resume else None)
     except (BackendCompilerFailed, InductorError) as err:
         raise MachineError(
             f"training: torch.compile failed: {str(err).splitlines()[0]}",

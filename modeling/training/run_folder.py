@@ -19,6 +19,7 @@ from dlo_export.checkpoints.files.json_file import finite, read_json, save_json
 from dlo_export.checkpoints.files.written_files import (
     RUN_FILE,
     TRAINING_FILE,
+    damaged_files,
     is_ours,
     remove_written_files,
     unfamiliar_files,
@@ -50,6 +51,20 @@ class RunFolder:
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint; None where there is none."""
         return next(iter(self._checkpoints()), None)
+
+    def checkpoint_to_resume(self) -> Path | None:
+        """The newest checkpoint; None where there is none, and the run begins anew.
+
+        Raises:
+            TrainingError: Something of it is gone or was cut short: what is loaded instead would be another run.
+        """
+        last = self.last_checkpoint()
+        if last is not None and (damaged := damaged_files(last)):
+            raise TrainingError(
+                f"{last}: the checkpoint is damaged: {', '.join(damaged)} gone, or not as long as written",
+                hint="remove that folder: --resume then goes on from the checkpoint before, or from the beginning",
+            )
+        return last
 
     def check_place(self) -> None:
         """Refuses a place that holds something else than a folder.

@@ -480,10 +480,13 @@ class DloTrainer(Trainer):
                 places = [""]
                 broadcast_object_list(places)
                 self._fill_checkpoint(Path(places[0]))
-        except (OSError, RuntimeError, SafetensorError) as err:  # PyTorch says RuntimeError where a write fails
+        except (OSError, RuntimeError, SafetensorError) as err:
+            # PyTorch says RuntimeError where a write fails, and of positions in its file instead of the reason.
+            reason = f"a file could not be written whole ({err})" if isinstance(err, RuntimeError) else err
             raise MachineError(
-                f"{folder}: the checkpoint cannot be written: {err}",
-                hint=f"mend that, then go on with --resume from {self._last_checkpoint_shown()}",
+                f"{folder}: the checkpoint cannot be written: {reason}",
+                hint="free some space, lift the limit or allow the writing, then go on with --resume from "
+                f"{self._last_checkpoint_shown()}",
             ) from err
 
     def _fill_checkpoint(self, folder: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlo_export.checkpoints.files.json_lines import SUFFIXES, is_json_lines, read_json_lines
-from dlo_export.checkpoints.files.regular_file import regular_size
+from dlo_export.checkpoints.files.text_files import files_below, read_text_file
 from dlo_export.runtimes.evaluation.errors import EvaluationError
 
 _HINT = 'give a text file in UTF-8, a .jsonl file whose lines are {"text": "…"}, or a folder of .txt and .jsonl files'
@@ -47,9 +47,7 @@ def read_text(path: Path) -> Text:
         EvaluationError: There is nothing, it cannot be read, or a document is empty.
     """
     if path.is_dir():
-        files = sorted(
-            file for pattern in ("*.txt", *(f"*{suffix}" for suffix in SUFFIXES)) for file in path.rglob(pattern)
-        )
+        files = files_below(path, (".txt", *SUFFIXES))
         if not files:
             raise EvaluationError(f"{path}: holds no .txt and no .jsonl file", hint=_HINT)
     else:
@@ -63,14 +61,7 @@ def read_text(path: Path) -> Text:
 def _documents(file: Path) -> list[Document]:
     if is_json_lines(file):
         return [_line(origin, values) for origin, values in read_json_lines(file, EvaluationError)]
-    try:
-        regular_size(file)
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise EvaluationError(f"{file}: is not UTF-8 ({err})", hint=_HINT) from err
-    except (FileNotFoundError, NotADirectoryError) as err:
-        raise EvaluationError(f"{file}: no such file or folder", hint=_HINT) from err
-    return [_document(str(file), text)]
+    return [_document(str(file), read_text_file(file, EvaluationError))]
 
 
 def _line(origin: str, values: dict[str, object]) -> Document:

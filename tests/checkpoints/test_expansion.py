@@ -118,8 +118,9 @@ def test_dus_repeats_the_middle_when_32_with_overlap_8() -> None:
         ("tli", {"every": 5, "source": "mean", "init": "random"}, "source mean goes with init copy or zero_out"),
         ("tli", {}, "expansion tli: needs every\n\nhint: its parameters are every, offset, source, init"),
         ("dus", {"every": 2}, "expansion dus: needs overlap, and has no every\n\nhint: its parameters are overlap"),
-        ("interleave", {"target_layers": 61}, "31 groups of 1 new layers among 30 originals"),
-        ("interleave", {"target_layers": 30}, "0 groups of 1 new layers among 30 originals"),
+        ("interleave", {"target_layers": 61}, "target_layers 61 of 30 layers, expected from 31 to 60"),
+        ("interleave", {"target_layers": 30}, "target_layers 30 of 30 layers, expected from 31 to 60"),
+        ("llama-pro", {"groups": 31}, "31 groups of 1 new layers among 30 originals, expected 1 to 30 groups"),
         ("dus", {"overlap": 15}, "overlap 15 of 30 layers, expected from 0 to 14"),
     ],
 )

@@ -1,4 +1,5 @@
 import gzip
+import os
 
 import pytest
 
@@ -33,10 +34,20 @@ def test_a_line_is_named_when_it_is_no_object(tmp_path, line, message):
         [*read_json_lines(file)]
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "folder.jsonl", "cut.jsonl.gz", "plain.jsonl.gz"])
-def test_a_file_is_named_when_it_cannot_be_read(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.jsonl", "no such file"),
+        ("folder.jsonl", "is a folder"),
+        ("pipe.jsonl", "is no regular file"),
+        ("cut.jsonl.gz", "cannot be read"),
+        ("plain.jsonl.gz", "cannot be read"),
+    ],
+)
+def test_a_file_is_named_when_it_cannot_be_read(tmp_path, name, message):
+    os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
     (tmp_path / "plain.jsonl.gz").write_text('{"a": 1}\n')
-    with pytest.raises(InputError, match=f"{name}: cannot be read"):
+    with pytest.raises(InputError, match=f"{name}: {message}"):
         [*read_json_lines(tmp_path / name)]

@@ -317,11 +317,13 @@ def test_zero_routers_are_told_of_once_on_every_way(tmp_path: Path, way: str, pa
         assert ZEROS in dlo("parity", tmp_path / "out", model, *(["--adapter", adapter] if adapter else [])).stderr
 
 
-def test_expand_tells_of_the_zero_routers_that_it_adds(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("init", "layers"), [("zero_out", "0, 2, 4"), ("copy", "0, 1, 2, 3, 4, 5")])
+def test_expand_tells_of_the_zero_routers_that_it_adds(tmp_path: Path, init: str, layers: str) -> None:
+    """Those of new layers too, where these add something."""
     model = save_tiny_llama(tmp_path / "model")
-    result = dlo("expand", model, "-o", tmp_path / "out", "--every", 1, "--routers")
+    result = dlo("expand", model, "-o", tmp_path / "out", "--every", 1, "--init", init, "--routers")
     assert result.returncode == DONE, result.stderr
-    assert "warning: the routers of layers 0, 2, 4 are all zeros" in result.stderr
+    assert f"warning: the routers of layers {layers} are all zeros" in result.stderr
     assert "every token skips those MLPs" in result.stderr
 
 

@@ -118,7 +118,7 @@ def test_documents_raise_when_there_are_none_or_not_utf8(tmp_path: Path) -> None
     with pytest.raises(CalibrationTextError, match="/dev/null: is no regular file"):
         read_documents(Path("/dev/null"))
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    with pytest.raises(CalibrationTextError, match="calibration text is UTF-8"):
+    with pytest.raises(CalibrationTextError, match=r"latin\.txt: is not UTF-8"):
         read_documents(tmp_path / "latin.txt")
 
 

@@ -74,6 +74,27 @@ def test_nearest_rate_is_told_when_scores_are_all_the_same(model: LlamaDloForCau
     assert (found.before, found.after) == (0.0, 0.0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rate", [0.5, 0.7])
+def test_rate_is_what_was_asked_when_skipping_in_one_layer_decides_for_those_behind(
+    sequences: torch.Tensor, tmp_path: Path, rate: float
+) -> None:
+    """Each router reads what the layers before it add: there is none of that where they are skipped."""
+    folder = save_tiny_llama(
+        tmp_path / "model", layers=6, vocab=BYTE_VOCABULARY, routed=[True] * 6, model_type="llama_dlo", rescale=False
+    )
+    model, text = opened(folder), sequences[:12]
+    use_thresholds(model, dict.fromkeys(range(6), 1e-9))  # so that nothing is skipped
+    model.model.router(0).weight.mul_(0.02)
+    for layer in range(1, 6):
+        streams = model(text, use_cache=False, output_hidden_states=True).hidden_states
+        added = streams[layer] - streams[0]
+        mean = added.mean((0, 1))
+        model.model.router(layer).weight.copy_(mean[None] / (added @ mean).mean())
+    use_thresholds(model, {})
+    assert shift_thresholds(model, lambda: sequence_scores(model, text), rate).after == pytest.approx(rate, abs=0.005)
+
+
 def test_everything_is_active_when_all_is_asked_for(model: LlamaDloForCausalLM, sequences: torch.Tensor) -> None:
     assert shift_thresholds(model, lambda: sequence_scores(model, sequences), 1.0).after == 1.0
 

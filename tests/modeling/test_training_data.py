@@ -68,6 +68,16 @@ def test_records_raise_when_there_is_nothing(tmp_path: Path) -> None:
         read_records(tmp_path)
 
 
+def test_records_name_a_folders_file_when_it_cannot_be_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "nowhere.jsonl").symlink_to("missing.jsonl")
+    with pytest.raises(TrainingDataError, match=r"nowhere\.jsonl: is no regular file\n\nhint: remove it, or replace"):
+        read_records(tmp_path)
+    with pytest.raises(TrainingDataError, match=r"/dev/null: is no regular file"):
+        read_records(Path("/dev/null"))
+
+
 def test_records_come_from_every_file_when_a_folder_is_given(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     (tmp_path / "b.txt").write_text("two")
@@ -143,9 +153,9 @@ def test_a_packed_document_equals_its_own_alone(folder: Path, tmp_path: Path, to
 def test_labels_are_the_learned_tokens_but_a_documents_first(tokenizer: Any) -> None:
     texts = [Record("here", text="abc"), Record("there", text="de")]
     data = tokenize_records(texts, tokenizer, length=8, long_chats="error")
-    (sequence,) = [*map(PackedDocuments(data.documents, 8, pad_token=2).__getitem__, [0])]
+    (sequence,) = [*map(PackedDocuments(data.documents, 8).__getitem__, [0])]
     ids = sequence["input_ids"].tolist()
-    assert tokenizer.decode(ids) == "abc</s>de</s></s>"
+    assert tokenizer.decode(ids) == "abc</s>de</s><unk>"
     assert sequence["labels"].tolist() == [IGNORED, *ids[1:4], IGNORED, *ids[5:7], IGNORED]
     assert sequence["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
     assert sequence["counted"].tolist() == [True] * 7 + [False]

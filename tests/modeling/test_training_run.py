@@ -2,6 +2,7 @@ import dataclasses
 import json
 import multiprocessing
 import resource
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -159,6 +160,22 @@ def test_a_run_is_not_resumed_with_other_settings(folder: Path, data: PackedDocu
         run(opened(folder), data, tmp_path / "run", other, resume=True)
     with pytest.raises(TrainingError, match="holds a training run already"):
         run(opened(folder), data, tmp_path / "run")
+
+
+def test_a_run_is_not_resumed_from_a_checkpoint_when_files_of_it_are_gone_or_cut_short(
+    folder: Path, data: PackedDocuments, tmp_path: Path
+) -> None:
+    """The Trainer alone would go on without the optimiser's states, or the random ones, and say nothing."""
+    settings = dataclasses.replace(SETTINGS, max_steps=2, save_every=1)
+    finished = run(opened(folder), data, tmp_path, settings)
+    weights = tmp_path / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    damaged = r"checkpoint-2: the checkpoint is damaged: model\.safetensors, optimizer\.pt gone, or not as long"
+    with pytest.raises(TrainingError, match=rf"{damaged} as written\n\nhint: remove that folder"):
+        run(opened(folder), data, tmp_path, settings, resume=True)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    assert run(opened(folder), data, tmp_path, settings, resume=True) == finished
 
 
 def test_a_run_says_which_setting_is_behind_it_when_its_optimiser_has_other_groups(
@@ -343,17 +360,26 @@ def test_a_diverging_run_names_step_and_layer_and_keeps_its_checkpoint(
     assert run(resumed, data, tmp_path, settings, resume=True).step == 6
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_intact(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "message"), [(-50_000, "File too large"), (50_000, "a file could not be written whole")]
+)
+def test_a_full_disk_leaves_the_last_checkpoint_intact(
+    folder: Path, data: PackedDocuments, tmp_path: Path, more: int, message: str
+) -> None:
+    """Where the weights do not fit, and where they do and the optimiser's larger file does not."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def fill(report: Any) -> None:
         if report.step == 3:  # files may grow to this size and no further, as on a disk with so much left
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+            weights = (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (weights + more, limits[1]))
 
     settings = dataclasses.replace(SETTINGS, save_every=2)
     try:
-        with pytest.raises(MachineError, match=r"checkpoint-4: .*cannot be written.*\n\nhint: .*from checkpoint-2"):
+        with pytest.raises(
+            MachineError, match=rf"checkpoint-4: .*cannot be written: .*{message}.*\n\nhint: .*from checkpoint-2"
+        ):
             run(opened(folder), data, tmp_path, settings, report=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -67,7 +67,7 @@ def packed(folder: Path, chats: Path, length: int = 64) -> PackedDocuments:
     """Chats in sequences, by the tokenizer of a checkpoint."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = tokenize_records(read_records(chats), tokenizer, length=length, long_chats="error")
-    return PackedDocuments(data.documents, length, pad_token=0)
+    return PackedDocuments(data.documents, length)
 
 
 def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,24 @@ def test_a_text_is_refused_by_its_place(tmp_path: Path, name: str, content: byte
         (tmp_path / name).write_bytes(content)
     with pytest.raises(EvaluationError, match=message):
         read_text(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["pipe.txt", "pipe.jsonl", "nowhere.txt"])
+def test_a_folders_text_is_refused_by_name_when_it_cannot_be_read_to_its_end(tmp_path: Path, name: str) -> None:
+    (tmp_path / "good.txt").write_text("One.")
+    (tmp_path / "folder.txt").mkdir()
+    if name == "nowhere.txt":
+        (tmp_path / name).symlink_to("missing.txt")
+    else:
+        os.mkfifo(tmp_path / name)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(EvaluationError, match=rf"{name}: is no regular file\n\nhint: "):
+            read_text(path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfFirst.\r\nSecond.")
+    assert [document.text for document in read_text(tmp_path).documents] == ["First.\nSecond."]
 
 
 @pytest.mark.parametrize(("sequence", "stride"), [(8, 8), (8, 3), (8, 1), (5, 5), (100, 100)])
