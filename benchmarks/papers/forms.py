@@ -88,6 +88,7 @@ _BY_WORTH = (
     "train-original",
     "train-deepened",
     "train-dlo",
+    "train-dlo-cos-global",
     *(f"train-routed-{target}-seed-0" for target in ("0.80", "0.90", "0.70")),
     "train-distilled-0.90",
     "train-distilled-0.80",
@@ -141,7 +142,7 @@ FORMS: dict[str, Form] = {
         greedy_tokens=2_048,
         seeds=(0, 1, 2),
         runs=_BY_WORTH,
-        main_runs=15,
+        main_runs=16,
         packages=True,
         questions=300,
     ),
@@ -155,8 +156,8 @@ FORMS: dict[str, Form] = {
         curve_points=1,
         tli_every=Form.tli_every,
         targets=Form.targets,
-        runs=(*_BY_WORTH[:8], "train-dlo-slower-routers", "train-moe"),
-        main_runs=10,
+        runs=(*_BY_WORTH[:9], "train-dlo-slower-routers", "train-moe"),
+        main_runs=11,
     ),
 }
 

@@ -32,6 +32,7 @@ _REFERENCE = "dlo"  # whose FLOPs the runs of equal FLOPs have
 _WORTH_A_LARGER_BATCH = 1.1  # times the tokens per second
 _SOFT_SHARE = 0.75  # of the steps in which distilled routers' gates harden
 _SLOWER = 0.5  # times the routers' rate: what they were fitted to says more about text unlike what is learned
+_LABELS_WEIGHT = 0.1
 MakeDense = Callable[[Experiment], LlamaDloForCausalLM]
 
 
@@ -50,6 +51,7 @@ class TrainingRun:
         kept: Later pieces need the model; that of other runs that skip stays until it was compared.
         after: The run whose model this one starts from.
         router_rate: Times the form's.
+        labelled: Routers learn from DLO's labels too, those of similarity pooled over layers (cos-global).
         equal_flops: Goes on until it has cost as much as the deepened, routed model.
     """
 
@@ -63,6 +65,7 @@ class TrainingRun:
     kept: bool = False
     after: str | None = None
     router_rate: float = 1.0
+    labelled: bool = False
     equal_flops: bool = False
 
     @property
@@ -86,8 +89,10 @@ class TrainingRun:
 
 def training_runs(experiment: Experiment) -> list[TrainingRun]:
     """The form's runs, by falling importance."""
-    by_name = {run.name: run for run in _every_run(experiment)}
-    return [by_name[name] for name in experiment.form.runs or by_name]
+    form, by_name = experiment.form, {run.name: run for run in _every_run(experiment)}
+    # Where the form's own routers learn from labels, a run that has them learn from labels only repeats another.
+    others = [name for name, run in by_name.items() if not (run.labelled and form.skip_weight)]
+    return [by_name[name] for name in form.runs or others]
 
 
 def _every_run(experiment: Experiment) -> list[TrainingRun]:
@@ -130,6 +135,7 @@ def _every_run(experiment: Experiment) -> list[TrainingRun]:
         TrainingRun("original", original, kept=True),
         TrainingRun("deepened", deepened, kept=True),
         TrainingRun("dlo", deepened, target=form.target, kept=True),
+        TrainingRun("dlo", deepened, "-cos-global", target=form.target, labelled=True),
         TrainingRun("dlo", deepened, "-slower-routers", target=form.target, router_rate=_SLOWER),
         routed(targets[0], first),
         TrainingRun("deepened-copies", lambda at: at.base.expanded(copied)),
@@ -189,7 +195,7 @@ def settings_of(
         anneal_steps=0,
         selection=form.selection,
         soft_steps=round(_SOFT_SHARE * steps),
-        skip_weight=form.skip_weight,
+        skip_weight=_LABELS_WEIGHT if run.labelled else form.skip_weight,
         distill_weight=form.distill_weight if run.target is not None else 0.0,
         max_steps=steps,
         batch=batch,
