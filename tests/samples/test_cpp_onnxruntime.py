@@ -86,6 +86,7 @@ def build(source: Path, folder: Path, *options: str, target: str = "all") -> Pat
             folder,
             *places,
             "-DCMAKE_BUILD_TYPE=Debug",
+            "-DCMAKE_CXX_FLAGS_DEBUG=-O0",
             "-DCMAKE_CXX_FLAGS=-Wall -Wextra -pedantic -Werror",
             *options,
         ],
@@ -281,7 +282,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "generation_config.json: cannot be read: ",
     ),
     "wrong context": (written("config.json", b'{"max_position_embeddings": "long"}'), "max_position_embeddings is"),
-    "logits of two dimensions": (edited(flattened), "output logits is of another size or type than a step's"),
+    "logits of two dimensions": (edited(flattened), "output logits is not [batch, tokens, vocabulary] of floats"),
     "state of another size": (
         edited(lambda graph: named(graph.output, "present.1.key").shape.dim.add()),
         "output present.1.key is of another type or size than input past_key_values.1.key",
@@ -405,7 +406,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_documented_program_runs_when_the_target_is_installed(artefact: Path, installed: Path, tmp_path: Path) -> None:
-    """Under the parent's own standard, and from two units of one program, one of whose parts brings the target again."""
+    """Under the parent's own standard, in two units of one program, and where another part brings the target again."""
     fetched = re.compile(r"include\(FetchContent\).*?MakeAvailable\(\w+\)", re.DOTALL)
     found = f"find_package(dlo_runtime 0.1 REQUIRED)\nadd_subdirectory({ROOT}/runtimes/cpp again)"
     units = f"add_executable(checks {CHECKS} second.cpp)\ntarget_link_libraries(checks PRIVATE dlo::runtime)\n"
