@@ -6,6 +6,7 @@ an adapter's and an artefact's description. A routed layer that it does not name
 
 from __future__ import annotations
 
+import decimal
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,12 +17,41 @@ KEY = "router_thresholds"
 ONE_HALF = 0.5
 """The threshold of the DLO authors' code (arXiv 2407.11030), and of every layer that has none of its own."""
 
+_DIGITS = 60  # that a logit is computed in; a float32 has nine
 _LAYER = re.compile(r"0|[1-9]\d*")
 
 
 def float32_threshold(value: float) -> float:
     """The float32 a threshold stands for: scores are compared with it in float32, whatever computes them."""
     return float(np.float32(value))
+
+
+def logit_threshold(threshold: float) -> float:
+    """The logit that stands for a threshold: the largest float32 whose sigmoid, rounded to float32, is not above it.
+
+    So "logit > it" says the same as "score > threshold", of a correctly rounded sigmoid, for every float32. For one
+    half it is 2**-23, not 0: the sigmoids of what lies between round to one half.
+
+    Args:
+        threshold: A float32 above 0 and below 1.
+
+    Raises:
+        ValueError: It is none.
+    """
+    at = np.float32(threshold)
+    if not 0 < threshold < 1 or float(at) != threshold:
+        raise ValueError(f"threshold {threshold!r} is no float32 above 0 and below 1")
+    with decimal.localcontext(prec=_DIGITS):
+        # A score rounds to more than the threshold from halfway to the next float32 on. No logit's is just halfway: a
+        # sigmoid of a number other than 0 is transcendental, and that of 0 a float32.
+        halfway = (decimal.Decimal(float(at)) + decimal.Decimal(float(np.nextafter(at, np.float32(1))))) / 2
+        exact = (halfway / (1 - halfway)).ln()
+        found = np.float32(float(exact))
+        while decimal.Decimal(float(found)) >= exact:
+            found = np.nextafter(found, np.float32(-np.inf))
+        while decimal.Decimal(float(above := np.nextafter(found, np.float32(np.inf)))) < exact:
+            found = above
+    return float(found)
 
 
 def threshold_problems(entries: Any, routed_layers: Collection[int] | None) -> list[str]:

@@ -20,11 +20,10 @@ from dlo_export.exporter.model_metadata import INJECTED_LAYERS
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.weight_file import external_tensors
-from dlo_export.graph_passes.find.data_flow import constant_scalar
+from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, Target, Workload
 from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowering, lowering_names
-from dlo_export.graph_passes.routing.fuse_router_gather import compared_with
-from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_SCORES, role_values
+from dlo_export.graph_passes.spec.provenance import PASS_KEY
 from dlo_export.runtimes.artefact.description import (
     MODEL_NAME,
     PARITY_NAME,
@@ -114,7 +113,7 @@ def graph_problems(
     layers = {cache.layer for spec in found.inputs if (cache := parse_past(spec.name)) is not None}
     if len(layers) != len(description.layers):
         yield f"layers has {len(description.layers)} entries, {path.name} has {len(layers)} decoder layers"
-    routed = tuple(sorted(role_values(model.graph, ROUTER_SCORES)))
+    routed = tuple(find_routers(model.graph))
     if routed != description.routed_layers:
         yield f"routing.layers are {list(description.routed_layers)}, {path.name} routes {list(routed)}"
     if (compared := compared_thresholds(model.graph)) != dict(description.router_thresholds):
@@ -137,11 +136,9 @@ def graph_problems(
 
 def compared_thresholds(graph: ir.Graph) -> dict[int, float]:
     """What a graph compares its routers' scores with, where that is not one half; NaN where it cannot be told."""
-    found = {}
-    for layer, limit in compared_with(graph).items():
-        threshold = constant_scalar(limit)
-        found[layer] = math.nan if threshold is None else float(threshold)
-    return {layer: threshold for layer, threshold in sorted(found.items()) if threshold != ONE_HALF}
+    found = {layer: router.threshold for layer, router in find_routers(graph).items()}
+    known = {layer: math.nan if threshold is None else threshold for layer, threshold in found.items()}
+    return {layer: threshold for layer, threshold in known.items() if threshold != ONE_HALF}
 
 
 def _weight_dtype(model: ir.Model) -> str | None:

@@ -20,9 +20,10 @@ from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.find.layer_form import layer_form
+from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY, ROUTER_SCORES, role_values
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, ORIGIN_KEY
 from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, ArtefactDescription, description_json
 from dlo_export.runtimes.artefact.files import has_weights
 from dlo_export.runtimes.tensorrt.engine_check import obstacles
@@ -151,7 +152,7 @@ def _engine_problems(description: ArtefactDescription | None) -> list[str] | Non
 def _layer_row(graph: ir.Graph, layer: DecoderLayer, description: ArtefactDescription | None) -> dict[str, Any]:
     said = None if description is None else description.layers[layer.index]
     injected = any(node.metadata_props.get(ORIGIN_KEY) for node in layer.nodes)
-    routed = layer.index in role_values(graph, ROUTER_SCORES)
+    routed = layer.index in find_routers(graph)
     return {
         "index": layer.index,
         "injected": injected if said is None else said.injected,

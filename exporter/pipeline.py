@@ -43,6 +43,7 @@ from dlo_export.graph_passes.cleanup.use_matmul_nbits import UseMatMulNBitsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass, LayerInjection
 from dlo_export.graph_passes.depth.remove_identity_layers import RemoveIdentityLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.lowerings.add_plugin_functions import AddPluginFunctionsPass
 from dlo_export.graph_passes.lowerings.record import LoweringRecord, Target, Workload
 from dlo_export.graph_passes.lowerings.registry import (
@@ -50,6 +51,7 @@ from dlo_export.graph_passes.lowerings.registry import (
     find_lowering,
     skipping_lowerings,
 )
+from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.fuse_router_gather import FuseRouterGatherPass
@@ -69,7 +71,6 @@ from dlo_export.graph_passes.spec.invariants import (
 )
 from dlo_export.graph_passes.spec.ops import DOMAIN, MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
-from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.onnxruntime.operators import declared_by_onnxruntime
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
 from dlo_export.runtimes.onnxruntime.providers import GROUP_QUERY_ATTENTION
@@ -209,7 +210,8 @@ def onnxruntime_steps(
     """
     around, routed = compared_with or lowering, source.routing is not None
     by_codes = routed and around.multiplies_by_codes
-    gathers = routed and DOMAIN in lowering.domains and target == "onnxruntime-cpu"
+    decides = routed and lowering.make_pass is not None and target == "onnxruntime-cpu"
+    gathers = decides and DOMAIN in lowering.domains
     masked, lowered = (
         dataclasses.replace(stage, domains=stage.domains | ({MICROSOFT} if by_codes else set()))
         for stage in (ROUTED if routed else INJECTED, lowering.stage)
@@ -238,6 +240,9 @@ def onnxruntime_steps(
         Step(JoinSkipNormsPass(around.fuses_norms), lowered, released=True),
         # Where the library is needed anyway, and behind the norms, whose outputs rows are gathered of.
         *([Step(FuseRouterGatherPass(), lowered, released=True)] if gathers else []),
+        # Behind all that read the form routing writes: in decode, a router costs what its operators do. The masked form
+        # stays as the rule is written, for others to be held against.
+        *([Step(DecideByLogitsPass(), lowered, released=True)] if decides else []),
     ]
 
 
@@ -391,7 +396,7 @@ def exposed(released: ir.Model, *, force: bool = False, streams: bool = False) -
     """
     # Serialising and reading back is the deepest copy there is; weights are external and stay where they are.
     model = ir.from_proto(ir.to_proto(released))
-    routed = bool(role_values(model.graph, ROUTER_SCORES))
+    routed = bool(find_routers(model.graph))
     join = JoinSkipNormsPass.of(model)
     passes = exposure_passes(routed=routed, force=force, streams=streams)
     # What is shown must round as what is released does: a fused norm has its own way.
@@ -409,7 +414,7 @@ def exposed_part(released: ir.Model, part: int) -> ir.Model:
         dlo_export.graph_passes.errors.GraphPassError: The graph cannot be cut there.
     """
     model = ir.from_proto(ir.to_proto(released))
-    routed = bool(role_values(model.graph, ROUTER_SCORES))
+    routed = bool(find_routers(model.graph))
     # Last, since it leaves one layer, which nothing else is to be looked for in.
     return _run_passes(model, [*exposure_passes(routed=routed, force=routed, streams=False), KeepPartPass(part)])
 

@@ -27,8 +27,9 @@ from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.graph_passes.cleanup.multiply_tied_head import MultiplyTiedHeadPass
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass, decisions_by_scores
 from dlo_export.graph_passes.row_tensor import RowTensor
-from dlo_export.graph_passes.spec.pass_contract import passes_run
+from dlo_export.graph_passes.spec.pass_contract import GraphPass, passes_run
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
 
 
@@ -109,9 +110,14 @@ class ReloweredGraph:
         target = PROVIDER_TARGETS[self._description.provider]
         record = find_lowering(lowering, target)
         steps = onnxruntime_steps(source, record, target, last_logits=logits.shape[1] == 1)
-        # Exports of before there was this pass have another head, which is no part of a lowering and stays as it is.
+        # Exports of before there were these passes have another head or other routers: what they have stays.
+        newer: list[type[GraphPass]] = []
         if MultiplyTiedHeadPass.__name__ not in {run.name for run in passes_run(self._released)}:
-            steps = [step for step in steps if not isinstance(step.graph_pass, MultiplyTiedHeadPass)]
+            newer.append(MultiplyTiedHeadPass)
+        lowered = find_lowering(self._description.lowering, target).make_pass is not None
+        if lowered and decisions_by_scores(self._released.graph):
+            newer.append(DecideByLogitsPass)
+        steps = [step for step in steps if not isinstance(step.graph_pass, tuple(newer))]
         return run_steps(source.plain_model(graph_dtype(self._description.dtype)), steps)
 
     def _not_the_same(self) -> str | None:

@@ -74,13 +74,15 @@ class GridSteps:
             The step's logits, [batch, sequence, vocab].
         """
         batch, sequence, total = cell.batch, cell.sequence, cell.past + cell.sequence
-        feeds = {
+        feeds: dict[str, np.ndarray] = {
             INPUT_IDS: np.arange(batch * sequence, dtype=np.int64).reshape(batch, sequence) % 512,
             ATTENTION_MASK: np.ones((batch, total), np.int64),
             POSITION_IDS: np.tile(np.arange(cell.past, total, dtype=np.int64), (batch, 1)),
         }
         for layer, active in zip(self._layers, cell.active(len(self._layers)), strict=True):
-            feeds[threshold_name(layer)] = np.where(active, ACTIVE, SKIPPED).astype(np.float32)
+            name = threshold_name(layer)
+            limits = np.where(active, ACTIVE, SKIPPED).astype(np.float32)
+            feeds[name] = limits.reshape(batch, sequence, *self._inputs[name].shape[2:])
         for name, value in self._inputs.items():
             if not is_state_input(name):
                 continue

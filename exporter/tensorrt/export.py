@@ -14,8 +14,8 @@ from dlo_export.exporter.tensorrt.engine_request import EngineRequest, intended_
 from dlo_export.exporter.tensorrt.engines import build_engines
 from dlo_export.exporter.tensorrt.plan import PlannedEngine, TensorRtPlan
 from dlo_export.exporter.weight_file import leave_weights_out, save_weights, weight_bytes, weight_places
+from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.lowerings.registry import find_lowering
-from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.engine_record import EngineBuild, EngineRecord, OptimizationProfile, ParityVerdict
 
 WEIGHTS = "model.onnx.data"
@@ -105,7 +105,7 @@ def engine_request(plan: TensorRtPlan, engine: PlannedEngine, target: Path) -> E
         plugin_library=plan.request.plugin_library if operators else None,
         timeout_s=plan.request.timeout_s,
         routing=plan.routing or "mlp",
-        routed_layers=tuple(sorted(role_values(engine.model.graph, ROUTER_SCORES))),
+        routed_layers=tuple(find_routers(engine.model.graph)),
         expected_dtypes=intended_dtypes(engine.model),
     )
 

@@ -14,9 +14,10 @@ from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock, match_masked_blocks
 from dlo_export.graph_passes.find.masked_branch import Mismatch
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
+from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, ROUTER_SCORES, closed_branch, role_values
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, closed_branch
 
 
 class LoweringPass(GraphPass):
@@ -88,7 +89,7 @@ class LoweringPass(GraphPass):
             for node in model.graph.all_nodes()
             if closed_branch(node) is not None and node.metadata_props[PASS_KEY] == self._name
         }
-        if left := sorted(role_values(model.graph, ROUTER_SCORES).keys() - closed):
+        if left := sorted(find_routers(model.graph).keys() - closed):
             raise ir.passes.PostconditionError(
                 f"{self._name}: no node of it closes layers {left}\n\nhint: a bug of dlo-export, please report it"
             )

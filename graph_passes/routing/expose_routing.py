@@ -9,20 +9,15 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import force_active_name, router_scores_name
-from dlo_export.checkpoints.llama_layer import ROUTERS
+from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.find.routers import Router, find_routers
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.rewriting import remove_with_sources
-from dlo_export.graph_passes.routing.fuse_router_gather import gathers_active
+from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
-from dlo_export.graph_passes.spec.provenance import (
-    ROUTER_ACTIVE,
-    ROUTER_SCORES,
-    TaggedNodes,
-    role_values,
-    shared_constant,
-)
+from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, TaggedNodes, shared_constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +45,11 @@ class ExposeRoutingPass(GraphPass):
         scores, _, _ = dlo::GatherActive(x, w, 0.5, n)
         _, idx, rows = dlo::GatherActive(Unsqueeze(Cast(force_active.3), -1), 1, 0.6, n)
 
+    Where logits decide (`DecideByLogitsPass`), the scores are computed besides, and the input is made a column::
+
+        router_scores.3 = Sigmoid(Squeeze(logits, -1))
+        masked          = Where(Unsqueeze(force_active.3, -1), d, 0)
+
     Scope: routed layers of the main graph, masked or lowered; reads of the decision in subgraphs are replaced too.
 
     Attributes:
@@ -58,7 +58,7 @@ class ExposeRoutingPass(GraphPass):
 
     force: bool = False
 
-    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass, LoweringPass)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass, LoweringPass, DecideByLogitsPass)
 
     def check(self, model: ir.Model) -> None:
         """Something is routed.
@@ -66,35 +66,57 @@ class ExposeRoutingPass(GraphPass):
         Raises:
             GraphPassError: Nothing is.
         """
-        if not role_values(model.graph, ROUTER_SCORES):
+        if not find_routers(model.graph):
             raise GraphPassError(
-                "ExposeRoutingPass: found no router in the graph; expected nodes tagged as router scores.",
+                "ExposeRoutingPass: found no router in the graph; expected nodes tagged as a router's.",
                 hint="run RouteLayersPass first",
             )
 
     def rewrite(self, model: ir.Model) -> bool:
         """Expose the routing of every routed layer."""
         graph = model.graph
-        for layer, scores in sorted(role_values(graph, ROUTER_SCORES).items()):
+        for layer, router in find_routers(graph).items():
+            scores = router.scores or _add_scores(graph, router, layer, self._name)
             # Renaming is free here: nodes refer to values, and the released graph shows no score.
             scores.name = router_scores_name(layer)
             graph.outputs.append(scores)
-        if self.force:
-            for layer, active in sorted(role_values(graph, ROUTER_ACTIVE).items()):
-                _replace_by_input(graph, active, force_active_name(layer))
-            for layer, scores in sorted(role_values(graph, ROUTER_SCORES).items()):
-                if gathers_active(node := scores.producer()):
-                    _gather_by_input(graph, node, layer, self._name)
+            if not self.force:
+                continue
+            if router.gathering is not None:
+                _gather_by_input(graph, router.gathering, layer, self._name)
+            elif router.active is not None:
+                _replace_by_input(graph, router, router.active, layer, self._name)
         return True
 
 
-def _replace_by_input(graph: ir.Graph, active: ir.Value, name: str) -> None:
-    replacement = ir.Value(name=name, type=active.type, shape=active.shape)
-    graph.inputs.append(replacement)
-    active.replace_all_uses_with(replacement)
-    # The comparison that decided serves nobody any more; the scores stay, as an output.
-    decision = active.producer()
+def _add_scores(graph: ir.Graph, router: Router, layer: int, made_by: str) -> ir.Value:
+    """Computes the scores of a router that decides by its logits."""
+    logits, new, float32 = router.logits, TaggedNodes(made_by, layer), ir.DataType.FLOAT
+    product = None if logits is None else logits.producer()
+    assert logits is not None, "it has those if it has no scores"
+    assert product is not None, "a tagged node computes them"
+    name, shape = f"{router_path(layer)}.scores", None if logits.shape is None else logits.shape[:2]
+    by_token = new.add("Squeeze", logits, _last_axis(graph), name=f"{name}.logits", dtype=float32, shape=shape)
+    scores = new.add("Sigmoid", by_token, name=name, dtype=float32, shape=shape, role=ROUTER_SCORES)
+    graph.insert_after(product, new.nodes)
+    return scores
+
+
+def _replace_by_input(graph: ir.Graph, router: Router, active: ir.Value, layer: int, made_by: str) -> None:
+    """Has everybody who read the decision read the input, as a column where the decision was one."""
+    decision, name = active.producer(), force_active_name(layer)
     assert decision is not None, "a tagged node produces the decision"
+    tokens = None if active.shape is None else ir.Shape(active.shape[:2])
+    forced = ir.Value(name=name, type=active.type, shape=tokens)
+    graph.inputs.append(forced)
+    if router.logits is not None:
+        new, boolean = TaggedNodes(made_by, layer), ir.DataType.BOOL
+        forced = new.add(
+            "Unsqueeze", forced, _last_axis(graph), name=f"{name}.column", dtype=boolean, shape=active.shape
+        )
+        graph.insert_before(decision, new.nodes)
+    active.replace_all_uses_with(forced)
+    # The comparison that decided serves nobody any more; the scores stay, as an output.
     remove_with_sources(graph, decision)
 
 
@@ -105,11 +127,10 @@ def _gather_by_input(graph: ir.Graph, node: ir.Node, layer: int, made_by: str) -
     graph.inputs.append(forced)
     # The scores of a router of width 1, whose weight is 1, are the sigmoids of 0 and 1: 0.5 and 0.73.
     float32 = ir.DataType.FLOAT
-    last = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))
     one = shared_constant(graph, f"{ROUTERS}.forcing_weight", np.ones((1, 1), np.float32))
     between = shared_constant(graph, f"{ROUTERS}.forcing_threshold", np.array(0.6, np.float32))
     stream = nodes.add("Cast", forced, name=f"{name}.float", dtype=float32, shape=tokens, to=int(float32))
-    column = nodes.add("Unsqueeze", stream, last, name=f"{name}.column", dtype=float32, shape=(*tokens, 1))
+    column = nodes.add("Unsqueeze", stream, _last_axis(graph), name=f"{name}.column", dtype=float32, shape=(*tokens, 1))
     inputs = [column, one, between, node.inputs[3]]
     again = ir.node(node.op_type, inputs, domain=node.domain, num_outputs=len(node.outputs), name=f"{name}.gather")
     for number, (old, new) in enumerate(zip(node.outputs, again.outputs, strict=True)):
@@ -118,3 +139,7 @@ def _gather_by_input(graph: ir.Graph, node: ir.Node, layer: int, made_by: str) -
             old.replace_all_uses_with(new)
             old.shape = None  # the router's own number of rows is another one, and may not have its name
     graph.insert_after(node, [*nodes.nodes, again])
+
+
+def _last_axis(graph: ir.Graph) -> ir.Value:
+    return shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))

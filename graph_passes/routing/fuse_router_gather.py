@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, TypeGuard
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import constant_scalar, element_type, is_op
+from dlo_export.graph_passes.find.routers import router_operands
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
-from dlo_export.graph_passes.routing.fuse_router_scores import router_operands
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.ops import DOMAIN, GATHER_ACTIVE, VERSION
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
-from dlo_export.graph_passes.spec.provenance import (
-    ROLE_KEY,
-    ROUTER_ACTIVE,
-    ROUTER_SCORES,
-    SERVES_KEY,
-    role_values,
-)
+from dlo_export.graph_passes.spec.provenance import ROLE_KEY, ROUTER_SCORES, SERVES_KEY, role_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,25 +51,6 @@ class FuseRouterGatherPass(GraphPass):
         if fused:
             graph.sort()  # the operator stands where rows were gathered; others may have read the index before
         return fused
-
-
-def compared_with(graph: ir.Graph) -> dict[int, ir.Value | None]:
-    """What routers' scores are compared with, by layer, whichever operator decides."""
-    comparing = {layer: active.producer() for layer, active in role_values(graph, ROUTER_ACTIVE).items()}
-    gathering = {layer: scores.producer() for layer, scores in role_values(graph, ROUTER_SCORES).items()}
-    return {
-        **{layer: node.inputs[1] if node and len(node.inputs) == 2 else None for layer, node in comparing.items()},
-        **{
-            layer: node.inputs[2] if len(node.inputs) == len(GATHER_ACTIVE.inputs) else None
-            for layer, node in gathering.items()
-            if gathers_active(node)
-        },
-    }
-
-
-def gathers_active(node: ir.Node | None) -> TypeGuard[ir.Node]:
-    """Whether it is the operator that decides by itself."""
-    return is_op(node, GATHER_ACTIVE.name, domain=DOMAIN)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
+from dlo_export.graph_passes.find.routers import router_operands
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.rewriting import remove_with_sources
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
@@ -63,21 +63,3 @@ class FuseRouterScoresPass(GraphPass):
             remove_with_sources(graph, old)
             value.name, fused = name, True
         return fused
-
-
-def router_operands(scores: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """The stream, of any type, and the router's weight; None where the score is computed otherwise."""
-    node = scores.producer()
-    for op in ("Sigmoid", "Squeeze"):
-        if node is None or not is_op(node, op) or node.inputs[0] is None:
-            return None
-        node = node.inputs[0].producer()
-    if node is None or not is_op(node, "MatMul"):
-        return None
-    stream, weight = node.inputs
-    tensor = constant_tensor(weight)
-    if stream is None or weight is None or tensor is None or len(tensor.shape) != 2 or tensor.shape[1] != 1:
-        return None
-    cast = stream.producer()
-    source = cast.inputs[0] if cast is not None and is_op(cast, "Cast") else stream
-    return None if source is None else (source, weight)

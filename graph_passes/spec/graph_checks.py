@@ -31,7 +31,8 @@ from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.find.masked_blocks import match_masked_blocks
 from dlo_export.graph_passes.find.masked_branch import Mismatch
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
-from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_ACTIVE, ROUTER_SCORES, closed_branch, role_values
+from dlo_export.graph_passes.find.routers import find_routers
+from dlo_export.graph_passes.spec.provenance import PASS_KEY, ROUTER_ACTIVE, closed_branch, role_values
 
 
 def unused_inputs(graph: ir.Graph) -> Iterator[str]:
@@ -120,7 +121,7 @@ def incomplete_cache(graph: ir.Graph) -> Iterator[str]:
 
 def unmasked_routing(graph: ir.Graph) -> Iterator[str]:
     """Layers that have a router but are not in masked form."""
-    routed = role_values(graph, ROUTER_SCORES)
+    routed = find_routers(graph)
     for layer in find_decoder_layers(graph):
         for _, match in match_masked_blocks(layer):
             if layer.index in routed and isinstance(match, Mismatch):
@@ -131,7 +132,7 @@ def unlowered_routing(
     graph: ir.Graph, *, pass_name: str, blocks: Collection[Block] = ("self_attn", "mlp")
 ) -> Iterator[str]:
     """Layers that are masked in these blocks, or have a router and are not closed by a lowering's pass."""
-    routed = role_values(graph, ROUTER_SCORES)
+    routed = find_routers(graph)
     for layer in find_decoder_layers(graph):
         # A lowering may leave the form of a mask in what it writes: what it has closed itself is lowered.
         lowered = [block for block in (layer.attention, layer.mlp) if _closed_by(block, pass_name)]

@@ -18,8 +18,13 @@ CLOSES_KEY = "dlo.closes"
 SERVES_KEY = "dlo.serves"
 """Of nodes that read one value: "active" where they serve active tokens only, "all" beside those; or the "router"."""
 
-Role = Literal["router_scores", "router_active"]
+THRESHOLD_KEY = "dlo.threshold"
+"""Of a decision by logits: the score that an active token's exceeds."""
+
+Role = Literal["router_scores", "router_logits", "router_active"]
 ROUTER_SCORES: Role = "router_scores"
+ROUTER_LOGITS: Role = "router_logits"
+"""Of what a decision compares where a graph computes no scores; `find/routers.py` reads both forms."""
 ROUTER_ACTIVE: Role = "router_active"
 Attribute = int | float | str | Sequence[int] | ir.TensorProtocol
 Dims = Iterable[int | str | ir.SymbolicDim | None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,12 @@ from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.depth.expansion import expanded_config, routed_config
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.errors import CheckpointError
-from dlo_export.checkpoints.router_thresholds import read_thresholds, threshold_problems, thresholds_json
+from dlo_export.checkpoints.router_thresholds import (
+    logit_threshold,
+    read_thresholds,
+    threshold_problems,
+    thresholds_json,
+)
 
 ROUTED = {
     "model_type": "llama_dlo_exattn_thresholds",
@@ -103,3 +109,47 @@ def test_thresholds_come_back_the_same_when_written_and_read() -> None:
     thresholds = read_thresholds({"7": 0.1, "11": 0.9})
     assert read_thresholds(thresholds_json(thresholds)) == thresholds
     assert threshold_problems(thresholds_json(thresholds), (7, 11)) == []
+
+
+def exact_sigmoid(logit: np.float32) -> np.float32:
+    """Rounded to float32 once, to the nearest, from 80 digits: halfway there are none."""
+    with decimal.localcontext(prec=80):
+        score = 1 / (1 + (-decimal.Decimal(float(logit))).exp())
+        near = np.float32(float(score))
+        around = (np.nextafter(near, np.float32(0)), near, np.nextafter(near, np.float32(1)))
+        return min(around, key=lambda each: abs(decimal.Decimal(float(each)) - score))
+
+
+def neighbours(value: float, count: int = 4) -> list[np.float32]:
+    """The float32 numbers around one, rising, itself in the middle."""
+    found = [np.float32(value)]
+    for _ in range(count):
+        found.insert(0, np.nextafter(found[0], np.float32(-np.inf)))
+        found.append(np.nextafter(found[-1], np.float32(np.inf)))
+    return found
+
+
+def some_thresholds() -> list[float]:
+    """One half and its neighbours, the ends of what a threshold may be, and numbers of every size."""
+    rng = np.random.default_rng(0)
+    ends = [float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).tiny), 1 - 2.0**-24]
+    drawn = [*rng.random(60), *10.0 ** rng.uniform(-44, 0, 60), *(1 - 10.0 ** rng.uniform(-7, 0, 60))]
+    near = [float(each) for each in (*neighbours(0.5), *neighbours(0.25), *neighbours(0.9))]
+    return [*ends, *near, *(number for each in drawn if 0 < (number := float(np.float32(each))) < 1)]
+
+
+def test_logit_exceeds_its_threshold_exactly_when_the_score_does() -> None:
+    for threshold in some_thresholds():
+        limit = logit_threshold(threshold)
+        for logit in neighbours(limit):
+            assert (logit > limit) == (exact_sigmoid(logit) > threshold), (threshold, logit)
+
+
+def test_logit_of_one_half_is_not_zero() -> None:
+    assert logit_threshold(0.5) == 2.0**-23
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -0.5, float("nan"), 0.1])
+def test_logit_is_refused_when_the_threshold_is_no_score_in_float32(threshold: float) -> None:
+    with pytest.raises(ValueError, match="no float32 above 0 and below 1"):
+        logit_threshold(threshold)

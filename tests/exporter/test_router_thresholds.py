@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -26,6 +27,7 @@ from dlo_export.exporter.parity_check import check_parity
 from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.runtimes.errors import ModelLoadError
 from dlo_export.runtimes.evaluation.scorer import RunnerScorer, Segment
 from dlo_export.runtimes.generation.generate import generate
@@ -69,15 +71,19 @@ def expected_active(checkpoint: Path, ids: np.ndarray) -> dict[int, np.ndarray]:
 @pytest.mark.parametrize("lowering", ["masked", "compact", "if"])
 @pytest.mark.parametrize("kind", ["mlp", "layer"])
 def test_parity_passes_when_exported_as(checkpoint: Path, tmp_path: Path, kind: str, lowering: str) -> None:
-    if kind == "layer":
-        checkpoint = save_tiny_llama(
-            tmp_path / "model", layers=4, routed=ROUTED, thresholds=THRESHOLDS, model_type="llama_dlo"
-        )
+    if kind == "layer":  # of routers that scale nothing, so that no score is needed to run them
+        options: dict[str, Any] = {"model_type": "llama_dlo", "rescale": False}
+        folder = tmp_path / "model"
+        checkpoint = save_tiny_llama(folder, layers=4, routed=ROUTED, thresholds=THRESHOLDS, **options)
     result = export_model(ExportRequest(str(checkpoint), tmp_path / "out", lowering=lowering), Reporter())
     assert result.description.parity.verdict == "PASS"
     assert result.description.routing is not None
     assert result.description.routing.kind == kind
     assert len(result.description.router_thresholds) == 2
+    graph = ir.load(tmp_path / "out" / "model.onnx").graph
+    by_logits = {router.scores is None for router in find_routers(graph).values()}
+    assert by_logits == {kind == "layer" and lowering != "masked"}
+    assert open_description(tmp_path / "out").router_thresholds == result.description.router_thresholds
 
 
 def test_parity_passes_for_tensorrts_graphs(checkpoint: Path, artefact: Path) -> None:

@@ -20,6 +20,8 @@ from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.relowering import ReloweredGraph
 from dlo_export.exporter.tune import rewrite_lowering, tunable
+from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass
+from dlo_export.graph_passes.spec.provenance import role_values
 from tests.bare_session import BareSession
 from tests.exporter.forked_commands import run
 from tests.tiny_models import save_byte_tokenizer, save_tiny_llama
@@ -47,7 +49,8 @@ def logits(artefact: Path) -> np.ndarray:
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(("before", "after"), [("if", "compact"), ("masked", "if")])
 def test_artefact_is_the_export_in_the_other_lowering_when_it_is_rewritten(tmp_path, kind, before, after) -> None:
-    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, model_type=TYPES[kind])
+    rescale = kind == "mlp"  # others have routers whose scores nothing but the decision reads
+    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, model_type=TYPES[kind], rescale=rescale)
     artefact = exported(tmp_path, lowering=before, last_logits=kind == "mlp")
     description, own, expected = open_description(artefact), contents(artefact), logits(artefact)
     model = ReloweredGraph(artefact, description).lowered(after)
@@ -76,17 +79,19 @@ def test_injected_layers_are_lowered_again_when_an_adapter_brought_them(tmp_path
     assert sum(node.op_type == "NonZero" for node in graph.all_nodes()) == 4
 
 
-def test_tied_head_stays_as_an_older_export_wrote_it_when_its_graph_is_lowered_again(tmp_path, monkeypatch) -> None:
-    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, tie=True)
+def test_head_and_routers_stay_as_an_older_export_wrote_them_when_it_is_lowered_again(tmp_path, monkeypatch) -> None:
+    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, tie=True, rescale=False)
     with monkeypatch.context() as older:
         older.setattr(pipeline, "_head_steps", lambda stage, target: [])
+        older.setattr(DecideByLogitsPass, "rewrite", lambda self, model: False)
         artefact = exported(tmp_path, lowering="if")
     graph = ReloweredGraph(artefact, open_description(artefact)).lowered("compact").graph
     assert "Gemm" in {node.op_type for node in graph}
+    assert role_values(graph, "router_scores")
     newer = exported(tmp_path, lowering="if", force=True)
-    assert "Gemm" not in {
-        node.op_type for node in ReloweredGraph(newer, open_description(newer)).lowered("compact").graph
-    }
+    graph = ReloweredGraph(newer, open_description(newer)).lowered("compact").graph
+    assert "Gemm" not in {node.op_type for node in graph}
+    assert not role_values(graph, "router_scores")
 
 
 def test_graph_is_refused_when_it_is_not_what_config_json_says(tmp_path) -> None:

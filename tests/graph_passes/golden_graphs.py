@@ -27,6 +27,7 @@ from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkip
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_plugin import LowerSkipToPluginPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_topk import LowerSkipToTopKPass
+from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.fuse_router_gather import FuseRouterGatherPass
 from dlo_export.graph_passes.routing.keep_part import KeepPartPass
@@ -39,6 +40,7 @@ SOURCE = FOLDER / "one_layer_llama.onnxtxt"
 ROUTERS = {0: np.array([0.8, -0.4, 0.3, 0.9], np.float32)}
 
 _ROUTE = RouteLayersPass(ROUTERS, rescale=True, scale_factor=2.0, scale_gap=0.5)
+_ROUTE_UNSCALED = RouteLayersPass(ROUTERS)
 _ROUTE_WHOLE = dataclasses.replace(_ROUTE, kind="layer")
 _ROUTE_ATTENTION = dataclasses.replace(_ROUTE, kind="attention")
 _ROUTE_ACTIVE = dataclasses.replace(_ROUTE, kind="attention-active")
@@ -59,6 +61,7 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "route_attention_active": (_ROUTE_ACTIVE,),
     "lower_attention_to_compaction": (_ROUTE_ATTENTION, LowerSkipToCompactionPass()),
     "lower_attention_to_if": (_ROUTE_ATTENTION, LowerSkipToIfPass()),
+    "decide_by_logits": (_ROUTE_UNSCALED, LowerSkipToIfPass(reduce_bool=True), DecideByLogitsPass()),
     "expose_routing": (_ROUTE, LowerSkipToCompactionPass(), ExposeRoutingPass(force=True)),
     "keep_part": (_ROUTE, ExposeRoutingPass(force=True), KeepPartPass(1)),
     "fuse_sibling_matmuls": (FuseSiblingMatMulsPass(),),
@@ -94,6 +97,26 @@ def golden_graph(name: str) -> ir.Model:
     for pass_ in GOLDENS[name]:
         pass_(model)
     return model
+
+
+def golden_feeds(names: list[str], batch: int = 2, sequence: int = 4, past: int = 3) -> dict[str, np.ndarray]:
+    """Inputs of a golden graph, some left padding among them."""
+    rng = np.random.default_rng(0)
+    attention_mask = np.ones((batch, past + sequence), np.int64)
+    attention_mask[0, :2] = 0
+    feeds = {
+        "input_ids": rng.integers(0, 5, (batch, sequence)),
+        "attention_mask": attention_mask,
+        "position_ids": np.tile(np.arange(past, past + sequence), (batch, 1)),
+    }
+    for name in names:
+        if name.startswith("past_key_values"):
+            feeds[name] = rng.standard_normal((batch, 1, past, 2)).astype(np.float32)
+        elif name.startswith("past_active"):
+            feeds[name] = rng.random((batch, past)) < 0.5
+        elif name.startswith("force_active"):
+            feeds[name] = np.ones((batch, sequence), bool)
+    return feeds
 
 
 def golden_text(model: ir.Model) -> str:

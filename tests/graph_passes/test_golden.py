@@ -8,25 +8,6 @@ from tests.graph_passes import golden_graphs
 from tests.graph_passes.harness import check_idempotence, run_model
 
 
-def _feeds(names: list[str], batch: int = 2, sequence: int = 4, past: int = 3) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    attention_mask = np.ones((batch, past + sequence), np.int64)
-    attention_mask[0, :2] = 0
-    feeds = {
-        "input_ids": rng.integers(0, 5, (batch, sequence)),
-        "attention_mask": attention_mask,
-        "position_ids": np.tile(np.arange(past, past + sequence), (batch, 1)),
-    }
-    for name in names:
-        if name.startswith("past_key_values"):
-            feeds[name] = rng.standard_normal((batch, 1, past, 2)).astype(np.float32)
-        elif name.startswith("past_active"):
-            feeds[name] = rng.random((batch, past)) < 0.5
-        elif name.startswith("force_active"):
-            feeds[name] = np.ones((batch, sequence), bool)
-    return feeds
-
-
 @pytest.mark.parametrize("name", golden_graphs.GOLDENS)
 def test_pass_makes_golden_graph_when_run_on_one_layer_llama(name: str) -> None:
     model = golden_graphs.golden_graph(name)
@@ -45,7 +26,7 @@ def test_golden_graph_computes_what_the_plain_one_does_when_it_changes_no_decisi
         golden_graphs.GOLDENS["route_layers"][0](plain)
         golden_graphs.GOLDENS["expose_routing"][-1](plain)
     model = golden_graphs.golden_graph(name)
-    feeds = _feeds([value.name for value in model.graph.inputs])
+    feeds = golden_graphs.golden_feeds([value.name for value in model.graph.inputs])
     expected = run_model(plain, {value.name: feeds[value.name] for value in plain.graph.inputs})
     outputs = run_model(model, feeds)
     for output, array in expected.items():
@@ -57,7 +38,7 @@ def test_golden_graph_computes_what_the_plain_one_does_when_it_changes_no_decisi
 )
 def test_lowered_llama_equals_the_masked_one_when_some_tokens_are_active(name: str) -> None:
     masked, lowered = golden_graphs.golden_graph("route_layers"), golden_graphs.golden_graph(name)
-    feeds = _feeds([value.name for value in masked.graph.inputs], sequence=6)
+    feeds = golden_graphs.golden_feeds([value.name for value in masked.graph.inputs], sequence=6)
     expected, outputs = run_model(masked, feeds), run_model(lowered, feeds)
     for output, array in expected.items():
         np.testing.assert_allclose(outputs[output], array, rtol=0, atol=1e-6, err_msg=output)

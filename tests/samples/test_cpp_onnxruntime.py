@@ -54,13 +54,13 @@ class Kind:
 KINDS = {
     "plain": Kind({"tie": True}, {"last_logits": True}),
     "mlp, compact": Kind({"routed": ROUTED, "thresholds": {0: 0.4}}),
-    "mlp, if": Kind({"routed": ROUTED}, {"lowering": "if"}),
+    "mlp, if": Kind({"routed": ROUTED, "rescale": False}, {"lowering": "if"}),
     "mlp, plugin": Kind({"routed": ROUTED}, {"lowering": "plugin"}),
     "layer": Kind({"routed": ROUTED, "model_type": "llama_dlo"}),
     "layer, if": Kind({"routed": ROUTED, "model_type": "llama_dlo"}, {"lowering": "if"}),
-    "attention": Kind({"routed": ROUTED, "model_type": "llama_dlo_attn"}),
+    "attention": Kind({"routed": ROUTED, "model_type": "llama_dlo_attn", "rescale": False}),
     "attention among the active": Kind(
-        {"routed": ROUTED, "model_type": "llama_dlo_attn", "routing_kv": "active"}, {"lowering": "if"}
+        {"routed": ROUTED, "model_type": "llama_dlo_attn", "routing_kv": "active", "rescale": False}, {"lowering": "if"}
     ),
     "static cache": Kind({"routed": ROUTED, "head_dim": 16}, {"static_cache": 24, "lowering": "masked"}),
     "static cache, plugin, fp16": Kind({"routed": (False,) * 3, "head_dim": 16}, {"static_cache": 24, "dtype": "fp16"}),

@@ -13,7 +13,7 @@ namespace dlo {
 // A graph whose routers' scores are outputs, and the names of these.
 struct ExposedGraph {
     std::string bytes;                    // of an ONNX ModelProto
-    std::map<int64_t, std::string> names;  // by routed layer: float [batch, sequence], in (0, 1)
+    std::map<int64_t, std::string> names;  // by routed layer: float in (0, 1), one per token, batch first
 };
 
 namespace detail {
@@ -83,20 +83,22 @@ inline std::string field(uint64_t number, std::string_view content) {
 }
 
 // Numbers of fields in onnx.proto.
-inline constexpr uint64_t kMODEL_GRAPH = 7, kGRAPH_NODE = 1, kGRAPH_OUTPUT = 12, kNODE_OUTPUT = 2, kNODE_METADATA = 9;
+inline constexpr uint64_t kMODEL_GRAPH = 7, kGRAPH_NODE = 1, kGRAPH_OUTPUT = 12;
+inline constexpr uint64_t kNODE_INPUT = 1, kNODE_OUTPUT = 2, kNODE_OP_TYPE = 4, kNODE_METADATA = 9;
 
 }  // namespace detail
 
-// Makes outputs of the values that the exporter tagged as routers' scores.
+// Makes outputs of the values that the exporter tagged as routers' scores, or of the sigmoids of those that it tagged as
+// their logits: a graph that decides by these computes no scores.
 //
 // Two serialized messages one behind the other are one message, their repeated fields joined: so behind the graph's
-// bytes goes a graph that has nothing but these outputs, and nothing of the graph itself is written anew.
+// bytes goes a graph that has nothing but these outputs and sigmoids, and nothing of the graph itself is written anew.
 //
 // bytes: of model.onnx, which it was read from; InputError where they are no ONNX graph.
 inline ExposedGraph exposeRouterScores(std::string bytes, std::string const& file) {
     using namespace detail;
     ExposedGraph exposed;
-    std::string outputs;
+    std::string added;
     for (Fields model(bytes, file); model.next();) {
         if (model.number != kMODEL_GRAPH) continue;
         for (Fields graph(model.content, file); graph.next();) {
@@ -110,18 +112,24 @@ inline ExposedGraph exposeRouterScores(std::string bytes, std::string const& fil
                 if (key == "dlo.role") role = value;
                 if (key == "dlo.layer") layer = value;
             }
-            if (role != "router_scores") continue;
+            if (role != "router_scores" && role != "router_logits") continue;
             if (layer.empty() || layer.size() > 9 || layer.find_first_not_of("0123456789") != std::string_view::npos) {
                 throw InputError(file + ": router '" + std::string(output) + "' does not say of which layer it is",
                     "copy the artefact again, or export the model again");
             }
-            exposed.names[std::stoll(std::string(layer))] = output;
+            std::string scores(output);
+            if (role == "router_logits") {
+                scores = "router_scores." + std::string(layer);
+                added += field(kGRAPH_NODE,
+                    field(kNODE_INPUT, output) + field(kNODE_OUTPUT, scores) + field(kNODE_OP_TYPE, "Sigmoid"));
+            }
+            exposed.names[std::stoll(std::string(layer))] = scores;
             // ValueInfoProto: name, and TypeProto{tensor_type{elem_type: FLOAT}}; ONNX Runtime infers the shape.
             std::string const type = field(1, std::string_view("\x08\x01", 2));
-            outputs += field(kGRAPH_OUTPUT, field(1, output) + field(2, type));
+            added += field(kGRAPH_OUTPUT, field(1, scores) + field(2, type));
         }
     }
-    exposed.bytes = std::move(bytes) + field(kMODEL_GRAPH, outputs);
+    exposed.bytes = std::move(bytes) + field(kMODEL_GRAPH, added);
     return exposed;
 }
 

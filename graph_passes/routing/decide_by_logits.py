@@ -1,0 +1,125 @@
+"""Have routers decide by their logits, in as few operators as standard ONNX takes for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
+from dlo_export.checkpoints.router_thresholds import ONE_HALF, logit_threshold
+from dlo_export.graph_passes.find.data_flow import constant_integers, constant_scalar, is_op
+from dlo_export.graph_passes.find.routers import find_routers, router_product
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
+from dlo_export.graph_passes.routing.fuse_router_gather import FuseRouterGatherPass
+from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
+from dlo_export.graph_passes.spec.provenance import (
+    ROLE_KEY,
+    ROUTER_ACTIVE,
+    ROUTER_LOGITS,
+    THRESHOLD_KEY,
+    TaggedNodes,
+    shared_constant,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecideByLogitsPass(GraphPass):
+    """Leave out what routers compute only to decide: the sigmoid, and an axis taken away and added again.
+
+    In a decode step of a small model, what routing costs is the number of its operators. A sigmoid rises, so a score is
+    above a threshold where its logit is above another one: z is the largest float32 whose sigmoid, rounded to float32,
+    is not above t (`logit_threshold`).
+
+    Before::
+
+        active = Greater(Sigmoid(Squeeze(MatMul(x, w), -1)), t)        # bool [batch, sequence]
+        any    = ReduceMax<keepdims=0>(active)
+        masked = Where(Unsqueeze(active, -1), d, 0)
+        idx    = Transpose(NonZero(active))
+
+    After::
+
+        column = Greater(MatMul(x, w), z)                              # bool [batch, sequence, 1]
+        any    = ReduceMax<keepdims=0>(column)
+        masked = Where(column, d, 0)
+        idx    = Transpose(NonZero(Squeeze(column, -1)))
+
+    What reads tokens, as a gathering or the state of layer routing does, has one Squeeze as before; what reads columns
+    alone, as `LowerSkipToIfPass` leaves it, none.
+
+    Optional: scores that somebody else reads, to scale a branch by or to show them, are left alone with their decision.
+    Scope: routers of the main graph in the form RouteLayersPass writes; the decision's columns in branches, too.
+    """
+
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass, LoweringPass, FuseRouterGatherPass)
+    nodes_from: ClassVar[Border | None] = "routed"
+
+    def rewrite(self, model: ir.Model) -> bool:
+        """Rewrite every router whose scores serve its decision alone."""
+        found = decisions_by_scores(model.graph)
+        for layer, decision in found.items():
+            self._rewrite(model.graph, layer, decision)
+        return bool(found)
+
+    def _rewrite(self, graph: ir.Graph, layer: int, decision: ir.Node) -> None:
+        scores, active, threshold = decision.inputs[0], decision.outputs[0], constant_scalar(decision.inputs[1])
+        assert scores is not None, "asked before"
+        assert threshold is not None, "asked before"
+        product = router_product(scores)
+        node = None if product is None else product.producer()
+        assert product is not None, "asked before"
+        assert node is not None, "asked before"
+
+        # The product itself is compared, with the logit that stands for the threshold; the comparison says for which.
+        router, new, boolean = router_path(layer), TaggedNodes(self._name, layer), ir.DataType.BOOL
+        name = f"{ROUTERS if threshold == ONE_HALF else router}.logit_threshold"
+        limit = shared_constant(graph, name, np.array(logit_threshold(threshold), np.float32))
+        name, shape = f"{router}.decision", product.shape
+        column = new.add("Greater", product, limit, name=name, dtype=boolean, shape=shape, role=ROUTER_ACTIVE)
+        new.nodes[0].metadata_props[THRESHOLD_KEY] = repr(threshold)
+        node.metadata_props[ROLE_KEY] = ROUTER_LOGITS
+        axis, name = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64)), f"{router}.tokens"
+        tokens = new.add("Squeeze", column, axis, name=name, dtype=boolean, shape=active.shape)
+        graph.insert_before(decision, new.nodes)
+
+        # Who made a column of the decision, in branches too, or asks whether any token is active, reads this one.
+        for use in tuple(active.uses()):
+            if _makes_column(use.node):
+                use.node.outputs[0].replace_all_uses_with(column)
+                assert isinstance(use.node.graph, ir.Graph), "nodes of functions are not looked at"
+                use.node.graph.remove(use.node, safe=True)
+            elif _reduces_all(use.node):
+                use.node.replace_input_with(use.idx, column)
+        # The others have their two axes; then what nobody reads goes, with the sigmoid.
+        replace_value(active, tokens)
+        remove_with_sources(graph, decision)
+        if not tokens.uses() and not tokens.is_graph_output():
+            remove_with_sources(graph, new.nodes[1])
+
+
+def decisions_by_scores(graph: ir.Graph) -> dict[int, ir.Node]:
+    """The comparisons, by layer, for which alone a graph computes scores; empty behind `DecideByLogitsPass`."""
+    found = {}
+    for layer, router in find_routers(graph).items():
+        scores, active, threshold = router.scores, router.active, router.threshold
+        decision = None if active is None else active.producer()
+        if scores is None or decision is None or threshold is None or not 0 < threshold < 1:
+            continue
+        alone = len(tuple(scores.uses())) == 1 and not scores.is_graph_output() and router_product(scores) is not None
+        if alone and is_op(decision, "Greater") and decision.inputs[0] is scores:
+            found[layer] = decision
+    return found
+
+
+def _makes_column(node: ir.Node) -> bool:
+    axes = constant_integers(node.inputs[1]) if is_op(node, "Unsqueeze") and len(node.inputs) > 1 else None
+    return axes in ((-1,), (2,)) and not node.outputs[0].is_graph_output()
+
+
+def _reduces_all(node: ir.Node) -> bool:
+    return is_op(node, "ReduceMax") and len(node.inputs) == 1 and node.attributes.get_int("keepdims", 1) == 0
