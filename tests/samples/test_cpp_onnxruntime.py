@@ -287,6 +287,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         edited(lambda graph: named(graph.output, "present.1.key").shape.dim.add()),
         "output present.1.key is of another type or size than input past_key_values.1.key",
     ),
+    "state that does not grow": (
+        edited(lambda graph: setattr(named(graph.output, "present.1.key").shape.dim[2], "dim_value", 7)),
+        "output present.1.key is of another type or size than input past_key_values.1.key",
+    ),
     "state of enormous size": (
         edited(lambda graph: setattr(named(graph.input, "past_key_values.1.key").shape.dim[3], "dim_value", 2**62)),
         "input past_key_values.1.key is not [batch, heads, tokens, head_dim]",

@@ -145,12 +145,12 @@ private:
         mFound.states.push_back({input, output, type.element, shape, bytes});
     }
 
-    // What a step writes is what the next one reads; a dimension that has a name (-1) may be of any size.
+    // What a step writes is what the next one reads: of the same size, unless the output's has a name (-1).
     void checkContinuation(State const& state, std::map<std::string, TensorType> const& outputs) const {
         auto const found = outputs.find(state.output);
         if (found == outputs.end()) throw unusable("input " + state.input + " has no output " + state.output);
         TensorType const& type = found->second;
-        auto const agree = [](int64_t one, int64_t other) { return one == other || one < 0 || other < 0; };
+        auto const agree = [](int64_t written, int64_t read) { return written == read || written < 0; };
         bool const isSame = type.element == state.type
             && (type.shape.empty()
                 || std::equal(type.shape.begin(), type.shape.end(), state.shape.begin(), state.shape.end(), agree));
