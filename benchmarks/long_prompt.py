@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--ways", nargs="+", choices=(GENAI, *WAYS), default=(GENAI, *WAYS))
+    parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="keep them there, for the next call")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -59,7 +60,7 @@ def main() -> None:
         return
     WORKSPACE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        folder = Path(temporary)
+        folder = arguments.graphs or Path(temporary)
         _make(smollm2_folder(), folder, arguments.tokens, arguments.ways)
         found: dict[str, list[dict[str, float]]] = {way: [] for way in arguments.ways}
         for _ in range(arguments.rounds):
@@ -71,12 +72,14 @@ def main() -> None:
 
 
 def _make(model: Path, folder: Path, tokens: int, ways: list[str]) -> None:
-    """The artefacts that the ways need, and genai's graph."""
+    """The artefacts that the ways need, and genai's graph, where they are not there yet."""
     options = {"plain": {}, "last": {"last_logits": True}, "static": {"static_cache": tokens + 64}}
     for kind in {WAYS[way][0] for way in ways if way != GENAI}:
+        if (folder / kind).exists():
+            continue
         request = ExportRequest(str(model), folder / kind, parity=False, **options[kind])  # type: ignore[arg-type]
         export_model(request, Reporter())
-    if GENAI in ways:
+    if GENAI in ways and not (folder / GENAI).exists():
         build_with_genai(model, folder / GENAI)
 
 

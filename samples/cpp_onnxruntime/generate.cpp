@@ -123,9 +123,20 @@ void report(dlo::Generation const& generation, dlo::Sequence const& sequence, si
     }
 }
 
+// Nothing ends there but what the model was trained for.
+void warnBeyondContext(dlo::Artefact const& artefact, Arguments const& arguments) {
+    size_t const prompt = arguments.tokens.size(), steps = arguments.generation.newTokens;
+    if (artefact.contextLength == 0 || prompt + steps <= static_cast<size_t>(artefact.contextLength)) return;
+    std::fprintf(stderr,
+        "warning: a prompt of %zu tokens and up to %zu new ones go beyond the model's context of %lld: what it says "
+        "there is not to be trusted\n",
+        prompt, steps, static_cast<long long>(artefact.contextLength));
+}
+
 void run(Arguments const& arguments) {
     Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "dlo");
     dlo::Model model(env, arguments.artefact, arguments.model);
+    warnBeyondContext(model.artefact(), arguments);
     dlo::Sequence sequence(model);
     dlo::GenerateOptions options = arguments.generation;
     if (arguments.end) options.endTokens = model.artefact().endTokens;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <iostream>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -61,6 +62,46 @@ void sequenceGoesOnAndStartsOver(dlo::Model& model) {
     }
 }
 
+void stepRefusesWhatTheModelHasNot(dlo::Model& model) {
+    dlo::Sequence sequence(model);
+    sequence.step({5});
+    for (std::vector<int64_t> const& bad : {std::vector<int64_t>{}, {5, -1}, {model.vocabulary()}}) {
+        try {
+            sequence.step(bad);
+            check(false, "step: takes no tokens, or one that is none");
+        } catch (dlo::InputError const&) {
+        }
+    }
+    check(sequence.size() == 1, "step: keeps what it refused");
+    check(model.artefact().contextLength > 0, "artefact: no context length");
+}
+
+void bufferIsFreedOnceWhenMemoryRunsOut() {
+    struct Counting : OrtAllocator {
+        int held = 0;
+    };
+    Counting allocator{};
+    allocator.Alloc = [](OrtAllocator* self, size_t bytes) -> void* {
+        if (bytes > 100) throw std::bad_alloc();
+        ++static_cast<Counting*>(self)->held;
+        return ::operator new(bytes);
+    };
+    allocator.Free = [](OrtAllocator* self, void* data) {
+        --static_cast<Counting*>(self)->held;
+        ::operator delete(data);
+    };
+    {
+        dlo::detail::Buffer buffer(&allocator);
+        buffer.reserve(10);
+        try {
+            buffer.reserve(1000);
+            check(false, "buffer: has memory that is not there");
+        } catch (dlo::MachineError const&) {
+        }
+    }
+    check(allocator.held == 0, "buffer: was freed " + std::to_string(1 - allocator.held) + " times");
+}
+
 void generationEndsWhenToldTo(dlo::Model& model) {
     dlo::Sequence sequence(model);
     int64_t seen = 0;
@@ -110,6 +151,8 @@ int main(int, char** values) {
     dlo::Model model(env, values[1], options);
     threadsShareAModel(model);
     sequenceGoesOnAndStartsOver(model);
+    stepRefusesWhatTheModelHasNot(model);
+    bufferIsFreedOnceWhenMemoryRunsOut();
     generationEndsWhenToldTo(model);
     samplerDrawsByProbability();
     jsonIsReadAsItIsWritten();

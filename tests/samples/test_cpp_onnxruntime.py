@@ -10,10 +10,11 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
+import onnx
 import onnxruntime as ort
 import pytest
 
@@ -85,7 +86,8 @@ def build(source: Path, folder: Path, *options: str, target: str = "all") -> Pat
             folder,
             *places,
             "-DCMAKE_BUILD_TYPE=Debug",
-            "-DCMAKE_CXX_FLAGS=-Werror",
+            "-DCMAKE_CXX_FLAGS_DEBUG=-O0",
+            "-DCMAKE_CXX_FLAGS=-Wall -Wextra -pedantic -Werror",
             *options,
         ],
         ["cmake", "--build", folder, "--target", target],
@@ -182,6 +184,42 @@ def written(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(content)
 
 
+def edited(edit: Callable[[onnx.GraphProto], object]) -> Callable[[Path], object]:
+    """Changes a copy of model.onnx, and the size that the description has of it."""
+
+    def apply(folder: Path) -> None:
+        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        edit(model.graph)
+        content = model.SerializeToString()
+        (folder / "model.onnx").write_bytes(content)
+        changed(lambda values: values["files"][0].update(bytes=len(content)))(folder)
+
+    return apply
+
+
+def named(values: Iterable[onnx.ValueInfoProto], name: str) -> onnx.TypeProto.Tensor:
+    """The declared type of an input or output."""
+    return next(value.type.tensor_type for value in values if value.name == name)
+
+
+def replaced(name: str, place: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Something else in a file's place."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).unlink()
+        place(folder / name)
+
+    return apply
+
+
+def flattened(graph: onnx.GraphProto) -> None:
+    """Logits of two dimensions in place of three, which nothing declares."""
+    node = next(node for node in graph.node if "logits" in node.output)
+    node.output[list(node.output).index("logits")] = "cube"
+    graph.node.append(onnx.helper.make_node("Flatten", ["cube"], ["logits"]))
+    named(graph.output, "logits").ClearField("shape")
+
+
 def resized(folder: Path) -> None:
     """A graph of the described size that is none."""
     (folder / "model.onnx").write_bytes(b"\xff" * (folder / "model.onnx").stat().st_size)
@@ -205,7 +243,76 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "stray threshold": (
         changed(lambda values: values["routing"].update(router_thresholds={"1": 0.4})),
-        "routing.router_thresholds.1 is 0.4, expected no entry: layer 1 is not routed",
+        "routing.router_thresholds.1 is 0.4, expected no entry: that layer is not routed",
+    ),
+    "huge threshold": (
+        changed(lambda values: values["routing"].update(router_thresholds={"0": 10**999})),
+        "routing.router_thresholds.0 is 10000",
+    ),
+    "threshold of no score": (
+        changed(lambda values: values["routing"].update(router_thresholds={"0": 1.5})),
+        "router_thresholds.0 is 1.5, expected a score above 0 and below 1",
+    ),
+    "endless text": (
+        changed(lambda values: values.update(dtype="x" * 99999)),
+        f'dtype is "{"x" * 60}…", expected one of',
+    ),
+    "file of no name": (
+        changed(lambda values: values["files"][1].update(name="")),
+        'files[1].name is "", expected a file inside the artefact',
+    ),
+    "file elsewhere": (
+        changed(lambda values: values["files"][1].update(name="../artefact/model.onnx.data")),
+        "expected a file inside the artefact",
+    ),
+    "file not listed": (
+        changed(lambda values: values["files"].pop(0)),
+        "files is a list, expected one that names model.onnx",
+    ),
+    "fewer layers": (
+        changed(lambda values: values["routing"].update(layers=[0])),
+        "model.onnx: has a router in layer 2, which dlo_artifact.json does not call routed",
+    ),
+    "folder for a file": (
+        replaced("dlo_artifact.json", Path.mkdir),
+        "dlo_artifact.json: cannot be read: Is a directory",
+    ),
+    "device for a file": (
+        replaced("generation_config.json", lambda path: path.symlink_to("/dev/zero")),
+        "generation_config.json: cannot be read: ",
+    ),
+    "wrong context": (written("config.json", b'{"max_position_embeddings": "long"}'), "max_position_embeddings is"),
+    "logits of two dimensions": (edited(flattened), "output logits is not [batch, tokens, vocabulary] of floats"),
+    "state of another size": (
+        edited(lambda graph: named(graph.output, "present.1.key").shape.dim.add()),
+        "output present.1.key is of another type or size than input past_key_values.1.key",
+    ),
+    "state that does not grow": (
+        edited(lambda graph: setattr(named(graph.output, "present.1.key").shape.dim[2], "dim_value", 7)),
+        "output present.1.key is of another type or size than input past_key_values.1.key",
+    ),
+    "state of enormous size": (
+        edited(lambda graph: setattr(named(graph.input, "past_key_values.1.key").shape.dim[3], "dim_value", 2**62)),
+        "input past_key_values.1.key is not [batch, heads, tokens, head_dim]",
+    ),
+    "ids of another type": (
+        edited(lambda graph: setattr(named(graph.input, "position_ids"), "elem_type", onnx.TensorProto.INT32)),
+        "model.onnx",
+    ),
+    "one input more": (
+        edited(lambda graph: graph.input.append(onnx.helper.make_tensor_value_info("more", 1, [1]))),
+        "input more is none that this header feeds",
+    ),
+    "scores of another size": (
+        edited(
+            lambda graph: next(node for node in graph.node if "logits" in node.output).metadata_props.extend(
+                [
+                    onnx.StringStringEntryProto(key="dlo.role", value="router_scores"),
+                    onnx.StringStringEntryProto(key="dlo.layer", value="2"),
+                ]
+            )
+        ),
+        "output logits is of another size or type than a step's",
     ),
     "other layers": (
         changed(lambda values: values["routing"].update(layers=[0, 1], router_thresholds={})),
@@ -213,7 +320,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "wrong provider": (
         changed(lambda values: values.update(provider="tpu")),
-        "provider is 'tpu', expected cpu or cuda",
+        'dlo_artifact.json: provider is "tpu", expected one of cpu, cuda',
     ),
     "no weights": (lambda folder: (folder / "model.onnx.data").unlink(), "model.onnx.data: cannot be read"),
     "weights cut": (written("model.onnx.data", b"x"), "model.onnx.data: was changed: it has 1 bytes, expected"),
@@ -243,6 +350,9 @@ def test_program_names_file_and_field_when_an_artefact_is_damaged(
         (["--tokens", "1", "--step", "3"], 2, "--step is unknown"),
         (["--tokens", "1", "--steps"], 2, "--steps is unknown or lacks its value"),
         (["--tokens", "1", "--top-p", "2"], 2, "top-p is 2.000000, expected 0 < top-p <= 1"),
+        (["--tokens", "1,96,97"], 2, "token 97 is none of the model's\n\nhint: they end at 96"),
+        (["--tokens", "99999999999999999999"], 2, "--tokens got '99999999999999999999'"),
+        (["--tokens", ""], 2, "an artefact and --tokens are needed"),
         (["--tokens", "1", "--prefill", "0"], 2, "prefill in steps of 0 tokens"),
         (["--tokens", "1", "--provider", "cuda"], 4, "CUDA does not start in this ONNX Runtime: "),
     ],
@@ -285,18 +395,28 @@ def documented(folder: Path, edit: Callable[[str], str] = str) -> Path:
     return folder
 
 
-def test_documented_program_runs_when_the_target_is_installed(artefact: Path, tmp_path: Path) -> None:
-    prefix = tmp_path / "prefix"
-    install = ["-S", ROOT / "runtimes" / "cpp", "-B", tmp_path / "runtime", f"-DCMAKE_INSTALL_PREFIX={prefix}"]
-    for command in (["cmake", *install], ["cmake", "--install", tmp_path / "runtime"]):
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The target, installed into a folder of its own."""
+    if shutil.which("cmake") is None:
+        pytest.skip("there is no cmake")
+    folder = tmp_path_factory.mktemp("installed")
+    prefix = folder / "prefix"
+    install = ["-S", ROOT / "runtimes" / "cpp", "-B", folder / "build", f"-DCMAKE_INSTALL_PREFIX={prefix}"]
+    for command in (["cmake", *install], ["cmake", "--install", folder / "build"]):
         result = run(command)
         assert result.returncode == 0, result.stderr
+    return prefix
+
+
+def test_documented_program_runs_when_the_target_is_installed(artefact: Path, installed: Path, tmp_path: Path) -> None:
+    """Under the parent's own standard, in two units of one program, and where another part brings the target again."""
     fetched = re.compile(r"include\(FetchContent\).*?MakeAvailable\(\w+\)", re.DOTALL)
-    checks = f"add_executable(checks {CHECKS})\ntarget_link_libraries(checks PRIVATE dlo::runtime)\n"
-    source = documented(
-        tmp_path / "source", lambda script: fetched.sub("find_package(dlo_runtime REQUIRED)", script) + checks
-    )
-    folder = build(source, tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}")
+    found = f"find_package(dlo_runtime 0.1 REQUIRED)\nadd_subdirectory({ROOT}/runtimes/cpp again)"
+    units = f"add_executable(checks {CHECKS} second.cpp)\ntarget_link_libraries(checks PRIVATE dlo::runtime)\n"
+    source = documented(tmp_path / "source", lambda script: fetched.sub(found, script) + units)
+    (source / "second.cpp").write_text("#include <dlo/runtime.h>\n")
+    folder = build(source, tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed}", "-DCMAKE_CXX_STANDARD=20")
     (tmp_path / "artefact").symlink_to(artefact)
     result = run([folder / "continue_text"], tmp_path)
     assert result.returncode == 0, result.stderr
@@ -315,6 +435,55 @@ def test_documented_project_has_the_target_when_it_fetches_the_repository(tmp_pa
     )
 
 
+def found_by(project: str, folder: Path, installed: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Configures a project that needs no compiler and looks for the installed target."""
+    folder.mkdir()
+    (folder / "CMakeLists.txt").write_text(f'{project}\nmessage(STATUS "found: ${{dlo_runtime_FOUND}}")\n')
+    return run(["cmake", "-S", folder, "-B", folder / "build", f"-DCMAKE_PREFIX_PATH={installed}", *options])
+
+
+def test_target_is_found_when_the_project_has_old_policies_and_sets_plain_variables(
+    installed: Path, tmp_path: Path
+) -> None:
+    (library,) = (Path(ort.__file__).parent / "capi").glob("libonnxruntime.so*")
+    project = (
+        "cmake_minimum_required(VERSION 3.10)\nproject(old LANGUAGES NONE)\n"
+        f"set(ORT_INCLUDE {ort_headers()})\nset(ORT_LIBRARY {library})\nfind_package(dlo_runtime REQUIRED)"
+    )
+    result = found_by(project, tmp_path / "old", installed)
+    assert (result.returncode, "found: 1" in result.stdout) == (0, True), result.stderr
+
+
+def test_target_is_not_found_and_says_why_when_onnxruntime_does_not_fit(installed: Path, tmp_path: Path) -> None:
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    (newer / "onnxruntime_cxx_api.h").touch()
+    (newer / "onnxruntime_c_api.h").write_text("#define ORT_API_VERSION 999\n")
+    (library,) = (Path(ort.__file__).parent / "capi").glob("libonnxruntime.so*")
+    older = tmp_path / "libonnxruntime.so.1.22.4"
+    older.touch()
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "onnxruntimeConfig.cmake").write_text("add_library(onnxruntime::onnxruntime INTERFACE IMPORTED)\n")
+    (package / "onnxruntimeConfigVersion.cmake").write_text('set(PACKAGE_VERSION "1.21.0")\n')
+    project = "cmake_minimum_required(VERSION 3.21)\nproject(user LANGUAGES NONE)\nfind_package(dlo_runtime {})"
+    cases = {
+        "nothing": ([], "ONNX Runtime is not found"),
+        "newer headers": (
+            [f"-DORT_INCLUDE={newer}", f"-DORT_LIBRARY={library}"],
+            "headers of ONNX Runtime 1.999, newer",
+        ),
+        "older library": ([f"-DORT_INCLUDE={newer}", f"-DORT_LIBRARY={older}"], "too old, expected 1.23.1 or newer"),
+        "older package": ([f"-Donnxruntime_DIR={package}"], "ONNX Runtime 1.21.0 in"),
+    }
+    for name, (options, message) in cases.items():
+        result = found_by(project.format("REQUIRED"), tmp_path / name, installed, *options)
+        assert result.returncode == 1, name
+        assert message in " ".join(result.stderr.split()), result.stderr
+    optional = found_by(project.format("QUIET"), tmp_path / "optional", installed)
+    assert (optional.returncode, "found: 0" in optional.stdout) == (0, True), optional.stderr
+
+
 def test_configuration_names_the_variable_when_onnxruntime_is_not_found(tmp_path: Path) -> None:
     if shutil.which("cmake") is None:
         pytest.skip("there is no cmake")
@@ -328,9 +497,9 @@ def test_configuration_names_the_variable_when_onnxruntime_is_not_found(tmp_path
 def test_headers_say_what_the_package_does_when_both_have_a_table() -> None:
     headers = {path.name: path.read_text() for path in (ROOT / "runtimes" / "cpp" / "include" / "dlo").iterdir()}
     assert f"kFORMAT_VERSION = {FORMAT_VERSION};" in headers["artefact.h"]
+    (least,) = re.findall(r"set\(dlo_least ([\d.]+)\)", (ROOT / "runtimes/cpp/onnxruntime.cmake").read_text())
+    assert f"std::vector{{{least.replace('.', ', ')}}}" in headers["model.h"]
     project = f"project(dlo_runtime VERSION {dlo_export.__version__} "
     assert project in (ROOT / "runtimes" / "cpp" / "CMakeLists.txt").read_text()
-    assert all(
-        f'== "{provider}"' in headers["model.h"] or f'!= "{provider}"' in headers["model.h"]
-        for provider in get_args(ProviderOption)
-    )
+    providers = ", ".join(f'"{provider}"' for provider in get_args(ProviderOption))
+    assert f'description["provider"].oneOf({{{providers}}})' in headers["artefact.h"]

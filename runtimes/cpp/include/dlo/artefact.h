@@ -4,10 +4,12 @@
 #include <dlo/error.h>
 #include <dlo/json.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <map>
 #include <string>
+#include <system_error>
 #include <vector>
 
 namespace dlo {
@@ -26,6 +28,7 @@ struct Artefact {
     std::map<int64_t, double> routerThresholds;  // of every routed layer: the score an active token exceeds
     std::vector<bool> injected;                  // by layer
     std::vector<int64_t> endTokens;              // any of them ends a sequence; empty where nothing says
+    int64_t contextLength = 0;                   // tokens that the model was trained for; 0 where nothing says
 
     std::filesystem::path model() const { return folder / "model.onnx"; }
 
@@ -37,13 +40,19 @@ struct Artefact {
 
 namespace detail {
 
+inline constexpr size_t kLONGEST_NAME = 255;
+
 // What is not as `files` says: a copy cut short is found here, before ONNX Runtime maps it.
 inline void checkFiles(Json const& files, std::filesystem::path const& folder) {
-    bool hasWeights = false;
+    bool hasGraph = false, hasWeights = false;
     for (Json const& file : files.items()) {
         std::filesystem::path const name = file["name"].text();
+        bool const climbs = std::find(name.begin(), name.end(), "..") != name.end();
+        if (name.empty() || !name.is_relative() || climbs || name.native().size() > kLONGEST_NAME) {
+            file["name"].refuse("a file inside the artefact");
+        }
         if (*name.begin() == "engines") continue;
-        hasWeights = hasWeights || name != "model.onnx";
+        (name == "model.onnx" ? hasGraph : hasWeights) = true;
         std::error_code error;
         auto const size = std::filesystem::file_size(folder / name, error);
         int64_t const expected = file["bytes"].count();
@@ -55,19 +64,25 @@ inline void checkFiles(Json const& files, std::filesystem::path const& folder) {
                 hint);
         }
     }
+    if (!hasGraph) files.refuse("one that names model.onnx");
     if (!hasWeights) {
         throw InputError(folder.string() + ": has no weights, model.onnx.data was left out",
             "export the model again, without --no-weights");
     }
 }
 
+// A file beside the description, which the user may edit or remove; an empty object where there is none.
+inline Json settings(std::filesystem::path const& file) {
+    std::error_code error;
+    bool const isMissing = !std::filesystem::exists(file, error) && !error;
+    return isMissing ? Json::fromText("{}", file.string()) : Json::fromFile(file);
+}
+
 // As transformers has it: generation_config.json's tokens overrule config.json's; null and -1 say nothing.
-inline std::vector<int64_t> endTokensOf(std::filesystem::path const& folder) {
-    for (char const* name : {"generation_config.json", "config.json"}) {
-        if (!std::filesystem::exists(folder / name)) continue;
-        Json const config = Json::fromFile(folder / name);
-        if (!config.has("eos_token_id") || config["eos_token_id"].isNull()) continue;
-        Json const value = config["eos_token_id"];
+inline std::vector<int64_t> endTokensOf(Json const& generation, Json const& config) {
+    for (Json const& file : {generation, config}) {
+        if (!file.has("eos_token_id") || file["eos_token_id"].isNull()) continue;
+        Json const value = file["eos_token_id"];
         if (!value.isList()) {
             if (value.number() == -1) continue;
             return {value.count()};
@@ -89,8 +104,8 @@ inline Artefact Artefact::open(std::filesystem::path const& folder) {
     detail::checkFiles(description["files"], folder);
     Artefact artefact;
     artefact.folder = folder;
-    artefact.dtype = description["dtype"].text();
-    artefact.provider = description["provider"].text();
+    artefact.dtype = description["dtype"].oneOf({"fp32", "fp16", "bf16"});
+    artefact.provider = description["provider"].oneOf({"cpu", "cuda"});
     artefact.lowering = description["lowering"].text();
     for (Json const& name : description["plugin_operators"].items()) artefact.pluginOperators.push_back(name.text());
     for (Json const& layer : description["layers"].items()) artefact.injected.push_back(layer["injected"].flag());
@@ -102,12 +117,15 @@ inline Artefact Artefact::open(std::filesystem::path const& folder) {
             auto const found = isNumber && layer.size() < 10 ? artefact.routerThresholds.find(std::stoll(layer))
                                                              : artefact.routerThresholds.end();
             if (found == artefact.routerThresholds.end()) {
-                threshold.refuse("no entry: layer " + layer + " is not routed");
+                threshold.refuse("no entry: that layer is not routed");
             }
             found->second = threshold.number();
+            if (!(found->second > 0 && found->second < 1)) threshold.refuse("a score above 0 and below 1");
         }
     }
-    artefact.endTokens = detail::endTokensOf(folder);
+    Json const config = detail::settings(folder / "config.json");
+    artefact.endTokens = detail::endTokensOf(detail::settings(folder / "generation_config.json"), config);
+    if (config.has("max_position_embeddings")) artefact.contextLength = config["max_position_embeddings"].count();
     return artefact;
 }
 

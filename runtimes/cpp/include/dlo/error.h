@@ -1,6 +1,7 @@
 // What can go wrong, in classes that say whose matter it is.
 #pragma once
 
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 
@@ -24,5 +25,15 @@ class MachineError : public Error {
 public:
     using Error::Error;
 };
+
+namespace detail {
+
+// Of a text from a file, as much as a message has room for.
+inline std::string shortened(std::string const& text) {
+    constexpr size_t kSHOWN = 60;
+    return text.size() > kSHOWN ? text.substr(0, kSHOWN) + "…" : text;
+}
+
+}  // namespace detail
 
 }  // namespace dlo

@@ -3,17 +3,17 @@
 
 #include <dlo/error.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
-#include <limits>
 #include <locale>
 #include <memory>
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -68,10 +68,11 @@ public:
     bool flag() const { return expect(Kind::kFLAG, "true or false").text == "true"; }
 
     double number() const {
-        std::istringstream digits(expect(Kind::kNUMBER, "a number").text);
+        char const* expected = "a number of moderate size";
+        std::istringstream digits(expect(Kind::kNUMBER, expected).text);
         digits.imbue(std::locale::classic());  // a decimal point, whatever the user's locale has
         double value = 0;
-        digits >> value;
+        if (!(digits >> value)) refuse(expected);
         return value;
     }
 
@@ -81,6 +82,16 @@ public:
         std::string const& digits = expect(Kind::kNUMBER, expected).text;
         if (digits.find_first_not_of("0123456789") != std::string::npos || digits.size() > 18) refuse(expected);
         return std::strtoll(digits.c_str(), nullptr, 10);
+    }
+
+    // One of these texts.
+    std::string const& oneOf(std::vector<std::string> const& choices) const {
+        std::string expected;
+        for (std::string const& choice : choices) expected += (expected.empty() ? "" : ", ") + choice;
+        if (mNode->kind != Kind::kTEXT || std::find(choices.begin(), choices.end(), mNode->text) == choices.end()) {
+            refuse("one of " + expected);
+        }
+        return mNode->text;
     }
 
     // Says that the value is not what it should be.
@@ -108,7 +119,9 @@ private:
     Json(std::shared_ptr<Node const> node, std::string file, std::string field)
         : mNode(std::move(node)), mFile(std::move(file)), mField(std::move(field)) {}
 
-    std::string fieldOf(std::string const& name) const { return mField.empty() ? name : mField + "." + name; }
+    std::string fieldOf(std::string const& name) const {
+        return mField.empty() ? detail::shortened(name) : mField + "." + detail::shortened(name);
+    }
 
     Node const& expect(Kind kind, char const* expected) const {
         if (mNode->kind != kind) refuse(expected);
@@ -118,12 +131,14 @@ private:
     std::string shown() const {
         switch (mNode->kind) {
         case Kind::kNULL: return "null";
-        case Kind::kTEXT: return '"' + mNode->text + '"';
+        case Kind::kTEXT: return '"' + detail::shortened(mNode->text) + '"';
         case Kind::kLIST: return "a list";
         case Kind::kOBJECT: return "an object";
-        default: return mNode->text;
+        default: return detail::shortened(mNode->text);
         }
     }
+
+    static constexpr uintmax_t kMOST_BYTES = uintmax_t{1} << 28;  // far above any description
 
     std::shared_ptr<Node const> mNode;
     std::string mFile;
@@ -172,7 +187,7 @@ private:
             skipSpace();
             std::string name = string();
             for (auto const& member : node.members) {
-                if (member.first == name) fail("\"" + name + "\" a second time");
+                if (member.first == name) fail("\"" + detail::shortened(name) + "\" a second time");
             }
             skipSpace();
             take(':');
@@ -322,9 +337,21 @@ inline Json Json::fromText(std::string_view text, std::string const& file) {
 }
 
 inline Json Json::fromFile(std::filesystem::path const& path) {
+    char const* hint = "give a folder that dlo-export wrote";
+    // Devices and pipes have no size, and no end either.
+    std::error_code error;
+    uintmax_t const bytes = std::filesystem::file_size(path, error);
+    if (error) throw InputError(path.string() + ": cannot be read: " + error.message(), hint);
+    if (bytes > kMOST_BYTES) {
+        throw InputError(path.string() + ": has " + std::to_string(bytes) + " bytes, expected at most "
+                + std::to_string(kMOST_BYTES),
+            hint);
+    }
+    std::string text(static_cast<size_t>(bytes), '\0');
     std::ifstream file(path, std::ios::binary);
-    if (!file) throw InputError(path.string() + ": cannot be read", "give a folder that dlo-export wrote");
-    std::string const text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+    if (!file.read(text.data(), static_cast<std::streamsize>(bytes))) {
+        throw InputError(path.string() + ": cannot be read", hint);
+    }
     return fromText(text, path.string());
 }
 

@@ -3,6 +3,7 @@
 
 #include <dlo/artefact.h>
 #include <dlo/error.h>
+#include <dlo/graph_interface.h>
 #include <dlo/router_scores.h>
 
 #include <onnxruntime_cxx_api.h>
@@ -30,21 +31,6 @@ struct Options {
     bool routerScores = true;     // show who was active; false runs the released graph as it is
 };
 
-// An input that carries state from step to step, and the output that continues it.
-struct State {
-    std::string input;
-    std::string output;
-    ONNXTensorElementDataType type;
-    std::vector<int64_t> shape;  // of one sequence; -1 where it has as many entries as tokens
-    size_t elementBytes;
-
-    int64_t elements(int64_t tokens) const {
-        int64_t count = 1;
-        for (int64_t size : shape) count *= size < 0 ? tokens : size;
-        return count;
-    }
-};
-
 // The session is used by as many sequences, and threads, as there are. It refers to nothing but the environment.
 class Model {
 public:
@@ -69,7 +55,8 @@ public:
             }
             throw InputError(message, "the file is damaged, or it needs another ONNX Runtime");
         }
-        readInterface();
+        mInterface = GraphInterface::of(mSession, mArtefact.model().string());
+        chooseMemory();
     }
 
     Model(Model const&) = delete;  // sequences refer to it
@@ -79,10 +66,13 @@ public:
     Ort::Session& session() { return mSession; }
 
     // Slots for tokens of a cache written in place; 0 where the cache grows.
-    int64_t slots() const { return mSlots; }
-    std::vector<State> const& states() const { return mStates; }
+    int64_t slots() const { return mInterface.slots; }
+    // Token ids are below it; 0 where the graph does not say.
+    int64_t vocabulary() const { return mInterface.vocabulary; }
+    std::vector<State> const& states() const { return mInterface.states; }
     bool takes(std::string const& input) const {
-        return std::find(mInputs.begin(), mInputs.end(), input) != mInputs.end();
+        auto const& inputs = mInterface.inputs;
+        return std::find(inputs.begin(), inputs.end(), input) != inputs.end();
     }
     // Outputs with the routers' scores, by layer.
     std::map<int64_t, std::string> const& routerScores() const { return mScores; }
@@ -139,7 +129,7 @@ private:
     void addPlugins(Ort::SessionOptions& session) const {
         std::string const folder = mArtefact.folder.string();
         if (mOptions.pluginLibrary.empty()) {
-            throw MachineError(folder + ": its operators (" + mArtefact.pluginOperators.front()
+            throw MachineError(folder + ": its operators (" + detail::shortened(mArtefact.pluginOperators.front())
                     + ", …) are in libdlo_ort.so alone, and none is given",
                 "build plugins/library, and give its libdlo_ort.so");
         }
@@ -167,6 +157,13 @@ private:
                     "export the model again");
             }
         }
+        for (auto const& [layer, name] : graph.names) {
+            if (mArtefact.routerThresholds.count(layer) == 0) {
+                throw InputError(file.string() + ": has a router in layer " + std::to_string(layer)
+                        + ", which dlo_artifact.json does not call routed",
+                    "export the model again");
+            }
+        }
         mScores = graph.names;
         // A graph in memory says no more where its weights lie.
         options.AddConfigEntry("session.model_external_initializers_file_folder_path",
@@ -174,78 +171,26 @@ private:
         mSession = Ort::Session(env, graph.bytes.data(), graph.bytes.size(), options);
     }
 
-    void readInterface() {
+    void chooseMemory() {
         Ort::AllocatorWithDefaultOptions host;
         mHost = host;
-        for (size_t i = 0; i < mSession.GetInputCount(); ++i) {
-            std::string const name = mSession.GetInputNameAllocated(i, host).get();
-            mInputs.push_back(name);
-            for (auto const& [past, present] :
-                {std::pair{"past_key_values.", "present."}, std::pair{"past_active.", "present_active."}}) {
-                if (name.rfind(past, 0) != 0) continue;
-                addState(name, present + name.substr(std::string(past).size()), mSession.GetInputTypeInfo(i));
-            }
+        mMemory = mHostMemory;
+        if (mOptions.provider != "cuda") return;
+        if (mInterface.slots > 0) {
+            throw InputError(mArtefact.model().string() + ": a static cache runs on the provider cpu alone here",
+                "use dlo run");
         }
-        std::vector<std::string> outputs;
-        for (size_t i = 0; i < mSession.GetOutputCount(); ++i) {
-            outputs.emplace_back(mSession.GetOutputNameAllocated(i, host).get());
-        }
-        std::string const file = mArtefact.model().string();
-        for (State const& state : mStates) {
-            if (std::find(outputs.begin(), outputs.end(), state.output) == outputs.end()) {
-                throw InputError(file + ": input " + state.input + " has no output " + state.output, "export it again");
-            }
-        }
-        bool const hasLogits = std::find(outputs.begin(), outputs.end(), "logits") != outputs.end();
-        if (!takes("input_ids") || mStates.empty() || !hasLogits) {
-            throw InputError(file + ": is no decoder with a KV cache", "give a folder that dlo-export wrote");
-        }
-        bool const inPlace = takes("kv_lengths");
-        mSlots = inPlace ? mStates.front().shape.at(2) : 0;
-        if ((inPlace && mSlots < 1) || takes("write_indices")) {
-            throw InputError(file + ": its cache is of a kind that this header does not keep", "export it again");
-        }
-        if (mOptions.provider == "cuda") {
-            if (inPlace) throw InputError(file + ": a static cache runs on the provider cpu alone here", "use dlo run");
-            mCudaMemory = Ort::MemoryInfo("Cuda", OrtDeviceAllocator, mOptions.deviceId, OrtMemTypeDefault);
-            mCudaAllocator = Ort::Allocator(mSession, mCudaMemory);
-            mDevice = mCudaAllocator;
-            mMemory = mCudaMemory;
-        } else {
-            mMemory = mHostMemory;
-        }
-    }
-
-    void addState(std::string const& input, std::string const& output, Ort::TypeInfo const& type) {
-        auto const tensor = type.GetTensorTypeAndShapeInfo();
-        size_t const bytes = bytesOf(tensor.GetElementType());
-        std::vector<int64_t> shape = tensor.GetShape();
-        if (bytes == 0 || shape.size() < 2 || shape.front() > 1) {
-            throw InputError(mArtefact.model().string() + ": input " + input + " is of an unknown type or a fixed batch",
-                "export the model again");
-        }
-        shape.front() = 1;
-        mStates.push_back({input, output, tensor.GetElementType(), shape, bytes});
-    }
-
-    // Per element; 0 for a type that no cache has.
-    static size_t bytesOf(ONNXTensorElementDataType type) {
-        switch (type) {
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return 4;
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return 2;
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL: return 1;
-        default: return 0;
-        }
+        mCudaMemory = Ort::MemoryInfo("Cuda", OrtDeviceAllocator, mOptions.deviceId, OrtMemTypeDefault);
+        mCudaAllocator = Ort::Allocator(mSession, mCudaMemory);
+        mDevice = mCudaAllocator;
+        mMemory = mCudaMemory;
     }
 
     Artefact mArtefact;
     Options mOptions;
     Ort::Session mSession{nullptr};
-    std::vector<std::string> mInputs;
-    std::vector<State> mStates;
+    GraphInterface mInterface;
     std::map<int64_t, std::string> mScores;
-    int64_t mSlots = 0;
     Ort::MemoryInfo mHostMemory = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
     Ort::MemoryInfo mCudaMemory{nullptr};
     Ort::Allocator mCudaAllocator{nullptr};

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <numeric>
 #include <string>
@@ -48,9 +49,12 @@ public:
     // Room for so many bytes; what was there is lost where it moves.
     void reserve(size_t bytes) {
         if (bytes <= mBytes) return;
-        if (mData != nullptr) mAllocator->Free(mAllocator, mData);
+        if (mData != nullptr) mAllocator->Free(mAllocator, std::exchange(mData, nullptr));
         mBytes = 0;
-        mData = mAllocator->Alloc(mAllocator, bytes);
+        try {
+            mData = mAllocator->Alloc(mAllocator, bytes);
+        } catch (std::exception const&) {  // the CPU's allocator throws where others return nothing
+        }
         if (mData == nullptr) {
             throw MachineError(
                 "no memory: " + std::to_string(bytes) + " bytes for the KV cache", "use a shorter prompt");
@@ -97,7 +101,8 @@ public:
 
     // Appends tokens in one step; returns the logits behind the last of them, float [vocab], valid until the next step.
     //
-    // InputError: no tokens, or more than the cache has slots for. Error: ONNX Runtime failed; the cache is as it was.
+    // InputError: no tokens, one the model has not, or more than the cache has slots for. Error: ONNX Runtime failed;
+    // the cache is as it was.
     std::vector<float> const& step(std::vector<int64_t> const& tokens) { return step(tokens.data(), tokens.size()); }
 
     // Appends a prompt in steps of so many tokens: at once, scores and mask grow with the square of it.
@@ -124,6 +129,14 @@ private:
         std::string const folder = mModel.artefact().folder.string();
         if (count == 0) {
             throw InputError(folder + ": a step of no tokens", "start with the beginning-of-sequence token");
+        }
+        for (size_t i = 0; i < count; ++i) {
+            // ONNX counts negative numbers from the end.
+            if (tokens[i] < 0 || (mModel.vocabulary() > 0 && tokens[i] >= mModel.vocabulary())) {
+                int64_t const last = mModel.vocabulary() - 1;
+                throw InputError(folder + ": token " + std::to_string(tokens[i]) + " is none of the model's",
+                    last > 0 ? "they end at " + std::to_string(last) : "they begin at 0");
+            }
         }
         if (mModel.slots() > 0 && mTokens + added > mModel.slots()) {
             throw InputError(folder + ": the cache is full: it holds " + std::to_string(mTokens) + " of "
@@ -206,6 +219,9 @@ private:
         std::vector<Ort::Value> const outputs = mBinding.GetOutputValues();
         auto const info = outputs.front().GetTensorTypeAndShapeInfo();
         std::vector<int64_t> const shape = info.GetShape();  // [1, tokens or 1, vocab]
+        if (shape.size() != 3 || shape[0] != 1 || (shape[1] != added && shape[1] != 1) || shape[2] < 1) {
+            throw notAsDeclared("logits");
+        }
         auto const vocabulary = static_cast<size_t>(shape.at(2));
         size_t const skipped = static_cast<size_t>(shape[1] - 1) * vocabulary;
         mLogits.resize(vocabulary);
@@ -217,19 +233,28 @@ private:
         }
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: widen<Ort::Float16_t>(outputs.front(), skipped); break;
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: widen<Ort::BFloat16_t>(outputs.front(), skipped); break;
-        default:
-            throw InputError(mModel.artefact().model().string() + ": logits are of an unknown type", "export it again");
+        default: throw notAsDeclared("logits");
         }
         size_t output = 1;
         for (auto const& [layer, name] : mModel.routerScores()) {
             auto const threshold = static_cast<float>(mModel.artefact().routerThresholds.at(layer));
-            float const* scores = outputs.at(output++).GetTensorData<float>();
+            Ort::Value const& value = outputs.at(output++);
+            if (value.GetTensorTypeAndShapeInfo().GetElementCount() != static_cast<size_t>(added)) {
+                throw notAsDeclared(name);
+            }
+            float const* scores = value.GetTensorData<float>();
             int64_t const active
                 = std::count_if(scores, scores + added, [=](float score) { return score > threshold; });
             mLastActivity[layer] = {added, active};
             mActivity[layer].tokens += added;
             mActivity[layer].active += active;
         }
+    }
+
+    InputError notAsDeclared(std::string const& output) const {
+        return InputError(mModel.artefact().model().string() + ": output " + detail::shortened(output)
+                + " is of another size or type than a step's",
+            "export the model again");
     }
 
     template <typename Half>
