@@ -7,7 +7,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from benchmarks.common.threshold_inputs import ACTIVE, SKIPPED, thresholds_as_inputs
 from dlo_export.graph_passes.find.data_flow import constant_tensor
 from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
@@ -71,18 +70,6 @@ def test_forced_decisions_reach_the_gathered_rows_when_routing_is_exposed(active
     expected, found = run_model(models[0], {**tiny_feeds(), **forced}), run(models[1], **forced)
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
-
-
-def test_operator_gathers_the_tokens_that_a_benchmark_says() -> None:
-    models = [compacted(), compacted()]
-    FuseRouterGatherPass()(models[1])
-    for model in models:
-        thresholds_as_inputs(model)
-    limits = np.where([[True, False, True], [False, False, True]], ACTIVE, SKIPPED).astype(np.float32)
-    expected = run_model(models[0], {**tiny_feeds(), "threshold.0": limits})
-    np.testing.assert_array_equal(
-        run(models[1], **{"threshold.0": limits[..., np.newaxis]})["logits"], expected["logits"]
-    )
 
 
 def test_router_is_left_alone_when_others_read_its_decision() -> None:

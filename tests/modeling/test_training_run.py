@@ -13,6 +13,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dlo_export.checkpoints.errors import MachineError
+from dlo_export.checkpoints.files.written_files import LIST_NAME
 from dlo_export.modeling.training.compilation import compile_layers, compile_loss
 from dlo_export.modeling.training.errors import TrainingDivergedError, TrainingError
 from dlo_export.modeling.training.fused_norm import use_fused_norms
@@ -187,6 +188,9 @@ def test_a_run_says_which_setting_is_behind_it_when_its_optimiser_has_other_grou
     state = torch.load(file, weights_only=True)
     state["param_groups"].append(state["param_groups"][0] | {"params": []})
     torch.save(state, file)
+    listed = json.loads((file.parent / LIST_NAME).read_text())
+    listed["files"][file.name]["bytes"] = file.stat().st_size  # as if it had been written so
+    (file.parent / LIST_NAME).write_text(json.dumps(listed))
     with pytest.raises(TrainingError, match="other groups of parameters than layer_wise True"):
         run(opened(folder), data, tmp_path, settings, resume=True)
 
