@@ -11,10 +11,10 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import CACHE_PARTS, INPUT_IDS
 from dlo_export.checkpoints.llama_layer import ROUTERS
+from dlo_export.graph_passes.branches import Branch, conditional_node
 from dlo_export.graph_passes.cleanup.scatter_packed_rows import ScatterPackedRowsPass
 from dlo_export.graph_passes.find.data_flow import is_op, subgraphs_of
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
-from dlo_export.graph_passes.lowerings.projections_in_branches import Branch, conditional_node
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, TaggedNodes, shared_constant, shared_node

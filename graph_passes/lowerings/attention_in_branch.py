@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import CACHE_PARTS
 from dlo_export.checkpoints.llama_layer import ROUTERS, layer_path, layer_tensor_name
+from dlo_export.graph_passes.branches import conditional_node
 from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_branch import own_columns
@@ -107,19 +108,7 @@ def close_in_branch(
                 axis=2,
             )
         )
-    graph.remove(nodes)
-    conditional = ir.node(
-        "If",
-        [condition],
-        {
-            "then_branch": ir.Graph([], list(kept), nodes=list(nodes), name=f"{name}.then_branch"),
-            "else_branch": ir.Graph([], skipped, nodes=keep.nodes, name=f"{name}.else_branch"),
-        },
-        outputs=results,
-        name=f"{name}.if",
-        metadata_props=dict(tags),
-    )
-    graph.append(conditional)
+    graph.append(conditional_node(graph, name, condition, (nodes, kept), (keep.nodes, skipped), results, tags))
 
 
 def _cache_sizes(masked: MaskedAttention) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import layer_tensor_name
+from dlo_export.graph_passes.branches import conditional_node
 from dlo_export.graph_passes.find.data_flow import element_type, is_op
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
@@ -66,16 +67,5 @@ def close_mlp_in_branch(
     result = ir.Value(type=output.type, shape=ir.Shape(shape))
     replace_value(output, result)
     output.name = f"{mlp}.active_output"
-    graph.remove(nodes)
-    conditional = ir.node(
-        "If",
-        [condition],
-        {
-            "then_branch": ir.Graph([], [output], nodes=list(nodes), name=f"{mlp}.then_branch"),
-            "else_branch": ir.Graph([], [skipped], nodes=skip.nodes, name=f"{mlp}.else_branch"),
-        },
-        outputs=[result],
-        name=f"{mlp}.if",
-        metadata_props=dict(skip.tags),
-    )
-    graph.append(conditional)
+    then, otherwise = (nodes, [output]), (skip.nodes, [skipped])
+    graph.append(conditional_node(graph, mlp, condition, then, otherwise, [result], skip.tags))

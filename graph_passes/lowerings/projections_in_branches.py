@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import layer_tensor_name
+from dlo_export.graph_passes.branches import Branch, conditional_node
 from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.lowerings.active_rows import projected_width, token_zeros
 from dlo_export.graph_passes.lowerings.mlp_in_branch import add_skip
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
-
-Branch = tuple[Sequence[ir.Node], Sequence[ir.Value]]
-"""Nodes and outputs of one."""
 
 
 def projection_problems(masked: MaskedAttention) -> list[str]:
@@ -94,30 +92,3 @@ def _projected(masked: MaskedAttention) -> list[ir.Value]:
     """What the projections compute: query, key and value; the query alone where the others serve all tokens."""
     selects = () if masked.hidden is None else (masked.hidden.key_select, masked.hidden.value_select)
     return [value for value in (masked.query, *(select.inputs[1] for select in selects)) if value is not None]
-
-
-def conditional_node(
-    graph: ir.Graph,
-    name: str,
-    condition: ir.Value,
-    then: Branch,
-    otherwise: Branch,
-    outputs: Sequence[ir.Value],
-    tags: Mapping[str, str],
-) -> ir.Node:
-    """An If, in no graph yet; its nodes leave the one they stand in.
-
-    Args:
-        graph: Holds nodes of the branches.
-        name: Of the If and its branches.
-        condition: bool of one element.
-        then: Nodes and outputs of one branch.
-        otherwise: Those of the other.
-        outputs: What the If gives out.
-        tags: Its metadata.
-    """
-    branches = {}
-    for branch, (nodes, values) in (("then_branch", then), ("else_branch", otherwise)):
-        graph.remove([node for node in nodes if node.graph is graph])
-        branches[branch] = ir.Graph([], list(values), nodes=list(nodes), name=f"{name}.{branch}")
-    return ir.node("If", [condition], branches, outputs=list(outputs), name=f"{name}.if", metadata_props=dict(tags))
