@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.checkpoints.router_thresholds import ONE_HALF, logit_threshold
-from dlo_export.graph_passes.find.data_flow import constant_integers, constant_scalar, is_op
+from dlo_export.graph_passes.find.data_flow import constant_integers, is_op
 from dlo_export.graph_passes.find.routers import find_routers, router_product
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
@@ -66,14 +66,10 @@ class DecideByLogitsPass(GraphPass):
             self._rewrite(model.graph, layer, decision)
         return bool(found)
 
-    def _rewrite(self, graph: ir.Graph, layer: int, decision: ir.Node) -> None:
-        scores, active, threshold = decision.inputs[0], decision.outputs[0], constant_scalar(decision.inputs[1])
-        assert scores is not None, "asked before"
-        assert threshold is not None, "asked before"
-        product = router_product(scores)
-        node = None if product is None else product.producer()
-        assert product is not None, "asked before"
-        assert node is not None, "asked before"
+    def _rewrite(self, graph: ir.Graph, layer: int, decision: DecisionByScores) -> None:
+        active, product, threshold = decision.comparison.outputs[0], decision.product, decision.threshold
+        node = product.producer()
+        assert node is not None, "a MatMul gives it"
 
         # The product itself is compared, with the logit that stands for the threshold; the comparison says for which.
         router, new, boolean = router_path(layer), TaggedNodes(self._name, layer), ir.DataType.BOOL
@@ -85,7 +81,7 @@ class DecideByLogitsPass(GraphPass):
         node.metadata_props[ROLE_KEY] = ROUTER_LOGITS
         axis, name = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64)), f"{router}.tokens"
         tokens = new.add("Squeeze", column, axis, name=name, dtype=boolean, shape=active.shape)
-        graph.insert_before(decision, new.nodes)
+        graph.insert_before(decision.comparison, new.nodes)
 
         # Who made a column of the decision, in branches too, or asks whether any token is active, reads this one.
         for use in tuple(active.uses()):
@@ -97,22 +93,37 @@ class DecideByLogitsPass(GraphPass):
                 use.node.replace_input_with(use.idx, column)
         # The others have their two axes; then what nobody reads goes, with the sigmoid.
         replace_value(active, tokens)
-        remove_with_sources(graph, decision)
+        remove_with_sources(graph, decision.comparison)
         if not tokens.uses() and not tokens.is_graph_output():
             remove_with_sources(graph, new.nodes[1])
 
 
-def decisions_by_scores(graph: ir.Graph) -> dict[int, ir.Node]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class DecisionByScores:
+    """A comparison of scores that nothing else reads.
+
+    Attributes:
+        comparison: The Greater.
+        product: float32 [batch, sequence, 1], whose sigmoids the scores are.
+        threshold: What the scores are compared with, above 0 and below 1.
+    """
+
+    comparison: ir.Node
+    product: ir.Value
+    threshold: float
+
+
+def decisions_by_scores(graph: ir.Graph) -> dict[int, DecisionByScores]:
     """The comparisons, by layer, for which alone a graph computes scores; empty behind `DecideByLogitsPass`."""
     found = {}
     for layer, router in find_routers(graph).items():
-        scores, active, threshold = router.scores, router.active, router.threshold
-        decision = None if active is None else active.producer()
-        if scores is None or decision is None or threshold is None or not 0 < threshold < 1:
+        scores, threshold = router.scores, router.threshold
+        comparison = None if router.active is None else router.active.producer()
+        if scores is None or comparison is None or threshold is None or not 0 < threshold < 1:
             continue
-        alone = len(tuple(scores.uses())) == 1 and not scores.is_graph_output() and router_product(scores) is not None
-        if alone and is_op(decision, "Greater") and decision.inputs[0] is scores:
-            found[layer] = decision
+        alone, product = len(tuple(scores.uses())) == 1 and not scores.is_graph_output(), router_product(scores)
+        if alone and product is not None and is_op(comparison, "Greater") and comparison.inputs[0] is scores:
+            found[layer] = DecisionByScores(comparison, product, threshold)
     return found
 
 
