@@ -19,6 +19,13 @@ def test_session_runs_on_what_was_asked_for_when_it_is_there(builds: Builds) -> 
     assert session.interface.num_layers == 4
 
 
+def test_session_plans_no_memory_for_shapes_when_its_cache_grows(builds: Builds) -> None:
+    options = ort.SessionOptions()
+    assert options.enable_mem_pattern
+    DecoderSession(builds.released, "model", "growing", {"options": options, "threads": 1})
+    assert not options.enable_mem_pattern
+
+
 @pytest.mark.parametrize("name", ["CUDAExecutionProvider", "NoSuchProvider"])
 def test_session_is_refused_when_the_provider_is_not_available(builds: Builds, name: str) -> None:
     assert name not in ort.get_available_providers()
