@@ -17,7 +17,8 @@ What the second pattern loses is mostly not overhead: a MatMul on half of the ro
 because all of its weights come from memory all the same. The last columns are the efficiency that remains when nothing
 but these MatMuls is slower than ideal, from their kernel times in ONNX Runtime's profile; when attention is, too, which
 runs for all queries though some tokens skip it; and when gathering rows and putting them back takes what its kernels
-take: what routing could reach if routers and branches cost nothing.
+take: what routing could reach if routers and branches cost nothing. Decode with `--lowering if` has one that is not
+calculated but measured: what the same graph reaches when its Ifs are told what to do, and no router runs.
 
 The artefacts run in processes of their own, alternating, started anew several times, with weights in huge pages; see
 benchmarks/common/workers.py and huge_pages.py. A launch's efficiency comes from the medians of its blocks' ratios; the
@@ -42,12 +43,13 @@ import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.common.given_decisions import decisions_given
 from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.random_llama import H2048, random_llama_folder
@@ -111,12 +113,14 @@ class Case:
         pattern: "layers" or "tokens".
         graph: Routed accordingly.
         rate: Measured share of active pairs of token and layer.
+        given: The graph with the same decisions, none of them a router's; of decode in branches.
     """
 
     phase: str
     pattern: str
     graph: Path
     rate: float
+    given: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +208,8 @@ EFFORTS = {
     "h2048": Effort(4, 3, runs=(8, 3), settle=(4, 1)),
 }
 BOUNDS = ("products", "and attention", "and rows moved")
+GIVEN = "without routers"
+_BOUNDS_TITLE = f"bounds: {', '.join(BOUNDS)}"
 ROW_MOVES = ("NonZero", "TopK", "GatherND", "ScatterND")
 
 
@@ -240,12 +246,16 @@ def make_artefacts(subject: Subject, checkpoint_folder: Path, folder: Path) -> A
         wanted = [(phase.pattern, rate) for rate in sorted(rates)]
         wanted += [(phase.also, 0.5)] if phase.also and 0.5 in rates else []
         for pattern, rate in wanted:
-            fit_routers(model, tokens, PATTERNS[pattern](rate, layers, phase.batch * phase.routed_tokens))
+            decided = PATTERNS[pattern](rate, layers, phase.batch * phase.routed_tokens)
+            fit_routers(model, tokens, decided)
             graph = with_routers_of(model, routed, f"{name}-{pattern}-{rate:.2f}")
             if rate == 1:
                 made.active[name] = graph
             if rate in subject.rates:
-                made.cases.append(Case(name, pattern, graph, active_rate(graph, tokens, phase.sequence)))
+                given = None
+                if subject.lowering == "if" and phase.batch * phase.sequence == 1 and 0 < rate < 1:
+                    given = decisions_given(graph, decided[:, -1].tolist(), f"{graph.stem}-given")
+                made.cases.append(Case(name, pattern, graph, active_rate(graph, tokens, phase.sequence), given))
     return made
 
 
@@ -262,7 +272,10 @@ def _kept_artefacts(subject: Subject, folder: Path) -> Artefacts:
         lambda whole: dataclasses.asdict(make_artefacts(subject, model_folder(subject.model), whole)),
     )
     active, tokens = ({name: Path(path) for name, path in made[part].items()} for part in ("active", "tokens"))
-    cases = [Case(**{**case, "graph": Path(case["graph"])}) for case in made["cases"]]
+    cases = [
+        Case(**{**case, "graph": Path(case["graph"]), "given": Path(case["given"]) if case["given"] else None})
+        for case in made["cases"]
+    ]
     return Artefacts(Path(made["dense"]), Path(made["skipped"]), active, tokens, cases)
 
 
@@ -270,14 +283,14 @@ def rows_of(subject: Subject, made: Artefacts, effort: Effort) -> Iterator[dict[
     """Measures the cases, each against the dense artefact and the one without anything that may be skipped."""
     for group in _groups(made.cases):
         phase, tokens = subject.phases[group[0].phase], made.tokens[group[0].phase]
-        graphs = {"dense": made.dense, "skipped": made.skipped, **{case.graph.stem: case.graph for case in group}}
+        routed = [graph for case in group for graph in (case.graph, case.given) if graph is not None]
+        graphs = {"dense": made.dense, "skipped": made.skipped, **{graph.stem: graph for graph in routed}}
         start: dict[str, Callable[[], Worker]] = {
             name: functools.partial(_worker, graph, tokens, phase, subject.threads) for name, graph in graphs.items()
         }
         times = alternate_workers(start, **effort.of(phase.batch * phase.sequence), busy=subject.busy)
         for case in group:
-            samples = [times[name] for name in ("dense", "skipped", case.graph.stem)]
-            yield _row(subject, case, made, effort.blocks, *samples)
+            yield _row(subject, case, made, effort.blocks, times)
 
 
 def _groups(cases: list[Case]) -> Iterator[list[Case]]:
@@ -287,14 +300,15 @@ def _groups(cases: list[Case]) -> Iterator[list[Case]]:
         yield from (own[start : start + AT_ONCE] for start in range(0, len(own), AT_ONCE))
 
 
-def _row(
-    subject: Subject, case: Case, made: Artefacts, blocks: int, dense: Samples, skipped: Samples, routed: Samples
-) -> dict[str, Any]:
+def _row(subject: Subject, case: Case, made: Artefacts, blocks: int, times: Mapping[str, Samples]) -> dict[str, Any]:
+    dense, skipped, routed = (times[name] for name in ("dense", "skipped", case.graph.stem))
     row = {"case": case, "dense": dense, "skipped": skipped, "routed": routed, "speedup": dense / routed}
     ideal = Samples(skipped.values + case.rate * (dense.values - skipped.values))
     if case.rate == 1:
         return row
     row["efficiency"] = efficiency(dense, routed, ideal, blocks)
+    if case.given is not None:
+        row[GIVEN] = efficiency(dense, times[case.given.stem], ideal, blocks)
     if case.rate > 0 and row["efficiency"] is not None:
         lost = _lost_in_kernels(subject, case, made)
         bounds = [efficiency(dense, Samples(ideal.values + each), ideal, blocks) for each in np.cumsum(lost)]
@@ -382,7 +396,7 @@ def main() -> None:
     print_report(
         f"Skip efficiency, {TITLES[given.model]}, {given.routing} routing, lowering {given.lowering}, fp32, "
         f"{given.threads} threads",
-        ["phase", "active", "dense, ms", "routed, ms", "speed-up", "efficiency", "bar", f"bounds: {', '.join(BOUNDS)}"],
+        ["phase", "active", "dense, ms", "routed, ms", "speed-up", "efficiency", "bar", _BOUNDS_TITLE, GIVEN],
         [_cells(row, subject) for row in rows],
         {
             "dtype": "float32",
@@ -409,6 +423,7 @@ def _cells(row: dict[str, Any], subject: Subject) -> list[Any]:
         "not known: too busy" if reached is None else reached,
         f"≥ {subject.bar(case.phase)}" if reached and abs(case.rate - 0.5) < 0.01 else "",
         ", ".join(f"{bound:.2f}" for bound in row.get("bounds", ())),
+        row.get(GIVEN) or "",
     ]
 
 

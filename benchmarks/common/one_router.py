@@ -17,12 +17,12 @@ def ask_first_router(model: ir.Model) -> None:
     first, *others = [value for node in conditionals for value in node.inputs if value is not None]
     for condition in others:
         # Inside the branches the tokens are masked by what the condition was reduced from.
-        for value, by in ((condition, first), (_reduced(condition), _reduced(first))):
+        for value, by in ((condition, first), (reduced_by(condition), reduced_by(first))):
             value.replace_all_uses_with(by)
     remove_unused(model.graph)
 
 
-def _reduced(condition: ir.Value) -> ir.Value:
+def reduced_by(condition: ir.Value) -> ir.Value:
     """Which tokens are active, of whether any is."""
     node = condition.producer()
     assert node is not None
