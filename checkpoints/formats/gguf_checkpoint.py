@@ -150,10 +150,10 @@ def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor]
     # What llama.cpp takes for these where they are missing; config.json's types have other defaults.
     heads = keys.get("attention.head_count")
     head_dim = keys.get("attention.key_length", _quotient(keys.get("embedding_length"), heads))
-    neutral = NEUTRAL_VALUES | {"attention.value_length": (head_dim,), "attention.scale": (*_usual_scale(head_dim), 0.0)}
+    sizes = {"attention.value_length": (head_dim,), "attention.scale": (*_usual_scale(head_dim), 0.0)}
     unsupported = [
         f"{architecture}.{key} is {keys[key]!r}, expected {expected[0] if expected else 'none'}"
-        for key, expected in neutral.items()
+        for key, expected in (NEUTRAL_VALUES | sizes).items()
         if key in keys and keys[key] not in expected
     ]
     unsupported += [f"{architecture}.{key} is missing" for key in REQUIRED_KEYS if key not in keys]

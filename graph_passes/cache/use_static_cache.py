@@ -61,7 +61,7 @@ class UseStaticCachePass(GraphPass):
         present_active = TensorScatter(past_active, numbers, write_indices)
         bias           = Where(Greater(Transpose(present_active), 0), bias, lowest)
 
-    Padding may have any position: where the rotary frequencies follow from the largest one, that of real tokens counts::
+    Padding may have any position: where rotary frequencies follow from the largest one, only real tokens' count::
 
         last           = ReduceMax(Where(write_indices + token < kv_lengths, position_ids, 0))
 
