@@ -12,6 +12,7 @@ from dlo_export.graph_passes.lowerings.measured import nearest_model
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, LoweringRecord, Target, Workload
 from dlo_export.graph_passes.lowerings.registry import (
     NOTHING_ROUTED,
+    asked_lowering,
     find_lowering,
     skipping_lowerings,
     suitable_lowerings,
@@ -55,7 +56,7 @@ def choose_onnxruntime_lowering(
         check_nothing_asked(choice, path)
         return nothing_routed.name, nothing_routed.reason
     if choice != "auto":
-        asked = find_lowering(choice, target)
+        asked = asked_lowering(choice, target)
         if routing not in asked.routing:
             takes = " and ".join(asked.routing)
             choices = ", ".join(record.name for record in skipping_lowerings(target, routing))

@@ -121,8 +121,8 @@ class TensorRtOptions:
     """What a TensorRT graph is built for.
 
     Attributes:
-        lowering: Name of what routed layers become, "none" where nothing is routed; "masked" is the oracle, never built
-            into an engine.
+        lowering: Name of what routed layers become, "none" where nothing is routed; "masked" is the oracle, which
+            computes everything.
         cache: "static" has a fixed number of slots updated in place; "growing" keeps ONNX Runtime's interface.
         max_batch: Sequences per step at most.
         max_sequence: Tokens per sequence and step at most.

@@ -44,6 +44,36 @@ CONFIG_KEYS = {
     "vocab_size": "vocab_size",
 }
 
+# The same for rope_scaling: the first of all kinds, the others of yarn.
+ROPE_KEYS = {
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
+# What a file may say of its model besides, and what says nothing; with anything else it is a model of other arithmetic.
+NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "nextn_predict_layers": (0,),
+    "use_parallel_residual": (False,),
+    "embedding_scale": (1.0, 0.0),
+    "residual_scale": (1.0, 0.0),
+    "logit_scale": (1.0, 0.0),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.output_scale": (1.0, 0.0),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0.0,),
+    "attention.shared_kv_layers": (0,),
+    "rope.scaling.alpha": (0.0,),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    # Converters write the whole factor, as config.json has it, and llama.cpp takes it for one on top of YaRN's own.
+    "rope.scaling.yarn_attn_factor": (),
+}
 # What llama.cpp reads of every model; what config.json takes for a missing one may be another number.
 REQUIRED_KEYS = ("context_length", "attention.layer_norm_rms_epsilon")
 
@@ -117,14 +147,14 @@ def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor]
         )
     family = GGUF_FAMILIES[architecture]
     keys = {name.removeprefix(f"{architecture}."): value for name, value in metadata.items()}
+    # What llama.cpp takes for these where they are missing; config.json's types have other defaults.
+    heads = keys.get("attention.head_count")
+    head_dim = keys.get("attention.key_length", _quotient(keys.get("embedding_length"), heads))
+    sizes = {"attention.value_length": (head_dim,), "attention.scale": (*_usual_scale(head_dim), 0.0)}
     unsupported = [
-        f"{architecture}.{key} is {keys[key]!r}, expected {expected}"
-        for key, expected in (
-            ("expert_count", 0),
-            ("attention.value_length", keys.get("attention.key_length")),
-            ("rope.scaling.attn_factor", 1.0),
-        )
-        if keys.get(key, expected) != expected
+        f"{architecture}.{key} is {keys[key]!r}, expected {expected[0] if expected else 'none'}"
+        for key, expected in (NEUTRAL_VALUES | sizes).items()
+        if key in keys and keys[key] not in expected
     ]
     unsupported += [f"{architecture}.{key} is missing" for key in REQUIRED_KEYS if key not in keys]
     if unsupported:
@@ -138,9 +168,8 @@ def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor]
         "hidden_act": "silu",
     }
     values |= {name: keys[key] for name, key in CONFIG_KEYS.items() if key in keys}
-    # What llama.cpp takes for these where they are missing; config.json's types have other defaults.
-    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-    values.setdefault("head_dim", _quotient(values.get("hidden_size"), values.get("num_attention_heads")))
+    values.setdefault("num_key_value_heads", heads)
+    values.setdefault("head_dim", head_dim)
     if "vocab_size" not in values and "token_embd.weight" in stored:
         values["vocab_size"] = stored["token_embd.weight"].shape[0]
     values["bos_token_id"] = special_token_id(metadata, "bos")
@@ -169,15 +198,21 @@ def _quotient(total: Any, parts: Any) -> int | None:
     return total // parts if type(total) is int and type(parts) is int and parts > 0 else None
 
 
+def _usual_scale(head_dim: Any) -> tuple[float, ...]:
+    """What attention scores are multiplied by, as the header's float32 reads; nothing where the size is none."""
+    return (float(str(np.float32(head_dim**-0.5))),) if type(head_dim) is int and head_dim > 0 else ()
+
+
 def _rope_scaling(keys: Mapping[str, Any]) -> dict[str, Any] | None:
-    kind = keys.get("rope.scaling.type")
-    factor = keys.get("rope.scaling.factor")
-    if kind is None and "rope.scale_linear" in keys:  # files of 2023
-        kind, factor = "linear", keys["rope.scale_linear"]
-    if kind in (None, "none") or (kind == "linear" and factor == 1.0):
+    """config.json's rope_scaling; what is missing is what llama.cpp takes for it: linear, by one."""
+    kind = keys.get("rope.scaling.type", "linear")
+    # The second is what files of 2023 call it.
+    factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0.0))
+    factor = 1.0 if factor == 0 else factor
+    if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
-    original = keys.get("rope.scaling.original_context_length")
-    return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
+    values = {"rope_type": kind, "factor": factor}
+    return values | {name: keys[key] for name, key in ROPE_KEYS.items() if key in keys}
 
 
 def _llama3_scaling(factors: GgufTensor, config: LlamaConfig, path: Path) -> dict[str, Any]:

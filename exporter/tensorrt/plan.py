@@ -26,7 +26,7 @@ from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.record import Workload
 from dlo_export.graph_passes.lowerings.registry import (
     NOTHING_ROUTED,
-    find_lowering,
+    asked_lowering,
     skipping_lowerings,
     suitable_lowerings,
 )
@@ -210,7 +210,7 @@ def _planned(
         model = build_tensorrt_model(source, options, graph_dtype(dtype))
         return PlannedEngine(phase, options, "nothing is routed", model)
     if lowering != "auto":
-        chosen = dataclasses.replace(options, lowering=find_lowering(lowering, "tensorrt").name)
+        chosen = dataclasses.replace(options, lowering=asked_lowering(lowering, "tensorrt").name)
         return PlannedEngine(phase, chosen, "asked for", _built(source, chosen, dtype))
     return _best(source, options, phase, dtype, plugins_at_hand=backend == "tensorrt" or bool(request.plugin_library))
 

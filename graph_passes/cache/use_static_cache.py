@@ -12,6 +12,7 @@ from dlo_export.checkpoints.interface import (
     ATTENTION_MASK,
     INPUT_IDS,
     KV_LENGTHS,
+    POSITION_IDS,
     WRITE_INDICES,
     is_state_input,
     past_active_name,
@@ -60,6 +61,10 @@ class UseStaticCachePass(GraphPass):
         present_active = TensorScatter(past_active, numbers, write_indices)
         bias           = Where(Greater(Transpose(present_active), 0), bias, lowest)
 
+    Padding may have any position: where rotary frequencies follow from the largest one, only real tokens' count::
+
+        last           = ReduceMax(Where(write_indices + token < kv_lengths, position_ids, 0))
+
     Attention is never given is_causal or nonpad_kv_seqlen, which TensorRT reads differently or drops.
     Scope: main graph. Source: ONNX TensorScatter-24, Attention-24.
 
@@ -95,21 +100,27 @@ class UseStaticCachePass(GraphPass):
         graph.opset_imports[""] = max(OPSET, graph.opset_imports[""])
         write_indices = ir.val(WRITE_INDICES, dtype=ir.DataType.INT64, shape=["batch"])
         kv_lengths = ir.val(KV_LENGTHS, dtype=ir.DataType.INT64, shape=["batch"])
-        mask = self._mask(graph, attentions[0], write_indices, kv_lengths)
+        mask, tokens = self._mask(graph, attentions[0], write_indices, kv_lengths)
+        moved = self._leave_padding_out(graph, attentions[0], tokens, kv_lengths)
         masks = [self._hide_skipped(graph, attention, write_indices, mask) for attention in attentions]
         for attention, own in zip(attentions, masks, strict=True):
             self._rewrite(graph, attention, write_indices, own or mask)
         remove_unused(graph)
-        if any(masks):
-            graph.sort()  # a layer's own mask may stand in front of the one that all share
+        if moved or any(masks):
+            graph.sort()  # what reads the slots' numbers, or the mask that all share, may stand in front of them
         # The two new inputs stand where attention_mask stood in the interface: between the tokens and the cache.
         first_cache = next(i for i, value in enumerate(graph.inputs) if is_state_input(value.name or ""))
         graph.inputs[first_cache:first_cache] = [write_indices, kv_lengths]
         graph.inputs[:] = [value for value in graph.inputs if value.name != ATTENTION_MASK]
         return True
 
-    def _mask(self, graph: ir.Graph, first: CachedAttention, write_indices: ir.Value, kv_lengths: ir.Value) -> ir.Value:
-        """The additive mask of all layers, [batch, 1, sequence, max_cache], put in front of the first."""
+    def _mask(
+        self, graph: ir.Graph, first: CachedAttention, write_indices: ir.Value, kv_lengths: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        """The additive mask of all layers, [batch, 1, sequence, max_cache], put in front of the first.
+
+        With it, the slots of the step's tokens, [batch, sequence].
+        """
         new, int64, boolean = TaggedNodes(self._name, None), ir.DataType.INT64, ir.DataType.BOOL
         dtype = first.dtype
 
@@ -146,7 +157,26 @@ class UseStaticCachePass(GraphPass):
         lowest = constant("lowest", np.asarray(dtype.min, dtype.numpy()))
         bias = new.add("Where", per_head, open_, lowest, name=f"{_MASK}.static_bias", dtype=dtype, shape=shape)
         graph.insert_before(first.node, new.nodes)
-        return bias
+        return bias, tokens
+
+    def _leave_padding_out(
+        self, graph: ir.Graph, first: CachedAttention, tokens: ir.Value, kv_lengths: ir.Value
+    ) -> bool:
+        """Has real tokens alone say how far a step reaches, where that is asked; returns whether it is."""
+        positions = next((value for value in graph.inputs if value.name == POSITION_IDS), None)
+        asking = [node for node in positions.consumers() if is_op(node, "ReduceMax")] if positions is not None else []
+        if positions is None or not asking:
+            return False
+        new, int64, shape = TaggedNodes(self._name, None), ir.DataType.INT64, ("batch", "sequence")
+        axis_1 = shared_constant(graph, f"{_MASK}.axes_1", np.array([1]))
+        ends = new.add("Unsqueeze", kv_lengths, axis_1, name=f"{_MASK}.token_ends", dtype=int64, shape=("batch", 1))
+        real = new.add("Less", tokens, ends, name=f"{_MASK}.real_tokens", dtype=ir.DataType.BOOL, shape=shape)
+        zero = shared_constant(graph, f"{_MASK}.zero", np.array(0))
+        kept = new.add("Where", real, positions, zero, name=f"{_MASK}.real_positions", dtype=int64, shape=shape)
+        graph.insert_before(first.node, new.nodes)
+        for node in asking:
+            node.replace_input_with(0, kept)
+        return True
 
     def _hide_skipped(
         self, graph: ir.Graph, attention: CachedAttention, write_indices: ir.Value, mask: ir.Value

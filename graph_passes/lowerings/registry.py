@@ -45,7 +45,7 @@ def lowering_records() -> Iterator[LoweringRecord]:
 
 
 def find_lowering(name: str, target: Target) -> LoweringRecord:
-    """The lowering of a name for a target.
+    """The lowering of a name for a target, as a graph's description has it.
 
     Raises:
         InputError: There is none, with those there are.
@@ -54,6 +54,15 @@ def find_lowering(name: str, target: Target) -> LoweringRecord:
         from dlo_export.graph_passes.lowerings.masked import DENSE  # noqa: PLC0415 - see above: names come first
 
         return DENSE
+    return asked_lowering(name, target)
+
+
+def asked_lowering(name: str, target: Target) -> LoweringRecord:
+    """The lowering of a name that somebody asks a routed graph to get.
+
+    Raises:
+        InputError: There is none, with those there are.
+    """
     served = {record.name: record for record in lowering_records() if target in record.targets}
     if name in served:
         return served[name]

@@ -163,6 +163,7 @@ private:
             }
             mBuffers.emplace(name, zeroedMemory(name, bytes));
         }
+        if (mMaxCache < 1) throw UsageError("the engine's cache grows\n\nhint: export without --trt-cache growing");
         for (Profile& profile : mProfiles) bind(profile);
     }
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlo_export.checkpoints.errors import CheckpointError
+from dlo_export.checkpoints.formats.gguf_checkpoint import NEUTRAL_VALUES
 from dlo_export.checkpoints.opening import Checkpoint, open_checkpoint
 from dlo_export.checkpoints.rope import RopeConfig
 from tests.tiny_families import save_tiny_family
@@ -139,6 +140,12 @@ def test_gguf_numbers_are_tidy_when_stored_as_float32(file: Path) -> None:
     [
         ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, RopeConfig("linear", 10_000.0, 4.0)),
         ({"llama.rope.scale_linear": 2.0}, RopeConfig("linear", 10_000.0, 2.0)),
+        # As llama.cpp reads files that leave something out, or call it by the older name.
+        ({"llama.rope.scaling.factor": 4.0}, RopeConfig("linear", 10_000.0, 4.0)),
+        ({"llama.rope.scaling.factor": 0.0}, RopeConfig("default", 10_000.0)),
+        ({"llama.rope.scaling.type": "linear"}, RopeConfig("default", 10_000.0)),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scale_linear": 2.0}, RopeConfig("linear", 10_000.0, 2.0)),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, RopeConfig("default", 10_000.0)),
         ({"llama.rope.scaling.type": "none"}, RopeConfig("default", 10_000.0)),
         (
             {
@@ -147,6 +154,24 @@ def test_gguf_numbers_are_tidy_when_stored_as_float32(file: Path) -> None:
                 "llama.rope.scaling.original_context_length": 32,
             },
             RopeConfig("yarn", 10_000.0, 4.0, original_max_position=32, attention_factor=0.1 * math.log(4.0) + 1.0),
+        ),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.yarn_ext_factor": 1.0,
+                "llama.rope.scaling.yarn_beta_fast": 24.0,
+                "llama.rope.scaling.yarn_beta_slow": 2.0,
+            },
+            RopeConfig(
+                "yarn",
+                10_000.0,
+                4.0,
+                original_max_position=128,
+                attention_factor=0.1 * math.log(4.0) + 1.0,
+                beta_fast=24.0,
+                beta_slow=2.0,
+            ),
         ),
     ],
 )
@@ -202,6 +227,14 @@ def test_gguf_is_refused_when_frequency_divisors_are_of_another_rule(
         ({"general.architecture": "phi3"}, "general.architecture is 'phi3', expected one of llama, qwen2, qwen3"),
         ({"llama.expert_count": 8}, "llama.expert_count is 8, expected 0"),
         ({"llama.attention.value_length": 4}, "llama.attention.value_length is 4, expected 8"),
+        ({"llama.attention.key_length": None, "llama.attention.value_length": 4}, "value_length is 4, expected 8"),
+        ({"llama.attention.scale": 0.5}, "llama.attention.scale is 0.5, expected 0.35355338"),
+        ({"llama.attention.causal": False}, "llama.attention.causal is False, expected True"),
+        ({"llama.logit_scale": 0.25, "llama.residual_scale": 0.5}, r"residual_scale is 0.5.*\n.*logit_scale is 0.25"),
+        ({"llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping is 30.0, expected 0.0"),
+        ({"llama.rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier is 0.1, expected 0.0"),
+        ({"llama.rope.scaling.yarn_attn_factor": 1.0}, "yarn_attn_factor is 1.0, expected none"),
+        ({"llama.rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5, expected 1.0"),
         ({"llama.rope.scaling.type": "su"}, "rope_type is 'su'"),
         ({"llama.rope.scaling.type": "longrope"}, "short_factor is None, expected 4 positive numbers"),
         ({"llama.rope.scaling.attn_factor": 1.2}, r"llama\.rope\.scaling\.attn_factor is 1.2, expected 1.0"),
@@ -220,6 +253,13 @@ def test_gguf_is_refused_by_name_when_metadata_is_unsupported(
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(save_tiny_gguf(folder, tmp_path / FILE, metadata=metadata))
     assert FILE in str(caught.value)
+
+
+def test_gguf_is_read_when_metadata_says_of_a_llama_what_all_llamas_have(folder: Path, tmp_path: Path) -> None:
+    neutral = {f"llama.{key}": expected[0] for key, expected in NEUTRAL_VALUES.items() if expected}
+    metadata = neutral | {"llama.attention.scale": 8**-0.5, "llama.attention.value_length": 8}
+    plain = open_checkpoint(save_tiny_gguf(folder, tmp_path / "plain.gguf"))
+    assert open_checkpoint(save_tiny_gguf(folder, tmp_path / FILE, metadata=metadata)).config == plain.config
 
 
 def test_gguf_vocabulary_is_counted_when_metadata_does_not_say(folder: Path, tmp_path: Path) -> None:

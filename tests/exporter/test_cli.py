@@ -123,6 +123,13 @@ def test_export_refuses_a_lowering_when_nothing_is_routed(checkpoint, tmp_path):
     check_refused(result, tmp_path, "no routers")
 
 
+@pytest.mark.parametrize("options", [[], ["--trt"]], ids=["model.onnx", "engines"])
+def test_export_refuses_to_leave_routers_unlowered_as_if_there_were_none(tmp_path, options):
+    checkpoint = save_tiny_llama(tmp_path / "model", routed=[True, False, True])
+    result = dlo("export", checkpoint, "-o", tmp_path / "out", "--lowering", "none", *options)
+    check_refused(result, tmp_path, "--lowering none: is unknown", "masked")
+
+
 def test_export_refuses_a_graph_when_no_adapter_is_given(tmp_path):
     graph = Path(__file__).parents[1] / "data" / "optimum_llama" / "model.onnx"
     check_refused(dlo("export", graph, "-o", tmp_path / "out"), tmp_path, "--adapter")

@@ -1,5 +1,6 @@
 """TensorRT's graph, run by ONNX Runtime in fp32, against the masked oracle on ONNX Runtime's own interface."""
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dlo_export.exporter.sources.source import open_source
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from tests.bare_session import left_padded
 from tests.static_session import StaticSession, runnable
+from tests.tiny_families import ORIGINAL_CONTEXT, ROPES, save_tiny_family
 from tests.tiny_models import save_tiny_llama
 
 DATA = Path(__file__).parents[1] / "data"
@@ -138,6 +140,23 @@ def test_compaction_is_cut_into_chunks_when_more_tokens_than_one_topk_selects(so
         for b, (start, count) in enumerate(zip(starts, counts, strict=True)):
             wanted = expected[b]["logits"][0, start : start + count]
             np.testing.assert_allclose(outputs["logits"][b, :count], wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_positions_at_padding_change_nothing_when_frequencies_depend_on_the_length(rope, sequences, tmp_path):
+    save_tiny_family(tmp_path / "model", "llama", **ROPES[rope])
+    with closing(open_source(str(tmp_path / "model"), None)) as source:
+        model = build_tensorrt_model(source, TensorRtOptions("none", **OPTIONS), ir.DataType.FLOAT)
+        session = StaticSession(model, len(LENGTHS))
+    columns = np.arange(max(LENGTHS))
+    logits = []
+    for at_padding in (0, 10 * ORIGINAL_CONTEXT):
+        session.lengths[:] = 0
+        positions = np.where(columns < np.array(LENGTHS)[:, np.newaxis], columns, at_padding)
+        rows = [row[:count] for row, count in zip(sequences, LENGTHS, strict=True)]
+        logits.append(session.step(rows, position_ids=positions)["logits"])
+    for b, count in enumerate(LENGTHS):
+        np.testing.assert_array_equal(logits[0][b, :count], logits[1][b, :count])
 
 
 @only_mlps

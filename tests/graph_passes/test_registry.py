@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.graph_passes.lowerings.record import LoweringRecord, Workload
+from dlo_export.graph_passes.lowerings.record import LoweringRecord, Target, Workload
 from dlo_export.graph_passes.lowerings.registry import (
     NOTHING_ROUTED,
+    asked_lowering,
     find_lowering,
     lowering_names,
     lowering_records,
@@ -50,6 +51,12 @@ def test_finding_refuses_with_the_choices_when_target_has_no_lowering_of_the_nam
     with pytest.raises(InputError, match="hint: onnxruntime-cpu has plugin, if, compact, masked") as error:
         find_lowering("plugins", "onnxruntime-cpu")
     assert "--lowering plugins: is unknown" in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"])
+def test_what_stands_where_nothing_is_routed_cannot_be_asked_for(target: Target) -> None:
+    with pytest.raises(InputError, match=f"--lowering {NOTHING_ROUTED}: is unknown\n\nhint: {target} has "):
+        asked_lowering(NOTHING_ROUTED, target)
 
 
 AUTO = {
