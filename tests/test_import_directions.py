@@ -231,6 +231,7 @@ def loaded_modules(module):
         "dlo_export.exporter.export",
         "dlo_export.checkpoints.formats.gguf_checkpoint",
         "dlo_export.checkpoints.adapter.adapter",
+        "dlo_export.checkpoints.checkpoint_folder",
         "dlo_export.checkpoints.depth.expansion",
     ],
 )
