@@ -55,7 +55,7 @@ from dlo_export.checkpoints.llama_layer import HEAD
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.artefact_runner import exposed_model, open_artefact
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.parity_check import as_it_was
+from dlo_export.exporter.parity_references import as_it_was
 from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph, open_foreign_graph
 from dlo_export.exporter.sources.source import open_source

@@ -44,7 +44,7 @@ from benchmarks.papers.claims import claims
 from benchmarks.papers.forms import FORMS, with_values
 from benchmarks.papers.report import heading, write_plots, write_tables
 from benchmarks.papers.results import Results
-from benchmarks.papers.shipped import SHIPPED
+from benchmarks.papers.run_names import SHIPPED
 from benchmarks.papers.tasks import task_files
 from benchmarks.papers.training import FLOPS_NAME
 from benchmarks.training_rate import SIDES

@@ -9,12 +9,11 @@ import onnx_ir as ir
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_description import interface
-from dlo_export.exporter.parity_check import named_operators
-from dlo_export.exporter.pipeline import prepare_foreign
+from dlo_export.exporter.named_operators import named_operators
+from dlo_export.exporter.pipeline import prepare_foreign, state_cache_sizes
 from dlo_export.exporter.skeleton import without_weights
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
-from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.runtimes.decoder_interface import DecoderInterface, cache_kind
 from dlo_export.runtimes.onnxruntime.loading import Refusal, why_refused
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
@@ -54,9 +53,7 @@ def check_loads(
     if (found := refusal(model)) is None:
         return
     # As it was, but under the interface's names: a step says nothing of a graph that nobody knows what to feed.
-    as_it_was = prepare_foreign(load_graph(path))
-    StateCacheSizesPass()(as_it_was)
-    if refusal(as_it_was) is not None:
+    if refusal(state_cache_sizes(prepare_foreign(load_graph(path)))) is not None:
         raise InputError(
             f"{path}: cannot be {found.done}: {found.reason}",
             hint="export it again, or install the ONNX Runtime that it was made for",

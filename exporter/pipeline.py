@@ -381,6 +381,11 @@ def _stand_ins(model: ir.Model) -> list[str]:
     ]
 
 
+def state_cache_sizes(model: ir.Model) -> ir.Model:
+    """Has a graph say how wide its cache is, in place, where nothing else is done to it: runners ask its inputs."""
+    return _run_passes(model, [StateCacheSizesPass()])
+
+
 def prepare_released(model: ir.Model) -> ir.Model:
     """Makes the layers of a released graph findable, in place."""
     return _run_passes(model, exposure_passes(routed=False, force=False, streams=False))

@@ -17,3 +17,13 @@ def test_files_of_the_path_take_part_in_its_order_when_exported(tmp_path):
     assert len(named) > 30
     assert not [file for file in named if file not in executed]
     assert [file for file in executed if file in named] == named
+
+
+def test_passes_are_made_in_the_pipeline_and_nowhere_else_in_the_exporter():
+    made = {
+        file.relative_to(ROOT).as_posix()
+        for room in ("exporter", "runtimes", "plugins", "modeling")
+        for file in (ROOT / room).rglob("*.py")
+        if re.search(r"\b[A-Z]\w+Pass\(", file.read_text())
+    }
+    assert made == {"exporter/pipeline.py"}

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
 from itertools import chain
 from pathlib import Path
@@ -152,6 +153,50 @@ def test_an_import_is_refused_when_it_points_the_wrong_way(path, line):
     assert len(list(faults(Path(path), line))) == 1
 
 
+def circle(files):
+    """Modules of which each imports the next and the last is the first; none where there is no such circle.
+
+    Args:
+        files: Source by module.
+    """
+    try:
+        TopologicalSorter({module: set(imported_files(source, files)) for module, source in files.items()}).prepare()
+    except CycleError as err:
+        return err.args[1]
+    return []
+
+
+def test_no_two_files_import_each_other():
+    assert not circle({name_of(file): file.read_text() for tree in TREES for file in python_files(tree)})
+
+
+def test_files_are_named_when_they_import_each_other():
+    found = circle(
+        {
+            "dlo_export.a": "from dlo_export.b import x",
+            "dlo_export.b": "def later():\n    from dlo_export import c",
+            "dlo_export.c": "import dlo_export.a",
+            "dlo_export.d": "from dlo_export.a import y",
+            "dlo_export.e": "",
+        }
+    )
+    assert set(found) == {"dlo_export.a", "dlo_export.b", "dlo_export.c"}
+
+
+def name_of(file):
+    """What a file is imported as."""
+    tree, *rest = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join([*(("dlo_export", tree) if tree in ROOMS else (tree,)), *rest]).removesuffix(".__init__")
+
+
+def imported_files(source, files):
+    """Those of some modules that a module imports, also where `from package import module` names one."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            yield from (name for alias in node.names if (name := f"{node.module}.{alias.name}") in files)
+    yield from (module for module in imported_modules(source) if module in files)
+
+
 def test_every_imported_package_is_declared_when_installed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
@@ -186,6 +231,7 @@ def loaded_modules(module):
         "dlo_export.exporter.export",
         "dlo_export.checkpoints.formats.gguf_checkpoint",
         "dlo_export.checkpoints.adapter.adapter",
+        "dlo_export.checkpoints.checkpoint_folder",
         "dlo_export.checkpoints.depth.expansion",
     ],
 )

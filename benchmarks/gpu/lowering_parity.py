@@ -24,7 +24,7 @@ from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.model_types import KV_KEY
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.parity_check import graph_candidate
+from dlo_export.exporter.parity_candidates import graph_candidate
 from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.source import ExportSource, open_source

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.papers.experiment import Experiment
-from benchmarks.papers.shipped import DENSE, ROUTED, SHIPPED
+from benchmarks.papers.run_names import DEEPENED, DLO, SHIPPED
 from dlo_export.exporter.artefact_runner import exposed_model, open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
@@ -68,7 +68,7 @@ def timed(experiment: Experiment) -> dict[str, Any]:
             stack.enter_context(open_artefact(_artefact(experiment, name), scores=False, allow_spinning=False))
             for name in SHIPPED
         ]
-        routed = _artefact(experiment, ROUTED)
+        routed = _artefact(experiment, DLO)
         forced = stack.enter_context(
             OnnxRuntimeRunner(
                 exposed_model(load_graph(routed / MODEL_NAME), force=True),
@@ -84,13 +84,13 @@ def timed(experiment: Experiment) -> dict[str, Any]:
         "timings": {
             name: {
                 **timing.summary(),
-                "prefill_ratio": ratio(timings[DENSE].prefill, timing.prefill),
-                "decode_ratio": ratio(timings[DENSE].decode, timing.decode),
+                "prefill_ratio": ratio(timings[DEEPENED].prefill, timing.prefill),
+                "decode_ratio": ratio(timings[DEEPENED].decode, timing.decode),
             }
             for name, timing in timings.items()
         },
         "allowed": {
-            phase: _allowed(timings, phase, experiment.results[f"shipped-{ROUTED}"]["active_by_layer"])
+            phase: _allowed(timings, phase, experiment.results[f"shipped-{DLO}"]["active_by_layer"])
             for phase in ("prefill", "decode")
         },
     }
@@ -101,7 +101,7 @@ def _allowed(timings: dict[str, Timing], phase: str, active: dict[str, float]) -
 
     On the line from the time with nothing active to that of the dense model, which has as many layers.
     """
-    dense, skipped = (np.asarray(getattr(timings[name], phase)) for name in (DENSE, "nothing-active"))
+    dense, skipped = (np.asarray(getattr(timings[name], phase)) for name in (DEEPENED, "nothing-active"))
     rate = float(np.mean([*active.values()]))
     return ratio(dense, skipped + rate * (dense - skipped))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.papers.results import Results
+from benchmarks.papers.run_names import DEEPENED, DLO, ORIGINAL
 from benchmarks.papers.shipped import SPEED
 from benchmarks.papers.skipping_cost import AS_ASKED, BASELINES, TEXTS, WAYS, compared_as_asked
 
@@ -42,7 +43,7 @@ def claims(results: Results) -> Iterator[Claim]:
             near = abs(control["after"] - control["target"]) <= _RATE_WITHIN
             yield Claim(f"{run}: active rate", near, {key: control[key] for key in ("target", "before", "after")})
         yield from _against_others(results, run, values)
-    if "train-deepened" in results:
+    if DEEPENED in results:
         yield from _deepened(results)
     if SPEED in results:
         yield from _shipped(results)
@@ -75,13 +76,13 @@ def _better(what: str, own: dict[str, Any], theirs: dict[str, Any]) -> Claim:
 
 
 def _deepened(results: Results) -> Iterator[Claim]:
-    dense = results["train-deepened"]
+    dense = results[DEEPENED]
     if dense.get("diverged"):
         return
     found = {"deepened": dense["all"]["perplexity"]}
-    if "train-original" in results and "all" in results["train-original"]:
-        found["original"] = results["train-original"]["all"]["perplexity"]
-    for run, values in results.found("train-dlo").items():
+    if ORIGINAL in results and "all" in results[ORIGINAL]:
+        found["original"] = results[ORIGINAL]["all"]["perplexity"]
+    for run, values in results.found(DLO).items():
         if not values.get("diverged"):
             own = values["all"]["perplexity"]
             ratio = own / found["deepened"]
@@ -90,10 +91,10 @@ def _deepened(results: Results) -> Iterator[Claim]:
 
 
 def _shipped(results: Results) -> Iterator[Claim]:
-    verdict = results["shipped-train-dlo"]["parity"]
+    verdict = results[f"shipped-{DLO}"]["parity"]
     yield Claim("dlo, exported: parity", verdict == "PASS", {"parity": verdict})
     speed = results[SPEED]
-    found = speed["timings"]["train-dlo"]["decode_ratio"]["median"]
+    found = speed["timings"][DLO]["decode_ratio"]["median"]
     allowed = speed["allowed"]["decode"]["median"]
     values = {"speed_up": found, "allowed": allowed, "bar": _OF_ALLOWED}
     yield Claim("dlo, exported: decode speed", found >= _OF_ALLOWED * allowed, values)

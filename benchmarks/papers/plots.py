@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.papers.results import Results
-from benchmarks.papers.shipped import SHIPPED, SPEED
+from benchmarks.papers.run_names import SHIPPED
+from benchmarks.papers.shipped import SPEED
 from benchmarks.papers.skipping_cost import BASELINES, CALIBRATED, GREEDY, INFLUENCE, RETARGETED
 from benchmarks.papers.tables import COSTS
 from benchmarks.papers.token_kinds import KINDS

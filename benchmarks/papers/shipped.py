@@ -8,11 +8,9 @@ from typing import Any
 from benchmarks.papers.budget import Piece
 from benchmarks.papers.expansion_loss import BASE
 from benchmarks.papers.experiment import Experiment
+from benchmarks.papers.run_names import SHIPPED
 
 SPEED = "shipped-speed"
-SHIPPED = ("train-original", "train-deepened", "train-dlo")
-"""Runs whose models are exported: the original and the dense deepened model beside the routed one."""
-DENSE, ROUTED = SHIPPED[1:]
 
 
 def shipped_pieces(experiment: Experiment) -> list[Piece]:

@@ -29,6 +29,7 @@ from benchmarks.papers.expansion_loss import pass_seconds
 from benchmarks.papers.experiment import DecideShape, Experiment
 from benchmarks.papers.removal import greedily, without_layers
 from benchmarks.papers.results import Results
+from benchmarks.papers.run_names import ORIGINAL
 from benchmarks.papers.subjects import saved_model
 from benchmarks.papers.text import DOMAINS
 from benchmarks.papers.training import TrainingRun
@@ -43,7 +44,6 @@ WAYS = ("static", "random, same layers", "random, every layer", "calibrated")
 """What trained routers are compared with."""
 TEXTS = ("domains", "watched")
 """What is compared at the rate that was asked for: the held-out domains, and the mix that runs are watched on."""
-_DENSE = "train-original"
 
 
 def calibrated_pieces(experiment: Experiment) -> list[Piece]:
@@ -55,7 +55,7 @@ def calibrated_pieces(experiment: Experiment) -> list[Piece]:
             f"{CALIBRATED}{target:.2f}",
             _passes(experiment, 1 + 2 * calibration),
             functools.partial(measure.calibrated, target),
-            (_DENSE,),
+            (ORIGINAL,),
         )
         for target in form.targets
     ]
@@ -73,8 +73,8 @@ def removal_pieces(experiment: Experiment, budget: Budget) -> list[Piece]:
     tries = sum(experiment.base.layers - done for done in range(measure.most_removed))
     greedy = len(form.targets) + tries * form.greedy_tokens / _held_out_tokens(experiment)
     return [
-        Piece(INFLUENCE, _passes(experiment, len(form.targets) + calibration), measure.by_influence, (_DENSE,)),
-        Piece(GREEDY, _passes(experiment, greedy), functools.partial(measure.greedily, budget), (_DENSE,)),
+        Piece(INFLUENCE, _passes(experiment, len(form.targets) + calibration), measure.by_influence, (ORIGINAL,)),
+        Piece(GREEDY, _passes(experiment, greedy), functools.partial(measure.greedily, budget), (ORIGINAL,)),
     ]
 
 
@@ -117,7 +117,7 @@ def as_asked_pieces(experiment: Experiment, runs: Sequence[TrainingRun]) -> list
                 untrained,
                 _as_before(experiment, UNTRAINED, 7 * more),
                 functools.partial(measure.untrained, run.target),
-                (_DENSE,),
+                (ORIGINAL,),
             ),
             Piece(
                 f"{AS_ASKED}{run.name}",
@@ -151,7 +151,7 @@ def as_many_pieces(experiment: Experiment, routed: Sequence[str]) -> list[Piece]
     """
     measure, seconds = _measurements(experiment), _as_before(experiment, BASELINES, 8)
     return [
-        Piece(f"{BASELINES}{name}", seconds, functools.partial(measure.baselines, name), (_DENSE, name))
+        Piece(f"{BASELINES}{name}", seconds, functools.partial(measure.baselines, name), (ORIGINAL, name))
         for name in routed
     ]
 
@@ -193,7 +193,7 @@ class _Measurements:
         return max(self._removed.values())
 
     def calibrated(self, target: float) -> dict[str, Any]:
-        routers = self._at.calibrated(_DENSE, self._dense, target)
+        routers = self._at.calibrated(ORIGINAL, self._dense, target)
         return {"target": target, **self._at.measured(with_routers(self._dense, routers))}
 
     def retargeted(self, name: str, target: float) -> dict[str, Any]:
@@ -256,7 +256,7 @@ class _Measurements:
 
     def _calibrated_at(self, target: float, skipped: float, windows: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Calibrated routers that skip so many MLPs on the text they are measured on."""
-        routers = self._at.calibrated(_DENSE, self._dense, target)
+        routers = self._at.calibrated(ORIGINAL, self._dense, target)
         model = with_routers(self._dense, {layer: router.copy() for layer, router in routers.items()})
         return self._moved(model, skipped, windows)
 
@@ -299,7 +299,7 @@ class _Measurements:
     @functools.cached_property
     def _dense(self) -> LlamaDloForCausalLM:
         """Nothing that is measured changes its weights, which all of it shares."""
-        return self._at.placed(saved_model(self._at.results.model(_DENSE)))
+        return self._at.placed(saved_model(self._at.results.model(ORIGINAL)))
 
     @functools.cached_property
     def _order(self) -> list[int]:

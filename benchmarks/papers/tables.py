@@ -8,7 +8,8 @@ from typing import Any
 from benchmarks.papers.expansion_loss import BASE
 from benchmarks.papers.expansion_loss import PREFIX as EXPANDED
 from benchmarks.papers.results import Results
-from benchmarks.papers.shipped import SHIPPED, SPEED
+from benchmarks.papers.run_names import SHIPPED
+from benchmarks.papers.shipped import SPEED
 from benchmarks.papers.skipping_cost import AS_ASKED, BASELINES, GREEDY, INFLUENCE, TEXTS, WAYS, compared_as_asked
 from benchmarks.papers.tasks import PREFIX as TASKS
 from benchmarks.papers.text import DOMAINS

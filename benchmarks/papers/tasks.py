@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.papers.budget import Piece
 from benchmarks.papers.expansion_loss import pass_seconds
 from benchmarks.papers.experiment import Experiment
-from benchmarks.papers.shipped import SHIPPED
+from benchmarks.papers.run_names import SHIPPED
 from benchmarks.papers.subjects import saved_model
 from benchmarks.papers.training import TrainingRun
 from dlo_export.checkpoints.errors import InputError

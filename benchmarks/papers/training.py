@@ -14,6 +14,7 @@ import torch
 from benchmarks.papers.experiment import Experiment
 from benchmarks.papers.flops import training_flops
 from benchmarks.papers.forms import Form
+from benchmarks.papers.run_names import ORIGINAL
 from benchmarks.papers.subjects import deeper, dus_plan, mixtures, saved_model
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.files.json_file import read_json
@@ -123,12 +124,12 @@ def _every_run(experiment: Experiment) -> list[TrainingRun]:
     def distilled(target: float) -> TrainingRun:
         return TrainingRun(
             "distilled",
-            lambda at: saved_model(at.results.model("train-original")),
+            lambda at: saved_model(at.results.model(ORIGINAL)),
             f"-{target:.2f}",
             mode="routers",
             target=target,
             distilled=True,
-            after="train-original",
+            after=ORIGINAL,
         )
 
     runs = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.files.text_files import check_text_file
+from dlo_export.checkpoints.files.regular_file import check_regular_file
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -37,7 +37,7 @@ def read_json_lines(path: Path, error: type[InputError] = InputError) -> Iterato
     Raises:
         InputError: The file cannot be read, or a line is not a JSON object in UTF-8.
     """
-    check_text_file(path, error)
+    check_regular_file(path, error)
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.regular_file import check_regular_file
 
 
 def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -26,27 +27,8 @@ def read_text_file(path: Path, error: type[InputError]) -> str:
     Raises:
         InputError: It is no text file.
     """
-    check_text_file(path, error)
+    check_regular_file(path, error)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as err:
         raise error(f"{path}: is not UTF-8 ({err})", hint="save it as UTF-8; is it a text?") from err
-
-
-def check_text_file(path: Path, error: type[InputError]) -> None:
-    """Refuses what cannot be read to its end: a pipe would be waited for, a device has none.
-
-    Args:
-        path: Of a file or a link to one.
-        error: What to raise.
-
-    Raises:
-        InputError: There is nothing of this name, or something else.
-    """
-    if path.is_file():
-        return
-    if path.is_dir():
-        raise error(f"{path}: is a folder, expected a file", hint="name the file in it")
-    if not path.exists() and not path.is_symlink():
-        raise error(f"{path}: no such file or folder", hint="is the name right?")
-    raise error(f"{path}: is no regular file", hint="remove it, or replace the link by the file")

@@ -101,37 +101,9 @@ def find_projections(
         "up_proj": mlp_flow.first_without(gate),
         "down_proj": mlp_flow.of(mlp.branch),
     }
-    # A norm's weight is a vector that scales what no matrix of the block has touched yet, or what its last one has.
-    traced = {"self_attn": (attention.nodes, flow), "mlp": (mlp.nodes, mlp_flow)}
-
-    def weights_of(norm: LayerModule) -> list[DenseStorage]:
-        nodes, block_flow = traced[norm.block]
-        touched_by = block_flow.of(ends[norm.block]) if norm.behind else frozenset()
-        return list(_norm_weights(nodes, block_flow, touched_by))
-
-    ends = {"self_attn": attention.branch, "mlp": mlp.branch}
-    by_table = [
-        (table, {norm.role: weights_of(norm) for norm in table if norm.is_norm and norm.only_with is None})
-        for table in LAYER_TABLES
-    ]
-    table, norms = next((found for found in by_table if all(found[1].values())), by_table[0])
+    table, norms = _block_norms({"self_attn": (attention, flow), "mlp": (mlp, mlp_flow)})
     norms |= _qk_norms(table, attention, flow, matrices, present_key)
-    # A role is one weight. None or several, or a weight without a role: then nothing is taken for granted.
-    problems = []
-    if key & value:
-        problems.append("query, key and value share one matrix, and nothing says which columns are whose")
-    for role, parts in matrices.items():
-        if len(parts) != 1:
-            problems.append(_not_one(role, [_named(part) for part in parts]))
-    for role, vectors in norms.items():
-        if len(vectors) != 1:
-            problems.append(_not_one(role, [place(vector.node) for vector in vectors], table))
-    if problems:
-        raise GraphPassError(
-            f"projections of {where}: " + "; ".join(problems) + ". Expected exactly one per role.",
-            hint="inject the layer into the checkpoint instead, and export that; masking and skipping MLPs needs no "
-            "projections",
-        )
+    _refuse_ambiguity(matrices, norms, table, where)
     found = {
         role: Projection(table[role].weight, vector, 0, vector.shape[0])
         for role, vectors in norms.items()
@@ -170,6 +142,46 @@ def branch_ends(block: ResidualBlock) -> tuple[str, ...]:
         GraphPassError: A matrix is stored in a way that is not understood.
     """
     return tuple(sorted(_named(part) for part in LinearFlow(block.nodes).of(block.branch)))
+
+
+def _block_norms(
+    blocks: Mapping[str, tuple[ResidualBlock, LinearFlow]],
+) -> tuple[LayerTable, dict[str, list[DenseStorage]]]:
+    """The family's table whose norms are all there (Llama's where none is), and what may be each of them.
+
+    A norm's weight is a vector that scales what no matrix of the block has touched yet, or what its last one has.
+    """
+
+    def weights_of(norm: LayerModule) -> list[DenseStorage]:
+        block, flow = blocks[norm.block]
+        return list(_norm_weights(block.nodes, flow, flow.of(block.branch) if norm.behind else frozenset()))
+
+    by_table = [
+        (table, {norm.role: weights_of(norm) for norm in table if norm.is_norm and norm.only_with is None})
+        for table in LAYER_TABLES
+    ]
+    return next((found for found in by_table if all(found[1].values())), by_table[0])
+
+
+def _refuse_ambiguity(
+    matrices: Mapping[str, frozenset[Part]], norms: Mapping[str, list[DenseStorage]], table: LayerTable, where: str
+) -> None:
+    """Raises unless every role is one weight: of none or several, nothing is taken for granted."""
+    problems = []
+    if matrices["k_proj"] & matrices["v_proj"]:
+        problems.append("query, key and value share one matrix, and nothing says which columns are whose")
+    for role, parts in matrices.items():
+        if len(parts) != 1:
+            problems.append(_not_one(role, [_named(part) for part in parts]))
+    for role, vectors in norms.items():
+        if len(vectors) != 1:
+            problems.append(_not_one(role, [place(vector.node) for vector in vectors], table))
+    if problems:
+        raise GraphPassError(
+            f"projections of {where}: " + "; ".join(problems) + ". Expected exactly one per role.",
+            hint="inject the layer into the checkpoint instead, and export that; masking and skipping MLPs needs no "
+            "projections",
+        )
 
 
 def _not_one(role: str, candidates: Sequence[str], table: LayerTable = LLAMA_LAYER) -> str:
@@ -257,9 +269,7 @@ def _float_constants(node: ir.Node, computed: Collection[ir.Value]) -> Iterable[
             yield base[0], tensor
 
 
-def _norm_weights(
-    nodes: Iterable[ir.Node], flow: LinearFlow, touched_by: frozenset[Part] = frozenset()
-) -> Iterable[DenseStorage]:
+def _norm_weights(nodes: Iterable[ir.Node], flow: LinearFlow, touched_by: frozenset[Part]) -> Iterable[DenseStorage]:
     """Vectors that scale a value that these parts of matrices have touched, and no others yet."""
     for node in nodes:
         if flow.union(node.inputs) != touched_by:

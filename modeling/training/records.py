@@ -9,7 +9,8 @@ from typing import Any
 
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.json_lines import line_value
-from dlo_export.checkpoints.files.text_files import check_text_file, files_below, read_text_file
+from dlo_export.checkpoints.files.regular_file import check_regular_file
+from dlo_export.checkpoints.files.text_files import files_below, read_text_file
 from dlo_export.modeling.training.errors import TrainingDataError
 
 ROLES = ("system", "user", "assistant")
@@ -53,7 +54,7 @@ def data_files(path: Path) -> list[Path]:
     if not files:
         raise TrainingDataError(f"{path}: holds no .jsonl and no .txt file", hint=_FORM)
     for file in files:
-        check_text_file(file, TrainingDataError)
+        check_regular_file(file, TrainingDataError)
         if file.suffix.lower() not in _SUFFIXES:
             raise TrainingDataError(f"{file}: is neither .jsonl nor .txt", hint="name the file by what it holds")
     return files

@@ -179,7 +179,8 @@ class _BoundStep:
         for name, memory in self._inputs.items():
             memory.overwrite(feeds[name])
         self._session.run(self._binding, graph)
-        return {name: float32(value) for name, value in self._outputs.read(self._request).items()}
+        found = self._outputs.read(self._request, self._binding.get_outputs)
+        return {name: float32(value) for name, value in found.items()}
 
 
 def _kind(session: DecoderSession, name: str) -> ElementType:

@@ -66,7 +66,7 @@ class OnnxRuntimeRunner(GrowingRunner):
         self._session.run(binding)
         outputs = binding.get_outputs()  # once: it makes an object of every one of them
         self._cache.advance(outputs)
-        return self._outputs.read(request, outputs)
+        return self._outputs.read(request, lambda: outputs)
 
     def _free(self) -> None:
         self._cache = None

@@ -65,7 +65,7 @@ class StaticCacheRunner(StaticRunner):
             # TensorScatter sees that both are one buffer, and copies nothing.
             memory.bind_output(binding, self._interface.present_of[key], kind, shape)
         self._session.run(binding)
-        return {key: float32(value) for key, value in self._outputs.read(request, binding.get_outputs()).items()}
+        return {key: float32(value) for key, value in self._outputs.read(request, binding.get_outputs).items()}
 
     def _free(self) -> None:
         self._cache = {}

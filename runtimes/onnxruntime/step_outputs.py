@@ -47,17 +47,19 @@ class StepOutputs:
             memory.reserve(math.prod(shape) * kind.itemsize)
             memory.bind_output(binding, name, kind, shape)
 
-    def read(self, request: StepRequest, outputs: Sequence[ort.OrtValue] = ()) -> dict[str, np.ndarray]:
+    def read(self, request: StepRequest, outputs: Callable[[], Sequence[ort.OrtValue]]) -> dict[str, np.ndarray]:
         """By name, in the graph's types; logits [batch, 1, vocab] where only the last token's were asked for.
 
         Args:
             request: What was asked for.
-            outputs: All that were bound, in their order; needed where ONNX Runtime allocates some.
+            outputs: Gives all that were bound, in their order. Asked where ONNX Runtime allocates some, and only there:
+                it makes an object of every one of them, the cache's too.
         """
+        values = outputs() if None in self._shapes.values() else ()
         found = {}
         for index, (name, shape) in enumerate(self._shapes.items()):
             if shape is None:
-                found[name] = outputs[index].numpy()
+                found[name] = values[index].numpy()
             elif name == LOGITS and request.last_logits and shape[1] > 1:
                 found[name] = self._last_rows(name, shape)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -16,8 +17,11 @@ from dlo_export.runtimes.onnxruntime.device_memory import DeviceMemory
 from dlo_export.runtimes.onnxruntime.machine_faults import check_machine
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from dlo_export.runtimes.onnxruntime.session import DecoderSession
+from dlo_export.runtimes.runner import StepRequest
 from tests.runtimes.feeding import feed, joined_logits, joined_scores, reference_samples
 from tests.runtimes.graphs import Builds
+from tests.runtimes.static_cache_graphs import decoder
 
 KEPT = Provider(CPU.name, reads_back=True)
 
@@ -42,6 +46,32 @@ def test_outputs_are_the_same_when_they_are_kept_and_read_back(
     np.testing.assert_array_equal(joined_logits(found[True]), joined_logits(found[False]))
     for layer, scores in joined_scores(found[False]).items():
         np.testing.assert_array_equal(joined_scores(found[True])[layer], scores)
+
+
+@pytest.mark.parametrize("provider", [CPU, KEPT], ids=["of the host", "read back"])
+def test_onnxruntime_is_asked_for_outputs_when_it_allocates_them_and_only_then(provider: Provider) -> None:
+    session = DecoderSession(decoder("static", scores=True), "model", "static", {"provider": provider})
+    ids = _ones(2, 3)
+    request, binding, outputs = StepRequest(ids, ids, ids), session.binding(), session.step_outputs()
+    feeds = {"input_ids": ids, "position_ids": ids, "write_indices": np.zeros(2, np.int64), "kv_lengths": 3 * _ones(2)}
+    cache = {key: np.zeros(shape, np.float32) for key, shape in session.interface.state_shapes(2).items()}
+    for name, array in (feeds | cache).items():
+        binding.bind_cpu_input(name, array)
+    outputs.bind(binding, request)
+    for name in session.interface.present_of.values():
+        binding.bind_output(name)
+    session.run(binding)
+    asked = []
+
+    def objects() -> Sequence[ort.OrtValue]:
+        asked.append(binding.get_outputs())
+        return asked[-1]
+
+    found = outputs.read(request, objects)
+    assert len(asked) == (0 if provider.reads_back else 1)
+    assert list(found) == ["logits", "router_scores.0", "router_scores.1"]
+    for value, bound in zip(found.values(), binding.get_outputs(), strict=False):
+        np.testing.assert_array_equal(value, bound.numpy())
 
 
 def test_branches_continue_alike_when_a_kept_cache_is_forked(builds: Builds) -> None:

@@ -1,0 +1,123 @@
+"""Graphs in ONNX Runtime as something that parity compares: an artefact's, and the fp32 twins of TensorRT's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.exporter.artefact_runner import cache_slots, exposed_model, runner_for
+from dlo_export.exporter.graph_dtype import graph_dtype
+from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, build_model
+from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.exporter.tensorrt.twin import tensorrt_twin
+from dlo_export.exporter.weight_file import external_tensors, save_weights, take_weights
+from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
+from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
+from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
+from dlo_export.runtimes.parity.compare import Candidate
+from dlo_export.runtimes.runner import Runner
+
+
+def graph_candidate(
+    lowering: str,
+    graph: ir.Model,
+    folder: Path,
+    *,
+    file: Path | None = None,
+    routed: bool,
+    plugin_library: Path | None = None,
+    provider: Provider = CPU,
+) -> Candidate:
+    """A graph in ONNX Runtime as something to compare.
+
+    Args:
+        lowering: Of the graph, for reports.
+        graph: As it is released; copies of it show its routers and streams.
+        folder: Of its weights.
+        file: That it is read from; None where there is none.
+        routed: Whether it has routers.
+        plugin_library: libdlo_ort.so; loaded where it has dlo operators.
+        provider: What runs it.
+    """
+    label = "dense" if lowering == "none" else lowering
+    library = plugin_library if plugin_operators(graph) else None
+    # PyTorch runs in the same process: spinning threads would take its cores.
+    open_runner = functools.partial(
+        runner_for(value.name or "" for value in graph.graph.inputs),
+        name=label,
+        allow_spinning=False,
+        plugin_library=library,
+        provider=provider,
+    )
+
+    def opened(*, force: bool, streams: bool = False) -> Runner:
+        return open_runner(exposed_model(graph, force=force, streams=streams), weights_folder=folder)
+
+    return Candidate(
+        label,
+        functools.partial(opened, force=False) if file is None else functools.partial(open_runner, file),
+        functools.partial(opened, force=True) if routed else None,
+        functools.partial(opened, force=routed, streams=True),
+        functools.partial(opened, force=False) if routed else None,
+    )
+
+
+def masked_graph(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> ir.Model:
+    """The source's graph before its lowering, on the artefact's weights."""
+    dtype, target = graph_dtype(description.dtype), PROVIDER_TARGETS[description.provider]
+    if slots := cache_slots(released.graph):
+        model = build_captured_model(source, "masked", slots, dtype, target)
+    else:
+        model = build_model(source, "masked", dtype, target, compared_with=description.lowering)
+    if different := take_weights(model, external_tensors(released.graph)):
+        raise InputError(
+            f"{folder / MODEL_NAME}: its weights are not those of an export of this source: "
+            f"{', '.join(sorted(different)[:5])}",
+            hint="give the model (and adapter) the artefact was made from, and the version that made it",
+        )
+    return model
+
+
+def twin_candidates(
+    source: ExportSource,
+    folder: Path,
+    description: ArtefactDescription,
+    released: ir.Model,
+    tensorrt: Iterable[TensorRtOptions],
+    scratch: Path,
+) -> list[Candidate]:
+    """The fp32 twins of TensorRT's graphs: on the artefact's weights, or, for somebody's graph, on a copy of them."""
+    theirs, candidates = description.source.kind == "onnx", []
+    for number, options in enumerate(tensorrt):
+        twin = tensorrt_twin(source, options, None if theirs else released)
+        if theirs:
+            save_weights(twin, scratch / f"twin_{number}")
+        weights = scratch if theirs else folder
+        candidates.append(_twin_candidate(twin, options, weights, routed=source.routing is not None))
+    return candidates
+
+
+def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, routed: bool) -> Candidate:
+    label = f"trt {options.lowering}" + (", growing" if options.cache == "growing" else "")
+
+    def opened(*, force: bool, streams: bool = False, shown: bool = False) -> OnnxRuntimeRunner | StaticCacheRunner:
+        runner = StaticCacheRunner if options.cache == "static" else OnnxRuntimeRunner
+        # Only parity builds show their routers.
+        inside = force or streams or shown
+        model = exposed_model(twin, force=force, streams=streams) if inside else ir.to_proto(twin).SerializeToString()
+        return runner(model, weights_folder=folder, name=label, allow_spinning=False)
+
+    return Candidate(
+        label,
+        functools.partial(opened, force=False),
+        functools.partial(opened, force=True) if routed else None,
+        functools.partial(opened, force=routed, streams=True),
+        functools.partial(opened, force=False, shown=True) if routed else None,
+    )

@@ -1,0 +1,93 @@
+"""What an artefact is compared with: its source's PyTorch model, or somebody's graph itself where there is none."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from dlo_export.exporter.artefact_runner import exposed_model
+from dlo_export.exporter.parity_candidates import masked_graph
+from dlo_export.exporter.pipeline import state_cache_sizes
+from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.reduced_source import ReducedSource
+from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.naming import free_interface_names
+from dlo_export.graph_passes.spec.ops import MICROSOFT
+from dlo_export.runtimes.artefact.description import ArtefactDescription
+from dlo_export.runtimes.onnxruntime.providers import Provider
+from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from dlo_export.runtimes.parity.fewer_layers import FewerLayersRunner
+from dlo_export.runtimes.parity.two_builds import TwoBuildsRunner
+from dlo_export.runtimes.runner import Runner
+
+
+def pytorch_reference(source: ExportSource, **options: Any) -> Runner:
+    """The PyTorch model of a source, all its layers included: those too that were removed as passing everything on."""
+    # Imported here: torch takes seconds, and an export without parity does not need it.
+    from dlo_export.runtimes.torch.reference import open_reference  # noqa: PLC0415
+
+    if not isinstance(source, ReducedSource):
+        return open_reference(source.config_json(), source.tensors(), **options)
+    whole = source.whole
+    return FewerLayersRunner(open_reference(whole.config_json(), whole.tensors(), **options), source.kept)
+
+
+def own_reference(
+    source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription, provider: Provider
+) -> Runner:
+    """What a graph without a PyTorch model is compared with, on the same provider."""
+    opened = functools.partial(OnnxRuntimeRunner, allow_spinning=False, provider=provider)
+    if source.routing is None:
+        return opened(as_it_was(source), weights_folder=source.base.path.parent, name="the graph as it was")
+    name = "its own masked form"
+    masked = masked_graph(source, folder, released, description)
+    free, forced = (
+        opened(exposed_model(masked, force=force, streams=True), weights_folder=folder, name=name)
+        for force in (False, True)
+    )
+    return TwoBuildsRunner(free, forced, name=name, thresholds=description.router_thresholds)
+
+
+def dequantising_reference(
+    source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription, provider: Provider
+) -> Runner:
+    """A graph with quantised weights, not lowered, that multiplies by the numbers its codes stand for.
+
+    Its own kernels may round the other factor to 8 bits besides, which `accuracy_level` asks them for; engines do not.
+    """
+    unlowered = released
+    if source.routing is not None:
+        unlowered = masked_graph(source, folder, released, description)
+    exact = ir.from_proto(ir.to_proto(unlowered))
+    for node in exact.graph.all_nodes():
+        if is_op(node, "MatMulNBits", domain=MICROSOFT):
+            node.attributes.pop("accuracy_level", None)
+    name, routed = "its weights dequantised", source.routing is not None
+    runners = [
+        OnnxRuntimeRunner(
+            exposed_model(exact, force=force, streams=True),
+            weights_folder=folder,
+            name=name,
+            allow_spinning=False,
+            provider=provider,
+            exact_products=True,
+        )
+        for force in ((False, True) if routed else (False,))
+    ]
+    return TwoBuildsRunner(*runners, name=name, thresholds=description.router_thresholds) if routed else runners[0]
+
+
+def as_it_was(source: ExportSource) -> bytes:
+    """Somebody's file, its cache's sizes said, and its logits called so."""
+    model, sized = load_graph(source.base.path), state_cache_sizes(source.plain_model(ir.DataType.FLOAT))
+    free_interface_names(model.graph)
+    for value, named in zip(model.graph.outputs, sized.graph.outputs, strict=True):
+        value.name = named.name
+    shapes = {value.name: value.shape for value in (*sized.graph.inputs, *sized.graph.outputs)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = shapes.get(value.name, value.shape)
+    return bytes(ir.to_proto(model).SerializeToString())
