@@ -20,6 +20,7 @@ it was given and ends with 4.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import functools
 import io
@@ -177,6 +178,7 @@ class Child:
                     "TORCHINDUCTOR_COMPILE_THREADS": "4",  # each of several processes would take all cores
                 },
             )
+        atexit.register(self.end)  # a group of its own hears no Ctrl-C
         if self.cores:
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(self._process.pid, self.cores)
