@@ -307,7 +307,7 @@ class _Part:
 
     def _write_rates(self, children: Sequence[Child]) -> None:
         for line in itertools.chain(*(_json_lines(child.log) for child in children)):
-            if (words := json.dumps(line)) not in self._seen:
+            if "side" in line and (words := json.dumps(line)) not in self._seen:
                 self._seen.add(words)
                 self._evidence.row("training rate", **line)
 
@@ -542,7 +542,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trial", action="append", default=[], dest="trials")
     parser.add_argument("--workers", type=int, default=1, choices=(1, 2, 3, 4))
     begun = begin_time(arguments)
-    asks_for_help = "--help" in (arguments or sys.argv[1:])
+    asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv[1:] if arguments is None else arguments)
     parsed, others = (None, ["--help"]) if asks_for_help else parser.parse_known_args(arguments)
     inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path(), Path())
     return run_part("training", __doc__, inputs.check, functools.partial(measure, inputs), others, begun=begun)

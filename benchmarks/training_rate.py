@@ -18,6 +18,7 @@ import fcntl
 import gc
 import itertools
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common.measure import print_report, versions
 from benchmarks.common.training_sides import random_sequences, train_by_trainer
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.modeling.configuration import LlamaDloConfig
@@ -174,6 +176,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
     shapes = TINY if arguments.tiny else SMOLLM2
+    lines: list[dict[str, Any]] = []
     for batch, side in itertools.product(arguments.batch, arguments.sides):
         if arguments.turn is not None and arguments.compile:
             # What is compiled for two layers serves all, and two hardly show in what others time meanwhile.
@@ -185,11 +188,26 @@ def main() -> None:
             start = time.perf_counter()
             _train(side, shapes, _settings(arguments, batch, watch.all_steps), watch)
             # A line for each side, at once: whoever stops this has what was measured before.
-            print(json.dumps(_line(arguments, batch, side, watch, time.perf_counter() - start)), flush=True)
+            lines.append(_line(arguments, batch, side, watch, time.perf_counter() - start))
+            print(json.dumps(lines[-1]), file=sys.stderr, flush=True)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
+    print_report(
+        f"Training rate, {arguments.device}, {arguments.dtype}{', compiled' if arguments.compile else ''}",
+        ["side", "batch", "step, ms", "tokens/s"],
+        [
+            [line["side"], " × ".join(map(str, line["batch"])), line["step_ms"]["median"], line["tokens_per_second"]]
+            for line in lines
+        ],
+        {
+            "steps": arguments.steps,
+            "warm_up": arguments.warm_up,
+            "sides": lines,
+            "versions": versions("dlo-export", "torch", "transformers"),
+        },
+    )
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Final
 from benchmarks.common.peers import peer_program
 from benchmarks.common.smollm2 import legacy_smollm2_folder, smollm2_folder
 from benchmarks.common.workspace import REPOSITORY, WORKSPACE, temporary_folder
+from dlo_export.checkpoints.errors import MachineError
 
 GRAPHS: Final = WORKSPACE / "smollm2-graphs"
 _DYNAMO: Final = REPOSITORY / "tests" / "interop" / "exporters" / "dynamo.py"
@@ -149,8 +150,8 @@ SOURCES: Final = {
 def _program(environment: str, name: str) -> Sequence[Path]:
     try:
         return peer_program(environment, name)
-    except (subprocess.CalledProcessError, OSError) as err:
-        raise CannotBeMadeError(f"{environment} cannot be installed: {err}") from err
+    except (MachineError, OSError) as err:
+        raise CannotBeMadeError(str(err).splitlines()[0]) from err
 
 
 def _run(command: Sequence[str | Path], cwd: Path | None = None) -> None:
