@@ -196,9 +196,9 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
     print_report(
         f"Training rate, {arguments.device}, {arguments.dtype}{', compiled' if arguments.compile else ''}",
-        ["side", "batch", "step, ms", "tokens/s"],
+        ["side", "sequences of tokens", "step, ms", "tokens/s"],
         [
-            [line["side"], " × ".join(map(str, line["batch"])), line["step_ms"]["median"], line["tokens_per_second"]]
+            [line["side"], " of ".join(map(str, line["batch"])), line["step_ms"]["median"], line["tokens_per_second"]]
             for line in lines
         ],
         {
