@@ -37,6 +37,7 @@ from benchmarks.common.measure import print_report, versions
 from benchmarks.common.training_sides import random_sequences, train_by_trainer
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.modeling.configuration import LlamaDloConfig
+from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.run import train_model
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
+    torch_device(arguments.device)  # or says why it cannot be had
     shapes = TINY if arguments.tiny else SMOLLM2
     lines: list[dict[str, Any]] = []
     for batch, side in itertools.product(arguments.batch, arguments.sides):

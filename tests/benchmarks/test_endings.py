@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 _ROOT = Path(__file__).parents[2]
 _ENDING = "from benchmarks.common.endings import end_in_words; end_in_words()\n"
@@ -77,3 +78,26 @@ def test_fault_of_a_benchmark_shows_its_traceback(program: str) -> None:
     done = _ended(program)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("lowerings", "--provider", "cuda", "--results", "grid.jsonl"),
+        ("training_rate", "--device", "cuda"),
+        ("training_speed", "--device", "cuda"),
+    ],
+    ids=lambda options: options[0],
+)
+def test_missing_gpu_is_told_before_anything_is_made(options: tuple[str, ...], tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+    command = [sys.executable, "-m", f"benchmarks.{options[0]}", *options[1:]]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.startswith("error: ")
+    assert "CUDA" in done.stderr
+    assert list(tmp_path.iterdir()) == []
