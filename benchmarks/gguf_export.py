@@ -38,7 +38,8 @@ def tensor_shapes(layers: int) -> dict[str, tuple[int, ...]]:
     }
     for layer in range(layers):
         for module in LLAMA_LAYER:
-            shapes[f"blk.{layer}.{module.gguf}.weight"] = tuple(SIZES[axis] for axis in module.axes)
+            if module.only_with is None:  # a Llama has no norms of queries and keys
+                shapes[f"blk.{layer}.{module.gguf}.weight"] = tuple(SIZES[axis] for axis in module.axes)
     return shapes
 
 
