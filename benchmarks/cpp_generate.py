@@ -16,7 +16,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import numpy as np
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.routed_artefact import export
 from benchmarks.common.smollm2 import distinct_tokens, smollm2_gguf
-from benchmarks.common.workspace import REPOSITORY, WORKSPACE
+from benchmarks.common.workspace import REPOSITORY, temporary_folder
 
 PROGRAM = REPOSITORY / "build" / "cpp_onnxruntime" / "generate"
 ADAPTER = REPOSITORY / "samples" / "smollm2_trained"
@@ -72,13 +71,13 @@ WORKERS = {PYTHON: generated_by_python, GENAI: generated_by_genai}
 
 def run_candidate(name: str, program: Path, artefact: Path, tokens: list[int], threads: int) -> dict[str, Any]:
     """One process's answer: `tokens` and `step_ms`."""
-    listed = ",".join(map(str, tokens))
+    listed, whole = ",".join(map(str, tokens)), str(artefact.absolute())  # it runs in the repository, this may not
     if name == CPP:
         options = ["--steps", str(STEPS), "--threads", str(threads), "--no-end", "--json"]
-        command = [str(program), str(artefact), "--tokens", listed, *options]
+        command = [str(program.absolute()), whole, "--tokens", listed, *options]
     else:
         command = [sys.executable, "-m", "benchmarks.cpp_generate", "--threads", str(threads)]
-        command += ["--worker", name, str(artefact), listed]
+        command += ["--worker", name, whole, listed]
     made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     answer: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
     return answer
@@ -100,8 +99,8 @@ def main() -> None:
         parser.error(f"{given.program} is not there: build samples/cpp_onnxruntime first, or give --program")
     tokens = distinct_tokens(PROMPT)[0].tolist()
     rows, record = [], {}
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        folder = given.artefacts or Path(temporary)
+    with temporary_folder() as temporary:
+        folder = given.artefacts or temporary
         for label, adapter in (("dense", None), ("routed", ADAPTER)):
             artefact = folder / label
             if not artefact.exists():

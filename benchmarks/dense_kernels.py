@@ -25,7 +25,7 @@ from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.onnxruntime_worker import DecoderStep
 from benchmarks.common.routed_artefact import export
 from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import temporary_folder
 from benchmarks.dense_speed import OURS, PROMPT, build_with_genai
 from dlo_export.runtimes.artefact.description import MODEL_NAME
 
@@ -79,8 +79,8 @@ def main() -> None:
     phases = {"prefill": (tokens[:, :PROMPT], PROMPT), "decode": (tokens, 1)}
     rows: list[list[Any]] = []
     record: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        folder = given.graphs or Path(temporary)
+    with temporary_folder() as temporary:
+        folder = given.graphs or temporary
         graphs = {name: folder / name / MODEL_NAME for name in (OURS, GENAI)}
         for name, make in ((OURS, export), (GENAI, build_with_genai)):
             if not graphs[name].exists():

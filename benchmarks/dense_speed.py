@@ -17,7 +17,6 @@ import functools
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from benchmarks.common.measure import print_report, versions
 from benchmarks.common.routed_artefact import export
 from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
 from benchmarks.common.workers import Worker, alternate_workers
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import temporary_folder
 
 BAR = 1.0
 PROMPT = 128
@@ -70,8 +69,7 @@ def main() -> None:
     model, tokens = smollm2_folder(), distinct_tokens(given.prompt + 1)
     rows: list[list[Any]] = []
     record: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        folder = Path(temporary)
+    with temporary_folder() as folder:
         ours, genai = export(model, folder / "ours"), build_with_genai(model, folder / "genai")
         in_place = export(model, folder / "in place", static_cache=given.prompt + 1)
         steps = {"decode": (tokens, 1), "prefill": (tokens[:, :-1], given.prompt)}

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.smollm2 import smollm2_gguf
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import temporary_folder
 from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
@@ -92,9 +92,7 @@ def main() -> None:
     rows: list[list[Any]] = []
     sizes: list[list[Any]] = []
     record: dict[str, Any] = {}
-    WORKSPACE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        folder = Path(temporary)
+    with temporary_folder() as folder:
         adapters = save_adapters(folder)
         for dtype in ("bf16", "fp16"):
             built: dict[str, list[EngineBuild]] = {name: [] for name in names}

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from benchmarks.common.measure import print_report, versions
 from benchmarks.common.random_llama import H2048, random_llama_folder
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import temporary_folder
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.engines import build_engine
@@ -45,12 +43,12 @@ def engine_bytes(hidden: int, intermediate: int, lowering: str) -> tuple[int, in
         config |= {"model_type": "llama_dlo_exattn", **routing}
     kind = "dense" if lowering == "none" else "routed"
     source = open_source(str(random_llama_folder(f"random-{hidden}-{intermediate}-{kind}", config)), None)
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
+    with temporary_folder() as temporary:
         request = TensorRtRequest(backend="rtx", targets=("sm89",))
         plan = plan_tensorrt(source, request, "auto" if lowering == "none" else lowering, "bf16")
-        save_graphs(plan, Path(temporary), Reporter())
+        save_graphs(plan, temporary, Reporter())
         source.close()
-        both = dataclasses.replace(engine_request(plan, plan.engines[0], Path(temporary)), use_cache=False)
+        both = dataclasses.replace(engine_request(plan, plan.engines[0], temporary), use_cache=False)
         decode = dataclasses.replace(both, profiles=both.profiles[1:])
         return build_engine(both, Reporter()).bytes, build_engine(decode, Reporter()).bytes
 

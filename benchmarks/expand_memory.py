@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.common.measure import print_report, versions
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE, temporary_folder
 from benchmarks.export_speed import run_once
 from dlo_export.checkpoints.checkpoint_folder import save_model_tensors
 from dlo_export.checkpoints.config import LlamaConfig
@@ -103,12 +103,11 @@ def main() -> None:
     if arguments.write is not None:
         save_synthetic_checkpoint(arguments.write, layers)
         return
-    WORKSPACE.mkdir(exist_ok=True)
     shapes = LlamaConfig.from_dict(CONFIG | {"num_hidden_layers": layers}, "synthetic").tensor_shapes()
     nbytes = 2 * sum(math.prod(shape) for shape in shapes.values())
-    check_disk_space(WORKSPACE, int(2.3 * nbytes), WORKSPACE, "the model and the deepened one need")
     costs: dict[str, tuple[float, float]] = {}
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder:
+    with temporary_folder() as folder:
+        check_disk_space(folder, int(2.3 * nbytes), WORKSPACE, "the model and the deepened one need")
         model = f"{folder}/model"
         # By another process: what this one ever held would count as the command's, which starts as a copy of it.
         writer = ["-m", "benchmarks.expand_memory", "--layers", str(layers), "--write", model]
@@ -117,7 +116,7 @@ def main() -> None:
         for name, options in EXPANSIONS.items():
             with tempfile.TemporaryDirectory(dir=folder) as output:
                 command = [dlo, "expand", model, "-o", f"{output}/out", "--every", "4", *options]
-                costs[name] = run_once(command, Path(folder) / "log")
+                costs[name] = run_once(command, folder / "log")
     peak = max(megabytes for _, megabytes in costs.values())
     print_report(
         f"dlo expand on an 8B-shaped bf16 checkpoint, {layers} layers and one more after every 4",

@@ -23,30 +23,26 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.plain_copy import copy_command
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE, temporary_folder
 from benchmarks.expand_memory import TiledTensor
 from benchmarks.export_speed import run_once
 from dlo_export.checkpoints.checkpoint_folder import save_model_tensors
 from dlo_export.checkpoints.config import LlamaConfig
-from dlo_export.checkpoints.errors import DloError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.formats.huggingface_folder import SINGLE_FILE
 from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_name
-from dlo_export.exporter.exit_codes import exit_code, report_error
 
 COPY = "copy"
 Cost = tuple[float, float]  # seconds, peak megabytes
@@ -202,7 +198,7 @@ def saved_8b(layers: int, folder: Path, *, sparse: bool = False) -> Path:
     config = {**LLAMA_8B, "num_hidden_layers": layers}
     size = 2 * sum(math.prod(shape) for shape in LlamaConfig.from_dict(config, "8B").tensor_shapes().values())
     needed = (size if sparse else 2 * size) + (1 << 30)
-    check_disk_space(folder, needed, folder, "the checkpoint and a copy of it need")
+    check_disk_space(folder, needed, WORKSPACE, "the checkpoint and a copy of it need")
     # By another process: what this one ever held would count as the commands', which start as copies of it.
     writer = ["-m", "benchmarks.export_size", "--layers", str(layers), "--write", str(folder / "8b")]
     subprocess.run([sys.executable, *writer, *(["--sparse"] if sparse else [])], check=True)
@@ -268,15 +264,13 @@ def main() -> None:
     if arguments.write is not None:
         save_checkpoint({**LLAMA_8B, "num_hidden_layers": arguments.layers}, arguments.write, sparse=arguments.sparse)
         return
-    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: what was written is removed
-    WORKSPACE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as place:
+    with temporary_folder() as place:
         if arguments.by_layer:
-            measure_by_layer(arguments.layers, Path(place))
+            measure_by_layer(arguments.layers, place)
             return
-        (Path(place) / "small").mkdir()
-        small = dict(measure_405b(max(3, arguments.rounds), Path(place) / "small"))
-        large = dict(measure_8b(arguments.layers, arguments.rounds, Path(place), sparse=arguments.sparse))
+        (place / "small").mkdir()
+        small = dict(measure_405b(max(3, arguments.rounds), place / "small"))
+        large = dict(measure_8b(arguments.layers, arguments.rounds, place, sparse=arguments.sparse))
     copy = Samples(np.array([seconds for seconds, _ in large[COPY]]))
     rows, ratios = [], {}
     for name, costs in {**large, **small}.items():
@@ -304,13 +298,5 @@ def main() -> None:
     )
 
 
-def _stop(_signal: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except DloError as err:
-        report_error(err)
-        sys.exit(exit_code(err))
+    main()

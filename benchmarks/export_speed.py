@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.measured_command import run_measured
 from benchmarks.common.peers import peer_program
 from benchmarks.common.smollm2 import smollm2_folder
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import temporary_folder
 
 BAR = 0.25
 
@@ -40,19 +38,7 @@ def run_once(command: list[str], log: Path, environment: Mapping[str, str] | Non
     Raises:
         RuntimeError: It failed, with what it wrote.
     """
-    with log.open("wb") as output:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:  # stopped: so is the command, before its output is removed
-            process.kill()
-            process.wait()
-            raise
-        seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{command}: ended with {process.returncode}\n{log.read_text(errors='replace')[-2000:]}")
+    seconds, usage = run_measured(command, log, environment)
     return seconds, usage.ru_maxrss / 1024
 
 
@@ -67,13 +53,13 @@ def main() -> None:
         "mobius build --ep cpu": lambda output: [*mobius, "build", "--config", model, "--ep", "cpu", output],
     }
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as bytecode:
+    with temporary_folder() as bytecode:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         environment["PYTHONPYCACHEPREFIX"] = bytecode
         for run in range(runs + 1):
             for name in commands if run % 2 else reversed(commands):
-                with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder:
-                    cost = run_once(commands[name](f"{folder}/out"), Path(folder) / "log", environment)
+                with temporary_folder() as folder:
+                    cost = run_once(commands[name](f"{folder}/out"), folder / "log", environment)
                 if run:  # the first run of each reads files into the page cache, and compiles modules
                     measured[name].append(cost)
 

@@ -32,7 +32,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -46,7 +45,7 @@ from benchmarks.common.measure import print_report, versions
 from benchmarks.common.routed_artefact import export
 from benchmarks.common.routing import fit_routers, routable_model, router_tensors, tokens_active
 from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import temporary_folder
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, load_adapter, save_adapter
 from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_tensors, expansion_adapter
 from dlo_export.checkpoints.depth.placements import ExpansionPlan, placements
@@ -427,8 +426,7 @@ def main() -> None:
     parser.add_argument("--source", action="append", choices=tuple(SOURCES), help="may be given again; default: all")
     chosen = parser.parse_args().source or list(SOURCES)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        folder = Path(temporary)
+    with temporary_folder() as folder:
         plan = save_adapters(distinct_tokens(TOKENS), folder / "layers", folder / "routers")
         for name in chosen:
             for row in rows_of(name, SOURCES[name], plan, folder):

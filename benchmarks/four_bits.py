@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from benchmarks.common.measure import print_report, versions
 from benchmarks.common.peers import peer_environment, requirements_of
 from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder, smollm2_gguf
 from benchmarks.common.workers import Worker, launch_workers_in_turn
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import temporary_folder
 from benchmarks.dense_speed import build_with_genai
 from benchmarks.genai_routed import HALF, NOTHING, PROMPT, RUNS, SETTLE, routed_graph
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
@@ -48,8 +47,7 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="take the machine as it is")
     given = parser.parse_args()
     python, gguf = peer_environment(LLAMA_CPP) / "python", smollm2_gguf()
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        folder = Path(temporary)
+    with temporary_folder() as folder:
         np.save(folder / "tokens.npy", distinct_tokens(PROMPT + 1))
         graph = build_with_genai(smollm2_folder(), folder / "genai", "int4")
         layers = open_foreign_graph(graph).num_layers

@@ -23,7 +23,6 @@ import argparse
 import functools
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from benchmarks.common.qwen2 import qwen2_folder
 from benchmarks.common.random_llama import H2048, random_llama_folder
 from benchmarks.common.smollm2 import VOCABULARY, distinct_tokens, smollm2_folder
 from benchmarks.common.workers import Worker, alternate_workers, launch_workers_in_turn
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import temporary_folder
 from benchmarks.dense_speed import build_with_genai
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
@@ -194,8 +193,8 @@ def main() -> None:
         "h2048": H2048["vocab_size"],
     }
     tokens = distinct_tokens(PROMPT + 1, vocabularies[given.shape])
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        folder = given.artefacts or Path(temporary)
+    with temporary_folder() as temporary:
+        folder = given.artefacts or temporary
         folder.mkdir(exist_ok=True)
 
         def made(name: str, make: Callable[[Path], object]) -> Path:
@@ -209,7 +208,7 @@ def main() -> None:
             return tuple(name for name in known if given.lowering is None or name in given.lowering)
 
         def build(target: Path) -> None:
-            build_with_genai(checkpoint_of(given.shape, Path(temporary)), target, given.precision)
+            build_with_genai(checkpoint_of(given.shape, temporary), target, given.precision)
 
         graph = made("genai", build)
         layers = open_foreign_graph(graph).num_layers

@@ -12,14 +12,13 @@ import argparse
 import math
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, quant_shape_to_byte_shape
 
 from benchmarks.common.measure import print_report, versions
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE, temporary_folder
 from benchmarks.export_speed import run_once
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.llama_layer import GGUF_OUTER_NAMES, LLAMA_LAYER
@@ -39,7 +38,8 @@ def tensor_shapes(layers: int) -> dict[str, tuple[int, ...]]:
     }
     for layer in range(layers):
         for module in LLAMA_LAYER:
-            shapes[f"blk.{layer}.{module.gguf}.weight"] = tuple(SIZES[axis] for axis in module.axes)
+            if module.only_with is None:  # a Llama has no norms of queries and keys
+                shapes[f"blk.{layer}.{module.gguf}.weight"] = tuple(SIZES[axis] for axis in module.axes)
     return shapes
 
 
@@ -89,17 +89,16 @@ def main() -> None:
     if arguments.write is not None:
         save_synthetic_gguf(arguments.write, layers)
         return
-    WORKSPACE.mkdir(exist_ok=True)
     elements = sum(math.prod(shape) for shape in tensor_shapes(layers).values())
-    check_disk_space(WORKSPACE, elements * 5, WORKSPACE, "the file and its export need")
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder:
-        model, log = Path(folder) / "model.gguf", Path(folder) / "log"
+    with temporary_folder() as folder:
+        check_disk_space(folder, elements * 5, WORKSPACE, "the file and its export need")
+        model, log = folder / "model.gguf", folder / "log"
         # By another process: what this one ever held would count as the export's, which starts as a copy of it.
         module = ["-m", "benchmarks.gguf_export", "--layers", str(layers), "--write", str(model)]
         subprocess.run([sys.executable, *module], check=True)
         command = [str(Path(sys.executable).parent / "dlo-export"), str(model), "-o", f"{folder}/out", "--no-parity"]
         seconds, megabytes = run_once(command, log)
-        written = (Path(folder) / "out" / "model.onnx.data").stat().st_size
+        written = (folder / "out" / "model.onnx.data").stat().st_size
         stored = model.stat().st_size
     print_report(
         f"Export of an 8B-shaped Q4_0 GGUF file, {layers} layers, as fp32",

@@ -162,6 +162,10 @@ def run_commands(
                 # With what it has started, which would take the GPU's time from whoever is timed next.
                 os.killpg(process.pid, signal.SIGKILL)
                 code, how = process.wait(), "by force"
+            except BaseException:  # this one is stopped, and a group of its own hears no Ctrl-C
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
         codes[command.module] = code
         took = time.monotonic() - begin
         print(f"{command.module}: ended {how} with {code}, {took:.0f} of {share:.0f} s", file=sys.stderr, flush=True)

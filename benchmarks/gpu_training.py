@@ -20,6 +20,7 @@ it was given and ends with 4.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import functools
 import io
@@ -177,6 +178,7 @@ class Child:
                     "TORCHINDUCTOR_COMPILE_THREADS": "4",  # each of several processes would take all cores
                 },
             )
+        atexit.register(self.end)  # a group of its own hears no Ctrl-C
         if self.cores:
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(self._process.pid, self.cores)
@@ -305,7 +307,7 @@ class _Part:
 
     def _write_rates(self, children: Sequence[Child]) -> None:
         for line in itertools.chain(*(_json_lines(child.log) for child in children)):
-            if (words := json.dumps(line)) not in self._seen:
+            if "side" in line and (words := json.dumps(line)) not in self._seen:
                 self._seen.add(words)
                 self._evidence.row("training rate", **line)
 
@@ -540,7 +542,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trial", action="append", default=[], dest="trials")
     parser.add_argument("--workers", type=int, default=1, choices=(1, 2, 3, 4))
     begun = begin_time(arguments)
-    asks_for_help = "--help" in (arguments or sys.argv[1:])
+    asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv[1:] if arguments is None else arguments)
     parsed, others = (None, ["--help"]) if asks_for_help else parser.parse_known_args(arguments)
     inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path(), Path())
     return run_part("training", __doc__, inputs.check, functools.partial(measure, inputs), others, begun=begun)

@@ -16,11 +16,8 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +26,9 @@ import numpy as np
 import onnx_ir as ir
 
 from benchmarks.common.measure import Samples, print_report, versions
+from benchmarks.common.measured_command import run_measured
 from benchmarks.common.plain_copy import copy_command
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE, temporary_folder
 from benchmarks.expand_memory import CONFIG, TiledTensor
 from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.config import LlamaConfig
@@ -95,14 +93,7 @@ def run(command: list[str], log: Path) -> Cost:
     Raises:
         RuntimeError: It failed, with what it wrote.
     """
-    with log.open("wb") as output:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{command}: ended with {process.returncode}\n{log.read_text(errors='replace')[-2000:]}")
+    seconds, usage = run_measured(command, log)
     return Cost(seconds, usage.ru_maxrss / 1024, usage.ru_oublock * 512 / 1e9)
 
 
@@ -119,13 +110,11 @@ def main() -> None:
     if arguments.write is not None:
         save_graph(arguments.write, layers, every, sparse=arguments.sparse)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the gigabytes would stay
-    WORKSPACE.mkdir(exist_ok=True)
     shapes = LlamaConfig.from_dict(CONFIG | {"num_hidden_layers": layers}, "synthetic").tensor_shapes()
     nbytes = 2 * sum(math.prod(shape) for shape in shapes.values())
     needed = nbytes * ((not arguments.sparse) + (not arguments.no_copies)) + 2 * nbytes // every
-    check_disk_space(WORKSPACE, needed, WORKSPACE, "graph, adapter and an edited copy need")
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder:
+    with temporary_folder() as folder:
+        check_disk_space(folder, needed, WORKSPACE, "graph, adapter and an edited copy need")
         # By another process: what this one ever held would count as the command's, which starts as a copy of it.
         sizes = ["--layers", str(layers), "--every", str(every), *(["--sparse"] if arguments.sparse else [])]
         writer = ["-m", "benchmarks.graph_edit_size", *sizes, "--write", f"{folder}/source"]
@@ -144,7 +133,7 @@ def main() -> None:
         ways: dict[str, str] = {}
         for number in range(arguments.runs):
             for name in commands if number % 2 == 0 else reversed(commands):
-                costs[name].append(run(commands[name], Path(folder) / "log"))
+                costs[name].append(run(commands[name], folder / "log"))
                 if name != COPY:
                     (kept,) = load_description(Path(output)).kept_data
                     ways[name] = kept.how

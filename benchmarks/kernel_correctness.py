@@ -251,11 +251,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.jit:
         dtype, tile = options.jit
-        assert dtype in LARGEST_ERROR
-        assert tile in get_args(TileName)
+        for value, known in ((dtype, tuple(LARGEST_ERROR)), (tile, get_args(TileName))):
+            if value not in known:
+                parser.error(f"argument --jit: {value!r} is none of {', '.join(known)}")
         rows = by_jit(dtype, cast(TileName, tile))
     elif options.cubins:
         rows = by_image(options.cubins)
+    elif None in (options.library, options.host):
+        parser.error("give --jit, --cubins, or --library with --host")
     else:
         rows = by_library(options.library, options.host, options.sanitizer)
     for row in rows:

@@ -14,7 +14,6 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.smollm2 import smollm2_folder
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import temporary_folder
 from benchmarks.dense_speed import build_with_genai
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
@@ -58,9 +57,8 @@ def main() -> None:
         way, folder = arguments.one
         print(json.dumps(_measure(way, Path(folder), arguments.tokens, arguments.threads)))
         return
-    WORKSPACE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        folder = arguments.graphs or Path(temporary)
+    with temporary_folder() as temporary:
+        folder = arguments.graphs or temporary
         _make(smollm2_folder(), folder, arguments.tokens, arguments.ways)
         found: dict[str, list[dict[str, float]]] = {way: [] for way in arguments.ways}
         for _ in range(arguments.rounds):

@@ -189,6 +189,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--ort-plugin-library", type=Path, help="libdlo_ort.so: measure the plugin lowering too")
     given = parser.parse_args()
+    if given.write_table is None and not given.prepare:
+        BY_OPTION[given.provider].check_here()
     use_huge_pages()
     end = time.monotonic() + given.seconds
     library = None if given.ort_plugin_library is None else given.ort_plugin_library.resolve()

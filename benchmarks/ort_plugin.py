@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from benchmarks.common.routed_artefact import active_rate, export, with_routers_
 from benchmarks.common.routing import fit_routers, layers_active, routable_model, save_routers, tokens_active
 from benchmarks.common.smollm2 import distinct_tokens
 from benchmarks.common.workers import Worker, alternate_workers
-from benchmarks.common.workspace import WORKSPACE, kept
+from benchmarks.common.workspace import kept, temporary_folder
 from benchmarks.skip_efficiency import EFFORTS, PROMPT, TITLES, model_folder
 from dlo_export.checkpoints.interface import LOGITS
 from dlo_export.checkpoints.opening import open_checkpoint
@@ -156,9 +155,8 @@ def main() -> None:
     if given.prepare and given.artefacts is None:
         parser.error("--prepare: needs --artefacts")
     library = given.library.resolve()
-    WORKSPACE.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
-        place = given.artefacts or Path(stack.enter_context(tempfile.TemporaryDirectory(dir=WORKSPACE)))
+        place = given.artefacts or stack.enter_context(temporary_folder())
         cases = _kept_cases(given.model, library, given.threads, place)
         if given.prepare:
             return

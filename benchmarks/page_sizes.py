@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from benchmarks.common.measure import print_report, versions
 from benchmarks.common.routed_artefact import export
 from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
 from benchmarks.common.workers import Worker, alternate_workers
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import temporary_folder
 from dlo_export.runtimes.artefact.description import MODEL_NAME
 
 PROMPT = 128
@@ -41,8 +40,7 @@ def main() -> None:
     given = parser.parse_args()
     rows: list[list[Any]] = []
     record: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        folder = Path(temporary)
+    with temporary_folder() as folder:
         graph = given.artefact / MODEL_NAME if given.artefact else export(smollm2_folder(), folder / "dense")
         for phase, (past, sequence) in PHASES.items():
             tokens = folder / f"{phase}.npy"

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.routed_artefact import export
 from benchmarks.common.routing import fit_routers, layers_active, routable_model, save_routers
 from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import temporary_folder
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.runtimes.bench import Subject, Workload, compare_speed
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
@@ -41,9 +39,9 @@ def main() -> None:
     with open_checkpoint(str(smollm2_folder())) as checkpoint:
         model = routable_model(checkpoint.config.raw, checkpoint.tensors)
     fit_routers(model, tokens, layers_active(0.5, model.config.num_hidden_layers, tokens.shape[1]))
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-        adapter = save_routers(model, Path(temporary) / "adapter")
-        graph = export(smollm2_folder(), Path(temporary) / "artefact", adapter)
+    with temporary_folder() as temporary:
+        adapter = save_routers(model, temporary / "adapter")
+        graph = export(smollm2_folder(), temporary / "artefact", adapter)
         runners: list[Runner] = [TorchRunner(model), OnnxRuntimeRunner(graph, threads=threads, allow_spinning=False)]
         feed = tokens[0].tolist()
         pytorch, artefact = compare_speed([Subject(runner, feed) for runner in runners], WORKLOAD)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common.measure import print_report, versions
 from benchmarks.common.qwen2 import qwen2_gguf
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import temporary_folder
 from benchmarks.export_speed import run_once
 from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.depth.expansion import expansion_adapter
@@ -85,10 +84,10 @@ def _logits(runner: Runner, tokens: np.ndarray, steps: list[int]) -> np.ndarray:
 @contextmanager
 def _deepening(model: Path) -> Iterator[Path]:
     """An adapter of six layers that pass everything on, one behind every fourth."""
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder, open_checkpoint(model) as checkpoint:
+    with temporary_folder() as folder, open_checkpoint(model) as checkpoint:
         plan = placements("tli", checkpoint.config.num_layers, every=4, init="zero_out")
-        save_adapter(expansion_adapter(checkpoint.tensors, plan), Path(folder) / "deeper")
-        yield Path(folder) / "deeper"
+        save_adapter(expansion_adapter(checkpoint.tensors, plan), folder / "deeper")
+        yield folder / "deeper"
 
 
 def _command(log: Path, *arguments: object) -> float:
@@ -113,8 +112,8 @@ def main() -> None:
     expected = reference(model)
     rows: list[list[Any]] = []
     record: dict[str, Any] = {"reference": expected["class"], "prompt_tokens": expected["prompt"].shape[1]}
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary, _deepening(model) as deeper:
-        folder, log = Path(temporary), Path(temporary) / "log"
+    with temporary_folder() as folder, _deepening(model) as deeper:
+        log = folder / "log"
         # As it is, and deepened by layers that add nothing: both compute what transformers does.
         ways: dict[str, tuple[object, ...]] = {"plain": (), "deepened": ("--adapter", deeper)}
         for name, more in ways.items():

@@ -42,7 +42,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ from benchmarks.common.routing import fit_routers, layers_active, routable_model
 from benchmarks.common.skipped_graph import everything_skipped
 from benchmarks.common.smollm2 import distinct_tokens, smollm2_folder
 from benchmarks.common.workers import Worker, alternate_workers
-from benchmarks.common.workspace import WORKSPACE, kept
+from benchmarks.common.workspace import kept, temporary_folder
 from benchmarks.gpu.kernel_profile import kernel_seconds
 from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind, kept_projections
@@ -388,7 +387,7 @@ def main() -> None:
     effort = EFFORTS[given.model]
     effort = dataclasses.replace(effort, launches=given.launches or effort.launches)
     with contextlib.ExitStack() as stack:
-        place = given.artefacts or Path(stack.enter_context(tempfile.TemporaryDirectory(dir=WORKSPACE)))
+        place = given.artefacts or stack.enter_context(temporary_folder())
         made = _kept_artefacts(subject, place)
         if given.prepare:
             return

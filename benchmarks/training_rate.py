@@ -18,6 +18,7 @@ import fcntl
 import gc
 import itertools
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,9 +33,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common.measure import print_report, versions
 from benchmarks.common.training_sides import random_sequences, train_by_trainer
 from dlo_export.checkpoints.depth.expansion import routed_config
 from dlo_export.modeling.configuration import LlamaDloConfig
+from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.run import train_model
@@ -173,7 +176,9 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
+    torch_device(arguments.device)  # or says why it cannot be had
     shapes = TINY if arguments.tiny else SMOLLM2
+    lines: list[dict[str, Any]] = []
     for batch, side in itertools.product(arguments.batch, arguments.sides):
         if arguments.turn is not None and arguments.compile:
             # What is compiled for two layers serves all, and two hardly show in what others time meanwhile.
@@ -185,11 +190,26 @@ def main() -> None:
             start = time.perf_counter()
             _train(side, shapes, _settings(arguments, batch, watch.all_steps), watch)
             # A line for each side, at once: whoever stops this has what was measured before.
-            print(json.dumps(_line(arguments, batch, side, watch, time.perf_counter() - start)), flush=True)
+            lines.append(_line(arguments, batch, side, watch, time.perf_counter() - start))
+            print(json.dumps(lines[-1]), file=sys.stderr, flush=True)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
+    print_report(
+        f"Training rate, {arguments.device}, {arguments.dtype}{', compiled' if arguments.compile else ''}",
+        ["side", "sequences of tokens", "step, ms", "tokens/s"],
+        [
+            [line["side"], " of ".join(map(str, line["batch"])), line["step_ms"]["median"], line["tokens_per_second"]]
+            for line in lines
+        ],
+        {
+            "steps": arguments.steps,
+            "warm_up": arguments.warm_up,
+            "sides": lines,
+            "versions": versions("dlo-export", "torch", "transformers"),
+        },
+    )
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from dlo_export.checkpoints.depth.expansion import expanded_config, expanded_ten
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.llama_layer import router_name
 from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
 from dlo_export.modeling.training.packing import PackedSets
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--side", choices=SIDES, help="be the process that trains it")
     arguments = parser.parse_args()
+    torch_device(arguments.device)  # or says why it cannot be had, before anything is written
     quick = arguments.quick
     settings = TrainingSettings(
         max_steps=1_000_000,

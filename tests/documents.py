@@ -71,7 +71,9 @@ def inline_code(document: str) -> list[str]:
 
 def commands(document: str) -> Iterator[Command]:
     """Of a document: those of its blocks in order, then those in its text."""
-    blocks = [body.replace("\\\n", " ") for language, body in _BLOCK.findall(text_of(document)) if not language]
+    blocks = [
+        body.replace("\\\n", " ") for language, body in _BLOCK.findall(text_of(document)) if language in ("", "sh")
+    ]
     lines = [line for body in blocks for line in body.splitlines()]
     for shown, to_run in ((lines, True), (inline_code(document), False)):
         for line in shown:

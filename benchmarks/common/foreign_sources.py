@@ -8,14 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 from benchmarks.common.peers import peer_program
 from benchmarks.common.smollm2 import legacy_smollm2_folder, smollm2_folder
-from benchmarks.common.workspace import REPOSITORY, WORKSPACE
+from benchmarks.common.workspace import REPOSITORY, WORKSPACE, temporary_folder
+from dlo_export.checkpoints.errors import MachineError
 
 GRAPHS: Final = WORKSPACE / "smollm2-graphs"
 _DYNAMO: Final = REPOSITORY / "tests" / "interop" / "exporters" / "dynamo.py"
@@ -52,8 +52,8 @@ class ForeignSource:
         folder = GRAPHS / name.replace(" ", "-")
         if not folder.exists():
             GRAPHS.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=GRAPHS) as temporary:
-                staging = Path(temporary) / "graph"
+            with temporary_folder() as temporary:
+                staging = temporary / "graph"
                 staging.mkdir()
                 self.write(staging)
                 if not (staging / "model.onnx").is_file():
@@ -107,7 +107,7 @@ def _olive(pass_name: str, options: dict[str, object]) -> Callable[[Path], None]
         if not program.exists():
             raise CannotBeMadeError("no olive-ai 0.13 in .peers/olive")
         graph, config = SOURCES["optimum"].graph("optimum"), json.dumps(_OF_OLIVE | options)
-        with tempfile.TemporaryDirectory(dir=GRAPHS) as temporary:
+        with temporary_folder() as temporary:
             command: list[str | Path] = [
                 program,
                 "run-pass",
@@ -118,9 +118,9 @@ def _olive(pass_name: str, options: dict[str, object]) -> Callable[[Path], None]
                 "-m",
                 graph,
             ]
-            output = Path(temporary) / "output"
+            output = temporary / "output"
             # It leaves a cache where it stands.
-            _run([*command, "-o", output, "--disable_telemetry"], cwd=Path(temporary))
+            _run([*command, "-o", output, "--disable_telemetry"], cwd=temporary)
             made = next(iter(sorted(output.rglob("model.onnx"))), None)
             if made is None:
                 raise CannotBeMadeError("Olive left no model.onnx")
@@ -150,8 +150,8 @@ SOURCES: Final = {
 def _program(environment: str, name: str) -> Sequence[Path]:
     try:
         return peer_program(environment, name)
-    except (subprocess.CalledProcessError, OSError) as err:
-        raise CannotBeMadeError(f"{environment} cannot be installed: {err}") from err
+    except (MachineError, OSError) as err:
+        raise CannotBeMadeError(str(err).splitlines()[0]) from err
 
 
 def _run(command: Sequence[str | Path], cwd: Path | None = None) -> None:

@@ -42,7 +42,13 @@ class Samples:
         return Samples(self.values / other.values)
 
     def __str__(self) -> str:
-        return "{median:.3g} ({p10:.3g} to {p90:.3g})".format(**spread(self.values))
+        median, low, high = (_readable(spread(self.values)[name]) for name in ("median", "p10", "p90"))
+        return f"{median} ({low} to {high})"
+
+
+def _readable(value: float) -> str:
+    """With three digits, or all of those before the point: thousands are no power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def joined(parts: Sequence[Mapping[str, Samples]]) -> dict[str, Samples]:

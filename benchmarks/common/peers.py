@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks.common.workspace import WORKSPACE
+from dlo_export.checkpoints.errors import MachineError
 
 # Installed first and by its exact version: a range would pull the newest CUDA build.
 TORCH = "torch==2.13.0"
@@ -21,17 +23,21 @@ def peer_environment(name: str, requirements: Path | None = None) -> Path:
         requirements: That file; benchmarks/requirements-<name>.txt by default.
 
     Raises:
-        CalledProcessError: The installation failed; pip has said why.
+        MachineError: The installation failed; pip has said why.
     """
     requirements = requirements or requirements_of(name)
     environment = WORKSPACE / name
     if not is_installed(name, requirements):
         print(f"installing {name} into {environment}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
+        commands = [[sys.executable, "-m", "venv", "--clear", str(environment)]]
         torch = [[TORCH]] if TORCH in requirements.read_text().splitlines() else []
         for wanted in (*torch, ["-r", str(requirements)]):
             pip = [str(environment / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-            subprocess.run([*pip, *wanted], check=True)
+            commands.append([*pip, *wanted])
+        for command in commands:
+            if code := subprocess.run(command, check=False).returncode:
+                hint = f"what failed has said why: {shlex.join(command)}"
+                raise MachineError(f"{name} cannot be installed: that ended with {code}", hint=hint)
         (environment / _INSTALLED).write_text(requirements.read_text())
     return environment / "bin"
 

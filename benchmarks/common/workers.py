@@ -39,7 +39,7 @@ class Worker:
 
     Args:
         module: What runs there, for example ``benchmarks.common.onnxruntime_worker``; it calls `serve`.
-        arguments: Of its command line.
+        arguments: Of its command line; it runs in the repository, wherever this process does, so paths become whole.
         python: Interpreter to use.
         environment: What it finds there besides ours.
     """
@@ -51,7 +51,8 @@ class Worker:
         python: str | Path = sys.executable,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._command = [str(python), "-m", module, *map(str, arguments)]
+        words = [argument.absolute() if isinstance(argument, Path) else argument for argument in arguments]
+        self._command = [str(python), "-m", module, *map(str, words)]
         # Whoever imports our runtimes has OpenMP's threads sleep while they wait. That is for PyTorch beside other
         # runtimes; a peer whose threads are OpenMP's takes three times as long, and a worker of ours says it itself.
         variables = {name: value for name, value in os.environ.items() if name != WAIT_POLICY} | {**(environment or {})}

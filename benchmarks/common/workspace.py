@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKSPACE = REPOSITORY / ".peers"
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A new folder in the workspace, on whose disk there is room; both are made, and it is removed at the end.
+
+    Where a benchmark keeps what it makes, a rename out of it is all that is left to do.
+    """
+    WORKSPACE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder:
+        yield Path(folder)
 
 
 def kept(folder: Path, made_for: Any, make: Callable[[Path], Any]) -> Any:

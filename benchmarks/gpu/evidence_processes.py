@@ -53,7 +53,9 @@ def run_processes(evidence: Evidence, processes: Sequence[Process], seconds: flo
             rows, said = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
             command = [sys.executable, "-m", f"benchmarks.{process.module}", *process.arguments]
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONFAULTHANDLER": "1"}
-            running.append((process, subprocess.Popen(command, stdout=rows, stderr=said, env=environment), rows, said))
+            started = subprocess.Popen(command, stdout=rows, stderr=said, env=environment)
+            stack.callback(started.kill)  # of one that has ended it is nothing; this process may be stopped
+            running.append((process, started, rows, said))
         end = time.monotonic() + min(seconds, max(5.0, evidence.left - 5.0))
         for process, started, rows, said in running:
             try:

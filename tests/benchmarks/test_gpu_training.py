@@ -67,8 +67,10 @@ def test_rates_of_training_come_line_by_line_when_they_are_measured(tmp_path: Pa
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
     assert [line["side"] for line in lines] == list(SIDES)
+    (report,) = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert report["sides"] == lines
     assert all(line["tokens_per_second"] > 0 and line["steps"] == 1 for line in lines)
     assert lines[0]["profile"]["step_ms"] > 0
 

@@ -38,3 +38,10 @@ def test_candidate_chooses_how_its_threads_wait(monkeypatch):
     with Worker("tests.benchmarks.idle_worker") as worker:
         told = Path(f"/proc/{worker.facts['process']}/environ").read_bytes()
     assert WAIT_POLICY.encode() not in told
+
+
+def test_worker_finds_a_file_that_was_named_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Worker("tests.benchmarks.idle_worker", Path("model.onnx"), "--threads", "2") as worker:
+        told = Path(f"/proc/{worker.facts['process']}/cmdline").read_text().split("\0")
+    assert told[-4:-1] == [str(tmp_path / "model.onnx"), "--threads", "2"]

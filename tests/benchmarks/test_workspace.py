@@ -1,13 +1,30 @@
-"""What benchmarks keep in folders of the user's."""
+"""Where benchmarks keep what they make."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.common.workspace import kept
+from benchmarks.common import workspace
+from benchmarks.common.workspace import REPOSITORY, kept, temporary_folder
+
+
+def test_temporary_folder_makes_the_workspace_of_a_fresh_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "WORKSPACE", tmp_path / ".peers")
+    with temporary_folder() as folder:
+        assert folder.parent == tmp_path / ".peers"
+        (folder / "graph").mkdir()
+    assert list((tmp_path / ".peers").iterdir()) == []
+
+
+def test_nobody_makes_a_temporary_folder_of_the_workspace_in_another_way() -> None:
+    # A constant's name after `dir=`: WORKSPACE, or a folder in it, which a fresh clone does not have.
+    files = [path for room in ("benchmarks", "tests/interop") for path in (REPOSITORY / room).rglob("*.py")]
+    found = [path for path in files if re.search(r"\bdir=[A-Z]", path.read_text())]
+    assert found == [REPOSITORY / "benchmarks" / "common" / "workspace.py"]
 
 
 def test_what_is_kept_is_made_once_when_it_is_asked_for_again(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.common.peers import is_installed, peer_environment, requirements_of
 from benchmarks.common.workspace import WORKSPACE
+from dlo_export.checkpoints.errors import MachineError
 
 FOLDER = Path(__file__).parent
 REQUIREMENTS = FOLDER / "requirements"
@@ -54,7 +55,8 @@ class Client:
         """Makes its environment.
 
         Raises:
-            CalledProcessError: pip or npm failed, and has said why.
+            MachineError: pip failed, and has said why.
+            CalledProcessError: npm did.
             FileNotFoundError: There is no npm.
         """
         if self.requirements is not None:
@@ -137,7 +139,7 @@ def main() -> None:
     for name, install in installs.items():
         try:
             install()
-        except (subprocess.CalledProcessError, FileNotFoundError) as err:
+        except (MachineError, subprocess.CalledProcessError, FileNotFoundError) as err:
             print(f"{name}: cannot be installed here, its tests will be skipped ({err})", file=sys.stderr)
 
 
