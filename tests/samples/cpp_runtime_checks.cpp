@@ -142,9 +142,25 @@ void jsonIsReadAsItIsWritten() {
     }
 }
 
+// Allocations are planned by shape where steps repeat theirs, and nowhere else: ONNX Runtime logs a session's options.
+void patternsAreKept(char const* folder, bool expected) {
+    std::string log;
+    auto const append = [](void* to, OrtLoggingLevel, char const*, char const*, char const*, char const* message) {
+        *static_cast<std::string*>(to) += message;
+    };
+    Ort::Env env(ORT_LOGGING_LEVEL_INFO, "options", append, &log);
+    dlo::Model model(env, folder);
+    std::string const option = "enable_mem_pattern:" + std::to_string(expected);
+    check(log.find(option) != std::string::npos, std::string(folder) + ": is not run with " + option);
+    check((model.slots() > 0) == expected, std::string(folder) + ": has another cache than its description says");
+}
+
 }  // namespace
 
+// checks GROWING_ARTEFACT STATIC_ARTEFACT
 int main(int, char** values) {
+    patternsAreKept(values[1], false);
+    patternsAreKept(values[2], true);
     Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "checks");
     dlo::Options options;
     options.threads = 1;

@@ -241,6 +241,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         changed(lambda values: values["layers"][1].update(injected="no")),
         'layers[1].injected is "no", expected true or false',
     ),
+    "no interface": (
+        changed(lambda values: values.pop("interface")),
+        "dlo_artifact.json: interface is missing",
+    ),
     "stray threshold": (
         changed(lambda values: values["routing"].update(router_thresholds={"1": 0.4})),
         "routing.router_thresholds.1 is 0.4, expected no entry: that layer is not routed",
@@ -421,8 +425,33 @@ def test_documented_program_runs_when_the_target_is_installed(artefact: Path, in
     result = run([folder / "continue_text"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r"(\d+ )+\n(layer \d: \d+ of \d+ tokens active\n)+", result.stdout)
-    checked = run([folder / "checks", artefact])
+    checked = run([folder / "checks", artefact, exported(tmp_path / "static", KINDS["static cache"])])
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_documented_program_runs_when_it_is_compiled_without_cmake(artefact: Path, tmp_path: Path) -> None:
+    (command,) = re.findall(r"^g\+\+ .*", text_of("docs/cpp.md"), flags=re.MULTILINE)
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    source = documented(tmp_path / "source")
+    # As an installed library has them; the Python package has the file alone.
+    (library,) = (Path(ort.__file__).parent / "capi").glob("libonnxruntime.so*")
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (source / name).symlink_to(library)
+    places = {
+        "runtimes/cpp": f"{ROOT}/runtimes/cpp",
+        "/opt/onnxruntime/include": str(ort_headers()),
+        "/opt/onnxruntime/lib": str(source),
+    }
+    for place, here in places.items():
+        assert place in command
+        command = command.replace(place, here)
+    compiled = run(command.split(), source)
+    assert (compiled.returncode, compiled.stderr) == (0, "")
+    (source / "artefact").symlink_to(artefact)
+    result = run([source / "continue_text"], source)
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"(\d+ )+\n(layer \d: \d+ of \d+ tokens active\n)+", result.stdout)
 
 
 def test_documented_project_has_the_target_when_it_fetches_the_repository(tmp_path: Path) -> None:

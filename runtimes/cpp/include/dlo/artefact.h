@@ -24,6 +24,7 @@ struct Artefact {
     std::string provider;  // "cpu" or "cuda": what model.onnx was made for
     std::string lowering;  // "none", "masked", "compact", "if" or "plugin"
     std::vector<std::string> pluginOperators;
+    bool growingCache = true;  // every step's is longer; false: of a fixed number of slots, written in place
     std::string routingKind;                     // "mlp", "layer", …; empty where nothing is routed
     std::map<int64_t, double> routerThresholds;  // of every routed layer: the score an active token exceeds
     std::vector<bool> injected;                  // by layer
@@ -108,6 +109,9 @@ inline Artefact Artefact::open(std::filesystem::path const& folder) {
     artefact.provider = description["provider"].oneOf({"cpu", "cuda"});
     artefact.lowering = description["lowering"].text();
     for (Json const& name : description["plugin_operators"].items()) artefact.pluginOperators.push_back(name.text());
+    for (Json const& input : description["interface"]["inputs"].items()) {
+        if (input["name"].text() == "kv_lengths") artefact.growingCache = false;
+    }
     for (Json const& layer : description["layers"].items()) artefact.injected.push_back(layer["injected"].flag());
     if (Json const routing = description["routing"]; !routing.isNull()) {
         artefact.routingKind = routing["kind"].text();

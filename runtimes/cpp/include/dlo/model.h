@@ -97,6 +97,8 @@ private:
         Ort::SessionOptions session;
         if (mOptions.threads > 0) session.SetIntraOpNumThreads(mOptions.threads);
         session.AddConfigEntry("session.intra_op.allow_spinning", mOptions.allowSpinning ? "1" : "0");
+        // A plan of where to allocate is made and kept for every shape: of a growing cache, with each token.
+        if (mArtefact.growingCache) session.DisableMemPattern();
         if (mOptions.provider == "cuda") {
             addCuda(session);
         } else if (mOptions.provider != "cpu") {
