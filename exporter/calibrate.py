@@ -354,24 +354,18 @@ def _save(
         for layer, router in fitted.routers.items()
     }
     is_dlo = tuple(layer in fitted.routers for layer in range(fitted.num_layers))
-    if request.retarget is not None and source.adapter is not None:
-        save_adapter(
-            dataclasses.replace(source.adapter, router_thresholds=fitted.thresholds),
-            request.output,
-            overwrite=request.force,
-            save_companions=save_companions,
-        )
-        return
     if request.makes_adapter:
-        injected = source.adapter.injected_layers if source.adapter is not None else ()
-        adapter = DloAdapter(
-            routing,
-            is_dlo,
-            router_thresholds=fitted.thresholds,
-            injected_layers=injected,
-            base_sha256=source.base.sha256(),
-            tensors=kept | routers,
-        )
+        if request.retarget is not None and source.adapter is not None:
+            adapter = dataclasses.replace(source.adapter, router_thresholds=fitted.thresholds)
+        else:
+            adapter = DloAdapter(
+                routing,
+                is_dlo,
+                router_thresholds=fitted.thresholds,
+                injected_layers=source.adapter.injected_layers if source.adapter is not None else (),
+                base_sha256=source.base.sha256(),
+                tensors=kept | routers,
+            )
         save_adapter(adapter, request.output, overwrite=request.force, save_companions=save_companions)
         return
     rule: dict[str, Any] = {}

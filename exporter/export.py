@@ -206,31 +206,9 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
             if not source.removed_layers:
                 reporter.warn("--remove-identity: no layer passes everything on, so none is removed")
         plan = _plan_engines(request, source, reporter)
-        # With engines, model.onnx stays what parity runs on a CPU.
-        if plan is None:
-            dtype = source.base.graph_dtype(request.dtype, request.provider)
-        else:
-            dtype = source.base.dtype_beside_engines
-        engines_only = plan is not None and not _runs_everywhere(request.lowering, PROVIDER_TARGETS[request.provider])
-        lowering, reason = choose_onnxruntime_lowering(
-            "auto" if engines_only else request.lowering,
-            dtype,
-            routing=None if source.routing is None else source.routing.kind,
-            path=source.base.path,
-            hidden_size=None if source.base.config is None else source.base.config.hidden_size,
-            provider=request.provider,
-            library_at_hand=request.ort_plugin_library is not None,
-            captured=request.static_cache is not None,
-        )
-        if request.static_cache is not None:
-            check_captured(dtype, request.provider)
-        if (
-            request.ort_plugin_library is not None
-            and find_lowering(lowering, PROVIDER_TARGETS[request.provider]).domains
-        ):
-            check_library(request.ort_plugin_library)
+        form = _graph_form(request, source, beside_engines=plan is not None)
         with no_room_reported(request.output), whole_folder(request.output, overwrite=request.force) as folder:
-            summary = _export_into(folder, request, source, dtype, (lowering, reason), plan, reporter)
+            summary = _export_into(folder, request, source, form, plan, reporter)
         size = sum(file.stat().st_size for file in request.output.rglob("*") if file.is_file())
         # Read back: what others will read is what is returned.
         return ExportResult(request.output, load_description(request.output), size, summary)
@@ -238,17 +216,49 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
         source.close()
 
 
+@dataclasses.dataclass(frozen=True)
+class _GraphForm:
+    """What model.onnx is to be: its type, what routed layers become in it, and why that."""
+
+    dtype: str
+    lowering: str
+    reason: str
+
+
+def _graph_form(request: ExportRequest, source: ExportSource, *, beside_engines: bool) -> _GraphForm:
+    """With engines, model.onnx stays what parity runs on a CPU."""
+    if beside_engines:
+        dtype = source.base.dtype_beside_engines
+    else:
+        dtype = source.base.graph_dtype(request.dtype, request.provider)
+    target, library = PROVIDER_TARGETS[request.provider], request.ort_plugin_library
+    engines_only = beside_engines and not _runs_everywhere(request.lowering, target)
+    lowering, reason = choose_onnxruntime_lowering(
+        "auto" if engines_only else request.lowering,
+        dtype,
+        routing=None if source.routing is None else source.routing.kind,
+        path=source.base.path,
+        hidden_size=None if source.base.config is None else source.base.config.hidden_size,
+        provider=request.provider,
+        library_at_hand=library is not None,
+        captured=request.static_cache is not None,
+    )
+    if request.static_cache is not None:
+        check_captured(dtype, request.provider)
+    if library is not None and find_lowering(lowering, target).domains:
+        check_library(library)
+    return _GraphForm(dtype, lowering, reason)
+
+
 def _export_into(
     folder: Path,
     request: ExportRequest,
     source: ExportSource,
-    dtype: str,
-    lowering_and_reason: tuple[str, str],
+    form: _GraphForm,
     plan: TensorRtPlan | None,
     reporter: Reporter,
 ) -> str | None:
     """Writes a whole artefact; returns what parity found, in words."""
-    lowering, reason = lowering_and_reason
     # First, because a fault in one of these small files should not cost the time that weights take.
     source.base.save_companions(folder, client_config(source))
     own = source.base.path
@@ -258,19 +268,8 @@ def _export_into(
     sha256: Callable[[], str | None] = source.base.sha256 if request.weights else lambda: None
     if not source.base.data_files:
         sha256 = BackgroundValue(sha256).result
-    target = PROVIDER_TARGETS[request.provider]
     with reporter.stage("graph"):
-        if request.static_cache is None:
-            model = build_model(source, lowering, graph_dtype(dtype), target, last_logits=request.last_logits)
-        else:
-            model = build_captured_model(source, lowering, request.static_cache, graph_dtype(dtype), target)
-        set_model_metadata(model, source, dtype=dtype, lowering=lowering)
-        if not source.base.is_built_here:
-            # Imported here: an export that runs nothing starts in less time and memory without ONNX Runtime.
-            from dlo_export.exporter.load_check import check_loads  # noqa: PLC0415
-
-            provider, library = BY_PROVIDER[request.provider], request.ort_plugin_library
-            check_loads(model, source.base.path, dtype, provider, library, steps=not request.parity)
+        model = _built_graph(request, source, form)
     if plan is not None:
         # Imported here: only these exports need what builds engines.
         from dlo_export.exporter.tensorrt.export import build_planned_engines, save_graphs  # noqa: PLC0415
@@ -290,10 +289,10 @@ def _export_into(
             source,
             model,
             sha256=sha256(),
-            dtype=dtype,
+            dtype=form.dtype,
             provider=request.provider,
-            lowering=lowering,
-            reason=reason,
+            lowering=form.lowering,
+            reason=form.reason,
             kept_data=kept_data,
         )
     peak = None if plan is None else _float16_peak(folder, request, source, plan, reporter)
@@ -306,6 +305,23 @@ def _export_into(
     with reporter.stage("hashes"):
         complete_description(description, folder)
     return summary
+
+
+def _built_graph(request: ExportRequest, source: ExportSource, form: _GraphForm) -> ir.Model:
+    """The finished graph, its weights still lazy; somebody else's has been loaded by ONNX Runtime."""
+    dtype, target = graph_dtype(form.dtype), PROVIDER_TARGETS[request.provider]
+    if request.static_cache is None:
+        model = build_model(source, form.lowering, dtype, target, last_logits=request.last_logits)
+    else:
+        model = build_captured_model(source, form.lowering, request.static_cache, dtype, target)
+    set_model_metadata(model, source, dtype=form.dtype, lowering=form.lowering)
+    if not source.base.is_built_here:
+        # Imported here: an export that runs nothing starts in less time and memory without ONNX Runtime.
+        from dlo_export.exporter.load_check import check_loads  # noqa: PLC0415
+
+        provider, library = BY_PROVIDER[request.provider], request.ort_plugin_library
+        check_loads(model, source.base.path, form.dtype, provider, library, steps=not request.parity)
+    return model
 
 
 def _save_all_weights(

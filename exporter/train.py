@@ -52,11 +52,11 @@ from dlo_export.modeling.training.errors import TrainingDataError, TrainingError
 from dlo_export.modeling.training.packing import PackedDocuments, PackedSets
 from dlo_export.modeling.training.parameters import merged_state
 from dlo_export.modeling.training.records import Record, described_files, read_records
+from dlo_export.modeling.training.reports import HeldOut, StepReport
 from dlo_export.modeling.training.run import TrainingResult, train_model
 from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.sharding import receives_weights
-from dlo_export.modeling.training.trainer import HeldOut, StepReport
 
 _SEQUENCE = 1024
 _RATE_PROMISED = 0.02  # how far from the target a rate may be before a warning says so
@@ -114,8 +114,8 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
         MachineError: Of our packages: no room on the disk, no such device.
     """
     inputs = (Path(request.model), request.adapter, request.data, request.held_out, *request.other_text)
-    made = FolderKind.ADAPTER if request.as_adapter else FolderKind.TRAINED_CHECKPOINT
-    check_output_folder(request.output, overwrite=request.force, makes=made, inputs=inputs)
+    kind = FolderKind.ADAPTER if request.as_adapter else FolderKind.TRAINED_CHECKPOINT
+    check_output_folder(request.output, overwrite=request.force, makes=kind, inputs=inputs)
     RunFolder(request.run_folder).check_place()
     source = open_source(request.model, request.adapter, force_base=request.force_base)
     try:
@@ -156,17 +156,10 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
                     reporter.warn(warning)
             if result.stopped and result.is_main:
                 reporter.warn(f"stopped after step {result.step} of {result.steps}; go on with --resume")
-        if not result.stopped and request.as_adapter:
+        if not result.stopped:
             made_with = description | {"result": report_json(result)}
-            save_trained_adapter(
-                model, source, request.output, made_with, overwrite=request.force, is_main=result.is_main
-            )
-        elif not result.stopped:
-            tensors = _trained_tensors(model, is_main=result.is_main)
-        if not result.stopped and result.is_main and not request.as_adapter:
             template = tokenizer.chat_template if lacks_template else None
-            changes = _config_changes(source, config, request.settings, model.config.thresholds)
-            _save(tensors, source, request, changes, description | {"result": report_json(result)}, template)
+            _save(model, source, request, config, made_with, template, is_main=result.is_main)
         return result
     finally:
         source.close()
@@ -378,13 +371,23 @@ def _trained_tensors(model: LlamaDloForCausalLM, *, is_main: bool) -> dict[str, 
 
 
 def _save(
-    tensors: Mapping[str, LazyTensor],
+    model: LlamaDloForCausalLM,
     source: ExportSource,
     request: TrainRequest,
-    changes: Mapping[str, Any],
+    config: Mapping[str, Any],
     description: Mapping[str, Any],
     chat_template: str | None,
+    *,
+    is_main: bool,
 ) -> None:
+    """Writes what was trained; every process but the main one has to hand over its shards, and writes nothing."""
+    if request.as_adapter:
+        save_trained_adapter(model, source, request.output, description, overwrite=request.force, is_main=is_main)
+        return
+    tensors = _trained_tensors(model, is_main=is_main)
+    if not is_main:
+        return
+
     def save_companions(folder: Path, config_changes: Mapping[str, Any]) -> None:
         source.base.save_companions(folder, config_changes)
         save_json(folder / DESCRIPTION_NAME, description)
@@ -395,6 +398,6 @@ def _save(
         tensors,
         request.output,
         save_companions=save_companions,
-        config_changes=changes,
+        config_changes=_config_changes(source, config, request.settings, model.config.thresholds),
         overwrite=request.force,
     )

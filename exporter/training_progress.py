@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from dlo_export.modeling.training.trainer import StepReport
+    from dlo_export.modeling.training.reports import StepReport
 
 _LINE_SECONDS = 30.0
 

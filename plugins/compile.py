@@ -92,16 +92,11 @@ def compile_kernel(variant: Variant) -> CompiledKernel:
     )
 
 
-def compile_all(wanted: Sequence[Variant], workers: int | None = None) -> list[CompiledKernel]:
-    """Compiles variants in parallel processes, in the order given.
-
-    Args:
-        wanted: What to compile.
-        workers: Processes; by default one per processor.
-    """
+def compile_all(wanted: Sequence[Variant]) -> list[CompiledKernel]:
+    """Compiles variants in parallel processes, one per processor, in the order given."""
     # a fresh interpreter per worker: Triton's compiler holds threads, which a fork would lose
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         return list(pool.map(compile_kernel, wanted))
 
 

@@ -22,11 +22,11 @@ from dlo_export.modeling.calibration.evaluation import with_routers
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_layers
 from dlo_export.modeling.training.errors import TrainingDivergedError
 from dlo_export.modeling.training.parameters import choose_parameters
+from dlo_export.modeling.training.reports import StepReport
 from dlo_export.modeling.training.router_distillation import DistillationSettings
 from dlo_export.modeling.training.run import TrainingResult, train_model
 from dlo_export.modeling.training.run_folder import LOG_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
-from dlo_export.modeling.training.trainer import StepReport
 
 FLOPS_NAME = "flops.json"
 _REFERENCE = "dlo"  # whose FLOPs the runs of equal FLOPs have

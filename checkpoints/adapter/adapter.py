@@ -26,7 +26,7 @@ from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.checkpoints.files.written_files import ADAPTER_FILE
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
 from dlo_export.checkpoints.formats.safetensors_writer import save_safetensors
-from dlo_export.checkpoints.lazy_tensors import LazyTensor, Progress
+from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import FINAL_NORM, layer_tensor_name, parse_layer_tensor, router_name
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
@@ -157,7 +157,6 @@ def save_adapter(
     folder: str | Path,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
     save_companions: Callable[[Path], None] = lambda _folder: None,
 ) -> None:
     """Writes an adapter, whole or not at all.
@@ -166,7 +165,6 @@ def save_adapter(
         adapter: Checked as `load_adapter` would.
         folder: The folder to make.
         overwrite: Replace a folder that holds something.
-        progress: Called with the bytes written and their total.
         save_companions: Writes what else belongs into the folder, `LORA_FOLDER` for one.
 
     Raises:
@@ -187,7 +185,7 @@ def save_adapter(
     }
     _adapter_from_config(config, adapter.tensors, Path(folder))
     with no_room_reported(Path(folder)), whole_folder(Path(folder), overwrite=overwrite) as staging:
-        save_safetensors(adapter.tensors, staging / TENSORS_NAME, progress=progress)
+        save_safetensors(adapter.tensors, staging / TENSORS_NAME)
         save_json(staging / CONFIG_NAME, config)
         save_companions(staging)
 

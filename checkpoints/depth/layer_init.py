@@ -152,8 +152,8 @@ class InitialTensor(TensorOfRows):
         return values.astype(self.dtype, copy=False)
 
 
-def slerp_shares(first: LazyTensor, second: LazyTensor, t: float = 0.5) -> tuple[float, float]:
-    """Shares of two tensors, seen as flat vectors, in their spherical interpolation.
+def slerp_shares(first: LazyTensor, second: LazyTensor) -> tuple[float, float]:
+    """Shares of two tensors, seen as flat vectors, half-way between them in their spherical interpolation.
 
     The angle is measured between the normalised vectors and the shares are of the tensors as they are, so their norms
     interpolate too. Where the angle is tiny (|cos| > 0.9995) or undefined (a zero tensor), the shares are linear's.
@@ -172,9 +172,10 @@ def slerp_shares(first: LazyTensor, second: LazyTensor, t: float = 0.5) -> tuple
     norms = math.sqrt(squares_a) * math.sqrt(squares_b)
     cosine = product / norms if norms > 0 else 1.0
     if abs(cosine) > _NEARLY_PARALLEL:
-        return 1 - t, t
+        return 0.5, 0.5
     angle = math.acos(cosine)
-    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+    share = math.sin(0.5 * angle) / math.sin(angle)
+    return share, share
 
 
 def _mixed(first: np.ndarray, second: np.ndarray, shares: tuple[float, float]) -> np.ndarray:

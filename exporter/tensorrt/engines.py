@@ -36,7 +36,6 @@ def build_engines(
     reporter: Reporter,
     *,
     jobs: int | None = None,
-    memory_limit: int | None = None,
 ) -> list[EngineBuild]:
     """Builds engines, or copies them from the engine cache, each into place whole or not at all.
 
@@ -44,7 +43,6 @@ def build_engines(
         requests: What to build.
         reporter: Told of progress, and of what the user should know about the cache.
         jobs: Builds at once; the number of processors by default.
-        memory_limit: Bytes all builds together may be expected to take; what is available by default.
 
     Returns:
         What was built, per request.
@@ -74,7 +72,7 @@ def build_engines(
             timings = _timing_cache(request, cache)
             memory = expected_memory(found.weight_bytes)
             missing[position] = Planned(request, timings, memory, listener(request))
-        built = run_builds(list(missing.values()), jobs=jobs, memory_limit=memory_limit)
+        built = run_builds(list(missing.values()), jobs=jobs)
     for position, (process, result) in zip(missing, built, strict=True):
         request = requests[position]
         builds[position] = _engine_build(request, prints[position], process, result)

@@ -159,12 +159,11 @@ GATHER_ACTIVE = PluginOp(
         rows = GatherND (values, index)
     """,
 )
+"""Of ONNX Runtime's library for the CPU provider alone: on CUDA the host would wait for the shape of what comes out."""
 
 PLUGIN_OPS: dict[str, PluginOp] = {op.name: op for op in (SKIP_GATE_UP, SKIP_DOWN)}
 ORT_OPS: dict[str, PluginOp] = {**PLUGIN_OPS, ROUTER.name: ROUTER}
 """What ONNX Runtime's library has for both providers: TensorRT fuses small operators by itself."""
-CPU_OPS: dict[str, PluginOp] = {GATHER_ACTIVE.name: GATHER_ACTIVE}
-"""What it has for the CPU provider alone: on CUDA the host would wait for the shape of what comes out."""
 
 
 def reference_function(op: PluginOp) -> ir.Function:

@@ -42,7 +42,6 @@ def with_routers(
     model: PreTrainedModel,
     routers: Mapping[int, np.ndarray],
     routing: RoutingKind = "mlp",
-    thresholds: Mapping[int, float] | None = None,
 ) -> LlamaDloForCausalLM:
     """The same model, sharing its weights, with these routers and no others.
 
@@ -50,13 +49,12 @@ def with_routers(
         model: transformers' Llama or ours; of another family, ours.
         routers: By layer, float32 [1, hidden].
         routing: What they let tokens skip.
-        thresholds: By routed layer, where it is not one half.
     """
     num_layers = model.config.num_hidden_layers
     named = ("model_type", "architectures")
     values = {key: value for key, value in model.config.to_dict().items() if key not in (*named, THRESHOLDS, KV_KEY)}
     is_dlo = [layer in routers for layer in range(num_layers)]
-    changes = routed_config(is_dlo, routing=routing, thresholds=thresholds)
+    changes = routed_config(is_dlo, routing=routing)
     model_class = model_class_of(routed_type(routing, family=family_of(model.config.to_dict())))
     config = model_class.config_class(
         **{**values, **{key: value for key, value in changes.items() if key not in named}}

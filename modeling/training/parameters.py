@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -145,9 +144,3 @@ def _add_lora(model: LlamaDloForCausalLM, settings: TrainingSettings) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         inject_adapter_in_model(config, model)
-
-
-def trained_share(model: LlamaDloForCausalLM) -> float:
-    """The share of the model's numbers that learn."""
-    sizes = [(math.prod(parameter.shape), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, learns in sizes if learns) / sum(size for size, _ in sizes)

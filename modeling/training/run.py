@@ -22,10 +22,11 @@ from dlo_export.modeling.training.distillation import dense_teacher
 from dlo_export.modeling.training.fused_norm import use_fused_norms
 from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.parameters import choose_parameters
+from dlo_export.modeling.training.reports import HeldOut, RateControl, StepReport
 from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.sharding import check_processes, check_sharding
-from dlo_export.modeling.training.trainer import DloTrainer, HeldOut, RateControl, StepReport
+from dlo_export.modeling.training.trainer import DloTrainer
 from dlo_export.modeling.training.zero import check_zero, is_zero, process_backend
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +21,14 @@ from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.modeling.calibration.rate_control import shift_thresholds
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
-from dlo_export.modeling.perplexity import perplexity, score_tokens
+from dlo_export.modeling.perplexity import score_tokens
 from dlo_export.modeling.routing import is_active
 from dlo_export.modeling.training.compilation import uncompiled
 from dlo_export.modeling.training.distillation import distillation_loss
 from dlo_export.modeling.training.errors import TrainingDivergedError, TrainingError
 from dlo_export.modeling.training.packing import IGNORED, PackedDocuments, PackedSets, stacked
 from dlo_export.modeling.training.parameters import parameter_groups
+from dlo_export.modeling.training.reports import HeldOut, RateControl, StepReport
 from dlo_export.modeling.training.run_folder import CAPACITIES_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.sharding import configure_sharding, shard_on_cpus, whole
@@ -44,70 +44,7 @@ from dlo_export.modeling.training.zero import configure_zero
 _SLACK_BYTES = 1 << 20
 _RATE_TOLERANCE = 0.01  # half of what a user may expect, since held-out text is a sample
 _STATE_NAME = "trainer_state.json"
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """A finished step, over all processes.
-
-    Attributes:
-        step: How many are done.
-        steps: How many there will be.
-        loss: Mean language loss of its learned tokens.
-        active: Share of tokens that inference would have activated, over the routed layers; None without any.
-        tokens_per_second: Without padding.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    active: float | None
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What held-out text says.
-
-    Attributes:
-        loss: Mean language loss of learned tokens, routed as at inference.
-        training_loss: The same, tokens selected as in training.
-        active: Share of tokens active at inference, by layer.
-    """
-
-    loss: float
-    training_loss: float
-    active: dict[int, float]
-
-    @property
-    def perplexity(self) -> float:
-        """Of learned tokens at inference."""
-        return perplexity(self.loss, 1)
-
-    @property
-    def active_rate(self) -> float | None:
-        """Mean over the routed layers; None without any."""
-        return sum(self.active.values()) / len(self.active) if self.active else None
-
-
-@dataclass(frozen=True)
-class RateControl:
-    """How the active rate at inference was brought to the target when training was over.
-
-    Attributes:
-        target: What was asked for, as the mean over the routed layers.
-        before: What training came to.
-        after: What it is.
-        thresholds: By routed layer, where it is not one half; as before where training came near enough.
-        other_text: Whether both rates were measured on other held-out text than thresholds are fitted on; False where
-            there is a single sequence of it.
-    """
-
-    target: float
-    before: float
-    after: float
-    thresholds: dict[int, float]
-    other_text: bool
+_SUMS = 8  # language loss, distillation loss, tokens, micro-batches, skip loss, rate loss, active, selected
 
 
 class _MicroBatch(NamedTuple):
@@ -559,9 +496,6 @@ class DloTrainer(Trainer):
             if parameter.grad is not None and not whole(parameter.grad.isfinite().all()):
                 return f"{name} is the first whose gradient is not"
         return "its norm overflows"
-
-
-_SUMS = 8  # language loss, distillation loss, tokens, micro-batches, skip loss, rate loss, active, selected
 
 
 class _StepCallback(TrainerCallback):

@@ -6,7 +6,7 @@ import re
 from rich.console import Console
 
 from dlo_export.exporter.training_progress import TrainingProgress
-from dlo_export.modeling.training.trainer import StepReport
+from dlo_export.modeling.training.reports import StepReport
 
 
 def test_last_step_is_told_with_the_time_left_when_there_is_no_terminal():

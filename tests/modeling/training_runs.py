@@ -19,10 +19,10 @@ from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.documents import tokenize_records
 from dlo_export.modeling.training.packing import PackedDocuments, PackedSets
 from dlo_export.modeling.training.records import read_records
+from dlo_export.modeling.training.reports import StepReport
 from dlo_export.modeling.training.run import TrainingResult, train_model
 from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
-from dlo_export.modeling.training.trainer import StepReport
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 WORDS = ["the", "a", "model", "layer", "token", "skips", "runs", "routes", "learns"]
