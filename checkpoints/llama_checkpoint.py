@@ -65,7 +65,7 @@ class Checkpoint:
         save_tokenizer: Callable[[Path], None],
         warnings: Sequence[str] = (),
     ) -> None:
-        _check_tensors(path, config, stored)
+        _check_tensors(path, config, stored, said_by="config.json" if kind == "checkpoint" else "its metadata")
         self.path = path
         self.kind = kind
         self.config = config
@@ -129,7 +129,9 @@ def _generation_config(config: LlamaConfig) -> dict[str, Any]:
     return {"_from_model_config": True, **{key: value for key, value in tokens.items() if value not in (None, [])}}
 
 
-def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, StoredTensor | AbsentTensor]) -> None:
+def _check_tensors(
+    path: Path, config: LlamaConfig, stored: Mapping[str, StoredTensor | AbsentTensor], *, said_by: str
+) -> None:
     expected = config.tensor_shapes()
     problems = [f"{name}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in stored]
     for name, tensor in stored.items():
@@ -151,8 +153,8 @@ def _check_tensors(path: Path, config: LlamaConfig, stored: Mapping[str, StoredT
         if len(problems) > len(listed):
             listed.append(f"and {len(problems) - len(listed)} more")
         raise CheckpointError(
-            f"{path}: {len(problems)} tensors are not what config.json describes\n  " + "\n  ".join(listed),
-            hint="config.json belongs to another model, or the checkpoint is incomplete",
+            f"{path}: {len(problems)} tensors are not what {said_by} describes\n  " + "\n  ".join(listed),
+            hint=f"{said_by} belongs to another model, or the checkpoint is incomplete",
         )
 
 

@@ -17,9 +17,11 @@ from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION
 from dlo_export.plugins.errors import PluginError
 from dlo_export.plugins.library_places import build_hint
 from dlo_export.plugins.rtx_shim import provide_unversioned_library
-from dlo_export.plugins.shared_object import is_cut_short
+from dlo_export.plugins.shared_object import has_name, is_cut_short
 
 _RTX = "tensorrt_rtx"
+# What a library gives its plugins out by. Source: NvInferRuntime.h, IPluginRegistry::loadLibrary.
+_ENTRY = "getCreators"
 _BUILD = build_hint("TensorRT_ROOT=<your TensorRT>")
 
 # Both are the process's, like the registry.
@@ -75,6 +77,24 @@ def register_quick_deploy() -> None:
     import dlo_export.plugins.quick_deploy  # noqa: F401, PLC0415 - its decorators register
 
 
+def check_library(path: Path) -> None:
+    """Refuses what cannot be `libdlo_plugins.so`, by its file alone: without TensorRT, and before any work.
+
+    Raises:
+        PluginError: It is missing, cut short, or holds no plugins of TensorRT's.
+    """
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise PluginError(f"plugin library {path}: {found}; expected libdlo_plugins.so", hint=_BUILD)
+    if is_cut_short(path):
+        raise PluginError(f"plugin library {path}: is cut short", hint=_BUILD)
+    if not has_name(path, _ENTRY):
+        raise PluginError(
+            f"plugin library {path}: has no {_ENTRY}, which TensorRT asks for plugins; expected libdlo_plugins.so",
+            hint=_BUILD,
+        )
+
+
 def load_library(trt: Any, path: Path | str) -> None:
     """Loads `libdlo_plugins.so` into a registry, where it takes the place of twins; loading it again is harmless.
 
@@ -83,14 +103,11 @@ def load_library(trt: Any, path: Path | str) -> None:
         path: The library, built for that module.
 
     Raises:
-        PluginError: It is missing, cut short, cannot be loaded, does not bring every `dlo` plugin, or the process has
+        PluginError: As `check_library`; or it cannot be loaded, does not bring every `dlo` plugin, or the process has
             them from elsewhere.
     """
     path = Path(path)
-    if not path.is_file():
-        raise PluginError(f"plugin library {path}: no such file; expected libdlo_plugins.so", hint=_BUILD)
-    if is_cut_short(path):
-        raise PluginError(f"plugin library {path}: is cut short", hint=_BUILD)
+    check_library(path)
     path = path.resolve()
     if trt.__name__ == _RTX:
         provide_unversioned_library()

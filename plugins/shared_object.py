@@ -1,4 +1,4 @@
-"""What a shared library's file says of its own length, asked before the system maps it."""
+"""What a shared library's file says of its length and its functions, asked before the system maps it."""
 
 from __future__ import annotations
 
@@ -30,3 +30,13 @@ def is_cut_short(path: Path) -> bool:
         return True
     entries = (_SEGMENT.unpack_from(content, listed + entry_bytes * index) for index in range(count))
     return any(offset + size > len(content) for offset, size in entries)
+
+
+def has_name(path: Path, name: str) -> bool:
+    """Whether a file holds a name as a library's table of functions does.
+
+    Args:
+        path: An existing file.
+        name: Of a function.
+    """
+    return f"\0{name}\0".encode() in path.read_bytes()

@@ -153,7 +153,7 @@ def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor]
     sizes = {"attention.value_length": (head_dim,), "attention.scale": (*_usual_scale(head_dim), 0.0)}
     unsupported = [
         f"{architecture}.{key} is {keys[key]!r}, expected {expected[0] if expected else 'none'}"
-        for key, expected in (NEUTRAL_VALUES | sizes).items()
+        for key, expected in {**NEUTRAL_VALUES, **sizes}.items()
         if key in keys and keys[key] not in expected
     ]
     unsupported += [f"{architecture}.{key} is missing" for key in REQUIRED_KEYS if key not in keys]

@@ -32,6 +32,7 @@ from dlo_export.graph_passes.lowerings.registry import (
 )
 from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
 from dlo_export.plugins.contract import size_problems
+from dlo_export.plugins.registration import check_library
 from dlo_export.runtimes.artefact.engine_record import BackendName, EngineRecord, Phase
 
 _MOST_BYTES = 1 << 40  # of one tensor or cache: more than a GPU has
@@ -119,7 +120,7 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
         dtype: --dtype: "auto", "fp32", "fp16" or "bf16".
 
     Raises:
-        InputError: The source or the options cannot be had.
+        InputError: The source, the options or the plugin library cannot be had.
         dlo_export.graph_passes.errors.GraphPassError: A layer is not what the lowering needs.
         MachineError: The backend is not here.
     """
@@ -129,11 +130,8 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
     check_use(source.base, "TensorRT")
     check_tensorrt_options(source, options)
     cache_limit()  # before the work: an engine that was built should not be lost to a variable
-    if request.plugin_library is not None and not request.plugin_library.is_file():
-        raise InputError(
-            f"--trt-plugin-library: {request.plugin_library} does not exist",
-            hint="build it as docs/tensorrt.md says, or leave the option out",
-        )
+    if request.plugin_library is not None:
+        check_library(request.plugin_library)
     backend, reason = resolve_backend(request.backend)
     check_backend(backend, request.targets)
     resolved = sixteen_bits(source.base.stored_dtype) if dtype == "auto" else dtype

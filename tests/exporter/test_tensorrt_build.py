@@ -176,7 +176,7 @@ def test_build_engine_fails_when_plugin_library_is_missing(tmp_path):
 
 def test_build_engine_fails_when_plugin_library_is_none(tmp_path):
     library = tmp_path / "libdlo_plugins.so"
-    library.write_bytes(b"\x7fELF no library")
+    library.write_bytes(b"\x7fELF no library\0getCreators\0")
     asked = save_request(tmp_path, "plugin", plugin_library=library)
     with pytest.raises(EngineBuildError, match="could not load it"):
         build_engine(asked, Reporter())

@@ -146,7 +146,13 @@ REFUSED = {
     "cache_too_small": (REFERENCE, ["--trt", "--trt-max-cache", "16"], "does not fit --trt-max-cache 16"),
     "last_logits_growing": (REFERENCE, ["--trt", "--trt-cache", "growing", "--trt-last-logits"], "--trt-cache static"),
     "unknown_target": (REFERENCE, ["--trt", "--trt-target", "sm42"], "sm42"),
-    "no_library": (REFERENCE, ["--trt", "--trt-plugin-library", "nowhere.so"], "nowhere.so"),
+    "no_library": (REFERENCE, ["--trt", "--trt-plugin-library", "nowhere.so"], "nowhere.so: no such file"),
+    "folder_for_library": (REFERENCE, ["--trt", "--trt-plugin-library", str(REFERENCE)], "is a folder; expected"),
+    "no_plugins": (
+        REFERENCE,
+        ["--trt", "--trt-plugin-library", str(Path(REFERENCE) / "config.json")],
+        "config.json: has no getCreators",
+    ),
 }
 
 
