@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.interface import KV_LENGTHS, LOGITS, WRITE_INDICES
+from dlo_export.checkpoints.interface import ATTENTION_MASK, KV_LENGTHS, LOGITS, WRITE_INDICES
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.find.data_flow import element_type
@@ -25,17 +25,23 @@ class KeepLastLogitsPass(GraphPass):
 
         logits = head(norm(y))                                           # [batch, sequence, vocab]
 
-    After, with a growing cache, where batches are padded at the left::
+    After, with a growing cache, where batches are padded at the left, or, by onnxruntime-genai, at the right::
 
-        logits = head(norm(Slice(y, -1, ∞, axis 1)))                     # [batch, 1, vocab]
+        real   = Slice(attention_mask, −sequence, ∞, axis 1)              # [batch, sequence], the step's own tokens
+        last   = Unsqueeze(ArgMax(real, axis 1, the last of equals), [2]) # [batch, 1, 1]
+        logits = head(norm(GatherND(y, last, batch_dims=1)))              # [batch, 1, vocab]
+
+    Where there is no attention_mask [batch, past + sequence], the last column is taken: Slice(y, −1, ∞, axis 1).
 
     After, with a static cache, where they are ragged to the right::
 
         last   = Unsqueeze(kv_lengths − write_indices − 1, [1, 2])        # [batch, 1, 1]
         logits = head(norm(GatherND(y, last, batch_dims=1)))             # [batch, 1, vocab]
 
+    Of a sequence without a real token in the step it is the last column: nobody reads that.
+
     Scope: main graph; the head must take the number of tokens from what it reads.
-    Source: ONNX Slice-13, GatherND-13.
+    Source: ONNX Slice-13, ArgMax-13, GatherND-13.
     """
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, UseStaticCachePass)
@@ -50,7 +56,9 @@ class KeepLastLogitsPass(GraphPass):
         # Whoever reads the stream now is the head; noted before what follows reads it too.
         readers = [(node, index) for node, index in stream.uses()]
         if WRITE_INDICES in inputs and KV_LENGTHS in inputs:
-            row = _gathered(graph, new, layer, inputs[WRITE_INDICES], inputs[KV_LENGTHS])
+            row = _gathered(new, layer, _written(graph, new, inputs[WRITE_INDICES], inputs[KV_LENGTHS]))
+        elif (mask := inputs.get(ATTENTION_MASK)) is not None and mask.shape is not None and len(mask.shape) == 2:
+            row = _gathered(new, layer, _unpadded(graph, new, layer, mask))
         else:
             row = _sliced(graph, new, layer)
         # What follows computes one row per sequence: norm and head take the number of tokens from what they read.
@@ -75,24 +83,43 @@ def _sliced(graph: ir.Graph, new: TaggedNodes, layer: DecoderLayer) -> ir.Value:
     return new.add("Slice", stream, first, end, axis, name="model.last_token", dtype=element_type(stream), shape=shape)
 
 
-def _gathered(
-    graph: ir.Graph, new: TaggedNodes, layer: DecoderLayer, write_indices: ir.Value, kv_lengths: ir.Value
-) -> ir.Value:
-    """Each sequence's last real token of the stream, [batch, 1, hidden]."""
+def _unpadded(graph: ir.Graph, new: TaggedNodes, layer: DecoderLayer, mask: ir.Value) -> ir.Value:
+    """Where each sequence's last real token stands in the step, [batch, 1, 1]."""
     stream, int64 = layer.output, ir.DataType.INT64
-    # A step's tokens begin at write_indices and end before kv_lengths, so the last real one of them is this one.
+    batch, sequence = layer.token_dims
+    end = shared_constant(graph, "model.last_token.end", np.array([np.iinfo(np.int64).max], np.int64))
+    axis = shared_constant(graph, "model.last_token.axis", np.array([1], np.int64))
+    axes = shared_constant(graph, "model.last_token.axes", np.array([2], np.int64))
+    sizes = new.add("Shape", stream, name="model.last_token.sizes", dtype=int64, shape=(3,))
+    count = new.add("Slice", sizes, axis, axes, name="model.last_token.count", dtype=int64, shape=(1,))  # from 1 to 2
+    first = new.add("Neg", count, name="model.last_token.first", dtype=int64, shape=(1,))
+    name, shape = "model.last_token.real", (batch, sequence)
+    real = new.add("Slice", mask, first, end, axis, name=name, dtype=element_type(mask), shape=shape)
+    name = "model.last_token.index"
+    last = new.add("ArgMax", real, name=name, dtype=int64, shape=(batch, 1), axis=1, keepdims=1, select_last_index=1)
+    return new.add("Unsqueeze", last, axes, name="model.last_token.indices", dtype=int64, shape=(batch, 1, 1))
+
+
+def _written(graph: ir.Graph, new: TaggedNodes, write_indices: ir.Value, kv_lengths: ir.Value) -> ir.Value:
+    """Likewise, where a step's tokens begin at write_indices and end before kv_lengths."""
+    int64 = ir.DataType.INT64
     one = shared_constant(graph, "model.last_token.one", np.array([1], np.int64))
     axes = shared_constant(graph, "model.last_token.axes", np.array([1, 2], np.int64))
     shape: tuple[int | str, ...] = ("batch",)
     count = new.add("Sub", kv_lengths, write_indices, name="model.last_token.count", dtype=int64, shape=shape)
     last = new.add("Sub", count, one, name="model.last_token.index", dtype=int64, shape=shape)
-    index = new.add("Unsqueeze", last, axes, name="model.last_token.indices", dtype=int64, shape=("batch", 1, 1))
+    return new.add("Unsqueeze", last, axes, name="model.last_token.indices", dtype=int64, shape=("batch", 1, 1))
+
+
+def _gathered(new: TaggedNodes, layer: DecoderLayer, index: ir.Value) -> ir.Value:
+    """Each sequence's last real token of the stream, [batch, 1, hidden]."""
+    stream = layer.output
     return new.add(
         "GatherND",
         stream,
         index,
         name="model.last_token",
         dtype=element_type(stream),
-        shape=("batch", 1, layer.hidden_size),
+        shape=(layer.token_dims[0], 1, layer.hidden_size),
         batch_dims=1,
     )

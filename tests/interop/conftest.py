@@ -46,6 +46,12 @@ def attention_if_artefact(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def last_logits_artefact(tmp_path_factory):
+    """The head runs for the last token of each sequence alone."""
+    return of_kind(tmp_path_factory, "llama_dlo_exattn", last_logits=True)
+
+
+@pytest.fixture(scope="session")
 def layer_artefact(tmp_path_factory):
     """Tokens skip whole layers: there is one more state, which a Llama has not."""
     return of_kind(tmp_path_factory, "llama_dlo")

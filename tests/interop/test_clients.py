@@ -92,6 +92,15 @@ def test_optimum_generates_the_runners_tokens_when_a_batch_is_left_padded(artefa
         assert row[: len(wanted)] == wanted
 
 
+@pytest.mark.parametrize("kind", ["routed", "attention", "last_logits"])
+def test_genai_generates_the_runners_tokens_when_it_pads_a_batch_at_the_right(kind, request):
+    folder = request.getfixturevalue(f"{kind}_artefact")
+    prompts = [Tokenizer(folder).encode(text) for text in (PROMPT, "Hi")]
+    answer = client("genai").run(folder, prompt=prompts, new_tokens=NEW_TOKENS)
+    for row, wanted in zip(answer["tokens"], tokens_of(folder, prompts), strict=True):
+        assert row[: len(wanted)] == wanted
+
+
 @pytest.mark.parametrize("kind", ["gpt-2", "llama-bpe", "sentencepiece"])
 def test_transformers_4_gives_the_graphs_inputs_when_the_tokenizer_is_written_from_gguf(kind, tmp_path):
     artefact = gguf_artefact(kind, tmp_path)
