@@ -21,6 +21,6 @@ def test_peer_that_cannot_be_installed_is_named_and_leaves_nothing_that_looks_co
     with pytest.raises(MachineError, match=r"nobody cannot be installed.*\n\nhint: .*pip install") as raised:
         peer_environment("nobody", requirements)
     assert raised.value.exit_code == 4
-    assert "/nowhere/nobody.whl" in capfd.readouterr().err  # pip says why
+    assert "nobody.whl" in capfd.readouterr().err  # pip says why
     assert not is_installed("nobody", requirements)
     assert [path.name for path in (tmp_path / ".peers").iterdir()] == ["nobody"]
