@@ -111,3 +111,19 @@ def test_library_that_is_not_there_is_refused_before_anything_is_made(tmp_path: 
     assert done.returncode == 2
     assert "argument --ort-plugin-library: libdlo_ort.so is no file" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_of_the_clean_up_itself_leaves_no_folder_either(tmp_path: Path) -> None:
+    program = f"""
+import signal, sys
+from pathlib import Path
+from benchmarks.common import workspace
+workspace.WORKSPACE = Path({str(tmp_path)!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(lambda event, _: signal.raise_signal(signal.SIGINT) if event == "shutil.rmtree" else None)
+with workspace.temporary_folder() as folder:
+    (folder / "weights").touch()
+"""
+    done = _ended(program)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert list(tmp_path.iterdir()) == []
