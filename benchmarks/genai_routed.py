@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from benchmarks.common.arguments import existing_file
 from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.one_router import ask_first_router
@@ -165,7 +166,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("int4", "fp32"), default="int4")
     parser.add_argument("--phase", choices=tuple(LOWERINGS), action="append", help="may be given twice; default: both")
     parser.add_argument("--launches", type=int, default=LAUNCHES)
-    parser.add_argument("--ort-plugin-library", type=Path, help="libdlo_ort.so: measure the plugin lowering too")
+    parser.add_argument(
+        "--ort-plugin-library", type=existing_file, help="libdlo_ort.so: measure the plugin lowering too"
+    )
     parser.add_argument("--lowering", action="append", help="measure this one alone; may be given again; default: all")
     parser.add_argument("--artefacts", type=Path, help="keep the graphs here, and take them from here")
     parser.add_argument("--busy", action="store_true", help="take the machine as it is")

@@ -249,13 +249,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", type=Path, help="the program plugin_host")
     parser.add_argument("--sanitizer", help="compute-sanitizer, to run the host under")
     options = parser.parse_args(arguments)
+    if options.jit or options.cubins:
+        from dlo_export.modeling.devices import torch_device  # noqa: PLC0415 - brings PyTorch, which a host needs none of
     if options.jit:
         dtype, tile = options.jit
         for value, known in ((dtype, tuple(LARGEST_ERROR)), (tile, get_args(TileName))):
             if value not in known:
                 parser.error(f"argument --jit: {value!r} is none of {', '.join(known)}")
+        torch_device("cuda")
         rows = by_jit(dtype, cast(TileName, tile))
     elif options.cubins:
+        torch_device("cuda")
         rows = by_image(options.cubins)
     elif None in (options.library, options.host):
         parser.error("give --jit, --cubins, or --library with --host")

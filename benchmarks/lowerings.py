@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from benchmarks.common.arguments import existing_file
 from benchmarks.common.grid_steps import GridSteps, share_threads
 from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.lowering_grid import Cell, cells
@@ -187,14 +188,15 @@ def main() -> None:
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
     parser.add_argument("--provider", choices=PROVIDER_TARGETS, default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--ort-plugin-library", type=Path, help="libdlo_ort.so: measure the plugin lowering too")
+    parser.add_argument(
+        "--ort-plugin-library", type=existing_file, help="libdlo_ort.so: measure the plugin lowering too"
+    )
     given = parser.parse_args()
     if given.write_table is None and not given.prepare:
         BY_OPTION[given.provider].check_here()
     use_huge_pages()
     end = time.monotonic() + given.seconds
-    library = None if given.ort_plugin_library is None else given.ort_plugin_library.resolve()
-    grid = Grid(given.provider, given.threads, library, given.results.with_suffix(".graphs"))
+    grid = Grid(given.provider, given.threads, given.ort_plugin_library, given.results.with_suffix(".graphs"))
     share_threads(given.threads)
     if given.write_table is not None:
         given.launches = 0

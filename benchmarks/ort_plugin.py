@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.common.arguments import existing_file
 from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.measure import Samples, print_report, versions
 from benchmarks.common.onnxruntime_worker import DecoderStep
@@ -144,7 +145,7 @@ def _compare(graphs: dict[str, Path], library: Path, tokens: np.ndarray, sequenc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(TITLES))
-    parser.add_argument("library", type=Path, help="libdlo_ort.so")
+    parser.add_argument("library", type=existing_file, help="libdlo_ort.so")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--busy", action="store_true", help="do not wait for other programs, nor repeat for them")
     parser.add_argument("--launches", type=int, help="of the processes, per case; the model's own number unless given")
@@ -154,7 +155,7 @@ def main() -> None:
     use_huge_pages()
     if given.prepare and given.artefacts is None:
         parser.error("--prepare: needs --artefacts")
-    library = given.library.resolve()
+    library = given.library
     with contextlib.ExitStack() as stack:
         place = given.artefacts or stack.enter_context(temporary_folder())
         cases = _kept_cases(given.model, library, given.threads, place)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE, temporary_folder
 from dlo_export.checkpoints.errors import MachineError
 
 # Installed first and by its exact version: a range would pull the newest CUDA build.
@@ -34,10 +35,11 @@ def peer_environment(name: str, requirements: Path | None = None) -> Path:
         for wanted in (*torch, ["-r", str(requirements)]):
             pip = [str(environment / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
             commands.append([*pip, *wanted])
-        for command in commands:
-            if code := subprocess.run(command, check=False).returncode:
-                hint = f"what failed has said why: {shlex.join(command)}"
-                raise MachineError(f"{name} cannot be installed: that ended with {code}", hint=hint)
+        with temporary_folder() as scratch:  # pip unpacks and compiles gigabytes there, which a Ctrl-C would leave
+            for command in commands:
+                if code := subprocess.run(command, check=False, env={**os.environ, "TMPDIR": str(scratch)}).returncode:
+                    hint = f"what failed has said why: {shlex.join(command)}"
+                    raise MachineError(f"{name} cannot be installed: that ended with {code}", hint=hint)
         (environment / _INSTALLED).write_text(requirements.read_text())
     return environment / "bin"
 

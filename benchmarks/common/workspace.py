@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dlo_export.checkpoints.files.uninterrupted import uninterrupted
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKSPACE = REPOSITORY / ".peers"
 
@@ -20,8 +22,12 @@ def temporary_folder() -> Iterator[Path]:
     Where a benchmark keeps what it makes, a rename out of it is all that is left to do.
     """
     WORKSPACE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=WORKSPACE) as folder:
-        yield Path(folder)
+    folder = tempfile.TemporaryDirectory(dir=WORKSPACE)
+    try:
+        yield Path(folder.name)
+    finally:
+        with uninterrupted():
+            folder.cleanup()
 
 
 def kept(folder: Path, made_for: Any, make: Callable[[Path], Any]) -> Any:

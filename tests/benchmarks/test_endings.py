@@ -83,6 +83,7 @@ def test_fault_of_a_benchmark_shows_its_traceback(program: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
+        ("kernel_correctness", "--jit", "bfloat16", "decode"),
         ("lowerings", "--provider", "cuda", "--results", "grid.jsonl"),
         ("training_rate", "--device", "cuda"),
         ("training_speed", "--device", "cuda"),
@@ -100,4 +101,29 @@ def test_missing_gpu_is_told_before_anything_is_made(options: tuple[str, ...], t
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr.startswith("error: ")
     assert "CUDA" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_library_that_is_not_there_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.lowerings", "--results", str(tmp_path / "grid.jsonl")]
+    command += ["--ort-plugin-library", "libdlo_ort.so"]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "argument --ort-plugin-library: libdlo_ort.so is no file" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_of_the_clean_up_itself_leaves_no_folder_either(tmp_path: Path) -> None:
+    program = f"""
+import signal, sys
+from pathlib import Path
+from benchmarks.common import workspace
+workspace.WORKSPACE = Path({str(tmp_path)!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(lambda event, _: signal.raise_signal(signal.SIGINT) if event == "shutil.rmtree" else None)
+with workspace.temporary_folder() as folder:
+    (folder / "weights").touch()
+"""
+    done = _ended(program)
+    assert (done.returncode, done.stderr) == (130, "")
     assert list(tmp_path.iterdir()) == []
