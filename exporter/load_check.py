@@ -9,8 +9,8 @@ import onnx_ir as ir
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_description import interface
-from dlo_export.exporter.parity_check import named_operators
 from dlo_export.exporter.pipeline import prepare_foreign
+from dlo_export.exporter.provider_gaps import named_operators
 from dlo_export.exporter.skeleton import without_weights
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators

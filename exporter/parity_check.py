@@ -22,6 +22,7 @@ from dlo_export.checkpoints.llama_layer import EMBEDDING
 from dlo_export.exporter.artefact_runner import cache_slots, exposed_model, runner_for
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, build_model
+from dlo_export.exporter.provider_gaps import named_operators
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.reduced_source import ReducedSource, without_layers
 from dlo_export.exporter.sources.source import ExportSource
@@ -31,16 +32,14 @@ from dlo_export.exporter.weight_file import external_tensors, save_weights, take
 from dlo_export.graph_passes.cleanup.state_cache_sizes import StateCacheSizesPass
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.find.padding import takes_left_padding
-from dlo_export.graph_passes.find.projections import HEAD_NORM_INPUTS
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.graph_passes.naming import free_interface_names
 from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.weights.matmul_nbits import EIGHT_BIT_ACTIVATIONS
-from dlo_export.graph_passes.weights.storage import Place
 from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
-from dlo_export.runtimes.onnxruntime.providers import CPU, NORMING_ATTENTION, Provider
+from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.parity.cases import parity_cases
@@ -288,23 +287,6 @@ def doubt_about_kernels(released: ir.Model, description: ArtefactDescription, pr
         "ONNX Runtime's CPU provider may compute float16 MatMulNBits of accuracy_level 4 wrongly in branches, and "
         "rounds to 8 bits elsewhere: whether it is that, a graph built with accuracy_level 0 shows"
     )
-
-
-def named_operators(model: ir.Model) -> set[str]:
-    """What of a graph providers' gaps may name: operators with their `reduction`, and those of other domains."""
-    nodes = list(model.graph.all_nodes())
-    norming = {
-        NORMING_ATTENTION
-        for node in nodes
-        for index in HEAD_NORM_INPUTS.get((node.domain, node.op_type), {}).values()
-        if Place(node, index).value is not None
-    }
-    reductions = {
-        f"{node.op_type}({node.attributes['reduction'].as_string()})"
-        for node in nodes
-        if "reduction" in node.attributes
-    }
-    return norming | reductions | {f"{node.domain}::{node.op_type}" for node in nodes if node.domain}
 
 
 def graph_candidate(

@@ -120,6 +120,7 @@ def _tune(
     from dlo_export.exporter.tune import tunable, tune  # noqa: PLC0415
     from dlo_export.runtimes.bench import ratio  # noqa: PLC0415
 
+    folder = folder.resolve()  # a link goes on leading to the artefact, which is replaced where it lies
     description = tunable(folder, provider, plugin_library)
     needed = workload.batch * (workload.prompt_tokens + workload.decode_tokens)
     ids = held_out_sequences(folder, text, -(-needed // SEQUENCE) * SEQUENCE).reshape(-1).tolist()
