@@ -8,11 +8,12 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dlo_export.checkpoints.device_options import ProviderOption
-from dlo_export.checkpoints.interface import past_name
+from dlo_export.checkpoints.interface import LOGITS, past_name
 from dlo_export.exporter.pipeline import exposed
+from dlo_export.exporter.provider_gaps import gaps_explained
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.plugins.ort_registration import no_library
-from dlo_export.runtimes.artefact.description import MODEL_NAME, load_description
+from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription, load_description
 from dlo_export.runtimes.artefact.files import check_model_files
 from dlo_export.runtimes.decoder_interface import cache_kind
 from dlo_export.runtimes.onnxruntime.in_place_runner import InPlaceRunner
@@ -44,7 +45,8 @@ def open_artefact(
 
     Raises:
         InputError: The folder is no artefact, or its files are not of the sizes its description says.
-        dlo_export.runtimes.errors.BackendUnavailableError: The provider is not there, or does not start.
+        dlo_export.runtimes.errors.BackendUnavailableError: The provider is not there, does not start, or has no kernels
+            for the graph.
         dlo_export.runtimes.errors.RuntimeInputError: ONNX Runtime refuses the graph.
         dlo_export.plugins.errors.PluginLibraryError: It has dlo operators, and no library that computes them is given.
     """
@@ -54,21 +56,38 @@ def open_artefact(
     if operators and plugin_library is None:
         raise no_library(operators)
     shown = scores and description.routing is not None
-    return runner_for(value.name for value in description.interface.inputs)(
-        exposed_model(load_graph(folder / MODEL_NAME)) if shown else folder / MODEL_NAME,
-        weights_folder=folder if shown else None,
-        name=name or folder.name,
-        thresholds=description.router_thresholds,
-        threads=threads,
-        allow_spinning=allow_spinning,
-        plugin_library=plugin_library if operators else None,
-        provider=BY_PROVIDER[provider or description.provider],
-    )
+    runs_it = BY_PROVIDER[provider or description.provider]
+    with gaps_explained(description, folder, runs_it):
+        return runner_for(value.name for value in description.interface.inputs)(
+            exposed_model(load_graph(folder / MODEL_NAME)) if shown else folder / MODEL_NAME,
+            weights_folder=folder if shown else None,
+            name=name or folder.name,
+            thresholds=description.router_thresholds,
+            threads=threads,
+            allow_spinning=allow_spinning,
+            plugin_library=plugin_library if operators else None,
+            provider=runs_it,
+        )
 
 
 def runner_for(inputs: Iterable[str]) -> type[OnnxRuntimeRunner] | type[InPlaceRunner]:
     """What runs a graph of ours in ONNX Runtime, by the names of its inputs."""
     return InPlaceRunner if cache_kind(tuple(inputs)) == "in_place" else OnnxRuntimeRunner
+
+
+def held_tokens(description: ArtefactDescription) -> int | None:
+    """Tokens per sequence that the cache of an artefact's model.onnx holds; None where it grows with them."""
+    shapes = {spec.name: spec.shape for spec in description.interface.inputs}
+    if cache_kind(tuple(shapes)) == "growing":
+        return None
+    slots = shapes[past_name(0, "key")][2]
+    assert isinstance(slots, int), "what is written in place has a size"
+    return slots
+
+
+def gives_last_logits(description: ArtefactDescription) -> bool:
+    """Whether an artefact computes logits of each sequence's last token alone."""
+    return next(spec for spec in description.interface.outputs if spec.name == LOGITS).shape[1] == 1
 
 
 def cache_slots(graph: ir.Graph) -> int:

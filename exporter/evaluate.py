@@ -11,7 +11,7 @@ from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.checkpoints.llama_layer import parse_router
-from dlo_export.exporter.artefact_runner import open_artefact
+from dlo_export.exporter.artefact_runner import held_tokens, open_artefact
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.runtimes.artefact.description import FILE_NAME, load_description
@@ -141,7 +141,7 @@ def _evaluate_artefact(
 ) -> ModelEvaluation:
     folder = Path(request.model)
     description = load_description(folder)
-    plan = _plan(request, texts, tasks, folder, reporter)
+    plan = _plan(request, texts, tasks, folder, reporter, slots=held_tokens(description))
     opened = open_artefact(
         folder,
         scores=request.active_rate,
@@ -180,11 +180,23 @@ def _evaluate_on_torch(
 
 
 def _plan(
-    request: EvaluationRequest, texts: tuple[Text, ...], tasks: tuple[Task, ...], folder: Path, reporter: Reporter
+    request: EvaluationRequest,
+    texts: tuple[Text, ...],
+    tasks: tuple[Task, ...],
+    folder: Path,
+    reporter: Reporter,
+    *,
+    slots: int | None = None,
 ) -> EvaluationPlan:
-    """Tokens, by the tokenizer and the context length of a folder."""
+    """Tokens, by the tokenizer and the context length of a folder, or the slots of its cache where these are fewer."""
+    if slots is not None and request.sequence is not None and request.sequence > slots:
+        raise InputError(
+            f"{folder}: sequence is {request.sequence}, its static cache holds {slots} tokens",
+            hint=f"measure shorter sequences, or export with --static-cache {request.sequence} or more",
+        )
+    context = GenerationConfig.from_folder(folder, origin=Path(request.model)).context_length
     settings = EvaluationSettings(
-        context=GenerationConfig.from_folder(folder, origin=Path(request.model)).context_length,
+        context=min((length for length in (context, slots) if length is not None), default=None),
         sequence=request.sequence,
         stride=request.stride,
         batch=request.batch,

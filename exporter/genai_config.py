@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.device_options import ProviderOption
+from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.checkpoints.interface import (
     LOGITS,
@@ -45,6 +48,7 @@ _PROVIDER_OPTIONS: Mapping[ProviderOption, Mapping[str, Mapping[str, str]]] = {
     "cuda": {"cuda": CUDA.options},
 }
 _OPERATOR_LIBRARY = "custom_ops_library"
+_SHOWN = 40  # characters of a wrong value
 
 
 def genai_config(
@@ -110,6 +114,28 @@ def genai_config(
             "no_repeat_ngram_size": 0,
         },
     }
+
+
+def check_genai_config(settings: Mapping[str, Any], path: Path) -> None:
+    """Refuses settings that the functions below cannot change: somebody's, or an artefact's that was edited.
+
+    Args:
+        settings: As read.
+        path: Of the file, to be named.
+
+    Raises:
+        CheckpointError: One of the objects that they change is none; `session_options` may be left out.
+    """
+    model = settings.get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    session = decoder.get("session_options", {}) if isinstance(decoder, dict) else None
+    places = {"model": model, "model.decoder": decoder, "model.decoder.session_options": session}
+    for field, value in places.items():
+        if not isinstance(value, dict):
+            raise CheckpointError(
+                f"{path}: {field} is {json.dumps(value)[:_SHOWN]}, expected an object",
+                hint="correct it, or take the file away",
+            )
 
 
 def carried_genai_config(given: Mapping[str, Any], num_layers: int, *, routed: bool) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.checkpoints.interface import LOGITS
 from dlo_export.checkpoints.lazy_tensors import AbsentTensor
 from dlo_export.checkpoints.llama_layer import router_name
+from dlo_export.exporter.artefact_runner import gives_last_logits
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.model_metadata import copy_model_metadata
 from dlo_export.exporter.pipeline import onnxruntime_steps, run_steps
@@ -106,10 +106,9 @@ class ReloweredGraph:
     def _build(self, lowering: str) -> ir.Model:
         config = LlamaConfig.from_json(self._folder / "config.json")
         source = _ReleasedSource(config, self._released)
-        logits = next(spec for spec in self._description.interface.outputs if spec.name == LOGITS)
         target = PROVIDER_TARGETS[self._description.provider]
         record = find_lowering(lowering, target)
-        steps = onnxruntime_steps(source, record, target, last_logits=logits.shape[1] == 1)
+        steps = onnxruntime_steps(source, record, target, last_logits=gives_last_logits(self._description))
         # Exports of before there were these passes have another head or other routers: what they have stays.
         newer: list[type[GraphPass]] = []
         if MultiplyTiedHeadPass.__name__ not in {run.name for run in passes_run(self._released)}:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,18 +21,25 @@ from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.output_check import check_output_folder
 from dlo_export.checkpoints.files.whole_folder import whole_folder
-from dlo_export.checkpoints.files.written_files import LIST_NAME, written_names
+from dlo_export.checkpoints.files.written_files import LIST_NAME, unfamiliar_files, written_names
 from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.artefact_description import complete_description
 from dlo_export.exporter.artefact_runner import runner_for
-from dlo_export.exporter.genai_config import GENAI_CONFIG_NAME, with_operator_library
+from dlo_export.exporter.genai_config import GENAI_CONFIG_NAME, check_genai_config, with_operator_library
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.provider_gaps import gaps_explained
 from dlo_export.exporter.relowering import ReloweredGraph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering, skipping_lowerings
 from dlo_export.plugins.ort_registration import check_library, no_library
-from dlo_export.runtimes.artefact.description import FILE_NAME, MODEL_NAME, PARITY_NAME, ArtefactDescription
+from dlo_export.runtimes.artefact.description import (
+    FILE_NAME,
+    MODEL_NAME,
+    PARITY_NAME,
+    ArtefactDescription,
+    load_description,
+)
 from dlo_export.runtimes.artefact.engine_record import ParityVerdict
 from dlo_export.runtimes.artefact.files import check_model_files
 from dlo_export.runtimes.bench import Subject, Timing, Workload, compare_speed, spread
@@ -39,6 +47,8 @@ from dlo_export.runtimes.decoder_interface import cache_kind
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
 from dlo_export.runtimes.parity.tolerances import TOLERANCES
 from dlo_export.runtimes.runner import FloatArray, Runner
+
+_NAMED_FILES = 5  # of those that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +79,13 @@ def tunable(folder: Path, provider: ProviderOption | None, plugin_library: Path 
         plugin_library: libdlo_ort.so, where it is given.
 
     Raises:
-        InputError: It is no artefact, damaged, dense, has engines or a static cache, or files of the user's lie in it.
+        InputError: It is no artefact, damaged, dense, has engines or a static cache, files of the user's lie in it, or
+            it cannot be replaced where it is.
+        MachineError: Nor written beside it.
         dlo_export.plugins.errors.PluginLibraryError: It has dlo operators, and no library that computes them is given.
     """
     description = open_description(folder)  # first: what is no artefact is told so, not that it cannot be replaced
-    check_output_folder(folder, overwrite=True, makes=FolderKind.ARTEFACT)
+    _check_rewritable(folder)
     check_model_files(description, folder)
     again = "export the model again with another --lowering, and compare the artefacts with dlo bench"
     if description.routing is None:
@@ -95,6 +107,30 @@ def tunable(folder: Path, provider: ProviderOption | None, plugin_library: Path 
         check_library(plugin_library)
     BY_PROVIDER[description.provider].check_here()
     return description
+
+
+def _check_rewritable(folder: Path) -> None:
+    """Refuses an artefact that could not be written anew, before hours are spent on measuring it."""
+    if unfamiliar := unfamiliar_files(folder):
+        raise InputError(
+            f"{folder}: its folder is replaced as a whole, and holds what dlo-export did not write: "
+            f"{', '.join(unfamiliar[:_NAMED_FILES])}",
+            hint="move that away, or tune a copy of the artefact",
+        )
+    try:
+        check_output_folder(folder, overwrite=True, makes=FolderKind.ARTEFACT)
+    except InputError as err:  # whose hints are about names for what is made
+        raise InputError(err.message, hint="run it from another folder, or tune a copy that can be replaced") from err
+    _genai_config(folder)
+
+
+def _genai_config(folder: Path) -> dict[str, Any] | None:
+    """An artefact's genai_config.json, which may be the user's by now; None where there is none."""
+    if not (path := folder / GENAI_CONFIG_NAME).is_file():
+        return None
+    settings = read_json(path)
+    check_genai_config(settings, path)
+    return settings
 
 
 def tune(
@@ -176,16 +212,18 @@ def _open(
     threads: int | None,
     plugin_library: Path | None,
 ) -> Runner:
-    return runner_for(value.name or "" for value in model.graph.inputs)(
-        bytes(ir.to_proto(model).SerializeToString()),
-        weights_folder=folder,
-        name=name,
-        thresholds=description.router_thresholds,
-        threads=threads,
-        allow_spinning=False,
-        plugin_library=plugin_library if plugin_operators(model) else None,
-        provider=BY_PROVIDER[description.provider],
-    )
+    provider = BY_PROVIDER[description.provider]
+    with gaps_explained(description, folder, provider):
+        return runner_for(value.name or "" for value in model.graph.inputs)(
+            bytes(ir.to_proto(model).SerializeToString()),
+            weights_folder=folder,
+            name=name,
+            thresholds=description.router_thresholds,
+            threads=threads,
+            allow_spinning=False,
+            plugin_library=plugin_library if plugin_operators(model) else None,
+            provider=provider,
+        )
 
 
 def _prompt_logits(runner: Runner, token_ids: Sequence[int], workload: Workload) -> FloatArray:
@@ -211,7 +249,7 @@ def rewrite_lowering(
         difference: How far its logits were from those before, relative to the largest.
 
     Raises:
-        InputError: Files of the user's lie in the folder.
+        InputError: Files of the user's lie in the folder, or it is not the described artefact any more.
         MachineError: It cannot be written; it is as it was.
     """
     verdict = description.parity.verdict
@@ -232,12 +270,26 @@ def rewrite_lowering(
         for name in written_names(folder):
             if name not in (MODEL_NAME, FILE_NAME, PARITY_NAME, LIST_NAME) and (folder / name).is_file():
                 _take_over(folder / name, staging / name)
-        if (settings := staging / GENAI_CONFIG_NAME).is_file():
-            values = with_operator_library(read_json(settings), needed=bool(tuned.plugin_operators))
-            settings.unlink()  # a second name of the artefact's own, which stays as it is
-            save_json(settings, values)
+        if (settings := _genai_config(folder)) is not None:
+            # Under the staging name it may be the artefact's own file, which stays as it is.
+            (staging / GENAI_CONFIG_NAME).unlink(missing_ok=True)
+            values = with_operator_library(settings, needed=bool(tuned.plugin_operators))
+            save_json(staging / GENAI_CONFIG_NAME, values)
         ir.save(model, staging / MODEL_NAME)
         complete_description(tuned, staging)
+        _check_same(description, folder, staging)
+
+
+def _check_same(description: ArtefactDescription, folder: Path, staging: Path) -> None:
+    """Refuses weights that are not those the graph was measured with: another command may have put others there."""
+    kept = [(file.name, file.sha256) for file in description.files if file.name != folder / MODEL_NAME]
+    written = load_description(staging).files
+    taken = [(folder / file.name.name, file.sha256) for file in written if file.name != staging / MODEL_NAME]
+    if load_description(folder) != description or taken != kept:
+        raise InputError(
+            f"{folder}: was changed while its lowerings were measured; it stays as it is now",
+            hint="run it again, and let nothing write to the artefact meanwhile",
+        )
 
 
 def _take_over(source: Path, target: Path) -> None:

@@ -40,13 +40,13 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of the table.")] = False,
 ) -> None:
     """Time prefill and decode of artefacts in alternating blocks, with their active rates on real text."""
-    from dlo_export.checkpoints.generation_config import GenerationConfig  # noqa: PLC0415
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
-    from dlo_export.exporter.artefact_runner import open_artefact  # noqa: PLC0415
+    from dlo_export.exporter.artefact_runner import held_tokens, open_artefact  # noqa: PLC0415
     from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.runtimes.artefact.description import load_description, mean_active_rates  # noqa: PLC0415
     from dlo_export.runtimes.bench import Subject, Workload, compare_speed, ratio  # noqa: PLC0415
+    from dlo_export.runtimes.evaluation.active_rate import measure_active_rate  # noqa: PLC0415
     from dlo_export.runtimes.evaluation.encoding import Window  # noqa: PLC0415
     from dlo_export.runtimes.evaluation.perplexity import measure_perplexity  # noqa: PLC0415
     from dlo_export.runtimes.evaluation.scorer import RunnerScorer, Segment  # noqa: PLC0415
@@ -59,12 +59,8 @@ def main(
         _tune(artefacts[0], text, workload, reporter, threads, provider, ort_plugin_library, as_json=as_json)
         return
     descriptions = [open_description(folder) if verify else load_description(folder) for folder in artefacts]
-    for folder in artefacts:
-        context = GenerationConfig.from_folder(folder).context_length
-        if context is not None and prompt_tokens + decode_tokens > context:
-            reporter.warn(
-                f"{folder}: {prompt_tokens} tokens and {decode_tokens} steps go beyond its context of {context}"
-            )
+    for folder, description in zip(artefacts, descriptions, strict=True):
+        _check_fits(folder, description, prompt_tokens, decode_tokens, reporter, perplexity=bool(perplexity_tokens))
     workload = Workload(batch, prompt_tokens, decode_tokens, rounds)
     needed = max(perplexity_tokens, batch * (prompt_tokens + decode_tokens))
     sequences = [held_out_sequences(folder, text, -(-needed // SEQUENCE) * SEQUENCE) for folder in artefacts]
@@ -92,17 +88,47 @@ def main(
         row: dict[str, Any] = {"artefact": str(folder), **timing.summary()}
         row["prefill_ratio"] = ratio(timing.prefill, timings[0].prefill)
         row["decode_ratio"] = ratio(timing.decode, timings[0].decode)
-        windows = [Window(Segment(sequence, 1), 0) for sequence in ids[: max(1, perplexity_tokens // SEQUENCE)]]
         opened = open_artefact(folder, threads=threads, plugin_library=ort_plugin_library, provider=provider)
-        with opened as runner, reporter.stage("perplexity"):
-            measured = measure_perplexity(RunnerScorer(runner), windows)
-        row["perplexity"] = measured.perplexity.value if perplexity_tokens else None
-        row["active_rate"] = mean_active_rates(description, measured.active_rate)
+        with opened as runner, reporter.stage("perplexity" if perplexity_tokens else "active rate"):
+            # Of what fits the cache; a window's last token is not fed.
+            length = min(SEQUENCE, (held_tokens(description) or SEQUENCE) + 1)
+            count = max(SEQUENCE, perplexity_tokens) // length
+            texts = ids.reshape(-1)[: count * length].reshape(count, length)
+            if perplexity_tokens:
+                measured = measure_perplexity(RunnerScorer(runner), [Window(Segment(each, 1), 0) for each in texts])
+                row["perplexity"], rates = measured.perplexity.value, measured.active_rate
+            else:
+                row["perplexity"], rates = None, measure_active_rate(runner, texts[:, :-1])
+        row["active_rate"] = mean_active_rates(description, rates)
         rows.append(row)
     if as_json:
         print_json({"workload": vars(workload), "artefacts": rows}, indent=None)
     else:
         _print_table(rows, workload)
+
+
+def _check_fits(
+    folder: Path, description: Any, prompt_tokens: int, decode_tokens: int, reporter: Any, *, perplexity: bool
+) -> None:
+    """Refuses what an artefact cannot run, before anything is timed; tells of what it was not made for."""
+    from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
+    from dlo_export.checkpoints.generation_config import GenerationConfig  # noqa: PLC0415
+    from dlo_export.exporter.artefact_runner import gives_last_logits, held_tokens  # noqa: PLC0415
+
+    tokens = prompt_tokens + decode_tokens
+    context, slots = GenerationConfig.from_folder(folder).context_length, held_tokens(description)
+    if context is not None and tokens > context:
+        reporter.warn(f"{folder}: {prompt_tokens} tokens and {decode_tokens} steps go beyond its context of {context}")
+    if slots is not None and tokens > slots:
+        raise InputError(
+            f"{folder}: {prompt_tokens} tokens and {decode_tokens} steps, its static cache holds {slots} tokens",
+            hint=f"give --prompt-tokens and --decode-tokens that fit, or export with --static-cache {tokens} or more",
+        )
+    if perplexity and gives_last_logits(description):
+        raise InputError(
+            f"{folder}: gives the logits of each sequence's last token alone, which tell no perplexity",
+            hint="leave --perplexity out, or export without --last-logits",
+        )
 
 
 def _tune(
@@ -120,6 +146,7 @@ def _tune(
     from dlo_export.exporter.tune import tunable, tune  # noqa: PLC0415
     from dlo_export.runtimes.bench import ratio  # noqa: PLC0415
 
+    folder = folder.resolve()  # a link goes on leading to the artefact, which is replaced where it lies
     description = tunable(folder, provider, plugin_library)
     needed = workload.batch * (workload.prompt_tokens + workload.decode_tokens)
     ids = held_out_sequences(folder, text, -(-needed // SEQUENCE) * SEQUENCE).reshape(-1).tolist()

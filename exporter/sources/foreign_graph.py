@@ -28,6 +28,7 @@ from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer
 from dlo_export.checkpoints.interface import TOKEN_INPUTS
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, are_equal
 from dlo_export.checkpoints.llama_layer import EMBEDDING, FINAL_NORM, HEAD, layer_tensor_name
+from dlo_export.exporter.genai_config import check_genai_config
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.plain_graph.llama import plain_graph
 from dlo_export.exporter.sources.base_model import Refusal, Use, check_use
@@ -107,7 +108,7 @@ class ForeignGraph:
         """The genai_config.json beside the graph, where it is about this graph.
 
         Raises:
-            CheckpointError: It is no JSON object, or of another model.
+            CheckpointError: It is no JSON object, of another model, or holds something else where objects are changed.
         """
         path = _beside(self.path, "genai_config.json")
         if path is None:
@@ -121,6 +122,7 @@ class ForeignGraph:
                 f"{path}: model.decoder.num_hidden_layers is {layers}, {self.path.name} has {self.num_layers} layers",
                 hint="put the genai_config.json of the exported model beside the graph, or take it away",
             )
+        check_genai_config(settings, path)
         return settings
 
     def graph_dtype(self, choice: str, provider: ProviderOption = "cpu") -> str:

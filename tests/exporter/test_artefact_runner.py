@@ -8,7 +8,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_runner import exposed_model, open_artefact, open_engines
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
-from dlo_export.runtimes.errors import RuntimeInputError
+from dlo_export.runtimes.errors import BackendUnavailableError, RuntimeInputError
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from tests.runtimes.feeding import feed
 from tests.tiny_models import save_tiny_llama
@@ -58,3 +58,12 @@ def test_folder_is_refused_when_it_is_no_artefact_or_has_no_engines(artefact, tm
             open_artefact(tmp_path, scores=scores)
     with pytest.raises(RuntimeInputError, match=r"engines[\s\S]*hint: .*--trt"):
         open_engines(artefact)
+
+
+@pytest.mark.parametrize("routed", [None, (True, True)])
+def test_what_the_provider_lacks_is_said_when_it_cannot_run_the_type(tmp_path, routed):
+    save_tiny_llama(tmp_path / "model", layers=2, routed=routed)
+    export_model(ExportRequest(str(tmp_path / "model"), tmp_path / "out", parity=False, dtype="bf16"), Reporter())
+    with pytest.raises(BackendUnavailableError, match="CPU provider does not implement bfloat16") as refused:
+        open_artefact(tmp_path / "out")
+    assert "--dtype fp32" in (refused.value.hint or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -29,9 +30,10 @@ from dlo_export.runtimes.parity.cases import LONGEST_CASE, Case, step_feeds
 from dlo_export.runtimes.parity.compare import Candidate, compare
 from dlo_export.runtimes.torch.reference import open_reference
 from dlo_export.runtimes.torch.runner import TorchRunner
+from tests.exporter.forked_commands import run
 from tests.plugins.ort_library import built_library
 from tests.tiny_families import LAYERS, save_tiny_family
-from tests.tiny_models import save_tiny_llama
+from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 SLOTS = 32
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
@@ -276,3 +278,27 @@ def test_export_refuses_by_option_when_a_static_cache_does_not_go_with_it(model:
         with pytest.raises(InputError, match=reason):
             export_model(request, Reporter())
         assert not (tmp_path / "out").exists()
+
+
+def test_bench_and_evaluate_feed_what_fits_when_the_cache_is_short(tmp_path: Path) -> None:
+    sizes = SHAPE | {"routed": (True, True), "vocab": BYTE_VOCABULARY, "tokenizer": True}
+    save_tiny_llama(tmp_path / "model", layers=2, **sizes)
+    request = ExportRequest(
+        str(tmp_path / "model"), tmp_path / "out", parity=False, lowering="masked", static_cache=SLOTS
+    )
+    export_model(request, Reporter())
+    (tmp_path / "text.txt").write_text("Some words of a text that is long enough. " * 400)
+    text, messages = ("--text", tmp_path / "text.txt"), tmp_path / "messages"
+    steps = ("--rounds", "1", "--decode-tokens", "2", "--prompt-tokens")
+    timed = run("bench", tmp_path / "out", *text, *steps, SLOTS - 2, "--perplexity", 64, "--json", messages=messages)
+    assert timed.returncode == 0, timed.stderr
+    (row,) = json.loads(timed.stdout)["artefacts"]
+    assert 0 < row["active_rate"]["original"] < 1
+    assert row["perplexity"] > 1
+    longer = run("bench", tmp_path / "out", *text, *steps, SLOTS - 1, messages=messages)
+    assert (longer.returncode, f"--static-cache {SLOTS + 1} or more" in longer.stderr) == (2, True), longer.stderr
+    scored = run("evaluate", tmp_path / "out", *text, "--limit", 2, "--json", messages=messages)
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)["settings"]["sequence"] == SLOTS
+    longer = run("evaluate", tmp_path / "out", *text, "--sequence", SLOTS + 1, messages=messages)
+    assert (longer.returncode, f"its static cache holds {SLOTS} tokens" in longer.stderr) == (2, True), longer.stderr

@@ -490,3 +490,13 @@ def test_settings_beside_the_graph_are_refused_when_they_are_of_another(graph, t
     file.write_text(file.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
     with pytest.raises(CheckpointError, match=r"num_hidden_layers is 4, model\.onnx has 3 layers"):
         open_foreign_graph(tmp_path / "graph" / "model.onnx")
+
+
+def test_settings_beside_the_graph_are_refused_when_options_are_no_object(graph, tmp_path):
+    shutil.copytree(graph("fp32").parent, tmp_path / "graph")
+    file = tmp_path / "graph" / "genai_config.json"
+    settings = json.loads(file.read_text())
+    settings["model"]["decoder"]["session_options"] = None
+    file.write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"genai_config\.json: model\.decoder\.session_options is null"):
+        open_foreign_graph(tmp_path / "graph" / "model.onnx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.torch.runner import TorchRunner
 from tests.bare_session import BareSession
+from tests.exporter.forked_commands import run
 from tests.exporter.test_cli import dlo
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
@@ -82,6 +84,22 @@ def test_scoring_is_refused_with_the_option_to_leave_out_when_only_last_logits_a
         runner.reset(1)
         with pytest.raises(StepError, match="export without --last-logits"):
             runner.step(ids, np.ones_like(ids), np.arange(3)[np.newaxis])
+
+
+def test_bench_times_an_artefact_and_tells_active_rates_when_only_last_logits_are_computed(
+    exported: ExportResult, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("Some words of a text that is long enough. " * 400)
+    few = ("--rounds", "1", "--prompt-tokens", "8", "--decode-tokens", "2", "--text", tmp_path / "text.txt")
+    whole = export_model(
+        ExportRequest(str(exported.folder.with_name("model")), tmp_path / "whole", parity=False), Reporter()
+    )
+    both = run("bench", exported.folder, whole.folder, *few, "--json", messages=tmp_path / "messages")
+    assert both.returncode == 0, both.stderr
+    found, wanted = (artefact["active_rate"] for artefact in json.loads(both.stdout)["artefacts"])
+    assert found == wanted
+    scored = run("bench", exported.folder, *few, "--perplexity", "512", messages=tmp_path / "messages")
+    assert (scored.returncode, "leave --perplexity out" in scored.stderr) == (2, True), scored.stderr
 
 
 def test_parity_fails_when_the_graph_keeps_the_first_token_in_place_of_the_last(tmp_path: Path) -> None:

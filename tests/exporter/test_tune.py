@@ -131,6 +131,61 @@ def test_bench_tunes_an_artefact_when_its_lowerings_are_measured(tmp_path) -> No
     assert (report["before"], report["after"]) == ("masked", open_description(artefact).lowering)
 
 
+def test_artefact_is_tuned_where_a_link_leads_when_a_link_is_given(tmp_path) -> None:
+    save_tiny_llama(tmp_path / "model", layers=2, routed=(True, True), vocab=300)
+    save_byte_tokenizer(tmp_path / "model", 300)
+    artefact = exported(tmp_path, lowering="masked")
+    (tmp_path / "text.txt").write_text("Some words of a text that is long enough. " * 400)
+    (tmp_path / "link").symlink_to("out")
+    few = ("--rounds", "1", "--prompt-tokens", "8", "--decode-tokens", "2", "--text", tmp_path / "text.txt")
+    ended = run("bench", "--tune", tmp_path / "link", *few, "--json", messages=tmp_path / "messages")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["after"] == open_description(artefact).lowering
+    assert (tmp_path / "link").is_symlink()
+    inside = run("bench", "--tune", ".", *few, messages=tmp_path / "messages", working_folder=artefact)
+    assert (inside.returncode, "run it from another folder" in inside.stderr) == (2, True), inside.stderr
+
+
+@pytest.mark.parametrize("replaced", ["weights", "artefact"])
+def test_nothing_is_rewritten_when_somebody_else_changed_the_artefact_meanwhile(tmp_path, replaced) -> None:
+    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED)
+    artefact = exported(tmp_path, lowering="masked")
+    description = open_description(artefact)
+    model = ReloweredGraph(artefact, description).lowered("compact")
+    if replaced == "weights":
+        weights = artefact / "model.onnx.data"
+        content = bytearray(weights.read_bytes())
+        content[100] ^= 1
+        weights.write_bytes(content)
+    else:
+        shutil.rmtree(tmp_path / "model")
+        save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, seed=1)
+        exported(tmp_path, lowering="if", force=True)
+    own = contents(artefact)
+    with pytest.raises(InputError, match="was changed while its lowerings were measured"):
+        rewrite_lowering(artefact, description, model, "compact", "a reason", 0.0)
+    assert contents(artefact) == own
+    assert not list(tmp_path.glob(".out.*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ([], "holds a JSON list"),
+        ({}, "model is null"),
+        ({"model": 3}, "model is 3"),
+        ({"model": {"decoder": []}}, r"model\.decoder is \[\]"),
+        ({"model": {"decoder": {"session_options": None}}}, r"model\.decoder\.session_options is null"),
+    ],
+)
+def test_genai_config_that_was_edited_is_refused_before_anything_is_measured(tmp_path, settings, field) -> None:
+    save_tiny_llama(tmp_path / "model", layers=2, routed=(True, True))
+    artefact = exported(tmp_path)
+    (artefact / "genai_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=rf"out/genai_config\.json: .*{field}"):
+        tunable(artefact, None, None)
+
+
 def test_artefact_stays_as_it_is_when_it_cannot_be_tuned(tmp_path) -> None:
     save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED)
     artefact = exported(tmp_path)
