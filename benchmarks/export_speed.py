@@ -55,7 +55,7 @@ def main() -> None:
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     with temporary_folder() as bytecode:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        environment["PYTHONPYCACHEPREFIX"] = bytecode
+        environment["PYTHONPYCACHEPREFIX"] = str(bytecode)
         for run in range(runs + 1):
             for name in commands if run % 2 else reversed(commands):
                 with temporary_folder() as folder:

