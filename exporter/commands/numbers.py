@@ -30,7 +30,8 @@ def byte_count(option: str, text: str) -> int:
     count = 0 if parts is None or unit is None else int(float(parts[1]) * unit)
     if count < 1:
         raise InputError(
-            f"{option} {text}: is no size above zero", hint="give bytes, or a number with kB, MB, GB, KiB, MiB or GiB"
+            f"{option} {text}: is no size, expected one byte or more",
+            hint="give a number of at most 15 digits: bytes, or with kB, MB, GB, KiB, MiB or GiB",
         )
     return count
 
