@@ -31,7 +31,7 @@ from dlo_export.exporter.genai_config import (
 )
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.kept_data import kept_files, kept_names, new_weights_name
-from dlo_export.exporter.lowering_choice import choose_onnxruntime_lowering
+from dlo_export.exporter.lowering_choice import check_nothing_asked, choose_onnxruntime_lowering
 from dlo_export.exporter.model_metadata import set_model_metadata
 from dlo_export.exporter.pipeline import build_captured_model, build_model, check_captured
 from dlo_export.exporter.progress import Reporter
@@ -233,8 +233,11 @@ def _graph_form(request: ExportRequest, source: ExportSource, *, beside_engines:
         dtype = source.base.graph_dtype(request.dtype, request.provider)
     target, library = PROVIDER_TARGETS[request.provider], request.ort_plugin_library
     engines_only = beside_engines and not _runs_everywhere(request.lowering, target)
+    asked = "auto" if engines_only else request.lowering
+    if source.routers_removed:
+        check_nothing_asked(asked, source.base.path, routers_removed=True)
     lowering, reason = choose_onnxruntime_lowering(
-        "auto" if engines_only else request.lowering,
+        asked,
         dtype,
         routing=None if source.routing is None else source.routing.kind,
         path=source.base.path,

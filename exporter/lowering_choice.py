@@ -102,14 +102,26 @@ def _preferred(
     return [(record, record.reason) for record in suitable]
 
 
-def check_nothing_asked(choice: str, path: Path) -> None:
+def check_nothing_asked(choice: str, path: Path, *, routers_removed: bool = False) -> None:
     """Refuses to lower a model without routers.
+
+    Args:
+        choice: "auto" or the name of a lowering.
+        path: Of the source, for messages.
+        routers_removed: Whether it has none because the layers that had some were left out.
 
     Raises:
         InputError: A lowering is asked for.
     """
-    if choice != "auto":
+    if choice == "auto":
+        return
+    if routers_removed:
         raise InputError(
-            f"{path}: has no routers, so --lowering {choice} has nothing to lower",
-            hint="leave --lowering out, or give an adapter with routers (`dlo calibrate`)",
+            f"{path}: every routed layer passes everything on, so --remove-identity leaves --lowering {choice} nothing "
+            "to lower",
+            hint="leave one of the two options out",
         )
+    raise InputError(
+        f"{path}: has no routers, so --lowering {choice} has nothing to lower",
+        hint="leave --lowering out, or give an adapter with routers (`dlo calibrate`)",
+    )

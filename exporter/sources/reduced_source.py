@@ -50,6 +50,10 @@ class ReducedSource(ExportSource):
             if layer.position in new
         )
 
+    @property
+    def routers_removed(self) -> bool:  # noqa: D102
+        return self.routing is None and self.whole.routing is not None
+
     def routers(self) -> dict[int, np.ndarray]:  # noqa: D102
         new = self._new
         return {new[layer]: router for layer, router in self.whole.routers().items() if layer in new}

@@ -98,6 +98,11 @@ class ExportSource:
         own = [untrained_router_warning(untrained, self.routing.kind)] if untrained else []
         return (*self.base.warnings, *own)
 
+    @property
+    def routers_removed(self) -> bool:
+        """Whether nothing is routed because the layers that were routed are left out."""
+        return False
+
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
         """The base model's graph, before any pass: a new one with every call."""
         return self.base.plain_model(dtype)

@@ -204,7 +204,7 @@ def _planned(
     if phase == "decode":
         options = dataclasses.replace(options, max_sequence=1)
     if source.routing is None:
-        check_nothing_asked(lowering, source.base.path)
+        check_nothing_asked(lowering, source.base.path, routers_removed=source.routers_removed)
         model = build_tensorrt_model(source, options, graph_dtype(dtype))
         return PlannedEngine(phase, options, "nothing is routed", model)
     if lowering != "auto":

@@ -14,7 +14,7 @@ from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
-from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
+from dlo_export.graph_passes.find.data_flow import constant_scalar, constant_tensor, is_op
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
@@ -32,7 +32,7 @@ class UseGroupQueryAttentionPass(GraphPass):
 
     Before::
 
-        cos, sin      = Cos(angles), Sin(angles)                        # angles = position_ids · inv_freq
+        cos, sin      = Cos(angles), Sin(angles)                        # angles = position_ids · inv_freq; · factor
         q, k, v       = Split(qkv)                                      # or three products
         y, pk, pv     = Attention(RotaryEmbedding(q, cos, sin), RotaryEmbedding(k, cos, sin), v, bias,
                                   past_key, past_value)
@@ -44,7 +44,8 @@ class UseGroupQueryAttentionPass(GraphPass):
 
     `kv_lengths` int64 [batch] is how many tokens a sequence has after the step, the step's own included; it replaces
     `attention_mask` and `position_ids`: the first token of a sequence stands in slot 0, at position 0. All tokens of a
-    step are real; a step of several tokens is one of a single sequence, which is what the operator takes. A slot that
+    step are real; a step of several tokens is one of a single sequence, which is what the operator takes. Where a layer
+    rotates nothing, neither does its operator (do_rotary = 0, no tables). A slot that
     was never written must hold a finite number: CUDA's kernels multiply it by 0 (measured with 1.31.1). Nothing is
     allocated, read back or laid out anew in a step, so a CUDA graph captures it. Scope: main graph. Source: ONNX
     Runtime's contrib operators; what has its kernels stands in docs/OperatorKernels.md there: float32 and float16 on a
@@ -65,7 +66,7 @@ class UseGroupQueryAttentionPass(GraphPass):
     nodes_from: ClassVar[Border | None] = "injected"
 
     def check(self, model: ir.Model) -> None:
-        """There is at least one slot, and every attention is rotated by tables of its own positions.
+        """There is at least one slot, and every attention is rotated by tables of its own positions, or not at all.
 
         Raises:
             GraphPassError: With all reasons.
@@ -77,7 +78,7 @@ class UseGroupQueryAttentionPass(GraphPass):
                     f"{place(attention.node)} has heads of {attention.head_dim}, expected a multiple of "
                     f"{_HEAD_MULTIPLE}"
                 )
-            found = _rotary_frequencies(attention)
+            found = _rotary_tables(attention)
             if isinstance(found, str):
                 problems.append(f"{place(attention.node)}: {found}")
         if problems:
@@ -117,13 +118,16 @@ class UseGroupQueryAttentionPass(GraphPass):
         return past
 
     def _rewrite(self, graph: ir.Graph, attention: CachedAttention, past_lengths: ir.Value) -> None:
-        frequencies = _rotary_frequencies(attention)
-        assert not isinstance(frequencies, str), "asked by check"
-        # Angles in float32, as the graph computed them; a table row is a position, and a position is a slot.
-        angles = np.arange(self.max_cache, dtype=np.float32)[:, np.newaxis] * frequencies.reshape(1, -1)
+        rotary = _rotary_tables(attention)
+        assert not isinstance(rotary, str), "asked by check"
         dtype = attention.dtype.numpy()
-        cos = shared_constant(graph, f"{_ROTARY}.cos_table", np.cos(angles).astype(dtype))
-        sin = shared_constant(graph, f"{_ROTARY}.sin_table", np.sin(angles).astype(dtype))
+        tables: list[ir.Value | None] = []
+        if rotary is not None:
+            # In float32, as the graph computed them; a table row is a position, and a position is a slot.
+            angles = np.arange(self.max_cache, dtype=np.float32)[:, np.newaxis] * rotary.frequencies.reshape(1, -1)
+            for table, values in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
+                scaled = (values * rotary.factor).astype(dtype)
+                tables.append(shared_constant(graph, f"{_ROTARY}.{table}_table", scaled))
         slots = shared_constant(graph, "model.cache_slots", np.array(self.max_cache, np.int32))
 
         node = attention.node
@@ -134,8 +138,13 @@ class UseGroupQueryAttentionPass(GraphPass):
         scale: dict[str, Any] = {"scale": node.attributes["scale"].as_float()} if "scale" in node.attributes else {}
         new = ir.node(
             "GroupQueryAttention",
-            [*_query_key_value(attention), *past, past_lengths, slots, cos, sin],
-            {"num_heads": attention.query_heads, "kv_num_heads": attention.kv_heads, "do_rotary": 1, **scale},
+            [*_query_key_value(attention), *past, past_lengths, slots, *tables],
+            {
+                "num_heads": attention.query_heads,
+                "kv_num_heads": attention.kv_heads,
+                "do_rotary": int(rotary is not None),
+                **scale,
+            },
             domain=MICROSOFT,
             num_outputs=3,
             name=f"{attention.name}.group_query_attention",
@@ -160,24 +169,63 @@ def _rotation(value: ir.Value) -> ir.Node | None:
     return node if is_op(node, "RotaryEmbedding") and node is not None and len(node.inputs) == 3 else None
 
 
-def _rotary_frequencies(attention: CachedAttention) -> np.ndarray | str:
-    """What a position is multiplied by, float32 [head_dim / 2]; in words, why the rotation is another one."""
-    query, key = (_rotation(attention.operand(index)) for index in (0, 1))
+@dataclasses.dataclass(frozen=True)
+class _RotaryTables:
+    """What cosines and sines are computed from.
+
+    Attributes:
+        frequencies: What a position is multiplied by, float32 [head_dim / 2].
+        factor: What both tables are multiplied by, float32: YaRN's, else 1.
+    """
+
+    frequencies: np.ndarray
+    factor: np.float32
+
+
+def _rotary_tables(attention: CachedAttention) -> _RotaryTables | str | None:
+    """Of the tables that queries and keys are rotated by; None where neither is; in words, why it is done otherwise."""
+    rotations = query, key = [_rotation(attention.operand(index)) for index in (0, 1)]
+    if rotations == [None, None] and all(_is_projected(attention.operand(index)) for index in (0, 1)):
+        return None
     if query is None or key is None:
         return "its query and key are not rotated by tables, each in a RotaryEmbedding of its own"
+    if (problem := _form_problem(query, key)) is not None:
+        return problem
+    # Backwards from the tables, behind a cast: cosine and sine of one product, of positions and constants.
+    scaled = [_scaled(_behind(value, "Cast")) for value in query.inputs[1:]]
+    (cos, factor), (sin, other) = ((_producer(value), factor) for value, factor in scaled)
+    angles = cos.inputs[0] if cos is not None and sin is not None and cos.inputs[0] is sin.inputs[0] else None
+    product = _producer(angles) if is_op(cos, "Cos") and is_op(sin, "Sin") and factor == other else None
+    factors = list(product.inputs) if is_op(product, "Mul") and product is not None else []
+    tensors = [constant_tensor(value) for value in factors]
+    constants = [tensor for tensor in tensors if tensor is not None and tensor.size == attention.head_dim // 2]
+    positions = any(map(_are_positions, factors))
+    if positions and tensors == [None, None]:
+        return "its frequencies are computed in every step (dynamic, longrope), and its tables would be made once"
+    if len(constants) != 1 or not positions:
+        return f"its tables are not cosine and sine of {POSITION_IDS} times {attention.head_dim // 2} constants"
+    return _RotaryTables(np.asarray(constants[0].numpy(), np.float32).reshape(-1), np.float32(factor))
+
+
+def _form_problem(query: ir.Node, key: ir.Node) -> str | None:
+    """Why two RotaryEmbedding nodes are none that the operator can stand for."""
     if any(node.attributes[name].value for node in (query, key) for name in _OTHER if name in node.attributes):
         return "its rotation is interleaved or partial"
     if list(query.inputs[1:]) != list(key.inputs[1:]):
         return "its query and key are rotated by different tables"
-    # Backwards from the tables, behind a cast: cosine and sine of one product, of positions and constants.
-    cos, sin = (_producer(_behind(value, "Cast")) for value in query.inputs[1:])
-    angles = cos.inputs[0] if cos is not None and sin is not None and cos.inputs[0] is sin.inputs[0] else None
-    product = _producer(angles) if is_op(cos, "Cos") and is_op(sin, "Sin") else None
-    tensors = [constant_tensor(value) for value in product.inputs] if is_op(product, "Mul") and product else []
-    constants = [tensor for tensor in tensors if tensor is not None and tensor.size == attention.head_dim // 2]
-    if len(constants) != 1 or not any(_are_positions(value) for value in (product.inputs if product else ())):
-        return f"its tables are not cosine and sine of {POSITION_IDS} times {attention.head_dim // 2} constants"
-    return np.asarray(constants[0].numpy(), np.float32).reshape(-1)
+    return None
+
+
+def _scaled(table: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """What a table is a multiple of, and by which constant; itself and 1 where it is none."""
+    product = _producer(table)
+    factor = constant_scalar(product.inputs[1]) if is_op(product, "Mul") and product is not None else None
+    return (table, 1.0) if product is None or factor is None else (product.inputs[0], factor)
+
+
+def _is_projected(value: ir.Value | None) -> bool:
+    """Whether nothing but a bias, a norm and the cut of a joined product stand between a MatMul and a query or key."""
+    return is_op(_producer(_behind(value, "Split", "Add", "Reshape", "RMSNormalization")), "MatMul")
 
 
 _OTHER = ("interleaved", "rotary_embedding_dim")
@@ -201,8 +249,10 @@ def _are_positions(value: ir.Value | None) -> bool:
 
 def _query_key_value(attention: CachedAttention) -> list[ir.Value | None]:
     """The operator's first three inputs before rotation: one value that holds all three, where a Split cut it."""
-    rotated = [_rotation(attention.operand(index)) for index in (0, 1)]
-    parts = [node.inputs[0] for node in rotated if node is not None] + [attention.operand(2)]
+    operands = [attention.operand(index) for index in range(3)]
+    rotated = [_rotation(value) for value in operands[:2]]
+    parts = [node.inputs[0] if node is not None else value for node, value in zip(rotated, operands, strict=False)]
+    parts.append(operands[2])
     split = parts[0].producer() if parts[0] is not None else None
     if split is not None and is_op(split, "Split") and list(split.outputs) == parts:
         return [split.inputs[0], None, None]

@@ -32,7 +32,7 @@ from dlo_export.runtimes.torch.reference import open_reference
 from dlo_export.runtimes.torch.runner import TorchRunner
 from tests.exporter.forked_commands import run
 from tests.plugins.ort_library import built_library
-from tests.tiny_families import LAYERS, save_tiny_family
+from tests.tiny_families import LAYERS, ROPES, save_tiny_family
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 SLOTS = 32
@@ -202,6 +202,39 @@ def test_pass_refuses_with_all_layers_when_heads_are_too_narrow(tmp_path: Path) 
     with pytest.raises(GraphPassError, match="has heads of 8, expected a multiple of 16") as error:
         build_captured_model(source, "none", SLOTS)
     assert str(error.value).count("has heads of 8") == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("llama", ROPES["yarn"]),  # its tables are scaled
+        ("smollm3", {"attention_bias": True, "num_hidden_layers": 3}),  # its second layer rotates nothing
+        ("qwen3", {"num_hidden_layers": 2}),
+    ],
+    ids=str,
+)
+def test_artefact_equals_pytorch_when_tables_are_scaled_or_a_layer_has_none(
+    tmp_path: Path, family: str, values: dict[str, object]
+) -> None:
+    save_tiny_family(tmp_path / "model", family, **{**values, "head_dim": 16})
+    result = export_model(ExportRequest(str(tmp_path / "model"), tmp_path / "out", static_cache=48), Reporter())
+    assert result.description.parity.verdict == "PASS"
+    attentions = [node for node in ir.load(result.folder / "model.onnx").graph if node.op_type == "GroupQueryAttention"]
+    rotates = [node.attributes["do_rotary"].as_int() for node in attentions]
+    assert rotates == ([1, 0, 1] if family == "smollm3" else [1] * len(attentions))
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_pass_refuses_when_frequencies_depend_on_how_far_a_step_reaches(tmp_path: Path, rope: str) -> None:
+    values = json.loads(json.dumps(ROPES[rope]))
+    for name in ("short_factor", "long_factor"):
+        if name in values["rope_parameters"]:
+            values["rope_parameters"][name] *= 2  # one for each pair of a head of 16
+    save_tiny_family(tmp_path / "model", "llama", **values, head_dim=16)
+    source = open_source(str(tmp_path / "model"), None)
+    with pytest.raises(GraphPassError, match="its frequencies are computed in every step") as error:
+        build_captured_model(source, "none", SLOTS)
+    assert error.value.hint == "export without a static cache for ONNX Runtime"
 
 
 def test_pass_names_what_the_rotation_is_when_it_cannot_be_looked_up(tmp_path: Path) -> None:

@@ -121,3 +121,20 @@ def test_removal_is_refused_by_name_when_a_layer_changes_something_or_none_would
     save_file({name: 0 * value if name.endswith(ends) else value for name, value in load_file(file).items()}, file)
     result = dlo("export", model, "-o", tmp_path / "out", "--remove-identity")
     check_refused(result, tmp_path, "every layer passes everything on", "leave --remove-identity out")
+
+
+@pytest.mark.parametrize("engines", [(), ("--trt",)], ids=["", "trt"])
+def test_lowering_is_refused_by_name_when_every_routed_layer_is_removed(
+    tmp_path: Path, engines: tuple[str, ...]
+) -> None:
+    base = save_tiny_llama(tmp_path / "model", vocab=BYTE_VOCABULARY)
+    (tmp_path / "made").mkdir()
+    made = load_adapter(routed_adapter(base, tmp_path / "made", "mlp"))
+    kept = {name: value for name, value in made.tensors.items() if parse_router(name) in (None, *IDENTITY)}
+    is_dlo = tuple(layer in IDENTITY for layer in range(made.num_layers))
+    new_only = dataclasses.replace(made, is_dlo=is_dlo, router_thresholds={}, tensors=kept)
+    save_adapter(new_only, tmp_path / "new")
+    options = (tmp_path / "model", "-o", tmp_path / "out", "--adapter", tmp_path / "new", "--remove-identity")
+    result = dlo("export", *options, "--lowering", "compact", *engines)
+    check_refused(result, tmp_path, "every routed layer passes everything on", "leave one of the two options out")
+    assert dlo("export", *options).returncode == 0, "the model that is left is a plain one"
