@@ -28,8 +28,8 @@ class KeepLastLogitsPass(GraphPass):
     After, with a growing cache, where batches are padded at the left, or, by onnxruntime-genai, at the right::
 
         real   = Slice(attention_mask, −sequence, ∞, axis 1)              # [batch, sequence], the step's own tokens
-        last   = Unsqueeze(ArgMax(real, axis 1, the last of equals), [2]) # [batch, 1, 1]
-        logits = head(norm(GatherND(y, last, batch_dims=1)))              # [batch, 1, vocab]
+        last   = TopK(Mul(real, Range(0, sequence, 1)), 1)               # [batch, 1], the largest number of one
+        logits = head(norm(GatherND(y, Unsqueeze(last, [2]), batch_dims=1)))  # [batch, 1, vocab]
 
     Where there is no attention_mask [batch, past + sequence], the last column is taken: Slice(y, −1, ∞, axis 1).
 
@@ -38,10 +38,11 @@ class KeepLastLogitsPass(GraphPass):
         last   = Unsqueeze(kv_lengths − write_indices − 1, [1, 2])        # [batch, 1, 1]
         logits = head(norm(GatherND(y, last, batch_dims=1)))             # [batch, 1, vocab]
 
-    Of a sequence without a real token in the step it is the last column: nobody reads that.
+    Of a sequence without a real token in the step it is some column: nobody reads that. TopK finds a largest number
+    in every opset and with every provider; CUDA's has no ArgMax that takes the last of equals, nor of integers.
 
     Scope: main graph; the head must take the number of tokens from what it reads.
-    Source: ONNX Slice-13, ArgMax-13, GatherND-13.
+    Source: ONNX Slice-13, Range-11, TopK-11, GatherND-13.
     """
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (InjectLayersPass, UseStaticCachePass)
@@ -93,10 +94,23 @@ def _unpadded(graph: ir.Graph, new: TaggedNodes, layer: DecoderLayer, mask: ir.V
     sizes = new.add("Shape", stream, name="model.last_token.sizes", dtype=int64, shape=(3,))
     count = new.add("Slice", sizes, axis, axes, name="model.last_token.count", dtype=int64, shape=(1,))  # from 1 to 2
     first = new.add("Neg", count, name="model.last_token.first", dtype=int64, shape=(1,))
-    name, shape = "model.last_token.real", (batch, sequence)
-    real = new.add("Slice", mask, first, end, axis, name=name, dtype=element_type(mask), shape=shape)
-    name = "model.last_token.index"
-    last = new.add("ArgMax", real, name=name, dtype=int64, shape=(batch, 1), axis=1, keepdims=1, select_last_index=1)
+    shape = (batch, sequence)
+    real = new.add("Slice", mask, first, end, axis, name="model.last_token.real", dtype=element_type(mask), shape=shape)
+    if real.dtype != int64:
+        real = new.add("Cast", real, name="model.last_token.real_number", dtype=int64, shape=shape, to=int(int64))
+
+    # Numbers of the step's tokens, 0 at padding: the largest is the last real one's.
+    zero = shared_constant(graph, "model.last_token.zero", np.array(0, np.int64))
+    one = shared_constant(graph, "model.last_token.one", np.array(1, np.int64))
+    limit = new.add("Squeeze", count, name="model.last_token.limit", dtype=int64, shape=())
+    numbers = new.add("Range", zero, limit, one, name="model.last_token.numbers", dtype=int64, shape=(sequence,))
+    own = new.add("Mul", real, numbers, name="model.last_token.real_numbers", dtype=int64, shape=shape)
+    k = shared_constant(graph, "model.last_token.k", np.array([1], np.int64))
+    top = ir.node("TopK", [own, k], {"axis": 1}, num_outputs=2, name="model.last_token.top", metadata_props=new.tags)
+    last = top.outputs[0]
+    for value, name in zip(top.outputs, ("index", "index_place"), strict=True):
+        value.name, value.dtype, value.shape = f"model.last_token.{name}", int64, ir.Shape((batch, 1))
+    new.nodes.append(top)
     return new.add("Unsqueeze", last, axes, name="model.last_token.indices", dtype=int64, shape=(batch, 1, 1))
 
 
