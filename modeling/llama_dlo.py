@@ -163,7 +163,7 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -176,7 +176,8 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
 
         Args:
             input_ids: int64 [batch, sequence]; or `inputs_embeds`.
-            attention_mask: int64 [batch, past + sequence], 0 at padding; left padding works.
+            attention_mask: int64 [batch, past + sequence], 0 at padding; left padding works. For a cache of fixed size,
+                `generate()` gives finished masks, by kind of layer where config.json has `layer_types`.
             position_ids: int64 [batch, sequence].
             past_key_values: The cache of the tokens before. Every token writes it where MLPs are skipped, or attention
                 alone. Where skipped tokens leave no keys, it is a DynamicCache that remembers who was active (see
@@ -218,6 +219,8 @@ class LlamaDloModel(LlamaDloPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        if isinstance(attention_mask, Mapping):
+            (attention_mask,) = attention_mask.values()  # layers are of one kind: all see everything before them
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,

@@ -189,6 +189,21 @@ def test_model_opens_by_its_own_name_when_the_family_is_routed(tmp_path: Path) -
     assert tokens.shape == (2, 12)
 
 
+@pytest.mark.parametrize("routing", [kind for kind in get_args(RoutingKind) if leaves_keys(kind)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_gives_the_same_tokens_with_a_static_cache_when_the_family_is_routed(
+    tmp_path: Path, family: str, routing: RoutingKind
+) -> None:
+    save_tiny_family(tmp_path / "model", family)
+    route_tiny_family(tmp_path / "model", routing)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids, mask = torch.from_numpy(IDS)[:, :8], torch.ones(2, 8, dtype=torch.int64)
+    mask[1, :3] = 0  # padded at the left
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    grown = model.generate(ids, **options)
+    assert model.generate(ids, cache_implementation="static", **options).tolist() == grown.tolist()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_injected_layers_pass_everything_on_when_the_family_differs_from_llama(tmp_path: Path, family: str) -> None:
     reference = save_tiny_family(tmp_path / "model", family)
