@@ -51,7 +51,7 @@ def test_library_is_refused_when_it_is_none(tmp_path):
     file = tmp_path / "libdlo_plugins.so"
     file.write_text("not a library")
     answer = build(file, "bfloat16")
-    assert "could not load it" in answer["refused"]
+    assert "has no getCreators" in answer["refused"]
 
 
 def test_shim_is_refused_when_tensorrt_rtx_is_not_imported():
