@@ -33,10 +33,10 @@ def is_cut_short(path: Path) -> bool:
 
 
 def has_name(path: Path, name: str) -> bool:
-    """Whether a file holds a name as a library's table of functions does.
+    """Whether a file holds a name as a library's table of functions does, where longer names may share its end.
 
     Args:
         path: An existing file.
         name: Of a function.
     """
-    return f"\0{name}\0".encode() in path.read_bytes()
+    return f"{name}\0".encode() in path.read_bytes()
