@@ -75,10 +75,10 @@ class DecoderSession:
     def __init__(self, model: str | Path | bytes, name: str, cache: CacheKind, arguments: SessionArguments) -> None:
         self._name = name
         self.provider = arguments.get("provider", CPU)
-        options = arguments.get("options") or ort.SessionOptions()
+        options = _options(arguments)
         if cache == "growing":  # every decode step has new shapes: memory planned for them is planned for no other step
             options.enable_mem_pattern = False
-        self._session = open_session(model, name, {**arguments, "options": options})
+        self._session = _open(model, name, options, self.provider)
         specs = (tensor_specs(self._session.get_inputs()), tensor_specs(self._session.get_outputs()))
         self.interface = DecoderInterface.of(*specs, name, cache=cache)
 
