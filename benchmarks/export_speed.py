@@ -28,16 +28,7 @@ BAR = 0.25
 
 
 def run_once(command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> tuple[float, float]:
-    """Runs a command; returns seconds and peak resident megabytes.
-
-    Args:
-        command: Program and arguments.
-        log: Takes what it writes.
-        environment: Of the process; this one's unless given.
-
-    Raises:
-        RuntimeError: It failed, with what it wrote.
-    """
+    """Seconds and peak resident megabytes of a command, as `run_measured` runs it."""
     seconds, usage = run_measured(command, log, environment)
     return seconds, usage.ru_maxrss / 1024
 
