@@ -33,7 +33,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tasks" / "parity.jsonl").write_text('{"context": "Is 2 even?", "continuation": " yes"}\n')
     options = ("--mode", "routers", "--routers", "add", "--as-adapter", "--max-steps", 1, "--trained-rate")
     data = ("--data", folder / "text" / "library" / "train")
-    made = run("train", folder / "model", "-o", folder / "adapter", *data, *options, messages=folder / "made")
+    made = run("train", folder / "model", "-o", folder / "adapter", *data, *options)
     assert made.returncode == 0, made.stderr
     return folder
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import tempfile
 from pathlib import Path
 
 from dlo_export.exporter.cli import main
@@ -58,7 +59,7 @@ def start(
         messages: Files its stdout and stderr go to, with these as suffixes.
         working_folder: The current one by default.
         limits: Of the process: "cpu_seconds", "memory_bytes" and "file_bytes"; none by default.
-        environment: Variables it has beside this one's.
+        environment: Variables it has beside those of this process.
         privileged: Leave root its right to read and write whatever permissions say.
     """
     context = forkserver()
@@ -70,7 +71,7 @@ def start(
             str(messages),
             str(working_folder or os.getcwd()),
             limits or {},
-            environment or {},
+            {**os.environ, **(environment or {})},
             privileged,
             begins,
         ),
@@ -80,11 +81,13 @@ def start(
     return process
 
 
-def run(*arguments, messages: Path, **options):
+def run(*arguments, **options):
     """Runs a command to its end; options are those of `start`."""
-    process = start(arguments, messages, **options)
-    process.join()
-    return ended(process, messages)
+    with tempfile.TemporaryDirectory() as folder:
+        messages = Path(folder, "messages")
+        process = start(arguments, messages, **options)
+        process.join()
+        return ended(process, messages)
 
 
 def ended(process, messages: Path):
@@ -133,6 +136,7 @@ def _run(arguments, messages, folder, limits, environment, privileged, begins):
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)  # as in a process that has just started
     os.chdir(folder)
+    os.environ.clear()  # those of the process that all are forked from
     os.environ |= environment
     for number, suffix in ((1, ".stdout"), (2, ".stderr")):
         os.dup2(os.open(messages + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

@@ -20,8 +20,7 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.runtimes.artefact.description import FILE_NAME, load_description
 from dlo_export.runtimes.errors import ModelLoadError
-from tests.exporter import forked_commands
-from tests.exporter.test_cli import dlo
+from tests.exporter.forked_commands import run as dlo
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 SIZES = {"layers": 2, "hidden": 16, "intermediate": 24, "heads": 2, "kv_heads": 1}
@@ -223,7 +222,7 @@ def test_parity_verdict_is_refused_when_the_report_says_another(proven: Path, tm
 def test_inspect_shows_both_verdicts_and_that_the_report_was_removed(proven: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(proven, tmp_path / "artefact")
     for said in ("PASS", "not there"):
-        result = forked_commands.run("inspect", folder, messages=tmp_path / "messages")
+        result = dlo("inspect", folder)
         assert result.returncode == DONE, result.stderr
         assert f"parity PASS (parity.json: {said})" in " ".join(result.stdout.split())
         (folder / "parity.json").unlink(missing_ok=True)
@@ -238,7 +237,7 @@ def test_commands_name_the_file_when_a_copy_was_cut_short(
         size = file.seek(0, 2)
         file.truncate(size - 1)
     given = {"run": ["hello", "-n", "1"], "bench": ["--rounds", "1", "--prompt-tokens", "4", "--decode-tokens", "1"]}
-    result = forked_commands.run(command, artefact, *given[command], messages=tmp_path / "messages")
+    result = dlo(command, artefact, *given[command])
     assert result.returncode == BAD_INPUT, result.stderr
     assert f"{name}: was changed: it has {size - 1} bytes, expected {size}\n\nhint: copy" in result.stderr
 
@@ -246,14 +245,14 @@ def test_commands_name_the_file_when_a_copy_was_cut_short(
 def test_run_says_that_weights_were_left_out_when_they_were(tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "model", **SIZES, routed=(True, False), tokenizer=True, vocab=BYTE_VOCABULARY)
     export_model(ExportRequest(str(model), tmp_path / "artefact", weights=False), Reporter())
-    result = forked_commands.run("run", tmp_path / "artefact", "hello", messages=tmp_path / "messages")
+    result = dlo("run", tmp_path / "artefact", "hello")
     assert result.returncode == BAD_INPUT, result.stderr
     assert "has no weights, model.onnx.data was left out" in result.stderr
     assert "without --no-weights" in result.stderr
-    result = forked_commands.run("parity", tmp_path / "artefact", model, messages=tmp_path / "messages")
+    result = dlo("parity", tmp_path / "artefact", model)
     assert result.returncode == BAD_INPUT, result.stderr
     assert "has no weights, model.onnx.data was left out" in result.stderr
-    assert forked_commands.run("inspect", tmp_path / "artefact", messages=tmp_path / "messages").returncode == DONE
+    assert dlo("inspect", tmp_path / "artefact").returncode == DONE
 
 
 def _list_opened(artefact: Path, verify: bool, listed: Path) -> None:

@@ -68,13 +68,13 @@ def test_greedy_tokens_are_pytorchs_when_prompts_are_padded(model: Path, exporte
 @pytest.mark.parametrize("model", ["all"], indirect=True)
 @pytest.mark.parametrize("exported", ["auto"], indirect=True)
 def test_commands_take_the_artefact_when_attention_is_skipped(exported: ExportResult, tmp_path: Path) -> None:
-    inspected = run("inspect", exported.folder, messages=tmp_path / "inspected")
+    inspected = run("inspect", exported.folder)
     saved = "a token that skips a layer saves its part of attention's query and output projections"
     assert saved in " ".join(inspected.stdout.split())
-    told = run("run", exported.folder, "abc", "-n", "3", messages=tmp_path / "run")
+    told = run("run", exported.folder, "abc", "-n", "3")
     assert (told.returncode, "active, original layers:" in told.stderr) == (0, True), told.stderr
     few = ("--prompt-tokens", "8", "--decode-tokens", "2", "--rounds", "1")
-    timed = run("bench", exported.folder, *few, messages=tmp_path / "timed")
+    timed = run("bench", exported.folder, *few)
     assert timed.returncode == 0, timed.stderr
 
 
@@ -100,7 +100,7 @@ def test_tensorrt_is_refused_by_name_when_it_cannot_skip_attention(
 def test_expand_makes_routers_of_attention_when_asked(routing: str, kept: str, tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "model")
     options = ("--every", 1, "--routers", "--routing", routing)
-    result = run("expand", model, "-o", tmp_path / "deep", *options, messages=tmp_path / "told")
+    result = run("expand", model, "-o", tmp_path / "deep", *options)
     assert result.returncode == 0, result.stderr
     assert "every token skips those attentions" in result.stderr
     config = json.loads((tmp_path / "deep" / "config.json").read_text())

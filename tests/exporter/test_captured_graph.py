@@ -321,17 +321,17 @@ def test_bench_and_evaluate_feed_what_fits_when_the_cache_is_short(tmp_path: Pat
     )
     export_model(request, Reporter())
     (tmp_path / "text.txt").write_text("Some words of a text that is long enough. " * 400)
-    text, messages = ("--text", tmp_path / "text.txt"), tmp_path / "messages"
+    text = ("--text", tmp_path / "text.txt")
     steps = ("--rounds", "1", "--decode-tokens", "2", "--prompt-tokens")
-    timed = run("bench", tmp_path / "out", *text, *steps, SLOTS - 2, "--perplexity", 64, "--json", messages=messages)
+    timed = run("bench", tmp_path / "out", *text, *steps, SLOTS - 2, "--perplexity", 64, "--json")
     assert timed.returncode == 0, timed.stderr
     (row,) = json.loads(timed.stdout)["artefacts"]
     assert 0 < row["active_rate"]["original"] < 1
     assert row["perplexity"] > 1
-    longer = run("bench", tmp_path / "out", *text, *steps, SLOTS - 1, messages=messages)
+    longer = run("bench", tmp_path / "out", *text, *steps, SLOTS - 1)
     assert (longer.returncode, f"--static-cache {SLOTS + 1} or more" in longer.stderr) == (2, True), longer.stderr
-    scored = run("evaluate", tmp_path / "out", *text, "--limit", 2, "--json", messages=messages)
+    scored = run("evaluate", tmp_path / "out", *text, "--limit", 2, "--json")
     assert scored.returncode == 0, scored.stderr
     assert json.loads(scored.stdout)["settings"]["sequence"] == SLOTS
-    longer = run("evaluate", tmp_path / "out", *text, "--sequence", SLOTS + 1, messages=messages)
+    longer = run("evaluate", tmp_path / "out", *text, "--sequence", SLOTS + 1)
     assert (longer.returncode, f"its static cache holds {SLOTS} tokens" in longer.stderr) == (2, True), longer.stderr

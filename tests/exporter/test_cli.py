@@ -13,16 +13,10 @@ import torch
 
 from dlo_export import __version__
 from dlo_export.exporter.exit_codes import BAD_INPUT, MACHINE, OUR_BUG, exit_code, report_error
+from tests.exporter.forked_commands import run as dlo
 from tests.tiny_models import save_tiny_llama
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference_mlp_routed"
-
-
-def dlo(*arguments, **options):
-    code = "from dlo_export.exporter.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, **options
-    )
 
 
 def check_refused(result, folder, *words):

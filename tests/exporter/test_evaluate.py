@@ -23,14 +23,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "task.jsonl").write_text(CHOICES)
     (folder / "wrong.jsonl").write_text(CHOICES + '{"context": "One and"}\n')
     (folder / "empty.txt").write_text("")
-    exported = run("export", folder / "routed", "-o", folder / "artefact", "--no-parity", messages=folder / "export")
+    exported = run("export", folder / "routed", "-o", folder / "artefact", "--no-parity")
     assert exported.returncode == 0, exported.stderr
     return folder
 
 
 def evaluate(place: Path, tmp_path: Path, model: str, *options: str) -> Ended:
     arguments = [place / option if "." in option else option for option in options]
-    return run("evaluate", place / model, *arguments, messages=tmp_path / "messages")
+    return run("evaluate", place / model, *arguments)
 
 
 def test_an_artefact_measures_as_its_checkpoint_does(place: Path, tmp_path: Path) -> None:

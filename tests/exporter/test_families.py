@@ -36,7 +36,7 @@ from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.runtimes.parity.statistics import logit_statistics
 from dlo_export.runtimes.parity.tolerances import TOLERANCES
 from tests.bare_session import BareSession
-from tests.exporter.test_cli import dlo
+from tests.exporter.forked_commands import run as dlo
 from tests.static_session import StaticSession
 from tests.tiny_families import FAMILIES, LAYERS, ORIGINAL_CONTEXT, ROPES, route_tiny_family, save_tiny_family
 

@@ -19,8 +19,8 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.modeling.calibration.router_calibration import CalibrationSettings
-from tests.exporter import forked_commands
-from tests.exporter.test_cli import check_refused, dlo
+from tests.exporter.forked_commands import run as dlo
+from tests.exporter.test_cli import check_refused
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 
@@ -125,14 +125,12 @@ def test_run_is_refused_when_the_chat_template_fails_and_takes_the_prompt_raw(
     tmp_path, artefact_folder, template, said
 ):
     folder = shutil.copytree(artefact_folder, tmp_path / "artefact")
-    (tmp_path / "said").mkdir()
-    said_in = tmp_path / "said" / "run"
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
-    result = forked_commands.run("run", folder, "hello", "-n", "1", messages=said_in)
+    result = dlo("run", folder, "hello", "-n", "1")
     check_refused(result, tmp_path, "the chat template failed: ", said, "try --raw")
     assert result.stdout == ""
-    raw = forked_commands.run("run", folder, "hello", "-n", "1", "--raw", messages=said_in)
+    raw = dlo("run", folder, "hello", "-n", "1", "--raw")
     assert raw.returncode == 0, raw.stderr
 
 

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import onnxruntime_genai
 from tokenizers import Tokenizer
 
+from tests.exporter.forked_commands import run as dlo
 from tests.tiny_gguf import save_tiny_gguf
 from tests.tiny_models import save_tiny_llama
 from tests.tiny_sentencepiece import VOCABULARY, gguf_metadata, many_texts, train_sentencepiece
 
 BASIC_TEXTS = 100
-
-
-def export(model: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    code = "from dlo_export.exporter.cli import main; main()"
-    command = [sys.executable, "-c", code, "export", str(model), "-o", str(output), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_gguf_is_exported_whole_when_split_biased_and_with_sentencepiece(tmp_path: Path) -> None:
@@ -33,7 +26,7 @@ def test_gguf_is_exported_whole_when_split_biased_and_with_sentencepiece(tmp_pat
     first = save_tiny_gguf(
         folder, tmp_path / "model.gguf", "Q8_0", metadata=metadata, left_out=left_out, tensors_per_part=10
     )
-    result = export(first, tmp_path / "out")
+    result = dlo("export", first, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "parity PASS" in result.stdout
     assert "warning" not in result.stderr
@@ -49,7 +42,7 @@ def test_gguf_is_exported_whole_when_split_biased_and_with_sentencepiece(tmp_pat
 def test_gguf_is_exported_with_a_warning_when_its_tokenizer_is_unknown(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "tiny", layers=1)
     file = save_tiny_gguf(folder, tmp_path / "model.gguf", metadata={"tokenizer.ggml.model": "of-tomorrow"})
-    result = export(file, tmp_path / "out", "--no-parity")
+    result = dlo("export", file, "-o", tmp_path / "out", "--no-parity")
     assert result.returncode == 0
     assert result.stderr.count("warning: ") == 1
     assert "tokenizer.ggml.model is 'of-tomorrow', which is not known here: no tokenizer is written" in result.stderr

@@ -19,7 +19,7 @@ from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.torch.runner import TorchRunner
 from tests.bare_session import BareSession
 from tests.exporter.forked_commands import run
-from tests.exporter.test_cli import dlo
+from tests.exporter.forked_commands import run as dlo
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 MODELS = {
@@ -94,11 +94,11 @@ def test_bench_times_an_artefact_and_tells_active_rates_when_only_last_logits_ar
     whole = export_model(
         ExportRequest(str(exported.folder.with_name("model")), tmp_path / "whole", parity=False), Reporter()
     )
-    both = run("bench", exported.folder, whole.folder, *few, "--json", messages=tmp_path / "messages")
+    both = run("bench", exported.folder, whole.folder, *few, "--json")
     assert both.returncode == 0, both.stderr
     found, wanted = (artefact["active_rate"] for artefact in json.loads(both.stdout)["artefacts"])
     assert found == wanted
-    scored = run("bench", exported.folder, *few, "--perplexity", "512", messages=tmp_path / "messages")
+    scored = run("bench", exported.folder, *few, "--perplexity", "512")
     assert (scored.returncode, "leave --perplexity out" in scored.stderr) == (2, True), scored.stderr
 
 

@@ -16,7 +16,7 @@ from dlo_export.exporter.layer_parity import check_parity_by_layer
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.runtimes.parity.by_layer import LayerReport
-from tests.exporter import forked_commands
+from tests.exporter.forked_commands import run as dlo
 from tests.exporter.test_weightless import routing_adapter
 from tests.tiny_families import save_tiny_family
 from tests.tiny_models import save_tiny_llama
@@ -108,7 +108,7 @@ def test_decisions_are_compared_when_a_router_is_another(tmp_path: Path) -> None
 def test_command_prints_a_line_per_part_and_fails_with_1(tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "model", routed=ROUTED)
     artefact = exported(model, tmp_path / "out")
-    result = forked_commands.run("parity", artefact, model, "--by-layer", messages=tmp_path / "messages")
+    result = dlo("parity", artefact, model, "--by-layer")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "parity PASS  compact against PyTorch, a layer at a time, fp32"
@@ -120,7 +120,7 @@ def test_command_prints_a_line_per_part_and_fails_with_1(tmp_path: Path) -> None
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.input_layernorm.weight"] *= 2
     save_file(weights, model / "model.safetensors")
-    result = forked_commands.run("parity", artefact, model, "--by-layer", "--json", messages=tmp_path / "messages")
+    result = dlo("parity", artefact, model, "--by-layer", "--json")
     assert result.returncode == 1, result.stderr
     assert json.loads(result.stdout)["first_failing"] == "layer 1"
 

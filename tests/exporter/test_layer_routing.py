@@ -19,7 +19,8 @@ from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.torch.runner import TorchRunner
-from tests.exporter.test_cli import check_refused, dlo
+from tests.exporter.forked_commands import run as dlo
+from tests.exporter.test_cli import check_refused
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 HIDDEN = 32

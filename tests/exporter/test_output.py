@@ -1,7 +1,6 @@
 """Where commands write: refused before the work where it cannot be, and never over anything of a user's."""
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.runtimes.artefact.description import load_description
 from dlo_export.runtimes.artefact.files import verify_files
-from tests.exporter import forked_commands
+from tests.exporter.forked_commands import run as dlo
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 COMMANDS = ("export", "expand", "calibrate")
@@ -28,11 +27,6 @@ COMMANDS = ("export", "expand", "calibrate")
 @pytest.fixture
 def model(tmp_path):
     return save_tiny_llama(tmp_path / "model", layers=2)
-
-
-@pytest.fixture
-def dlo(tmp_path_factory):
-    return functools.partial(forked_commands.run, messages=tmp_path_factory.mktemp("messages") / "of")
 
 
 def digests(folder):
@@ -46,7 +40,7 @@ def check_refused(result, *words):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_refuses_its_output_before_the_work_when_it_is_a_strangers(dlo, tmp_path, command):
+def test_command_refuses_its_output_before_the_work_when_it_is_a_strangers(tmp_path, command):
     # There is no such model: had the command begun its work, it would have said so.
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
@@ -55,7 +49,7 @@ def test_command_refuses_its_output_before_the_work_when_it_is_a_strangers(dlo, 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_refuses_its_output_when_it_is_its_own_input(dlo, tmp_path, model, command):
+def test_command_refuses_its_output_when_it_is_its_own_input(tmp_path, model, command):
     assert dlo("expand", model, "-o", tmp_path / "deep", "--every", "1").returncode == DONE
     (tmp_path / "link").symlink_to(tmp_path / "deep")
     before = digests(tmp_path)
@@ -65,7 +59,7 @@ def test_command_refuses_its_output_when_it_is_its_own_input(dlo, tmp_path, mode
     assert digests(tmp_path) == before
 
 
-def test_export_refuses_its_output_when_it_is_its_adapter_or_holds_it(dlo, tmp_path, model):
+def test_export_refuses_its_output_when_it_is_its_adapter_or_holds_it(tmp_path, model):
     adapter = tmp_path / "art" / "adapter"
     assert dlo("expand", model, "-o", adapter, "--every", "1", "--adapter").returncode == DONE
     before = digests(tmp_path)
@@ -74,7 +68,7 @@ def test_export_refuses_its_output_when_it_is_its_adapter_or_holds_it(dlo, tmp_p
     assert digests(tmp_path) == before
 
 
-def test_export_replaces_its_artefact_but_no_users_file_in_it(dlo, tmp_path, model):
+def test_export_replaces_its_artefact_but_no_users_file_in_it(tmp_path, model):
     out = tmp_path / "out"
     export = ("export", model, "-o", out, "--no-parity")
     assert dlo(*export).returncode == DONE
@@ -86,7 +80,7 @@ def test_export_replaces_its_artefact_but_no_users_file_in_it(dlo, tmp_path, mod
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_expand_replaces_its_adapter_when_forced(dlo, tmp_path, model):
+def test_expand_replaces_its_adapter_when_forced(tmp_path, model):
     expand = ("expand", model, "-o", tmp_path / "out", "--adapter", "--every")
     assert dlo(*expand, "1").returncode == DONE
     assert dlo(*expand, "2", "--force").returncode == DONE
@@ -106,7 +100,7 @@ def test_expand_replaces_its_adapter_when_forced(dlo, tmp_path, model):
     ],
     ids=" ".join,
 )
-def test_command_refuses_its_output_before_the_work_when_its_disk_is_too_small(dlo, tmp_path, command):
+def test_command_refuses_its_output_before_the_work_when_its_disk_is_too_small(tmp_path, command):
     """A full file system, where one can be mounted."""
     model = save_tiny_llama(tmp_path / "model", hidden=64, vocab=BYTE_VOCABULARY, tokenizer=True)
     if "--adapter" in command and command[0] == "calibrate":
@@ -144,7 +138,7 @@ def read_only(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_refuses_its_output_before_the_work_when_its_place_is_read_only(dlo, tmp_path, command, read_only):
+def test_command_refuses_its_output_before_the_work_when_its_place_is_read_only(tmp_path, command, read_only):
     place = tmp_path / "place"
     place.mkdir()
     read_only(place)
@@ -156,7 +150,7 @@ def test_command_refuses_its_output_before_the_work_when_its_place_is_read_only(
 
 @pytest.mark.parametrize("inside", [".", "engines"])
 def test_export_refuses_its_output_before_the_work_when_nothing_in_it_can_be_removed(
-    dlo, tmp_path, model, read_only, inside
+    tmp_path, model, read_only, inside
 ):
     out = tmp_path / "out"
     with whole_folder(out) as staging:
@@ -169,7 +163,7 @@ def test_export_refuses_its_output_before_the_work_when_nothing_in_it_can_be_rem
     assert digests(tmp_path) == before
 
 
-def test_export_reads_a_model_that_is_read_only_and_names_a_file_that_it_may_not_read(dlo, tmp_path, model, read_only):
+def test_export_reads_a_model_that_is_read_only_and_names_a_file_that_it_may_not_read(tmp_path, model, read_only):
     read_only(model)
     assert dlo("export", model, "-o", tmp_path / "out", "--no-parity", privileged=False).returncode == DONE
     (model / "config.json").chmod(0)
@@ -186,7 +180,7 @@ def test_command_says_so_when_the_current_folder_is_gone(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_names_the_model_and_not_its_output_when_the_model_cannot_be_reached(dlo, tmp_path, command):
+def test_command_names_the_model_and_not_its_output_when_the_model_cannot_be_reached(tmp_path, command):
     (tmp_path / "secret").mkdir(mode=0o600)
     result = dlo(command, tmp_path / "secret" / "model", "-o", tmp_path / "out", privileged=False)
     assert result.returncode == MACHINE, result.stderr
@@ -198,7 +192,7 @@ def test_command_names_the_model_and_not_its_output_when_the_model_cannot_be_rea
     [("export", "--no-parity"), ("expand", "--every", "1"), ("expand", "--every", "1", "--adapter")],
     ids=" ".join,
 )
-def test_command_names_its_output_and_leaves_nothing_when_a_file_may_not_be_so_long(dlo, tmp_path, model, command):
+def test_command_names_its_output_and_leaves_nothing_when_a_file_may_not_be_so_long(tmp_path, model, command):
     limits = {"file_bytes": 4096}
     result = dlo(command[0], model, "-o", tmp_path / "deep" / "out", *command[1:], limits=limits)
     assert result.returncode == MACHINE, result.stderr
@@ -207,7 +201,7 @@ def test_command_names_its_output_and_leaves_nothing_when_a_file_may_not_be_so_l
 
 
 @pytest.mark.parametrize("make", [Path.touch, os.mkfifo], ids=["file", "pipe"])
-def test_train_refuses_its_run_folder_before_the_work_when_it_is_none(dlo, tmp_path, make):
+def test_train_refuses_its_run_folder_before_the_work_when_it_is_none(tmp_path, make):
     make(tmp_path / "out.run")
     train = ("train", tmp_path / "nothing", "--data", tmp_path, "-o", tmp_path / "out")
     check_refused(dlo(*train), "out.run: is no folder")
@@ -254,7 +248,7 @@ def test_failed_artefact_names_the_graphs_of_engines_when_parity_fails(tmp_path,
     assert description.engines == ()
 
 
-def test_command_replaces_nothing_of_another_kind_when_forced(dlo, tmp_path):
+def test_command_replaces_nothing_of_another_kind_when_forced(tmp_path):
     model = save_tiny_llama(tmp_path / "model", layers=2, vocab=BYTE_VOCABULARY, tokenizer=True)
     (tmp_path / "text.txt").write_text("One text of some words. " * 400)
     calibrate = ("calibrate", model, "--tokens", "512", "--evaluation-tokens", "512", "--text", tmp_path / "text.txt")
@@ -298,11 +292,11 @@ def test_command_replaces_nothing_of_another_kind_when_forced(dlo, tmp_path):
         (("parity", "x", ""), "'model'"),
     ],
 )
-def test_command_refuses_an_empty_argument_by_its_name(dlo, arguments, name):
+def test_command_refuses_an_empty_argument_by_its_name(arguments, name):
     check_refused(dlo(*arguments), name, "it is empty")
 
 
-def test_run_takes_an_empty_prompt(dlo, tmp_path):
+def test_run_takes_an_empty_prompt(tmp_path):
     check_refused(dlo("run", tmp_path, ""), "dlo_artifact.json")
 
 
@@ -324,7 +318,7 @@ def test_default_output_is_beside_the_model_when_its_path_has_no_name(tmp_path, 
     assert default_output("models/llama.gguf") == Path("llama-dlo")
 
 
-def test_export_names_its_output_after_the_folder_when_it_is_the_current_one(dlo, tmp_path, model, monkeypatch):
+def test_export_names_its_output_after_the_folder_when_it_is_the_current_one(tmp_path, model, monkeypatch):
     monkeypatch.chdir(model)
     assert dlo("export", ".", "--no-parity").returncode == DONE
     assert sorted(os.listdir(tmp_path)) == ["model", "model-dlo"]
@@ -349,5 +343,5 @@ def test_export_names_its_output_after_the_folder_when_it_is_the_current_one(dlo
         (("expand", "x"), "--output"),
     ],
 )
-def test_usage_errors_name_the_option(dlo, arguments, option):
+def test_usage_errors_name_the_option(arguments, option):
     check_refused(dlo(*arguments), option)

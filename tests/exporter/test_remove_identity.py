@@ -26,7 +26,8 @@ from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.runtimes.artefact.description import load_description
 from dlo_export.runtimes.generation.generate import generate
 from dlo_export.runtimes.torch.runner import TorchRunner
-from tests.exporter.test_cli import check_refused, dlo
+from tests.exporter.forked_commands import run as dlo
+from tests.exporter.test_cli import check_refused
 from tests.tiny_families import save_tiny_family
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 

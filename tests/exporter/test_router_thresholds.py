@@ -129,7 +129,7 @@ def test_artefact_says_its_thresholds(checkpoint: Path, artefact: Path) -> None:
 
 
 def test_inspect_shows_thresholds(artefact: Path, tmp_path: Path) -> None:
-    shown = run("inspect", artefact, messages=tmp_path / "inspect")
+    shown = run("inspect", artefact)
     assert shown.returncode == 0, shown.stderr
     assert "above 0.3000" in shown.stdout
     assert "above 0.6000" in shown.stdout
@@ -181,7 +181,7 @@ def test_flips_are_measured_from_the_layers_threshold() -> None:
 
 
 def test_thresholds_of_an_adapter_reach_the_graph_when_it_is_on_somebodys_graph(tmp_path: Path) -> None:
-    made = run("expand", OPTIMUM, "-o", tmp_path / "tli", "--adapter", "--every", 1, messages=tmp_path / "expand")
+    made = run("expand", OPTIMUM, "-o", tmp_path / "tli", "--adapter", "--every", 1)
     assert made.returncode == 0, made.stderr
     plain = load_adapter(tmp_path / "tli")
     hidden = next(iter(plain.layer_tensors(plain.injected_layers[0].position).values())).shape[-1]
@@ -216,7 +216,7 @@ def test_zero_routers_are_no_concern_when_their_threshold_lets_everything_throug
 
 def test_export_names_the_layer_when_a_checkpoints_threshold_is_wrong(checkpoint: Path, tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model", routed=[True, False, True], thresholds={1: 0.4, 2: 2.0})
-    result = run("export", folder, "-o", tmp_path / "out", messages=tmp_path / "export")
+    result = run("export", folder, "-o", tmp_path / "out")
     assert result.returncode == 2
     for words in ("router_thresholds.1 names a layer that is not routed", "router_thresholds.2 is 2.0", "hint:"):
         assert words in result.stderr

@@ -110,7 +110,7 @@ def test_command_leaves_old_or_new_when_a_signal_comes_at_any_moment(command, tm
             check_output_folder(out, overwrite=True)  # as the next command does first
         assert {*os.listdir(out.parent)} - ({"out.run"} if arguments[0] == "train" else set()) == {"out"}, said
         if arguments[0] == "train" and number == signal.SIGKILL and (out.parent / "out.run" / "training.json").exists():
-            again = forked_commands.run(*arguments, "-o", out, "--force", "--resume", messages=messages)
+            again = forked_commands.run(*arguments, "-o", out, "--force", "--resume")
             assert (again.returncode, digests(out)) == (DONE, made[1]), again.stderr
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from dlo_export.exporter.exit_codes import BUILD_FAILED, DONE, MACHINE
 from dlo_export.runtimes.artefact.description import load_description
 from dlo_export.runtimes.tensorrt.gpu import find_gpu
-from tests.exporter.test_cli import check_refused, dlo
+from tests.exporter.forked_commands import run as dlo
+from tests.exporter.test_cli import check_refused
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 DATA = Path(__file__).parents[1] / "data"

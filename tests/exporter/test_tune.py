@@ -123,7 +123,7 @@ def test_bench_tunes_an_artefact_when_its_lowerings_are_measured(tmp_path) -> No
     artefact = exported(tmp_path, lowering="masked")
     (tmp_path / "text.txt").write_text("Some words of a text that is long enough. " * 400)
     few = ("--rounds", "2", "--prompt-tokens", "8", "--decode-tokens", "2", "--text", tmp_path / "text.txt")
-    ended = run("bench", "--tune", artefact, *few, "--json", messages=tmp_path / "messages")
+    ended = run("bench", "--tune", artefact, *few, "--json")
     assert ended.returncode == 0, ended.stderr
     report = json.loads(ended.stdout)
     assert [row["lowering"] for row in report["lowerings"]] == ["masked", "if", "compact"]
@@ -138,11 +138,11 @@ def test_artefact_is_tuned_where_a_link_leads_when_a_link_is_given(tmp_path) -> 
     (tmp_path / "text.txt").write_text("Some words of a text that is long enough. " * 400)
     (tmp_path / "link").symlink_to("out")
     few = ("--rounds", "1", "--prompt-tokens", "8", "--decode-tokens", "2", "--text", tmp_path / "text.txt")
-    ended = run("bench", "--tune", tmp_path / "link", *few, "--json", messages=tmp_path / "messages")
+    ended = run("bench", "--tune", tmp_path / "link", *few, "--json")
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["after"] == open_description(artefact).lowering
     assert (tmp_path / "link").is_symlink()
-    inside = run("bench", "--tune", ".", *few, messages=tmp_path / "messages", working_folder=artefact)
+    inside = run("bench", "--tune", ".", *few, working_folder=artefact)
     assert (inside.returncode, "run it from another folder" in inside.stderr) == (2, True), inside.stderr
 
 
@@ -203,7 +203,7 @@ def test_artefact_stays_as_it_is_when_it_cannot_be_tuned(tmp_path) -> None:
         tunable(artefact, None, None)
     (artefact / "model.onnx").write_bytes(own["model.onnx"])
     assert contents(artefact) == own
-    several = run("bench", "--tune", artefact, artefact, messages=tmp_path / "messages")
+    several = run("bench", "--tune", artefact, artefact)
     assert (several.returncode, "--tune takes one artefact" in several.stderr) == (2, True), several.stderr
 
 

@@ -30,8 +30,8 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.graph_passes.checkpoint_weight import WeightOverflowError
-from tests.exporter import forked_commands
-from tests.exporter.test_cli import check_refused, dlo
+from tests.exporter.forked_commands import run as dlo
+from tests.exporter.test_cli import check_refused
 from tests.foreign_graphs import save_foreign_graph, save_routed_adapter
 from tests.tiny_gguf import save_tiny_gguf
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
@@ -93,19 +93,13 @@ def test_commands_refuse_a_checkpoint_by_tensor_when_it_holds_nan(tmp_path: Path
     assert ("; --allow-nonfinite takes it as it is" in result.stderr) is command.startswith("export")
 
 
-def run(*arguments: object, said: Path) -> forked_commands.Ended:
-    """A command that imports much."""
-    (said / "said").mkdir(exist_ok=True)
-    return forked_commands.run(*arguments, messages=said / "said" / "run")
-
-
 def test_parity_names_the_option_when_the_model_holds_nan(tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "model")
     export_model(ExportRequest(str(model), tmp_path / "artefact", parity=False), Reporter())
     spoil(model, UP, (3, 4), float("nan"))
-    result = run("parity", tmp_path / "artefact", model, said=tmp_path)
+    result = dlo("parity", tmp_path / "artefact", model)
     check_refused(result, tmp_path, f"{UP}[3, 4] is nan", "; --allow-nonfinite takes it as it is")
-    result = run("parity", tmp_path / "artefact", model, "--allow-nonfinite", "--json", said=tmp_path)
+    result = dlo("parity", tmp_path / "artefact", model, "--allow-nonfinite", "--json")
     assert result.returncode == PARITY_FAILED, result.stderr
     assert json.loads(result.stdout, parse_constant=pytest.fail)["verdict"] == "FAIL"
 
@@ -121,7 +115,7 @@ def test_fitting_refuses_a_checkpoint_by_tensor_when_it_holds_nan(tmp_path: Path
         "calibrate": ["--text", tmp_path / "texts", "--tokens", 512, "--evaluation-tokens", 512],
         "train": ["--data", tmp_path / "texts", "--routers", "add"],
     }
-    result = run(command, model, "-o", tmp_path / "out", *options[command], said=tmp_path)
+    result = dlo(command, model, "-o", tmp_path / "out", *options[command])
     check_refused(result, tmp_path, f"{UP}[3, 4] is nan")
     assert "allow-nonfinite" not in result.stderr
 

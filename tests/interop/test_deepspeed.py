@@ -73,7 +73,7 @@ def test_a_run_trains_as_one_process_does_when_deepspeed_shards_stops_and_resume
     save_chats(tmp_path / "chats.jsonl")
     options = (*STEPS, *options)
     arguments = ("train", tmp_path / "model", "-o", tmp_path / "one", "--data", tmp_path / "chats.jsonl", *OPTIONS)
-    alone = run(*arguments, *options, "--accumulate", 2, "--json", messages=tmp_path / "one-messages")
+    alone = run(*arguments, *options, "--accumulate", 2, "--json")
     assert alone.returncode == 0, alone.stderr
     output, log = tmp_path / "two", tmp_path / "two.run" / "log.jsonl"
     arguments = ("train", tmp_path / "model", "-o", output, "--data", tmp_path / "chats.jsonl", *OPTIONS, *options)
@@ -94,7 +94,7 @@ def test_a_run_trains_as_one_process_does_when_deepspeed_shards_stops_and_resume
     assert one.keys() == two.keys()
     for name, values in one.items():
         assert two[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
-    exported = run("export", output, "-o", tmp_path / "artefact", messages=tmp_path / "export")
+    exported = run("export", output, "-o", tmp_path / "artefact")
     assert exported.returncode == 0, exported.stderr
     assert json.loads((tmp_path / "artefact" / "parity.json").read_text())["verdict"] == "PASS"
 

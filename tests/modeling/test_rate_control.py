@@ -121,8 +121,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def calibrate(place: Path, model: str, output: Path, *options: object) -> Ended:
     common = ("--text", place / "texts", "--evaluation-tokens", 2048, "--json")
-    messages = output.with_name(f"{output.name}-messages")
-    return run("calibrate", place / model, "-o", output, *common, *options, messages=messages)
+    return run("calibrate", place / model, "-o", output, *common, *options)
 
 
 def test_retarget_moves_a_checkpoints_rate_and_nothing_else(place: Path, tmp_path: Path) -> None:
@@ -149,7 +148,7 @@ def test_retarget_moves_a_checkpoints_rate_and_nothing_else(place: Path, tmp_pat
     assert anew.returncode == 0, anew.stderr
     config = json.loads((tmp_path / "anew" / "config.json").read_text())
     assert (config["model_type"], config["router_thresholds"]) == ("llama_dlo_exattn", None)
-    exported = run("export", tmp_path / "again", "-o", tmp_path / "artefact", messages=tmp_path / "export")
+    exported = run("export", tmp_path / "again", "-o", tmp_path / "artefact")
     assert exported.returncode == 0, exported.stderr
 
 
@@ -192,9 +191,7 @@ def test_calibrate_refuses_what_cannot_work(
 
 
 def test_retarget_says_so_when_routers_have_nothing_to_choose_by(place: Path, tmp_path: Path) -> None:
-    made = run(
-        "expand", place / "plain", "-o", tmp_path / "zero", "--every", 6, "--routers", messages=tmp_path / "expand"
-    )
+    made = run("expand", place / "plain", "-o", tmp_path / "zero", "--every", 6, "--routers")
     assert made.returncode == 0, made.stderr
     result = calibrate(place, tmp_path / "zero", tmp_path / "out", "--retarget", 0.8)
     assert result.returncode == 2, result.stderr
@@ -255,7 +252,7 @@ def test_distilled_routers_go_on_an_adapters_layers_and_leave_its_identities_ski
     place: Path, tmp_path: Path
 ) -> None:
     options = ("-o", tmp_path / "tli", "--every", 3, "--adapter")
-    made = run("expand", place / "plain", *options, messages=tmp_path / "expand")
+    made = run("expand", place / "plain", *options)
     assert made.returncode == 0, made.stderr
     options = ("--adapter", tmp_path / "tli", "--objective", "distill", "--target", 0.8, "--steps", 1, "--tokens", 4096)
     result = calibrate(place, "plain", tmp_path / "out", *options)

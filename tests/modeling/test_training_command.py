@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(place: Path, model: str, output: Path, *options: object, **limits: Any) -> Ended:
     arguments = ("train", place / model, "-o", output, "--data", place / "chats.jsonl", *OPTIONS, *options)
-    return run(*arguments, messages=output.with_name(f"{output.name}-messages"), **limits)
+    return run(*arguments, **limits)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -83,7 +83,7 @@ def test_a_terminated_run_goes_on_to_the_same_end_when_resumed(place: Path, tmp_
     assert config["model_type"] == "llama_dlo_exattn" + ("_thresholds" if control["thresholds"] else "")
     # What was trained is what is exported, and proven equal to it.
     artefact = tmp_path / "artefact"
-    exported = run("export", output, "-o", artefact, messages=tmp_path / "export")
+    exported = run("export", output, "-o", artefact)
     assert exported.returncode == 0, exported.stderr
     assert json.loads((artefact / "parity.json").read_text())["verdict"] == "PASS"
 
@@ -105,7 +105,7 @@ def test_a_plain_model_is_trained_with_new_routers_or_without(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("is_dlo", False) == routed
     assert (config["dtype"], config["model_type"]) == ("float32", "llama_dlo_exattn" if routed else "llama")
-    exported = run("export", tmp_path / "out", "-o", tmp_path / "artefact", messages=tmp_path / "export")
+    exported = run("export", tmp_path / "out", "-o", tmp_path / "artefact")
     assert exported.returncode == 0, exported.stderr
 
 
@@ -135,11 +135,11 @@ def test_a_model_is_exported_and_measured_when_it_was_trained_to_skip_attention(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     kept = {"attention": "all", "attention-active": "active"}[routing]
     assert (config["model_type"], config["attention_routing_kv"]) == ("llama_dlo_attn", kept)
-    exported = run("export", tmp_path / "out", "-o", tmp_path / "artefact", messages=tmp_path / "export")
+    exported = run("export", tmp_path / "out", "-o", tmp_path / "artefact")
     assert exported.returncode == 0, exported.stderr
     assert json.loads((tmp_path / "artefact" / "parity.json").read_text())["verdict"] == "PASS"
     sizes = ("--prompt-tokens", 8, "--decode-tokens", 2, "--rounds", 1, "--text", place / "text.txt")
-    measured = run("bench", tmp_path / "artefact", *sizes, "--json", messages=tmp_path / "bench")
+    measured = run("bench", tmp_path / "artefact", *sizes, "--json")
     assert measured.returncode == 0, measured.stderr
     assert 0 < json.loads(measured.stdout)["artefacts"][0]["active_rate"]["original"] < 1
 
@@ -174,13 +174,12 @@ def test_an_adapter_makes_the_trained_model_when_training_wrote_one(place: Path,
     assert {str(layer): value for layer, value in thresholds.items()} == config.get("router_thresholds", {})
     exported = run(
         *("export", place / "plain", "--adapter", tmp_path / "adapter", "-o", tmp_path / "artefact"),
-        messages=tmp_path / "export",
     )
     assert exported.returncode == 0, exported.stderr
     if mode == "lora":  # another rate is another adapter, with the same matrices
         sizes = ("--text", place / "text.txt", "--tokens", 512, "--evaluation-tokens", 512)
         calibrated = ("calibrate", place / "plain", "--adapter", tmp_path / "adapter", "-o", tmp_path / "moved")
-        moved = run(*calibrated, "--retarget", 0.8, *sizes, messages=tmp_path / "calibrate")
+        moved = run(*calibrated, "--retarget", 0.8, *sizes)
         assert moved.returncode == 0, moved.stderr
         source = open_source(place / "plain", tmp_path / "moved")
         try:

@@ -95,7 +95,7 @@ def test_a_sharded_run_is_resumed_and_gathered_into_a_checkpoint_that_is_exporte
     assert log_of(tmp_path / "parts.run") == log_of(tmp_path / "whole.run")
     assert json.loads(again[0].stdout) == json.loads(whole[0].stdout)
     assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    exported = run("export", output, "-o", tmp_path / "artefact", messages=tmp_path / "export")
+    exported = run("export", output, "-o", tmp_path / "artefact")
     assert exported.returncode == 0, exported.stderr
     assert json.loads((tmp_path / "artefact" / "parity.json").read_text())["verdict"] == "PASS"
 
@@ -125,7 +125,7 @@ def test_shards_train_and_write_what_one_process_does(
     place = prepared(tmp_path, **model)
     options = (*options, "--max-steps", 3)
     arguments = ("train", place / "model", "-o", tmp_path / "one", "--data", place / "chats.jsonl", *OPTIONS, *options)
-    alone = run(*arguments, "--accumulate", 2, messages=tmp_path / "one-messages")
+    alone = run(*arguments, "--accumulate", 2)
     assert alone.returncode == 0, alone
     together = train(place, tmp_path / "two", sharding(), *options)
     assert [rank.returncode for rank in together] == [0, 0], together
@@ -156,7 +156,7 @@ def test_sharding_is_refused_before_anything_is_written_when_it_cannot_work(
     place: Path, tmp_path: Path, options: tuple[object, ...], changes: dict[str, str], message: str
 ) -> None:
     arguments = ("train", place / "model", "-o", tmp_path / "out", "--data", place / "chats.jsonl", *OPTIONS)
-    refused = run(*arguments, *options, messages=tmp_path / "messages", environment=sharding() | changes)
+    refused = run(*arguments, *options, environment=sharding() | changes)
     assert (refused.returncode, message in refused.stderr, "hint:" in refused.stderr) == (2, True, True), refused
     assert not (tmp_path / "out.run").exists()
 
@@ -166,7 +166,7 @@ def test_deepspeed_is_refused_before_anything_is_written_when_it_is_not_installe
         pytest.skip("it is installed here")
     arguments = ("train", place / "model", "-o", tmp_path / "out", "--data", place / "chats.jsonl", *OPTIONS)
     environment = {"ACCELERATE_USE_DEEPSPEED": "true"}
-    refused = run(*arguments, messages=tmp_path / "messages", environment=environment)
+    refused = run(*arguments, environment=environment)
     assert (refused.returncode, "is not installed" in refused.stderr, "hint:" in refused.stderr) == (4, True, True), (
         refused
     )
