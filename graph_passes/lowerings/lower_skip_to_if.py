@@ -25,8 +25,8 @@ from dlo_export.graph_passes.lowerings.projections_in_branches import (
     projection_problems,
 )
 from dlo_export.graph_passes.lowerings.record import LoweringRecord
-from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
+from dlo_export.graph_passes.spec.layer_checks import eager_branches
 from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes, shared_node
 
 _REDUCES_BOOL = 20  # the first opset whose ReduceMax does
@@ -194,7 +194,7 @@ RECORD = LoweringRecord(
     name="if",
     targets=("onnxruntime-cpu",),
     make_pass=lambda workload: LowerSkipToIfPass(reduce_bool=True),
-    stage=lowered_stage(LowerSkipToIfPass.__name__, graph_checks.eager_branches),
+    stage=lowered_stage(LowerSkipToIfPass.__name__, eager_branches),
     skips="steps",
     not_capturable="the host decides which branch runs",
     reason="decode of one sequence: a skipped layer runs nothing, in native operators",

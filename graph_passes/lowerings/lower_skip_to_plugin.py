@@ -247,7 +247,10 @@ RECORD = LoweringRecord(
     targets=("onnxruntime-cuda", "tensorrt"),
     make_pass=lambda workload: LowerSkipToPluginPass(),
     stage=lowered_stage(
-        LowerSkipToPluginPass.__name__, data_dependent_shapes, domains=frozenset({DOMAIN}), blocks=("mlp",)
+        LowerSkipToPluginPass.__name__,
+        checks=(data_dependent_shapes,),
+        domains=frozenset({DOMAIN}),
+        blocks=("mlp",),
     ),
     skips="tokens",
     not_capturable=None,
