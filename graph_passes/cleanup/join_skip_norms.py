@@ -109,7 +109,7 @@ def _adds_masked_branch(node: ir.Node) -> bool:
     if not is_op(node, "Add"):
         return False
     sources = [value.producer() for value in node.inputs if value is not None]
-    masks = [source for source in sources if source is not None and is_op(source, "Where")]
+    masks = [source for source in sources if is_op(source, "Where")]
     return any(mask.metadata_props.get(PASS_KEY) == RouteLayersPass.__name__ for mask in masks)
 
 

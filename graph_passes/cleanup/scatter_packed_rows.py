@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
-from dlo_export.graph_passes.find.data_flow import is_op, subgraphs_of
+from dlo_export.graph_passes.find.data_flow import is_op, producer_of, subgraphs_of
 from dlo_export.graph_passes.lowerings.active_rows import token_zeros
 from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
@@ -92,8 +92,8 @@ def _scatters(split: ir.Node) -> list[ir.Node]:
 
 
 def _puts_into_zeros(scatter: ir.Node) -> bool:
-    zeros = scatter.inputs[0].producer() if scatter.inputs[0] is not None else None
-    if zeros is None or not is_op(zeros, "ConstantOfShape") or "reduction" in scatter.attributes:
+    zeros = producer_of(scatter.inputs[0])
+    if not is_op(zeros, "ConstantOfShape") or "reduction" in scatter.attributes:
         return False
     value = zeros.attributes.get("value")
     written = value is None or not value.as_tensor().numpy().any()

@@ -10,11 +10,13 @@ import onnx_ir as ir
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import (
     SHAPE_OPS,
+    behind,
     constant_integers,
     constant_scalar,
     consumed_values,
     is_op,
     nodes_between,
+    producer_of,
 )
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer
 from dlo_export.graph_passes.find.linear_flow import ATTENTION_OPS, LinearFlow, Part
@@ -161,7 +163,7 @@ def _match_around(layer: DecoderLayer, branch: MaskedBranch) -> MaskedAttention 
     nodes = [node for node in block.nodes if node.metadata_props.get(SERVES_KEY) != "router"]
     order = {node: number for number, node in enumerate(block.nodes)}
     # What the branch is multiplied by is the router's.
-    ends = kept.inputs if kept is not None and is_op(kept, "Mul") else (branch.kept,)
+    ends = kept.inputs if is_op(kept, "Mul") else (branch.kept,)
     try:
         flow = LinearFlow(nodes)
     except GraphPassError as error:
@@ -289,22 +291,22 @@ def _match_hidden(layer: DecoderLayer, branch: MaskedBranch, attention: ir.Node)
 
 def _zeroed(value: ir.Value | None, branch: MaskedBranch) -> ir.Node | None:
     """The Where node behind a value that is zero for skipped tokens."""
-    node = None if value is None else value.producer()
-    if node is None or not is_op(node, "Where") or column_source(node.inputs[0]) is not branch.active:
+    node = producer_of(value)
+    if not is_op(node, "Where") or column_source(node.inputs[0]) is not branch.active:
         return None
     return node if constant_scalar(node.inputs[2]) == 0.0 else None
 
 
 def _hidden(mask: ir.Value | None, layer: DecoderLayer, branch: MaskedBranch) -> ir.Node | None:
     """The Where node behind an additive mask that hides whoever is not active in `present_active`."""
-    node = None if mask is None else mask.producer()
-    if node is None or not is_op(node, "Where") or layer.present_active is None or node.outputs[0].dtype is None:
+    node = producer_of(mask)
+    if not is_op(node, "Where") or layer.present_active is None or node.outputs[0].dtype is None:
         return None
     state = layer.present_active.producer()
-    if not is_op(state, "Concat", "TensorScatter") or state.inputs[0] is not layer.past_active:  # type: ignore[union-attr]  # is_op
+    if not is_op(state, "Concat", "TensorScatter") or state.inputs[0] is not layer.past_active:
         return None
     grows = is_op(state, "Concat")
-    active = state.inputs[1] if grows else _behind(state.inputs[1], "Unsqueeze", "Cast")  # type: ignore[union-attr]  # is_op
+    active = state.inputs[1] if grows else behind(state.inputs[1], "Unsqueeze", "Cast")
     if active is not branch.active or constant_scalar(node.inputs[2]) != float(node.outputs[0].dtype.min):
         return None
     return node if _is_row(node.inputs[0], layer.present_active, grows=grows) else None
@@ -312,37 +314,31 @@ def _hidden(mask: ir.Value | None, layer: DecoderLayer, branch: MaskedBranch) ->
 
 def _is_row(value: ir.Value | None, state: ir.Value, *, grows: bool) -> bool:
     """Whether a value is the state as bool [batch, 1, 1, total]."""
-    node = None if value is None else value.producer()
+    node = producer_of(value)
     if node is None:
         return False
     if grows:
         return is_op(node, "Unsqueeze") and node.inputs[0] is state and constant_integers(node.inputs[1]) == (1, 2)
     positive = is_op(node, "Greater") and constant_scalar(node.inputs[1]) == 0.0
     across = node.inputs[0].producer() if positive and node.inputs[0] is not None else None
-    if across is None or not is_op(across, "Transpose") or across.inputs[0] is not state:
+    if not is_op(across, "Transpose") or across.inputs[0] is not state:
         return False
     return tuple(across.attributes.get_ints("perm") or ()) == (0, 1, 3, 2)
 
 
 def _step_part(value: ir.Value | None) -> ir.Value | None:
     """A step's keys or values [batch, sequence, heads·head_dim] behind what attention is given."""
-    node = None if value is None else value.producer()
-    return _unturned(node.inputs[1] if node is not None and is_op(node, "TensorScatter") else value)
+    node = producer_of(value)
+    return _unturned(node.inputs[1] if is_op(node, "TensorScatter") else value)
 
 
 def _unturned(value: ir.Value | None) -> ir.Value | None:
     """What stands with heads in front as it is without: behind Transpose and Reshape."""
-    return _behind(value, "Transpose", "Reshape")
+    return behind(value, "Transpose", "Reshape")
 
 
 def _turned_back(value: ir.Value) -> ir.Value:
     """What attention gives with heads in front, as it is without: in front of Transpose and Reshape."""
     while len(users := value.consumers()) == 1 and is_op(users[0], "Transpose", "Reshape"):
         value = users[0].outputs[0]
-    return value
-
-
-def _behind(value: ir.Value | None, *op_types: str) -> ir.Value | None:
-    while value is not None and is_op(value.producer(), *op_types):
-        value = value.producer().inputs[0]  # type: ignore[union-attr]  # is_op
     return value

@@ -206,9 +206,9 @@ def projected_width(value: ir.Value) -> int | None:
     if value.shape is not None and isinstance(last := value.shape[-1], int):
         return last
     node = value.producer()
-    if node is not None and is_op(node, "MatMulNBits", domain="com.microsoft"):
+    if is_op(node, "MatMulNBits", domain="com.microsoft"):
         return node.attributes["N"].as_int()
-    if node is None or not is_op(node, "MatMul", "Add", "RMSNormalization", "Cast", "Identity", "Reshape"):
+    if not is_op(node, "MatMul", "Add", "RMSNormalization", "Cast", "Identity", "Reshape"):
         return None
     if is_op(node, "Reshape"):  # heads that were normalised one by one, together again
         shape = constant_integers(node.inputs[1])
@@ -226,7 +226,7 @@ def projected_width(value: ir.Value) -> int | None:
 def unrotated(value: ir.Value) -> ir.Value:
     """What rotary embedding was given: where that is zero, so is the value."""
     node = value.producer()
-    while node is not None and is_op(node, "RotaryEmbedding") and node.inputs[0] is not None:
+    while is_op(node, "RotaryEmbedding") and node.inputs[0] is not None:
         value = node.inputs[0]
         node = value.producer()
     return value

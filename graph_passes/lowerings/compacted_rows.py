@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import router_path
-from dlo_export.graph_passes.find.data_flow import element_type
+from dlo_export.graph_passes.find.data_flow import element_type, producer_of
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.lowerings.active_rows import RowAccess, block_path, residual_block, token_zeros
 from dlo_export.graph_passes.spec.provenance import CLOSES_KEY, TaggedNodes, shared_node
@@ -130,7 +130,7 @@ def pass_rows_on(first: CompactedRows, second: CompactedRows) -> None:
     """
     closing, put_back = first.nodes[-1], second.nodes[-1]
     stream, index, sums = closing.inputs
-    total, added = closing.outputs[0], None if sums is None else sums.producer()
+    total, added = closing.outputs[0], producer_of(sums)
     gathers = [node for node in second.nodes if node.op_type == "GatherND" and list(node.inputs) == [total, index]]
     if sums is None or added is None or added.op_type != "Add":
         return
