@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import (
     SHAPE_OPS,
@@ -27,6 +28,7 @@ from dlo_export.graph_passes.find.masked_branch import (
     foreign_uses,
     match_masked_branch,
 )
+from dlo_export.graph_passes.find.residual_stream import ResidualBlock
 from dlo_export.graph_passes.spec.provenance import SERVES_KEY
 
 _QUERY, _KEY, _VALUE, _MASK = range(4)  # inputs of an Attention node
@@ -90,6 +92,16 @@ class MaskedAttention:
     projections: tuple[ir.Node, ...]
     around: tuple[ir.Node, ...]
     outputs: tuple[ir.Node, ...]
+
+    @property
+    def block(self) -> ResidualBlock:
+        """The residual block that is masked."""
+        return self.layer.attention
+
+    @property
+    def path(self) -> str:
+        """What its values are named after."""
+        return layer_tensor_name(self.layer.index, "self_attn")
 
     @property
     def nodes(self) -> tuple[ir.Node, ...]:

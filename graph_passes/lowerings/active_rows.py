@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
+from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.graph_passes.find.data_flow import constant_integers, constant_tensor, element_type, is_op
-from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock, embedding_lookup, embedding_values
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
@@ -88,20 +87,10 @@ class RowAccess(abc.ABC):
 
     def close(self, nodes: TaggedNodes, total: ir.Value) -> None:
         """Puts `total`, the last of the nodes, in place of the block's addition."""
-        block = residual_block(self.masked)
+        block = self.masked.block
         self.graph.insert_before(block.add, nodes.nodes)
         replace_value(block.stream_out, total)
         remove_with_sources(self.graph, block.add)
-
-
-def residual_block(masked: MaskedBlock) -> ResidualBlock:
-    """The block of the layer that is masked."""
-    return masked.layer.attention if isinstance(masked, MaskedAttention) else masked.layer.mlp
-
-
-def block_path(masked: MaskedBlock) -> str:
-    """What its values are named after."""
-    return layer_tensor_name(masked.layer.index, "self_attn" if isinstance(masked, MaskedAttention) else "mlp")
 
 
 def stream_for_all_tokens(block: ResidualBlock, nodes: Collection[ir.Node], new: TaggedNodes) -> ir.Value:

@@ -23,7 +23,6 @@ from dlo_export.graph_passes.lowerings.mlp_on_rows import run_mlp_on_rows
 from dlo_export.graph_passes.lowerings.record import ROWS_READ_BACK, LoweringRecord
 from dlo_export.graph_passes.spec.invariants import lowered_stage
 from dlo_export.graph_passes.spec.layer_checks import eager_branches
-from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +124,7 @@ class LowerSkipToCompactionPass(LoweringPass):
     def _any_active(self, graph: ir.Graph, masked: MaskedBlock) -> ir.Value:
         decision = masked.active.producer()
         assert decision is not None, "a router decides"
-        tags = TaggedNodes(self._name, masked.layer.index).tags
-        return any_active(graph, masked, decision, tags, reduce_bool=True)  # branches are for ONNX Runtime alone
+        return any_active(graph, masked, decision, self._name, reduce_bool=True)  # branches are for ONNX Runtime alone
 
 
 RECORD = LoweringRecord(

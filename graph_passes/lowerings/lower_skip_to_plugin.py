@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
+from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import constant_scalar, element_type, is_constant, is_op, producer_of
@@ -17,7 +17,7 @@ from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
 from dlo_export.graph_passes.lowerings.compacted_rows import CompactedRows
-from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass, cast_problems
 from dlo_export.graph_passes.lowerings.mlp_on_rows import run_mlp_on_rows
 from dlo_export.graph_passes.lowerings.record import LoweringRecord
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
@@ -69,10 +69,7 @@ class LowerSkipToPluginPass(LoweringPass):
         if self.quantised_on_rows and _is_quantised(masked):
             return row_rank(masked.nodes)[1]
         found = _match(masked)
-        problems = [] if isinstance(found, _GatedMlp) else [found]
-        if masked.layer.mlp.stream_operand is not masked.layer.mlp.stream_in:
-            problems.append(f"adds to '{masked.layer.mlp.stream_operand.name}', a cast of the stream")
-        return problems
+        return [*([] if isinstance(found, _GatedMlp) else [found]), *cast_problems(masked)]
 
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
         """None: it is left as it is."""
@@ -173,8 +170,7 @@ def _silu_operand(value: ir.Value | None) -> ir.Node | None:
 
 
 def _write_plugins(graph: ir.Graph, masked: MaskedMlp, parts: _GatedMlp) -> None:
-    layer, block = masked.layer, masked.layer.mlp
-    router, mlp = router_path(layer.index), layer_tensor_name(layer.index, "mlp")
+    layer, block, mlp, router = masked.layer, masked.block, masked.path, router_path(masked.layer.index)
     dtype = element_type(block.stream_in)
     new = TaggedNodes(LowerSkipToPluginPass.__name__, layer.index)
     factor = _factor(graph, masked, new, f"{router}.factor")

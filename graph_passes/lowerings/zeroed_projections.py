@@ -6,7 +6,6 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op, producer_of
 from dlo_export.graph_passes.find.masked_attention import HiddenTokens, MaskedAttention
-from dlo_export.graph_passes.lowerings.active_rows import block_path
 from dlo_export.graph_passes.rewriting import remove_with_sources
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
@@ -47,7 +46,7 @@ def zero_in_front(graph: ir.Graph, masked: MaskedAttention, made_by: str) -> lis
 
     # One Where in front of all that projects the value. Who else reads it (a router, the sum) reads it as it was.
     new = TaggedNodes(made_by, masked.layer.index)
-    name = f"{block_path(masked)}.active_tokens"
+    name = f"{masked.path}.active_tokens"
     zeroed = new.add("Where", column, source, zero, name=name, dtype=element_type(source), shape=source.shape)
     products = [node for node in source.consumers() if node in masked.projections and is_op(node, "MatMul")]
     first = min(products, key=masked.projections.index)
