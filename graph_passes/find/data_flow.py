@@ -149,12 +149,7 @@ def constant_behind(value: ir.Value | None) -> tuple[ir.Value, int] | None:
 
 def is_constant(value: ir.Value | None) -> bool:
     """Whether a value is computed from constants only, through Identity, Cast, Transpose and DequantizeLinear."""
-    while value is not None:
-        if constant_tensor(value) is not None:
-            return True
-        node = value.producer()
-        value = node.inputs[0] if is_op(node, *_CONSTANT_FOLDED) else None
-    return False
+    return value is not None and value in ConstantValues()
 
 
 class ConstantValues:
