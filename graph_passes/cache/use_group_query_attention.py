@@ -16,7 +16,7 @@ from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import behind, constant_scalar, constant_tensor, is_op, producer_of
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
-from dlo_export.graph_passes.rewriting import remove_unused
+from dlo_export.graph_passes.rewriting import remove_unused, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
@@ -151,14 +151,10 @@ class UseGroupQueryAttentionPass(GraphPass):
             metadata_props=TaggedNodes(self._name, attention.layer).tags,
         )
         graph.insert_before(node, new)
-        # Whoever read the old outputs reads the new ones, which take their names once the old ones are gone.
-        olds, names = list(node.outputs), [value.name for value in node.outputs]
-        for old, value in zip(olds, new.outputs, strict=True):
+        for old, value in zip(node.outputs, new.outputs, strict=True):
             value.type, value.shape = old.type, old.shape
-            old.replace_all_uses_with(value, replace_graph_outputs=True)
+            replace_value(old, value)
         graph.remove(node, safe=True)
-        for value, name in zip(new.outputs, names, strict=True):
-            value.name = name
         for value in new.outputs[1:]:
             value.shape = ir.Shape(shape)
 
