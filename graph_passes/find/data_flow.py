@@ -47,7 +47,8 @@ def consumed_values(node: ir.Node) -> Iterator[ir.Value]:
 
 def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
     """Graphs a node holds as attributes: branches of an If, the body of a Loop."""
-    for attribute in node.attributes.values():
+    # The dictionary itself: this is asked of every node of every search, and half of the time was the way around it.
+    for attribute in node.attributes.data.values():
         if attribute.type == ir.AttributeType.GRAPH:
             yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
