@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op, producer_of
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 
-FUSED, FUSED_DOMAIN = "SkipSimplifiedLayerNormalization", "com.microsoft"
+FUSED = "SkipSimplifiedLayerNormalization"
 """Inputs x, branch, weight, and perhaps a bias; output 0 is the norm, output 3, where asked for, the sum."""
 NORM, SUM = 0, 3
 ZEROS = "model.zeros"
@@ -18,7 +19,7 @@ _NORMS = ("RMSNormalization", "SimplifiedLayerNormalization")
 
 def is_fused(node: ir.Node | None) -> bool:
     """Whether a node adds and normalises."""
-    return is_op(node, FUSED, domain=FUSED_DOMAIN)
+    return is_op(node, FUSED, domain=MICROSOFT)
 
 
 def is_norm(node: ir.Node | None) -> bool:
@@ -68,7 +69,7 @@ def _fused(
         FUSED,
         [*summands, norm.inputs[1]],
         {"epsilon": norm.attributes.get_float("epsilon", 1e-5)},
-        domain=FUSED_DOMAIN,
+        domain=MICROSOFT,
         num_outputs=4,
         name=(norm.name or FUSED).removesuffix("/norm"),
         metadata_props=dict(metadata),

@@ -29,6 +29,7 @@ from dlo_export.graph_passes.find.masked_branch import (
     match_masked_branch,
 )
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.provenance import SERVES_KEY
 
 _QUERY, _KEY, _VALUE, _MASK = range(4)  # inputs of an Attention node
@@ -252,7 +253,7 @@ def _own(masked: MaskedAttention) -> MaskedAttention | Mismatch:
 def _can_be_skipped(part: Part) -> bool:
     """Whether a product computes nothing else, and takes tokens as they are."""
     node = part.matrix.node
-    return part.whole and (is_op(node, "MatMul") or is_op(node, "MatMulNBits", domain="com.microsoft"))
+    return part.whole and (is_op(node, "MatMul") or is_op(node, "MatMulNBits", domain=MICROSOFT))
 
 
 def _operand(product: ir.Node) -> ir.Value:

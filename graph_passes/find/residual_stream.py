@@ -19,6 +19,7 @@ from dlo_export.graph_passes.find.data_flow import (
     pass_through_values,
     subgraphs_of,
 )
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.provenance import closed_branch
 from dlo_export.graph_passes.weights.embedding import dequantized_rows, embedding_table
 
@@ -228,7 +229,7 @@ def _added_branch(node: ir.Node, stream_index: int) -> ir.Value | None:
         return None
     if is_op(node, "Add"):
         return node.inputs[1 - stream_index]
-    if is_op(node, *_FUSED_ADD_AND_NORM, domain="com.microsoft") and stream_index < 2:
+    if is_op(node, *_FUSED_ADD_AND_NORM, domain=MICROSOFT) and stream_index < 2:
         raise DecoderLayersNotFound(
             f"find_decoder_layers: {place(node)} adds to the residual stream and normalises it in one node; "
             "expected the addition as a node of its own.",

@@ -14,6 +14,7 @@ from dlo_export.graph_passes.find.data_flow import constant_integers, constant_t
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock, embedding_lookup, embedding_values
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
 
 
@@ -195,7 +196,7 @@ def projected_width(value: ir.Value) -> int | None:
     if value.shape is not None and isinstance(last := value.shape[-1], int):
         return last
     node = value.producer()
-    if is_op(node, "MatMulNBits", domain="com.microsoft"):
+    if is_op(node, "MatMulNBits", domain=MICROSOFT):
         return node.attributes["N"].as_int()
     if not is_op(node, "MatMul", "Add", "RMSNormalization", "Cast", "Identity", "Reshape"):
         return None

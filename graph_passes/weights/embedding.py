@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, TensorOfRows
 from dlo_export.graph_passes.find.data_flow import behind, constant_tensor, is_op, producer_of
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.weights.block_codes import BlockCodes, dequantize, unpack
 from dlo_export.graph_passes.weights.dense import dense_storage
 from dlo_export.graph_passes.weights.storage import Place, StoredRows
@@ -93,7 +94,7 @@ def embedding_table(lookup: ir.Node) -> LazyTensor | None:
     if is_op(lookup, "Gather") and lookup.attributes.get_int("axis", 0) == 0:
         dense = dense_storage(Place(lookup, 0), "out_in")
         return _scaled_table(lookup) if dense is None else StoredRows(dense, 0, dense.shape[0])
-    if is_op(lookup, "GatherBlockQuantized", domain="com.microsoft"):
+    if is_op(lookup, "GatherBlockQuantized", domain=MICROSOFT):
         return _quantized_table(lookup)
     return None
 
