@@ -8,10 +8,20 @@ from typing import TypeGuard
 import numpy as np
 import onnx_ir as ir
 
+from dlo_export.graph_passes.spec.ops import MICROSOFT
+
 # Ops whose output is their first input, up to the element type: the value "passes through" them.
 PASS_THROUGH_OPS = frozenset({"Cast", "Identity"})
 # Ops that read only the shape of their input.
 SHAPE_OPS = frozenset({"Shape", "Size"})
+# Domains and types of ops that normalise along the last axes and scale by a weight, their second input.
+NORM_OPS = (
+    ("", "RMSNormalization"),
+    ("", "LayerNormalization"),
+    # ONNX Runtime registers this contrib op in the default domain; some exporters write com.microsoft.
+    ("", "SimplifiedLayerNormalization"),
+    (MICROSOFT, "SimplifiedLayerNormalization"),
+)
 
 
 def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> TypeGuard[ir.Node]:
