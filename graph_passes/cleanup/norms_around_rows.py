@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.cleanup.skip_norms import is_norm, is_residual_addition, only_norm_of
 from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op, producer_of
-from dlo_export.graph_passes.lowerings.active_rows import token_zeros
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.spec.provenance import PASS_KEY, closed_branch
 

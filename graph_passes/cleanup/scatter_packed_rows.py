@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.find.data_flow import is_op, producer_of, subgraphs_of
-from dlo_export.graph_passes.lowerings.active_rows import token_zeros
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.rewriting import remove_unused, replace_value
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, TaggedNodes

@@ -13,9 +13,9 @@ from dlo_export.graph_passes.branches import conditional_node
 from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_branch import own_columns
-from dlo_export.graph_passes.lowerings.active_rows import token_zeros
 from dlo_export.graph_passes.lowerings.branch_addition import renew_addition
 from dlo_export.graph_passes.lowerings.lowering_pass import cast_problems
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.lowerings.zeroed_projections import zero_in_front
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node

@@ -10,14 +10,9 @@ from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import element_type, is_op
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_branch import column_source
+from dlo_export.graph_passes.find.projected_width import projected_width, unrotated
 from dlo_export.graph_passes.find.token_wise import row_rank, token_wise_nodes
-from dlo_export.graph_passes.lowerings.active_rows import (
-    RowAccess,
-    projected_width,
-    run_on_rows,
-    stream_for_all_tokens,
-    unrotated,
-)
+from dlo_export.graph_passes.lowerings.active_rows import RowAccess, run_on_rows, stream_for_all_tokens
 from dlo_export.graph_passes.rewriting import remove_with_sources
 from dlo_export.graph_passes.weights.linear import linear_weight
 

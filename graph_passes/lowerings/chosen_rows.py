@@ -11,7 +11,8 @@ import onnx_ir as ir
 from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
-from dlo_export.graph_passes.lowerings.active_rows import RowAccess, token_zeros
+from dlo_export.graph_passes.lowerings.active_rows import RowAccess
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.spec.provenance import PASS_KEY, TaggedNodes, shared_constant, shared_node
 
 MOST_SELECTED = 3840  # TensorRT's largest K of one TopK

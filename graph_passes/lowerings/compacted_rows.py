@@ -9,7 +9,8 @@ import onnx_ir as ir
 from dlo_export.checkpoints.llama_layer import router_path
 from dlo_export.graph_passes.find.data_flow import element_type, producer_of
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
-from dlo_export.graph_passes.lowerings.active_rows import RowAccess, token_zeros
+from dlo_export.graph_passes.lowerings.active_rows import RowAccess
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.spec.provenance import CLOSES_KEY, TaggedNodes, shared_node
 
 _REDUCES = 16  # opset from which on ScatterND adds

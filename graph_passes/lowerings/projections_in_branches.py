@@ -9,8 +9,9 @@ import onnx_ir as ir
 from dlo_export.graph_passes.branches import Branch, conditional_node
 from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
-from dlo_export.graph_passes.lowerings.active_rows import projected_width, token_zeros
+from dlo_export.graph_passes.find.projected_width import projected_width
 from dlo_export.graph_passes.lowerings.mlp_in_branch import add_skip
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
