@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dlo_export.plugins.compile import CompiledKernel, compile_all
-from dlo_export.plugins.tiles import TILE_NAMES, Tile, TileName
+from dlo_export.plugins.tiles import Tile, TileName
 from dlo_export.plugins.variants import Variant, variants
 
 TARGET: Final = 90
@@ -140,7 +140,7 @@ def _image(file: str, kind: str, kernel: CompiledKernel) -> Image:
 def all_wanted() -> list[tuple[str, str, Variant]]:
     """The table's tiles of all types, the portable PTX, one PTX of the target, and the candidates in bfloat16."""
     table = [(variant.name, "table", variant) for variant in variants([TARGET])]
-    portable = [(variant.name, "portable", variant) for variant in variants([PORTABLE], tiles=TILE_NAMES)]
+    portable = [(variant.name, "portable", variant) for variant in variants([PORTABLE])]
     own = [("own", "own", Variant("SkipDown", "bfloat16", "decode", TARGET))]
     tried = [
         (f"candidate{number}", "candidate", Variant(op_name, "bfloat16", tile, TARGET, sizes))

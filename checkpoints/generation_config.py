@@ -67,7 +67,7 @@ class GenerationConfig:
             # Files of greedy models carry leftovers here (a temperature of 0, say) that nobody reads.
             temperature=fields.positive_number("temperature", default=1.0) if do_sample else 1.0,
             top_k=_top_k(fields) if do_sample else 50,
-            top_p=_share(fields, "top_p") if do_sample else 1.0,
+            top_p=_top_p(fields) if do_sample else 1.0,
             repetition_penalty=fields.positive_number("repetition_penalty", default=1.0),
             context_length=config.max_position_embeddings if config else None,
         )
@@ -93,9 +93,9 @@ def _top_k(fields: JsonFields) -> int:
     return 0 if fields.values.get("top_k") == 0 else fields.integer("top_k", default=50)
 
 
-def _share(fields: JsonFields, name: str) -> float:
-    share = fields.positive_number(name, default=1.0)
+def _top_p(fields: JsonFields) -> float:
+    share = fields.positive_number("top_p", default=1.0)
     if share > 1:
-        fields.problem(name, f"is {share}, expected a number above 0 and at most 1")
+        fields.problem("top_p", f"is {share}, expected a number above 0 and at most 1")
         return 1.0
     return share

@@ -138,11 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--dtype", action="append", choices=T_DTYPES, help="default: all")
     options = parser.parse_args(arguments)
-    wanted = [
-        variant
-        for variant in variants(options.target or TARGETS, options.dtype or T_DTYPES)
-        if variant.op_name in (options.op or PLUGIN_OPS)
-    ]
+    wanted = variants(options.target or TARGETS, options.dtype or T_DTYPES, ops=options.op or PLUGIN_OPS)
     try:
         kernels = compile_all(wanted)
     except PluginError as error:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from dlo_export.graph_passes.spec.ops import VERSION
 from dlo_export.plugins.errors import PluginLibraryError
 from dlo_export.plugins.library_places import ORT_LIBRARY_VARIABLE, build_hint
-from dlo_export.plugins.shared_object import is_cut_short
+from dlo_export.plugins.shared_object import file_problem
 
 LIBRARY: Final = "libdlo_ort.so"
 _BUILD = build_hint("ORT_INCLUDE=<folder with onnxruntime_c_api.h>")
@@ -26,10 +26,8 @@ def check_library(path: Path) -> None:
     Raises:
         PluginLibraryError: It is missing, cut short, does not load here, is another library, or of another version.
     """
-    if not path.is_file():
-        raise PluginLibraryError(f"plugin library {path}: no such file; expected {LIBRARY}", hint=_BUILD)
-    if is_cut_short(path):
-        raise PluginLibraryError(f"plugin library {path}: is cut short", hint=_BUILD)
+    if (problem := file_problem(path, LIBRARY)) is not None:
+        raise PluginLibraryError(f"plugin library {path}: {problem}", hint=_BUILD)
     try:
         # An absolute path: a bare name would be looked for in the system's folders.
         library = ctypes.CDLL(os.fspath(path.absolute()))

@@ -17,8 +17,9 @@ from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS, VERSION
 from dlo_export.plugins.errors import PluginError
 from dlo_export.plugins.library_places import build_hint
 from dlo_export.plugins.rtx_shim import provide_unversioned_library
-from dlo_export.plugins.shared_object import has_name, is_cut_short
+from dlo_export.plugins.shared_object import file_problem, has_name
 
+_LIBRARY = "libdlo_plugins.so"
 _RTX = "tensorrt_rtx"
 # What a library gives its plugins out by. Source: NvInferRuntime.h, IPluginRegistry::loadLibrary.
 _ENTRY = "getCreators"
@@ -83,14 +84,11 @@ def check_library(path: Path) -> None:
     Raises:
         PluginError: It is missing, cut short, or holds no plugins of TensorRT's.
     """
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "no such file"
-        raise PluginError(f"plugin library {path}: {found}; expected libdlo_plugins.so", hint=_BUILD)
-    if is_cut_short(path):
-        raise PluginError(f"plugin library {path}: is cut short", hint=_BUILD)
+    if (problem := file_problem(path, _LIBRARY)) is not None:
+        raise PluginError(f"plugin library {path}: {problem}", hint=_BUILD)
     if not has_name(path, _ENTRY):
         raise PluginError(
-            f"plugin library {path}: has no {_ENTRY}, which TensorRT asks for plugins; expected libdlo_plugins.so",
+            f"plugin library {path}: has no {_ENTRY}, which TensorRT asks for plugins; expected {_LIBRARY}",
             hint=_BUILD,
         )
 

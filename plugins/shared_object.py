@@ -12,6 +12,18 @@ _HEADER: Final = struct.Struct("<32xQ14xHH6x")
 _SEGMENT: Final = struct.Struct("<8xQ16xQ16x")
 
 
+def file_problem(path: Path, expected: str) -> str | None:
+    """Why what lies at a path cannot be a library, in words; None where it may be one.
+
+    Args:
+        path: Of anything, or nothing.
+        expected: Name of the library.
+    """
+    if not path.is_file():
+        return f"{'is a folder' if path.is_dir() else 'no such file'}; expected {expected}"
+    return "is cut short" if is_cut_short(path) else None
+
+
 def is_cut_short(path: Path) -> bool:
     """Whether a library's segments go beyond its end, as those of one that was half copied do.
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, InjectedLayer
+from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.depth.layer_init import InitialTensor
 from dlo_export.checkpoints.depth.placements import METHODS, PRESETS, ExpansionError, ExpansionPlan, placements
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
@@ -29,7 +30,6 @@ from dlo_export.checkpoints.model_types import (
     RoutingKind,
     agreed_routing,
     family_of,
-    kv_keys,
     routed_type,
     routing_kind,
 )
@@ -181,17 +181,10 @@ def routed_config(
         thresholds: By routed layer, where it is not 0.5.
         family: Of the model.
     """
+    layers = tuple(layer for layer, routed in enumerate(is_dlo) if routed)
+    rule = RoutingConfig(routing, layers, rescale, scale_factor, scale_gap, thresholds or {})
     kind = routed_type(routing, thresholds=bool(thresholds), family=family)
-    return {
-        "model_type": kind.name,
-        "architectures": [kind.architecture],
-        "is_dlo": list(is_dlo),
-        "rescale_hidden_states": rescale,
-        "scale_factor": scale_factor,
-        "scale_gap": scale_gap,
-        **kv_keys(routing),
-        **({THRESHOLDS: thresholds_json(thresholds)} if thresholds else {}),
-    }
+    return rule.values(len(is_dlo), family) | {"architectures": [kind.architecture]}
 
 
 def expansion_adapter(

@@ -12,6 +12,7 @@ from dlo_export.checkpoints.interface import INPUT_IDS, CacheName, parse_past, p
 from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 _FORBIDDEN = ("is_causal", "qk_matmul_output_mode", "softcap", "softmax_precision")
@@ -42,11 +43,6 @@ class CachedAttention:
         value = self.node.inputs[index]
         assert value is not None, "checked by cached_attentions"
         return value
-
-    @property
-    def present(self) -> tuple[ir.Value, ir.Value]:
-        """Key and value cache after the step."""
-        return self.node.outputs[1], self.node.outputs[2]
 
     @property
     def name(self) -> str:
@@ -203,14 +199,9 @@ def attend(
         shape=("batch", attention.query_heads, "sequence", attention.head_dim),
         **scale,
     )
-    old, name = node.outputs[0], node.outputs[0].name or f"{attention.name}.attention"
-    names = [value.name for value in attention.present]
     output = _tokens_first(graph, nodes, attention, attended)
-    output.shape = old.shape
+    output.shape = node.outputs[0].shape
     graph.insert_before(node, nodes.nodes)
-    # Whoever read the old outputs reads the new ones, which take their names once the old ones are gone.
-    for before, after in zip((old, *attention.present), (output, *present), strict=True):
-        before.replace_all_uses_with(after, replace_graph_outputs=True)
+    for old, new in zip(node.outputs, (output, *present), strict=True):
+        replace_value(old, new)
     graph.remove(node, safe=True)
-    for value, kept in zip((output, *present), (name, *names), strict=True):
-        value.name = kept

@@ -14,9 +14,9 @@ from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
-from dlo_export.graph_passes.find.data_flow import constant_scalar, constant_tensor, is_op
+from dlo_export.graph_passes.find.data_flow import behind, constant_scalar, constant_tensor, is_op, producer_of
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
-from dlo_export.graph_passes.rewriting import remove_unused
+from dlo_export.graph_passes.rewriting import remove_unused, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
@@ -151,14 +151,10 @@ class UseGroupQueryAttentionPass(GraphPass):
             metadata_props=TaggedNodes(self._name, attention.layer).tags,
         )
         graph.insert_before(node, new)
-        # Whoever read the old outputs reads the new ones, which take their names once the old ones are gone.
-        olds, names = list(node.outputs), [value.name for value in node.outputs]
-        for old, value in zip(olds, new.outputs, strict=True):
+        for old, value in zip(node.outputs, new.outputs, strict=True):
             value.type, value.shape = old.type, old.shape
-            old.replace_all_uses_with(value, replace_graph_outputs=True)
+            replace_value(old, value)
         graph.remove(node, safe=True)
-        for value, name in zip(new.outputs, names, strict=True):
-            value.name = name
         for value in new.outputs[1:]:
             value.shape = ir.Shape(shape)
 
@@ -166,7 +162,7 @@ class UseGroupQueryAttentionPass(GraphPass):
 def _rotation(value: ir.Value) -> ir.Node | None:
     """The node that rotates a query or key by tables of cosines and sines."""
     node = value.producer()
-    return node if is_op(node, "RotaryEmbedding") and node is not None and len(node.inputs) == 3 else None
+    return node if is_op(node, "RotaryEmbedding") and len(node.inputs) == 3 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +188,11 @@ def _rotary_tables(attention: CachedAttention) -> _RotaryTables | str | None:
     if (problem := _form_problem(query, key)) is not None:
         return problem
     # Backwards from the tables, behind a cast: cosine and sine of one product, of positions and constants.
-    scaled = [_scaled(_behind(value, "Cast")) for value in query.inputs[1:]]
-    (cos, factor), (sin, other) = ((_producer(value), factor) for value, factor in scaled)
+    scaled = [_scaled(behind(value, "Cast")) for value in query.inputs[1:]]
+    (cos, factor), (sin, other) = ((producer_of(value), factor) for value, factor in scaled)
     angles = cos.inputs[0] if cos is not None and sin is not None and cos.inputs[0] is sin.inputs[0] else None
-    product = _producer(angles) if is_op(cos, "Cos") and is_op(sin, "Sin") and factor == other else None
-    factors = list(product.inputs) if is_op(product, "Mul") and product is not None else []
+    product = producer_of(angles) if is_op(cos, "Cos") and is_op(sin, "Sin") and factor == other else None
+    factors = list(product.inputs) if is_op(product, "Mul") else []
     tensors = [constant_tensor(value) for value in factors]
     constants = [tensor for tensor in tensors if tensor is not None and tensor.size == attention.head_dim // 2]
     positions = any(map(_are_positions, factors))
@@ -218,32 +214,21 @@ def _form_problem(query: ir.Node, key: ir.Node) -> str | None:
 
 def _scaled(table: ir.Value | None) -> tuple[ir.Value | None, float]:
     """What a table is a multiple of, and by which constant; itself and 1 where it is none."""
-    product = _producer(table)
-    factor = constant_scalar(product.inputs[1]) if is_op(product, "Mul") and product is not None else None
+    product = producer_of(table)
+    factor = constant_scalar(product.inputs[1]) if is_op(product, "Mul") else None
     return (table, 1.0) if product is None or factor is None else (product.inputs[0], factor)
 
 
 def _is_projected(value: ir.Value | None) -> bool:
     """Whether nothing but a bias, a norm and the cut of a joined product stand between a MatMul and a query or key."""
-    return is_op(_producer(_behind(value, "Split", "Add", "Reshape", "RMSNormalization")), "MatMul")
+    return is_op(producer_of(behind(value, "Split", "Add", "Reshape", "RMSNormalization")), "MatMul")
 
 
 _OTHER = ("interleaved", "rotary_embedding_dim")
 
 
-def _behind(value: ir.Value | None, *ops: str) -> ir.Value | None:
-    """What a value is made of by nodes of these operators."""
-    while value is not None and is_op(node := value.producer(), *ops) and node is not None:
-        value = node.inputs[0]
-    return value
-
-
-def _producer(value: ir.Value | None) -> ir.Node | None:
-    return None if value is None else value.producer()
-
-
 def _are_positions(value: ir.Value | None) -> bool:
-    source = _behind(value, "Unsqueeze", "Cast")
+    source = behind(value, "Unsqueeze", "Cast")
     return source is not None and source.is_graph_input() and source.name == POSITION_IDS
 
 
@@ -253,7 +238,7 @@ def _query_key_value(attention: CachedAttention) -> list[ir.Value | None]:
     rotated = [_rotation(value) for value in operands[:2]]
     parts = [node.inputs[0] if node is not None else value for node, value in zip(rotated, operands, strict=False)]
     parts.append(operands[2])
-    split = parts[0].producer() if parts[0] is not None else None
-    if split is not None and is_op(split, "Split") and list(split.outputs) == parts:
+    split = producer_of(parts[0])
+    if is_op(split, "Split") and list(split.outputs) == parts:
         return [split.inputs[0], None, None]
     return list(parts)

@@ -13,7 +13,7 @@ from dlo_export.checkpoints.interface import CACHE_PARTS, INPUT_IDS
 from dlo_export.checkpoints.llama_layer import ROUTERS
 from dlo_export.graph_passes.branches import Branch, conditional_node
 from dlo_export.graph_passes.cleanup.scatter_packed_rows import ScatterPackedRowsPass
-from dlo_export.graph_passes.find.data_flow import is_op, subgraphs_of
+from dlo_export.graph_passes.find.data_flow import is_op, producer_of, subgraphs_of
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
@@ -204,7 +204,7 @@ def _attended_rows(graph: ir.Graph, holder: ir.Node) -> Iterator[tuple[ir.Node, 
                 continue
             uses = tuple(attention.outputs[0].uses())
             gather = uses[0].node if len(uses) == 1 and uses[0].idx == 0 else None
-            if gather is None or not is_op(gather, "GatherND") or PASS_KEY not in gather.metadata_props:
+            if not is_op(gather, "GatherND") or PASS_KEY not in gather.metadata_props:
                 continue
             active = _behind_index(gather.inputs[1])
             if active is not None:
@@ -221,8 +221,8 @@ def _is_plain(attention: ir.Node) -> bool:
 
 def _behind_index(index: ir.Value | None) -> ir.Value | None:
     """Who is active, bool [batch, sequence], of compaction's index."""
-    transpose = None if index is None else index.producer()
-    if transpose is None or not is_op(transpose, "Transpose") or transpose.inputs[0] is None:
+    transpose = producer_of(index)
+    if not is_op(transpose, "Transpose") or transpose.inputs[0] is None:
         return None
     nonzero = transpose.inputs[0].producer()
-    return nonzero.inputs[0] if nonzero is not None and is_op(nonzero, "NonZero") else None
+    return nonzero.inputs[0] if is_op(nonzero, "NonZero") else None

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.naming import unique_names
+from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.row_tensor import RowTensor, read_rows
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY, SERVES_KEY
@@ -138,8 +139,7 @@ def _fuse(graph: ir.Graph, nodes: list[ir.Node], unique: Callable[[str], str]) -
     for node, output in zip(nodes, split.outputs, strict=True):
         old = node.outputs[0]
         output.type, output.shape = old.type, old.shape
-        ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
-        output.name, old.name = old.name, None
+        replace_value(old, output)
     scope.remove(nodes, safe=True)
     for value in weights:
         del graph.initializers[value.name]  # type: ignore[union-attr,arg-type]  # checked by _is_fusible

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from dlo_export.graph_passes.cleanup.norms_around_rows import move_norms_off_rows
 from dlo_export.graph_passes.cleanup.norms_in_branches import add_behind_branches, join_in_branches
 from dlo_export.graph_passes.cleanup.skip_norms import (
-    FUSED_DOMAIN,
     NORM,
     SUM,
     ZEROS,
@@ -27,6 +26,7 @@ from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass, forget_run, passes_run
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 
@@ -93,7 +93,7 @@ class JoinSkipNormsPass(GraphPass):
             if (norm := only_norm_of(node.outputs[0], graph)) is not None:
                 _join(graph, node, norm, tags)
         if self.every:
-            graph.opset_imports[FUSED_DOMAIN] = 1
+            graph.opset_imports[MICROSOFT] = 1
             _join_with_zeros(graph, streams, tags)
         forget_run(model, SplitSkipNormsPass.__name__)
         return True
@@ -109,7 +109,7 @@ def _adds_masked_branch(node: ir.Node) -> bool:
     if not is_op(node, "Add"):
         return False
     sources = [value.producer() for value in node.inputs if value is not None]
-    masks = [source for source in sources if source is not None and is_op(source, "Where")]
+    masks = [source for source in sources if is_op(source, "Where")]
     return any(mask.metadata_props.get(PASS_KEY) == RouteLayersPass.__name__ for mask in masks)
 
 

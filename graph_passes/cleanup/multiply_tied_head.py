@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
+from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op, producer_of
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
@@ -79,8 +79,8 @@ def _tied_head(logits: ir.Value) -> tuple[ir.Value, ir.Value] | None:
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and is_op(node, op_type) else None
+    node = producer_of(value)
+    return node if is_op(node, op_type) else None
 
 
 def _is(value: ir.Value | None, *numbers: int) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from dlo_export.graph_passes.cleanup.skip_norms import is_norm, is_residual_addition, only_norm_of
-from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op
-from dlo_export.graph_passes.lowerings.active_rows import token_zeros
+from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op, producer_of
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.spec.provenance import PASS_KEY, closed_branch
 
@@ -100,7 +100,7 @@ def _added_rows(closing: ir.Node, stream: ir.Value, index: ir.Value) -> ir.Value
     summed = closed_branch(closing)
     if closing.attributes.get_string("reduction", "none") == "add":
         return summed
-    add = None if summed is None else summed.producer()
+    add = producer_of(summed)
     if add is None or not is_residual_addition(add):
         return None
     kept = [value for value in add.inputs if value is not None and not _is_gathered(value, stream, index)]
@@ -110,7 +110,7 @@ def _added_rows(closing: ir.Node, stream: ir.Value, index: ir.Value) -> ir.Value
 def _is_gathered(value: ir.Value, stream: ir.Value, index: ir.Value) -> bool:
     """Whether these are the stream's own rows."""
     node = value.producer()
-    return node is not None and is_op(node, "GatherND") and list(node.inputs) == [stream, index]
+    return is_op(node, "GatherND") and list(node.inputs) == [stream, index]
 
 
 def _like(

@@ -18,7 +18,7 @@ from dlo_export.graph_passes.cleanup.skip_norms import (
     only_norm_of,
 )
 from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op, subgraphs_of
-from dlo_export.graph_passes.lowerings.active_rows import token_zeros
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import PASS_KEY
 

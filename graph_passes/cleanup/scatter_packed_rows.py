@@ -8,9 +8,9 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
-from dlo_export.graph_passes.find.data_flow import is_op, subgraphs_of
-from dlo_export.graph_passes.lowerings.active_rows import token_zeros
-from dlo_export.graph_passes.rewriting import remove_unused
+from dlo_export.graph_passes.find.data_flow import is_op, producer_of, subgraphs_of
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
+from dlo_export.graph_passes.rewriting import remove_unused, replace_value
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, TaggedNodes
 
@@ -70,8 +70,7 @@ class ScatterPackedRowsPass(GraphPass):
         for part, scatter in zip(split.outputs, scatters, strict=True):
             old = scatter.outputs[0]
             part.type, part.shape = old.type, old.shape
-            old.replace_all_uses_with(part, replace_graph_outputs=True)
-            part.name, old.name = old.name, None
+            replace_value(old, part)
         scope.remove(scatters, safe=True)
 
 
@@ -92,8 +91,8 @@ def _scatters(split: ir.Node) -> list[ir.Node]:
 
 
 def _puts_into_zeros(scatter: ir.Node) -> bool:
-    zeros = scatter.inputs[0].producer() if scatter.inputs[0] is not None else None
-    if zeros is None or not is_op(zeros, "ConstantOfShape") or "reduction" in scatter.attributes:
+    zeros = producer_of(scatter.inputs[0])
+    if not is_op(zeros, "ConstantOfShape") or "reduction" in scatter.attributes:
         return False
     value = zeros.attributes.get("value")
     written = value is None or not value.as_tensor().numpy().any()

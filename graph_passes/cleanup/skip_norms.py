@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
+from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op, producer_of
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 
-FUSED, FUSED_DOMAIN = "SkipSimplifiedLayerNormalization", "com.microsoft"
+FUSED = "SkipSimplifiedLayerNormalization"
 """Inputs x, branch, weight, and perhaps a bias; output 0 is the norm, output 3, where asked for, the sum."""
 NORM, SUM = 0, 3
 ZEROS = "model.zeros"
@@ -18,28 +19,24 @@ _NORMS = ("RMSNormalization", "SimplifiedLayerNormalization")
 
 def is_fused(node: ir.Node | None) -> bool:
     """Whether a node adds and normalises."""
-    return is_op(node, FUSED, domain=FUSED_DOMAIN)
+    return is_op(node, FUSED, domain=MICROSOFT)
 
 
 def is_norm(node: ir.Node | None) -> bool:
     """Whether a node normalises and nothing else."""
-    return node is not None and is_op(node, *_NORMS)
+    return is_op(node, *_NORMS)
 
 
 def adds_zeros(fused: ir.Node) -> bool:
     """Whether a fused node is a norm alone, made so to run faster."""
     added = fused.inputs[1]
-    source = None if added is None else added.producer()
-    return source is not None and is_op(source, "ConstantOfShape") and source.name == ZEROS
+    source = producer_of(added)
+    return is_op(source, "ConstantOfShape") and source.name == ZEROS
 
 
 def is_residual_addition(node: ir.Node | None) -> bool:
     """Whether a node adds a branch to the stream: the addition of a bias is none."""
-    return (
-        node is not None
-        and is_op(node, "Add")
-        and all(value is not None and constant_tensor(value) is None for value in node.inputs)
-    )
+    return is_op(node, "Add") and all(value is not None and constant_tensor(value) is None for value in node.inputs)
 
 
 def only_norm_of(value: ir.Value, graph: ir.Graph | None) -> ir.Node | None:
@@ -72,7 +69,7 @@ def _fused(
         FUSED,
         [*summands, norm.inputs[1]],
         {"epsilon": norm.attributes.get_float("epsilon", 1e-5)},
-        domain=FUSED_DOMAIN,
+        domain=MICROSOFT,
         num_outputs=4,
         name=(norm.name or FUSED).removesuffix("/norm"),
         metadata_props=dict(metadata),

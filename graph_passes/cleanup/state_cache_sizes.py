@@ -31,13 +31,9 @@ class StateCacheSizesPass(GraphPass):
     def rewrite(self, model: ir.Model) -> bool:
         """Write every size that is not there."""
         layers = find_decoder_layers(model.graph)
-        unknown = [layer for layer in layers if any(_head_is_unknown(value) for value in _cache(layer))]
+        unknown = [layer for layer in layers if any(_head_is_unknown(value) for value in layer.cache)]
         stated = [_state(layer) for layer in unknown]
         return any(stated)
-
-
-def _cache(layer: DecoderLayer) -> tuple[ir.Value, ...]:
-    return layer.past_key, layer.past_value, layer.present_key, layer.present_value
 
 
 def _head_is_unknown(value: ir.Value) -> bool:
@@ -49,7 +45,7 @@ def _state(layer: DecoderLayer) -> bool:
     width, heads = key_width(layer.attention, layer.present_key), (layer.past_key.shape or (None, None))[1]
     if width is None or not isinstance(heads, int) or not heads or width % heads:
         return False
-    for value in _cache(layer):
+    for value in layer.cache:
         if value.shape is not None and _head_is_unknown(value):
             value.shape = ir.Shape((*value.shape[:3], width // heads))
     return True

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.find.data_flow import is_op, producer_of
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.find.masked_blocks import match_masked_blocks
 from dlo_export.graph_passes.find.masked_branch import Mismatch
@@ -102,8 +102,8 @@ def _products(graph: ir.Graph) -> Iterator[tuple[int, ir.Node, DequantizedStorag
 
 def _is_fused(weight: ir.Value | None) -> bool:
     """Whether a product's weight is dequantised by blocks for it alone, from codes and scales that nobody shares."""
-    source = None if weight is None else weight.producer()
-    if source is None or not is_op(source, "DequantizeLinear") or not source.attributes.get_int("block_size", 0):
+    source = producer_of(weight)
+    if not is_op(source, "DequantizeLinear") or not source.attributes.get_int("block_size", 0):
         return False
     own = (weight, *source.inputs[:2])
     return all(value is not None and len(value.uses()) == 1 and not value.is_graph_output() for value in own)

@@ -162,10 +162,7 @@ class _Deepening:
         self.reads = [layer.input for layer in layers]  # what each original reads as its input, as the walk goes on
         # Weights follow from the layers' own data flow: they are told apart before anything is rewired.
         self.projections = [layer.projections for layer in layers]
-        self.cache = {
-            self.new_index[layer.index]: (layer.past_key, layer.past_value, layer.present_key, layer.present_value)
-            for layer in layers
-        }
+        self.cache = {self.new_index[layer.index]: layer.cache for layer in layers}
 
     def run(self) -> None:
         """Insert the layers."""

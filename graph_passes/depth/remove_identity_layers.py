@@ -155,7 +155,7 @@ def _not_linear(block: ResidualBlock, ends: Sequence[Projection]) -> ir.Node | N
             value = node.inputs[0]
             continue
         # Beside what comes from the product: a bias that is zero, or a number that is finite.
-        others = [each for each in node.inputs if _behind(each) in constants] if is_op(node, "Add") else []
+        others = [each for each in node.inputs if _constant_of(each) in constants] if is_op(node, "Add") else []
         others += [each for each in node.inputs if np.isfinite(_number(each))] if is_op(node, "Mul") else []
         if len(others) != 1:
             return node
@@ -176,7 +176,7 @@ def _is_finite(constant: ir.Value) -> bool:
     return tensor is not None and bool(np.isfinite(tensor.numpy().astype(np.float32)).all())
 
 
-def _behind(value: ir.Value | None) -> ir.Value | None:
+def _constant_of(value: ir.Value | None) -> ir.Value | None:
     """The constant that a value is prepared from."""
     found = constant_behind(value)
     return None if found is None else found[0]

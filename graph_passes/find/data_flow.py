@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TypeGuard
 
 import numpy as np
 import onnx_ir as ir
+
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 
 # Ops whose output is their first input, up to the element type: the value "passes through" them.
 PASS_THROUGH_OPS = frozenset({"Cast", "Identity"})
 # Ops that read only the shape of their input.
 SHAPE_OPS = frozenset({"Shape", "Size"})
+# Domains and types of ops that normalise along the last axes and scale by a weight, their second input.
+NORM_OPS = (
+    ("", "RMSNormalization"),
+    ("", "LayerNormalization"),
+    # ONNX Runtime registers this contrib op in the default domain; some exporters write com.microsoft.
+    ("", "SimplifiedLayerNormalization"),
+    (MICROSOFT, "SimplifiedLayerNormalization"),
+)
 
 
-def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
+def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> TypeGuard[ir.Node]:
     """Whether a node is one of the given ops of a domain (False for None, the producer of graph inputs)."""
     return node is not None and node.domain == domain and node.op_type in op_types
+
+
+def producer_of(value: ir.Value | None) -> ir.Node | None:
+    """The node that computes a value; None where there is no value, or it is an input or an initializer."""
+    return None if value is None else value.producer()
+
+
+def behind(value: ir.Value | None, *op_types: str) -> ir.Value | None:
+    """What a value is made of by nodes of these ops alone, each from its first input; the value itself by default."""
+    while is_op(node := producer_of(value), *op_types):
+        value = node.inputs[0]
+    return value
 
 
 def node_order(graph: ir.Graph) -> dict[ir.Node, int]:
@@ -34,7 +57,8 @@ def consumed_values(node: ir.Node) -> Iterator[ir.Value]:
 
 def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
     """Graphs a node holds as attributes: branches of an If, the body of a Loop."""
-    for attribute in node.attributes.values():
+    # The dictionary itself: this is asked of every node of every search, and half of the time was the way around it.
+    for attribute in node.attributes.data.values():
         if attribute.type == ir.AttributeType.GRAPH:
             yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
@@ -112,7 +136,7 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
         if tensor is not None:
             return None if value.is_graph_input() else tensor
         node = value.producer()
-        value = node.inputs[0] if node is not None and is_op(node, "Identity") else None
+        value = node.inputs[0] if is_op(node, "Identity") else None
     return None
 
 
@@ -127,7 +151,7 @@ def constant_behind(value: ir.Value | None) -> tuple[ir.Value, int] | None:
         if ir.convenience.get_const_tensor(value) is not None and not value.is_graph_input():
             return value, transposes
         node = value.producer()
-        if node is None or not is_op(node, "Identity", "Cast", "Transpose"):
+        if not is_op(node, "Identity", "Cast", "Transpose"):
             return None
         transposes += node.op_type == "Transpose"
         value = node.inputs[0]
@@ -136,12 +160,7 @@ def constant_behind(value: ir.Value | None) -> tuple[ir.Value, int] | None:
 
 def is_constant(value: ir.Value | None) -> bool:
     """Whether a value is computed from constants only, through Identity, Cast, Transpose and DequantizeLinear."""
-    while value is not None:
-        if constant_tensor(value) is not None:
-            return True
-        node = value.producer()
-        value = node.inputs[0] if node is not None and is_op(node, *_CONSTANT_FOLDED) else None
-    return False
+    return value is not None and value in ConstantValues()
 
 
 class ConstantValues:
@@ -159,7 +178,7 @@ class ConstantValues:
         while current is not None and current not in self._known and ir.convenience.get_const_tensor(current) is None:
             path.append(current)
             node = current.producer()
-            current = node.inputs[0] if node is not None and is_op(node, "Identity", *_CONSTANT_FOLDED) else None
+            current = node.inputs[0] if is_op(node, "Identity", *_CONSTANT_FOLDED) else None
         found = current is not None and self._known.get(current, not current.is_graph_input())
         self._known.update(dict.fromkeys(path, found))
         return found
@@ -203,7 +222,7 @@ def element_type(value: ir.Value) -> ir.DataType | None:
     current: ir.Value | None = value
     while current is not None and current.dtype is None:
         node = current.producer()
-        if node is not None and is_op(node, "Cast"):
+        if is_op(node, "Cast"):
             return ir.DataType(node.attributes["to"].as_int())
         if node is None or node.domain or node.op_type not in _TYPED_BY_INPUT:
             return None

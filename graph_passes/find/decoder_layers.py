@@ -80,6 +80,11 @@ class DecoderLayer:
         return self.mlp.stream_out
 
     @property
+    def cache(self) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+        """Past key and value, present key and value."""
+        return self.past_key, self.past_value, self.present_key, self.present_value
+
+    @property
     def nodes(self) -> tuple[ir.Node, ...]:
         """All nodes of the layer in topological order, both additions included, be they inside a conditional."""
         return (*self.attention.nodes, self.attention.add, *self.mlp.nodes, self.mlp.add)

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from dlo_export.graph_passes.find.data_flow import SHAPE_OPS, constant_integers, is_op, rank
+from dlo_export.graph_passes.find.data_flow import SHAPE_OPS, constant_integers, is_op, producer_of, rank
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.weights.dense import dense_storage
 from dlo_export.graph_passes.weights.linear import linear_weight
 from dlo_export.graph_passes.weights.storage import Place, WeightStorage
 
 # Attention ops that take query, key, value as inputs 0, 1, 2 and return the present key and value as outputs 1, 2.
-ATTENTION_OPS = (("", "Attention"), ("com.microsoft", "GroupQueryAttention"), ("com.microsoft", "MultiHeadAttention"))
+ATTENTION_OPS = (("", "Attention"), (MICROSOFT, "GroupQueryAttention"), (MICROSOFT, "MultiHeadAttention"))
 
 
 class Part(NamedTuple):
@@ -160,8 +161,8 @@ def _split_sizes(node: ir.Node, part: Part) -> Sequence[int] | None:
 
 def _last_size(shape: ir.Value | None) -> int | None:
     """The last dimension of a shape, where that is constant."""
-    node = None if shape is None else shape.producer()
-    if node is not None and is_op(node, "Concat") and node.inputs:
+    node = producer_of(shape)
+    if is_op(node, "Concat") and node.inputs:
         shape = node.inputs[-1]
     sizes = constant_integers(shape)
     return sizes[-1] if sizes else None

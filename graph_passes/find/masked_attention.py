@@ -7,14 +7,17 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.graph_passes.errors import GraphPassError, place
 from dlo_export.graph_passes.find.data_flow import (
     SHAPE_OPS,
+    behind,
     constant_integers,
     constant_scalar,
     consumed_values,
     is_op,
     nodes_between,
+    producer_of,
 )
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer
 from dlo_export.graph_passes.find.linear_flow import ATTENTION_OPS, LinearFlow, Part
@@ -25,6 +28,8 @@ from dlo_export.graph_passes.find.masked_branch import (
     foreign_uses,
     match_masked_branch,
 )
+from dlo_export.graph_passes.find.residual_stream import ResidualBlock
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.provenance import SERVES_KEY
 
 _QUERY, _KEY, _VALUE, _MASK = range(4)  # inputs of an Attention node
@@ -88,6 +93,16 @@ class MaskedAttention:
     projections: tuple[ir.Node, ...]
     around: tuple[ir.Node, ...]
     outputs: tuple[ir.Node, ...]
+
+    @property
+    def block(self) -> ResidualBlock:
+        """The residual block that is masked."""
+        return self.layer.attention
+
+    @property
+    def path(self) -> str:
+        """What its values are named after."""
+        return layer_tensor_name(self.layer.index, "self_attn")
 
     @property
     def nodes(self) -> tuple[ir.Node, ...]:
@@ -161,7 +176,7 @@ def _match_around(layer: DecoderLayer, branch: MaskedBranch) -> MaskedAttention 
     nodes = [node for node in block.nodes if node.metadata_props.get(SERVES_KEY) != "router"]
     order = {node: number for number, node in enumerate(block.nodes)}
     # What the branch is multiplied by is the router's.
-    ends = kept.inputs if kept is not None and is_op(kept, "Mul") else (branch.kept,)
+    ends = kept.inputs if is_op(kept, "Mul") else (branch.kept,)
     try:
         flow = LinearFlow(nodes)
     except GraphPassError as error:
@@ -238,7 +253,7 @@ def _own(masked: MaskedAttention) -> MaskedAttention | Mismatch:
 def _can_be_skipped(part: Part) -> bool:
     """Whether a product computes nothing else, and takes tokens as they are."""
     node = part.matrix.node
-    return part.whole and (is_op(node, "MatMul") or is_op(node, "MatMulNBits", domain="com.microsoft"))
+    return part.whole and (is_op(node, "MatMul") or is_op(node, "MatMulNBits", domain=MICROSOFT))
 
 
 def _operand(product: ir.Node) -> ir.Value:
@@ -289,22 +304,22 @@ def _match_hidden(layer: DecoderLayer, branch: MaskedBranch, attention: ir.Node)
 
 def _zeroed(value: ir.Value | None, branch: MaskedBranch) -> ir.Node | None:
     """The Where node behind a value that is zero for skipped tokens."""
-    node = None if value is None else value.producer()
-    if node is None or not is_op(node, "Where") or column_source(node.inputs[0]) is not branch.active:
+    node = producer_of(value)
+    if not is_op(node, "Where") or column_source(node.inputs[0]) is not branch.active:
         return None
     return node if constant_scalar(node.inputs[2]) == 0.0 else None
 
 
 def _hidden(mask: ir.Value | None, layer: DecoderLayer, branch: MaskedBranch) -> ir.Node | None:
     """The Where node behind an additive mask that hides whoever is not active in `present_active`."""
-    node = None if mask is None else mask.producer()
-    if node is None or not is_op(node, "Where") or layer.present_active is None or node.outputs[0].dtype is None:
+    node = producer_of(mask)
+    if not is_op(node, "Where") or layer.present_active is None or node.outputs[0].dtype is None:
         return None
     state = layer.present_active.producer()
-    if not is_op(state, "Concat", "TensorScatter") or state.inputs[0] is not layer.past_active:  # type: ignore[union-attr]  # is_op
+    if not is_op(state, "Concat", "TensorScatter") or state.inputs[0] is not layer.past_active:
         return None
     grows = is_op(state, "Concat")
-    active = state.inputs[1] if grows else _behind(state.inputs[1], "Unsqueeze", "Cast")  # type: ignore[union-attr]  # is_op
+    active = state.inputs[1] if grows else behind(state.inputs[1], "Unsqueeze", "Cast")
     if active is not branch.active or constant_scalar(node.inputs[2]) != float(node.outputs[0].dtype.min):
         return None
     return node if _is_row(node.inputs[0], layer.present_active, grows=grows) else None
@@ -312,37 +327,31 @@ def _hidden(mask: ir.Value | None, layer: DecoderLayer, branch: MaskedBranch) ->
 
 def _is_row(value: ir.Value | None, state: ir.Value, *, grows: bool) -> bool:
     """Whether a value is the state as bool [batch, 1, 1, total]."""
-    node = None if value is None else value.producer()
+    node = producer_of(value)
     if node is None:
         return False
     if grows:
         return is_op(node, "Unsqueeze") and node.inputs[0] is state and constant_integers(node.inputs[1]) == (1, 2)
     positive = is_op(node, "Greater") and constant_scalar(node.inputs[1]) == 0.0
     across = node.inputs[0].producer() if positive and node.inputs[0] is not None else None
-    if across is None or not is_op(across, "Transpose") or across.inputs[0] is not state:
+    if not is_op(across, "Transpose") or across.inputs[0] is not state:
         return False
     return tuple(across.attributes.get_ints("perm") or ()) == (0, 1, 3, 2)
 
 
 def _step_part(value: ir.Value | None) -> ir.Value | None:
     """A step's keys or values [batch, sequence, heads·head_dim] behind what attention is given."""
-    node = None if value is None else value.producer()
-    return _unturned(node.inputs[1] if node is not None and is_op(node, "TensorScatter") else value)
+    node = producer_of(value)
+    return _unturned(node.inputs[1] if is_op(node, "TensorScatter") else value)
 
 
 def _unturned(value: ir.Value | None) -> ir.Value | None:
     """What stands with heads in front as it is without: behind Transpose and Reshape."""
-    return _behind(value, "Transpose", "Reshape")
+    return behind(value, "Transpose", "Reshape")
 
 
 def _turned_back(value: ir.Value) -> ir.Value:
     """What attention gives with heads in front, as it is without: in front of Transpose and Reshape."""
     while len(users := value.consumers()) == 1 and is_op(users[0], "Transpose", "Reshape"):
         value = users[0].outputs[0]
-    return value
-
-
-def _behind(value: ir.Value | None, *op_types: str) -> ir.Value | None:
-    while value is not None and is_op(value.producer(), *op_types):
-        value = value.producer().inputs[0]  # type: ignore[union-attr]  # is_op
     return value

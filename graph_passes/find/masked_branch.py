@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import constant_integers, constant_scalar, is_op, rank
+from dlo_export.graph_passes.find.data_flow import constant_integers, constant_scalar, is_op, producer_of, rank
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
 
 
@@ -46,7 +46,7 @@ class MaskedBranch:
             nodes: Of the branch. A factor for all tokens is part of it.
         """
         node = self.kept.producer()
-        if node is not None and is_op(node, "Mul"):
+        if is_op(node, "Mul"):
             for operand in node.inputs:
                 source = column_source(operand)
                 if source is not None and source.producer() not in nodes:
@@ -66,7 +66,7 @@ def match_masked_branch(layer: int, block: ResidualBlock, what: str) -> MaskedBr
         return Mismatch(f"layer {layer}: {place(block.conditional)} skips its {what} branch already", masked=True)
     # From the addition backwards: the mask, its condition, what it keeps.
     select = block.branch.producer()
-    if select is None or not is_op(select, "Where"):
+    if not is_op(select, "Where"):
         return Mismatch(f"layer {layer}: {place(block.add)} adds the {what} branch unmasked", masked=False)
     column, kept, otherwise = select.inputs
     active = column_source(column)
@@ -80,8 +80,8 @@ def match_masked_branch(layer: int, block: ResidualBlock, what: str) -> MaskedBr
 
 def column_source(value: ir.Value | None) -> ir.Value | None:
     """The [batch, sequence] value behind an Unsqueeze of the last axis."""
-    node = None if value is None else value.producer()
-    if node is None or not is_op(node, "Unsqueeze") or constant_integers(node.inputs[1]) not in {(-1,), (2,)}:
+    node = producer_of(value)
+    if not is_op(node, "Unsqueeze") or constant_integers(node.inputs[1]) not in {(-1,), (2,)}:
         return None
     return node.inputs[0]
 
@@ -96,8 +96,8 @@ def own_columns(readers: Collection[ir.Node], by_token: Iterable[ir.Node | None]
         by_token: Those of them that choose or scale token by token, None where there is no such.
     """
     for value in (value for node in by_token if node is not None for value in node.inputs):
-        node = None if value is None else value.producer()
-        if value is None or node is None or not is_op(node, "Unsqueeze") or node in readers:
+        node = producer_of(value)
+        if value is None or not is_op(node, "Unsqueeze") or node in readers:
             continue
         if set(readers).issuperset(value.consumers()) and not value.is_graph_output():
             yield node

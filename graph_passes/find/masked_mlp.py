@@ -6,10 +6,12 @@ import dataclasses
 
 import onnx_ir as ir
 
+from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import is_constant
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer
 from dlo_export.graph_passes.find.masked_branch import Mismatch, column_source, foreign_uses, match_masked_branch
+from dlo_export.graph_passes.find.residual_stream import ResidualBlock
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +35,16 @@ class MaskedMlp:
     scale: ir.Value | None
     scaling: ir.Node | None
     nodes: tuple[ir.Node, ...]
+
+    @property
+    def block(self) -> ResidualBlock:
+        """The residual block that is masked."""
+        return self.layer.mlp
+
+    @property
+    def path(self) -> str:
+        """What its values are named after."""
+        return layer_tensor_name(self.layer.index, "mlp")
 
 
 def match_masked_mlp(layer: DecoderLayer) -> MaskedMlp | Mismatch:

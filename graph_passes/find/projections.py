@@ -9,28 +9,22 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import LAYER_TABLES, LLAMA_LAYER, LayerModule, LayerTable
 from dlo_export.graph_passes.errors import GraphPassError, place
-from dlo_export.graph_passes.find.data_flow import SHAPE_OPS, constant_behind, constant_tensor, is_op
+from dlo_export.graph_passes.find.data_flow import NORM_OPS, SHAPE_OPS, constant_behind, constant_tensor, is_op
 from dlo_export.graph_passes.find.linear_flow import LinearFlow, Part
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.weights.dense import DenseStorage, dense_storage
 from dlo_export.graph_passes.weights.linear import linear_bias
 from dlo_export.graph_passes.weights.storage import Place, StoredRows, WeightStorage
 
-_NORM_OPS = (
-    ("", "RMSNormalization"),
-    ("", "LayerNormalization"),
-    # ONNX Runtime registers this contrib op in the default domain; some exporters write com.microsoft.
-    ("", "SimplifiedLayerNormalization"),
-    ("com.microsoft", "SimplifiedLayerNormalization"),
-)
 # Inputs of ops that hold cosines and sines.
 _ROTARY_TABLES = {
     ("", "RotaryEmbedding"): (1, 2),
-    ("com.microsoft", "RotaryEmbedding"): (2, 3),
-    ("com.microsoft", "GroupQueryAttention"): (7, 8),
+    (MICROSOFT, "RotaryEmbedding"): (2, 3),
+    (MICROSOFT, "GroupQueryAttention"): (7, 8),
 }
 HEAD_NORM_INPUTS: Mapping[tuple[str, str], Mapping[str, int]] = {
-    ("com.microsoft", "GroupQueryAttention"): {"q_norm": 14, "k_norm": 15}
+    (MICROSOFT, "GroupQueryAttention"): {"q_norm": 14, "k_norm": 15}
 }
 """Inputs of attention operators that hold the norms of queries and keys, where they compute these themselves."""
 
@@ -274,6 +268,6 @@ def _norm_weights(nodes: Iterable[ir.Node], flow: LinearFlow, touched_by: frozen
     for node in nodes:
         if flow.union(node.inputs) != touched_by:
             continue
-        inputs = (1,) if (node.domain, node.op_type) in _NORM_OPS else (0, 1) if is_op(node, "Mul") else ()
+        inputs = (1,) if (node.domain, node.op_type) in NORM_OPS else (0, 1) if is_op(node, "Mul") else ()
         vectors = (dense_storage(Place(node, index), "vector") for index in inputs)
         yield from (vector for vector in vectors if vector is not None and vector.shape[0] > 1)

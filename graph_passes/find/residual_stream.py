@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, place
 from dlo_export.graph_passes.find.data_flow import (
     SHAPE_OPS,
+    behind,
     constant_scalar,
     is_op,
     node_order,
@@ -18,6 +19,7 @@ from dlo_export.graph_passes.find.data_flow import (
     pass_through_values,
     subgraphs_of,
 )
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.provenance import closed_branch
 from dlo_export.graph_passes.weights.embedding import dequantized_rows, embedding_table
 
@@ -67,7 +69,7 @@ def embedding_values(graph: ir.Graph) -> tuple[ir.Value, ...]:
 def embedding_lookup(value: ir.Value) -> ir.Node:
     """The node that looks up one of `embedding_values`."""
     node = value.producer()
-    while node is not None and is_op(node, "Mul", "DequantizeLinear"):
+    while is_op(node, "Mul", "DequantizeLinear"):
         node = next(operand for operand in node.inputs if constant_scalar(operand) is None).producer()  # type: ignore[union-attr]  # a value
     assert node is not None, "the stream starts at an embedding node"
     return node
@@ -83,12 +85,8 @@ def _scaled(value: ir.Value) -> ir.Value:
 
 
 def _is_integer_input(value: ir.Value | None) -> bool:
-    while value is not None:
-        if value.is_graph_input():
-            return value.dtype in {ir.DataType.INT64, ir.DataType.INT32}
-        producer = value.producer()
-        value = producer.inputs[0] if producer is not None and is_op(producer, "Cast", "Identity") else None
-    return False
+    source = behind(value, "Cast", "Identity")
+    return source is not None and source.is_graph_input() and source.dtype in {ir.DataType.INT64, ir.DataType.INT32}
 
 
 def residual_blocks(order: Mapping[ir.Node, int], root: ir.Value) -> tuple[ResidualBlock, ...]:
@@ -221,7 +219,7 @@ def _joins_stream(block: ResidualBlock) -> bool:
     stream = pass_through_values(block.stream_in)
     taken = [node.outputs[0] for value in stream for node in value.consumers() if is_op(node, *SHAPE_OPS, "GatherND")]
     added = block.branch.producer()
-    rows = added.inputs if added is not None and is_op(added, "Add") else ()
+    rows = added.inputs if is_op(added, "Add") else ()
     return not {*stream, *taken}.isdisjoint((*block.add.inputs, *rows))
 
 
@@ -231,7 +229,7 @@ def _added_branch(node: ir.Node, stream_index: int) -> ir.Value | None:
         return None
     if is_op(node, "Add"):
         return node.inputs[1 - stream_index]
-    if is_op(node, *_FUSED_ADD_AND_NORM, domain="com.microsoft") and stream_index < 2:
+    if is_op(node, *_FUSED_ADD_AND_NORM, domain=MICROSOFT) and stream_index < 2:
         raise DecoderLayersNotFound(
             f"find_decoder_layers: {place(node)} adds to the residual stream and normalises it in one node; "
             "expected the addition as a node of its own.",

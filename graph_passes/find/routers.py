@@ -8,7 +8,7 @@ from typing import TypeGuard
 import onnx_ir as ir
 
 from dlo_export.checkpoints.router_thresholds import logit_threshold
-from dlo_export.graph_passes.find.data_flow import constant_scalar, constant_tensor, is_op
+from dlo_export.graph_passes.find.data_flow import constant_scalar, constant_tensor, is_op, producer_of
 from dlo_export.graph_passes.spec.ops import DOMAIN, GATHER_ACTIVE
 from dlo_export.graph_passes.spec.provenance import (
     ROUTER_ACTIVE,
@@ -39,7 +39,7 @@ class Router:
     @property
     def gathering(self) -> ir.Node | None:
         """The operator that decides by itself, None where a comparison decides."""
-        node = None if self.scores is None else self.scores.producer()
+        node = producer_of(self.scores)
         return node if gathers_active(node) else None
 
     @property
@@ -47,13 +47,13 @@ class Router:
         """What the stream is multiplied by; None where it cannot be told."""
         # An operator of the library gives out scores, and multiplies itself.
         product = self.logits or (self.scores and (router_product(self.scores) or self.scores))
-        node = None if product is None else product.producer()
+        node = producer_of(product)
         return node.inputs[1] if node is not None and len(node.inputs) > 1 else None
 
     @property
     def threshold(self) -> float | None:
         """The score that an active token's exceeds; None where it cannot be told."""
-        decision = self.gathering or (None if self.active is None else self.active.producer())
+        decision = self.gathering or producer_of(self.active)
         place = 1 if self.gathering is None else 2
         limit = None if decision is None or len(decision.inputs) <= place else constant_scalar(decision.inputs[place])
         if decision is None or limit is None or self.logits is None:
@@ -83,7 +83,7 @@ def router_product(scores: ir.Value) -> ir.Value | None:
     value = scores
     for op in ("Sigmoid", "Squeeze"):
         node = value.producer()
-        if node is None or not is_op(node, op) or node.inputs[0] is None:
+        if not is_op(node, op) or node.inputs[0] is None:
             return None
         value = node.inputs[0]
     return value if is_op(value.producer(), "MatMul") else None
@@ -92,7 +92,7 @@ def router_product(scores: ir.Value) -> ir.Value | None:
 def router_operands(scores: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """The stream, of any type, and the router's weight [hidden, 1]; None where the score is computed otherwise."""
     product = router_product(scores)
-    node = None if product is None else product.producer()
+    node = producer_of(product)
     if node is None:
         return None
     stream, weight = node.inputs
@@ -100,5 +100,5 @@ def router_operands(scores: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     if stream is None or weight is None or tensor is None or len(tensor.shape) != 2 or tensor.shape[1] != 1:
         return None
     cast = stream.producer()
-    source = cast.inputs[0] if cast is not None and is_op(cast, "Cast") else stream
+    source = cast.inputs[0] if is_op(cast, "Cast") else stream
     return None if source is None else (source, weight)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable
 import onnx_ir as ir
 
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import ConstantValues, constant_integers, is_op, rank
+from dlo_export.graph_passes.find.data_flow import NORM_OPS, ConstantValues, constant_integers, is_op, rank
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 
 
 def row_rank(nodes: Iterable[ir.Node]) -> tuple[int, list[str]]:
@@ -121,13 +122,11 @@ _POINTWISE = (
 # How each op that may stand in an MLP branch treats rows. An op that is missing here is refused: better than a guess.
 _RULES: dict[tuple[str, str], Callable[[ir.Node, ConstantValues], int | None]] = {
     **{("", op_type): _pointwise_rank for op_type in _POINTWISE},
-    **{("com.microsoft", op_type): _pointwise_rank for op_type in ("BiasGelu", "FastGelu", "QuickGelu")},
-    **{("", op_type): _norm_rank for op_type in ("LayerNormalization", "RMSNormalization")},
-    # ONNX Runtime registers this contrib op in the default domain; some exporters write com.microsoft.
-    **{(domain, "SimplifiedLayerNormalization"): _norm_rank for domain in ("", "com.microsoft")},
+    **{(MICROSOFT, op_type): _pointwise_rank for op_type in ("BiasGelu", "FastGelu", "QuickGelu")},
+    **dict.fromkeys(NORM_OPS, _norm_rank),
     **{("", op_type): _reduction_rank for op_type in ("ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum")},
     ("", "ReduceSumSquare"): _reduction_rank,
     ("", "Split"): _split_rank,
     ("", "MatMul"): _matmul_rank,
-    ("com.microsoft", "MatMulNBits"): lambda _node, _constants: 2,
+    (MICROSOFT, "MatMulNBits"): lambda _node, _constants: 2,
 }

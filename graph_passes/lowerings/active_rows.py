@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
-from dlo_export.graph_passes.find.data_flow import constant_integers, constant_tensor, element_type, is_op
-from dlo_export.graph_passes.find.masked_attention import MaskedAttention
+from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
+from dlo_export.graph_passes.find.data_flow import element_type, is_op
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
-from dlo_export.graph_passes.find.residual_stream import ResidualBlock, embedding_lookup, embedding_values
+from dlo_export.graph_passes.find.residual_stream import ResidualBlock
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 
 class RowAccess(abc.ABC):
@@ -88,20 +87,10 @@ class RowAccess(abc.ABC):
 
     def close(self, nodes: TaggedNodes, total: ir.Value) -> None:
         """Puts `total`, the last of the nodes, in place of the block's addition."""
-        block = residual_block(self.masked)
+        block = self.masked.block
         self.graph.insert_before(block.add, nodes.nodes)
         replace_value(block.stream_out, total)
         remove_with_sources(self.graph, block.add)
-
-
-def residual_block(masked: MaskedBlock) -> ResidualBlock:
-    """The block of the layer that is masked."""
-    return masked.layer.attention if isinstance(masked, MaskedAttention) else masked.layer.mlp
-
-
-def block_path(masked: MaskedBlock) -> str:
-    """What its values are named after."""
-    return layer_tensor_name(masked.layer.index, "self_attn" if isinstance(masked, MaskedAttention) else "mlp")
 
 
 def stream_for_all_tokens(block: ResidualBlock, nodes: Collection[ir.Node], new: TaggedNodes) -> ir.Value:
@@ -154,40 +143,6 @@ def scale_rows(graph: ir.Graph, masked: MaskedBlock, new: TaggedNodes, scale: ir
         remove_with_sources(graph, producer)
 
 
-def token_zeros(graph: ir.Graph, made_by: str, width: int, dtype: ir.DataType, before: ir.Node) -> ir.Value:
-    """Zeros for all tokens of a step, [batch, sequence, width]: one node for all layers.
-
-    Args:
-        graph: Its layers have been found.
-        made_by: Name of the pass.
-        width: Of the last axis.
-        dtype: Of the zeros.
-        before: Where the node is inserted on first use.
-    """
-    tokens = embedding_lookup(embedding_values(graph)[0]).inputs[1]
-    assert tokens is not None, "an embedding is looked up by token ids"
-    tags, int64, batch_and_sequence = TaggedNodes(made_by, None).tags, ir.DataType.INT64, (tokens.shape or (None, None))
-    sizes = shared_node(
-        graph, "Shape", tokens, name=f"{ROUTERS}.token_sizes", tags=tags, dtype=int64, shape=(2,), before=before
-    )
-    last = shared_constant(graph, f"{ROUTERS}.width_{width}", np.array([width], np.int64))
-    name = f"{ROUTERS}.shape_{width}"
-    shape = shared_node(
-        graph, "Concat", sizes, last, name=name, tags=tags, dtype=int64, shape=(3,), before=before, axis=0
-    )
-    return shared_node(
-        graph,
-        "ConstantOfShape",
-        shape,
-        name=f"{ROUTERS}.zeros_{width}_{dtype.name.lower()}",
-        tags=tags,
-        dtype=dtype,
-        shape=(*batch_and_sequence, width),
-        before=before,
-        value=ir.tensor(np.zeros(1, dtype.numpy())),
-    )
-
-
 def run_on_rows(nodes: Sequence[ir.Node], stream: ir.Value, rows: ir.Value, leading: tuple[int | str, ...]) -> None:
     """Makes the branch's nodes read rows [*leading, hidden] instead of the stream [batch, sequence, hidden]."""
     # Declared shapes change with it: a wrong one is worse than none, since runtimes check them.
@@ -198,35 +153,3 @@ def run_on_rows(nodes: Sequence[ir.Node], stream: ir.Value, rows: ir.Value, lead
         for output in node.outputs:
             if output.shape is not None and len(output.shape) == 3:
                 output.shape = ir.Shape((*leading, output.shape[2]))
-
-
-def projected_width(value: ir.Value) -> int | None:
-    """Size of the last axis of a projection, rotated or not: declared, or as its matrix, bias, norm or shape says."""
-    value = unrotated(value)
-    if value.shape is not None and isinstance(last := value.shape[-1], int):
-        return last
-    node = value.producer()
-    if node is not None and is_op(node, "MatMulNBits", domain="com.microsoft"):
-        return node.attributes["N"].as_int()
-    if node is None or not is_op(node, "MatMul", "Add", "RMSNormalization", "Cast", "Identity", "Reshape"):
-        return None
-    if is_op(node, "Reshape"):  # heads that were normalised one by one, together again
-        shape = constant_integers(node.inputs[1])
-        return shape[-1] if shape is not None and len(shape) == 3 and shape[-1] > 0 else None
-    # A norm in float32 stands between casts, its scale behind one too: then what it reads says how wide it is.
-    if is_op(node, "Cast", "Identity", "RMSNormalization") and node.inputs[0] is not None:
-        width = projected_width(node.inputs[0])
-        if width is not None:
-            return width
-    tensors = [constant_tensor(operand) for operand in node.inputs]
-    sizes = [int(tensor.shape[-1]) for tensor in tensors if tensor is not None and len(tensor.shape)]  # type: ignore[arg-type]  # tensors have no symbolic dimensions
-    return max(sizes, default=None)
-
-
-def unrotated(value: ir.Value) -> ir.Value:
-    """What rotary embedding was given: where that is zero, so is the value."""
-    node = value.producer()
-    while node is not None and is_op(node, "RotaryEmbedding") and node.inputs[0] is not None:
-        value = node.inputs[0]
-        node = value.producer()
-    return value

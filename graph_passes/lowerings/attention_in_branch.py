@@ -8,13 +8,14 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import CACHE_PARTS
-from dlo_export.checkpoints.llama_layer import ROUTERS, layer_path, layer_tensor_name
+from dlo_export.checkpoints.llama_layer import ROUTERS, layer_path
 from dlo_export.graph_passes.branches import conditional_node
 from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_branch import own_columns
-from dlo_export.graph_passes.lowerings.active_rows import token_zeros
 from dlo_export.graph_passes.lowerings.branch_addition import renew_addition
+from dlo_export.graph_passes.lowerings.lowering_pass import cast_problems
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.lowerings.zeroed_projections import zero_in_front
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
@@ -22,9 +23,7 @@ from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 def branch_problems(masked: MaskedAttention) -> list[str]:
     """Why the block cannot be moved: a cast between stream and sum, or a cache of unknown size."""
-    block, problems = masked.layer.attention, []
-    if block.stream_operand is not block.stream_in:
-        problems.append(f"adds to '{block.stream_operand.name}', a cast of the stream")
+    problems = cast_problems(masked)
     if _cache_sizes(masked) is None:
         problems.append("the graph does not say how many heads its cache has, or how wide they are")
     return problems
@@ -42,8 +41,7 @@ def move_into_branch(
         made_by: Name of the pass.
         behind: The layer's MLP, where the branch holds it too.
     """
-    name = f"{layer_tensor_name(masked.layer.index, 'self_attn')}.added"
-    addition = renew_addition(graph, masked, masked.layer.attention, name, made_by)
+    addition = renew_addition(graph, masked, made_by)
     nodes = zero_in_front(graph, masked, made_by)
     hides = None if masked.hidden is None else masked.hidden.mask_select
     columns = own_columns(nodes, (masked.select, masked.scaling, hides))
@@ -75,7 +73,7 @@ def close_in_branch(
         behind: Those of the layer's MLP, likewise, where the If is to hold the whole layer.
     """
     layer, nodes = masked.layer, [*nodes, *behind]
-    name = layer_path(layer.index) if behind else layer_tensor_name(layer.index, "self_attn")
+    name = layer_path(layer.index) if behind else masked.path
     dtype = element_type(layer.input)
     shape, tags = (*layer.token_dims, layer.hidden_size), TaggedNodes(made_by, layer.index).tags
     zeros = None if masked.hidden is None else _zero_rows(graph, masked, made_by, nodes[0])

@@ -10,15 +10,9 @@ from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import element_type, is_op
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_branch import column_source
+from dlo_export.graph_passes.find.projected_width import projected_width, unrotated
 from dlo_export.graph_passes.find.token_wise import row_rank, token_wise_nodes
-from dlo_export.graph_passes.lowerings.active_rows import (
-    RowAccess,
-    block_path,
-    projected_width,
-    run_on_rows,
-    stream_for_all_tokens,
-    unrotated,
-)
+from dlo_export.graph_passes.lowerings.active_rows import RowAccess, run_on_rows, stream_for_all_tokens
 from dlo_export.graph_passes.rewriting import remove_with_sources
 from dlo_export.graph_passes.weights.linear import linear_weight
 
@@ -54,7 +48,7 @@ def run_on_active_rows(masked: MaskedAttention, access: RowAccess) -> None:
         access: To its rows.
     """
     graph, block, layer = access.graph, masked.layer.attention, masked.layer
-    name, on_rows = block_path(masked), projections_on_rows(masked)
+    name, on_rows = masked.path, projections_on_rows(masked)
     boundary = _boundary(on_rows)
 
     # In front: the projections read rows. What is behind them (rotary embedding, attention) is for all tokens again,

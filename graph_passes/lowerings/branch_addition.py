@@ -6,32 +6,27 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
-from dlo_export.graph_passes.find.residual_stream import ResidualBlock
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
 
-def renew_addition(graph: ir.Graph, masked: MaskedBlock, block: ResidualBlock, name: str, made_by: str) -> ir.Node:
+def renew_addition(graph: ir.Graph, masked: MaskedBlock, made_by: str) -> ir.Node:
     """Puts an addition of a pass's own in place of the one that closes a block.
 
     Args:
         graph: Holds the block.
-        masked: The block's masked form.
-        block: Its addition is replaced, and gives the stream under another name.
-        name: Of the sum.
+        masked: The block, whose old addition is removed.
         made_by: Name of the pass.
 
     Returns:
         The new addition, which says which of its inputs carries the branch.
     """
-    nodes, operands = (
-        TaggedNodes(made_by, masked.layer.index),
-        [value for value in block.add.inputs if value is not None],
-    )
+    block, nodes = masked.block, TaggedNodes(made_by, masked.layer.index)
+    operands = [value for value in block.add.inputs if value is not None]
     added = nodes.add(
         "Add",
         *operands,
-        name=name,
+        name=f"{masked.path}.added",
         dtype=element_type(block.stream_operand),
         shape=(*masked.layer.token_dims, masked.layer.hidden_size),
         closes=operands.index(block.branch),

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
-from dlo_export.graph_passes.lowerings.active_rows import RowAccess, block_path, residual_block, token_zeros
+from dlo_export.graph_passes.lowerings.active_rows import RowAccess
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.spec.provenance import PASS_KEY, TaggedNodes, shared_constant, shared_node
 
 MOST_SELECTED = 3840  # TensorRT's largest K of one TopK
@@ -63,7 +64,7 @@ class ChosenRows(RowAccess):
     def add(self, nodes: TaggedNodes, stream: ir.Value, rows: ir.Value | None, kept: ir.Value) -> None:  # noqa: D102
         # Rows are replaced by their sums with the branch, because TensorRT's scatter does not add. The last Reshape
         # gives the stream its shape again and closes the block.
-        block, name, hidden = residual_block(self.masked), block_path(self.masked), self.masked.layer.hidden_size
+        block, name, hidden = self.masked.block, self.masked.path, self.masked.layer.hidden_size
         if rows is None:
             rows = self.gather(nodes, stream, hidden, f"{name}.stream_rows")
         dtype, shape = element_type(stream), (self.count, hidden)

@@ -7,9 +7,10 @@ from typing import Any
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import router_path
-from dlo_export.graph_passes.find.data_flow import element_type
+from dlo_export.graph_passes.find.data_flow import element_type, producer_of
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
-from dlo_export.graph_passes.lowerings.active_rows import RowAccess, block_path, residual_block, token_zeros
+from dlo_export.graph_passes.lowerings.active_rows import RowAccess
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.spec.provenance import CLOSES_KEY, TaggedNodes, shared_node
 
 _REDUCES = 16  # opset from which on ScatterND adds
@@ -44,7 +45,7 @@ class CompactedRows(RowAccess):
             self._index = like._index
             return
         if own:
-            path, dims = block_path(masked), (2, self.count)
+            path, dims = masked.path, (2, self.count)
             places = new.add("NonZero", masked.active, name=f"{path}.nonzero", dtype=int64, shape=dims)
             self._index = new.add("Transpose", places, name=f"{path}.index", dtype=int64, shape=dims[::-1], perm=(1, 0))
             graph.insert_before(before, new.nodes)
@@ -84,7 +85,7 @@ class CompactedRows(RowAccess):
         return nodes.add("ScatterND", zeros, self._index, rows, name=name, dtype=dtype, shape=shape)
 
     def add(self, nodes: TaggedNodes, stream: ir.Value, rows: ir.Value | None, kept: ir.Value) -> None:  # noqa: D102
-        block, path = residual_block(self.masked), block_path(self.masked)
+        block, path = self.masked.block, self.masked.path
         dtype, shape = element_type(block.stream_operand), kept.shape
         # The sum is made on rows and then put in the stream's place. Where no rows of the stream are at hand, ScatterND
         # adds by itself, which saves gathering them; not in every type: ONNX Runtime adds no float16 on a CPU and no
@@ -130,7 +131,7 @@ def pass_rows_on(first: CompactedRows, second: CompactedRows) -> None:
     """
     closing, put_back = first.nodes[-1], second.nodes[-1]
     stream, index, sums = closing.inputs
-    total, added = closing.outputs[0], None if sums is None else sums.producer()
+    total, added = closing.outputs[0], producer_of(sums)
     gathers = [node for node in second.nodes if node.op_type == "GatherND" and list(node.inputs) == [total, index]]
     if sums is None or added is None or added.op_type != "Add":
         return

@@ -21,9 +21,8 @@ from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.lowerings.mlp_in_branch import dequantised_outside
 from dlo_export.graph_passes.lowerings.mlp_on_rows import run_mlp_on_rows
 from dlo_export.graph_passes.lowerings.record import ROWS_READ_BACK, LoweringRecord
-from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
-from dlo_export.graph_passes.spec.provenance import TaggedNodes
+from dlo_export.graph_passes.spec.layer_checks import eager_branches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +124,14 @@ class LowerSkipToCompactionPass(LoweringPass):
     def _any_active(self, graph: ir.Graph, masked: MaskedBlock) -> ir.Value:
         decision = masked.active.producer()
         assert decision is not None, "a router decides"
-        tags = TaggedNodes(self._name, masked.layer.index).tags
-        return any_active(graph, masked, decision, tags, reduce_bool=True)  # branches are for ONNX Runtime alone
+        return any_active(graph, masked, decision, self._name, reduce_bool=True)  # branches are for ONNX Runtime alone
 
 
 RECORD = LoweringRecord(
     name="compact",
     targets=("onnxruntime-cpu",),
     make_pass=lambda workload: LowerSkipToCompactionPass(),
-    stage=lowered_stage(LowerSkipToCompactionPass.__name__, graph_checks.eager_branches),
+    stage=lowered_stage(LowerSkipToCompactionPass.__name__, eager_branches),
     skips="tokens",
     not_capturable=ROWS_READ_BACK,
     reason="compaction skips work in prefill, batches and decode alike, in standard operators",

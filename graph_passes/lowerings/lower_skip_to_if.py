@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import layer_tensor_name, router_path
+from dlo_export.checkpoints.llama_layer import router_path
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.errors import place
 from dlo_export.graph_passes.find.data_flow import node_order
@@ -25,8 +25,8 @@ from dlo_export.graph_passes.lowerings.projections_in_branches import (
     projection_problems,
 )
 from dlo_export.graph_passes.lowerings.record import LoweringRecord
-from dlo_export.graph_passes.spec import graph_checks
 from dlo_export.graph_passes.spec.invariants import lowered_stage
+from dlo_export.graph_passes.spec.layer_checks import eager_branches
 from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes, shared_node
 
 _REDUCES_BOOL = 20  # the first opset whose ReduceMax does
@@ -110,8 +110,7 @@ class LowerSkipToIfPass(LoweringPass):
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Move the block of one layer into an If."""
-        block, tags = masked.layer.mlp, TaggedNodes(self._name, masked.layer.index).tags
-        condition = any_active(graph, masked, block.add, tags, reduce_bool=self.reduce_bool)
+        condition = self._any_active(graph, masked)
         skip = add_skip(masked, self._name)
         close_mlp_in_branch(graph, masked, condition, self._mlp_nodes(graph, masked), skip)
 
@@ -120,8 +119,7 @@ class LowerSkipToIfPass(LoweringPass):
         order = node_order(graph)
         serving = {*masked.nodes, masked.select}
         moved = sorted({*serving, *own_columns(serving, (masked.select, masked.scaling))}, key=order.__getitem__)
-        name = layer_tensor_name(masked.layer.index, "mlp.added")
-        return [*moved, renew_addition(graph, masked, masked.layer.mlp, name, self._name)]
+        return [*moved, renew_addition(graph, masked, self._name)]
 
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
         """A cast between stream and sum, sizes that the graph does not say, weights that a node dequantises."""
@@ -130,7 +128,7 @@ class LowerSkipToIfPass(LoweringPass):
 
     def lower_attention(self, graph: ir.Graph, masked: MaskedAttention) -> None:
         """Move the attention of one layer into an If, or the projections around it where it must stay outside."""
-        condition = self._attention_condition(graph, masked)
+        condition = self._any_active(graph, masked)
         if masked.stays:
             move_projections_into_branches(graph, masked, condition, self._name)
         else:
@@ -142,11 +140,10 @@ class LowerSkipToIfPass(LoweringPass):
             super().lower_layer(graph, attention, mlp)
             return
         behind = self._mlp_nodes(graph, mlp)
-        move_into_branch(graph, attention, self._attention_condition(graph, attention), self._name, behind)
+        move_into_branch(graph, attention, self._any_active(graph, attention), self._name, behind)
 
-    def _attention_condition(self, graph: ir.Graph, masked: MaskedAttention) -> ir.Value:
-        tags = TaggedNodes(self._name, masked.layer.index).tags
-        return any_active(graph, masked, masked.layer.attention.add, tags, reduce_bool=self.reduce_bool)
+    def _any_active(self, graph: ir.Graph, masked: MaskedBlock) -> ir.Value:
+        return any_active(graph, masked, masked.block.add, self._name, reduce_bool=self.reduce_bool)
 
 
 def _dequantised(masked: MaskedBlock) -> list[str]:
@@ -154,16 +151,14 @@ def _dequantised(masked: MaskedBlock) -> list[str]:
     return [] if node is None else [f"{place(node)} dequantises a weight, which no branch can leave out"]
 
 
-def any_active(
-    graph: ir.Graph, masked: MaskedBlock, before: ir.Node, tags: Mapping[str, str], *, reduce_bool: bool
-) -> ir.Value:
+def any_active(graph: ir.Graph, masked: MaskedBlock, before: ir.Node, made_by: str, *, reduce_bool: bool) -> ir.Value:
     """Whether any token is active: bool, 0-D; once per layer, whatever of it is routed.
 
     Args:
         graph: The main graph.
         masked: The block.
         before: The node that the new ones go before.
-        tags: Of the new nodes.
+        made_by: Name of the pass.
         reduce_bool: See `LowerSkipToIfPass`.
     """
     router, float32, boolean = router_path(masked.layer.index), ir.DataType.FLOAT, ir.DataType.BOOL
@@ -181,7 +176,7 @@ def any_active(
             op_type,
             value,
             name=f"{router}.{name}",
-            tags=tags,
+            tags=TaggedNodes(made_by, masked.layer.index).tags,
             dtype=dtype,
             shape=shape,
             before=before,
@@ -194,7 +189,7 @@ RECORD = LoweringRecord(
     name="if",
     targets=("onnxruntime-cpu",),
     make_pass=lambda workload: LowerSkipToIfPass(reduce_bool=True),
-    stage=lowered_stage(LowerSkipToIfPass.__name__, graph_checks.eager_branches),
+    stage=lowered_stage(LowerSkipToIfPass.__name__, eager_branches),
     skips="steps",
     not_capturable="the host decides which branch runs",
     reason="decode of one sequence: a skipped layer runs nothing, in native operators",

@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import ROUTERS, layer_tensor_name, router_path
+from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.errors import place
-from dlo_export.graph_passes.find.data_flow import constant_scalar, element_type, is_constant, is_op
+from dlo_export.graph_passes.find.data_flow import constant_scalar, element_type, is_constant, is_op, producer_of
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
 from dlo_export.graph_passes.lowerings.compacted_rows import CompactedRows
-from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass, cast_problems
 from dlo_export.graph_passes.lowerings.mlp_on_rows import run_mlp_on_rows
 from dlo_export.graph_passes.lowerings.record import LoweringRecord
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
@@ -69,10 +69,7 @@ class LowerSkipToPluginPass(LoweringPass):
         if self.quantised_on_rows and _is_quantised(masked):
             return row_rank(masked.nodes)[1]
         found = _match(masked)
-        problems = [] if isinstance(found, _GatedMlp) else [found]
-        if masked.layer.mlp.stream_operand is not masked.layer.mlp.stream_in:
-            problems.append(f"adds to '{masked.layer.mlp.stream_operand.name}', a cast of the stream")
-        return problems
+        return [*([] if isinstance(found, _GatedMlp) else [found]), *cast_problems(masked)]
 
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
         """None: it is left as it is."""
@@ -107,14 +104,14 @@ def _is_quantised(masked: MaskedMlp) -> bool:
     """Whether nodes multiply by codes, or by what is made of codes."""
     weights = [value for node in masked.nodes for value in node.inputs if is_constant(value)]
     return any(is_op(node, "MatMulNBits", domain=MICROSOFT) for node in masked.nodes) or any(
-        is_op(_producer(weight), "DequantizeLinear") for weight in weights
+        is_op(producer_of(weight), "DequantizeLinear") for weight in weights
     )
 
 
 def _unscaled(masked: MaskedMlp) -> tuple[ir.Value, float]:
     """The branch before its scale, and the scale where that is one number for all tokens."""
     scaling = masked.kept.producer()
-    if scaling is None or not is_op(scaling, "Mul"):
+    if not is_op(scaling, "Mul"):
         return masked.kept, 1.0
     inner = {output for node in masked.nodes for output in node.outputs}
     for index in (0, 1):
@@ -134,15 +131,15 @@ def _match(masked: MaskedMlp) -> _GatedMlp | str:
     # Backwards from the branch: down_proj, the product it reads, and in either order silu(gate) and up.
     expected = "the plugins compute down(silu(gate(x)) * up(x)) without biases"
     down = _unscaled(masked)[0].producer()
-    if down is None or not is_op(down, "MatMul"):
+    if not is_op(down, "MatMul"):
         return f"its branch ends in {place(down) if down else 'an input'}; {expected}"
-    product = down.inputs[0].producer() if down.inputs[0] is not None else None
-    if product is None or not is_op(product, "Mul"):
+    product = producer_of(down.inputs[0])
+    if not is_op(product, "Mul"):
         return f"{place(down)} does not read a product; {expected}"
     # Products commute: either operand may be the silu. Gate and up must read one value, the normalised stream.
     for silu_index in (0, 1):
         gate = _silu_operand(product.inputs[silu_index])
-        up = _producer(product.inputs[1 - silu_index])
+        up = producer_of(product.inputs[1 - silu_index])
         if gate is None or up is None or not is_op(gate, "MatMul") or not is_op(up, "MatMul"):
             continue
         normed = gate.inputs[0]
@@ -156,29 +153,24 @@ def _match(masked: MaskedMlp) -> _GatedMlp | str:
     return f"{place(product)} does not multiply silu(x·gate) with x·up; {expected}"
 
 
-def _producer(value: ir.Value | None) -> ir.Node | None:
-    return None if value is None else value.producer()
-
-
 def _silu_operand(value: ir.Value | None) -> ir.Node | None:
     """What computes x where the value is x·sigmoid(x), written as Swish or as Mul and Sigmoid."""
-    node = _producer(value)
+    node = producer_of(value)
     if node is None:
         return None
     if is_op(node, "Swish") and ("alpha" not in node.attributes or node.attributes["alpha"].as_float() == 1):
-        return _producer(node.inputs[0])
+        return producer_of(node.inputs[0])
     if not is_op(node, "Mul"):
         return None
     for index in (0, 1):
-        sigmoid = _producer(node.inputs[index])
-        if sigmoid is not None and is_op(sigmoid, "Sigmoid") and sigmoid.inputs[0] is node.inputs[1 - index]:
-            return _producer(sigmoid.inputs[0])
+        sigmoid = producer_of(node.inputs[index])
+        if is_op(sigmoid, "Sigmoid") and sigmoid.inputs[0] is node.inputs[1 - index]:
+            return producer_of(sigmoid.inputs[0])
     return None
 
 
 def _write_plugins(graph: ir.Graph, masked: MaskedMlp, parts: _GatedMlp) -> None:
-    layer, block = masked.layer, masked.layer.mlp
-    router, mlp = router_path(layer.index), layer_tensor_name(layer.index, "mlp")
+    layer, block, mlp, router = masked.layer, masked.block, masked.path, router_path(masked.layer.index)
     dtype = element_type(block.stream_in)
     new = TaggedNodes(LowerSkipToPluginPass.__name__, layer.index)
     factor = _factor(graph, masked, new, f"{router}.factor")
@@ -237,7 +229,7 @@ def _factor(graph: ir.Graph, masked: MaskedMlp, new: TaggedNodes, name: str) -> 
 def _before_rounding(scale: ir.Value) -> ir.Value:
     """The router's float32 scale: RouteLayersPass rounds it to 16 bits for the masked form's multiplication."""
     cast = scale.producer()
-    source = cast.inputs[0] if cast is not None and is_op(cast, "Cast") else scale
+    source = cast.inputs[0] if is_op(cast, "Cast") else scale
     assert source is not None, "Cast has an input"
     return source
 
@@ -247,7 +239,10 @@ RECORD = LoweringRecord(
     targets=("onnxruntime-cuda", "tensorrt"),
     make_pass=lambda workload: LowerSkipToPluginPass(),
     stage=lowered_stage(
-        LowerSkipToPluginPass.__name__, data_dependent_shapes, domains=frozenset({DOMAIN}), blocks=("mlp",)
+        LowerSkipToPluginPass.__name__,
+        checks=(data_dependent_shapes,),
+        domains=frozenset({DOMAIN}),
+        blocks=("mlp",),
     ),
     skips="tokens",
     not_capturable=None,

@@ -11,14 +11,13 @@ import onnx_ir as ir
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
-from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
 from dlo_export.graph_passes.lowerings import chosen_rows
-from dlo_export.graph_passes.lowerings.active_rows import block_path, residual_block, run_on_rows
+from dlo_export.graph_passes.lowerings.active_rows import run_on_rows
 from dlo_export.graph_passes.lowerings.attention_on_rows import projections_on_rows, row_problems, run_on_active_rows
 from dlo_export.graph_passes.lowerings.chosen_rows import ChosenRows
-from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass, cast_problems
 from dlo_export.graph_passes.lowerings.record import LoweringRecord
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.invariants import lowered_stage
@@ -74,18 +73,18 @@ class LowerSkipToTopKPass(LoweringPass):
         rank, problems = row_rank(masked.nodes)
         if rank != 2:
             problems = [*problems, "its MLP counts axes from the front"]
-        return [*problems, *_cast_problems(masked)]
+        return [*problems, *cast_problems(masked)]
 
     def attention_problems(self, masked: MaskedAttention) -> Sequence[str]:
         """Projections that do not compute each token by itself, or a cast between stream and sum."""
-        return [*row_problems(masked), *_cast_problems(masked)]
+        return [*row_problems(masked), *cast_problems(masked)]
 
     def lower(self, graph: ir.Graph, masked: MaskedMlp) -> None:
         """Run the MLP of one layer on the rows that its TopKs choose."""
-        block, nodes, mlp = masked.layer.mlp, masked.nodes, block_path(masked)
+        block, nodes = masked.block, masked.nodes
         access = ChosenRows(graph, masked, self._name, self.chunks, nodes[0])
         gather = access.new_nodes()
-        rows = access.gather(gather, block.stream_in, masked.layer.hidden_size, f"{mlp}.rows")
+        rows = access.gather(gather, block.stream_in, masked.layer.hidden_size, f"{masked.path}.rows")
         access.scale(gather)
         run_on_rows(nodes, block.stream_in, rows, (access.count,))
         graph.insert_before(nodes[0], gather.nodes)
@@ -95,13 +94,6 @@ class LowerSkipToTopKPass(LoweringPass):
         """Run the projections of one layer's attention on the same rows."""
         first = projections_on_rows(masked)[0]
         run_on_active_rows(masked, ChosenRows(graph, masked, self._name, self.chunks, first))
-
-
-def _cast_problems(masked: MaskedBlock) -> list[str]:
-    block = residual_block(masked)
-    if block.stream_operand is block.stream_in:
-        return []
-    return [f"adds to '{block.stream_operand.name}', a cast of the stream"]
 
 
 RECORD = LoweringRecord(

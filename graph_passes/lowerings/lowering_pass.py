@@ -117,3 +117,9 @@ class LoweringPass(GraphPass):
 
     def _reasons(self, masked: MaskedBlock) -> Sequence[str]:
         return self.attention_problems(masked) if isinstance(masked, MaskedAttention) else self.problems(masked)
+
+
+def cast_problems(masked: MaskedBlock) -> list[str]:
+    """That a block adds to a cast of the stream, and not to the stream itself; nothing where it does not."""
+    operand = masked.block.stream_operand
+    return [] if operand is masked.block.stream_in else [f"adds to '{operand.name}', a cast of the stream"]

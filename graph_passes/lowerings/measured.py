@@ -79,8 +79,8 @@ def nearest_model(target: Target, dtype: str, routing: RoutingKind, hidden_size:
 
 @functools.cache
 def read_measured() -> tuple[MeasuredModel, ...]:
-    """All that the file holds; nothing where it is not there, as before the first measurement."""
-    entries = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else []
+    """All that the file holds."""
+    entries = json.loads(FILE.read_text(encoding="utf-8"))
     return tuple(
         MeasuredModel(
             **{

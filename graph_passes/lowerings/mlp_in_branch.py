@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.graph_passes.branches import conditional_node
 from dlo_export.graph_passes.find.data_flow import element_type, is_op
 from dlo_export.graph_passes.find.masked_blocks import MaskedBlock
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
-from dlo_export.graph_passes.lowerings.active_rows import block_path, residual_block
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import Dims, TaggedNodes
 
@@ -30,7 +28,7 @@ def dequantised_outside(masked: MaskedBlock) -> ir.Node | None:
 def add_skip(masked: MaskedBlock, made_by: str) -> TaggedNodes:
     """The other branch: the stream as the addition reads it, cast where the operand is."""
     # The addition may read a cast of the stream: both branches must give the same type, so the cast is repeated here.
-    block, shape = residual_block(masked), (*masked.layer.token_dims, masked.layer.hidden_size)
+    block, shape = masked.block, (*masked.layer.token_dims, masked.layer.hidden_size)
     nodes, casts = TaggedNodes(made_by, masked.layer.index), list[ir.Node]()
     value = block.stream_operand
     while value is not block.stream_in:
@@ -44,7 +42,7 @@ def add_skip(masked: MaskedBlock, made_by: str) -> TaggedNodes:
         source, to = cast.outputs[0], cast.attributes["to"].as_int()
         name = f"{source.name}.skipped"
         value = nodes.add("Cast", value, name=name, dtype=ir.DataType(to), shape=shape, to=to)
-    name = f"{block_path(masked)}.skipped_output"
+    name = f"{masked.path}.skipped_output"
     nodes.add("Identity", value, name=name, dtype=element_type(block.stream_operand), shape=shape)
     return nodes
 
@@ -61,7 +59,7 @@ def close_mlp_in_branch(
         nodes: All that serve active tokens only; the last one gives the stream behind the block.
         skip: What is computed otherwise, as `add_skip` has made it before the addition was replaced.
     """
-    mlp, output, skipped = layer_tensor_name(masked.layer.index, "mlp"), nodes[-1].outputs[0], skip.nodes[-1].outputs[0]
+    mlp, output, skipped = masked.path, nodes[-1].outputs[0], skip.nodes[-1].outputs[0]
     shape: Dims = (*masked.layer.token_dims, masked.layer.hidden_size)
     # The If gives the stream under its name; the branch's own value gets another.
     result = ir.Value(type=output.type, shape=ir.Shape(shape))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.graph_passes.find.data_flow import element_type
 from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.token_wise import row_rank
@@ -21,7 +20,7 @@ def run_mlp_on_rows(graph: ir.Graph, masked: MaskedMlp, access: CompactedRows) -
         access: To its active tokens.
     """
     layer, block, nodes = masked.layer, masked.layer.mlp, masked.nodes
-    mlp, dtype = layer_tensor_name(layer.index, "mlp"), element_type(block.stream_in)
+    mlp, dtype = masked.path, element_type(block.stream_in)
     rank, _ = row_rank(nodes)
 
     # In front of the branch: where the active tokens are, and their rows. A branch that counts its axes from the

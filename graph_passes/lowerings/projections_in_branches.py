@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import layer_tensor_name
 from dlo_export.graph_passes.branches import Branch, conditional_node
 from dlo_export.graph_passes.find.data_flow import element_type, node_order
 from dlo_export.graph_passes.find.masked_attention import MaskedAttention
-from dlo_export.graph_passes.lowerings.active_rows import projected_width, token_zeros
+from dlo_export.graph_passes.find.projected_width import projected_width
 from dlo_export.graph_passes.lowerings.mlp_in_branch import add_skip
+from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
@@ -61,7 +61,7 @@ def _move_front(
         zeros.append(skip.add("Identity", shared, name=f"{result.name}.skipped", dtype=dtype, shape=shape))
         results.append(result)
     projections = sorted(masked.projections, key=order.__getitem__)
-    name = f"{layer_tensor_name(layer.index, 'self_attn')}.projections"
+    name = f"{masked.path}.projections"
     conditional = conditional_node(
         graph, name, condition, (projections, computed), (skip.nodes, zeros), results, skip.tags
     )
@@ -72,7 +72,7 @@ def _move_back(
     graph: ir.Graph, masked: MaskedAttention, condition: ir.Value, made_by: str, order: Mapping[ir.Node, int]
 ) -> None:
     """The output projection and the sum that closes the block, or the stream as it is."""
-    layer, block, name = masked.layer, masked.layer.attention, layer_tensor_name(masked.layer.index, "self_attn")
+    layer, block, name = masked.layer, masked.block, masked.path
     dtype, shape = element_type(block.stream_operand), (*layer.token_dims, layer.hidden_size)
     assert dtype is not None, "known since routing"
     result = ir.Value(type=ir.TensorType(dtype), shape=ir.Shape(shape))

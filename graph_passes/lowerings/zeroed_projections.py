@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op
+from dlo_export.graph_passes.find.data_flow import constant_tensor, element_type, is_op, producer_of
 from dlo_export.graph_passes.find.masked_attention import HiddenTokens, MaskedAttention
-from dlo_export.graph_passes.lowerings.active_rows import block_path
 from dlo_export.graph_passes.rewriting import remove_with_sources
 from dlo_export.graph_passes.spec.provenance import TaggedNodes
 
@@ -47,7 +46,7 @@ def zero_in_front(graph: ir.Graph, masked: MaskedAttention, made_by: str) -> lis
 
     # One Where in front of all that projects the value. Who else reads it (a router, the sum) reads it as it was.
     new = TaggedNodes(made_by, masked.layer.index)
-    name = f"{block_path(masked)}.active_tokens"
+    name = f"{masked.path}.active_tokens"
     zeroed = new.add("Where", column, source, zero, name=name, dtype=element_type(source), shape=source.shape)
     products = [node for node in source.consumers() if node in masked.projections and is_op(node, "MatMul")]
     first = min(products, key=masked.projections.index)
@@ -73,9 +72,9 @@ def _common_source(masked: MaskedAttention, hidden: HiddenTokens) -> ir.Value | 
 
 def _projected_from(masked: MaskedAttention, value: ir.Value | None) -> ir.Value | None:
     # From what is written to the cache back to the product.
-    node = None if value is None else value.producer()
+    node = producer_of(value)
     while node is not None and node in masked.projections and _keeps_zeros(node):
-        node = None if node.inputs[0] is None else node.inputs[0].producer()
+        node = producer_of(node.inputs[0])
     if node is None or node not in masked.projections or not is_op(node, "MatMul"):
         return None
     return node.inputs[0] if constant_tensor(node.inputs[1]) is not None else None

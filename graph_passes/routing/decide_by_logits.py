@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.checkpoints.router_thresholds import ONE_HALF, logit_threshold
-from dlo_export.graph_passes.find.data_flow import constant_integers, is_op
+from dlo_export.graph_passes.find.data_flow import constant_integers, is_op, producer_of
 from dlo_export.graph_passes.find.routers import find_routers, router_product
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
@@ -118,7 +118,7 @@ def decisions_by_scores(graph: ir.Graph) -> dict[int, DecisionByScores]:
     found = {}
     for layer, router in find_routers(graph).items():
         scores, threshold = router.scores, router.threshold
-        comparison = None if router.active is None else router.active.producer()
+        comparison = producer_of(router.active)
         if scores is None or comparison is None or threshold is None or not 0 < threshold < 1:
             continue
         alone, product = len(tuple(scores.uses())) == 1 and not scores.is_graph_output(), router_product(scores)

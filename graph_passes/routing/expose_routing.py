@@ -92,8 +92,8 @@ class ExposeRoutingPass(GraphPass):
 def _add_scores(graph: ir.Graph, router: Router, layer: int, made_by: str) -> ir.Value:
     """Computes the scores of a router that decides by its logits."""
     logits, new, float32 = router.logits, TaggedNodes(made_by, layer), ir.DataType.FLOAT
-    product = None if logits is None else logits.producer()
     assert logits is not None, "it has those if it has no scores"
+    product = logits.producer()
     assert product is not None, "a tagged node computes them"
     name, shape = f"{router_path(layer)}.scores", None if logits.shape is None else logits.shape[:2]
     by_token = new.add("Squeeze", logits, _last_axis(graph), name=f"{name}.logits", dtype=float32, shape=shape)

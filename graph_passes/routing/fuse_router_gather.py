@@ -69,7 +69,7 @@ def _match(scores: ir.Value) -> _Gathering | None:
         return None
     threshold, places = decisions[0].inputs[1], _only_reader(decisions[0])
     index = _only_reader(places) if is_op(places, "NonZero") else None
-    if threshold is None or constant_scalar(threshold) is None or index is None or not is_op(index, "Transpose"):
+    if threshold is None or constant_scalar(threshold) is None or not is_op(index, "Transpose"):
         return None
     # By the same index scales may be gathered, which have no width.
     gathers = [node for node in index.outputs[0].consumers() if is_op(node, "GatherND")]

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from dlo_export.graph_passes.find.routers import router_operands
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
-from dlo_export.graph_passes.rewriting import remove_with_sources
+from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.ops import DOMAIN, ROUTER, VERSION
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
@@ -47,11 +47,11 @@ class FuseRouterScoresPass(GraphPass):
             old = scores.producer()
             assert old is not None, "a tagged node computes it"
             lookup: dict[str, Any] = dict(ROUTER.attributes)
-            new, name = TaggedNodes(self._name, layer), scores.name or ""
+            new = TaggedNodes(self._name, layer)
             value = new.add(
                 ROUTER.name,
                 *found,
-                name=f"{name}.fused",
+                name=f"{scores.name}.fused",
                 dtype=ir.DataType.FLOAT,
                 shape=scores.shape,
                 role=ROUTER_SCORES,
@@ -59,7 +59,7 @@ class FuseRouterScoresPass(GraphPass):
                 **lookup,
             )
             graph.insert_before(old, new.nodes)
-            scores.replace_all_uses_with(value, replace_graph_outputs=True)
+            replace_value(scores, value)
             remove_with_sources(graph, old)
-            value.name, fused = name, True
+            fused = True
         return fused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -10,7 +11,7 @@ import onnx_ir as ir
 from dlo_export.checkpoints.interface import STREAM_IN, STREAM_OUT
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.data_flow import element_type
-from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
 from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
@@ -61,12 +62,12 @@ class KeepPartPass(GraphPass):
             )
         borders = [layers[0].input, *(layer.output for layer in layers)]
         shape = ir.Shape((*layers[0].token_dims, layers[0].hidden_size))
-        scores = role_values(graph, ROUTER_SCORES)
+        scores, states = role_values(graph, ROUTER_SCORES), _state_values(layers)
         kept, own = [], set[ir.Value | None]()
         if self.part <= len(layers):
             kept.append(self._stream_out(graph, borders[self.part], shape))
         else:
-            inner = {*_cache_values(layers), *scores.values()}
+            inner = {*states, *scores.values()}
             kept += [value for value in graph.outputs if value not in inner]
         if 1 <= self.part <= len(layers):
             layer = layers[self.part - 1]
@@ -80,7 +81,7 @@ class KeepPartPass(GraphPass):
         graph.outputs[:] = kept
         remove_unused(graph)
         graph.inputs[:] = [value for value in graph.inputs if value.uses() or value.is_graph_output()]
-        foreign = [value.name for value in graph.inputs if value in _cache_values(layers) and value not in own]
+        foreign = [value.name for value in graph.inputs if value in states - own]
         if foreign:
             raise GraphPassError(
                 f"KeepPartPass: part {self.part} reads the caches of other layers: {foreign}.",
@@ -102,6 +103,6 @@ class KeepPartPass(GraphPass):
         stream.replace_all_uses_with(replacement)
 
 
-def _cache_values(layers: tuple[object, ...]) -> set[object]:
-    names = ("past_key", "past_value", "past_active", "present_key", "present_value", "present_active")
-    return {value for layer in layers for name in names if (value := getattr(layer, name)) is not None}
+def _state_values(layers: Iterable[DecoderLayer]) -> set[ir.Value | None]:
+    """Inputs and outputs that carry state from step to step; None where a layer has no state of activity."""
+    return {value for layer in layers for value in (*layer.cache, layer.past_active, layer.present_active)}

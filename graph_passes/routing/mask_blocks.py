@@ -67,11 +67,8 @@ def mask_branch(
     dtype, tokens = element_type(residual.stream_operand), layer.token_dims
     router, name = router_path(layer.index), layer_tensor_name(layer.index, block)
     assert dtype is not None, "checked before routing"
-    mask, axis = (
-        TaggedNodes(made_by, layer.index),
-        shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64)),
-    )
-    masked = branch
+    mask, masked = TaggedNodes(made_by, layer.index), branch
+    axis = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))
     if scale is not None and scale.producer() is not None:
         scale = mask.add("Unsqueeze", scale, axis, name=f"{router}.scale_column", dtype=dtype, shape=(*tokens, 1))
     if scale is not None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.graph_passes.errors import GraphPassError, place
-from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.find.data_flow import is_op, producer_of
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
@@ -62,10 +62,10 @@ def _rewrite(graph: ir.Graph, layer: int, scores: ir.Value) -> None:
     # Back from the scores to the product that makes them: Sigmoid, Squeeze, MatMul.
     sigmoid = scores.producer()
     logits = sigmoid.inputs[0] if sigmoid is not None else None
-    squeeze = logits.producer() if logits is not None else None
-    column = squeeze.inputs[0] if squeeze is not None and is_op(squeeze, "Squeeze") else None
-    product = column.producer() if column is not None else None
-    if logits is None or squeeze is None or product is None or not is_op(product, "MatMul"):
+    squeeze = producer_of(logits)
+    column = squeeze.inputs[0] if is_op(squeeze, "Squeeze") else None
+    product = producer_of(column)
+    if logits is None or squeeze is None or not is_op(product, "MatMul"):
         raise GraphPassError(
             f"ReduceRouterProductsPass: router {layer}: expected Sigmoid(Squeeze(MatMul(x, w))), found "
             f"{place(sigmoid) if sigmoid is not None else 'no node'}.",

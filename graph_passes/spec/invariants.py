@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 import onnx_ir as ir
 
 from dlo_export.checkpoints.llama_layer import Block
-from dlo_export.graph_passes.errors import GraphPassError, place
-from dlo_export.graph_passes.spec import graph_checks
+from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError, place
+from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
+from dlo_export.graph_passes.spec import graph_checks, layer_checks
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import Border, makers_at
 from dlo_export.graph_passes.spec.provenance import ORIGIN_KEY, PASS_KEY
 
 Check = Callable[[ir.Graph], Iterator[str]]
+LayerCheck = Callable[[ir.Graph, layer_checks.Layers], Iterator[str]]
 
 
 class GraphInvariantError(ir.passes.PostconditionError):
@@ -28,14 +31,16 @@ class StageSpec:
     Attributes:
         name: What reports call it.
         border: Which passes' nodes may occur: those that say so of themselves (`GraphPass.nodes_from`).
-        checks: What else holds.
+        layer_checks: What holds for the decoder layers, which must be found; empty where they are not looked for.
+        checks: What else holds, besides what does everywhere.
         domains: Operator domains of our nodes. A graph that someone else exported keeps its own beside them.
         lowering: The lowering's pass, whose nodes may occur besides.
     """
 
     name: str
     border: Border
-    checks: tuple[Check, ...]
+    layer_checks: tuple[LayerCheck, ...]
+    checks: tuple[Check, ...] = ()
     domains: frozenset[str] = frozenset({""})
     lowering: str | None = None
 
@@ -49,19 +54,19 @@ _ALWAYS: tuple[Check, ...] = (
     graph_checks.unused_inputs,
     graph_checks.broken_values,
     graph_checks.foreign_branch_outputs,
-    graph_checks.incomplete_cache,
 )
 
-PLAIN = StageSpec("plain", "plain", _ALWAYS)
+PLAIN = StageSpec("plain", "plain", (layer_checks.incomplete_cache,))
 """From the checkpoint, or from another exporter and prepared for finding its layers."""
-INJECTED = StageSpec("injected", "injected", _ALWAYS)
-ROUTED = StageSpec("routed", "routed", (*_ALWAYS, graph_checks.unmasked_routing))
+INJECTED = StageSpec("injected", "injected", (layer_checks.incomplete_cache,))
+ROUTED = StageSpec("routed", "routed", (layer_checks.incomplete_cache, layer_checks.unmasked_routing))
 """The oracle: every routed layer in masked form."""
 
 
 def lowered_stage(
     pass_name: str,
-    *checks: Check,
+    *promised: LayerCheck,
+    checks: tuple[Check, ...] = (),
     domains: frozenset[str] = frozenset(),
     blocks: tuple[Block, ...] = ("self_attn", "mlp"),
 ) -> StageSpec:
@@ -69,14 +74,17 @@ def lowered_stage(
 
     Args:
         pass_name: The lowering's pass, of all lowerings the only one that may have run.
-        *checks: What else it promises.
+        *promised: What else it promises of the layers.
+        checks: Of the graph.
         domains: Of the operators it writes, besides ONNX's own.
         blocks: Of a layer, those that it lowers where they are masked.
     """
+    lowered = functools.partial(layer_checks.unlowered_routing, pass_name=pass_name, blocks=blocks)
     return StageSpec(
         f"lowered by {pass_name}",
         "routed",
-        (*_ALWAYS, functools.partial(graph_checks.unlowered_routing, pass_name=pass_name, blocks=blocks), *checks),
+        (layer_checks.incomplete_cache, lowered, *promised),
+        checks,
         domains=frozenset({""}) | domains,
         lowering=pass_name,
     )
@@ -88,9 +96,12 @@ def released_stage(before: StageSpec) -> StageSpec:
     Args:
         before: The last stage in which they are.
     """
-    checks = (graph_checks.unused_inputs, graph_checks.broken_values, graph_checks.foreign_branch_outputs)
     return dataclasses.replace(
-        before, name=f"released, {before.name}", checks=checks, domains=before.domains | {"com.microsoft"}
+        before,
+        name=f"released, {before.name}",
+        layer_checks=(),
+        checks=(),
+        domains=before.domains | {MICROSOFT},
     )
 
 
@@ -115,9 +126,11 @@ def check_stage(model: ir.Model, stage: StageSpec) -> None:
             violations.append(f"{place(node)} was made by {maker}")
         if (ours or maker is not None) and node.domain not in stage.domains and ORIGIN_KEY not in node.metadata_props:
             violations.append(f"{place(node)} is of domain '{node.domain}'")
-    # Then what the stage promises of the graph as a whole.
-    for check in stage.checks:
+    # Then what the stage promises of the graph as a whole, and of its layers, which are looked for once.
+    for check in (*_ALWAYS, *stage.checks):
         violations += check(model.graph)
+    if stage.layer_checks:
+        violations += _layer_violations(model.graph, stage.layer_checks)
     if not violations:
         return
     listed = "\n  ".join(violations)
@@ -127,3 +140,13 @@ def check_stage(model: ir.Model, stage: StageSpec) -> None:
         f"check_stage: the graph is not legal after stage '{stage.name}':\n  {listed}"
         "\n\nhint: this is a bug of dlo-export, please report it"
     )
+
+
+def _layer_violations(graph: ir.Graph, checks: tuple[LayerCheck, ...]) -> Iterator[str]:
+    try:
+        layers = find_decoder_layers(graph)
+    except DecoderLayersNotFound as error:
+        yield str(error)
+        return
+    for check in checks:
+        yield from check(graph, layers)

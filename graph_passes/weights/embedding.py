@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, TensorOfRows
-from dlo_export.graph_passes.find.data_flow import constant_tensor, is_op
+from dlo_export.graph_passes.find.data_flow import behind, constant_tensor, is_op, producer_of
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.weights.block_codes import BlockCodes, dequantize, unpack
 from dlo_export.graph_passes.weights.dense import dense_storage
 from dlo_export.graph_passes.weights.storage import Place, StoredRows
@@ -93,7 +94,7 @@ def embedding_table(lookup: ir.Node) -> LazyTensor | None:
     if is_op(lookup, "Gather") and lookup.attributes.get_int("axis", 0) == 0:
         dense = dense_storage(Place(lookup, 0), "out_in")
         return _scaled_table(lookup) if dense is None else StoredRows(dense, 0, dense.shape[0])
-    if is_op(lookup, "GatherBlockQuantized", domain="com.microsoft"):
+    if is_op(lookup, "GatherBlockQuantized", domain=MICROSOFT):
         return _quantized_table(lookup)
     return None
 
@@ -101,7 +102,7 @@ def embedding_table(lookup: ir.Node) -> LazyTensor | None:
 def _scaled_table(lookup: ir.Node) -> ScaledTable | None:
     """Of what ONNX Runtime's dynamic quantisation makes of an embedding."""
     rows, codes = dequantized_rows(lookup), constant_tensor(lookup.inputs[0])
-    node = None if rows is None else rows.producer()
+    node = producer_of(rows)
     if node is None or codes is None or len(codes.shape) != 2:
         return None
     scale, zero_point = (constant_tensor(value) for value in (*node.inputs[1:], None)[:2])
@@ -132,7 +133,4 @@ def _quantized_table(lookup: ir.Node) -> QuantizedTable | None:
 
 def _packed_codes(value: ir.Value | None) -> ir.TensorProtocol | None:
     """Bytes that a head may share, in another shape."""
-    while value is not None and (tensor := constant_tensor(value)) is None:
-        node = value.producer()
-        value = node.inputs[0] if node is not None and is_op(node, "Reshape") else None
-    return None if value is None else tensor
+    return constant_tensor(behind(value, "Reshape"))

@@ -7,6 +7,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from dlo_export.graph_passes.find.data_flow import is_op
+from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.weights.dense import DenseStorage, dense_storage
 from dlo_export.graph_passes.weights.dequantize_linear import dequantized_storage
 from dlo_export.graph_passes.weights.matmul_nbits import BIAS, NBitsStorage
@@ -23,7 +24,7 @@ def linear_weight(node: ir.Node) -> WeightStorage | None:
         # MatMul has no such attribute.
         layout: Literal["in_out", "out_in"] = "out_in" if node.attributes.get_int("transB", 0) == 1 else "in_out"
         return dense_storage(Place(node, 1), layout) or dequantized_storage(Place(node, 1), layout)
-    if is_op(node, "MatMulNBits", domain="com.microsoft"):
+    if is_op(node, "MatMulNBits", domain=MICROSOFT):
         return NBitsStorage(node)
     return None
 

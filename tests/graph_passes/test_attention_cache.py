@@ -36,7 +36,7 @@ def test_attentions_are_described_by_their_cache_when_layers_have_numbers_of_the
     assert (first.query_heads, first.kv_heads, first.head_dim, first.dtype) == (2, 1, 2, ir.DataType.FLOAT)
     assert second.name == "model.layers.7.self_attn"
     assert [first.operand(index).name for index in range(4)] == ["q", "k", "v", "mask"]
-    assert [value.name for value in second.present] == ["present.7.key", "present.7.value"]
+    assert [value.name for value in second.node.outputs[1:]] == ["present.7.key", "present.7.value"]
 
 
 @pytest.mark.parametrize(

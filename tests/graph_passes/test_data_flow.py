@@ -4,6 +4,7 @@ import onnx_ir as ir
 import pytest
 
 from dlo_export.graph_passes.find.data_flow import (
+    behind,
     constant_integers,
     constant_scalar,
     constant_tensor,
@@ -13,6 +14,7 @@ from dlo_export.graph_passes.find.data_flow import (
     node_order,
     nodes_between,
     pass_through_values,
+    producer_of,
     rank,
 )
 
@@ -87,3 +89,11 @@ def test_type_and_rank_are_unknown_when_nothing_says_them(graph: ir.Graph) -> No
     types = {name: element_type(_value(graph, name)) for name in ("b", "p", "s", "q")}
     assert types == {"b": ir.DataType.FLOAT16, "p": ir.DataType.FLOAT, "s": None, "q": None}
     assert [rank(_value(graph, name)) for name in ("w", "x", "p")] == [2, 2, None]
+
+
+def test_what_a_value_is_made_of_is_found_behind_the_ops_that_are_asked_for(graph: ir.Graph) -> None:
+    x, a, b = (_value(graph, name) for name in "xab")
+    assert behind(b, "Cast", "Identity") is x
+    assert behind(b, "Identity") is a
+    assert behind(b, "Cast") is b
+    assert (behind(None, "Cast"), producer_of(None), producer_of(x)) == (None, None, None)

@@ -20,7 +20,7 @@ from dlo_export.graph_passes.lowerings.lower_skip_to_if import RECORD, LowerSkip
 from dlo_export.graph_passes.routing.expose_hidden_states import ExposeHiddenStatesPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
-from dlo_export.graph_passes.spec import graph_checks
+from dlo_export.graph_passes.spec import graph_checks, layer_checks
 from dlo_export.graph_passes.spec.invariants import ROUTED, GraphInvariantError, check_stage
 from dlo_export.graph_passes.spec.pass_contract import check_order
 from dlo_export.graph_passes.spec.provenance import role_values
@@ -296,16 +296,20 @@ def _lowered_llama() -> ir.Model:
     return model
 
 
+def _eager_branches(graph: ir.Graph) -> list[str]:
+    return list(layer_checks.eager_branches(graph, find_decoder_layers(graph)))
+
+
 def test_branch_is_reported_as_eager_when_part_of_its_mlp_is_outside() -> None:
     model = _lowered_llama()
     graph, conditional = model.graph, _conditionals(model.graph)[0]
-    assert not list(graph_checks.eager_branches(graph))
+    assert not _eager_branches(graph)
     branch = conditional.attributes["then_branch"].as_graph()
     first = list(branch)[:2]
     branch.remove(first)
     graph.insert_before(conditional, first)
     where = "of the MLP is computed outside If node 'model.layers.0.mlp.if'"
-    assert list(graph_checks.eager_branches(graph)) == [
+    assert _eager_branches(graph) == [
         f"layer 0: RMSNormalization node 'model.layers.0.post_attention_layernorm' {where}",
         f"layer 0: MatMul node 'model.layers.0.mlp.gate_proj' {where}",
     ]
@@ -315,7 +319,7 @@ def test_branch_is_reported_when_it_holds_a_weight() -> None:
     model = _lowered_llama()
     weight = model.graph.initializers.pop("model.layers.0.mlp.up_proj.weight")
     _conditionals(model.graph)[0].attributes["then_branch"].as_graph().register_initializer(weight)
-    (violation,) = graph_checks.eager_branches(model.graph)
+    (violation,) = _eager_branches(model.graph)
     assert violation.startswith("layer 0: initializer 'model.layers.0.mlp.up_proj.weight' stands inside If node")
 
 

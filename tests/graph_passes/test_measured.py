@@ -39,6 +39,8 @@ def test_nearest_model_is_of_the_same_kind_and_of_the_nearest_size() -> None:
 
 
 def test_table_names_lowerings_that_there_are() -> None:
-    for model in read_measured():
+    models = read_measured()
+    assert models
+    for model in models:
         for name in model.milliseconds:
             assert model.routing in find_lowering(name, model.target).routing

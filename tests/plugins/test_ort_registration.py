@@ -52,6 +52,7 @@ def refusal(path):
 
 def test_library_is_refused_when_there_is_none(tmp_path):
     assert refusal(tmp_path / "missing.so").endswith("no such file; expected libdlo_ort.so")
+    assert refusal(tmp_path).endswith("is a folder; expected libdlo_ort.so")
 
 
 def test_library_is_refused_when_it_does_not_load(tmp_path):
