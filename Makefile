@@ -24,8 +24,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Processes that share two cores compute with one thread each.
 unit: $(STAMP) headers
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # ONNX Runtime's, of a package of Debian's where apt has it: with them tests compile C++, without them they skip that.
 headers: $(STAMP)

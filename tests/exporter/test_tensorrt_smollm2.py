@@ -1,4 +1,4 @@
-"""The demo's model, 36 layers, as TensorRT-RTX engines: every lowering, both 16-bit types, two GPUs."""
+"""The demo's model, 36 layers, as TensorRT-RTX engines: every lowering, what `auto` chooses in both 16-bit types."""
 
 import pytest
 
@@ -12,8 +12,10 @@ pytestmark = pytest.mark.smollm2
 MECHANISM = {"compact": {"TOPK"}, "if": {"CONDITION"}, "plugin": {"PLUGIN_V3"}}
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("lowering", MECHANISM)
+# A build of this depth takes half a minute of a core; small models are built in every combination.
+@pytest.mark.parametrize(
+    ("lowering", "dtype"), [("compact", "bf16"), ("compact", "fp16"), ("if", "bf16"), ("plugin", "fp16")]
+)
 def test_engine_is_built_with_the_skip_mechanism_in_every_routed_layer(
     smollm2_gguf, smollm2_tli_adapter, tmp_path, monkeypatch, lowering, dtype
 ):

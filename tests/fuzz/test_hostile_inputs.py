@@ -24,7 +24,7 @@ from tests.exporter import forked_commands
 from tests.fuzz.commands import KINDS, command, save_originals, vouch_for
 from tests.fuzz.mutations import damage_place
 
-CASES = int(os.environ.get("DLO_TEST_FUZZ_CASES", "50"))
+CASES = int(os.environ.get("DLO_TEST_FUZZ_CASES", "30"))
 FIRST_SEED = int(os.environ.get("DLO_TEST_FUZZ_SEED", "0"))
 # No command may hang for 20 s: neither compute so long, nor be blocked so long, on whatever it waits for. Time in which
 # it waits for a core counts as neither: that is the machine's load, and no fault of the command's.
