@@ -43,7 +43,8 @@ class TensorRtRequest:
 
     Attributes:
         backend: "tensorrt", "rtx", or "auto": TensorRT where it and a GPU are there.
-        targets: GPUs to build for; none for every GPU of the backend (rtx) or this machine's (tensorrt).
+        targets: GPUs to build for, each of which counts once; none for every GPU of the backend (rtx) or this machine's
+            (tensorrt).
         max_batch: Sequences per step at most.
         max_sequence: Tokens per sequence and step at most.
         max_cache: Tokens per sequence in the KV cache at most.
@@ -123,6 +124,8 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
         dlo_export.graph_passes.errors.GraphPassError: A layer is not what the lowering needs.
         MachineError: The backend is not here.
     """
+    # An engine holds its kernels once per GPU that the builder is told, however often it is told of one.
+    request = dataclasses.replace(request, targets=tuple(dict.fromkeys(request.targets)))
     options = TensorRtOptions(
         NOTHING_ROUTED, request.cache, request.max_batch, request.max_sequence, request.max_cache, request.last_logits
     )
