@@ -68,7 +68,7 @@ def open_artefact(
         return runner_for(value.name for value in description.interface.inputs)(
             model,
             weights_folder=weights,
-            name=name or folder.name,
+            name=name or folder.name or folder.resolve().name,
             thresholds=description.router_thresholds,
             threads=threads,
             allow_spinning=allow_spinning,
