@@ -320,7 +320,7 @@ def _reject_unsupported(fields: JsonFields) -> None:
     values = fields.values
     if (activation := values.get("hidden_act") or "silu") not in ("silu", "swish"):
         fields.problem("hidden_act", f"is {activation!r}, expected 'silu'")
-    for name in ("quantization_config", "compression_config"):
+    for name in ("quantization_config", "compression_config", "quantization"):  # the last is MLX's
         if (quantised := values.get(name)) is not None:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else None
             found = f"says quant_method {method!r}" if isinstance(method, str) else "is set"

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.interface import LOGITS, past_name
+from dlo_export.exporter.linked_weights import leads_out, weights_folder
 from dlo_export.exporter.pipeline import exposed
 from dlo_export.exporter.provider_gaps import gaps_explained
 from dlo_export.exporter.sources.foreign_graph import load_graph
@@ -57,11 +58,17 @@ def open_artefact(
         raise no_library(operators)
     shown = scores and description.routing is not None
     runs_it = BY_PROVIDER[provider or description.provider]
+    model: Path | bytes = folder / MODEL_NAME
+    weights: Path | None = None
+    if shown or leads_out(folder, (file.name for file in description.files)):
+        released = load_graph(folder / MODEL_NAME)
+        weights = weights_folder(released, folder)
+        model = exposed_model(released) if shown else serialized(released)
     with gaps_explained(description, folder, runs_it):
         return runner_for(value.name for value in description.interface.inputs)(
-            exposed_model(load_graph(folder / MODEL_NAME)) if shown else folder / MODEL_NAME,
-            weights_folder=folder if shown else None,
-            name=name or folder.name,
+            model,
+            weights_folder=weights,
+            name=name or folder.name or folder.resolve().name,
             thresholds=description.router_thresholds,
             threads=threads,
             allow_spinning=allow_spinning,
@@ -113,6 +120,11 @@ def open_engines(folder: Path, plugin_library: Path | None = None) -> Runner:
     return TensorRtRunner.of_artefact(folder, plugin_library=plugin_library)
 
 
+def serialized(model: ir.Model) -> bytes:
+    """As ONNX Runtime takes it from memory; its weights stay where they are."""
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
 def exposed_model(released: ir.Model, *, force: bool = False, streams: bool = False) -> bytes:
     """A serialised copy of a released graph that shows what is inside; never released itself.
 
@@ -121,4 +133,4 @@ def exposed_model(released: ir.Model, *, force: bool = False, streams: bool = Fa
         force: Take the routers' decisions from inputs.
         streams: Give out the residual stream behind every layer.
     """
-    return bytes(ir.to_proto(exposed(released, force=force, streams=streams)).SerializeToString())
+    return serialized(exposed(released, force=force, streams=streams))

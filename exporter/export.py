@@ -31,7 +31,8 @@ from dlo_export.exporter.genai_config import (
 )
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.kept_data import kept_files, kept_names, new_weights_name
-from dlo_export.exporter.lowering_choice import check_nothing_asked, choose_onnxruntime_lowering
+from dlo_export.exporter.kernel_widths import check_kernel_widths
+from dlo_export.exporter.lowering_choice import LoweredModel, check_nothing_asked, choose_onnxruntime_lowering
 from dlo_export.exporter.model_metadata import set_model_metadata
 from dlo_export.exporter.pipeline import build_captured_model, build_model, check_captured
 from dlo_export.exporter.progress import Reporter
@@ -41,8 +42,8 @@ from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.exporter.weight_file import leave_weights_out, save_weights, weight_bytes
-from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, Target
-from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_names
+from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, LoweringRecord, Target
+from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_names, lowerings_without_operators
 from dlo_export.plugins.ort_registration import check_library
 from dlo_export.runtimes.artefact.description import (
     ENGINES_NAME,
@@ -239,9 +240,12 @@ def _graph_form(request: ExportRequest, source: ExportSource, *, beside_engines:
     lowering, reason = choose_onnxruntime_lowering(
         asked,
         dtype,
-        routing=None if source.routing is None else source.routing.kind,
-        path=source.base.path,
-        hidden_size=None if source.base.config is None else source.base.config.hidden_size,
+        LoweredModel(
+            source.base.path,
+            routing=None if source.routing is None else source.routing.kind,
+            hidden_size=None if source.base.config is None else source.base.config.hidden_size,
+            check=lambda record: _check_possible(request, source, dtype, record),
+        ),
         provider=request.provider,
         library_at_hand=library is not None,
         captured=request.static_cache is not None,
@@ -251,6 +255,29 @@ def _graph_form(request: ExportRequest, source: ExportSource, *, beside_engines:
     if library is not None and find_lowering(lowering, target).domains:
         check_library(library)
     return _GraphForm(dtype, lowering, reason)
+
+
+def _check_possible(request: ExportRequest, source: ExportSource, dtype: str, record: LoweringRecord) -> None:
+    """Refuses a lowering whose operators do not compute the source's MLPs, before anything is written.
+
+    Raises:
+        InputError: So.
+    """
+    target = PROVIDER_TARGETS[request.provider]
+    assert source.routing is not None, "or nothing is lowered"
+    others = " or ".join(lowerings_without_operators(target, source.routing.kind))
+    captured = request.static_cache is not None
+    hint = "choose --lowering masked, or leave --static-cache out" if captured else f"choose --lowering {others}"
+    graph = _lowered(request, source, record.name, dtype).graph
+    check_kernel_widths(graph, source.base.path, record.name, hint)
+
+
+def _lowered(request: ExportRequest, source: ExportSource, lowering: str, dtype: str) -> ir.Model:
+    """The graph in a lowering, its weights still lazy: a new one with every call."""
+    of, target = graph_dtype(dtype), PROVIDER_TARGETS[request.provider]
+    if request.static_cache is None:
+        return build_model(source, lowering, of, target, last_logits=request.last_logits)
+    return build_captured_model(source, lowering, request.static_cache, of, target)
 
 
 def _export_into(
@@ -312,11 +339,7 @@ def _export_into(
 
 def _built_graph(request: ExportRequest, source: ExportSource, form: _GraphForm) -> ir.Model:
     """The finished graph, its weights still lazy; somebody else's has been loaded by ONNX Runtime."""
-    dtype, target = graph_dtype(form.dtype), PROVIDER_TARGETS[request.provider]
-    if request.static_cache is None:
-        model = build_model(source, form.lowering, dtype, target, last_logits=request.last_logits)
-    else:
-        model = build_captured_model(source, form.lowering, request.static_cache, dtype, target)
+    model = _lowered(request, source, form.lowering, form.dtype)
     set_model_metadata(model, source, dtype=form.dtype, lowering=form.lowering)
     if not source.base.is_built_here:
         # Imported here: an export that runs nothing starts in less time and memory without ONNX Runtime.

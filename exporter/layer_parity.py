@@ -12,6 +12,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.llama_layer import EMBEDDING
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.artefact_runner import cache_slots
+from dlo_export.exporter.linked_weights import weights_folder
 from dlo_export.exporter.parity_check import why_not_run
 from dlo_export.exporter.pipeline import exposed_part
 from dlo_export.exporter.sources.base_model import check_use
@@ -78,7 +79,7 @@ def check_parity_by_layer(
     routed, padded = source.routing is not None, takes_left_padding(released.graph)
     return compare_by_layer(
         reference.open_part,
-        functools.partial(_open_part, released, folder, library),
+        functools.partial(_open_part, released, weights_folder(released, folder), library),
         parity_cases(tensors[EMBEDDING].shape[0], routed=routed, padded=padded),
         num_layers=reference.num_layers,
         thresholds={layer: description.router_thresholds.get(layer, ONE_HALF) for layer in description.routed_layers},

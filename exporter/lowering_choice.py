@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dlo_export.checkpoints.device_options import ProviderOption
@@ -20,13 +22,33 @@ from dlo_export.graph_passes.lowerings.registry import (
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
 
 
+def _anything_is_possible(record: LoweringRecord) -> None:
+    del record
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredModel:
+    """The model that a lowering is chosen for.
+
+    Attributes:
+        path: Of the source, for messages.
+        routing: What tokens skip; None where it has no routers.
+        hidden_size: Where it is known: it decides which measured model is like it.
+        check: Raises an InputError where its graph cannot be had in a lowering. It is asked of what has operators of
+            its own, which do not compute every MLP that the others run.
+    """
+
+    path: Path
+    routing: RoutingKind | None
+    hidden_size: int | None = None
+    check: Callable[[LoweringRecord], None] = _anything_is_possible
+
+
 def choose_onnxruntime_lowering(
     choice: str,
     dtype: str,
+    model: LoweredModel,
     *,
-    routing: RoutingKind | None,
-    path: Path,
-    hidden_size: int | None = None,
     provider: ProviderOption = "cpu",
     library_at_hand: bool = False,
     captured: bool = False,
@@ -39,18 +61,17 @@ def choose_onnxruntime_lowering(
     Args:
         choice: "auto" or the name of one.
         dtype: Of the graph; what the provider lacks for it is not chosen, but may be asked for.
-        routing: What tokens of the source skip; None where it has no routers.
-        path: Of the source, for messages.
-        hidden_size: Of the source, where it is known: it decides which measured model is like it.
+        model: What is lowered.
         provider: What is to run it.
         library_at_hand: Whether the library of the dlo operators was given.
         captured: Whether a CUDA graph is to capture its steps, on a cache that is written in place.
 
     Raises:
         InputError: A lowering is asked for and nothing is routed, or not what it takes, or ONNX Runtime has none so
-            called.
+            called; or what is asked for, or needed, cannot be had.
     """
     target, runs_it = PROVIDER_TARGETS[provider], BY_PROVIDER[provider]
+    path, routing = model.path, model.routing
     if routing is None:
         nothing_routed = find_lowering(NOTHING_ROUTED, target)
         check_nothing_asked(choice, path)
@@ -63,6 +84,8 @@ def choose_onnxruntime_lowering(
             raise InputError(
                 f"{path}: is of {routing} routing, --lowering {choice} takes {takes} routing", hint=f"choose {choices}"
             )
+        if asked.domains:
+            model.check(asked)
         return asked.name, "asked for"
     if captured:
         capturable = [record for record in skipping_lowerings(target, routing) if record.capturable]
@@ -71,17 +94,35 @@ def choose_onnxruntime_lowering(
                 f"{path}: is of {routing} routing, which no lowering makes skip at fixed shapes",
                 hint="leave --static-cache out",
             )
+        if capturable[0].domains:
+            model.check(capturable[0])
         return capturable[0].name, capturable[0].reason
-    best, *others = _preferred(target, dtype, routing, hidden_size, library_at_hand=library_at_hand)
+    preferred = _preferred(target, dtype, routing, model.hidden_size, library_at_hand=library_at_hand)
+    possible = _possible(preferred, model)
+    best = next(possible)
     # The best for this target, or the best of the others where the provider lacks a kernel that it needs.
     kind = BY_OPTION[dtype]
     gap = runs_it.why_not_run(kind, best[0].operators)
     nothing_runs = runs_it.why_not_run(kind) is not None  # of this type: it is for another runtime
     if gap is None or nothing_runs:
         return best[0].name, best[1]
-    able = (choice for choice in others if runs_it.why_not_run(kind, choice[0].operators) is None)
+    able = (choice for choice in possible if runs_it.why_not_run(kind, choice[0].operators) is None)
     second, reason = next(able, best)
     return second.name, f"{gap}, which {best[0].name} needs; {reason}"
+
+
+def _possible(preferred: list[tuple[LoweringRecord, str]], model: LoweredModel) -> Iterator[tuple[LoweringRecord, str]]:
+    """Those that the model's graph can be had in, asked one by one; the first says which ones were passed over."""
+    refused = ""
+    for record, reason in preferred:
+        try:
+            if record.domains:
+                model.check(record)
+        except InputError as err:
+            refused += f"; {record.name} is not possible: {err.message.splitlines()[0]}"
+        else:
+            yield record, reason + refused
+            refused = ""
 
 
 def _preferred(

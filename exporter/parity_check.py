@@ -18,6 +18,7 @@ import onnx_ir as ir
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.llama_layer import EMBEDDING
 from dlo_export.exporter.artefact_runner import cache_slots
+from dlo_export.exporter.linked_weights import weights_folder
 from dlo_export.exporter.named_operators import named_operators
 from dlo_export.exporter.parity_candidates import graph_candidate, masked_graph, twin_candidates
 from dlo_export.exporter.parity_references import dequantising_reference, own_reference, pytorch_reference
@@ -82,10 +83,12 @@ def check_parity(
     if reason is not None:
         return ParityReport.not_run(reason)
     has_model = source.base.why_not("parity") is None
-    candidates = _rungs(source, folder, description, released, plugin_library, provider)
+    weights = weights_folder(released, folder)
+    file = folder / MODEL_NAME if weights == folder else None
+    candidates = _rungs(source, weights, description, released, plugin_library, provider, file=file)
     comparison = _comparison(source, description, released, tensorrt)
     with tempfile.TemporaryDirectory(prefix="dlo-export-") as scratch:
-        twins = twin_candidates(source, folder, description, released, tensorrt, Path(scratch))
+        twins = twin_candidates(source, weights, description, released, tensorrt, Path(scratch))
         if has_model:
             opened = functools.partial(pytorch_reference, source, device=device)
             # Another precision, which tells rounding from faults: more of it, or the artefact's own.
@@ -97,11 +100,11 @@ def check_parity(
         # ones, engines on weights that were dequantised.
         reports = []
         if _why_no_oracle(source, description) is None:
-            with own_reference(source, folder, released, description, provider) as reference:
+            with own_reference(source, weights, released, description, provider) as reference:
                 # The same kernels, which may round a token of a prompt otherwise than one that comes by itself.
                 reports.append(comparison(reference, candidates, steps_matter=True))
         if twins:
-            with dequantising_reference(source, folder, released, description, provider) as reference:
+            with dequantising_reference(source, weights, released, description, provider) as reference:
                 reports.append(comparison(reference, twins))
         return ParityReport.joined(reports)
 
@@ -113,8 +116,13 @@ def _rungs(
     released: ir.Model,
     plugin_library: Path | None,
     provider: Provider,
+    *,
+    file: Path | None,
 ) -> list[Candidate]:
-    """The released graph, behind its masked form where that says more than the reference alone."""
+    """The released graph, behind its masked form where that says more than the reference alone.
+
+    Its weights lie in the folder; it is read from the file, or run from memory where links make that necessary.
+    """
     has_model, routed = source.base.why_not("parity") is None, source.routing is not None
     graphs = {description.lowering: released}
     # An artefact made from a graph, compared with a checkpoint: its weights lie as they did in that graph.
@@ -128,7 +136,7 @@ def _rungs(
             graph,
             folder,
             # What is shipped is what runs, byte for byte.
-            file=folder / MODEL_NAME if graph is released else None,
+            file=file if graph is released else None,
             routed=routed,
             plugin_library=plugin_library,
             provider=provider,

@@ -26,10 +26,12 @@ from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.artefact_description import complete_description
 from dlo_export.exporter.artefact_runner import runner_for
 from dlo_export.exporter.genai_config import GENAI_CONFIG_NAME, check_genai_config, with_operator_library
+from dlo_export.exporter.kernel_widths import kernel_width_problem
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.provider_gaps import gaps_explained
 from dlo_export.exporter.relowering import ReloweredGraph
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering, skipping_lowerings
 from dlo_export.plugins.ort_registration import check_library, no_library
@@ -164,7 +166,7 @@ def tune(
     before = description.lowering
     with reporter.stage("lowerings"):
         graph = ReloweredGraph(folder, description)
-        models = {name: graph.lowered(name) for name in _candidates(description, plugin_library)}
+        models = _lowered(graph, _candidates(description, plugin_library), reporter)
     with ExitStack() as stack, reporter.stage("timing"):
         runners = {
             name: stack.enter_context(_open(model, name, folder, description, threads, plugin_library))
@@ -202,6 +204,23 @@ def _candidates(description: ArtefactDescription, plugin_library: Path | None) -
     kind = BY_OPTION[description.dtype]
     able = [each.name for each in usable if runs_it.why_not_run(kind, each.operators) is None]
     return list(dict.fromkeys((description.lowering, *able)))
+
+
+def _lowered(graph: ReloweredGraph, names: Sequence[str], reporter: Reporter) -> dict[str, ir.Model]:
+    """The graph in the artefact's own lowering, the first, and in those others that it can be had in."""
+    own, *others = names
+    models = {own: graph.lowered(own)}
+    for name in others:
+        try:
+            model = graph.lowered(name)
+        except GraphPassError as err:
+            reporter.warn(f"{name}: is left out: {err.message.splitlines()[0]}")
+            continue
+        if (problem := kernel_width_problem(model.graph)) is not None:
+            reporter.warn(f"{name}: is left out: its kernels do not take {problem}")
+        else:
+            models[name] = model
+    return models
 
 
 def _open(

@@ -58,17 +58,22 @@ def size_problems(op: PluginOp, shapes: Sequence[Sequence[int]]) -> list[str]:
     return problems
 
 
+def unfit_widths(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Those widths that no kernel takes.
+
+    Args:
+        sizes: Of axes, by the schema's names.
+    """
+    return {name: sizes[name] for name in ("hidden", "intermediate") if sizes.get(name, 0) % WIDTH_MULTIPLE}
+
+
 def width_problems(sizes: Mapping[str, int]) -> list[str]:
     """Which widths no kernel takes, in words.
 
     Args:
         sizes: Of axes, by the schema's names.
     """
-    return [
-        f"{name} {sizes[name]}; expected a multiple of {WIDTH_MULTIPLE}"
-        for name in ("hidden", "intermediate")
-        if sizes.get(name, 0) % WIDTH_MULTIPLE
-    ]
+    return [f"{name} {size}; expected a multiple of {WIDTH_MULTIPLE}" for name, size in unfit_widths(sizes).items()]
 
 
 def weight_input(op: PluginOp) -> int:

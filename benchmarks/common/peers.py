@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.common.workspace import WORKSPACE, temporary_folder
+from benchmarks.common.workspace import WORKSPACE, alone_in, temporary_folder
 from dlo_export.checkpoints.errors import MachineError
 
 # Installed first and by its exact version: a range would pull the newest CUDA build.
@@ -17,7 +17,7 @@ _INSTALLED = "installed-requirements.txt"
 
 
 def peer_environment(name: str, requirements: Path | None = None) -> Path:
-    """The bin folder of a peer's virtual environment, which is made on first use.
+    """The bin folder of a peer's virtual environment, which is made on first use, by one process at a time.
 
     Args:
         name: "mobius", "optimum", or any other with a file of requirements.
@@ -29,19 +29,26 @@ def peer_environment(name: str, requirements: Path | None = None) -> Path:
     requirements = requirements or requirements_of(name)
     environment = WORKSPACE / name
     if not is_installed(name, requirements):
-        print(f"installing {name} into {environment}", file=sys.stderr)
-        commands = [[sys.executable, "-m", "venv", "--clear", str(environment)]]
-        torch = [[TORCH]] if TORCH in requirements.read_text().splitlines() else []
-        for wanted in (*torch, ["-r", str(requirements)]):
-            pip = [str(environment / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-            commands.append([*pip, *wanted])
-        with temporary_folder() as scratch:  # pip unpacks and compiles gigabytes there, which a Ctrl-C would leave
-            for command in commands:
-                if code := subprocess.run(command, check=False, env={**os.environ, "TMPDIR": str(scratch)}).returncode:
-                    hint = f"what failed has said why: {shlex.join(command)}"
-                    raise MachineError(f"{name} cannot be installed: that ended with {code}", hint=hint)
-        (environment / _INSTALLED).write_text(requirements.read_text())
+        with alone_in(environment):  # --clear would empty what another process is filling
+            if not is_installed(name, requirements):
+                _install(name, environment, requirements)
     return environment / "bin"
+
+
+def _install(name: str, environment: Path, requirements: Path) -> None:
+    """Makes an environment anew; what is there counts once it is complete."""
+    print(f"installing {name} into {environment}", file=sys.stderr)
+    commands = [[sys.executable, "-m", "venv", "--clear", str(environment)]]
+    torch = [[TORCH]] if TORCH in requirements.read_text().splitlines() else []
+    for wanted in (*torch, ["-r", str(requirements)]):
+        pip = [str(environment / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+        commands.append([*pip, *wanted])
+    with temporary_folder() as scratch:  # pip unpacks and compiles gigabytes there, which a Ctrl-C would leave
+        for command in commands:
+            if code := subprocess.run(command, check=False, env={**os.environ, "TMPDIR": str(scratch)}).returncode:
+                hint = f"what failed has said why: {shlex.join(command)}"
+                raise MachineError(f"{name} cannot be installed: that ended with {code}", hint=hint)
+    (environment / _INSTALLED).write_text(requirements.read_text())
 
 
 def peer_program(name: str, program: str) -> tuple[Path, ...]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dlo_export.checkpoints.files.folder_lock import FolderLock
 from dlo_export.checkpoints.files.uninterrupted import uninterrupted
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,6 +32,24 @@ def temporary_folder() -> Iterator[Path]:
             folder.cleanup()
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Makes a folder where there is none, and has it to itself among all processes that ask for that; others wait.
+
+    Whoever waited looks again whether there is anything left to do.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FolderLock(folder)
+    except BlockingIOError:
+        print(f"waiting for another process that writes to {folder}", file=sys.stderr)
+        lock = FolderLock(folder, wait=True)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def kept(folder: Path, made_for: Any, make: Callable[[Path], Any]) -> Any:
     """What was made in a folder, as it was told of it; made on first use.
 
@@ -43,11 +63,11 @@ def kept(folder: Path, made_for: Any, make: Callable[[Path], Any]) -> Any:
     """
     folder = folder.resolve()
     known = folder / "made.json"
-    if not known.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        made = make(folder)
-        known.write_text(json.dumps({"made for": made_for, "made": made}, default=str))
-    found = json.loads(known.read_text())
+    with alone_in(folder):
+        if not known.exists():
+            made = make(folder)
+            known.write_text(json.dumps({"made for": made_for, "made": made}, default=str))
+        found = json.loads(known.read_text())
     if found["made for"] != made_for:
         raise RuntimeError(f"{folder}: was made for {found['made for']}, not {made_for}")
     return found["made"]

@@ -14,6 +14,7 @@ from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import read_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
+from dlo_export.checkpoints.formats.quantised_folder import check_not_quantised
 from dlo_export.checkpoints.formats.safetensors_reader import tensors_of_safetensors
 from dlo_export.checkpoints.formats.stored_tensors import StoredName, model_tensors
 from dlo_export.checkpoints.lazy_tensors import AbsentTensor
@@ -49,9 +50,11 @@ def open_folder(folder: Path, *, weights: bool = True) -> Checkpoint:
         weights: False does without the weights' files where there are none: the tensors are config.json's.
 
     Raises:
-        CheckpointError: A file is missing, damaged, outside the folder, or not of a supported model.
+        CheckpointError: A file is missing, damaged, outside the folder, or not of a supported model; or one says that
+            the weights are quantised.
     """
     config = LlamaConfig.from_json(_config_file(folder))
+    check_not_quantised(folder)
     if not weights and not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         return _without_weights(folder, config)
     files, stored, indexed = _open_weights(folder)

@@ -193,10 +193,18 @@ def held_out_sequences(folder: Path, text: Path | None, tokens: int) -> Any:
     return drawn.evaluation.numpy()
 
 
+def _labels(artefacts: list[Path]) -> list[str]:
+    """What a table calls them: names of folders, or as they were given where two have one name."""
+    names = [folder.name or folder.resolve().name for folder in artefacts]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in artefacts]
+
+
 def _print_table(rows: list[dict[str, Any]], workload: Any) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.markup import escape  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
+
+    from dlo_export.exporter.messages import escaped  # noqa: PLC0415
 
     table = Table(
         "artefact",
@@ -207,7 +215,8 @@ def _print_table(rows: list[dict[str, Any]], workload: Any) -> None:
         "perplexity",
         caption="medians; in brackets the ratio to the first, median (p10 to p90) over alternating blocks",
     )
-    for row in rows:
+    labels = _labels([Path(row["artefact"]) for row in rows])
+    for label, row in zip(labels, rows, strict=True):
         times = [
             f"{row[f'{phase}_seconds']['median'] * 1e3:.1f}  "
             + "[{median:.2f} ({p10:.2f} to {p90:.2f})]".format(**row[f"{phase}_ratio"])
@@ -215,7 +224,7 @@ def _print_table(rows: list[dict[str, Any]], workload: Any) -> None:
         ]
         rates = [row["active_rate"][kind] for kind in ("original", "injected")]
         table.add_row(
-            Path(row["artefact"]).name,
+            escape(escaped(label)),
             *(escape(time) for time in times),
             *("" if rate is None else f"{rate:.1%}" for rate in rates),
             "" if row["perplexity"] is None else f"{row['perplexity']:.2f}",

@@ -105,6 +105,8 @@ def _text_table(evaluation: ModelEvaluation) -> Table:
     from rich.markup import escape  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
+    from dlo_export.exporter.messages import escaped  # noqa: PLC0415
+
     settings = evaluation.result.plan.settings
     table = Table(
         *("text", "perplexity", "nats per token", "bits per byte", "scored tokens", "active", "tokens/s"),
@@ -113,7 +115,7 @@ def _text_table(evaluation: ModelEvaluation) -> Table:
     )
     for text, result in zip(evaluation.result.plan.texts, evaluation.result.perplexities, strict=True):
         table.add_row(
-            escape(text.name),
+            escape(escaped(text.name)),
             _shown(result.perplexity, ".3f") + (" (w)" if result.error_over == "windows" else ""),
             _shown(result.nats_per_token, ".4f"),
             _shown(result.bits_per_byte, ".4f"),
@@ -128,6 +130,8 @@ def _task_table(evaluation: ModelEvaluation) -> Table:
     from rich.markup import escape  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
+    from dlo_export.exporter.messages import escaped  # noqa: PLC0415
+
     table = Table(
         *("task", "accuracy", "per character", "per byte", "gold, bits/byte", "questions", "active", "tokens/s"),
         caption="± one standard error; left out: requests without context; cut: those longer than the model's context",
@@ -135,7 +139,7 @@ def _task_table(evaluation: ModelEvaluation) -> Table:
     for encoded, result in zip(evaluation.result.plan.tasks, evaluation.result.tasks, strict=True):
         asides = {"left out": result.unconditional, "cut": result.truncated}
         table.add_row(
-            escape(encoded.task.name),
+            escape(escaped(encoded.task.name)),
             _shown(result.accuracy, ".1%"),
             _shown(result.accuracy_per_character, ".1%"),
             _shown(result.accuracy_per_byte, ".1%"),

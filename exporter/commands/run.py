@@ -13,16 +13,28 @@ from dlo_export.exporter.commands.shared_options import OrtPluginLibrary, Provid
 
 if TYPE_CHECKING:
     from dlo_export.checkpoints.generation_config import GenerationConfig
+    from dlo_export.runtimes.artefact.description import ArtefactDescription
     from dlo_export.runtimes.generation.generate import GenerationStats
     from dlo_export.runtimes.generation.sampling import Sampling
 
 NAME = "run"
 
+_NEW_TOKENS = 128
+
 
 def main(
     artefact: Annotated[Path, typer.Argument(help="Folder that dlo-export wrote.")],
     prompt: Annotated[str, typer.Argument(help="What to continue, or to answer where there is a chat template.")],
-    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", min=1, max=MAX_COUNT)] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            "--max-new-tokens",
+            min=1,
+            max=MAX_COUNT,
+            help=f"{_NEW_TOKENS} unless given, or as many as a static cache holds.",
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(min=0.0, callback=finite, help="0 takes the most likely token; by default the model's own."),
@@ -63,10 +75,11 @@ def main(
     tokenizer = Tokenizer(artefact)
     chat = tokenizer.has_chat_template and not raw
     ids = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    most = _fitting(artefact, description, len(ids), max_new_tokens, trt=trt)
     context = generation_config.context_length
-    if context is not None and len(ids) + max_new_tokens > context:
+    if context is not None and len(ids) + most > context:
         typer.echo(
-            f"warning: a prompt of {len(ids)} tokens and up to {max_new_tokens} new ones go beyond the model's context "
+            f"warning: a prompt of {len(ids)} tokens and up to {most} new ones go beyond the model's context "
             f"of {context}: what it says there is not to be trusted",
             err=True,
         )
@@ -79,7 +92,7 @@ def main(
         generation = Generation(
             runner,
             [ids],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=most,
             end_tokens=generation_config.eos_token_id,
             sampling=sampling,
         )
@@ -90,6 +103,45 @@ def main(
                 sys.stdout.flush()
         sys.stdout.write(text.finish() + "\n")
     _report(generation.stats, mean_active_rates(description, generation.stats.active_rate))
+
+
+def _fitting(
+    artefact: Path, description: ArtefactDescription, prompt_tokens: int, asked: int | None, *, trt: bool
+) -> int:
+    """How many tokens to generate at most: as many as asked for, else of the usual number what the cache holds.
+
+    Raises:
+        InputError: The cache does not hold what was asked for, or not the prompt: nothing is begun that would end with
+            it full.
+    """
+    from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
+    from dlo_export.exporter.artefact_runner import held_tokens  # noqa: PLC0415
+
+    if trt:
+        option, slots = "--trt-max-cache", min((engine.max_cache for engine in description.engines), default=None)
+    else:
+        option, slots = "--static-cache", held_tokens(description)
+    most = asked or _NEW_TOKENS
+    # The last new token is never fed.
+    if slots is None or prompt_tokens + most - 1 <= slots:
+        return most
+    room = slots - prompt_tokens + 1
+    if room < 1:
+        raise InputError(
+            f"{artefact}: the prompt has {prompt_tokens} tokens, its static cache holds {slots}",
+            hint=f"give a shorter prompt, or export with {option} {prompt_tokens + most - 1} or more",
+        )
+    if asked is not None:
+        raise InputError(
+            f"{artefact}: a prompt of {prompt_tokens} tokens and {asked} new ones, its static cache holds {slots}",
+            hint=f"give -n {room} or less, or export with {option} {prompt_tokens + asked - 1} or more",
+        )
+    typer.echo(
+        f"warning: the static cache holds {slots} tokens, {prompt_tokens} of them the prompt's: {room} new ones at "
+        f"most, not {_NEW_TOKENS}",
+        err=True,
+    )
+    return room
 
 
 def _sampling(

@@ -12,6 +12,7 @@ from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.exporter.graph_dtype import graph_dtype, sixteen_bits
+from dlo_export.exporter.kernel_widths import check_kernel_widths
 from dlo_export.exporter.lowering_choice import check_nothing_asked
 from dlo_export.exporter.pipeline import (
     TensorRtOptions,
@@ -27,11 +28,9 @@ from dlo_export.graph_passes.lowerings.record import Workload
 from dlo_export.graph_passes.lowerings.registry import (
     NOTHING_ROUTED,
     asked_lowering,
-    skipping_lowerings,
+    lowerings_without_operators,
     suitable_lowerings,
 )
-from dlo_export.graph_passes.spec.ops import DOMAIN, PLUGIN_OPS
-from dlo_export.plugins.contract import size_problems
 from dlo_export.plugins.registration import check_library
 from dlo_export.runtimes.artefact.engine_record import BackendName, EngineRecord, Phase
 
@@ -44,7 +43,8 @@ class TensorRtRequest:
 
     Attributes:
         backend: "tensorrt", "rtx", or "auto": TensorRT where it and a GPU are there.
-        targets: GPUs to build for; none for every GPU of the backend (rtx) or this machine's (tensorrt).
+        targets: GPUs to build for, each of which counts once; none for every GPU of the backend (rtx) or this machine's
+            (tensorrt).
         max_batch: Sequences per step at most.
         max_sequence: Tokens per sequence and step at most.
         max_cache: Tokens per sequence in the KV cache at most.
@@ -124,6 +124,8 @@ def plan_tensorrt(source: ExportSource, request: TensorRtRequest, lowering: str,
         dlo_export.graph_passes.errors.GraphPassError: A layer is not what the lowering needs.
         MachineError: The backend is not here.
     """
+    # An engine holds its kernels once per GPU that the builder is told, however often it is told of one.
+    request = dataclasses.replace(request, targets=tuple(dict.fromkeys(request.targets)))
     options = TensorRtOptions(
         NOTHING_ROUTED, request.cache, request.max_batch, request.max_sequence, request.max_cache, request.last_logits
     )
@@ -239,23 +241,6 @@ def _best(
 
 def _built(source: ExportSource, options: TensorRtOptions, dtype: str) -> ir.Model:
     model = build_tensorrt_model(source, options, graph_dtype(dtype))
-    problems = [
-        f"{node.name}: {problem}" for node in model.graph if node.domain == DOMAIN for problem in _size_problems(node)
-    ]
-    if problems:
-        raise InputError("; ".join(problems), hint=f"choose --lowering {' or '.join(_without_plugins())}")
+    hint = f"choose --lowering {' or '.join(lowerings_without_operators('tensorrt'))}"
+    check_kernel_widths(model.graph, source.base.path, options.lowering, hint)
     return model
-
-
-def _without_plugins() -> list[str]:
-    return [record.name for record in skipping_lowerings("tensorrt") if not record.domains]
-
-
-def _size_problems(node: ir.Node) -> list[str]:
-    """What the plugins' kernels do not take of a node's sizes; the weights say them all."""
-    op = PLUGIN_OPS[node.op_type]
-    shapes = []
-    for value, operand in zip(node.inputs, op.inputs, strict=True):
-        tensor = None if value is None else value.const_value
-        shapes.append([-1] * len(operand.dims) if tensor is None else list(tensor.shape.numpy()))
-    return size_problems(op, shapes)

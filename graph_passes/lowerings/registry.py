@@ -80,6 +80,11 @@ def skipping_lowerings(target: Target, routing: RoutingKind = "mlp") -> list[Low
     return [record for record in found if record.make_pass is not None]
 
 
+def lowerings_without_operators(target: Target, routing: RoutingKind = "mlp") -> list[str]:
+    """Names of those that save work in a target's own operators alone."""
+    return [record.name for record in skipping_lowerings(target, routing) if not record.domains]
+
+
 def suitable_lowerings(target: Target, workload: Workload) -> list[LoweringRecord]:
     """What `auto` tries for a routed graph, best first."""
     found = (record for record in lowering_records() if target in record.targets and record.suits(workload))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def verify_files(files: Iterable[ArtefactFile]) -> None:
 
 
 def check_model_files(description: ArtefactDescription, folder: Path) -> None:
-    """Compares the sizes of model.onnx and its weights with their entries, which reads nothing of them.
+    """Compares the sizes of model.onnx and its weights with their entries, and asks whether they may be read.
 
     A copy that was cut short is found so; what else may have happened to the files, `verify_files` finds.
 
@@ -41,13 +43,18 @@ def check_model_files(description: ArtefactDescription, folder: Path) -> None:
 
     Raises:
         ModelLoadError: A file is missing or of another size, or the artefact was made without weights.
+        PermissionError: One may not be read: runtimes would call it damaged.
     """
     if not has_weights(description, folder):
         raise ModelLoadError(
             f"{folder}: has no weights, {WEIGHTS_NAME} was left out",
             hint="export the model again, without --no-weights",
         )
-    _refuse(size_changes(_model_files(description, folder)))
+    files = _model_files(description, folder)
+    _refuse(size_changes(files))
+    for file in files:
+        if not os.access(file.name, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file.name))
 
 
 def has_weights(description: ArtefactDescription, folder: Path) -> bool:

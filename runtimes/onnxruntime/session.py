@@ -201,9 +201,12 @@ def _open(
         )
     except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
         check_machine(name, err)
+        linked = "escapes model directory" in str(err)
         raise ModelLoadError(
             f"{name}: ONNX Runtime {ort.__version__} cannot load it: {err}",
-            hint="the file is damaged, its external data is missing, or it needs another ONNX Runtime",
+            hint="put the data file itself in the model's folder, in place of the link"
+            if linked
+            else "the file is damaged, its external data is missing, or it needs another ONNX Runtime",
         ) from err
     # A provider that fails to start is dropped silently, and the CPU takes over.
     if (running := session.get_providers()[0]) != provider.name:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,23 @@ def test_what_is_kept_is_made_once_when_it_is_asked_for_again(tmp_path: Path) ->
     found = [kept(tmp_path / "new" / "folder", ["smollm2", 2], make) for _ in range(2)]
     assert asked == [tmp_path / "new" / "folder"]
     assert found == [{"graph": str(asked[0] / "model.onnx"), "rates": [0.5]}] * 2
+
+
+def test_what_is_kept_is_made_once_when_two_ask_for_it_at_once(tmp_path: Path) -> None:
+    began, asked = threading.Barrier(2), []
+
+    def make(folder: Path) -> str:
+        asked.append(folder)
+        time.sleep(0.2)  # in which the other would begin
+        return "made"
+
+    def ask() -> str:
+        began.wait()
+        return str(kept(tmp_path, "smollm2", make))
+
+    with ThreadPoolExecutor(2) as threads:
+        found = [each.result() for each in [threads.submit(ask) for _ in range(2)]]
+    assert (found, len(asked)) == (["made", "made"], 1)
 
 
 def test_folder_is_refused_when_it_was_made_for_something_else(tmp_path: Path) -> None:

@@ -196,6 +196,7 @@ def test_routing_is_refused_when_a_key_is_missing(key: str) -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config says quant_method 'fp8', expected unq"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "says quant_method 'compressed-tensors'"),
         ({"compression_config": {"format": "float-quantized"}}, "compression_config is set, expected unquantised"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization is set, expected unquantised weights"),
         ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\], expected 1 or 0 for each"),
         ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0, expected a positive"),
         ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling is 0, expected a positive number"),

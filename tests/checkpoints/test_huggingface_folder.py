@@ -438,6 +438,53 @@ def test_tokenizer_is_refused_when_it_has_tokens_that_the_model_has_not(tmp_path
         open_checkpoint(folder)
 
 
+def quantisation(algorithm: object, **others: object) -> dict[str, object]:
+    """hf_quant_config.json as ModelOpt writes it."""
+    return {
+        "producer": {"name": "modelopt", "version": "0.33.0"},
+        "quantization": {"quant_algo": algorithm, "exclude_modules": ["lm_head"], **others},
+    }
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("hf_quant_config.json", quantisation("FP8"), "quantization.quant_algo is 'FP8'"),
+        ("hf_quant_config.json", quantisation("NVFP4", group_size=16), "quantization.quant_algo is 'NVFP4'"),
+        ("hf_quant_config.json", quantisation(["FP8"]), r"quantization.quant_algo is \['FP8'\]"),
+        ("hf_quant_config.json", {"quantization": "FP8"}, "quantization is set"),
+        ("quantize_config.json", {"bits": 4, "group_size": 128, "desc_act": False}, "bits is 4"),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, "w_bit is 4"),
+    ],
+    ids=["fp8", "nvfp4", "list", "text", "gptq", "awq"],
+)
+def test_quantisation_is_refused_by_what_it_says_when_a_file_beside_config_json_says_so(
+    folder: Path, name: str, values: dict[str, object], said: str, weights: bool
+) -> None:
+    (folder / name).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=rf"{name}: {said}, expected unquantised weights") as error:
+        open_checkpoint(folder, weights=weights)
+    assert (error.value.exit_code, "it was quantised from" in str(error.value)) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, quantisation(None), quantisation("NO_QUANT"), quantisation(None, kv_cache_quant_algo="FP8")], ids=str
+)
+def test_checkpoint_is_opened_when_the_file_says_that_its_weights_are_plain(
+    folder: Path, values: dict[str, object]
+) -> None:
+    (folder / "hf_quant_config.json").write_text(json.dumps(values))
+    open_checkpoint(folder).close()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_quantisation_is_refused_by_name_when_its_file_is_damaged(folder: Path, content: str) -> None:
+    (folder / "hf_quant_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: "):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_tokenizer_is_refused_by_name_when_it_is_damaged(folder: Path, content: str) -> None:
     (folder / "tokenizer.json").write_text(content)

@@ -12,7 +12,7 @@ import pytest
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.model_types import RoutingKind, routed_type
 from dlo_export.exporter.export import ExportRequest, export_model
-from dlo_export.exporter.lowering_choice import choose_onnxruntime_lowering
+from dlo_export.exporter.lowering_choice import LoweredModel, choose_onnxruntime_lowering
 from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
@@ -113,12 +113,12 @@ def test_provider_is_refused_when_something_else_runs_the_model(model: Path, art
 )
 def test_auto_takes_the_plugin_where_cuda_has_its_library(provider, library, expected) -> None:
     chosen, reason = choose_onnxruntime_lowering(
-        "auto", "fp32", routing="mlp", path=Path("model"), provider=provider, library_at_hand=library
+        "auto", "fp32", LoweredModel(Path("model"), "mlp"), provider=provider, library_at_hand=library
     )
     assert chosen == expected
     assert reason
     layers, _ = choose_onnxruntime_lowering(
-        "auto", "fp32", routing="layer", path=Path("model"), provider=provider, library_at_hand=library
+        "auto", "fp32", LoweredModel(Path("model"), "layer"), provider=provider, library_at_hand=library
     )
     assert layers == "compact"
 

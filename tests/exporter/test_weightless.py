@@ -25,7 +25,7 @@ from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.inspection import inspect_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
-from dlo_export.exporter.tensorrt.export import save_graphs
+from dlo_export.exporter.tensorrt.export import engine_request, save_graphs
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest, plan_tensorrt
 from dlo_export.runtimes.errors import ModelLoadError
 from dlo_export.runtimes.tensorrt.engines import load_engines
@@ -138,6 +138,14 @@ def test_engines_graph_is_the_same_when_there_are_no_weights_to_build_an_engine_
     with pytest.raises(ModelLoadError, match="has no engines") as error:
         load_engines(tmp_path / "out")
     assert error.value.hint == "export the model again with --trt, and without --no-weights"
+
+
+def test_engine_is_asked_for_each_gpu_once_when_one_is_named_twice(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model", **ROUTED)
+    request = TensorRtRequest(backend="rtx", targets=("sm120", "sm89", "sm120", "sm89"), max_cache=64, max_sequence=32)
+    plan = plan_tensorrt(open_source(str(model), None), request, "auto", "auto")
+    asked = engine_request(plan, plan.engines[0], tmp_path)
+    assert asked.targets == plan.request.targets == ("sm120", "sm89")
 
 
 def test_weights_are_not_read_when_they_are_there(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.peers import is_installed, peer_environment, requirements_of
-from benchmarks.common.workspace import WORKSPACE
+from benchmarks.common.workspace import WORKSPACE, alone_in
 from dlo_export.checkpoints.errors import MachineError
 
 FOLDER = Path(__file__).parent
@@ -62,11 +62,13 @@ class Client:
         if self.requirements is not None:
             peer_environment(self.name, self.requirements)
             return
-        NPM_FOLDER.mkdir(parents=True, exist_ok=True)
-        for name in NPM_FILES:
-            shutil.copyfile(REQUIREMENTS / "transformers_js" / name, NPM_FOLDER / name)
-        # Scripts of packages would only download CUDA libraries; the CPU's are in the package.
-        subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=NPM_FOLDER, check=True)
+        with alone_in(NPM_FOLDER):
+            if self.installed:
+                return
+            for name in NPM_FILES:
+                shutil.copyfile(REQUIREMENTS / "transformers_js" / name, NPM_FOLDER / name)
+            # Scripts of packages would only download CUDA libraries; the CPU's are in the package.
+            subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=NPM_FOLDER, check=True)
 
     def run(self, artefact: Path, **request: Any) -> dict[str, Any]:
         """Lets it generate, or tokenize where it does no more.
