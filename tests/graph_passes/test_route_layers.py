@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -94,6 +96,18 @@ def test_routing_refuses_when_the_scale_is_more_than_the_branch_s_type_holds(gap
     RouteLayersPass({0: ROUTER}, True, beyond, gap)(ir.from_onnx_text(tiny_decoder()))
 
 
+def test_routing_refuses_when_the_least_active_token_is_scaled_by_more_than_the_branch_s_type_holds() -> None:
+    """With a gap below zero, the scale is largest where the score is smallest, at the layer's own threshold."""
+    factor, lowest = 2 * 65504.0 - 160.0, {0: 0.25}  # by up to factor / 2 + gap · (threshold − 1/2)
+    RouteLayersPass({0: ROUTER}, True, factor, -320.0, thresholds=lowest)(
+        _in_float16(ir.from_onnx_text(tiny_decoder()))
+    )
+    with pytest.raises(GraphPassError, match="layer 0: the rule scales its MLP by up to 65520, float16 ends at 65504"):
+        RouteLayersPass({0: ROUTER}, True, factor, -384.0, thresholds=lowest)(
+            _in_float16(ir.from_onnx_text(tiny_decoder()))
+        )
+
+
 def test_routing_reports_all_problems_when_routers_do_not_fit() -> None:
     with pytest.raises(GraphPassError) as error:
         RouteLayersPass({0: np.array([0, np.nan, 0]), 5: np.zeros(2)})(ir.from_onnx_text(tiny_decoder(opset=12)))
@@ -110,9 +124,23 @@ def test_routing_refuses_when_no_router_is_given() -> None:
         RouteLayersPass({})(ir.from_onnx_text(tiny_decoder()))
 
 
-@pytest.mark.parametrize("other", [RouteLayersPass({0: ROUTER * 2}), RouteLayersPass({0: ROUTER}, True, 2.0, 0.1)])
-def test_routing_refuses_when_layer_is_routed_differently_already(other: RouteLayersPass) -> None:
+SCALED = RouteLayersPass({0: ROUTER}, True, 2.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        (RouteLayersPass({0: ROUTER}), RouteLayersPass({0: ROUTER * 2})),
+        (RouteLayersPass({0: ROUTER}), SCALED),
+        (RouteLayersPass({0: ROUTER}), RouteLayersPass({0: ROUTER}, thresholds={0: 0.25})),
+        (SCALED, dataclasses.replace(SCALED, scale_gap=0.2)),
+        (SCALED, dataclasses.replace(SCALED, scale_factor=1.5)),
+    ],
+)
+def test_routing_refuses_when_layer_is_routed_differently_already(
+    first: RouteLayersPass, other: RouteLayersPass
+) -> None:
     model = ir.from_onnx_text(tiny_decoder())
-    RouteLayersPass({0: ROUTER})(model)
+    first(model)
     with pytest.raises(GraphPassError, match="RouteLayersPass: ran on this graph before, with"):
         other(model)
