@@ -92,6 +92,33 @@ def test_report_counts_all_flips_and_lists_the_first() -> None:
     result = CaseResult("prefill", "onnx", EXACT, EXACT, 60, flips, own_run=OwnRun(EXACT, flips))
     (case,) = ParityReport("PyTorch", "fp32", TOLERANCES["fp32"], (result,)).to_json()["cases"]
     assert (case["flip_count"], len(case["flips"]), len(case["own_run"]["flips"])) == (60, 50, 50)
+    assert case["logits"] == dataclasses.asdict(EXACT)
+
+
+def test_summary_tells_case_by_case_and_candidate_by_candidate() -> None:
+    flips = tuple(Flip(layer, 0, 7, 0.5 + layer / 2**17, 0.4) for layer in range(5))
+    report = ParityReport(
+        "PyTorch",
+        "fp32",
+        TOLERANCES["fp32"],
+        (
+            CaseResult("prefill", "onnx", EXACT, None, 0, ()),
+            CaseResult("prefill", "longer", EXACT, None, 9, flips[2:]),
+            CaseResult("decode", "onnx", EXACT, None, 9, flips),
+        ),
+        (GreedyResult("longer", ((1, 2),), ()),),
+    )
+    assert report.summary().splitlines() == [
+        "parity AMBIGUOUS  against PyTorch, fp32",
+        "  PASS      onnx    prefill                         logits within 0.0e+00",
+        "  AMBIGUOUS onnx    decode                          logits within 0.0e+00, 5 of 9 decisions flipped",
+        "            5 near-ties flipped: layer 4 token 7 margin 3.1e-05, layer 3 token 7 margin 2.3e-05, "
+        "layer 2 token 7 margin 1.5e-05, …",
+        "  AMBIGUOUS longer  prefill                         logits within 0.0e+00, 3 of 9 decisions flipped",
+        "            3 near-ties flipped: layer 4 token 7 margin 3.1e-05, layer 3 token 7 margin 2.3e-05, "
+        "layer 2 token 7 margin 1.5e-05",
+        "  PASS      longer  greedy tokens                   2 of 2 identical",
+    ]
 
 
 @pytest.mark.parametrize(

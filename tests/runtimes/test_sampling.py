@@ -43,7 +43,16 @@ def test_sampler_draws_when_some_tokens_are_ruled_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "values",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"seed": -1},
+    ],
 )
 def test_sampling_raises_when_a_value_is_out_of_range(values: dict[str, float]) -> None:
     with pytest.raises(SamplingError, match=next(iter(values))):
