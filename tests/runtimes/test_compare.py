@@ -292,3 +292,31 @@ def test_parity_fails_when_logits_stop_being_finite_in_the_middle_of_greedy_toke
     assert report.verdict == "FAIL"
     assert report.greedy[0].not_finite
     assert "logits are not finite behind 2 new tokens" in report.summary()
+
+
+@pytest.mark.parametrize("last", ["reference", "candidate"])
+def test_parity_compares_and_places_the_logits_that_both_show(last: str) -> None:
+    class WrongLater(TorchRunner):
+        def step(self, input_ids: np.ndarray, *inputs: np.ndarray, **options: object) -> StepResult:
+            result = super().step(input_ids, *inputs, **options)
+            self.fed = (0 if self._past == input_ids.shape[1] else self.fed) + 1
+            if self.fed == 3:
+                result.logits[:] += 100
+            return result
+
+    case = next(case for case in CASES if case.name == "chunk and decode with a cache")  # 24, 4, and four tokens
+    with TorchRunner(_model(), masked=True) as reference:
+
+        def opened(kind: type[TorchRunner]) -> TorchRunner:
+            runner = kind(_model(), masked=True)
+            runner.last_logits_only = last == "candidate"
+            return runner
+
+        reference.last_logits_only = last == "reference"
+        candidates = [Candidate(kind.__name__, lambda kind=kind: opened(kind)) for kind in (TorchRunner, WrongLater)]
+        right = compare(reference, candidates[:1], [case], dtype="fp32", greedy_prompts=PROMPTS, greedy_tokens=4)
+        wrong = compare(reference, candidates[1:], [case], dtype="fp32")
+    assert right, right.summary()
+    assert right.cases[0].logits.compared == 6 * VOCAB
+    assert right.greedy[0].identical == 8
+    assert (wrong.verdict, wrong.cases[0].logits.position) == ("FAIL", 28)
