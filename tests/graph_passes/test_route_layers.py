@@ -119,6 +119,10 @@ def test_routing_reports_all_problems_when_routers_do_not_fit() -> None:
     assert "hint: " in message
 
 
+def test_routing_takes_the_oldest_opset_that_its_operators_need() -> None:
+    assert RouteLayersPass({0: ROUTER})(ir.from_onnx_text(tiny_decoder(opset=13))).modified
+
+
 def test_routing_refuses_when_no_router_is_given() -> None:
     with pytest.raises(GraphPassError, match="no routers were given"):
         RouteLayersPass({})(ir.from_onnx_text(tiny_decoder()))

@@ -100,6 +100,14 @@ def test_parity_passes_when_masked_and_compact_graphs_are_right(
     assert report.summary().startswith("parity PASS")
 
 
+def test_builds_that_explain_a_difference_stay_closed_when_there_is_none(reference: TorchRunner) -> None:
+    def unasked() -> TorchRunner:
+        raise AssertionError("opened, though nothing differs")
+
+    candidate = dataclasses.replace(_torch_candidate(_model()), open_streams=unasked, open_shown=unasked)
+    assert compare(reference, [candidate], CASES[:1], dtype="fp32", open_other=unasked)
+
+
 def test_parity_passes_when_nothing_is_routed() -> None:
     dense = _model({"is_dlo": False}, lambda tensors: [tensors.pop(name) for name in [*tensors] if "routers" in name])
     with TorchRunner(dense) as reference:
