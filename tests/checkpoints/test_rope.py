@@ -61,9 +61,10 @@ def test_frequencies_and_factor_are_those_of_transformers_when_the_context_was_l
     [
         (10_000.0, 4096, 32.0),  # both ends of the ramp lie among the pairs
         (1_000_000.0, 32_768, 32.0),
-        (4.0, 4096, 32.0),  # the ramp ends behind the last pair, and later than is allowed
+        (4.0, 4096, 424.0),  # it would end behind head_dim - 1, where it is cut
         (10_000.0, 6, 32.0),  # not even the first pair turns once: the ramp has no length
-        (10_000.0, 4096, 2.0),
+        (10_000.0, 4096, 1.0),  # nor has it between equal betas
+        (10_000.0, 4096, 0.0),  # which is read as if it were left out
     ],
 )
 def test_yarn_is_transformers_wherever_its_ramp_begins_and_ends(theta, original, beta_fast, truncate):
@@ -80,6 +81,18 @@ def test_yarn_is_transformers_wherever_its_ramp_begins_and_ends(theta, original,
     config = LlamaConfig(head_dim=64, rope_parameters=dict(parameters), max_position_embeddings=context)
     expected = LlamaRotaryEmbedding(config).inv_freq.numpy()
     np.testing.assert_allclose(rope.inverse_frequencies(64), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+@pytest.mark.parametrize("given", [{"attention_factor": 0.5}, {"factor": 1.0}, {"factor": 3.0}], ids=str)
+def test_attention_factor_is_transformers_when_given_or_when_nothing_was_lengthened(kind, given):
+    parameters = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    parameters |= given
+    if kind == "longrope":
+        parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = rope_of_fields(JsonFields({"rope_parameters": dict(parameters)}), 128, 8)
+    config = LlamaConfig(head_dim=8, rope_parameters=dict(parameters), max_position_embeddings=128)
+    assert rope.attention_factor == pytest.approx(LlamaRotaryEmbedding(config).attention_scaling, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["llama3", "yarn", "longrope"])
@@ -113,24 +126,33 @@ def test_whole_head_is_rotated_when_the_share_is_one(place):
     assert not fields.problems
 
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
+FACTORS = "expected 1 positive numbers, one per rotated pair"
+
+
 @pytest.mark.parametrize(
-    ("parameters", "words"),
+    ("parameters", "problem"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "is 'dynamic', which a head_dim of 2 does not allow"),
-        ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "is 1.0, expected more than 1 for yarn"),
+        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type is 'dynamic', which a head_dim of 2 does not allow"),
         (
-            {
-                "rope_type": "longrope",
-                "original_max_position_embeddings": 1,
-                "factor": 2.0,
-                "short_factor": [1.0],
-                "long_factor": [1.0],
-            },
-            "is 1, expected the context the model was first trained on",
+            {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0},
+            "rope_theta is 1.0, expected more than 1 for yarn",
         ),
+        (
+            {"rope_type": "yarn", "factor": 2.0, "attention_factor": -0.5},
+            "attention_factor is -0.5, expected a finite number from 0 on",
+        ),
+        (
+            LONGROPE | {"original_max_position_embeddings": 1, "factor": 2.0},
+            "original_max_position_embeddings is 1, expected the context the model was first trained on",
+        ),
+        (LONGROPE | {"attention_factor": -0.5}, "attention_factor is -0.5, expected a finite number from 0 on"),
+        (LONGROPE | {"short_factor": [0.0]}, f"short_factor is [0.0], {FACTORS}"),
+        (LONGROPE | {"long_factor": ["1"]}, f"long_factor is ['1'], {FACTORS}"),
+        (LONGROPE | {"long_factor": 1.0}, f"long_factor is 1.0, {FACTORS}"),
     ],
 )
-def test_rope_is_refused_when_its_formula_would_divide_by_zero(parameters, words):
+def test_rope_is_refused_by_the_field_when_no_frequencies_come_of_it(parameters, problem):
     fields = JsonFields({"rope_parameters": parameters})
     rope_of_fields(fields, 128, 2)
-    assert [words in problem for problem in fields.problems] == [True]
+    assert fields.problems == [f"rope_parameters.{problem}"]

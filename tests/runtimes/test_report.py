@@ -124,7 +124,7 @@ def test_summary_tells_case_by_case_and_candidate_by_candidate() -> None:
 @pytest.mark.parametrize(
     ("difference", "own", "verdict", "words"),
     [
-        (2e-5, None, "FAIL", "logits differ"),
+        (2e-5, None, "FAIL", "differ: mean 2.0e-05 and largest 2.0e-05 of the peak, worst at sequence 1, token 7"),
         (2e-5, OwnError(1e-7, 1e-7, 0.0), "FAIL", "logits differ"),
         (2e-5, OwnError(1e-5, 1e-4, 0.0), "PASS", "as exact as the reference"),
         (9e-5, OwnError(2e-5, 1e-4, 0.0), "FAIL", "logits differ"),
@@ -136,7 +136,7 @@ def test_summary_tells_case_by_case_and_candidate_by_candidate() -> None:
 def test_case_is_judged_by_the_reference_s_own_error_when_the_table_fails_it(
     difference: float, own: OwnError | None, verdict: str, words: str
 ) -> None:
-    logits = LogitStatistics(100, difference, difference, difference, 0, 0)
+    logits = LogitStatistics(100, difference, difference, difference, 1, 7)
     judgement = CaseResult("prefill", "onnx", logits, None, 0, (), own_error=own).judge(TOLERANCES["fp32"])
     assert judgement.verdict == verdict
     assert words in judgement.reason

@@ -68,3 +68,11 @@ def test_trace_says_which_logits_are_shown_when_these_are_each_step_s_last() -> 
     assert last.shown.tolist() == [23, 27, 28, 29, 30, 31]
     np.testing.assert_allclose(last.logits, whole.logits[:, last.shown], rtol=0, atol=1e-5)
     assert set(streams.values()) == {0.0}
+
+
+def test_streams_are_compared_where_nothing_is_routed() -> None:
+    tensors = {name: tensor for name, tensor in tensors_of(AUTHORS).items() if "routers" not in name}
+    case = CASES["chunk and decode with a cache"]
+    with TorchRunner(llama_dlo_from_tensors(config_of(AUTHORS) | {"is_dlo": False}, tensors)) as runner:
+        trace = trace_reference(runner, case)
+        assert compare_streams(runner, runner, case, trace) == dict.fromkeys(range(4), 0.0)
