@@ -239,8 +239,39 @@ def test_parity_is_ambiguous_when_sixteen_bits_flip_near_ties_of_routers_that_ar
     assert report.verdict == "AMBIGUOUS", report.summary()
     (case,) = (case for case in report.cases if case.flips)
     assert case.own_error is not None
+    assert case.own_error.compared == "PyTorch's own bf16 is off its fp32"
     assert case.score_error > 2 * case.own_error.score_mean
     assert "scores are off by mean" in case.judge(TOLERANCES["bf16"]).reason
+
+
+@pytest.mark.parametrize(("measured", "verdict"), [(True, "PASS"), (False, "AMBIGUOUS")])
+def test_other_greedy_tokens_pass_when_rounding_of_the_reference_explains_them(measured: bool, verdict: str) -> None:
+    def twins(times: float) -> Callable[[dict[str, np.ndarray]], None]:
+        def edit(tensors: dict[str, np.ndarray]) -> None:
+            head = tensors["lm_head.weight"]
+            head[1::2] = head[:-1:2] * np.float32(times)
+
+        return edit
+
+    other = _model(edit=twins(1.0)).double() if measured else None
+    with TorchRunner(_model(edit=twins(1.0)), masked=True) as reference:  # takes the first of equal tokens
+        candidate = _torch_candidate(_model(edit=twins(1 + 2**-20)))
+        report = _compare(reference, candidate, CASES[:1], other=other)
+    (greedy,) = report.greedy
+    assert greedy.differences
+    assert all(difference.gap == 0 < difference.error for difference in greedy.differences)
+    assert (greedy.judge().verdict, report.verdict) == (verdict, verdict), report.summary()
+    assert all((difference.rounding is not None) == measured for difference in greedy.differences)
+
+
+def test_own_errors_are_measured_when_no_tokens_are_generated(reference: TorchRunner) -> None:
+    candidate = _torch_candidate(_model({"rms_norm_eps": 1e-4}))
+    report = compare(
+        reference, [candidate], CASES[:1], dtype="fp32", open_other=lambda: TorchRunner(_model().double(), masked=True)
+    )
+    (case,) = report.cases
+    assert case.own_error is not None
+    assert report.verdict == "FAIL"
 
 
 def test_parity_fails_when_the_released_graph_is_another_than_the_forced_one(reference: TorchRunner) -> None:
