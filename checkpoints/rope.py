@@ -14,6 +14,7 @@ RopeKind = Literal["default", "linear", "llama3", "dynamic", "yarn", "longrope"]
 ROPE_KINDS: tuple[RopeKind, ...] = get_args(RopeKind)
 
 _ORIGINAL = "original_max_position_embeddings"
+_SCALED_FROM_ORIGINAL: tuple[RopeKind, ...] = ("llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class RopeConfig:
         values: dict[str, Any] = {"rope_type": self.kind, "rope_theta": self.theta}
         if self.kind != "default":
             values["factor"] = self.factor
-        if self.kind in ("llama3", "yarn", "longrope"):
+        if self.kind in _SCALED_FROM_ORIGINAL:
             values[_ORIGINAL] = self.original_max_position
         if self.kind == "llama3":
             values |= {"low_freq_factor": self.low_freq_factor, "high_freq_factor": self.high_freq_factor}
@@ -170,9 +171,13 @@ def rope_of_fields(fields: JsonFields, max_position_embeddings: int, head_dim: i
     if not isinstance(kind, str) or kind not in _READERS:
         rope.problem("rope_type", f"is {kind!r}, expected one of {', '.join(ROPE_KINDS)}")
         kind = "default"
-    # transformers lets a top-level value overrule the nested one.
-    holder = fields if values.get(_ORIGINAL) is not None else rope
-    return _READERS[kind](_RopeFields(rope, holder, theta, max_position_embeddings, head_dim))
+    read = _READERS[kind](_RopeFields(rope, theta, max_position_embeddings, head_dim))
+    # transformers reads the one inside alone, from 5.23 on; older ones let another outside overrule it.
+    outside = values.get(_ORIGINAL)
+    if outside is not None and kind in _SCALED_FROM_ORIGINAL and outside != read.original_max_position:
+        taken = f"transformers takes {read.original_max_position}, by {name} alone"
+        fields.problem(_ORIGINAL, f"is {outside!r}, but {taken}; expected {name}.{_ORIGINAL} alike")
+    return read
 
 
 @dataclass(frozen=True)
@@ -181,21 +186,19 @@ class _RopeFields:
 
     Attributes:
         rope: The nested object's fields.
-        original_holder: The fields among which the original context stands.
         theta: Read already.
         max_position: Of the model.
         head_dim: Likewise.
     """
 
     rope: JsonFields
-    original_holder: JsonFields
     theta: float
     max_position: int
     head_dim: int
 
     def original(self) -> int:
         """The context before scaling."""
-        return self.original_holder.integer(_ORIGINAL, default=self.max_position)
+        return self.rope.integer(_ORIGINAL, default=self.max_position)
 
     def given_factor(self, original: int) -> float:
         """By how much the context was lengthened: as the file says, or as its two lengths do."""
@@ -235,7 +238,7 @@ def _dynamic(fields: _RopeFields) -> RopeConfig:
 def _yarn(fields: _RopeFields) -> RopeConfig:
     rope, original = fields.rope, fields.original()
     # Without both, nothing says by how much the context was lengthened.
-    told = fields.original_holder.values.get(_ORIGINAL) is not None
+    told = rope.values.get(_ORIGINAL) is not None
     factor = fields.given_factor(original) if told else rope.positive_number("factor")
     scale, scale_all = (rope.number(name, default=0.0, least=0) for name in ("mscale", "mscale_all_dim"))
     # YaRN §3.4: the temperature of attention, put into cosines and sines.

@@ -46,11 +46,9 @@ def logit_threshold(threshold: float) -> float:
         # sigmoid of a number other than 0 is transcendental, and that of 0 a float32.
         halfway = (decimal.Decimal(float(at)) + decimal.Decimal(float(np.nextafter(at, np.float32(1))))) / 2
         exact = (halfway / (1 - halfway)).ln()
-        found = np.float32(float(exact))
-        while decimal.Decimal(float(found)) >= exact:
+        found = np.float32(float(exact))  # one of the two float32 that it lies between
+        if decimal.Decimal(float(found)) >= exact:
             found = np.nextafter(found, np.float32(-np.inf))
-        while decimal.Decimal(float(above := np.nextafter(found, np.float32(np.inf)))) < exact:
-            found = above
     return float(found)
 
 

@@ -98,6 +98,13 @@ def test_llama_pro_adds_copies_after_each_group_when_several_per_group() -> None
     )
 
 
+def test_methods_take_the_least_and_the_most_that_they_can() -> None:
+    assert placements("llama-pro", 3, groups=1).original_positions == (0, 1, 2)
+    assert placements("llama-pro", 2, groups=2).original_positions == (0, 2)
+    assert [layer.source for layer in placements("dus", 3, overlap=0).injected_layers] == [0, 1, 2]
+    assert placements("tli", 4, every=4).num_layers == 5
+
+
 def test_dus_repeats_the_middle_when_32_with_overlap_8() -> None:
     plan = placements("dus", 32, overlap=8)
     assert plan.num_layers == 48
@@ -113,6 +120,8 @@ def test_dus_repeats_the_middle_when_32_with_overlap_8() -> None:
     ("method", "parameters", "message"),
     [
         ("stack-side", {}, "found method 'stack-side', expected one of tli, interleave, llama-pro, dus, tli-copy"),
+        ("tli", {"every": 0}, "every 0 with offset 0 injects nothing into 30 layers"),
+        ("tli", {"every": 5, "offset": -1}, "every 5 with offset -1 injects nothing into 30 layers"),
         ("tli", {"every": 31}, "every 31 with offset 0 injects nothing into 30 layers"),
         ("tli", {"every": 5, "source": "both"}, "found source 'both', expected one of prev, next, mean, slerp"),
         ("tli", {"every": 5, "source": "mean", "init": "random"}, "source mean goes with init copy or zero_out"),
@@ -121,6 +130,9 @@ def test_dus_repeats_the_middle_when_32_with_overlap_8() -> None:
         ("interleave", {"target_layers": 61}, "target_layers 61 of 30 layers, expected from 31 to 60"),
         ("interleave", {"target_layers": 30}, "target_layers 30 of 30 layers, expected from 31 to 60"),
         ("llama-pro", {"groups": 31}, "31 groups of 1 new layers among 30 originals, expected 1 to 30 groups"),
+        ("llama-pro", {"groups": 0}, "0 groups of 1 new layers among 30 originals, expected 1 to 30 groups"),
+        ("llama-pro", {"groups": 1, "per_group": 10**6}, "make 1000030 layers, expected at most"),
+        ("dus", {"overlap": -1}, "overlap -1 of 30 layers, expected from 0 to 14"),
         ("dus", {"overlap": 15}, "overlap 15 of 30 layers, expected from 0 to 14"),
     ],
 )
@@ -202,6 +214,11 @@ def test_expansion_carries_earlier_layers_over_when_deepened_twice() -> None:
         (6, 3, "zero_out"),
         (7, 3, "copy"),
     ]
+
+
+def test_expansion_is_refused_when_a_list_by_layer_is_of_another_length() -> None:
+    with pytest.raises(ExpansionError, match=r"config\.json has 3 entries in layer_types, expected 4[\s\S]*hint:"):
+        expanded_config({"layer_types": ["full_attention"] * 3}, placements("tli", 4, every=2))
 
 
 def test_expansion_routes_every_layer_when_zero_routers_are_asked_for(tmp_path: Path) -> None:
@@ -324,7 +341,7 @@ def test_adapter_holds_only_what_is_new_when_made_from_an_expansion(tmp_path: Pa
     save_adapter(expansion_adapter(tensors, plan, zero_routers=True, base_sha256="0" * 64), tmp_path / "adapter")
     adapter = load_adapter(tmp_path / "adapter")
     adapter.check_fits({name: tensor.shape for name, tensor in tensors.items()}, num_layers=4)
-    assert adapter.injected_layers == plan.injected_layers
+    assert (adapter.injected_layers, adapter.base_sha256) == (plan.injected_layers, "0" * 64)
     assert adapter.is_dlo == (True,) * 6
     assert {int(name.split(".")[2]) for name in adapter.tensors if "layers" in name} == {2, 5}
     deepened = expanded_tensors(tensors, plan)

@@ -2,6 +2,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dlo_export.checkpoints.depth import layer_init
 from dlo_export.checkpoints.depth.layer_init import LayerInitError, canonical_init, preserves_function, slerp_shares
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from tests.initial_arrays import init_tensor
@@ -83,6 +84,16 @@ def test_random_is_reproducible_and_distinct_when_seeded() -> None:
     assert (first != init_tensor("random", "mlp.up_proj.weight", weight, seed=(7, 4), initializer_range=0.05)).any()
     assert (init_tensor("random", "input_layernorm.weight", weight[0]) == 1).all()
     assert not init_tensor("random", "self_attn.q_proj.bias", weight[0]).any()
+
+
+@pytest.mark.parametrize("init", ["random", "slerp", "linear_zero_out", "copy"])
+def test_rows_are_those_of_the_whole_whichever_are_asked_for(init: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = init_tensor(init, ROLE, SOURCE, PREVIOUS)
+    tensor = layer_init.InitialTensor(init, ROLE, ArrayTensor(SOURCE), ArrayTensor(PREVIOUS))
+    for step in (1, 2, 4, 6):  # that are computed at once
+        monkeypatch.setattr(layer_init, "rows_at_once", lambda rows, nbytes, step=step: step)
+        for start, stop in ((0, 6), (0, 2), (3, 4), (5, 6), (4, 9)):
+            np.testing.assert_array_equal(tensor.rows(start, stop), whole[start:stop])
 
 
 def test_init_zeroes_the_mixture_when_linear_zero_out() -> None:

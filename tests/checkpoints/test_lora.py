@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dlo_export.checkpoints.adapter.adapter import AdapterError
-from dlo_export.checkpoints.adapter.lora import load_lora
+from dlo_export.checkpoints.adapter.lora import load_lora, merged_sha256
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.calibrate import CalibrationRequest, calibrate
 from dlo_export.exporter.export import ExportRequest, export_model
@@ -63,6 +64,7 @@ def model(tmp_path: Path) -> Path:
     [
         ({}, (ALPHA / RANK, ALPHA / RANK)),
         ({"use_rslora": True}, (ALPHA / 2, ALPHA / 2)),
+        ({"lora_alpha": 0.5}, (0.5 / RANK, 0.5 / RANK)),
         ({"alpha_pattern": {"q_proj": 10}}, (10 / RANK, ALPHA / RANK)),
         ({"r": 8, "rank_pattern": {"q_proj|down_proj": RANK}}, (ALPHA / RANK, ALPHA / RANK)),
     ],
@@ -105,6 +107,10 @@ def test_artefact_is_equal_to_the_merged_model_when_lora_is_its_adapter(tmp_path
     assert result.description.source.sha256 not in (open_source(model, None).base.sha256(), "")
 
 
+def test_identity_of_merged_weights_is_of_both_files() -> None:
+    assert merged_sha256("ab", "cd") == hashlib.sha256(b"ab\ncd\n").hexdigest()
+
+
 def _factor(module: str, letter: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     return {f"base_model.model.{module}.lora_{letter}.weight": np.ones(shape, np.float32)}
 
@@ -126,10 +132,16 @@ def _factor(module: str, letter: str, shape: tuple[int, ...]) -> dict[str, np.nd
         ({"lora_alpha": 1e39}, {}, r"lora_alpha is 1e\+39, expected a number above 0"),
         ({"alpha_pattern": {"q_proj": float("inf")}}, {}, "alpha_pattern is .*inf.*, expected numbers above 0"),
         ({"rank_pattern": {"q_proj": 0}}, _factor(Q, "A", (0, 32)) | _factor(Q, "B", (32, 0)), "numbers above 0"),
+        ({"rank_pattern": [RANK]}, {}, r"rank_pattern is \[4\], expected numbers above 0 by module"),
         ({"alpha_pattern": {"(": 1}}, {}, r"'\(' is no pattern"),
         ({}, {f"base_model.model.{Q}.lora_magnitude_vector": np.ones(32, np.float32)}, "no A or B of a projection"),
         ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 97), np.float32)}, "no A or B"),
         ({}, _factor("lm_head", "A", (4, 32)) | _factor("lm_head", "B", (97, 4)), "only the projections"),
+        ({}, _factor("model.norm", "A", (4, 32)) | _factor("model.norm", "B", (97, 4)), "only the projections"),
+        ({}, _factor("model.layers.0.input_layernorm", "A", (4, 32))
+         | _factor("model.layers.0.input_layernorm", "B", (32, 4)), "only the projections"),
+        ({}, _factor(Q, "B", (32, 5)), r"A is \[4, 32\] and B \[32, 5\], expected rank 4"),
+        ({}, _factor(Q, "B", (32, 4, 1)), r"A is \[4, 32\] and B \[32, 4, 1\], expected rank 4"),
         ({}, _factor("model.layers.2.mlp.up_proj", "A", (4, 32)), r"up_proj\.lora_B\.weight is missing"),
         ({}, _factor(Q, "A", (4, 16)), r"B·A is \[32, 16\], the model's is \[32, 32\]"),
         ({}, {"base_model.model.lm_head.weight": np.ones((98, 32), np.float32)}, r"weight is \[98, 32\], the mo"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 
 # The smallest thing with the form of a decoder layer: a residual branch with a KV cache, then one without.
 # `{mlp}` and `{add}` stand for the MLP branch, which computes d from h, and for what adds it.
@@ -58,3 +59,13 @@ def tiny_feeds(batch: int = 2, sequence: int = 3, past: int = 2) -> dict[str, np
         "past_key_values.0.key": cache[0],
         "past_key_values.0.value": cache[1],
     }
+
+
+def in_float16(model: ir.Model) -> ir.Model:
+    """The model with float16 weights, cache and stream; ONNX text has no float16 constants."""
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        if value.dtype == ir.DataType.FLOAT:
+            value.type = ir.TensorType(ir.DataType.FLOAT16)
+            if value.const_value is not None:
+                value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16), name=value.name)
+    return model

@@ -13,7 +13,7 @@ from dlo_export.graph_passes.find.data_flow import constant_tensor
 from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
-from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass
+from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass, decisions_by_scores
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.provenance import THRESHOLD_KEY, role_values
@@ -64,6 +64,7 @@ def test_deciding_by_logits_changes_no_bit_and_leaves_out_operators(kind: Routin
         np.testing.assert_array_equal(outputs[name], array, err_msg=name)
     check_idempotence(model, DecideByLogitsPass())
     assert not role_values(model.graph, "router_scores")
+    assert decisions_by_scores(model.graph) == decisions_by_scores(saved(model).graph) == {}
     router = find_routers(saved(model).graph)[0]
     assert router.threshold == THRESHOLD
     assert router.logits is not None

@@ -17,7 +17,7 @@ from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.ops import DOMAIN, GATHER_ACTIVE, VERSION, reference_function
 from dlo_export.graph_passes.spec.provenance import role_values
 from tests.graph_passes import golden_graphs
-from tests.graph_passes.graphs import tiny_decoder, tiny_feeds
+from tests.graph_passes.graphs import in_float16, tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import census, check_idempotence, run_model
 
 ROUTER = np.array([0.7, -0.9], np.float32)
@@ -75,6 +75,13 @@ def test_forced_decisions_reach_the_gathered_rows_when_routing_is_exposed(active
 def test_router_is_left_alone_when_others_read_its_decision() -> None:
     model = compacted()
     model.graph.outputs.append(role_values(model.graph, "router_active")[0])
+    assert not FuseRouterGatherPass()(model).modified
+
+
+def test_router_is_left_alone_when_rows_are_of_another_type_than_the_operator_gathers() -> None:
+    model = in_float16(ir.from_onnx_text(tiny_decoder()))
+    for pass_ in (RouteLayersPass({0: ROUTER}), LowerSkipToCompactionPass()):
+        pass_(model)
     assert not FuseRouterGatherPass()(model).modified
 
 

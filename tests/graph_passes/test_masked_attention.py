@@ -221,14 +221,25 @@ def test_compaction_keeps_the_where_when_more_than_rotation_is_behind_a_projecti
     assert [node.op_type for node in makers if node is not None] == ["Where", "ScatterND"]
 
 
-def test_routing_refuses_when_the_mask_is_no_sum() -> None:
+@pytest.mark.parametrize(("dtype", "found"), [(ir.DataType.BOOL, "bool"), (None, "unknown type")])
+def test_routing_refuses_when_the_mask_is_no_sum(dtype: ir.DataType | None, found: str) -> None:
     text = golden_graphs.source_text().replace(
         '"model.layers.0.self_attn.v_proj", "model.attention_mask.bias"',
         '"model.layers.0.self_attn.v_proj", "model.attention_mask.visible"',
     )
     model = ir.from_onnx_text(text)
-    next(n for n in model.graph if n.name == "" and n.op_type == "And").outputs[0].dtype = ir.DataType.BOOL
+    next(n for n in model.graph if n.name == "" and n.op_type == "And").outputs[0].dtype = dtype
     with pytest.raises(
-        GraphPassError, match=r"mask 'model\.attention_mask\.visible' of .* is bool, expected an additive"
+        GraphPassError,
+        match=rf"mask 'model\.attention_mask\.visible' of .* is {found}, expected an additive one of float",
     ):
         RouteLayersPass(golden_graphs.ROUTERS, kind="layer")(model)
+
+
+def test_routing_refuses_when_attention_adds_to_a_cast_of_the_stream() -> None:
+    text = golden_graphs.source_text().replace(
+        '"model.layers.0.attention_residual" = Add ("model.embed_tokens",',
+        '"cast" = Cast <to: int = 1> ("model.embed_tokens")\n  "model.layers.0.attention_residual" = Add ("cast",',
+    )
+    with pytest.raises(GraphPassError, match=r"layer 0: Add node .* adds to a cast of the stream"):
+        RouteLayersPass(golden_graphs.ROUTERS, kind="layer")(ir.from_onnx_text(text))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.provenance import PASS_KEY, role_values
-from tests.graph_passes.graphs import tiny_decoder, tiny_feeds
+from tests.graph_passes.graphs import in_float16, tiny_decoder, tiny_feeds
 from tests.graph_passes.harness import Arrays, check_pass, run_model
 
 ROUTER = np.array([0.7, -0.9], np.float32)
@@ -57,18 +59,8 @@ def test_routing_skips_every_token_when_router_is_zero() -> None:
     check_pass(tiny_decoder(), pass_, BEFORE, {"Where": 1}, tiny_feeds(), expected=lambda _: {"logits": logits})
 
 
-def _in_float16(model: ir.Model) -> ir.Model:
-    """The model with float16 weights, cache and stream; ONNX text has no float16 constants."""
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
-        if value.dtype == ir.DataType.FLOAT:
-            value.type = ir.TensorType(ir.DataType.FLOAT16)
-            if value.const_value is not None:
-                value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16), name=value.name)
-    return model
-
-
 def test_routing_computes_in_float32_when_graph_is_float16() -> None:
-    model = _in_float16(ir.from_onnx_text(tiny_decoder()))
+    model = in_float16(ir.from_onnx_text(tiny_decoder()))
     feeds = {
         name: array.astype(np.float16) if array.dtype == np.float32 else array for name, array in tiny_feeds().items()
     }
@@ -88,10 +80,20 @@ def test_routing_computes_in_float32_when_graph_is_float16() -> None:
 @pytest.mark.parametrize("gap", [0.0, 2.0])
 def test_routing_refuses_when_the_scale_is_more_than_the_branch_s_type_holds(gap: float) -> None:
     within, beyond = 2 * 65504.0 - gap, 2 * 65504.0 - gap + 64
-    RouteLayersPass({0: ROUTER}, True, within, gap)(_in_float16(ir.from_onnx_text(tiny_decoder())))
+    RouteLayersPass({0: ROUTER}, True, within, gap)(in_float16(ir.from_onnx_text(tiny_decoder())))
     with pytest.raises(GraphPassError, match="layer 0: the rule scales its MLP by up to 65536, float16 ends at 65504"):
-        RouteLayersPass({0: ROUTER}, True, beyond, gap)(_in_float16(ir.from_onnx_text(tiny_decoder())))
+        RouteLayersPass({0: ROUTER}, True, beyond, gap)(in_float16(ir.from_onnx_text(tiny_decoder())))
     RouteLayersPass({0: ROUTER}, True, beyond, gap)(ir.from_onnx_text(tiny_decoder()))
+
+
+def test_routing_refuses_when_the_least_active_token_is_scaled_by_more_than_the_branch_s_type_holds() -> None:
+    """With a gap below zero, the scale is largest where the score is smallest, at the layer's own threshold."""
+    factor, lowest = 2 * 65504.0 - 160.0, {0: 0.25}  # by up to factor / 2 + gap · (threshold − 1/2)
+    RouteLayersPass({0: ROUTER}, True, factor, -320.0, thresholds=lowest)(in_float16(ir.from_onnx_text(tiny_decoder())))
+    with pytest.raises(GraphPassError, match="layer 0: the rule scales its MLP by up to 65520, float16 ends at 65504"):
+        RouteLayersPass({0: ROUTER}, True, factor, -384.0, thresholds=lowest)(
+            in_float16(ir.from_onnx_text(tiny_decoder()))
+        )
 
 
 def test_routing_reports_all_problems_when_routers_do_not_fit() -> None:
@@ -105,14 +107,32 @@ def test_routing_reports_all_problems_when_routers_do_not_fit() -> None:
     assert "hint: " in message
 
 
+def test_routing_takes_the_oldest_opset_that_its_operators_need() -> None:
+    assert RouteLayersPass({0: ROUTER})(ir.from_onnx_text(tiny_decoder(opset=13))).modified
+
+
 def test_routing_refuses_when_no_router_is_given() -> None:
     with pytest.raises(GraphPassError, match="no routers were given"):
         RouteLayersPass({})(ir.from_onnx_text(tiny_decoder()))
 
 
-@pytest.mark.parametrize("other", [RouteLayersPass({0: ROUTER * 2}), RouteLayersPass({0: ROUTER}, True, 2.0, 0.1)])
-def test_routing_refuses_when_layer_is_routed_differently_already(other: RouteLayersPass) -> None:
+SCALED = RouteLayersPass({0: ROUTER}, True, 2.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        (RouteLayersPass({0: ROUTER}), RouteLayersPass({0: ROUTER * 2})),
+        (RouteLayersPass({0: ROUTER}), SCALED),
+        (RouteLayersPass({0: ROUTER}), RouteLayersPass({0: ROUTER}, thresholds={0: 0.25})),
+        (SCALED, dataclasses.replace(SCALED, scale_gap=0.2)),
+        (SCALED, dataclasses.replace(SCALED, scale_factor=1.5)),
+    ],
+)
+def test_routing_refuses_when_layer_is_routed_differently_already(
+    first: RouteLayersPass, other: RouteLayersPass
+) -> None:
     model = ir.from_onnx_text(tiny_decoder())
-    RouteLayersPass({0: ROUTER})(model)
+    first(model)
     with pytest.raises(GraphPassError, match="RouteLayersPass: ran on this graph before, with"):
         other(model)

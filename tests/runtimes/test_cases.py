@@ -40,8 +40,16 @@ def test_cases_keep_their_steps_as_far_as_they_fit_when_the_cache_is_small(longe
     assert (steps["left-padded batch with a cache"] > 1) == (longest > 2)
 
 
+def test_batches_are_of_equal_length_when_there_may_be_no_padding() -> None:
+    cases = {case.name: case for case in parity_cases(VOCAB, routed=True, padded=False)}
+    assert {"batch", "batch with a cache"} <= cases.keys()
+    assert all(case.real.all() and case.real.shape[1] == 32 for case in cases.values())
+    assert cases["batch"].batch == 3
+
+
 def test_cases_are_made_of_a_text_when_its_tokens_are_given() -> None:
     cases = parity_cases(VOCAB, routed=False, token_ids=range(100))
     np.testing.assert_array_equal(cases[0].feeds[0].input_ids, [range(32)])
+    assert parity_cases(VOCAB, routed=False, token_ids=range(58))[2].real.sum() == 58
     with pytest.raises(RuntimeInputError, match="at least 58"):
-        parity_cases(VOCAB, routed=False, token_ids=range(20))
+        parity_cases(VOCAB, routed=False, token_ids=range(57))

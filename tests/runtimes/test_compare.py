@@ -100,6 +100,14 @@ def test_parity_passes_when_masked_and_compact_graphs_are_right(
     assert report.summary().startswith("parity PASS")
 
 
+def test_builds_that_explain_a_difference_stay_closed_when_there_is_none(reference: TorchRunner) -> None:
+    def unasked() -> TorchRunner:
+        raise AssertionError("opened, though nothing differs")
+
+    candidate = dataclasses.replace(_torch_candidate(_model()), open_streams=unasked, open_shown=unasked)
+    assert compare(reference, [candidate], CASES[:1], dtype="fp32", open_other=unasked)
+
+
 def test_parity_passes_when_nothing_is_routed() -> None:
     dense = _model({"is_dlo": False}, lambda tensors: [tensors.pop(name) for name in [*tensors] if "routers" in name])
     with TorchRunner(dense) as reference:
@@ -231,8 +239,40 @@ def test_parity_is_ambiguous_when_sixteen_bits_flip_near_ties_of_routers_that_ar
     assert report.verdict == "AMBIGUOUS", report.summary()
     (case,) = (case for case in report.cases if case.flips)
     assert case.own_error is not None
+    assert case.own_error.compared == "PyTorch's own bf16 is off its fp32"
     assert case.score_error > 2 * case.own_error.score_mean
     assert "scores are off by mean" in case.judge(TOLERANCES["bf16"]).reason
+
+
+@pytest.mark.parametrize(("measured", "verdict"), [(True, "PASS"), (False, "AMBIGUOUS")])
+def test_other_greedy_tokens_pass_when_rounding_of_the_reference_explains_them(measured: bool, verdict: str) -> None:
+    def twins(times: float) -> Callable[[dict[str, np.ndarray]], None]:
+        def edit(tensors: dict[str, np.ndarray]) -> None:
+            head = tensors["lm_head.weight"]
+            head[1::2] = head[:-1:2] * np.float32(times)
+
+        return edit
+
+    other = _model(edit=twins(1.0)).double() if measured else None
+    with TorchRunner(_model(edit=twins(1.0)), masked=True) as reference:  # takes the first of equal tokens
+        candidate = _torch_candidate(_model(edit=twins(1 + 2**-20)))
+        report = _compare(reference, candidate, CASES[:1], other=other)
+    (greedy,) = report.greedy
+    assert greedy.differences
+    assert all(difference.gap == 0 < difference.error for difference in greedy.differences)
+    assert (greedy.judge().verdict, report.verdict) == (verdict, verdict), report.summary()
+    for difference in greedy.differences:
+        assert (0 < difference.rounding < 1e-4) if measured else difference.rounding is None
+
+
+def test_own_errors_are_measured_when_no_tokens_are_generated(reference: TorchRunner) -> None:
+    candidate = _torch_candidate(_model({"rms_norm_eps": 1e-4}))
+    report = compare(
+        reference, [candidate], CASES[:1], dtype="fp32", open_other=lambda: TorchRunner(_model().double(), masked=True)
+    )
+    (case,) = report.cases
+    assert case.own_error is not None
+    assert report.verdict == "FAIL"
 
 
 def test_parity_fails_when_the_released_graph_is_another_than_the_forced_one(reference: TorchRunner) -> None:
@@ -292,3 +332,31 @@ def test_parity_fails_when_logits_stop_being_finite_in_the_middle_of_greedy_toke
     assert report.verdict == "FAIL"
     assert report.greedy[0].not_finite
     assert "logits are not finite behind 2 new tokens" in report.summary()
+
+
+@pytest.mark.parametrize("last", ["reference", "candidate"])
+def test_parity_compares_and_places_the_logits_that_both_show(last: str) -> None:
+    class WrongLater(TorchRunner):
+        def step(self, input_ids: np.ndarray, *inputs: np.ndarray, **options: object) -> StepResult:
+            result = super().step(input_ids, *inputs, **options)
+            self.fed = (0 if self._past == input_ids.shape[1] else self.fed) + 1
+            if self.fed == 3:
+                result.logits[:] += 100
+            return result
+
+    case = next(case for case in CASES if case.name == "chunk and decode with a cache")  # 24, 4, and four tokens
+    with TorchRunner(_model(), masked=True) as reference:
+
+        def opened(kind: type[TorchRunner]) -> TorchRunner:
+            runner = kind(_model(), masked=True)
+            runner.last_logits_only = last == "candidate"
+            return runner
+
+        reference.last_logits_only = last == "reference"
+        candidates = [Candidate(kind.__name__, lambda kind=kind: opened(kind)) for kind in (TorchRunner, WrongLater)]
+        right = compare(reference, candidates[:1], [case], dtype="fp32", greedy_prompts=PROMPTS, greedy_tokens=4)
+        wrong = compare(reference, candidates[1:], [case], dtype="fp32")
+    assert right, right.summary()
+    assert right.cases[0].logits.compared == 6 * VOCAB
+    assert right.greedy[0].identical == 8
+    assert (wrong.verdict, wrong.cases[0].logits.position) == ("FAIL", 28)

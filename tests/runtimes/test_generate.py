@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -52,7 +54,9 @@ def test_generation_stops_early_when_every_sequence_has_ended(builds: Builds) ->
 
 def test_stats_count_tokens_and_active_rate_when_scores_are_exposed(builds: Builds) -> None:
     with OnnxRuntimeRunner(builds.scored, weights_folder=builds.folder, threads=1) as runner:
+        start = time.perf_counter()
         generation = generate(runner, PROMPTS, max_new_tokens=4)
+        seconds = time.perf_counter() - start
         alone = generate(runner, PROMPTS[1:2], max_new_tokens=4)
         # The same tokens in one pass, without padding: a prompt, and all new tokens but the last, which is not fed.
         fed = np.array([PROMPTS[1] + alone.sequences[0][:-1]])
@@ -60,6 +64,9 @@ def test_stats_count_tokens_and_active_rate_when_scores_are_exposed(builds: Buil
         scores = runner.step(fed, np.ones_like(fed), np.arange(fed.size)[np.newaxis]).router_scores
     assert (generation.stats.prompt_tokens, generation.stats.new_tokens) == (13, 12)
     assert generation.stats.prefill_seconds > 0 < generation.stats.decode_seconds
+    assert generation.stats.prefill_seconds + generation.stats.decode_seconds < seconds
+    # The first token of every sequence comes of the prompt.
+    assert generation.stats.tokens_per_second == pytest.approx(9 / generation.stats.decode_seconds)
     assert sorted(generation.stats.active_rate) == [0, 1, 3]
     assert alone.stats.active_rate == pytest.approx({layer: (s > 0.5).mean() for layer, s in scores.items()})
 

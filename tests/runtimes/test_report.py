@@ -4,11 +4,19 @@ import dataclasses
 
 import pytest
 
-from dlo_export.runtimes.parity.report import CaseResult, GreedyDifference, GreedyResult, OwnRun, ParityReport
+from dlo_export.runtimes.parity.report import (
+    CaseResult,
+    GreedyDifference,
+    GreedyResult,
+    Judgement,
+    OwnRun,
+    ParityReport,
+)
 from dlo_export.runtimes.parity.statistics import Flip, LogitStatistics
-from dlo_export.runtimes.parity.tolerances import TOLERANCES, OwnError
+from dlo_export.runtimes.parity.tolerances import TOLERANCES, OwnError, Tolerance
 
 EXACT, FAR = LogitStatistics(100, 0.0, 0.0, 0.0, 0, 0), LogitStatistics(100, 1.0, 1.0, 1.0, 0, 0)
+SURE, SURER = (OwnError(0.0, 0.0, score, 0.003) for score in (0.025, 0.015))
 
 
 def test_report_says_why_when_parity_was_not_run() -> None:
@@ -28,6 +36,11 @@ def test_report_says_why_when_parity_was_not_run() -> None:
         (GreedyDifference(0, 2, gap=1e-6, error=1e-6, flips=0, rounding=1e-7), "AMBIGUOUS"),
         (GreedyDifference(0, 2, gap=1e-6, error=1e-6, flips=1, rounding=1e-6), "AMBIGUOUS"),
         (GreedyDifference(0, 2, gap=1.0, error=1e-6, flips=0, rounding=1.0), "FAIL"),
+        # two logits may be off, and no more
+        (GreedyDifference(0, 2, gap=2.0, error=1.0, flips=0), "AMBIGUOUS"),
+        (GreedyDifference(0, 2, gap=2.5, error=1.0, flips=0), "FAIL"),
+        (GreedyDifference(0, 2, gap=2.0, error=1.0, flips=0, rounding=1.0), "PASS"),
+        (GreedyDifference(0, 2, gap=2.5, error=2.0, flips=0, rounding=1.0), "AMBIGUOUS"),
     ],
 )
 def test_greedy_difference_is_judged_by_what_explains_it_when_tokens_differ(
@@ -38,10 +51,80 @@ def test_greedy_difference_is_judged_by_what_explains_it_when_tokens_differ(
     assert result.judge().verdict == verdict
 
 
+def test_greedy_tokens_are_judged_by_all_sequences_that_differ() -> None:
+    rounding, open_, wrong = (
+        GreedyDifference(row, 2, gap=gap, error=1e-6, flips=0, rounding=rounding)
+        for row, gap, rounding in ((0, 1e-6, 1e-6), (1, 1.5e-6, 1e-7), (2, 1.0, 1e-6))
+    )
+    flipped = GreedyDifference(3, 2, gap=2.0, error=1e-6, flips=1)
+
+    def judge(*differences: GreedyDifference) -> Judgement:
+        return GreedyResult("onnx", ((1, 2, 3),) * 4, differences).judge()
+
+    assert judge(rounding).verdict == "PASS"
+    for several in ((rounding, open_), (open_, rounding)):
+        judgement = judge(*several)
+        assert (judgement.verdict, judgement.reason[:10]) == ("AMBIGUOUS", "sequence 1")
+    for several in ((rounding, wrong, flipped), (flipped, wrong, rounding)):
+        judgement = judge(*several)
+        assert (judgement.verdict, judgement.reason[:10]) == ("FAIL", "sequence 2")
+    assert GreedyResult("onnx", ((), ()), ()).judge() == ("FAIL", "nothing was compared")
+
+
+def test_joined_report_fails_when_one_of_its_comparisons_does() -> None:
+    right, wrong = CaseResult("prefill", "onnx", EXACT, None, 0, ()), CaseResult("prefill", "engine", FAR, None, 0, ())
+    same = GreedyResult("onnx", ((1, 2),), ())
+    other = GreedyResult("engine", ((1, 2),), (GreedyDifference(0, 1, gap=1.0, error=0.0, flips=0),))
+    good = ParityReport("PyTorch", "fp32", TOLERANCES["fp32"], (right,), (same,))
+    for changes in ({"cases": (wrong,)}, {"greedy": (other,)}):
+        bad = dataclasses.replace(good, reference="the graph", **changes)
+        for reports in ((good, bad), (bad, good)):
+            joined = ParityReport.joined(reports)
+            assert joined.reference == " and ".join(report.reference for report in reports)
+            assert joined.cases == (*reports[0].cases, *reports[1].cases)
+            assert joined.greedy == (*reports[0].greedy, *reports[1].greedy)
+            assert joined.verdict == "FAIL"
+    assert ParityReport.joined((good, good)).verdict == "PASS"
+
+
+def test_report_counts_all_flips_and_lists_the_first() -> None:
+    flips = tuple(Flip(0, 0, position, 0.5, 0.4) for position in range(60))
+    result = CaseResult("prefill", "onnx", EXACT, EXACT, 60, flips, own_run=OwnRun(EXACT, flips))
+    (case,) = ParityReport("PyTorch", "fp32", TOLERANCES["fp32"], (result,)).to_json()["cases"]
+    assert (case["flip_count"], len(case["flips"]), len(case["own_run"]["flips"])) == (60, 50, 50)
+    assert case["logits"] == dataclasses.asdict(EXACT)
+
+
+def test_summary_tells_case_by_case_and_candidate_by_candidate() -> None:
+    flips = tuple(Flip(layer, 0, 7, 0.5 + layer / 2**17, 0.4) for layer in range(5))
+    report = ParityReport(
+        "PyTorch",
+        "fp32",
+        TOLERANCES["fp32"],
+        (
+            CaseResult("prefill", "onnx", EXACT, None, 0, ()),
+            CaseResult("prefill", "longer", EXACT, None, 9, flips[2:]),
+            CaseResult("decode", "onnx", EXACT, None, 9, flips),
+        ),
+        (GreedyResult("longer", ((1, 2),), ()),),
+    )
+    assert report.summary().splitlines() == [
+        "parity AMBIGUOUS  against PyTorch, fp32",
+        "  PASS      onnx    prefill                         logits within 0.0e+00",
+        "  AMBIGUOUS onnx    decode                          logits within 0.0e+00, 5 of 9 decisions flipped",
+        "            5 near-ties flipped: layer 4 token 7 margin 3.1e-05, layer 3 token 7 margin 2.3e-05, "
+        "layer 2 token 7 margin 1.5e-05, …",
+        "  AMBIGUOUS longer  prefill                         logits within 0.0e+00, 3 of 9 decisions flipped",
+        "            3 near-ties flipped: layer 4 token 7 margin 3.1e-05, layer 3 token 7 margin 2.3e-05, "
+        "layer 2 token 7 margin 1.5e-05",
+        "  PASS      longer  greedy tokens                   2 of 2 identical",
+    ]
+
+
 @pytest.mark.parametrize(
     ("difference", "own", "verdict", "words"),
     [
-        (2e-5, None, "FAIL", "logits differ"),
+        (2e-5, None, "FAIL", "differ: mean 2.0e-05 and largest 2.0e-05 of the peak, worst at sequence 1, token 7"),
         (2e-5, OwnError(1e-7, 1e-7, 0.0), "FAIL", "logits differ"),
         (2e-5, OwnError(1e-5, 1e-4, 0.0), "PASS", "as exact as the reference"),
         (9e-5, OwnError(2e-5, 1e-4, 0.0), "FAIL", "logits differ"),
@@ -53,10 +136,25 @@ def test_greedy_difference_is_judged_by_what_explains_it_when_tokens_differ(
 def test_case_is_judged_by_the_reference_s_own_error_when_the_table_fails_it(
     difference: float, own: OwnError | None, verdict: str, words: str
 ) -> None:
-    logits = LogitStatistics(100, difference, difference, difference, 0, 0)
+    logits = LogitStatistics(100, difference, difference, difference, 1, 7)
     judgement = CaseResult("prefill", "onnx", logits, None, 0, (), own_error=own).judge(TOLERANCES["fp32"])
     assert judgement.verdict == verdict
     assert words in judgement.reason
+
+
+def test_case_is_judged_by_the_table_alone_when_that_passes_it() -> None:
+    result = CaseResult("prefill", "onnx", EXACT, None, 0, (), own_error=OwnError(1.0, 1.0, 1.0))
+    assert result.judge(TOLERANCES["fp32"]) == ("PASS", "")
+
+
+@pytest.mark.parametrize(("score", "verdict"), [(0.625, "AMBIGUOUS"), (0.63, "FAIL")])
+@pytest.mark.parametrize("own_run", [False, True])
+def test_flip_is_a_near_tie_up_to_the_margin(score: float, verdict: str, own_run: bool) -> None:
+    flips = (Flip(0, 0, 3, score, 0.4),)
+    result = CaseResult("prefill", "onnx", EXACT, EXACT, 10, flips)
+    if own_run:
+        result = dataclasses.replace(result, flips=(Flip(0, 0, 3, 0.5, 0.6),), own_run=OwnRun(EXACT, flips))
+    assert result.judge(Tolerance(0.0, 0.0, 0.125, 1, "")).verdict == verdict
 
 
 def test_flip_is_a_near_tie_when_the_reference_s_own_score_is_as_uncertain() -> None:
@@ -76,6 +174,10 @@ def test_flip_is_a_near_tie_when_the_reference_s_own_score_is_as_uncertain() -> 
         # a router that is off everywhere, and one that is off here, by more than its type rounds
         (OwnError(0.0, 0.0, 0.03, 0.003), 0.02, OwnRun(EXACT, ()), "AMBIGUOUS", "scores are off by mean 2.0e-02"),
         (OwnError(0.0, 0.0, 0.01, 0.003), 0.005, OwnRun(EXACT, ()), "AMBIGUOUS", "margins are at most 4.0e-02"),
+        # of both runs, the flip that was furthest from a tie counts
+        (SURE, 0.0, OwnRun(EXACT, (Flip(1, 0, 3, 0.52, 0.4),)), "PASS", "margins are at most 4.0e-02"),
+        (SURE, 0.0, OwnRun(EXACT, (Flip(1, 0, 3, 0.58, 0.4),)), "AMBIGUOUS", "margins are at most 8.0e-02"),
+        (SURER, 0.0, OwnRun(EXACT, (Flip(1, 0, 3, 0.52, 0.4),)), "AMBIGUOUS", "margins are at most 4.0e-02"),
         # a released graph that does something else with its decisions, or takes others
         (OwnError(0.0, 0.0, 0.03, 0.003), 0.0, OwnRun(FAR, ()), "FAIL", "that its own routers took"),
         (

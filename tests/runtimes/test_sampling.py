@@ -20,6 +20,17 @@ def test_kept_tokens_shrink_when_top_k_and_top_p_are_given() -> None:
     np.testing.assert_allclose(flatter[0] / flatter[1], np.sqrt(0.5 / 0.35), rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 49])
+def test_kept_tokens_are_the_likeliest_ones_when_top_k_alone_is_given(count: int) -> None:
+    logits = np.random.default_rng(count).standard_normal(50).astype(np.float32)
+    likeliest = np.argsort(-logits)
+    tokens, probabilities = kept_tokens(logits, Sampling(temperature=1.0, top_k=count))
+    assert tokens.tolist() == likeliest[:count].tolist()
+    np.testing.assert_allclose(probabilities, np.exp(logits[tokens]) / np.exp(logits[tokens]).sum(), rtol=1e-5)
+    for everything in (50, 60):
+        assert kept_tokens(logits, Sampling(temperature=1.0, top_k=everything))[0].tolist() == likeliest.tolist()
+
+
 def test_sampler_draws_by_probability_when_the_temperature_is_above_zero() -> None:
     logits = np.log(np.array([[0.7, 0.2, 0.1]], np.float32))
     sampler = Sampler(Sampling(temperature=1.0), 1)
@@ -43,7 +54,16 @@ def test_sampler_draws_when_some_tokens_are_ruled_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "values",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"seed": -1},
+    ],
 )
 def test_sampling_raises_when_a_value_is_out_of_range(values: dict[str, float]) -> None:
     with pytest.raises(SamplingError, match=next(iter(values))):

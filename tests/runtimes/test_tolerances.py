@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +15,7 @@ from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.runtimes.parity.cases import parity_cases
 from dlo_export.runtimes.parity.compare import Candidate, compare
 from dlo_export.runtimes.parity.report import ParityReport
-from dlo_export.runtimes.parity.tolerances import TOLERANCES
+from dlo_export.runtimes.parity.tolerances import TOLERANCES, OwnError, Tolerance
 from dlo_export.runtimes.runner import Runner, StepRequest, StepResult
 from dlo_export.runtimes.torch.reference import open_reference
 from dlo_export.runtimes.torch.runner import TorchRunner
@@ -43,6 +44,23 @@ def test_table_has_every_dtype_of_an_export_and_grows_with_its_rounding() -> Non
         assert fine.mean < coarse.mean
         assert fine.largest < coarse.largest
         assert fine.margin < coarse.margin
+
+
+@pytest.mark.parametrize(
+    ("own", "limit", "times"),
+    [
+        ((0.5, 0.75, 2.0), 10, (1.0, 1.5, 4.0)),  # what the table allows already stays
+        ((4.0, 5.0, 6.0), 10, (8.0, 10.0, 10.0)),
+        ((4.0, 5.0, 6.0), math.inf, (8.0, 10.0, 12.0)),
+        ((math.nan, math.inf, 2.0), 10, (1.0, 1.0, 4.0)),
+    ],
+)
+def test_tolerance_is_widened_number_by_number_where_the_reference_is_off_itself(
+    own: tuple[float, float, float], limit: float, times: tuple[float, float, float]
+) -> None:
+    mean, largest, score = own
+    wide = Tolerance(1.0, 1.0, 1.0, 2, "").widened(OwnError(mean, largest, score), limit=limit)
+    assert (wide.mean, wide.largest, wide.margin) == times
 
 
 @pytest.mark.parametrize(("dtype", "finer"), [("fp16", "fp32"), ("bf16", "fp32")])
