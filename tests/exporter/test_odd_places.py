@@ -39,7 +39,7 @@ def test_bench_calls_artefacts_what_tells_them_apart(
     for name in given:
         if name.startswith("other"):
             shutil.copytree(artefact, here / name)
-    ended = run("bench", *given, *FEW, messages=tmp_path / "messages", working_folder=here)
+    ended = run("bench", *given, *FEW, working_folder=here)
     assert ended.returncode == 0, ended.stderr
     rows = [line.split("│")[1].strip() for line in ended.stdout.splitlines() if line.startswith("│")]
     assert rows == list(shown)
@@ -52,9 +52,9 @@ def test_artefact_is_read_where_nothing_may_be_written_and_told_to_be_unreadable
     copy = shutil.copytree(artefact, tmp_path / "out")
     for path in (copy, *copy.iterdir()):
         path.chmod(path.stat().st_mode & ~0o222)
-    ended = run(*command, messages=tmp_path / "messages", working_folder=tmp_path, privileged=False)
+    ended = run(*command, working_folder=tmp_path, privileged=False)
     assert ended.returncode == 0, ended.stderr
     (copy / "model.onnx.data").chmod(0)
-    ended = run(*command, messages=tmp_path / "messages", working_folder=tmp_path, privileged=False)
+    ended = run(*command, working_folder=tmp_path, privileged=False)
     assert ended.returncode == 4
     assert "out/model.onnx.data: Permission denied" in ended.stderr

@@ -35,10 +35,10 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_most_that_fits_is_generated_and_one_more_is_refused_before_a_token(
     artefact: Path, prompt: int, most: int, tmp_path: Path
 ) -> None:
-    fits = dlo("run", artefact, "x" * prompt, "--raw", "-n", most, messages=tmp_path / "fits")
+    fits = dlo("run", artefact, "x" * prompt, "--raw", "-n", most)
     assert (fits.returncode, "warning" in fits.stderr) == (0, False), fits.stderr
     assert f"{most} new ones" in fits.stderr
-    refused = dlo("run", artefact, "x" * prompt, "--raw", "-n", most + 1, messages=tmp_path / "refused")
+    refused = dlo("run", artefact, "x" * prompt, "--raw", "-n", most + 1)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert f"a prompt of {prompt} tokens and {most + 1} new ones, its static cache holds {SLOTS}" in refused.stderr
     assert f"give -n {most} or less, or export with --static-cache {SLOTS + 1} or more" in refused.stderr
