@@ -68,7 +68,7 @@ def workplace(tmp_path):
     (tmp_path / "my-model").symlink_to("model")
     (tmp_path / "corpus").mkdir()
     for position, source in enumerate(sorted((ROOT / "exporter").glob("*.py"))):
-        (tmp_path / "corpus" / f"{position}.txt").write_text(source.read_text() * 4)
+        (tmp_path / "corpus" / f"{position}.txt").write_text(source.read_text())
     (tmp_path / "optimum-export").symlink_to(ROOT / "tests" / "data" / "optimum_llama")
     for model, adapter in (("model", "tli"), ("optimum-export", "adapter")):
         made = run([installed("dlo"), "expand", model, "-o", adapter, "--adapter", "--every", "2"], tmp_path)
