@@ -22,10 +22,6 @@ from dlo_export.graph_passes.lowerings.registry import (
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
 
 
-def _anything_is_possible(record: LoweringRecord) -> None:
-    del record
-
-
 @dataclasses.dataclass(frozen=True)
 class LoweredModel:
     """The model that a lowering is chosen for.
@@ -33,15 +29,14 @@ class LoweredModel:
     Attributes:
         path: Of the source, for messages.
         routing: What tokens skip; None where it has no routers.
-        hidden_size: Where it is known: it decides which measured model is like it.
-        check: Raises an InputError where its graph cannot be had in a lowering. It is asked of what has operators of
-            its own, which do not compute every MLP that the others run.
+        hidden_size: None where it is unknown; it decides which measured model is like it.
+        check: Raises an InputError where its graph cannot be had in a lowering.
     """
 
     path: Path
     routing: RoutingKind | None
-    hidden_size: int | None = None
-    check: Callable[[LoweringRecord], None] = _anything_is_possible
+    hidden_size: int | None
+    check: Callable[[LoweringRecord], None]
 
 
 def choose_onnxruntime_lowering(
@@ -84,8 +79,7 @@ def choose_onnxruntime_lowering(
             raise InputError(
                 f"{path}: is of {routing} routing, --lowering {choice} takes {takes} routing", hint=f"choose {choices}"
             )
-        if asked.domains:
-            model.check(asked)
+        model.check(asked)
         return asked.name, "asked for"
     if captured:
         capturable = [record for record in skipping_lowerings(target, routing) if record.capturable]
@@ -94,8 +88,7 @@ def choose_onnxruntime_lowering(
                 f"{path}: is of {routing} routing, which no lowering makes skip at fixed shapes",
                 hint="leave --static-cache out",
             )
-        if capturable[0].domains:
-            model.check(capturable[0])
+        model.check(capturable[0])
         return capturable[0].name, capturable[0].reason
     preferred = _preferred(target, dtype, routing, model.hidden_size, library_at_hand=library_at_hand)
     possible = _possible(preferred, model)
@@ -116,8 +109,7 @@ def _possible(preferred: list[tuple[LoweringRecord, str]], model: LoweredModel) 
     refused = ""
     for record, reason in preferred:
         try:
-            if record.domains:
-                model.check(record)
+            model.check(record)
         except InputError as err:
             refused += f"; {record.name} is not possible: {err.message.splitlines()[0]}"
         else:

@@ -112,15 +112,12 @@ def test_provider_is_refused_when_something_else_runs_the_model(model: Path, art
     [("cpu", True, "compact"), ("cuda", False, "compact"), ("cuda", True, "plugin")],
 )
 def test_auto_takes_the_plugin_where_cuda_has_its_library(provider, library, expected) -> None:
-    chosen, reason = choose_onnxruntime_lowering(
-        "auto", "fp32", LoweredModel(Path("model"), "mlp"), provider=provider, library_at_hand=library
-    )
+    mlps, layers = (LoweredModel(Path("model"), kind, None, check=lambda record: None) for kind in ("mlp", "layer"))
+    chosen, reason = choose_onnxruntime_lowering("auto", "fp32", mlps, provider=provider, library_at_hand=library)
     assert chosen == expected
     assert reason
-    layers, _ = choose_onnxruntime_lowering(
-        "auto", "fp32", LoweredModel(Path("model"), "layer"), provider=provider, library_at_hand=library
-    )
-    assert layers == "compact"
+    chosen, _ = choose_onnxruntime_lowering("auto", "fp32", layers, provider=provider, library_at_hand=library)
+    assert chosen == "compact"
 
 
 @pytest.mark.parametrize("kind", get_args(RoutingKind))
