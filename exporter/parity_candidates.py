@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_runner import cache_slots, exposed_model, runner_for
+from dlo_export.exporter.exact_products import with_exact_products
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, build_model
 from dlo_export.exporter.sources.source import ExportSource
@@ -34,6 +35,7 @@ def graph_candidate(
     routed: bool,
     plugin_library: Path | None = None,
     provider: Provider = CPU,
+    exact_products: bool = False,
 ) -> Candidate:
     """A graph in ONNX Runtime as something to compare.
 
@@ -45,9 +47,12 @@ def graph_candidate(
         routed: Whether it has routers.
         plugin_library: libdlo_ort.so; loaded where it has dlo operators.
         provider: What runs it.
+        exact_products: Run it, and from memory, with products that round nothing to 8 bits.
     """
     label = "dense" if lowering == "none" else lowering
     library = plugin_library if plugin_operators(graph) else None
+    if exact_products:
+        graph, file = with_exact_products(graph), None
     # PyTorch runs in the same process: spinning threads would take its cores.
     open_runner = functools.partial(
         runner_for(value.name or "" for value in graph.graph.inputs),
@@ -55,6 +60,7 @@ def graph_candidate(
         allow_spinning=False,
         plugin_library=library,
         provider=provider,
+        exact_products=exact_products,
     )
 
     def opened(*, force: bool, streams: bool = False) -> Runner:

@@ -9,14 +9,13 @@ from typing import Any
 import onnx_ir as ir
 
 from dlo_export.exporter.artefact_runner import exposed_model
+from dlo_export.exporter.exact_products import with_exact_products
 from dlo_export.exporter.parity_candidates import masked_graph
 from dlo_export.exporter.pipeline import state_cache_sizes
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.reduced_source import ReducedSource
 from dlo_export.exporter.sources.source import ExportSource
-from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.naming import free_interface_names
-from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.runtimes.artefact.description import ArtefactDescription
 from dlo_export.runtimes.onnxruntime.providers import Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
@@ -62,10 +61,7 @@ def dequantising_reference(
     unlowered = released
     if source.routing is not None:
         unlowered = masked_graph(source, folder, released, description)
-    exact = ir.from_proto(ir.to_proto(unlowered))
-    for node in exact.graph.all_nodes():
-        if is_op(node, "MatMulNBits", domain=MICROSOFT):
-            node.attributes.pop("accuracy_level", None)
+    exact = with_exact_products(unlowered)
     name, routed = "its weights dequantised", source.routing is not None
     runners = [
         OnnxRuntimeRunner(

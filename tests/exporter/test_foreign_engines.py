@@ -81,7 +81,9 @@ def exported_genai(tmp_path, form, **config):
 def test_twin_equals_the_graph_when_its_weights_are_quantised(tmp_path, form):
     report = exported_genai(tmp_path, form)
     assert report.verdict == "PASS", report.summary()
-    assert report.reference == "its own masked form and its weights dequantised"
+    # Where kernels sum other numbers of rows otherwise, the masked form is held against without rounding to 8 bits.
+    assert report.reference.startswith("its own masked form")
+    assert report.reference.endswith(" and its weights dequantised")
     twin = [case for case in report.cases if case.candidate == "trt if"]
     assert max(case.logits.largest_absolute for case in twin) <= BAR
 

@@ -139,9 +139,9 @@ def test_lowerings_equal_the_masked_graph_when_routed(graph, form, tmp_path):
         assert parity.verdict == ("NOT RUN" if lowering == "masked" else "PASS"), parity.reason
         found[lowering] = logits(tmp_path / lowering / "model.onnx", (4, 1, 1))
         if form.startswith("int4") and lowering != "masked":
-            # Products of 8-bit activations do not depend on how many rows there are: not a bit differs.
+            # Products of 8-bit activations do not depend on how many rows there are, or (AVX2) by their last bits.
             cases = json.loads((tmp_path / lowering / "parity.json").read_text())["cases"]
-            assert {case["logits"]["largest_absolute"] for case in cases} == {0.0}
+            assert max(case["logits"]["largest_absolute"] for case in cases) <= 1e-5
     assert np.abs(found["masked"] - logits(graph(form), (4, 1, 1))).max() > 0.1
     # Masked and if have their norms fused as before, and are equal bit for bit. Compact has not, and a norm that rounds
     # in another way may move what int4 products round to 8 bits by a step, 1/127 of the largest of its block. Where
