@@ -102,8 +102,8 @@ class ExportRequest:
         last_logits: Have model.onnx compute the logits of each sequence's last token only.
         remove_identity: Leave layers out that pass everything on.
         provider: Of ONNX Runtime, that model.onnx is made for, and parity runs on where it is there.
-        static_cache: Tokens per sequence in a KV cache that ONNX Runtime writes in place, so that a CUDA graph captures
-            a decode step of model.onnx; None lets the cache grow.
+        static_cache: Tokens per sequence in a KV cache that ONNX Runtime writes in place, and on a GPU a CUDA graph
+            captures a decode step with; None lets the cache grow.
         link_weights: Make hard links, not copies, of a graph's data files that stay as they are.
 
     Raises:
@@ -148,6 +148,11 @@ class ExportRequest:
                 "--static-cache and --trt: engines have a cache of their own, --trt-max-cache is its size",
                 hint="leave one of the two out",
             )
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph is to capture a decode step of model.onnx."""
+        return self.static_cache is not None and self.provider != "cpu"
 
     @property
     def inputs(self) -> tuple[Path | None, ...]:
@@ -248,7 +253,7 @@ def _graph_form(request: ExportRequest, source: ExportSource, *, beside_engines:
         ),
         provider=request.provider,
         library_at_hand=library is not None,
-        captured=request.static_cache is not None,
+        captured=request.captured,
     )
     if request.static_cache is not None:
         check_captured(dtype, request.provider)
@@ -268,8 +273,9 @@ def _check_possible(request: ExportRequest, source: ExportSource, dtype: str, re
     target = PROVIDER_TARGETS[request.provider]
     assert source.routing is not None, "or nothing is lowered"
     others = " or ".join(lowerings_without_operators(target, source.routing.kind))
-    captured = request.static_cache is not None
-    hint = "choose --lowering masked, or leave --static-cache out" if captured else f"choose --lowering {others}"
+    hint = (
+        "choose --lowering masked, or leave --static-cache out" if request.captured else f"choose --lowering {others}"
+    )
     graph = _lowered(request, source, record.name, dtype).graph
     check_kernel_widths(graph, source.base.path, record.name, hint)
 
@@ -277,9 +283,10 @@ def _check_possible(request: ExportRequest, source: ExportSource, dtype: str, re
 def _lowered(request: ExportRequest, source: ExportSource, lowering: str, dtype: str) -> ir.Model:
     """The graph in a lowering, its weights still lazy: a new one with every call."""
     of, target = graph_dtype(dtype), PROVIDER_TARGETS[request.provider]
-    if request.static_cache is None:
-        return build_model(source, lowering, of, target, last_logits=request.last_logits)
-    return build_captured_model(source, lowering, request.static_cache, of, target)
+    if request.captured:
+        assert request.static_cache is not None, "what captured asks"
+        return build_captured_model(source, lowering, request.static_cache, of, target)
+    return build_model(source, lowering, of, target, last_logits=request.last_logits, static_cache=request.static_cache)
 
 
 def _export_into(

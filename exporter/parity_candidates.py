@@ -78,10 +78,11 @@ def graph_candidate(
 def masked_graph(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
     dtype, target = graph_dtype(description.dtype), PROVIDER_TARGETS[description.provider]
-    if slots := cache_slots(released.graph):
+    slots = cache_slots(released.graph) or None
+    if slots is not None and description.provider != "cpu":
         model = build_captured_model(source, "masked", slots, dtype, target)
     else:
-        model = build_model(source, "masked", dtype, target, compared_with=description.lowering)
+        model = build_model(source, "masked", dtype, target, static_cache=slots, compared_with=description.lowering)
     if different := take_weights(model, external_tensors(released.graph)):
         raise InputError(
             f"{folder / MODEL_NAME}: its weights are not those of an export of this source: "

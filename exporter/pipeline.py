@@ -65,10 +65,12 @@ from dlo_export.graph_passes.spec.invariants import (
     INJECTED,
     PLAIN,
     ROUTED,
+    Check,
     StageSpec,
     check_stage,
     released_stage,
 )
+from dlo_export.graph_passes.spec.layer_checks import unmasked_routing
 from dlo_export.graph_passes.spec.ops import DOMAIN, MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, check_order
 from dlo_export.runtimes.onnxruntime.operators import declared_by_onnxruntime
@@ -197,6 +199,7 @@ def onnxruntime_steps(
     target: Target,
     *,
     last_logits: bool = False,
+    static_cache: int | None = None,
     compared_with: LoweringRecord | None = None,
 ) -> list[Step]:
     """What turns the plain graph into the one ONNX Runtime runs, in order, each step with its reason.
@@ -206,6 +209,7 @@ def onnxruntime_steps(
         lowering: What routed blocks become.
         target: What it is to run on.
         last_logits: Compute the logits of each sequence's last token only.
+        static_cache: Slots of a cache that is written in place, per sequence; None lets it grow.
         compared_with: Of the graph that this one is held against: all around routed blocks is done as for that one.
     """
     around, routed = compared_with or lowering, source.routing is not None
@@ -216,6 +220,8 @@ def onnxruntime_steps(
         dataclasses.replace(stage, domains=stage.domains | ({MICROSOFT} if by_codes else set()))
         for stage in (ROUTED if routed else INJECTED, lowering.stage)
     )
+    cached = lowered if static_cache is None else _one_cache(lowered)
+    every_norm = static_cache is not None and not routed
     return [
         # Runtimes make an empty cache by what its inputs say.
         Step(StateCacheSizesPass(), PLAIN),
@@ -231,18 +237,21 @@ def onnxruntime_steps(
         # Rows of what is one product now are put in their places at once.
         *([Step(ScatterPackedRowsPass(), lowered)] if source.packs_weights else []),
         # Attention takes longer the more tokens are seen: in long steps, those that skip ask nothing.
-        *([Step(AttendActiveQueriesPass(), lowered)] if source.packs_weights else []),
+        *([Step(AttendActiveQueriesPass(), lowered)] if source.packs_weights and static_cache is None else []),
+        # Where query, key and value are one product shows only now. Its operator takes the queries of all tokens.
+        *([] if static_cache is None else [Step(UseGroupQueryAttentionPass(static_cache), cached)]),
         # One token's logits may be copied.
-        *([] if last_logits else _head_steps(lowered, target)),
+        *([] if last_logits else _head_steps(cached, target)),
         # transformers.js and optimum know the batch by its dimension's name.
-        Step(NameBatchDimensionPass(), lowered),
-        # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again.
-        Step(JoinSkipNormsPass(around.fuses_norms), lowered, released=True),
+        Step(NameBatchDimensionPass(), cached),
+        # Last, since layers are not found behind it: additions that somebody had fused with their norms are so again;
+        # all of them where genai's graph, which has one cache too, has them so.
+        Step(JoinSkipNormsPass(around.fuses_norms, every=every_norm), cached, released=True),
         # Where the library is needed anyway, and behind the norms, whose outputs rows are gathered of.
-        *([Step(FuseRouterGatherPass(), lowered, released=True)] if gathers else []),
+        *([Step(FuseRouterGatherPass(), cached, released=True)] if gathers else []),
         # Behind all that read the form routing writes: in decode, a router costs what its operators do. The masked form
         # stays as the rule is written, for others to be held against.
-        *([Step(DecideByLogitsPass(), lowered, released=True)] if decides else []),
+        *([Step(DecideByLogitsPass(), cached, released=True)] if decides else []),
     ]
 
 
@@ -274,19 +283,28 @@ def captured_steps(
         Step(FuseSiblingMatMulsPass(), lowering.stage),
         *_head_steps(lowering.stage, target),
     ]
-    # A cache at fixed addresses. Last: where query, key and value are one product shows only now.
-    stage = dataclasses.replace(
-        lowering.stage,
-        name=f"{lowering.stage.name}, one cache",
-        domains=lowering.stage.domains | {MICROSOFT},
-        checks=(*lowering.stage.checks, data_dependent_shapes),
-    )
+    stage = _one_cache(lowering.stage, data_dependent_shapes)
     return [
         *steps,
-        Step(UseGroupQueryAttentionPass(max_cache), stage),
+        # A cache at fixed addresses. Last: where query, key and value are one product shows only now.
+        Step(UseGroupQueryAttentionPass(max_cache, captured=True), stage),
         # A norm takes longer than the operator that adds first; each kernel of a step costs a microsecond or two.
         Step(JoinSkipNormsPass(every=True), stage, released=True),
     ]
+
+
+def _one_cache(stage: StageSpec, *checks: Check) -> StageSpec:
+    """What is legal where past and present are one buffer, and attention is ONNX Runtime's own.
+
+    So of a layer that is masked whole, the masked form is not found any more; what a lowering promises still holds.
+    """
+    return dataclasses.replace(
+        stage,
+        name=f"{stage.name}, one cache",
+        layer_checks=tuple(check for check in stage.layer_checks if check is not unmasked_routing),
+        domains=stage.domains | {MICROSOFT},
+        checks=(*stage.checks, *checks),
+    )
 
 
 def tensorrt_steps(source: GraphSource, options: TensorRtOptions) -> list[Step]:
@@ -435,6 +453,7 @@ def build_model(
     target: Target = "onnxruntime-cpu",
     *,
     last_logits: bool = False,
+    static_cache: int | None = None,
     compared_with: str | None = None,
 ) -> ir.Model:
     """Builds the source's graph for ONNX Runtime.
@@ -445,6 +464,7 @@ def build_model(
         dtype: Of weights, KV cache and logits; a foreign graph keeps its own.
         target: What it is to run on.
         last_logits: Compute the logits of each sequence's last token only.
+        static_cache: Slots of a cache that is written in place, per sequence; None lets it grow.
         compared_with: Name of the lowering of a graph that this one is held against: all around routed blocks is done
             as for that one.
 
@@ -458,7 +478,9 @@ def build_model(
     """
     record = find_lowering(lowering, target)
     other = None if compared_with is None else find_lowering(compared_with, target)
-    steps = onnxruntime_steps(source, record, target, last_logits=last_logits, compared_with=other)
+    steps = onnxruntime_steps(
+        source, record, target, last_logits=last_logits, static_cache=static_cache, compared_with=other
+    )
     return run_steps(_plain(source, dtype), steps)
 
 

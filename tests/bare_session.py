@@ -7,7 +7,7 @@ TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(boo
 
 
 class BareSession:
-    """The graph and its KV cache."""
+    """The graph and its KV cache, which grows."""
 
     def __init__(self, path):
         options = ort.SessionOptions()
@@ -45,6 +45,45 @@ class BareSession:
         for start, stop in zip([0, *cuts[:-1]], cuts, strict=True):
             pieces.append(self.step(ids[:, start:stop], mask[:, :stop], positions[:, start:stop])["logits"])
         return np.concatenate(pieces, axis=1)
+
+
+class InPlaceSession:
+    """A graph of `--static-cache`: past and present are one buffer, and a step's tokens go into its next slots."""
+
+    def __init__(self, path, batch=1, fill=0.0):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 2
+        options.log_severity_level = 3
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.state = {
+            value.name: ort.OrtValue.ortvalue_from_numpy(np.full((batch, *value.shape[1:]), fill, TYPES[value.type]))
+            for value in self.session.get_inputs()
+            if value.name.startswith("past_")
+        }
+        self.tokens = 0
+
+    def slots(self, name):
+        """Of a state, what every slot holds."""
+        return self.state[name].numpy()
+
+    def step(self, ids):
+        """Logits of the next tokens [batch, sequence]."""
+        ids = np.asarray(ids, np.int64)
+        self.tokens += ids.shape[1]
+        binding = self.session.io_binding()
+        binding.bind_output("logits")
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("kv_lengths", np.full(len(ids), self.tokens, np.int64))
+        for name, buffer in self.state.items():
+            binding.bind_ortvalue_input(name, buffer)
+            present = name.replace("past_key_values", "present").replace("past_active", "present_active")
+            binding.bind_ortvalue_output(present, buffer)
+        self.session.run_with_iobinding(binding)
+        return binding.get_outputs()[0].numpy()
+
+    def logits_of(self, ids, cuts):
+        """Logits of all columns, fed in the pieces that `cuts` ends."""
+        return np.concatenate([self.step(ids[:, self.tokens : stop]) for stop in cuts], axis=1)
 
 
 def left_padded(samples):

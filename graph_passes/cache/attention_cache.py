@@ -51,7 +51,7 @@ class CachedAttention:
 
 
 def cached_attentions(graph: ir.Graph, asking: str) -> list[CachedAttention]:
-    """Every attention of the main graph, in order.
+    """Every attention, of branches too, in order.
 
     Args:
         graph: A decoder.
@@ -62,7 +62,7 @@ def cached_attentions(graph: ir.Graph, asking: str) -> list[CachedAttention]:
     """
     # All of them are looked at before the first is rewritten: a graph is changed as a whole or not at all.
     found, problems = [], []
-    for node in graph:
+    for node in graph.all_nodes():
         if not is_op(node, "Attention"):
             continue
         if (problem := _problem(node)) is not None:
@@ -83,7 +83,7 @@ def cached_attentions(graph: ir.Graph, asking: str) -> list[CachedAttention]:
     # The mask of a static cache counts a step's tokens by their ids.
     if INPUT_IDS not in {value.name for value in graph.inputs}:
         problems.append(f"the graph has no input '{INPUT_IDS}'")
-    if not found and not any(is_op(node, "Attention") for node in graph):
+    if not found and not any(is_op(node, "Attention") for node in graph.all_nodes()):
         problems.append("the graph has no Attention node; its attention is decomposed, or another exporter's own")
     if problems:
         raise GraphPassError(

@@ -1,4 +1,4 @@
-"""Give attention a KV cache that is written in place at a fixed address: ONNX Runtime's operator on a GPU."""
+"""Give attention a KV cache that is written in place at a fixed address: ONNX Runtime's own operator."""
 
 from __future__ import annotations
 
@@ -8,22 +8,40 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.interface import ATTENTION_MASK, KV_LENGTHS, POSITION_IDS, is_state_input
+from dlo_export.checkpoints.interface import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    KV_LENGTHS,
+    POSITION_IDS,
+    continuation_of,
+    is_state_input,
+    parse_past,
+)
+from dlo_export.graph_passes.cache.active_slots import HiddenSlots
 from dlo_export.graph_passes.cache.attention_cache import CachedAttention, cached_attentions
-from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
+from dlo_export.graph_passes.cache.rotary_tables import (
+    RotaryTables,
+    rotary_tables,
+    rotated_by_the_graph,
+    rotations_of,
+)
+from dlo_export.graph_passes.cache.use_static_cache import OPSET, UseStaticCachePass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
-from dlo_export.graph_passes.find.data_flow import behind, constant_scalar, constant_tensor, is_op, producer_of
+from dlo_export.graph_passes.find.data_flow import is_op, producer_of, subgraphs_of
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.rewriting import remove_unused, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, TaggedNodes, shared_constant
 
-_HEAD_MULTIPLE = 16  # of head_dim, which the operator's rotation asks for
+_HEAD_MULTIPLE = 8  # of head_dim, which the operator asks for
+_ROTATED_MULTIPLE = 16  # likewise where it rotates
 _ROTARY = "model.rotary_emb"
+_LENGTHS = "model.kv_lengths"
+_BIAS = 10  # input of the operator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +65,33 @@ class UseGroupQueryAttentionPass(GraphPass):
     step are real; a step of several tokens is one of a single sequence, which is what the operator takes. Where a layer
     rotates nothing, neither does its operator (do_rotary = 0, no tables). A slot that
     was never written must hold a finite number: CUDA's kernels multiply it by 0 (measured with 1.31.1). Nothing is
-    allocated, read back or laid out anew in a step, so a CUDA graph captures it. Scope: main graph. Source: ONNX
-    Runtime's contrib operators; what has its kernels stands in docs/OperatorKernels.md there: float32 and float16 on a
-    CPU, float16 and bfloat16 on a GPU.
+    allocated, read back or laid out anew in a step, so a CUDA graph captures it.
+
+    Where tokens skip attention, as its masked form and `LowerSkipToIfPass` have it:
+
+    * who was active is one more state, whose slots hide skipped tokens by the operator's `attention_bias`
+      (`HiddenSlots`), zeros [1, 1, sequence, 1] where everybody is seen;
+    * the branch of a skipped step writes what it leaves in place, too, since both are one buffer::
+
+          pk          = TensorScatter(past_key, left, kv_lengths - sequence)   # of Concat(past_key, left)
+
+    * keys that the graph must rotate itself, since zeros are put in their place or that branch reads them, it rotates
+      by the same tables' rows of the step's slots (do_rotary = 0); heads that the operator does not rotate likewise,
+      but for a graph that is captured, whose slots are not to be counted in every step::
+
+          positions     = kv_lengths - sequence + [0, 1, …]                      # [batch, sequence]
+          k             = RotaryEmbedding(k, Gather(cos_table, positions), Gather(sin_table, positions))
+
+    Scope: main graph, and the branches of its Ifs. Source: ONNX Runtime's contrib operators; what has its kernels
+    stands in docs/OperatorKernels.md there: float32 and float16 on a CPU, float16 and bfloat16 on a GPU.
 
     Attributes:
         max_cache: Slots per sequence.
+        captured: Refuse what a CUDA graph could not capture.
     """
 
     max_cache: int
+    captured: bool = False
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (
         InjectLayersPass,
         RouteLayersPass,
@@ -73,12 +109,12 @@ class UseGroupQueryAttentionPass(GraphPass):
         """
         problems = [] if self.max_cache >= 1 else [f"max_cache is {self.max_cache}, expected at least 1"]
         for attention in cached_attentions(model.graph, self._name):
-            if attention.head_dim % _HEAD_MULTIPLE:
+            multiple = _ROTATED_MULTIPLE if self.captured else _HEAD_MULTIPLE
+            if attention.head_dim % multiple:
                 problems.append(
-                    f"{place(attention.node)} has heads of {attention.head_dim}, expected a multiple of "
-                    f"{_HEAD_MULTIPLE}"
+                    f"{place(attention.node)} has heads of {attention.head_dim}, expected a multiple of {multiple}"
                 )
-            found = _rotary_tables(attention)
+            found = rotary_tables(attention)
             if isinstance(found, str):
                 problems.append(f"{place(attention.node)}: {found}")
         if problems:
@@ -96,53 +132,54 @@ class UseGroupQueryAttentionPass(GraphPass):
         graph = model.graph
         attentions = cached_attentions(graph, self._name)
         graph.opset_imports[MICROSOFT] = 1
-        kv_lengths = ir.val(KV_LENGTHS, dtype=ir.DataType.INT64, shape=["batch"])
-        past_lengths = self._past_lengths(graph, attentions[0], kv_lengths)
+        lengths = _StepLengths(graph, self._name)
+        hidden = [slots for each in attentions if (slots := HiddenSlots.of(graph, each)) is not None]
+        for slots in hidden:
+            slots.write_in_place(graph, self._name, lengths.first_slots(), self.max_cache, lengths.open_bias(slots))
+        biases = {slots.attention: slots.hide.outputs[0] for slots in hidden}
         for attention in attentions:
-            self._rewrite(graph, attention, past_lengths)
+            self._rewrite(graph, attention, lengths, biases.get(attention))
+        self._write_in_branches(graph, lengths)
+        for branch in _branches(graph):
+            remove_unused(branch)
         remove_unused(graph)
+        lengths.place()
+        self._state_shapes(graph)
         first_cache = next(i for i, value in enumerate(graph.inputs) if is_state_input(value.name or ""))
-        graph.inputs[first_cache:first_cache] = [kv_lengths]
+        graph.inputs[first_cache:first_cache] = [lengths.kv_lengths]
         gone = {ATTENTION_MASK, POSITION_IDS}
-        graph.inputs[:] = [value for value in graph.inputs if value.name not in gone or value.uses()]
+        graph.inputs[:] = [value for value in graph.inputs if value.name not in gone]
         return True
 
-    def _past_lengths(self, graph: ir.Graph, first: CachedAttention, kv_lengths: ir.Value) -> ir.Value:
-        """The operator's int32 [batch], one less than there are tokens, put in front of the first attention."""
-        new = TaggedNodes(self._name, None)
-        one = shared_constant(graph, "model.kv_lengths.one", np.array(1, np.int64))
-        less = new.add("Sub", kv_lengths, one, name="model.kv_lengths.less", dtype=ir.DataType.INT64, shape=("batch",))
-        int32 = ir.DataType.INT32
-        past = new.add("Cast", less, name="model.kv_lengths.int32", dtype=int32, shape=("batch",), to=int(int32))
-        graph.insert_before(first.node, new.nodes)
-        return past
-
-    def _rewrite(self, graph: ir.Graph, attention: CachedAttention, past_lengths: ir.Value) -> None:
-        rotary = _rotary_tables(attention)
+    def _rewrite(
+        self, graph: ir.Graph, attention: CachedAttention, lengths: _StepLengths, bias: ir.Value | None
+    ) -> None:
+        rotary, operands = rotary_tables(attention), _query_key_value(attention)
         assert not isinstance(rotary, str), "asked by check"
-        dtype = attention.dtype.numpy()
-        tables: list[ir.Value | None] = []
-        if rotary is not None:
-            # In float32, as the graph computed them; a table row is a position, and a position is a slot.
-            angles = np.arange(self.max_cache, dtype=np.float32)[:, np.newaxis] * rotary.frequencies.reshape(1, -1)
-            for table, values in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
-                scaled = (values * rotary.factor).astype(dtype)
-                tables.append(shared_constant(graph, f"{_ROTARY}.{table}_table", scaled))
+        tables = {} if rotary is None else self._tables(graph, rotary, attention.dtype)
+        if self._rotates_itself(attention):
+            operands = [attention.operand(index) for index in range(3)]
+            rows = [lengths.rows_of(name, table) for name, table in tables.items()]
+            for rotation in rotations_of(attention) if rows else ():
+                assert rotation is not None, "by tables, as they say"
+                for number, row in enumerate(rows, start=1):
+                    rotation.replace_input_with(number, row)
+            tables = {}
         slots = shared_constant(graph, "model.cache_slots", np.array(self.max_cache, np.int32))
+        past = (attention.operand(4), attention.operand(5))
+        inputs = [*operands, *past, lengths.past(), slots, *tables.values()]
+        if bias is not None:
+            inputs += [*[None] * (_BIAS - len(inputs)), bias]
 
         node = attention.node
-        past = [attention.operand(4), attention.operand(5)]
-        shape = ("batch", attention.kv_heads, self.max_cache, attention.head_dim)
-        for value in past:
-            value.shape = ir.Shape(shape)
         scale: dict[str, Any] = {"scale": node.attributes["scale"].as_float()} if "scale" in node.attributes else {}
         new = ir.node(
             "GroupQueryAttention",
-            [*_query_key_value(attention), *past, past_lengths, slots, *tables],
+            inputs,
             {
                 "num_heads": attention.query_heads,
                 "kv_num_heads": attention.kv_heads,
-                "do_rotary": int(rotary is not None),
+                "do_rotary": int(bool(tables)),
                 **scale,
             },
             domain=MICROSOFT,
@@ -150,95 +187,163 @@ class UseGroupQueryAttentionPass(GraphPass):
             name=f"{attention.name}.group_query_attention",
             metadata_props=TaggedNodes(self._name, attention.layer).tags,
         )
-        graph.insert_before(node, new)
+        assert node.graph is not None, "it was found in one"
+        node.graph.insert_before(node, new)
         for old, value in zip(node.outputs, new.outputs, strict=True):
             value.type, value.shape = old.type, old.shape
             replace_value(old, value)
-        graph.remove(node, safe=True)
-        for value in new.outputs[1:]:
-            value.shape = ir.Shape(shape)
+        node.graph.remove(node, safe=True)
+
+    def _rotates_itself(self, attention: CachedAttention) -> bool:
+        """Whether the graph goes on rotating queries and keys."""
+        too_narrow = attention.head_dim % _ROTATED_MULTIPLE != 0 and not self.captured
+        return too_narrow or rotated_by_the_graph(attention)
+
+    def _tables(self, graph: ir.Graph, rotary: RotaryTables, dtype: ir.DataType) -> dict[str, ir.Value]:
+        # In float32, as the graph computed them; a table row is a position, and a position is a slot.
+        angles = np.arange(self.max_cache, dtype=np.float32)[:, np.newaxis] * rotary.frequencies.reshape(1, -1)
+        computed = {"cos": np.cos(angles), "sin": np.sin(angles)}
+        return {
+            name: shared_constant(graph, f"{_ROTARY}.{name}_table", (values * rotary.factor).astype(dtype.numpy()))
+            for name, values in computed.items()
+        }
+
+    def _write_in_branches(self, graph: ir.Graph, lengths: _StepLengths) -> None:
+        """Writes what steps leave that skip attention where `LowerSkipToIfPass` has them append it."""
+        for branch in _branches(graph):
+            for node in [node for node in branch if is_op(node, "Concat")]:
+                past, left = node.inputs[0], node.inputs[1]
+                if past is None or left is None or parse_past(past.name) is None:
+                    continue
+                old, new = node.outputs[0], TaggedNodes(self._name, int(node.metadata_props[LAYER_KEY]))
+                written = new.add(
+                    "TensorScatter",
+                    past,
+                    left,
+                    lengths.first_slots(),
+                    name=f"{old.name}.written",
+                    dtype=old.dtype,
+                    shape=old.shape,
+                    axis=2,
+                )
+                branch.insert_before(node, new.nodes)
+                replace_value(old, written)
+                branch.remove(node, safe=True)
+
+    def _state_shapes(self, graph: ir.Graph) -> None:
+        """Says of keys and values, in and out, that they have all slots."""
+        present = {value.name: value for value in graph.outputs}
+        for past in graph.inputs:
+            if parse_past(past.name) is None:
+                continue
+            assert past.shape is not None, "asked by cached_attentions"
+            shape = ir.Shape(("batch", past.shape[1], self.max_cache, past.shape[3]))
+            going_on = present[continuation_of(past.name or "")]
+            for value in (past, going_on, *_given_by_branches(going_on)):
+                value.shape = shape.copy()
 
 
-def _rotation(value: ir.Value) -> ir.Node | None:
-    """The node that rotates a query or key by tables of cosines and sines."""
-    node = value.producer()
-    return node if is_op(node, "RotaryEmbedding") and len(node.inputs) == 3 else None
+class _StepLengths:
+    """What a step is told of its sequences by `kv_lengths`, and what follows from that; each is computed once.
 
-
-@dataclasses.dataclass(frozen=True)
-class _RotaryTables:
-    """What cosines and sines are computed from.
-
-    Attributes:
-        frequencies: What a position is multiplied by, float32 [head_dim / 2].
-        factor: What both tables are multiplied by, float32: YaRN's, else 1.
+    Args:
+        graph: The main graph.
+        made_by: Name of the pass.
     """
 
-    frequencies: np.ndarray
-    factor: np.float32
+    def __init__(self, graph: ir.Graph, made_by: str) -> None:
+        self.kv_lengths = ir.val(KV_LENGTHS, dtype=ir.DataType.INT64, shape=["batch"])
+        self._graph = graph
+        self._new, self._made = TaggedNodes(made_by, None), dict[str, ir.Value]()
+
+    def past(self) -> ir.Value:
+        """The operator's: int32 [batch], one less than there are tokens behind the step."""
+        one, int32 = self._constant("one", np.array(1, np.int64)), ir.DataType.INT32
+        less = self._node("Sub", self.kv_lengths, one, name="less", shape=("batch",))
+        return self._node("Cast", less, name="int32", shape=("batch",), dtype=int32, to=int(int32))
+
+    def first_slots(self) -> ir.Value:
+        """Of the step's first tokens: int64 [batch], as TensorScatter takes them."""
+        self._graph.opset_imports[""] = max(OPSET, self._graph.opset_imports[""])
+        return self._node("Sub", self.kv_lengths, self._sequence(), name="first_slots", shape=("batch",))
+
+    def open_bias(self, slots: HiddenSlots) -> ir.Value:
+        """Zeros [1, 1, sequence, 1]: nobody is hidden by it, since later tokens are by the operator itself."""
+        dtype = slots.attention.dtype
+        ones, one = self._constant("ones", np.array([1, 1])), self._constant("axes_1", np.array([1]))
+        sizes = self._node("Concat", ones, self._sequence(), one, name="bias_sizes", shape=(4,), axis=0)
+        zero = ir.tensor(np.zeros(1, dtype.numpy()))
+        shape = (1, 1, "sequence", 1)
+        return self._node("ConstantOfShape", sizes, name="open_bias", shape=shape, dtype=dtype, value=zero)
+
+    def rows_of(self, name: str, table: ir.Value) -> ir.Value:
+        """Of a table of slots, the rows of the step's: [batch, sequence, head_dim / 2].
+
+        Args:
+            name: Of the table.
+            table: [max_cache, head_dim / 2].
+        """
+        assert table.dtype is not None, "it is a constant"
+        return self._node(
+            "Gather", table, self._positions(), name=f"{name}_rows", shape=None, dtype=table.dtype, axis=0
+        )
+
+    def _positions(self) -> ir.Value:
+        """Slots of the step's tokens: int64 [batch, sequence]."""
+        zero, one = (self._constant(name, np.array(number)) for name, number in (("zero", 0), ("one", 1)))
+        axis_0, axis_1 = (self._constant(f"axes_{axis}", np.array([axis])) for axis in (0, 1))
+        count = self._node("Squeeze", self._sequence(), axis_0, name="sequence", shape=())
+        columns = self._node("Range", zero, count, one, name="columns", shape=("sequence",))
+        rows = self._node("Unsqueeze", self.first_slots(), axis_1, name="rows", shape=("batch", 1))
+        return self._node("Add", rows, columns, name="positions", shape=("batch", "sequence"))
+
+    def place(self) -> None:
+        """Puts what was made in front of everything else."""
+        self._graph.insert_before(self._graph[0], self._new.nodes)
+
+    def _sequence(self) -> ir.Value:
+        """Tokens of each sequence: int64 [1]."""
+        ids = next(value for value in self._graph.inputs if value.name == INPUT_IDS)
+        return self._node("Shape", ids, name="sequence_axis", shape=(1,), start=1, end=2)
+
+    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        return shared_constant(self._graph, f"{_LENGTHS}.{name}", array)
+
+    def _node(
+        self,
+        op_type: str,
+        *inputs: ir.Value,
+        name: str,
+        shape: tuple[int | str, ...] | None,
+        dtype: ir.DataType = ir.DataType.INT64,
+        **attributes: Any,
+    ) -> ir.Value:
+        if name not in self._made:
+            path = f"{_LENGTHS}.{name}"
+            self._made[name] = self._new.add(op_type, *inputs, name=path, dtype=dtype, shape=shape, **attributes)
+        return self._made[name]
 
 
-def _rotary_tables(attention: CachedAttention) -> _RotaryTables | str | None:
-    """Of the tables that queries and keys are rotated by; None where neither is; in words, why it is done otherwise."""
-    rotations = query, key = [_rotation(attention.operand(index)) for index in (0, 1)]
-    if rotations == [None, None] and all(_is_projected(attention.operand(index)) for index in (0, 1)):
-        return None
-    if query is None or key is None:
-        return "its query and key are not rotated by tables, each in a RotaryEmbedding of its own"
-    if (problem := _form_problem(query, key)) is not None:
-        return problem
-    # Backwards from the tables, behind a cast: cosine and sine of one product, of positions and constants.
-    scaled = [_scaled(behind(value, "Cast")) for value in query.inputs[1:]]
-    (cos, factor), (sin, other) = ((producer_of(value), factor) for value, factor in scaled)
-    angles = cos.inputs[0] if cos is not None and sin is not None and cos.inputs[0] is sin.inputs[0] else None
-    product = producer_of(angles) if is_op(cos, "Cos") and is_op(sin, "Sin") and factor == other else None
-    factors = list(product.inputs) if is_op(product, "Mul") else []
-    tensors = [constant_tensor(value) for value in factors]
-    constants = [tensor for tensor in tensors if tensor is not None and tensor.size == attention.head_dim // 2]
-    positions = any(map(_are_positions, factors))
-    if positions and tensors == [None, None]:
-        return "its frequencies are computed in every step (dynamic, longrope), and its tables would be made once"
-    if len(constants) != 1 or not positions:
-        return f"its tables are not cosine and sine of {POSITION_IDS} times {attention.head_dim // 2} constants"
-    return _RotaryTables(np.asarray(constants[0].numpy(), np.float32).reshape(-1), np.float32(factor))
+def _branches(graph: ir.Graph) -> list[ir.Graph]:
+    """Of the main graph's Ifs."""
+    return [branch for node in graph for branch in subgraphs_of(node)]
 
 
-def _form_problem(query: ir.Node, key: ir.Node) -> str | None:
-    """Why two RotaryEmbedding nodes are none that the operator can stand for."""
-    if any(node.attributes[name].value for node in (query, key) for name in _OTHER if name in node.attributes):
-        return "its rotation is interleaved or partial"
-    if list(query.inputs[1:]) != list(key.inputs[1:]):
-        return "its query and key are rotated by different tables"
-    return None
-
-
-def _scaled(table: ir.Value | None) -> tuple[ir.Value | None, float]:
-    """What a table is a multiple of, and by which constant; itself and 1 where it is none."""
-    product = producer_of(table)
-    factor = constant_scalar(product.inputs[1]) if is_op(product, "Mul") else None
-    return (table, 1.0) if product is None or factor is None else (product.inputs[0], factor)
-
-
-def _is_projected(value: ir.Value | None) -> bool:
-    """Whether nothing but a bias, a norm and the cut of a joined product stand between a MatMul and a query or key."""
-    return is_op(producer_of(behind(value, "Split", "Add", "Reshape", "RMSNormalization")), "MatMul")
-
-
-_OTHER = ("interleaved", "rotary_embedding_dim")
-
-
-def _are_positions(value: ir.Value | None) -> bool:
-    source = behind(value, "Unsqueeze", "Cast")
-    return source is not None and source.is_graph_input() and source.name == POSITION_IDS
+def _given_by_branches(value: ir.Value) -> list[ir.Value]:
+    """What branches give out as this output of their If; none where it is another operator's."""
+    node = producer_of(value)
+    if node is None:
+        return []
+    number = list(node.outputs).index(value)
+    return [branch.outputs[number] for branch in subgraphs_of(node)]
 
 
 def _query_key_value(attention: CachedAttention) -> list[ir.Value | None]:
     """The operator's first three inputs before rotation: one value that holds all three, where a Split cut it."""
     operands = [attention.operand(index) for index in range(3)]
-    rotated = [_rotation(value) for value in operands[:2]]
-    parts = [node.inputs[0] if node is not None else value for node, value in zip(rotated, operands, strict=False)]
-    parts.append(operands[2])
+    rotated = [*rotations_of(attention), None]
+    parts = [value if node is None else node.inputs[0] for node, value in zip(rotated, operands, strict=True)]
     split = producer_of(parts[0])
     if is_op(split, "Split") and list(split.outputs) == parts:
         return [split.inputs[0], None, None]
-    return list(parts)
+    return parts

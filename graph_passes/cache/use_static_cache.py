@@ -15,9 +15,8 @@ from dlo_export.checkpoints.interface import (
     POSITION_IDS,
     WRITE_INDICES,
     is_state_input,
-    past_active_name,
 )
-from dlo_export.checkpoints.llama_layer import router_path
+from dlo_export.graph_passes.cache.active_slots import HiddenSlots
 from dlo_export.graph_passes.cache.attention_cache import (
     CachedAttention,
     attend,
@@ -27,7 +26,7 @@ from dlo_export.graph_passes.cache.attention_cache import (
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.data_flow import is_op
-from dlo_export.graph_passes.rewriting import remove_unused, replace_value
+from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
@@ -102,11 +101,14 @@ class UseStaticCachePass(GraphPass):
         kv_lengths = ir.val(KV_LENGTHS, dtype=ir.DataType.INT64, shape=["batch"])
         mask, tokens = self._mask(graph, attentions[0], write_indices, kv_lengths)
         moved = self._leave_padding_out(graph, attentions[0], tokens, kv_lengths)
-        masks = [self._hide_skipped(graph, attention, write_indices, mask) for attention in attentions]
-        for attention, own in zip(attentions, masks, strict=True):
-            self._rewrite(graph, attention, write_indices, own or mask)
+        hidden = [slots for each in attentions if (slots := HiddenSlots.of(graph, each)) is not None]
+        for slots in hidden:
+            slots.write_in_place(graph, self._name, write_indices, self.max_cache, mask)
+        masks = {slots.attention: slots.hide.outputs[0] for slots in hidden}
+        for attention in attentions:
+            self._rewrite(graph, attention, write_indices, masks.get(attention, mask))
         remove_unused(graph)
-        if moved or any(masks):
+        if moved or hidden:
             graph.sort()  # what reads the slots' numbers, or the mask that all share, may stand in front of them
         # The two new inputs stand where attention_mask stood in the interface: between the tokens and the cache.
         first_cache = next(i for i, value in enumerate(graph.inputs) if is_state_input(value.name or ""))
@@ -177,47 +179,6 @@ class UseStaticCachePass(GraphPass):
         for node in asking:
             node.replace_input_with(0, kept)
         return True
-
-    def _hide_skipped(
-        self, graph: ir.Graph, attention: CachedAttention, write_indices: ir.Value, mask: ir.Value
-    ) -> ir.Value | None:
-        """A layer's own mask, [batch, 1, sequence, max_cache]; None where nobody is hidden there.
-
-        The state of activity is written as keys and values are: into the step's slots, in place.
-        """
-        name = past_active_name(attention.layer)
-        past = next((value for value in graph.inputs if value.name == name), None)
-        if past is None:
-            return None
-        state, hide = past.consumers()[0], attention.operand(3).producer()
-        assert is_op(state, "Concat"), "RouteLayersPass appends to it, and nobody else reads it"
-        assert hide is not None, "RouteLayersPass masks it"
-        assert is_op(hide, "Where"), "RouteLayersPass masks it"
-        active, old, dtype = state.inputs[1], state.outputs[0], attention.dtype
-        assert active is not None, "Concat has two inputs here"
-        new, shape = TaggedNodes(self._name, attention.layer), ("batch", 1, self.max_cache, 1)
-        router = router_path(attention.layer)
-        past.type, past.shape = ir.TensorType(dtype), ir.Shape(shape)
-        numbers = new.add("Cast", active, name=f"{router}.numbers", dtype=dtype, shape=active.shape, to=int(dtype))
-        axes = shared_constant(graph, f"{_MASK}.axes_1_3", np.array([1, 3]))
-        rows: tuple[int | str, ...] = ("batch", 1, "sequence", 1)
-        update = new.add("Unsqueeze", numbers, axes, name=f"{router}.slot_numbers", dtype=dtype, shape=rows)
-        written = new.add(
-            "TensorScatter", past, update, write_indices, name=f"{router}.slots", dtype=dtype, shape=shape, axis=2
-        )
-        shape = ("batch", 1, 1, self.max_cache)
-        across = new.add(
-            "Transpose", written, name=f"{router}.slots_across", dtype=dtype, shape=shape, perm=(0, 1, 3, 2)
-        )
-        zero = shared_constant(graph, f"{_MASK}.open", np.asarray(0, dtype.numpy()))
-        seen = new.add("Greater", across, zero, name=f"{router}.seen", dtype=ir.DataType.BOOL, shape=shape)
-        graph.insert_before(hide, new.nodes)
-        hide.replace_input_with(0, seen)
-        hide.replace_input_with(1, mask)
-        hide.outputs[0].shape = ir.Shape(("batch", 1, "sequence", self.max_cache))
-        # What read the state was the old mask's condition, which nobody reads now; the output goes on under its name.
-        replace_value(old, written)
-        return hide.outputs[0]
 
     def _rewrite(self, graph: ir.Graph, attention: CachedAttention, write_indices: ir.Value, mask: ir.Value) -> None:
         # A step's keys and values are written into their slots, and all slots are attended over under the one mask.

@@ -88,7 +88,7 @@ EIGHT_BIT_ACTIVATIONS = Tolerance(
     1,
     "on kernels that sum other numbers of rows otherwise (AVX2): tiny models' mean 4e-5, largest 9e-3",
 )
-"""Of float32 graphs whose products round to 8 bits what they multiply: beside products that do not, which show the rest.
+"""Of float32 graphs whose products round to 8 bits what they multiply; those that do not round show the rest.
 
 Where two forms of a graph differ by an ulp in front of a product, one of them may be rounded the other way, by 1/127 of
 the largest of its block.

@@ -254,7 +254,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(model: Path) -> ExportResult:
-    request = ExportRequest(str(model), model.with_name("plugin"), static_cache=48, ort_plugin_library=built_library())
+    request = ExportRequest(
+        str(model), model.with_name("plugin"), lowering="plugin", static_cache=48, ort_plugin_library=built_library()
+    )
     return export_model(request, Reporter())
 
 
@@ -264,7 +266,7 @@ def test_artefact_equals_pytorch_and_says_so_when_its_cache_is_static(exported: 
     assert description.parity.verdict == "PASS"
     inputs = {spec.name: spec for spec in description.interface.inputs}
     assert list(inputs)[:2] == ["input_ids", "kv_lengths"]
-    assert inputs["past_key_values.0.key"].shape == ("batch", 2, 48, 16)
+    assert inputs["past_key_values.0.key"].shape == ("batch_size", 2, 48, 16)
     assert not (exported.folder / "genai_config.json").exists()
 
 
@@ -304,7 +306,7 @@ def test_export_refuses_by_option_when_a_static_cache_does_not_go_with_it(model:
         ExportRequest(str(model), tmp_path / "out", static_cache=32, trt=TensorRtRequest())
     refused = {
         "no float32 attention": {"provider": "cuda", "dtype": "fp32"},
-        "NonZero|compact": {"lowering": "compact"},
+        "--lowering compact: the number of active tokens": {"provider": "cuda", "dtype": "fp16", "lowering": "compact"},
     }
     for reason, options in refused.items():
         request = ExportRequest(str(model), tmp_path / "out", static_cache=32, **options)  # type: ignore[arg-type]

@@ -1,0 +1,183 @@
+"""`--static-cache` on a CPU: what skips attention, or whole layers, on a cache that ONNX Runtime writes in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.model_types import RoutingKind, leaves_keys
+from dlo_export.exporter.artefact_runner import open_artefact
+from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
+from dlo_export.exporter.progress import Reporter
+from dlo_export.runtimes.artefact.description import MODEL_NAME
+from tests.bare_session import BareSession, InPlaceSession, left_padded
+from tests.tiny_families import ROPES, route_tiny_family, save_tiny_family
+from tests.tiny_models import save_tiny_llama
+
+DATA = Path(__file__).parents[1] / "data"
+SLOTS = 48
+SHAPE = {"hidden": 64, "intermediate": 96, "heads": 4, "kv_heads": 2, "head_dim": 16}
+ROUTED = (0, 2)
+KINDS: dict[RoutingKind, dict[str, str]] = {
+    "mlp": {},
+    "layer": {"model_type": "llama_dlo"},
+    "attention": {"model_type": "llama_dlo_attn"},
+    "attention-active": {"model_type": "llama_dlo_attn", "routing_kv": "active"},
+}
+IDS = np.random.default_rng(3).integers(3, 97, (1, 20))
+CUTS = (5, 6, 7, 13, *range(14, 21))  # a prompt, tokens, a chunk behind them, tokens
+
+
+def exported(model: Path, output: Path, **options: object) -> ExportResult:
+    return export_model(ExportRequest(str(model), output, **options), Reporter())  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=["masked", "compact", "if"])
+def lowering(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> RoutingKind:
+    return request.param  # type: ignore[no-any-return]  # pytest's
+
+
+@pytest.fixture(scope="module")
+def model(kind: RoutingKind, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("static") / "model"
+    routed = (True, False, True)
+    return save_tiny_llama(folder, **SHAPE, **KINDS[kind], routed=routed, thresholds={2: 0.4})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def static(model: Path, lowering: str, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    return exported(model, tmp_path_factory.mktemp(lowering) / "static", lowering=lowering, static_cache=SLOTS)
+
+
+@pytest.fixture(scope="module")
+def growing(model: Path, lowering: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(model, tmp_path_factory.mktemp(lowering) / "growing", lowering=lowering, parity=False).folder
+
+
+def attentions(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node | None]]:
+    """Every attention, and the If that it stands in."""
+    for node in graph:
+        if node.op_type == "GroupQueryAttention":
+            yield node, None
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                inner = (each for each in attribute.as_graph() if each.op_type == "GroupQueryAttention")
+                yield from ((each, node) for each in inner)
+
+
+def test_artefact_equals_pytorch(kind: RoutingKind, lowering: str, static: ExportResult) -> None:
+    assert static.description.parity.verdict == "PASS", static.parity_summary
+    inputs = {spec.name: spec.shape for spec in static.description.interface.inputs}
+    assert list(inputs)[:2] == ["input_ids", "kv_lengths"]
+    assert inputs["past_key_values.0.key"][1:] == (2, SLOTS, 16)
+    states = () if leaves_keys(kind) else ROUTED
+    assert {name for name in inputs if "active" in name} == {f"past_active.{layer}" for layer in states}
+    assert all(inputs[f"past_active.{layer}"][1:] == (1, SLOTS, 1) for layer in states)
+    found = list(attentions(ir.load(static.folder / MODEL_NAME).graph))
+    assert len(found) == 3
+    skipped = lowering != "masked" and kind != "mlp"
+    assert [conditional is not None for _, conditional in found].count(True) == (len(ROUTED) if skipped else 0)
+
+
+def test_steps_write_what_a_growing_cache_holds_and_no_other_slot(
+    kind: RoutingKind, static: ExportResult, growing: Path
+) -> None:
+    """Slots that nobody has written hold sevens, and are active by what they hold: nobody may see them."""
+    bare, in_place = BareSession(growing / MODEL_NAME), InPlaceSession(static.folder / MODEL_NAME, fill=7.0)
+    mask, positions = np.ones_like(IDS), np.arange(IDS.shape[1])[np.newaxis]
+    wanted = bare.logits_of(IDS, mask, positions, CUTS)
+    np.testing.assert_allclose(in_place.logits_of(IDS, CUTS), wanted, rtol=0, atol=2e-5)
+    skipped = 0
+    for name, expected in bare.state.items():
+        found = in_place.slots(name)
+        rows = np.moveaxis(found, 2, 0) if found.ndim == 4 else found
+        assert (rows[IDS.shape[1] :] == 7.0).all(), name
+        if expected.ndim == 2:
+            np.testing.assert_array_equal(found[:, 0, : IDS.shape[1], 0], expected, err_msg=name)
+            skipped += np.count_nonzero(~expected)
+            continue
+        np.testing.assert_allclose(found[:, :, : IDS.shape[1]], expected, rtol=0, atol=2e-5, err_msg=name)
+        np.testing.assert_array_equal(found[:, :, : IDS.shape[1]] == 0, expected == 0, err_msg=name)
+    assert leaves_keys(kind) or 0 < skipped < len(ROUTED) * IDS.shape[1]
+
+
+def test_batch_decodes_together_behind_prompts_of_its_own(static: ExportResult, growing: Path) -> None:
+    samples = [IDS[:, :9], IDS[:, 4:7], IDS[:, 6:20]]
+    ids, mask, positions = left_padded(samples)
+    length = ids.shape[1]
+    cuts = [length - 3, *range(length - 2, length + 1)]
+    wanted = BareSession(growing / MODEL_NAME).logits_of(ids, mask, positions, cuts)
+    with open_artefact(static.folder) as runner:
+        runner.reset(len(samples))
+        pieces = [
+            runner.step(ids[:, start:stop], mask[:, :stop], positions[:, start:stop]).logits
+            for start, stop in zip([0, *cuts[:-1]], cuts, strict=True)
+        ]
+    real = mask.astype(bool)
+    np.testing.assert_allclose(np.concatenate(pieces, 1)[real], wanted[real], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["at-once", "token-by-token"])
+@pytest.mark.parametrize("routing", ["mlp", "layer"])
+def test_artefact_equals_the_authors_code_when_its_cache_is_static(
+    routing: str, lowering: str, cached: bool, tmp_path: Path
+) -> None:
+    reference = DATA / f"reference_{routing}_routed"
+    result = exported(reference, tmp_path / "out", lowering=lowering, parity=False, static_cache=32)
+    values = np.load(reference / "expected.npz")
+    for sample in range(3):
+        ids, expected = values[f"ids_{sample}"], values[f"logits_{sample}"]
+        length = ids.shape[1]
+        cuts = (2, *range(3, length + 1)) if cached else (length,)
+        logits = InPlaceSession(result.folder / MODEL_NAME).logits_of(ids, cuts)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "routing", "lowering"),
+    [
+        ("llama", ROPES["yarn"], "layer", "if"),
+        ("granite", ROPES["yarn"], "attention-active", "compact"),
+        ("qwen3", ROPES["llama3"], "attention", "if"),
+        ("smollm3", {}, "layer", "compact"),
+        ("olmo2", {}, "attention-active", "if"),
+        ("qwen2", {}, "layer", "if"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_families_equal_pytorch(
+    family: str, values: dict[str, object], routing: RoutingKind, lowering: str, dtype: str, tmp_path: Path
+) -> None:
+    save_tiny_family(tmp_path / "model", family, **{**values, "head_dim": 16})
+    route_tiny_family(tmp_path / "model", routing)
+    result = exported(tmp_path / "model", tmp_path / "out", lowering=lowering, static_cache=SLOTS, dtype=dtype)
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+
+
+def test_lowering_is_chosen_as_without_a_static_cache(model: Path, tmp_path: Path) -> None:
+    chosen = [
+        exported(model, tmp_path / str(slots), parity=False, static_cache=slots).description.lowering
+        for slots in (None, SLOTS)
+    ]
+    assert chosen[0] == chosen[1] != "masked"
+
+
+def test_export_refuses_when_a_cuda_graph_cannot_capture_what_skips_attention(
+    kind: RoutingKind, model: Path, tmp_path: Path
+) -> None:
+    if kind == "mlp":
+        pytest.skip("the plugin's operators are captured")
+    with pytest.raises(InputError, match=r"no lowering makes skip at fixed shapes|skips or masks attention"):
+        exported(model, tmp_path / "out", static_cache=SLOTS, provider="cuda", dtype="fp16")
+    assert not (tmp_path / "out").exists()
