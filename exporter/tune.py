@@ -97,7 +97,7 @@ def tunable(folder: Path, provider: ProviderOption | None, plugin_library: Path 
     if description.engines:
         raise InputError(f"{folder}: has TensorRT engines, whose lowering is built into them", hint=again)
     if cache_kind(tuple(spec.name for spec in description.interface.inputs)) == "in_place":
-        raise InputError(f"{folder}: has a static cache, whose steps one lowering alone lets be captured", hint=again)
+        raise InputError(f"{folder}: has a static cache, whose lowering is chosen once, by the export", hint=again)
     if provider not in (None, description.provider):
         raise InputError(
             f"{folder}: was made for --provider {description.provider}, and is tuned for it alone",

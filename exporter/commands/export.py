@@ -112,7 +112,7 @@ def main(
         typer.Option(
             min=1,
             max=MAX_COUNT,
-            help="Tokens per sequence in a KV cache that ONNX Runtime writes in place, for CUDA graphs.",
+            help="Tokens per sequence in a KV cache that ONNX Runtime writes in place; on a GPU, for CUDA graphs.",
         ),
     ] = None,
     ort_plugin_library: OrtPluginLibrary = None,
