@@ -123,6 +123,19 @@ void report(dlo::Generation const& generation, dlo::Sequence const& sequence, si
     }
 }
 
+// Nothing is begun that would end with the cache full; the last new token is never fed.
+void checkRoom(dlo::Model const& model, Arguments const& arguments) {
+    if (model.slots() == 0) return;
+    size_t const prompt = arguments.tokens.size(), steps = arguments.generation.newTokens;
+    auto const slots = static_cast<size_t>(model.slots());
+    if (prompt > slots || (steps > 0 && steps - 1 > slots - prompt)) {
+        std::string const less = prompt > slots ? "a shorter prompt" : "--steps " + std::to_string(slots - prompt + 1) + " or less";
+        throw dlo::InputError(arguments.artefact + ": a prompt of " + std::to_string(prompt) + " tokens and "
+                + std::to_string(steps) + " new ones, its static cache holds " + std::to_string(slots),
+            "give " + less + ", or export with a larger --static-cache");
+    }
+}
+
 // Nothing ends there but what the model was trained for.
 void warnBeyondContext(dlo::Artefact const& artefact, Arguments const& arguments) {
     size_t const prompt = arguments.tokens.size(), steps = arguments.generation.newTokens;
@@ -136,6 +149,7 @@ void warnBeyondContext(dlo::Artefact const& artefact, Arguments const& arguments
 void run(Arguments const& arguments) {
     Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "dlo");
     dlo::Model model(env, arguments.artefact, arguments.model);
+    checkRoom(model, arguments);
     warnBeyondContext(model.artefact(), arguments);
     dlo::Sequence sequence(model);
     dlo::GenerateOptions options = arguments.generation;

@@ -155,12 +155,33 @@ void patternsAreKept(char const* folder, bool expected) {
     check((model.slots() > 0) == expected, std::string(folder) + ": has another cache than its description says");
 }
 
+void stepRefusesWhatTheCacheDoesNotHold(char const* folder) {
+    Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "full");
+    dlo::Model model(env, folder);
+    dlo::Sequence sequence(model);
+    std::vector<int64_t> const full(static_cast<size_t>(model.slots()), 5);
+    std::vector<float> const logits = sequence.prefill(full, 7);
+    std::string const option = "--static-cache " + std::to_string(model.slots() + 1) + " or more";
+    for (int attempt = 0; attempt < 2; ++attempt) {
+        try {
+            sequence.step({5});
+            check(false, "static cache: takes a token more than it holds");
+        } catch (dlo::InputError const& error) {
+            check(std::string(error.what()).find(option) != std::string::npos, error.what());
+        }
+        check(sequence.size() == model.slots(), "static cache: a step that was refused counts");
+    }
+    sequence.reset();
+    check(sequence.prefill(full, 7) == logits, "static cache: starts over with what it held");
+}
+
 }  // namespace
 
 // checks GROWING_ARTEFACT STATIC_ARTEFACT
 int main(int, char** values) {
     patternsAreKept(values[1], false);
     patternsAreKept(values[2], true);
+    stepRefusesWhatTheCacheDoesNotHold(values[2]);
     Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "checks");
     dlo::Options options;
     options.threads = 1;

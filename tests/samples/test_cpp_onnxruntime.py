@@ -63,7 +63,15 @@ KINDS = {
         {"routed": ROUTED, "model_type": "llama_dlo_attn", "routing_kv": "active", "rescale": False}, {"lowering": "if"}
     ),
     "static cache": Kind({"routed": ROUTED, "head_dim": 16}, {"static_cache": 24, "lowering": "masked"}),
-    "static cache, plugin, fp16": Kind({"routed": (False,) * 3, "head_dim": 16}, {"static_cache": 24, "dtype": "fp16"}),
+    "static cache, fp16": Kind({"routed": (False,) * 3, "head_dim": 16}, {"static_cache": 24, "dtype": "fp16"}),
+    "static cache, plugin": Kind({"routed": ROUTED, "head_dim": 16}, {"static_cache": 24, "lowering": "plugin"}),
+    "static cache, layer, if": Kind(
+        {"routed": ROUTED, "model_type": "llama_dlo", "head_dim": 16}, {"static_cache": 24, "lowering": "if"}
+    ),
+    "static cache, attention, compact": Kind(
+        {"routed": ROUTED, "model_type": "llama_dlo_attn", "rescale": False, "head_dim": 16},
+        {"static_cache": 24, "lowering": "compact"},
+    ),
 }
 
 
@@ -371,12 +379,17 @@ def test_program_ends_with_the_code_of_the_fault_when_it_cannot_run(
     assert message in result.stderr
 
 
-def test_program_names_the_option_when_a_static_cache_is_full(program: Path, tmp_path: Path) -> None:
+def test_program_refuses_before_the_first_token_what_a_static_cache_does_not_hold(
+    program: Path, tmp_path: Path
+) -> None:
     folder = exported(tmp_path, KINDS["static cache"])
-    result = run([program, folder, "--tokens", ",".join(["5"] * 20), "--steps", "8", "--no-end"])
-    assert result.returncode == 2
-    assert "the cache is full: it holds 24 of 24 tokens" in result.stderr
-    assert "--static-cache 25 or more" in result.stderr
+    for tokens, steps, hint in ((20, 6, "--steps 5 or less"), (25, 1, "a shorter prompt")):
+        result = run([program, folder, "--tokens", ",".join(["5"] * tokens), "--steps", str(steps), "--no-end"])
+        assert (result.returncode, result.stdout) == (2, "")
+        assert f"a prompt of {tokens} tokens and {steps} new ones, its static cache holds 24" in result.stderr
+        assert f"give {hint}, or export with a larger --static-cache" in result.stderr
+    result = run([program, folder, "--tokens", ",".join(["5"] * 20), "--steps", "5", "--no-end"])
+    assert (result.returncode, len(result.stdout.split(","))) == (0, 5)
 
 
 def test_program_asks_for_the_library_when_an_artefact_needs_one(program: Path, tmp_path: Path) -> None:
