@@ -138,10 +138,11 @@ class ExportRequest:
                 "on a CPU",
                 hint="export twice, once with each",
             )
-        if self.last_logits and self.static_cache is not None:
+        if self.last_logits and self.captured:
             raise InputError(
-                "--last-logits and --static-cache: a cache that is written in place goes with every token's logits",
-                hint="leave one of the two out",
+                f"--last-logits and --static-cache with --provider {self.provider}: steps that are captured give every "
+                "token's logits, of which the last row alone leaves the device",
+                hint="leave --last-logits out",
             )
         if self.trt is not None and self.static_cache is not None:
             raise InputError(

@@ -229,7 +229,7 @@ def onnxruntime_steps(
         # In a branch, ONNX Runtime cannot fuse a weight's DequantizeLinear with the product itself.
         *([Step(UseMatMulNBitsPass(), masked)] if by_codes else []),
         # The head is the largest matrix, and its output larger: one row per sequence instead of one per prompt token.
-        *([Step(KeepLastLogitsPass(), masked)] if last_logits else []),
+        *([Step(KeepLastLogitsPass(), masked)] if last_logits and static_cache is None else []),
         # The one lowering: tokens that skip leave the MLP's batch, or the MLP runs only where a token is active.
         *_lowering_steps(lowering, Workload(), lowered),
         # Late: the fewer nodes the passes above meet the better. Decode gets 4 % faster.
@@ -240,6 +240,8 @@ def onnxruntime_steps(
         *([Step(AttendActiveQueriesPass(), lowered)] if source.packs_weights and static_cache is None else []),
         # Where query, key and value are one product shows only now. Its operator takes the queries of all tokens.
         *([] if static_cache is None else [Step(UseGroupQueryAttentionPass(static_cache), cached)]),
+        # Nothing is padded on such a cache: which is known only now.
+        *([Step(KeepLastLogitsPass(), cached)] if last_logits and static_cache is not None else []),
         # One token's logits may be copied.
         *([] if last_logits else _head_steps(cached, target)),
         # transformers.js and optimum know the batch by its dimension's name.

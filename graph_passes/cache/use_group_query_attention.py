@@ -10,8 +10,6 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import (
     ATTENTION_MASK,
-    INPUT_IDS,
-    KV_LENGTHS,
     POSITION_IDS,
     continuation_of,
     is_state_input,
@@ -25,7 +23,8 @@ from dlo_export.graph_passes.cache.rotary_tables import (
     rotated_by_the_graph,
     rotations_of,
 )
-from dlo_export.graph_passes.cache.use_static_cache import OPSET, UseStaticCachePass
+from dlo_export.graph_passes.cache.step_lengths import StepLengths
+from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
 from dlo_export.graph_passes.errors import GraphPassError, place
@@ -40,7 +39,6 @@ from dlo_export.graph_passes.spec.provenance import LAYER_KEY, TaggedNodes, shar
 _HEAD_MULTIPLE = 8  # of head_dim, which the operator asks for
 _ROTATED_MULTIPLE = 16  # likewise where it rotates
 _ROTARY = "model.rotary_emb"
-_LENGTHS = "model.kv_lengths"
 _BIAS = 10  # input of the operator
 
 
@@ -132,10 +130,11 @@ class UseGroupQueryAttentionPass(GraphPass):
         graph = model.graph
         attentions = cached_attentions(graph, self._name)
         graph.opset_imports[MICROSOFT] = 1
-        lengths = _StepLengths(graph, self._name)
+        lengths = StepLengths(graph, self._name)
         hidden = [slots for each in attentions if (slots := HiddenSlots.of(graph, each)) is not None]
         for slots in hidden:
-            slots.write_in_place(graph, self._name, lengths.first_slots(), self.max_cache, lengths.open_bias(slots))
+            bias = lengths.open_bias(slots.attention.dtype)
+            slots.write_in_place(graph, self._name, lengths.write_indices(), self.max_cache, bias)
         biases = {slots.attention: slots.hide.outputs[0] for slots in hidden}
         for attention in attentions:
             self._rewrite(graph, attention, lengths, biases.get(attention))
@@ -152,22 +151,22 @@ class UseGroupQueryAttentionPass(GraphPass):
         return True
 
     def _rewrite(
-        self, graph: ir.Graph, attention: CachedAttention, lengths: _StepLengths, bias: ir.Value | None
+        self, graph: ir.Graph, attention: CachedAttention, lengths: StepLengths, bias: ir.Value | None
     ) -> None:
         rotary, operands = rotary_tables(attention), _query_key_value(attention)
         assert not isinstance(rotary, str), "asked by check"
-        tables = {} if rotary is None else self._tables(graph, rotary, attention.dtype)
+        tables = [] if rotary is None else self._tables(graph, rotary, attention.dtype)
         if self._rotates_itself(attention):
             operands = [attention.operand(index) for index in range(3)]
-            rows = [lengths.rows_of(name, table) for name, table in tables.items()]
+            rows = [lengths.rows_of(table) for table in tables]
             for rotation in rotations_of(attention) if rows else ():
                 assert rotation is not None, "by tables, as they say"
                 for number, row in enumerate(rows, start=1):
                     rotation.replace_input_with(number, row)
-            tables = {}
+            tables = []
         slots = shared_constant(graph, "model.cache_slots", np.array(self.max_cache, np.int32))
         past = (attention.operand(4), attention.operand(5))
-        inputs = [*operands, *past, lengths.past(), slots, *tables.values()]
+        inputs = [*operands, *past, lengths.past(), slots, *tables]
         if bias is not None:
             inputs += [*[None] * (_BIAS - len(inputs)), bias]
 
@@ -199,16 +198,16 @@ class UseGroupQueryAttentionPass(GraphPass):
         too_narrow = attention.head_dim % _ROTATED_MULTIPLE != 0 and not self.captured
         return too_narrow or rotated_by_the_graph(attention)
 
-    def _tables(self, graph: ir.Graph, rotary: RotaryTables, dtype: ir.DataType) -> dict[str, ir.Value]:
+    def _tables(self, graph: ir.Graph, rotary: RotaryTables, dtype: ir.DataType) -> list[ir.Value]:
         # In float32, as the graph computed them; a table row is a position, and a position is a slot.
         angles = np.arange(self.max_cache, dtype=np.float32)[:, np.newaxis] * rotary.frequencies.reshape(1, -1)
         computed = {"cos": np.cos(angles), "sin": np.sin(angles)}
-        return {
-            name: shared_constant(graph, f"{_ROTARY}.{name}_table", (values * rotary.factor).astype(dtype.numpy()))
+        return [
+            shared_constant(graph, f"{_ROTARY}.{name}_table", (values * rotary.factor).astype(dtype.numpy()))
             for name, values in computed.items()
-        }
+        ]
 
-    def _write_in_branches(self, graph: ir.Graph, lengths: _StepLengths) -> None:
+    def _write_in_branches(self, graph: ir.Graph, lengths: StepLengths) -> None:
         """Writes what steps leave that skip attention where `LowerSkipToIfPass` has them append it."""
         for branch in _branches(graph):
             for node in [node for node in branch if is_op(node, "Concat")]:
@@ -220,7 +219,7 @@ class UseGroupQueryAttentionPass(GraphPass):
                     "TensorScatter",
                     past,
                     left,
-                    lengths.first_slots(),
+                    lengths.write_indices(),
                     name=f"{old.name}.written",
                     dtype=old.dtype,
                     shape=old.shape,
@@ -241,87 +240,6 @@ class UseGroupQueryAttentionPass(GraphPass):
             going_on = present[continuation_of(past.name or "")]
             for value in (past, going_on, *_given_by_branches(going_on)):
                 value.shape = shape.copy()
-
-
-class _StepLengths:
-    """What a step is told of its sequences by `kv_lengths`, and what follows from that; each is computed once.
-
-    Args:
-        graph: The main graph.
-        made_by: Name of the pass.
-    """
-
-    def __init__(self, graph: ir.Graph, made_by: str) -> None:
-        self.kv_lengths = ir.val(KV_LENGTHS, dtype=ir.DataType.INT64, shape=["batch"])
-        self._graph = graph
-        self._new, self._made = TaggedNodes(made_by, None), dict[str, ir.Value]()
-
-    def past(self) -> ir.Value:
-        """The operator's: int32 [batch], one less than there are tokens behind the step."""
-        one, int32 = self._constant("one", np.array(1, np.int64)), ir.DataType.INT32
-        less = self._node("Sub", self.kv_lengths, one, name="less", shape=("batch",))
-        return self._node("Cast", less, name="int32", shape=("batch",), dtype=int32, to=int(int32))
-
-    def first_slots(self) -> ir.Value:
-        """Of the step's first tokens: int64 [batch], as TensorScatter takes them."""
-        self._graph.opset_imports[""] = max(OPSET, self._graph.opset_imports[""])
-        return self._node("Sub", self.kv_lengths, self._sequence(), name="first_slots", shape=("batch",))
-
-    def open_bias(self, slots: HiddenSlots) -> ir.Value:
-        """Zeros [1, 1, sequence, 1]: nobody is hidden by it, since later tokens are by the operator itself."""
-        dtype = slots.attention.dtype
-        ones, one = self._constant("ones", np.array([1, 1])), self._constant("axes_1", np.array([1]))
-        sizes = self._node("Concat", ones, self._sequence(), one, name="bias_sizes", shape=(4,), axis=0)
-        zero = ir.tensor(np.zeros(1, dtype.numpy()))
-        shape = (1, 1, "sequence", 1)
-        return self._node("ConstantOfShape", sizes, name="open_bias", shape=shape, dtype=dtype, value=zero)
-
-    def rows_of(self, name: str, table: ir.Value) -> ir.Value:
-        """Of a table of slots, the rows of the step's: [batch, sequence, head_dim / 2].
-
-        Args:
-            name: Of the table.
-            table: [max_cache, head_dim / 2].
-        """
-        assert table.dtype is not None, "it is a constant"
-        return self._node(
-            "Gather", table, self._positions(), name=f"{name}_rows", shape=None, dtype=table.dtype, axis=0
-        )
-
-    def _positions(self) -> ir.Value:
-        """Slots of the step's tokens: int64 [batch, sequence]."""
-        zero, one = (self._constant(name, np.array(number)) for name, number in (("zero", 0), ("one", 1)))
-        axis_0, axis_1 = (self._constant(f"axes_{axis}", np.array([axis])) for axis in (0, 1))
-        count = self._node("Squeeze", self._sequence(), axis_0, name="sequence", shape=())
-        columns = self._node("Range", zero, count, one, name="columns", shape=("sequence",))
-        rows = self._node("Unsqueeze", self.first_slots(), axis_1, name="rows", shape=("batch", 1))
-        return self._node("Add", rows, columns, name="positions", shape=("batch", "sequence"))
-
-    def place(self) -> None:
-        """Puts what was made in front of everything else."""
-        self._graph.insert_before(self._graph[0], self._new.nodes)
-
-    def _sequence(self) -> ir.Value:
-        """Tokens of each sequence: int64 [1]."""
-        ids = next(value for value in self._graph.inputs if value.name == INPUT_IDS)
-        return self._node("Shape", ids, name="sequence_axis", shape=(1,), start=1, end=2)
-
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        return shared_constant(self._graph, f"{_LENGTHS}.{name}", array)
-
-    def _node(
-        self,
-        op_type: str,
-        *inputs: ir.Value,
-        name: str,
-        shape: tuple[int | str, ...] | None,
-        dtype: ir.DataType = ir.DataType.INT64,
-        **attributes: Any,
-    ) -> ir.Value:
-        if name not in self._made:
-            path = f"{_LENGTHS}.{name}"
-            self._made[name] = self._new.add(op_type, *inputs, name=path, dtype=dtype, shape=shape, **attributes)
-        return self._made[name]
 
 
 def _branches(graph: ir.Graph) -> list[ir.Graph]:

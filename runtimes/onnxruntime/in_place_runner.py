@@ -100,7 +100,7 @@ class InPlaceRunner(StaticRunner):
             feeds[KV_LENGTHS] = step.feeds[KV_LENGTHS][row : row + 1]
             bound = _BoundStep(self._session, self._cache, feeds, request, row)
             for name, value in bound.run(feeds, None).items():
-                last = name == LOGITS and request.last_logits
+                last = name == LOGITS and (request.last_logits or self._interface.last_logits)
                 shape = (step.batch, 1 if last else step.ragged, *value.shape[2:])
                 joined.setdefault(name, np.zeros(shape, np.float32))[row, : 1 if last else count] = value[0]
         return joined

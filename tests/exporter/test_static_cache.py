@@ -127,6 +127,25 @@ def test_batch_decodes_together_behind_prompts_of_its_own(static: ExportResult, 
     np.testing.assert_allclose(np.concatenate(pieces, 1)[real], wanted[real], rtol=0, atol=2e-5)
 
 
+def test_head_runs_for_the_last_token_alone_when_asked_to(model: Path, static: ExportResult, tmp_path: Path) -> None:
+    options = {"lowering": static.description.lowering, "static_cache": SLOTS, "last_logits": True}
+    result = exported(model, tmp_path / "out", **options)
+    assert result.description.parity.verdict == "PASS", result.parity_summary
+    whole, last = (InPlaceSession(each.folder / MODEL_NAME) for each in (static, result))
+    for stop in CUTS:
+        logits = [session.step(IDS[:, session.tokens : stop]) for session in (whole, last)]
+        assert logits[1].shape[1] == 1
+        np.testing.assert_allclose(logits[1], logits[0][:, -1:], rtol=0, atol=2e-5)
+    samples = [IDS[:, :9], IDS[:, 4:7]]
+    ids, mask, positions = left_padded(samples)
+    found = []
+    for folder in (static.folder, result.folder):
+        with open_artefact(folder) as runner:
+            runner.reset(len(samples))
+            found.append(runner.step(ids, mask, positions, last_logits=True).logits)
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("cached", [False, True], ids=["at-once", "token-by-token"])
 @pytest.mark.parametrize("routing", ["mlp", "layer"])
 def test_artefact_equals_the_authors_code_when_its_cache_is_static(
