@@ -85,9 +85,12 @@ def test_command_ends_with_2_when_no_kernel_is_as_wide(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lowering", ["auto", "plugin"])
-def test_static_cache_is_refused_with_what_it_can_have_when_no_kernel_is_as_wide(lowering: str, tmp_path: Path) -> None:
+def test_captured_step_is_refused_with_what_it_can_have_when_no_kernel_is_as_wide(
+    lowering: str, tmp_path: Path
+) -> None:
     model = save_tiny_llama(tmp_path / "model", routed=(True,) * 3, hidden=64, intermediate=52)
-    request = ExportRequest(str(model), tmp_path / "out", lowering=lowering, static_cache=32, parity=False)
+    options = {"lowering": lowering, "static_cache": 32, "provider": "cuda", "parity": False}
+    request = ExportRequest(str(model), tmp_path / "out", **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="do not take intermediate_size 52;") as error:
         export_model(request, Reporter())
     assert error.value.hint == "choose --lowering masked, or leave --static-cache out"
