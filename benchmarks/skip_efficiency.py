@@ -10,8 +10,9 @@ routed graph and decide by themselves; their weights were fitted so that they de
 * layers: that share of the layers runs, for all tokens (in decode there is one);
 * tokens: in every layer, that share of the tokens, chosen at random.
 
-A phase is a step: decode is one token of one sequence behind 128 tokens, prefill 128 tokens or `--prompt`, batch4 and
-batch16 are one token of as many sequences, each behind 32.
+A phase is a step: decode is one token of one sequence behind 128 tokens or `--past`, prefill 128 tokens or `--prompt`,
+batch4 and batch16 are one token of as many sequences, each behind 32. With `--in-place` all graphs have a cache that is
+written in place (`--static-cache`).
 
 What the second pattern loses is mostly not overhead: a MatMul on half of the rows takes more than half of the time,
 because all of its weights come from memory all the same. The last columns are the efficiency that remains when nothing
@@ -31,6 +32,7 @@ With `--artefacts FOLDER` what is measured stays there, for the next call with t
     python -m benchmarks.skip_efficiency smollm2 --routing layer
     python -m benchmarks.skip_efficiency smollm2 --routing attention --lowering if --phase decode --rates 0.5
     python -m benchmarks.skip_efficiency smollm2 --phase batch4 batch16 --rates 0.5
+    python -m benchmarks.skip_efficiency smollm2 --routing layer --lowering if --phase decode --past 1024 --in-place
 
 `h2048` is a random model of hidden size 2048, intermediate size 8192 and 8 layers; it takes 9 GB of disk and of memory.
 """
@@ -67,6 +69,7 @@ from dlo_export.graph_passes.lowerings.registry import lowering_names
 PROMPT = 128
 BEFORE_BATCH = 32
 AT_ONCE = 2
+MOST_FITTED = 512  # tokens whose decisions are wanted; a router has 576 weights or more
 RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BARS: dict[RoutingKind, dict[str, float]] = {
     "mlp": {"smollm2": 0.75, "h2048": 0.85},
@@ -99,8 +102,9 @@ class Phase:
 
     @property
     def routed_tokens(self) -> int:
-        """Of each sequence, the last ones, for which routers are fitted: all, or of several sequences the step's."""
-        return self.past + self.sequence if self.batch == 1 else self.sequence
+        """Of each sequence, the last ones, for which routers are fitted: all, or of too many the step's."""
+        own = self.past + self.sequence
+        return own if self.batch == 1 and own <= MOST_FITTED else self.sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +137,7 @@ class Subject:
         phases: By name.
         rates: Of RATES.
         threads: Of ONNX Runtime.
+        in_place: Whether the caches are written in place.
         busy: Take the machine as it is.
     """
 
@@ -142,7 +147,13 @@ class Subject:
     phases: dict[str, Phase]
     rates: tuple[float, ...]
     threads: int
+    in_place: bool = False
     busy: bool = False
+
+    @property
+    def slots(self) -> int | None:
+        """Of a cache that is written in place; None where it grows."""
+        return max(phase.past + phase.sequence for phase in self.phases.values()) if self.in_place else None
 
     @property
     def skipped_projections(self) -> tuple[str, ...]:
@@ -212,14 +223,15 @@ _BOUNDS_TITLE = f"bounds: {', '.join(BOUNDS)}"
 ROW_MOVES = ("NonZero", "TopK", "GatherND", "ScatterND")
 
 
-def phases_of(prompt: int) -> dict[str, Phase]:
+def phases_of(prompt: int, past: int) -> dict[str, Phase]:
     """What can be measured, by name.
 
     Args:
         prompt: Tokens of prefill.
+        past: Tokens in front of decode.
     """
     return {
-        "decode": Phase(1, 1, PROMPT, "layers"),
+        "decode": Phase(1, 1, past, "layers"),
         "prefill": Phase(1, prompt, 0, "tokens", also="layers"),
         "batch4": Phase(4, 1, BEFORE_BATCH, "tokens"),
         "batch16": Phase(16, 1, BEFORE_BATCH, "tokens"),
@@ -232,9 +244,10 @@ def make_artefacts(subject: Subject, checkpoint_folder: Path, folder: Path) -> A
         model = routable_model(checkpoint.config.raw, checkpoint.tensors, subject.routing)
         layers, vocabulary = checkpoint.config.num_layers, checkpoint.config.vocab_size
     adapter = save_routers(model, folder / "adapter")
-    dense = export(checkpoint_folder, folder / "dense")
-    routed = export(checkpoint_folder, folder / "routed", adapter, subject.lowering)
-    in_branches = routed if subject.lowering == "if" else export(checkpoint_folder, folder / "if", adapter, "if")
+    exported = functools.partial(export, checkpoint_folder, static_cache=subject.slots)
+    dense = exported(folder / "dense")
+    routed = exported(folder / "routed", adapter, subject.lowering)
+    in_branches = routed if subject.lowering == "if" else exported(folder / "if", adapter, "if")
     made = Artefacts(dense, everything_skipped(in_branches, "skipped"), {}, {}, [])
     for name, phase in subject.phases.items():
         count = phase.batch * (phase.past + phase.sequence)
@@ -267,7 +280,7 @@ def _kept_artefacts(subject: Subject, folder: Path) -> Artefacts:
     """Those of a folder, made on first use."""
     made = kept(
         folder,
-        [subject.model, subject.routing, subject.lowering, sorted(subject.phases), list(subject.rates)],
+        [subject.model, subject.routing, subject.lowering, _named(subject.phases), list(subject.rates), subject.slots],
         lambda whole: dataclasses.asdict(make_artefacts(subject, model_folder(subject.model), whole)),
     )
     active, tokens = ({name: Path(path) for name, path in made[part].items()} for part in ("active", "tokens"))
@@ -276,6 +289,10 @@ def _kept_artefacts(subject: Subject, folder: Path) -> Artefacts:
         for case in made["cases"]
     ]
     return Artefacts(Path(made["dense"]), Path(made["skipped"]), active, tokens, cases)
+
+
+def _named(phases: Mapping[str, Phase]) -> list[list[Any]]:
+    return [[name, *dataclasses.astuple(phase)] for name, phase in sorted(phases.items())]
 
 
 def rows_of(subject: Subject, made: Artefacts, effort: Effort) -> Iterator[dict[str, Any]]:
@@ -345,7 +362,7 @@ def _lost_in_kernels(subject: Subject, case: Case, made: Artefacts) -> list[floa
         return operator in ("MatMul", "Gemm", "FusedMatMul") and node.endswith(projections)
 
     def is_attention(node: str, operator: str) -> bool:
-        return operator == "Attention" and "self_attn" in ROUTED_BLOCKS[subject.routing]
+        return operator in ("Attention", "GroupQueryAttention") and "self_attn" in ROUTED_BLOCKS[subject.routing]
 
     def moves_rows(node: str, operator: str) -> bool:
         return operator in ROW_MOVES
@@ -367,9 +384,11 @@ def main() -> None:
     parser.add_argument("model", choices=sorted(TITLES))
     parser.add_argument("--routing", choices=sorted(BARS), default="mlp")
     parser.add_argument("--lowering", choices=("auto", *lowering_names("onnxruntime-cpu")), default="auto")
-    known = tuple(phases_of(PROMPT))
+    known = tuple(phases_of(PROMPT, PROMPT))
     parser.add_argument("--phase", choices=known, nargs="+", default=("decode", "prefill"))
     parser.add_argument("--prompt", type=int, default=PROMPT, help="Tokens of prefill, fewer than the hidden size.")
+    parser.add_argument("--past", type=int, default=PROMPT, help="Tokens in front of decode.")
+    parser.add_argument("--in-place", action="store_true", help="Write caches in place.")
     parser.add_argument("--rates", type=float, nargs="+", choices=RATES, default=RATES, help="Shares of active tokens.")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--launches", type=int, help="Of the processes; the model's own number unless given.")
@@ -380,9 +399,16 @@ def main() -> None:
     use_huge_pages()
     if given.prepare and given.artefacts is None:
         parser.error("--prepare: needs --artefacts")
-    phases = {name: phase for name, phase in phases_of(given.prompt).items() if name in given.phase}
+    phases = {name: phase for name, phase in phases_of(given.prompt, given.past).items() if name in given.phase}
     subject = Subject(
-        given.model, given.routing, given.lowering, phases, tuple(sorted({*given.rates})), given.threads, given.busy
+        given.model,
+        given.routing,
+        given.lowering,
+        phases,
+        tuple(sorted({*given.rates})),
+        given.threads,
+        in_place=given.in_place,
+        busy=given.busy,
     )
     effort = EFFORTS[given.model]
     effort = dataclasses.replace(effort, launches=given.launches or effort.launches)
@@ -394,7 +420,7 @@ def main() -> None:
         rows = list(rows_of(subject, made, effort))
     print_report(
         f"Skip efficiency, {TITLES[given.model]}, {given.routing} routing, lowering {given.lowering}, fp32, "
-        f"{given.threads} threads",
+        f"{given.threads} threads, {'caches in place' if given.in_place else 'growing caches'}",
         ["phase", "active", "dense, ms", "routed, ms", "speed-up", "efficiency", "bar", _BOUNDS_TITLE, GIVEN],
         [_cells(row, subject) for row in rows],
         {
@@ -402,6 +428,7 @@ def main() -> None:
             "phases": {name: dataclasses.asdict(phase) for name, phase in phases.items()},
             "routing": given.routing,
             "lowering": given.lowering,
+            "in_place": given.in_place,
             "effort": dataclasses.asdict(effort),
             "bounds": BOUNDS,
             "rows": [_record(row) for row in rows],
