@@ -11,14 +11,13 @@ from dlo_export.graph_passes.weights.matmul_nbits import EIGHT_BIT_ACTIVATIONS
 
 def rounds_activations(graph: ir.Graph) -> bool:
     """Whether a product of the graph rounds so: by its `accuracy_level`, or once ONNX Runtime has fused it."""
-    return any(
-        is_op(node, "DequantizeLinear")
-        or (
-            is_op(node, "MatMulNBits", domain=MICROSOFT)
-            and node.attributes.get_int("accuracy_level", 0) == EIGHT_BIT_ACTIVATIONS
-        )
-        for node in graph.all_nodes()
-    )
+    return asks_to_round(graph) or any(is_op(node, "DequantizeLinear") for node in graph.all_nodes())
+
+
+def asks_to_round(graph: ir.Graph) -> bool:
+    """Whether a product of the graph is told to round so."""
+    products = (node for node in graph.all_nodes() if is_op(node, "MatMulNBits", domain=MICROSOFT))
+    return any(node.attributes.get_int("accuracy_level", 0) == EIGHT_BIT_ACTIVATIONS for node in products)
 
 
 def with_exact_products(model: ir.Model) -> ir.Model:

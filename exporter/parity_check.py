@@ -18,7 +18,7 @@ import onnx_ir as ir
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.llama_layer import EMBEDDING
 from dlo_export.exporter.artefact_runner import cache_slots
-from dlo_export.exporter.exact_products import rounds_activations
+from dlo_export.exporter.exact_products import asks_to_round, rounds_activations
 from dlo_export.exporter.linked_weights import weights_folder
 from dlo_export.exporter.named_operators import named_operators
 from dlo_export.exporter.parity_candidates import graph_candidate, masked_graph, twin_candidates
@@ -27,19 +27,16 @@ from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource
-from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.find.padding import takes_left_padding
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
-from dlo_export.graph_passes.spec.ops import MICROSOFT
-from dlo_export.graph_passes.weights.matmul_nbits import EIGHT_BIT_ACTIVATIONS
 from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.parity.cases import parity_cases
 from dlo_export.runtimes.parity.compare import Candidate, compare
 from dlo_export.runtimes.parity.report import ParityReport
-from dlo_export.runtimes.parity.tolerances import EIGHT_BIT_ACTIVATIONS as ROUNDED_TO_8_BITS
+from dlo_export.runtimes.parity.tolerances import EIGHT_BIT_ACTIVATIONS
 
 _SEED = 0
 _GREEDY_PROMPTS = (24, 15)  # tokens: of unequal length, so that one is padded
@@ -127,7 +124,7 @@ def _up_to_rounding(released: ParityReport, exact: ParityReport) -> ParityReport
         released: As it is shipped, against its masked form.
         exact: The same two without rounding to 8 bits.
     """
-    if dataclasses.replace(released, tolerance=ROUNDED_TO_8_BITS).verdict == "FAIL":
+    if dataclasses.replace(released, tolerance=EIGHT_BIT_ACTIVATIONS).verdict == "FAIL":
         return released
     off = max(case.logits.largest for case in released.cases)
     name = f"{released.reference}, multiplying by activations as they are (rounded to 8 bits, {off:.1e} of the peak)"
@@ -240,8 +237,7 @@ def doubt_about_kernels(released: ir.Model, description: ArtefactDescription, pr
     """
     if provider.device != CPU.device or description.dtype != "fp16":
         return None
-    products = (node for node in released.graph.all_nodes() if is_op(node, "MatMulNBits", domain=MICROSOFT))
-    if all(node.attributes.get_int("accuracy_level", 0) != EIGHT_BIT_ACTIVATIONS for node in products):
+    if not asks_to_round(released.graph):
         return None
     return (
         "ONNX Runtime's CPU provider may compute float16 MatMulNBits of accuracy_level 4 wrongly in branches, and "
