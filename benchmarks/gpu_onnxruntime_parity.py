@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own, others = parser.parse_known_args(arguments)
     rows: Iterator[dict[str, Any]] | None = None
     if own.commands:
-        rows = rows_of_commands(own.model, "cuda")
+        rows = rows_of_commands(own.model, "cuda", own.ort_plugin_library)
     elif own.job is not None:
         rows = rows_of(Job(**own.job))
     if rows is not None:
@@ -84,6 +84,7 @@ def measure(evidence: Evidence, smoke: bool, *, model: Path | None, library: Pat
     seconds = 45.0 if smoke else evidence.left - (0 if model is None else 30)
     chosen = [job for job in jobs(model, library_given, smoke=smoke) if job.subject.startswith(only)]
     commands = ["--commands", *([] if model is None else ["--model", str(model)])]
+    commands += [] if library_given is None else ["--ort-plugin-library", library_given]
     processes = [*map(process_of, chosen), Process("commands", PROGRAM, tuple(commands))]
     run_processes(evidence, processes, seconds=seconds)
     if model is None:

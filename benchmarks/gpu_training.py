@@ -1,6 +1,6 @@
 """Training on a GPU: tokens per second, the papers' experiments on SmolLM2-135M, and the demo's adapter.
 
-    python -m benchmarks.gpu_training --model SMOLLM2.gguf --text TEXT --tasks TASKS --out DIR --budget-s 400
+    python -m benchmarks.gpu_training --model SMOLLM2.gguf --text TEXT [--tasks TASKS] --out DIR --budget-s 400
 
 TEXT is what `benchmarks.training_payload` made, TASKS a folder of log-likelihood requests; either may be a .tar.xz.
 Results are written as they come: DIR/training.jsonl has a row for each, DIR/papers.tar.xz all of them with tables and
@@ -81,7 +81,7 @@ class Inputs:
     Attributes:
         model: Checkpoint folder or .gguf.
         text: Folder with text/, tokens/ and library/, or an archive of one.
-        tasks: Folder of log-likelihood requests, or an archive of one.
+        tasks: Folder of log-likelihood requests, or an archive of one; None leaves them out.
         adapter: Folder of routers to start the demo's adapter from; None to train none.
         compile: Compile layers in training.
         workers: Processes that train at once, 1 to 4.
@@ -95,7 +95,7 @@ class Inputs:
 
     model: Path
     text: Path
-    tasks: Path
+    tasks: Path | None = None
     adapter: Path | None = None
     compile: bool = False
     workers: int = 1
@@ -121,7 +121,8 @@ class Inputs:
         for words in (self.changes, *map(str.split, self.trials)):
             with_values(FORMS[_FORM], words)
         with tempfile.TemporaryDirectory() as folder:
-            task_files(unpacked(self.tasks, Path(folder) / "tasks"))
+            if self.tasks is not None:
+                task_files(unpacked(self.tasks, Path(folder) / "tasks"))
             text = unpacked(self.text, Path(folder) / "text")
             if lacking := [name for name in ("text", "library") if not (text / name).is_dir()]:
                 raise InputError(
@@ -252,7 +253,8 @@ class _Part:
         self._in, self._evidence, self._smoke, self._folder = inputs, evidence, smoke, folder
         self._form = "smoke" if smoke else _FORM
         self._results = folder / "papers"
-        self._tasks = self._library = folder
+        self._library = folder
+        self._tasks: Path | None = None
         self._shipped: Child | None = None
         self._seen: set[str] = set()
         self._speeds = inputs.speeds
@@ -261,7 +263,7 @@ class _Part:
         """Unpacks the text, and what was compiled before."""
         start = time.monotonic()
         self._text = unpacked(self._in.text, self._folder / "payload")
-        self._tasks = unpacked(self._in.tasks, self._folder / "tasks")
+        self._tasks = None if self._in.tasks is None else unpacked(self._in.tasks, self._folder / "tasks")
         self._library = self._text / "library"
         self._copy_text(self._results)
         if self._in.compiled is not None:
@@ -373,7 +375,8 @@ class _Part:
         with self._evidence.guard("papers"):
             cores = sorted(os.sched_getaffinity(0))
             aside = set(cores[-6:]) if len(cores) >= 12 else None
-            command = [*self._command(self._results, budget), "--tasks", str(self._tasks)]
+            command = self._command(self._results, budget)
+            command += [] if self._tasks is None else ["--tasks", str(self._tasks)]
             command += ["--set", *self._in.changes] if self._in.changes else []
             threads = len(cores) - len(aside or ())
             elsewhere = [name for names in self._shares() for name in names]
@@ -531,9 +534,9 @@ def _archive(file: Path, paths: Sequence[Path], *, effort: int = 6) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    for name in ("model", "text", "tasks"):
+    for name in ("model", "text"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    for name in ("adapter", "compiled"):
+    for name in ("tasks", "adapter", "compiled"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", nargs="+", choices=_PARTS, default=())
@@ -544,7 +547,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = begin_time(arguments)
     asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv[1:] if arguments is None else arguments)
     parsed, others = (None, ["--help"]) if asks_for_help else parser.parse_known_args(arguments)
-    inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path(), Path())
+    inputs = Inputs(**vars(parsed)) if parsed is not None else Inputs(Path(), Path())
     return run_part("training", __doc__, inputs.check, functools.partial(measure, inputs), others, begun=begun)
 
 

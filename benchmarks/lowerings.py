@@ -12,7 +12,8 @@ content becomes the table by which `--lowering auto` chooses.
     python -m benchmarks.lowerings --results grid.jsonl --seconds 280 --disputed 1.03
     python -m benchmarks.lowerings --results grid.jsonl --write-table 'AMD EPYC (Zen 5), 2 cores'
 
-The graphs take 4 GB of disk, beside the results. With --provider cuda they run on a GPU, in float16.
+The graphs take 4 GB of disk, beside the results. With --provider cuda they run on a GPU, in float16, and take 1 GB.
+What ends a model's cells early, logits that differ say, costs the others nothing; the command then ends with 1.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import collections
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import itertools
 import json
 import os
@@ -34,12 +34,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from benchmarks.common.arguments import existing_file
 from benchmarks.common.grid_steps import GridSteps, share_threads
 from benchmarks.common.huge_pages import use_huge_pages
 from benchmarks.common.lowering_grid import Cell, cells
-from benchmarks.common.measure import alternate, print_report, versions
+from benchmarks.common.measure import alternate, print_report
 from benchmarks.common.threshold_inputs import thresholds_as_inputs
 from benchmarks.gpu.random_decoder import SHAPES as DECODERS
 from benchmarks.gpu.random_decoder import RandomDecoder
@@ -170,7 +171,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help=".jsonl that is continued")
     parser.add_argument("--prepare", action="store_true", help="write the graphs and end")
@@ -195,11 +196,14 @@ def main() -> None:
     if given.write_table is None and not given.prepare:
         BY_OPTION[given.provider].check_here()
     use_huge_pages()
+    if given.provider == "cuda":
+        import torch  # noqa: F401, PLC0415 - ONNX Runtime finds CUDA's libraries among PyTorch's
     end = time.monotonic() + given.seconds
     grid = Grid(given.provider, given.threads, given.ort_plugin_library, given.results.with_suffix(".graphs"))
     share_threads(given.threads)
     if given.write_table is not None:
         given.launches = 0
+    faults = []
     for launch, shape, routing in itertools.product(range(given.launches), given.shapes, given.routings):
         for each in grid.lowerings(routing):
             grid.graph(shape, routing, each.name)
@@ -214,22 +218,28 @@ def main() -> None:
         if not wanted or time.monotonic() > end:
             continue
         first = max(done[shape, routing, given.provider, cell] for cell in wanted)
-        for cell, times in measure(grid, shape, routing, wanted[: given.cells], given.cell_seconds, first):
-            row = {
-                "shape": shape,
-                "routing": routing,
-                "provider": given.provider,
-                **dataclasses.asdict(cell),
-                "ms": times,
-            }
-            with given.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            shown = "  ".join(f"{name} {value:.2f}" for name, value in ratios(row).items())
-            print(f"{shape} {routing} {cell.step} {cell.pattern} {cell.skipped}: {shown}", file=sys.stderr)
-            if time.monotonic() > end:
-                break
+        facts = {"shape": shape, "routing": routing, "provider": given.provider, "onnxruntime": ort.__version__}
+        facts["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+        try:
+            for cell, times in measure(grid, shape, routing, wanted[: given.cells], given.cell_seconds, first):
+                _write_row(given.results, {**facts, **dataclasses.asdict(cell), "ms": times})
+                if time.monotonic() > end:
+                    break
+        except Exception as err:  # ONNX Runtime's own, too: of one model's graphs, which costs the others nothing
+            faults.append(f"{shape}, {routing}: {type(err).__name__}: {err}")
+            print(faults[-1], file=sys.stderr)
     if not given.prepare:
-        _report(read_rows(given.results), given)
+        _report(read_rows(given.results), given, faults)
+    return 1 if faults else 0
+
+
+def _write_row(results: Path, row: Mapping[str, Any]) -> None:
+    """What a cell has shown, at once."""
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    shown = "  ".join(f"{name} {value:.2f}" for name, value in ratios(row).items())
+    said = " ".join(str(row[name]) for name in ("shape", "routing", "phase", "size", "pattern", "skipped"))
+    print(f"{said}: {shown}", file=sys.stderr)
 
 
 def pooled(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], dict[Cell, dict[str, list[float]]]]:
@@ -243,7 +253,7 @@ def pooled(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], dict
     return found
 
 
-def _report(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
+def _report(rows: list[dict[str, Any]], given: argparse.Namespace, faults: list[str]) -> None:
     """Per step the worst ratio of each lowering to the fastest one's, over skip rates and patterns."""
     table, records = [], []
     for (provider, shape, routing), cells_of in pooled(rows).items():
@@ -261,7 +271,12 @@ def _report(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
         f"Lowerings against the fastest of them, {given.threads} threads",
         ["model", "routing", "step", "time over the fastest lowering's, at worst"],
         table,
-        {"cells": len(rows), "rows": records, "versions": versions("dlo-export", "onnxruntime", "numpy")},
+        {
+            "cells": len(rows),
+            "rows": records,
+            "faults": faults,
+            "versions": {"onnxruntime": ort.__version__, "numpy": np.__version__},
+        },
     )
 
 
@@ -275,12 +290,13 @@ def _write_table(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
     entries = [dataclasses.asdict(each) for each in known]
     for (provider, shape, routing), cells_of in pooled(rows).items():
         names = list(next(iter(cells_of.values())))
+        measured = [row for row in rows if _key(row)[:3] == (shape, routing, provider)]
         entries.append(
             {
                 "target": PROVIDER_TARGETS[provider],  # type: ignore[index]  # of the choices
                 "machine": given.write_table,
-                "onnxruntime": importlib.metadata.version("onnxruntime"),
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                "onnxruntime": measured[-1]["onnxruntime"],
+                "date": measured[-1]["date"],
                 "dtype": "fp32" if provider == "cpu" else "fp16",
                 "routing": routing,
                 "hidden_size": RandomDecoder(shape, routed=True).config.hidden_size,
@@ -300,4 +316,4 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,7 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = {
     "reference_layer_routed": ("masked", "compact", "if"),
     "smollm2": ("masked", "compact", "if", "plugin"),
 }
-"""Whose parity is asked for, in every lowering that takes them."""
+"""Whose parity is asked for, and in which lowerings."""
 DTYPES: Final = ("fp32", "fp16", "bf16")
 MODEL_DTYPES: Final = ("float32", "bfloat16")
 """In which the model class is held against itself."""

@@ -96,7 +96,7 @@ def jobs(model: Path | None, library: str | None, *, smoke: bool) -> Iterator[Jo
             # Where the reference is small, it is the CPU's: two GPU programs are then not compared with each other.
             job = Job(subject, path, dtype, NATIVE, adapter, device="cpu" if adapter is None else "cuda")
             yield job
-            if library is not None and subject != "reference_layer_routed":  # the plugin takes MLP routing
+            if library is not None:
                 yield dataclasses.replace(job, lowerings=("plugin",), library=library)
     for subject, settings in ATTENTION.items():
         for dtype in DTYPES:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.lowerings.record import Target
 
@@ -66,13 +67,16 @@ class MeasuredModel:
 def nearest_model(target: Target, dtype: str, routing: RoutingKind, hidden_size: int | None) -> MeasuredModel | None:
     """The measured model that is most like another one; None where none of its kind was measured.
 
+    Types of as many bits stand for each other: a step takes what its bytes and launches take.
+
     Args:
         target: What is to run it.
         dtype: Of its weights, as `--dtype` calls it.
         routing: What its tokens skip.
         hidden_size: Its own; None where it is not known, for the smallest.
     """
-    alike = [each for each in read_measured() if (each.target, each.dtype, each.routing) == (target, dtype, routing)]
+    of_kind = (each for each in read_measured() if (each.target, each.routing) == (target, routing))
+    alike = [each for each in of_kind if BY_OPTION[each.dtype].itemsize == BY_OPTION[dtype].itemsize]
     wanted = math.log(hidden_size or 1)
     return min(alike, key=lambda each: abs(math.log(each.hidden_size) - wanted), default=None)
 

@@ -81,8 +81,10 @@ def test_decode_is_timed_against_transformers_when_a_model_is_given(tmp_path: Pa
 
 
 def test_commands_pass_when_no_model_with_a_tokenizer_is_given():
-    assert [(row["what"], row["passed"]) for row in rows_of_commands(None, "cpu")] == [
+    assert [(row["what"], row["passed"]) for row in rows_of_commands(None, "cpu", None)] == [
         ("export --provider cpu", True),
         ("run --provider cpu", True),
         ("parity --device cpu", True),
+        ("export, run: last logits", True),
+        ("export, run: layers, last logits", True),
     ]
