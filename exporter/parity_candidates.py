@@ -12,8 +12,9 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_runner import cache_slots, exposed_model, runner_for
 from dlo_export.exporter.exact_products import with_exact_products
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, build_model
+from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.exporter.target_graphs import build_captured_model, build_model
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import external_tensors, save_weights, take_weights
