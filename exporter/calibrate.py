@@ -14,7 +14,7 @@ import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wa
 from dlo_export.checkpoints.adapter.adapter import CONFIG_NAME, LORA_FOLDER, DloAdapter, save_adapter
 from dlo_export.checkpoints.adapter.lora import TENSORS_NAME as LORA_TENSORS
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
-from dlo_export.checkpoints.depth.expansion import routed_config
+from dlo_export.checkpoints.depth.expansion import dense_config, routed_config
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
@@ -180,8 +180,7 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             routers = source.num_layers * config["hidden_size"] * np.dtype(np.float32).itemsize
             check_output_space(request.output, sum(tensor.nbytes for tensor in kept.values()) + routers)
             if request.retarget is None:
-                dense = {"is_dlo": False, "rescale_hidden_states": False, **replaced_thresholds(config, {})}
-                model = llama_dlo_from_tensors(config | dense, tensors, device=device)
+                model = llama_dlo_from_tensors(config | dense_config(config), tensors, device=device)
             else:
                 model = llama_dlo_from_tensors(config, source.tensors(), device=device)
         if request.retarget is None:

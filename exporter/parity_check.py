@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_OPTION
+from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.llama_layer import EMBEDDING
 from dlo_export.exporter.artefact_runner import cache_slots
 from dlo_export.exporter.exact_products import asks_to_round, rounds_activations
@@ -71,7 +71,7 @@ def check_parity(
 
     Raises:
         BackendUnavailableError: The provider does not start here.
-        MachineError: There is no such device.
+        MachineError: There is no such device, or no place for temporary files.
         InputError: The artefact was made from another source, or by another version, or the library cannot be used.
     """
     if not source.removed_layers:  # of an artefact without some, the source as it was opened has all
@@ -87,8 +87,8 @@ def check_parity(
     rungs = functools.partial(_rungs, source, weights, description, released, plugin_library, provider)
     candidates = rungs(file=file)
     comparison = _comparison(source, description, released, tensorrt)
-    with tempfile.TemporaryDirectory(prefix="dlo-export-") as scratch:
-        twins = twin_candidates(source, weights, description, released, tensorrt, Path(scratch))
+    with scratch_folder() as scratch:
+        twins = twin_candidates(source, weights, description, released, tensorrt, scratch)
         if has_model:
             opened = functools.partial(pytorch_reference, source, device=device)
             # Another precision, which tells rounding from faults: more of it, or the artefact's own.

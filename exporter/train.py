@@ -21,7 +21,7 @@ import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wa
 from dlo_export import __version__
 from dlo_export.checkpoints.adapter.adapter import TENSORS_NAME
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
-from dlo_export.checkpoints.depth.expansion import routed_config
+from dlo_export.checkpoints.depth.expansion import dense_config, routed_config
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.folder_kind import FolderKind
@@ -39,7 +39,6 @@ from dlo_export.checkpoints.model_types import (
     routed_type,
     routing_kind,
 )
-from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresholds_json
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
@@ -211,7 +210,7 @@ def _trained_model(
         if routing is not None:
             raise TrainingError(f"--routing {routing}: --routers none leaves none", hint="leave one of the two out")
         plain = {name: tensor for name, tensor in tensors.items() if parse_router(name) is None}
-        return config | {"is_dlo": False, "rescale_hidden_states": False, THRESHOLDS: None}, plain
+        return config | dense_config(config), plain
     agreed = agreed_routing(None if source.routing is None else source.routing.kind, routing)
     if routers == "add":
         if source.routing is None:
