@@ -26,7 +26,6 @@ from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresh
 from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
-from dlo_export.exporter.sources.checkpoint_model import CheckpointModel
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate, with_routers
 from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_thresholds
@@ -233,7 +232,7 @@ def _kept_tensors(
 
 def _carried_lora(source: ExportSource) -> Path | None:
     """The LoRA matrices that an adapter has beside its routers, and the written one will have; None for none."""
-    lora = source.base.lora if isinstance(source.base, CheckpointModel) else None
+    lora = source.base.lora
     if lora is None:
         return None
     if source.adapter is None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.llama_layer import EMBEDDING
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
-from dlo_export.exporter.artefact_runner import cache_slots
+from dlo_export.exporter.artefact_runner import held_tokens, serialized
 from dlo_export.exporter.linked_weights import weights_folder
 from dlo_export.exporter.parity_check import why_not_run
 from dlo_export.exporter.pipeline import exposed_part
@@ -58,7 +58,7 @@ def check_parity_by_layer(
     if not source.removed_layers:
         source = without_layers(source, description.source.removed_layers)
     released = load_graph(folder / MODEL_NAME)
-    if cache_slots(released.graph):
+    if held_tokens(description) is not None:
         raise InputError(
             f"{folder}: its cache is written in place, which one layer alone does not do",
             hint="leave --by-layer out",
@@ -90,8 +90,6 @@ def check_parity_by_layer(
 
 
 def _open_part(released: ir.Model, folder: Path, library: Path | None, part: int) -> OnnxRuntimePart:
-    model = ir.to_proto(exposed_part(released, part)).SerializeToString()
+    model = serialized(exposed_part(released, part))
     # PyTorch runs in the same process: spinning threads would take its cores.
-    return OnnxRuntimePart(
-        bytes(model), f"part {part}", weights_folder=folder, allow_spinning=False, plugin_library=library
-    )
+    return OnnxRuntimePart(model, f"part {part}", weights_folder=folder, allow_spinning=False, plugin_library=library)

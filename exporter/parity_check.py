@@ -17,7 +17,7 @@ import onnx_ir as ir
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.llama_layer import EMBEDDING
-from dlo_export.exporter.artefact_runner import cache_slots
+from dlo_export.exporter.artefact_runner import held_tokens
 from dlo_export.exporter.exact_products import asks_to_round, rounds_activations
 from dlo_export.exporter.linked_weights import weights_folder
 from dlo_export.exporter.named_operators import named_operators
@@ -149,7 +149,7 @@ def _rungs(
     has_model, routed = source.base.why_not("parity") is None, source.routing is not None
     graphs = {description.lowering: released}
     # An artefact made from a graph, compared with a checkpoint: its weights lie as they did in that graph.
-    from_graph = description.source.kind == "onnx" and source.kind != "onnx"
+    from_graph = description.source.kind == "onnx" and source.base.is_built_here
     target = PROVIDER_TARGETS[description.provider]
     if has_model and not from_graph and find_lowering(description.lowering, target).make_pass is not None:
         graphs = {"masked": masked_graph(source, folder, released, description), **graphs}
@@ -180,7 +180,7 @@ def _comparison(
     tensorrt: Sequence[TensorRtOptions],
 ) -> Callable[..., ParityReport]:
     """`compare` with all but its two sides: cases and prompts that fit every cache, the artefact's tolerances."""
-    slots = [cache_slots(released.graph) or MOST_TOKENS, *(options.max_cache for options in tensorrt)]
+    slots = [held_tokens(description) or MOST_TOKENS, *(options.max_cache for options in tensorrt)]
     longest = min(MOST_TOKENS, *slots)
     routed, vocab_size = source.routing is not None, source.tensors()[EMBEDDING].shape[0]
     padded = takes_left_padding(released.graph)

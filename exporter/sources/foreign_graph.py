@@ -27,7 +27,7 @@ from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, are_equal
 from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD
-from dlo_export.exporter.genai_config import check_genai_config
+from dlo_export.exporter.genai_config import GENAI_CONFIG_NAME, check_genai_config
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.plain_graph.llama import plain_graph
 from dlo_export.exporter.sources.base_model import Refusal, Use, check_use
@@ -87,6 +87,10 @@ class ForeignGraph:
         return None
 
     @property
+    def lora(self) -> None:
+        """None: LoRA is merged into checkpoints."""
+
+    @property
     def packs_weights(self) -> bool:
         """No: what is not touched stays as it is."""
         return False
@@ -103,7 +107,7 @@ class ForeignGraph:
         Raises:
             CheckpointError: It is no JSON object, of another model, or holds something else where objects are changed.
         """
-        path = _beside(self.path, "genai_config.json")
+        path = _beside(self.path, GENAI_CONFIG_NAME)
         if path is None:
             return None
         settings = read_json(path)
