@@ -18,6 +18,7 @@ from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.llama_layer import EMBEDDING
 from dlo_export.exporter.artefact_runner import held_tokens
+from dlo_export.exporter.artefact_source import check_made_from
 from dlo_export.exporter.exact_products import asks_to_round, rounds_activations
 from dlo_export.exporter.linked_weights import weights_folder
 from dlo_export.exporter.named_operators import named_operators
@@ -77,6 +78,7 @@ def check_parity(
     if not source.removed_layers:  # of an artefact without some, the source as it was opened has all
         source = without_layers(source, description.source.removed_layers)
     released = load_graph(folder / MODEL_NAME)
+    check_made_from(source, folder, description, released)
     tensorrt = tuple(dict.fromkeys(tensorrt))
     reason = why_not_run(source, description, released, plugin_library, provider, engines=bool(tensorrt))
     if reason is not None:
