@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +123,9 @@ class CalibrationResult:
     rate: RateChange | None = None
 
     def active_rate(self, *, injected: bool) -> float | None:
-        """Mean over original or injected layers, a layer without router counting as always active."""
+        """Mean over original or injected layers; None where there are none."""
         layers = [i for i in range(self.fitted.num_layers) if (i in self.injected) is injected]
-        rates = [self.routed.active_rates.get(layer, 1.0) for layer in layers]
-        return sum(rates) / len(rates) if rates else None
+        return _mean_rate(self.routed, layers) if layers else None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -326,8 +325,12 @@ def _shifted(
 
 
 def _rate(fitted: CalibratedRouters, measured: Evaluation) -> float:
-    """Active rate over all layers but identities, one without router counting as always active."""
-    layers = [layer for layer in range(fitted.num_layers) if layer not in fitted.identity_layers]
+    """Mean active rate over all layers but identities."""
+    return _mean_rate(measured, [layer for layer in range(fitted.num_layers) if layer not in fitted.identity_layers])
+
+
+def _mean_rate(measured: Evaluation, layers: Sequence[int]) -> float:
+    """Mean active rate, a layer without router counting as always active."""
     return sum(measured.active_rates.get(layer, 1.0) for layer in layers) / len(layers)
 
 

@@ -101,14 +101,6 @@ class GraphSource(Protocol):
         ...
 
 
-class EngineSource(GraphSource, Protocol):
-    """What a graph for TensorRT asks besides."""
-
-    def engine_model(self, dtype: ir.DataType) -> ir.Model:
-        """The graph before any pass for TensorRT, which is ours whatever the source is: a new one with every call."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class TensorRtOptions:
     """What a TensorRT graph is built for.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import onnx_ir as ir
 
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.pipeline import (
-    EngineSource,
     GraphSource,
     TensorRtOptions,
     captured_steps,
@@ -21,6 +22,14 @@ from dlo_export.graph_passes.lowerings.registry import NOTHING_ROUTED, find_lowe
 from dlo_export.graph_passes.spec.invariants import PLAIN, check_stage
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
 from dlo_export.runtimes.onnxruntime.providers import GROUP_QUERY_ATTENTION
+
+
+class EngineSource(GraphSource, Protocol):
+    """What a graph for TensorRT asks besides."""
+
+    def engine_model(self, dtype: ir.DataType) -> ir.Model:
+        """The graph before any pass for TensorRT, which is ours whatever the source is: a new one with every call."""
+        ...
 
 
 def build_model(
