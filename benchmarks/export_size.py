@@ -158,8 +158,9 @@ def save_tensorrt_graph(model: Path, output: Path) -> None:
     """Writes the bf16 graph that an engine would be built from, its weights with it."""
     import onnx_ir as ir  # noqa: PLC0415 - of the measured process alone
 
-    from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model  # noqa: PLC0415
+    from dlo_export.exporter.pipeline import TensorRtOptions  # noqa: PLC0415
     from dlo_export.exporter.sources.source import open_source  # noqa: PLC0415
+    from dlo_export.exporter.target_graphs import build_tensorrt_model  # noqa: PLC0415
     from dlo_export.exporter.weight_file import save_weights  # noqa: PLC0415
 
     output.mkdir()

@@ -55,9 +55,9 @@ from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.artefact_runner import exposed_model, open_artefact
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.parity_references import as_it_was
-from dlo_export.exporter.pipeline import build_model
-from dlo_export.exporter.sources.foreign_graph import load_graph, open_foreign_graph
+from dlo_export.exporter.sources.foreign_graph import load_graph, open_foreign_graph, read_prepared
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.target_graphs import build_model
 from dlo_export.exporter.weight_file import external_tensors, take_weights
 from dlo_export.graph_passes.find.padding import takes_left_padding
 from dlo_export.runtimes.artefact.description import MODEL_NAME
@@ -343,7 +343,7 @@ def rows_of(name: str, source: ForeignSource, plan: ExpansionPlan, folder: Path)
         return
     tokens = distinct_tokens(TOKENS)
     try:
-        padded = takes_left_padding(open_foreign_graph(graph).model().graph)
+        padded = takes_left_padding(read_prepared(graph).model.graph)
         cases = text_cases(tokens, padded=padded)
         with (
             contextlib.closing(open_source(str(graph), folder / "layers")) as opened,

@@ -44,7 +44,7 @@ from benchmarks.common.measure import alternate, print_report
 from benchmarks.common.threshold_inputs import thresholds_as_inputs
 from benchmarks.gpu.random_decoder import SHAPES as DECODERS
 from benchmarks.gpu.random_decoder import RandomDecoder
-from dlo_export.exporter.pipeline import build_model
+from dlo_export.exporter.target_graphs import build_model
 from dlo_export.exporter.weight_file import external_tensors, save_weights
 from dlo_export.graph_passes.lowerings.measured import FILE, read_measured
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, LoweringRecord

@@ -29,7 +29,7 @@ from benchmarks.common.one_router import ask_first_router
 from benchmarks.common.skipped_graph import everything_skipped
 from benchmarks.common.threshold_inputs import thresholds_as_inputs
 from benchmarks.gpu.random_decoder import SHAPES, RandomDecoder
-from dlo_export.exporter.pipeline import build_model
+from dlo_export.exporter.target_graphs import build_model
 from dlo_export.runtimes.onnxruntime.providers import CPU
 
 ROUTINGS, LOWERINGS = ("mlp", "layer", "attention"), ("if", "compact")

@@ -86,10 +86,9 @@ def complete_description(description: ArtefactDescription, folder: Path) -> None
         description: Its `files` are filled here: all that are there, of graphs whose engines were not built too.
         folder: The artefact.
     """
-    graphs = [path for path in (folder / MODEL_NAME,) if path.is_file()]
     weights = weight_paths(folder, [file.name for file in description.kept_data])
     engines = folder / ENGINES_NAME
-    paths = [*graphs, *weights, *(sorted(engines.iterdir()) if engines.is_dir() else ())]
+    paths = [folder / MODEL_NAME, *weights, *(sorted(engines.iterdir()) if engines.is_dir() else ())]
     save_description(dataclasses.replace(description, files=tuple(map(describe_file, paths))), folder)
 
 

@@ -27,7 +27,6 @@ def open_artefact(
     folder: Path,
     *,
     scores: bool = True,
-    name: str | None = None,
     threads: int | None = None,
     allow_spinning: bool = True,
     plugin_library: Path | None = None,
@@ -38,7 +37,6 @@ def open_artefact(
     Args:
         folder: The artefact.
         scores: Give out the routers' scores too, in memory: the released graph does not. False for timing it as it is.
-        name: For reports; the folder's name by default.
         threads: Of one operator.
         allow_spinning: Let idle threads spin; False where several runners share a process.
         plugin_library: libdlo_ort.so; loaded where the artefact has dlo operators, and never else.
@@ -68,7 +66,7 @@ def open_artefact(
         return runner_for(value.name for value in description.interface.inputs)(
             model,
             weights_folder=weights,
-            name=name or folder.name or folder.resolve().name,
+            name=folder.name or folder.resolve().name,
             thresholds=description.router_thresholds,
             threads=threads,
             allow_spinning=allow_spinning,
@@ -95,13 +93,6 @@ def held_tokens(description: ArtefactDescription) -> int | None:
 def gives_last_logits(description: ArtefactDescription) -> bool:
     """Whether an artefact computes logits of each sequence's last token alone."""
     return next(spec for spec in description.interface.outputs if spec.name == LOGITS).shape[1] == 1
-
-
-def cache_slots(graph: ir.Graph) -> int:
-    """Tokens per sequence that a cache of fixed size holds; 0 where it grows."""
-    key = next((value for value in graph.inputs if value.name == past_name(0, "key")), None)
-    slots = None if key is None or key.shape is None else key.shape[2]
-    return slots if isinstance(slots, int) else 0
 
 
 def open_engines(folder: Path, plugin_library: Path | None = None) -> Runner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wa
 from dlo_export.checkpoints.adapter.adapter import CONFIG_NAME, LORA_FOLDER, DloAdapter, save_adapter
 from dlo_export.checkpoints.adapter.lora import TENSORS_NAME as LORA_TENSORS
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
-from dlo_export.checkpoints.depth.expansion import routed_config
+from dlo_export.checkpoints.depth.expansion import dense_config, routed_config
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
@@ -26,7 +26,6 @@ from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresh
 from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
-from dlo_export.exporter.sources.checkpoint_model import CheckpointModel
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.modeling.calibration.evaluation import Evaluation, evaluate, with_routers
 from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_thresholds
@@ -124,10 +123,9 @@ class CalibrationResult:
     rate: RateChange | None = None
 
     def active_rate(self, *, injected: bool) -> float | None:
-        """Mean over original or injected layers, a layer without router counting as always active."""
+        """Mean over original or injected layers; None where there are none."""
         layers = [i for i in range(self.fitted.num_layers) if (i in self.injected) is injected]
-        rates = [self.routed.active_rates.get(layer, 1.0) for layer in layers]
-        return sum(rates) / len(rates) if rates else None
+        return _mean_rate(self.routed, layers) if layers else None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -180,8 +178,7 @@ def calibrate(request: CalibrationRequest, reporter: Reporter) -> CalibrationRes
             routers = source.num_layers * config["hidden_size"] * np.dtype(np.float32).itemsize
             check_output_space(request.output, sum(tensor.nbytes for tensor in kept.values()) + routers)
             if request.retarget is None:
-                dense = {"is_dlo": False, "rescale_hidden_states": False, **replaced_thresholds(config, {})}
-                model = llama_dlo_from_tensors(config | dense, tensors, device=device)
+                model = llama_dlo_from_tensors(config | dense_config(config), tensors, device=device)
             else:
                 model = llama_dlo_from_tensors(config, source.tensors(), device=device)
         if request.retarget is None:
@@ -234,7 +231,7 @@ def _kept_tensors(
 
 def _carried_lora(source: ExportSource) -> Path | None:
     """The LoRA matrices that an adapter has beside its routers, and the written one will have; None for none."""
-    lora = source.base.lora if isinstance(source.base, CheckpointModel) else None
+    lora = source.base.lora
     if lora is None:
         return None
     if source.adapter is None:
@@ -328,8 +325,12 @@ def _shifted(
 
 
 def _rate(fitted: CalibratedRouters, measured: Evaluation) -> float:
-    """Active rate over all layers but identities, one without router counting as always active."""
-    layers = [layer for layer in range(fitted.num_layers) if layer not in fitted.identity_layers]
+    """Mean active rate over all layers but identities."""
+    return _mean_rate(measured, [layer for layer in range(fitted.num_layers) if layer not in fitted.identity_layers])
+
+
+def _mean_rate(measured: Evaluation, layers: Sequence[int]) -> float:
+    """Mean active rate, a layer without router counting as always active."""
     return sum(measured.active_rates.get(layer, 1.0) for layer in layers) / len(layers)
 
 

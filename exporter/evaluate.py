@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from dlo_export.checkpoints.depth.expansion import dense_config
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.errors import InputError
+from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.checkpoints.llama_layer import parse_router
 from dlo_export.exporter.artefact_runner import held_tokens, open_artefact
@@ -167,9 +168,9 @@ def _evaluate_on_torch(
         for warning in source.base.warnings if request.dense else source.warnings:
             reporter.warn(warning)
         config = source.config_json()  # refuses what has no PyTorch model, before anything is read
-        with tempfile.TemporaryDirectory() as companions:
-            source.base.save_companions(Path(companions))
-            plan = _plan(request, texts, tasks, Path(companions), reporter)
+        with scratch_folder() as companions:
+            source.base.save_companions(companions)
+            plan = _plan(request, texts, tasks, companions, reporter)
         with reporter.stage("model"):
             model = _torch_model(source, config, dense=request.dense)
         scorer = TorchScorer(model, device=request.device, name=Path(request.model).name)
@@ -213,5 +214,5 @@ def _torch_model(source: ExportSource, config: dict[str, Any], *, dense: bool) -
     tensors = source.tensors()
     if dense:
         tensors = {name: tensor for name, tensor in tensors.items() if parse_router(name) is None}
-        config = {**config, "is_dlo": False, "rescale_hidden_states": False}
+        config = config | dense_config(config)
     return llama_dlo_from_tensors(config, tensors)

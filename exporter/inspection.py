@@ -46,8 +46,8 @@ class Inspection:
         description: dlo_artifact.json, where there is one.
         has_weights: Whether the weights' values are there, of an artefact; None of another graph.
         parity_report: The verdict in an artefact's parity.json; None where there is none.
-        skips: What a skipped token saves: "nothing", its own part of the MLP ("tokens"), or the MLP of a whole step
-            without an active token ("steps"); None where nothing is routed, or nothing says how.
+        skips: What a token saves that skips: "nothing", its own part of what is skipped ("tokens"), or all of that in a
+            step without an active token ("steps"); None where nothing is routed, or nothing says how.
         untrained_routers: Layers of an artefact that skip every token, because their routers are all zeros.
         engine_problems: Why engines cannot run on this machine; None where there are no engines.
     """

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.llama_layer import EMBEDDING
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
-from dlo_export.exporter.artefact_runner import cache_slots
+from dlo_export.exporter.artefact_runner import held_tokens, serialized
+from dlo_export.exporter.artefact_source import check_made_from
 from dlo_export.exporter.linked_weights import weights_folder
 from dlo_export.exporter.parity_check import why_not_run
 from dlo_export.exporter.pipeline import exposed_part
@@ -50,7 +51,7 @@ def check_parity_by_layer(
         progress: Told how many parts of how many are done.
 
     Raises:
-        InputError: There is no PyTorch model of the source, the two are of different depth, or the artefact's cache is
+        InputError: There is no PyTorch model of the source, the artefact was made from another one, or its cache is
             written in place.
         dlo_export.graph_passes.errors.GraphPassError: The graph cannot be cut between its layers.
     """
@@ -58,7 +59,8 @@ def check_parity_by_layer(
     if not source.removed_layers:
         source = without_layers(source, description.source.removed_layers)
     released = load_graph(folder / MODEL_NAME)
-    if cache_slots(released.graph):
+    check_made_from(source, folder, description, released)
+    if held_tokens(description) is not None:
         raise InputError(
             f"{folder}: its cache is written in place, which one layer alone does not do",
             hint="leave --by-layer out",
@@ -70,11 +72,6 @@ def check_parity_by_layer(
 
     tensors = source.tensors()
     reference = TorchReference(source.config_json(), tensors)
-    if reference.num_layers != len(description.layers):
-        raise InputError(
-            f"{folder}: has {len(description.layers)} layers, its source {reference.num_layers}",
-            hint="give the model (and adapter) the artefact was made from",
-        )
     library = plugin_library if plugin_operators(released) else None
     routed, padded = source.routing is not None, takes_left_padding(released.graph)
     return compare_by_layer(
@@ -90,8 +87,6 @@ def check_parity_by_layer(
 
 
 def _open_part(released: ir.Model, folder: Path, library: Path | None, part: int) -> OnnxRuntimePart:
-    model = ir.to_proto(exposed_part(released, part)).SerializeToString()
+    model = serialized(exposed_part(released, part))
     # PyTorch runs in the same process: spinning threads would take its cores.
-    return OnnxRuntimePart(
-        bytes(model), f"part {part}", weights_folder=folder, allow_spinning=False, plugin_library=library
-    )
+    return OnnxRuntimePart(model, f"part {part}", weights_folder=folder, allow_spinning=False, plugin_library=library)

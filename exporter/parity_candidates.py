@@ -9,11 +9,12 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.artefact_runner import cache_slots, exposed_model, runner_for
+from dlo_export.exporter.artefact_runner import exposed_model, held_tokens, runner_for, serialized
 from dlo_export.exporter.exact_products import with_exact_products
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, build_model
+from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.exporter.target_graphs import build_captured_model, build_model
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import external_tensors, save_weights, take_weights
@@ -78,7 +79,7 @@ def graph_candidate(
 def masked_graph(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> ir.Model:
     """The source's graph before its lowering, on the artefact's weights."""
     dtype, target = graph_dtype(description.dtype), PROVIDER_TARGETS[description.provider]
-    slots = cache_slots(released.graph) or None
+    slots = held_tokens(description)
     if slots is not None and description.provider != "cpu":
         model = build_captured_model(source, "masked", slots, dtype, target)
     else:
@@ -118,7 +119,7 @@ def _twin_candidate(twin: ir.Model, options: TensorRtOptions, folder: Path, *, r
         runner = StaticCacheRunner if options.cache == "static" else OnnxRuntimeRunner
         # Only parity builds show their routers.
         inside = force or streams or shown
-        model = exposed_model(twin, force=force, streams=streams) if inside else ir.to_proto(twin).SerializeToString()
+        model = exposed_model(twin, force=force, streams=streams) if inside else serialized(twin)
         return runner(model, weights_folder=folder, name=label, allow_spinning=False)
 
     return Candidate(

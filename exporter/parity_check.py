@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,8 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import BY_OPTION
+from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.llama_layer import EMBEDDING
-from dlo_export.exporter.artefact_runner import cache_slots
+from dlo_export.exporter.artefact_runner import held_tokens
+from dlo_export.exporter.artefact_source import check_made_from
 from dlo_export.exporter.exact_products import asks_to_round, rounds_activations
 from dlo_export.exporter.linked_weights import weights_folder
 from dlo_export.exporter.named_operators import named_operators
@@ -71,12 +72,13 @@ def check_parity(
 
     Raises:
         BackendUnavailableError: The provider does not start here.
-        MachineError: There is no such device.
+        MachineError: There is no such device, or no place for temporary files.
         InputError: The artefact was made from another source, or by another version, or the library cannot be used.
     """
     if not source.removed_layers:  # of an artefact without some, the source as it was opened has all
         source = without_layers(source, description.source.removed_layers)
     released = load_graph(folder / MODEL_NAME)
+    check_made_from(source, folder, description, released)
     tensorrt = tuple(dict.fromkeys(tensorrt))
     reason = why_not_run(source, description, released, plugin_library, provider, engines=bool(tensorrt))
     if reason is not None:
@@ -87,8 +89,8 @@ def check_parity(
     rungs = functools.partial(_rungs, source, weights, description, released, plugin_library, provider)
     candidates = rungs(file=file)
     comparison = _comparison(source, description, released, tensorrt)
-    with tempfile.TemporaryDirectory(prefix="dlo-export-") as scratch:
-        twins = twin_candidates(source, weights, description, released, tensorrt, Path(scratch))
+    with scratch_folder() as scratch:
+        twins = twin_candidates(source, weights, description, released, tensorrt, scratch)
         if has_model:
             opened = functools.partial(pytorch_reference, source, device=device)
             # Another precision, which tells rounding from faults: more of it, or the artefact's own.
@@ -149,7 +151,7 @@ def _rungs(
     has_model, routed = source.base.why_not("parity") is None, source.routing is not None
     graphs = {description.lowering: released}
     # An artefact made from a graph, compared with a checkpoint: its weights lie as they did in that graph.
-    from_graph = description.source.kind == "onnx" and source.kind != "onnx"
+    from_graph = description.source.kind == "onnx" and source.base.is_built_here
     target = PROVIDER_TARGETS[description.provider]
     if has_model and not from_graph and find_lowering(description.lowering, target).make_pass is not None:
         graphs = {"masked": masked_graph(source, folder, released, description), **graphs}
@@ -180,7 +182,7 @@ def _comparison(
     tensorrt: Sequence[TensorRtOptions],
 ) -> Callable[..., ParityReport]:
     """`compare` with all but its two sides: cases and prompts that fit every cache, the artefact's tolerances."""
-    slots = [cache_slots(released.graph) or MOST_TOKENS, *(options.max_cache for options in tensorrt)]
+    slots = [held_tokens(description) or MOST_TOKENS, *(options.max_cache for options in tensorrt)]
     longest = min(MOST_TOKENS, *slots)
     routed, vocab_size = source.routing is not None, source.tensors()[EMBEDDING].shape[0]
     padded = takes_left_padding(released.graph)

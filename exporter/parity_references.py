@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dlo_export.exporter.artefact_runner import exposed_model
+from dlo_export.exporter.artefact_runner import exposed_model, serialized
 from dlo_export.exporter.exact_products import with_exact_products
 from dlo_export.exporter.parity_candidates import masked_graph
 from dlo_export.exporter.pipeline import state_cache_sizes
@@ -86,4 +86,4 @@ def as_it_was(source: ExportSource) -> bytes:
     shapes = {value.name: value.shape for value in (*sized.graph.inputs, *sized.graph.outputs)}
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = shapes.get(value.name, value.shape)
-    return bytes(ir.to_proto(model).SerializeToString())
+    return serialized(model)

@@ -12,6 +12,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -45,18 +46,19 @@ class Reporter:
     @contextlib.contextmanager
     def bytes(self, name: str) -> Iterator[Callable[[int, int], None]]:
         """Shows a bar; the block calls what it is given with (bytes done, bytes in all)."""
-        start = time.perf_counter()
-        columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as progress:
-            task = progress.add_task(name, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-        self._done(name, start)
+        with self._bar(name, DownloadColumn(), TransferSpeedColumn()) as progress:
+            yield progress
 
     @contextlib.contextmanager
     def count(self, name: str) -> Iterator[Callable[[int, int], None]]:
         """Shows a bar; the block calls what it is given with (steps done, steps in all)."""
+        with self._bar(name, MofNCompleteColumn()) as progress:
+            yield progress
+
+    @contextlib.contextmanager
+    def _bar(self, name: str, *amounts: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
         start = time.perf_counter()
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn(name), BarColumn(), *amounts, TimeRemainingColumn())
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as progress:
             task = progress.add_task(name, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,11 +1,11 @@
-"""Interrupts, terminations and hang-ups, each ending a command by way of its clean-up."""
+"""Interrupts, terminations and hang-ups: each ends a command by way of its clean-up, or training between two steps."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -69,3 +69,33 @@ class StopSignals:
     def _raise_again(self, number: int, frame: FrameType | None) -> None:
         # By the signal's own handler, which may be one that holds it back just now.
         signal.raise_signal(self._number)
+
+
+@contextmanager
+def stopped_between_steps() -> Iterator[Callable[[], bool]]:
+    """Takes the first signal to stop as a wish, which the block is told of; the second one acts at once.
+
+    Leaving the block, a signal that came acts as it would have: it ends the command.
+    """
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    held = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+
+    def take(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            restore()
+            signal.raise_signal(number)
+
+    def restore() -> None:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+
+    for number in held:
+        signal.signal(number, take)
+    try:
+        yield lambda: bool(came)
+    finally:
+        restore()
+    if came:
+        signal.raise_signal(came[0])

@@ -5,53 +5,40 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-import random
-import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
-
-import numpy as np
 
 import dlo_export.runtimes  # noqa: F401 - before torch: sets how its threads wait
 from dlo_export import __version__
 from dlo_export.checkpoints.adapter.adapter import TENSORS_NAME
 from dlo_export.checkpoints.checkpoint_folder import save_checkpoint
-from dlo_export.checkpoints.depth.expansion import routed_config
-from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.folder_kind import FolderKind
 from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.output_check import check_output_folder, check_output_space
 from dlo_export.checkpoints.files.scratch_folder import scratch_folder
-from dlo_export.checkpoints.files.uninterrupted import SIGNALS
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
-from dlo_export.checkpoints.llama_layer import parse_router, router_name
 from dlo_export.checkpoints.model_types import (
     RoutingKind,
-    agreed_routing,
-    family_of,
-    kv_keys,
-    routed_type,
     routing_kind,
 )
-from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
-from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresholds_json
+from dlo_export.checkpoints.router_thresholds import thresholds_json
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.exporter.stop_signals import stopped_between_steps
 from dlo_export.exporter.trained_adapter import check_makes_adapter, save_trained_adapter
+from dlo_export.exporter.training_config import starting_model, trained_config
+from dlo_export.exporter.training_data import packed_sets
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors, unfilled_llama_dlo
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
-from dlo_export.modeling.training.documents import TokenizedData, open_tokenizer, tokenize_records
-from dlo_export.modeling.training.errors import TrainingDataError, TrainingError
-from dlo_export.modeling.training.packing import PackedDocuments, PackedSets
+from dlo_export.modeling.training.documents import open_tokenizer
+from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.parameters import merged_state
-from dlo_export.modeling.training.records import Record, described_files, read_records
+from dlo_export.modeling.training.records import described_files
 from dlo_export.modeling.training.reports import HeldOut, StepReport
 from dlo_export.modeling.training.run import TrainingResult, train_model
 from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME, RunFolder
@@ -124,7 +111,7 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
             reporter.warn(warning)
         if request.as_adapter:
             check_makes_adapter(source, request.settings.mode, request.routers)
-        config, tensors = _trained_model(source, request.routers, request.routing)
+        config, tensors = starting_model(source, request.routers, request.routing)
         request = _with_sequence(request, config["max_position_embeddings"])
         check_output_space(request.output, 4 * sum(math.prod(tensor.shape) for tensor in tensors.values()))
         with scratch_folder() as folder:
@@ -133,14 +120,22 @@ def train(request: TrainRequest, reporter: Reporter, on_step: Callable[[StepRepo
         if lacks_template:
             reporter.warn(f"{source.base.path}: has no chat template; a plain one is used, and saved with the model")
         with reporter.stage("data"):
-            data = _packed(request, tokenizer, config, reporter)
+            data = packed_sets(
+                request.data,
+                request.held_out,
+                request.other_text,
+                request.settings,
+                tokenizer,
+                config["vocab_size"],
+                reporter,
+            )
         with reporter.stage("model"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UntrainedRoutersWarning)  # they are about to be trained
             model = (
                 unfilled_llama_dlo(config, tensors) if receives_weights() else llama_dlo_from_tensors(config, tensors)
             )
         description = _description(request, source, config)
-        with _stop_between_steps() as should_stop:
+        with stopped_between_steps() as should_stop:
             result = train_model(
                 model,
                 request.settings,
@@ -201,36 +196,6 @@ def rate_warnings(result: TrainingResult, target: float) -> Iterator[str]:
             )
 
 
-def _trained_model(
-    source: ExportSource, routers: str, routing: RoutingKind | None
-) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """The config.json and tensors of the model as training starts."""
-    injected = [dataclasses.asdict(layer) for layer in source.injected_layers]
-    config, tensors = source.config_json() | {"injected_layers": injected}, source.tensors()
-    if routers == "none":
-        if routing is not None:
-            raise TrainingError(f"--routing {routing}: --routers none leaves none", hint="leave one of the two out")
-        plain = {name: tensor for name, tensor in tensors.items() if parse_router(name) is None}
-        return config | {"is_dlo": False, "rescale_hidden_states": False, THRESHOLDS: None}, plain
-    agreed = agreed_routing(None if source.routing is None else source.routing.kind, routing)
-    if routers == "add":
-        if source.routing is None:
-            config |= routed_config([True] * source.num_layers, routing=agreed, family=family_of(config))
-        config["is_dlo"] = [True] * source.num_layers
-        zeros: dict[str, LazyTensor] = {
-            router_name(layer): ArrayTensor(np.zeros((1, config["hidden_size"]), np.float32))
-            for layer in range(source.num_layers)
-        }
-        return config, zeros | tensors
-    if source.routing is None:
-        raise TrainingError(
-            f"{source.base.path}: has no routed layer",
-            hint="--routers add gives every layer a router, --routers none trains the model as it is; `dlo calibrate` "
-            "makes routers to start from",
-        )
-    return config, tensors
-
-
 def _with_sequence(request: TrainRequest, most: int) -> TrainRequest:
     """The request, its settings saying how long a sequence is."""
     if request.sequence is not None and request.sequence > most:
@@ -241,45 +206,6 @@ def _with_sequence(request: TrainRequest, most: int) -> TrainRequest:
         )
     length = min(_SEQUENCE, most) if request.sequence is None else request.sequence
     return dataclasses.replace(request, settings=dataclasses.replace(request.settings, sequence=length))
-
-
-def _packed(request: TrainRequest, tokenizer: Any, config: Mapping[str, Any], reporter: Reporter) -> PackedSets:
-    """The documents, in sequences."""
-    settings = request.settings
-    records = read_records(request.data)
-    if request.held_out is not None:
-        sets: Sequence[list[Record]] = (records, read_records(request.held_out))
-    else:
-        sets = _split(records, settings, request.data)
-    packed = []
-    for chosen in (*sets, *map(read_records, request.other_text)):
-        data = tokenize_records(chosen, tokenizer, length=settings.sequence, long_chats=settings.long_chats)
-        if data.shortened or data.skipped:
-            reporter.warn(f"{data.shortened} chats were cut to {settings.sequence} tokens, {data.skipped} left out")
-        _check_vocabulary(data, config["vocab_size"])
-        packed.append(PackedDocuments(data.documents, settings.sequence))
-    training, held_out, *others = packed
-    return PackedSets(training, held_out, others=dict(zip(map(str, request.other_text), others, strict=True)))
-
-
-def _split(records: list[Record], settings: TrainingSettings, data: Path) -> tuple[list[Record], list[Record]]:
-    if len(records) < 2:
-        raise TrainingDataError(
-            f"{data}: holds one document, so none is left to measure on", hint="give others with --held-out"
-        )
-    count = min(len(records) - 1, max(1, round(settings.held_out * len(records))))
-    chosen = set(random.Random(settings.seed).sample(range(len(records)), count))
-    training = [record for number, record in enumerate(records) if number not in chosen]
-    return training, [records[number] for number in sorted(chosen)]
-
-
-def _check_vocabulary(data: TokenizedData, vocabulary: int) -> None:
-    for document in data.documents:
-        if (token := int(document.tokens.max())) >= vocabulary:
-            raise InputError(
-                f"{document.origin}: has the token {token}, the model knows {vocabulary}",
-                hint="the tokenizer belongs to another model",
-            )
 
 
 def _description(request: TrainRequest, source: ExportSource, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,61 +229,6 @@ def _description(request: TrainRequest, source: ExportSource, config: Mapping[st
             **{name: version(name) for name in _VERSIONS},
             "python": platform.python_version(),
         },
-    }
-
-
-@contextmanager
-def _stop_between_steps() -> Iterator[Callable[[], bool]]:
-    """Takes the first signal to stop as a wish, which the block is told of; the second one acts at once.
-
-    Leaving the block, a signal that came acts as it would have: it ends the command.
-    """
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    held = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-
-    def take(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
-            restore()
-            signal.raise_signal(number)
-
-    def restore() -> None:
-        for number, handler in held.items():
-            signal.signal(number, handler)
-
-    for number in held:
-        signal.signal(number, take)
-    try:
-        yield lambda: bool(came)
-    finally:
-        restore()
-    if came:
-        signal.raise_signal(came[0])
-
-
-def _config_changes(
-    source: ExportSource, config: Mapping[str, Any], settings: TrainingSettings, thresholds: Mapping[int, float]
-) -> dict[str, Any]:
-    """What config.json says of the trained model beyond the base model's."""
-    changes = source.config_values() | {"dtype": "float32", "torch_dtype": "float32"}
-    changes |= replaced_thresholds(source.config_json(), thresholds)
-    if config.get("is_dlo") is False:  # --routers none
-        family = family_of(config)
-        dense = {"model_type": family.name, "architectures": [f"{family.prefix}ForCausalLM"], "is_dlo": False}
-        return changes | (dense | kv_keys(None, source.config_json()) if source.routing is not None else {})
-    routing = routing_kind(config)
-    assert routing is not None, "or it was not routed"
-    kind = routed_type(routing, thresholds=bool(thresholds), family=family_of(config))
-    kept = ("architectures", "is_dlo", "rescale_hidden_states", "scale_factor", "scale_gap")
-    return changes | {
-        **{key: config[key] for key in kept if key in config},
-        "model_type": kind.name,
-        **kv_keys(routing, source.config_json()),
-        **({"architectures": [kind.architecture]} if thresholds else {}),
-        "dlo_capacity": settings.target,
-        "dlo_loss_type": settings.labels,
-        "dlo_loss_coefficient": settings.skip_weight,
     }
 
 
@@ -398,6 +269,6 @@ def _save(
         tensors,
         request.output,
         save_companions=save_companions,
-        config_changes=_config_changes(source, config, request.settings, model.config.thresholds),
+        config_changes=trained_config(source, config, request.settings, model.config.thresholds),
         overwrite=request.force,
     )

@@ -15,7 +15,6 @@ from dlo_export.checkpoints.files.json_file import save_json
 from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor, LazyTensor
 from dlo_export.checkpoints.llama_layer import router_name
-from dlo_export.exporter.sources.checkpoint_model import CheckpointModel
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.errors import TrainingError
@@ -37,13 +36,13 @@ def check_makes_adapter(source: ExportSource, mode: str, routers: str) -> None:
         TrainingError: Whole weights learn; the base has routers, so no adapter goes on it; it is without any; or the
             adapter has layers or LoRA matrices of its own, which the new ones would lie beside.
     """
-    merged = isinstance(source.base, CheckpointModel) and source.base.lora is not None
+    has_lora = source.base.lora is not None
     reasons = (
         (mode not in _ADAPTED_MODES, f"mode {mode} trains whole weights", "--mode lora or routers"),
         (routers == "none", "--routers none leaves no router", "leave one of the two out"),
         (source.base.routing is not None, f"{source.base.path} has routers of its own", "start from a plain model"),
         (bool(source.injected_layers), "the model has injected layers", "write a checkpoint, without --as-adapter"),
-        (merged, "the adapter has LoRA matrices already", "write a checkpoint, without --as-adapter"),
+        (has_lora, "the adapter has LoRA matrices already", "write a checkpoint, without --as-adapter"),
     )
     for holds, reason, hint in reasons:
         if holds:

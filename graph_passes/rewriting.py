@@ -30,7 +30,7 @@ def remove_with_sources(graph: ir.Graph, node: ir.Node) -> None:
             continue
         if value.is_initializer() and not value.is_graph_input():
             graph.initializers.pop(value.name, None)
-        elif source is not None and not any(output.uses() for output in source.outputs):
+        elif source is not None and not _is_read(source):
             remove_with_sources(graph, source)
 
 
@@ -38,13 +38,18 @@ def remove_unused(graph: ir.Graph) -> None:
     """Remove what computes nothing any more: nodes, initializers."""
     # From the back, so that a chain whose end is unused goes in one sweep.
     for node in reversed(list(graph)):
-        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+        if not _is_read(node):
             graph.remove(node, safe=True)
             for subgraph in subgraphs_of(node):
                 _empty(subgraph)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+
+
+def _is_read(node: ir.Node) -> bool:
+    """Whether another node, or whoever runs the graph, reads one of its outputs."""
+    return any(output.uses() or output.is_graph_output() for output in node.outputs)
 
 
 def _empty(subgraph: ir.Graph) -> None:

@@ -19,7 +19,7 @@ from benchmarks.gpu.device_session import (
 )
 from benchmarks.gpu.random_decoder import RandomDecoder
 from dlo_export.checkpoints.interface import CACHE_PARTS, INPUT_IDS, KV_LENGTHS, LOGITS, past_name, present_name
-from dlo_export.exporter.pipeline import build_captured_model
+from dlo_export.exporter.target_graphs import build_captured_model
 
 MAX_CACHE = 1024
 OPTIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

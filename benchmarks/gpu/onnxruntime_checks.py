@@ -27,7 +27,8 @@ from dlo_export.checkpoints.interface import (
     past_name,
     present_name,
 )
-from dlo_export.exporter.pipeline import build_captured_model, build_model, exposed
+from dlo_export.exporter.pipeline import exposed
+from dlo_export.exporter.target_graphs import build_captured_model, build_model
 from dlo_export.exporter.weight_file import save_weights
 from dlo_export.graph_passes.spec.ops import DOMAIN, ORT_OPS, PLUGIN_OPS, VERSION, Operand
 from dlo_export.plugins.router_scores.reference import router_scores

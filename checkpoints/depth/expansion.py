@@ -34,7 +34,7 @@ from dlo_export.checkpoints.model_types import (
     routing_kind,
 )
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
-from dlo_export.checkpoints.router_thresholds import thresholds_json
+from dlo_export.checkpoints.router_thresholds import replaced_thresholds, thresholds_json
 
 __all__ = [
     "METHODS",
@@ -185,6 +185,15 @@ def routed_config(
     rule = RoutingConfig(routing, layers, rescale, scale_factor, scale_gap, thresholds or {})
     kind = routed_type(routing, thresholds=bool(thresholds), family=family)
     return rule.values(len(is_dlo), family) | {"architectures": [kind.architecture]}
+
+
+def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of config.json that make a model a dense one, whatever of it was routed; its type stays.
+
+    Args:
+        config: The model's config.json.
+    """
+    return {"is_dlo": False, "rescale_hidden_states": False, **replaced_thresholds(config, {})}
 
 
 def expansion_adapter(

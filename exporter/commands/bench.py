@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dlo_export.exporter.commands.numbers import MAX_THREADS
-from dlo_export.exporter.commands.shared_options import OrtPluginLibrary, Provider
+from dlo_export.exporter.commands.shared_options import OrtPluginLibrary, Provider, Verbose
 
 NAME = "bench"
 SEQUENCE = 512
@@ -38,6 +38,7 @@ def main(
     ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="First compare all files with their hashes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of the table.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Time prefill and decode of artefacts in alternating blocks, with their active rates on real text."""
     from dlo_export.exporter.artefact_check import open_description  # noqa: PLC0415 - keeps `dlo --help` quick
@@ -51,7 +52,7 @@ def main(
     from dlo_export.runtimes.evaluation.perplexity import measure_perplexity  # noqa: PLC0415
     from dlo_export.runtimes.evaluation.scorer import RunnerScorer, Segment  # noqa: PLC0415
 
-    reporter = Reporter()
+    reporter = Reporter(verbose=verbose)
     if tune:
         if len(artefacts) > 1 or perplexity_tokens:
             raise typer.BadParameter("--tune takes one artefact, and no --perplexity")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlo_export.exporter.commands.numbers import finite
-from dlo_export.exporter.commands.shared_options import Device, Force, ForceBase, Routing
+from dlo_export.exporter.commands.shared_options import Device, Force, ForceBase, Routing, Verbose
 
 if TYPE_CHECKING:
     from dlo_export.exporter.calibrate import CalibrationResult
@@ -75,7 +75,7 @@ def main(
     force: Force = False,
     force_base: ForceBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Fit routers, the model frozen, or move the rate of its routers; report what they skip and cost elsewhere."""
     from dlo_export.exporter.calibrate import CalibrationRequest, calibrate  # noqa: PLC0415 - keeps `dlo --help` quick

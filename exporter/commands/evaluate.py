@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dlo_export.exporter.commands.numbers import MAX_COUNT, MAX_THREADS
-from dlo_export.exporter.commands.shared_options import Device, ForceBase, OrtPluginLibrary, Provider
+from dlo_export.exporter.commands.shared_options import Device, ForceBase, OrtPluginLibrary, Provider, Verbose
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +56,7 @@ def main(
     ort_plugin_library: OrtPluginLibrary = None,
     force_base: ForceBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure perplexity and accuracy, of an artefact as it ships or of a checkpoint, with standard errors."""
     from dlo_export.exporter.evaluate import EvaluationRequest, evaluate_model  # noqa: PLC0415 - keeps --help quick

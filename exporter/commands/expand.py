@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dlo_export.exporter.commands.shared_options import Force, Routing
+from dlo_export.exporter.commands.shared_options import Force, Routing, Verbose
 
 NAME = "expand"
 
@@ -41,7 +41,7 @@ def main(
     as_adapter: Annotated[bool, typer.Option("--adapter", help="Write an adapter, not a checkpoint.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of random inits.")] = 0,
     force: Force = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Deepen a checkpoint with new layers (TLI, DLO's interleave, LLaMA-Pro, depth up-scaling)."""
     from dlo_export.checkpoints.adapter.adapter import save_adapter  # noqa: PLC0415

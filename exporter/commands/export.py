@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,9 +16,13 @@ from dlo_export.exporter.commands.shared_options import (
     Force,
     ForceBase,
     OrtPluginLibrary,
+    Verbose,
     naming_allow_nonfinite,
 )
 from dlo_export.graph_passes.lowerings.registry import lowering_names  # of names alone: keeps `dlo --help` quick
+
+if TYPE_CHECKING:
+    from dlo_export.exporter.export import ExportResult
 
 NAME = "export"
 
@@ -135,7 +139,7 @@ def main(
     allow_nonfinite: AllowNonfinite = False,
     force_base: ForceBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print dlo_artifact.json to stdout.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Export a Llama, plain, deepened or routed, to an ONNX artefact that is proven equal to PyTorch.
 
@@ -144,10 +148,9 @@ def main(
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.exporter.export import ExportRequest, export_model  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
-    from dlo_export.exporter.messages import printable  # noqa: PLC0415
     from dlo_export.exporter.progress import Reporter  # noqa: PLC0415
     from dlo_export.exporter.tensorrt.plan import TensorRtRequest  # noqa: PLC0415
-    from dlo_export.runtimes.artefact.description import description_json, kept_data_summary  # noqa: PLC0415
+    from dlo_export.runtimes.artefact.description import description_json  # noqa: PLC0415
 
     targets = tuple(target.strip() for target in trt_target.split(",") if target.strip())
     if trt_target and not targets:
@@ -194,12 +197,19 @@ def main(
     )
     with naming_allow_nonfinite():
         result = export_model(request, reporter)
-    description = result.description
-    if description.parity.verdict == "AMBIGUOUS":
+    if result.description.parity.verdict == "AMBIGUOUS":
         typer.echo("warning: parity is ambiguous: near-ties of routers fell the other way, see parity.json", err=True)
     if as_json:
-        print_json(description_json(description, result.folder))
-        return
+        print_json(description_json(result.description, result.folder))
+    else:
+        _print_report(result)
+
+
+def _print_report(result: ExportResult) -> None:
+    from dlo_export.exporter.messages import printable  # noqa: PLC0415
+    from dlo_export.runtimes.artefact.description import kept_data_summary  # noqa: PLC0415
+
+    description = result.description
     if result.parity_summary:
         typer.echo(result.parity_summary)
     for engine in description.engines:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dlo_export.exporter.commands.shared_options import Tracebacks
+
 if TYPE_CHECKING:
     from dlo_export.exporter.inspection import Inspection
 
@@ -42,11 +44,13 @@ _SAVED = {
 def main(
     path: Annotated[Path, typer.Argument(help="Artefact folder, or any .onnx file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: Tracebacks = False,
 ) -> None:
     """Show layers, bytes per part and operators of an artefact or any ONNX graph."""
     from dlo_export.exporter.inspection import inspect_model  # noqa: PLC0415 - keeps `dlo --help` quick
     from dlo_export.exporter.json_output import print_json  # noqa: PLC0415
 
+    del verbose
     inspection = inspect_model(path)
     if as_json:
         print_json(inspection.to_json())

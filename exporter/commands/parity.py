@@ -18,6 +18,7 @@ from dlo_export.exporter.commands.shared_options import (
     ForceBase,
     OrtPluginLibrary,
     Provider,
+    Verbose,
     naming_allow_nonfinite,
 )
 
@@ -38,7 +39,7 @@ def main(
         typer.Option("--by-layer", help="A layer at a time: names the first that differs, and needs memory for one."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compare an artefact with PyTorch: decisions, logits, greedy tokens. Exit code 1: it fails; 4: it cannot run."""
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415

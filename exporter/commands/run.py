@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlo_export.exporter.commands.numbers import MAX_COUNT, MAX_THREADS, finite
-from dlo_export.exporter.commands.shared_options import OrtPluginLibrary, Provider
+from dlo_export.exporter.commands.shared_options import OrtPluginLibrary, Provider, Tracebacks
 
 if TYPE_CHECKING:
     from dlo_export.checkpoints.generation_config import GenerationConfig
@@ -55,6 +55,7 @@ def main(
     ] = None,
     ort_plugin_library: OrtPluginLibrary = None,
     verify: Annotated[bool, typer.Option("--verify", help="First compare all files with their hashes.")] = False,
+    verbose: Tracebacks = False,
 ) -> None:
     """Generate text: tokens stream to stdout, speed and active rate go to stderr."""
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
@@ -65,6 +66,7 @@ def main(
     from dlo_export.runtimes.generation.generate import Generation  # noqa: PLC0415
     from dlo_export.runtimes.generation.tokenizer import Tokenizer  # noqa: PLC0415
 
+    del verbose
     if trt_plugin_library is not None and not trt:
         raise InputError("--trt-plugin-library is of an engine, but --trt is not given", hint="add --trt")
     if provider is not None and trt:

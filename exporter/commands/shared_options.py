@@ -31,6 +31,9 @@ Routing = Annotated[
         "(attention) or none (attention-active). As the model's routers do, else mlp."
     ),
 ]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage; tracebacks of bugs.")]
+Tracebacks = Annotated[bool, typer.Option("-v", "--verbose", help="Tracebacks of bugs.")]
+"""Verbose, of a command without stages: `cli.py` looks for it, whatever the command."""
 
 Device = Annotated[
     str, typer.Option(metavar=f"<{DEVICE_FORM}>", callback=_checked_device, help="Where PyTorch computes.")

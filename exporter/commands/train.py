@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dlo_export.exporter.commands.numbers import finite
-from dlo_export.exporter.commands.shared_options import Device, Force, ForceBase, Routing
+from dlo_export.exporter.commands.shared_options import Device, Force, ForceBase, Routing, Verbose
 from dlo_export.modeling.training.settings import Dtype, Labels, LongChats, Mode, Selection
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def main(
     force: Force = False,
     force_base: ForceBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Time of each stage.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Fine-tune a model with its routers in place (DLO), resumable, and write the trained checkpoint."""
     from dlo_export.exporter.json_output import print_json  # noqa: PLC0415 - keeps `dlo --help` quick

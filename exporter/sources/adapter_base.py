@@ -32,7 +32,7 @@ def check_adapter_base(
     """
     if adapter.base_sha256 is None:
         return "not stated"
-    if base.kind == "onnx" or not weights:
+    if not base.is_built_here or not weights:
         return "not comparable"
     found = base.sha256()
     if found == adapter.base_sha256:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import onnx_ir as ir
 
 from dlo_export.checkpoints.adapter.adapter import InjectedLayer
+from dlo_export.checkpoints.adapter.lora import LoraAdapter
 from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.errors import InputError
@@ -64,6 +65,10 @@ class BaseModel(Protocol):
     @property
     def tensors(self) -> Mapping[str, LazyTensor]:
         """Its weights under Hugging Face names, in Hugging Face orientation."""
+
+    @property
+    def lora(self) -> LoraAdapter | None:
+        """The LoRA adapter that is merged into its weights; None where there is none."""
 
     @property
     def packs_weights(self) -> bool:

@@ -25,32 +25,25 @@ from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.finite_weights import finite_tensors
 from dlo_export.checkpoints.formats.huggingface_folder import FolderTokenizer
-from dlo_export.checkpoints.interface import TOKEN_INPUTS
 from dlo_export.checkpoints.lazy_tensors import LazyTensor, are_equal
-from dlo_export.checkpoints.llama_layer import EMBEDDING, FINAL_NORM, HEAD, layer_tensor_name
-from dlo_export.exporter.genai_config import check_genai_config
+from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD
+from dlo_export.exporter.genai_config import GENAI_CONFIG_NAME, check_genai_config
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.plain_graph.llama import plain_graph
 from dlo_export.exporter.sources.base_model import Refusal, Use, check_use
+from dlo_export.exporter.sources.foreign_checks import (
+    check_config_fits,
+    check_one_mlp_a_layer,
+    check_token_inputs,
+    check_tokens_stand_alone,
+)
 from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file, tensor_problems
+from dlo_export.exporter.sources.foreign_weights import is_quantised, named_weights, why_unnamed
 from dlo_export.exporter.sources.graph_types import infer_types
 from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.exporter.sources.vendor_nodes import check_vendor_nodes, check_vendor_types
-from dlo_export.graph_passes.errors import GraphPassError, place
+from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
-from dlo_export.graph_passes.find.projections import branch_ends
-from dlo_export.graph_passes.find.residual_stream import embedding_lookup
-from dlo_export.graph_passes.spec.ops import MICROSOFT
-from dlo_export.graph_passes.weights.dense import DenseStorage, dense_storage
-from dlo_export.graph_passes.weights.embedding import embedding_table
-from dlo_export.graph_passes.weights.linear import linear_weight
-from dlo_export.graph_passes.weights.storage import Place, StoredRows, WeightStorage
-
-# What scales the stream behind the last layer.
-_FINAL_NORMS = frozenset({"Mul", "RMSNormalization", "SimplifiedLayerNormalization"})
-
-# What measures a scale of all that it is given.
-_ROUND_TOGETHER = {("", "DynamicQuantizeLinear"), (MICROSOFT, "DynamicQuantizeMatMul")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +87,10 @@ class ForeignGraph:
         return None
 
     @property
+    def lora(self) -> None:
+        """None: LoRA is merged into checkpoints."""
+
+    @property
     def packs_weights(self) -> bool:
         """No: what is not touched stays as it is."""
         return False
@@ -110,7 +107,7 @@ class ForeignGraph:
         Raises:
             CheckpointError: It is no JSON object, of another model, or holds something else where objects are changed.
         """
-        path = _beside(self.path, "genai_config.json")
+        path = _beside(self.path, GENAI_CONFIG_NAME)
         if path is None:
             return None
         settings = read_json(path)
@@ -174,7 +171,7 @@ class ForeignGraph:
                 "no config.json lies beside the graph, so there is no PyTorch model of it",
                 "put the config.json of the exported model beside the graph",
             )
-        if not any(map(_is_quantised, self.tensors.values())):
+        if not any(map(is_quantised, self.tensors.values())):
             return None
         return Refusal(
             "its weights are quantised, which PyTorch does not compute with as ONNX Runtime does",
@@ -215,11 +212,7 @@ class ForeignGraph:
         return plain_graph(config, tensors, dtype)
 
     def plain_model(self, dtype: ir.DataType) -> ir.Model:
-        """As it was exported: `dtype` is its own already (`graph_dtype`)."""
-        return self.model()
-
-    def model(self) -> ir.Model:
-        """The graph, its layers findable, its external weights mapped, not read: a new one with every call."""
+        """As it was exported, its layers findable: `dtype` is its own already (`graph_dtype`)."""
         return read_prepared(self.path).model
 
     def check(self) -> None:
@@ -230,41 +223,18 @@ class ForeignGraph:
                 together, or has experts.
             CheckpointError: The config.json beside it is of another model.
         """
-        for value in self._file.model.graph.inputs:
-            if value.name in TOKEN_INPUTS and value.dtype not in (None, ir.DataType.INT64):
-                raise InputError(
-                    f"{self.path}: input {value.name} is {value.dtype.name.lower()}, expected int64",
-                    hint="export it again with 64-bit token ids, masks and positions, which is what runtimes feed",
-                )
+        check_token_inputs(self.path, self._file.model.graph)
         routed = self._file.routed or (self.config is not None and self.config.routing is not None)
         if routed:
             raise InputError(
                 f"{self.path}: its layers have routers already, and an adapter's would be added to them",
                 hint="give the model it was made from, a checkpoint or a graph, and the adapter",
             )
-        self._check_tokens_stand_alone()
-        self._check_mlps()
+        check_tokens_stand_alone(self.path, self._layers)
+        check_one_mlp_a_layer(self.path, self._layers)
         _ = self.client_settings  # refused before the work, if it is
-        if self.config is None:
-            return
-        found = {"layers": self.num_layers, **_cache_sizes(self._layers[0]), **self.tensor_shapes()}
-        expected = {
-            "layers": self.config.num_layers,
-            "KV heads": self.config.num_kv_heads,
-            "head size": self.config.head_dim,
-            **self.config.tensor_shapes(),
-        }
-        problems = [
-            f"{what} {expected[what]} in config.json, {found[what]} in the graph"
-            for what in found
-            if what in expected and found[what] != expected[what]
-        ]
-        if problems:
-            raise CheckpointError(
-                f"{self.path.parent / 'config.json'}: is of another model than {self.path.name}: "
-                + "; ".join(problems),
-                hint="put the config.json of the exported model beside the graph",
-            )
+        if self.config is not None:
+            check_config_fits(self.path, self.config, self._layers, self.tensor_shapes())
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -280,50 +250,13 @@ class ForeignGraph:
         return find_decoder_layers(self._file.model.graph)
 
     def _why_unnamed(self) -> Refusal | None:
-        unnamed = next((said for layer in self._layers if (said := self._unnamed_weights(layer)) is not None), None)
+        unnamed = next((said for layer in self._layers if (said := why_unnamed(layer)) is not None), None)
         if unnamed is None:
             return None
         return Refusal(
             f"weights of its layers have no names: {unnamed}",
             "route it: masking and skipping MLPs needs none; or inject into the checkpoint, and export that",
         )
-
-    def _check_tokens_stand_alone(self) -> None:
-        """Refuses activations that one scale rounds for all tokens: who is beside a token changes what it computes."""
-        nodes = ((layer.index, node) for layer in self._layers for node in layer.nodes)
-        found = next(((index, node) for index, node in nodes if (node.domain, node.op_type) in _ROUND_TOGETHER), None)
-        if found is not None:
-            raise InputError(
-                f"{self.path}: layer {found[0]}: {place(found[1])} rounds the activations of all tokens by one scale, "
-                "so what a token computes depends on the tokens beside it; routing is of each token by itself",
-                hint="route the graph before it is quantised, and quantise the artefact; or quantise the weights alone "
-                "(MatMulNBits, DequantizeLinear)",
-            )
-
-    def _check_mlps(self) -> None:
-        """Refuses experts: each would be somebody's MLP, and the sum of them is nobody's."""
-        for layer in self._layers:
-            if self._unnamed_weights(layer) is None:
-                continue
-            try:
-                ends = branch_ends(layer.mlp)
-            except GraphPassError:
-                continue  # a quantisation that nobody here reads: its MLP is masked all the same
-            if len(ends) > 1:
-                raise InputError(
-                    f"{self.path}: the MLP of layer {layer.index} ends in {len(ends)} matrices, {', '.join(ends[:4])}; "
-                    "expected one, down_proj",
-                    hint="only Llamas and their relatives can be routed or deepened, no mixtures of experts",
-                )
-
-    @staticmethod
-    def _unnamed_weights(layer: DecoderLayer) -> str | None:
-        """Why a layer's weights have no names; None where they have."""
-        try:
-            _ = layer.projections
-        except GraphPassError as err:
-            return err.message
-        return None
 
     @functools.cached_property
     def _file(self) -> ForeignFile:
@@ -341,17 +274,11 @@ class ForeignGraph:
         Those of layers that hold other weights besides, such as norms of queries, are left out: MLPs are masked and
         skipped without them, and whoever needs them says why they are not there.
         """
-        named: dict[str, LazyTensor] = {}
-        for layer in self._layers:
-            if self._unnamed_weights(layer) is not None:
-                continue
-            for projection in layer.projections.values():
-                named[layer_tensor_name(layer.index, projection.tensor)] = projection.contents
-        named |= _outer_weights(self._layers[0], self._layers[-1])
+        named = named_weights(self._layers)
         head = named.get(HEAD)
         # Some exporters store a tied matrix twice; quantised, the two may be rounded apart, and both count.
         tied = self.config is not None and self.config.tie_word_embeddings
-        if tied and head is not None and not (_is_quantised(head) or _is_quantised(named[EMBEDDING])):
+        if tied and head is not None and not (is_quantised(head) or is_quantised(named[EMBEDDING])):
             if not are_equal(head, named[EMBEDDING]):
                 raise CheckpointError(
                     f"{self.path}: head and embedding differ, but config.json says tie_word_embeddings",
@@ -457,44 +384,3 @@ def _beside(path: Path, name: str) -> Path | None:
         CheckpointError: It is a link that leads out of the folder or nowhere, or no regular file.
     """
     return file_inside(path.parent, name) if os.path.lexists(path.parent / name) else None
-
-
-def _cache_sizes(layer: DecoderLayer) -> dict[str, int]:
-    """KV heads and head size, as far as the cache's input says them: [batch, kv_heads, past, head_dim]."""
-    shape = layer.past_key.shape
-    if shape is None or len(shape) != 4:
-        return {}
-    return {name: dim for name, dim in (("KV heads", shape[1]), ("head size", shape[3])) if isinstance(dim, int)}
-
-
-def _outer_weights(first: DecoderLayer, last: DecoderLayer) -> dict[str, LazyTensor]:
-    """Embedding, final norm and head: the constants before the first layer and behind the last."""
-    embedding = embedding_table(embedding_lookup(first.input))
-    assert embedding is not None, "the stream starts at a table"
-    found: dict[str, WeightStorage] = {}
-    for node in _nodes_behind(last.output):
-        if (head := linear_weight(node)) is not None and head.shape[1] == last.hidden_size:
-            found[HEAD] = head
-        for at in (Place(node, index) for index in range(len(node.inputs)) if node.op_type in _FINAL_NORMS):
-            norm = dense_storage(at, "vector")
-            if norm is not None and norm.shape == (last.hidden_size,):
-                found[FINAL_NORM] = norm
-    behind = {name: StoredRows(storage, 0, storage.shape[0]) for name, storage in found.items()}
-    return {EMBEDDING: embedding, **behind}
-
-
-def _is_quantised(tensor: LazyTensor) -> bool:
-    """Whether a graph stores something else than the numbers it computes with."""
-    return not (isinstance(tensor, StoredRows) and isinstance(tensor.storage, DenseStorage))
-
-
-def _nodes_behind(value: ir.Value) -> list[ir.Node]:
-    """Every node that depends on a value, nearest first."""
-    nodes: dict[ir.Node, None] = {}
-    waiting = [value]
-    while waiting:
-        for node in waiting.pop(0).consumers():
-            if node not in nodes:
-                nodes[node] = None
-                waiting.extend(node.outputs)
-    return list(nodes)

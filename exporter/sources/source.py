@@ -203,14 +203,11 @@ def open_source(
         InputError: The model cannot be read, or both it and the adapter are routed.
         dlo_export.checkpoints.adapter.adapter.AdapterError: The adapter is damaged or does not fit the model.
     """
-    if adapter_folder is not None and is_peft_adapter(adapter_folder):
-        return _merged_source(model, adapter_folder, allow_nonfinite=allow_nonfinite, weights=weights)
-    adapter = load_adapter(adapter_folder) if adapter_folder is not None else None
-    if adapter_folder is not None and (adapter_folder / LORA_FOLDER).is_dir():
-        lora = adapter_folder / LORA_FOLDER
-        base: BaseModel = _merged_base(model, lora, allow_nonfinite=allow_nonfinite, weights=weights)
-    else:
-        base = _open_base(model, allow_nonfinite=allow_nonfinite, weights=weights)
+    lora = None if adapter_folder is None else _lora_folder(adapter_folder)
+    adapter = None if adapter_folder is None or adapter_folder == lora else load_adapter(adapter_folder)
+    base = _open_base(model, lora, allow_nonfinite=allow_nonfinite, weights=weights)
+    if adapter is None and adapter_folder is not None:  # a LoRA adapter, which is in the base's weights
+        return ExportSource(base, None, base.routing, adapter_folder.name, "not stated", weightless=not weights)
     if adapter is None:
         if not engines:
             check_use(base, "export without adapter")
@@ -231,27 +228,25 @@ def open_source(
     return ExportSource(base, adapter, routing, adapter_folder.name, adapter_base, weightless=not weights)
 
 
-def _merged_source(model: str | Path, adapter_folder: Path, *, allow_nonfinite: bool, weights: bool) -> ExportSource:
-    """A checkpoint with a LoRA adapter in its weights: plain, deepened or routed, as the checkpoint is."""
-    base = _merged_base(model, adapter_folder, allow_nonfinite=allow_nonfinite, weights=weights)
-    return ExportSource(base, None, base.routing, adapter_folder.name, "not stated", weightless=not weights)
+def _lora_folder(adapter: Path) -> Path | None:
+    """Where LoRA matrices lie: the adapter itself where it is PEFT's, or a folder in it; None where it has none."""
+    if is_peft_adapter(adapter):
+        return adapter
+    inner = adapter / LORA_FOLDER
+    return inner if inner.is_dir() else None
 
 
-def _merged_base(model: str | Path, adapter_folder: Path, *, allow_nonfinite: bool, weights: bool) -> CheckpointModel:
-    lora = load_lora(adapter_folder, allow_nonfinite=allow_nonfinite)
-    if _is_graph(model):
+def _open_base(model: str | Path, lora_folder: Path | None, *, allow_nonfinite: bool, weights: bool) -> BaseModel:
+    """The one place that tells the kinds apart, by what stands on the command line."""
+    lora = None if lora_folder is None else load_lora(lora_folder, allow_nonfinite=allow_nonfinite)
+    if not _is_graph(model):
+        return CheckpointModel(open_checkpoint(model, weights=weights), lora, allow_nonfinite)
+    if lora is not None:
         raise InputError(
-            f"{model}: is a graph, the LoRA adapter {adapter_folder} is merged into a checkpoint's weights",
+            f"{model}: is a graph, the LoRA adapter {lora_folder} is merged into a checkpoint's weights",
             hint="export the checkpoint with that adapter",
         )
-    return CheckpointModel(open_checkpoint(model, weights=weights), lora, allow_nonfinite)
-
-
-def _open_base(model: str | Path, *, allow_nonfinite: bool, weights: bool) -> BaseModel:
-    """The one place that tells the kinds apart, by what stands on the command line."""
-    if _is_graph(model):
-        return open_foreign_graph(Path(model), allow_nonfinite=allow_nonfinite)
-    return CheckpointModel(open_checkpoint(model, weights=weights), allow_nonfinite=allow_nonfinite)
+    return open_foreign_graph(Path(model), allow_nonfinite=allow_nonfinite)
 
 
 def _is_graph(model: str | Path) -> bool:

@@ -52,12 +52,13 @@ def check_backend(name: BackendName, targets: tuple[str, ...]) -> Backend:
     _check_machine(backend, gpu)
     possible = (str(gpu.target),) if backend.targets is None else backend.targets
     if wrong := sorted(set(targets) - set(possible)):
-        reason = f"it builds only for the GPU it runs on, {gpu.target}" if backend.targets is None else "it builds for"
-        listed = "" if backend.targets is None else f" {', '.join(possible)}"
+        if backend.targets is None:
+            reason, portable = f"it builds only for the GPU it runs on, {gpu.target}", ""
+        else:
+            reason, portable = f"it builds for {', '.join(possible)}", " for an engine that runs on all of them"
         raise InputError(
-            f"--trt-target: {backend.title} cannot build for {', '.join(wrong)}: {reason}{listed}",
-            hint="choose among those, or leave --trt-target out"
-            + (" for an engine that runs on all of them" if backend.targets else ""),
+            f"--trt-target: {backend.title} cannot build for {', '.join(wrong)}: {reason}",
+            hint=f"choose among those, or leave --trt-target out{portable}",
         )
     return backend
 

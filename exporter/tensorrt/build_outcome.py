@@ -13,6 +13,14 @@ from dlo_export.runtimes.tensorrt.backend import BACKENDS
 
 _KINDS: dict[str, type[DloError]] = {error.__name__: error for error in (EngineBuildError, MachineError, InputError)}
 _LINES_SHOWN = 5
+_WHILE = {
+    "": "starting",
+    "import": "importing the backend",
+    "parse": "parsing",
+    "checks": "checking the network",
+    "build": "building",
+    "write": "writing the engine",
+}
 _HINT = "\n\nhint: "
 _PLUGIN_EXCEPTION = re.compile(r"\[ERROR\] Exception caught in \w+\(\): (?:\w+: )?(?P<reason>.*)")
 
@@ -72,11 +80,10 @@ def _with_plugin_reasons(message: str, log: list[str]) -> str:
 
 def _ended(build: BuildProcess, kind: type[DloError], how: str, hint: str) -> DloError:
     request = build.request
-    stage = {"": "starting", "import": "importing the backend", "parse": "parsing", "checks": "checking the network"}
-    at = {"build": "building", "write": "writing the engine"}.get(build.stage) or stage[build.stage]
-    doing = f", at: {build.doing}" if build.doing else ""
+    doing = _WHILE[build.stage] + (f", at: {build.doing}" if build.doing else "")
     lines = "".join(f"\n  {line}" for line in list(build.log)[-_LINES_SHOWN:])
     last = f"\nits last log lines:{lines}" if lines else ""
     return kind(
-        f"{request.graph.name}: the {BACKENDS[request.backend].title} build {how} while {at}{doing}{last}", hint=hint
+        f"{request.graph.name}: the {BACKENDS[request.backend].title} build {how} while {doing}{last}",
+        hint=hint,
     )

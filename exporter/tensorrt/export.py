@@ -16,9 +16,9 @@ from dlo_export.exporter.tensorrt.plan import PlannedEngine, TensorRtPlan
 from dlo_export.exporter.weight_file import leave_weights_out, save_weights, weight_bytes, weight_places
 from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.lowerings.registry import find_lowering
+from dlo_export.runtimes.artefact.description import WEIGHTS_NAME
 from dlo_export.runtimes.artefact.engine_record import EngineBuild, EngineRecord, OptimizationProfile, ParityVerdict
 
-WEIGHTS = "model.onnx.data"
 # Why some nodes of a 16-bit graph compute in float32.
 FLOAT32_NODES = {
     "routers": "the decision is defined in fp32: a 16-bit logit near 0 decides otherwise",
@@ -73,7 +73,7 @@ def save_graphs(plan: TensorRtPlan, target: Path, reporter: Reporter, *, weights
         _save_weights(plan, target, reporter)
     for engine in plan.engines:
         if not weights:
-            leave_weights_out(engine.model, target / WEIGHTS)
+            leave_weights_out(engine.model, target / WEIGHTS_NAME)
         ir.save(engine.model, target / f"{engine.name}.onnx")
 
 
@@ -82,10 +82,10 @@ def _save_weights(plan: TensorRtPlan, target: Path, reporter: Reporter) -> None:
     needed = weight_bytes(first) * (1 + len(plan.engines) * _ENGINE_BYTES_PER_WEIGHT_BYTE)
     check_disk_space(target, needed, target.parent.parent, "TensorRT's graphs and engines may need")
     with reporter.bytes("TensorRT weights") as progress:
-        save_weights(first, target / WEIGHTS, progress=progress)
+        save_weights(first, target / WEIGHTS_NAME, progress=progress)
     for engine in plan.engines[1:]:
         # One file serves all graphs: prefill, which is first, holds what decode does; chunks may add a constant behind.
-        save_weights(engine.model, target / WEIGHTS, write=False)
+        save_weights(engine.model, target / WEIGHTS_NAME, write=False)
         shared = weight_places(engine.model).items() <= weight_places(first).items()
         assert shared, "graphs of one source lay their weights out alike"
 

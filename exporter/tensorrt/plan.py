@@ -14,13 +14,10 @@ from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.exporter.graph_dtype import graph_dtype, sixteen_bits
 from dlo_export.exporter.kernel_widths import check_kernel_widths
 from dlo_export.exporter.lowering_choice import check_nothing_asked
-from dlo_export.exporter.pipeline import (
-    TensorRtOptions,
-    build_tensorrt_model,
-    check_tensorrt_options,
-)
+from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.exporter.target_graphs import build_tensorrt_model, check_tensorrt_options
 from dlo_export.exporter.tensorrt.backend import BackendChoice, check_backend, resolve_backend
 from dlo_export.exporter.tensorrt.engine_cache import cache_limit
 from dlo_export.graph_passes.errors import GraphPassError

@@ -8,8 +8,9 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.llama_layer import router_name
-from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model, run_steps, twin_steps
+from dlo_export.exporter.pipeline import TensorRtOptions, run_steps, twin_steps
 from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.exporter.target_graphs import build_tensorrt_model
 from dlo_export.exporter.weight_file import external_tensors
 
 # Slots of the twin's static cache: more than parity feeds, and no more, since every step attends over all of them.

@@ -110,5 +110,4 @@ def _fuse(graph: ir.Graph, scores: ir.Value, found: _Gathering) -> None:
         new.type, new.shape = old.type, old.shape
         replace_value(old, new)
     for last in (found.gather, found.index, score_node):
-        if last.graph is graph and not last.outputs[0].uses():
-            remove_with_sources(graph, last)
+        remove_with_sources(graph, last)

@@ -31,7 +31,7 @@ from dlo_export.runtimes.static_cache.runner import StaticRunner
 
 
 class InPlaceRunner(StaticRunner):
-    """Of a graph that `exporter.pipeline.build_captured_model` makes.
+    """Of a graph that `exporter.target_graphs.build_captured_model` makes.
 
     A step of one token per sequence is bound once for a batch: on a GPU ONNX Runtime captures it and replays it from
     then on. Longer steps run sequence by sequence, as the graph's attention takes them.

@@ -25,9 +25,10 @@ from benchmarks.engines.gpu_subject import LayerSeconds, RoutedReference, Subjec
 from benchmarks.gpu_check import read_artefacts
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_runner import exposed_model
-from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model
+from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.target_graphs import build_tensorrt_model
 from dlo_export.exporter.weight_file import save_weights
 from dlo_export.runtimes import bench
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner

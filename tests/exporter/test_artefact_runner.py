@@ -23,9 +23,9 @@ def artefact(tmp_path_factory):
 
 def test_artefact_shows_its_routers_when_scores_are_asked_for(artefact):
     ids = [np.arange(3, 11)[np.newaxis]]
-    with open_artefact(artefact, threads=1) as shown, open_artefact(artefact, scores=False, name="plain") as hidden:
+    with open_artefact(artefact, threads=1) as shown, open_artefact(artefact, scores=False) as hidden:
         assert (shown.name, shown.routed_layers) == ("out", (0, 2))
-        assert (hidden.name, hidden.routed_layers) == ("plain", ())
+        assert (hidden.name, hidden.routed_layers) == ("out", ())
         (scored,), _ = feed(shown, ids)
         (released,), _ = feed(hidden, ids)
     assert sorted(scored.router_scores) == [0, 2]

@@ -14,9 +14,10 @@ from dlo_export.checkpoints.dtypes import FLOAT32
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
-from dlo_export.exporter.pipeline import build_captured_model, exposed, prepare_released
+from dlo_export.exporter.pipeline import exposed, prepare_released
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.exporter.target_graphs import build_captured_model
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.exporter.weight_file import save_weights
 from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from dlo_export import __version__
+from dlo_export.exporter.app import app
 from dlo_export.exporter.exit_codes import BAD_INPUT, MACHINE, OUR_BUG, exit_code, report_error
 from tests.exporter.forked_commands import run as dlo
 from tests.tiny_models import save_tiny_llama
@@ -197,6 +199,14 @@ def test_exit_codes_tell_bugs_from_the_machines_and_the_users_faults():
     assert exit_code(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == MACHINE
     assert exit_code(ModuleNotFoundError(name="torch")) == MACHINE
     assert exit_code(ModuleNotFoundError(name="dlo_export.graph_passes.gone")) == OUR_BUG
+
+
+def test_every_command_takes_the_option_that_the_message_of_a_bug_names(capsys):
+    report_error(KeyError("x"))
+    assert "run again with -v" in capsys.readouterr().err
+    commands = typer.main.get_command(app).commands
+    options = {name: {word for option in command.params for word in option.opts} for name, command in commands.items()}
+    assert {name for name, words in options.items() if "-v" not in words} == set()
 
 
 def test_commands_load_no_heavy_library_when_their_options_are_listed():

@@ -1,8 +1,12 @@
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from dlo_export.checkpoints.errors import MachineError
+from dlo_export.exporter.evaluate import EvaluationRequest, evaluate_model
+from dlo_export.exporter.progress import Reporter
 from tests.exporter.forked_commands import Ended, run
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
@@ -53,6 +57,21 @@ def test_an_artefact_measures_as_its_checkpoint_does(place: Path, tmp_path: Path
     assert shipped["texts"][0]["scored_tokens"] == 12 * 44 - 1
     assert shipped["tasks"][0]["chosen"] == checkpoint["tasks"][0]["chosen"]
     assert shipped["settings"] == {"context": 128, "sequence": 64, "stride": 32, "batch": None, "limit": None}
+
+
+def test_dense_checkpoint_is_measured_when_its_routers_have_thresholds(place: Path, tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "model", **SIZES, tokenizer=True, routed=(True, True), thresholds={0: 0.3})
+    ended = evaluate(place, tmp_path, str(tmp_path / "model"), "--text", "text.txt", "--dense", "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["routed_layers"] == []
+
+
+def test_evaluation_names_the_variable_when_there_is_no_place_for_temporary_files(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
+    with pytest.raises(MachineError, match="TMPDIR"):
+        evaluate_model(EvaluationRequest(str(place / "routed"), (place / "text.txt",), ()), Reporter())
 
 
 def test_tables_show_what_was_measured(place: Path, tmp_path: Path) -> None:

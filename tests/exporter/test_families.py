@@ -22,9 +22,10 @@ from dlo_export.checkpoints.model_types import RoutingKind, leaves_keys
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.parity_check import check_parity
-from dlo_export.exporter.pipeline import TensorRtOptions, build_tensorrt_model
+from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.target_graphs import build_tensorrt_model
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.graph_passes.lowerings.registry import skipping_lowerings
 from dlo_export.modeling.calibration.layer_stream import LayerStream

@@ -9,8 +9,8 @@ import pytest
 
 from dlo_export.checkpoints.adapter.adapter import DloAdapter, save_adapter
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
-from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.target_graphs import build_model
 from dlo_export.graph_passes.errors import GraphPassError
 from tests.foreign_graphs import save_foreign_graph
 from tests.foreign_protos import leave_later_tokens_to_attention

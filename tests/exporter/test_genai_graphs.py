@@ -33,10 +33,11 @@ from dlo_export.exporter.app import app
 from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.export import ExportRequest, ParityFailedError, export_model
 from dlo_export.exporter.parity_check import check_parity
-from dlo_export.exporter.pipeline import build_model, exposed
+from dlo_export.exporter.pipeline import exposed
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.target_graphs import build_model
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.generation.generate import generate

@@ -1,6 +1,7 @@
 """Parity of an artefact that lies there: with its source, with another one, and after it was changed."""
 
 import json
+import re
 
 import numpy as np
 import onnx_ir as ir
@@ -8,6 +9,7 @@ import pytest
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.export import ExportRequest, export_model
+from dlo_export.exporter.layer_parity import check_parity_by_layer
 from dlo_export.exporter.parity_check import check_parity
 from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.progress import Reporter
@@ -76,11 +78,30 @@ def test_parity_fails_when_a_weight_was_changed(checkpoint, tmp_path):
 
 def test_source_is_refused_when_its_weights_are_others(checkpoint, tmp_path):
     result = _exported(checkpoint, tmp_path / "out")
-    other = save_tiny_llama(tmp_path / "other", routed=[*ROUTED, True], layers=4)
+    other = save_tiny_llama(tmp_path / "other", routed=ROUTED, intermediate=64)
     with pytest.raises(
-        InputError, match=r"are not those of an export of this source: model\.layers\.3[\s\S]*hint: give the model"
+        InputError, match=r"are not those of an export of this source: model\.layers\.0[\s\S]*hint: give the model"
     ):
         check_parity(open_source(other, None), result.folder, result.description)
+
+
+@pytest.mark.parametrize(
+    ("different", "words"),
+    [
+        ({"layers": 4, "routed": [*ROUTED, True]}, "has 3 layers, its source 4"),
+        ({"routed": [True, True, True]}, "routes layers [0, 2], its source [0, 1, 2]"),
+        ({"routed": None}, "routes layers [0, 2], its source []"),
+        ({"vocab": 90}, "knows 97 tokens, its source 90"),
+        ({"hidden": 64, "head_dim": 8}, "has a hidden size of 32, its source 64"),
+    ],
+    ids=["layers", "routed layers", "no routers", "vocabulary", "hidden size"],
+)
+@pytest.mark.parametrize("check", [check_parity, check_parity_by_layer])
+def test_source_is_refused_when_it_is_another_model(checkpoint, tmp_path, check, different, words):
+    result = _exported(checkpoint, tmp_path / "out", lowering="masked")
+    other = save_tiny_llama(tmp_path / "other", **{"routed": ROUTED, **different})
+    with pytest.raises(InputError, match=re.escape(words)):
+        check(open_source(other, None), result.folder, result.description)
 
 
 def test_parity_fails_when_the_source_is_another_of_the_same_form(checkpoint, tmp_path):

@@ -13,9 +13,9 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.model_types import RoutingKind, routed_type
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.lowering_choice import LoweredModel, choose_onnxruntime_lowering
-from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.target_graphs import build_model
 from dlo_export.exporter.tensorrt.plan import TensorRtRequest
 from dlo_export.runtimes.artefact.description import load_description
 from tests.exporter.forked_commands import run

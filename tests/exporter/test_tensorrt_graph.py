@@ -10,8 +10,9 @@ import pytest
 
 from dlo_export.checkpoints.interface import is_state_input
 from dlo_export.checkpoints.model_types import kv_keys
-from dlo_export.exporter.pipeline import TensorRtOptions, build_model, build_tensorrt_model, run_steps, tensorrt_steps
+from dlo_export.exporter.pipeline import TensorRtOptions, run_steps, tensorrt_steps
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.target_graphs import build_model, build_tensorrt_model
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from tests.bare_session import left_padded
 from tests.static_session import StaticSession, runnable

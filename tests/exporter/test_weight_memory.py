@@ -9,8 +9,9 @@ import onnx_ir as ir
 import pytest
 
 from dlo_export.checkpoints import lazy_tensors
-from dlo_export.exporter.pipeline import TensorRtOptions, build_model, build_tensorrt_model
+from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.target_graphs import build_model, build_tensorrt_model
 from dlo_export.exporter.weight_file import save_weights
 from tests.tiny_gguf import save_tiny_gguf
 from tests.tiny_models import save_tiny_llama

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.exporter.target_graphs import build_model
 from dlo_export.exporter.weight_file import save_weights
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 

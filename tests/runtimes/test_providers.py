@@ -9,8 +9,8 @@ import pytest
 from dlo_export.checkpoints.dtypes import BFLOAT16, BY_OPTION, FLOAT16, FLOAT32
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.named_operators import named_operators
-from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.target_graphs import build_model
 from dlo_export.exporter.weight_file import save_weights
 from dlo_export.runtimes.errors import ModelLoadError, StepError
 from dlo_export.runtimes.onnxruntime.providers import CPU, CUDA, SKIP_GATE_UP
