@@ -11,7 +11,7 @@ class BareSession:
 
     def __init__(self, path):
         options = ort.SessionOptions()
-        options.intra_op_num_threads = 2
+        options.intra_op_num_threads = 1  # tests share the cores, and a waiting thread spins
         options.log_severity_level = 3
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.past = [value for value in self.session.get_inputs() if value.name.startswith("past_")]
@@ -52,7 +52,7 @@ class InPlaceSession:
 
     def __init__(self, path, batch=1, fill=0.0):
         options = ort.SessionOptions()
-        options.intra_op_num_threads = 2
+        options.intra_op_num_threads = 1
         options.log_severity_level = 3
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.state = {

@@ -21,8 +21,13 @@ for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, lambda number, frame: None)
 
-# Begun first, so that no process is left alone with one of them at the end.
-LONGEST = ("test_documentation.py", "test_signals.py", "test_training_processes.py", "test_reproduce_papers.py")
+# Begun first, so that no process is left alone with one of them at the end: what takes 20 s or more.
+LONGEST = (
+    *("test_documentation.py", "test_signals.py", "test_training_processes.py", "test_reproduce_papers.py"),
+    *("test_calibration.py", "test_training_run.py", "test_rate_control.py", "test_skip_kernels.py"),
+    *("test_tensorrt_smollm2.py", "test_tensorrt_export.py", "test_plain_parity.py", "test_routed_smollm2.py"),
+    *("test_kernels_interpreted.py", "test_captured_decoder.py", "test_hostile_inputs.py", "test_cpp_onnxruntime.py"),
+)
 
 
 def pytest_collection_modifyitems(items):

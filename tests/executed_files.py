@@ -1,4 +1,4 @@
-"""Runs `dlo-export` with the arguments given, then prints the repository's files in the order they first did something.
+"""Runs `dlo-export` and prints the repository's files in the order they first did something.
 
 Importing a file is not doing something: what counts is a call of one of its functions from another one.
 """
@@ -42,6 +42,6 @@ def executed_files(arguments: list[str]) -> list[str]:
     return [str(Path(file).resolve().relative_to(ROOT)) for file in found]
 
 
-if __name__ == "__main__":
-    files = executed_files(sys.argv[1:])
-    print(*files, sep="\n")
+def print_executed_files(arguments: list[str]) -> None:
+    """One a line, behind what the command itself prints."""
+    print(*executed_files(arguments), sep="\n")

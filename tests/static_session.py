@@ -21,9 +21,9 @@ def runnable(model):
 class StaticSession:
     """The graph, its KV cache (zeroed at first, updated by every step), and how much of it each sequence uses."""
 
-    def __init__(self, model, batch, threads=2):
+    def __init__(self, model, batch):
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = 1
         options.log_severity_level = 3
         self.session = ort.InferenceSession(runnable(model), options, providers=["CPUExecutionProvider"])
         self.outputs = [value.name for value in self.session.get_outputs()]

@@ -1,5 +1,6 @@
 """The documentation's commands, run as a new user would on a tiny model; its Python, options, links and names."""
 
+import functools
 import itertools
 import pkgutil
 import re
@@ -61,19 +62,36 @@ def installed(program):
     return Path(sys.executable).with_name(program)
 
 
-@pytest.fixture
-def workplace(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """What the documents take for granted: checkpoints, texts, an adapter, somebody's graph and an adapter to it."""
-    save_tiny_llama(tmp_path / "model", layers=6, vocab=BYTE_VOCABULARY, tokenizer=True)
-    (tmp_path / "my-model").symlink_to("model")
-    (tmp_path / "corpus").mkdir()
+    folder = tmp_path_factory.mktemp("made")
+    save_tiny_llama(folder / "model", layers=6, vocab=BYTE_VOCABULARY, tokenizer=True)
+    (folder / "my-model").symlink_to("model")
+    (folder / "corpus").mkdir()
     for position, source in enumerate(sorted((ROOT / "exporter").glob("*.py"))):
-        (tmp_path / "corpus" / f"{position}.txt").write_text(source.read_text())
-    (tmp_path / "optimum-export").symlink_to(ROOT / "tests" / "data" / "optimum_llama")
+        (folder / "corpus" / f"{position}.txt").write_text(source.read_text())
+    (folder / "optimum-export").symlink_to(ROOT / "tests" / "data" / "optimum_llama")
     for model, adapter in (("model", "tli"), ("optimum-export", "adapter")):
-        made = run([installed("dlo"), "expand", model, "-o", adapter, "--adapter", "--every", "2"], tmp_path)
-        assert made.returncode == 0, made.stderr
-    return tmp_path
+        command = ["expand", model, "-o", adapter, "--adapter", "--every", "2"]
+        result = forked_commands.run(*command, working_folder=folder)
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artefact(made, tmp_path_factory):
+    """What a document's Python opens, with an engine."""
+    folder = tmp_path_factory.mktemp("artefact") / "artefact"
+    result = forked_commands.run("export", made / "model", "-o", folder, "--trt", "--no-parity")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def workplace(made, tmp_path):
+    """All of that, for one document to work on."""
+    return shutil.copytree(made, tmp_path / "workplace", symlinks=True)
 
 
 def test_readme_shows_every_command():
@@ -104,19 +122,24 @@ def test_commands_work_when_run_in_order(document, workplace):
 
 
 @pytest.mark.parametrize("document", WITH_PYTHON)
-def test_python_runs_when_pasted_into_a_file(document, workplace):
-    if "artefact" in "".join(python_blocks(document)):
-        made = run([installed("dlo-export"), "model", "-o", "artefact", "--trt", "--no-parity"], workplace)
-        assert made.returncode == 0, made.stderr
+def test_python_runs_when_pasted_into_a_file(document, workplace, artefact):
+    shutil.copytree(artefact, workplace / "artefact")
     for position, block in enumerate(python_blocks(document)):
         file = workplace / f"test_block_{position}.py"
         file.write_text(block)
-        is_test = "def test_" in block
-        result = run(
-            [sys.executable, *(("-m", "pytest", "-p", "no:cacheprovider") if is_test else ()), file], workplace
+        work = run_tests if "def test_" in block else functools.partial(runpy.run_path, run_name="__main__")
+        process = forked_commands.start(
+            functools.partial(work, str(file)), workplace / "messages", working_folder=workplace
         )
+        process.join()
+        result = forked_commands.ended(process, workplace / "messages")
         missing = [reason for (where, error), reason in MISSING.items() if where == document and error in result.stderr]
         assert result.returncode == 0 or missing, f"{block}\n{result.stdout}\n{result.stderr}"
+
+
+def run_tests(file):
+    """Ends as pytest does: with 0 where there are tests and all pass."""
+    sys.exit(pytest.main(["-p", "no:cacheprovider", file]))
 
 
 # Not run as they stand: benchmarks take minutes, some a GPU; building the library and the sample takes TensorRT's
@@ -175,7 +198,7 @@ def options_in(text):
 def our_options():
     """Of our commands, and those that other programs of the repository name in their source."""
     every = [command.name for command in app.registered_commands]
-    helps = [run([installed("dlo"), *command, "--help"]).stdout for command in ([], *([name] for name in every))]
+    helps = [forked_commands.run(*command, "--help").stdout for command in ([], *([name] for name in every))]
     sources = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("plugins/**/*.py"), *ROOT.glob("samples/**/*.cpp")]
     literals = [" ".join(re.findall(r'"(--[a-z-]+)"', source.read_text())) for source in sources]
     return options_in(" ".join([*helps, *literals]))

@@ -74,9 +74,9 @@ def environment(request, wheel, tmp_path_factory):
 
 
 def install(environment, *arguments):
-    """Installs into an environment that has no pip of its own."""
+    """Installs into an environment that has no pip of its own; what is imported is compiled then."""
     pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python")]
-    subprocess.run([*pip, "install", *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*pip, "install", "--no-compile", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")

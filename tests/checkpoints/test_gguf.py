@@ -15,6 +15,7 @@ from dlo_export.checkpoints.errors import CheckpointError
 from dlo_export.checkpoints.formats.gguf_checkpoint import NEUTRAL_VALUES
 from dlo_export.checkpoints.opening import Checkpoint, open_checkpoint
 from dlo_export.checkpoints.rope import RopeConfig
+from tests.checkpoints.equal_tensors import check_equals_transformers
 from tests.tiny_families import save_tiny_family
 from tests.tiny_gguf import TEXTS, UNWRITABLE, save_tiny_gguf
 from tests.tiny_models import save_tiny_llama
@@ -35,12 +36,7 @@ def file(folder: Path, tmp_path: Path) -> Path:
 def assert_equals_transformers(checkpoint: Checkpoint) -> None:
     path = checkpoint.path
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    reference = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    assert set(reference) == set(checkpoint.tensors)
-    for name, tensor in checkpoint.tensors.items():
-        array = tensor.numpy()
-        assert (tensor.shape, tensor.dtype, tensor.nbytes) == (array.shape, array.dtype, array.nbytes)
-        np.testing.assert_array_equal(array.astype(np.float32), reference[name], err_msg=name)
+    check_equals_transformers(checkpoint, model)
 
 
 # -- tensors
@@ -369,13 +365,7 @@ def smollm2() -> Checkpoint:
     return open_checkpoint(path)
 
 
-@pytest.mark.smollm2
-def test_smollm2_tensors_equal_transformers_when_read_from_the_wheel(smollm2: Checkpoint) -> None:
-    assert smollm2.stored_dtype == "Q4_1"
-    assert smollm2.config.tie_word_embeddings
-    assert_equals_transformers(smollm2)
-
-
+# test_plain_parity.py holds the tensors of the whole file against those of transformers.
 @pytest.mark.smollm2
 def test_smollm2_tokenizer_gives_transformers_ids_when_saved(smollm2: Checkpoint, tmp_path: Path) -> None:
     smollm2.save_companions(tmp_path)

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import functools
 import multiprocessing
 import os
 import resource
@@ -55,19 +56,20 @@ def start(
     """Starts a command, and returns its process when it is about to begin.
 
     Args:
-        arguments: Of `dlo`.
+        arguments: Of `dlo`; or what is called in place of a command, without arguments and to be pickled.
         messages: Files its stdout and stderr go to, with these as suffixes.
         working_folder: The current one by default.
         limits: Of the process: "cpu_seconds", "memory_bytes" and "file_bytes"; none by default.
         environment: Variables it has beside those of this process.
         privileged: Leave root its right to read and write whatever permissions say.
     """
+    work = arguments if callable(arguments) else functools.partial(main, [*map(str, arguments)])
     context = forkserver()
     ready, begins = context.Pipe(duplex=False)
     process = context.Process(
         target=_run,
         args=(
-            [*map(str, arguments)],
+            work,
             str(messages),
             str(working_folder or os.getcwd()),
             limits or {},
@@ -132,7 +134,7 @@ def _give_up_privileges():
     assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
 
 
-def _run(arguments, messages, folder, limits, environment, privileged, begins):
+def _run(work, messages, folder, limits, environment, privileged, begins):
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)  # as in a process that has just started
     os.chdir(folder)
@@ -145,4 +147,4 @@ def _run(arguments, messages, folder, limits, environment, privileged, begins):
     if not privileged:
         _give_up_privileges()
     begins.send(None)
-    main(arguments)
+    work()

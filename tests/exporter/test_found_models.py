@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
@@ -107,9 +105,8 @@ def test_bench_warns_when_its_workload_goes_beyond_the_context(tmp_path):
 def test_run_is_refused_when_the_prompt_is_not_utf8(tmp_path):
     folder = save_tiny_llama(tmp_path / "model", vocab=BYTE_VOCABULARY, tokenizer=True)
     export_model(ExportRequest(str(folder), tmp_path / "artefact", parity=False), Reporter())
-    code = "from dlo_export.exporter.cli import main; main()"
-    command = [sys.executable, "-c", code, "run", str(tmp_path / "artefact"), b"caf\xe9", "--raw"]
-    check_refused(subprocess.run(command, capture_output=True, text=True, check=False), tmp_path, "UTF-8")
+    prompt = os.fsdecode(b"caf\xe9")  # as Python gives a program's arguments
+    check_refused(dlo("run", tmp_path / "artefact", prompt, "--raw"), tmp_path, "UTF-8")
 
 
 @pytest.mark.parametrize(

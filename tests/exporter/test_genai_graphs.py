@@ -64,6 +64,7 @@ def logits(path, steps=(SEQUENCE,), *, packed=True):
     Not packed: quantised weights are multiplied by as they are, by activations as they are.
     """
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "0" if packed else "1")
     session = ort.InferenceSession(path, options)

@@ -4,15 +4,17 @@ import numpy as np
 import onnxruntime_genai as og
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from dlo_export.checkpoints.adapter.adapter import save_adapter
 from dlo_export.checkpoints.depth.expansion import expansion_adapter
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
 from tests.bare_session import BareSession, left_padded
+from tests.checkpoints.equal_tensors import check_equals_transformers
 
 pytestmark = pytest.mark.smollm2
 
@@ -30,9 +32,11 @@ def reference(smollm2_gguf):
 
 
 @pytest.fixture(scope="module")
-def prompt(smollm2_gguf):
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
-    return tokenizer(PROMPT, return_tensors="np")["input_ids"]
+def prompt(smollm2_gguf, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    with open_checkpoint(smollm2_gguf) as checkpoint:
+        checkpoint.save_companions(folder)
+    return np.array(load_encoder(folder)(PROMPT))[np.newaxis]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,13 @@ def artefact(request, smollm2_gguf, tmp_path_factory):
 @pytest.fixture(scope="module")
 def session(artefact):
     return BareSession(artefact / "model.onnx")
+
+
+def test_checkpoint_equals_transformers_when_read_from_the_wheel(smollm2_gguf, reference):
+    with open_checkpoint(smollm2_gguf) as checkpoint:
+        assert checkpoint.stored_dtype == "Q4_1"
+        assert checkpoint.config.tie_word_embeddings
+        check_equals_transformers(checkpoint, reference)
 
 
 def test_artefact_has_the_layers_it_was_asked_for(artefact, session):

@@ -3,11 +3,14 @@
 tests/data/smollm2_routers is what `dlo calibrate SmolLM2-135M-Instruct.Q4_1.gguf -o DIR --as-adapter` writes.
 """
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 
+from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.exporter.artefact_runner import exposed_model, open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.pipeline import TensorRtOptions
@@ -16,7 +19,6 @@ from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.modeling.calibration.text import read_documents
-from dlo_export.runtimes.generation.tokenizer import Tokenizer
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.torch.reference import open_reference
 from tests.bare_session import left_padded
@@ -28,20 +30,26 @@ LENGTHS = (64, 41, 23)
 DECODED = 8
 
 
-@pytest.fixture(scope="module", params=["masked", "compact"])
-def artefact(request, smollm2_gguf, smollm2_tli_adapter, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("routed") / request.param
-    request_ = ExportRequest(
-        str(smollm2_gguf), folder, adapter=smollm2_tli_adapter, lowering=request.param, parity=False
-    )
-    export_model(request_, Reporter())
-    return folder
+@pytest.fixture(scope="module")
+def artefact_of(smollm2_gguf, smollm2_tli_adapter, tmp_path_factory):
+    """The artefact of a lowering, made once."""
+
+    def exported(lowering):
+        folder = tmp_path_factory.mktemp("routed") / lowering
+        request = ExportRequest(str(smollm2_gguf), folder, adapter=smollm2_tli_adapter, lowering=lowering, parity=False)
+        export_model(request, Reporter())
+        return folder
+
+    return functools.cache(exported)
 
 
 @pytest.fixture(scope="module")
-def steps(artefact):
+def steps(smollm2_gguf, tmp_path_factory):
     """Real text in a left-padded batch: a prefill, then single tokens behind the cache."""
-    tokens = Tokenizer(artefact).encode(read_documents()[0].text)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    with open_checkpoint(smollm2_gguf) as checkpoint:
+        checkpoint.save_companions(folder)
+    tokens = load_encoder(folder)(read_documents()[0].text)
     cuts = np.cumsum((0, *LENGTHS))
     samples = [np.array(tokens[start:stop])[np.newaxis] for start, stop in itertools.pairwise(cuts)]
     ids, mask, positions = left_padded(samples)
@@ -75,15 +83,18 @@ def check_equal(runner, steps, expected):
     assert 0.5 < active / total < 0.95, "the comparison must see tokens that run and tokens that skip"
 
 
-def test_logits_and_decisions_equal_pytorch_when_routers_decide(artefact, steps, expected):
-    with open_artefact(artefact) as runner:
+@pytest.mark.parametrize("lowering", ["masked", "compact"])
+def test_logits_and_decisions_equal_pytorch_when_routers_decide(artefact_of, steps, expected, lowering):
+    with open_artefact(artefact_of(lowering)) as runner:
         check_equal(runner, steps, expected)
 
 
+# Of the artefact the twin takes its weights alone, which are the same whatever its lowering.
 @pytest.mark.parametrize("lowering", ["compact", "if", "plugin"])
 def test_tensorrt_graph_equals_pytorch_when_batch_is_ragged(
-    artefact, smollm2_gguf, smollm2_tli_adapter, steps, expected, lowering
+    artefact_of, smollm2_gguf, smollm2_tli_adapter, steps, expected, lowering
 ):
+    artefact = artefact_of("compact")
     source = open_source(smollm2_gguf, smollm2_tli_adapter)
     twin = tensorrt_twin(source, TensorRtOptions(lowering), load_graph(artefact / "model.onnx"))
     source.close()

@@ -22,7 +22,7 @@ from dlo_export.exporter.exit_codes import DONE, INTERRUPTED, MACHINE, OUTPUT_LO
 from tests.exporter import forked_commands
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
-MOMENTS = int(os.environ.get("DLO_TEST_MOMENTS", "5"))
+MOMENTS = int(os.environ.get("DLO_TEST_MOMENTS", "4"))
 ENDINGS = {
     signal.SIGINT: INTERRUPTED,
     signal.SIGTERM: TERMINATED,

@@ -20,7 +20,14 @@ from tests.interop.environments import EXPORTER
 from tests.tiny_families import save_tiny_family
 from tests.tiny_models import ROPES
 
-pytestmark = pytest.mark.interop
+# Marks, so that nobody makes a checkpoint where it is not there.
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(
+        not is_installed(EXPORTER, requirements_of(EXPORTER)),
+        reason=f"{EXPORTER} is not installed: make test-interop",
+    ),
+]
 
 # What makes a graph: an environment, and arguments of a program in it, the checkpoint and the graph's folder last.
 SCRIPT = Path(__file__).parent / "exporters" / "dynamo.py"
@@ -59,8 +66,6 @@ def checkpoint_of(tmp_path_factory):
 
 def exported_graph(checkpoint: Path, folder: Path, program: str, form: str) -> Path:
     """The graph a program makes of a checkpoint, with the checkpoint's config.json beside it."""
-    if not is_installed(EXPORTER, requirements_of(EXPORTER)):
-        pytest.skip(f"{EXPORTER} is not installed: make test-interop")
     folder.mkdir()
     graph = folder / "model.onnx"
     arguments = {

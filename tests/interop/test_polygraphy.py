@@ -18,7 +18,14 @@ from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.runtimes.artefact.description import load_description
 from tests.interop.environments import COMPARER, REQUIREMENTS
 
-pytestmark = pytest.mark.interop
+# Marks, so that nobody makes an artefact where it is not there.
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(
+        not is_installed(COMPARER, REQUIREMENTS / "polygraphy.txt"),
+        reason=f"{COMPARER} is not installed: make test-interop",
+    ),
+]
 
 KINDS = ("routed", "if", "attention", "attention_if", "layer", "active", "deepened")
 TOLERANCES = ("--atol", "1e-5", "--rtol", "1e-5")
@@ -33,8 +40,6 @@ def artefact(request: pytest.FixtureRequest) -> Path:
 
 def polygraphy(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Its program, finished."""
-    if not is_installed(COMPARER, REQUIREMENTS / "polygraphy.txt"):
-        pytest.skip(f"{COMPARER} is not installed: make test-interop")
     # Through its Python: programs of an environment that was moved name the old one.
     programs = WORKSPACE / COMPARER / "bin"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

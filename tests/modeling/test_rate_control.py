@@ -21,6 +21,7 @@ from dlo_export.modeling.calibration.evaluation import evaluate, with_routers
 from dlo_export.modeling.calibration.rate_control import sequence_scores, shift_thresholds, use_thresholds
 from dlo_export.modeling.calibration.router_calibration import CalibrationSettings, calibrate_routers
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.router_distillation import DistillationSettings, distilled_routers
 from tests.exporter.forked_commands import Ended, run
 from tests.modeling.training_runs import SETTINGS, opened, packed, save_chats, save_routed
@@ -229,14 +230,14 @@ def test_distilled_routers_diverge_less_than_similar_ones_at_the_same_rate(tmp_p
 
 
 def test_distilled_routers_have_the_rate_that_was_asked_for(place: Path, tmp_path: Path) -> None:
-    options = ("--objective", "distill", "--target", 0.8, "--steps", 6, "--tokens", 16384)
+    options = ("--objective", "distill", "--target", 0.8, "--steps", 6, "--tokens", 8192)
     result = calibrate(place, "plain", tmp_path / "out", *options)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     # A model of random weights, and 2,048 tokens of other documents than thresholds are fitted on.
     assert report["active_rate"]["original"] == pytest.approx(0.8, abs=0.03)
     assert report["rate_control"]["target"] == 0.8
-    similar = calibrate(place, "plain", tmp_path / "similar", "--target", 0.8, "--tokens", 16384)
+    similar = calibrate(place, "plain", tmp_path / "similar", "--target", 0.8, "--tokens", 8192)
     assert similar.returncode == 0, similar.stderr
     with open_checkpoint(tmp_path / "out") as distilled, open_checkpoint(tmp_path / "similar") as fitted:
         assert distilled.tensors.keys() == fitted.tensors.keys()
@@ -272,7 +273,7 @@ def test_distilled_routers_go_on_an_adapters_layers_and_leave_its_identities_ski
 @pytest.mark.parametrize("exact", [True, False])
 def test_trained_rate_is_the_target_when_asked_for(tmp_path: Path, exact: bool) -> None:
     folder, chats = save_routed(tmp_path / "model"), save_chats(tmp_path / "chats.jsonl", 160)
-    data = packed(folder, chats)
+    data = PackedSets(training=packed(folder, chats), held_out=packed(folder, chats))
     model = opened(folder)
     settings = dataclasses.replace(SETTINGS, target=0.9, anneal_steps=0, max_steps=2, rate_weight=0.0, exact_rate=exact)
     result = train(model, data, tmp_path / "run", settings)
@@ -294,7 +295,7 @@ def test_trained_rate_is_the_target_when_asked_for(tmp_path: Path, exact: bool) 
 
 def test_thresholds_stay_when_training_came_near_enough(tmp_path: Path) -> None:
     folder, chats = save_routed(tmp_path / "model"), save_chats(tmp_path / "chats.jsonl", 160)
-    data = packed(folder, chats)
+    data = PackedSets(training=packed(folder, chats), held_out=packed(folder, chats))
     settings = dataclasses.replace(SETTINGS, max_steps=1, learning_rate=1e-12, router_learning_rate=1e-12)
     first = train(opened(folder), data, tmp_path / "first", settings)
     assert first.rate_control is not None

@@ -17,14 +17,14 @@ from dlo_export.checkpoints.files.written_files import LIST_NAME
 from dlo_export.modeling.training.compilation import compile_layers, compile_loss
 from dlo_export.modeling.training.errors import TrainingDivergedError, TrainingError
 from dlo_export.modeling.training.fused_norm import use_fused_norms
-from dlo_export.modeling.training.packing import PackedDocuments, stacked
+from dlo_export.modeling.training.packing import PackedSets, stacked
 from dlo_export.modeling.training.parameters import choose_parameters, merged_state, parameter_groups
 from dlo_export.modeling.training.run_folder import RunFolder
 from tests.modeling.training_runs import (
     SETTINGS,
     log_of,
     opened,
-    packed,
+    packed_sets,
     run,
     run_rank,
     save_chats,
@@ -44,8 +44,8 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(folder: Path, chats: Path) -> PackedDocuments:
-    return packed(folder, chats)
+def data(folder: Path, chats: Path) -> PackedSets:
+    return packed_sets(folder, chats)
 
 
 def changed(before: Path, model: Any) -> set[str]:
@@ -55,7 +55,7 @@ def changed(before: Path, model: Any) -> set[str]:
 
 
 def test_training_learns_and_takes_the_labels_shares_as_capacities(
-    folder: Path, data: PackedDocuments, tmp_path: Path
+    folder: Path, data: PackedSets, tmp_path: Path
 ) -> None:
     model = opened(folder)
     settings = dataclasses.replace(SETTINGS, max_steps=60, learning_rate=5e-3, accumulate=2)
@@ -71,8 +71,8 @@ def test_training_learns_and_takes_the_labels_shares_as_capacities(
     assert result.held_out.loss < log[0]["loss"]
 
 
-def test_fused_norms_compute_what_transformers_own_do(folder: Path, data: PackedDocuments) -> None:
-    batch = stacked([data[0], data[1]])
+def test_fused_norms_compute_what_transformers_own_do(folder: Path, data: PackedSets) -> None:
+    batch = stacked([data.training[0], data.training[1]])
     batch.pop("counted")
     found = []
     for fused in (False, True):
@@ -112,7 +112,7 @@ def test_routers_learn_by_their_size_when_the_rate_is_relative(folder: Path) -> 
     assert rates() == pytest.approx({0: 0.1, 2: 0.1})
 
 
-def test_whole_layers_are_trained_as_mlps_are(data: PackedDocuments, tmp_path: Path) -> None:
+def test_whole_layers_are_trained_as_mlps_are(data: PackedSets, tmp_path: Path) -> None:
     folder = save_routed(tmp_path / "model", model_type="llama_dlo")
     model = opened(folder)
     result = run(model, data, tmp_path / "run", dataclasses.replace(SETTINGS, max_steps=30, learning_rate=5e-3))
@@ -126,7 +126,7 @@ def test_whole_layers_are_trained_as_mlps_are(data: PackedDocuments, tmp_path: P
 
 @pytest.mark.parametrize(("labels", "mode"), [("cos-global", "full"), ("self", "lora")])
 def test_a_resumed_run_equals_one_that_never_stopped(
-    folder: Path, data: PackedDocuments, tmp_path: Path, labels: str, mode: str
+    folder: Path, data: PackedSets, tmp_path: Path, labels: str, mode: str
 ) -> None:
     settings = dataclasses.replace(SETTINGS, labels=labels, mode=mode, accumulate=2, max_steps=7)
     whole = opened(folder)
@@ -141,7 +141,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     assert all(torch.equal(value, expected[name]) for name, value in merged_state(resumed))
 
 
-def test_a_finished_run_is_only_measured_when_resumed(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+def test_a_finished_run_is_only_measured_when_resumed(folder: Path, data: PackedSets, tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, max_steps=2)
     finished = run(opened(folder), data, tmp_path, settings)
     log = log_of(tmp_path)
@@ -150,7 +150,7 @@ def test_a_finished_run_is_only_measured_when_resumed(folder: Path, data: Packed
     assert log_of(tmp_path) == log
 
 
-def test_a_run_is_not_resumed_with_other_settings(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_other_settings(folder: Path, data: PackedSets, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="holds no training run to resume"):
         run(opened(folder), data, tmp_path / "run", resume=True)
     run(opened(folder), data, tmp_path / "run", dataclasses.replace(SETTINGS, max_steps=1))
@@ -164,7 +164,7 @@ def test_a_run_is_not_resumed_with_other_settings(folder: Path, data: PackedDocu
 
 
 def test_a_run_is_not_resumed_from_a_checkpoint_when_files_of_it_are_gone_or_cut_short(
-    folder: Path, data: PackedDocuments, tmp_path: Path
+    folder: Path, data: PackedSets, tmp_path: Path
 ) -> None:
     """The Trainer alone would go on without the optimiser's states, or the random ones, and say nothing."""
     settings = dataclasses.replace(SETTINGS, max_steps=2, save_every=1)
@@ -180,7 +180,7 @@ def test_a_run_is_not_resumed_from_a_checkpoint_when_files_of_it_are_gone_or_cut
 
 
 def test_a_run_says_which_setting_is_behind_it_when_its_optimiser_has_other_groups(
-    folder: Path, data: PackedDocuments, tmp_path: Path
+    folder: Path, data: PackedSets, tmp_path: Path
 ) -> None:
     settings, steps = dataclasses.replace(SETTINGS, max_steps=3), []
     run(opened(folder), data, tmp_path, settings, report=steps.append, should_stop=lambda: len(steps) == 1)
@@ -196,7 +196,7 @@ def test_a_run_says_which_setting_is_behind_it_when_its_optimiser_has_other_grou
 
 
 @pytest.mark.parametrize("mode", ["full", "routers", "new-layers", "lora"])
-def test_what_learns_is_what_the_mode_says(folder: Path, data: PackedDocuments, tmp_path: Path, mode: str) -> None:
+def test_what_learns_is_what_the_mode_says(folder: Path, data: PackedSets, tmp_path: Path, mode: str) -> None:
     model = opened(folder)
     model.config.injected_layers = [{"position": 1, "source": 0, "init": "copy"}]
     run(model, data, tmp_path, dataclasses.replace(SETTINGS, mode=mode, max_steps=2, rate_weight=1.0))
@@ -208,13 +208,13 @@ def test_what_learns_is_what_the_mode_says(folder: Path, data: PackedDocuments, 
     assert changed(folder, model) == expected[mode]
 
 
-def test_new_layers_alone_cannot_learn_when_there_are_none(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+def test_new_layers_alone_cannot_learn_when_there_are_none(folder: Path, data: PackedSets, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="names no injected_layers"):
         run(opened(folder), data, tmp_path / "run", dataclasses.replace(SETTINGS, mode="new-layers"))
     assert not (tmp_path / "run").exists()
 
 
-def test_lora_merged_equals_the_model_it_was_trained_in(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+def test_lora_merged_equals_the_model_it_was_trained_in(folder: Path, data: PackedSets, tmp_path: Path) -> None:
     model = opened(folder)
     run(model, data, tmp_path, dataclasses.replace(SETTINGS, mode="lora", learning_rate=1e-2))
     ids = torch.arange(3, 23).reshape(2, 10)
@@ -228,7 +228,7 @@ def test_lora_merged_equals_the_model_it_was_trained_in(folder: Path, data: Pack
 
 @pytest.mark.parametrize("mode", ["full", "routers"])
 def test_distillation_starts_at_the_dense_models_own_words_and_brings_the_model_back_to_them(
-    folder: Path, data: PackedDocuments, tmp_path: Path, mode: str
+    folder: Path, data: PackedSets, tmp_path: Path, mode: str
 ) -> None:
     settings = dataclasses.replace(
         SETTINGS, mode=mode, language_weight=0.0, distill_weight=1.0, skip_weight=0.0, rate_weight=0.0, max_steps=30
@@ -246,7 +246,7 @@ def test_distillation_starts_at_the_dense_models_own_words_and_brings_the_model_
 
 @pytest.mark.parametrize(("mode", "distill"), [("full", 0.0), ("routers", 1.0)])
 def test_each_mlp_runs_once_per_micro_batch_for_output_and_labels(
-    folder: Path, data: PackedDocuments, tmp_path: Path, mode: str, distill: float
+    folder: Path, data: PackedSets, tmp_path: Path, mode: str, distill: float
 ) -> None:
     model, calls = opened(folder), dict.fromkeys(range(3), 0)
     for number, layer in enumerate(model.model.layers):
@@ -260,9 +260,7 @@ def test_each_mlp_runs_once_per_micro_batch_for_output_and_labels(
     assert calls == dict.fromkeys(range(3), 6)
 
 
-def test_layers_learn_faster_the_more_of_their_tokens_are_kept(
-    folder: Path, data: PackedDocuments, tmp_path: Path
-) -> None:
+def test_layers_learn_faster_the_more_of_their_tokens_are_kept(folder: Path, data: PackedSets, tmp_path: Path) -> None:
     rates: list[list[tuple[int | None, float]]] = []
     settings = dataclasses.replace(SETTINGS, max_steps=2, save_every=1, router_learning_rate=1e-2, anneal_steps=0)
     noting = register_optimizer_step_pre_hook(
@@ -285,12 +283,12 @@ def test_layers_learn_faster_the_more_of_their_tokens_are_kept(
 
 @pytest.mark.parametrize("selection", ["top-k", "threshold"])
 def test_evaluation_routes_as_inference_and_beside_it_as_training(
-    folder: Path, data: PackedDocuments, tmp_path: Path, selection: str
+    folder: Path, data: PackedSets, tmp_path: Path, selection: str
 ) -> None:
     model = opened(folder)
     held_out = run(model, data, tmp_path, dataclasses.replace(SETTINGS, selection=selection)).held_out
     assert held_out is not None
-    batch = stacked([data[index] for index in range(len(data))])
+    batch = stacked([data.held_out[index] for index in range(len(data.held_out))])
     counted, labels = batch.pop("counted"), batch.pop("labels")
     with torch.no_grad():
         outputs = model(**batch, use_cache=False)
@@ -304,7 +302,7 @@ def test_evaluation_routes_as_inference_and_beside_it_as_training(
 
 
 def test_bf16_trains_in_fp32_weights_with_gradient_checkpointing(
-    folder: Path, data: PackedDocuments, tmp_path: Path
+    folder: Path, data: PackedSets, tmp_path: Path
 ) -> None:
     model = opened(folder)
     settings = dataclasses.replace(SETTINGS, dtype="bf16", gradient_checkpointing=True)
@@ -317,9 +315,7 @@ def test_bf16_trains_in_fp32_weights_with_gradient_checkpointing(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_layers_are_compiled_once_for_all_steps(
-    folder: Path, data: PackedDocuments, tmp_path: Path, dtype: str
-) -> None:
+def test_layers_are_compiled_once_for_all_steps(folder: Path, data: PackedSets, tmp_path: Path, dtype: str) -> None:
     settings = dataclasses.replace(SETTINGS, dtype=dtype, max_steps=4)
     run(opened(folder), data, tmp_path / "eager", settings)
     graphs: list[torch.fx.GraphModule] = []
@@ -345,7 +341,7 @@ def test_layers_are_compiled_once_for_all_steps(
     ],
 )
 def test_a_diverging_run_names_step_and_layer_and_keeps_its_checkpoint(
-    folder: Path, data: PackedDocuments, tmp_path: Path, spoiled: str, message: str
+    folder: Path, data: PackedSets, tmp_path: Path, spoiled: str, message: str
 ) -> None:
     model = opened(folder)
     weight = model.model.layers[1].mlp.up_proj.weight
@@ -368,7 +364,7 @@ def test_a_diverging_run_names_step_and_layer_and_keeps_its_checkpoint(
     ("more", "message"), [(-50_000, "File too large"), (50_000, "a file could not be written whole")]
 )
 def test_a_full_disk_leaves_the_last_checkpoint_intact(
-    folder: Path, data: PackedDocuments, tmp_path: Path, more: int, message: str
+    folder: Path, data: PackedSets, tmp_path: Path, more: int, message: str
 ) -> None:
     """Where the weights do not fit, and where they do and the optimiser's larger file does not."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -392,9 +388,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(
     assert run(opened(folder), data, tmp_path, settings, resume=True).step == 6
 
 
-def test_a_run_is_followed_in_tensorboard_when_it_is_installed(
-    folder: Path, data: PackedDocuments, tmp_path: Path
-) -> None:
+def test_a_run_is_followed_in_tensorboard_when_it_is_installed(folder: Path, data: PackedSets, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(opened(folder), data, tmp_path, dataclasses.replace(SETTINGS, eval_every=3))
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -406,14 +400,14 @@ def test_a_run_is_followed_in_tensorboard_when_it_is_installed(
     assert len(events.Scalars("train/tokens_per_second")) == 6
 
 
-def test_only_the_newest_checkpoints_stay(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_stay(folder: Path, data: PackedSets, tmp_path: Path) -> None:
     run(opened(folder), data, tmp_path, dataclasses.replace(SETTINGS, save_every=1))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
     assert RunFolder(tmp_path).last_checkpoint() == tmp_path / "checkpoint-6"
 
 
 def test_two_processes_equal_one_when_the_batch_is_the_same(
-    folder: Path, chats: Path, data: PackedDocuments, tmp_path: Path
+    folder: Path, chats: Path, data: PackedSets, tmp_path: Path
 ) -> None:
     settings = dataclasses.replace(SETTINGS, accumulate=2)
     one = opened(folder)
@@ -443,12 +437,12 @@ def test_two_processes_equal_one_when_the_batch_is_the_same(
     assert capacities[0] == capacities[1]
 
 
-def test_weights_without_a_gradient_stay_what_they_are(folder: Path, data: PackedDocuments, tmp_path: Path) -> None:
+def test_weights_without_a_gradient_stay_what_they_are(folder: Path, data: PackedSets, tmp_path: Path) -> None:
     model = opened(folder)
     before = model.model.embed_tokens.weight.detach().clone()
     run(model, data, tmp_path, dataclasses.replace(SETTINGS, max_steps=2, learning_rate=0.1))
     fed = torch.zeros(len(before), dtype=torch.bool)
-    fed[torch.cat([data[index]["input_ids"] for index in range(len(data))]).unique()] = True
+    fed[torch.cat([data.training[index]["input_ids"] for index in range(len(data.training))]).unique()] = True
     assert 0 < fed.sum() < len(before)
     assert torch.equal(model.model.embed_tokens.weight[~fed], before[~fed])
     assert not torch.equal(model.model.embed_tokens.weight[fed], before[fed])

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
-from dlo_export.modeling.training.documents import tokenize_records
+from dlo_export.modeling.training.documents import TokenDocument, tokenize_records
 from dlo_export.modeling.training.packing import PackedDocuments, PackedSets
 from dlo_export.modeling.training.records import read_records
 from dlo_export.modeling.training.reports import StepReport
@@ -26,6 +26,7 @@ from dlo_export.modeling.training.settings import TrainingSettings
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 WORDS = ["the", "a", "model", "layer", "token", "skips", "runs", "routes", "learns"]
+MEASURED = 12  # chats
 SETTINGS = TrainingSettings(
     target=0.7,
     anneal_steps=4,
@@ -65,14 +66,23 @@ def opened(folder: Path) -> LlamaDloForCausalLM:
 
 def packed(folder: Path, chats: Path, length: int = 64) -> PackedDocuments:
     """Chats in sequences, by the tokenizer of a checkpoint."""
+    return PackedDocuments(_tokenized(folder, chats, length), length)
+
+
+def packed_sets(folder: Path, chats: Path, length: int = 64) -> PackedSets:
+    """Chats to learn, and a few of them to measure on: what a run takes longest for is to measure, a dozen times."""
+    documents = _tokenized(folder, chats, length)
+    return PackedSets(PackedDocuments(documents, length), PackedDocuments(documents[:MEASURED], length))
+
+
+def _tokenized(folder: Path, chats: Path, length: int) -> Sequence[TokenDocument]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = tokenize_records(read_records(chats), tokenizer, length=length, long_chats="error")
-    return PackedDocuments(data.documents, length)
+    return tokenize_records(read_records(chats), tokenizer, length=length, long_chats="error").documents
 
 
 def run(
     model: LlamaDloForCausalLM,
-    data: PackedDocuments,
+    data: PackedSets,
     folder: Path,
     settings: TrainingSettings = SETTINGS,
     *,
@@ -80,11 +90,11 @@ def run(
     report: Callable[[StepReport], None] = lambda _report: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
-    """Trains on the data and measures on them too."""
+    """Trains and measures."""
     return train_model(
         model,
         settings,
-        PackedSets(training=data, held_out=data),
+        data,
         folder=RunFolder(folder),
         description={"settings": dataclasses.asdict(settings), "model": "tiny", "data": "chats"},
         resume=resume,
@@ -108,4 +118,4 @@ def run_rank(environment: dict[str, str], model_folder: Path, chats: Path, run_f
     """One process of a run of several, which its environment describes as `accelerate launch` would."""
     os.environ |= environment
     torch.set_num_threads(1)
-    run(opened(model_folder), packed(model_folder, chats), run_folder)
+    run(opened(model_folder), packed_sets(model_folder, chats), run_folder)

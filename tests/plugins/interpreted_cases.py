@@ -17,7 +17,7 @@ from triton.runtime.interpreter import interpreter_builder
 from dlo_export.plugins.kernels import launch
 from dlo_export.plugins.skip_down.reference import skip_down
 from dlo_export.plugins.skip_gate_up.reference import skip_gate_up
-from dlo_export.plugins.tiles import TILE_NAMES
+from dlo_export.plugins.tiles import TILE_NAMES, tile_of
 
 NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -25,14 +25,18 @@ MASKS = ("empty", "full", "one row", "ragged")
 UNWRITTEN = 0x7F  # every byte of an output buffer before the launch: a NaN or a huge number in all three dtypes
 
 
-def random_case(rng, number):
+def random_case(op_name, rng, number):
     dtype = ("float32", "float16", "bfloat16")[number % 3]
     mask = MASKS[number // 3 % 4]
-    tile = TILE_NAMES[number // 12 % 2]
-    # every tenth case has more tokens than one scan reads and more active rows than one tile holds
-    long = (3, 91) if tile == "prefill" else (3, 27)
-    batch, sequence = long if number % 10 == 4 else (int(rng.integers(1, 5)), int(rng.integers(1, 9)))
-    hidden, intermediate = (int(size) for size in rng.integers(1, 150, 2))
+    tile_name = TILE_NAMES[number // 12 % 2]
+    tile, turn = tile_of(op_name, tile_name, dtype), number // 24
+    if turn == 0:  # more tokens than one scan reads, and more active rows than one tile holds
+        batch, sequence = 3, tile.scan // 3 + 1
+    else:
+        batch, sequence = int(rng.integers(1, 5)), int(rng.integers(1, 9))
+    # Columns and what is summed: up to a tile of both; one more than a tile has; up to one more than two have.
+    columns, depth = (random_size(rng, size, turn) for size in (tile.columns, tile.depth))
+    hidden, intermediate = (depth, columns) if op_name == "SkipGateUp" else (columns, depth)
     active = np.zeros(batch * sequence, bool)
     if mask == "full":
         active[:] = True
@@ -41,7 +45,13 @@ def random_case(rng, number):
     elif mask == "ragged":
         active = rng.random(len(active)) < rng.random()
     scale = np.where(active, rng.uniform(0.2, 2, len(active)), rng.choice([0.0, -0.0], len(active)))
-    return dtype, mask, tile, (batch, sequence, hidden, intermediate), scale.astype(np.float32).reshape(batch, sequence)
+    shape = (batch, sequence, hidden, intermediate)
+    return dtype, mask, tile_name, shape, scale.astype(np.float32).reshape(batch, sequence)
+
+
+def random_size(rng, of_tile, turn):
+    least, most = {0: (1, of_tile), 1: (of_tile + 1, of_tile + 1)}.get(turn, (1, 2 * of_tile + 1))
+    return int(rng.integers(least, most + 1))
 
 
 def values(rng, shape, dtype, divisor=1.0):
@@ -58,7 +68,7 @@ def bits_of(tensor):
 
 
 def run(op_name, rng, number):
-    dtype, mask, tile, (batch, sequence, hidden, intermediate), scale = random_case(rng, number)
+    dtype, mask, tile, (batch, sequence, hidden, intermediate), scale = random_case(op_name, rng, number)
     skipped = scale == 0
     if op_name == "SkipGateUp":
         inputs = (
