@@ -18,11 +18,11 @@ from dlo_export.checkpoints.interface import (
 from dlo_export.graph_passes.cache.active_slots import HiddenSlots
 from dlo_export.graph_passes.cache.attention_cache import CachedAttention, cached_attentions
 from dlo_export.graph_passes.cache.rotary_tables import (
-    RotaryTables,
     rotary_tables,
     rotated_by_the_graph,
     rotations_of,
 )
+from dlo_export.graph_passes.cache.slot_tables import SlotTables
 from dlo_export.graph_passes.cache.step_lengths import StepLengths
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
@@ -38,7 +38,6 @@ from dlo_export.graph_passes.spec.provenance import LAYER_KEY, TaggedNodes, shar
 
 _HEAD_MULTIPLE = 8  # of head_dim, which the operator asks for
 _ROTATED_MULTIPLE = 16  # likewise where it rotates
-_ROTARY = "model.rotary_emb"
 _BIAS = 10  # input of the operator
 
 
@@ -136,8 +135,9 @@ class UseGroupQueryAttentionPass(GraphPass):
             bias = lengths.open_bias(slots.attention.dtype)
             slots.write_in_place(graph, self._name, lengths.write_indices(), self.max_cache, bias)
         biases = {slots.attention: slots.hide.outputs[0] for slots in hidden}
+        tables = SlotTables(graph, self.max_cache)
         for attention in attentions:
-            self._rewrite(graph, attention, lengths, biases.get(attention))
+            self._rewrite(graph, attention, lengths, tables, biases.get(attention))
         self._write_in_branches(graph, lengths)
         for branch in _branches(graph):
             remove_unused(branch)
@@ -151,11 +151,16 @@ class UseGroupQueryAttentionPass(GraphPass):
         return True
 
     def _rewrite(
-        self, graph: ir.Graph, attention: CachedAttention, lengths: StepLengths, bias: ir.Value | None
+        self,
+        graph: ir.Graph,
+        attention: CachedAttention,
+        lengths: StepLengths,
+        slot_tables: SlotTables,
+        bias: ir.Value | None,
     ) -> None:
         rotary, operands = rotary_tables(attention), _query_key_value(attention)
         assert not isinstance(rotary, str), "asked by check"
-        tables = [] if rotary is None else self._tables(graph, rotary, attention.dtype)
+        tables = [] if rotary is None else slot_tables.of(rotary, attention.dtype)
         if self._rotates_itself(attention):
             operands = [attention.operand(index) for index in range(3)]
             rows = [lengths.rows_of(table) for table in tables]
@@ -197,15 +202,6 @@ class UseGroupQueryAttentionPass(GraphPass):
         """Whether the graph goes on rotating queries and keys."""
         too_narrow = attention.head_dim % _ROTATED_MULTIPLE != 0 and not self.captured
         return too_narrow or rotated_by_the_graph(attention)
-
-    def _tables(self, graph: ir.Graph, rotary: RotaryTables, dtype: ir.DataType) -> list[ir.Value]:
-        # In float32, as the graph computed them; a table row is a position, and a position is a slot.
-        angles = np.arange(self.max_cache, dtype=np.float32)[:, np.newaxis] * rotary.frequencies.reshape(1, -1)
-        computed = {"cos": np.cos(angles), "sin": np.sin(angles)}
-        return [
-            shared_constant(graph, f"{_ROTARY}.{name}_table", (values * rotary.factor).astype(dtype.numpy()))
-            for name, values in computed.items()
-        ]
 
     def _write_in_branches(self, graph: ir.Graph, lengths: StepLengths) -> None:
         """Writes what steps leave that skip attention where `LowerSkipToIfPass` has them append it."""
