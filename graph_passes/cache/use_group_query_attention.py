@@ -67,7 +67,8 @@ class UseGroupQueryAttentionPass(GraphPass):
     Where tokens skip attention, as its masked form and `LowerSkipToIfPass` have it:
 
     * who was active is one more state, whose slots hide skipped tokens by the operator's `attention_bias`
-      (`HiddenSlots`), zeros [1, 1, sequence, 1] where everybody is seen;
+      (`HiddenSlots`), zeros [1, 1, sequence, 1] where everybody is seen; it has a column for each token of the longest
+      sequence, ReduceMax(kv_lengths), which takes the place of max_cache;
     * the branch of a skipped step writes what it leaves in place, too, since both are one buffer::
 
           pk          = TensorScatter(past_key, left, kv_lengths - sequence)   # of Concat(past_key, left)
@@ -133,7 +134,8 @@ class UseGroupQueryAttentionPass(GraphPass):
         hidden = [slots for each in attentions if (slots := HiddenSlots.of(graph, each)) is not None]
         for slots in hidden:
             bias = lengths.open_bias(slots.attention.dtype)
-            slots.write_in_place(graph, self._name, lengths.write_indices(), self.max_cache, bias)
+            first, filled = lengths.write_indices(), lengths.filled()
+            slots.write_in_place(graph, self._name, first, self.max_cache, bias, filled)
         biases = {slots.attention: slots.hide.outputs[0] for slots in hidden}
         tables = SlotTables(graph, self.max_cache)
         for attention in attentions:
@@ -169,9 +171,11 @@ class UseGroupQueryAttentionPass(GraphPass):
                 for number, row in enumerate(rows, start=1):
                     rotation.replace_input_with(number, row)
             tables = []
-        slots = shared_constant(graph, "model.cache_slots", np.array(self.max_cache, np.int32))
+        # A bias has as many columns as the operator is told of tokens: all slots may be many times as many.
+        slots = np.array(self.max_cache, np.int32)
+        total = shared_constant(graph, "model.cache_slots", slots) if bias is None else lengths.total()
         past = (attention.operand(4), attention.operand(5))
-        inputs = [*operands, *past, lengths.past(), slots, *tables]
+        inputs = [*operands, *past, lengths.past(), total, *tables]
         if bias is not None:
             inputs += [*[None] * (_BIAS - len(inputs)), bias]
 
