@@ -112,7 +112,7 @@ class UseGroupQueryAttentionPass(GraphPass):
                 problems.append(
                     f"{place(attention.node)} has heads of {attention.head_dim}, expected a multiple of {multiple}"
                 )
-            found = rotary_tables(attention)
+            found = rotary_tables(attention, self.max_cache)
             if isinstance(found, str):
                 problems.append(f"{place(attention.node)}: {found}")
         if problems:
@@ -160,7 +160,7 @@ class UseGroupQueryAttentionPass(GraphPass):
         slot_tables: SlotTables,
         bias: ir.Value | None,
     ) -> None:
-        rotary, operands = rotary_tables(attention), _query_key_value(attention)
+        rotary, operands = rotary_tables(attention, self.max_cache), _query_key_value(attention)
         assert not isinstance(rotary, str), "asked by check"
         tables = [] if rotary is None else slot_tables.of(rotary, attention.dtype)
         if self._rotates_itself(attention):
