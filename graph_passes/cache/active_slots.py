@@ -87,7 +87,8 @@ class HiddenSlots:
         active, old, dtype = self.state.inputs[1], self.state.outputs[0], self.attention.dtype
         assert active is not None, "Concat has two inputs here"
         writing, hiding = (TaggedNodes(made_by, self.attention.layer) for _ in range(2))
-        router, shape = router_path(self.attention.layer), ("batch", 1, max_cache, 1)
+        router = router_path(self.attention.layer)
+        shape: tuple[int | str, ...] = ("batch", 1, max_cache, 1)
         self.past.type, self.past.shape = ir.TensorType(dtype), ir.Shape(shape)
         numbers = writing.add("Cast", active, name=f"{router}.numbers", dtype=dtype, shape=active.shape, to=int(dtype))
         axes = shared_constant(graph, f"{_MASK}.axes_1_3", np.array([1, 3]))
@@ -98,7 +99,8 @@ class HiddenSlots:
         )
         graph.insert_before(self.state, writing.nodes)
         # Where attention is left out, so is what tells it whom it must not see.
-        looked_at, columns = written, max_cache if filled is None else "filled"
+        looked_at = written
+        columns: int | str = max_cache if filled is None else "filled"
         if filled is not None:
             first, axis = (shared_constant(graph, f"{_MASK}.{name}", np.array([n])) for name, n in _FILLED.items())
             shape = ("batch", 1, columns, 1)

@@ -39,8 +39,10 @@ class StepLengths:
 
     def total(self) -> ir.Value:
         """The operator's: the same, int32 [1]."""
+        # No Cast of `filled`: branches read both, and ONNX Runtime warns that it cannot make one of them.
         int32 = ir.DataType.INT32
-        return self._node("Cast", self.filled(), name="total", shape=(1,), dtype=int32, to=int(int32))
+        each = self._node("Cast", self.kv_lengths, name="lengths_int32", shape=("batch",), dtype=int32, to=int(int32))
+        return self._node("ReduceMax", each, name="total", shape=(1,), dtype=int32, keepdims=1)
 
     def write_indices(self) -> ir.Value:
         """TensorScatter's, which needs its opset: the slots of the step's first tokens, int64 [batch]."""
