@@ -1,11 +1,13 @@
 """What it saves to attend from active tokens' queries only: compact as it is, and with attention for all queries.
 
 Layers of hidden size 576 (`--shape`), random weights, next to no head, fp32; a part of a prompt behind more or less of
-it, as `dlo run` feeds long prompts, with all of each layer's tokens active, and with half of them, at random. One
+it, as `dlo run` feeds long prompts, with all of each layer's tokens active, and with half of them, at random; of the
+tokens before as many. On a cache that grows, or that is written in place, of slots for the longest step. One
 thread, and the CPU time of that thread, blocks alternating: other programs may run beside. Outputs are compared before
 anything is timed.
 
     python -m benchmarks.active_queries
+    python -m benchmarks.active_queries --in-place
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ from benchmarks.common.threshold_inputs import thresholds_as_inputs
 from benchmarks.gpu.random_decoder import SHAPES, RandomDecoder
 from benchmarks.routing_cost import cpu_times
 from dlo_export.exporter.pipeline import onnxruntime_steps, run_steps
+from dlo_export.graph_passes.cache.attend_active_slots import AttendActiveSlotsPass
 from dlo_export.graph_passes.cleanup.attend_active_queries import AttendActiveQueriesPass
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.runtimes.onnxruntime.providers import CPU
 
-ROUTINGS = ("layer", "attention")
+ROUTINGS = ("layer", "attention", "attention-active")
 ALL, ACTIVE = "all queries", "active queries"
 NEAR = 1e-5  # of the largest logit
 
@@ -51,13 +54,18 @@ class Part(Cell):
         """Tokens in the cache."""
         return self.before
 
+    def past_active(self) -> np.ndarray:
+        """Of them, as many at random as of the step's."""
+        return np.asarray(np.random.default_rng(1).random(self.before) >= self.skipped)
 
-def opened(shape: str, routing: Any, queries: str, folder: Path) -> GridSteps:
-    """The compact graph, as it is exported or without the pass that chooses queries."""
-    source = RandomDecoder(shape, routed=True, kind=routing)
-    steps = onnxruntime_steps(source, find_lowering("compact", "onnxruntime-cpu"), "onnxruntime-cpu")
+
+def opened(shape: str, routing: Any, queries: str, folder: Path, slots: int | None) -> GridSteps:
+    """The compact graph, as it is exported or without the pass that chooses queries; without slots its cache grows."""
+    source, record = RandomDecoder(shape, routed=True, kind=routing), find_lowering("compact", "onnxruntime-cpu")
+    steps = onnxruntime_steps(source, record, "onnxruntime-cpu", static_cache=slots)
     if queries == ALL:
-        steps = [step for step in steps if not isinstance(step.graph_pass, AttendActiveQueriesPass)]
+        choosing = (AttendActiveQueriesPass, AttendActiveSlotsPass)
+        steps = [step for step in steps if not isinstance(step.graph_pass, choosing)]
     model = run_steps(source.plain_model(ir.DataType.FLOAT), steps)
     thresholds_as_inputs(model)
     return GridSteps(save_graph(model, folder / f"{routing}-{queries}.onnx"), CPU)
@@ -66,18 +74,20 @@ def opened(shape: str, routing: Any, queries: str, folder: Path) -> GridSteps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="h576")
-    parser.add_argument("--routings", choices=ROUTINGS, nargs="+", default=ROUTINGS)
+    parser.add_argument("--routings", choices=ROUTINGS, nargs="+", default=ROUTINGS[:2])
     parser.add_argument("--tokens", type=int, nargs="+", default=(128, 256, 512), help="of a step")
     parser.add_argument("--before", type=int, nargs="+", default=(0, 1024, 4096), help="tokens in front of it")
+    parser.add_argument("--in-place", action="store_true", help="on a cache that is written in place")
     parser.add_argument("--blocks", type=int, default=5)
     given = parser.parse_args()
+    slots = max(given.before) + max(given.tokens) if given.in_place else None
     use_huge_pages()
     share_threads(1)
     rows: list[list[Any]] = []
     record: dict[str, Any] = {}
     for routing in given.routings:
         with tempfile.TemporaryDirectory() as temporary:
-            graphs = {name: opened(given.shape, routing, name, Path(temporary)) for name in (ALL, ACTIVE)}
+            graphs = {name: opened(given.shape, routing, name, Path(temporary), slots) for name in (ALL, ACTIVE)}
             for tokens, before in ((tokens, before) for tokens in given.tokens for before in given.before):
                 row: list[Any] = [routing, tokens, before]
                 for skipped in (0.0, 0.5):
@@ -94,10 +104,16 @@ def main() -> None:
                     record[f"{routing}, {tokens} behind {before}, {skipped} skipped"] = ratio.summary()
                 rows.append(row)
     print_report(
-        f"Attention from active queries over attention from all, {given.shape}, compact, one thread",
+        f"Attention from active queries over attention from all, {given.shape}, compact, one thread, "
+        + ("a cache that grows" if slots is None else f"a cache of {slots} slots written in place"),
         ["routing", "tokens", "behind", "none skipped", "half skipped"],
         rows,
-        {"blocks": given.blocks, "ratios": record, "versions": versions("dlo-export", "onnxruntime", "numpy")},
+        {
+            "blocks": given.blocks,
+            "slots": slots,
+            "ratios": record,
+            "versions": versions("dlo-export", "onnxruntime", "numpy"),
+        },
     )
 
 

@@ -32,7 +32,7 @@ from dlo_export.exporter.genai_config import (
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.kept_data import kept_files, kept_names, new_weights_name
 from dlo_export.exporter.kernel_widths import check_kernel_widths
-from dlo_export.exporter.lowering_choice import LoweredModel, check_nothing_asked, choose_onnxruntime_lowering
+from dlo_export.exporter.lowering_choice import LoweredModel, choose_onnxruntime_lowering
 from dlo_export.exporter.model_metadata import set_model_metadata
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import load_graph
@@ -241,8 +241,6 @@ def _graph_form(request: ExportRequest, source: ExportSource, *, beside_engines:
     target, library = PROVIDER_TARGETS[request.provider], request.ort_plugin_library
     engines_only = beside_engines and not _runs_everywhere(request.lowering, target)
     asked = "auto" if engines_only else request.lowering
-    if source.routers_removed:
-        check_nothing_asked(asked, source.base.path, routers_removed=True)
     lowering, reason = choose_onnxruntime_lowering(
         asked,
         dtype,
@@ -251,6 +249,7 @@ def _graph_form(request: ExportRequest, source: ExportSource, *, beside_engines:
             routing=None if source.routing is None else source.routing.kind,
             hidden_size=None if source.base.config is None else source.base.config.hidden_size,
             check=lambda record: _check_possible(request, source, dtype, record),
+            routers_removed=source.routers_removed,
         ),
         provider=request.provider,
         library_at_hand=library is not None,

@@ -31,12 +31,14 @@ class LoweredModel:
         routing: What tokens skip; None where it has no routers.
         hidden_size: None where it is unknown; it decides which measured model is like it.
         check: Raises an InputError where its graph cannot be had in a lowering.
+        routers_removed: Whether it has none because the layers that had some are left out.
     """
 
     path: Path
     routing: RoutingKind | None
     hidden_size: int | None
     check: Callable[[LoweringRecord], None]
+    routers_removed: bool = False
 
 
 def choose_onnxruntime_lowering(
@@ -69,7 +71,7 @@ def choose_onnxruntime_lowering(
     path, routing = model.path, model.routing
     if routing is None:
         nothing_routed = find_lowering(NOTHING_ROUTED, target)
-        check_nothing_asked(choice, path)
+        check_nothing_asked(choice, path, routers_removed=model.routers_removed)
         return nothing_routed.name, nothing_routed.reason
     if choice != "auto":
         asked = asked_lowering(choice, target)

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from dlo_export.checkpoints.adapter.adapter import DloAdapter
 from dlo_export.checkpoints.config import RoutingConfig
 from dlo_export.checkpoints.model_types import ROUTED_BLOCKS
+from dlo_export.graph_passes.cache.attend_active_slots import AttendActiveSlotsPass
 from dlo_export.graph_passes.cache.grow_cache_outside_attention import GrowCacheOutsideAttentionPass
 from dlo_export.graph_passes.cache.use_full_mask import UseFullMaskPass
 from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass
@@ -221,8 +222,10 @@ def onnxruntime_steps(
         *([Step(ScatterPackedRowsPass(), lowered)] if source.packs_weights else []),
         # Attention takes longer the more tokens are seen: in long steps, those that skip ask nothing.
         *([Step(AttendActiveQueriesPass(), lowered)] if source.packs_weights and static_cache is None else []),
-        # Where query, key and value are one product shows only now. Its operator takes the queries of all tokens.
+        # Where query, key and value are one product shows only now.
         *([] if static_cache is None else [Step(UseGroupQueryAttentionPass(static_cache), cached)]),
+        # Likewise; its operator takes the queries of all tokens.
+        *([Step(AttendActiveSlotsPass(), cached)] if source.packs_weights and static_cache is not None else []),
         # Nothing is padded on such a cache: which is known only now.
         *([Step(KeepLastLogitsPass(), cached)] if last_logits and static_cache is not None else []),
         # One token's logits may be copied.

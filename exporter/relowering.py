@@ -18,7 +18,7 @@ from dlo_export.checkpoints.config import LlamaConfig, RoutingConfig
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.lazy_tensors import AbsentTensor
 from dlo_export.checkpoints.llama_layer import router_name
-from dlo_export.exporter.artefact_runner import gives_last_logits
+from dlo_export.exporter.artefact_runner import gives_last_logits, held_tokens
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.model_metadata import copy_model_metadata
 from dlo_export.exporter.pipeline import onnxruntime_steps, run_steps
@@ -108,7 +108,13 @@ class ReloweredGraph:
         source = _ReleasedSource(config, self._released)
         target = PROVIDER_TARGETS[self._description.provider]
         record = find_lowering(lowering, target)
-        steps = onnxruntime_steps(source, record, target, last_logits=gives_last_logits(self._description))
+        steps = onnxruntime_steps(
+            source,
+            record,
+            target,
+            last_logits=gives_last_logits(self._description),
+            static_cache=held_tokens(self._description),
+        )
         # Exports of before there were these passes have another head or other routers: what they have stays.
         newer: list[type[GraphPass]] = []
         if MultiplyTiedHeadPass.__name__ not in {run.name for run in passes_run(self._released)}:

@@ -24,7 +24,7 @@ from dlo_export.checkpoints.files.whole_folder import whole_folder
 from dlo_export.checkpoints.files.written_files import LIST_NAME, unfamiliar_files, written_names
 from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.artefact_description import complete_description
-from dlo_export.exporter.artefact_runner import runner_for
+from dlo_export.exporter.artefact_runner import held_tokens, runner_for
 from dlo_export.exporter.genai_config import GENAI_CONFIG_NAME, check_genai_config, with_operator_library
 from dlo_export.exporter.kernel_widths import kernel_width_problem
 from dlo_export.exporter.progress import Reporter
@@ -45,7 +45,6 @@ from dlo_export.runtimes.artefact.description import (
 from dlo_export.runtimes.artefact.engine_record import ParityVerdict
 from dlo_export.runtimes.artefact.files import check_model_files
 from dlo_export.runtimes.bench import Subject, Timing, Workload, compare_speed, spread
-from dlo_export.runtimes.decoder_interface import cache_kind
 from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as BY_PROVIDER
 from dlo_export.runtimes.parity.tolerances import TOLERANCES
 from dlo_export.runtimes.runner import FloatArray, Runner
@@ -81,8 +80,8 @@ def tunable(folder: Path, provider: ProviderOption | None, plugin_library: Path 
         plugin_library: libdlo_ort.so, where it is given.
 
     Raises:
-        InputError: It is no artefact, damaged, dense, has engines or a static cache, files of the user's lie in it, or
-            it cannot be replaced where it is.
+        InputError: It is no artefact, damaged, dense, has engines or steps that a CUDA graph captures, files of the
+            user's lie in it, or it cannot be replaced where it is.
         MachineError: Nor written beside it.
         dlo_export.plugins.errors.PluginLibraryError: It has dlo operators, and no library that computes them is given.
     """
@@ -96,8 +95,11 @@ def tunable(folder: Path, provider: ProviderOption | None, plugin_library: Path 
         )
     if description.engines:
         raise InputError(f"{folder}: has TensorRT engines, whose lowering is built into them", hint=again)
-    if cache_kind(tuple(spec.name for spec in description.interface.inputs)) == "in_place":
-        raise InputError(f"{folder}: has a static cache, whose lowering is chosen once, by the export", hint=again)
+    if held_tokens(description) is not None and description.provider != "cpu":
+        raise InputError(
+            f"{folder}: has a static cache for a CUDA graph, which captures one lowering alone of those that skip",
+            hint="nothing is left to choose; dlo bench times it without --tune",
+        )
     if provider not in (None, description.provider):
         raise InputError(
             f"{folder}: was made for --provider {description.provider}, and is tuned for it alone",

@@ -15,14 +15,18 @@ from dlo_export.checkpoints.dtypes import BY_ONNX
 from dlo_export.checkpoints.interface import (
     ATTENTION_MASK,
     INPUT_IDS,
+    KV_LENGTHS,
     LOGITS,
     POSITION_IDS,
+    continuation_of,
     is_state_input,
     layers_with,
 )
 from dlo_export.exporter.weight_file import save_weights
 from dlo_export.plugins.ort_registration import register_library
 from dlo_export.runtimes.onnxruntime.providers import Provider
+
+PAST_ACTIVE = "past_active."
 
 
 def share_threads(count: int) -> None:
@@ -65,10 +69,13 @@ class GridSteps:
         self._provider = provider
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._layers = layers_with(self._inputs, threshold_name("{i}"))
+        self._in_place = KV_LENGTHS in self._inputs
         self._binding: ort.IOBinding | None = None
 
     def set_up(self, cell: Cell) -> np.ndarray:
         """Binds a step's inputs; its outputs are made anew with every run, as a client has them that keeps the cache.
+
+        A cache that is written in place is past and present at once.
 
         Returns:
             The step's logits, [batch, sequence, vocab].
@@ -76,6 +83,7 @@ class GridSteps:
         batch, sequence, total = cell.batch, cell.sequence, cell.past + cell.sequence
         feeds: dict[str, np.ndarray] = {
             INPUT_IDS: np.arange(batch * sequence, dtype=np.int64).reshape(batch, sequence) % 512,
+            KV_LENGTHS: np.full(batch, total, np.int64),
             ATTENTION_MASK: np.ones((batch, total), np.int64),
             POSITION_IDS: np.tile(np.arange(cell.past, total, dtype=np.int64), (batch, 1)),
         }
@@ -87,16 +95,25 @@ class GridSteps:
             if not is_state_input(name):
                 continue
             kind = BY_ONNX[value.type.removeprefix("tensor(").removesuffix(")")].numpy
-            if len(value.shape) == 2:  # who was active of the cached tokens: everybody
-                feeds[name] = np.ones((batch, cell.past), kind)
+            if value.name.startswith(PAST_ACTIVE) and len(value.shape) == 2:
+                feeds[name] = np.broadcast_to(cell.past_active(), (batch, cell.past)).astype(kind)
+            elif value.name.startswith(PAST_ACTIVE):
+                feeds[name] = np.zeros((batch, *value.shape[1:]), kind)
+                feeds[name][:, 0, : cell.past, 0] = cell.past_active()
             else:
-                feeds[name] = np.zeros((batch, value.shape[1], cell.past, value.shape[3]), kind)
+                slots = value.shape[2] if self._in_place else cell.past
+                feeds[name] = np.zeros((batch, value.shape[1], slots, value.shape[3]), kind)
         self._binding = self._session.io_binding()
         device = self._provider.device, self._provider.device_id
-        for name in self._inputs:
-            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(feeds[name], *device))
+        bound = {name: ort.OrtValue.ortvalue_from_numpy(feeds[name], *device) for name in self._inputs}
+        for name, buffer in bound.items():
+            self._binding.bind_ortvalue_input(name, buffer)
+        shared = {continuation_of(name): bound[name] for name in bound if self._in_place and is_state_input(name)}
         for value in self._session.get_outputs():
-            self._binding.bind_output(value.name, *device)
+            if value.name in shared:
+                self._binding.bind_ortvalue_output(value.name, shared[value.name])
+            else:
+                self._binding.bind_output(value.name, *device)
         self.run()
         return self.outputs()[LOGITS]
 

@@ -47,6 +47,10 @@ class Cell:
         """Tokens of each that are in the cache before."""
         return PAST if self.phase == "decode" else 0
 
+    def past_active(self) -> np.ndarray:
+        """Who of the tokens in the cache was active, bool [past]: everybody."""
+        return np.ones(self.past, np.bool_)
+
     @property
     def step(self) -> str:
         """Which of the six steps it is a form of, such as "decode 4"."""

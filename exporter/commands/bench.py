@@ -149,6 +149,7 @@ def _tune(
 
     folder = folder.resolve()  # a link goes on leading to the artefact, which is replaced where it lies
     description = tunable(folder, provider, plugin_library)
+    _check_fits(folder, description, workload.prompt_tokens, workload.decode_tokens, reporter, perplexity=False)
     needed = workload.batch * (workload.prompt_tokens + workload.decode_tokens)
     ids = held_out_sequences(folder, text, -(-needed // SEQUENCE) * SEQUENCE).reshape(-1).tolist()
     tuned = tune(folder, description, ids, workload, reporter, threads=threads, plugin_library=plugin_library)

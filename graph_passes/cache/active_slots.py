@@ -15,6 +15,7 @@ from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 _MASK = "model.attention_mask"
+_FILLED = {"first_slot": 0, "slot_axis": 2}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +53,13 @@ class HiddenSlots:
         return cls(attention, past, state, hide)
 
     def write_in_place(
-        self, graph: ir.Graph, made_by: str, write_indices: ir.Value, max_cache: int, mask: ir.Value
+        self,
+        graph: ir.Graph,
+        made_by: str,
+        write_indices: ir.Value,
+        max_cache: int,
+        mask: ir.Value,
+        filled: ir.Value | None = None,
     ) -> None:
         """Writes decisions into the step's slots, as keys and values are written, and hides by all slots.
 
@@ -67,17 +74,21 @@ class HiddenSlots:
             present_active = TensorScatter(past_active, numbers, write_indices)  # [batch, 1, max_cache, 1]
             bias           = Where(Greater(Transpose(present_active), 0), mask, lowest)
 
+        or, where `filled` is given, by Slice(present_active, 0, filled): a bias with a column per token.
+
         Args:
             graph: The main graph; needs sorting where `mask` stands behind the layer's decision.
             made_by: Name of the pass.
             write_indices: int64 [batch], the slot of the step's first token.
             max_cache: Slots.
             mask: Additive, [batch or 1, 1, sequence, max_cache or 1].
+            filled: int64 [1], how many slots, from the first on, hold all tokens; None for all slots.
         """
         active, old, dtype = self.state.inputs[1], self.state.outputs[0], self.attention.dtype
         assert active is not None, "Concat has two inputs here"
         writing, hiding = (TaggedNodes(made_by, self.attention.layer) for _ in range(2))
-        router, shape = router_path(self.attention.layer), ("batch", 1, max_cache, 1)
+        router = router_path(self.attention.layer)
+        shape: tuple[int | str, ...] = ("batch", 1, max_cache, 1)
         self.past.type, self.past.shape = ir.TensorType(dtype), ir.Shape(shape)
         numbers = writing.add("Cast", active, name=f"{router}.numbers", dtype=dtype, shape=active.shape, to=int(dtype))
         axes = shared_constant(graph, f"{_MASK}.axes_1_3", np.array([1, 3]))
@@ -88,9 +99,16 @@ class HiddenSlots:
         )
         graph.insert_before(self.state, writing.nodes)
         # Where attention is left out, so is what tells it whom it must not see.
-        shape = ("batch", 1, 1, max_cache)
+        looked_at = written
+        columns: int | str = max_cache if filled is None else "filled"
+        if filled is not None:
+            first, axis = (shared_constant(graph, f"{_MASK}.{name}", np.array([n])) for name, n in _FILLED.items())
+            shape = ("batch", 1, columns, 1)
+            name = f"{router}.filled_slots"
+            looked_at = hiding.add("Slice", written, first, filled, axis, name=name, dtype=dtype, shape=shape)
+        shape = ("batch", 1, 1, columns)
         across = hiding.add(
-            "Transpose", written, name=f"{router}.slots_across", dtype=dtype, shape=shape, perm=(0, 1, 3, 2)
+            "Transpose", looked_at, name=f"{router}.slots_across", dtype=dtype, shape=shape, perm=(0, 1, 3, 2)
         )
         zero = shared_constant(graph, f"{_MASK}.open", np.asarray(0, dtype.numpy()))
         seen = hiding.add("Greater", across, zero, name=f"{router}.seen", dtype=ir.DataType.BOOL, shape=shape)
@@ -98,6 +116,6 @@ class HiddenSlots:
         self.hide.graph.insert_before(self.hide, hiding.nodes)
         self.hide.replace_input_with(0, seen)
         self.hide.replace_input_with(1, mask)
-        self.hide.outputs[0].shape = ir.Shape(("batch", 1, "sequence", max_cache))
+        self.hide.outputs[0].shape = ir.Shape(("batch", 1, "sequence", columns))
         # What read the state was the old mask's condition, which nobody reads now; the output goes on under its name.
         replace_value(old, written)

@@ -50,8 +50,14 @@ class RotaryTables:
     factor: np.float32
 
 
-def rotary_tables(attention: CachedAttention) -> RotaryTables | str | None:
-    """Of the tables that queries and keys are rotated by; None where neither is; in words, why it is done otherwise."""
+def rotary_tables(attention: CachedAttention, max_cache: int) -> RotaryTables | str | None:
+    """Of the tables that queries and keys are rotated by; None where neither is; in words, why it is done otherwise.
+
+    Args:
+        attention: Rotated by frequencies that are constants, or change behind a context of some tokens (dynamic,
+            longrope): a step that no cache holds so many tokens for never comes there.
+        max_cache: Tokens of a sequence at most.
+    """
     rotations = query, key = rotations_of(attention)
     if rotations == [None, None] and all(map(_is_projected, _query_and_key(attention))):
         return None
@@ -65,14 +71,47 @@ def rotary_tables(attention: CachedAttention) -> RotaryTables | str | None:
     angles = cos.inputs[0] if cos is not None and sin is not None and cos.inputs[0] is sin.inputs[0] else None
     product = producer_of(angles) if is_op(cos, "Cos") and is_op(sin, "Sin") and factor == other else None
     factors = list(product.inputs) if is_op(product, "Mul") else []
+    if (changing := next(filter(None, map(_changing_frequencies, factors)), None)) is not None:
+        if max_cache > changing.context:
+            return (
+                f"its frequencies change for whole steps behind {changing.context} tokens (dynamic, longrope): a cache "
+                f"of as many slots can be had, not of {max_cache}"
+            )
+        factors = [changing.before if value is changing.value else value for value in factors]
     tensors = [constant_tensor(value) for value in factors]
     constants = [tensor for tensor in tensors if tensor is not None and tensor.size == attention.head_dim // 2]
     positions = any(map(_are_positions, factors))
-    if positions and tensors == [None, None]:
-        return "its frequencies are computed in every step (dynamic, longrope), and its tables would be made once"
     if len(constants) != 1 or not positions:
         return f"its tables are not cosine and sine of {POSITION_IDS} times {attention.head_dim // 2} constants"
     return RotaryTables(np.asarray(constants[0].numpy(), np.float32).reshape(-1), np.float32(factor))
+
+
+@dataclasses.dataclass(frozen=True)
+class _ChangingFrequencies:
+    """Frequencies that a step has by how far it reaches.
+
+    Attributes:
+        value: Those of the step.
+        before: Those of steps that reach no further than the context.
+        context: Tokens.
+    """
+
+    value: ir.Value
+    before: ir.Value | None
+    context: int
+
+
+def _changing_frequencies(value: ir.Value | None) -> _ChangingFrequencies | None:
+    """Of Where(length > context, …, before), length being one more than the last of all positions."""
+    chosen = producer_of(value)
+    beyond = producer_of(chosen.inputs[0]) if is_op(chosen, "Where") else None
+    if value is None or chosen is None or not is_op(beyond, "Greater"):
+        return None
+    length, context = producer_of(beyond.inputs[0]), constant_scalar(beyond.inputs[1])
+    last = producer_of(length.inputs[0]) if is_op(length, "Add") else None
+    if context is None or not is_op(last, "ReduceMax") or not _are_positions(last.inputs[0]):
+        return None
+    return _ChangingFrequencies(value, chosen.inputs[2], int(context))
 
 
 def _form_problem(query: ir.Node, key: ir.Node) -> str | None:

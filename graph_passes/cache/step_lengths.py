@@ -33,6 +33,17 @@ class StepLengths:
         less = self._node("Sub", self.kv_lengths, one, name="less", shape=("batch",))
         return self._node("Cast", less, name="int32", shape=("batch",), dtype=int32, to=int(int32))
 
+    def filled(self) -> ir.Value:
+        """Tokens of the longest sequence behind the step, all of which stand in so many slots: int64 [1]."""
+        return self._node("ReduceMax", self.kv_lengths, name="filled", shape=(1,), keepdims=1)
+
+    def total(self) -> ir.Value:
+        """The operator's: the same, int32 [1]."""
+        # No Cast of `filled`: branches read both, and ONNX Runtime warns that it cannot make one of them.
+        int32 = ir.DataType.INT32
+        each = self._node("Cast", self.kv_lengths, name="lengths_int32", shape=("batch",), dtype=int32, to=int(int32))
+        return self._node("ReduceMax", each, name="total", shape=(1,), dtype=int32, keepdims=1)
+
     def write_indices(self) -> ir.Value:
         """TensorScatter's, which needs its opset: the slots of the step's first tokens, int64 [batch]."""
         self._graph.opset_imports[""] = max(OPSET, self._graph.opset_imports[""])

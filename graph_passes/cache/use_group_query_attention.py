@@ -18,11 +18,11 @@ from dlo_export.checkpoints.interface import (
 from dlo_export.graph_passes.cache.active_slots import HiddenSlots
 from dlo_export.graph_passes.cache.attention_cache import CachedAttention, cached_attentions
 from dlo_export.graph_passes.cache.rotary_tables import (
-    RotaryTables,
     rotary_tables,
     rotated_by_the_graph,
     rotations_of,
 )
+from dlo_export.graph_passes.cache.slot_tables import SlotTables
 from dlo_export.graph_passes.cache.step_lengths import StepLengths
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
@@ -38,7 +38,6 @@ from dlo_export.graph_passes.spec.provenance import LAYER_KEY, TaggedNodes, shar
 
 _HEAD_MULTIPLE = 8  # of head_dim, which the operator asks for
 _ROTATED_MULTIPLE = 16  # likewise where it rotates
-_ROTARY = "model.rotary_emb"
 _BIAS = 10  # input of the operator
 
 
@@ -68,7 +67,8 @@ class UseGroupQueryAttentionPass(GraphPass):
     Where tokens skip attention, as its masked form and `LowerSkipToIfPass` have it:
 
     * who was active is one more state, whose slots hide skipped tokens by the operator's `attention_bias`
-      (`HiddenSlots`), zeros [1, 1, sequence, 1] where everybody is seen;
+      (`HiddenSlots`), zeros [1, 1, sequence, 1] where everybody is seen; it has a column for each token of the longest
+      sequence, ReduceMax(kv_lengths), which takes the place of max_cache;
     * the branch of a skipped step writes what it leaves in place, too, since both are one buffer::
 
           pk          = TensorScatter(past_key, left, kv_lengths - sequence)   # of Concat(past_key, left)
@@ -112,7 +112,7 @@ class UseGroupQueryAttentionPass(GraphPass):
                 problems.append(
                     f"{place(attention.node)} has heads of {attention.head_dim}, expected a multiple of {multiple}"
                 )
-            found = rotary_tables(attention)
+            found = rotary_tables(attention, self.max_cache)
             if isinstance(found, str):
                 problems.append(f"{place(attention.node)}: {found}")
         if problems:
@@ -134,10 +134,12 @@ class UseGroupQueryAttentionPass(GraphPass):
         hidden = [slots for each in attentions if (slots := HiddenSlots.of(graph, each)) is not None]
         for slots in hidden:
             bias = lengths.open_bias(slots.attention.dtype)
-            slots.write_in_place(graph, self._name, lengths.write_indices(), self.max_cache, bias)
+            first, filled = lengths.write_indices(), lengths.filled()
+            slots.write_in_place(graph, self._name, first, self.max_cache, bias, filled)
         biases = {slots.attention: slots.hide.outputs[0] for slots in hidden}
+        tables = SlotTables(graph, self.max_cache)
         for attention in attentions:
-            self._rewrite(graph, attention, lengths, biases.get(attention))
+            self._rewrite(graph, attention, lengths, tables, biases.get(attention))
         self._write_in_branches(graph, lengths)
         for branch in _branches(graph):
             remove_unused(branch)
@@ -151,11 +153,16 @@ class UseGroupQueryAttentionPass(GraphPass):
         return True
 
     def _rewrite(
-        self, graph: ir.Graph, attention: CachedAttention, lengths: StepLengths, bias: ir.Value | None
+        self,
+        graph: ir.Graph,
+        attention: CachedAttention,
+        lengths: StepLengths,
+        slot_tables: SlotTables,
+        bias: ir.Value | None,
     ) -> None:
-        rotary, operands = rotary_tables(attention), _query_key_value(attention)
+        rotary, operands = rotary_tables(attention, self.max_cache), _query_key_value(attention)
         assert not isinstance(rotary, str), "asked by check"
-        tables = [] if rotary is None else self._tables(graph, rotary, attention.dtype)
+        tables = [] if rotary is None else slot_tables.of(rotary, attention.dtype)
         if self._rotates_itself(attention):
             operands = [attention.operand(index) for index in range(3)]
             rows = [lengths.rows_of(table) for table in tables]
@@ -164,9 +171,11 @@ class UseGroupQueryAttentionPass(GraphPass):
                 for number, row in enumerate(rows, start=1):
                     rotation.replace_input_with(number, row)
             tables = []
-        slots = shared_constant(graph, "model.cache_slots", np.array(self.max_cache, np.int32))
+        # A bias has as many columns as the operator is told of tokens: all slots may be many times as many.
+        slots = np.array(self.max_cache, np.int32)
+        total = shared_constant(graph, "model.cache_slots", slots) if bias is None else lengths.total()
         past = (attention.operand(4), attention.operand(5))
-        inputs = [*operands, *past, lengths.past(), slots, *tables]
+        inputs = [*operands, *past, lengths.past(), total, *tables]
         if bias is not None:
             inputs += [*[None] * (_BIAS - len(inputs)), bias]
 
@@ -197,15 +206,6 @@ class UseGroupQueryAttentionPass(GraphPass):
         """Whether the graph goes on rotating queries and keys."""
         too_narrow = attention.head_dim % _ROTATED_MULTIPLE != 0 and not self.captured
         return too_narrow or rotated_by_the_graph(attention)
-
-    def _tables(self, graph: ir.Graph, rotary: RotaryTables, dtype: ir.DataType) -> list[ir.Value]:
-        # In float32, as the graph computed them; a table row is a position, and a position is a slot.
-        angles = np.arange(self.max_cache, dtype=np.float32)[:, np.newaxis] * rotary.frequencies.reshape(1, -1)
-        computed = {"cos": np.cos(angles), "sin": np.sin(angles)}
-        return [
-            shared_constant(graph, f"{_ROTARY}.{name}_table", (values * rotary.factor).astype(dtype.numpy()))
-            for name, values in computed.items()
-        ]
 
     def _write_in_branches(self, graph: ir.Graph, lengths: StepLengths) -> None:
         """Writes what steps leave that skip attention where `LowerSkipToIfPass` has them append it."""

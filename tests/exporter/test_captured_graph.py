@@ -33,7 +33,7 @@ from dlo_export.runtimes.torch.reference import open_reference
 from dlo_export.runtimes.torch.runner import TorchRunner
 from tests.exporter.forked_commands import run
 from tests.plugins.ort_library import built_library
-from tests.tiny_families import LAYERS, ROPES, save_tiny_family
+from tests.tiny_families import LAYERS, ORIGINAL_CONTEXT, ROPES, save_tiny_family
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
 SLOTS = 32
@@ -48,8 +48,8 @@ def source_of(folder: Path, **options: object) -> ExportSource:
 class Graphs:
     """A captured graph with its weights in a folder, as released and as parity looks into it."""
 
-    def __init__(self, source: ExportSource, lowering: str, folder: Path) -> None:
-        model = build_captured_model(source, lowering, SLOTS)
+    def __init__(self, source: ExportSource, lowering: str, folder: Path, slots: int = SLOTS) -> None:
+        model = build_captured_model(source, lowering, slots)
         save_weights(model, folder / "model.onnx.data")
         self.model, self.folder = model, folder
         self.library = built_library() if lowering == "plugin" else None
@@ -226,16 +226,30 @@ def test_artefact_equals_pytorch_when_tables_are_scaled_or_a_layer_has_none(
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_pass_refuses_when_frequencies_depend_on_how_far_a_step_reaches(tmp_path: Path, rope: str) -> None:
+def test_ropes_that_change_behind_a_context_are_those_of_pytorch_up_to_it(tmp_path: Path, rope: str) -> None:
     values = json.loads(json.dumps(ROPES[rope]))
     for name in ("short_factor", "long_factor"):
         if name in values["rope_parameters"]:
             values["rope_parameters"][name] *= 2  # one for each pair of a head of 16
     save_tiny_family(tmp_path / "model", "llama", **values, head_dim=16)
     source = open_source(str(tmp_path / "model"), None)
-    with pytest.raises(GraphPassError, match="its frequencies are computed in every step") as error:
-        build_captured_model(source, "none", SLOTS)
-    assert error.value.hint == "export without a static cache for ONNX Runtime"
+    with pytest.raises(GraphPassError, match=rf"change for whole steps behind {ORIGINAL_CONTEXT} tokens") as error:
+        build_captured_model(source, "none", ORIGINAL_CONTEXT + 1)
+    assert "a cache of as many slots can be had, not of 17" in str(error.value)
+    graphs = Graphs(source, "none", tmp_path, ORIGINAL_CONTEXT)
+    assert not {"ReduceMax", "Pow", "Where"} & {node.op_type for node in graphs.model.graph}
+    ids = np.arange(3, 3 + ORIGINAL_CONTEXT)[np.newaxis]
+    with graphs.runner() as runner, TorchRunner.from_folder(tmp_path / "model", masked=False) as reference:
+        logits = []
+        for each in (runner, reference):
+            each.reset(1)
+            cuts = [(0, 9), *((stop - 1, stop) for stop in range(10, ORIGINAL_CONTEXT + 1))]
+            steps = [
+                each.step(ids[:, start:stop], np.ones((1, stop), np.int64), np.arange(start, stop)[np.newaxis])
+                for start, stop in cuts
+            ]
+            logits.append(np.concatenate([step.logits for step in steps], axis=1))
+    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=5e-5)
 
 
 def test_pass_names_what_the_rotation_is_when_it_cannot_be_looked_up(tmp_path: Path) -> None:

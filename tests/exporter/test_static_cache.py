@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dlo_export.checkpoints.model_types import RoutingKind, leaves_keys
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, ExportResult, export_model
 from dlo_export.exporter.progress import Reporter
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY
 from dlo_export.runtimes.artefact.description import MODEL_NAME
 from tests.bare_session import BareSession, InPlaceSession, left_padded
 from tests.tiny_families import ROPES, route_tiny_family, save_tiny_family
@@ -65,14 +67,13 @@ def growing(model: Path, lowering: str, tmp_path_factory: pytest.TempPathFactory
 
 
 def attentions(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node | None]]:
-    """Every attention, and the If that it stands in."""
+    """Every attention, and the outermost If that it stands in."""
     for node in graph:
         if node.op_type == "GroupQueryAttention":
             yield node, None
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
-                inner = (each for each in attribute.as_graph() if each.op_type == "GroupQueryAttention")
-                yield from ((each, node) for each in inner)
+                yield from ((inner, node) for inner, _ in attentions(attribute.as_graph()))
 
 
 def test_artefact_equals_pytorch(kind: RoutingKind, lowering: str, static: ExportResult) -> None:
@@ -83,10 +84,11 @@ def test_artefact_equals_pytorch(kind: RoutingKind, lowering: str, static: Expor
     states = () if leaves_keys(kind) else ROUTED
     assert {name for name in inputs if "active" in name} == {f"past_active.{layer}" for layer in states}
     assert all(inputs[f"past_active.{layer}"][1:] == (1, SLOTS, 1) for layer in states)
-    found = list(attentions(ir.load(static.folder / MODEL_NAME).graph))
-    assert len(found) == 3
+    # Compaction has two of a layer, for steps that are long and for others.
+    found = attentions(ir.load(static.folder / MODEL_NAME).graph)
+    conditional = {int(node.metadata_props[LAYER_KEY]): holder is not None for node, holder in found}
     skipped = lowering != "masked" and kind != "mlp"
-    assert [conditional is not None for _, conditional in found].count(True) == (len(ROUTED) if skipped else 0)
+    assert conditional == {layer: skipped and layer in ROUTED for layer in range(3)}
 
 
 def test_steps_write_what_a_growing_cache_holds_and_no_other_slot(
@@ -109,6 +111,24 @@ def test_steps_write_what_a_growing_cache_holds_and_no_other_slot(
         np.testing.assert_allclose(found[:, :, : IDS.shape[1]], expected, rtol=0, atol=2e-5, err_msg=name)
         np.testing.assert_array_equal(found[:, :, : IDS.shape[1]] == 0, expected == 0, err_msg=name)
     assert leaves_keys(kind) or 0 < skipped < len(ROUTED) * IDS.shape[1]
+
+
+@pytest.mark.parametrize("kind", ["layer", "attention-active"], indirect=True)
+@pytest.mark.parametrize("lowering", ["masked"], indirect=True)
+def test_who_is_hidden_is_told_of_tokens_and_not_of_slots(static: ExportResult, tmp_path: Path) -> None:
+    """Of 100,000 slots, a prompt of 512 tokens would be told in 200 MB per layer."""
+    shutil.copytree(static.folder, tmp_path / "out")
+    model = ir.load(tmp_path / "out" / MODEL_NAME)
+    hides = [value for node, _ in attentions(model.graph) for value in node.inputs[10:] if value is not None]
+    assert len(hides) == len(ROUTED)
+    model.graph.outputs.extend(hides)
+    ir.save(model, tmp_path / "out" / MODEL_NAME)
+    session = InPlaceSession(tmp_path / "out" / MODEL_NAME)
+    state = {name: session.slots(name) for name in session.state}
+    for start, stop in ((0, 7), (7, 8), (8, 12)):
+        feeds = {"input_ids": IDS[:, start:stop], "kv_lengths": np.array([stop]), **state}
+        told = session.session.run([value.name for value in hides], feeds)
+        assert {hide.shape for hide in told} == {(1, 1, stop - start, stop)}
 
 
 def test_batch_decodes_together_behind_prompts_of_its_own(static: ExportResult, growing: Path) -> None:

@@ -22,11 +22,12 @@ from dlo_export.exporter.relowering import ReloweredGraph
 from dlo_export.exporter.tune import rewrite_lowering, tunable
 from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass
 from dlo_export.graph_passes.spec.provenance import role_values
-from tests.bare_session import BareSession
+from tests.bare_session import BareSession, InPlaceSession
 from tests.exporter.forked_commands import run
 from tests.tiny_models import save_byte_tokenizer, save_tiny_llama
 
 ROUTED = (True, False, True)
+WIDE = {"hidden": 64, "head_dim": 16}  # what attention on a cache in place takes
 TYPES = {"mlp": "llama_dlo_exattn", "layer": "llama_dlo", "attention": "llama_dlo_attn"}
 IDS = np.random.default_rng(0).integers(0, 97, (2, 7))
 
@@ -41,21 +42,26 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def logits(artefact: Path) -> np.ndarray:
+def logits(artefact: Path, slots: int | None) -> np.ndarray:
+    if slots is not None:  # a step of several tokens is one of a single sequence
+        return InPlaceSession(artefact / "model.onnx").logits_of(IDS[:1], (4, 5, 7))
     positions = np.tile(np.arange(IDS.shape[1]), (2, 1))
     return BareSession(artefact / "model.onnx").logits_of(IDS, np.ones_like(IDS), positions, (4, 7))
 
 
+@pytest.mark.parametrize("slots", [None, 24], ids=["growing", "in-place"])
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(("before", "after"), [("if", "compact"), ("masked", "if")])
-def test_artefact_is_the_export_in_the_other_lowering_when_it_is_rewritten(tmp_path, kind, before, after) -> None:
+def test_artefact_is_the_export_in_the_other_lowering_when_it_is_rewritten(
+    tmp_path, kind, before, after, slots
+) -> None:
     rescale = kind == "mlp"  # others have routers whose scores nothing but the decision reads
-    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, model_type=TYPES[kind], rescale=rescale)
-    artefact = exported(tmp_path, lowering=before, last_logits=kind == "mlp")
-    description, own, expected = open_description(artefact), contents(artefact), logits(artefact)
+    save_tiny_llama(tmp_path / "model", **WIDE, layers=3, routed=ROUTED, model_type=TYPES[kind], rescale=rescale)
+    artefact = exported(tmp_path, lowering=before, last_logits=kind == "mlp", static_cache=slots)
+    description, own, expected = open_description(artefact), contents(artefact), logits(artefact, slots)
     model = ReloweredGraph(artefact, description).lowered(after)
     rewrite_lowering(artefact, description, model, after, "a reason", 0.0)
-    np.testing.assert_allclose(logits(artefact), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits(artefact, slots), expected, rtol=1e-5, atol=1e-5)
     found = open_description(artefact)  # hashes and contradictions
     assert (found.lowering, found.lowering_reason, found.parity.verdict) == (after, "a reason", "NOT RUN")
     assert f"from {before} (parity NOT RUN) to {after}" in (found.parity.reason or "")
@@ -64,7 +70,7 @@ def test_artefact_is_the_export_in_the_other_lowering_when_it_is_rewritten(tmp_p
     # What an export with that lowering gives, weights included.
     (tmp_path / "other").mkdir()
     shutil.move(tmp_path / "model", tmp_path / "other" / "model")
-    other = exported(tmp_path / "other", lowering=after, last_logits=kind == "mlp")
+    other = exported(tmp_path / "other", lowering=after, last_logits=kind == "mlp", static_cache=slots)
     assert contents(other)["model.onnx"] == contents(artefact)["model.onnx"]
     assert (artefact / "model.onnx.data").stat().st_nlink == 1  # onnx refuses data files of several names
 
@@ -117,13 +123,14 @@ def test_genai_config_names_the_operators_library_when_the_new_lowering_has_them
         assert ("libdlo_ort.so" in (artefact / "genai_config.json").read_text()) is named
 
 
-def test_bench_tunes_an_artefact_when_its_lowerings_are_measured(tmp_path) -> None:
-    save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, vocab=300)
+@pytest.mark.parametrize(("kind", "slots"), [("mlp", None), ("mlp", 10), ("layer", 10)])
+def test_bench_tunes_an_artefact_when_its_lowerings_are_measured(tmp_path, kind, slots) -> None:
+    save_tiny_llama(tmp_path / "model", **WIDE, layers=3, routed=ROUTED, vocab=300, model_type=TYPES[kind])
     save_byte_tokenizer(tmp_path / "model", 300)
-    artefact = exported(tmp_path, lowering="masked")
+    artefact = exported(tmp_path, lowering="masked", static_cache=slots)
     (tmp_path / "text.txt").write_text("Some words of a text that is long enough. " * 400)
     few = ("--rounds", "2", "--prompt-tokens", "8", "--decode-tokens", "2", "--text", tmp_path / "text.txt")
-    ended = run("bench", "--tune", artefact, *few, "--json")
+    ended = run("bench", "--tune", artefact, *few, "--json", "--batch", "2")
     assert ended.returncode == 0, ended.stderr
     report = json.loads(ended.stdout)
     assert [row["lowering"] for row in report["lowerings"]] == ["masked", "if", "compact"]
@@ -203,6 +210,9 @@ def test_artefact_stays_as_it_is_when_it_cannot_be_tuned(tmp_path) -> None:
         tunable(artefact, None, None)
     (artefact / "model.onnx").write_bytes(own["model.onnx"])
     assert contents(artefact) == own
+    static = exported(tmp_path, static_cache=9, force=True)
+    longer = run("bench", "--tune", static, "--prompt-tokens", "8", "--decode-tokens", "2")
+    assert (longer.returncode, "its static cache holds 9 tokens" in longer.stderr) == (2, True), longer.stderr
     several = run("bench", "--tune", artefact, artefact)
     assert (several.returncode, "--tune takes one artefact" in several.stderr) == (2, True), several.stderr
 
@@ -211,13 +221,12 @@ def test_artefact_stays_as_it_is_when_it_cannot_be_tuned(tmp_path) -> None:
     ("options", "reason"),
     [
         ({}, "nothing is routed, so it has no lowering"),
-        ({"static_cache": 32, "lowering": "masked"}, "has a static cache"),
+        ({"static_cache": 32, "provider": "cuda", "dtype": "fp16", "lowering": "masked"}, "cache for a CUDA graph"),
         ({"lowering": "plugin"}, "ONNX Runtime computes them with libdlo_ort.so alone, and none is given"),
     ],
 )
 def test_artefact_is_refused_when_there_is_nothing_to_choose(tmp_path, options, reason) -> None:
-    sizes = {"head_dim": 16, "hidden": 64} if "static_cache" in options else {}
-    save_tiny_llama(tmp_path / "model", layers=2, routed=(True, True) if options else None, **sizes)
+    save_tiny_llama(tmp_path / "model", **WIDE, layers=2, routed=(True, True) if options else None)
     artefact = exported(tmp_path, **options)
     with pytest.raises(Exception, match=reason) as err:
         tunable(artefact, None, None)
