@@ -81,10 +81,10 @@ class InPlaceRunner(StaticRunner):
     def _repeat_cache(self, branches: int) -> None:
         shapes = self._interface.state_shapes(1)
         self._interface.state_shapes(branches)  # refuses a graph of a fixed batch
+        self._decode = None  # bound to where the cache lies now
         for key, memory in self._cache.items():
             memory.write(np.repeat(memory.read(self._session.state_type(key), shapes[key]), branches, 0))
         self._tokens.repeat(branches)
-        self._decode = None
 
     def _run(self, step: StaticCacheStep, request: StepRequest) -> Mapping[str, np.ndarray]:
         self._check_positions(step)
