@@ -186,12 +186,13 @@ class Runner(abc.ABC):
         """Turns the one cached sequence into so many equal ones, which the next steps continue differently.
 
         Raises:
-            StepError: The runner was closed, has not one sequence, or cannot copy its cache.
+            StepError: The runner was closed, has not one sequence with tokens, or cannot copy its cache.
         """
         self._check_open()
-        if self._batch != 1:
+        if self._batch != 1 or not self._past:
             raise StepError(
-                f"{self.name}: was asked to fork {self._batch or 'no'} sequences, expected one",
+                f"{self.name}: was asked to fork {self._batch or 'no'} sequences of {self._past} tokens, expected one "
+                "with tokens",
                 hint="call reset(1) and step before it",
             )
         with self._changing_cache():

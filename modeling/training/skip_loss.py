@@ -61,7 +61,7 @@ class TopKSelection:
 def top_k_selection(capacities: Mapping[int, float], counted: torch.Tensor) -> dict[int, SelectTokens]:
     """Activates in each layer the ceil(N·capacity) tokens with the highest scores, at least one, ties included."""
     shares = _made_there([min(1.0, share) for share in capacities.values()], torch.float64, counted.device)
-    wanted = (counted.sum() * shares).ceil().long().clamp(min=1)
+    wanted = _portion(counted.sum(), shares).clamp(min=1)
     return {layer: TopKSelection(counted, number) for layer, number in zip(capacities, wanted, strict=True)}
 
 
@@ -201,6 +201,11 @@ def _made_there(numbers: Sequence[float], dtype: torch.dtype, device: torch.devi
     return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
 
 
+def _portion(number: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
+    """ceil(number·share), int64; beyond the precision of the product, so that 10·0.9 is 9 and not 10."""
+    return (number.double() * share - 1e-9).ceil().long()
+
+
 def _lowest(values: torch.Tensor, number: torch.Tensor, rate: float) -> torch.Tensor:
     """Of each row exactly ceil(number·rate) are chosen, among equals the first: identity layers are full of them.
 
@@ -209,8 +214,6 @@ def _lowest(values: torch.Tensor, number: torch.Tensor, rate: float) -> torch.Te
         number: int64, 0-D: of the others in a row.
         rate: See above.
     """
-    # Beyond the precision of the product, so that 10·0.9 is 9 and not 10.
-    count = (number.double() * rate - 1e-9).ceil()
     order = values.argsort(dim=-1, stable=True)
-    first = (torch.arange(values.shape[-1], device=values.device) < count).expand_as(order)
+    first = (torch.arange(values.shape[-1], device=values.device) < _portion(number, rate)).expand_as(order)
     return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order, first)

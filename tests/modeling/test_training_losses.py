@@ -38,6 +38,11 @@ def test_top_k_takes_the_highest_scores_of_real_tokens() -> None:
     assert (select[5](scores) & COUNTED).equal(COUNTED)
 
 
+def test_top_k_takes_no_token_more_when_the_product_of_number_and_share_is_rounded_up() -> None:
+    select = top_k_selection({0: 0.07}, torch.ones(1, 100, dtype=torch.bool))  # in float64, 100 · 0.07 is more than 7
+    assert int(select[0](torch.linspace(0, 1, 100)).sum()) == 7
+
+
 def test_top_k_takes_all_equals_when_they_tie() -> None:
     assert top_k_selection({0: 0.2}, COUNTED)[0](torch.full((2, 5), 0.5)).masked_select(COUNTED).all()
 

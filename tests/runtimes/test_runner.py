@@ -62,6 +62,13 @@ def test_cache_stays_as_it_was_when_a_step_or_a_reset_fails() -> None:
         _step(runner, [[3]], 3)
 
 
+def test_fork_is_refused_when_there_is_no_token_to_repeat() -> None:
+    with CountingRunner() as runner:
+        runner.reset(1)
+        with pytest.raises(StepError, match=r"fork 1 sequences of 0 tokens, expected one with tokens"):
+            runner.fork(2)
+
+
 def test_runner_asks_for_a_reset_when_a_step_broke_in_the_middle() -> None:
     with CountingRunner() as runner:
         runner.reset(1)

@@ -159,9 +159,10 @@ class CapturedDecoder:
                 f"captured decode: all {self._capacity} slots of a sequence are in use",
                 hint="open a decoder of a larger capacity",
             )
-        self._lengths = [length + 1 for length in self._lengths]
         self._tokens.copy_(tokens)
-        return self._decode_step() if self._decode_graph is None else self._decode_graph.replay()
+        output = self._decode_step() if self._decode_graph is None else self._decode_graph.replay()
+        self._lengths = [length + 1 for length in self._lengths]
+        return output
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Forgets each sequence's tokens behind the first so many.
