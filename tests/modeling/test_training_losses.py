@@ -8,14 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlo_export.modeling.routing import TrainingRouting, is_active, mixed, straight_through
 from dlo_export.modeling.training.errors import TrainingError
+from dlo_export.modeling.training.selection import annealed_gates, threshold_selection, top_k_selection
 from dlo_export.modeling.training.settings import TrainingSettings
-from dlo_export.modeling.training.skip_loss import (
-    annealed_gates,
-    router_losses,
-    skip_labels,
-    threshold_selection,
-    top_k_selection,
-)
+from dlo_export.modeling.training.skip_loss import router_losses, skip_labels
 
 COUNTED = torch.tensor([[True, True, True, True, False], [True, True, True, False, False]])
 
