@@ -46,7 +46,7 @@ from dlo_export.exporter.sources.base_model import check_use
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.trained_adapter import check_makes_adapter, save_trained_adapter
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors, unfilled_llama_dlo
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.documents import TokenizedData, open_tokenizer, tokenize_records
 from dlo_export.modeling.training.errors import TrainingDataError, TrainingError
 from dlo_export.modeling.training.packing import PackedDocuments, PackedSets
@@ -57,6 +57,7 @@ from dlo_export.modeling.training.run import TrainingResult, train_model
 from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.sharding import receives_weights
+from dlo_export.modeling.untrained_routers import UntrainedRoutersWarning
 
 _SEQUENCE = 1024
 _RATE_PROMISED = 0.02  # how far from the target a rate may be before a warning says so
