@@ -64,8 +64,10 @@ class Tokenizer:
         _check_unicode(text)
         # Not verbose: whether a text is too long for the model is for others to say.
         encoded = self._tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
-        written = [place for place, is_added in enumerate(encoded["special_tokens_mask"]) if not is_added]
-        ids: list[int] = encoded["input_ids"][: written[-1] + 1] if written else []
+        ids: list[int] = encoded["input_ids"]
+        if self._tokenizer.is_fast:  # others guess which tokens they have added
+            written = [place for place, is_added in enumerate(encoded["special_tokens_mask"]) if not is_added]
+            ids = ids[: written[-1] + 1] if written else []
         bos = self._tokenizer.bos_token_id
         return ids or ([bos] if bos is not None else [])
 
