@@ -41,11 +41,12 @@ from dlo_export.checkpoints.llama_layer import router_name
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.run import train_model
 from dlo_export.modeling.training.run_folder import RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
+from dlo_export.modeling.untrained_routers import UntrainedRoutersWarning
 
 BAR = 0.9
 SIDES = ("dlo train", "Trainer, no routers")

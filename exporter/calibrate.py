@@ -33,7 +33,8 @@ from dlo_export.modeling.calibration.router_calibration import CalibratedRouters
 from dlo_export.modeling.calibration.text import CalibrationText, calibration_text, read_documents
 from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_layers
+from dlo_export.modeling.identity_layers import identity_layers
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.router_distillation import DistillationSettings, distilled_routers
 from dlo_export.modeling.training.settings import TrainingSettings
 

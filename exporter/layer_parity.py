@@ -25,8 +25,9 @@ from dlo_export.graph_passes.find.padding import takes_left_padding
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.part_runner import OnnxRuntimePart
 from dlo_export.runtimes.onnxruntime.providers import CPU
-from dlo_export.runtimes.parity.by_layer import LayerReport, compare_by_layer
+from dlo_export.runtimes.parity.by_layer import compare_by_layer
 from dlo_export.runtimes.parity.cases import parity_cases
+from dlo_export.runtimes.parity.layer_report import LayerReport
 
 
 def check_parity_by_layer(

@@ -34,7 +34,7 @@ from dlo_export.exporter.trained_adapter import check_makes_adapter, save_traine
 from dlo_export.exporter.training_config import starting_model, trained_config
 from dlo_export.exporter.training_data import packed_sets
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors, unfilled_llama_dlo
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.documents import open_tokenizer
 from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.parameters import merged_state
@@ -44,6 +44,7 @@ from dlo_export.modeling.training.run import TrainingResult, train_model
 from dlo_export.modeling.training.run_folder import DESCRIPTION_NAME, RunFolder
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.sharding import receives_weights
+from dlo_export.modeling.untrained_routers import UntrainedRoutersWarning
 
 _SEQUENCE = 1024
 _RATE_PROMISED = 0.02  # how far from the target a rate may be before a warning says so

@@ -1,5 +1,5 @@
-"""The model itself: depth scaling, adapters, and in PyTorch the routed reference model and router calibration.
+"""The routed Llama in PyTorch: the reference model, calibration of its routers, training.
 
-Importing this package imports neither torch nor transformers. `adapter` and `expansion` need NumPy alone;
-`import dlo_export.modeling.llama_dlo` registers the routed model with transformers' Auto classes.
+Importing this package imports neither torch nor transformers; `import dlo_export.modeling.llama_dlo` registers the
+routed models with transformers' Auto classes.
 """

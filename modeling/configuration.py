@@ -110,8 +110,8 @@ class LlamaDloConfig(LlamaConfig):
     def _check_routing(self) -> None:
         if problems := self._routing_problems():
             raise RoutingConfigError(
-                f"{self.model_type} configuration: {'; '.join(problems)}"
-                "\n\nhint: take the values the model was trained with"
+                f"{self.model_type} configuration: {'; '.join(problems)}",
+                hint="take the values the model was trained with",
             )
 
     def _routing_problems(self) -> list[str]:

@@ -16,11 +16,8 @@ from dlo_export.checkpoints.model_types import LLAMA, MODEL_TYPES
 from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 from dlo_export.modeling.family_modules import StepRotaryEmbedding
 from dlo_export.modeling.float64_norm import use_float64_norms
-from dlo_export.modeling.llama_dlo import (
-    LlamaDloForCausalLM,
-    model_class_of,
-    warn_of_untrained_routers,
-)
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, model_class_of
+from dlo_export.modeling.untrained_routers import warn_of_untrained_routers
 
 
 class ModelTensorsError(InputError):

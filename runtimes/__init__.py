@@ -1,4 +1,4 @@
-"""Run artefacts: runners behind one protocol, generation, parity."""
+"""Run artefacts: runners behind one protocol, generation, evaluation, parity."""
 
 import os
 

@@ -148,6 +148,12 @@ class DecoderInterface:
         """Whether `logits` holds the last real token of a step only, [batch, 1, vocab]."""
         return self.outputs[names.LOGITS].shape[1:2] == (1,)
 
+    def element_type(self, name: str) -> ElementType:
+        """Of an input or output; that there is a word for it was checked."""
+        kind = (self.inputs.get(name) or self.outputs[name]).element_type
+        assert kind is not None, f"{name} was checked"
+        return kind
+
     def observed(self, *, hidden_states: bool) -> tuple[str, ...]:
         """Outputs to fetch beside the cache: logits, scores and, on request, the residual streams."""
         return (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Literal, Self
 
@@ -95,7 +96,8 @@ class Runner(abc.ABC):
     """A decoder with its KV cache, which lives inside the runner from one `reset` to the next.
 
     A context manager: leaving it frees the model. A runtime says how to empty the cache, compute a checked step, and
-    free the model; everything else is here.
+    free the model; everything else is here. A `StepError` leaves the cache as it was; behind any other error nobody
+    knows what of it was written, and the runner asks for a `reset`.
 
     Attributes:
         name: For reports.
@@ -132,9 +134,11 @@ class Runner(abc.ABC):
 
         Raises:
             StepError: The runner was closed, or the batch is larger than the model takes.
+            ModelInterfaceError: The model is of another, fixed batch.
         """
         self._check_open()
-        self._empty_cache(batch)
+        with self._changing_cache():
+            self._empty_cache(batch)
         self._batch, self._past = batch, 0
 
     def step(
@@ -173,7 +177,8 @@ class Runner(abc.ABC):
                 hint="ask for last_logits, or export without --last-logits (of an engine, --trt-last-logits)",
             )
         self._check_padding(request.attention_mask)
-        result = self._compute(request)
+        with self._changing_cache():
+            result = self._compute(request)
         self._past += request.sequence
         return result
 
@@ -181,15 +186,17 @@ class Runner(abc.ABC):
         """Turns the one cached sequence into so many equal ones, which the next steps continue differently.
 
         Raises:
-            StepError: The runner was closed, has not one sequence, or cannot copy its cache.
+            StepError: The runner was closed, has not one sequence with tokens, or cannot copy its cache.
         """
         self._check_open()
-        if self._batch != 1:
+        if self._batch != 1 or not self._past:
             raise StepError(
-                f"{self.name}: was asked to fork {self._batch or 'no'} sequences, expected one",
+                f"{self.name}: was asked to fork {self._batch or 'no'} sequences of {self._past} tokens, expected one "
+                "with tokens",
                 hint="call reset(1) and step before it",
             )
-        self._repeat_cache(branches)
+        with self._changing_cache():
+            self._repeat_cache(branches)
         self._batch = branches
 
     def active(self, router_scores: Mapping[int, FloatArray]) -> Decisions:
@@ -228,6 +235,17 @@ class Runner(abc.ABC):
     def _free(self) -> None:
         """Drops model and cache; called once."""
 
+    @contextlib.contextmanager
+    def _changing_cache(self) -> Iterator[None]:
+        """Behind an error other than StepError there is no batch any more, so that no step runs on half a cache."""
+        try:
+            yield
+        except StepError:
+            raise
+        except BaseException:
+            self._batch = None
+            raise
+
     def _check_open(self) -> None:
         if self._closed:
             raise StepError(f"{self.name}: was asked for a step after the runner was closed", hint="open it again")
@@ -235,7 +253,10 @@ class Runner(abc.ABC):
     def _check_shapes(self, request: StepRequest) -> None:
         """Collects everything that is wrong with a step's arguments."""
         if self._batch is None:
-            raise StepError(f"{self.name}: step before reset", hint="call reset(batch) before the first step")
+            raise StepError(
+                f"{self.name}: step before reset",
+                hint="call reset(batch) before the first step, and behind an error in the midst of one",
+            )
         input_ids, force_active = request.input_ids, request.force_active
         problems = []
         if input_ids.ndim != 2 or input_ids.shape[0] != self._batch or input_ids.shape[1] == 0:

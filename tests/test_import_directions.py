@@ -42,6 +42,8 @@ PACKAGES = {
     "runtimes/onnxruntime": {"onnxruntime"},
     "runtimes/tensorrt": {"cuda", "tensorrt", "tensorrt_rtx"},
     "runtimes/torch": {"torch", "transformers"},
+    "runtimes/torch/captured/attention_kernel.py": {"triton"},
+    "runtimes/torch/captured/early_start.py": {"triton"},
     "runtimes/torch/captured/step_kernels.py": {"triton"},
     "exporter": {"ml_dtypes", "numpy", "onnx_ir", "rich", "tokenizers", "typer"},
     "exporter/sources/foreign_file.py": {"onnx"},  # names given twice are seen in the file alone

@@ -14,7 +14,8 @@ from benchmarks.gpu.random_torch_llama import TINY, random_model
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.skip_kernels import KernelMlp
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
-from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Routing, StepOps, TorchOps
+from dlo_export.runtimes.torch.captured.kernel_ops import KernelOps
+from dlo_export.runtimes.torch.captured.step_ops import Routing, StepOps, TorchOps
 from dlo_export.runtimes.torch.captured.step_weights import StepWeights
 
 LOGITS_BAR = {"float32": 2e-5, "bfloat16": 2**-5}

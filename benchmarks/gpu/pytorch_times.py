@@ -20,7 +20,8 @@ from benchmarks.gpu.random_torch_llama import random_model
 from benchmarks.gpu.skip_efficiency import BAR, skip_efficiency
 from dlo_export.modeling.skip_kernels import KernelMlp
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
-from dlo_export.runtimes.torch.captured.step_ops import KernelOps, Routing, StepOps, TorchOps
+from dlo_export.runtimes.torch.captured.kernel_ops import KernelOps
+from dlo_export.runtimes.torch.captured.step_ops import Routing, StepOps, TorchOps
 from dlo_export.runtimes.torch.captured.step_weights import PlainMlp, StepWeights
 
 CONTEXT: Final = 512

@@ -19,7 +19,8 @@ from benchmarks.papers.subjects import deeper, dus_plan, mixtures, saved_model
 from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.checkpoints.files.json_file import read_json
 from dlo_export.modeling.calibration.evaluation import with_routers
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, identity_layers
+from dlo_export.modeling.identity_layers import identity_layers
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.errors import TrainingDivergedError
 from dlo_export.modeling.training.parameters import choose_parameters
 from dlo_export.modeling.training.reports import StepReport

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dlo_export.runtimes.parity.by_layer import LayerReport
+    from dlo_export.runtimes.parity.layer_report import LayerReport
     from dlo_export.runtimes.parity.report import ParityReport
 
 from dlo_export.exporter.commands.shared_options import (

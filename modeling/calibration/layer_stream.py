@@ -15,7 +15,7 @@ from dlo_export.checkpoints.model_types import ROUTED_BLOCKS, RoutingKind, leave
 from dlo_export.modeling.active_attention import attend_among_active
 from dlo_export.modeling.active_tokens import ActiveTokens
 from dlo_export.modeling.family_modules import block_branch, block_input
-from dlo_export.modeling.llama_dlo import adds_nothing
+from dlo_export.modeling.identity_layers import adds_nothing
 
 _SEQUENCES_AT_ONCE = 8
 

@@ -31,7 +31,7 @@ from dlo_export.modeling.calibration.skip_labels import (
     lowest,
     protected_similarity,
 )
-from dlo_export.modeling.llama_dlo import identity_layers
+from dlo_export.modeling.identity_layers import identity_layers
 
 CalibrationProgress = Callable[[int, int], None]
 """Called with (layers run, layers to run)."""
@@ -66,13 +66,13 @@ class CalibrationSettings:
         """Raises CalibrationError for values out of range."""
         if not 0 < self.target_active < 1:
             raise CalibrationError(
-                f"calibration: target_active is {self.target_active}, expected a share between 0 and 1"
-                "\n\nhint: 0.9 is the authors' default"
+                f"calibration: target_active is {self.target_active}, expected a share between 0 and 1",
+                hint="0.9 is the authors' default",
             )
         if self.labels not in LABELS:
             raise CalibrationError(
-                f"calibration: labels is {self.labels!r}, expected one of {', '.join(LABELS)}"
-                "\n\nhint: cos-global is the authors' default"
+                f"calibration: labels is {self.labels!r}, expected one of {', '.join(LABELS)}",
+                hint="cos-global is the authors' default",
             )
 
 
@@ -114,8 +114,8 @@ class CalibratedRouters:
         if not 0 < skipped < len(self.choosing):
             raise CalibrationError(
                 f"calibration: {target_active:.0%} active would skip {skipped:.1f} layers' MLPs, but "
-                f"{len(self.choosing)} layers have routers to skip them"
-                "\n\nhint: ask for a higher rate, or route more layers"
+                f"{len(self.choosing)} layers have routers to skip them",
+                hint="ask for a higher rate, or route more layers",
             )
         return 1 - skipped / len(self.choosing)
 
@@ -201,15 +201,16 @@ def _candidates(settings: CalibrationSettings, num_layers: int, identities: tupl
     chosen = range(num_layers) if settings.layers is None else settings.layers
     if unknown := [layer for layer in chosen if not 0 <= layer < num_layers]:
         raise CalibrationError(
-            f"calibration: layers {unknown} do not exist, expected 0 to {num_layers - 1}\n\nhint: layers count from 0"
+            f"calibration: layers {unknown} do not exist, expected 0 to {num_layers - 1}",
+            hint="layers count from 0",
         )
     candidates = tuple(sorted(set(chosen) - set(identities)))
     skipped = (1 - settings.target_active) * (num_layers - len(identities))
     if not skipped < len(candidates):
         raise CalibrationError(
             f"calibration: {settings.target_active:.0%} active would skip as much as {skipped:.1f} layers have, but "
-            f"only {len(candidates)} layers are to be routed (identity layers: {list(identities)})"
-            "\n\nhint: route more layers or raise the target"
+            f"only {len(candidates)} layers are to be routed (identity layers: {list(identities)})",
+            hint="route more layers or raise the target",
         )
     return candidates
 

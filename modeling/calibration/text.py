@@ -66,7 +66,7 @@ def read_documents(path: Path | None = None) -> tuple[Document, ...]:
     if path.is_dir():
         files = files_below(path, (".txt",))
         if not files:
-            raise CalibrationTextError(f"{path}: holds no .txt files\n\nhint: give one file, or a folder of .txt files")
+            raise CalibrationTextError(f"{path}: holds no .txt files", hint="give one file, or a folder of .txt files")
         documents = tuple(
             Document(str(file.relative_to(path)), read_text_file(file, CalibrationTextError)) for file in files
         )
@@ -113,15 +113,15 @@ def _draw(
     wanted = tokens // length * length
     if wanted == 0:
         raise CalibrationTextError(
-            f"{purpose}: {tokens} tokens make no sequence of {length}\n\nhint: ask for more tokens or shorter sequences"
+            f"{purpose}: {tokens} tokens make no sequence of {length}", hint="ask for more tokens or shorter sequences"
         )
     ids: list[int] = []
     names = []
     while len(ids) < wanted:
         if not remaining:
             raise CalibrationTextError(
-                f"{purpose}: the documents left have {len(ids)} tokens, expected {wanted}"
-                "\n\nhint: give more text, or ask for fewer tokens; no document serves both purposes"
+                f"{purpose}: the documents left have {len(ids)} tokens, expected {wanted}",
+                hint="give more text, or ask for fewer tokens; no document serves both purposes",
             )
         document = remaining.pop()
         ids += encode(document.text)

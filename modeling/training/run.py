@@ -124,13 +124,13 @@ def train_model(
             hint="it needs a C++ compiler, and Triton on a GPU; or train without --compile",
         ) from err
     # A run that was resumed at its very end has nothing measured yet.
-    measured = None if trainer.stopped else trainer.measured or trainer.measure()
+    measured = None if trainer.stopped else trainer.measured or trainer.measuring.measure()
     controlled = None
     if settings.exact_rate and trainer.capacities and not trainer.stopped:
-        controlled = trainer.control_rate()
+        controlled = trainer.measuring.control_rate()
         if controlled.after != controlled.before:
-            measured = trainer.measure()
-    others = {} if trainer.stopped else {name: trainer.measure(text) for name, text in data.others.items()}
+            measured = trainer.measuring.measure()
+    others = {} if trainer.stopped else {name: trainer.measuring.measure(text) for name, text in data.others.items()}
     return TrainingResult(
         step=trainer.state.global_step,
         steps=trainer.state.max_steps,

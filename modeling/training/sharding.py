@@ -15,17 +15,20 @@ from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.settings import TrainingSettings
 
-_YES = ("1", "true")
+
+def is_switched_on(variable: str) -> bool:
+    """Whether a launcher has switched something on by a variable of the environment, as Accelerate reads them."""
+    return os.environ.get(variable, "").lower() in {"1", "true"}
 
 
 def is_sharded() -> bool:
     """Whether this process was launched to hold a shard of the model."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _YES
+    return is_switched_on("ACCELERATE_USE_FSDP")
 
 
 def receives_weights() -> bool:
     """Whether this process gets its weights from the first one, whatever its own model holds."""
-    wanted = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in _YES
+    wanted = is_switched_on("FSDP_CPU_RAM_EFFICIENT_LOADING")
     return is_sharded() and wanted and os.environ.get("RANK", "0") != "0"
 
 

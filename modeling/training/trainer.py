@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import AutocastKwargs, broadcast_object_list
@@ -19,40 +19,24 @@ from dlo_export.checkpoints.errors import MachineError
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.whole_folder import whole_folder
-from dlo_export.modeling.calibration.rate_control import shift_thresholds
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
-from dlo_export.modeling.perplexity import score_tokens
-from dlo_export.modeling.routing import is_active
-from dlo_export.modeling.training.compilation import uncompiled
 from dlo_export.modeling.training.distillation import distillation_loss
+from dlo_export.modeling.training.divergence import MicroBatch, first_bad_gradient, first_bad_layer
 from dlo_export.modeling.training.errors import TrainingDivergedError, TrainingError
-from dlo_export.modeling.training.packing import IGNORED, PackedDocuments, PackedSets, stacked
+from dlo_export.modeling.training.measuring import Measuring
+from dlo_export.modeling.training.packing import PackedSets, stacked
 from dlo_export.modeling.training.parameters import parameter_groups
-from dlo_export.modeling.training.reports import HeldOut, RateControl, StepReport
+from dlo_export.modeling.training.reports import HeldOut, StepReport
 from dlo_export.modeling.training.run_folder import CAPACITIES_NAME, RunFolder
+from dlo_export.modeling.training.selection import training_routing
 from dlo_export.modeling.training.settings import TrainingSettings
 from dlo_export.modeling.training.sharding import configure_sharding, shard_on_cpus, whole
-from dlo_export.modeling.training.skip_loss import (
-    annealed_gates,
-    router_losses,
-    skip_labels,
-    threshold_selection,
-    top_k_selection,
-)
+from dlo_export.modeling.training.skip_loss import router_losses, skip_labels
 from dlo_export.modeling.training.zero import configure_zero
 
 _SLACK_BYTES = 1 << 20
-_RATE_TOLERANCE = 0.01  # half of what a user may expect, since held-out text is a sample
 _STATE_NAME = "trainer_state.json"
 _SUMS = 8  # language loss, distillation loss, tokens, micro-batches, skip loss, rate loss, active, selected
-
-
-class _MicroBatch(NamedTuple):
-    """What a micro-batch was run with, and its language loss."""
-
-    inputs: dict[str, torch.Tensor]
-    routing: dict[str, Any]
-    loss: torch.Tensor
 
 
 class DloTrainer(Trainer):
@@ -74,6 +58,7 @@ class DloTrainer(Trainer):
     Attributes:
         capacities: By routed layer, the share of tokens that training selects.
         stopped: Whether `should_stop` ended the run.
+        measuring: What measures the model.
         measured: The last evaluation; each run that comes to its end ends with one.
     """
 
@@ -96,9 +81,8 @@ class DloTrainer(Trainer):
         self.measured: HeldOut | None = None
         self._routed = model
         self._teacher = teacher
-        self._data = data
         self._report = report
-        self._micro_batches: list[_MicroBatch] = []
+        self._micro_batches: list[MicroBatch] = []
         self._should_stop = should_stop
         self._sums = self._found = torch.zeros(0)
         self._step_started = 0.0
@@ -115,6 +99,14 @@ class DloTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         if self._teacher is not None:
             self._teacher.to(self.args.device)
+        self.measuring = Measuring(
+            model,
+            settings,
+            data,
+            self.accelerator,
+            autocast=self._autocast,
+            training_routing=self._training_routing,
+        )
 
     def create_accelerator_and_postprocess(self) -> None:
         """Sees to it that what was launched to be sharded is; the Trainer calls it."""
@@ -159,7 +151,7 @@ class DloTrainer(Trainer):
         with self._autocast():
             outputs = model(**inputs, **routing, use_cache=False, num_items_in_batch=num_items_in_batch)
         language = outputs.loss
-        self._micro_batches.append(_MicroBatch(inputs, routing, language.detach()))
+        self._micro_batches.append(MicroBatch(inputs, routing, language.detach()))
         # Gradients are averaged over processes and summed over micro-batches; `language` is divided by all tokens.
         loss = self.settings.language_weight * language * self.accelerator.num_processes
         distilled = torch.zeros_like(language)
@@ -229,9 +221,12 @@ class DloTrainer(Trainer):
         """
         gradient_is_finite, loss_is_finite = self._found.isfinite().tolist()
         if not loss_is_finite:
-            raise self._diverged("the loss", self._first_bad_layer())
+            where = first_bad_layer(self._routed, self._micro_batches, self.accelerator, self._autocast)
+            raise self._diverged("the loss", where)
         if not gradient_is_finite:
-            raise self._diverged("the gradient", self._first_bad_gradient())
+            is_zero = self.is_deepspeed_enabled
+            where = "DeepSpeed does not say of which weight" if is_zero else first_bad_gradient(self._routed)
+            raise self._diverged("the gradient", where)
 
     def end_step(self) -> None:
         """Takes over the step's capacities, logs it, and stops if that is wished for."""
@@ -268,88 +263,13 @@ class DloTrainer(Trainer):
 
     def evaluate(self, *_arguments: Any, **_options: Any) -> dict[str, float]:
         """Measures on held-out text and logs it; the Trainer calls it."""
-        self.measured = result = self.measure()
+        self.measured = result = self.measuring.measure()
         metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
         if result.active_rate is not None:
             metrics |= {"eval_active": result.active_rate, "eval_training_loss": result.training_loss}
             metrics |= {f"eval_active_{layer}": rate for layer, rate in result.active.items()}
         self.log(dict(metrics))
         return metrics
-
-    def control_rate(self) -> RateControl:
-        """Shifts the thresholds where the rate is off the target: fitted on every other held-out sequence."""
-        model, target = self._routed, self.settings.target
-        fitted, others = self._data.fitted, self._data.not_fitted
-        was_training = model.training
-        model.eval()
-        before = after = self._rate(others)
-        if abs(before - target) > _RATE_TOLERANCE:
-            shift_thresholds(model, lambda: self._held_out_scores(fitted), target)
-            after = self._rate(others)
-        model.train(was_training)
-        return RateControl(target, before, after, model.config.thresholds, fitted != others)
-
-    def _rate(self, sequences: range) -> float:
-        """Mean active rate at inference over the routed layers."""
-        config = self._routed.config
-        scores = self._held_out_scores(sequences)
-        rates = [is_active(values, config.threshold(layer)).double().mean() for layer, values in scores.items()]
-        return float(torch.stack(rates).mean())
-
-    @torch.no_grad()
-    def _held_out_scores(self, sequences: range) -> dict[int, torch.Tensor]:
-        """Of all that is not padding. Each process runs all of the sequences, and so comes to the same thresholds."""
-        scores: dict[int, list[torch.Tensor]] = {layer: [] for layer in self.capacities}
-        for start in range(0, len(sequences), self.settings.batch):
-            chosen = stacked([self._data.held_out[index] for index in sequences[start : start + self.settings.batch]])
-            batch = {name: value.to(self.args.device) for name, value in chosen.items() if name != "labels"}
-            counted = batch.pop("counted")
-            with self._autocast(), uncompiled():
-                found = self._routed(**batch, use_cache=False, logits_to_keep=1).router_scores
-            for layer, values in scores.items():
-                values.append(found[layer][counted].cpu())
-        return {layer: torch.cat(values) for layer, values in scores.items()}
-
-    @torch.no_grad()
-    def measure(self, text: PackedDocuments | None = None) -> HeldOut:
-        """Runs the model over text, held out unless given, routed as at inference and, beside it, as in training."""
-        text = self._data.held_out if text is None else text
-        model = self._routed
-        was_training = model.training
-        model.eval()
-        layers = [*self.capacities]
-        sums = torch.zeros(4 + len(layers), dtype=torch.float64, device=self.args.device)
-        config = model.config
-        with uncompiled():
-            for batch in self._batches(text):
-                counted, labels = batch.pop("counted"), batch.pop("labels")
-                with self._autocast():
-                    outputs = model(**batch, use_cache=False)
-                    loss = _summed_loss(outputs.logits, labels)
-                    trained = loss
-                    if layers:
-                        routing = self._training_routing(counted)
-                        trained = _summed_loss(model(**batch, **routing, use_cache=False).logits, labels)
-                scores = outputs.router_scores
-                active = [(is_active(scores[layer], config.threshold(layer)) & counted).sum() for layer in layers]
-                found = [loss, trained, (labels != IGNORED).sum(), counted.sum(), *active]
-                sums += torch.stack([value.double() for value in found])
-        model.train(was_training)
-        loss, trained, learned, tokens, *counts = self.accelerator.reduce(sums, "sum").tolist()
-        rates = {layer: count / tokens for layer, count in zip(layers, counts, strict=True)}
-        return HeldOut(loss / learned, trained / learned, rates)
-
-    def _batches(self, text: PackedDocuments) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's share, in as many batches as every other's: a sharded model runs in all of them or in none."""
-        number, processes = len(text), self.accelerator.num_processes
-        step = self.settings.batch * processes
-        for start in range(self.accelerator.process_index, -(-number // step) * step, step):
-            mine = [index for index in range(start, start + step, processes) if index < number]
-            batch = stacked([text[index] for index in mine or [0]])
-            if not mine:
-                batch["labels"].fill_(IGNORED)
-                batch["counted"].fill_(False)
-            yield {name: value.to(self.args.device) for name, value in batch.items()}
 
     def _autocast(self) -> AbstractContextManager[None]:
         """Accelerate puts its own around a model that it wraps, and none around a sharded one."""
@@ -361,18 +281,8 @@ class DloTrainer(Trainer):
         return context
 
     def _training_routing(self, counted: torch.Tensor) -> dict[str, Any]:
-        """What the model is to be told of how training routes; nothing where nothing is routed."""
-        if not self.capacities:
-            return {}
-        thresholds = self._routed.config.thresholds
-        if self.settings.selection == "top-k":
-            return {"select_tokens": top_k_selection(self.capacities, counted)}
-        select = threshold_selection(self.capacities, thresholds)
-        if self.settings.selection == "threshold":
-            return {"select_tokens": select}
-        temperature = self.settings.temperature(self.state.global_step)
-        gates = annealed_gates(self.capacities, thresholds, temperature, counted.device)
-        return {"select_tokens": select, "gate_tokens": gates}
+        step, thresholds = self.state.global_step, self._routed.config.thresholds
+        return training_routing(self.settings, step, self.capacities, thresholds, counted)
 
     # Learning rates and checkpoints, in place of the Trainer's.
 
@@ -472,31 +382,6 @@ class DloTrainer(Trainer):
             hint=f"lower the learning rate; {self._last_checkpoint_shown()} in {self.folder.path} is intact",
         )
 
-    @torch.no_grad()
-    def _first_bad_layer(self) -> str:
-        """Runs the first bad micro-batch again; every process one, since a sharded model runs in all or in none."""
-        bad = [batch for batch in self._micro_batches if not batch.loss.isfinite()]
-        batch = (bad or self._micro_batches)[0]
-        values = {name: value for name, value in batch.inputs.items() if name != "labels"}
-        with self._autocast():
-            outputs = self._routed(**values, **batch.routing, use_cache=False, output_hidden_states=True)
-        streams = outputs.hidden_states
-        is_bad = torch.stack([~stream.isfinite().all() for stream in streams] + [torch.ones_like(batch.loss).bool()])
-        position = int(self.accelerator.gather(is_bad.int().argmax().reshape(1)).min())
-        if position == 0:
-            return "the embeddings are not"
-        if position == len(streams):
-            return "every layer's output is, the logits or a router's score are not"
-        return f"layer {position - 1} is the first whose output is not"
-
-    def _first_bad_gradient(self) -> str:
-        if self.is_deepspeed_enabled:
-            return "DeepSpeed does not say of which weight"
-        for name, parameter in self._routed.named_parameters():
-            if parameter.grad is not None and not whole(parameter.grad.isfinite().all()):
-                return f"{name} is the first whose gradient is not"
-        return "its norm overflows"
-
 
 class _StepCallback(TrainerCallback):
     """Calls the trainer at the moments of a step that it cannot override."""
@@ -524,8 +409,3 @@ class _StepCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and "train_runtime" not in logs:  # the Trainer's own summary
             self._trainer.folder.log(state.log_history[-1])
-
-
-def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    learned = labels[:, 1:] != IGNORED
-    return score_tokens(logits[:, :-1][learned], labels[:, 1:][learned]).losses.sum()

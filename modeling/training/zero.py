@@ -21,13 +21,12 @@ from dlo_export.checkpoints.errors import MachineError
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.errors import TrainingError
 from dlo_export.modeling.training.settings import TrainingSettings
-
-_YES = ("1", "true")
+from dlo_export.modeling.training.sharding import is_switched_on
 
 
 def is_zero() -> bool:
     """Whether this process was launched for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in _YES
+    return is_switched_on("ACCELERATE_USE_DEEPSPEED")
 
 
 def check_zero(settings: TrainingSettings) -> None:

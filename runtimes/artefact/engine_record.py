@@ -16,6 +16,7 @@ from dlo_export.checkpoints.dtypes import FLOATS
 from dlo_export.runtimes.artefact.name_ranges import collapse, expand
 from dlo_export.runtimes.artefact.typed_json import Form, Rule
 from dlo_export.runtimes.decoder_interface import DecoderInterface, TensorSpec
+from dlo_export.runtimes.parity.verdict import Verdict
 
 BackendName = Literal["rtx", "tensorrt"]
 # What described a graph's plugins to the builder: the C++ library, Python twins without kernels (TensorRT-RTX), or
@@ -71,7 +72,7 @@ class ParityVerdict:
         reason: Why it was not run; None where there is nothing to say.
     """
 
-    verdict: Literal["PASS", "FAIL", "AMBIGUOUS", "NOT RUN"]
+    verdict: Verdict
     reason: str | None = None
 
 

@@ -67,7 +67,7 @@ class EvaluationSettings:
     @property
     def window(self) -> int:
         """Tokens that a window reads."""
-        return self.sequence or min(DEFAULT_SEQUENCE, self.context or DEFAULT_SEQUENCE)
+        return min(DEFAULT_SEQUENCE, self.context or DEFAULT_SEQUENCE) if self.sequence is None else self.sequence
 
     @property
     def step(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,19 +56,23 @@ class Tokenizer:
         return bool(self._tokenizer.chat_template)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text to continue, with the special tokens the model starts with.
+        """Token ids of a text to continue, with the special tokens the model starts with, without those that end texts.
 
         Raises:
             TokenizerError: The text is not Unicode: it holds half a surrogate pair, or bytes that are not UTF-8.
         """
         _check_unicode(text)
         # Not verbose: whether a text is too long for the model is for others to say.
-        ids: list[int] = self._tokenizer.encode(text, verbose=False)
+        encoded = self._tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
+        ids: list[int] = encoded["input_ids"]
+        if self._tokenizer.is_fast:  # others guess which tokens they have added
+            written = [place for place, is_added in enumerate(encoded["special_tokens_mask"]) if not is_added]
+            ids = ids[: written[-1] + 1] if written else []
         bos = self._tokenizer.bos_token_id
         return ids or ([bos] if bos is not None else [])
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a text as `encode` gives them, and how much of the text each ends behind, in characters.
+        """Token ids of a whole text with all special tokens, and how much of it each ends behind, in characters.
 
         Raises:
             TokenizerError: The text is not Unicode, or the tokenizer does not tell where in a text its tokens are.
@@ -79,7 +84,8 @@ class Tokenizer:
                 hint="save it as tokenizer.json with transformers",
             )
         encoded = self._tokenizer(text, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+        # A token that the tokenizer put there lies nowhere in the text, at (0, 0): what is in front of it stays read.
+        return encoded["input_ids"], [*itertools.accumulate((end for _, end in encoded["offset_mapping"]), max)]
 
     @property
     def start_token(self) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -44,20 +44,18 @@ class DeviceMemory:
             BackendUnavailableError: There are not so many.
         """
         if self._bytes < count or self._value is None:
-            self._value = None  # first, so that both need not fit at once
-            try:
-                self._value = ort.OrtValue.ortvalue_from_shape_and_type([max(1, count)], np.uint8, *self._place)
-            except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
-                check_machine(f"{count} bytes on {self._place[0]}", err)
-                raise
-            self._bytes, self._address = count, int(self._value.data_ptr())
+            shape = [max(1, count)]
+            self._replace(count, lambda: ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, *self._place))
 
     def write(self, array: np.ndarray) -> None:
-        """Holds these bytes from now on, and no others. On the host the array itself is taken."""
+        """Holds these bytes from now on, and no others. On the host the array itself is taken.
+
+        Raises:
+            BackendUnavailableError: There is no room for them.
+        """
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._bytes = raw.size
-        self._value = ort.OrtValue.ortvalue_from_numpy(raw if raw.size else np.zeros(1, np.uint8), *self._place)
-        self._address = int(self._value.data_ptr())
+        held = raw if raw.size else np.zeros(1, np.uint8)
+        self._replace(raw.size, lambda: ort.OrtValue.ortvalue_from_numpy(held, *self._place))
 
     def overwrite(self, array: np.ndarray) -> None:
         """Copies these bytes to where they lie from now on: what is bound, or captured in a CUDA graph, reads them.
@@ -103,6 +101,16 @@ class DeviceMemory:
         """Has an output written here, from element `first` on."""
         place = self._place_of(kind, shape, first)
         binding.bind_output(name, *self._place, kind.onnx_number, list(shape), place)
+
+    def _replace(self, count: int, make: Callable[[], ort.OrtValue]) -> None:
+        """Drops what there is first, so that both need not fit at once: where nothing can be made, nothing is there."""
+        self._value, self._bytes, self._address = None, 0, 0
+        try:
+            self._value = make()
+        except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
+            check_machine(f"{count} bytes on {self._place[0]}", err)
+            raise
+        self._bytes, self._address = count, int(self._value.data_ptr())
 
     def _place_of(self, kind: ElementType, shape: Sequence[int], first: int) -> int:
         assert (first + math.prod(shape)) * kind.itemsize <= self._bytes, "ONNX Runtime would write beyond it"

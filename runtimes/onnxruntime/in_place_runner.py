@@ -11,7 +11,6 @@ from typing import Unpack
 import numpy as np
 import onnxruntime as ort
 
-from dlo_export.checkpoints.dtypes import ElementType
 from dlo_export.checkpoints.interface import (
     INPUT_IDS,
     KV_LENGTHS,
@@ -74,17 +73,17 @@ class InPlaceRunner(StaticRunner):
         self._decode = None
         self._cache = self._cache or {key: self._session.memory() for key in shapes}
         for key, memory in self._cache.items():
-            kind = self._session.state_type(key)
+            kind = self._interface.element_type(key)
             if memory.bytes < math.prod(shapes[key]) * kind.itemsize:
                 memory.write(np.zeros(shapes[key], kind.numpy))
 
     def _repeat_cache(self, branches: int) -> None:
         shapes = self._interface.state_shapes(1)
         self._interface.state_shapes(branches)  # refuses a graph of a fixed batch
+        self._decode = None  # bound to where the cache lies now
         for key, memory in self._cache.items():
-            memory.write(np.repeat(memory.read(self._session.state_type(key), shapes[key]), branches, 0))
+            memory.write(np.repeat(memory.read(self._interface.element_type(key), shapes[key]), branches, 0))
         self._tokens.repeat(branches)
-        self._decode = None
 
     def _run(self, step: StaticCacheStep, request: StepRequest) -> Mapping[str, np.ndarray]:
         self._check_positions(step)
@@ -168,9 +167,9 @@ class _BoundStep:
         self._inputs = {name: session.memory() for name in feeds}
         for name, memory in self._inputs.items():
             memory.overwrite(feeds[name])
-            memory.bind_input(self._binding, name, _kind(session, name), feeds[name].shape)
+            memory.bind_input(self._binding, name, session.interface.element_type(name), feeds[name].shape)
         for name, shape in session.interface.state_shapes(self.batch).items():
-            kind, start = session.state_type(name), first * math.prod(shape[1:])
+            kind, start = session.interface.element_type(name), first * math.prod(shape[1:])
             cache[name].bind_input(self._binding, name, kind, shape, start)
             cache[name].bind_output(self._binding, session.interface.present_of[name], kind, shape, start)
 
@@ -181,9 +180,3 @@ class _BoundStep:
         self._session.run(self._binding, graph)
         found = self._outputs.read(self._request, self._binding.get_outputs)
         return {name: float32(value) for name, value in found.items()}
-
-
-def _kind(session: DecoderSession, name: str) -> ElementType:
-    kind = session.interface.inputs[name].element_type
-    assert kind is not None, "the interface was checked"
-    return kind

@@ -8,20 +8,13 @@ from typing import Self, Unpack
 import numpy as np
 
 from dlo_export.checkpoints import interface as names
+from dlo_export.runtimes.decoder_interface import TensorSpec
 from dlo_export.runtimes.errors import StepError
 from dlo_export.runtimes.onnxruntime.machine_faults import check_machine
-from dlo_export.runtimes.onnxruntime.session import SessionArguments, open_session
+from dlo_export.runtimes.onnxruntime.session import SessionArguments, open_session, tensor_specs
 from dlo_export.runtimes.parity.by_layer import PartOutput
 from dlo_export.runtimes.parity.cases import Feed
 from dlo_export.runtimes.runner import BoolArray, FloatArray, float32
-
-# By ONNX Runtime's word for a tensor's type.
-_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(bool)": np.bool_,
-}
 
 
 class OnnxRuntimePart:
@@ -39,7 +32,7 @@ class OnnxRuntimePart:
     def __init__(self, model: bytes, name: str, **session: Unpack[SessionArguments]) -> None:
         self._name = name
         self._session = open_session(model, name, session)
-        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._inputs = {spec.name: spec for spec in tensor_specs(self._session.get_inputs())}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._states: dict[str, np.ndarray] = {}
 
@@ -56,10 +49,8 @@ class OnnxRuntimePart:
             batch: Sequences of the steps to come.
         """
         self._states = {
-            name: np.zeros(
-                [batch, *(dim if isinstance(dim, int) else 0 for dim in value.shape[1:])], _TYPES[value.type]
-            )
-            for name, value in self._inputs.items()
+            name: np.zeros([batch, *(size if isinstance(size, int) else 0 for size in spec.shape[1:])], _type(spec))
+            for name, spec in self._inputs.items()
             if names.is_state_input(name)
         }
 
@@ -82,10 +73,10 @@ class OnnxRuntimePart:
             **self._states,
         }
         feeds: dict[str, np.ndarray] = {}
-        for name, value in self._inputs.items():
+        for name, spec in self._inputs.items():
             array = given.get(name, active)  # the decision is the only one whose name says which layer it is of
             assert array is not None, f"{name} was not given"
-            feeds[name] = np.ascontiguousarray(array, _TYPES[value.type])
+            feeds[name] = np.ascontiguousarray(array, _type(spec))
         try:
             found = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
         except Exception as err:  # ONNX Runtime's exceptions derive from Exception itself
@@ -95,3 +86,9 @@ class OnnxRuntimePart:
         main = names.STREAM_OUT if names.STREAM_OUT in found else names.LOGITS
         values = float32(found.pop(main))
         return PartOutput(values, float32(next(iter(found.values()))) if found else None)
+
+
+def _type(spec: TensorSpec) -> np.dtype:
+    kind = spec.element_type
+    assert kind is not None, f"{spec.name}: ONNX Runtime loaded it, and parts are cut from graphs of known types"
+    return np.dtype(kind.numpy)

@@ -48,7 +48,7 @@ class OnnxRuntimeRunner(GrowingRunner):
 
     def _empty_cache(self, batch: int) -> None:
         shapes = self._interface.state_shapes(batch)
-        states = {key: (shape, self._session.state_type(key)) for key, shape in shapes.items()}
+        states = {key: (shape, self._interface.element_type(key)) for key, shape in shapes.items()}
         self._cache = GrowingCache(states, self._interface.present_of, self._session.memory)
 
     def _repeat_cache(self, branches: int) -> None:

@@ -12,7 +12,6 @@ from typing import TypedDict
 import numpy as np
 import onnxruntime as ort
 
-from dlo_export.checkpoints.dtypes import ElementType
 from dlo_export.checkpoints.interface import LEFT_PADDING
 from dlo_export.plugins.ort_registration import register_library
 from dlo_export.runtimes.decoder_interface import CacheKind, DecoderInterface, TensorSpec
@@ -87,12 +86,6 @@ class DecoderSession:
         """What the graph's metadata say; graphs that say nothing take it."""
         metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         return metadata.get(LEFT_PADDING) != "no"
-
-    def state_type(self, key: str) -> ElementType:
-        """Element type of a state input."""
-        kind = self.interface.inputs[key].element_type
-        assert kind is not None, "the interface was checked"
-        return kind
 
     def memory(self) -> DeviceMemory:
         """Memory where it computes, none reserved yet."""

@@ -52,7 +52,7 @@ class StaticCacheRunner(StaticRunner):
         self._shapes = self._interface.state_shapes(batch)
         self._cache = {key: self._session.memory() for key in self._shapes}
         for key, memory in self._cache.items():
-            memory.write(np.zeros(self._shapes[key], self._session.state_type(key).numpy))
+            memory.write(np.zeros(self._shapes[key], self._interface.element_type(key).numpy))
 
     def _run(self, step: StaticCacheStep, request: StepRequest) -> Mapping[str, np.ndarray]:
         binding = self._session.binding()
@@ -60,7 +60,7 @@ class StaticCacheRunner(StaticRunner):
             binding.bind_cpu_input(key, np.ascontiguousarray(array))
         self._outputs.bind(binding, request)
         for key, memory in self._cache.items():
-            kind, shape = self._session.state_type(key), self._shapes[key]
+            kind, shape = self._interface.element_type(key), self._shapes[key]
             memory.bind_input(binding, key, kind, shape)
             # TensorScatter sees that both are one buffer, and copies nothing.
             memory.bind_output(binding, self._interface.present_of[key], kind, shape)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnxruntime as ort
 
-from dlo_export.checkpoints.dtypes import ElementType
 from dlo_export.checkpoints.interface import LOGITS
 from dlo_export.runtimes.decoder_interface import DecoderInterface
 from dlo_export.runtimes.onnxruntime.device_memory import DeviceMemory
@@ -42,7 +41,7 @@ class StepOutputs:
                 self._shapes[name] = None
                 continue
             self._shapes[name] = shape
-            kind, memory = self._kind(name), self._kept.get(name) or self._new_memory()
+            kind, memory = self._interface.element_type(name), self._kept.get(name) or self._new_memory()
             self._kept[name] = memory
             memory.reserve(math.prod(shape) * kind.itemsize)
             memory.bind_output(binding, name, kind, shape)
@@ -63,16 +62,11 @@ class StepOutputs:
             elif name == LOGITS and request.last_logits and shape[1] > 1:
                 found[name] = self._last_rows(name, shape)
             else:
-                found[name] = self._kept[name].read(self._kind(name), shape)
+                found[name] = self._kept[name].read(self._interface.element_type(name), shape)
         return found
 
     def _last_rows(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         batch, sequence, width = shape
         ends = [(row * sequence + sequence - 1) * width for row in range(batch)]
-        rows = [self._kept[name].read(self._kind(name), (1, 1, width), end) for end in ends]
+        rows = [self._kept[name].read(self._interface.element_type(name), (1, 1, width), end) for end in ends]
         return np.concatenate(rows)
-
-    def _kind(self, name: str) -> ElementType:
-        kind = self._interface.outputs[name].element_type
-        assert kind is not None, "the interface was checked"
-        return kind

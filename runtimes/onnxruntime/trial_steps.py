@@ -39,8 +39,7 @@ def why_no_step(session: ort.InferenceSession, name: str) -> str | None:
         shapes = interface.state_shapes(max(1, batch))
     except ModelInterfaceError as err:
         return err.message
-    types = {key: interface.inputs[key].element_type for key in shapes}
-    states = {key: np.zeros(shape, kind.numpy) for key, shape in shapes.items() if (kind := types[key]) is not None}
+    states = {key: np.zeros(shape, interface.element_type(key).numpy) for key, shape in shapes.items()}
     past, made = 0, [spec.name for spec in outputs]
     for tokens in _STEPS:
         step = np.arange(past, past + tokens)[np.newaxis].repeat(max(1, batch), 0)

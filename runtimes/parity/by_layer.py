@@ -6,20 +6,19 @@ to the next part is the residual stream alone, so a cache lives as long as its l
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.runtimes.parity.cases import Case, Feed
-from dlo_export.runtimes.parity.report import Judgement, Verdict
-from dlo_export.runtimes.parity.statistics import Flip, flips, stream_errors
-from dlo_export.runtimes.parity.tolerances import TOLERANCES, Tolerance
+from dlo_export.runtimes.parity.layer_report import LayerReport, PartResult
+from dlo_export.runtimes.parity.statistics import Flip, flips, relative_errors
+from dlo_export.runtimes.parity.tolerances import TOLERANCES
 from dlo_export.runtimes.runner import BoolArray, FloatArray, decisions
 
 
@@ -48,117 +47,6 @@ class Part(Protocol):
 
 OpenPart = Callable[[int], AbstractContextManager[Part]]
 """By number: 0 is the embedding, then come the layers, then the head."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PartResult:
-    """One part, over the real tokens of all cases.
-
-    Attributes:
-        name: "embedding", "layer 3", "head".
-        error: How far what it gives out is off, the candidate fed its own stream: the mean over tokens of |difference|
-            / |reference| (norms). NaN where a value is not finite.
-        largest: Largest absolute difference there.
-        alone: The error where the candidate is fed the reference's stream: what this part adds by itself.
-        decisions: Of its router, compared.
-        flips: Those that differ, the candidate fed its own stream.
-    """
-
-    name: str
-    error: float
-    largest: float
-    alone: float
-    decisions: int
-    flips: tuple[Flip, ...]
-
-    def judge(self, tolerance: Tolerance) -> Judgement:
-        """Judges what it adds and what has come together so far, then its decisions."""
-        # As for streams everywhere: those of agreeing models stay below twice what logits may be off.
-        allowed = 2 * tolerance.mean
-        if not self.alone <= allowed:
-            return Judgement(
-                "FAIL", f"off by {self.alone:.1e} when fed the reference's stream, {allowed:.0e} is allowed"
-            )
-        if not self.error <= allowed:
-            return Judgement("FAIL", f"off by {self.error:.1e}, {allowed:.0e} is allowed")
-        if wide := [flip for flip in self.flips if not flip.margin <= tolerance.margin]:
-            return Judgement("FAIL", f"{len(wide)} decisions flipped that are no near-ties")
-        return Judgement("AMBIGUOUS", f"{len(self.flips)} near-ties flipped") if self.flips else Judgement("PASS")
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
-    """The outcome of a comparison; true iff PASS.
-
-    Attributes:
-        reference: Name of the reference.
-        candidate: Name of the candidate.
-        dtype: Of the candidate.
-        tolerance: What was allowed; None where nothing was run.
-        parts: In order; those behind a part that gave no numbers were not run.
-        reason: Why it was not run.
-    """
-
-    reference: str
-    candidate: str
-    dtype: str
-    tolerance: Tolerance | None
-    parts: tuple[PartResult, ...] = ()
-    reason: str | None = None
-
-    @property
-    def verdict(self) -> Verdict:
-        """The worst of all parts' judgements."""
-        if self.tolerance is None:
-            return "NOT RUN"
-        verdicts = {part.judge(self.tolerance).verdict for part in self.parts}
-        if not self.parts or "FAIL" in verdicts:
-            return "FAIL"
-        return "AMBIGUOUS" if "AMBIGUOUS" in verdicts else "PASS"
-
-    def __bool__(self) -> bool:
-        return self.verdict == "PASS"
-
-    @property
-    def first_failing(self) -> str | None:
-        """The first part beyond its tolerance."""
-        tolerance = self.tolerance
-        if tolerance is None:
-            return None
-        return next((part.name for part in self.parts if part.judge(tolerance).verdict == "FAIL"), None)
-
-    def to_json(self) -> dict[str, Any]:
-        """Numbers that are not finite become None."""
-        if self.tolerance is None:
-            return {"verdict": self.verdict, "reason": self.reason}
-        return {
-            "verdict": self.verdict,
-            "reference": self.reference,
-            "candidate": self.candidate,
-            "dtype": self.dtype,
-            "tolerance": dataclasses.asdict(self.tolerance),
-            "first_failing": self.first_failing,
-            "parts": [_row(part, self.tolerance) for part in self.parts],
-        }
-
-    def summary(self) -> str:
-        """A line per part."""
-        if self.tolerance is None:
-            return f"parity NOT RUN: {self.reason}"
-        lines = [
-            f"parity {self.verdict}  {self.candidate} against {self.reference}, {self.dtype}",
-            f"  {'':<9} {'':<10} {'off by':>9} {'largest':>9} {'by itself':>9}  decisions",
-        ]
-        for part in self.parts:
-            judged = part.judge(self.tolerance)
-            decided = f"{len(part.flips)} of {part.decisions} flipped" if part.decisions else ""
-            numbers = f"{part.error:>9.1e} {part.largest:>9.1e} {part.alone:>9.1e}"
-            lines.append(f"  {judged.verdict:<9} {part.name:<10} {numbers}  {decided}".rstrip())
-            if judged.reason:
-                lines.append(f"{'':<12}{judged.reason}")
-        if (first := self.first_failing) is not None:
-            lines.append(f"the first part beyond its tolerance: {first}")
-        return "\n".join(lines)
 
 
 def compare_by_layer(
@@ -277,12 +165,17 @@ def _candidate_runs(
 def _result(
     name: str, runs: Sequence[_CaseRun], cases: Sequence[Case], layer: int | None, threshold: float
 ) -> PartResult:
-    differences = [*_differences(runs, cases)]
+    own, alone = [], []
+    largest: list[float] = []
     flipped: list[Flip] = []
     compared = 0
     for run, case in zip(runs, cases, strict=True):
+        for step in _shown(run, case):
+            own.append(relative_errors(step.reference, step.own))
+            alone.append(relative_errors(step.reference, step.alone))
+            largest.append(float(np.abs(step.own - step.reference).max(initial=0.0)))
         if layer is None:
-            break
+            continue
         right, found = (
             {layer: np.concatenate([output.scores for output in outputs if output.scores is not None], 1)}
             for outputs in (run.reference, run.own)
@@ -291,51 +184,32 @@ def _result(
         flipped += flips(right, found, case.real, {layer: threshold})
     return PartResult(
         name,
-        error=_stream_error(runs, cases, alone=False),
-        largest=max(differences),
-        alone=_stream_error(runs, cases, alone=True),
+        error=float(np.concatenate(own).mean()),
+        largest=float(np.max(largest)),  # NaN where one is
+        alone=float(np.concatenate(alone).mean()),
+        worst_alone=float(np.concatenate(alone).max()),
         decisions=compared,
         flips=tuple(flipped),
     )
 
 
-def _shown(run: _CaseRun, case: Case) -> Iterator[tuple[FloatArray, FloatArray, FloatArray, BoolArray]]:
-    """By step: the reference's values, both of the candidate's, and which tokens are real, of those it shows."""
-    for right, own, alone, feed in zip(*run, case.feeds, strict=True):
-        shown = own.values.shape[1]  # the last logits alone, where that is all a graph computes
-        yield right.values[:, -shown:], own.values, alone.values, feed.real[:, -shown:]
+class _ShownStep(NamedTuple):
+    """Values of a step's real tokens, [tokens, width]: of `_CaseRun`'s three, where all three show them."""
+
+    reference: FloatArray
+    own: FloatArray
+    alone: FloatArray
 
 
-def _differences(runs: Sequence[_CaseRun], cases: Sequence[Case]) -> Iterator[float]:
-    for run, case in zip(runs, cases, strict=True):
-        for right, own, _, real in _shown(run, case):
-            yield float(np.abs(own - right)[real].max(initial=0.0))
-
-
-def _stream_error(runs: Sequence[_CaseRun], cases: Sequence[Case], *, alone: bool) -> float:
-    """Of all cases together, as `stream_errors` measures it."""
-    rights, founds, reals = [], [], []
-    for run, case in zip(runs, cases, strict=True):
-        for right, own, behind_right, real in _shown(run, case):
-            rights.append({0: right})
-            founds.append({0: behind_right if alone else own})
-            reals.append(real)
-    return stream_errors(rights, founds, reals)[0]
+def _shown(run: _CaseRun, case: Case) -> Iterator[_ShownStep]:
+    for *outputs, feed in zip(*run, case.feeds, strict=True):
+        # The last logits alone, where that is all a graph computes.
+        columns = min(output.values.shape[1] for output in outputs)
+        real = feed.real[:, -columns:]
+        yield _ShownStep(*(output.values[:, -columns:][real] for output in outputs))
 
 
 def _name(part: int, num_layers: int) -> str:
     if part == 0:
         return "embedding"
     return "head" if part > num_layers else f"layer {part - 1}"
-
-
-def _row(part: PartResult, tolerance: Tolerance) -> dict[str, Any]:
-    numbers = {name: getattr(part, name) for name in ("error", "largest", "alone")}
-    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    return {
-        "name": part.name,
-        **finite,
-        "decisions": part.decisions,
-        "flips": [dataclasses.asdict(flip) for flip in part.flips],
-        **part.judge(tolerance)._asdict(),
-    }

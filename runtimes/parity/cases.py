@@ -13,8 +13,8 @@ from dlo_export.runtimes.errors import RuntimeInputError
 from dlo_export.runtimes.generation.generate import left_padded
 from dlo_export.runtimes.runner import BoolArray, Int64Array
 
-# Decisions to force on the reference too; None lets its routers decide.
-Forcing = Literal["all", "none", "mixed"] | None
+# Who is forced to be active, on the reference too; None lets its routers decide.
+ForcedActive = Literal["all", "none", "mixed"] | None
 
 PROMPT_TOKENS = 24
 CHUNK_TOKENS = 4
@@ -55,7 +55,7 @@ class Case:
 
     name: str
     feeds: tuple[Feed, ...]
-    forcing: Forcing = None
+    forcing: ForcedActive = None
 
     @property
     def batch(self) -> int:

@@ -11,8 +11,10 @@ import numpy as np
 
 from dlo_export.runtimes.generation.generate import Generation
 from dlo_export.runtimes.generation.sampling import LogitsError
+from dlo_export.runtimes.parity.case_result import CaseResult, OwnRun
 from dlo_export.runtimes.parity.cases import Case, step_feeds
-from dlo_export.runtimes.parity.report import CaseResult, GreedyDifference, GreedyResult, OwnRun, ParityReport
+from dlo_export.runtimes.parity.greedy_result import GreedyDifference, GreedyResult
+from dlo_export.runtimes.parity.report import ParityReport
 from dlo_export.runtimes.parity.statistics import (
     LogitStatistics,
     first_diverging_layer,
@@ -257,14 +259,14 @@ class _Comparison:
             if not differing.size:
                 continue
             index = int(differing[0])
-            logits = wanted.logits[row, first + index]
-            earlier = [flip for flip in flipped if flip.row == row and flip.position <= first + index]
+            logits, column = wanted.logits[row, first + index], wanted.shown[first + index]
+            earlier = [flip for flip in flipped if flip.row == row and flip.position <= column]
             differences.append(
                 GreedyDifference(
                     row=row,
                     index=index,
                     gap=float(logits.max() - logits[sequence[index]]),
-                    error=float(np.abs(found.logits[row, found.shown == wanted.shown[first + index]] - logits).max()),
+                    error=float(np.abs(found.logits[row, found.shown == column] - logits).max()),
                     flips=len(earlier),
                 )
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from dlo_export.runtimes.runner import Decisions, Runner, StepRequest, StepResult
@@ -34,14 +35,7 @@ class FewerLayersRunner(Runner):
         self._whole.fork(branches)
 
     def _compute(self, request: StepRequest) -> StepResult:
-        result = self._whole.step(
-            request.input_ids,
-            request.attention_mask,
-            request.position_ids,
-            force_active=self._all_decisions(request),
-            last_logits=request.last_logits,
-            hidden_states=request.hidden_states,
-        )
+        result = dataclasses.replace(request, force_active=self._all_decisions(request)).pass_on(self._whole)
         return StepResult(
             result.logits,
             {self._new[old]: scores for old, scores in result.router_scores.items() if old in self._new},

@@ -185,9 +185,15 @@ def stream_errors(
     for layer in sorted(reference[0].keys() & candidate[0].keys()):
         wanted = np.concatenate([step[layer][mask] for step, mask in zip(reference, real, strict=True)])
         found = np.concatenate([step[layer][mask] for step, mask in zip(candidate, real, strict=True)])
-        norms = np.maximum(np.linalg.norm(wanted, axis=-1), np.finfo(np.float32).tiny)
-        errors[layer] = float((np.linalg.norm(found - wanted, axis=-1) / norms).mean())
+        errors[layer] = float(relative_errors(wanted, found).mean())
     return errors
+
+
+def relative_errors(reference: FloatArray, candidate: FloatArray) -> FloatArray:
+    """How far tokens are apart, |difference| / |reference| (norms): float32 [tokens], of values [tokens, width]."""
+    norms = np.maximum(np.linalg.norm(reference, axis=-1), np.finfo(np.float32).tiny)
+    apart: FloatArray = np.linalg.norm(candidate - reference, axis=-1) / norms
+    return apart
 
 
 def first_diverging_layer(errors: Mapping[int, float], tolerance: Tolerance) -> int | None:

@@ -104,12 +104,12 @@ class StaticCache:
     def __init__(self, name: str, limits: StaticCacheLimits) -> None:
         self._name = name
         self._limits = limits
-        self._mask: BoolArray | None = None
+        self._mask: BoolArray = np.zeros((0, 0), np.bool_)
 
     @property
     def past(self) -> int:
         """Tokens per sequence fed since `reset`, padding counted."""
-        return 0 if self._mask is None else self._mask.shape[1]
+        return int(self._mask.shape[1])
 
     def reset(self, batch: int) -> None:
         """Forgets all tokens.
@@ -146,7 +146,6 @@ class StaticCache:
             StepError: The step does not fit into the profiles or the cache, or the mask hides other cached tokens than
                 when they were fed.
         """
-        assert self._mask is not None, "a step comes after a reset"
         mask = attention_mask != 0
         real = mask[:, self.past :]
         counts = real.sum(1, dtype=np.int64)
@@ -166,17 +165,14 @@ class StaticCache:
 
     def repeat(self, branches: int) -> None:
         """Makes so many equal sequences of one."""
-        assert self._mask is not None, "a fork comes after a reset"
         self._mask = np.repeat(self._mask, branches, 0)
 
     def append(self, step: StaticCacheStep) -> None:
         """Counts a step's tokens as cached, once it has run."""
-        assert self._mask is not None
         self._mask = np.concatenate([self._mask, step.real], 1)
 
     def _check(self, mask: BoolArray, lengths: Int64Array, ragged: int) -> None:
         """Collects everything that keeps the step from running."""
-        assert self._mask is not None
         problems, hints = [], []
         changed = np.flatnonzero((mask[:, : self.past] != self._mask).any(1))
         if changed.size:

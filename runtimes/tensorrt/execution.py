@@ -151,13 +151,14 @@ class Execution:
         if self._shapes.get(key) == (batch, sequence):
             return
         self._drop_graph(key)  # it was captured in another shape
-        self._shapes[key], self._steps[key] = (batch, sequence), 0
+        self._shapes.pop(key, None)  # of none, where one input's is refused
         for name, spec in self._interface.inputs.items():
             shape = step_shape(spec, batch, sequence)
             if not self._contexts[key].set_input_shape(name, shape):
                 raise StepError(
                     f"TensorRT refuses {name} of shape {list(shape)}{self._runtime.explanation()}", hint=_STEP_HINT
                 )
+        self._shapes[key], self._steps[key] = (batch, sequence), 0
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self._device.stream):

@@ -18,7 +18,8 @@ from dlo_export.checkpoints.lazy_tensors import LazyTensor
 from dlo_export.checkpoints.llama_layer import EMBEDDING, HEAD, layer_path
 from dlo_export.modeling.devices import torch_device
 from dlo_export.modeling.from_tensors import empty_llama_dlo, llama_dlo_from_tensors, released_parameter
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
+from dlo_export.modeling.untrained_routers import UntrainedRoutersWarning
 from dlo_export.runtimes.memory import available_memory
 from dlo_export.runtimes.torch.runner import TorchRunner
 

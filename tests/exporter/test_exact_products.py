@@ -12,7 +12,8 @@ from dlo_export.exporter.parity_check import _up_to_rounding, check_parity
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.runtimes.artefact.description import load_description
-from dlo_export.runtimes.parity.report import CaseResult, ParityReport
+from dlo_export.runtimes.parity.case_result import CaseResult
+from dlo_export.runtimes.parity.report import ParityReport
 from dlo_export.runtimes.parity.statistics import LogitStatistics
 from dlo_export.runtimes.parity.tolerances import TOLERANCES
 from tests.foreign_graphs import save_routed_adapter

@@ -15,7 +15,7 @@ from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.layer_parity import check_parity_by_layer
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
-from dlo_export.runtimes.parity.by_layer import LayerReport
+from dlo_export.runtimes.parity.layer_report import LayerReport
 from tests.exporter.forked_commands import run as dlo
 from tests.exporter.test_weightless import routing_adapter
 from tests.tiny_families import save_tiny_family

@@ -17,8 +17,9 @@ from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.modeling.active_cache import ActiveLayerCache, CacheError, active_tokens_of
 from dlo_export.modeling.configuration import RoutingConfigError
-from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, UntrainedRoutersWarning, warn_of_untrained_routers
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.routing import SelectTokens
+from dlo_export.modeling.untrained_routers import UntrainedRoutersWarning, warn_of_untrained_routers
 from tests.modeling.tiny_routed import decisions, padded, tiny_model
 
 ROUTED = [True, False, True]

@@ -12,7 +12,8 @@ import dlo_export.modeling.llama_dlo
 from dlo_export.checkpoints.model_types import MODEL_TYPES, ROUTED_BLOCKS, RoutingKind, routed_type
 from dlo_export.modeling.configuration import LlamaDloConfig, RoutingConfigError
 from dlo_export.modeling.decoder_layer import ROUTED_LAYERS
-from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM, UntrainedRoutersWarning
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, model_class_of
+from dlo_export.modeling.untrained_routers import UntrainedRoutersWarning
 from tests.modeling.tiny_routed import TINY, decisions, padded, tiny_model
 
 DATA = Path(__file__).parents[1] / "data"
@@ -94,7 +95,7 @@ def test_model_equals_the_authors_when_the_batch_is_left_padded(
 
 @torch.no_grad()
 @pytest.mark.parametrize("forced", ["nothing", "everything", "mixed"])
-@pytest.mark.parametrize("routing", ROUTED_MODELS)
+@pytest.mark.parametrize("routing", ROUTED_LAYERS)
 def test_skipping_equals_the_masked_form_when_decisions_are_forced(routing: RoutingKind, forced: str) -> None:
     model = tiny_model(routing, rescale_hidden_states=True, scale_factor=1.5, scale_gap=0.4)
     ids = torch.arange(14).reshape(2, 7)
@@ -125,7 +126,7 @@ def test_mlp_gets_only_active_tokens_when_skipping() -> None:
     assert rows == [2]
 
 
-@pytest.mark.parametrize("routing", ROUTED_MODELS)
+@pytest.mark.parametrize("routing", ROUTED_LAYERS)
 def test_model_learns_through_the_routed_branch_when_trained(routing: RoutingKind) -> None:
     model = tiny_model(routing, rescale_hidden_states=True, scale_factor=2.0, scale_gap=0.5)
     ids = torch.arange(10).reshape(2, 5)
@@ -136,7 +137,7 @@ def test_model_learns_through_the_routed_branch_when_trained(routing: RoutingKin
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("routing", ROUTED_MODELS)
+@pytest.mark.parametrize("routing", ROUTED_LAYERS)
 def test_generate_agrees_with_full_recompute_when_batch_is_left_padded(routing: RoutingKind) -> None:
     model = tiny_model(routing, eos_token_id=None)
     ids = torch.tensor([[0, 0, 5, 9, 2], [4, 8, 15, 16, 23]])
@@ -150,7 +151,7 @@ def test_generate_agrees_with_full_recompute_when_batch_is_left_padded(routing: 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("routing", ROUTED_MODELS)
+@pytest.mark.parametrize("routing", ROUTED_LAYERS)
 def test_model_equals_llama_when_nothing_is_routed(routing: RoutingKind) -> None:
     model = tiny_model(routing, is_dlo=False, tie_word_embeddings=True)
     plain = LlamaForCausalLM(model.config).eval()
@@ -225,13 +226,14 @@ def test_model_raises_when_an_unrouted_layer_is_forced() -> None:
 def test_importing_the_module_is_what_registers_the_model() -> None:
     assert dlo_export.modeling.llama_dlo.LlamaDloForCausalLM is LlamaDloForCausalLM
     assert [layer.__name__ for layer in ROUTED_LAYERS.values()] == LlamaDloForCausalLM._no_split_modules
-    for routing, model in ROUTED_MODELS.items():
+    for routing in ROUTED_LAYERS:
+        model = model_class_of(routed_type(routing))
         assert AutoModelForCausalLM._model_mapping[model.config_class] is model
         assert (tiny_model(routing).config.routing, model.__name__) == (routing, routed_type(routing).architecture)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("routing", ROUTED_MODELS)
+@pytest.mark.parametrize("routing", ROUTED_LAYERS)
 def test_routing_stays_in_fp32_when_autocast_is_on(routing: RoutingKind, masked: bool) -> None:
     model = tiny_model(routing, rescale_hidden_states=True, scale_factor=2.0, scale_gap=0.5)
     model.masked = masked
@@ -278,7 +280,7 @@ def test_training_step_equals_the_masked_form_when_the_same_tokens_are_selected(
     assert all(router.weight.grad.abs().sum() > 0 for router in model.model.routers.values())
 
 
-@pytest.mark.parametrize("routing", ROUTED_MODELS)
+@pytest.mark.parametrize("routing", ROUTED_LAYERS)
 def test_router_learns_from_skipped_tokens_when_nothing_is_active(routing: RoutingKind) -> None:
     model = tiny_model(routing)
     ids = torch.arange(14).reshape(2, 7)

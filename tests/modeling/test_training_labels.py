@@ -9,7 +9,8 @@ import torch
 
 from dlo_export.modeling.configuration import LlamaDloConfig
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
-from dlo_export.modeling.training.skip_loss import skip_labels, top_k_selection
+from dlo_export.modeling.training.selection import top_k_selection
+from dlo_export.modeling.training.skip_loss import skip_labels
 
 RATE = 0.6
 CAPACITIES = {0: 0.3, 2: 0.9}

@@ -8,14 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlo_export.modeling.routing import TrainingRouting, is_active, mixed, straight_through
 from dlo_export.modeling.training.errors import TrainingError
+from dlo_export.modeling.training.selection import annealed_gates, threshold_selection, top_k_selection
 from dlo_export.modeling.training.settings import TrainingSettings
-from dlo_export.modeling.training.skip_loss import (
-    annealed_gates,
-    router_losses,
-    skip_labels,
-    threshold_selection,
-    top_k_selection,
-)
+from dlo_export.modeling.training.skip_loss import router_losses, skip_labels
 
 COUNTED = torch.tensor([[True, True, True, True, False], [True, True, True, False, False]])
 
@@ -36,6 +31,11 @@ def test_top_k_takes_the_highest_scores_of_real_tokens() -> None:
     assert (select[3](scores) & COUNTED).nonzero().tolist() == [[0, 1], [0, 3], [1, 1], [1, 2]]  # ceil(7 · 0.5)
     assert (select[4](scores) & COUNTED).nonzero().tolist() == [[0, 1]]
     assert (select[5](scores) & COUNTED).equal(COUNTED)
+
+
+def test_top_k_takes_no_token_more_when_the_product_of_number_and_share_is_rounded_up() -> None:
+    select = top_k_selection({0: 0.07}, torch.ones(1, 100, dtype=torch.bool))  # in float64, 100 · 0.07 is more than 7
+    assert int(select[0](torch.linspace(0, 1, 100)).sum()) == 7
 
 
 def test_top_k_takes_all_equals_when_they_tie() -> None:

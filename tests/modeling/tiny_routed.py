@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from dlo_export.checkpoints.model_types import RoutingKind, kv_keys
-from dlo_export.modeling.llama_dlo import ROUTED_MODELS, LlamaDloForCausalLM
+from dlo_export.checkpoints.model_types import RoutingKind, kv_keys, routed_type
+from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM, model_class_of
 
 TINY = {
     "vocab_size": 60,
@@ -24,7 +24,7 @@ TINY = {
 def tiny_model(routing: RoutingKind = "mlp", **changes: object) -> LlamaDloForCausalLM:
     """A random model with random routers, which a new model does not have."""
     torch.manual_seed(0)
-    model_class = ROUTED_MODELS[routing]
+    model_class = model_class_of(routed_type(routing))
     model = model_class(model_class.config_class(**{**TINY, "is_dlo": True, **kv_keys(routing), **changes})).eval()
     for router in model.model.routers.values():
         torch.nn.init.normal_(router.weight)

@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from dlo_export.runtimes.torch.captured.decoder import CapturedDecoder
-from dlo_export.runtimes.torch.captured.step_ops import KernelOps
+from dlo_export.runtimes.torch.captured.kernel_ops import KernelOps
 from dlo_export.runtimes.torch.captured.step_weights import StepWeights
 from tests.runtimes.captured_cases import CAPACITY, LENGTHS, decoder_outputs, model_outputs, tiny_model
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
-from dlo_export.runtimes.parity.by_layer import LayerReport, PartResult
+from dlo_export.runtimes.parity.by_layer import PartOutput, compare_by_layer
+from dlo_export.runtimes.parity.cases import Case, Feed, step_feeds
+from dlo_export.runtimes.parity.layer_report import LayerReport, PartResult
 from dlo_export.runtimes.parity.statistics import Flip
 from dlo_export.runtimes.parity.tolerances import TOLERANCES, Tolerance
+from dlo_export.runtimes.runner import BoolArray, FloatArray
 
-TOLERANCE = Tolerance(mean=0.25, largest=0.0, margin=0.125, own_errors=1, why="")
-RIGHT = PartResult("layer 0", error=0.5, largest=9.0, alone=0.5, decisions=4, flips=())
+TOLERANCE = Tolerance(mean=0.25, largest=1.0, margin=0.125, own_errors=1, why="")
+RIGHT = PartResult("layer 0", error=0.5, largest=9.0, alone=0.5, worst_alone=2.0, decisions=4, flips=())
 TIE, SURE = Flip(0, 0, 3, 0.625, 0.4), Flip(0, 0, 3, 0.65, 0.4)
 
 
@@ -21,8 +26,10 @@ TIE, SURE = Flip(0, 0, 3, 0.625, 0.4), Flip(0, 0, 3, 0.65, 0.4)
     [
         ({}, "PASS", ""),  # streams may be off by twice what logits may
         ({"alone": 0.51}, "FAIL", "off by 5.1e-01 when fed the reference's stream, 5e-01 is allowed"),
+        ({"worst_alone": 2.1}, "FAIL", "a token is off by 2.1e+00 when fed the reference's stream, 2e+00 is allowed"),
         ({"error": 0.51}, "FAIL", "off by 5.1e-01, 5e-01 is allowed"),
         ({"alone": math.nan}, "FAIL", "when fed the reference's stream"),
+        ({"worst_alone": math.nan}, "FAIL", "a token is off by nan"),
         ({"error": math.nan}, "FAIL", "off by nan"),
         ({"flips": (TIE, TIE)}, "AMBIGUOUS", "2 near-ties flipped"),
         ({"flips": (TIE, SURE)}, "FAIL", "1 decisions flipped that are no near-ties"),
@@ -34,6 +41,41 @@ def test_part_is_judged_by_its_streams_then_by_its_decisions(
     judgement = dataclasses.replace(RIGHT, **changes).judge(TOLERANCE)  # type: ignore[arg-type]
     assert judgement.verdict == verdict
     assert words in judgement.reason
+
+
+class OneHot:
+    """A part that gives each token a direction of its own, and one token the opposite one."""
+
+    def __init__(self, wrong: int | None) -> None:
+        self.wrong = wrong
+
+    def reset(self, batch: int) -> None:
+        del batch
+
+    def step(self, stream: FloatArray | None, feed: Feed, active: BoolArray | None) -> PartOutput:
+        del active
+        values = np.eye(97, dtype=np.float32)[feed.input_ids] if stream is None else stream
+        return PartOutput(np.where(feed.input_ids[..., None] == self.wrong, -values, values), None)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_one_wrong_token_of_hundreds_fails_though_their_mean_passes(dtype: str) -> None:
+    tokens = np.arange(97)
+    cases = [Case("the last token", step_feeds([tokens], 1)), *[Case("without it", step_feeds([tokens[:-1]]))] * 7]
+
+    def report(wrong: int | None) -> LayerReport:
+        reference, candidate = (
+            lambda part, token=token: contextlib.nullcontext(OneHot(token if part == 1 else None))
+            for token in (None, wrong)
+        )
+        return compare_by_layer(
+            reference, candidate, cases, num_layers=1, thresholds={}, dtype=dtype, names=("right", "wrong")
+        )
+
+    assert report(None).verdict == "PASS"
+    wrong = report(96)
+    assert (wrong.verdict, wrong.first_failing) == ("FAIL", "layer 0")
+    assert wrong.parts[1].worst_alone == 2
 
 
 def test_report_s_verdict_is_the_worst_of_its_parts() -> None:

@@ -102,6 +102,15 @@ def test_decoder_decodes_anew_when_its_cache_was_cropped(tmp_path: Path) -> None
         decoder.crop([8, 4, 5])
 
 
+def test_decoder_goes_on_where_it_was_when_a_step_fails(tmp_path: Path) -> None:
+    decoder = decoder_of(tiny_model(tmp_path / "model"))
+    decoder.prefill(tokens_of(3, 6))
+    with pytest.raises(RuntimeError, match="must match"):
+        decoder.decode(tokens_of(2, 1)[:, 0])  # two tokens for three sequences
+    with pytest.raises(StepError, match=r"at most \[6, 6, 6\]"):
+        decoder.crop([7, 7, 7])
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 def test_model_computes_the_same_when_a_decoder_shares_its_weights_and_when_it_was_released(
     tmp_path: Path, kernels: bool

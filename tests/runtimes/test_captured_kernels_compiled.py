@@ -7,8 +7,8 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from dlo_export.runtimes.torch.captured import step_kernels
-from dlo_export.runtimes.torch.captured.step_ops import slots_of, vector_columns
+from dlo_export.runtimes.torch.captured import attention_kernel, step_kernels
+from dlo_export.runtimes.torch.captured.kernel_ops import slots_of, vector_columns
 
 SHARED_BYTES = 99 * 1024  # the least that a served GPU gives one program
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -35,7 +35,7 @@ def compiled_kernel(name, dtype, target, types, constants):
         constants = constants | {"COLUMNS": vector_columns(constants["BLOCK"], ITEMSIZE[dtype])}
     scalars = {"f": "fp32", "i32": "i32"}
     signature = [scalars.get(word, "*" + word.rstrip("*").replace("T", dtype)) for word in types.split()]
-    kernel = getattr(step_kernels, name)
+    kernel = getattr(attention_kernel if name == "attend_kernel" else step_kernels, name)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     assert len(signature) + len(constants) == len(kernel.arg_names)
     source = triton.compiler.ASTSource(

@@ -48,7 +48,7 @@ def test_growing_interface_tells_what_to_feed_when_a_parity_build_is_read(builds
     shapes = found.state_shapes(5)
     assert len(shapes) == 8
     assert {(shape[0], shape[2]) for shape in shapes.values()} == {(5, 0)}
-    assert session.state_type("past_key_values.0.key") == FLOAT32
+    assert found.element_type("past_key_values.0.key") == FLOAT32
 
 
 def test_static_interface_tells_its_slots_when_it_is_read() -> None:

@@ -127,6 +127,16 @@ def test_memory_is_refused_when_there_is_not_so_much() -> None:
         memory.reserve(2**60)
 
 
+def test_memory_holds_nothing_when_there_was_not_so_much() -> None:
+    memory = DeviceMemory(ort.InferenceSession(_identity(), providers=[CPU.name]), CPU)
+    memory.reserve(64)
+    with pytest.raises(BackendUnavailableError):
+        memory.reserve(2**60)
+    assert memory.bytes == 0, "whoever asks how much there is would write to what was given back"
+    memory.reserve(64)
+    assert memory.bytes == 64
+
+
 @pytest.mark.parametrize(
     ("said", "shown"),
     [

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import processors
 
 from dlo_export.runtimes.evaluation.encoding import encode_task, encode_text
 from dlo_export.runtimes.evaluation.errors import EvaluationError
@@ -26,6 +28,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A token for each byte, and none in front."""
     folder = tmp_path_factory.mktemp("tokenizer")
     save_byte_tokenizer(folder, BYTE_VOCABULARY)
+    return Tokenizer(folder)
+
+
+def save_ending_tokenizer(folder: Path) -> Tokenizer:
+    """A token for each byte, <s> in front and </s> behind."""
+    save_byte_tokenizer(folder, BYTE_VOCABULARY)
+    raw = RawTokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    raw.save(str(folder / "tokenizer.json"))
     return Tokenizer(folder)
 
 
@@ -101,6 +112,21 @@ def test_every_token_but_the_first_is_scored_once_whatever_the_windows(
     assert (limited.documents, len(limited.windows)) == (1, 1)
 
 
+def test_bytes_are_counted_and_contexts_end_where_they_do_when_the_tokenizer_ends_texts(tmp_path: Path) -> None:
+    tokenizer = save_ending_tokenizer(tmp_path)
+    text = Text("text", (Document("here", "Naïve deep layers."),))
+    encoded = encode_text(tokenizer, text, sequence=8, stride=8, limit=None)
+    assert sum(window.scored_bytes or 0 for window in encoded.windows) == len("Naïve deep layers.".encode())
+    assert encoded.windows[-1].segment.ids[-1] == 2, "the end is foretold too"
+    assert tokenizer.encode("Deep")[0] == 1
+    assert tokenizer.decode(tokenizer.encode("Deep")) == "Deep"
+    assert tokenizer.encode("Deep")[-1] != 2
+    assert tokenizer.encode("Deep</s>")[-1] == 2, "written by the user"
+    task = read_task(save_lines(tmp_path / "t.jsonl", CHOICES[0]))
+    segment = encode_task(tokenizer, task, context=None, limit=None).segments[0][0]
+    assert tokenizer.decode(segment.ids[segment.start :].tolist()) == " two"
+
+
 def test_a_document_of_one_token_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(EvaluationError, match="here: has 1 tokens"):
         encode_text(tokenizer, Text("text", (Document("here", "a"),)), sequence=8, stride=8, limit=None)
@@ -171,6 +197,7 @@ def test_a_context_loses_its_beginning_when_the_request_is_too_long(tokenizer: T
     [
         ({"sequence": 65, "context": 64}, "sequence is 65, the model's context has 64 tokens"),
         ({"sequence": 8, "stride": 9}, "stride is 9, expected 1 to the sequence's 8"),
+        ({"sequence": 0}, "stride is 0, expected 1 to the sequence's 0"),
     ],
 )
 def test_settings_raise_when_they_contradict_each_other(settings: dict[str, int], message: str) -> None:

@@ -4,16 +4,12 @@ import dataclasses
 
 import pytest
 
-from dlo_export.runtimes.parity.report import (
-    CaseResult,
-    GreedyDifference,
-    GreedyResult,
-    Judgement,
-    OwnRun,
-    ParityReport,
-)
+from dlo_export.runtimes.parity.case_result import CaseResult, OwnRun
+from dlo_export.runtimes.parity.greedy_result import GreedyDifference, GreedyResult
+from dlo_export.runtimes.parity.report import ParityReport
 from dlo_export.runtimes.parity.statistics import Flip, LogitStatistics
 from dlo_export.runtimes.parity.tolerances import TOLERANCES, OwnError, Tolerance
+from dlo_export.runtimes.parity.verdict import Judgement
 
 EXACT, FAR = LogitStatistics(100, 0.0, 0.0, 0.0, 0, 0), LogitStatistics(100, 1.0, 1.0, 1.0, 0, 0)
 SURE, SURER = (OwnError(0.0, 0.0, score, 0.003) for score in (0.025, 0.015))

@@ -10,7 +10,7 @@ from dlo_export.runtimes.runner import Forcing, Runner, StepRequest, StepResult
 
 
 class CountingRunner(Runner):
-    """Counts what it is asked for; takes batches of at most two, and fails on token 9."""
+    """Counts what it is asked for; takes batches of at most two, refuses token 9, and breaks on token 8."""
 
     def __init__(self, forcing: Forcing = "possible") -> None:
         super().__init__("counting", num_layers=3, routed_layers=(0, 2), forcing=forcing)
@@ -23,6 +23,8 @@ class CountingRunner(Runner):
     def _compute(self, request: StepRequest) -> StepResult:
         if (request.input_ids == 9).any():
             raise StepError("counting: failed", hint="none")
+        if (request.input_ids == 8).any():
+            raise RuntimeError("broken in the middle")
         self.steps += 1
         return StepResult(np.zeros((*request.input_ids.shape, 1), np.float32), {}, {})
 
@@ -58,6 +60,24 @@ def test_cache_stays_as_it_was_when_a_step_or_a_reset_fails() -> None:
         with pytest.raises(StepError, match="too many"):
             runner.reset(3)
         _step(runner, [[3]], 3)
+
+
+def test_fork_is_refused_when_there_is_no_token_to_repeat() -> None:
+    with CountingRunner() as runner:
+        runner.reset(1)
+        with pytest.raises(StepError, match=r"fork 1 sequences of 0 tokens, expected one with tokens"):
+            runner.fork(2)
+
+
+def test_runner_asks_for_a_reset_when_a_step_broke_in_the_middle() -> None:
+    with CountingRunner() as runner:
+        runner.reset(1)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            _step(runner, [[8]], 1)
+        with pytest.raises(StepError, match="step before reset"):
+            _step(runner, [[1]], 1)
+        runner.reset(1)
+        _step(runner, [[1]], 1)
 
 
 def test_step_is_refused_when_the_runner_was_not_reset_or_was_closed() -> None:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from dlo_export.modeling.skip_kernels import KernelMlp
-from dlo_export.runtimes.errors import BackendUnavailableError, StepError
+from dlo_export.runtimes.errors import StepError
+from dlo_export.runtimes.torch.captured.kernel_ops import kernel_ops
 from dlo_export.runtimes.torch.captured.step_ops import (
     Decisions,
-    KernelOps,
     Routing,
     StepOps,
     TorchOps,
@@ -159,9 +159,10 @@ class CapturedDecoder:
                 f"captured decode: all {self._capacity} slots of a sequence are in use",
                 hint="open a decoder of a larger capacity",
             )
-        self._lengths = [length + 1 for length in self._lengths]
         self._tokens.copy_(tokens)
-        return self._decode_step() if self._decode_graph is None else self._decode_graph.replay()
+        output = self._decode_step() if self._decode_graph is None else self._decode_graph.replay()
+        self._lengths = [length + 1 for length in self._lengths]
+        return output
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Forgets each sequence's tokens behind the first so many.
@@ -277,26 +278,3 @@ class Recorded:
         """Runs the step; its output lies where the last one lay."""
         self._graph.replay()
         return self._output
-
-
-_WIDE_STREAM = 4096  # of an 8B; a 1B's, 2048, wants kernels to start less early (docs/results/gpu_pytorch.md)
-
-
-def kernel_ops(embedding: torch.Tensor, batch: int) -> StepOps:
-    """The kernels, overlapping as was fastest where it was measured: on an H200, with one token a step.
-
-    Args:
-        embedding: T [vocabulary, hidden], on the GPU.
-        batch: Tokens of a step.
-
-    Raises:
-        BackendUnavailableError: Triton is missing.
-    """
-    try:
-        if batch > 1 or torch.cuda.get_device_capability(embedding.device) != (9, 0):
-            return KernelOps()
-        return KernelOps(early=2 if embedding.shape[1] >= _WIDE_STREAM else 1, vectors=True)
-    except ModuleNotFoundError as err:
-        raise BackendUnavailableError(
-            f"captured decode: {err.name} is missing", hint="install triton, which comes with PyTorch for CUDA"
-        ) from err
