@@ -76,20 +76,47 @@ def graph_candidate(
 
 
 def masked_graph(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> ir.Model:
-    """The source's graph before its lowering, on the artefact's weights."""
+    """The source's graph before its lowering, on the artefact's weights.
+
+    Raises:
+        InputError: The artefact has weights of other names or sizes than the source's graph.
+    """
+    model = _masked_form(source, released, description)
+    if different := take_weights(model, external_tensors(released.graph)):
+        raise _other_weights(folder, different)
+    return model
+
+
+def check_weights(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> None:
+    """Compares an artefact's weights with those of its source: what is compared on one side's alone does not tell.
+
+    Raises:
+        InputError: They are not equal, bit for bit.
+    """
+    stored, own = external_tensors(released.graph), _masked_form(source, released, description).graph.initializers
+    different = set()
+    for name in stored.keys() & own.keys():
+        tensor = own[name].const_value
+        if tensor is None or tensor.tobytes() != stored[name].tobytes():
+            different.add(name)
+    if different:
+        raise _other_weights(folder, different)
+
+
+def _other_weights(folder: Path, names: Iterable[str]) -> InputError:
+    return InputError(
+        f"{folder / MODEL_NAME}: its weights are not those of an export of this source: {', '.join(sorted(names)[:5])}",
+        hint="give the model (and adapter) the artefact was made from, and the version that made it",
+    )
+
+
+def _masked_form(source: ExportSource, released: ir.Model, description: ArtefactDescription) -> ir.Model:
+    """The source's graph before its lowering, all around routed blocks being as in the artefact's."""
     dtype, target = graph_dtype(description.dtype), PROVIDER_TARGETS[description.provider]
     slots = cache_slots(released.graph) or None
     if slots is not None and description.provider != "cpu":
-        model = build_captured_model(source, "masked", slots, dtype, target)
-    else:
-        model = build_model(source, "masked", dtype, target, static_cache=slots, compared_with=description.lowering)
-    if different := take_weights(model, external_tensors(released.graph)):
-        raise InputError(
-            f"{folder / MODEL_NAME}: its weights are not those of an export of this source: "
-            f"{', '.join(sorted(different)[:5])}",
-            hint="give the model (and adapter) the artefact was made from, and the version that made it",
-        )
-    return model
+        return build_captured_model(source, "masked", slots, dtype, target)
+    return build_model(source, "masked", dtype, target, static_cache=slots, compared_with=description.lowering)
 
 
 def twin_candidates(
