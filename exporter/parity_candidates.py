@@ -16,7 +16,7 @@ from dlo_export.exporter.pipeline import TensorRtOptions, build_captured_model, 
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
-from dlo_export.exporter.weight_file import external_tensors, save_weights, take_weights
+from dlo_export.exporter.weight_file import external_tensors, save_weights, stored_bytes, take_weights
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
@@ -97,7 +97,7 @@ def check_weights(source: ExportSource, folder: Path, released: ir.Model, descri
     different = set()
     for name in stored.keys() & own.keys():
         tensor = own[name].const_value
-        if tensor is None or tensor.tobytes() != stored[name].tobytes():
+        if tensor is None or tensor.tobytes() != stored_bytes(stored[name]):
             different.add(name)
     if different:
         raise _other_weights(folder, different)
