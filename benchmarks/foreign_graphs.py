@@ -54,7 +54,7 @@ from dlo_export.checkpoints.llama_layer import HEAD
 from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.artefact_runner import exposed_model, open_artefact
 from dlo_export.exporter.graph_dtype import graph_dtype
-from dlo_export.exporter.parity_references import as_it_was
+from dlo_export.exporter.parity_references import graph_as_it_was
 from dlo_export.exporter.sources.foreign_graph import load_graph, open_foreign_graph, read_prepared
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.target_graphs import build_model
@@ -347,7 +347,7 @@ def rows_of(name: str, source: ForeignSource, plan: ExpansionPlan, folder: Path)
         cases = text_cases(tokens, padded=padded)
         with (
             contextlib.closing(open_source(str(graph), folder / "layers")) as opened,
-            OnnxRuntimeRunner(as_it_was(opened), weights_folder=graph.parent, allow_spinning=False) as runner,
+            graph_as_it_was(opened) as runner,
         ):
             untouched = outcomes(runner, cases)
         pytorch = PyTorchModel(graph, load_adapter(folder / "routers"), plan)

@@ -38,10 +38,12 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource, open_source
+from dlo_export.exporter.static_slots import beyond_context, check_slots
 from dlo_export.exporter.target_graphs import build_captured_model, build_model, check_captured
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.exporter.weight_file import leave_weights_out, save_weights, weight_bytes
+from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, LoweringRecord, Target
 from dlo_export.graph_passes.lowerings.registry import find_lowering, lowering_names, lowerings_without_operators
 from dlo_export.plugins.ort_registration import check_library
@@ -144,6 +146,11 @@ class ExportRequest:
                 "token's logits, of which the last row alone leaves the device",
                 hint="leave --last-logits out",
             )
+        if self.link_weights and not self.weights:
+            raise InputError(
+                "--link-weights and --no-weights: there is nothing to link where no weights are written",
+                hint="leave one of the two out",
+            )
         if self.trt is not None and self.static_cache is not None:
             raise InputError(
                 "--static-cache and --trt: engines have a cache of their own, --trt-max-cache is its size",
@@ -203,7 +210,7 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
     try:
         for warning in source.warnings:
             reporter.warn(warning)
-        if request.link_weights and not (request.weights and source.base.data_files):
+        if request.link_weights and not source.base.data_files:
             raise InputError(
                 f"{source.base.path}: --link-weights is for a graph whose weights lie in data files beside it",
                 hint="leave --link-weights out: these weights are written anew",
@@ -214,6 +221,8 @@ def export_model(request: ExportRequest, reporter: Reporter) -> ExportResult:
                 reporter.warn("--remove-identity: no layer passes everything on, so none is removed")
         plan = _plan_engines(request, source, reporter)
         form = _graph_form(request, source, beside_engines=plan is not None)
+        if request.static_cache is not None and (told := beyond_context(source, request.static_cache)):
+            reporter.warn(told)
         with no_room_reported(request.output), whole_folder(request.output, overwrite=request.force) as folder:
             summary = _export_into(folder, request, source, form, plan, reporter)
         size = sum(file.stat().st_size for file in request.output.rglob("*") if file.is_file())
@@ -238,6 +247,8 @@ def _graph_form(request: ExportRequest, source: ExportSource, *, beside_engines:
         dtype = source.base.dtype_beside_engines
     else:
         dtype = source.base.graph_dtype(request.dtype, request.provider)
+    if request.static_cache is not None:
+        check_slots(source, request.static_cache, dtype)
     target, library = PROVIDER_TARGETS[request.provider], request.ort_plugin_library
     engines_only = beside_engines and not _runs_everywhere(request.lowering, target)
     asked = "auto" if engines_only else request.lowering
@@ -281,12 +292,19 @@ def _check_possible(request: ExportRequest, source: ExportSource, dtype: str, re
 
 
 def _lowered(request: ExportRequest, source: ExportSource, lowering: str, dtype: str) -> ir.Model:
-    """The graph in a lowering, its weights still lazy: a new one with every call."""
-    of, target = graph_dtype(dtype), PROVIDER_TARGETS[request.provider]
-    if request.captured:
-        assert request.static_cache is not None, "what captured asks"
-        return build_captured_model(source, lowering, request.static_cache, of, target)
-    return build_model(source, lowering, of, target, last_logits=request.last_logits, static_cache=request.static_cache)
+    """The graph in a lowering, its weights still lazy: a new one with every call.
+
+    Raises:
+        GraphPassError: The source's graph is not what a pass needs, by the source's name.
+    """
+    of, target, slots = graph_dtype(dtype), PROVIDER_TARGETS[request.provider], request.static_cache
+    try:
+        if request.captured:
+            assert slots is not None, "what captured asks"
+            return build_captured_model(source, lowering, slots, of, target)
+        return build_model(source, lowering, of, target, last_logits=request.last_logits, static_cache=slots)
+    except GraphPassError as err:
+        raise GraphPassError(f"{source.base.path}: {err.message}", hint=err.hint) from err
 
 
 def _export_into(

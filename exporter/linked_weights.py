@@ -24,7 +24,7 @@ def weights_folder(model: ir.Model, folder: Path) -> Path:
     other names, in place, so it must not be written. Whether the files are the right ones, their description tells.
 
     Args:
-        model: An artefact's: external data are initializers of its main graph alone.
+        model: Its external data are initializers of its main graph alone.
         folder: That it lies in.
     """
     external = external_tensors(model.graph)

@@ -17,7 +17,7 @@ from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.target_graphs import build_captured_model, build_model
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
-from dlo_export.exporter.weight_file import external_tensors, save_weights, take_weights
+from dlo_export.exporter.weight_file import external_tensors, save_weights, stored_bytes, take_weights
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
@@ -77,20 +77,47 @@ def graph_candidate(
 
 
 def masked_graph(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> ir.Model:
-    """The source's graph before its lowering, on the artefact's weights."""
+    """The source's graph before its lowering, on the artefact's weights.
+
+    Raises:
+        InputError: The artefact has weights of other names or sizes than the source's graph.
+    """
+    model = _masked_form(source, released, description)
+    if different := take_weights(model, external_tensors(released.graph)):
+        raise _other_weights(folder, different)
+    return model
+
+
+def check_weights(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> None:
+    """Compares an artefact's weights with those of its source: what is compared on one side's alone does not tell.
+
+    Raises:
+        InputError: They are not equal, bit for bit.
+    """
+    stored, own = external_tensors(released.graph), _masked_form(source, released, description).graph.initializers
+    different = set()
+    for name in stored.keys() & own.keys():
+        tensor = own[name].const_value
+        if tensor is None or tensor.tobytes() != stored_bytes(stored[name]):
+            different.add(name)
+    if different:
+        raise _other_weights(folder, different)
+
+
+def _other_weights(folder: Path, names: Iterable[str]) -> InputError:
+    return InputError(
+        f"{folder / MODEL_NAME}: its weights are not those of an export of this source: {', '.join(sorted(names)[:5])}",
+        hint="give the model (and adapter) the artefact was made from, and the version that made it",
+    )
+
+
+def _masked_form(source: ExportSource, released: ir.Model, description: ArtefactDescription) -> ir.Model:
+    """The source's graph before its lowering, all around routed blocks being as in the artefact's."""
     dtype, target = graph_dtype(description.dtype), PROVIDER_TARGETS[description.provider]
     slots = held_tokens(description)
     if slots is not None and description.provider != "cpu":
-        model = build_captured_model(source, "masked", slots, dtype, target)
-    else:
-        model = build_model(source, "masked", dtype, target, static_cache=slots, compared_with=description.lowering)
-    if different := take_weights(model, external_tensors(released.graph)):
-        raise InputError(
-            f"{folder / MODEL_NAME}: its weights are not those of an export of this source: "
-            f"{', '.join(sorted(different)[:5])}",
-            hint="give the model (and adapter) the artefact was made from, and the version that made it",
-        )
-    return model
+        return build_captured_model(source, "masked", slots, dtype, target)
+    return build_model(source, "masked", dtype, target, static_cache=slots, compared_with=description.lowering)
 
 
 def twin_candidates(

@@ -22,7 +22,12 @@ from dlo_export.exporter.artefact_source import check_made_from
 from dlo_export.exporter.exact_products import asks_to_round, rounds_activations
 from dlo_export.exporter.linked_weights import weights_folder
 from dlo_export.exporter.named_operators import named_operators
-from dlo_export.exporter.parity_candidates import graph_candidate, masked_graph, twin_candidates
+from dlo_export.exporter.parity_candidates import (
+    check_weights,
+    graph_candidate,
+    masked_graph,
+    twin_candidates,
+)
 from dlo_export.exporter.parity_references import dequantising_reference, own_reference, pytorch_reference
 from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.sources.foreign_graph import load_graph
@@ -35,10 +40,11 @@ from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.parity.cases import parity_cases
-from dlo_export.runtimes.parity.compare import Candidate, compare
+from dlo_export.runtimes.parity.compare import Candidate, OtherPrecision, compare
 from dlo_export.runtimes.parity.report import ParityReport
 from dlo_export.runtimes.parity.tolerances import EIGHT_BIT_ACTIVATIONS
 
+_ROUNDING = "its masked form rounded to 8 bits is off that without"
 _SEED = 0
 _GREEDY_PROMPTS = (24, 15)  # tokens: of unequal length, so that one is padded
 _GREEDY_TOKENS = 32
@@ -93,20 +99,25 @@ def check_parity(
         twins = twin_candidates(source, weights, description, released, tensorrt, scratch)
         if has_model:
             opened = functools.partial(pytorch_reference, source, device=device)
-            # Another precision, which tells rounding from faults: more of it, or the artefact's own.
-            other = "float64" if description.dtype == "fp32" else BY_OPTION[description.dtype].name
-            another = functools.partial(opened, name=f"PyTorch in {other}", dtype=other)
             with opened() as reference:
-                return comparison(reference, [*candidates, *twins], open_other=another)
+                other = OtherPrecision.of_pytorch(
+                    description.dtype, lambda dtype: opened(name=f"PyTorch in {dtype}", dtype=dtype)
+                )
+                return comparison(reference, [*candidates, *twins], other=other)
         # What a graph with quantised weights computes depends on its kernels: what it is lowered to runs on the same
         # ones, engines on weights that were dequantised.
         reports = []
         if _why_no_oracle(source, description) is None:
+            if source.routing is not None:
+                check_weights(source, folder, released, description)
+            rounds = source.routing is not None and rounds_activations(released.graph)
+            exactly = functools.partial(dequantising_reference, source, weights, released, description, provider)
+            unrounded = OtherPrecision(exactly, True, _ROUNDING) if rounds else None
             with own_reference(source, weights, released, description, provider) as reference:
                 # The same kernels, which may round a token of a prompt otherwise than one that comes by itself.
-                report = comparison(reference, candidates, steps_matter=True)
-            if not report and source.routing is not None and rounds_activations(released.graph):
-                with dequantising_reference(source, weights, released, description, provider) as reference:
+                report = comparison(reference, candidates, steps_matter=True, other=unrounded)
+            if rounds and not report.within_table:
+                with exactly() as reference:
                     exact = comparison(reference, rungs(file=None, exact_products=True), steps_matter=True)
                 report = _up_to_rounding(report, exact)
             reports.append(report)
@@ -120,14 +131,19 @@ def _up_to_rounding(released: ParityReport, exact: ParityReport) -> ParityReport
     """What is said of a graph that its own products' rounding to 8 bits keeps from its masked form.
 
     That its lowering is right shows where nothing is rounded so, by the table; that what is shipped is it, too, where
-    it differs from its masked form by no more than that rounding makes it.
+    it differs from its masked form by no more than that rounding makes either differ.
 
     Args:
-        released: As it is shipped, against its masked form.
+        released: As it is shipped, against its masked form; with what the rounding does to that.
         exact: The same two without rounding to 8 bits.
     """
-    if dataclasses.replace(released, tolerance=EIGHT_BIT_ACTIVATIONS).verdict == "FAIL":
-        return released
+    by_rounding = dataclasses.replace(released, tolerance=EIGHT_BIT_ACTIVATIONS)
+    if by_rounding.verdict == "FAIL":
+        return by_rounding
+    if exact and not by_rounding:
+        return dataclasses.replace(
+            by_rounding, reference=f"{released.reference}, which it equals without rounding to 8 bits"
+        )
     off = max(case.logits.largest for case in released.cases)
     name = f"{released.reference}, multiplying by activations as they are (rounded to 8 bits, {off:.1e} of the peak)"
     return dataclasses.replace(exact, reference=name)

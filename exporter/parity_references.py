@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import onnx_ir as ir
 
 from dlo_export.exporter.artefact_runner import exposed_model, serialized
 from dlo_export.exporter.exact_products import with_exact_products
+from dlo_export.exporter.linked_weights import weights_folder
 from dlo_export.exporter.parity_candidates import masked_graph
 from dlo_export.exporter.pipeline import state_cache_sizes
 from dlo_export.exporter.sources.foreign_graph import load_graph
@@ -17,7 +17,7 @@ from dlo_export.exporter.sources.reduced_source import ReducedSource
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.graph_passes.naming import free_interface_names
 from dlo_export.runtimes.artefact.description import ArtefactDescription
-from dlo_export.runtimes.onnxruntime.providers import Provider
+from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.parity.fewer_layers import FewerLayersRunner
 from dlo_export.runtimes.parity.two_builds import TwoBuildsRunner
@@ -39,13 +39,18 @@ def own_reference(
     source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription, provider: Provider
 ) -> Runner:
     """What a graph without a PyTorch model is compared with, on the same provider."""
-    opened = functools.partial(OnnxRuntimeRunner, allow_spinning=False, provider=provider)
     if source.routing is None:
-        return opened(as_it_was(source), weights_folder=source.base.path.parent, name="the graph as it was")
+        return graph_as_it_was(source, provider)
     name = "its own masked form"
     masked = masked_graph(source, folder, released, description)
     free, forced = (
-        opened(exposed_model(masked, force=force, streams=True), weights_folder=folder, name=name)
+        OnnxRuntimeRunner(
+            exposed_model(masked, force=force, streams=True),
+            weights_folder=folder,
+            name=name,
+            allow_spinning=False,
+            provider=provider,
+        )
         for force in (False, True)
     )
     return TwoBuildsRunner(free, forced, name=name, thresholds=description.router_thresholds)
@@ -77,13 +82,21 @@ def dequantising_reference(
     return TwoBuildsRunner(*runners, name=name, thresholds=description.router_thresholds) if routed else runners[0]
 
 
-def as_it_was(source: ExportSource) -> bytes:
-    """Somebody's file, its cache's sizes said, and its logits called so."""
+def graph_as_it_was(source: ExportSource, provider: Provider = CPU) -> OnnxRuntimeRunner:
+    """Somebody's file, its cache's sizes said, and its logits called so; its weights may lie behind links.
+
+    Args:
+        source: Of a graph, opened.
+        provider: What runs it.
+    """
     model, sized = load_graph(source.base.path), state_cache_sizes(source.plain_model(ir.DataType.FLOAT))
+    weights = weights_folder(model, source.base.path.parent)
     free_interface_names(model.graph)
     for value, named in zip(model.graph.outputs, sized.graph.outputs, strict=True):
         value.name = named.name
     shapes = {value.name: value.shape for value in (*sized.graph.inputs, *sized.graph.outputs)}
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = shapes.get(value.name, value.shape)
-    return serialized(model)
+    return OnnxRuntimeRunner(
+        serialized(model), weights_folder=weights, name="the graph as it was", allow_spinning=False, provider=provider
+    )

@@ -199,6 +199,13 @@ def external_tensors(graph: ir.Graph) -> dict[str, ir.ExternalTensor]:
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, ir.ExternalTensor)}
 
 
+def stored_bytes(tensor: ir.ExternalTensor) -> bytes:
+    """A tensor as it lies in its file, which may have several names: onnx_ir refuses to read such a file."""
+    with Path(tensor.path).open("rb") as file:
+        file.seek(tensor.offset or 0)
+        return file.read(tensor.nbytes)
+
+
 class FiniteWrites:
     """Passes a tensor's bytes on to a file, and refuses those that are no finite numbers.
 

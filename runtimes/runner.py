@@ -105,6 +105,7 @@ class Runner(abc.ABC):
         routed_layers: Layers whose routing the model exposes, ascending. A released graph hides its routers.
         thresholds: By routed layer, the score that an active token's exceeds, where it is not one half.
         last_logits_only: Whether the model computes no other logits than each step's last.
+        max_step: Tokens per sequence that one step takes at most; None: any number.
     """
 
     def __init__(
@@ -117,9 +118,11 @@ class Runner(abc.ABC):
         forcing: Forcing = "possible",
         last_logits_only: bool = False,
         takes_padding: bool = True,
+        max_step: int | None = None,
     ) -> None:
         self.name = name
         self.last_logits_only = last_logits_only
+        self.max_step = max_step
         self.num_layers = num_layers
         self.routed_layers = routed_layers
         self.thresholds = dict(thresholds or {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import shutil
 import tempfile
@@ -21,7 +20,6 @@ from benchmarks.common.workspace import REPOSITORY
 from benchmarks.gpu.evidence_bars import DTYPES
 from benchmarks.gpu.placement import placement_facts
 from dlo_export.checkpoints.device_options import ProviderOption
-from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.model_types import KV_KEY
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.parity_candidates import graph_candidate
@@ -37,7 +35,7 @@ from dlo_export.runtimes.onnxruntime.providers import BY_OPTION as PROVIDERS
 from dlo_export.runtimes.onnxruntime.providers import Provider
 from dlo_export.runtimes.onnxruntime.session import DecoderSession
 from dlo_export.runtimes.parity.cases import parity_cases
-from dlo_export.runtimes.parity.compare import compare
+from dlo_export.runtimes.parity.compare import OtherPrecision, compare
 from dlo_export.runtimes.torch.reference import open_reference
 
 DATA: Final = REPOSITORY / "tests" / "data"
@@ -127,8 +125,9 @@ def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, An
         routed = source.routing is not None and job.lowerings != ("none",)
         rng = np.random.default_rng(0)
         prompts = [rng.integers(0, config["vocab_size"], tokens).tolist() for tokens in (24, 15)]
-        other = "float64" if job.dtype == "fp32" else BY_OPTION[job.dtype].name
-        another = functools.partial(open_reference, config, tensors, dtype=other, device=job.device)
+        other = OtherPrecision.of_pytorch(
+            job.dtype, lambda dtype: open_reference(config, tensors, dtype=dtype, device=job.device)
+        )
         with open_reference(config, tensors, device=job.device) as reference:
             for lowering, file in files.items():
                 begin = time.monotonic()
@@ -150,7 +149,7 @@ def rows_of(job: Job, provider: Provider | None = None) -> Iterator[dict[str, An
                         dtype=job.dtype,
                         greedy_prompts=prompts,
                         greedy_tokens=32,
-                        open_other=another,
+                        other=other,
                     )
                 except Exception as err:  # whatever a new card brings is a finding, and costs the other rows nothing
                     yield {**row, "passed": False, "error": f"{type(err).__name__}: {err}"[:1500]}

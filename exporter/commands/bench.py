@@ -182,17 +182,13 @@ def _tune(
 def held_out_sequences(folder: Path, text: Path | None, tokens: int) -> Any:
     """Tokens of documents that calibration leaves out, int64 [sequences, 512]."""
     from dlo_export.checkpoints.tokenization.encoder import load_encoder  # noqa: PLC0415
-    from dlo_export.modeling.calibration.text import calibration_text, read_documents  # noqa: PLC0415
+    from dlo_export.modeling.calibration.text import evaluation_sequences, read_documents  # noqa: PLC0415
 
-    drawn = calibration_text(
-        read_documents(text),
-        load_encoder(folder),
-        # Evaluation documents are drawn first, so what calibration would get does not matter here.
-        calibration_tokens=SEQUENCE,
-        evaluation_tokens=max(tokens, SEQUENCE),
-        sequence_length=SEQUENCE,
+    origin = "Python's documentation" if text is None else str(text)
+    drawn = evaluation_sequences(
+        read_documents(text), load_encoder(folder), max(tokens, SEQUENCE), origin=origin, sequence_length=SEQUENCE
     )
-    return drawn.evaluation.numpy()
+    return drawn.numpy()
 
 
 def _labels(artefacts: list[Path]) -> list[str]:

@@ -38,9 +38,8 @@ def outcome(build: BuildProcess) -> dict[str, Any]:
     """
     status = build.wait()
     if build.timed_out:
-        raise _ended(
-            build, EngineBuildError, f"was killed after its timeout of {build.request.timeout_s:g} s", "allow more time"
-        )
+        said = f"was killed after its timeout of {build.request.timeout_s:g} s"
+        raise _ended(build, EngineBuildError, said, "allow more time, --trt-timeout, or leave that out")
     if build.result is not None:
         return build.result
     if build.failure is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from dlo_export.graph_passes.cache.step_lengths import StepLengths
 from dlo_export.graph_passes.cache.use_static_cache import UseStaticCachePass
 from dlo_export.graph_passes.cleanup.fuse_sibling_matmuls import FuseSiblingMatMulsPass
 from dlo_export.graph_passes.depth.inject_layers import InjectLayersPass
-from dlo_export.graph_passes.errors import GraphPassError, place
+from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.data_flow import is_op, producer_of, subgraphs_of
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.rewriting import remove_unused, replace_value
@@ -106,15 +107,17 @@ class UseGroupQueryAttentionPass(GraphPass):
             GraphPassError: With all reasons.
         """
         problems = [] if self.max_cache >= 1 else [f"max_cache is {self.max_cache}, expected at least 1"]
+        layers = collections.defaultdict[str, list[int]](list)
         for attention in cached_attentions(model.graph, self._name):
             multiple = _ROTATED_MULTIPLE if self.captured else _HEAD_MULTIPLE
             if attention.head_dim % multiple:
-                problems.append(
-                    f"{place(attention.node)} has heads of {attention.head_dim}, expected a multiple of {multiple}"
-                )
+                reason = f"has heads of {attention.head_dim}, expected a multiple of {multiple}"
+                layers[reason].append(attention.layer)
             found = rotary_tables(attention, self.max_cache)
             if isinstance(found, str):
-                problems.append(f"{place(attention.node)}: {found}")
+                layers[found].append(attention.layer)
+        # What is wrong with one layer mostly is with all.
+        problems += [f"attention of layers {', '.join(map(str, each))}: {reason}" for reason, each in layers.items()]
         if problems:
             raise GraphPassError(
                 f"UseGroupQueryAttentionPass: {'; '.join(problems)}.",

@@ -106,8 +106,33 @@ def calibration_text(
     return CalibrationText(calibration, evaluation, calibrated, evaluated)
 
 
+def evaluation_sequences(
+    documents: Sequence[Document], encode: Encode, tokens: int, *, origin: str, sequence_length: int = 512
+) -> torch.Tensor:
+    """What `calibration_text` draws for evaluation, where nothing is calibrated: int64 [sequences, length].
+
+    Args:
+        documents: In any order.
+        encode: The model's tokenizer.
+        tokens: Rounded down to whole sequences.
+        origin: Of the documents, for messages.
+        sequence_length: Tokens per sequence.
+
+    Raises:
+        CalibrationTextError: The documents have too few tokens.
+    """
+    remaining = list(documents)
+    random.Random(0).shuffle(remaining)
+    return _draw(remaining, encode, tokens, sequence_length, origin, "give more text, or ask for fewer tokens")[0]
+
+
 def _draw(
-    remaining: list[Document], encode: Encode, tokens: int, length: int, purpose: str
+    remaining: list[Document],
+    encode: Encode,
+    tokens: int,
+    length: int,
+    purpose: str,
+    hint: str = "give more text, or ask for fewer tokens; no document serves both purposes",
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
     """Takes documents off the list until there are enough tokens."""
     wanted = tokens // length * length
@@ -120,8 +145,7 @@ def _draw(
     while len(ids) < wanted:
         if not remaining:
             raise CalibrationTextError(
-                f"{purpose}: the documents left have {len(ids)} tokens, expected {wanted}",
-                hint="give more text, or ask for fewer tokens; no document serves both purposes",
+                f"{purpose}: the documents left have {len(ids)} tokens, expected {wanted}", hint=hint
             )
         document = remaining.pop()
         ids += encode(document.text)

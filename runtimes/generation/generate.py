@@ -54,7 +54,7 @@ class Generation:
         end_tokens: Any of them ends its sequence, and is its last token.
         pad_token: What padding is made of; it is masked.
         sampling: How tokens are chosen.
-        prefill_tokens: The prompts are fed in steps of so many columns.
+        prefill_tokens: The prompts are fed in steps of so many columns, or of as many as the runner takes.
 
     Raises:
         GenerationError: No prompts, an empty one, or no tokens to generate.
@@ -81,7 +81,7 @@ class Generation:
         self._max_new_tokens = max_new_tokens
         self._end_tokens = frozenset(end_tokens)
         self._pad_token = pad_token
-        self._prefill_tokens = prefill_tokens
+        self._prefill_tokens = min(prefill_tokens, runner.max_step or prefill_tokens)
         self._sampler = Sampler(sampling, len(prompts))
         self._ids, self._mask = left_padded(prompts, pad_token)
         self._positions = np.maximum(self._mask.cumsum(-1) - 1, 0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
 
+from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.runtimes.generation.generate import Generation
 from dlo_export.runtimes.generation.sampling import LogitsError
 from dlo_export.runtimes.parity.case_result import CaseResult, OwnRun
@@ -52,6 +54,34 @@ class Candidate:
     open_shown: OpenRunner | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class OtherPrecision:
+    """The reference in another precision: how far the two are apart tells rounding from a fault.
+
+    Attributes:
+        open: Opens it.
+        is_exact: Whether it is the more exact one of the two.
+        compared: Which is off which, in words for a report.
+    """
+
+    open: OpenRunner
+    is_exact: bool
+    compared: str
+
+    @classmethod
+    def of_pytorch(cls, dtype: str, opened: Callable[[str], AbstractContextManager[Runner]]) -> OtherPrecision:
+        """Of a PyTorch model in float32: float64 for candidates in fp32, their own type for those of 16 bits.
+
+        Args:
+            dtype: Of the candidates.
+            opened: Opens the model in a type, by PyTorch's name of it.
+        """
+        if dtype == "fp32":
+            return cls(functools.partial(opened, "float64"), True, "its own fp32 is off float64")
+        name = BY_OPTION[dtype].name
+        return cls(functools.partial(opened, name), False, f"PyTorch's own {dtype} is off its fp32")
+
+
 def compare(
     reference: Runner,
     candidates: Sequence[Candidate],
@@ -60,7 +90,7 @@ def compare(
     dtype: str,
     greedy_prompts: Sequence[Sequence[int]] = (),
     greedy_tokens: int = 32,
-    open_other: OpenRunner | None = None,
+    other: OtherPrecision | None = None,
     steps_matter: bool = False,
 ) -> ParityReport:
     """Runs every case on the reference and on every candidate.
@@ -77,9 +107,8 @@ def compare(
         dtype: Of the candidates, a key of TOLERANCES.
         greedy_prompts: Left-padded into one batch; none leave the greedy comparison out.
         greedy_tokens: How many tokens to generate per prompt.
-        open_other: The reference in another precision, opened only where a case would fail or something flipped:
-            float64 for candidates in fp32, their own type for those of 16 bits. How far the two are apart tells
-            rounding from a fault. None leaves the table's tolerances as they are, and what flipped ambiguous.
+        other: Opened only where a case would fail or something flipped: float64 for candidates in fp32, their own type
+            for those of 16 bits. None leaves the table's tolerances as they are, and what flipped ambiguous.
         steps_matter: Whether the same tokens in other steps are another result: by a rope that depends on the length,
             or by kernels that both models run. Generated tokens are then refed as they were fed, not all at once.
 
@@ -89,7 +118,7 @@ def compare(
     tolerance = TOLERANCES[dtype]
     traces = [trace_reference(reference, case) for case in cases]
     comparisons = [
-        _Comparison(reference, candidate, tolerance, cases, traces, open_other, dtype, steps_matter=steps_matter)
+        _Comparison(reference, candidate, tolerance, cases, traces, other, steps_matter=steps_matter)
         for candidate in candidates
     ]
     for comparison in comparisons:
@@ -120,8 +149,7 @@ class _Comparison:
         tolerance: Tolerance,
         cases: Sequence[Case],
         traces: Sequence[Trace],
-        open_other: OpenRunner | None,
-        dtype: str,
+        other: OtherPrecision | None,
         *,
         steps_matter: bool,
     ) -> None:
@@ -130,8 +158,7 @@ class _Comparison:
         self._tolerance = tolerance
         self._cases = list(cases)
         self._traces = list(traces)
-        self._open_other = open_other
-        self._dtype = dtype
+        self._other = other
         self._steps_matter = steps_matter
         self._free_traces: dict[str, Trace] = {}
         self._found_traces: list[Trace] = []
@@ -188,16 +215,16 @@ class _Comparison:
         if self.greedy is not None and self.greedy.differences:
             doubtful.add(len(self.results) - 1)
         measurable = [i for i in sorted(doubtful) if math.isfinite(self.results[i].logits.mean)]
-        if self._open_other is None or not measurable:
+        if self._other is None or not measurable:
             return
-        with self._open_other() as other:
+        with self._other.open() as other:
             for index in measurable:
                 case, trace = self._cases[index], self._traces[index]
                 found = trace_case(other, case, trace.decisions)
-                exact, rounded, compared = found, trace, "its own fp32 is off float64"
-                if self._dtype != "fp32":
-                    exact, rounded, compared = trace, found, f"PyTorch's own {self._dtype} is off its fp32"
-                own = own_error(exact.logits, rounded.logits, exact.scores, rounded.scores, case.real, compared)
+                exact, rounded = (found, trace) if self._other.is_exact else (trace, found)
+                own = own_error(
+                    exact.logits, rounded.logits, exact.scores, rounded.scores, case.real, self._other.compared
+                )
                 self.results[index] = dataclasses.replace(self.results[index], own_error=own)
                 if self.greedy is not None and index == len(self.results) - 1:
                     self.greedy = self._with_rounding(self.greedy, np.abs(exact.logits - rounded.logits).max(-1))

@@ -61,6 +61,11 @@ class ParityReport:
             return "FAIL"
         return "AMBIGUOUS" if "AMBIGUOUS" in verdicts else "PASS"
 
+    @property
+    def within_table(self) -> bool:
+        """Whether it passes, and by the table alone: the reference's own error was not asked for."""
+        return self.verdict == "PASS" and all(case.own_error is None for case in self.cases)
+
     def __bool__(self) -> bool:
         return self.verdict == "PASS"
 

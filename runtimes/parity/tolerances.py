@@ -85,11 +85,13 @@ EIGHT_BIT_ACTIVATIONS = Tolerance(
     8e-3,
     0.15,
     2e-2,
-    1,
-    "on kernels that sum other numbers of rows otherwise (AVX2): tiny models' mean 4e-5, largest 9e-3",
+    2,
+    "on kernels that sum other numbers of rows otherwise (AVX2): tiny models' mean 4e-5, largest 9e-3; SmolLM2-135M's "
+    "2.5e-3, 6e-2 (half skipped: 5e-3, 0.13), which the rounding itself moves by 1.3e-2, 0.26 (3.6e-2, 0.5)",
 )
 """Of float32 graphs whose products round to 8 bits what they multiply; those that do not round show the rest.
 
 Where two forms of a graph differ by an ulp in front of a product, one of them may be rounded the other way, by 1/127 of
-the largest of its block.
+the largest of its block. A model that amplifies that is judged by its own error: what the rounding makes of its masked
+form.
 """

@@ -43,6 +43,7 @@ class StaticRunner(Runner):
             forcing=interface.forcing,
             last_logits_only=interface.last_logits,
             thresholds=thresholds,
+            max_step=max_sequence,
         )
         self._interface = interface
         limits = StaticCacheLimits(interface.max_cache, max_batch, max_sequence)

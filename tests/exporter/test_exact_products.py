@@ -14,8 +14,8 @@ from dlo_export.exporter.sources.source import open_source
 from dlo_export.runtimes.artefact.description import load_description
 from dlo_export.runtimes.parity.case_result import CaseResult
 from dlo_export.runtimes.parity.report import ParityReport
-from dlo_export.runtimes.parity.statistics import LogitStatistics
-from dlo_export.runtimes.parity.tolerances import TOLERANCES
+from dlo_export.runtimes.parity.statistics import Flip, LogitStatistics
+from dlo_export.runtimes.parity.tolerances import TOLERANCES, OwnError
 from tests.foreign_graphs import save_routed_adapter
 from tests.genai_graphs import save_genai_graph
 
@@ -63,14 +63,37 @@ def test_parity_fails_when_a_difference_is_as_small_as_rounding_but_stays_withou
     assert worst < 0.15, "what rounding to 8 bits would be allowed"
 
 
-@pytest.mark.parametrize(("off", "is_rounding"), [(0.01, True), (0.15, True), (0.16, False), (float("nan"), False)])
-def test_report_is_that_of_exact_products_up_to_what_rounding_may_do(off, is_rounding):
-    case = CaseResult("prefill", "compact", LogitStatistics(9, 1e-3, off, off, 0, 0), None, 0, ())
+# Of SmolLM2-135M: half of its MLPs skipped by calibrated routers, and by random ones, the worst-conditioned.
+CALIBRATED, RANDOM = OwnError(0.013, 0.21, 0.18, 0.009), OwnError(0.026, 0.45, 0.99, 0.026)
+FLIPPED = Flip(29, 0, 35, 0.97, 0.49)
+
+
+@pytest.mark.parametrize(
+    ("off", "flips", "own", "verdict"),
+    [
+        (0.01, (), None, "PASS"),
+        (0.15, (), None, "PASS"),
+        (0.16, (), None, "FAIL"),
+        (float("nan"), (), None, "FAIL"),
+        (0.16, (), CALIBRATED, "PASS"),
+        (0.43, (), CALIBRATED, "FAIL"),
+        (0.13, (FLIPPED,), CALIBRATED, "FAIL"),
+        (0.13, (FLIPPED,), RANDOM, "AMBIGUOUS"),
+    ],
+)
+def test_report_is_that_of_exact_products_up_to_what_rounding_may_do(off, flips, own, verdict):
+    logits = LogitStatistics(9, 1e-3, off, off, 0, 0)
+    case = CaseResult("prefill", "compact", logits, None, 0, flips, own_error=own)
     released = ParityReport("its own masked form", "fp32", TOLERANCES["fp32"], (case,))
-    exact = dataclasses.replace(released, reference="its weights dequantised", cases=())
+    exactly = dataclasses.replace(case, logits=LogitStatistics(9, 1e-7, 1e-7, 1e-7, 0, 0), flips=(), own_error=None)
+    exact = dataclasses.replace(released, reference="its weights dequantised", cases=(exactly,))
     found = _up_to_rounding(released, exact)
-    assert found.cases == (exact if is_rounding else released).cases
+    assert found.verdict == verdict, found.summary()
+    assert found.cases == (exact if verdict == "PASS" else released).cases
     assert found.reference.startswith("its own masked form")
+    # What is wrong without rounding is wrong, whatever rounding explains.
+    wrong = dataclasses.replace(exact, cases=(dataclasses.replace(exactly, logits=logits),))
+    assert _up_to_rounding(released, wrong).verdict == "FAIL"
 
 
 def test_no_product_rounds_when_none_is_asked_to(artefact):

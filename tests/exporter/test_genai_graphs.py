@@ -168,6 +168,27 @@ def with_activations_as_they_are(path):
     return path.with_name("float32-activations.onnx")
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_parity_refuses_another_source_when_the_artefact_is_compared_with_itself_alone(graph, link, tmp_path):
+    """Graph and masked form run on the artefact's weights: only the source's own bytes say whether they are its."""
+    path = Path(shutil.copytree(graph("int4").parent, tmp_path / "graph")) / "model.onnx"
+    adapters = [save_routed_adapter(path, tmp_path / f"adapter-{seed}", seed=seed) for seed in (0, 1)]
+    result = exported(path, tmp_path / "out", adapter=adapters[0], link_weights=link)
+    assert result.description.parity.verdict == "PASS"
+
+    def compared(adapter):
+        with contextlib.closing(open_source(str(path), adapter)) as source:
+            return check_parity(source, result.folder, result.description)
+
+    assert compared(adapters[1]).verdict == "FAIL"  # routers so small lie in the graph itself
+    data = bytearray((path.parent / "model.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path.parent / "model.onnx.data").unlink()  # or a link would change with it
+    (path.parent / "model.onnx.data").write_bytes(data)
+    with pytest.raises(InputError, match=r"its weights are not those of an export of this source: \w+"):
+        compared(adapters[0])
+
+
 def test_if_is_refused_with_a_doubt_about_kernels_when_products_of_8_bits_are_float16(tmp_path):
     path = save_genai_graph(tmp_path / "genai", INT4_FLOAT16, layers=2)
     adapter = save_routed_adapter(path, tmp_path / "adapter")

@@ -254,6 +254,8 @@ def test_links_are_made_when_they_are_asked_for(foreign, tmp_path):
 def test_links_are_refused_when_there_can_be_none(foreign, tmp_path):
     with pytest.raises(InputError, match="--link-weights is for a graph whose weights lie in data files beside it"):
         export_model(ExportRequest(str(foreign.folder / "checkpoint"), tmp_path / "out", link_weights=True), Reporter())
+    with pytest.raises(InputError, match="--link-weights and --no-weights: there is nothing to link"):
+        ExportRequest(str(foreign.folder / "model.onnx"), tmp_path / "out", link_weights=True, weights=False)
     elsewhere = "/dev/shm"
     if not os.path.isdir(elsewhere) or os.stat(elsewhere).st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is one file system here")

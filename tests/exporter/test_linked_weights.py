@@ -11,15 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dlo_export.checkpoints.adapter.adapter import save_adapter
+from dlo_export.checkpoints.depth.expansion import expansion_adapter
+from dlo_export.checkpoints.depth.placements import placements
 from dlo_export.exporter.artefact_check import open_description
 from dlo_export.exporter.artefact_runner import open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.layer_parity import check_parity_by_layer
 from dlo_export.exporter.parity_check import check_parity
 from dlo_export.exporter.progress import Reporter
+from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.runtimes.errors import ModelLoadError
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
+from tests.genai_graphs import save_genai_graph
 from tests.tiny_models import save_tiny_llama
 
 IDS = np.array([[5, 6, 7, 8]])
@@ -90,6 +95,23 @@ def test_parity_passes_when_an_artefacts_files_are_links(
     with contextlib.closing(open_source(str(model), None)) as source:
         assert check_parity(source, folder, description).verdict == "PASS"
         assert check_parity_by_layer(source, folder, description, None).verdict == "PASS"
+
+
+@pytest.mark.parametrize("link_weights", [False, True])
+def test_graph_is_deepened_and_compared_with_what_it_was_when_its_data_are_links(
+    link_weights: bool, tmp_path: Path
+) -> None:
+    graph = save_genai_graph(tmp_path / "genai", "int4")
+    opened = open_foreign_graph(graph)
+    adapter = expansion_adapter(opened.tensors, placements("tli", opened.num_layers, every=1))
+    save_adapter(adapter, tmp_path / "adapter")
+    source = hub_snapshot(graph.parent, tmp_path) / graph.name
+    assert (source.parent / "model.onnx.data").is_symlink()
+    request = ExportRequest(str(source), tmp_path / "out", adapter=tmp_path / "adapter", link_weights=link_weights)
+    result = export_model(request, Reporter())
+    assert result.description.parity.verdict == "PASS"
+    assert "against the graph as it was" in (result.parity_summary or "")
+    assert (result.folder / "model.onnx.data").read_bytes() == (graph.parent / "model.onnx.data").read_bytes()
 
 
 def test_link_is_named_when_a_graph_is_run_by_its_file(model: Path, tmp_path: Path) -> None:

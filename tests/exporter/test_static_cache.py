@@ -202,6 +202,33 @@ def test_families_equal_pytorch(
     assert result.description.parity.verdict == "PASS", result.parity_summary
 
 
+def test_slots_are_refused_when_no_machine_holds_them_and_told_of_beyond_the_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_llama(tmp_path / "model", **SHAPE)  # type: ignore[arg-type]
+    with pytest.raises(
+        InputError, match="--static-cache 2147483647: a KV cache of so many tokens takes 1535 GB"
+    ) as error:
+        exported(model, tmp_path / "out", static_cache=2**31 - 1, weights=False)
+    assert not (tmp_path / "out").exists()
+    most = int(str(error.value.hint).split()[2])
+    token = 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, their size, bytes
+    assert most * token <= 1 << 40 < (most + 1) * token
+    for slots in (128, 129):
+        exported(model, tmp_path / str(slots), static_cache=slots, parity=False)
+        said = f"--static-cache {slots} is beyond the model's context of 128 tokens"
+        assert (said in capsys.readouterr().err) == (slots > 128)
+
+
+@pytest.mark.parametrize("values", [{"head_dim": 12}, ROPES["dynamic"]], ids=["narrow heads", "dynamic rope"])
+def test_refusal_names_the_model_and_its_layers_once(values: dict[str, object], tmp_path: Path) -> None:
+    save_tiny_family(tmp_path / "model", "llama", **values)
+    with pytest.raises(InputError, match=r"attention of layers 0, 1, 2, 3: ") as error:
+        exported(tmp_path / "model", tmp_path / "out", static_cache=SLOTS)
+    assert error.value.message.startswith(f"{tmp_path / 'model'}: ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_lowering_is_chosen_as_without_a_static_cache(model: Path, tmp_path: Path) -> None:
     chosen = [
         exported(model, tmp_path / str(slots), parity=False, static_cache=slots).description.lowering

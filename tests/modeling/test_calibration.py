@@ -22,7 +22,13 @@ from dlo_export.modeling.calibration.skip_labels import (
     lowest,
     protected_similarity,
 )
-from dlo_export.modeling.calibration.text import CalibrationTextError, Document, calibration_text, read_documents
+from dlo_export.modeling.calibration.text import (
+    CalibrationTextError,
+    Document,
+    calibration_text,
+    evaluation_sequences,
+    read_documents,
+)
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from tests.tiny_models import save_tiny_llama
 
@@ -85,6 +91,17 @@ def test_text_raises_when_there_is_too_little() -> None:
         calibration_text(documents, encode, calibration_tokens=64, evaluation_tokens=64, sequence_length=64)
     with pytest.raises(CalibrationTextError, match="10 tokens make no sequence of 64"):
         calibration_text(documents, encode, evaluation_tokens=10, sequence_length=64)
+
+
+def test_evaluation_draws_the_same_alone_and_needs_no_text_to_calibrate_on() -> None:
+    documents = [Document(f"d{index}", words(100, index)) for index in range(10)]
+    both = calibration_text(documents, encode, calibration_tokens=64, evaluation_tokens=200, sequence_length=64)
+    alone = evaluation_sequences(documents, encode, 200, origin="texts", sequence_length=64)
+    assert torch.equal(both.evaluation, alone)
+    only = evaluation_sequences(documents[:1], encode, 100, origin="texts", sequence_length=64)
+    assert only.shape == (1, 64)
+    with pytest.raises(CalibrationTextError, match=r"^a/text\.txt: the documents left have 100 tokens, expected 128"):
+        evaluation_sequences(documents[:1], encode, 128, origin="a/text.txt", sequence_length=64)
 
 
 def test_documents_are_pythons_topics_when_no_path_is_given() -> None:

@@ -15,7 +15,7 @@ from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.runtimes.errors import RuntimeInputError
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.parity.cases import Case, Feed, parity_cases
-from dlo_export.runtimes.parity.compare import Candidate, compare
+from dlo_export.runtimes.parity.compare import Candidate, OtherPrecision, compare
 from dlo_export.runtimes.parity.report import ParityReport
 from dlo_export.runtimes.parity.tolerances import TOLERANCES
 from dlo_export.runtimes.runner import Int64Array, StepResult
@@ -56,7 +56,7 @@ def _compare(
     dtype: str = "fp32",
     other: Any = None,
 ) -> ParityReport:
-    open_other = None if other is None else lambda: TorchRunner(other, masked=True)
+    another = None if other is None else OtherPrecision.of_pytorch(dtype, lambda _: TorchRunner(other, masked=True))
     return compare(
         reference,
         [candidate],
@@ -64,7 +64,7 @@ def _compare(
         dtype=dtype,
         greedy_prompts=PROMPTS,
         greedy_tokens=8,
-        open_other=open_other,
+        other=another,
     )
 
 
@@ -101,11 +101,12 @@ def test_parity_passes_when_masked_and_compact_graphs_are_right(
 
 
 def test_builds_that_explain_a_difference_stay_closed_when_there_is_none(reference: TorchRunner) -> None:
-    def unasked() -> TorchRunner:
+    def unasked(*_: str) -> TorchRunner:
         raise AssertionError("opened, though nothing differs")
 
     candidate = dataclasses.replace(_torch_candidate(_model()), open_streams=unasked, open_shown=unasked)
-    assert compare(reference, [candidate], CASES[:1], dtype="fp32", open_other=unasked)
+    other = OtherPrecision.of_pytorch("fp32", unasked)
+    assert compare(reference, [candidate], CASES[:1], dtype="fp32", other=other)
 
 
 def test_parity_passes_when_nothing_is_routed() -> None:
@@ -267,9 +268,8 @@ def test_other_greedy_tokens_pass_when_rounding_of_the_reference_explains_them(m
 
 def test_own_errors_are_measured_when_no_tokens_are_generated(reference: TorchRunner) -> None:
     candidate = _torch_candidate(_model({"rms_norm_eps": 1e-4}))
-    report = compare(
-        reference, [candidate], CASES[:1], dtype="fp32", open_other=lambda: TorchRunner(_model().double(), masked=True)
-    )
+    other = OtherPrecision.of_pytorch("fp32", lambda _: TorchRunner(_model().double(), masked=True))
+    report = compare(reference, [candidate], CASES[:1], dtype="fp32", other=other)
     (case,) = report.cases
     assert case.own_error is not None
     assert report.verdict == "FAIL"

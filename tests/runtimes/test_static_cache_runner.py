@@ -96,6 +96,17 @@ def test_generation_goes_on_when_a_sequence_has_ended() -> None:
         assert generate(static, PROMPTS, max_new_tokens=8, end_tokens=ends).sequences == wanted
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_prompt_is_fed_in_steps_that_the_largest_profile_takes(most: int) -> None:
+    with (
+        StaticCacheRunner(decoder("static"), threads=1) as free,
+        StaticCacheRunner(decoder("static"), threads=1, max_sequence=most) as bounded,
+    ):
+        assert max(map(len, PROMPTS)) > most
+        wanted, found = (generate(runner, PROMPTS, max_new_tokens=4).sequences for runner in (free, bounded))
+        assert found == wanted
+
+
 def test_runner_stays_usable_when_a_step_did_not_fit() -> None:
     with StaticCacheRunner(decoder("static"), threads=1, max_batch=2, max_sequence=20) as runner:
         with pytest.raises(StepError, match="--trt-max-batch 3"):
