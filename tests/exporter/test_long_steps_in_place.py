@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 
 from dlo_export.checkpoints.model_types import RoutingKind, leaves_keys
 from dlo_export.exporter.export import ExportRequest, export_model
-from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.target_graphs import build_model
 from dlo_export.graph_passes.cache.attend_active_slots import AttendActiveSlotsPass
 from dlo_export.graph_passes.cleanup.long_steps import LEAST
 from dlo_export.runtimes.artefact.description import MODEL_NAME

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from dlo_export.exporter.pipeline import build_model
 from dlo_export.exporter.sources.source import open_source
+from dlo_export.exporter.target_graphs import build_model
 from dlo_export.graph_passes.cache.rotary_tables import RotaryTables
 from dlo_export.graph_passes.cache.slot_tables import SlotTables
 from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass
