@@ -39,7 +39,7 @@ from dlo_export.exporter.sources.foreign_graph import load_graph
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.static_slots import beyond_context, check_slots
-from dlo_export.exporter.target_graphs import build_captured_model, build_model, check_captured
+from dlo_export.exporter.target_graphs import build_captured_model, build_model, check_static_cache
 from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.exporter.weight_file import leave_weights_out, save_weights, weight_bytes
@@ -267,7 +267,7 @@ def _graph_form(request: ExportRequest, source: ExportSource, *, beside_engines:
         captured=request.captured,
     )
     if request.static_cache is not None:
-        check_captured(dtype, request.provider)
+        check_static_cache(dtype, request.provider)
     if library is not None and find_lowering(lowering, target).domains:
         check_library(library)
     return _GraphForm(dtype, lowering, reason)

@@ -113,7 +113,7 @@ def build_captured_model(
     return run_steps(_plain(source, dtype), steps)
 
 
-def check_captured(dtype: str, provider: ProviderOption) -> None:
+def check_static_cache(dtype: str, provider: ProviderOption) -> None:
     """Refuses a type for which a provider lacks attention on a cache that is written in place.
 
     Raises:
