@@ -51,6 +51,7 @@ from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.fuse_router_gather import FuseRouterGatherPass
 from dlo_export.graph_passes.routing.fuse_router_scores import FuseRouterScoresPass
 from dlo_export.graph_passes.routing.keep_part import KeepPartPass
+from dlo_export.graph_passes.routing.multiply_router_rows import MultiplyRouterRowsPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.data_dependent_shapes import data_dependent_shapes
@@ -237,8 +238,9 @@ def onnxruntime_steps(
         Step(JoinSkipNormsPass(around.fuses_norms, every=every_norm), cached, released=True),
         # Where the library is needed anyway, and behind the norms, whose outputs rows are gathered of.
         *([Step(FuseRouterGatherPass(), cached, released=True)] if gathers else []),
-        # Behind all that read the form routing writes: in decode, a router costs what its operators do. The masked form
-        # stays as the rule is written, for others to be held against.
+        # Behind all that read the form routing writes: in decode, a router costs what its operators do, and what they
+        # read. The masked form stays as the rule is written, for others to be held against.
+        *([Step(MultiplyRouterRowsPass(), cached, released=True)] if decides else []),
         *([Step(DecideByLogitsPass(), cached, released=True)] if decides else []),
     ]
 

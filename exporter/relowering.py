@@ -8,6 +8,7 @@ and must come out the same, node by node.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dlo_export.graph_passes.cleanup.multiply_tied_head import MultiplyTiedHeadP
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
 from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass, decisions_by_scores
+from dlo_export.graph_passes.routing.multiply_router_rows import MultiplyRouterRowsPass, multiplies_columns
 from dlo_export.graph_passes.row_tensor import RowTensor
 from dlo_export.graph_passes.spec.pass_contract import GraphPass, passes_run
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
@@ -92,7 +94,7 @@ class ReloweredGraph:
         for name, value in model.graph.initializers.items():
             built, stored = value.const_value, own.get(name)
             if built is not None and stored is not None and _is_stored_so(built, stored):
-                value.const_value = stored
+                value.const_value = _of_shape(stored, built.shape.numpy())
             elif isinstance(built, RowTensor):
                 problems.append(name)
         if problems:
@@ -122,6 +124,8 @@ class ReloweredGraph:
         lowered = find_lowering(self._description.lowering, target).make_pass is not None
         if lowered and decisions_by_scores(self._released.graph):
             newer.append(DecideByLogitsPass)
+        if lowered and multiplies_columns(self._released.graph):
+            newer.append(MultiplyRouterRowsPass)
         steps = [step for step in steps if not isinstance(step.graph_pass, tuple(newer))]
         return run_steps(source.plain_model(graph_dtype(self._description.dtype)), steps)
 
@@ -135,10 +139,30 @@ class ReloweredGraph:
 
 
 def _is_stored_so(built: ir.TensorProtocol, stored: ir.TensorProtocol) -> bool:
-    """Whether a weight is of the type and shape that are stored, and of the same contents where they are known."""
-    if (built.dtype, tuple(built.shape.numpy())) != (stored.dtype, tuple(stored.shape.numpy())):
-        return False
-    return isinstance(built, RowTensor) or np.array_equal(built.numpy(), stored.numpy())
+    """Whether a weight is of the type and shape that are stored, and of the same contents where they are known.
+
+    Known numbers may have other axes: lowerings have routers' weights as a column or as a row.
+    """
+    if isinstance(built, RowTensor):
+        return (built.dtype, tuple(built.shape.numpy())) == (stored.dtype, tuple(stored.shape.numpy()))
+    return built.dtype == stored.dtype and np.array_equal(built.numpy().reshape(-1), stored.numpy().reshape(-1))
+
+
+def _of_shape(stored: ir.TensorProtocol, sizes: Sequence[int]) -> ir.TensorProtocol:
+    """A stored weight with the axes that a graph wants, from where it lies."""
+    if tuple(sizes) == tuple(stored.shape.numpy()):
+        return stored
+    if not isinstance(stored, ir.ExternalTensor):
+        return ir.tensor(stored.numpy().reshape(sizes), name=stored.name)
+    return ir.ExternalTensor(
+        stored.location,
+        stored.offset,
+        stored.length,
+        stored.dtype,
+        shape=ir.Shape(sizes),
+        name=stored.name or "",
+        base_dir=stored.base_dir,
+    )
 
 
 def _comparable(model: ir.Model) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import onnx_ir as ir
 
 from benchmarks.common.one_router import reduced_by
 from dlo_export.checkpoints.interface import INPUT_IDS
-from dlo_export.graph_passes.find.data_flow import rank
 from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant, shared_node
 
@@ -34,7 +33,8 @@ def decisions_given(lowered: Path, active: Sequence[bool], name: str) -> Path:
         condition = conditional.inputs[0]
         assert condition is not None
         tokens = reduced_by(condition)
-        given = _of_tokens(graph, runs, rank(tokens), conditionals[0])
+        assert tokens.shape is not None, "of a graph of ours"
+        given = _of_tokens(graph, runs, tokens.shape, conditionals[0])
         reached = shared_node(
             graph,
             "ReduceMax",
@@ -55,24 +55,24 @@ def decisions_given(lowered: Path, active: Sequence[bool], name: str) -> Path:
     return path
 
 
-def _of_tokens(graph: ir.Graph, active: bool, axes: int | None, before: ir.Node) -> ir.Value:
-    """The same decision for all tokens, bool [batch, sequence], or [batch, sequence, 1]."""
+def _of_tokens(graph: ir.Graph, active: bool, shape: ir.Shape, before: ir.Node) -> ir.Value:
+    """The same decision for all tokens, bool [batch, sequence], or with an axis more that is 1 wide."""
     ids = next(value for value in graph.inputs if value.name == INPUT_IDS)
     zero = shared_constant(graph, "given.zero", np.array(0, np.int64))
     operator, name = ("GreaterOrEqual", "given.active") if active else ("Less", "given.skipped")
     boolean, sizes = ir.DataType.BOOL, ("batch", "sequence")
     given = shared_node(graph, operator, ids, zero, name=name, tags=_TAGS, dtype=boolean, shape=sizes, before=before)
-    if axes == len(sizes):
+    if len(shape) == len(sizes):
         return given
-    last = shared_constant(graph, "given.last_axis", np.array([-1], np.int64))
+    single = [axis for axis, size in enumerate(shape) if size == 1]
     return shared_node(
         graph,
         "Unsqueeze",
         given,
-        last,
-        name=f"{name}_column",
+        shared_constant(graph, "given.single_axis", np.array(single, np.int64)),
+        name=f"{name}_with_axis",
         tags=_TAGS,
         dtype=boolean,
-        shape=(*sizes, 1),
+        shape=shape,
         before=before,
     )

@@ -90,7 +90,8 @@ class GridSteps:
         for layer, active in zip(self._layers, cell.active(len(self._layers)), strict=True):
             name = threshold_name(layer)
             limits = np.where(active, ACTIVE, SKIPPED).astype(np.float32)
-            feeds[name] = limits.reshape(batch, sequence, *self._inputs[name].shape[2:])
+            sizes = {"batch": batch, "sequence": sequence}
+            feeds[name] = limits.reshape([sizes.get(size, size) for size in self._inputs[name].shape])
         for name, value in self._inputs.items():
             if not is_state_input(name):
                 continue

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from dlo_export.graph_passes.find.routers import find_routers
+from dlo_export.graph_passes.find.routers import find_routers, single_axis
 from dlo_export.graph_passes.spec.provenance import shared_constant
 
 SKIPPED, ACTIVE = 3e38, -3e38  # thresholds above and below every score and every logit
 
 
 def threshold_name(layer: int | str) -> str:
-    """Graph input float32 [batch, sequence], or [batch, sequence, 1]: what an active token of the layer exceeds."""
+    """Graph input float32, what an active token exceeds: [batch, sequence], or with its router's product's axes."""
     return f"threshold.{layer}"
 
 
@@ -24,8 +24,10 @@ def thresholds_as_inputs(model: ir.Model) -> None:
     """
     graph = model.graph
     for layer, router in find_routers(graph).items():
-        column = [] if router.logits is None and router.gathering is None else [1]
-        limit = ir.val(threshold_name(layer), dtype=ir.DataType.FLOAT, shape=["batch", "sequence", *column])
+        axes: list[str | int] = ["batch", "sequence"]
+        if router.gathering is not None or router.logits is not None:
+            axes.insert(2 if router.logits is None else single_axis(router.logits), 1)
+        limit = ir.val(threshold_name(layer), dtype=ir.DataType.FLOAT, shape=axes)
         graph.inputs.append(limit)
         if router.gathering is not None:
             minus_one = shared_constant(graph, "threshold.minus_one", np.full((1, 1), -1, np.float32))

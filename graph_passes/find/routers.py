@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 import onnx_ir as ir
 
@@ -28,7 +28,7 @@ class Router:
 
     Attributes:
         scores: float32 [batch, sequence]; None where none are computed, since logits decide.
-        logits: Where they do, float32 [batch, sequence, 1].
+        logits: Where they do, float32 [batch, sequence, 1], or [batch, 1, sequence] (`single_axis`).
         active: The decision, bool, of the shape of what is compared; None where an operator keeps it to itself.
     """
 
@@ -43,12 +43,17 @@ class Router:
         return node if gathers_active(node) else None
 
     @property
+    def product(self) -> ir.Value | None:
+        """What a MatMul gives, with its `single_axis`; None where an operator multiplies and computes scores."""
+        return self.logits or (self.scores and router_product(self.scores))
+
+    @property
     def weight(self) -> ir.Value | None:
         """What the stream is multiplied by; None where it cannot be told."""
-        # An operator of the library gives out scores, and multiplies itself.
-        product = self.logits or (self.scores and (router_product(self.scores) or self.scores))
-        node = producer_of(product)
-        return node.inputs[1] if node is not None and len(node.inputs) > 1 else None
+        node = producer_of(self.product or self.scores)
+        if node is None or len(node.inputs) <= 1:
+            return None
+        return node.inputs[0 if single_axis(node.outputs[0]) == 1 else 1]
 
     @property
     def threshold(self) -> float | None:
@@ -79,7 +84,7 @@ def gathers_active(node: ir.Node | None) -> TypeGuard[ir.Node]:
 
 
 def router_product(scores: ir.Value) -> ir.Value | None:
-    """The product [batch, sequence, 1] whose sigmoids scores are; None where they are computed otherwise."""
+    """The product whose sigmoids scores are, with its `single_axis`; None where they are computed otherwise."""
     value = scores
     for op in ("Sigmoid", "Squeeze"):
         node = value.producer()
@@ -87,6 +92,19 @@ def router_product(scores: ir.Value) -> ir.Value | None:
             return None
         value = node.inputs[0]
     return value if is_op(value.producer(), "MatMul") else None
+
+
+def single_axis(product: ir.Value) -> Literal[1, 2]:
+    """The axis of a router's product that is no token's, and 1 wide.
+
+    2, of [batch, sequence, 1], where the weights are a column, as RouteLayersPass writes it; 1, of [batch, 1,
+    sequence], where they are a row (`MultiplyRouterRowsPass`).
+
+    Args:
+        product: A MatMul's output.
+    """
+    node = producer_of(product)
+    return 1 if node is not None and constant_tensor(node.inputs[0]) is not None else 2
 
 
 def router_operands(scores: ir.Value) -> tuple[ir.Value, ir.Value] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -11,10 +11,9 @@ import onnx_ir as ir
 from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.checkpoints.router_thresholds import ONE_HALF, logit_threshold
 from dlo_export.graph_passes.find.data_flow import constant_integers, is_op, producer_of
-from dlo_export.graph_passes.find.routers import find_routers, router_product
-from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
+from dlo_export.graph_passes.find.routers import find_routers, router_product, single_axis
 from dlo_export.graph_passes.rewriting import remove_with_sources, replace_value
-from dlo_export.graph_passes.routing.fuse_router_gather import FuseRouterGatherPass
+from dlo_export.graph_passes.routing.multiply_router_rows import MultiplyRouterRowsPass, single_axes
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
 from dlo_export.graph_passes.spec.provenance import (
@@ -50,13 +49,18 @@ class DecideByLogitsPass(GraphPass):
         idx    = Transpose(NonZero(Squeeze(column, -1)))
 
     What reads tokens, as a gathering or the state of layer routing does, has one Squeeze as before; what reads columns
-    alone, as `LowerSkipToIfPass` leaves it, none.
+    alone, as `LowerSkipToIfPass` leaves it, none. Where the product is a row (`MultiplyRouterRowsPass`), so is the
+    decision, and what reads a column has a Transpose in the Unsqueeze's place::
+
+        row    = Greater(MatMul(w, Transpose(x)), z)                   # bool [batch, 1, sequence]
+        masked = Where(Transpose<perm=[0, 2, 1]>(row), d, 0)
+        idx    = Transpose(NonZero(Squeeze(row, 1)))
 
     Optional: scores that somebody else reads, to scale a branch by or to show them, are left alone with their decision.
     Scope: routers of the main graph in the form RouteLayersPass writes; the decision's columns in branches, too.
     """
 
-    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass, LoweringPass, FuseRouterGatherPass)
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (RouteLayersPass, MultiplyRouterRowsPass)
     nodes_from: ClassVar[Border | None] = "routed"
 
     def rewrite(self, model: ir.Model) -> bool:
@@ -66,8 +70,9 @@ class DecideByLogitsPass(GraphPass):
             self._rewrite(model.graph, layer, decision)
         return bool(found)
 
-    def _rewrite(self, graph: ir.Graph, layer: int, decision: DecisionByScores) -> None:
-        active, product, threshold = decision.comparison.outputs[0], decision.product, decision.threshold
+    def _rewrite(self, graph: ir.Graph, layer: int, by_scores: DecisionByScores) -> None:
+        comparison, product, threshold = by_scores.comparison, by_scores.product, by_scores.threshold
+        active = comparison.outputs[0]
         node = product.producer()
         assert node is not None, "a MatMul gives it"
 
@@ -76,24 +81,22 @@ class DecideByLogitsPass(GraphPass):
         name = f"{ROUTERS if threshold == ONE_HALF else router}.logit_threshold"
         limit = shared_constant(graph, name, np.array(logit_threshold(threshold), np.float32))
         name, shape = f"{router}.decision", product.shape
-        column = new.add("Greater", product, limit, name=name, dtype=boolean, shape=shape, role=ROUTER_ACTIVE)
+        decision = new.add("Greater", product, limit, name=name, dtype=boolean, shape=shape, role=ROUTER_ACTIVE)
         new.nodes[0].metadata_props[THRESHOLD_KEY] = repr(threshold)
         node.metadata_props[ROLE_KEY] = ROUTER_LOGITS
-        axis, name = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64)), f"{router}.tokens"
-        tokens = new.add("Squeeze", column, axis, name=name, dtype=boolean, shape=active.shape)
-        graph.insert_before(decision.comparison, new.nodes)
+        axis, name = single_axes(graph, product), f"{router}.tokens"
+        tokens = new.add("Squeeze", decision, axis, name=name, dtype=boolean, shape=active.shape)
+        graph.insert_before(comparison, new.nodes)
 
         # Who made a column of the decision, in branches too, or asks whether any token is active, reads this one.
         for use in tuple(active.uses()):
             if _makes_column(use.node):
-                use.node.outputs[0].replace_all_uses_with(column)
-                assert isinstance(use.node.graph, ir.Graph), "nodes of functions are not looked at"
-                use.node.graph.remove(use.node, safe=True)
+                _replace_column(graph, use.node, decision, single_axis(product))
             elif _reduces_all(use.node):
-                use.node.replace_input_with(use.idx, column)
+                use.node.replace_input_with(use.idx, decision)
         # The others have their two axes; then what nobody reads goes, with the sigmoid.
         replace_value(active, tokens)
-        remove_with_sources(graph, decision.comparison)
+        remove_with_sources(graph, comparison)
         if not tokens.uses() and not tokens.is_graph_output():
             remove_with_sources(graph, new.nodes[1])
 
@@ -104,7 +107,7 @@ class DecisionByScores:
 
     Attributes:
         comparison: The Greater.
-        product: float32 [batch, sequence, 1], whose sigmoids the scores are.
+        product: float32, whose sigmoids the scores are, with its `single_axis`.
         threshold: What the scores are compared with, above 0 and below 1.
     """
 
@@ -125,6 +128,22 @@ def decisions_by_scores(graph: ir.Graph) -> dict[int, DecisionByScores]:
         if alone and product is not None and is_op(comparison, "Greater") and comparison.inputs[0] is scores:
             found[layer] = DecisionByScores(comparison, product, threshold)
     return found
+
+
+def _replace_column(main: ir.Graph, node: ir.Node, decision: ir.Value, single: Literal[1, 2]) -> None:
+    """Puts a decision, as it is or transposed, in place of a column made of tokens, in the main graph or a branch."""
+    (old,), (_, axes), graph = node.outputs, node.inputs, node.graph
+    assert isinstance(graph, ir.Graph), "nodes of functions are not looked at"
+    if single == 1:
+        turned = ir.node("Transpose", [decision], {"perm": (0, 2, 1)}, metadata_props=dict(node.metadata_props))
+        turned.name, turned.outputs[0].type, turned.outputs[0].shape = node.name, old.type, old.shape
+        graph.insert_before(node, turned)
+        replace_value(old, turned.outputs[0])
+    else:
+        old.replace_all_uses_with(decision)
+    graph.remove(node, safe=True)
+    if axes is not None and axes.name is not None and not axes.uses():
+        main.initializers.pop(axes.name, None)
 
 
 def _makes_column(node: ir.Node) -> bool:

@@ -11,13 +11,14 @@ import onnx_ir as ir
 from dlo_export.checkpoints.interface import force_active_name, router_scores_name
 from dlo_export.checkpoints.llama_layer import ROUTERS, router_path
 from dlo_export.graph_passes.errors import GraphPassError
-from dlo_export.graph_passes.find.routers import Router, find_routers
+from dlo_export.graph_passes.find.routers import Router, find_routers, single_axis
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.rewriting import remove_with_sources
 from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass
+from dlo_export.graph_passes.routing.multiply_router_rows import single_axes
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
-from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, TaggedNodes, shared_constant
+from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, Dims, TaggedNodes, shared_constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ExposeRoutingPass(GraphPass):
         scores, _, _ = dlo::GatherActive(x, w, 0.5, n)
         _, idx, rows = dlo::GatherActive(Unsqueeze(Cast(force_active.3), -1), 1, 0.6, n)
 
-    Where logits decide (`DecideByLogitsPass`), the scores are computed besides, and the input is made a column::
+    Where logits decide (`DecideByLogitsPass`), the scores are computed besides, and the input gets the logits' axes::
 
         router_scores.3 = Sigmoid(Squeeze(logits, -1))
         masked          = Where(Unsqueeze(force_active.3, -1), d, 0)
@@ -95,25 +96,24 @@ def _add_scores(graph: ir.Graph, router: Router, layer: int, made_by: str) -> ir
     assert logits is not None, "it has those if it has no scores"
     product = logits.producer()
     assert product is not None, "a tagged node computes them"
-    name, shape = f"{router_path(layer)}.scores", None if logits.shape is None else logits.shape[:2]
-    by_token = new.add("Squeeze", logits, _last_axis(graph), name=f"{name}.logits", dtype=float32, shape=shape)
+    name, shape = f"{router_path(layer)}.scores", _token_dims(logits, logits)
+    by_token = new.add("Squeeze", logits, single_axes(graph, logits), name=f"{name}.logits", dtype=float32, shape=shape)
     scores = new.add("Sigmoid", by_token, name=name, dtype=float32, shape=shape, role=ROUTER_SCORES)
     graph.insert_after(product, new.nodes)
     return scores
 
 
 def _replace_by_input(graph: ir.Graph, router: Router, active: ir.Value, layer: int, made_by: str) -> None:
-    """Has everybody who read the decision read the input, as a column where the decision was one."""
+    """Has everybody who read the decision read the input, with the axes that the decision had."""
     decision, name = active.producer(), force_active_name(layer)
     assert decision is not None, "a tagged node produces the decision"
-    tokens = None if active.shape is None else ir.Shape(active.shape[:2])
-    forced = ir.Value(name=name, type=active.type, shape=tokens)
+    tokens = active.shape if router.logits is None else _token_dims(active, router.logits)
+    forced = ir.Value(name=name, type=active.type, shape=None if tokens is None else ir.Shape(tokens))
     graph.inputs.append(forced)
     if router.logits is not None:
         new, boolean = TaggedNodes(made_by, layer), ir.DataType.BOOL
-        forced = new.add(
-            "Unsqueeze", forced, _last_axis(graph), name=f"{name}.column", dtype=boolean, shape=active.shape
-        )
+        axis = single_axes(graph, router.logits)
+        forced = new.add("Unsqueeze", forced, axis, name=f"{name}.column", dtype=boolean, shape=active.shape)
         graph.insert_before(decision, new.nodes)
     active.replace_all_uses_with(forced)
     # The comparison that decided serves nobody any more; the scores stay, as an output.
@@ -139,6 +139,13 @@ def _gather_by_input(graph: ir.Graph, node: ir.Node, layer: int, made_by: str) -
             old.replace_all_uses_with(new)
             old.shape = None  # the router's own number of rows is another one, and may not have its name
     graph.insert_after(node, [*nodes.nodes, again])
+
+
+def _token_dims(value: ir.Value, product: ir.Value) -> Dims | None:
+    """The dimensions of a value that has a product's axes, without the one that is no token's."""
+    if value.shape is None:
+        return None
+    return tuple(size for axis, size in enumerate(value.shape) if axis != single_axis(product))
 
 
 def _last_axis(graph: ir.Graph) -> ir.Value:

@@ -21,6 +21,7 @@ from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.relowering import ReloweredGraph
 from dlo_export.exporter.tune import rewrite_lowering, tunable
 from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass
+from dlo_export.graph_passes.routing.multiply_router_rows import MultiplyRouterRowsPass, multiplies_columns
 from dlo_export.graph_passes.spec.provenance import role_values
 from tests.bare_session import BareSession, InPlaceSession
 from tests.exporter.forked_commands import run
@@ -89,15 +90,24 @@ def test_head_and_routers_stay_as_an_older_export_wrote_them_when_it_is_lowered_
     save_tiny_llama(tmp_path / "model", layers=3, routed=ROUTED, tie=True, rescale=False)
     with monkeypatch.context() as older:
         older.setattr(pipeline, "_head_steps", lambda stage, target: [])
-        older.setattr(DecideByLogitsPass, "rewrite", lambda self, model: False)
+        for unknown in (DecideByLogitsPass, MultiplyRouterRowsPass):
+            older.setattr(unknown, "rewrite", lambda self, model: False)
         artefact = exported(tmp_path, lowering="if")
     graph = ReloweredGraph(artefact, open_description(artefact)).lowered("compact").graph
     assert "Gemm" in {node.op_type for node in graph}
     assert role_values(graph, "router_scores")
+    assert multiplies_columns(graph)
+    with monkeypatch.context() as older:
+        older.setattr(MultiplyRouterRowsPass, "rewrite", lambda self, model: False)
+        artefact = exported(tmp_path, lowering="if", force=True)
+    graph = ReloweredGraph(artefact, open_description(artefact)).lowered("compact").graph
+    assert not role_values(graph, "router_scores")
+    assert multiplies_columns(graph)
     newer = exported(tmp_path, lowering="if", force=True)
     graph = ReloweredGraph(newer, open_description(newer)).lowered("compact").graph
     assert "Gemm" not in {node.op_type for node in graph}
     assert not role_values(graph, "router_scores")
+    assert not multiplies_columns(graph)
 
 
 def test_graph_is_refused_when_it_is_not_what_config_json_says(tmp_path) -> None:

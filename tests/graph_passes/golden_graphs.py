@@ -31,6 +31,7 @@ from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
 from dlo_export.graph_passes.routing.fuse_router_gather import FuseRouterGatherPass
 from dlo_export.graph_passes.routing.keep_part import KeepPartPass
+from dlo_export.graph_passes.routing.multiply_router_rows import MultiplyRouterRowsPass
 from dlo_export.graph_passes.routing.reduce_router_products import ReduceRouterProductsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from tests.graph_passes.injections import injection_pass
@@ -62,6 +63,13 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
     "lower_attention_to_compaction": (_ROUTE_ATTENTION, LowerSkipToCompactionPass()),
     "lower_attention_to_if": (_ROUTE_ATTENTION, LowerSkipToIfPass()),
     "decide_by_logits": (_ROUTE_UNSCALED, LowerSkipToIfPass(reduce_bool=True), DecideByLogitsPass()),
+    "multiply_router_rows": (_ROUTE, LowerSkipToCompactionPass(), MultiplyRouterRowsPass()),
+    "decide_by_rows": (
+        dataclasses.replace(_ROUTE_UNSCALED, kind="layer"),
+        LowerSkipToIfPass(reduce_bool=True),
+        MultiplyRouterRowsPass(),
+        DecideByLogitsPass(),
+    ),
     "expose_routing": (_ROUTE, LowerSkipToCompactionPass(), ExposeRoutingPass(force=True)),
     "keep_part": (_ROUTE, ExposeRoutingPass(force=True), KeepPartPass(1)),
     "fuse_sibling_matmuls": (FuseSiblingMatMulsPass(),),

@@ -15,6 +15,7 @@ from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkip
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
 from dlo_export.graph_passes.routing.decide_by_logits import DecideByLogitsPass, decisions_by_scores
 from dlo_export.graph_passes.routing.expose_routing import ExposeRoutingPass
+from dlo_export.graph_passes.routing.multiply_router_rows import MultiplyRouterRowsPass
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.provenance import THRESHOLD_KEY, role_values
 from tests.graph_passes.golden_graphs import ROUTERS, golden_feeds, source_text
@@ -32,11 +33,15 @@ GO: dict[tuple[RoutingKind, str], dict[str, int]] = {
 }
 
 
-def lowered(kind: RoutingKind, lowering: str, *, gap: float = 0.0, threshold: float = THRESHOLD) -> ir.Model:
+def lowered(
+    kind: RoutingKind, lowering: str, *, gap: float = 0.0, threshold: float = THRESHOLD, rows: bool = False
+) -> ir.Model:
     model = ir.from_onnx_text(source_text())
     route = RouteLayersPass(ROUTERS, rescale=gap != 0, scale_gap=gap, kind=kind, thresholds={0: threshold})
     for pass_ in (route, LOWERINGS[lowering]):
         pass_(model)
+    if rows:
+        MultiplyRouterRowsPass()(model)
     return model
 
 
@@ -50,10 +55,15 @@ def feeds_of(model: ir.Model) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("kind", "lowering"), GO, ids=["-".join(each) for each in GO])
-def test_deciding_by_logits_changes_no_bit_and_leaves_out_operators(kind: RoutingKind, lowering: str) -> None:
-    model = lowered(kind, lowering)
+@pytest.mark.parametrize("rows", [False, True], ids=["column", "row"])
+def test_deciding_by_logits_changes_no_bit_and_leaves_out_operators(
+    kind: RoutingKind, lowering: str, rows: bool
+) -> None:
+    model = lowered(kind, lowering, rows=rows)
     expected = run_model(model, feeds_of(model))
     go = GO[kind, lowering]
+    # A row is turned where it was made a column of.
+    go = {**go, "Transpose": -go["Unsqueeze"]} if rows else go
     before = census(model, go)
     assert DecideByLogitsPass()(model).modified
     after = census(model, go)
@@ -68,15 +78,18 @@ def test_deciding_by_logits_changes_no_bit_and_leaves_out_operators(kind: Routin
     router = find_routers(saved(model).graph)[0]
     assert router.threshold == THRESHOLD
     assert router.logits is not None
-    np.testing.assert_array_equal(constant_tensor(router.weight).numpy(), ROUTERS[0][:, np.newaxis])
+    weight = constant_tensor(router.weight)
+    assert weight is not None
+    np.testing.assert_array_equal(weight.numpy(), ROUTERS[0].reshape((1, -1) if rows else (-1, 1)))
 
 
 @pytest.mark.parametrize(("kind", "lowering"), GO, ids=["-".join(each) for each in GO])
+@pytest.mark.parametrize("rows", [False, True], ids=["column", "row"])
 @pytest.mark.parametrize("force", [False, True], ids=["free", "forced"])
 def test_exposed_routing_is_that_of_the_sigmoid_when_logits_decide(
-    kind: RoutingKind, lowering: str, force: bool
+    kind: RoutingKind, lowering: str, force: bool, rows: bool
 ) -> None:
-    with_scores, by_logits = lowered(kind, lowering), lowered(kind, lowering)
+    with_scores, by_logits = (lowered(kind, lowering, rows=rows) for _ in range(2))
     DecideByLogitsPass()(by_logits)
     by_logits = saved(by_logits)
     for model in (with_scores, by_logits):
