@@ -41,7 +41,8 @@ class Inspection:
         bytes: Of the weights by part: embedding and head, attention, MLP, routers, other.
         layers: Per decoder layer: index, injected, routed, identity (None where the graph alone does not tell), bytes,
             threshold: the score that an active token's exceeds, None where nothing is routed; attention and weights:
-            how they are written, weights None where they cannot be told apart, and problem: why not.
+            how they are written, weights None where they cannot be told apart, and problem: why not, but of an
+            artefact's routed layers, which our own passes have put into other forms.
         layers_problem: Why no layers were found; None where they were.
         description: dlo_artifact.json, where there is one.
         has_weights: Whether the weights' values are there, of an artefact; None of another graph.
@@ -152,7 +153,9 @@ def _layer_row(
 ) -> dict[str, Any]:
     """What is said of a layer; its router's threshold is None where it has none."""
     said = None if description is None else description.layers[layer.index]
-    injected = any(node.metadata_props.get(ORIGIN_KEY) for node in layer.nodes)
+    injected, form = any(node.metadata_props.get(ORIGIN_KEY) for node in layer.nodes), layer_form(layer)
+    if said is not None and threshold is not None:
+        form = dataclasses.replace(form, problem=None)
     return {
         "index": layer.index,
         "injected": injected if said is None else said.injected,
@@ -160,7 +163,7 @@ def _layer_row(
         "threshold": threshold,
         "identity": _is_identity(layer) if said is None else said.identity,
         "bytes": sum(_weight_bytes(graph, layer.nodes).values()),
-        **dataclasses.asdict(layer_form(layer)),
+        **dataclasses.asdict(form),
     }
 
 

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 
 from dlo_export.graph_passes.errors import GraphPassError
+from dlo_export.graph_passes.find.data_flow import subgraphs_of
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer
 from dlo_export.graph_passes.find.linear_flow import ATTENTION_OPS
 from dlo_export.graph_passes.find.projections import Projection
@@ -38,7 +39,10 @@ def layer_form(layer: DecoderLayer) -> LayerForm:
 
 
 def _attention(layer: DecoderLayer) -> str:
-    operators = [node.op_type for node in layer.attention.nodes if (node.domain, node.op_type) in ATTENTION_OPS]
+    # Behind a lowering, attention stands in branches, for short steps and for long ones.
+    branches = (branch for node in layer.attention.nodes for branch in subgraphs_of(node))
+    nodes = (*layer.attention.nodes, *(node for branch in branches for node in branch.all_nodes()))
+    operators = dict.fromkeys(node.op_type for node in nodes if (node.domain, node.op_type) in ATTENTION_OPS)
     readers = {node.op_type for node in layer.past_key.consumers()} - {"Shape", *operators}
     cache = f" (cache: {', '.join(sorted(readers))})" if readers else ""
     return f"{', '.join(operators) or 'spelled out'}{cache}"

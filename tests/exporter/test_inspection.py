@@ -53,6 +53,15 @@ def test_bytes_follow_from_the_sizes_when_a_routed_model_is_inspected(tmp_path, 
         assert (ATTENTION + MLP) * size <= row["bytes"] <= (ATTENTION + MLP) * size + CONSTANTS
 
 
+@pytest.mark.parametrize("lowering", ["masked", "compact", "if"])
+@pytest.mark.parametrize("model_type", ["llama_dlo", "llama_dlo_attn"])
+def test_layers_have_no_problem_when_an_artefact_routes_their_attention(tmp_path, model_type, lowering):
+    model = save_tiny_llama(tmp_path / "model", routed=[True, False, True], model_type=model_type)
+    inspection = _export(tmp_path, model=str(model), lowering=lowering)
+    assert [row["problem"] for row in inspection.layers] == [None] * 3
+    assert all(row["attention"].startswith("Attention") for row in inspection.layers)
+
+
 def test_layers_are_marked_when_some_were_injected(tmp_path):
     model = save_tiny_llama(tmp_path / "model")
     with open_checkpoint(model) as checkpoint:
