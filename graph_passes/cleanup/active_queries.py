@@ -97,8 +97,8 @@ class ActiveQueries(LongAttention):
         flags, size = most_active(self.graph, self.new, skipped.active, f"{self.path}.keys")
         real, at = self._active_first(flags, size, "key")
 
-        # The cache as the operator gives it, and of it what is seen: in sequences with fewer active tokens, skipped ones
-        # besides.
+        # The cache as the operator gives it, and of it what is seen: where a sequence has fewer active tokens than
+        # another, skipped ones besides.
         present = [self._grown(part) for part in range(len(CACHE_PARTS))]
         slots = self.number("Unsqueeze", at, self.constant("axes_1_3", [1, 3]), name="slots")
         of_heads = self.constant(f"of_{self.kv_heads}_heads", [1, self.kv_heads, 1, 1])
