@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import CACHE_PARTS, KV_LENGTHS
-from dlo_export.checkpoints.llama_layer import ROUTERS
 from dlo_export.graph_passes.branches import Branch
 from dlo_export.graph_passes.cache.use_group_query_attention import UseGroupQueryAttentionPass
 from dlo_export.graph_passes.cache.use_static_cache import OPSET
+from dlo_export.graph_passes.cleanup.long_attention import LongAttention
 from dlo_export.graph_passes.cleanup.long_steps import (
     LEAST,
     AttendedRows,
@@ -22,11 +21,11 @@ from dlo_export.graph_passes.cleanup.long_steps import (
     attended_rows,
     choose_in_long_steps,
     copies,
+    told_in_branch,
 )
-from dlo_export.graph_passes.find.data_flow import is_op, producer_of
+from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 _QUERY, _PAST, _TABLES, _BIAS = slice(0, 3), slice(3, 5), slice(7, 9), 10  # inputs of the operator
 
@@ -78,7 +77,7 @@ class AttendActiveSlotsPass(GraphPass):
         graph = model.graph
         found = attended_rows(graph, lambda node: is_op(node, "GroupQueryAttention", domain=MICROSOFT))
         for rows in found:
-            told = _told(rows.attention)
+            told = told_in_branch(rows.attention, _BIAS)
             some = partial(self._some_slots, graph, rows, told)
             choose_in_long_steps(graph, rows, some, told=told, least=self.least, made_by=self._name)
         if found:
@@ -92,128 +91,83 @@ class AttendActiveSlotsPass(GraphPass):
         query, key, value = long.query_key_value()
         present = [long.written(key, 0), long.written(value, 1)]
         slots, seen = long.seen(present, told)
-        attended = long.attended(query, seen, slots)
-        return long.nodes, [attended, *present]
+        attended = long.attended(query, seen, long.mask(slots))
+        return long.nodes, [long.as_rows(attended), *present]
 
 
-def _told(attention: ir.Node) -> list[ir.Node]:
-    """What tells an attention whom it must not see, in order; nothing where all are seen. Nothing else reads it."""
-    found: list[ir.Node] = []
-    node = producer_of(attention.inputs[_BIAS]) if len(attention.inputs) > _BIAS else None
-    while node is not None and node.graph is attention.graph:
-        found.insert(0, node)
-        node = producer_of(node.inputs[0])
-    return found
-
-
-class _LongAttention:
-    """The nodes of an attention in a long step, which is of one sequence.
+class _LongAttention(LongAttention):
+    """The nodes of an attention in a long step on a cache in place, which is of one sequence.
 
     Args:
         graph: The main graph.
         rows: What attends.
         made_by: Name of the pass.
         step: What is known of it.
-
-    Attributes:
-        nodes: Those made so far, in order.
     """
 
     def __init__(self, graph: ir.Graph, rows: AttendedRows, made_by: str, step: LongStep) -> None:
-        self._graph, self._rows, self._new = graph, rows, TaggedNodes(made_by, rows.layer)
-        self.nodes = self._new.nodes
-        node, past = rows.attention, rows.attention.inputs[_PAST][0]
-        assert past is not None, "it has a cache"
-        assert past.shape is not None, "of so many slots"
-        assert isinstance(past.shape[3], int), "of this width"
-        assert past.dtype is not None, "of this type"
-        self._head_dim, self._dtype = past.shape[3], past.dtype
-        self._heads, self._kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+        node = rows.attention
+        past = [value for value in node.inputs[_PAST] if value is not None]
+        super().__init__(graph, rows, made_by, step, past=past, heads=node.attributes["num_heads"].as_int())
         self._filled = next(value for value in graph.inputs if value.name == KV_LENGTHS)
-        self._first = self._number("Sub", self._filled, step.sequence, name="first")
-        columns = self._number("Gather", rows.index, self._constant("one", 1), name="columns", axis=1)
-        self._at = self._number("Add", columns, self._first, name="at")
+        self._first = self.number("Sub", self._filled, step.sequence, name="first")
+        columns = self.number("Gather", rows.index, self.constant("one", 1), name="columns", axis=1)
+        self._at = self.number("Add", columns, self._first, name="at")
 
     def query_key_value(self) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Queries of active tokens, [1, n, …]; keys and values of all, [1, sequence, …]: as attention takes them."""
         query, key, value = self._apart()
-        axis_0 = self._constant("axis_0", [0])
-        chosen = self._add("GatherND", query, self._rows.index, name="chosen")
-        query = self._add("Unsqueeze", chosen, axis_0, name="query")
-        tables = [table for table in self._rows.attention.inputs[_TABLES] if table is not None]
+        axis_0 = self.constant("axis_0", [0])
+        chosen = self.add("GatherND", query, self.rows.index, name="chosen")
+        query = self.add("Unsqueeze", chosen, axis_0, name="query")
+        tables = [table for table in self.rows.attention.inputs[_TABLES] if table is not None]
         if tables:
             step = (self._first, self._filled, axis_0)
-            own = [self._add("Gather", each, self._at, name=f"query_{n}", axis=0) for n, each in enumerate(tables)]
-            every = [self._add("Slice", each, *step, name=f"key_{n}") for n, each in enumerate(tables)]
-            query = self._rotated(query, own, "query", self._heads)
-            key = self._rotated(key, every, "key", self._kv_heads)
+            own = [self.add("Gather", each, self._at, name=f"query_{n}", axis=0) for n, each in enumerate(tables)]
+            every = [self.add("Slice", each, *step, name=f"key_{n}") for n, each in enumerate(tables)]
+            query = self._rotated(query, own, "query", self.heads)
+            key = self._rotated(key, every, "key", self.kv_heads)
         return query, key, value
 
     def written(self, new: ir.Value, part: int) -> ir.Value:
         """The cache of keys (part 0) or values (1), with the step's in their slots."""
-        name, past = CACHE_PARTS[part], self._rows.attention.inputs[_PAST][part]
-        assert past is not None, "it has a cache"
-        heads = self._heads_first(new, name, self._kv_heads)
-        return self._add("TensorScatter", past, heads, self._first, name=f"{name}_slots", axis=2)
+        name = CACHE_PARTS[part]
+        heads = self.heads_first(new, name, self.kv_heads)
+        return self.add("TensorScatter", self.past[part], heads, self._first, name=f"{name}_slots", axis=2)
 
     def seen(self, present: Sequence[ir.Value], told: Sequence[ir.Node]) -> tuple[ir.Value, list[ir.Value]]:
         """Slots that are seen, int64 [seen], and their keys and values, [1, kv_heads, seen, head_dim]."""
         if told:
-            asked = copies(told[:-1], f"{self._rows.path}.some", self._new.tags)  # all but the bias
+            asked = copies(told[:-1], self.path, self.new.tags)  # all but the bias
             self.nodes.extend(asked)
-            places = self._number("NonZero", asked[-1].outputs[0], name="seen")
-            slots = self._number("Gather", places, self._constant("last", 3), name="slots", axis=0)
-            return slots, [self._add("Gather", each, slots, name=f"seen_{n}", axis=2) for n, each in enumerate(present)]
-        count = self._number("Squeeze", self._filled, name="filled")
-        slots = self._number("Range", self._constant("zero", 0), count, self._constant("one", 1), name="slots")
-        ends = (self._constant("axis_0", [0]), self._filled, self._constant("axis_2", [2]))
-        return slots, [self._add("Slice", each, *ends, name=f"seen_{n}") for n, each in enumerate(present)]
+            places = self.number("NonZero", asked[-1].outputs[0], name="seen")
+            slots = self.number("Gather", places, self.constant("last", 3), name="slots", axis=0)
+            return slots, [self.add("Gather", each, slots, name=f"seen_{n}", axis=2) for n, each in enumerate(present)]
+        count = self.number("Squeeze", self._filled, name="filled")
+        slots = self.number("Range", self.constant("zero", 0), count, self.constant("one", 1), name="slots")
+        ends = (self.constant("axis_0", [0]), self._filled, self.constant("axis_2", [2]))
+        return slots, [self.add("Slice", each, *ends, name=f"seen_{n}") for n, each in enumerate(present)]
 
-    def attended(self, query: ir.Value, seen: Sequence[ir.Value], slots: ir.Value) -> ir.Value:
-        """What active tokens attend to, [n, heads·head_dim]; none sees a slot behind its own."""
-        column = self._number("Unsqueeze", self._at, self._constant("axis_1", [1]), name="at_column")
-        mask = self._add("LessOrEqual", slots, column, name="mask", dtype=ir.DataType.BOOL)
-        given = self._rows.attention.attributes
-        scale: dict[str, Any] = {"scale": given["scale"].as_float()} if "scale" in given else {}
-        heads = self._heads_first(query, "query", self._heads)
-        found = self._add("Attention", heads, *seen, mask, name="attention", **scale)
-        tokens = self._add("Transpose", found, name="tokens_first", perm=(0, 2, 1, 3))
-        shape = self._constant(f"rows_{self._heads}x{self._head_dim}", [-1, self._heads * self._head_dim])
-        return self._add("Reshape", tokens, shape, name="rows")
+    def mask(self, slots: ir.Value) -> ir.Value:
+        """Whether a slot is none behind a token's own: bool [n, seen]."""
+        column = self.number("Unsqueeze", self._at, self.constant("axis_1", [1]), name="at_column")
+        return self.add("LessOrEqual", slots, column, name="mask", dtype=ir.DataType.BOOL)
 
     def _apart(self) -> list[ir.Value]:
         """Query, key and value of all tokens."""
-        given = [value for value in self._rows.attention.inputs[_QUERY] if value is not None]
+        given = [value for value in self.rows.attention.inputs[_QUERY] if value is not None]
         if len(given) == 3:
             return given
-        widths = [heads * self._head_dim for heads in (self._heads, self._kv_heads, self._kv_heads)]
-        sizes = self._constant("x".join(map(str, ("widths", *widths))), widths)
-        name, tags = f"{self._rows.path}.some.apart", dict(self._new.tags)
+        widths = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        sizes = self.constant("x".join(map(str, ("widths", *widths))), widths)
+        name, tags = f"{self.path}.apart", dict(self.new.tags)
         split = ir.node("Split", [*given, sizes], {"axis": -1}, num_outputs=3, name=name, metadata_props=tags)
         for output, part in zip(split.outputs, ("query", *CACHE_PARTS), strict=True):
-            output.name, output.dtype = f"{name}.{part}", self._dtype
+            output.name, output.dtype = f"{name}.{part}", self.dtype
         self.nodes.append(split)
         return list(split.outputs)
 
     def _rotated(self, value: ir.Value, tables: Sequence[ir.Value], name: str, heads: int) -> ir.Value:
-        axis_0 = self._constant("axis_0", [0])
-        of_batch = [self._add("Unsqueeze", table, axis_0, name=f"{name}_table_{n}") for n, table in enumerate(tables)]
-        return self._add("RotaryEmbedding", value, *of_batch, name=f"{name}_rotated", num_heads=heads)
-
-    def _heads_first(self, value: ir.Value, name: str, heads: int) -> ir.Value:
-        shape = self._constant(f"heads_{heads}x{self._head_dim}", [0, 0, heads, self._head_dim])
-        apart = self._add("Reshape", value, shape, name=f"{name}_heads")
-        return self._add("Transpose", apart, name=f"{name}_heads_first", perm=(0, 2, 1, 3))
-
-    def _number(self, op_type: str, *inputs: ir.Value, name: str, **attributes: Any) -> ir.Value:
-        return self._add(op_type, *inputs, name=name, dtype=ir.DataType.INT64, **attributes)
-
-    def _add(
-        self, op_type: str, *inputs: ir.Value, name: str, dtype: ir.DataType | None = None, **attributes: Any
-    ) -> ir.Value:
-        """A node of the type of keys and values, unless another is given."""
-        path = f"{self._rows.path}.some.{name}"
-        return self._new.add(op_type, *inputs, name=path, dtype=dtype or self._dtype, shape=None, **attributes)
-
-    def _constant(self, name: str, values: int | list[int]) -> ir.Value:
-        return shared_constant(self._graph, f"{ROUTERS}.long_step.{name}", np.array(values, np.int64))
+        axis_0 = self.constant("axis_0", [0])
+        of_batch = [self.add("Unsqueeze", table, axis_0, name=f"{name}_table_{n}") for n, table in enumerate(tables)]
+        return self.add("RotaryEmbedding", value, *of_batch, name=f"{name}_rotated", num_heads=heads)

@@ -1,4 +1,4 @@
-"""Run attention on active tokens' queries only, where a step is long enough for that to pay."""
+"""Run attention on active tokens' queries, and on the keys they see, where a step is long enough for that to pay."""
 
 from __future__ import annotations
 
@@ -6,35 +6,32 @@ import dataclasses
 from functools import partial
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
-from dlo_export.checkpoints.llama_layer import ROUTERS
 from dlo_export.graph_passes.branches import Branch
+from dlo_export.graph_passes.cleanup.active_queries import ActiveQueries, SkippedKeys
 from dlo_export.graph_passes.cleanup.long_steps import (
     LEAST,
     AttendedRows,
     LongStep,
     attended_rows,
     choose_in_long_steps,
-    copies,
 )
 from dlo_export.graph_passes.cleanup.scatter_packed_rows import ScatterPackedRowsPass
 from dlo_export.graph_passes.find.data_flow import is_op
 from dlo_export.graph_passes.lowerings.lowering_pass import LoweringPass
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
-from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
-_QUERY, _MASK = 0, 3  # inputs of an Attention node
-_INPUTS, _OUTPUTS = 6, 3  # of one that keeps its own cache
+_INPUTS, _OUTPUTS = 6, 3  # of an Attention node that keeps its own cache
 
 
 @dataclasses.dataclass(frozen=True)
 class AttendActiveQueriesPass(GraphPass):
-    """Give attention in a branch of compaction's If the queries of active tokens, in long steps.
+    """Give attention in a branch of compaction's If the queries of active tokens, and keys they see, in long steps.
 
     Before::
 
+        bias         = Where(Unsqueeze(present_active), mask, lowest)    # where skipped tokens leave no keys
         a, pk, pv    = Attention(q, k, v, bias, past_key, past_value)    # q [batch, sequence, …]
         rows         = GatherND(a, idx)                                  # [n, …], of active tokens
 
@@ -45,21 +42,33 @@ class AttendActiveQueriesPass(GraphPass):
             m            = ReduceMax(ReduceSum<axes=1>(active))          # most active tokens of a sequence
             rows, pk, pv = If(m < sequence) <
               then_branch = {
-                flag, at  = TopK<axis=1>(active, m)                      # [batch, m]: active ones first, in order
-                q'        = GatherND<batch_dims=1>(q, at)
-                bias'     = GatherND<batch_dims=1>(bias, at)
-                a, pk, pv = Attention(q', k, v, bias', past_key, past_value)
-                rows      = GatherND(a, Transpose(NonZero(flag)))        # of a sequence with fewer, those it has
+                flag, at   = TopK<axis=1>(active, m)                     # [batch, m]: active ones first, in order
+                q'         = GatherND<batch_dims=1>(q, at)
+                mask'      = GatherND<batch_dims=1>(mask, at)
+                (a, pk, pv as below)
+                rows       = GatherND(a, Transpose(NonZero(flag)))       # of a sequence with fewer, those it has
               }, else_branch = { as before }
             >
           }, else_branch = { as before }
         >
 
+    where skipped tokens leave their keys::
+
+        a, pk, pv  = Attention(q', k, v, mask', past_key, past_value)
+
+    and where they leave none, so that nobody need look at their slots::
+
+        seen, slot = TopK<axis=1>(present_active, s)                     # s: most active tokens behind a sequence
+        pk, pv     = Concat(past_key, k), Concat(past_value, v)
+        bias'      = Min(GatherElements<axis=2>(mask', slot), Where(seen, highest, lowest))
+        a          = Attention(q', GatherND<batch_dims=2>(pk, slot), GatherND<batch_dims=2>(pv, slot), bias')
+
     What attention computes for skipped tokens nobody reads, and it takes the longer the more tokens are seen. A short
-    step, such as decode's, would pay more for choosing queries than it saves, and so would one in which a sequence
-    skips nothing. Attention has no weights, so it may stand in several branches. Optional: attention that is causal by
-    itself, or is given heads apart, is left alone. The mask must be [batch, 1, sequence, total], as that of our plain
-    graph. Scope: branches of the main graph's Ifs. Source: ONNX Attention-23, GatherND-12, TopK-11.
+    step, such as decode's, would pay more for choosing than it saves, and so would one in which a sequence skips
+    nothing. A padded token, which sees nobody, gets the mean of fewer values than without this pass. Attention has no
+    weights, so it may stand in several branches. Optional: attention that is causal by itself, or is given heads apart,
+    is left alone. The mask must be [batch, 1, sequence, total], as that of our plain graph. Scope: branches of the main
+    graph's Ifs. Source: ONNX Attention-23, GatherND-12, TopK-11.
 
     Attributes:
         least: Tokens of a sequence in a step that is long.
@@ -75,48 +84,25 @@ class AttendActiveQueriesPass(GraphPass):
         graph = model.graph
         found = attended_rows(graph, _is_plain)
         for rows in found:
-            some = partial(self._some_queries, graph, rows)
-            choose_in_long_steps(graph, rows, some, least=self.least, made_by=self._name)
+            skipped = self.skipped_keys(rows)
+            some = partial(self._some_queries, graph, rows, skipped)
+            told = [] if skipped is None else [skipped.node]
+            choose_in_long_steps(graph, rows, some, told=told, least=self.least, made_by=self._name)
         if found:
             graph.sort()
         return bool(found)
 
-    def _some_queries(self, graph: ir.Graph, rows: AttendedRows, step: LongStep) -> Branch:
+    def skipped_keys(self, rows: AttendedRows) -> SkippedKeys | None:
+        """Which keys an attention is not given in long steps; None where it is given all.
+
+        Args:
+            rows: What attends.
+        """
+        return SkippedKeys.of(rows)
+
+    def _some_queries(self, graph: ir.Graph, rows: AttendedRows, skipped: SkippedKeys | None, step: LongStep) -> Branch:
         """Attends from active queries alone; gives their rows in the order of the index, and the cache."""
-        new, path = TaggedNodes(self._name, rows.layer), rows.path
-        query, mask = rows.attention.inputs[_QUERY], rows.attention.inputs[_MASK]
-        assert query is not None, "asked by _is_plain"
-        assert mask is not None, "asked by _is_plain"
-        float32, int64, boolean = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
-        first = shared_constant(graph, f"{ROUTERS}.second_axis", np.array([1], np.int64))
-        last = shared_constant(graph, f"{ROUTERS}.last_axis", np.array([-1], np.int64))
-
-        # TopK lists equal numbers in their order: active tokens come first and as they stand, and what fills the other
-        # sequences up is not read afterwards.
-        asked = (step.flags, step.size)
-        top = ir.node("TopK", asked, {"axis": 1}, num_outputs=2, name=f"{path}.top", metadata_props=new.tags)
-        chosen, at = top.outputs
-        for value, name, dtype in ((chosen, "top", float32), (at, "at", int64)):
-            value.name, value.dtype = f"{path}.{name}", dtype
-        new.nodes.append(top)
-        places = new.add("Unsqueeze", at, last, name=f"{path}.places", dtype=int64, shape=None)
-
-        # Their queries, and their rows of the mask, which is the same for all heads.
-        queries = new.add("GatherND", query, places, name=path, dtype=query.dtype, shape=None, batch_dims=1)
-        flat = new.add("Squeeze", mask, first, name=f"{path}.mask_rows", dtype=mask.dtype, shape=None)
-        told = new.add("GatherND", flat, places, name=f"{path}.mask_chosen", dtype=mask.dtype, shape=None, batch_dims=1)
-        bias = new.add("Unsqueeze", told, first, name=f"{path}.mask", dtype=mask.dtype, shape=None)
-
-        # Rows of active tokens, sequence by sequence, as the index has them.
-        real = new.add("Cast", chosen, name=f"{path}.real", dtype=boolean, shape=None, to=int(boolean))
-        nonzero = new.add("NonZero", real, name=f"{path}.nonzero", dtype=int64, shape=None)
-        index = new.add("Transpose", nonzero, name=f"{path}.index", dtype=int64, shape=None, perm=(1, 0))
-        attends, gathers = copies((rows.attention, rows.gather), f"{path}.some", new.tags)
-        attends.replace_input_with(_QUERY, queries)
-        attends.replace_input_with(_MASK, bias)
-        attends.outputs[0].shape = None  # of fewer tokens
-        gathers.replace_input_with(1, index)
-        return [*new.nodes, attends, gathers], [gathers.outputs[0], *attends.outputs[1:]]
+        return ActiveQueries(graph, rows, self._name, step).branch(skipped)
 
 
 def _is_plain(attention: ir.Node) -> bool:

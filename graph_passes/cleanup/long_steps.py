@@ -86,6 +86,23 @@ def _behind_index(index: ir.Value | None) -> ir.Value | None:
     return nonzero.inputs[0] if is_op(nonzero, "NonZero") else None
 
 
+def told_in_branch(attention: ir.Node, mask: int) -> list[ir.Node]:
+    """What tells an attention whom it must not see, beside it in its branch, in order; empty where all are seen.
+
+    Nothing else reads it.
+
+    Args:
+        attention: In a branch.
+        mask: Number of its input that says so.
+    """
+    found: list[ir.Node] = []
+    node = producer_of(attention.inputs[mask]) if len(attention.inputs) > mask else None
+    while node is not None and node.graph is attention.graph and len(node.outputs[0].uses()) == 1:
+        found.insert(0, node)
+        node = producer_of(node.inputs[0])
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class LongStep:
     """What a branch for a long step is made of.
@@ -123,16 +140,11 @@ def choose_in_long_steps(
     """
     branch, path, gather = rows.gather.graph, rows.path, rows.gather
     assert isinstance(branch, ir.Graph), "a branch of the holder"
-    new, float32, int64 = TaggedNodes(made_by, rows.layer), ir.DataType.FLOAT, ir.DataType.INT64
+    new = TaggedNodes(made_by, rows.layer)
     sequence, is_long = _length(graph, rows.holder, least, made_by)
 
     # A long step is as long as the sequence with most active tokens, unless that skips nothing.
-    active = rows.active
-    axis = shared_constant(graph, f"{ROUTERS}.second_axis", np.array([1], np.int64))
-    flags = new.add("Cast", active, name=f"{path}.flags", dtype=float32, shape=active.shape, to=int(float32))
-    counts = new.add("ReduceSum", flags, axis, name=f"{path}.counts", dtype=float32, shape=None, keepdims=0)
-    most = new.add("ReduceMax", counts, name=f"{path}.most", dtype=float32, shape=(1,), keepdims=1)
-    size = new.add("Cast", most, name=f"{path}.size", dtype=int64, shape=(1,), to=int(int64))
+    flags, size = most_active(graph, new, rows.active, path)
     fewer = new.add("Less", size, sequence, name=f"{path}.fewer", dtype=ir.DataType.BOOL, shape=(1,))
     asked = (*told, rows.attention, gather)
     given = (gather.outputs[0], *rows.attention.outputs[1:])
@@ -148,6 +160,23 @@ def choose_in_long_steps(
         old.name = f"{result.name}.all_queries"
     long, short = ([*new.nodes, choose], chosen), (asked, given)
     branch.append(conditional_node(branch, str(gather.name), is_long, long, short, results, new.tags))
+
+
+def most_active(graph: ir.Graph, new: TaggedNodes, active: ir.Value, path: str) -> tuple[ir.Value, ir.Value]:
+    """Who is active, float32 [batch, tokens], and how many are in the sequence with most of them, int64 [1].
+
+    Args:
+        graph: The main graph.
+        new: Takes the nodes.
+        active: bool [batch, tokens].
+        path: Prefix of their names.
+    """
+    float32, int64 = ir.DataType.FLOAT, ir.DataType.INT64
+    axis = shared_constant(graph, f"{ROUTERS}.second_axis", np.array([1], np.int64))
+    flags = new.add("Cast", active, name=f"{path}.flags", dtype=float32, shape=active.shape, to=int(float32))
+    counts = new.add("ReduceSum", flags, axis, name=f"{path}.counts", dtype=float32, shape=None, keepdims=0)
+    most = new.add("ReduceMax", counts, name=f"{path}.most", dtype=float32, shape=(1,), keepdims=1)
+    return flags, new.add("Cast", most, name=f"{path}.size", dtype=int64, shape=(1,), to=int(int64))
 
 
 def _length(graph: ir.Graph, before: ir.Node, least: int, made_by: str) -> tuple[ir.Value, ir.Value]:

@@ -80,6 +80,7 @@ GOLDENS: dict[str, tuple[ir.passes.InPlacePass, ...]] = {
         ScatterPackedRowsPass(),
     ),
     "attend_active_queries": (_ROUTE_ATTENTION, LowerSkipToCompactionPass(), AttendActiveQueriesPass()),
+    "attend_active_keys": (_ROUTE_WHOLE, LowerSkipToCompactionPass(), AttendActiveQueriesPass()),
     "name_batch_dimension": (NameBatchDimensionPass(),),
     "use_static_cache": (UseStaticCachePass(8),),
     "use_static_cache_with_activity": (_ROUTE_WHOLE, UseStaticCachePass(8)),

@@ -1,14 +1,19 @@
-"""Attention gets active tokens' queries alone, in long steps. That graphs compute the same: test_route_attention.py."""
+"""Attention gets active tokens' queries alone, in long steps, and the keys of such alone where others leave none.
+
+That graphs compute the same: test_attend_active_keys.py, test_route_attention.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from dlo_export.checkpoints.model_types import RoutingKind
 from dlo_export.graph_passes.cleanup.attend_active_queries import AttendActiveQueriesPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_compaction import LowerSkipToCompactionPass
 from dlo_export.graph_passes.lowerings.lower_skip_to_if import LowerSkipToIfPass
@@ -21,7 +26,7 @@ from tests.graph_passes.test_skipping_profile import profiled_shapes
 ROUTE = RouteLayersPass(ROUTERS, kind="layer")
 COMPACT = LowerSkipToCompactionPass()
 ATTENTION = "model.layers.0.self_attn.attention"
-QUERIES = "model.layers.0.self_attn.attended_rows.queries.some.attention"
+SOME = "model.layers.0.self_attn.attended_rows.queries.some"
 EVERY = "model.layers.0.self_attn.attended_rows.queries.every.attention"
 
 
@@ -47,27 +52,37 @@ def _lowered(*passes: GraphPass) -> ir.Model:
     return model
 
 
+@pytest.mark.parametrize("kind", ["layer", "attention-active", "attention"])
 @pytest.mark.parametrize("sequence", [4, 8])
-def test_attention_takes_as_many_queries_as_a_sequence_has_active_tokens_when_a_step_is_long(
-    sequence, tmp_path
+def test_attention_takes_what_the_sequence_with_most_active_tokens_has_when_a_step_is_long(
+    sequence: int, kind: RoutingKind, tmp_path: Path
 ) -> None:
-    model = _lowered(ROUTE, COMPACT)
-    before = run_model(model, _feeds(sequence))
-    active = before["present_active.0"][:, 2:]
-    counts = active.sum(axis=1)
+    model, feeds = _lowered(dataclasses.replace(ROUTE, kind=kind), COMPACT), _feeds(sequence)
+    feeds = {name: array for name, array in feeds.items() if kind != "attention" or name != "past_active.0"}
+    remembered = run_model(_lowered(ROUTE), _feeds(sequence))["present_active.0"]
+    counts = remembered[:, 2:].sum(axis=1)
     assert 0 < counts.min() < counts.max() < sequence, "the sequences differ, and in both some tokens skip"
+    before = run_model(model, feeds)
     assert AttendActiveQueriesPass(least=8)(model).modified
-    for name, values in run_model(model, _feeds(sequence)).items():
+    for name, values in run_model(model, feeds).items():
         np.testing.assert_allclose(values, before[name], rtol=0, atol=1e-6, err_msg=name)
-    shapes = profiled_shapes(model, _feeds(sequence), tmp_path)
-    long = sequence >= 8
-    ran, others = (QUERIES, ATTENTION) if long else (ATTENTION, QUERIES)
-    assert others not in shapes
-    assert shapes[ran][0][:2] == [2, counts.max() if long else sequence]
+    shapes = profiled_shapes(model, feeds, tmp_path)
     check_idempotence(model, AttendActiveQueriesPass(least=8))
+    if sequence < 8:
+        assert shapes[ATTENTION][0][:2] == [2, sequence]
+        assert not any(name.startswith(SOME) for name in shapes)
+        return
+    assert ATTENTION not in shapes
+    if kind == "attention":
+        assert shapes[f"{SOME}.attention"][0][:2] == [2, counts.max()]
+        return
+    keys = remembered.sum(axis=1).max()
+    assert keys < sequence + 2
+    assert shapes[f"{SOME}.attention"][0] == [2, 2, counts.max(), 2]
+    assert shapes[f"{SOME}.hidden"][0] == [2, counts.max(), keys]
 
 
-def test_attention_takes_all_queries_when_a_sequence_of_a_long_step_skips_nothing(tmp_path) -> None:
+def test_attention_takes_all_queries_when_a_sequence_of_a_long_step_skips_nothing(tmp_path: Path) -> None:
     model, feeds = _lowered(ROUTE, COMPACT), _feeds(8)
     active = run_model(model, feeds)["present_active.0"][:, 2:]
     tokens = feeds["input_ids"]
@@ -80,7 +95,8 @@ def test_attention_takes_all_queries_when_a_sequence_of_a_long_step_skips_nothin
         np.testing.assert_array_equal(values, before[name], err_msg=name)
     shapes = profiled_shapes(model, feeds, tmp_path)
     assert EVERY in shapes
-    assert {ATTENTION, QUERIES}.isdisjoint(shapes)
+    assert ATTENTION not in shapes
+    assert not any(name.startswith(SOME) for name in shapes)
 
 
 def test_branch_of_the_step_is_chosen_by_one_number_when_several_layers_ask() -> None:
@@ -90,6 +106,17 @@ def test_branch_of_the_step_is_chosen_by_one_number_when_several_layers_ask() ->
         "TopK": 1,
         "Attention": 3,
     }
+
+
+def test_all_keys_are_seen_when_something_else_reads_what_hides_some() -> None:
+    model = _lowered(ROUTE, COMPACT)
+    attention = next(node for node in model.graph.all_nodes() if node.op_type == "Attention")
+    attention.graph.append(ir.node("Neg", [attention.inputs[3]]))  # type: ignore[union-attr]
+    before = run_model(model, _feeds(8))
+    assert AttendActiveQueriesPass(least=8)(model).modified
+    assert census(model, {"GatherElements": 0, "TopK": 0}) == {"GatherElements": 0, "TopK": 1}
+    for name, values in run_model(model, _feeds(8)).items():
+        np.testing.assert_allclose(values, before[name], rtol=0, atol=1e-6, err_msg=name)
 
 
 def _causal(attention: ir.Node) -> None:
