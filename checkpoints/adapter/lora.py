@@ -23,7 +23,7 @@ from dlo_export.checkpoints.adapter.adapter import CONFIG_NAME, AdapterError
 from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.file_inside import file_inside
-from dlo_export.checkpoints.files.json_fields import is_number
+from dlo_export.checkpoints.files.json_fields import is_positive
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.finite_weights import finite_tensors
@@ -287,11 +287,11 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{key} is set, which is no plain LoRA" for key in config if key not in known and config[key])
     for key in ("r", "lora_alpha"):
         value = config.get(key)
-        if not _is_positive(value):
+        if not is_positive(value):
             yield f"{key} is {value!r}, expected a number above 0"
     for key in ("rank_pattern", "alpha_pattern"):
         entries = config.get(key) or {}
-        if not isinstance(entries, dict) or not all(map(_is_positive, entries.values())):
+        if not isinstance(entries, dict) or not all(map(is_positive, entries.values())):
             yield f"{key} is {entries!r}, expected numbers above 0 by module"
             continue
         for pattern in entries:
@@ -299,10 +299,6 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
                 re.compile(_at_the_end(pattern))
             except (re.error, OverflowError, RecursionError) as err:
                 yield f"{key}: {pattern!r} is no pattern ({err})"
-
-
-def _is_positive(value: Any) -> bool:
-    return is_number(value) and value > 0
 
 
 def _tensor_problems(tensors: Mapping[str, LazyTensor]) -> Iterator[str]:

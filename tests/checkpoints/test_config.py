@@ -184,6 +184,10 @@ def test_routing_is_refused_when_a_key_is_missing(key: str) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "factor is 0.5, expected a finite number from 1 on"),
         ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor is missing"),
+        # In float32 these are 0, which would be divided by.
+        ({"rope_scaling": {"type": "linear", "factor": 1e-50}}, "rope_scaling.factor is 1e-50, expected 1.2e-38 at"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": 1e-320}}, "beta_slow is 1e-320, expected 1.2e-38"),
+        ({"model_type": "granite", "logits_scaling": 1e-50}, "logits_scaling is 1e-50, expected 1.2e-38 at least"),
         (
             {"rope_scaling": {"type": "yarn", "beta_fast": 1, "beta_slow": 2}},
             "beta_fast is 1.0, expected at least beta",
