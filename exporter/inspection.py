@@ -96,10 +96,12 @@ def inspect_model(path: Path) -> Inspection:
     else:
         model = read_prepared(graph_path, for_inspection=True).model
     try:
+        routed = dict.fromkeys(find_routers(model.graph), ONE_HALF)
         layers, problem = find_decoder_layers(model.graph), None
     except DecoderLayersNotFound as err:
         layers, problem = (), str(err)
-    routed = dict.fromkeys(find_routers(model.graph), ONE_HALF)
+    except GraphPassError as err:  # what nodes say of themselves is damaged
+        raise InputError(f"{graph_path}: {err.message}", hint=err.hint) from err
     thresholds = {**routed, **compared_thresholds(model.graph)}
     return Inspection(
         graph_path,

@@ -25,7 +25,7 @@ from dlo_export.graph_passes.find.projections import Projection
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
 from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, layer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,5 +191,5 @@ def _number(value: ir.Value | None) -> float:
 def _renumber(graph: ir.Graph, numbers: Mapping[int, int]) -> None:
     renumber_layers(graph, numbers)
     for node in graph.all_nodes():
-        if (layer := node.metadata_props.get(LAYER_KEY)) is not None:
-            node.metadata_props[LAYER_KEY] = str(numbers[int(layer)])
+        if (layer := layer_of(node)) is not None:
+            node.metadata_props[LAYER_KEY] = str(numbers[layer])
