@@ -34,13 +34,13 @@ from dlo_export.exporter.kept_data import kept_files, kept_names, new_weights_na
 from dlo_export.exporter.kernel_widths import check_kernel_widths
 from dlo_export.exporter.lowering_choice import LoweredModel, choose_onnxruntime_lowering
 from dlo_export.exporter.model_metadata import set_model_metadata
+from dlo_export.exporter.named_operators import plugin_operators
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.static_slots import beyond_context, check_slots
 from dlo_export.exporter.target_graphs import build_captured_model, build_model, check_static_cache
-from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.plan import TensorRtPlan, TensorRtRequest, plan_tensorrt, size_warnings
 from dlo_export.exporter.weight_file import leave_weights_out, save_weights, weight_bytes
 from dlo_export.graph_passes.errors import GraphPassError

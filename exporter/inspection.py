@@ -16,7 +16,8 @@ from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.artefact_check import compared_thresholds, open_description, parity_report
 from dlo_export.exporter.pipeline import prepare_released
-from dlo_export.exporter.sources.foreign_graph import load_graph, read_prepared
+from dlo_export.exporter.sources.foreign_graph import read_prepared
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import constant_tensor, consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers

@@ -12,10 +12,10 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_runner import exposed_model, held_tokens, runner_for, serialized
 from dlo_export.exporter.exact_products import with_exact_products
 from dlo_export.exporter.graph_dtype import graph_dtype
+from dlo_export.exporter.named_operators import plugin_operators
 from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.target_graphs import build_captured_model, build_model
-from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import external_tensors, save_weights, stored_bytes, take_weights
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS

@@ -30,7 +30,7 @@ from dlo_export.exporter.parity_candidates import (
 )
 from dlo_export.exporter.parity_references import dequantising_reference, own_reference, pytorch_reference
 from dlo_export.exporter.pipeline import TensorRtOptions
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.graph_passes.find.padding import takes_left_padding

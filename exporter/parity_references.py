@@ -12,7 +12,7 @@ from dlo_export.exporter.exact_products import with_exact_products
 from dlo_export.exporter.linked_weights import weights_folder
 from dlo_export.exporter.parity_candidates import masked_graph
 from dlo_export.exporter.pipeline import state_cache_sizes
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.sources.reduced_source import ReducedSource
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.graph_passes.naming import free_interface_names
