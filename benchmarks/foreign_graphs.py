@@ -55,7 +55,8 @@ from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.exporter.artefact_runner import exposed_model, open_artefact
 from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.parity_references import graph_as_it_was
-from dlo_export.exporter.sources.foreign_graph import load_graph, open_foreign_graph, read_prepared
+from dlo_export.exporter.sources.foreign_graph import open_foreign_graph, read_prepared
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.target_graphs import build_model
 from dlo_export.exporter.weight_file import external_tensors, take_weights

@@ -47,7 +47,8 @@ from dlo_export.checkpoints.llama_layer import router_name
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.pipeline import prepare_foreign
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.sources.foreign_graph import load_graph, open_foreign_graph
+from dlo_export.exporter.sources.foreign_graph import open_foreign_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.graph_passes.cleanup.join_skip_norms import JoinSkipNormsPass
 from dlo_export.graph_passes.find.decoder_layers import find_decoder_layers
 from dlo_export.graph_passes.rewriting import remove_unused

@@ -377,7 +377,9 @@ def _injected_layer_problems(entries: Any, num_layers: int) -> list[str]:
         return []
     if not isinstance(entries, list):
         return [f"injected_layers is {entries!r}, expected a list of objects with position, source and init"]
-    return injected_layer_problems(entries, num_layers)
+    # Sources are counted in the model that was there first. It had more layers than are left beside the injected ones
+    # where others were removed since.
+    return injected_layer_problems(entries, num_layers, MAX_LAYERS)
 
 
 def _head_dim(fields: JsonFields, hidden_size: int, num_heads: int) -> int:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
+from dlo_export.checkpoints.llama_layer import LAYER_NUMBER
+
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
@@ -28,8 +30,8 @@ LEFT_PADDING = "left_padding"
 CachePart = Literal["key", "value"]
 CACHE_PARTS: tuple[CachePart, CachePart] = ("key", "value")
 
-_PAST = re.compile(r"past_key_values\.(0|[1-9]\d*)\.(key|value)")
-_PRESENT = re.compile(r"present\.(0|[1-9]\d*)\.(key|value)")
+_PAST = re.compile(rf"past_key_values\.{LAYER_NUMBER}\.(key|value)")
+_PRESENT = re.compile(rf"present\.{LAYER_NUMBER}\.(key|value)")
 
 
 class CacheName(NamedTuple):
@@ -142,5 +144,5 @@ def _parsed(pattern: re.Pattern[str], name: str | None) -> CacheName | None:
 
 
 def _layer_of(prefix: str, name: str, suffix: str = "") -> int | None:
-    match = re.fullmatch(re.escape(prefix) + r"(0|[1-9]\d*)" + re.escape(suffix), name)
+    match = re.fullmatch(re.escape(prefix) + LAYER_NUMBER + re.escape(suffix), name)
     return None if match is None else int(match[1])

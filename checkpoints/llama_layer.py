@@ -177,6 +177,9 @@ def table_of(tensors: Iterable[str]) -> LayerTable:
 
 MAX_LAYERS = 10_000
 """Of a model. Much is listed per layer: a damaged count must not fill the memory."""
+LAYER_NUMBER = "(0|[1-9][0-9]{0,8})"
+"""Pattern of a layer's number in a name. Nine digits at most: a damaged name may have more than Python makes an integer
+of. And no digits of other scripts, by which one layer would have several names."""
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -191,8 +194,8 @@ GGUF_OUTER_NAMES: Mapping[str, str] = {
 """Of the tensors that belong to no layer."""
 
 # Anchored: "model.layers.1." must not match "model.layers.11.".
-_LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9]\d*)\.(.+)")
-_ROUTER = re.compile(r"model\.routers\.(0|[1-9]\d*)\.weight")
+_LAYER_TENSOR = re.compile(rf"model\.layers\.{LAYER_NUMBER}\.(.+)")
+_ROUTER = re.compile(rf"model\.routers\.{LAYER_NUMBER}\.weight")
 
 
 class LayerTensorName(NamedTuple):

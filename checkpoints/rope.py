@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dlo_export.checkpoints.files.json_fields import JsonFields, is_number
+from dlo_export.checkpoints.files.json_fields import JsonFields, is_positive
 
 RopeKind = Literal["default", "linear", "llama3", "dynamic", "yarn", "longrope"]
 ROPE_KINDS: tuple[RopeKind, ...] = get_args(RopeKind)
@@ -243,8 +243,7 @@ def _yarn(fields: _RopeFields) -> RopeConfig:
     scale, scale_all = (rope.number(name, default=0.0, least=0) for name in ("mscale", "mscale_all_dim"))
     # YaRN §3.4: the temperature of attention, put into cosines and sines.
     recommended = _mscale(factor, scale) / _mscale(factor, scale_all) if scale and scale_all else _mscale(factor)
-    fast, slow = rope.number("beta_fast", default=32.0, least=0), rope.number("beta_slow", default=1.0, least=0)
-    fast, slow = fast or 32.0, slow or 1.0  # as transformers reads a zero
+    fast, slow = _turns(rope, "beta_fast", 32.0), _turns(rope, "beta_slow", 1.0)
     if rope.are_valid("beta_fast", "beta_slow") and fast < slow:
         rope.problem("beta_fast", f"is {fast}, expected at least beta_slow ({slow})")
     if fields.theta <= 1:
@@ -259,6 +258,11 @@ def _yarn(fields: _RopeFields) -> RopeConfig:
         beta_slow=slow,
         truncate=rope.flag("truncate", default=True),
     )
+
+
+def _turns(rope: JsonFields, name: str, default: float) -> float:
+    """How often a frequency turns in the original context; a zero says nothing, as to transformers."""
+    return default if rope.values.get(name) == 0 else rope.positive_number(name, default=default)
 
 
 def _mscale(factor: float, scale: float = 1.0) -> float:
@@ -285,13 +289,14 @@ def _longrope(fields: _RopeFields) -> RopeConfig:
 
 def _pair_factors(fields: _RopeFields, name: str) -> tuple[float, ...]:
     """A positive number for every rotated pair."""
-    values, count = fields.rope.values.get(name), fields.head_dim // 2
+    count = fields.head_dim // 2
+    values: Any = fields.rope.values.get(name)
     is_list = isinstance(values, list) and len(values) == count
-    if not is_list or not all(is_number(value) and value > 0 for value in values):  # type: ignore[union-attr]  # a list
+    if not is_list or not all(map(is_positive, values)):
         found = f"has {len(values)} entries" if isinstance(values, list) and not is_list else f"is {values!r}"
         fields.rope.problem(name, f"{found}, expected {count} positive numbers, one per rotated pair")
         return (1.0,) * count
-    return tuple(float(value) for value in values)  # type: ignore[union-attr]  # a list
+    return tuple(map(float, values))
 
 
 _READERS = {

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from dlo_export.checkpoints.llama_layer import LAYER_NUMBER
+
 KEY = "router_thresholds"
 ONE_HALF = 0.5
 """The threshold of the DLO authors' code (arXiv 2407.11030), and of every layer that has none of its own."""
 
 _DIGITS = 60  # that a logit is computed in; a float32 has nine
-_LAYER = re.compile(r"0|[1-9]\d*")
 
 
 def float32_threshold(value: float) -> float:
@@ -67,9 +68,9 @@ def threshold_problems(entries: Any, routed_layers: Collection[int] | None) -> l
     problems = []
     for layer, threshold in entries.items():
         place = f"{KEY}.{layer}"
-        if not isinstance(layer, str) or not _LAYER.fullmatch(layer):
+        if not isinstance(layer, str) or not re.fullmatch(LAYER_NUMBER, layer):
             problems.append(f"{place} names no layer, expected its number")
-        elif routed_layers is not None and not _is_in(layer, routed_layers):
+        elif routed_layers is not None and int(layer) not in routed_layers:
             problems.append(f"{place} names a layer that is not routed")
         if not _is_score(threshold):
             problems.append(f"{place} is {threshold!r}, expected a score above 0 and below 1")
@@ -96,11 +97,6 @@ def replaced_thresholds(config: Mapping[str, Any], thresholds: Mapping[int, floa
     if thresholds:
         return {KEY: thresholds_json(thresholds)}
     return {KEY: None} if config.get(KEY) else {}
-
-
-def _is_in(layer: str, routed_layers: Collection[int]) -> bool:
-    # Compared as text: a damaged file may have a number of a million digits.
-    return layer in {str(routed) for routed in routed_layers}
 
 
 def _is_score(value: Any) -> bool:

@@ -17,8 +17,8 @@ from dlo_export.checkpoints.model_types import leaves_keys
 from dlo_export.checkpoints.router_thresholds import ONE_HALF, thresholds_json
 from dlo_export.exporter.artefact_description import interface
 from dlo_export.exporter.model_metadata import INJECTED_LAYERS
-from dlo_export.exporter.sources.foreign_graph import load_graph
-from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.exporter.named_operators import plugin_operators
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.weight_file import external_tensors
 from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS, Target, Workload

@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from dlo_export import __version__
 from dlo_export.checkpoints.device_options import ProviderOption
+from dlo_export.exporter.named_operators import plugin_operators
 from dlo_export.exporter.sources.source import ExportSource
-from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.weight_file import weight_paths
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering

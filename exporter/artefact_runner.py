@@ -12,7 +12,7 @@ from dlo_export.checkpoints.interface import LOGITS, past_name
 from dlo_export.exporter.linked_weights import leads_out, weights_folder
 from dlo_export.exporter.pipeline import exposed
 from dlo_export.exporter.provider_gaps import gaps_explained
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.plugins.ort_registration import no_library
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription, load_description
 from dlo_export.runtimes.artefact.files import check_model_files

@@ -16,7 +16,8 @@ from dlo_export.checkpoints.llama_layer import LLAMA_LAYER
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.artefact_check import compared_thresholds, open_description, parity_report
 from dlo_export.exporter.pipeline import prepare_released
-from dlo_export.exporter.sources.foreign_graph import load_graph, read_prepared
+from dlo_export.exporter.sources.foreign_graph import read_prepared
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.graph_passes.errors import DecoderLayersNotFound, GraphPassError
 from dlo_export.graph_passes.find.data_flow import constant_tensor, consumed_values
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
@@ -97,10 +98,12 @@ def inspect_model(path: Path) -> Inspection:
     else:
         model = read_prepared(graph_path, for_inspection=True).model
     try:
+        routed = dict.fromkeys(find_routers(model.graph), ONE_HALF)
         layers, problem = find_decoder_layers(model.graph), None
     except DecoderLayersNotFound as err:
         layers, problem = (), str(err)
-    routed = dict.fromkeys(find_routers(model.graph), ONE_HALF)
+    except GraphPassError as err:  # what nodes say of themselves is damaged
+        raise InputError(f"{graph_path}: {err.message}", hint=err.hint) from err
     thresholds = {**routed, **compared_thresholds(model.graph)}
     return Inspection(
         graph_path,

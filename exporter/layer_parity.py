@@ -14,13 +14,13 @@ from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.exporter.artefact_runner import held_tokens, serialized
 from dlo_export.exporter.artefact_source import check_made_from
 from dlo_export.exporter.linked_weights import weights_folder
+from dlo_export.exporter.named_operators import plugin_operators
 from dlo_export.exporter.parity_check import why_not_run
 from dlo_export.exporter.pipeline import exposed_part
 from dlo_export.exporter.sources.base_model import check_use
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource
-from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.graph_passes.find.padding import takes_left_padding
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
 from dlo_export.runtimes.onnxruntime.part_runner import OnnxRuntimePart

@@ -9,11 +9,10 @@ import onnx_ir as ir
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_description import interface
-from dlo_export.exporter.named_operators import named_operators
+from dlo_export.exporter.named_operators import named_operators, plugin_operators
 from dlo_export.exporter.pipeline import prepare_foreign, state_cache_sizes
 from dlo_export.exporter.skeleton import without_weights
-from dlo_export.exporter.sources.foreign_graph import load_graph
-from dlo_export.exporter.tensorrt.engine_request import plugin_operators
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.runtimes.decoder_interface import DecoderInterface, cache_kind
 from dlo_export.runtimes.onnxruntime.loading import Refusal, why_refused
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider

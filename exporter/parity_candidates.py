@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,10 +12,10 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_runner import exposed_model, held_tokens, runner_for, serialized
 from dlo_export.exporter.exact_products import with_exact_products
 from dlo_export.exporter.graph_dtype import graph_dtype
+from dlo_export.exporter.named_operators import plugin_operators
 from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.exporter.target_graphs import build_captured_model, build_model
-from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.exporter.weight_file import external_tensors, save_weights, stored_bytes, take_weights
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
@@ -76,48 +76,47 @@ def graph_candidate(
     )
 
 
-def masked_graph(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> ir.Model:
-    """The source's graph before its lowering, on the artefact's weights.
+def masked_graph(
+    source: ExportSource,
+    folder: Path,
+    released: ir.Model,
+    description: ArtefactDescription,
+    *,
+    equal_weights: bool = False,
+) -> ir.Model:
+    """The source's graph before its lowering, on the artefact's weights; all around routed blocks is as in that.
+
+    Args:
+        source: What the artefact was made from.
+        folder: The artefact, for messages.
+        released: Its graph.
+        description: Its dlo_artifact.json.
+        equal_weights: Compare its weights with the source's, bit for bit: where both sides of parity run on the
+            artefact's, nothing else does.
 
     Raises:
-        InputError: The artefact has weights of other names or sizes than the source's graph.
+        InputError: The artefact has other weights than the source's graph: of other names or sizes, or not equal.
     """
-    model = _masked_form(source, released, description)
-    if different := take_weights(model, external_tensors(released.graph)):
-        raise _other_weights(folder, different)
+    dtype, target = graph_dtype(description.dtype), PROVIDER_TARGETS[description.provider]
+    slots, stored = held_tokens(description), external_tensors(released.graph)
+    if slots is not None and description.provider != "cpu":
+        model = build_captured_model(source, "masked", slots, dtype, target)
+    else:
+        model = build_model(source, "masked", dtype, target, static_cache=slots, compared_with=description.lowering)
+    different = _unequal(model, stored) if equal_weights else set()
+    if different := different or take_weights(model, stored):
+        raise InputError(
+            f"{folder / MODEL_NAME}: its weights are not those of an export of this source: "
+            f"{', '.join(sorted(different)[:5])}",
+            hint="give the model (and adapter) the artefact was made from, and the version that made it",
+        )
     return model
 
 
-def check_weights(source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription) -> None:
-    """Compares an artefact's weights with those of its source: what is compared on one side's alone does not tell.
-
-    Raises:
-        InputError: They are not equal, bit for bit.
-    """
-    stored, own = external_tensors(released.graph), _masked_form(source, released, description).graph.initializers
-    different = set()
-    for name in stored.keys() & own.keys():
-        tensor = own[name].const_value
-        if tensor is None or tensor.tobytes() != stored_bytes(stored[name]):
-            different.add(name)
-    if different:
-        raise _other_weights(folder, different)
-
-
-def _other_weights(folder: Path, names: Iterable[str]) -> InputError:
-    return InputError(
-        f"{folder / MODEL_NAME}: its weights are not those of an export of this source: {', '.join(sorted(names)[:5])}",
-        hint="give the model (and adapter) the artefact was made from, and the version that made it",
-    )
-
-
-def _masked_form(source: ExportSource, released: ir.Model, description: ArtefactDescription) -> ir.Model:
-    """The source's graph before its lowering, all around routed blocks being as in the artefact's."""
-    dtype, target = graph_dtype(description.dtype), PROVIDER_TARGETS[description.provider]
-    slots = held_tokens(description)
-    if slots is not None and description.provider != "cpu":
-        return build_captured_model(source, "masked", slots, dtype, target)
-    return build_model(source, "masked", dtype, target, static_cache=slots, compared_with=description.lowering)
+def _unequal(model: ir.Model, stored: Mapping[str, ir.ExternalTensor]) -> set[str]:
+    """Names of the stored weights that a model has with other values."""
+    own = {name: model.graph.initializers[name].const_value for name in stored.keys() & model.graph.initializers.keys()}
+    return {name for name, tensor in own.items() if tensor is None or tensor.tobytes() != stored_bytes(stored[name])}
 
 
 def twin_candidates(

@@ -23,14 +23,18 @@ from dlo_export.exporter.exact_products import asks_to_round, rounds_activations
 from dlo_export.exporter.linked_weights import weights_folder
 from dlo_export.exporter.named_operators import named_operators
 from dlo_export.exporter.parity_candidates import (
-    check_weights,
     graph_candidate,
     masked_graph,
     twin_candidates,
 )
-from dlo_export.exporter.parity_references import dequantising_reference, own_reference, pytorch_reference
+from dlo_export.exporter.parity_references import (
+    dequantising_reference,
+    graph_as_it_was,
+    masked_reference,
+    pytorch_reference,
+)
 from dlo_export.exporter.pipeline import TensorRtOptions
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.sources.reduced_source import without_layers
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.graph_passes.find.padding import takes_left_padding
@@ -106,14 +110,21 @@ def check_parity(
                 return comparison(reference, [*candidates, *twins], other=other)
         # What a graph with quantised weights computes depends on its kernels: what it is lowered to runs on the same
         # ones, engines on weights that were dequantised.
-        reports = []
-        if _why_no_oracle(source, description) is None:
-            if source.routing is not None:
-                check_weights(source, folder, released, description)
-            rounds = source.routing is not None and rounds_activations(released.graph)
-            exactly = functools.partial(dequantising_reference, source, weights, released, description, provider)
+        reports, has_oracle, routed = [], _why_no_oracle(source, description) is None, source.routing is not None
+        unlowered = released
+        if routed:
+            unlowered = masked_graph(source, folder, released, description, equal_weights=has_oracle)
+        thresholds = description.router_thresholds
+        exactly = functools.partial(dequantising_reference, unlowered, weights, thresholds, provider, routed=routed)
+        if has_oracle:
+            rounds = routed and rounds_activations(released.graph)
             unrounded = OtherPrecision(exactly, True, _ROUNDING) if rounds else None
-            with own_reference(source, weights, released, description, provider) as reference:
+            own = (
+                masked_reference(unlowered, weights, thresholds, provider)
+                if routed
+                else graph_as_it_was(source, provider)
+            )
+            with own as reference:
                 # The same kernels, which may round a token of a prompt otherwise than one that comes by itself.
                 report = comparison(reference, candidates, steps_matter=True, other=unrounded)
             if rounds and not report.within_table:
@@ -122,7 +133,7 @@ def check_parity(
                 report = _up_to_rounding(report, exact)
             reports.append(report)
         if twins:
-            with dequantising_reference(source, weights, released, description, provider) as reference:
+            with exactly() as reference:
                 reports.append(comparison(reference, twins))
         return ParityReport.joined(reports)
 

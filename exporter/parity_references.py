@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,11 @@ import onnx_ir as ir
 from dlo_export.exporter.artefact_runner import exposed_model, serialized
 from dlo_export.exporter.exact_products import with_exact_products
 from dlo_export.exporter.linked_weights import weights_folder
-from dlo_export.exporter.parity_candidates import masked_graph
 from dlo_export.exporter.pipeline import state_cache_sizes
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.sources.reduced_source import ReducedSource
 from dlo_export.exporter.sources.source import ExportSource
 from dlo_export.graph_passes.naming import free_interface_names
-from dlo_export.runtimes.artefact.description import ArtefactDescription
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.parity.fewer_layers import FewerLayersRunner
@@ -35,14 +34,16 @@ def pytorch_reference(source: ExportSource, **options: Any) -> Runner:
     return FewerLayersRunner(open_reference(whole.config_json(), whole.tensors(), **options), source.kept)
 
 
-def own_reference(
-    source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription, provider: Provider
-) -> Runner:
-    """What a graph without a PyTorch model is compared with, on the same provider."""
-    if source.routing is None:
-        return graph_as_it_was(source, provider)
+def masked_reference(masked: ir.Model, folder: Path, thresholds: Mapping[int, float], provider: Provider) -> Runner:
+    """What a routed graph without a PyTorch model is compared with: its own masked form, on the same provider.
+
+    Args:
+        masked: That form.
+        folder: Of its weights.
+        thresholds: Of its routers, by layer, where they are not one half.
+        provider: What runs it.
+    """
     name = "its own masked form"
-    masked = masked_graph(source, folder, released, description)
     free, forced = (
         OnnxRuntimeRunner(
             exposed_model(masked, force=force, streams=True),
@@ -53,21 +54,24 @@ def own_reference(
         )
         for force in (False, True)
     )
-    return TwoBuildsRunner(free, forced, name=name, thresholds=description.router_thresholds)
+    return TwoBuildsRunner(free, forced, name=name, thresholds=thresholds)
 
 
 def dequantising_reference(
-    source: ExportSource, folder: Path, released: ir.Model, description: ArtefactDescription, provider: Provider
+    unlowered: ir.Model, folder: Path, thresholds: Mapping[int, float], provider: Provider, *, routed: bool
 ) -> Runner:
     """A graph with quantised weights, not lowered, that multiplies by the numbers its codes stand for.
 
     Its own kernels may round the other factor to 8 bits besides, which `accuracy_level` asks them for; engines do not.
+
+    Args:
+        unlowered: In masked form, where it is routed.
+        folder: Of its weights.
+        thresholds: Of its routers, by layer, where they are not one half.
+        provider: What runs it.
+        routed: Whether it has routers.
     """
-    unlowered = released
-    if source.routing is not None:
-        unlowered = masked_graph(source, folder, released, description)
-    exact = with_exact_products(unlowered)
-    name, routed = "its weights dequantised", source.routing is not None
+    exact, name = with_exact_products(unlowered), "its weights dequantised"
     runners = [
         OnnxRuntimeRunner(
             exposed_model(exact, force=force, streams=True),
@@ -79,7 +83,7 @@ def dequantising_reference(
         )
         for force in ((False, True) if routed else (False,))
     ]
-    return TwoBuildsRunner(*runners, name=name, thresholds=description.router_thresholds) if routed else runners[0]
+    return TwoBuildsRunner(*runners, name=name, thresholds=thresholds) if routed else runners[0]
 
 
 def graph_as_it_was(source: ExportSource, provider: Provider = CPU) -> OnnxRuntimeRunner:

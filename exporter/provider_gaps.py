@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.exporter.named_operators import named_operators
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.runtimes.artefact.description import MODEL_NAME, ArtefactDescription
 from dlo_export.runtimes.errors import BackendUnavailableError, ModelLoadError
 from dlo_export.runtimes.onnxruntime.providers import Provider

@@ -24,7 +24,7 @@ from dlo_export.exporter.graph_dtype import graph_dtype
 from dlo_export.exporter.model_metadata import copy_model_metadata
 from dlo_export.exporter.pipeline import onnxruntime_steps, run_steps
 from dlo_export.exporter.plain_graph.llama import plain_graph
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.graph_passes.cleanup.multiply_tied_head import MultiplyTiedHeadPass
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering

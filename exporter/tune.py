@@ -27,10 +27,10 @@ from dlo_export.exporter.artefact_description import complete_description
 from dlo_export.exporter.artefact_runner import held_tokens, runner_for
 from dlo_export.exporter.genai_config import GENAI_CONFIG_NAME, check_genai_config, with_operator_library
 from dlo_export.exporter.kernel_widths import kernel_width_problem
+from dlo_export.exporter.named_operators import plugin_operators
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.provider_gaps import gaps_explained
 from dlo_export.exporter.relowering import ReloweredGraph
-from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering, skipping_lowerings

@@ -1,4 +1,4 @@
-"""TensorRT plugins of domain `dlo`: Triton kernels, their NumPy references, and three ways to give them to TensorRT.
+"""The operators of domain `dlo`: Triton kernels, their NumPy references, and the ways into TensorRT and ONNX Runtime.
 
 The operators' names, operands and attributes stand in graph_passes/spec/ops.py and nowhere else.
 """

@@ -48,6 +48,7 @@ PACKAGES = {
     "exporter": {"ml_dtypes", "numpy", "onnx_ir", "rich", "tokenizers", "typer"},
     "exporter/sources/foreign_file.py": {"onnx"},  # names given twice are seen in the file alone
     "exporter/sources/model_proto.py": {"onnx"},
+    "exporter/sources/proto_parts.py": {"onnx"},
     "exporter/sources/graph_types.py": {"onnx"},  # ONNX's checker and type inference
     "exporter/sources/shared_types.py": {"onnx"},  # which of an operator's inputs and outputs are of one type
     "exporter/skeleton.py": {"onnx"},  # what both of them, and ONNX Runtime, are given

@@ -24,7 +24,7 @@ from dlo_export.checkpoints.interface import INPUT_IDS, LOGITS, force_active_nam
 from dlo_export.exporter.artefact_description import interface
 from dlo_export.exporter.artefact_runner import exposed_model
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.tensorrt.engine_request import EngineRequest, intended_dtypes
 from dlo_export.exporter.tensorrt.engines import build_engines
 from dlo_export.runtimes.artefact.description import MODEL_NAME

@@ -22,11 +22,11 @@ from benchmarks.gpu.placement import placement_facts
 from dlo_export.checkpoints.device_options import ProviderOption
 from dlo_export.checkpoints.model_types import KV_KEY
 from dlo_export.exporter.graph_dtype import graph_dtype
+from dlo_export.exporter.named_operators import plugin_operators
 from dlo_export.exporter.parity_candidates import graph_candidate
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.exporter.target_graphs import build_model
-from dlo_export.exporter.tensorrt.engine_request import plugin_operators
 from dlo_export.exporter.weight_file import save_weights
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering

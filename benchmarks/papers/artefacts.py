@@ -15,7 +15,7 @@ from benchmarks.papers.run_names import DEEPENED, DLO, SHIPPED
 from dlo_export.exporter.artefact_runner import exposed_model, open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.runtimes.artefact.description import MODEL_NAME, load_description, mean_active_rates
 from dlo_export.runtimes.bench import Subject, Timing, Workload, compare_speed, ratio
 from dlo_export.runtimes.evaluation.encoding import Window

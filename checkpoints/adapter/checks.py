@@ -67,7 +67,10 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
         problems.append(f"base_sha256 is {sha256!r}, expected 64 hexadecimal digits")
     problems += threshold_problems(config.get(THRESHOLDS), [i for i, routed in enumerate(config["is_dlo"]) if routed])
-    return problems + injected_layer_problems(config["injected_layers"], len(config["is_dlo"]))
+    entries, num_layers = config["injected_layers"], len(config["is_dlo"])
+    if len(entries) >= num_layers:
+        return [*problems, f"injected_layers has {len(entries)} entries, expected fewer than the {num_layers} layers"]
+    return problems + injected_layer_problems(entries, num_layers, num_layers - len(entries))
 
 
 def tensor_problems(
@@ -94,17 +97,16 @@ def tensor_problems(
     return problems
 
 
-def injected_layer_problems(entries: Sequence[Any], num_layers: int) -> list[str]:
+def injected_layer_problems(entries: Sequence[Any], num_layers: int, num_base_layers: int) -> list[str]:
     """What is wrong with the `injected_layers` of an adapter, or of a deepened checkpoint's config.json.
 
     Args:
         entries: As read.
         num_layers: Of the deepened model.
+        num_base_layers: At most, of the model that was there first: sources are counted in that.
     """
-    if len(entries) >= num_layers:
-        return [f"injected_layers has {len(entries)} entries, expected fewer than the {num_layers} layers"]
     problems, positions = [], []
-    limits = {"position": num_layers, "source": num_layers - len(entries)}
+    limits = {"position": num_layers, "source": num_base_layers}
     for index, entry in enumerate(entries):
         place = f"injected_layers[{index}]"
         if not isinstance(entry, dict) or set(entry) != {"position", "source", "init"}:
@@ -118,8 +120,8 @@ def injected_layer_problems(entries: Sequence[Any], num_layers: int) -> list[str
         positions.append(entry["position"])
         try:
             canonical_init(entry["init"])
-        except (LayerInitError, TypeError) as err:
-            problems.append(f"{place}.init: {str(err).splitlines()[0]}")
+        except LayerInitError as err:
+            problems.append(f"{place}.init: {err.message}")
     if not problems and positions != sorted(set(positions)):
         problems.append(f"injected_layers are at {positions}, expected rising positions")
     return problems

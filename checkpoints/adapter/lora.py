@@ -23,7 +23,7 @@ from dlo_export.checkpoints.adapter.adapter import CONFIG_NAME, AdapterError
 from dlo_export.checkpoints.dtypes import BY_NUMPY, FLOATS
 from dlo_export.checkpoints.files.file_digest import file_sha256
 from dlo_export.checkpoints.files.file_inside import file_inside
-from dlo_export.checkpoints.files.json_fields import is_number
+from dlo_export.checkpoints.files.json_fields import is_positive
 from dlo_export.checkpoints.files.json_file import read_json, save_json
 from dlo_export.checkpoints.files.mapped_file import MappedFile
 from dlo_export.checkpoints.finite_weights import finite_tensors
@@ -212,20 +212,24 @@ def load_lora(folder: Path, *, allow_nonfinite: bool = False) -> LoraAdapter:
     stored: Mapping[str, LazyTensor] = tensors_of_safetensors(MappedFile(folder / TENSORS_NAME))
     if not allow_nonfinite:
         stored = finite_tensors(stored, folder)
-    tensors = {name.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor for name, tensor in stored.items()}
-    problems = [*_tensor_problems(tensors)] or ([] if tensors else [f"{TENSORS_NAME} holds no tensors"])
+    tensors: dict[str, LazyTensor] = {}
+    problems = [] if stored else [f"{TENSORS_NAME} holds no tensors"]
+    for name, tensor in stored.items():
+        own = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        if own in tensors:
+            problems.append(f"{own} is stored twice, once as {name}")
+        tensors[own] = tensor
+    problems += _tensor_problems(tensors)
     factors: dict[str, LoraFactors] = {}
     for name, a in tensors.items():
         if (match := _FACTOR.fullmatch(name)) is None or match[2] == "B" or problems:
             continue
-        b = tensors[f"{match[1]}.lora_B.weight"]
-        scale = _scale(config, match[1], a.shape[0])
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or scale is None:
-            problems.append(
-                f"{match[1]}: A is {list(a.shape)} and B {list(b.shape)}, expected rank {_rank(config, match[1])}"
-            )
+        module, b = match[1], tensors[f"{match[1]}.lora_B.weight"]
+        rank = _of_module(config.get("rank_pattern"), module, config["r"])
+        if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
+            problems.append(f"{module}: A is {list(a.shape)} and B {list(b.shape)}, expected rank {rank}")
         else:
-            factors[f"{match[1]}.weight"] = LoraFactors(a, b, scale)
+            factors[f"{module}.weight"] = LoraFactors(a, b, _scale(config, module, a.shape[0]))
     if problems:
         raise AdapterError(f"adapter {folder}: {'; '.join(problems)}", hint=_UNMERGED_HINT)
     replaced = {name: tensor for name, tensor in tensors.items() if "lora_" not in name}
@@ -283,16 +287,18 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{key} is set, which is no plain LoRA" for key in config if key not in known and config[key])
     for key in ("r", "lora_alpha"):
         value = config.get(key)
-        if not _is_positive(value):
+        if not is_positive(value):
             yield f"{key} is {value!r}, expected a number above 0"
     for key in ("rank_pattern", "alpha_pattern"):
         entries = config.get(key) or {}
-        if not isinstance(entries, dict) or not all(map(_is_positive, entries.values())):
+        if not isinstance(entries, dict) or not all(map(is_positive, entries.values())):
             yield f"{key} is {entries!r}, expected numbers above 0 by module"
-
-
-def _is_positive(value: Any) -> bool:
-    return is_number(value) and value > 0
+            continue
+        for pattern in entries:
+            try:
+                re.compile(_at_the_end(pattern))
+            except (re.error, OverflowError, RecursionError) as err:
+                yield f"{key}: {pattern!r} is no pattern ({err})"
 
 
 def _tensor_problems(tensors: Mapping[str, LazyTensor]) -> Iterator[str]:
@@ -312,25 +318,18 @@ def _tensor_problems(tensors: Mapping[str, LazyTensor]) -> Iterator[str]:
             yield f"{other} is missing"
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float | None:
-    """The factor s of a module; None where the configuration says another rank than its tensors have."""
-    if rank != _rank(config, module):
-        return None
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """The factor s of a module."""
     alpha = _of_module(config.get("alpha_pattern"), module, config["lora_alpha"])
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _rank(config: Mapping[str, Any], module: str) -> float:
-    return _of_module(config.get("rank_pattern"), module, config["r"])
-
-
 def _of_module(patterns: Mapping[str, float] | None, module: str, otherwise: float) -> float:
-    """A module's own value, where a pattern (a regular expression that its name ends with) gives one."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            found = re.fullmatch(rf"(.*\.)?({pattern})", module)
-        except re.error as err:
-            raise AdapterError(f"adapter: {pattern!r} is no pattern ({err})", hint="see PEFT's rank_pattern") from err
-        if found:
-            return value
-    return otherwise
+    """A module's own value, where a pattern gives one."""
+    given = (patterns or {}).items()
+    return next((value for pattern, value in given if re.fullmatch(_at_the_end(pattern), module)), otherwise)
+
+
+def _at_the_end(pattern: str) -> str:
+    """The pattern of a module's whole name, of one (a regular expression) that it ends with."""
+    return rf"(.*\.)?({pattern})"

@@ -40,13 +40,12 @@ def canonical_init(init: str) -> str:
     Raises:
         LayerInitError: The name is not an init.
     """
-    name = _ALIASES.get(init, init)
-    if name not in LAYER_INITS:
-        choices = ", ".join((*LAYER_INITS, *_ALIASES))
+    choices = (*LAYER_INITS, *_ALIASES)
+    if init not in choices:
         raise LayerInitError(
-            f"layer init: found {init!r}, expected one of {choices}", hint="zero_out keeps the function"
+            f"layer init: found {init!r}, expected one of {', '.join(choices)}", hint="zero_out keeps the function"
         )
-    return name
+    return _ALIASES.get(init, init)
 
 
 def preserves_function(init: str) -> bool:

@@ -106,6 +106,7 @@ def tli(num_layers: int, *, every: int, offset: int = 0, source: str = "prev", i
             f"expansion tli: source {source} goes with init copy or zero_out, found {init!r}",
             hint="the other inits say themselves which layers they mix; use source prev",
         )
+    _check_depth("tli", num_layers, (num_layers - offset) // every)
     layers: list[InjectedLayer] = []
     for last in range(offset + every - 1, num_layers, every):
         position, following = last + 1 + len(layers), last + 1
@@ -159,6 +160,7 @@ def dus(num_layers: int, *, overlap: int) -> ExpansionPlan:
             f"expansion dus: overlap {overlap} of {num_layers} layers, expected from 0 to {(num_layers - 1) // 2}",
             hint="SOLAR took 8 of 32",
         )
+    _check_depth("dus", num_layers, num_layers - 2 * overlap)
     seam = num_layers - overlap
     copied = range(overlap, seam)
     layers = tuple(InjectedLayer(seam + index, source, "copy") for index, source in enumerate(copied))
@@ -172,12 +174,7 @@ def _grouped(num_layers: int, groups: int, per_group: int, init: str, method: st
             f"1 to {num_layers} groups of at least 1",
             hint="this method can at most add one group per original layer",
         )
-    if num_layers + groups * per_group > MAX_LAYERS:
-        raise ExpansionError(
-            f"expansion {method}: {groups} groups of {per_group} new layers make {num_layers + groups * per_group} "
-            f"layers, expected at most {MAX_LAYERS}",
-            hint="published models have grown by a quarter to a half",
-        )
+    _check_depth(method, num_layers, groups * per_group)
     split = num_layers // groups
     name = canonical_init(init)
     layers: list[InjectedLayer] = []
@@ -186,6 +183,15 @@ def _grouped(num_layers: int, groups: int, per_group: int, init: str, method: st
         for _ in range(per_group):
             layers.append(InjectedLayer(last + 1 + len(layers), last, name))
     return ExpansionPlan(num_layers, tuple(layers))
+
+
+def _check_depth(method: str, num_layers: int, added: int) -> None:
+    if num_layers + added > MAX_LAYERS:
+        raise ExpansionError(
+            f"expansion {method}: {added} new layers among {num_layers} originals make {num_layers + added} layers, "
+            f"expected at most {MAX_LAYERS}",
+            hint="published models have grown by a quarter to a half",
+        )
 
 
 def _check_parameters(method: str, given: Mapping[str, Any]) -> None:

@@ -12,6 +12,8 @@ from dlo_export.checkpoints.router_thresholds import KEY as THRESHOLDS
 def reduced_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     """The keys of config.json that a model of fewer layers changes.
 
+    Sources of injected layers stay what they are: they are counted in the model that was there first.
+
     Args:
         config: Of the whole model.
         kept: Indices of the layers that stay, ascending.

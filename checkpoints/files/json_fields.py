@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 # Far above any count in a model; larger ones would overflow what they are used for.
 MAX_INTEGER = 2**31 - 1
 LARGEST_NUMBER = (2 - 2.0**-23) * 2.0**127  # of float32
+SMALLEST_POSITIVE = 2.0**-126  # of float32 with all of its bits: its reciprocal is a number too
 
 
 class JsonFields:
@@ -51,8 +52,11 @@ class JsonFields:
         return int(self._checked(name, default, lambda v: _is_int(v) and 0 < v <= largest, expected, 1))
 
     def positive_number(self, name: str, default: float | None = None) -> float:
-        """A number above zero."""
-        return float(self._checked(name, default, lambda v: is_number(v) and v > 0, "a positive number", 1.0))
+        """A number above zero, in float32 too."""
+        value = self.values.get(name)
+        is_tiny = is_number(value) and value > 0
+        expected = f"{SMALLEST_POSITIVE:.2g} at least" if is_tiny else "a positive number"
+        return float(self._checked(name, default, is_positive, expected, 1.0))
 
     def number(self, name: str, default: float | None = None, least: float = -math.inf) -> float:
         """Any finite number from `least` on."""
@@ -101,6 +105,11 @@ def _is_token(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_INTEGER
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a JSON value is a number, and one that float32 holds: in a model's arithmetic it will be that."""
     return _is_int(value) or (isinstance(value, float) and abs(value) <= LARGEST_NUMBER)
+
+
+def is_positive(value: object) -> TypeGuard[int | float]:
+    """Whether a JSON value is a number above zero that float32 does not round to zero: models divide by it."""
+    return is_number(value) and value >= SMALLEST_POSITIVE

@@ -31,9 +31,8 @@ def is_name_under_way(name: str) -> bool:
 def remove_leftovers(parent: Path, inputs: Iterable[Path] = ()) -> None:
     """Removes folders under way whose process is dead, and puts back what such a one had moved aside.
 
-    Only what this program wrote is removed.
-
-    What cannot be locked, read or removed stays: another process, or another user, has it.
+    Only what this program wrote is removed. What cannot be locked, read or removed stays: another process, or another
+    user, has it.
 
     Args:
         parent: The folder they lie in.
@@ -54,9 +53,9 @@ def remove_leftovers(parent: Path, inputs: Iterable[Path] = ()) -> None:
 def _settle(leftover: Path, folder: Path, kind: str) -> None:
     lock = FolderLock(leftover)
     try:
-        # Stopped between two renames, where the system cannot exchange folders: the old one is the whole one.
         if not lock.is_held:
             return
+        # Stopped between two renames, where the system cannot exchange folders: the old one is the whole one.
         if kind == REPLACED and is_ours(leftover) and not os.path.lexists(folder):
             leftover.rename(folder)
         elif lock.holds(leftover):

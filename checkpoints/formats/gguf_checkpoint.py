@@ -25,7 +25,7 @@ from dlo_export.checkpoints.formats.gguf_tokenizer import (
 )
 from dlo_export.checkpoints.lazy_tensors import ArrayTensor
 from dlo_export.checkpoints.llama_checkpoint import Checkpoint
-from dlo_export.checkpoints.llama_layer import GGUF_OUTER_NAMES, layer_tensor_name, parse_layer_tensor
+from dlo_export.checkpoints.llama_layer import GGUF_OUTER_NAMES, LAYER_NUMBER, layer_tensor_name, parse_layer_tensor
 from dlo_export.checkpoints.model_types import GGUF_FAMILIES
 from dlo_export.checkpoints.tokenization.errors import UnknownTokenizerError
 
@@ -191,7 +191,7 @@ def _config_values(metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor]
 
 
 def _has_biases(stored: Mapping[str, GgufTensor], block: str) -> bool:
-    return any(re.fullmatch(rf"blk\.\d+\.{block}_\w+\.bias", name) for name in stored)
+    return any(re.fullmatch(rf"blk\.{LAYER_NUMBER}\.{block}_\w+\.bias", name) for name in stored)
 
 
 def _quotient(total: Any, parts: Any) -> int | None:
@@ -257,7 +257,7 @@ def _renamed(stored: Mapping[str, GgufTensor], config: LlamaConfig) -> dict[str,
     paired = config.family.gguf_rows == "paired"
     tensors = {}
     for name, tensor in stored.items():
-        of_layer = re.fullmatch(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)", name)
+        of_layer = re.fullmatch(rf"blk\.{LAYER_NUMBER}\.(\w+)\.(weight|bias)", name)
         module = modules.get(of_layer[2]) if of_layer else None
         if of_layer is None or module is None:
             tensors[GGUF_OUTER_NAMES.get(name, name)] = tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,13 +67,18 @@ def convert_sentencepiece(file: Callable[[str], Path | None]) -> ConvertedTokeni
         backend = model.vocabulary.tokenizer()
     except Exception as err:  # tokenizers raises nothing more specific
         raise UnknownTokenizerError(f"{model_path}: makes no tokenizer ({err})") from err
+    folder = model_path.parent
     special = {
         name: text
         for name in SPECIAL_TOKENS
-        for text in [_content(config.get(name)) or _content(special_map.get(name)) or model.special_tokens.get(name)]
-        if text is not None
+        for text in [
+            _content(config.get(name), folder / "tokenizer_config.json")
+            or _content(special_map.get(name), folder / "special_tokens_map.json")
+            or model.special_tokens.get(name)
+        ]
+        if text
     }
-    _add_tokens(backend, _added_tokens(config, added_ids, model_path.parent), model_path)
+    _add_tokens(backend, _added_tokens(config, added_ids, folder), model_path)
     backend.add_special_tokens(list(special.values()))
     add_boundary_tokens(
         backend,
@@ -90,10 +96,16 @@ def convert_sentencepiece(file: Callable[[str], Path | None]) -> ConvertedTokeni
     return ConvertedTokenizer(backend, settings, model.vocabulary.inexact())
 
 
-def _content(token: Any) -> str | None:
+def _content(token: Any, path: Path) -> str | None:
     """A special token's text: JSON files have it alone, or as one field of several."""
     text = token.get("content") if isinstance(token, Mapping) else token
-    return text if isinstance(text, str) else None
+    if not isinstance(text, str):
+        return None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise _damaged(path, f"{text!r} is no text ({err.reason})") from err
+    return text
 
 
 def _added_tokens(config: Mapping[str, Any], ids: Mapping[str, Any], folder: Path) -> dict[int, AddedToken]:
@@ -102,14 +114,14 @@ def _added_tokens(config: Mapping[str, Any], ids: Mapping[str, Any], folder: Pat
     for token, index in ids.items():
         if type(index) is not int:
             raise _damaged(folder / "added_tokens.json", f"{token!r} is {index!r}, expected an id")
-        added[index] = AddedToken(token, normalized=False)
-    decoder = config.get("added_tokens_decoder") or {}
+        added[index] = AddedToken(_content(token, folder / "added_tokens.json"), normalized=False)
+    decoder, said_in = config.get("added_tokens_decoder") or {}, folder / "tokenizer_config.json"
     if not isinstance(decoder, Mapping):
-        raise _damaged(folder / "tokenizer_config.json", "added_tokens_decoder is not an object")
+        raise _damaged(said_in, "added_tokens_decoder is not an object")
     for index, fields in decoder.items():
-        text = _content(fields)
-        if not index.isdecimal() or text is None or not isinstance(fields, Mapping):
-            raise _damaged(folder / "tokenizer_config.json", f"added_tokens_decoder has no token under {index!r}")
+        text = _content(fields, said_in)
+        if not re.fullmatch("[0-9]{1,9}", index) or text is None or not isinstance(fields, Mapping):
+            raise _damaged(said_in, f"added_tokens_decoder has no token under {index!r}")
         flags = {name: fields.get(name) is True for name in ("lstrip", "rstrip", "single_word", "special")}
         added[int(index)] = AddedToken(text, normalized=False, **flags)
     return dict(sorted(added.items()))

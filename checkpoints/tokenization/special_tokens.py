@@ -47,12 +47,20 @@ def add_boundary_tokens(backend: Tokenizer, first: str | None, last: str | None)
     """
     if first is None and last is None:
         return
+    tokens = [token for token in (first, last) if token is not None]
+    names = {token: token for token in tokens}
+    # In a template "$" begins the place of a text, and ":" what stands behind a name.
+    if any(token.startswith("$") or ":" in token for token in tokens):
+        names = {token: f"boundary_{number}" for number, token in enumerate(tokens)}
 
     def framed(text: str, sequence: int) -> list[str]:
-        return [f"{part}:{sequence}" for part in (first, text, last) if part is not None]
+        parts = (first and names[first], text, last and names[last])
+        return [f"{part}:{sequence}" for part in parts if part is not None]
 
     backend.post_processor = processors.TemplateProcessing(
         single=framed("$A", 0),
         pair=framed("$A", 0) + framed("$B", 1),
-        special_tokens=[(token, backend.token_to_id(token)) for token in {first, last} if token is not None],
+        special_tokens=[
+            {"id": name, "ids": [backend.token_to_id(token)], "tokens": [token]} for token, name in names.items()
+        ],
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,22 +15,12 @@ import onnx_ir as ir
 from dlo_export.checkpoints.errors import CheckpointError, InputError
 from dlo_export.checkpoints.files.file_inside import file_inside
 from dlo_export.exporter.sources.model_proto import parsed_model
+from dlo_export.exporter.sources.proto_parts import check_tensor, graphs_of, nodes_of, placed_tensors
 from dlo_export.exporter.weight_file import INLINE_BYTES
 from dlo_export.runtimes.onnxruntime.operators import DOMAIN
 
-# onnx_ir logs what it finds strange, names as they are; what counts of it is refused here, in our words.
-logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
-
-_LARGEST_TENSOR = 2**62  # bytes; far beyond any file, and still an int64
 _ONNX = "ai.onnx"
 _OWN_METADATA = "dlo."
-# The field of a TensorProto that holds elements of a type where raw_data does not, and how many entries an element has.
-_ELEMENT_FIELDS = {
-    **dict.fromkeys(("FLOAT", "COMPLEX64"), "float_data"),
-    **dict.fromkeys(("DOUBLE", "COMPLEX128"), "double_data"),
-    **dict.fromkeys(("INT64",), "int64_data"),
-    **dict.fromkeys(("UINT32", "UINT64"), "uint64_data"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +61,9 @@ def read_foreign_file(path: Path, *, for_inspection: bool = False) -> ForeignFil
     problems = [*_version_problems(proto), *_name_problems(proto), *_attribute_problems(proto)]
     data_files: dict[str, Path] = {}
     of_files: dict[str, str] = {}  # what is wrong with a file is said once, with the first tensor that refers to it
-    for place, tensor, in_constant in _tensors(proto):
+    for place, tensor, in_constant in placed_tensors(proto):
         try:
-            _check_tensor(tensor)
+            check_tensor(tensor)
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 location, file = _settle_external(path, tensor, stays_external=in_constant)
                 data_files[location] = file
@@ -120,7 +109,7 @@ def _name_problems(proto: onnx.ModelProto) -> Iterator[str]:
         kind = value.type.tensor_type
         if not kind.elem_type or not kind.HasField("shape"):
             yield f"the graph's '{value.name}': has no element type or no shape, expected those of a tensor"
-    for graph in _graphs(proto):
+    for graph in graphs_of(proto):
         kinds: Sequence[tuple[str, Iterable[str]]] = (
             ("input", (value.name for value in graph.input)),
             ("output", (value.name for value in graph.output)),
@@ -141,7 +130,7 @@ def _name_problems(proto: onnx.ModelProto) -> Iterator[str]:
 def _attribute_problems(proto: onnx.ModelProto) -> Iterator[str]:
     """Attributes that are there twice, and such of other types than ONNX's operators declare: passes read them."""
     version = next((entry.version for entry in proto.opset_import if not entry.domain), 0)
-    for node in _nodes(proto):
+    for node in nodes_of(proto):
         for name, count in Counter(attribute.name for attribute in node.attribute).items():
             if count > 1 or not name:
                 yield f"{node.op_type} node '{node.name}': {count} attributes are called '{name}'"
@@ -164,84 +153,6 @@ def _declared_types(op_type: str, version: int) -> dict[str, str]:
         return {}
     # onnx's stubs do not know that its enumeration has names.
     return {name: attribute.type.name for name, attribute in schema.attributes.items()}  # type: ignore[attr-defined]
-
-
-def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """Every node, of subgraphs and functions too."""
-    for owner in (*proto.functions, *_graphs(proto)):
-        yield from owner.node
-
-
-def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """The main graph and all subgraphs, those inside functions too."""
-    waiting = [proto.graph]
-    waiting += [graph for function in proto.functions for node in function.node for graph in _subgraphs(node)]
-    while waiting:
-        graph = waiting.pop()
-        yield graph
-        waiting += [inner for node in graph.node for inner in _subgraphs(node)]
-
-
-def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def _tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto, bool]]:
-    """Every tensor with its place, and whether it is a constant of its own: an initializer, a Constant's value."""
-    for graph in _graphs(proto):
-        yield from (("initializer", tensor, True) for tensor in graph.initializer)
-    for node in _nodes(proto):
-        for attribute in node.attribute:
-            place = f"{attribute.name} of {node.op_type} node '{node.name}' ({', '.join(node.output)}), tensor"
-            is_constant = node.op_type == "Constant" and attribute.name == "value"
-            if attribute.HasField("t"):
-                yield place, attribute.t, is_constant
-            yield from ((place, tensor, False) for tensor in attribute.tensors)
-            sparse = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
-            for tensor in (*sparse, *attribute.sparse_tensors):
-                yield from ((place, part, False) for part in (tensor.values, tensor.indices))
-
-
-def tensor_problems(proto: onnx.ModelProto) -> Iterator[str]:
-    """Tensors inside the file whose contents are not as long as their type and dimensions say, with their places."""
-    for place, tensor, _ in _tensors(proto):
-        try:
-            _check_tensor(tensor)
-        except ValueError as err:
-            yield f"{place} '{tensor.name}': {err}"
-
-
-def _check_tensor(tensor: onnx.TensorProto) -> None:
-    """That its contents are as long as its type and dimensions say.
-
-    Raises:
-        ValueError: They are not, or it has no such type or dimensions.
-    """
-    dims = list(tensor.dims)
-    if any(dim < 0 for dim in dims):
-        raise ValueError(f"has dimensions {dims}, expected none below 0")
-    if tensor.data_type == onnx.TensorProto.UNDEFINED or tensor.data_type not in set(ir.DataType):
-        raise ValueError(f"has element type {tensor.data_type}, which is none of ONNX's")
-    count, kind = math.prod(dims), ir.DataType(tensor.data_type)
-    if count * 16 > _LARGEST_TENSOR:
-        raise ValueError(f"has dimensions {dims}, more than any file holds")
-    if kind == ir.DataType.STRING:
-        raise ValueError("holds strings, expected numbers")
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        return
-    if tensor.HasField("raw_data"):
-        expected = math.ceil(count * kind.itemsize)
-        if len(tensor.raw_data) != expected:
-            raise ValueError(f"{kind.name}{dims} has {len(tensor.raw_data)} bytes, expected {expected}")
-        return
-    field = _ELEMENT_FIELDS.get(kind.name, "int32_data")
-    packed = kind.bitwidth if kind.bitwidth < 8 and field == "int32_data" else 8
-    expected = math.ceil(count * packed / 8) * (2 if kind.name.startswith("COMPLEX") else 1)
-    if len(getattr(tensor, field)) != expected:
-        raise ValueError(f"{kind.name}{dims} has {len(getattr(tensor, field))} elements, expected {expected}")
 
 
 def _settle_external(path: Path, tensor: onnx.TensorProto, *, stays_external: bool) -> tuple[str, Path]:
@@ -283,7 +194,7 @@ def _settle_external(path: Path, tensor: onnx.TensorProto, *, stays_external: bo
 
 def _use_one_name_of_onnx(proto: onnx.ModelProto) -> None:
     """ONNX's own domain has two names, "" and "ai.onnx": passes look for the shorter one."""
-    for node in _nodes(proto):
+    for node in nodes_of(proto):
         if node.domain == _ONNX:
             node.domain = ""
     for holder in (proto, *proto.functions):
@@ -297,15 +208,15 @@ def _use_one_name_of_onnx(proto: onnx.ModelProto) -> None:
 
 def _import_what_onnxruntime_does(proto: onnx.ModelProto) -> None:
     """A graph that uses ONNX Runtime's own operators need not import their domain: ONNX Runtime imports it itself."""
-    used = {node.domain for graph in _graphs(proto) for node in graph.node}
+    used = {node.domain for graph in graphs_of(proto) for node in graph.node}
     if DOMAIN in used - {entry.domain for entry in proto.opset_import}:
         proto.opset_import.add(domain=DOMAIN, version=1)
 
 
 def _forget_own_metadata(proto: onnx.ModelProto) -> None:
-    graphs = list(_graphs(proto))
+    graphs = list(graphs_of(proto))
     values = [value for graph in graphs for value in (*graph.input, *graph.output, *graph.value_info)]
-    for holder in (proto, *proto.functions, *graphs, *_nodes(proto), *values):
+    for holder in (proto, *proto.functions, *graphs, *nodes_of(proto), *values):
         for entry in [entry for entry in holder.metadata_props if entry.key.startswith(_OWN_METADATA)]:
             holder.metadata_props.remove(entry)
 

@@ -37,10 +37,9 @@ from dlo_export.exporter.sources.foreign_checks import (
     check_token_inputs,
     check_tokens_stand_alone,
 )
-from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file, tensor_problems
+from dlo_export.exporter.sources.foreign_file import ForeignFile, read_foreign_file
 from dlo_export.exporter.sources.foreign_weights import is_quantised, named_weights, why_unnamed
 from dlo_export.exporter.sources.graph_types import infer_types
-from dlo_export.exporter.sources.model_proto import parsed_model
 from dlo_export.exporter.sources.vendor_nodes import check_vendor_nodes, check_vendor_types
 from dlo_export.graph_passes.errors import GraphPassError
 from dlo_export.graph_passes.find.decoder_layers import DecoderLayer, find_decoder_layers
@@ -356,25 +355,6 @@ def read_prepared(path: Path, *, for_inspection: bool = False) -> ForeignFile:
     except GraphPassError as err:
         raise InputError(f"{path}: {err.message}", hint=err.hint) from err
     return file
-
-
-def load_graph(path: Path) -> ir.Model:
-    """Reads a graph; external weights are mapped when they are asked for.
-
-    Raises:
-        InputError: It is no ONNX model, or a damaged one.
-    """
-    proto = parsed_model(path)
-    if problems := list(tensor_problems(proto)):
-        raise InputError(f"{path}: is damaged:\n  " + "\n  ".join(problems), hint="export it again")
-    try:
-        model = ir.from_proto(proto)
-    except Exception as err:  # onnx_ir's own errors have no common base; each means that the model is not a graph
-        raise InputError(
-            f"{path}: is not a readable ONNX model ({type(err).__name__}: {err})", hint="export it again"
-        ) from err
-    ir.external_data.set_base_dir(model.graph, path.parent)
-    return model
 
 
 def _beside(path: Path, name: str) -> Path | None:

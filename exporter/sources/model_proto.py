@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import onnx
 
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.regular_file import regular_size
+
+# onnx_ir logs what it finds strange, names as they are; what counts of it is refused here, in our words.
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
 LARGEST_FILE = 2**31 - 1  # bytes; protobuf reads no more
 

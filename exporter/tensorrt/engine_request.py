@@ -11,7 +11,6 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.dtypes import FLOAT32
 from dlo_export.checkpoints.model_types import RoutingKind
-from dlo_export.graph_passes.spec.ops import DOMAIN
 from dlo_export.graph_passes.spec.provenance import ROUTER_SCORES, role_values
 from dlo_export.runtimes.artefact.engine_record import BackendName, OptimizationProfile
 from dlo_export.runtimes.artefact.typed_json import from_json, to_json
@@ -66,11 +65,6 @@ class EngineRequest:
     def from_json(cls, text: str) -> EngineRequest:
         """The inverse of `to_json`, its paths absolute."""
         return from_json(cls, json.loads(text), _ROOT)
-
-
-def plugin_operators(model: ir.Model) -> tuple[str, ...]:
-    """Operators of a graph that only the plugins compute, such as "dlo::SkipDown"."""
-    return tuple(sorted({f"{DOMAIN}::{node.op_type}" for node in model.graph.all_nodes() if node.domain == DOMAIN}))
 
 
 def intended_dtypes(model: ir.Model) -> dict[str, str]:

@@ -9,8 +9,9 @@ import onnx_ir as ir
 
 from dlo_export.checkpoints.files.disk_space import check_disk_space
 from dlo_export.exporter.artefact_description import interface
+from dlo_export.exporter.named_operators import plugin_operators
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.tensorrt.engine_request import EngineRequest, intended_dtypes, plugin_operators
+from dlo_export.exporter.tensorrt.engine_request import EngineRequest, intended_dtypes
 from dlo_export.exporter.tensorrt.engines import build_engines
 from dlo_export.exporter.tensorrt.plan import PlannedEngine, TensorRtPlan
 from dlo_export.exporter.weight_file import leave_weights_out, save_weights, weight_bytes, weight_places

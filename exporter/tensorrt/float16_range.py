@@ -10,7 +10,7 @@ import numpy as np
 from dlo_export.checkpoints.config import LlamaConfig
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.artefact_runner import exposed_model
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.runtimes.artefact.description import MODEL_NAME
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 

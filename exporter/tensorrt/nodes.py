@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from dlo_export.checkpoints.llama_layer import LAYER_NUMBER
+
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]|]+?)(?: \||\])")
-_DECODER_LAYER = re.compile(r"\bmodel\.(?:layers|routers)\.(\d+)(?!\d)")
+_DECODER_LAYER = re.compile(rf"\bmodel\.(?:layers|routers)\.{LAYER_NUMBER}(?!\d)")
 
 
 def decoder_layer(name: str) -> int | None:

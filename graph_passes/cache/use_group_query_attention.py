@@ -35,7 +35,7 @@ from dlo_export.graph_passes.rewriting import remove_unused, replace_value
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.ops import MICROSOFT
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, TaggedNodes, shared_constant
+from dlo_export.graph_passes.spec.provenance import TaggedNodes, layer_of, shared_constant
 
 _HEAD_MULTIPLE = 8  # of head_dim, which the operator asks for
 _ROTATED_MULTIPLE = 16  # likewise where it rotates
@@ -217,7 +217,7 @@ class UseGroupQueryAttentionPass(GraphPass):
                 past, left = node.inputs[0], node.inputs[1]
                 if past is None or left is None or parse_past(past.name) is None:
                     continue
-                old, new = node.outputs[0], TaggedNodes(self._name, int(node.metadata_props[LAYER_KEY]))
+                old, new = node.outputs[0], TaggedNodes(self._name, layer_of(node))
                 written = new.add(
                     "TensorScatter",
                     past,

@@ -12,7 +12,7 @@ from dlo_export.graph_passes.find.data_flow import is_op, producer_of, subgraphs
 from dlo_export.graph_passes.lowerings.token_zeros import token_zeros
 from dlo_export.graph_passes.rewriting import remove_unused, replace_value
 from dlo_export.graph_passes.spec.pass_contract import Border, GraphPass
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, TaggedNodes
+from dlo_export.graph_passes.spec.provenance import PASS_KEY, TaggedNodes, layer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ScatterPackedRowsPass(GraphPass):
         rows, (first, *_), scope = split.inputs[0], scatters, split.graph
         assert isinstance(scope, ir.Graph), "of the main graph, or a branch"
         assert rows is not None, "Split has an input"
-        places, layer = first.inputs[1], first.metadata_props.get(LAYER_KEY)
+        places = first.inputs[1]
         widths = [_width(scatter) for scatter in scatters]
         dtype = first.outputs[0].dtype
         assert places is not None, "ScatterND has indices"
@@ -62,7 +62,7 @@ class ScatterPackedRowsPass(GraphPass):
         # Made as the lowering makes them: what they need of the step's sizes is there already.
         zeros = token_zeros(graph, first.metadata_props[PASS_KEY], sum(widths), dtype, holder)
 
-        new, name = TaggedNodes(self._name, None if layer is None else int(layer)), f"{rows.name}.all_tokens"
+        new, name = TaggedNodes(self._name, layer_of(first)), f"{rows.name}.all_tokens"
         placed = new.add("ScatterND", zeros, places, rows, name=name, dtype=dtype, shape=zeros.shape)
         scope.insert_before(split, new.nodes)
         split.replace_input_with(0, placed)

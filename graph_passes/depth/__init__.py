@@ -1,1 +1,1 @@
-"""Passes that add decoder layers."""
+"""Passes that add decoder layers, or remove them."""

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from dlo_export.checkpoints.interface import renumbered_name
+from dlo_export.checkpoints.llama_layer import LAYER_NUMBER
 from dlo_export.graph_passes.naming import unique_names
 
 # `model.layers.1.mlp`, `/model/layers.1/mlp` and a name that ends in the number; not `layers.11`, not `my_layers.1`.
-_LAYER_NUMBER = re.compile(r"(?<![A-Za-z0-9_])layers\.(0|[1-9]\d*)(?=[./]|$)")
+_LAYER_NUMBER = re.compile(rf"(?<![A-Za-z0-9_])layers\.{LAYER_NUMBER}(?=[./]|$)")
 
 
 def renumbered(name: str, numbers: Mapping[int, int]) -> str:

@@ -25,7 +25,7 @@ from dlo_export.graph_passes.find.projections import Projection
 from dlo_export.graph_passes.find.residual_stream import ResidualBlock
 from dlo_export.graph_passes.rewriting import remove_unused
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY
+from dlo_export.graph_passes.spec.provenance import LAYER_KEY, layer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _why_not_identity(layer: DecoderLayer) -> Iterator[str]:
     try:
         projections = layer.projections
     except GraphPassError as error:
-        yield str(error)
+        yield error.message
         return
     for block, role in ((layer.attention, "o_proj"), (layer.mlp, "down_proj")):
         if block.conditional is not None:
@@ -127,15 +127,9 @@ def _changing_cast(block: ResidualBlock) -> ir.Node | None:
     What computes a norm in float32 casts the stream first, and exporters let the addition read that too: in a float32
     graph it is the stream.
     """
-    value, dtype = block.stream_operand, element_type(block.stream_in)
-    while value is not block.stream_in:
-        node = value.producer()
-        assert node is not None, "the operand is the stream behind Cast and Identity"
-        assert node.inputs[0] is not None, "Cast and Identity have an input"
-        if is_op(node, "Cast") and node.attributes["to"].as_int() != dtype:
-            return node
-        value = node.inputs[0]
-    return None
+    casts = (node for node in block.operand_nodes if is_op(node, "Cast"))
+    dtype = element_type(block.stream_in)
+    return next((cast for cast in casts if cast.attributes["to"].as_int() != dtype), None)
 
 
 def _not_linear(block: ResidualBlock, ends: Sequence[Projection]) -> ir.Node | None:
@@ -191,5 +185,5 @@ def _number(value: ir.Value | None) -> float:
 def _renumber(graph: ir.Graph, numbers: Mapping[int, int]) -> None:
     renumber_layers(graph, numbers)
     for node in graph.all_nodes():
-        if (layer := node.metadata_props.get(LAYER_KEY)) is not None:
-            node.metadata_props[LAYER_KEY] = str(numbers[int(layer)])
+        if (layer := layer_of(node)) is not None:
+            node.metadata_props[LAYER_KEY] = str(numbers[layer])

@@ -56,6 +56,19 @@ class ResidualBlock:
         operands = (value for value in self.add.inputs if value is not None and value is not self.branch)
         return next(operands)
 
+    @property
+    def operand_nodes(self) -> tuple[ir.Node, ...]:
+        """The Cast and Identity nodes between `stream_in` and `stream_operand`, in order."""
+        found: list[ir.Node] = []
+        value = self.stream_operand
+        while value is not self.stream_in:
+            node = value.producer()
+            assert node is not None, "the operand is the stream behind Cast and Identity"
+            assert node.inputs[0] is not None, "Cast and Identity have an input"
+            found.insert(0, node)
+            value = node.inputs[0]
+        return tuple(found)
+
 
 def embedding_values(graph: ir.Graph) -> tuple[ir.Value, ...]:
     """Rows of a constant table, looked up by an integer graph input (input_ids): as numbers, or times one."""

@@ -103,17 +103,11 @@ def stream_for_all_tokens(block: ResidualBlock, nodes: Collection[ir.Node], new:
         nodes: Of the branch.
         new: Takes the copies.
     """
-    # From the operand back to h. Casts on that way which the branch does not read stay as they are: for all tokens.
-    chain: list[ir.Node] = []
-    value = operand = block.stream_operand
-    while value is not block.stream_in:
-        node = value.producer()
-        assert node is not None, "the operand is the stream behind Cast and Identity"
-        chain.append(node)
-        value = node.inputs[0] or value
-    if not set(chain) & set(nodes):
-        return operand
-    for node in reversed(chain):
+    # Casts that the branch does not read stay as they are: for all tokens.
+    if not set(block.operand_nodes) & set(nodes):
+        return block.stream_operand
+    value = block.stream_in
+    for node in block.operand_nodes:
         source = node.outputs[0]
         to: dict[str, Any] = {"to": node.attributes["to"].as_int()} if is_op(node, "Cast") else {}
         name = f"{source.name}.all_tokens"

@@ -17,7 +17,7 @@ from dlo_export.graph_passes.find.masked_mlp import MaskedMlp
 from dlo_export.graph_passes.find.routers import find_routers
 from dlo_export.graph_passes.routing.route_layers import RouteLayersPass
 from dlo_export.graph_passes.spec.pass_contract import GraphPass
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, closed_branch
+from dlo_export.graph_passes.spec.provenance import PASS_KEY, closed_branch, layer_of
 
 
 class LoweringPass(GraphPass):
@@ -85,7 +85,7 @@ class LoweringPass(GraphPass):
             ir.passes.PostconditionError: The lowering left a layer out, or did not tag what closes it.
         """
         closed = {
-            int(node.metadata_props[LAYER_KEY])
+            layer_of(node)
             for node in model.graph.all_nodes()
             if closed_branch(node) is not None and node.metadata_props[PASS_KEY] == self._name
         }

@@ -29,16 +29,8 @@ def add_skip(masked: MaskedBlock, made_by: str) -> TaggedNodes:
     """The other branch: the stream as the addition reads it, cast where the operand is."""
     # The addition may read a cast of the stream: both branches must give the same type, so the cast is repeated here.
     block, shape = masked.block, (*masked.layer.token_dims, masked.layer.hidden_size)
-    nodes, casts = TaggedNodes(made_by, masked.layer.index), list[ir.Node]()
-    value = block.stream_operand
-    while value is not block.stream_in:
-        node = value.producer()
-        assert node is not None, "the operand is the stream behind Cast and Identity"
-        assert node.inputs[0] is not None, "Cast and Identity have an input"
-        if is_op(node, "Cast"):
-            casts.append(node)
-        value = node.inputs[0]
-    for cast in reversed(casts):
+    nodes, value = TaggedNodes(made_by, masked.layer.index), block.stream_in
+    for cast in (node for node in block.operand_nodes if is_op(node, "Cast")):
         source, to = cast.outputs[0], cast.attributes["to"].as_int()
         name = f"{source.name}.skipped"
         value = nodes.add("Cast", value, name=name, dtype=ir.DataType(to), shape=shape, to=to)

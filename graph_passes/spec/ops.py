@@ -1,7 +1,7 @@
 """The operators of domain `dlo`: the one place that says their names, operands and attributes.
 
-They are TensorRT plugins (folder plugins/); lowerings write them, the plugins' implementations are tested against what
-stands here. For runtimes without plugins each has a body in standard operators.
+They are plugins of TensorRT's and custom operators of ONNX Runtime's (folder plugins/). Passes write them, and their
+implementations are tested against what stands here. For runtimes without either each has a body in standard operators.
 """
 
 from __future__ import annotations
@@ -162,8 +162,9 @@ GATHER_ACTIVE = PluginOp(
 """Of ONNX Runtime's library for the CPU provider alone: on CUDA the host would wait for the shape of what comes out."""
 
 PLUGIN_OPS: dict[str, PluginOp] = {op.name: op for op in (SKIP_GATE_UP, SKIP_DOWN)}
+"""What TensorRT has plugins of; ONNX Runtime's library has them too, for both providers."""
 ORT_OPS: dict[str, PluginOp] = {**PLUGIN_OPS, ROUTER.name: ROUTER}
-"""What ONNX Runtime's library has for both providers: TensorRT fuses small operators by itself."""
+"""What ONNX Runtime's library has for both providers: TensorRT fuses the router's small operators by itself."""
 
 
 def reference_function(op: PluginOp) -> ir.Function:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
+
+from dlo_export.checkpoints.llama_layer import LAYER_NUMBER
+from dlo_export.graph_passes.errors import GraphPassError, place
 
 PASS_KEY = "dlo.pass"
 LAYER_KEY = "dlo.layer"
@@ -30,22 +34,57 @@ Attribute = int | float | str | Sequence[int] | ir.TensorProtocol
 Dims = Iterable[int | str | ir.SymbolicDim | None]
 
 
+def layer_of(node: ir.Node) -> int | None:
+    """The decoder layer that a node was made for; None for one that serves all of them, or was not made by a pass.
+
+    Raises:
+        GraphPassError: The node's metadata name no layer.
+    """
+    number = node.metadata_props.get(LAYER_KEY)
+    if number is not None and not re.fullmatch(LAYER_NUMBER, number):
+        raise _damaged(node, LAYER_KEY, "the number of a decoder layer")
+    return None if number is None else int(number)
+
+
 def role_values(graph: ir.Graph, role: Role) -> dict[int, ir.Value]:
-    """Output of the node that plays a router's role, by layer."""
-    return {
-        int(node.metadata_props[LAYER_KEY]): node.outputs[0]
-        for node in graph
-        if node.metadata_props.get(ROLE_KEY) == role
-    }
+    """Output of the node that plays a router's role, by layer.
+
+    Raises:
+        GraphPassError: A node that plays it does not say for which layer.
+    """
+    found: dict[int, ir.Value] = {}
+    for node in graph:
+        if node.metadata_props.get(ROLE_KEY) != role:
+            continue
+        layer = layer_of(node)
+        if layer is None:
+            raise _damaged(node, LAYER_KEY, "the number of a decoder layer")
+        found[layer] = node.outputs[0]
+    return found
 
 
 def closed_branch(node: ir.Node) -> ir.Value | None:
     """The branch that a node joins with the residual stream, None for a node that closes no routed block.
 
     The pass that writes such a node tags it, whatever the node is; so a layer is found in the form of any lowering.
+
+    Raises:
+        GraphPassError: The node's metadata name no input of it.
     """
     number = node.metadata_props.get(CLOSES_KEY)
-    return None if number is None else node.inputs[int(number)]
+    if number is None:
+        return None
+    inputs = {str(index): value for index, value in enumerate(node.inputs)}
+    if number not in inputs:
+        raise _damaged(node, CLOSES_KEY, f"the number of one of its {len(inputs)} inputs")
+    return inputs[number]
+
+
+def _damaged(node: ir.Node, key: str, expected: str) -> GraphPassError:
+    return GraphPassError(
+        f"{place(node)}: metadata '{key}' is {node.metadata_props.get(key)!r}, expected {expected}",
+        hint="take the metadata out of the graph, or export it again",
+    )
 
 
 class TaggedNodes:

@@ -52,7 +52,8 @@ class DequantizedStorage(WeightStorage):
         in_axis = 0 if layout == "in_out" else 1
         axis, block = node.attributes.get_int("axis", 1) % 2, node.attributes.get_int("block_size", 0)
         rows, columns = shape[1 - in_axis], shape[in_axis]
-        by_block = axis == in_axis and block > 0 and len(of_scales) == 2 and of_scales[1 - in_axis] == rows
+        blocks = -(-columns // block) if block > 0 else 0
+        by_block = axis == in_axis and block > 0 and of_scales == ((blocks, rows) if in_axis == 0 else (rows, blocks))
         by_row = axis != in_axis and not block and of_scales == (rows,)
         signed = codes.dtype in (ir.DataType.INT4, ir.DataType.INT8)
         if (not by_block and not by_row) or (zero_points is None and not signed):
@@ -60,6 +61,12 @@ class DequantizedStorage(WeightStorage):
                 f"{place(node)}: scales {list(of_scales)} along axis {axis} do not scale blocks of inputs, or outputs, "
                 f"of a matrix {list(shape)}",
                 hint="quantise the graph by blocks of inputs, or by output, with zero points where codes are unsigned",
+            )
+        if zero_points is not None and zero_points.shape.numpy() != of_scales:
+            raise GraphPassError(
+                f"{place(node)}: zero points {list(zero_points.shape.numpy())} are not one for each of the scales "
+                f"{list(of_scales)}",
+                hint="quantise the graph again",
             )
         super().__init__(at.node, (rows, columns), scales.dtype)
         self._at, self._in_out = at, layout == "in_out"

@@ -16,10 +16,10 @@ from dlo_export.checkpoints.interface import (
     present_active_name,
     present_name,
 )
+from dlo_export.checkpoints.llama_layer import MAX_LAYERS
 
 _RANGE = re.compile(r"\{(0|[1-9]\d{0,5})\.\.(0|[1-9]\d{0,5})\}")
 _NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d{0,5})(?=\.|$)")
-_MOST_LAYERS = 10_000
 _BOTH_PARTS: Any = "|".join(CACHE_PARTS)  # both parts in one word
 # How a layer's tensors are called that stand for one fact: as a pattern for any layer, and one by one.
 _FAMILIES: tuple[tuple[Callable[[int | str], str], Callable[[int], list[str]]], ...] = (
@@ -70,8 +70,8 @@ def _names(pattern: str) -> list[str]:
     if match is None:
         return [pattern]
     first, last = int(match[1]), int(match[2])
-    if not first <= last < _MOST_LAYERS:
-        raise ValueError(f"has the name {pattern}, expected a range of at most {_MOST_LAYERS} layers")
+    if not first <= last < MAX_LAYERS:
+        raise ValueError(f"has the name {pattern}, expected a range of at most {MAX_LAYERS} layers")
     for pattern_of, names_of in _FAMILIES:
         if pattern == pattern_of(match[0]):
             return [name for layer in range(first, last + 1) for name in names_of(layer)]

@@ -108,6 +108,7 @@ def test_adapter_config_has_the_documented_fields_when_saved(tmp_path: Path) -> 
             {"injected_layers": [{"position": 2, "source": 2, "init": "copy"}]},
             "source is 2, expected an integer from 0",
         ),
+        ({"injected_layers": [{}] * 3}, "injected_layers has 3 entries, expected fewer than the 3 layers"),
         ({"injected_layers": [{"position": 2, "source": 0, "init": "stack"}]}, "init: layer init: found 'stack'"),
         ({"routing": "token"}, 'routing is \'token\', expected "mlp" or "layer"'),
         ({"scale_gap": True}, "scale_gap is True, expected int or float"),

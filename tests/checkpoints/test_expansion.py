@@ -141,6 +141,20 @@ def test_placements_raise_when_numbers_do_not_work_out(method: str, parameters: 
         placements(method, 30, **parameters)
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("tli", {"every": 1}),
+        ("interleave", {"target_layers": 12_000}),
+        ("llama-pro", {"groups": 6_000}),
+        ("dus", {"overlap": 0}),
+    ],
+)
+def test_placements_raise_when_the_model_would_be_deeper_than_one_that_is_read(method: str, parameters: dict) -> None:
+    with pytest.raises(ExpansionError, match="6000 originals make 12000 layers, expected at most 10000"):
+        placements(method, 6_000, **parameters)
+
+
 def test_placements_raise_when_init_is_unknown() -> None:
     with pytest.raises(LayerInitError, match="found 'average'"):
         placements("interleave", 30, target_layers=36, init="average")

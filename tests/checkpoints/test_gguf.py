@@ -264,7 +264,9 @@ def test_gguf_vocabulary_is_counted_when_metadata_does_not_say(folder: Path, tmp
 
 
 def test_gguf_tensor_is_named_when_it_is_unknown(folder: Path, tmp_path: Path) -> None:
-    extra = {"blk.0.attn_sinks.weight": np.zeros(4, dtype=np.float32)}
+    extra = {
+        f"{name}.weight": np.zeros(4, dtype=np.float32) for name in ("blk.0.attn_sinks", f"blk.{'9' * 5000}.attn_q")
+    }
     file = save_tiny_gguf(folder, tmp_path / FILE, extra=extra)
     with pytest.raises(CheckpointError, match=r"blk\.0\.attn_sinks\.weight: \[4\] in tiny\.gguf has no") as caught:
         open_checkpoint(file)

@@ -25,7 +25,20 @@ def test_cache_names_are_read_back_when_written(layer, part):
 
 @pytest.mark.parametrize(
     "layer_and_part",
-    ["01.key", "-1.key", "+1.key", "1.keys", "1.query", "1", "1.key\n", ".key", "{i}.key", "\u0661.key"],
+    [
+        "01.key",
+        "-1.key",
+        "+1.key",
+        "1.keys",
+        "1.query",
+        "1",
+        "1.key\n",
+        ".key",
+        "{i}.key",
+        "\u0661.key",
+        "1\u0661.key",
+        "9" * 5000 + ".key",
+    ],
 )
 def test_name_is_no_cache_when_its_layer_or_part_is_another(layer_and_part):
     assert parse_past(f"past_key_values.{layer_and_part}") is None
@@ -37,6 +50,7 @@ def test_decisions_continue_when_a_routed_layer_keeps_them():
     assert is_state_input("past_active.4")
     assert continuation_of("past_active.4") == "present_active.4"
     assert not is_state_input("past_active.04")
+    assert not is_state_input("past_active." + "9" * 5000)
 
 
 @pytest.mark.parametrize("name", ["input_ids", "present.0.key", "past_active.x", ""])

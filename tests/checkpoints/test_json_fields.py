@@ -20,6 +20,8 @@ def test_fields_are_read_when_they_are_valid():
         ("integer", MAX_INTEGER + 1, "a positive integer"),
         ("positive_number", 0, "a positive number"),
         ("positive_number", float("inf"), "a positive number"),
+        ("positive_number", -1e-50, "a positive number"),
+        ("positive_number", 1e-50, "1.2e-38 at least"),
         ("number", float("nan"), "a finite number"),
         ("number", "1", "a finite number"),
         ("flag", 1, "true or false"),

@@ -76,6 +76,10 @@ def test_names_are_parsed_as_they_are_written() -> None:
     assert name == "model.layers.11.self_attn.k_proj.weight"
     assert llama_layer.parse_layer_tensor(name) == (11, "self_attn.k_proj.weight")
     assert llama_layer.parse_router(llama_layer.router_name(3)) == 3
-    for other in ("model.layers.01.mlp.up_proj.weight", "model.routers.1.bias", "model.norm.weight"):
+    others = ["model.layers.01.mlp.up_proj.weight", "model.routers.1.bias", "model.norm.weight"]
+    # More digits than Python makes an integer of, and those of another script.
+    for number in ("9" * 5000, "1\u0663"):
+        others += [f"model.layers.{number}.mlp.up_proj.weight", f"model.routers.{number}.weight"]
+    for other in others:
         assert llama_layer.parse_layer_tensor(other) is None
         assert llama_layer.parse_router(other) is None

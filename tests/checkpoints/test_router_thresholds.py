@@ -56,7 +56,7 @@ def test_thresholds_are_one_half_when_left_out() -> None:
         ({"4": 0.4}, "router_thresholds.4 names a layer that is not routed"),
         ({"03": 0.4}, "router_thresholds.03 names no layer"),
         ({"x": 0.4}, "router_thresholds.x names no layer"),
-        ({"9" * 5000: 0.4}, "names a layer that is not routed"),
+        ({"9" * 5000: 0.4}, "names no layer"),
         ({"0": 0}, "router_thresholds.0 is 0, expected a score above 0 and below 1"),
         ({"0": 1.0}, "router_thresholds.0 is 1.0, expected a score above 0 and below 1"),
         ({"0": 1e-60}, "router_thresholds.0 is 1e-60, expected a score above 0 and below 1"),
@@ -73,6 +73,11 @@ def test_config_names_the_layer_when_a_threshold_is_wrong(entries: Any, problem:
     with pytest.raises(CheckpointError, match=problem) as caught:
         config(router_thresholds=entries)
     assert "hint: " in str(caught.value)
+
+
+def test_thresholds_are_refused_when_they_and_the_layers_are_damaged() -> None:
+    with pytest.raises(CheckpointError, match="is_dlo is 'x'"):
+        config(is_dlo="x", router_thresholds={"9" * 5000: 0.4})
 
 
 def test_config_is_refused_when_readers_of_its_type_would_ignore_its_thresholds() -> None:

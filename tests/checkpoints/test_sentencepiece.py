@@ -207,6 +207,11 @@ def test_tokenizer_is_left_out_with_a_warning_when_tokenizer_model_is_cut_anywhe
         ("tokenizer_config.json", {"added_tokens_decoder": []}, None),
         ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "added_tokens_decoder is not an object"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder has no token under 'x'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}, "has no token under '9"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {"content": "\ud800"}}}, "is no text"),
+        ("tokenizer_config.json", {"bos_token": "\ud800"}, r"tokenizer_config\.json: '\\ud800' is no text"),
+        ("special_tokens_map.json", {"eos_token": {"content": "\ud800"}}, r"special_tokens_map\.json: '\\ud800'"),
+        ("added_tokens.json", {"\ud800": 9}, r"added_tokens\.json: '\\ud800' is no text"),
         ("tokenizer_config.json", [], "holds a JSON list, expected an object"),
     ],
 )

@@ -31,3 +31,15 @@ def test_boundary_tokens_stand_around_each_text(backend, first, last):
     assert backend.encode("a").tokens == framed
     assert backend.encode("a", "a").tokens == framed * 2
     assert backend.encode("a", add_special_tokens=False).tokens == ["a"]
+
+
+@pytest.mark.parametrize(("first", "last"), [(":", "<a:b>"), ("$A", None), ("$", "boundary_0"), (":", ":")])
+def test_boundary_tokens_stand_around_each_text_when_they_mean_something_in_a_template(first, last):
+    tokens = ["a", *dict.fromkeys(token for token in (first, last) if token)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    backend.add_special_tokens(tokens[1:])
+    add_boundary_tokens(backend, first, last)
+    framed = [token for token in (first, "a", last) if token]
+    again = Tokenizer.from_str(backend.to_str())
+    assert again.encode("a").tokens == framed
+    assert again.encode("a", "a").ids == [tokens.index(token) for token in framed * 2]

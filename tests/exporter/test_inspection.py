@@ -98,6 +98,30 @@ def test_foreign_graph_is_inspected_when_nothing_describes_it(tmp_path):
     assert inspection.bytes["routers"] == 0
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("dlo.closes", "x", "'dlo.closes' is 'x', expected the number of one of its 3 inputs"),
+        ("dlo.closes", "3", "'dlo.closes' is '3', expected the number of one of its 3 inputs"),
+        ("dlo.closes", "-1", "'dlo.closes' is '-1', expected the number of one of its 3 inputs"),
+        ("dlo.layer", "x", "'dlo.layer' is 'x', expected the number of a decoder layer"),
+        ("dlo.layer", "9" * 5000, "expected the number of a decoder layer"),
+        ("dlo.layer", None, "'dlo.layer' is None, expected the number of a decoder layer"),
+    ],
+)
+def test_graph_of_ours_is_refused_by_node_when_what_passes_said_of_it_is_damaged(tmp_path, key, value, expected):
+    model = save_tiny_llama(tmp_path / "model", routed=[True, False, True])
+    _export(tmp_path, model=str(model), lowering="compact")
+    graph = ir.load(tmp_path / "out" / "model.onnx")
+    for node in graph.graph:
+        if key in node.metadata_props and (key == "dlo.closes" or "dlo.role" in node.metadata_props):
+            node.metadata_props.pop(key)
+            node.metadata_props.update({} if value is None else {key: value})
+    ir.save(graph, tmp_path / "alone.onnx")
+    with pytest.raises(InputError, match=rf"alone\.onnx: \w+ node 'model\.[\w.]+': metadata .*{expected}"):
+        inspect_model(tmp_path / "alone.onnx")
+
+
 def test_layers_problem_says_why_when_a_graph_is_no_decoder(tmp_path):
     text = '<ir_version: 11, opset_import: ["" : 23]> one (float[2] x) => (float[2] y) { y = Neg (x) }'
     ir.save(ir.from_onnx_text(text), tmp_path / "neg.onnx")

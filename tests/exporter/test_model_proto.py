@@ -6,7 +6,7 @@ import onnx
 import pytest
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.sources.model_proto import parsed_model
 from tests.foreign_graphs import save_foreign_graph
 

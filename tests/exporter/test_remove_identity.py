@@ -73,6 +73,26 @@ def test_artefact_equals_the_whole_model_when_identity_layers_are_removed(tmp_pa
     assert again.returncode == 0, again.stderr
 
 
+def test_artefact_opens_when_a_layer_was_removed_that_was_not_injected(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model", layers=4, vocab=BYTE_VOCABULARY)
+    tensors = load_file(model / "model.safetensors")
+    for end in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.0.{end}.weight"].zero_()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    injected = {"position": 3, "source": 2, "init": "copy"}
+    (model / "config.json").write_text(json.dumps(config | {"injected_layers": [injected]}))
+
+    request = ExportRequest(str(model), tmp_path / "out", remove_identity=True)
+    description = export_model(request, Reporter()).description
+    assert (description.source.removed_layers, description.parity.verdict) == ((0,), "PASS")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["injected_layers"] == [injected | {"position": 2}]
+    with open_artefact(tmp_path / "out") as runner, TorchRunner.from_folder(model) as reference:
+        found, wanted = (generate(each, [[5, 9, 200]], max_new_tokens=4) for each in (runner, reference))
+    assert found.sequences == wanted.sequences
+
+
 def test_checkpoint_goes_on_as_before_when_its_identity_layers_are_removed(tmp_path: Path) -> None:
     save_tiny_family(tmp_path / "model", "smollm3")
     made = dlo("expand", tmp_path / "model", "-o", tmp_path / "deep", "--every", 2)

@@ -15,7 +15,7 @@ from dlo_export.exporter.artefact_runner import exposed_model, open_artefact
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.pipeline import TensorRtOptions
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.exporter.tensorrt.twin import tensorrt_twin
 from dlo_export.modeling.calibration.text import read_documents

@@ -33,3 +33,9 @@ def test_graph_without_the_operators_is_left_alone():
     model = ir.from_onnx_text(TEXT.replace("dlo.SkipDown (gated, scale, w, h)", "Identity (h)"))
     assert not AddPluginFunctionsPass()(model).modified
     assert not model.functions
+
+
+def test_operator_of_another_domain_gets_no_body_when_it_has_the_name():
+    model = ir.from_onnx_text(TEXT.replace('"dlo" : 1', '"other" : 1').replace("dlo.SkipDown", "other.SkipDown"))
+    assert not AddPluginFunctionsPass()(model).modified
+    assert not model.functions

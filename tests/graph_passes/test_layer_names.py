@@ -29,6 +29,8 @@ NUMBERS = {1: 2, 2: 3, 11: 14}
         ("model.layers.1x.mlp", "model.layers.1x.mlp"),
         ("present.1.key_scale", "present.1.key_scale"),
         ("onnx::MatMul_1", "onnx::MatMul_1"),
+        ("layers.1\u0661.mlp", "layers.1\u0661.mlp"),
+        (f"layers.{'9' * 5000}.mlp", f"layers.{'9' * 5000}.mlp"),
     ],
 )
 def test_renumbering_is_anchored_when_name_is(name: str, expected: str) -> None:

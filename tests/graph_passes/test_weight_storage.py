@@ -169,6 +169,33 @@ def test_weight_is_refused_when_it_is_stored_in_another_way(made, reason) -> Non
     assert reason in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options", "index", "shape", "reason"),
+    [
+        (ir.DataType.INT4, {"by_block": True}, 1, (3, ROWS), "scales [3, 6] along axis 0 do not scale blocks"),
+        (ir.DataType.INT4, {"by_block": True}, 1, (2, ROWS - 1), "scales [2, 5] along axis 0 do not scale blocks"),
+        (ir.DataType.INT8, {"by_block": True, "turned": True}, 1, (ROWS, 1), "scales [6, 1] along axis 1 do not scale"),
+        (ir.DataType.INT8, {"by_block": False}, 1, (ROWS + 1,), "scales [7] along axis 1 do not scale blocks"),
+        (ir.DataType.INT8, {"by_block": False}, 1, (), "scales [] along axis 1 do not scale blocks of inputs"),
+        (ir.DataType.UINT4, {"by_block": True}, 2, (ROWS, 2), "zero points [6, 2] are not one for each of the scales"),
+        (ir.DataType.UINT8, {"by_block": False}, 2, (1,), "zero points [1] are not one for each of the scales [6]"),
+        (ir.DataType.UINT8, {"by_block": False}, 2, None, "do not scale blocks of inputs, or outputs, of a matrix"),
+        (ir.DataType.INT8, {"by_block": False}, 0, (2, 3, 4), "dequantises no constant matrix of 4 or 8 bits"),
+    ],
+)
+def test_dequantised_weight_is_refused_when_its_parts_do_not_fit(dtype, options, index, shape, reason) -> None:
+    node = _dequantized(dtype, **options)
+    source = node
+    while source.op_type != "DequantizeLinear":
+        source = source.inputs[-1].producer()
+    kind = source.inputs[index].dtype
+    part = None if shape is None else _constant("part", np.ones(shape, kind.numpy()), kind)
+    source.replace_input_with(index, part)
+    with pytest.raises(GraphPassError, match="DequantizeLinear node 'dequantize': ") as error:
+        linear_weight(node)
+    assert reason in str(error.value)
+
+
 def test_node_has_no_weight_when_it_lacks_the_input() -> None:
     node = ir.node("MatMul", [ir.val("x", ir.DataType.FLOAT)], name="product")
     assert linear_weight(node) is None

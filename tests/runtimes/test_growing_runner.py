@@ -9,7 +9,7 @@ from onnx.reference import ReferenceEvaluator
 from dlo_export.exporter.artefact_runner import exposed_model
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
-from dlo_export.exporter.sources.foreign_graph import load_graph
+from dlo_export.exporter.sources.graph_file import load_graph
 from dlo_export.exporter.sources.source import open_source
 from dlo_export.runtimes.decoder_interface import DecoderInterface, TensorSpec
 from dlo_export.runtimes.growing_runner import GrowingRunner
