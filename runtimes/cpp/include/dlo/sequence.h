@@ -3,6 +3,7 @@
 
 #include <dlo/error.h>
 #include <dlo/model.h>
+#include <dlo/prompt_steps.h>
 
 #include <onnxruntime_cxx_api.h>
 
@@ -106,11 +107,10 @@ public:
     std::vector<float> const& step(std::vector<int64_t> const& tokens) { return step(tokens.data(), tokens.size()); }
 
     // Appends a prompt in steps of so many tokens: at once, scores and mask grow with the square of it.
-    std::vector<float> const& prefill(std::vector<int64_t> const& tokens, size_t stepTokens = 256) {
+    std::vector<float> const& prefill(std::vector<int64_t> const& tokens, size_t stepTokens = kPREFILL_TOKENS) {
         if (stepTokens == 0) throw InputError("prefill in steps of 0 tokens", "");
-        for (size_t start = 0; start == 0 || start < tokens.size(); start += stepTokens) {
-            step(tokens.data() + start, std::min(stepTokens, tokens.size() - start));
-        }
+        if (tokens.empty()) return step(tokens);  // refuses that
+        feedInSteps(tokens.size(), stepTokens, [&](size_t first, size_t count) { step(tokens.data() + first, count); });
         return mLogits;
     }
 
