@@ -92,12 +92,19 @@ public:
         mActivity.clear();
         mLastActivity.clear();
         if (mModel.slots() == 0) return;
-        // Attention multiplies by 0 what nobody has filled, so it must be numbers.
+        size_t total = 0;
+        for (State const& state : mModel.states()) total += bytesOf(state, 0);
         for (size_t i = 0; i < mPast.size(); ++i) {
-            State const& state = mModel.states()[i];
-            mPast[i].reserve(static_cast<size_t>(state.elements(0)) * state.elementBytes);
-            std::memset(mPast[i].data(), 0, mPast[i].bytes());
+            try {
+                mPast[i].reserve(bytesOf(mModel.states()[i], 0));
+            } catch (MachineError const&) {
+                throw MachineError(mModel.artefact().folder.string() + ": no memory: a KV cache of "
+                        + std::to_string(mModel.slots()) + " slots takes " + std::to_string(total) + " bytes",
+                    "export with a smaller --static-cache, or let fewer sequences be open at once");
+            }
         }
+        // Attention multiplies by 0 what nobody has filled, so it must be numbers.
+        for (detail::Buffer& slots : mPast) std::memset(slots.data(), 0, slots.bytes());
     }
 
     // Appends tokens in one step; returns the logits behind the last of them, float [vocab], valid until the next step.
