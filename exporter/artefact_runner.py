@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dlo_export.checkpoints.device_options import ProviderOption
+from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.interface import LOGITS, past_name
 from dlo_export.exporter.linked_weights import leads_out, weights_folder
 from dlo_export.exporter.pipeline import exposed
@@ -93,6 +94,25 @@ def held_tokens(description: ArtefactDescription) -> int | None:
 def gives_last_logits(description: ArtefactDescription) -> bool:
     """Whether an artefact computes logits of each sequence's last token alone."""
     return next(spec for spec in description.interface.outputs if spec.name == LOGITS).shape[1] == 1
+
+
+def require_all_logits(folder: Path, description: ArtefactDescription, hint: str) -> None:
+    """Refuses to score text by an artefact that does not compute what that takes, before any of it is read.
+
+    Args:
+        folder: The artefact.
+        description: Its own.
+        hint: What the command can do in place of it.
+
+    Raises:
+        InputError: So.
+    """
+    if gives_last_logits(description):
+        raise InputError(
+            f"{folder}: gives the logits of each sequence's last token alone, which tell nothing of a text's other "
+            "tokens",
+            hint=hint,
+        )
 
 
 def open_engines(folder: Path, plugin_library: Path | None = None) -> Runner:

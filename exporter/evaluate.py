@@ -12,7 +12,7 @@ from dlo_export.checkpoints.errors import InputError
 from dlo_export.checkpoints.files.scratch_folder import scratch_folder
 from dlo_export.checkpoints.generation_config import GenerationConfig
 from dlo_export.checkpoints.llama_layer import parse_router
-from dlo_export.exporter.artefact_runner import held_tokens, open_artefact
+from dlo_export.exporter.artefact_runner import held_tokens, open_artefact, require_all_logits
 from dlo_export.exporter.progress import Reporter
 from dlo_export.exporter.sources.source import ExportSource, open_source
 from dlo_export.runtimes.artefact.description import FILE_NAME, load_description
@@ -142,6 +142,9 @@ def _evaluate_artefact(
 ) -> ModelEvaluation:
     folder = Path(request.model)
     description = load_description(folder)
+    require_all_logits(
+        folder, description, "export the model again without --last-logits, or give the checkpoint it was made from"
+    )
     plan = _plan(request, texts, tasks, folder, reporter, slots=held_tokens(description))
     opened = open_artefact(
         folder,

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dlo_export.checkpoints.dtypes import BY_OPTION
 from dlo_export.checkpoints.errors import InputError
 from dlo_export.exporter.sources.source import ExportSource
+from dlo_export.runtimes.errors import BackendUnavailableError
+from dlo_export.runtimes.memory import check_memory, in_words
 
 _MOST_BYTES = 1 << 40  # of one sequence's cache: more than a machine has
+_BYTES_OF_AN_ANGLE = 20  # while `SlotTables` computes: the angle, one table, the other in float64 and float32
 
 
 def check_slots(source: ExportSource, slots: int, dtype: str) -> None:
@@ -19,6 +22,7 @@ def check_slots(source: ExportSource, slots: int, dtype: str) -> None:
 
     Raises:
         InputError: So.
+        BackendUnavailableError: This one does not hold what its tables are computed in.
     """
     config = source.base.config
     if config is None:
@@ -30,6 +34,15 @@ def check_slots(source: ExportSource, slots: int, dtype: str) -> None:
             f"per sequence, expected at most {_MOST_BYTES >> 30} GB",
             hint=f"choose --static-cache {_MOST_BYTES // token} or less",
         )
+    tables = slots * config.head_dim // 2 * _BYTES_OF_AN_ANGLE
+    try:
+        check_memory(tables)
+    except BackendUnavailableError as err:
+        raise BackendUnavailableError(
+            f"{source.base.path}: --static-cache {slots}: its tables of cosines and sines take {in_words(tables)} of "
+            f"memory to compute, and {err.message}; the cache takes {in_words(slots * token)} per sequence",
+            hint="choose fewer slots",
+        ) from err
 
 
 def beyond_context(source: ExportSource, slots: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Iterator
 from typing import Literal
 
@@ -191,6 +192,15 @@ class DecoderInterface:
                 )
             shapes[key] = (batch, *(size if isinstance(size, int) else 0 for size in shape[1:]))
         return shapes
+
+    def state_bytes(self, batch: int) -> dict[str, int]:
+        """Bytes of every state input before the first token.
+
+        Raises:
+            ModelInterfaceError: As `state_shapes`.
+        """
+        shapes = self.state_shapes(batch)
+        return {key: math.prod(shape) * self.element_type(key).itemsize for key, shape in shapes.items()}
 
 
 def _missing_and_unknown(interface: DecoderInterface) -> Iterator[str]:

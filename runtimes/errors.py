@@ -24,7 +24,7 @@ class StepError(RuntimeInputError):
 
 
 class BackendUnavailableError(RuntimeInputError):
-    """The machine lacks what an engine needs: a GPU, its driver, a package, or the version it was built with."""
+    """The machine lacks what a model needs: memory, a GPU, its driver, a package, or the version it was built with."""
 
     exit_code: ClassVar[int] = 4
 

@@ -114,7 +114,7 @@ def _check_fits(
     """Refuses what an artefact cannot run, before anything is timed; tells of what it was not made for."""
     from dlo_export.checkpoints.errors import InputError  # noqa: PLC0415
     from dlo_export.checkpoints.generation_config import GenerationConfig  # noqa: PLC0415
-    from dlo_export.exporter.artefact_runner import gives_last_logits, held_tokens  # noqa: PLC0415
+    from dlo_export.exporter.artefact_runner import held_tokens, require_all_logits  # noqa: PLC0415
 
     tokens = prompt_tokens + decode_tokens
     context, slots = GenerationConfig.from_folder(folder).context_length, held_tokens(description)
@@ -125,11 +125,8 @@ def _check_fits(
             f"{folder}: {prompt_tokens} tokens and {decode_tokens} steps, its static cache holds {slots} tokens",
             hint=f"give --prompt-tokens and --decode-tokens that fit, or export with --static-cache {tokens} or more",
         )
-    if perplexity and gives_last_logits(description):
-        raise InputError(
-            f"{folder}: gives the logits of each sequence's last token alone, which tell no perplexity",
-            hint="leave --perplexity out, or export without --last-logits",
-        )
+    if perplexity:
+        require_all_logits(folder, description, "leave --perplexity out, or export without --last-logits")
 
 
 def _tune(

@@ -42,9 +42,27 @@ class ThresholdShift:
     after: float
 
 
+@dataclass(frozen=True)
+class FoundRate:
+    """What one run has found.
+
+    Attributes:
+        rate: Mean active rate of the shifted layers.
+        next_thresholds: By routed layer, where it is not one half: to try next if that rate is not near enough.
+    """
+
+    rate: float
+    next_thresholds: dict[int, float]
+
+
 @torch.no_grad()
 def shift_thresholds(
-    model: LlamaDloForCausalLM, run: RunRouters, rate: float, layers: Collection[int] | None = None
+    model: LlamaDloForCausalLM,
+    run: RunRouters,
+    rate: float,
+    layers: Collection[int] | None = None,
+    *,
+    agreed: Callable[[FoundRate], FoundRate] = lambda found: found,
 ) -> ThresholdShift:
     """Gives a model's layers thresholds under which a share of the tokens is active, and leaves them to it.
 
@@ -53,6 +71,8 @@ def shift_thresholds(
         run: Runs this model.
         rate: Wanted, as the mean over the layers, from 0 to 1.
         layers: To shift; None for all that are routed.
+        agreed: Where several processes do this, what all of them take of what each has found: one that went on where
+            the others stop, or with other thresholds, would part from them.
     """
     layers = model.config.routed_layers if layers is None else layers
     starting = model.config.thresholds
@@ -64,14 +84,15 @@ def shift_thresholds(
         scores = run()
         # How far each token is from its layer's decision, in logits: one shift moves all layers.
         margins = torch.cat([_logits(scores[layer]) - _logit(model.config.threshold(layer)) for layer in layers])
-        found = float(margins.gt(0).double().mean())
-        before = found if number == 0 else before
-        if best is None or abs(found - rate) < best[0]:
-            best = abs(found - rate), model.config.thresholds, found
+        shift = search.next_after(_between(margins, round(rate * len(margins))))
+        shifted = {layer: _threshold(limit + shift) for layer, limit in limits.items()}
+        found = agreed(FoundRate(int(margins.gt(0).sum()) / len(margins), starting | shifted))
+        before = found.rate if number == 0 else before
+        if best is None or abs(found.rate - rate) < best[0]:
+            best = abs(found.rate - rate), model.config.thresholds, found.rate
         if best[0] <= _CLOSE:
             break
-        shift = search.next_after(_between(margins, round(rate * len(margins))))
-        use_thresholds(model, starting | {layer: _threshold(limit + shift) for layer, limit in limits.items()})
+        use_thresholds(model, found.next_thresholds)
     assert best is not None, "there was a run"
     use_thresholds(model, best[1])
     return ThresholdShift(model.config.thresholds, before, best[2])

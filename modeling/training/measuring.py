@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from dlo_export.modeling.calibration.rate_control import shift_thresholds
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
@@ -17,6 +18,8 @@ from dlo_export.modeling.training.compilation import uncompiled
 from dlo_export.modeling.training.packing import IGNORED, PackedDocuments, PackedSets, stacked
 from dlo_export.modeling.training.reports import HeldOut, RateControl
 from dlo_export.modeling.training.settings import TrainingSettings
+
+Found = TypeVar("Found")
 
 _RATE_TOLERANCE = 0.01  # half of what a user may expect, since held-out text is a sample
 
@@ -51,17 +54,27 @@ class Measuring:
         self._training_routing = training_routing
 
     def control_rate(self) -> RateControl:
-        """Shifts the thresholds where the rate is off the target: fitted on every other held-out sequence."""
+        """Shifts the thresholds where the rate is off the target: fitted on every other held-out sequence.
+
+        The first process decides. Each runs all of the text, but their floats may differ in the last bit, and then one
+        might shift, or run the model once more, where another does not.
+        """
         model, target = self._model, self._settings.target
         fitted, others = self._data.fitted, self._data.not_fitted
         was_training = model.training
         model.eval()
-        before = after = self._rate(others)
+        before = after = self._agreed(self._rate(others))
         if abs(before - target) > _RATE_TOLERANCE:
-            shift_thresholds(model, lambda: self._held_out_scores(fitted), target)
-            after = self._rate(others)
+            shift_thresholds(model, lambda: self._held_out_scores(fitted), target, agreed=self._agreed)
+            after = self._agreed(self._rate(others))
         model.train(was_training)
         return RateControl(target, before, after, model.config.thresholds, fitted != others)
+
+    def _agreed(self, found: Found) -> Found:
+        """What the first process has found."""
+        agreed = [found]
+        broadcast_object_list(agreed)
+        return agreed[0]
 
     def _rate(self, sequences: range) -> float:
         """Mean active rate at inference over the routed layers."""
@@ -72,7 +85,7 @@ class Measuring:
 
     @torch.no_grad()
     def _held_out_scores(self, sequences: range) -> dict[int, torch.Tensor]:
-        """Of all that is not padding. Each process runs all of the sequences, and so comes to the same thresholds."""
+        """Of all that is not padding. Each process runs all of the sequences: a model in shards runs in all or none."""
         scores: dict[int, list[torch.Tensor]] = {layer: [] for layer in self._model.config.routed_layers}
         for start in range(0, len(sequences), self._settings.batch):
             chosen = stacked([self._data.held_out[index] for index in sequences[start : start + self._settings.batch]])

@@ -24,9 +24,9 @@ class RouterLosses:
         skip: Mean cross entropy between scores and labels.
         rate: Squared distance of the rate that inference would have from the wanted one, with a straight-through
             gradient.
-        labelled: float64 [routed layers]: by layer, in their order, the share of tokens labelled active.
-        active: The share of tokens inference would activate, over all routed layers.
-        selected: The share that was.
+        labelled: int64 [routed layers]: by layer, in their order, how many tokens are labelled active.
+        active: int64, 0-D: how many tokens inference would activate, of all routed layers together.
+        selected: Likewise, how many were.
     """
 
     skip: torch.Tensor
@@ -94,9 +94,9 @@ def router_losses(
     return RouterLosses(
         skip,
         penalty,
-        (targets & counted).sum(dim=(1, 2)).double() / tokens,
-        (hard * counted).sum().double() / every,
-        selected.sum().double() / every,
+        (targets & counted).sum(dim=(1, 2)),
+        ((hard > 0) & counted).sum(),
+        selected.sum(),
     )
 
 

@@ -42,8 +42,9 @@ _SUMS = 8  # language loss, distillation loss, tokens, micro-batches, skip loss,
 class DloTrainer(Trainer):
     """Trains a routed (or dense) model; everything else is transformers' and Accelerate's.
 
-    A step's capacities are each layer's share of active labels over all micro-batches of all processes, so they do not
-    depend on how a batch is divided among them. Selection and labels are made per micro-batch.
+    A step's capacities are each layer's share of active labels among the tokens of all micro-batches of all processes,
+    where one with little padding counts for more than one with much; so they do not depend on how labelled tokens are
+    divided among them. Selection and labels are made per micro-batch.
 
     Args:
         model: Its parameters that are to learn are chosen.
@@ -170,8 +171,8 @@ class DloTrainer(Trainer):
             losses = router_losses(outputs.training_routing, labels, counted, rate, self._routed.config.thresholds)
             weighted = self.settings.skip_weight * losses.skip + self.settings.rate_weight * losses.rate
             loss = loss + weighted / self.current_gradient_accumulation_steps
-            shares = (losses.skip.detach(), losses.rate.detach(), losses.active, losses.selected)
-            routers = [torch.stack([value.double() for value in shares]), losses.labelled]
+            found = (losses.skip.detach(), losses.rate.detach(), losses.active, losses.selected)
+            routers = [torch.stack([value.double() for value in found]), losses.labelled.double()]
         self._sums += torch.cat([torch.stack(parts), *routers])
         if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
             self._check_losses()
@@ -232,9 +233,11 @@ class DloTrainer(Trainer):
         """Takes over the step's capacities, logs it, and stops if that is wished for."""
         stop = torch.tensor([float(self._should_stop())], dtype=torch.float64, device=self.args.device)
         sums = self.accelerator.reduce(torch.cat([self._sums, stop]), "sum").tolist()
-        language, distilled, tokens, micro_batches, *means = sums[:_SUMS]
-        skip, rate, active, selected = (value / micro_batches for value in means)
-        labelled = [value / micro_batches for value in sums[_SUMS:-1]]
+        language, distilled, tokens, micro_batches, skip, rate, active, selected = sums[:_SUMS]
+        skip, rate = skip / micro_batches, rate / micro_batches
+        # Of numbers of tokens, which are summed without rounding.
+        active, selected = (value / (tokens * max(1, len(self.capacities))) for value in (active, selected))
+        labelled = [value / tokens for value in sums[_SUMS:-1]]
         wanted = self.settings.rate(self.state.global_step)
         if self.settings.labels == "cos-global":
             self.capacities = dict(zip(self.capacities, labelled, strict=True))

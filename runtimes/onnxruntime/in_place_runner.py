@@ -72,17 +72,20 @@ class InPlaceRunner(StaticRunner):
             return
         self._decode = None
         self._cache = self._cache or {key: self._session.memory() for key in shapes}
+        if all(self._cache[key].bytes >= size for key, size in self._interface.state_bytes(batch).items()):
+            return
+        self._session.check_room(batch)
         for key, memory in self._cache.items():
-            kind = self._interface.element_type(key)
-            if memory.bytes < math.prod(shapes[key]) * kind.itemsize:
-                memory.write(np.zeros(shapes[key], kind.numpy))
+            memory.write(np.zeros(shapes[key], self._interface.element_type(key).numpy))
 
     def _repeat_cache(self, branches: int) -> None:
         shapes = self._interface.state_shapes(1)
         self._interface.state_shapes(branches)  # refuses a graph of a fixed batch
-        self._decode = None  # bound to where the cache lies now
-        for key, memory in self._cache.items():
-            memory.write(np.repeat(memory.read(self._interface.element_type(key), shapes[key]), branches, 0))
+        with self._telling_of_memory(branches):
+            self._session.check_room(branches)
+            self._decode = None  # bound to where the cache lies now
+            for key, memory in self._cache.items():
+                memory.write(np.repeat(memory.read(self._interface.element_type(key), shapes[key]), branches, 0))
         self._tokens.repeat(branches)
 
     def _run(self, step: StaticCacheStep, request: StepRequest) -> Mapping[str, np.ndarray]:

@@ -16,6 +16,7 @@ from dlo_export.checkpoints.interface import LEFT_PADDING
 from dlo_export.plugins.ort_registration import register_library
 from dlo_export.runtimes.decoder_interface import CacheKind, DecoderInterface, TensorSpec
 from dlo_export.runtimes.errors import ModelLoadError, ProviderUnavailableError, StepError
+from dlo_export.runtimes.memory import check_memory
 from dlo_export.runtimes.onnxruntime.device_memory import DeviceMemory
 from dlo_export.runtimes.onnxruntime.machine_faults import NOT_STARTED_HINT, check_machine
 from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
@@ -90,6 +91,15 @@ class DecoderSession:
     def memory(self) -> DeviceMemory:
         """Memory where it computes, none reserved yet."""
         return DeviceMemory(self._session, self.provider)
+
+    def check_room(self, batch: int) -> None:
+        """Refuses states that the host's memory does not hold; a GPU's says so where they are allocated.
+
+        Raises:
+            BackendUnavailableError: So.
+        """
+        if self.provider.device == CPU.device:
+            check_memory(sum(self.interface.state_bytes(batch).values()))
 
     def step_outputs(self) -> StepOutputs:
         """What binds and reads the outputs of its steps."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Unpack
 
 import numpy as np
 
+from dlo_export.checkpoints.interface import INPUT_IDS
 from dlo_export.runtimes.onnxruntime.device_memory import DeviceMemory
 from dlo_export.runtimes.onnxruntime.session import DecoderSession, SessionArguments, model_name
 from dlo_export.runtimes.runner import StepRequest, float32
@@ -50,6 +52,8 @@ class StaticCacheRunner(StaticRunner):
 
     def _zero_slots(self, batch: int) -> None:
         self._shapes = self._interface.state_shapes(batch)
+        self._cache = {}  # what they hold goes first
+        self._session.check_room(batch)
         self._cache = {key: self._session.memory() for key in self._shapes}
         for key, memory in self._cache.items():
             memory.write(np.zeros(self._shapes[key], self._interface.element_type(key).numpy))
@@ -58,14 +62,16 @@ class StaticCacheRunner(StaticRunner):
         binding = self._session.binding()
         for key, array in step.feeds.items():
             binding.bind_cpu_input(key, np.ascontiguousarray(array))
-        self._outputs.bind(binding, request)
+        # Outputs have the shapes of what is fed. A sequence's last logits need not stand in the last column.
+        fed = dataclasses.replace(request, input_ids=step.feeds[INPUT_IDS], last_logits=False)
+        self._outputs.bind(binding, fed)
         for key, memory in self._cache.items():
             kind, shape = self._interface.element_type(key), self._shapes[key]
             memory.bind_input(binding, key, kind, shape)
             # TensorScatter sees that both are one buffer, and copies nothing.
             memory.bind_output(binding, self._interface.present_of[key], kind, shape)
         self._session.run(binding)
-        return {key: float32(value) for key, value in self._outputs.read(request, binding.get_outputs).items()}
+        return {key: float32(value) for key, value in self._outputs.read(fed, binding.get_outputs).items()}
 
     def _free(self) -> None:
         self._cache = {}

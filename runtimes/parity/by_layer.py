@@ -17,7 +17,14 @@ import numpy as np
 from dlo_export.checkpoints.router_thresholds import ONE_HALF
 from dlo_export.runtimes.parity.cases import Case, Feed
 from dlo_export.runtimes.parity.layer_report import LayerReport, PartResult
-from dlo_export.runtimes.parity.statistics import Flip, flips, relative_errors
+from dlo_export.runtimes.parity.statistics import (
+    NO_SCORES,
+    Flip,
+    ScoreStatistics,
+    flips,
+    relative_errors,
+    score_statistics,
+)
 from dlo_export.runtimes.parity.tolerances import TOLERANCES
 from dlo_export.runtimes.runner import BoolArray, FloatArray, decisions
 
@@ -168,6 +175,7 @@ def _result(
     own, alone = [], []
     largest: list[float] = []
     flipped: list[Flip] = []
+    right_scores, scores = [], []  # of real tokens, behind the reference's stream
     compared = 0
     for run, case in zip(runs, cases, strict=True):
         for step in _shown(run, case):
@@ -176,12 +184,14 @@ def _result(
             largest.append(float(np.abs(step.own - step.reference).max(initial=0.0)))
         if layer is None:
             continue
-        right, found = (
+        right, found, alike = (
             {layer: np.concatenate([output.scores for output in outputs if output.scores is not None], 1)}
-            for outputs in (run.reference, run.own)
+            for outputs in run
         )
         compared += int(case.real.sum())
         flipped += flips(right, found, case.real, {layer: threshold})
+        right_scores.append(right[layer][case.real])
+        scores.append(alike[layer][case.real])
     return PartResult(
         name,
         error=float(np.concatenate(own).mean()),
@@ -190,7 +200,14 @@ def _result(
         worst_alone=float(np.concatenate(alone).max()),
         decisions=compared,
         flips=tuple(flipped),
+        scores=NO_SCORES if layer is None else _score_statistics(layer, right_scores, scores),
     )
+
+
+def _score_statistics(layer: int, right: Sequence[FloatArray], found: Sequence[FloatArray]) -> ScoreStatistics:
+    """Of one layer, over the real tokens of all cases: float32 [tokens] each."""
+    wanted, scores = ({layer: np.concatenate(each)[np.newaxis]} for each in (right, found))
+    return score_statistics(wanted, scores, np.ones(wanted[layer].shape, np.bool_))
 
 
 class _ShownStep(NamedTuple):

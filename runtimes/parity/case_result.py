@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dlo_export.runtimes.parity.statistics import Flip, LogitStatistics
+from dlo_export.runtimes.parity.statistics import NO_SCORES, Flip, LogitStatistics, ScoreStatistics
 from dlo_export.runtimes.parity.tolerances import OwnError, Tolerance
 from dlo_export.runtimes.parity.verdict import Judgement
 
@@ -41,7 +41,7 @@ class CaseResult:
         first_diverging_layer: The first whose stream is off.
         own_error: Of the reference on this case; measured only where the table's tolerance was exceeded, or decisions
             flipped.
-        score_error: Mean absolute difference of scores, under the reference's decisions.
+        scores: How far the routers' scores are off, under the reference's decisions.
         own_run: Where decisions flipped that were the candidate's own to take; None where nobody could see them.
     """
 
@@ -54,7 +54,7 @@ class CaseResult:
     stream_errors: Mapping[int, float] = field(default_factory=dict)
     first_diverging_layer: int | None = None
     own_error: OwnError | None = None
-    score_error: float = 0.0
+    scores: ScoreStatistics = NO_SCORES
     own_run: OwnRun | None = None
 
     def judge(self, tolerance: Tolerance) -> Judgement:
@@ -79,13 +79,19 @@ class CaseResult:
         return Judgement("FAIL", f"{by_own.reason}; the reference: {said}")
 
     def _judge(self, tolerance: Tolerance) -> Judgement:
-        """Judges logits, then decisions, then the free run."""
+        """Judges logits, then what routers decide."""
         if not self.logits.compared:
             return Judgement("FAIL", "nothing was compared")
         if not self.logits.within(tolerance):
             return Judgement("FAIL", f"logits differ: {_place(self.logits)}{self._divergence()}")
+        return self._judge_routers(tolerance)
+
+    def _judge_routers(self, tolerance: Tolerance) -> Judgement:
+        """Judges decisions, then the scores they are made of, then the free run."""
         if wide := [flip for flip in self.flips if not flip.margin <= tolerance.margin]:
             return Judgement("FAIL", f"{len(wide)} decisions flipped that are no near-ties: {_named(wide)}")
+        if not self.scores.within(tolerance):
+            return Judgement("FAIL", f"scores of routers differ: {self.scores.off(tolerance)}")
         if self.flips:
             return self._judge_flips(tolerance)
         if self.free_logits is not None and not self.free_logits.within(tolerance):
@@ -114,8 +120,8 @@ class CaseResult:
         """A decision is its score: flips are rounding where all scores, and these, are off by the reference's own."""
         flips = self.flips if self.own_run is None else (*self.flips, *self.own_run.flips)
         margin = max(flip.margin for flip in flips)
-        agree = self.score_error <= times * own.score_mean and margin <= times * own.score
-        off = f"scores are off by mean {self.score_error:.1e}, margins are at most {margin:.1e}"
+        agree = self.scores.mean <= times * own.score_mean and margin <= times * own.score
+        off = f"scores are off by mean {self.scores.mean:.1e}, margins are at most {margin:.1e}"
         compared = f"{own.compared} by mean {own.score_mean:.1e} and largest {own.score:.1e}"
         return Judgement("PASS" if agree else "AMBIGUOUS", f"{said}; {off}, and {compared} there")
 

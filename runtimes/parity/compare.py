@@ -22,9 +22,8 @@ from dlo_export.runtimes.parity.statistics import (
     first_diverging_layer,
     flips,
     logit_statistics,
-    mean_of,
     own_error,
-    score_errors,
+    score_statistics,
 )
 from dlo_export.runtimes.parity.tolerances import TOLERANCES, Tolerance
 from dlo_export.runtimes.parity.trace import Trace, compare_streams, trace_case, trace_reference, with_own_decisions
@@ -266,9 +265,9 @@ class _Comparison:
                     candidate=self._candidate.name,
                     logits=_logit_statistics(wanted, found, case),
                     free_logits=None if free is None else _logit_statistics(wanted, free, case),
-                    decisions=len(wanted.scores) * int(case.real.sum()),
+                    decisions=len(wanted.scores.keys() & found.scores.keys()) * int(case.real.sum()),
                     flips=tuple(flips(wanted.scores, found.scores, case.real, self._reference.thresholds)),
-                    score_error=mean_of(score_errors(wanted.scores, found.scores, case.real)),
+                    scores=score_statistics(wanted.scores, found.scores, case.real),
                 )
             )
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from dlo_export.checkpoints.files.json_file import finite
-from dlo_export.runtimes.parity.statistics import Flip
+from dlo_export.runtimes.parity.statistics import NO_SCORES, Flip, ScoreStatistics
 from dlo_export.runtimes.parity.tolerances import Tolerance
 from dlo_export.runtimes.parity.verdict import Judgement, Verdict
 
@@ -24,6 +24,7 @@ class PartResult:
         worst_alone: Likewise, of the token that is off most.
         decisions: Of its router, compared.
         flips: Those that differ, the candidate fed its own stream.
+        scores: How far its router's scores are off where the candidate is fed the reference's stream.
     """
 
     name: str
@@ -33,9 +34,10 @@ class PartResult:
     worst_alone: float
     decisions: int
     flips: tuple[Flip, ...]
+    scores: ScoreStatistics = NO_SCORES
 
     def judge(self, tolerance: Tolerance) -> Judgement:
-        """Judges what it adds and what has come together so far, then its decisions."""
+        """Judges what it adds and what has come together so far, then its decisions and the scores they are made of."""
         # As for streams everywhere: those of agreeing models stay below twice what logits may be off.
         allowed, allowed_once = 2 * tolerance.mean, 2 * tolerance.largest
         if not self.alone <= allowed:
@@ -49,6 +51,9 @@ class PartResult:
             return Judgement("FAIL", f"off by {self.error:.1e}, {allowed:.0e} is allowed")
         if wide := [flip for flip in self.flips if not flip.margin <= tolerance.margin]:
             return Judgement("FAIL", f"{len(wide)} decisions flipped that are no near-ties")
+        if not self.scores.within(tolerance):
+            off = f"{self.scores.off(tolerance)} when fed the reference's stream"
+            return Judgement("FAIL", f"scores of its router differ: {off}")
         return Judgement("AMBIGUOUS", f"{len(self.flips)} near-ties flipped") if self.flips else Judgement("PASS")
 
 
@@ -133,6 +138,7 @@ def _row(part: PartResult, tolerance: Tolerance) -> dict[str, Any]:
         "name": part.name,
         **finite(numbers),
         "decisions": part.decisions,
+        "scores": finite(dataclasses.asdict(part.scores)),
         "flips": [dataclasses.asdict(flip) for flip in part.flips],
         **part.judge(tolerance)._asdict(),
     }

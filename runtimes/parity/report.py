@@ -103,16 +103,23 @@ class ParityReport:
             for case in self.cases:
                 if case.candidate != candidate:
                     continue
-                decisions = f", {len(case.flips)} of {case.decisions} decisions flipped" if case.decisions else ""
-                logits = f"logits within {case.logits.largest_absolute:.1e}"
-                lines += _lines(
-                    case.judge(self.tolerance), f"{candidate:<{width}}  {case.case:<31} {logits}{decisions}"
-                )
+                logits = f"logits within {case.logits.largest_absolute:.1e}{_routers(case)}"
+                lines += _lines(case.judge(self.tolerance), f"{candidate:<{width}}  {case.case:<31} {logits}")
             for run in self.greedy:
                 if run.candidate == candidate:
                     identical = f"{'greedy tokens':<31} {run.identical} of {run.total} identical"
                     lines += _lines(run.judge(), f"{candidate:<{width}}  {identical}")
         return "\n".join(lines)
+
+
+def _routers(case: CaseResult) -> str:
+    """What a case says of routers; nothing where nothing is routed."""
+    said = f", {len(case.flips)} of {case.decisions} decisions flipped" if case.decisions else ""
+    if case.scores.compared:
+        said += f", scores within {case.scores.largest:.1e}"
+    if layers := case.scores.not_shown:
+        said += f", scores of layers {', '.join(map(str, layers))} not shown: their routers were not compared"
+    return said
 
 
 def _lines(judgement: Judgement, text: str) -> list[str]:

@@ -39,6 +39,42 @@ class LogitStatistics:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoreStatistics:
+    """Differences of routers' scores, over real tokens (padding left out), of the layers whose scores both show.
+
+    Attributes:
+        compared: Scores compared.
+        mean: Mean absolute difference; NaN where a score is not a number, here and below.
+        layer: The routed layer that is off most; -1 where nothing was compared.
+        layer_median: Median absolute difference of its scores.
+        largest: Largest absolute difference.
+        not_shown: Routed layers of the reference whose scores the candidate does not show.
+    """
+
+    compared: int
+    mean: float
+    layer: int
+    layer_median: float
+    largest: float
+    not_shown: tuple[int, ...]
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether the candidate's routers score as the reference's; so they do where nothing could be compared."""
+        return self.layer_median <= tolerance.score_layer and self.largest <= tolerance.score
+
+    def off(self, tolerance: Tolerance) -> str:
+        """By how much, in words, and what is allowed."""
+        return (
+            f"layer {self.layer} by median {self.layer_median:.1e} and the largest by {self.largest:.1e}, "
+            f"{tolerance.score_layer:.0e} and {tolerance.score:.0e} are allowed"
+        )
+
+
+NO_SCORES = ScoreStatistics(0, 0.0, -1, 0.0, 0.0, ())
+"""Where nothing is routed."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Flip:
     """A token whose decision differs from the reference's.
 
@@ -112,13 +148,13 @@ def flips(
 
     Args:
         reference: Scores by routed layer, float32 [batch, sequence].
-        candidate: The same. A score that is not a number counts as a skip.
+        candidate: The same, of the layers that show. A score that is not a number counts as a skip.
         real: bool [batch, sequence], False at padding.
         thresholds: Of the reference, by layer, where it is not one half.
     """
     thresholds = thresholds or {}
     wanted_active, found_active = decisions(reference, thresholds), decisions(candidate, thresholds)
-    for layer in sorted(reference):
+    for layer in sorted(reference.keys() & candidate.keys()):
         wanted, found, threshold = reference[layer], candidate[layer], thresholds.get(layer, ONE_HALF)
         for row, position in zip(*np.nonzero((wanted_active[layer] != found_active[layer]) & real), strict=True):
             place = int(row), int(position)
@@ -144,29 +180,35 @@ def own_error(
         compared: What with what, for reports.
     """
     statistics = logit_statistics(exact_logits, logits, real)
-    differences = score_errors(exact_scores, scores, real)
-    return OwnError(
-        statistics.mean, statistics.largest, float(differences.max(initial=0.0)), mean_of(differences), compared
-    )
+    off = score_statistics(exact_scores, scores, real)
+    return OwnError(statistics.mean, statistics.largest, off.largest, off.mean, off.layer_median, compared)
 
 
-def score_errors(
+def score_statistics(
     reference: Mapping[int, FloatArray], candidate: Mapping[int, FloatArray], real: BoolArray
-) -> FloatArray:
-    """How far scores of routers are apart, of all layers and real tokens: float32 [scores].
+) -> ScoreStatistics:
+    """Compares the scores of routers.
 
     Args:
         reference: By routed layer, float32 [batch, sequence].
-        candidate: The same.
+        candidate: The same, of the layers that show.
         real: bool [batch, sequence], False at padding.
     """
-    errors = [np.abs(candidate[layer] - reference[layer])[real] for layer in sorted(reference)]
-    return np.concatenate(errors) if errors else np.zeros(0, np.float32)
-
-
-def mean_of(errors: FloatArray) -> float:
-    """Their mean; 0 of none."""
-    return float(errors.mean(dtype=np.float64)) if errors.size else 0.0
+    shown = sorted(reference.keys() & candidate.keys())
+    not_shown = tuple(sorted(reference.keys() - candidate.keys()))
+    if not shown or not real.any():
+        return dataclasses.replace(NO_SCORES, not_shown=not_shown)
+    errors = np.stack([np.abs(candidate[layer] - reference[layer])[real] for layer in shown])
+    medians = np.median(errors, 1)
+    worst = int(medians.argmax())  # a NaN counts as the largest
+    return ScoreStatistics(
+        errors.size,
+        float(errors.mean(dtype=np.float64)),
+        shown[worst],
+        float(medians[worst]),
+        float(errors.max()),
+        not_shown,
+    )
 
 
 def stream_errors(

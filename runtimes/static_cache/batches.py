@@ -4,12 +4,16 @@
 that grows. A static cache holds each sequence's real tokens from slot 0 on, with no padding between them: a step's real
 tokens are moved to the left of their row, `write_indices` says in which slot the first one goes, `kv_lengths` how many
 are in the cache behind the step. What the step computes is moved back to where its tokens were.
+
+A graph writes a whole row, its padding too. Padding goes behind the row's tokens, where nobody looks. Where there is no
+room for it, because a sequence rests while others go on, the step runs in shorter ones; a sequence whose slots are all
+taken gets no more tokens, and padding goes over its last ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -41,17 +45,17 @@ class StaticCacheLimits:
 
 @dataclasses.dataclass(frozen=True)
 class StaticCacheStep:
-    """One step as the graph takes it.
+    """One step as the graph takes it: all that `Runner.step` got, or a part of it.
 
     Attributes:
         feeds: input_ids, position_ids int64 [batch, ragged], write_indices, kv_lengths int64 [batch] and, where given,
             force_active.{l} bool [batch, ragged] (False at padding: nobody needs its MLP). `ragged` is the most real
-            tokens any sequence has in the step, at least 1.
-        real: bool [batch, sequence]: which of the tokens `Runner.step` got are not padding.
+            tokens any sequence has in the step, at least 1; `write_indices` + `ragged` fit the cache in every row.
+        real: bool [batch, sequence]: which of the tokens `Runner.step` got are fed: no padding.
         counts: int64 [batch]: how many those are.
     """
 
-    feeds: Mapping[str, Int64Array | BoolArray]
+    feeds: Mapping[str, np.ndarray]
     real: BoolArray
     counts: Int64Array
 
@@ -99,11 +103,14 @@ class StaticCache:
     Args:
         name: Of the runner, for messages.
         limits: How much fits.
+
+    Attributes:
+        limits: As given.
     """
 
     def __init__(self, name: str, limits: StaticCacheLimits) -> None:
+        self.limits = limits
         self._name = name
-        self._limits = limits
         self._mask: BoolArray = np.zeros((0, 0), np.bool_)
 
     @property
@@ -120,20 +127,20 @@ class StaticCache:
         Raises:
             StepError: More than the largest profile has.
         """
-        if self._limits.max_batch is not None and batch > self._limits.max_batch:
+        if self.limits.max_batch is not None and batch > self.limits.max_batch:
             raise StepError(
-                f"{self._name}: got a batch of {batch}, expected at most {self._limits.max_batch}, the largest profile",
+                f"{self._name}: got a batch of {batch}, expected at most {self.limits.max_batch}, the largest profile",
                 hint=f"feed smaller batches, or export with --trt-max-batch {batch}",
             )
         self._mask = np.zeros((batch, 0), np.bool_)
 
-    def next_step(
+    def next_steps(
         self,
         input_ids: Int64Array,
         attention_mask: Int64Array,
         position_ids: Int64Array,
         force_active: Decisions | None = None,
-    ) -> StaticCacheStep:
+    ) -> list[StaticCacheStep]:
         """Converts a step whose shapes `Runner.step` has checked; the cache stays as it is.
 
         Args:
@@ -141,6 +148,9 @@ class StaticCache:
             attention_mask: As `Runner.step`.
             position_ids: As `Runner.step`.
             force_active: As `Runner.step`.
+
+        Returns:
+            What to run, in order: one step, or several where a row's padding has no room behind its tokens.
 
         Raises:
             StepError: The step does not fit into the profiles or the cache, or the mask hides other cached tokens than
@@ -151,27 +161,54 @@ class StaticCache:
         counts = real.sum(1, dtype=np.int64)
         lengths = self._mask.sum(1, dtype=np.int64)
         ragged = max(int(counts.max()), 1)
-        self._check(mask, lengths, ragged)
-        filled = _filled(counts, ragged)
-        feeds: dict[str, Int64Array | BoolArray] = {
-            names.INPUT_IDS: _moved(input_ids.astype(np.int64), real, filled),
-            names.POSITION_IDS: _moved(position_ids.astype(np.int64), real, filled),
-            names.WRITE_INDICES: lengths,
-            names.KV_LENGTHS: lengths + counts,
+        self._check(mask, lengths, counts)
+        tokens: dict[str, np.ndarray] = {
+            names.INPUT_IDS: input_ids.astype(np.int64),
+            names.POSITION_IDS: position_ids.astype(np.int64),
         }
         for layer, decisions in (force_active or {}).items():
-            feeds[names.force_active_name(layer)] = _moved(decisions.astype(np.bool_), real, filled)
-        return StaticCacheStep(feeds, real, counts)
+            tokens[names.force_active_name(layer)] = decisions.astype(np.bool_)
+        numbers = real.cumsum(1) - 1  # of each token among its sequence's
+        steps = []
+        start = 0
+        while start < ragged:
+            held = lengths + np.minimum(counts, start)
+            size = min(ragged - start, self._room(lengths, held))
+            part = real & (start <= numbers) & (numbers < start + size)
+            steps.append(self._step(tokens, part, held, size))
+            start += size
+        return steps
+
+    def _room(self, lengths: Int64Array, held: Int64Array) -> int:
+        """Columns that every row has slots for.
+
+        Args:
+            lengths: Tokens that each sequence had in the cache before the steps.
+            held: Tokens that it has by now.
+        """
+        slots = self.limits.max_cache
+        # Nobody reads a full sequence's slots any more, but those it was filled from if the step fails and is repeated.
+        kept = np.where(held < slots, held, np.where(lengths < slots, lengths, 0))
+        return int((slots - kept).min())
+
+    def _step(self, tokens: Mapping[str, np.ndarray], part: BoolArray, held: Int64Array, size: int) -> StaticCacheStep:
+        """Feeds a part of the tokens, in rows of `size`, behind those that are held."""
+        counts = part.sum(1, dtype=np.int64)
+        filled = _filled(counts, size)
+        feeds = {name: _moved(values, part, filled) for name, values in tokens.items()}
+        feeds[names.WRITE_INDICES] = np.minimum(held, self.limits.max_cache - size)
+        feeds[names.KV_LENGTHS] = held + counts
+        return StaticCacheStep(feeds, part, counts)
 
     def repeat(self, branches: int) -> None:
         """Makes so many equal sequences of one."""
         self._mask = np.repeat(self._mask, branches, 0)
 
-    def append(self, step: StaticCacheStep) -> None:
-        """Counts a step's tokens as cached, once it has run."""
-        self._mask = np.concatenate([self._mask, step.real], 1)
+    def append(self, steps: Sequence[StaticCacheStep]) -> None:
+        """Counts the tokens of `next_steps` as cached, once all of them have run."""
+        self._mask = np.concatenate([self._mask, np.any([step.real for step in steps], 0)], 1)
 
-    def _check(self, mask: BoolArray, lengths: Int64Array, ragged: int) -> None:
+    def _check(self, mask: BoolArray, lengths: Int64Array, counts: Int64Array) -> None:
         """Collects everything that keeps the step from running."""
         problems, hints = [], []
         changed = np.flatnonzero((mask[:, : self.past] != self._mask).any(1))
@@ -181,19 +218,20 @@ class StaticCache:
                 "expected the same mask with the step's columns appended"
             )
             hints.append("reset, and feed the sequences again without the tokens to hide")
-        limit = self._limits.max_sequence
-        if limit is not None and ragged > limit:
-            problems.append(f"the step has {ragged} tokens per sequence, expected at most {limit}, the largest profile")
-            hints.append(f"feed the prompt in several steps, or export with --trt-max-sequence {ragged}")
-        # The graph writes the whole step, its padding too; what is behind kv_lengths is never read.
-        row = int(lengths.argmax())
-        needed = int(lengths[row]) + ragged
-        if needed > self._limits.max_cache:
+        limit, longest = self.limits.max_sequence, int(counts.max())
+        if limit is not None and longest > limit:
             problems.append(
-                f"the cache is full: sequence {row} has {lengths[row]} tokens in it and the step writes {ragged}, "
-                f"expected at most {self._limits.max_cache} together"
+                f"the step has {longest} tokens per sequence, expected at most {limit}, the largest profile"
             )
-            hints.append(f"generate fewer tokens, or export with {self._limits.cache_option} {needed} or more")
+            hints.append(f"feed the prompt in several steps, or export with --trt-max-sequence {longest}")
+        row = int((lengths + counts).argmax())
+        needed = int(lengths[row] + counts[row])
+        if needed > self.limits.max_cache:
+            problems.append(
+                f"the cache is full: sequence {row} has {lengths[row]} tokens in it and the step adds {counts[row]}, "
+                f"expected at most {self.limits.max_cache} together"
+            )
+            hints.append(f"generate fewer tokens, or export with {self.limits.cache_option} {needed} or more")
         if problems:
             raise StepError(f"{self._name}: {'; '.join(problems)}", hint="; ".join(hints))
 

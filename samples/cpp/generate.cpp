@@ -4,6 +4,8 @@
 //   dlo_generate engines/prefill.engine engines/decode.engine --tokens 1,450,7483     (exported with --trt-split)
 //
 // Prints the new token ids, one line, comma-separated. Compiled in tests; running it needs a GPU, and nobody has yet.
+#include <dlo/prompt_steps.h>
+
 #include <NvInferRuntime.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,6 +13,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstddef>
 #include <cstdint>
 #include <fstream>
 #include <iostream>
@@ -102,14 +105,21 @@ public:
         allocate();
     }
 
-    // Appends tokens to the cache; returns the most likely next one.
+    // Appends a prompt in steps that the largest profile takes; returns the most likely next token.
+    int64_t prefill(std::vector<int64_t> const& tokens) {
+        requireRoom(static_cast<int64_t>(tokens.size()));  // for all of them, before the first step
+        int64_t next = -1;
+        dlo::feedInSteps(tokens.size(), stepTokens(), [&](size_t first, size_t count) {
+            auto const begin = tokens.begin() + static_cast<std::ptrdiff_t>(first);
+            next = step({begin, begin + static_cast<std::ptrdiff_t>(count)});
+        });
+        return next;
+    }
+
+    // Appends tokens to the cache in one step; returns the most likely next one.
     int64_t step(std::vector<int64_t> const& tokens) {
         auto const count = static_cast<int64_t>(tokens.size());
-        if (mCached + count > mMaxCache) {
-            throw std::runtime_error("the cache is full: it holds " + std::to_string(mCached) + " of "
-                + std::to_string(mMaxCache) + " tokens and the step has " + std::to_string(count)
-                + "\n\nhint: export with --trt-max-cache " + std::to_string(mCached + count) + " or more");
-        }
+        requireRoom(count);
         Profile& profile = profileFor(count);
         std::vector<int64_t> positions(tokens.size());
         std::iota(positions.begin(), positions.end(), mCached);
@@ -123,6 +133,20 @@ public:
     }
 
 private:
+    void requireRoom(int64_t count) const {
+        if (mCached + count <= mMaxCache) return;
+        throw std::runtime_error("the cache is full: it holds " + std::to_string(mCached) + " of "
+            + std::to_string(mMaxCache) + " tokens and " + std::to_string(count) + " more are to be fed"
+            + "\n\nhint: export with --trt-max-cache " + std::to_string(mCached + count) + " or more");
+    }
+
+    // As many as are worth feeding at once, and as some profile takes.
+    size_t stepTokens() const {
+        int64_t most = 0;
+        for (Profile const& profile : mProfiles) most = std::max(most, profile.mostTokens);
+        return std::min(dlo::kPREFILL_TOKENS, static_cast<size_t>(most));
+    }
+
     void load(std::string const& path) {
         std::ifstream file(path, std::ios::binary | std::ios::ate);
         if (!file) throw UsageError(path + ": cannot be read");
@@ -284,7 +308,7 @@ int main(int count, char** values) try {
         return 4;
     }
     Decoder decoder(arguments);
-    int64_t token = arguments.newTokens > 0 ? decoder.step(arguments.tokens) : -1;
+    int64_t token = arguments.newTokens > 0 ? decoder.prefill(arguments.tokens) : -1;
     for (int64_t made = 1; made <= arguments.newTokens; ++made) {
         std::cout << (made > 1 ? "," : "") << token << std::flush;
         if (token == arguments.endToken || made == arguments.newTokens) break;

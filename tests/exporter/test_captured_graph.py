@@ -101,6 +101,21 @@ def test_tokens_are_the_same_when_a_runner_is_used_again_for_another_batch(tmp_p
     assert first[1] == alone == first[0][:1]
 
 
+@pytest.mark.parametrize("routed", [None, (True, False, True)], ids=["dense", "routed"])
+def test_generation_goes_on_when_a_sequence_has_ended_with_its_last_slot_taken(
+    tmp_path: Path, routed: tuple[bool, ...] | None
+) -> None:
+    graphs = Graphs(source_of(tmp_path / "model", routed=routed), "masked" if routed else "none", tmp_path)
+    prompts = [np.random.default_rng(0).integers(3, 97, SLOTS).tolist(), *PROMPTS]
+    with graphs.runner() as runner:
+        ((end,),) = generate(runner, prompts[:1], max_new_tokens=1).sequences
+        wanted = [generate(runner, [prompt], max_new_tokens=12, end_tokens={end}).sequences[0] for prompt in prompts]
+        assert generate(runner, prompts, max_new_tokens=12, end_tokens={end}).sequences == wanted
+        assert len(wanted[0]) == 1 < max(map(len, wanted))
+        with pytest.raises(StepError, match=rf"sequence 0 has {SLOTS} tokens in it and the step adds 1"):
+            generate(runner, prompts, max_new_tokens=12)
+
+
 def test_last_logits_are_the_last_of_all_when_steps_are_ragged_and_some_sequence_has_none(tmp_path: Path) -> None:
     graphs = Graphs(source_of(tmp_path / "model"), "none", tmp_path)
     found = []

@@ -102,6 +102,22 @@ def test_bench_times_an_artefact_and_tells_active_rates_when_only_last_logits_ar
     assert (scored.returncode, "leave --perplexity out" in scored.stderr) == (2, True), scored.stderr
 
 
+@pytest.mark.parametrize("measured", ["--text", "--tasks"])
+def test_evaluation_is_refused_with_the_command_to_give_when_only_last_logits_are_computed(
+    exported: ExportResult, tmp_path: Path, measured: str
+) -> None:
+    (tmp_path / "text.txt").write_text("Some words of a text.")
+    request = {"context": "One and", "continuation": " two", "label": 0}
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps({**request, "doc_id": i}) + "\n" for i in range(2)))
+    given = {"--text": tmp_path / "text.txt", "--tasks": tmp_path / "tasks.jsonl"}[measured]
+    refused = run("evaluate", exported.folder, measured, given)
+    assert (refused.returncode, refused.stdout) == (2, ""), refused.stderr
+    said = " ".join(refused.stderr.split())
+    assert f"{exported.folder}: gives the logits of each sequence's last token alone" in said
+    assert "hint: export the model again without --last-logits, or give the checkpoint" in said
+    assert "ask for" not in said  # what the library tells its own user
+
+
 def test_parity_fails_when_the_graph_keeps_the_first_token_in_place_of_the_last(tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "model", vocab=BYTE_VOCABULARY)
     result = dlo("export", model, "-o", tmp_path / "out", "--last-logits")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from dlo_export.checkpoints.errors import InputError
-from dlo_export.exporter.commands import run
+from dlo_export.exporter.commands import bench, evaluate, parity, run
 from dlo_export.exporter.export import ExportRequest, export_model
 from dlo_export.exporter.progress import Reporter
+from dlo_export.runtimes.errors import BackendUnavailableError
 from tests.exporter.forked_commands import run as dlo
 from tests.runtimes.engine_records import record, save_artefact
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
@@ -66,3 +68,45 @@ def test_engines_cache_counts_when_engines_are_run(artefact: Path, tmp_path: Pat
     with pytest.raises(InputError, match="a prompt of 60 tokens and 6 new ones, its static cache holds 64") as error:
         run.main(copy, "x" * 60, raw=True, max_new_tokens=6, trt=True)
     assert error.value.hint == "give -n 5 or less, or export with --trt-max-cache 65 or more"
+
+
+_TABLES = SLOTS * 8 * 20  # bytes to compute cosines and sines in
+
+
+@pytest.mark.parametrize("command", ["run", "bench", "evaluate", "parity", "export"])
+def test_command_says_what_a_cache_takes_when_no_memory_holds_it(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    text, model = tmp_path / "text.txt", str(artefact.with_name("model"))
+    text.write_text("Some words of a text that is long enough. " * 400)
+    commands = {
+        "run": lambda: run.main(artefact, "x" * 10, raw=True, max_new_tokens=2),
+        "bench": lambda: bench.main([artefact], prompt_tokens=8, decode_tokens=2, rounds=1, text=text),
+        "evaluate": lambda: evaluate.main(str(artefact), text=[text]),
+        "parity": lambda: parity.main(artefact, model),
+        "export": lambda: export_model(ExportRequest(model, tmp_path / "out", static_cache=SLOTS), Reporter()),
+    }
+    monkeypatch.setattr("dlo_export.runtimes.memory.available_memory", lambda: _TABLES)
+    with pytest.raises(BackendUnavailableError) as error:
+        commands[command]()
+    said = rf"a KV cache of {SLOTS} slots for each of \d+ sequences takes 0\.\d MB, and 0\.0 MB of memory are free"
+    assert re.search(said, error.value.message), error.value.message
+    assert error.value.hint == "run fewer sequences at once, or export with a smaller --static-cache"
+    assert error.value.exit_code == 4
+    assert not [*tmp_path.glob("*out*")]
+
+
+def test_export_says_what_its_tables_take_when_no_memory_holds_them(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = artefact.with_name("model")
+    request = ExportRequest(str(model), tmp_path / "out", static_cache=SLOTS, parity=False)
+    monkeypatch.setattr("dlo_export.runtimes.memory.available_memory", lambda: _TABLES - 1)
+    with pytest.raises(BackendUnavailableError) as error:
+        export_model(request, Reporter())
+    said = f"{model}: --static-cache {SLOTS}: its tables of cosines and sines take 0.0 MB of memory to compute, and "
+    assert error.value.message.startswith(said + "0.0 MB of memory are free; the cache takes 0.")
+    assert (error.value.hint, error.value.exit_code) == ("choose fewer slots", 4)
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.setattr("dlo_export.runtimes.memory.available_memory", lambda: _TABLES)
+    export_model(request, Reporter())

@@ -24,7 +24,15 @@ from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.packing import PackedSets
 from dlo_export.modeling.training.router_distillation import DistillationSettings, distilled_routers
 from tests.exporter.forked_commands import Ended, run
-from tests.modeling.training_runs import SETTINGS, opened, packed, save_chats, save_routed
+from tests.modeling.training_runs import (
+    SETTINGS,
+    opened,
+    packed,
+    run_rank_whose_scores_are_off,
+    save_chats,
+    save_routed,
+    start_ranks,
+)
 from tests.modeling.training_runs import run as train
 from tests.tiny_models import BYTE_VOCABULARY, save_tiny_llama
 
@@ -291,6 +299,24 @@ def test_trained_rate_is_the_target_when_asked_for(tmp_path: Path, exact: bool) 
     assert result.held_out.active_rate == pytest.approx(0.9, abs=0.02)
     assert control.thresholds == model.config.thresholds
     assert set(control.thresholds) == {0, 2}
+
+
+@pytest.mark.parametrize("off", [2.0**-24, 0.2], ids=["the last bit", "so far that it would shift elsewhere"])
+def test_processes_shift_thresholds_together_when_their_scores_differ(tmp_path: Path, off: float) -> None:
+    """One that shifted otherwise, or measured once more, would part from the others, or wait for them for ever."""
+    folder, chats = save_routed(tmp_path / "model"), save_chats(tmp_path / "chats.jsonl")
+    ranks = start_ranks(run_rank_whose_scores_are_off, folder, chats, tmp_path / "run", off)
+    for rank in ranks:
+        rank.join(timeout=120)
+    for rank in ranks:
+        if rank.is_alive():
+            rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    first, second = (json.loads((tmp_path / f"run-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert abs(first["before"] - 0.9) > 0.05
+    assert first["after"] == pytest.approx(0.9, abs=0.05)
+    assert first["of_the_model"]
 
 
 def test_thresholds_stay_when_training_came_near_enough(tmp_path: Path) -> None:

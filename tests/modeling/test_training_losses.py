@@ -170,8 +170,8 @@ def test_rate_is_that_of_the_thresholds_when_routers_have_their_own() -> None:
     labels = skip_labels("self", values, COUNTED, 0.5)
     losses = router_losses(values, labels, COUNTED, 0.5, {1: 0.8})
     scores = [values[layer].scores[COUNTED] for layer in (0, 1)]
-    active = (float((scores[0] > 0.5).double().mean()) + float((scores[1] > 0.8).double().mean())) / 2
-    assert float(losses.active) == pytest.approx(active)
+    assert int(losses.active) == int((scores[0] > 0.5).sum()) + int((scores[1] > 0.8).sum())
+    assert losses.labelled.tolist() == [int(chosen.sum()) for chosen in labels.values()]
     assert threshold_selection({1: 0.5}, {1: 0.8})[1](values[1].scores).equal(values[1].scores > 0.8)
 
 

@@ -1,13 +1,12 @@
 import dataclasses
 import json
-import multiprocessing
 import resource
 import shutil
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -15,11 +14,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from dlo_export.checkpoints.errors import MachineError
 from dlo_export.checkpoints.files.written_files import LIST_NAME
 from dlo_export.modeling.training.compilation import compile_layers, compile_loss
+from dlo_export.modeling.training.documents import TokenDocument
 from dlo_export.modeling.training.errors import TrainingDivergedError, TrainingError
 from dlo_export.modeling.training.fused_norm import use_fused_norms
-from dlo_export.modeling.training.packing import PackedSets, stacked
+from dlo_export.modeling.training.packing import PackedDocuments, PackedSets, stacked
 from dlo_export.modeling.training.parameters import choose_parameters, merged_state, parameter_groups
 from dlo_export.modeling.training.run_folder import RunFolder
+from dlo_export.modeling.training.selection import training_routing
+from dlo_export.modeling.training.skip_loss import skip_labels
 from tests.modeling.training_runs import (
     SETTINGS,
     log_of,
@@ -29,8 +31,10 @@ from tests.modeling.training_runs import (
     run_rank,
     save_chats,
     save_routed,
+    start_ranks,
     steps_of,
 )
+from tests.tiny_models import BYTE_VOCABULARY
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +285,35 @@ def test_layers_learn_faster_the_more_of_their_tokens_are_kept(folder: Path, dat
     assert sorted(rate for layer, rate in rates[1] if layer is None) == pytest.approx([half, 10 * half])
 
 
+def test_capacities_are_shares_of_all_tokens_when_micro_batches_have_unequal_padding(
+    folder: Path, tmp_path: Path
+) -> None:
+    """DLO: a layer's share of ones. The mean of micro-batches' shares would count few tokens as much as many."""
+    ids = np.random.default_rng(0).integers(3, BYTE_VOCABULARY, 64).tolist()
+    texts = [
+        TokenDocument("text", np.array(tokens), np.ones(len(tokens), np.bool_)) for tokens in (ids, ids[::-1][:10])
+    ]
+    data = PackedSets(PackedDocuments(texts, 64), PackedDocuments(texts, 64))
+    settings = dataclasses.replace(SETTINGS, max_steps=1, batch=1, accumulate=2, anneal_steps=0, save_every=1)
+    model, ones, active, shares = opened(folder), np.zeros(2), 0, []
+    with torch.no_grad():
+        for sequence in data.training:
+            batch = stacked([sequence])
+            counted = batch.pop("counted")
+            start = dict.fromkeys(model.config.routed_layers, settings.rate(0))
+            outputs = model(**batch, **training_routing(settings, 0, start, {}, counted), use_cache=False)
+            labels = skip_labels("cos-global", outputs.training_routing, counted, settings.rate(0))
+            found = np.array([int(chosen.sum()) for chosen in labels.values()])
+            ones, shares = ones + found, [*shares, found / int(counted.sum())]
+            active += sum(int((scores > 0.5)[counted].sum()) for scores in outputs.router_scores.values())
+    assert not np.allclose(ones / 74, np.mean(shares, 0), atol=0.02)
+    run(opened(folder), data, tmp_path, settings)
+    stored = json.loads((tmp_path / "checkpoint-1" / "capacities.json").read_text())
+    assert list(stored.values()) == (ones / 74).tolist()
+    (step,) = steps_of(tmp_path)
+    assert step["active"] == active / (2 * 74)
+
+
 @pytest.mark.parametrize("selection", ["top-k", "threshold"])
 def test_evaluation_routes_as_inference_and_beside_it_as_training(
     folder: Path, data: PackedSets, tmp_path: Path, selection: str
@@ -412,20 +445,7 @@ def test_two_processes_equal_one_when_the_batch_is_the_same(
     settings = dataclasses.replace(SETTINGS, accumulate=2)
     one = opened(folder)
     run(one, data, tmp_path / "one", settings)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.modeling.training_runs"])
-    ranks = [
-        context.Process(
-            target=run_rank, args=(shared | {"RANK": rank, "LOCAL_RANK": rank}, folder, chats, tmp_path / "two")
-        )
-        for rank in ("0", "1")
-    ]
-    for rank in ranks:
-        rank.start()
+    ranks = start_ranks(run_rank, folder, chats, tmp_path / "two")
     for rank in ranks:
         rank.join(timeout=240)
     assert [rank.exitcode for rank in ranks] == [0, 0]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
+import socket
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from dlo_export.checkpoints.opening import open_checkpoint
 from dlo_export.modeling.from_tensors import llama_dlo_from_tensors
 from dlo_export.modeling.llama_dlo import LlamaDloForCausalLM
 from dlo_export.modeling.training.documents import TokenDocument, tokenize_records
+from dlo_export.modeling.training.measuring import Measuring
 from dlo_export.modeling.training.packing import PackedDocuments, PackedSets
 from dlo_export.modeling.training.records import read_records
 from dlo_export.modeling.training.reports import StepReport
@@ -112,6 +116,43 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """The log's entries of steps, without those of evaluations."""
     return [entry for entry in log_of(folder) if "loss" in entry]
+
+
+def run_rank_whose_scores_are_off(
+    environment: dict[str, str], model_folder: Path, chats: Path, run_folder: Path, off: float
+) -> None:
+    """As `run_rank`, the second process measuring rates by other scores; each writes how it shifted thresholds."""
+    rank = environment["RANK"]
+    if rank != "0":
+        own = Measuring._held_out_scores
+        Measuring._held_out_scores = lambda self, sequences: {  # type: ignore[method-assign]
+            layer: scores.double().add(off).clamp(0, 1).float() for layer, scores in own(self, sequences).items()
+        }
+    os.environ |= environment
+    torch.set_num_threads(1)
+    settings = dataclasses.replace(SETTINGS, target=0.9, anneal_steps=0, max_steps=2, rate_weight=0.0)
+    model = opened(model_folder)
+    result = run(model, packed_sets(model_folder, chats), run_folder, settings)
+    assert result.rate_control is not None
+    found = {**dataclasses.asdict(result.rate_control), "of_the_model": model.config.router_thresholds}
+    run_folder.with_name(f"{run_folder.name}-{rank}.json").write_text(json.dumps(found))
+
+
+def start_ranks(target: Callable[..., None], *arguments: object) -> list[BaseProcess]:
+    """Two processes of a run, given the environment of `accelerate launch`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.modeling.training_runs"])
+    ranks: list[BaseProcess] = [
+        context.Process(target=target, args=(shared | {"RANK": rank, "LOCAL_RANK": rank}, *arguments))
+        for rank in ("0", "1")
+    ]
+    for rank in ranks:
+        rank.start()
+    return ranks
 
 
 def run_rank(environment: dict[str, str], model_folder: Path, chats: Path, run_folder: Path) -> None:

@@ -123,9 +123,9 @@ def decoder(
 
 
 def rename_dimension(model: bytes, name: str, axis: int, size: int) -> bytes:
-    """The same graph with one dimension of an input declared otherwise."""
+    """The same graph with one dimension of an input or output declared otherwise."""
     proto = onnx.load_from_string(model)
-    value = next(value for value in proto.graph.input if value.name == name)
+    value = next(value for value in [*proto.graph.input, *proto.graph.output] if value.name == name)
     value.CopyFrom(
         helper.make_tensor_value_info(
             name,

@@ -9,15 +9,16 @@ import math
 import numpy as np
 import pytest
 
-from dlo_export.runtimes.parity.by_layer import PartOutput, compare_by_layer
+from dlo_export.runtimes.parity.by_layer import OpenPart, PartOutput, compare_by_layer
 from dlo_export.runtimes.parity.cases import Case, Feed, step_feeds
 from dlo_export.runtimes.parity.layer_report import LayerReport, PartResult
-from dlo_export.runtimes.parity.statistics import Flip
+from dlo_export.runtimes.parity.statistics import Flip, ScoreStatistics
 from dlo_export.runtimes.parity.tolerances import TOLERANCES, Tolerance
 from dlo_export.runtimes.runner import BoolArray, FloatArray
 
-TOLERANCE = Tolerance(mean=0.25, largest=1.0, margin=0.125, own_errors=1, why="")
+TOLERANCE = Tolerance(mean=0.25, largest=1.0, score_layer=0.5, score=1.0, margin=0.125, own_errors=1, why="")
 RIGHT = PartResult("layer 0", error=0.5, largest=9.0, alone=0.5, worst_alone=2.0, decisions=4, flips=())
+SCORES = ScoreStatistics(4, 0.5, 0, 0.5, 1.0, ())
 TIE, SURE = Flip(0, 0, 3, 0.625, 0.4), Flip(0, 0, 3, 0.65, 0.4)
 
 
@@ -33,6 +34,10 @@ TIE, SURE = Flip(0, 0, 3, 0.625, 0.4), Flip(0, 0, 3, 0.65, 0.4)
         ({"error": math.nan}, "FAIL", "off by nan"),
         ({"flips": (TIE, TIE)}, "AMBIGUOUS", "2 near-ties flipped"),
         ({"flips": (TIE, SURE)}, "FAIL", "1 decisions flipped that are no near-ties"),
+        ({"scores": SCORES}, "PASS", ""),
+        ({"scores": dataclasses.replace(SCORES, layer_median=0.51)}, "FAIL", "layer 0 by median 5.1e-01"),
+        ({"scores": dataclasses.replace(SCORES, largest=1.1)}, "FAIL", "the largest by 1.1e+00, 5e-01 and 1e+00 are"),
+        ({"scores": dataclasses.replace(SCORES, layer_median=math.nan)}, "FAIL", "scores of its router differ"),
     ],
 )
 def test_part_is_judged_by_its_streams_then_by_its_decisions(
@@ -101,3 +106,34 @@ def test_json_has_a_row_per_part_and_no_number_that_is_none() -> None:
     right, none = document["parts"]
     assert (right["name"], right["error"], right["decisions"], right["flips"]) == ("layer 0", 0.5, 4, [])
     assert (none["error"], none["alone"], none["flips"]) == (None, 0.5, [dataclasses.asdict(TIE)])
+
+
+class Scored(OneHot):
+    """A part that lets everything pass, and shows a score per token: all, or halved about the threshold."""
+
+    def __init__(self, *, halved: bool) -> None:
+        super().__init__(None)
+        self.halved = halved
+
+    def step(self, stream: FloatArray | None, feed: Feed, active: BoolArray | None) -> PartOutput:
+        scores = (feed.input_ids / 97).astype(np.float32)
+        return super().step(stream, feed, active)._replace(scores=(scores + 0.5) / 2 if self.halved else scores)
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_layer_fails_when_its_scores_are_others_though_every_decision_is_the_same(halved: bool) -> None:
+    def parts(*, halved: bool) -> OpenPart:
+        return lambda part: contextlib.nullcontext(Scored(halved=halved) if part == 1 else OneHot(None))
+
+    report = compare_by_layer(
+        parts(halved=False),
+        parts(halved=halved),
+        [Case("prefill", step_feeds([np.arange(97)], 1))],
+        num_layers=1,
+        thresholds={0: 0.5},
+        dtype="fp32",
+        names=("right", "candidate"),
+    )
+    assert (report.verdict, report.first_failing) == (("FAIL", "layer 0") if halved else ("PASS", None))
+    assert not any(part.flips for part in report.parts)
+    assert ("scores of its router differ: layer 0 by median 1.3e-01" in report.summary()) == halved

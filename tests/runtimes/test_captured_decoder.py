@@ -102,6 +102,19 @@ def test_decoder_decodes_anew_when_its_cache_was_cropped(tmp_path: Path) -> None
         decoder.crop([8, 4, 5])
 
 
+def test_others_decode_on_when_a_full_sequence_that_has_ended_is_cropped(tmp_path: Path) -> None:
+    decoder, ids = decoder_of(tiny_model(tmp_path / "model")), tokens_of(3, CAPACITY)
+    lengths = [CAPACITY - 2, 4, 5]
+    decoder.prefill(ids, lengths)
+    expected = [decoder.decode(ids[:, step]).logits[1:].clone() for step in range(2)]
+    with pytest.raises(StepError, match="a sequence that has ended, crop to fewer tokens"):
+        decoder.decode(ids[:, 2])
+    decoder.prefill(ids, [CAPACITY, 4, 5])
+    for step in range(2):
+        decoder.crop([1, 4 + step, 5 + step])
+        torch.testing.assert_close(decoder.decode(ids[:, step]).logits[1:], expected[step], atol=1e-6, rtol=0)
+
+
 def test_decoder_goes_on_where_it_was_when_a_step_fails(tmp_path: Path) -> None:
     decoder = decoder_of(tiny_model(tmp_path / "model"))
     decoder.prefill(tokens_of(3, 6))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -183,6 +184,72 @@ def test_parity_fails_when_decisions_differ_by_more_than_rounding(reference: Tor
     assert max(flip.margin for flip in flips) > 0.01
 
 
+ROUTED = (0, 1, 3)
+RIGHT = {layer: f"scores = Identity (s{layer})" for layer in ROUTED}
+
+
+def _with_scores(model: bytes, shown: dict[int, str]) -> bytes:
+    """A graph whose outputs of scores are others: by layer, made of `s0`, `s1`, `s3`; none are left out."""
+    proto = onnx.load_from_string(model)
+    outputs = {f"router_scores.{layer}": f"s{layer}" for layer in ROUTED}
+    for node in proto.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [outputs.get(name, name) for name in names]
+    for layer, name in zip(ROUTED, outputs, strict=True):
+        (value,) = (value for value in proto.graph.output if value.name == name)
+        if layer not in shown:
+            proto.graph.output.remove(value)
+            continue
+        inputs = "float[b, t] s0, float[b, t] s1, float[b, t] s3, float half"
+        for node in onnx.parser.parse_graph(f"g ({inputs}) => (float[b, t] scores) {{ {shown[layer]} }}").node:
+            node.output[:] = [name if output == "scores" else output for output in node.output]
+            proto.graph.node.append(node)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0.5, np.float32), "half"))
+    return proto.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("shown", "flips"),
+    [
+        ({**RIGHT, 1: "sum = Add (s1, half) scores = Mul (sum, half)"}, False),
+        ({**RIGHT, 0: RIGHT[1], 1: RIGHT[0]}, True),
+    ],
+    ids=["halved about the threshold", "of another layer"],
+)
+def test_parity_fails_when_scores_are_shown_that_are_not_the_routers(
+    reference: TorchRunner, builds: Builds, shown: dict[int, str], flips: bool
+) -> None:
+    wrong = _with_scores(builds.forced, shown)
+    candidate = dataclasses.replace(
+        _onnx_candidate("wrong", builds),
+        open_forced=lambda: OnnxRuntimeRunner(wrong, weights_folder=builds.folder, threads=1),
+    )
+    report = _compare(reference, candidate)
+    assert report.verdict == "FAIL", report.summary()
+    assert any(case.flips for case in report.cases) == flips
+    if not flips:
+        reasons = [case.judge(TOLERANCES["fp32"]).reason for case in report.cases]
+        assert all(reason.startswith("scores of routers differ: layer 1 by median") for reason in reasons), reasons
+
+
+@pytest.mark.parametrize("shown", [{}, {0: RIGHT[0]}], ids=["none", "one layer's"])
+def test_report_says_so_when_scores_are_not_shown(
+    reference: TorchRunner, builds: Builds, shown: dict[int, str]
+) -> None:
+    silent = _with_scores(builds.forced, shown)
+    candidate = dataclasses.replace(
+        _onnx_candidate("silent", builds),
+        open_forced=lambda: OnnxRuntimeRunner(silent, weights_folder=builds.folder, threads=1),
+    )
+    report = _compare(reference, candidate)
+    assert report, report.summary()
+    hidden = tuple(layer for layer in ROUTED if layer not in shown)
+    assert all(case.scores.not_shown == hidden for case in report.cases)
+    assert {case.decisions > 0 for case in report.cases} == {bool(shown)}, [(c.case, c.decisions) for c in report.cases]
+    said = f"scores of layers {', '.join(map(str, hidden))} not shown: their routers were not compared"
+    assert report.summary().count(said) == len(report.cases)
+
+
 def _nudged_router(score_logit: float) -> Callable[[dict[str, np.ndarray]], None]:
     """Moves router 0 so that the prefill's last token has a given logit; layer 0 sees embeddings, which are known."""
 
@@ -241,7 +308,7 @@ def test_parity_is_ambiguous_when_sixteen_bits_flip_near_ties_of_routers_that_ar
     (case,) = (case for case in report.cases if case.flips)
     assert case.own_error is not None
     assert case.own_error.compared == "PyTorch's own bf16 is off its fp32"
-    assert case.score_error > 2 * case.own_error.score_mean
+    assert case.scores.mean > 2 * case.own_error.score_mean
     assert "scores are off by mean" in case.judge(TOLERANCES["bf16"]).reason
 
 

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dlo_export.runtimes.memory import available_memory
+import pytest
+
+from dlo_export.runtimes.errors import BackendUnavailableError
+from dlo_export.runtimes.memory import available_memory, check_memory, in_words
 
 
 def test_available_memory_obeys_the_containers_limit_when_there_is_one(tmp_path: Path) -> None:
@@ -16,3 +19,11 @@ def test_available_memory_obeys_the_containers_limit_when_there_is_one(tmp_path:
     (tmp_path / "memory.max").write_text("2000000\n")
     assert available_memory(meminfo, tmp_path) == 2000000 - 400000
     assert available_memory(tmp_path / "none", tmp_path) == 2000000 - 400000
+
+
+def test_what_memory_does_not_hold_is_refused_with_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlo_export.runtimes.memory.available_memory", lambda: 3 << 30)
+    check_memory(3 << 30)
+    with pytest.raises(BackendUnavailableError, match=r"^3\.0 GB of memory are free$"):
+        check_memory((3 << 30) + 1)
+    assert (in_words(2**40), in_words(2**29)) == ("1,024.0 GB", "512.0 MB")

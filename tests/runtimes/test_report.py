@@ -7,7 +7,7 @@ import pytest
 from dlo_export.runtimes.parity.case_result import CaseResult, OwnRun
 from dlo_export.runtimes.parity.greedy_result import GreedyDifference, GreedyResult
 from dlo_export.runtimes.parity.report import ParityReport
-from dlo_export.runtimes.parity.statistics import Flip, LogitStatistics
+from dlo_export.runtimes.parity.statistics import NO_SCORES, Flip, LogitStatistics, ScoreStatistics
 from dlo_export.runtimes.parity.tolerances import TOLERANCES, OwnError, Tolerance
 from dlo_export.runtimes.parity.verdict import Judgement
 
@@ -138,6 +138,38 @@ def test_case_is_judged_by_the_reference_s_own_error_when_the_table_fails_it(
     assert words in judgement.reason
 
 
+@pytest.mark.parametrize(
+    ("layer_median", "largest", "own", "verdict", "words"),
+    [
+        (1e-5, 2e-2, None, "PASS", ""),
+        (1.1e-5, 2e-2, None, "FAIL", "scores of routers differ: layer 3 by median 1.1e-05 and the largest by 2.0e-02"),
+        (1e-5, 2.1e-2, None, "FAIL", "1e-05 and 2e-02 are allowed"),
+        (float("nan"), float("nan"), None, "FAIL", "layer 3 by median nan"),
+        (2e-5, 2.1e-2, OwnError(0.0, 0.0, 6e-3, 1e-6, 5e-6), "PASS", "as exact as the reference"),
+        (2e-5, 2.1e-2, OwnError(0.0, 0.0, 6e-3, 1e-6, 4e-6), "FAIL", "scores of routers differ"),
+        (2e-4, 2.1e-2, OwnError(0.0, 0.0, 6e-3, 1e-6, 1e-4), "AMBIGUOUS", "a wrong one might pass"),
+    ],
+)
+def test_scores_are_judged_when_no_decision_flips(
+    layer_median: float, largest: float, own: OwnError | None, verdict: str, words: str
+) -> None:
+    scores = ScoreStatistics(30, layer_median / 2, 3, layer_median, largest, ())
+    result = CaseResult("prefill", "onnx", EXACT, EXACT, 30, (), own_error=own, scores=scores)
+    judgement = result.judge(TOLERANCES["fp32"])
+    assert judgement.verdict == verdict
+    assert words in judgement.reason
+
+
+def test_summary_says_which_routers_scores_are_off_and_which_are_not_shown() -> None:
+    shown, hidden = ScoreStatistics(30, 0.0, 3, 0.0, 2e-6, ()), dataclasses.replace(NO_SCORES, not_shown=(1, 3))
+    cases = [CaseResult("prefill", "onnx", EXACT, None, count, (), scores=s) for count, s in ((30, shown), (0, hidden))]
+    report = ParityReport("PyTorch", "fp32", TOLERANCES["fp32"], tuple(cases))
+    first, second = report.summary().splitlines()[1:]
+    assert first.endswith("0 of 30 decisions flipped, scores within 2.0e-06")
+    assert second.endswith("within 0.0e+00, scores of layers 1, 3 not shown: their routers were not compared")
+    assert [case["scores"]["not_shown"] for case in report.to_json()["cases"]] == [[], [1, 3]]
+
+
 def test_case_is_judged_by_the_table_alone_when_that_passes_it() -> None:
     result = CaseResult("prefill", "onnx", EXACT, None, 0, (), own_error=OwnError(1.0, 1.0, 1.0))
     assert result.judge(TOLERANCES["fp32"]) == ("PASS", "")
@@ -150,7 +182,8 @@ def test_flip_is_a_near_tie_up_to_the_margin(score: float, verdict: str, own_run
     result = CaseResult("prefill", "onnx", EXACT, EXACT, 10, flips)
     if own_run:
         result = dataclasses.replace(result, flips=(Flip(0, 0, 3, 0.5, 0.6),), own_run=OwnRun(EXACT, flips))
-    assert result.judge(Tolerance(0.0, 0.0, 0.125, 1, "")).verdict == verdict
+    table = Tolerance(mean=0.0, largest=0.0, score_layer=0.0, score=0.0, margin=0.125, own_errors=1, why="")
+    assert result.judge(table).verdict == verdict
 
 
 def test_flip_is_a_near_tie_when_the_reference_s_own_score_is_as_uncertain() -> None:
@@ -190,7 +223,8 @@ def test_flip_passes_when_all_that_it_led_to_is_right_and_scores_are_off_by_roun
 ) -> None:
     flip = Flip(0, 0, 3, 0.54, 0.49)
     result = CaseResult("prefill", "onnx", EXACT, FAR, 10, (flip,), own_error=own)
-    result = dataclasses.replace(result, score_error=score_error, own_run=own_run)
+    scores = ScoreStatistics(10, score_error, 0, score_error, score_error, ())
+    result = dataclasses.replace(result, scores=scores, own_run=own_run)
     judgement = result.judge(TOLERANCES["bf16"])
     assert judgement.verdict == verdict
     assert words in judgement.reason

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
-from dlo_export.runtimes.errors import ModelInterfaceError, ModelLoadError, StepError
+from dlo_export.runtimes.errors import BackendUnavailableError, ModelInterfaceError, ModelLoadError, StepError
 from dlo_export.runtimes.generation.generate import generate
+from dlo_export.runtimes.onnxruntime.providers import CPU, Provider
 from dlo_export.runtimes.onnxruntime.runner import OnnxRuntimeRunner
 from dlo_export.runtimes.onnxruntime.static_cache_runner import StaticCacheRunner
 from dlo_export.runtimes.parity.cases import Case, step_feeds
 from dlo_export.runtimes.parity.compare import Candidate, compare
 from tests.runtimes.feeding import feed, joined_logits
-from tests.runtimes.static_cache_graphs import LAYERS, MAX_CACHE, VOCAB, decoder, rename_dimension
+from tests.runtimes.static_cache_graphs import HEAD_DIM, KV_HEADS, LAYERS, MAX_CACHE, VOCAB, decoder, rename_dimension
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
 
@@ -96,6 +99,61 @@ def test_generation_goes_on_when_a_sequence_has_ended() -> None:
         assert generate(static, PROMPTS, max_new_tokens=8, end_tokens=ends).sequences == wanted
 
 
+@pytest.mark.parametrize("provider", [CPU, Provider(CPU.name, reads_back=True)], ids=["of the host", "read back"])
+def test_generation_goes_on_when_a_sequence_has_ended_with_its_last_slot_taken(provider: Provider) -> None:
+    prompts = [np.random.default_rng(1).integers(1, VOCAB, MAX_CACHE - 4).tolist(), *PROMPTS]
+    with OnnxRuntimeRunner(decoder("growing"), threads=1) as growing:
+        ends = {generate(growing, prompts, max_new_tokens=5).sequences[0][-1]}
+        wanted = generate(growing, prompts, max_new_tokens=12, end_tokens=ends).sequences
+    assert len(wanted[0]) == 5
+    assert max(map(len, wanted)) == 12
+    with StaticCacheRunner(decoder("static"), threads=1, provider=provider) as static:
+        assert generate(static, prompts, max_new_tokens=12, end_tokens=ends).sequences == wanted
+        with pytest.raises(StepError, match=rf"sequence 0 has {MAX_CACHE} tokens in it and the step adds 1"):
+            generate(static, prompts, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("last_logits", [False, True])
+def test_sequences_rest_and_go_on_when_others_take_more_tokens_than_they_have_slots_left(last_logits: bool) -> None:
+    rng = np.random.default_rng(2)
+    # By sequence, how many tokens each step gives it: the first is soon full, the second rests with two slots left.
+    counts = np.array([[20, 4, 0, 0], [22, 0, 0, 2], [3, 2, 9, 1]])
+    columns = counts.max(0)
+    mask = np.concatenate([np.arange(n)[::-1] < counts[:, [i]] for i, n in enumerate(columns)], 1).astype(np.int64)
+    ids = rng.integers(1, VOCAB, mask.shape)
+    found = []
+    with (
+        OnnxRuntimeRunner(decoder("growing"), threads=1) as growing,
+        StaticCacheRunner(decoder("static"), threads=1) as static,
+    ):
+        for runner in (growing, static):
+            runner.reset(len(counts))
+            stops = columns.cumsum()
+            found.append(
+                [
+                    runner.step(
+                        ids[:, stop - size : stop],
+                        mask[:, :stop],
+                        np.maximum(mask.cumsum(1) - 1, 0)[:, stop - size : stop],
+                        last_logits=last_logits,
+                        hidden_states=True,
+                    )
+                    for size, stop in zip(columns, stops, strict=True)
+                ]
+            )
+    for number, (wanted, got) in enumerate(zip(*found, strict=True)):
+        real = mask[:, columns[:number].sum() : columns[: number + 1].sum()].astype(bool)
+        logits = real[:, -1:] if last_logits else real
+        assert got.logits.shape == wanted.logits.shape
+        np.testing.assert_allclose(got.logits[logits], wanted.logits[logits], atol=1e-4)
+        assert not got.logits[~logits].any()
+        for layer in range(LAYERS):
+            for name in ("router_scores", "hidden_states"):
+                values, expected = getattr(got, name)[layer], getattr(wanted, name)[layer]
+                np.testing.assert_allclose(values[real], expected[real], atol=1e-4)
+                assert not values[~real].any()
+
+
 @pytest.mark.parametrize("most", [1, 3])
 def test_prompt_is_fed_in_steps_that_the_largest_profile_takes(most: int) -> None:
     with (
@@ -105,6 +163,27 @@ def test_prompt_is_fed_in_steps_that_the_largest_profile_takes(most: int) -> Non
         assert max(map(len, PROMPTS)) > most
         wanted, found = (generate(runner, PROMPTS, max_new_tokens=4).sequences for runner in (free, bounded))
         assert found == wanted
+
+
+def test_reset_says_what_a_cache_takes_when_no_memory_holds_it() -> None:
+    slots = 2**40
+    model = decoder("static")
+    for layer in range(LAYERS):
+        for part in ("key", "value"):
+            model = rename_dimension(model, f"past_key_values.{layer}.{part}", 2, slots)
+            model = rename_dimension(model, f"present.{layer}.{part}", 2, slots)
+    with StaticCacheRunner(model, threads=1) as runner:
+        with pytest.raises(BackendUnavailableError) as error:
+            runner.reset(3)
+        takes = 3 * 2 * LAYERS * KV_HEADS * slots * HEAD_DIM * 4 // 2**30
+        said = (
+            rf"a KV cache of {slots:,} slots for each of 3 sequences takes {takes:,}\.0 GB, and [\d,.]+ [GM]B of memory"
+        )
+        assert re.search(said, error.value.message), error.value.message
+        assert error.value.hint == "run fewer sequences at once, or export with a smaller --trt-max-cache"
+        assert error.value.exit_code == 4
+        with pytest.raises(StepError, match="step before reset"):
+            runner.step(np.ones((3, 1), np.int64), np.ones((3, 1), np.int64), np.zeros((3, 1), np.int64))
 
 
 def test_runner_stays_usable_when_a_step_did_not_fit() -> None:

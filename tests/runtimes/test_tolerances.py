@@ -44,6 +44,8 @@ def test_table_has_every_dtype_of_an_export_and_grows_with_its_rounding() -> Non
         assert fine.mean < coarse.mean
         assert fine.largest < coarse.largest
         assert fine.margin < coarse.margin
+        assert fine.score_layer < coarse.score_layer
+        assert fine.score < coarse.score
 
 
 @pytest.mark.parametrize(
@@ -59,8 +61,10 @@ def test_tolerance_is_widened_number_by_number_where_the_reference_is_off_itself
     own: tuple[float, float, float], limit: float, times: tuple[float, float, float]
 ) -> None:
     mean, largest, score = own
-    wide = Tolerance(1.0, 1.0, 1.0, 2, "").widened(OwnError(mean, largest, score), limit=limit)
+    table = Tolerance(mean=1.0, largest=1.0, score_layer=1.0, score=1.0, margin=1.0, own_errors=2, why="")
+    wide = table.widened(OwnError(mean, largest, score, score_layer=mean), limit=limit)
     assert (wide.mean, wide.largest, wide.margin) == times
+    assert (wide.score_layer, wide.score) == (times[0], times[2])
 
 
 @pytest.mark.parametrize(("dtype", "finer"), [("fp16", "fp32"), ("bf16", "fp32")])

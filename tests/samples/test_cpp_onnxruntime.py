@@ -392,6 +392,26 @@ def test_program_refuses_before_the_first_token_what_a_static_cache_does_not_hol
     assert (result.returncode, len(result.stdout.split(","))) == (0, 5)
 
 
+def test_program_says_what_a_static_cache_takes_when_no_memory_holds_it(program: Path, tmp_path: Path) -> None:
+    folder, slots, total = exported(tmp_path, KINDS["static cache"]), 2**30, 0
+
+    def grow(graph: onnx.GraphProto) -> None:
+        nonlocal total
+        for values in (graph.input, graph.output):
+            for value in values:
+                if value.name.startswith(("past_key_values.", "present.")):
+                    sizes = value.type.tensor_type.shape.dim
+                    sizes[2].dim_value, sizes[3].dim_value = slots, 2**16  # more than a processor can address
+                    total += slots * sizes[1].dim_value * sizes[3].dim_value * 4 // 2  # past and present are one
+
+    edited(grow)(folder)
+    assert total > 2**50
+    result = run([program, folder, "--tokens", "5,6", "--steps", "2", "--no-end"])
+    assert (result.returncode, result.stdout) == (4, ""), result.stderr
+    assert f"{folder}: no memory: a KV cache of {slots} slots takes {total} bytes" in result.stderr
+    assert "hint: export with a smaller --static-cache" in result.stderr
+
+
 def test_program_asks_for_the_library_when_an_artefact_needs_one(program: Path, tmp_path: Path) -> None:
     folder = exported(tmp_path, KINDS["mlp, plugin"])
     for given, message in (

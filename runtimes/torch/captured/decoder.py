@@ -157,7 +157,8 @@ class CapturedDecoder:
         if max(self._lengths) >= self._capacity:
             raise StepError(
                 f"captured decode: all {self._capacity} slots of a sequence are in use",
-                hint="open a decoder of a larger capacity",
+                hint="open a decoder of a larger capacity; a sequence that has ended, crop to fewer tokens: what its "
+                "row then computes and writes is nobody's",
             )
         self._tokens.copy_(tokens)
         output = self._decode_step() if self._decode_graph is None else self._decode_graph.replay()

@@ -1,6 +1,7 @@
 // Generates tokens: a prompt in steps, then one token per step.
 #pragma once
 
+#include <dlo/prompt_steps.h>
 #include <dlo/sampling.h>
 #include <dlo/sequence.h>
 
@@ -16,7 +17,7 @@ struct GenerateOptions {
     size_t newTokens = 128;          // at most
     std::vector<int64_t> endTokens;  // any of them ends the sequence, and is its last token
     Sampling sampling;
-    size_t prefillTokens = 256;      // the prompt is fed in steps of so many
+    size_t prefillTokens = kPREFILL_TOKENS;  // the prompt is fed in steps of so many
 };
 
 // What a generation gave and took.

@@ -3,6 +3,7 @@
 
 #include <dlo/error.h>
 #include <dlo/model.h>
+#include <dlo/prompt_steps.h>
 
 #include <onnxruntime_cxx_api.h>
 
@@ -91,12 +92,19 @@ public:
         mActivity.clear();
         mLastActivity.clear();
         if (mModel.slots() == 0) return;
-        // Attention multiplies by 0 what nobody has filled, so it must be numbers.
+        size_t total = 0;
+        for (State const& state : mModel.states()) total += bytesOf(state, 0);
         for (size_t i = 0; i < mPast.size(); ++i) {
-            State const& state = mModel.states()[i];
-            mPast[i].reserve(static_cast<size_t>(state.elements(0)) * state.elementBytes);
-            std::memset(mPast[i].data(), 0, mPast[i].bytes());
+            try {
+                mPast[i].reserve(bytesOf(mModel.states()[i], 0));
+            } catch (MachineError const&) {
+                throw MachineError(mModel.artefact().folder.string() + ": no memory: a KV cache of "
+                        + std::to_string(mModel.slots()) + " slots takes " + std::to_string(total) + " bytes",
+                    "export with a smaller --static-cache, or let fewer sequences be open at once");
+            }
         }
+        // Attention multiplies by 0 what nobody has filled, so it must be numbers.
+        for (detail::Buffer& slots : mPast) std::memset(slots.data(), 0, slots.bytes());
     }
 
     // Appends tokens in one step; returns the logits behind the last of them, float [vocab], valid until the next step.
@@ -106,11 +114,10 @@ public:
     std::vector<float> const& step(std::vector<int64_t> const& tokens) { return step(tokens.data(), tokens.size()); }
 
     // Appends a prompt in steps of so many tokens: at once, scores and mask grow with the square of it.
-    std::vector<float> const& prefill(std::vector<int64_t> const& tokens, size_t stepTokens = 256) {
+    std::vector<float> const& prefill(std::vector<int64_t> const& tokens, size_t stepTokens = kPREFILL_TOKENS) {
         if (stepTokens == 0) throw InputError("prefill in steps of 0 tokens", "");
-        for (size_t start = 0; start == 0 || start < tokens.size(); start += stepTokens) {
-            step(tokens.data() + start, std::min(stepTokens, tokens.size() - start));
-        }
+        if (tokens.empty()) return step(tokens);  // refuses that
+        feedInSteps(tokens.size(), stepTokens, [&](size_t first, size_t count) { step(tokens.data() + first, count); });
         return mLogits;
     }
 
