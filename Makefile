@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two BLAS threads whatever the machine, so that runs on different machines do the same arithmetic in the same order.
 export OMP_NUM_THREADS ?= 2
+# What Python compiled is kept, whatever the environment says: pip compiles nothing here, and without that every process
+# of the tests would compile PyTorch anew, for ten seconds of a core.
+export PYTHONDONTWRITEBYTECODE :=
 # Processes that share the test files; an engine build takes a gigabyte.
 WORKERS ?= 2
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import typer
 
 from dlo_export import __version__
@@ -33,3 +35,16 @@ def _options(
     ),
 ) -> None:
     del version
+
+
+def app_for(arguments: list[str]) -> typer.Typer:
+    """The app with the one command that the arguments begin with, or with all of them where they begin with none.
+
+    Options are made of signatures at every start: those of all commands take a tenth of a second.
+    """
+    asked = [command for command in app.registered_commands if arguments[:1] == [command.name]]
+    if not asked:
+        return app
+    alone = copy.copy(app)
+    alone.registered_commands = asked
+    return alone

@@ -40,8 +40,9 @@ def _run(given: list[str], signals: StopSignals) -> int:
     defer_imports()
     code = 0
     try:
-        from dlo_export.exporter.app import app  # noqa: PLC0415
+        from dlo_export.exporter.app import app_for  # noqa: PLC0415
 
+        app = app_for(given)
         code = app(given or ["--help"], prog_name="dlo", standalone_mode=False) or (0 if given else BAD_INPUT)
         sys.stdout.flush()
     except BaseException as error:

@@ -13,7 +13,7 @@ import torch
 import typer
 
 from dlo_export import __version__
-from dlo_export.exporter.app import app
+from dlo_export.exporter.app import app, app_for
 from dlo_export.exporter.exit_codes import BAD_INPUT, MACHINE, OUR_BUG, exit_code, report_error
 from tests.exporter.forked_commands import run as dlo
 from tests.tiny_models import save_tiny_llama
@@ -221,3 +221,10 @@ def test_commands_load_no_heavy_library_when_their_options_are_listed():
 def test_version_is_printed_when_no_command_is_given():
     result = dlo("--version")
     assert (result.returncode, result.stdout) == (0, f"dlo-export {__version__}\n")
+
+
+def test_options_are_made_of_the_command_alone_that_is_asked_for():
+    for command in app.registered_commands:
+        assert app_for([command.name, "--help"]).registered_commands == [command]
+    for arguments in ([], ["--help"], ["--version"], ["nothing"]):
+        assert len(app_for(arguments).registered_commands) == len(app.registered_commands) == 9

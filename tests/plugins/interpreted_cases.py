@@ -1,8 +1,9 @@
 """Runs the kernels under Triton's interpreter on random cases and prints, as JSON, how far they are from NumPy.
 
-A program of its own, because TRITON_INTERPRET must be set before triton is imported; its argument is how many cases.
+A program of its own, because TRITON_INTERPRET must be set before triton is imported.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -25,17 +26,24 @@ MASKS = ("empty", "full", "one row", "ragged")
 UNWRITTEN = 0x7F  # every byte of an output buffer before the launch: a NaN or a huge number in all three dtypes
 
 
-def random_case(op_name, rng, number):
-    dtype = ("float32", "float16", "bfloat16")[number % 3]
-    mask = MASKS[number // 3 % 4]
-    tile_name = TILE_NAMES[number // 12 % 2]
-    tile, turn = tile_of(op_name, tile_name, dtype), number // 24
-    if turn == 0:  # more tokens than one scan reads, and more active rows than one tile holds
+def all_cases():
+    """(dtype, mask, tile, size) of every case of a kernel: sizes alternate, so that every two of the four meet.
+
+    What chooses rows, what cuts columns and sums, and what rounds are apart in the kernels: a fault takes two of these.
+    """
+    for (d, dtype), (m, mask), (t, tile) in itertools.product(*map(enumerate, (NUMPY, MASKS, TILE_NAMES))):
+        yield dtype, mask, tile, ("edge", "any")[(d + m + t) % 2]
+    for (m, mask), (t, tile) in itertools.product(enumerate(MASKS), enumerate(TILE_NAMES)):
+        yield list(NUMPY)[(m + t) % 3], mask, tile, "long"
+
+
+def random_case(op_name, rng, dtype, mask, tile_name, size):
+    tile = tile_of(op_name, tile_name, dtype)
+    if size == "long":  # more tokens than one scan reads, and more active rows than one tile holds
         batch, sequence = 3, tile.scan // 3 + 1
     else:
         batch, sequence = int(rng.integers(1, 5)), int(rng.integers(1, 9))
-    # Columns and what is summed: up to a tile of both; one more than a tile has; up to one more than two have.
-    columns, depth = (random_size(rng, size, turn) for size in (tile.columns, tile.depth))
+    columns, depth = (random_size(rng, of_tile, size) for of_tile in (tile.columns, tile.depth))
     hidden, intermediate = (depth, columns) if op_name == "SkipGateUp" else (columns, depth)
     active = np.zeros(batch * sequence, bool)
     if mask == "full":
@@ -45,12 +53,12 @@ def random_case(op_name, rng, number):
     elif mask == "ragged":
         active = rng.random(len(active)) < rng.random()
     scale = np.where(active, rng.uniform(0.2, 2, len(active)), rng.choice([0.0, -0.0], len(active)))
-    shape = (batch, sequence, hidden, intermediate)
-    return dtype, mask, tile_name, shape, scale.astype(np.float32).reshape(batch, sequence)
+    return (batch, sequence, hidden, intermediate), scale.astype(np.float32).reshape(batch, sequence)
 
 
-def random_size(rng, of_tile, turn):
-    least, most = {0: (1, of_tile), 1: (of_tile + 1, of_tile + 1)}.get(turn, (1, 2 * of_tile + 1))
+def random_size(rng, of_tile, size):
+    """Of columns or of what is summed: up to a tile of them; one more than a tile has; up to one more than two have."""
+    least, most = {"long": (1, of_tile), "edge": (of_tile + 1, of_tile + 1), "any": (1, 2 * of_tile + 1)}[size]
     return int(rng.integers(least, most + 1))
 
 
@@ -67,8 +75,8 @@ def bits_of(tensor):
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
 
 
-def run(op_name, rng, number):
-    dtype, mask, tile, (batch, sequence, hidden, intermediate), scale = random_case(op_name, rng, number)
+def run(op_name, rng, dtype, mask, tile, size):
+    (batch, sequence, hidden, intermediate), scale = random_case(op_name, rng, dtype, mask, tile, size)
     skipped = scale == 0
     if op_name == "SkipGateUp":
         inputs = (
@@ -100,7 +108,7 @@ def run(op_name, rng, number):
     wide, reference = got[active].astype(np.float64), expected[active].astype(np.float64)
     largest = np.abs(reference).max(axis=-1, keepdims=True)
     return {
-        "case": f"{op_name} {number}: {dtype}, {mask}, {tile}, shape {(batch, sequence, hidden, intermediate)}",
+        "case": f"{op_name}: {dtype}, {mask}, {tile}, {size}, shape {(batch, sequence, hidden, intermediate)}",
         "dtype": dtype,
         "mask": mask,
         "error": float((np.abs(wide - reference) / np.maximum(largest, 1e-30)).max(initial=0)),
@@ -133,9 +141,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     json.dump(
         [
-            run(op_name, np.random.default_rng(number), number)
+            run(op_name, np.random.default_rng(number), *case)
             for op_name in ("SkipGateUp", "SkipDown")
-            for number in range(int(sys.argv[1]))
+            for number, case in enumerate(all_cases())
         ],
         sys.stdout,
     )
