@@ -71,8 +71,8 @@ class Part(Cell):
 class ActiveQueriesAllKeysPass(AttendActiveQueriesPass):
     """Choose queries only, and have skipped tokens' keys multiplied and hidden."""
 
-    def hiding(self, rows: AttendedRows) -> None:
-        """Nothing that could go with keys."""
+    def skipped_keys(self, rows: AttendedRows) -> None:
+        """None are left out."""
         del rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -9,29 +10,44 @@ import onnx_ir as ir
 from dlo_export.checkpoints.interface import CACHE_PARTS, present_active_name
 from dlo_export.graph_passes.branches import Branch
 from dlo_export.graph_passes.cleanup.long_attention import LongAttention
-from dlo_export.graph_passes.cleanup.long_steps import (
-    AttendedRows,
-    LongStep,
-    copies,
-    most_active,
-    told_in_branch,
-)
+from dlo_export.graph_passes.cleanup.long_steps import AttendedRows, LongStep, copies, most_active, told_in_branch
 from dlo_export.graph_passes.find.data_flow import behind, is_op
 from dlo_export.graph_passes.routing.mask_blocks import router_constant
 
 QUERY, KEY, MASK, PAST = 0, 1, 3, slice(4, 6)  # inputs of an Attention node
 
 
-def hiding_node(rows: AttendedRows) -> ir.Node | None:
-    """The Where that hides skipped tokens from an attention, beside it; None where they leave keys.
+@dataclasses.dataclass(frozen=True, eq=False)
+class SkippedKeys:
+    """Where an attention is told that skipped tokens have no keys, as `RouteLayersPass` writes it.
 
-    It is as `RouteLayersPass` writes it: Where(Unsqueeze(present_active, [1, 2]), mask, lowest).
+    Attributes:
+        node: Where(Unsqueeze(active, [1, 2]), mask, lowest), beside the attention.
+        active: Who is active and was, bool [batch, total].
+        mask: What it says besides, [batch, 1, sequence, total].
+        lowest: Of nobody's scores, 0-D.
     """
-    told = told_in_branch(rows.attention, MASK)
-    if not told or not is_op(told[-1], "Where") or rows.layer is None:
-        return None
-    state = behind(told[-1].inputs[0], "Unsqueeze")
-    return told[-1] if state is not None and state.name == present_active_name(rows.layer) else None
+
+    node: ir.Node
+    active: ir.Value
+    mask: ir.Value
+    lowest: ir.Value
+
+    @classmethod
+    def of(cls, rows: AttendedRows) -> SkippedKeys | None:
+        """None where skipped tokens leave keys.
+
+        Args:
+            rows: What attends.
+        """
+        told = told_in_branch(rows.attention, MASK)
+        if not told or not is_op(told[-1], "Where") or rows.layer is None:
+            return None
+        condition, mask, lowest = told[-1].inputs
+        active = behind(condition, "Unsqueeze")
+        if active is None or mask is None or lowest is None or active.name != present_active_name(rows.layer):
+            return None
+        return cls(told[-1], active, mask, lowest)
 
 
 class ActiveQueries(LongAttention):
@@ -52,19 +68,19 @@ class ActiveQueries(LongAttention):
         self._flags, at = self._active_first(step.flags, step.size, "query")
         self._places = self.number("Unsqueeze", at, self._second_axis, name="places")
 
-    def branch(self, hiding: ir.Node | None) -> Branch:
+    def branch(self, skipped: SkippedKeys | None) -> Branch:
         """Rows of active tokens in the order of the index, and the cache.
 
         Args:
-            hiding: What hides skipped tokens, whose keys are left out then.
+            skipped: Which keys are left out; None where all are seen.
         """
-        attended, present = self._all_keys() if hiding is None else self._active_keys(hiding)
+        attended, present = self._all_keys() if skipped is None else self._active_keys(skipped)
         # Of a sequence with fewer active tokens, those it has.
         real = self.add("Cast", self._flags, name="real", dtype=ir.DataType.BOOL, to=int(ir.DataType.BOOL))
         nonzero = self.number("NonZero", real, name="nonzero")
         index = self.number("Transpose", nonzero, name="index", perm=(1, 0))
         gathered = self.add("GatherND", attended, index, name="gathered")
-        return self.nodes, [gathered if hiding is None else self.as_rows(gathered), *present]
+        return self.nodes, [gathered if skipped is None else self.as_rows(gathered), *present]
 
     def _all_keys(self) -> tuple[ir.Value, Sequence[ir.Value]]:
         """What the operator itself attends to, [batch, queries, heads·head_dim], and its cache."""
@@ -76,16 +92,13 @@ class ActiveQueries(LongAttention):
         self.nodes.append(attends)
         return attends.outputs[0], attends.outputs[1:]
 
-    def _active_keys(self, hiding: ir.Node) -> tuple[ir.Value, Sequence[ir.Value]]:
+    def _active_keys(self, skipped: SkippedKeys) -> tuple[ir.Value, Sequence[ir.Value]]:
         """Likewise, [batch, queries, heads, head_dim]: of active tokens' keys; the cache holds all of them."""
-        condition, mask, lowest = (value for value in hiding.inputs if value is not None)
-        active = behind(condition, "Unsqueeze")
-        assert active is not None, "asked by hiding_node"
-        flags, size = most_active(self.graph, self.new, active, f"{self.path}.keys")
+        flags, size = most_active(self.graph, self.new, skipped.active, f"{self.path}.keys")
         real, at = self._active_first(flags, size, "key")
 
-        # The cache as the operator gives it, and of it what is seen: where a sequence has fewer active tokens, skipped
-        # ones besides.
+        # The cache as the operator gives it, and of it what is seen: where a sequence has fewer active tokens than
+        # another, skipped ones besides.
         present = [self._grown(part) for part in range(len(CACHE_PARTS))]
         slots = self.number("Unsqueeze", at, self.constant("axes_1_3", [1, 3]), name="slots")
         of_heads = self.constant(f"of_{self.kv_heads}_heads", [1, self.kv_heads, 1, 1])
@@ -94,11 +107,11 @@ class ActiveQueries(LongAttention):
             self.add("GatherND", cache, every, name=f"seen_{part}", batch_dims=2)
             for cache, part in zip(present, CACHE_PARTS, strict=True)
         ]
-        bias = self._columns_of(self._rows_of(mask), at)
-        # Those are hidden. By Min, which takes an eighth of Where's time here.
+        bias = self._columns_of(self._rows_of(skipped.mask), at)
+        # The latter are hidden. By Min, which takes an eighth of Where's time here.
         boolean, highest = ir.DataType.BOOL, router_constant(self.graph, "highest", float(self.dtype.max), self.dtype)
         shown = self.add("Cast", real, name="key_shown", dtype=boolean, to=int(boolean))
-        bounds = self.add("Where", shown, highest, lowest, name="key_bounds")
+        bounds = self.add("Where", shown, highest, skipped.lowest, name="key_bounds")
         across = self.add("Unsqueeze", bounds, self._first_axis, name="key_bounds_across")
         bias = self.add("Min", bias, across, name="hidden")
         bias = self.add("Unsqueeze", bias, self._first_axis, name="mask")

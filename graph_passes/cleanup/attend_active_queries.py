@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from dlo_export.graph_passes.branches import Branch
-from dlo_export.graph_passes.cleanup.active_queries import ActiveQueries, hiding_node
+from dlo_export.graph_passes.cleanup.active_queries import ActiveQueries, SkippedKeys
 from dlo_export.graph_passes.cleanup.long_steps import (
     LEAST,
     AttendedRows,
@@ -84,25 +84,25 @@ class AttendActiveQueriesPass(GraphPass):
         graph = model.graph
         found = attended_rows(graph, _is_plain)
         for rows in found:
-            hiding = self.hiding(rows)
-            some = partial(self._some_queries, graph, rows, hiding)
-            told = [] if hiding is None else [hiding]
+            skipped = self.skipped_keys(rows)
+            some = partial(self._some_queries, graph, rows, skipped)
+            told = [] if skipped is None else [skipped.node]
             choose_in_long_steps(graph, rows, some, told=told, least=self.least, made_by=self._name)
         if found:
             graph.sort()
         return bool(found)
 
-    def hiding(self, rows: AttendedRows) -> ir.Node | None:
-        """What hides skipped tokens from an attention, and goes with their keys; None where all keys stay.
+    def skipped_keys(self, rows: AttendedRows) -> SkippedKeys | None:
+        """Which keys an attention is not given in long steps; None where it is given all.
 
         Args:
             rows: What attends.
         """
-        return hiding_node(rows)
+        return SkippedKeys.of(rows)
 
-    def _some_queries(self, graph: ir.Graph, rows: AttendedRows, hiding: ir.Node | None, step: LongStep) -> Branch:
+    def _some_queries(self, graph: ir.Graph, rows: AttendedRows, skipped: SkippedKeys | None, step: LongStep) -> Branch:
         """Attends from active queries alone; gives their rows in the order of the index, and the cache."""
-        return ActiveQueries(graph, rows, self._name, step).branch(hiding)
+        return ActiveQueries(graph, rows, self._name, step).branch(skipped)
 
 
 def _is_plain(attention: ir.Node) -> bool:

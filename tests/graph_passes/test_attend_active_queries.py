@@ -108,6 +108,17 @@ def test_branch_of_the_step_is_chosen_by_one_number_when_several_layers_ask() ->
     }
 
 
+def test_all_keys_are_seen_when_something_else_reads_what_hides_some() -> None:
+    model = _lowered(ROUTE, COMPACT)
+    attention = next(node for node in model.graph.all_nodes() if node.op_type == "Attention")
+    attention.graph.append(ir.node("Neg", [attention.inputs[3]]))  # type: ignore[union-attr]
+    before = run_model(model, _feeds(8))
+    assert AttendActiveQueriesPass(least=8)(model).modified
+    assert census(model, {"GatherElements": 0, "TopK": 0}) == {"GatherElements": 0, "TopK": 1}
+    for name, values in run_model(model, _feeds(8)).items():
+        np.testing.assert_allclose(values, before[name], rtol=0, atol=1e-6, err_msg=name)
+
+
 def _causal(attention: ir.Node) -> None:
     attention.attributes.add(ir.AttrInt64("is_causal", 1))
 
