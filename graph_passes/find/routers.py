@@ -45,8 +45,10 @@ class Router:
     @property
     def weight(self) -> ir.Value | None:
         """What the stream is multiplied by; None where it cannot be told."""
-        # An operator of the library gives out scores, and multiplies itself.
-        product = self.logits or (self.scores and (router_product(self.scores) or self.scores))
+        product = self.logits
+        if product is None and self.scores is not None:
+            # An operator of the library gives out scores, and multiplies itself.
+            product = router_product(self.scores) or self.scores
         node = producer_of(product)
         return node.inputs[1] if node is not None and len(node.inputs) > 1 else None
 
