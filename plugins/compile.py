@@ -53,7 +53,11 @@ class CompiledKernel:
 
 
 def compile_kernel(variant: Variant) -> CompiledKernel:
-    """PTX by Triton, cubin and resource report by the ptxas that Triton brings."""
+    """PTX by Triton, cubin and resource report by the ptxas that Triton brings.
+
+    Raises:
+        PluginError: As `ptx_of`; or ptxas refuses the PTX, or reports in other words than those that are known.
+    """
     entry, ptx, threads, shared_bytes = ptx_of(variant)
     with tempfile.TemporaryDirectory(prefix="dlo-ptxas-") as folder:
         source, image = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
