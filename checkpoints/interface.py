@@ -91,7 +91,11 @@ def is_interface_name(name: str) -> bool:
 
 
 def continuation_of(past: str) -> str:
-    """The output that continues a state input."""
+    """The output that continues a state input.
+
+    Raises:
+        ValueError: It is no state input.
+    """
     if (cache := parse_past(past)) is not None:
         return present_name(cache.layer, cache.part)
     layer = _layer_of(past_active_name(""), past)

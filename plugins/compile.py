@@ -53,7 +53,11 @@ class CompiledKernel:
 
 
 def compile_kernel(variant: Variant) -> CompiledKernel:
-    """PTX by Triton, cubin and resource report by the ptxas that Triton brings."""
+    """PTX by Triton, cubin and resource report by the ptxas that Triton brings.
+
+    Raises:
+        PluginError: As `ptx_of`; or ptxas refuses the PTX, or reports in other words than those that are known.
+    """
     entry, ptx, threads, shared_bytes = ptx_of(variant)
     with tempfile.TemporaryDirectory(prefix="dlo-ptxas-") as folder:
         source, image = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
@@ -115,8 +119,7 @@ def resource_table(kernels: Iterable[CompiledKernel]) -> str:
 
 
 def write_kernels(kernels: Iterable[CompiledKernel], folder: Path) -> None:
-    """Writes `<variant>.ptx` and `<variant>.cubin` of each."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes `<variant>.ptx` and `<variant>.cubin` of each into an existing folder."""
     for kernel in kernels:
         (folder / f"{kernel.variant.name}.ptx").write_text(kernel.ptx)
         (folder / f"{kernel.variant.name}.cubin").write_bytes(kernel.cubin)
@@ -140,8 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     wanted = variants(options.target or TARGETS, options.dtype or T_DTYPES, ops=options.op or PLUGIN_OPS)
     try:
+        if options.output:
+            options.output.mkdir(parents=True, exist_ok=True)  # before the work, which takes minutes
         kernels = compile_all(wanted)
-    except PluginError as error:
+    except (PluginError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(resource_table(kernels))

@@ -20,6 +20,9 @@ def ptx_of(variant: Variant) -> tuple[str, str, int, int]:
 
     Returns:
         Entry name, PTX without Triton's scratch parameters, threads per program, bytes of shared memory.
+
+    Raises:
+        PluginError: Triton interprets instead, or the kernel uses memory that its caller does not give.
     """
     import triton  # noqa: PLC0415 - heavy
     from triton import knobs  # noqa: PLC0415

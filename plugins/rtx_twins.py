@@ -46,7 +46,11 @@ class PluginTwin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt
         return PluginTwin(self.op)
 
     def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
-        """The outputs' dtypes: those of the one combination that has these input dtypes."""
+        """The outputs' dtypes: those of the one combination that has these input dtypes.
+
+        Raises:
+            PluginError: None has.
+        """
         inputs = len(self.op.inputs)
         for combination in self._combinations:
             if combination[:inputs] == list(input_types):
@@ -106,7 +110,11 @@ class PluginTwin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt
         return self.clone()
 
     def enqueue(self, *arguments: Any) -> None:
-        """Refuses: the kernels are in the C++ library."""
+        """Refuses: the kernels are in the C++ library.
+
+        Raises:
+            PluginError: Always.
+        """
         raise PluginError(
             f"dlo::{self.op.name} was asked to run, but its Python twin only describes it",
             hint="load libdlo_plugins.so before the engine: plugins.registration.load_library(trt, path)",

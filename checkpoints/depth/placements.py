@@ -88,6 +88,10 @@ def tli(num_layers: int, *, every: int, offset: int = 0, source: str = "prev", i
         source: What the new layer is made of: the original before it, the one after it, their mean or their slerp. At
             the end of the model there is none after it: the one before it is taken.
         init: ``zero_out`` keeps the function; ``copy``; with source prev or next, any init.
+
+    Raises:
+        ExpansionError: Nothing or too much would be injected; or the source is unknown, or does not go with the init.
+        LayerInitError: Unknown init.
     """
     if every < 1 or offset < 0 or offset + every > num_layers:
         raise ExpansionError(
@@ -125,6 +129,10 @@ def interleave(num_layers: int, *, target_layers: int, init: str = "zero_out") -
         num_layers: L, layers of the model to deepen.
         target_layers: L'; 32 to 40 puts the new layers at 4, 9, …, 39.
         init: Any init.
+
+    Raises:
+        ExpansionError: Not from one more layer to twice as many.
+        LayerInitError: Unknown init.
     """
     if not num_layers < target_layers <= 2 * num_layers:
         raise ExpansionError(
@@ -142,6 +150,9 @@ def llama_pro(num_layers: int, *, groups: int, per_group: int = 1) -> ExpansionP
         num_layers: Layers of the model to deepen.
         groups: Groups that the originals are cut into.
         per_group: P.
+
+    Raises:
+        ExpansionError: More groups than layers, or too many new layers.
     """
     return _grouped(num_layers, groups, per_group, "zero_out", "llama-pro")
 
@@ -154,6 +165,9 @@ def dus(num_layers: int, *, overlap: int) -> ExpansionPlan:
     Args:
         num_layers: L, layers of the model to deepen.
         overlap: m, layers left out at the end of the first and at the start of the second half.
+
+    Raises:
+        ExpansionError: No layer would be repeated, or the overlap is below 0, or the model would be too deep.
     """
     if overlap < 0 or 2 * overlap >= num_layers:
         raise ExpansionError(

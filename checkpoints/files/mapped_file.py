@@ -41,7 +41,11 @@ class MappedFile:
 
     @property
     def mapping(self) -> mmap.mmap:
-        """The mapping, a readable buffer of `nbytes` bytes."""
+        """The mapping, a readable buffer of `nbytes` bytes.
+
+        Raises:
+            ValueError: The file was closed.
+        """
         if self._mapping is None:
             raise ValueError(f"{self.path}: read after the checkpoint was closed")
         return self._mapping

@@ -15,7 +15,6 @@ from dlo_export.graph_passes.rewriting import replace_value
 from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 _MASK = "model.attention_mask"
-_FILLED = {"first_slot": 0, "slot_axis": 2}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,7 +101,8 @@ class HiddenSlots:
         looked_at = written
         columns: int | str = max_cache if filled is None else "filled"
         if filled is not None:
-            first, axis = (shared_constant(graph, f"{_MASK}.{name}", np.array([n])) for name, n in _FILLED.items())
+            first = shared_constant(graph, f"{_MASK}.first_slot", np.array([0]))
+            axis = shared_constant(graph, f"{_MASK}.slot_axis", np.array([2]))
             shape = ("batch", 1, columns, 1)
             name = f"{router}.filled_slots"
             looked_at = hiding.add("Slice", written, first, filled, axis, name=name, dtype=dtype, shape=shape)

@@ -58,8 +58,8 @@ def rotary_tables(attention: CachedAttention, max_cache: int) -> RotaryTables | 
             longrope): a step that no cache holds so many tokens for never comes there.
         max_cache: Tokens of a sequence at most.
     """
-    rotations = query, key = rotations_of(attention)
-    if rotations == [None, None] and all(map(_is_projected, _query_and_key(attention))):
+    query, key = rotations_of(attention)
+    if query is None and key is None and all(map(_is_projected, _query_and_key(attention))):
         return None
     if query is None or key is None:
         return "its query and key are not rotated by tables, each in a RotaryEmbedding of its own"

@@ -16,7 +16,6 @@ from dlo_export.graph_passes.spec.provenance import TaggedNodes, shared_constant
 
 _MASK, _PAST_KEY = 3, 4  # inputs of an Attention node
 _NAME = "model.full_mask"
-_NUMBERS = ((0, "first"), (1, "step"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +112,17 @@ def _not_later(graph: ir.Graph, new: TaggedNodes, tokens: ir.Value, past_key: ir
     """Which keys are no later than each of a step's queries: bool [sequence, total]."""
     assert past_key is not None, "its type was asked for"
     int64 = ir.DataType.INT64
-    zero, one = (shared_constant(graph, f"{_NAME}.{name}", np.array(number, np.int64)) for number, name in _NUMBERS)
-    column = shared_constant(graph, f"{_NAME}.column", np.array([1], np.int64))
+
+    def constant(name: str, values: int | list[int]) -> ir.Value:
+        return shared_constant(graph, f"{_NAME}.{name}", np.array(values, np.int64))
 
     def size(value: ir.Value, axis: int, name: str) -> ir.Value:
         """One dimension, 0-D."""
-        index = shared_constant(graph, f"{_NAME}.{name}_axis", np.array(axis, np.int64))
+        index = constant(f"{name}_axis", axis)
         shape = new.add("Shape", value, name=f"{_NAME}.{name}_shape", dtype=int64, shape=None)
         return new.add("Gather", shape, index, name=f"{_NAME}.{name}", dtype=int64, shape=())
 
+    zero, one, column = constant("first", 0), constant("step", 1), constant("column", [1])
     # Of the ids, not of the query: what is computed in a layer serves that layer alone.
     sequence, past = size(tokens, 1, "sequence"), size(past_key, 2, "past")
     total = new.add("Add", past, sequence, name=f"{_NAME}.total", dtype=int64, shape=())

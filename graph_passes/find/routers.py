@@ -45,11 +45,14 @@ class Router:
     @property
     def product(self) -> ir.Value | None:
         """What a MatMul gives, with its `single_axis`; None where an operator multiplies and computes scores."""
-        return self.logits or (self.scores and router_product(self.scores))
+        if self.logits is not None or self.scores is None:
+            return self.logits
+        return router_product(self.scores)
 
     @property
     def weight(self) -> ir.Value | None:
         """What the stream is multiplied by; None where it cannot be told."""
+        # An operator of the library gives out scores, and multiplies itself.
         node = producer_of(self.product or self.scores)
         if node is None or len(node.inputs) <= 1:
             return None

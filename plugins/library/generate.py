@@ -134,10 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     wanted = sorted({PORTABLE_TARGET, *options.targets}) if options.targets else []
     folder = options.output.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         kernels = compile_all(variants(wanted, ops=ORT_OPS))
-    except PluginError as error:
+    except (PluginError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for kernel in kernels:

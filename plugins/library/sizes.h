@@ -7,6 +7,22 @@
 
 namespace dlo {
 
+// Size of the first axis of a name among the operands in front of one; below 0 where none is known yet.
+template <typename SizeOf>
+int64_t knownSize(Op const& op, int32_t before, std::string const& axisName, SizeOf&& sizeOf) {
+    for (int32_t input = 0; input < before; ++input) {
+        if (sizeOf(input, -1) != op.operands[input].rank) {
+            continue;  // refused already: it may have fewer axes
+        }
+        for (int32_t axis = 0; axis < op.operands[input].rank; ++axis) {
+            if (axisName == op.operands[input].dims[axis] && sizeOf(input, axis) >= 0) {
+                return sizeOf(input, axis);
+            }
+        }
+    }
+    return -1;
+}
+
 // What is wrong with the inputs' shapes; empty when they fit the schema.
 //
 // sizeOf(input, axis) is the size of an axis, or below 0 where it is not known yet; sizeOf(input, -1) is the rank.
@@ -36,16 +52,10 @@ std::string sizeProblems(Op const& op, int32_t nbInputs, SizeOf&& sizeOf) {
                 report(name + " has " + axisName + " " + std::to_string(size) + "; expected a multiple of "
                     + std::to_string(kWidthMultiple));
             }
-            // against the first operand that has an axis of this name and a known size
-            for (int32_t other = 0; other < input; ++other) {
-                for (int32_t otherAxis = 0; otherAxis < op.operands[other].rank; ++otherAxis) {
-                    bool const same = axisName == op.operands[other].dims[otherAxis];
-                    int64_t const expected = same ? sizeOf(other, otherAxis) : -1;
-                    if (expected >= 0 && expected != size) {
-                        report(name + " has " + axisName + " " + std::to_string(size) + "; expected "
-                            + std::to_string(expected));
-                    }
-                }
+            int64_t const expected = knownSize(op, input, axisName, sizeOf);
+            if (expected >= 0 && expected != size) {
+                report(name + " has " + axisName + " " + std::to_string(size) + "; expected "
+                    + std::to_string(expected));
             }
         }
     }

@@ -10,8 +10,10 @@ import pytest
 
 from dlo_export.graph_passes.spec.ops import PLUGIN_OPS
 from dlo_export.plugins.compile import compile_all, resource_table
+from dlo_export.plugins.compile import main as compile_main
 from dlo_export.plugins.contract import T_DTYPES
 from dlo_export.plugins.errors import PluginError
+from dlo_export.plugins.library.generate import main as generate_main
 from dlo_export.plugins.ptx import ptx_of, without_scratch_parameters
 from dlo_export.plugins.tiles import TILE_NAMES, jit_tile_of, tile_of
 from dlo_export.plugins.variants import TARGETS, Variant, variants
@@ -101,6 +103,14 @@ def test_interpreter_setting_is_refused_when_compiling(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(PluginError, match="TRITON_INTERPRET"):
         ptx_of(Variant("SkipDown", "float16", "decode", 89))
+
+
+@pytest.mark.parametrize("command", [compile_main, generate_main])
+def test_command_refuses_an_output_that_is_a_file_before_it_compiles(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert command(["--output", str(tmp_path / "file")]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, str(tmp_path / "file") in printed.err) == ("", True)
 
 
 def test_command_prints_the_table_and_writes_the_files_when_one_target_is_asked(tmp_path):

@@ -40,13 +40,15 @@ def sessions(library):
     return {name: session(library, name) for name in ORT_OPS}
 
 
-def session(library, name, dtype="float32", threads=2):
+def session(library, name, dtype="float32", threads=2, *, ranks=True):
+    """Of a model of one node; without ranks, whose inputs and output may have any shape."""
     op = ORT_OPS[name]
 
     def declared(operands):
         types = [BY_NAME[dtype if operand.dtype == "T" else operand.dtype].onnx for operand in operands]
         return ", ".join(
-            f"{kind}[{', '.join(operand.dims)}] {operand.name}" for kind, operand in zip(types, operands, strict=True)
+            f"{kind}[{', '.join(operand.dims) if ranks else ''}] {operand.name}"
+            for kind, operand in zip(types, operands, strict=True)
         )
 
     attributes = ", ".join(f'{key}: string = "{value}"' for key, value in op.attributes.items())
@@ -185,6 +187,30 @@ def test_operator_refuses_with_all_sizes_when_they_do_not_fit(sessions):
     assert "input 'scale' has sequence 2; expected 1" in str(error.value)
     assert "input 'up_weight' has intermediate 24; expected 16" in str(error.value)
     assert f"hint: {SIZES_HINT}" in str(error.value)
+
+
+def test_operator_says_once_of_an_axis_that_it_does_not_fit(sessions):
+    feeds = {
+        "gated": np.zeros((1, 2, 16), np.float32),
+        "scale": np.zeros((1, 2), np.float32),
+        "down_weight": np.zeros((16, 8), np.float32),
+        "residual": np.zeros((1, 3, 8), np.float32),
+    }
+    with pytest.raises(Exception, match="input 'residual' has sequence 3; expected 2") as error:
+        sessions["SkipDown"].run(None, feeds)
+    assert str(error.value).count("input 'residual'") == 1
+
+
+def test_operator_reads_no_axis_of_an_operand_that_has_too_few(library):
+    feeds = {
+        "gated": np.zeros((1, 16), np.float32),
+        "scale": np.zeros((1, 1), np.float32),
+        "down_weight": np.zeros((16, 8), np.float32),
+        "residual": np.zeros((1, 1, 8), np.float32),
+    }
+    with pytest.raises(Exception, match="input 'gated' has rank 2; expected 3") as error:
+        session(library, "SkipDown", ranks=False).run(None, feeds)
+    assert str(error.value).count("dlo::SkipDown input") == 1
 
 
 def test_library_links_neither_onnxruntime_nor_cuda_when_built(library):
