@@ -1,6 +1,7 @@
 """What tests of several packages need."""
 
 import dataclasses
+import gc
 import importlib.util
 import signal
 from pathlib import Path
@@ -32,6 +33,12 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: no search for garbage goes over its million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):

@@ -44,8 +44,18 @@ from tests.tiny_models import save_tiny_llama
 
 REPOSITORY = Path(__file__).parents[2]
 BUDGET_S = 900
-# Two windows of each domain, half of what the form has: every run measures them a dozen times.
-QUICK = ("--quick", "--held-out-tokens", "512")
+# Half as long sequences as the form has, half as many tokens to train and measure on; one core, since tests share two.
+QUICK = (
+    "--quick",
+    "--held-out-tokens",
+    "512",
+    "--set",
+    "sequence=128",
+    "tokens=2048",
+    "curve_points=1",
+    "--threads",
+    "1",
+)
 
 
 def _save_task(folder: Path) -> Path:
@@ -178,7 +188,7 @@ def test_command_repeats_nothing_when_results_are_there(
     before = {file: file.stat().st_mtime_ns for file in (output / "runs").iterdir() if file.stem != lost}
     wanted = results[lost]["skipped"]
     (output / "runs" / f"{lost}.json").unlink()
-    assert main([*QUICK, "--output", str(output), "--budget-s", "20", "--threads", "1"]) == 0
+    assert main([*QUICK, "--output", str(output), "--budget-s", "20"]) == 0
     assert {file: file.stat().st_mtime_ns for file in (output / "runs").iterdir() if file in before} == before
     assert results[lost]["skipped"] == wanted
     assert f"{lost}: " in capsys.readouterr().err
@@ -188,7 +198,7 @@ def test_command_ends_with_2_when_results_were_run_otherwise(
     finished: tuple[Path, dict[str, object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_tiny_llama(tmp_path / "model", vocab=300, tokenizer=True)
-    assert main([*QUICK, "--output", str(finished[0]), "--model", str(model), "--threads", "1"]) == 2
+    assert main([*QUICK, "--output", str(finished[0]), "--model", str(model)]) == 2
     assert "holds results that were run otherwise: model is" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import functools
+import gc
 import multiprocessing
 import os
 import resource
@@ -22,7 +23,7 @@ _MODULES = (
     *("graph_passes.lowerings.lower_skip_to_plugin", "graph_passes.lowerings.lower_skip_to_topk"),
     *("graph_passes.lowerings.if_on_cuda", "graph_passes.lowerings.if_on_tensorrt", "graph_passes.lowerings.masked"),
 )
-_LIBRARY_MODULES = ("pydantic.type_adapter",)  # typer's, for the command line
+_LIBRARY_MODULES = ("typer._adapters",)  # for the command line
 _LIMITED = {
     "cpu_seconds": resource.RLIMIT_CPU,
     "memory_bytes": resource.RLIMIT_AS,
@@ -135,6 +136,7 @@ def _give_up_privileges():
 
 
 def _run(work, messages, folder, limits, environment, privileged, begins):
+    gc.freeze()  # what was imported stays, and is searched for garbage no more
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)  # as in a process that has just started
     os.chdir(folder)
