@@ -23,6 +23,7 @@ def save_checkpoint(
     *,
     save_companions: SaveCompanions,
     config_changes: Mapping[str, Any],
+    max_shard_bytes: int = 5 << 30,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -33,6 +34,7 @@ def save_checkpoint(
         folder: The folder to make.
         save_companions: Writes config.json and the tokenizer, see `Checkpoint.save_companions`.
         config_changes: What config.json says beyond the base model's.
+        max_shard_bytes: Size of a safetensors file.
         overwrite: Replace a folder that holds something.
         progress: Called with the bytes written and their total.
 
@@ -42,7 +44,7 @@ def save_checkpoint(
         MachineError: The disk is full.
     """
     with no_room_reported(folder), whole_folder(folder, overwrite=overwrite) as staging:
-        save_model_tensors(tensors, staging, progress=progress)
+        save_model_tensors(tensors, staging, max_shard_bytes=max_shard_bytes, progress=progress)
         save_companions(staging, config_changes)
 
 

@@ -41,7 +41,7 @@ def check_memory(needed: int) -> None:
         BackendUnavailableError: There are fewer; whoever knows what for says how many are needed.
     """
     if needed > (free := available_memory()):
-        raise BackendUnavailableError(f"{in_words(free)} of memory are free")
+        raise BackendUnavailableError(f"{in_words(free)} of memory are free", hint="end what takes it, or ask for less")
 
 
 def in_words(size: int) -> str:

@@ -24,6 +24,6 @@ def test_available_memory_obeys_the_containers_limit_when_there_is_one(tmp_path:
 def test_what_memory_does_not_hold_is_refused_with_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlo_export.runtimes.memory.available_memory", lambda: 3 << 30)
     check_memory(3 << 30)
-    with pytest.raises(BackendUnavailableError, match=r"^3\.0 GB of memory are free$"):
+    with pytest.raises(BackendUnavailableError, match=r"^3\.0 GB of memory are free"):
         check_memory((3 << 30) + 1)
     assert (in_words(2**40), in_words(2**29)) == ("1,024.0 GB", "512.0 MB")
