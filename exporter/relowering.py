@@ -8,7 +8,6 @@ and must come out the same, node by node.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from dlo_export.exporter.model_metadata import copy_model_metadata
 from dlo_export.exporter.pipeline import onnxruntime_steps, run_steps
 from dlo_export.exporter.plain_graph.llama import plain_graph
 from dlo_export.exporter.sources.graph_file import load_graph
+from dlo_export.exporter.weight_file import with_axes
 from dlo_export.graph_passes.cleanup.multiply_tied_head import MultiplyTiedHeadPass
 from dlo_export.graph_passes.lowerings.record import PROVIDER_TARGETS
 from dlo_export.graph_passes.lowerings.registry import find_lowering
@@ -94,7 +94,7 @@ class ReloweredGraph:
         for name, value in model.graph.initializers.items():
             built, stored = value.const_value, own.get(name)
             if built is not None and stored is not None and _is_stored_so(built, stored):
-                value.const_value = _of_shape(stored, built.shape.numpy())
+                value.const_value = with_axes(stored, built.shape.numpy())
             elif isinstance(built, RowTensor):
                 problems.append(name)
         if problems:
@@ -146,23 +146,6 @@ def _is_stored_so(built: ir.TensorProtocol, stored: ir.TensorProtocol) -> bool:
     if isinstance(built, RowTensor):
         return (built.dtype, tuple(built.shape.numpy())) == (stored.dtype, tuple(stored.shape.numpy()))
     return built.dtype == stored.dtype and np.array_equal(built.numpy().reshape(-1), stored.numpy().reshape(-1))
-
-
-def _of_shape(stored: ir.TensorProtocol, sizes: Sequence[int]) -> ir.TensorProtocol:
-    """A stored weight with the axes that a graph wants, from where it lies."""
-    if tuple(sizes) == tuple(stored.shape.numpy()):
-        return stored
-    if not isinstance(stored, ir.ExternalTensor):
-        return ir.tensor(stored.numpy().reshape(sizes), name=stored.name)
-    return ir.ExternalTensor(
-        stored.location,
-        stored.offset,
-        stored.length,
-        stored.dtype,
-        shape=ir.Shape(sizes),
-        name=stored.name or "",
-        base_dir=stored.base_dir,
-    )
 
 
 def _comparable(model: ir.Model) -> dict[str, Any]:

@@ -176,7 +176,8 @@ def take_weights(model: ir.Model, stored: Mapping[str, ir.ExternalTensor]) -> se
     """Has a model refer to weights that were written for another form of it.
 
     Args:
-        model: Initializers of the same name, type and shape are replaced.
+        model: Initializers of the same name, type and shape are replaced, and routers, which a form has as a column
+            or as a row, of as many elements.
         stored: Of the other form, by name.
 
     Returns:
@@ -187,10 +188,33 @@ def take_weights(model: ir.Model, stored: Mapping[str, ir.ExternalTensor]) -> se
         value, found = model.graph.initializers[name], stored[name]
         own = value.const_value
         assert own is not None, "it was counted by its size"
-        if (own.dtype, own.shape.numpy()) == (found.dtype, found.shape.numpy()):
-            value.const_value = found
+        alike = own.size == found.size if parse_router(name) is not None else own.shape.numpy() == found.shape.numpy()
+        if alike and own.dtype == found.dtype:
+            value.const_value = with_axes(found, own.shape.numpy())
             taken.add(name)
     return (large | stored.keys()) - taken
+
+
+def with_axes(stored: ir.TensorProtocol, sizes: Sequence[int]) -> ir.TensorProtocol:
+    """A stored weight with the axes that a graph wants, from where it lies.
+
+    Args:
+        stored: Of as many elements.
+        sizes: Of the axes.
+    """
+    if tuple(sizes) == tuple(stored.shape.numpy()):
+        return stored
+    if not isinstance(stored, ir.ExternalTensor):
+        return ir.tensor(stored.numpy().reshape(sizes), name=stored.name)
+    return ir.ExternalTensor(
+        stored.location,
+        stored.offset,
+        stored.length,
+        stored.dtype,
+        shape=ir.Shape(sizes),
+        name=stored.name or "",
+        base_dir=stored.base_dir,
+    )
 
 
 def external_tensors(graph: ir.Graph) -> dict[str, ir.ExternalTensor]:

@@ -46,6 +46,18 @@ def test_every_rung_is_compared_when_the_source_is_right(checkpoint, tmp_path, l
     assert all(case.decisions for case in report.cases)
 
 
+def test_masked_form_takes_the_weights_when_routers_lie_in_the_data_file(tmp_path):
+    # Wider than what stays in the .onnx file; the masked form multiplies them as a column, the lowered one as a row.
+    model = save_tiny_llama(tmp_path / "model", routed=ROUTED, hidden=96, head_dim=24)
+    result = _exported(model, tmp_path / "out", "if")
+    stored = ir.load(result.folder / "model.onnx").graph.initializers["model.routers.0.weight"].const_value
+    assert isinstance(stored, ir.ExternalTensor)
+    assert stored.shape.numpy() == (1, 96)
+    report = check_parity(open_source(model, None), result.folder, result.description)
+    assert report, report.summary()
+    assert _candidates(report) == ["masked", "if"]
+
+
 @pytest.mark.parametrize("slots", [1, 2, 7, 40])
 def test_cases_fit_when_a_tensorrt_graph_has_few_slots(checkpoint, tmp_path, slots):
     result = _exported(checkpoint, tmp_path / "out")
