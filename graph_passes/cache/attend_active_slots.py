@@ -106,9 +106,7 @@ class _LongAttention(LongAttention):
     """
 
     def __init__(self, graph: ir.Graph, rows: AttendedRows, made_by: str, step: LongStep) -> None:
-        node = rows.attention
-        past = [value for value in node.inputs[_PAST] if value is not None]
-        super().__init__(graph, rows, made_by, step, past=past, heads=node.attributes["num_heads"].as_int())
+        super().__init__(graph, rows, made_by, step, past=_PAST, heads="num_heads")
         self._filled = next(value for value in graph.inputs if value.name == KV_LENGTHS)
         self._first = self.number("Sub", self._filled, step.sequence, name="first")
         columns = self.number("Gather", rows.index, self.constant("one", 1), name="columns", axis=1)

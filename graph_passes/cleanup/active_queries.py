@@ -61,9 +61,7 @@ class ActiveQueries(LongAttention):
     """
 
     def __init__(self, graph: ir.Graph, rows: AttendedRows, made_by: str, step: LongStep) -> None:
-        node = rows.attention
-        past = [value for value in node.inputs[PAST] if value is not None]
-        super().__init__(graph, rows, made_by, step, past=past, heads=node.attributes["q_num_heads"].as_int())
+        super().__init__(graph, rows, made_by, step, past=PAST, heads="q_num_heads")
         self._first_axis, self._second_axis = self.constant("axis_1", [1]), self.constant("axis_2", [2])
         self._flags, at = self._active_first(step.flags, step.size, "query")
         self._places = self.number("Unsqueeze", at, self._second_axis, name="places")

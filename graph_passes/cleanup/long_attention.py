@@ -21,8 +21,8 @@ class LongAttention:
         rows: What attends.
         made_by: Name of the pass.
         step: What is known of the step.
-        past: Its keys and values so far, [batch, kv_heads, slots, head_dim] each.
-        heads: Of its queries.
+        past: Which of its inputs are keys and values so far, [batch, kv_heads, slots, head_dim] each.
+        heads: Its attribute that says how many heads its queries have.
     """
 
     def __init__(
@@ -32,16 +32,18 @@ class LongAttention:
         made_by: str,
         step: LongStep,
         *,
-        past: Sequence[ir.Value],
-        heads: int,
+        past: slice,
+        heads: str,
     ) -> None:
-        key = past[0]
+        node = rows.attention
+        self.past = [value for value in node.inputs[past] if value is not None]
+        key = self.past[0]
         assert key.shape is not None, "a cache has a shape"
         assert isinstance(key.shape[1], int), "of so many heads"
         assert isinstance(key.shape[3], int), "of this width"
         assert key.dtype is not None, "of this type"
-        self.graph, self.rows, self.step, self.past = graph, rows, step, past
-        self.heads, self.kv_heads, self.head_dim, self.dtype = heads, key.shape[1], key.shape[3], key.dtype
+        self.graph, self.rows, self.step, self.heads = graph, rows, step, node.attributes[heads].as_int()
+        self.kv_heads, self.head_dim, self.dtype = key.shape[1], key.shape[3], key.dtype
         self.new, self.path = TaggedNodes(made_by, rows.layer), f"{rows.path}.some"
 
     @property

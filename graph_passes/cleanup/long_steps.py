@@ -13,7 +13,7 @@ from dlo_export.checkpoints.llama_layer import ROUTERS
 from dlo_export.graph_passes.branches import Branch, conditional_node
 from dlo_export.graph_passes.find.data_flow import is_op, producer_of, subgraphs_of
 from dlo_export.graph_passes.rewriting import replace_value
-from dlo_export.graph_passes.spec.provenance import LAYER_KEY, PASS_KEY, TaggedNodes, shared_constant, shared_node
+from dlo_export.graph_passes.spec.provenance import PASS_KEY, TaggedNodes, layer_of, shared_constant, shared_node
 
 LEAST = 128
 """Tokens of a sequence in a step that is long: a shorter one pays more for choosing than it saves."""
@@ -38,8 +38,7 @@ class AttendedRows:
     @property
     def layer(self) -> int | None:
         """Number of the decoder layer."""
-        number = self.gather.metadata_props.get(LAYER_KEY)
-        return None if number is None else int(number)
+        return layer_of(self.gather)
 
     @property
     def path(self) -> str:
